@@ -1,0 +1,199 @@
+"""The configuration of a run: YAML and `key=value` overrides in, one frozen, checked `Config` out.
+
+Each stage's dataclass lives in its own folder; this file only composes them, so that section, folder, metric prefix and
+log name are one word. OmegaConf merges and interpolates; msgspec converts and checks types; the dataclasses check
+values. Unknown keys are errors that suggest the nearest. Nothing here imports torch: `--help` and a typing error
+answer at once.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import inspect
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import msgspec
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from asyncdapo.controller.config import ControllerConfig, EvalConfig, RunConfig
+from asyncdapo.errors import ConfigError, UserError
+from asyncdapo.learner.config import LearnerConfig, LossConfig, ModelConfig
+from asyncdapo.metrics.config import MetricsConfig
+from asyncdapo.prompts.config import PromptsConfig
+from asyncdapo.replay.config import FilterConfig, ReplayConfig
+from asyncdapo.reward.config import RewardConfig
+from asyncdapo.rollout.config import RolloutConfig
+from asyncdapo.weights.config import WeightsConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Everything a run is made of, one section a stage."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig
+    prompts: PromptsConfig = field(default_factory=PromptsConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    filter: FilterConfig = field(default_factory=FilterConfig)
+    replay: ReplayConfig = field(default_factory=ReplayConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    learner: LearnerConfig = field(default_factory=LearnerConfig)
+    weights: WeightsConfig = field(default_factory=WeightsConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    controller: ControllerConfig = field(default_factory=ControllerConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+
+    def __post_init__(self) -> None:
+        if self.rollout.group_size == 1 and self.filter.enabled:
+            raise ConfigError(
+                "rollout.group_size",
+                "a group of one has no variance, so the filter would drop every group",
+                self.rollout.group_size,
+                "use 2 or more, or filter.enabled=false",
+            )
+        if self.replay.prompts_per_step % self.learner.updates_per_step:
+            raise ConfigError(
+                "learner.updates_per_step",
+                f"must divide replay.prompts_per_step ({self.replay.prompts_per_step})",
+                self.learner.updates_per_step,
+            )
+
+
+SECTIONS: dict[str, type] = {name: hint for name, hint in get_type_hints(Config).items()}
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Read, merge, resolve and check. Raises ConfigError that names key, value and fix."""
+    try:
+        tree = OmegaConf.load(path)
+        for override in overrides:
+            if "=" not in override:
+                raise ConfigError(override, "an override is written key=value", fix="run.steps=10")
+        merged = OmegaConf.merge(tree, OmegaConf.from_dotlist(list(overrides)))
+        return config_from_dict(_resolved(merged))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such config file (a path, or a name: {', '.join(config_names())})") from None
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{path}: {str(error).splitlines()[0]}") from error
+
+
+def _resolved(tree: Any) -> dict[str, Any]:
+    """Plain dictionaries, with every `${section.key}` replaced; defaults may be referred to as well."""
+    defaults = {
+        name: {f.name: f.default for f in dataclasses.fields(cls) if f.default is not dataclasses.MISSING}
+        for name, cls in SECTIONS.items()
+    }
+    whole = OmegaConf.merge(OmegaConf.create(_plain(defaults)), tree)
+    resolved = OmegaConf.to_container(whole, resolve=True)
+    if not isinstance(resolved, dict):
+        raise UserError("a config is a mapping of sections")
+    return resolved
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def config_from_dict(tree: dict[str, Any]) -> Config:
+    """Check a tree of plain values and make the Config. Raises ConfigError."""
+    sections: dict[str, Any] = {}
+    for name, section in tree.items():
+        _known(name, SECTIONS, prefix="")
+        if not isinstance(section, dict):
+            raise ConfigError(name, "is a section: it holds keys", section)
+        for key in section:
+            _known(key, {f.name for f in dataclasses.fields(SECTIONS[name])}, prefix=f"{name}.")
+        sections[name] = _convert(name, section)
+    if "model" not in sections:
+        raise ConfigError("model.path", "is missing", fix="a Hugging Face id or a directory")
+    return Config(**sections)
+
+
+def _known(key: str, names: Any, prefix: str) -> None:
+    if key in names:
+        return
+    near = difflib.get_close_matches(str(key), list(names), n=1, cutoff=0.5)
+    hint = f"did you mean {prefix}{near[0]}?" if near else f"known here: {', '.join(sorted(names))}"
+    raise ConfigError(f"{prefix}{key}", "is not a known key", fix=hint)
+
+
+def _convert(name: str, section: dict[str, Any]) -> Any:
+    try:
+        return msgspec.convert(section, SECTIONS[name])
+    except msgspec.ValidationError as error:
+        if isinstance(error.__cause__, ConfigError):
+            raise error.__cause__ from None
+        problem, _, where = str(error).partition(" - at `$")
+        key = where.rstrip("`").lstrip(".")
+        value = section.get(key.split("[")[0])
+        if "missing required field" in problem:
+            raise ConfigError(f"{name}.{problem.split('`')[1]}", "is missing") from None
+        raise ConfigError(f"{name}.{key}", problem[0].lower() + problem[1:].split(", got")[0], value) from None
+
+
+# ---------------------------------------------------------------------------------------------------- where configs are
+
+
+def config_dirs() -> list[Path]:
+    """Folders searched for a config by name: the working directory's, then the ones that come with the package."""
+    package = Path(__file__).resolve().parent
+    return [Path("configs"), package / "configs", package.parent / "configs"]
+
+
+def config_names() -> list[str]:
+    return sorted({path.stem for folder in config_dirs() if folder.is_dir() for path in folder.glob("*.yaml")})
+
+
+def find_config(name_or_path: str) -> Path:
+    """A path as it is, or a name looked up in `configs/`. Raises UserError that lists the names there are."""
+    path = Path(name_or_path)
+    if path.suffix in (".yaml", ".yml") or path.exists():
+        return path
+    for folder in config_dirs():
+        if (folder / f"{name_or_path}.yaml").is_file():
+            return folder / f"{name_or_path}.yaml"
+    near = difflib.get_close_matches(name_or_path, config_names(), n=1)
+    hint = f"did you mean {near[0]}?" if near else f"names: {', '.join(config_names())}"
+    raise UserError(f"{name_or_path}: no such config ({hint})")
+
+
+# ------------------------------------------------------------------------------------------------------------ printing
+
+
+def field_docs(cls: type) -> dict[str, str]:
+    """The doc line under each field of a dataclass, read from its source."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body  # type: ignore[attr-defined]
+    docs = {}
+    for statement, following in zip(body, body[1:], strict=False):
+        if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr):
+            docs[statement.target.id] = inspect.cleandoc(following.value.value)  # type: ignore[union-attr]
+    return docs
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Plain values, ready for YAML."""
+    return _plain(dataclasses.asdict(config))
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved configuration as YAML, each key under its doc line; reading it back gives the same Config."""
+    lines = []
+    for name, section in to_dict(config).items():
+        docs = field_docs(SECTIONS[name])
+        lines.append(f"{name}:")
+        for key, value in section.items():
+            lines += [f"  # {line}" for line in textwrap.wrap(" ".join(docs[key].split()), 110)]
+            lines.append("  " + OmegaConf.to_yaml({key: value}).strip().replace("\n", "\n  "))
+        lines.append("")
+    return "\n".join(lines)

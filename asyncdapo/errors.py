@@ -1,0 +1,43 @@
+"""The errors a user can mend: each says which key or file, what value it has, and what to do about it.
+
+    UserError                 ends a command with one line and exit code 2, before any process is started
+      ConfigError             a key of the configuration
+    RunError                  ends a run with its cause in the last lines and exit code 1
+      StalenessError          a group past `replay.max_staleness` reached the learner; never trained
+      WeightsError            a weight transfer failed, timed out, or arrived changed
+      EngineError             the inference engine can't go on
+
+Anything else that escapes is a defect of ours and keeps its traceback.
+"""
+
+
+class UserError(Exception):
+    """Something outside the code is wrong, and the message tells the user how to put it right."""
+
+
+class ConfigError(UserError):
+    """A key of the configuration has a value that can't work.
+
+    Reads `replay.max_staleness: must be at least 0, got -1 (use 0 for synchronous training)`.
+    """
+
+    def __init__(self, key: str, problem: str, value: object = None, fix: str = "") -> None:
+        self.key, self.problem, self.value, self.fix = key, problem, value, fix
+        got = "" if value is None else f", got {value!r}"
+        super().__init__(f"{key}: {problem}{got}" + (f" ({fix})" if fix else ""))
+
+
+class RunError(Exception):
+    """The run can't go on; the message is its cause."""
+
+
+class StalenessError(RunError):
+    """A group is staler than the bound that the configuration promises."""
+
+
+class WeightsError(RunError):
+    """A weight transfer failed, timed out, or arrived changed."""
+
+
+class EngineError(RunError):
+    """The inference engine can't go on."""

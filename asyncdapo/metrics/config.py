@@ -1,0 +1,16 @@
+"""Configuration of what a run reports, and where."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetricsConfig:
+    """Where the numbers go besides RUN_DIR/metrics.jsonl."""
+
+    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """W&B: `auto` is online when logged in and offline otherwise."""
+    wandb_project: str = "asyncdapo"
+    """W&B project."""

@@ -1,0 +1,77 @@
+"""Configuration of replay: batch size, staleness bound, and what the filter keeps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from asyncdapo.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class FilterConfig:
+    """Dynamic sampling: groups whose metric is the same for every completion teach nothing and are dropped."""
+
+    enabled: bool = True
+    """Drop zero-variance groups (DAPO §3.2); off: every group is trained on."""
+    metric: str = "acc"
+    """Number compared within a group: `acc`, `score`, `seq_reward`, `seq_final_reward`, or one the verifier returns."""
+    max_gen_batches: int = 0
+    """Generation batches one train step may open; 0 is no limit."""
+    gen_batch_multiplier: int = 1
+    """Verdicts in a generation batch, as a multiple of `replay.prompts_per_step`."""
+    on_limit: Literal["raise", "partial", "unfiltered"] = "raise"
+    """At the limit: end the run, train on what is kept, or fill the batch with zero-variance groups."""
+
+    def __post_init__(self) -> None:
+        if self.gen_batch_multiplier < 1:
+            raise ConfigError("filter.gen_batch_multiplier", "must be at least 1", self.gen_batch_multiplier)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplayConfig:
+    """The queue between rollout and learner, and the promise about its staleness."""
+
+    prompts_per_step: int = 16
+    """Kept groups in one batch; every batch has exactly this many."""
+    run_ahead: float = 1.0
+    """Batches that generation may be ahead of training; 0 is synchronous, fractions are allowed."""
+    max_staleness: int = 2
+    """Most train steps between the weights that sampled a group's oldest token and those it is trained on."""
+    on_stale: Literal["drop", "requeue", "wait"] = "drop"
+    """A group that would miss the bound: drop it, sample its prompt again, or hold the cut until it is done."""
+    lease_stall_s: float = 60.0
+    """Seconds without a new token after which a lease is lost and its prompt sampled again."""
+    heartbeat_s: float = 2.0
+    """Seconds between a worker's heartbeats; silent 5 of them it is suspected, 15 of them it is lost."""
+    keep_payloads: bool = False
+    """Keep the tokens and log-probs of every group (RUN_DIR/payloads) instead of freeing those trained on."""
+
+    def __post_init__(self) -> None:
+        if self.prompts_per_step < 1:
+            raise ConfigError("replay.prompts_per_step", "must be at least 1", self.prompts_per_step)
+        if self.run_ahead < 0:
+            raise ConfigError("replay.run_ahead", "must be at least 0", self.run_ahead, "0 is synchronous training")
+        if self.max_staleness < 0:
+            raise ConfigError(
+                "replay.max_staleness", "must be at least 0", self.max_staleness, "0 trains on fresh groups only"
+            )
+        if self.run_ahead > self.max_staleness:
+            raise ConfigError(
+                "replay.run_ahead",
+                f"must be at most replay.max_staleness ({self.max_staleness}), or groups would be sampled to be dropped",
+                self.run_ahead,
+            )
+        for key in ("lease_stall_s", "heartbeat_s"):
+            if getattr(self, key) <= 0:
+                raise ConfigError(f"replay.{key}", "must be above 0", getattr(self, key))
+
+    @property
+    def synchronous(self) -> bool:
+        """`run_ahead: 0` is a barrier: nothing is sampled while the learner trains."""
+        return self.run_ahead == 0
+
+    @property
+    def staleness_bound(self) -> int:
+        """The bound in force: 0 in synchronous training whatever `max_staleness` says."""
+        return 0 if self.synchronous else self.max_staleness

@@ -1,0 +1,81 @@
+"""The seam between a rollout worker and what samples tokens.
+
+An engine takes requests at any time, keeps its slots full by itself, and takes new weights between two tokens while it
+generates. Every sampled token comes back with its log-prob under the weights, the KV cache and the temperature that
+sampled it, and with the version of those weights.
+
+Implementations: `torch_engine` (embedded). The tests have one of a few lines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from asyncdapo.messages import FinishReason, Runs, Sampling
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One sampled response, unscored. `token_ids` int32 [T] (a stop token is its last), `logprobs` float32 [T]."""
+
+    token_ids: np.ndarray
+    logprobs: np.ndarray
+    versions: Runs
+    finish_reason: FinishReason
+
+
+@dataclass(kw_only=True)
+class Request:
+    """Samples of one prompt. The engine writes `num_sampled` as it goes, and calls `on_started` once."""
+
+    prompt_ids: list[int]
+    seeds: list[int]
+    """One per sample; the same seed, prompt and weights draw the same uniform numbers."""
+    sampling: Sampling
+    urgent: bool = False
+    """Ahead of every waiting request that isn't (evaluation)."""
+    on_started: Callable[[int], None] | None = None
+    """Called in the event loop with the version that sampled the request's first token."""
+    num_sampled: int = field(default=0, init=False)
+    """Tokens sampled so far over all samples: the lease's progress."""
+
+
+class Engine(Protocol):
+    """Samples tokens. All methods are called from one event loop."""
+
+    @property
+    def num_slots(self) -> int:
+        """Sequences generated at once."""
+
+    @property
+    def num_outstanding(self) -> int:
+        """Sequences that run or wait; below `num_slots` the engine has room."""
+
+    @property
+    def loaded_version(self) -> int:
+        """Version of the weights in use."""
+
+    async def start(self) -> None:
+        """Load the model. Raises UserError for a checkpoint that can't be used."""
+
+    async def generate(self, request: Request) -> list[Sample]:
+        """All samples of the request, in the order of its seeds. Cancelling the task withdraws it and frees its slots.
+        Raises EngineError once the engine can't go on."""
+
+    async def load_weights(self, version: int, weights: Mapping[str, torch.Tensor]) -> None:
+        """Use these weights (Hugging Face names, tied ones once) from a boundary between two tokens on; returns then.
+        The tensors are the engine's from the call on."""
+
+    async def stop(self) -> None:
+        """End every request with EngineError and free the memory."""
+
+    def gauges(self) -> dict[str, float]:
+        """Cumulative counters since the start: `tokens`, `prefill_tokens`, `steps`, `busy_s`, `idle_s`, `slot_steps`
+        (sum over steps of slots in use)."""

@@ -1,0 +1,29 @@
+"""Configuration of the weight broadcast."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from asyncdapo.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightsConfig:
+    """The broadcast of new weights from the learner to the rollout workers."""
+
+    backend: Literal["auto", "gloo", "nccl"] = "auto"
+    """Process group: `nccl` where every end has a GPU, `gloo` elsewhere; `auto` chooses and says why."""
+    bucket_mb: int = 64
+    """Largest piece of one broadcast in MiB; memory beyond the weights themselves."""
+    timeout_s: float = 60.0
+    """Seconds after which a transfer has failed; workers then go on with the weights they have."""
+    max_missed: int = 3
+    """Versions in a row that may fail to arrive before the run ends."""
+
+    def __post_init__(self) -> None:
+        for key in ("bucket_mb", "max_missed"):
+            if getattr(self, key) < 1:
+                raise ConfigError(f"weights.{key}", "must be at least 1", getattr(self, key))
+        if self.timeout_s <= 0:
+            raise ConfigError("weights.timeout_s", "must be above 0", self.timeout_s)
