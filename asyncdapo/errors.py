@@ -6,6 +6,7 @@
       StalenessError          a group past `replay.max_staleness` reached the learner; never trained
       WeightsError            a weight transfer failed, timed out, or arrived changed
       EngineError             the inference engine can't go on
+      RewardError             the reward function raised; the worker turns it into a failed group
 
 Anything else that escapes is a defect of ours and keeps its traceback.
 """
@@ -41,3 +42,7 @@ class WeightsError(RunError):
 
 class EngineError(RunError):
     """The inference engine can't go on."""
+
+
+class RewardError(RunError):
+    """The reward function raised."""

@@ -182,14 +182,17 @@ class Hello(Message):
 
 
 class Welcome(Message):
-    """replay -> rollout. The session is known; groups of it are accepted."""
+    """replay -> rollout. The session is known; groups of it are accepted. Answers every `Hello`, repeats included."""
 
     branch: int
+    granted: int
+    """Leases and evaluation requests sent to this session so far, 0 for a new one: the worker goes on from this count,
+    so that credits survive messages lost with a connection and a server that began anew."""
 
 
 class Ask(Message):
-    """rollout -> replay. Credits: leases asked for since the session began. Cumulative, so that a lost or repeated
-    message changes nothing: the server owes `asked − granted`."""
+    """rollout -> replay. Credits: leases and evaluation requests asked for since the session began. Cumulative, so that
+    a lost or repeated message changes nothing: the server owes `asked − granted`."""
 
     asked: int
 
@@ -325,6 +328,13 @@ class Batch(Message):
     branch: int
     max_staleness: int
     groups: list[Group]
+
+
+class NoBatch(Message):
+    """replay -> learner. The data is used up: there is no batch `step`, and the run ends well."""
+
+    step: int
+    reason: str
 
 
 def sample_seed(*parts: int) -> int:

@@ -1,0 +1,139 @@
+"""ZeroMQ sockets that carry messages: one `Server` (ROUTER), any number of `Client`s (DEALER).
+
+In: messages of `asyncdapo.messages` with their buffer frames. Out: the same at the other end, or `Malformed`.
+
+    client send     waits while no server is connected or its queue of `CLIENT_QUEUE` messages is full: a slow or absent
+                    server slows its clients down, and nothing piles up
+    server send     never waits. A peer that is gone is noticed (ROUTER_MANDATORY): the message is dropped and counted.
+                    Queues to a live peer have no mark of their own; what a peer is sent answers what it asked for
+    receive         at most `SERVER_QUEUE` messages of each peer wait here; then TCP holds the peer back
+    a lost link     clients reconnect by themselves, a peer that comes back under its identity takes its old place, and
+                    silent links are found by probes. Messages under way are lost: whoever needs one sends it again
+    limits          a frame above the limit closes its peer's connection before it is received; ZeroMQ hands a message
+                    over when all its frames are there, so their number is checked then, before anything is decoded
+
+Cancelling a `receive` loses no message. Does not own: acknowledgement, sessions, who may speak (`delivery`, and the
+processes at both ends).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from collections.abc import Sequence
+from types import UnionType
+
+import zmq
+import zmq.asyncio
+
+from asyncdapo.messages import Message
+from asyncdapo.transport.codec import DEFAULT_LIMITS, Buffer, Limits, Malformed, decode, encode
+
+CLIENT_QUEUE = 100
+SERVER_QUEUE = 1000
+PROBE_INTERVAL_MS = 5_000
+PROBE_TIMEOUT_MS = 30_000
+RECONNECT_MS = 100
+RECONNECT_MAX_MS = 2_000
+COPY_BELOW_BYTES = 64 << 10
+
+
+class Server:
+    """Receives from and sends to any number of clients, each known by its identity. Needs a running event loop."""
+
+    def __init__(
+        self, accepts: type | UnionType, host: str = "127.0.0.1", limits: Limits = DEFAULT_LIMITS, port: int = 0
+    ) -> None:
+        """Binds `port` of `host`, or any free one for 0. Raises zmq.ZMQError when that is impossible."""
+        self._accepts, self._limits = accepts, limits
+        self._socket = _socket(zmq.ROUTER, limits)
+        self._socket.set(zmq.ROUTER_MANDATORY, 1)
+        self._socket.set(zmq.ROUTER_HANDOVER, 1)
+        self._socket.set(zmq.SNDHWM, 0)
+        self._socket.set(zmq.RCVHWM, SERVER_QUEUE)
+        self._socket.bind(f"tcp://{host}:{port or '*'}")
+        self.address: str = self._socket.get_string(zmq.LAST_ENDPOINT)
+        self.num_malformed = 0
+        self.num_dropped = 0
+        """Messages to peers that were gone."""
+
+    async def receive(self) -> tuple[bytes, Message | Malformed, list[memoryview]]:
+        """The next message with its peer's identity and buffers; bad input comes as a `Malformed`, never raised."""
+        peer, *frames = await _next(self._socket)
+        try:
+            message, buffers = decode(_buffers(frames), self._accepts, self._limits)
+        except Malformed as malformed:
+            self.num_malformed += 1
+            return peer.bytes, malformed, []
+        return peer.bytes, message, buffers
+
+    async def send(self, peer: bytes, message: Message, frames: Sequence[Buffer] = ()) -> None:
+        """Send to a peer that has sent something. The frames must not change until they are out.
+        Raises ValueError for a message above the limits."""
+        try:
+            await self._socket.send_multipart([peer, *encode(message, frames, self._limits)], copy=False)
+        except zmq.ZMQError as error:
+            if error.errno != errno.EHOSTUNREACH:
+                raise
+            self.num_dropped += 1
+
+    def close(self) -> None:
+        """Drop what is still queued and free the port."""
+        self._socket.close()
+
+
+class Client:
+    """Talks to one server, and reconnects by itself. Needs a running event loop."""
+
+    def __init__(
+        self, address: str, accepts: type | UnionType, identity: bytes, limits: Limits = DEFAULT_LIMITS
+    ) -> None:
+        """`identity`: how the server knows this peer, 1 to 255 bytes, the first not zero; no two live peers share one.
+        The server need not be there yet."""
+        self._accepts, self._limits = accepts, limits
+        self._socket = _socket(zmq.DEALER, limits)
+        self._socket.set(zmq.IDENTITY, identity)
+        self._socket.set(zmq.IMMEDIATE, 1)
+        self._socket.set(zmq.SNDHWM, CLIENT_QUEUE)
+        self._socket.set(zmq.RCVHWM, 0)
+        self._socket.set(zmq.RECONNECT_IVL, RECONNECT_MS)
+        self._socket.set(zmq.RECONNECT_IVL_MAX, RECONNECT_MAX_MS)
+        self._socket.connect(address)
+
+    async def receive(self) -> tuple[Message, list[memoryview]]:
+        """The next message and its buffers. Raises Malformed, after which the next call goes on."""
+        return decode(_buffers(await _next(self._socket)), self._accepts, self._limits)
+
+    async def send(self, message: Message, frames: Sequence[Buffer] = ()) -> None:
+        """Queue the message; waits while no server is connected or the queue is full. The frames must not change.
+        Raises ValueError for a message above the limits."""
+        await self._socket.send_multipart(encode(message, frames, self._limits), copy=False)
+
+    def close(self) -> None:
+        """Drop what is still queued and hang up."""
+        self._socket.close()
+
+
+def _socket(kind: int, limits: Limits) -> zmq.asyncio.Socket:
+    socket = zmq.asyncio.Context.instance().socket(kind)
+    socket.set(zmq.LINGER, 0)
+    socket.set(zmq.MAXMSGSIZE, max(limits.header_bytes, limits.frame_bytes))
+    socket.set(zmq.HEARTBEAT_IVL, PROBE_INTERVAL_MS)
+    socket.set(zmq.HEARTBEAT_TIMEOUT, PROBE_TIMEOUT_MS)
+    return socket
+
+
+async def _next(socket: zmq.asyncio.Socket) -> list[zmq.Frame]:
+    """All frames of the next message. Gives way once per message, so that a flood can't starve the event loop; takes
+    the message without a pause, so that a cancelled reader leaves it where it is."""
+    await asyncio.sleep(0)
+    while True:
+        try:
+            return await socket.recv_multipart(zmq.NOBLOCK, copy=False)
+        except zmq.Again:
+            await socket.poll()
+
+
+def _buffers(frames: Sequence[zmq.Frame]) -> list[Buffer]:
+    """Small frames are copied: ZeroMQ lets many share one receive buffer, which a view would keep, unaligned, alive."""
+    return [frame.bytes if len(frame) < COPY_BELOW_BYTES else frame.buffer for frame in frames]

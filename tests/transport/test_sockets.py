@@ -1,0 +1,176 @@
+"""Sockets: real ones on the loopback interface."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+import zmq
+
+from asyncdapo.messages import Ack, Ask, CutWanted, Hello
+from asyncdapo.transport.codec import Limits, Malformed
+from asyncdapo.transport.sockets import CLIENT_QUEUE, Client, Server
+from tests.asynchronous import asynchronous
+
+
+@asynchronous
+async def test_messages_and_buffers_travel_both_ways() -> None:
+    server, client = pair()
+    await client.send(Ask(asked=1), [b"tokens", b""])
+    peer, message, buffers = await server.receive()
+    assert (peer, message, [bytes(buffer) for buffer in buffers]) == (b"worker-0", Ask(asked=1), [b"tokens", b""])
+    large = bytes(range(256)) * 4096
+    await server.send(peer, Ack(lease_id=7), [large])
+    message, [buffer] = await client.receive()
+    assert message == Ack(lease_id=7)
+    assert buffer == large
+    close(server, client)
+
+
+@asynchronous
+async def test_bad_input_is_handed_over_as_malformed_and_the_next_message_arrives() -> None:
+    server, client = pair()
+    await client.send(CutWanted(step=1))
+    await client.send(Ask(asked=2))
+    peer, message, _ = await server.receive()
+    assert peer == b"worker-0"
+    assert isinstance(message, Malformed)
+    assert server.num_malformed == 1
+    assert (await server.receive())[1] == Ask(asked=2)
+    close(server, client)
+
+
+@asynchronous
+async def test_the_client_raises_malformed_and_goes_on() -> None:
+    server, client = pair()
+    await client.send(Ask(asked=1))
+    peer, _, _ = await server.receive()
+    await server.send(peer, CutWanted(step=1))
+    await server.send(peer, Ack(lease_id=1))
+    with pytest.raises(Malformed):
+        await client.receive()
+    assert (await client.receive())[0] == Ack(lease_id=1)
+    close(server, client)
+
+
+@asynchronous
+async def test_a_message_to_a_peer_that_is_gone_is_dropped_and_counted() -> None:
+    server, client = pair()
+    await client.send(Ask(asked=1))
+    peer, _, _ = await server.receive()
+    client.close()
+    while not server.num_dropped:
+        await server.send(peer, Ack(lease_id=1))
+        await asyncio.sleep(0.01)
+    num_dropped = server.num_dropped
+    await server.send(b"never seen", Ack(lease_id=1))
+    assert server.num_dropped == num_dropped + 1
+    server.close()
+
+
+@asynchronous
+async def test_a_client_waits_without_a_server_and_goes_on_with_the_next_at_the_same_port() -> None:
+    server, client = pair()
+    await client.send(Ask(asked=1))
+    await server.receive()
+    port = int(server.address.rsplit(":", 1)[1])
+    server.close()
+    await asyncio.sleep(0.2)
+    waiting = asyncio.create_task(client.send(Ask(asked=2)))
+    await asyncio.sleep(0.2)
+    assert not waiting.done()
+    server = Server(Ask | Hello, port=port)
+    assert (await server.receive())[1] == Ask(asked=2)
+    await waiting
+    close(server, client)
+
+
+@asynchronous
+async def test_a_slow_server_makes_the_client_wait_and_loses_nothing() -> None:
+    server, client = pair()
+    num_messages, kilobytes_64 = 4_000, bytes(64 << 10)
+    num_sent = 0
+
+    async def send_all() -> None:
+        nonlocal num_sent
+        for number in range(num_messages):
+            await client.send(Ask(asked=number), [kilobytes_64])
+            num_sent += 1
+
+    sending = asyncio.create_task(send_all())
+    await asyncio.sleep(0.5)
+    assert CLIENT_QUEUE < num_sent < num_messages
+    received = [(await server.receive())[1].asked for _ in range(num_messages)]
+    assert received == list(range(num_messages))
+    await sending
+    close(server, client)
+
+
+@asynchronous
+async def test_a_cancelled_receive_loses_no_message() -> None:
+    server, client = pair()
+    received = []
+    for number in range(200):
+        receiving = asyncio.create_task(server.receive())
+        await client.send(Ask(asked=number))
+        await asyncio.sleep(0.0005 * (number % 4))
+        receiving.cancel()
+        [result] = await asyncio.gather(receiving, return_exceptions=True)
+        if not isinstance(result, asyncio.CancelledError):
+            received.append(result[1].asked)
+    while len(received) < 200:
+        received.append((await server.receive())[1].asked)
+    assert received == list(range(200))
+    close(server, client)
+
+
+@asynchronous
+async def test_a_peer_that_returns_under_its_identity_takes_its_old_place() -> None:
+    server, client = pair()
+    await client.send(Ask(asked=1))
+    await server.receive()
+    returned = Client(server.address, Ack, b"worker-0")
+    await returned.send(Ask(asked=2))
+    assert (await server.receive())[:2] == (b"worker-0", Ask(asked=2))
+    await server.send(b"worker-0", Ack(lease_id=3))
+    assert (await returned.receive())[0] == Ack(lease_id=3)
+    close(server, client, returned)
+
+
+@asynchronous
+async def test_a_frame_above_the_limit_is_not_received_and_others_are_served() -> None:
+    limits = Limits(header_bytes=1000, frame_bytes=1000)
+    server = Server(Ask, limits=limits)
+    flood = zmq.asyncio.Context.instance().socket(zmq.DEALER)
+    flood.set(zmq.LINGER, 0)
+    flood.connect(server.address)
+    await flood.send_multipart([b"\x80", bytes(1001)])
+    await asyncio.sleep(0.1)
+    client = Client(server.address, Ack, b"worker-1", limits)
+    await client.send(Ask(asked=1))
+    assert (await server.receive())[0] == b"worker-1"
+    close(server, client, flood)
+
+
+@asynchronous
+async def test_too_many_frames_are_malformed() -> None:
+    server = Server(Ask)
+    flood = zmq.asyncio.Context.instance().socket(zmq.DEALER)
+    flood.set(zmq.LINGER, 0)
+    flood.connect(server.address)
+    await flood.send_multipart([b"\x80"] * 10_000)
+    _, message, buffers = await server.receive()
+    assert isinstance(message, Malformed)
+    assert str(message).startswith("10000 frames")
+    assert not buffers
+    close(server, flood)
+
+
+def pair() -> tuple[Server, Client]:
+    server = Server(Ask | Hello)
+    return server, Client(server.address, Ack, b"worker-0")
+
+
+def close(*sockets: Server | Client | zmq.asyncio.Socket) -> None:
+    for socket in sockets:
+        socket.close()
