@@ -91,8 +91,13 @@ class LeaseLost(Event):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class CloseGenBatch(Event):
+    """The open generation batch ends with the latest verdict, however few it has (the prompts came in one list)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class CutWanted(Event):
-    """The learner waits for batch `step`."""
+    """The learner waits for batch `step`. Asking for one that was cut already changes nothing."""
 
     step: int
 
@@ -123,12 +128,13 @@ class Action:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GrantLease(Action):
-    """Send a lease: the prompt goes from `waiting` to `leased`."""
+    """Send a lease. The move of its prompt to `leased` follows as an action of its own."""
 
     lease_id: int
     prompt_id: int
     worker: int
     attempt: int
+    """1 for the first; surplus and rollback don't count as one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -174,7 +180,11 @@ class EndLease(Action):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CutBatch(Action):
-    """Batch `step` has these members, in rising `prompt_id`. Journal it, then send it."""
+    """Batch `step` has these members, in rising `prompt_id`. Journal it, then send it.
+
+    At the limit of generation batches it is cut at once, perhaps before the learner asks for it: then it is sent when
+    the learner does. The moves of its prompts and groups to `cut` follow as actions of their own.
+    """
 
     step: int
     group_ids: tuple[int, ...]

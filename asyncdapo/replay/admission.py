@@ -1,0 +1,94 @@
+"""Admission: when the next prompt is leased, and which one it is.
+
+In: how many groups are ahead of the learner. Out: yes or no, and the next prompt of the stream.
+
+The rule, asked again after every event:
+
+    in_training + queued + keep_rate × running  <  (run_ahead + 1) × prompts_per_step
+
+The left side is what is ahead of the learner, in groups: members of batches that are cut but whose weights are not
+published yet, kept groups, and running ones at the rate at which the filter keeps them. Staleness is bought with it
+one to one. Nothing is evicted to make room; credits are withheld instead.
+
+Lemma (no deadlock). With nothing in training, nothing running and fewer than B = prompts_per_step groups queued the
+rule leases, for then the left side is queued < B ≤ (run_ahead + 1) × B; given a prompt, and a worker with a credit
+that has loaded a version fit for the next batch. Hence a learner that waits for a batch waits for something that is
+running, or the wait has another name: weights, no live worker, or the end of the data.
+
+Does not own: which worker gets the lease, and the staleness that a lease may have (`state.py`, `staleness.py`).
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Admission:
+    """The rule. All numbers are in groups."""
+
+    prompts_per_step: int
+    run_ahead: float
+    """Batches that generation may be ahead of training; 0 is a barrier."""
+    max_verdicts: float = math.inf
+    """Most verdicts of one train step. Only the barrier needs it: there, what runs at the limit could not stay for the
+    next step, whose weights differ."""
+
+    @property
+    def capacity(self) -> float:
+        """The right side of the rule."""
+        return (self.run_ahead + 1) * self.prompts_per_step
+
+    def admits(self, *, in_training: int, queued: int, running: int, keep_rate: float, verdicts: int) -> bool:
+        """Whether one more prompt is leased. `verdicts`: those of the current train step."""
+        ahead = in_training + queued + keep_rate * running
+        return ahead < self.capacity and verdicts + running < self.max_verdicts
+
+
+class PromptStream:
+    """The prompts that wait for a lease: fresh ones from `num_fresh` on, and those that came back.
+
+    A prompt's place in the stream is its `prompt_id`, so one that came back stands before every fresh one. Only the
+    prompt of a lost lease goes behind the next `prompts_per_step` fresh ones: if it is what kills workers or makes them
+    stall, the others are not held up by it. At the barrier it keeps its place, because leases go out there in rising
+    `prompt_id`.
+    """
+
+    def __init__(self, num_prompts: int | None, delay: int) -> None:
+        """`num_prompts`: where the stream ends, None if it doesn't; `delay`: fresh prompts that go before the prompt of
+        a lost lease."""
+        self.num_prompts = num_prompts
+        self.num_fresh = 0
+        """Prompts taken from the stream so far, which is the `prompt_id` of the next fresh one."""
+        self._delay = delay
+        self._returned: list[tuple[int, int]] = []
+
+    @property
+    def next(self) -> int | None:
+        """The prompt to lease next; None when the data is used up."""
+        if self._returned and self._returned[0] <= (self.num_fresh, self.num_fresh):
+            return self._returned[0][1]
+        if self.num_prompts is None or self.num_fresh < self.num_prompts:
+            return self.num_fresh
+        return self._returned[0][1] if self._returned else None
+
+    def take(self) -> int:
+        """Remove and return `next`."""
+        prompt_id = self.next
+        assert prompt_id is not None, "the data is used up"
+        if prompt_id == self.num_fresh:
+            self.num_fresh += 1
+        else:
+            heapq.heappop(self._returned)
+        return prompt_id
+
+    def put_back(self, prompt_id: int) -> None:
+        """To its own place, ahead of every fresh prompt."""
+        heapq.heappush(self._returned, (prompt_id, prompt_id))
+
+    def put_behind(self, prompt_id: int) -> None:
+        """Behind the next `delay` fresh prompts; to its own place if there is no delay."""
+        place = self.num_fresh + self._delay if self._delay else prompt_id
+        heapq.heappush(self._returned, (place, prompt_id))

@@ -1,0 +1,197 @@
+"""Audit: does a run directory hold what the design promises? From its files alone, finished or not.
+
+In: `ledger.db`, `payloads/`, `metrics.jsonl`, and `config.yaml`, whose values (the staleness bound first of all) the
+run is held to. Out: the breaches, one line each; none for a sound run.
+Trusts nothing that the run computed about itself: counts and staleness are taken again from the rows of the groups.
+Does not own: the invariants of the ledger (`invariants`).
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from asyncdapo.replay.invariants import INVARIANTS
+from asyncdapo.replay.journal import HELD_STATES, LEDGER_FILE, PAYLOAD_FOLDER, open_ledger
+from asyncdapo.replay.payloads import segment_path
+from asyncdapo.replay.schema import LEDGER_SCHEMA
+
+CONFIG_FILE = "config.yaml"
+METRICS_FILE = "metrics.jsonl"
+NUM_SHOWN = 3
+"""Rows shown of each breach; the rest is a number."""
+
+
+class _Unreadable(Exception):  # noqa: N818 - a finding, not a failure
+    """A file that the audit needs is missing, torn or foreign."""
+
+
+def run_audit(run_dir: Path) -> int:
+    """Print what the run came to and what is wrong with it. Returns the exit code: 1 on a breach."""
+    breaches = audit(run_dir)
+    print(run_dir)
+    for line in _summary(run_dir):
+        print(f"  {line}")
+    for breach in breaches:
+        print(f"breach: {breach}")
+    if not breaches:
+        print(f"sound: all {len(INVARIANTS)} invariants of the ledger hold, metrics and payloads agree with it")
+    return 1 if breaches else 0
+
+
+def audit(run_dir: Path) -> list[str]:
+    """Every breach found, as a sentence and the rows that show it."""
+    try:
+        limits = _limits(run_dir / CONFIG_FILE)
+        with closing(_open(run_dir)) as ledger:
+            finished = ledger.execute("SELECT EXISTS (SELECT 1 FROM events WHERE kind = 'run_ended')").fetchone()[0]
+            return [
+                *_ledger_breaches(ledger, limits | {"finished": finished}),
+                *_payload_breaches(ledger, run_dir / PAYLOAD_FOLDER),
+                *_metrics_breaches(ledger, run_dir / METRICS_FILE, bool(finished)),
+            ]
+    except (_Unreadable, sqlite3.Error) as error:
+        return [f"{LEDGER_FILE}: {error}" if isinstance(error, sqlite3.Error) else str(error)]
+
+
+def _limits(path: Path) -> dict[str, int]:
+    """What the run's configuration promises: the parameters of the invariants."""
+    if not path.is_file():
+        raise _Unreadable(f"{path.name}: missing, so there is nothing to hold the run to")
+    try:
+        config = OmegaConf.load(path)
+        batch_max, group_size = int(config.replay.prompts_per_step), int(config.rollout.group_size)
+        bound = 0 if float(config.replay.run_ahead) == 0 else int(config.replay.max_staleness)
+        return {
+            "bound": bound,
+            "batch_min": batch_max if config.filter.on_limit == "raise" else 1,
+            "batch_max": batch_max,
+            "group_size": group_size,
+            "max_attempts": int(config.prompts.max_attempts),
+        }
+    except (OmegaConfBaseException, YAMLError, AttributeError, TypeError, ValueError) as error:
+        raise _Unreadable(f"{path.name}: can't be read ({str(error).splitlines()[0]})") from error
+
+
+def _open(run_dir: Path) -> sqlite3.Connection:
+    """The ledger, once its schema and its pages are known to be right."""
+    if not (run_dir / LEDGER_FILE).is_file():
+        raise _Unreadable(f"{LEDGER_FILE}: missing")
+    ledger = open_ledger(run_dir)
+    row = ledger.execute("SELECT value FROM meta WHERE key = 'schema'").fetchone()
+    if row is None or row[0] != LEDGER_SCHEMA:
+        raise _Unreadable(f"{LEDGER_FILE}: schema {row and row[0]}, this program reads {LEDGER_SCHEMA}")
+    damage = ledger.execute("PRAGMA quick_check").fetchone()[0]
+    if damage != "ok":
+        raise _Unreadable(f"{LEDGER_FILE}: damaged ({damage.splitlines()[-1]})")
+    return ledger
+
+
+def _ledger_breaches(ledger: sqlite3.Connection, parameters: dict[str, int]) -> Iterator[str]:
+    for invariant, query in INVARIANTS.items():
+        rows = ledger.execute(query, parameters).fetchall()
+        if rows:
+            yield f"{invariant}: {_show([dict(row) for row in rows])}"
+
+
+def _payload_breaches(ledger: sqlite3.Connection, folder: Path) -> Iterator[str]:
+    """Tokens that may still be trained on must be there."""
+    held = ledger.execute(
+        "SELECT group_id, state, segment, offset + bytes AS end FROM groups WHERE state IN (?, ?, ?)", HELD_STATES
+    )
+    lacking = [
+        dict(row)
+        for row in held
+        if row["segment"] is None or _file_bytes(segment_path(folder, row["segment"])) < row["end"]
+    ]
+    if lacking:
+        yield f"a group that may still be trained has its payload: {_show(lacking)}"
+
+
+def _metrics_breaches(ledger: sqlite3.Connection, path: Path, finished: bool) -> Iterator[str]:
+    """metrics.jsonl has one line for each batch, and they agree. A run that was stopped between the two lacks the line
+    of its last batch."""
+    try:
+        lines = _metrics(path, finished)
+    except _Unreadable as error:
+        yield str(error)
+        return
+    batches = {row["step"]: row for row in ledger.execute("SELECT * FROM batches ORDER BY step")}
+    steps, expected = [line.get("step") for line in lines if line.get("step") != 0], list(batches)
+    if steps != expected and (finished or steps != expected[:-1]):
+        yield f"{path.name} has one line for each batch: {_difference(steps, expected)}"
+    for key, column in (("replay/trained_groups", "groups"), ("replay/staleness_max", "staleness_max")):
+        different = [
+            {"step": line["step"], path.name: line.get(key), "batches": batches[line["step"]][column]}
+            for line in lines
+            if line.get("step") in batches and line.get(key) != batches[line["step"]][column]
+        ]
+        if different:
+            yield f"{key} is what batches.{column} says: {_show(different)}"
+
+
+def _metrics(path: Path, finished: bool) -> list[dict]:
+    if not path.is_file():
+        raise _Unreadable(f"{path.name}: missing")
+    text = path.read_text(encoding="utf-8", errors="replace")
+    lines = text.splitlines()
+    if not finished and lines and not text.endswith("\n"):
+        lines.pop()  # the writer was stopped in the middle of it
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise _Unreadable(f"{path.name}: line {number} isn't JSON ({error.msg})") from error
+        if not isinstance(record, dict):
+            raise _Unreadable(f"{path.name}: line {number} isn't an object")
+        records.append(record)
+    return records
+
+
+def _difference(steps: list, expected: list[int]) -> str:
+    lacking, extra = sorted(set(expected) - set(steps)), [step for step in steps if step not in expected]
+    return f"{len(steps)} lines for {len(expected)} batches, lacking {lacking[:NUM_SHOWN]}, extra {extra[:NUM_SHOWN]}"
+
+
+def _file_bytes(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
+
+
+def _show(rows: list[dict]) -> str:
+    shown = "; ".join(", ".join(f"{name} {value}" for name, value in row.items()) for row in rows[:NUM_SHOWN])
+    more = len(rows) - NUM_SHOWN
+    return shown + (f"; and {more} more" if more > 0 else "")
+
+
+def _summary(run_dir: Path) -> list[str]:
+    """What the ledger counts, for people; nothing when it can't be read."""
+    try:
+        with closing(_open(run_dir)) as ledger:
+            return [*_counts(ledger), _batches(ledger)]
+    except (_Unreadable, sqlite3.Error):
+        return []
+
+
+def _counts(ledger: sqlite3.Connection) -> Iterator[str]:
+    for table, column in (("prompts", "state"), ("groups", "state"), ("leases", "COALESCE(outcome, 'open')")):
+        rows = ledger.execute(f"SELECT {column}, COUNT(*) FROM {table} GROUP BY 1 ORDER BY 2 DESC, 1")
+        counts = " · ".join(f"{state} {count:,}" for state, count in rows)
+        yield f"{table:<8} {counts or 'none'}"
+
+
+def _batches(ledger: sqlite3.Connection) -> str:
+    num, groups, tokens, worst, mean = ledger.execute(
+        "SELECT COUNT(*), SUM(groups), SUM(tokens), MAX(staleness_max), SUM(staleness_mean * groups) / SUM(groups)"
+        " FROM batches"
+    ).fetchone()
+    if num == 0:
+        return f"{'batches':<8} none"
+    return f"{'batches':<8} {num:,} of {groups:,} groups, {tokens:,} tokens · staleness max {worst}, mean {mean:.2f}"

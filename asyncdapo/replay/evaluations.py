@@ -1,0 +1,136 @@
+"""Evaluation requests: a table of their own beside the leases. No sockets, no clock.
+
+In: requests of the controller, workers with room, answers, lost workers. Out: the request a worker gets next, and all
+answers of an evaluation once they are there. Promises:
+
+    ahead of leases   a worker with room gets a request before it gets a lease, while there is room for one
+    share             together the requests under way hold at most `share × total_slots` slots (one may always go)
+    answered once     a request comes back to the table when its worker is lost or silent for long; whichever answer
+                      comes first counts, later ones are dropped
+    no endless loop   a request that was given out `MAX_ISSUES` times in vain ends the run
+
+Does not own: credits and sending (`server`), what is evaluated and when (the controller).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from asyncdapo.errors import RunError
+from asyncdapo.messages import EvalAnswer, EvalDone, EvalRequest
+
+MAX_ISSUES = 5
+
+
+@dataclass(eq=False)
+class Evaluation:
+    """The requests of one `evaluate` call."""
+
+    requests: dict[int, EvalRequest]
+    max_slots: float
+    answers: dict[int, list[EvalAnswer]] = field(default_factory=dict)
+
+    @property
+    def done(self) -> bool:
+        return len(self.answers) == len(self.requests)
+
+    def all_answers(self) -> list[EvalAnswer]:
+        """In the order of the requests."""
+        return [answer for request_id in self.requests for answer in self.answers[request_id]]
+
+
+@dataclass
+class _UnderWay:
+    worker: int
+    num_slots: int
+    since: int
+
+
+class Evaluations:
+    """Which requests wait, which are under way, and where."""
+
+    def __init__(self, total_slots: int) -> None:
+        self._total_slots = total_slots
+        self._evaluations: list[Evaluation] = []
+        self._waiting: deque[int] = deque()
+        self._under_way: dict[int, _UnderWay] = {}
+        self._issues: dict[int, int] = {}
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_under_way(self) -> int:
+        return len(self._under_way)
+
+    def start(self, requests: Sequence[EvalRequest], share: float) -> Evaluation:
+        """Queue the requests. Raises ValueError for an id that is in the table already."""
+        evaluation = Evaluation({request.request_id: request for request in requests}, share * self._total_slots)
+        taken = [request_id for request_id in evaluation.requests if self._evaluation_of(request_id)]
+        if taken or len(evaluation.requests) != len(requests):
+            raise ValueError(f"evaluation request ids must be new, each used once; in use: {taken}")
+        self._evaluations.append(evaluation)
+        self._waiting.extend(evaluation.requests)
+        return evaluation
+
+    def end(self, evaluation: Evaluation) -> None:
+        """Forget an evaluation, answered or not."""
+        self._evaluations.remove(evaluation)
+        self._waiting = deque(request_id for request_id in self._waiting if request_id not in evaluation.requests)
+        for request_id in evaluation.requests:
+            self._under_way.pop(request_id, None)
+            self._issues.pop(request_id, None)
+
+    def next_for(self, worker: int, tick: int) -> EvalRequest | None:
+        """The request that this worker shall run now, if there is one and its share of the slots has room."""
+        if not self._waiting:
+            return None
+        evaluation = self._evaluation_of(self._waiting[0])
+        request = evaluation.requests[self._waiting[0]]
+        in_use = sum(under_way.num_slots for under_way in self._under_way.values())
+        if in_use and in_use + len(request.prompts) > evaluation.max_slots:
+            return None
+        self._waiting.popleft()
+        self._under_way[request.request_id] = _UnderWay(worker, len(request.prompts), tick)
+        self._issues[request.request_id] = self._issues.get(request.request_id, 0) + 1
+        return request
+
+    def answer(self, done: EvalDone) -> Evaluation | None:
+        """Take an answer in. Returns its evaluation; None when it has this answer already, or is over.
+
+        Raises ValueError when they are not answers to the request's prompts, or not numbers.
+        """
+        evaluation = self._evaluation_of(done.request_id)
+        if evaluation is None or done.request_id in evaluation.answers:
+            return None
+        prompts = [prompt.prompt_id for prompt in evaluation.requests[done.request_id].prompts]
+        if [answer.prompt_id for answer in done.answers] != prompts:
+            raise ValueError(f"evaluation request {done.request_id} has other prompts than its answer")
+        if not all(math.isfinite(answer.acc) and answer.num_tokens >= 0 for answer in done.answers):
+            raise ValueError(f"evaluation request {done.request_id} has an accuracy or a length that is no number")
+        evaluation.answers[done.request_id] = done.answers
+        if self._under_way.pop(done.request_id, None) is None:
+            self._waiting.remove(done.request_id)
+        return evaluation
+
+    def lose_worker(self, worker: int) -> None:
+        """What this worker had goes to the next one with room. Raises RunError after `MAX_ISSUES`."""
+        self._reissue([request_id for request_id, at in self._under_way.items() if at.worker == worker])
+
+    def lose_silent(self, since: int) -> None:
+        """So do requests that were given out before tick `since`: the message or its answer may be lost."""
+        self._reissue([request_id for request_id, at in self._under_way.items() if at.since < since])
+
+    def _reissue(self, request_ids: list[int]) -> None:
+        for request_id in request_ids:
+            if self._issues[request_id] >= MAX_ISSUES:
+                raise RunError(f"evaluation request {request_id} was given out {MAX_ISSUES} times and never answered")
+            del self._under_way[request_id]
+            self._waiting.appendleft(request_id)
+
+    def _evaluation_of(self, request_id: int) -> Evaluation | None:
+        return next((evaluation for evaluation in self._evaluations if request_id in evaluation.requests), None)

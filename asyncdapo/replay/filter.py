@@ -1,0 +1,109 @@
+"""The filter: a verdict on every group, the rate of kept ones, and generation batches.
+
+In: the metrics and the number of loss-bearing tokens of a finished group. Out: its verdict; `keep_rate`, by which
+admission scales what is running; and the count of verdicts in generation batches, which limits how long one train
+step may look for groups worth training on.
+
+    kept       the metric differs within the group: it is trained on
+    constant   max − min ≤ 1e-6 (zero variance): every advantage is 0, so it would teach nothing (DAPO, §3.2)
+    masked     no token bears loss
+
+Does not own: where a group goes after its verdict (`state.py`).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+from asyncdapo.errors import ConfigError
+from asyncdapo.replay.config import FilterConfig
+
+Verdict = Literal["kept", "constant", "masked"]
+
+MIN_SPREAD = 1e-6
+"""A metric whose max − min is no larger is constant; float noise of equal rewards stays below."""
+KEEP_RATE_BATCHES = 4
+"""The keep rate looks back over this many batches' worth of verdicts."""
+MIN_KEEP_RATE = 0.1
+"""With nearly everything filtered, admission still counts a tenth of what runs, so that leases stay bounded."""
+
+
+def judge(config: FilterConfig, metrics: Mapping[str, Sequence[float]], num_loss_tokens: int) -> Verdict:
+    """Verdict on a group; with the filter off every group is kept.
+
+    `metrics`: each metric that every completion has, one number per completion. Raises ConfigError if the configured
+    one is not among them.
+    """
+    if not config.enabled:
+        return "kept"
+    if config.metric not in metrics:
+        names = ", ".join(sorted(metrics)) or "none"
+        raise ConfigError(
+            "filter.metric", "a group's completions don't all have this metric", config.metric, f"they have: {names}"
+        )
+    if num_loss_tokens == 0:
+        return "masked"
+    values = metrics[config.metric]
+    return "kept" if max(values) - min(values) > MIN_SPREAD else "constant"
+
+
+class KeepRate:
+    """Which share of the running groups the filter will keep, as estimated from the latest verdicts.
+
+    `(4 + kept) / (4 + seen)` over the last 4 batches' worth, at least 0.1: a prior of four kept groups keeps the first
+    few verdicts from swinging it. With the filter off it is 1, since every verdict is `kept`.
+    """
+
+    def __init__(self, prompts_per_step: int) -> None:
+        self._latest: deque[bool] = deque(maxlen=KEEP_RATE_BATCHES * prompts_per_step)
+        self._num_kept = 0
+
+    def count(self, verdict: Verdict) -> None:
+        if len(self._latest) == self._latest.maxlen:
+            self._num_kept -= self._latest[0]
+        self._latest.append(verdict == "kept")
+        self._num_kept += self._latest[-1]
+
+    @property
+    def value(self) -> float:
+        return max(MIN_KEEP_RATE, (4 + self._num_kept) / (4 + len(self._latest)))
+
+
+class GenBatches:
+    """Generation batches: verdicts grouped by `size`, in order of arrival.
+
+    One opens with its first verdict and belongs to the train step whose batch was being filled then, even if that
+    batch is cut before it closes. `num_opened` counts those of the current step.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.num_opened = 0
+        self._num_verdicts = 0
+        self._step, self._number = 0, 0
+
+    def count(self, step: int) -> None:
+        """A verdict fell while the batch of `step` was being filled."""
+        if self._num_verdicts == 0:
+            self.num_opened += 1
+            self._step, self._number = step, self.num_opened
+        self._num_verdicts += 1
+
+    @property
+    def is_open(self) -> bool:
+        return self._num_verdicts > 0
+
+    @property
+    def is_full(self) -> bool:
+        return self._num_verdicts >= self.size
+
+    def close(self) -> tuple[int, int]:
+        """End the open one. Returns the step that it belongs to and its number within that step, from 1."""
+        self._num_verdicts = 0
+        return self._step, self._number
+
+    def next_step(self) -> None:
+        """The batch was cut: from now on verdicts open generation batches of the next step."""
+        self.num_opened = 0

@@ -1,0 +1,311 @@
+"""The journal: every event of the core that changed something, as one transaction in `RUN_DIR/ledger.db`.
+
+In: a core event, the actions that it caused, and what the core doesn't know of it (the group that arrived, the prompts
+granted). Out: rows that any `sqlite3` can read (docs/ledger.md), and the groups again when a batch is cut.
+
+    commit, then send   `write` returns when the transaction is committed: whoever acknowledges a group or sends a batch
+                        after it can be killed at once and nothing that a peer was told is forgotten
+    bytes, then row     a group's buffers are in their segment before the row that points to them exists
+
+SQLite in WAL mode with synchronous NORMAL: what was committed outlives the process; a power cut may cost the last
+moments and leaves the file whole. Does not own: which state follows which (the core), sockets.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
+
+from asyncdapo.errors import UserError
+from asyncdapo.messages import Group, Payload, Prompt
+from asyncdapo.replay import events as core
+from asyncdapo.replay.payloads import SEGMENT_BYTES, Place, Segments, read_record
+from asyncdapo.replay.schema import LEDGER_SCHEMA, TABLES
+
+LEDGER_FILE = "ledger.db"
+PAYLOAD_FOLDER = "payloads"
+HELD_STATES = ("queued", "spare", "cut")
+"""States of a group whose tokens may still be trained on."""
+RECORDED_EVENTS = (core.WorkerJoined, core.WorkerLost, core.Loaded, core.Started, core.Published, core.RunEnded)
+"""Events that leave a row even when they cause no action."""
+
+
+class Journal:
+    """The one writer of a run's ledger. Not thread-safe: it lives in the replay server's event loop."""
+
+    branch = 0
+    """Branch that new rows belong to."""
+
+    def __init__(self, run_dir: Path, *, keep_payloads: bool = False, segment_bytes: int = SEGMENT_BYTES) -> None:
+        """Starts the ledger of a new run. Raises UserError when the directory holds one already."""
+        path = run_dir / LEDGER_FILE
+        if path.exists():
+            raise UserError(f"{path} exists: a run directory holds one run (choose another run.dir)")
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self._keep_payloads = keep_payloads
+        self._segments = Segments(run_dir / PAYLOAD_FOLDER, segment_bytes)
+        self._sessions: dict[int, str] = {}
+        self._position = 0
+        self._db = sqlite3.connect(path, isolation_level=None)
+        self._db.execute("PRAGMA journal_mode = WAL")
+        self._db.execute("PRAGMA synchronous = NORMAL")
+        self._db.executescript(f"BEGIN; {TABLES} COMMIT;")
+        meta = {"schema": LEDGER_SCHEMA, "created_at_s": time.time(), "keep_payloads": int(keep_payloads)}
+        self._db.executemany("INSERT INTO meta VALUES (?, ?)", meta.items())
+
+    def write(
+        self,
+        event: core.Event,
+        actions: Sequence[core.Action],
+        *,
+        prompts: Sequence[Prompt] = (),
+        arrived: tuple[Group, Payload] | None = None,
+        detail: str = "",
+        summary: Mapping[str, float] | None = None,
+    ) -> None:
+        """One transaction: the event, then its actions in order; none when there is nothing to write down.
+
+        prompts  the prompts of the leases granted in `actions`
+        arrived  header and buffers of a `GroupDone`
+        detail   session of a `WorkerJoined`; why a group was rejected or its reward function failed
+        summary  what the learner reports of a `Trained` step
+        """
+        if not actions and not isinstance(event, RECORDED_EVENTS):
+            return
+        self._position += 1
+        self._now = time.time()
+        with self._db:
+            self._db.execute("BEGIN")
+            self._write_event(event, detail)
+            self._insert_new_prompts(prompts)
+            for action in actions:
+                self._write_action(action, arrived, detail)
+            if isinstance(event, core.Trained):
+                self._insert_batch(event.step, summary or {})
+
+    def read(self, group_id: int) -> tuple[Group, Payload]:
+        """A group whose payload was kept. Raises LookupError when it wasn't, or not any longer."""
+        return self._segments.read(_place(self._db, group_id))
+
+    def outcome(self, lease_id: int) -> str | None:
+        """How a lease ended; None while it runs. Raises LookupError when it was never granted."""
+        try:
+            row = self._db.execute("SELECT outcome FROM leases WHERE lease_id = ?", (lease_id,)).fetchone()
+        except OverflowError:  # a peer may name any number; one beyond 64 bits was never granted
+            row = None
+        if row is None:
+            raise LookupError(f"no lease {lease_id} in the ledger")
+        return row[0]
+
+    def covered(self, step: int) -> None:
+        """A checkpoint of `step` exists: free the segments that no run resumed from it can ask for.
+
+        A group is done with when it had its end before step `step` was trained. One that ended later may come back:
+        its batch is trained again, or it returns to the queue.
+        """
+        if self._keep_payloads:
+            return
+        (position,) = self._db.execute("SELECT MAX(trained_pos) FROM batches WHERE step <= ?", (step,)).fetchone()
+        segments = self._db.execute(
+            "SELECT segment FROM groups WHERE segment < ? GROUP BY segment"
+            " HAVING MAX(changed_pos) <= ? AND SUM(state IN (?, ?, ?)) = 0",
+            (self._segments.newest, position or 0, *HELD_STATES),
+        ).fetchall()
+        self._db.executemany(
+            "UPDATE groups SET segment = NULL, offset = NULL, bytes = NULL WHERE segment = ?", segments
+        )
+        for (segment,) in segments:
+            self._segments.delete(segment)
+
+    def close(self) -> None:
+        """Close the files; SQLite folds its WAL into ledger.db."""
+        self._db.close()
+        self._segments.close()
+
+    # ------------------------------------------------------------------------------------------------------ events
+
+    def _write_event(self, event: core.Event, detail: str) -> None:
+        match event:
+            case core.WorkerJoined(worker=worker, loaded_version=version):
+                self._sessions[worker] = detail
+                self._insert_event("worker_joined", worker=worker, detail=detail)
+                self._insert_load(worker, version)
+            case core.WorkerLost(worker=worker):
+                self._insert_event("worker_lost", worker=worker)
+            case core.Loaded(worker=worker, version=version):
+                self._insert_load(worker, version)
+            case core.Started(lease_id=lease_id, version=version):
+                self._db.execute("UPDATE leases SET started_version = ? WHERE lease_id = ?", (version, lease_id))
+            case core.Published(version=version):
+                self._db.execute("INSERT INTO publishes VALUES (?, ?, ?, ?)", (version, self.branch, *self._stamp))
+            case core.RunEnded():
+                self._insert_event("run_ended")
+
+    def _write_action(self, action: core.Action, arrived: tuple[Group, Payload] | None, detail: str) -> None:
+        match action:
+            case core.GrantLease():
+                self._insert_lease(action)
+            case core.MovePrompt():
+                self._move_prompt(action)
+            case core.MoveGroup():
+                self._move_group(action, arrived)
+            case core.EndLease():
+                self._end_lease(action, detail)
+            case core.GenBatchClosed(step=step, number=number):
+                self._insert_event("gen_batch_closed", step=step, number=number)
+            case core.StopRun(reason=reason):
+                self._insert_event("stopped", detail=reason)
+
+    @property
+    def _stamp(self) -> tuple[int, float]:
+        return self._position, self._now
+
+    def _insert_event(
+        self,
+        kind: str,
+        *,
+        lease_id: int | None = None,
+        prompt_id: int | None = None,
+        worker: int | None = None,
+        step: int | None = None,
+        number: int | None = None,
+        detail: str = "",
+    ) -> None:
+        self._db.execute(
+            "INSERT INTO events (kind, branch, lease_id, prompt_id, worker, step, number, detail, pos, at_s)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (kind, self.branch, lease_id, prompt_id, worker, step, number, detail, *self._stamp),
+        )
+
+    def _insert_load(self, worker: int, version: int) -> None:
+        self._db.execute("INSERT INTO loads VALUES (?, ?, ?, ?, ?)", (worker, version, self.branch, *self._stamp))
+
+    # ------------------------------------------------------------------------------------ prompts, leases and groups
+
+    def _insert_new_prompts(self, prompts: Sequence[Prompt]) -> None:
+        """A prompt has its row from its first lease on."""
+        self._db.executemany(
+            "INSERT OR IGNORE INTO prompts VALUES (?, ?, ?, ?, 'waiting', 0, NULL, '', ?)",
+            [(prompt.prompt_id, prompt.epoch, prompt.source, prompt.row, self._position) for prompt in prompts],
+        )
+
+    def _insert_lease(self, action: core.GrantLease) -> None:
+        session = self._sessions[action.worker]
+        self._db.execute(
+            "INSERT INTO leases (lease_id, prompt_id, branch, attempt, worker, session, granted_pos, granted_at_s)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            (action.lease_id, action.prompt_id, self.branch, action.attempt, action.worker, session, *self._stamp),
+        )
+
+    def _move_prompt(self, action: core.MovePrompt) -> None:
+        moved = self._db.execute(
+            "UPDATE prompts SET state = ?, attempts = ?, step = ?, reason = ?, changed_pos = ? WHERE prompt_id = ?",
+            (action.state, action.attempts, action.step, action.reason, self._position, action.prompt_id),
+        )
+        assert moved.rowcount == 1, f"{action} of a prompt that was never leased"
+
+    def _end_lease(self, action: core.EndLease, detail: str) -> None:
+        """A late group changes nothing about its lease, which has ended before."""
+        if action.outcome != "late":
+            self._db.execute(
+                "UPDATE leases SET outcome = ?, reason = ?, ended_pos = ?, ended_at_s = ? WHERE lease_id = ?",
+                (action.outcome, action.reason, *self._stamp, action.lease_id),
+            )
+        if action.outcome != "done":
+            self._insert_event(
+                action.outcome,
+                lease_id=action.lease_id,
+                prompt_id=action.prompt_id,
+                worker=action.worker,
+                detail=detail or action.reason,
+            )
+
+    def _move_group(self, action: core.MoveGroup, arrived: tuple[Group, Payload] | None) -> None:
+        """The row of a group is made by the first move after its arrival."""
+        moved = self._db.execute(
+            "UPDATE groups SET state = ?, step = ?, reason = ?, changed_pos = ? WHERE group_id = ?",
+            (action.state, action.step, action.reason, self._position, action.group_id),
+        )
+        if moved.rowcount == 0:
+            assert arrived is not None, f"{action} of a group that never arrived"
+            self._insert_group(action, *arrived)
+
+    def _insert_group(self, action: core.MoveGroup, group: Group, payload: Payload) -> None:
+        held = action.state in HELD_STATES or self._keep_payloads
+        place = self._segments.append(group, payload) if held else None
+        completions = group.completions
+        accs = [completion.metrics["acc"] for completion in completions if "acc" in completion.metrics]
+        row = {
+            "group_id": action.group_id,
+            "prompt_id": action.prompt_id,
+            "lease_id": group.lease_id,
+            "branch": group.branch,
+            "attempt": group.attempt,
+            "worker": group.worker,
+            "min_version": group.min_version,
+            "max_version": group.max_version,
+            "entered": action.state,
+            "state": action.state,
+            "step": action.step,
+            "reason": action.reason,
+            "completions": len(completions),
+            "tokens": group.num_tokens,
+            "truncated": sum(completion.finish_reason == "length" for completion in completions),
+            "reward_mean": sum(completion.reward for completion in completions) / len(completions),
+            "acc_mean": sum(accs) / len(accs) if accs else None,
+            "generate_s": group.generate_s,
+            "segment": place.segment if place else None,
+            "offset": place.offset if place else None,
+            "bytes": place.num_bytes if place else None,
+            "arrived_pos": self._position,
+            "changed_pos": self._position,
+            "arrived_at_s": self._now,
+        }
+        columns, values = ", ".join(row), ", ".join(f":{column}" for column in row)
+        self._db.execute(f"INSERT INTO groups ({columns}) VALUES ({values})", row)
+
+    def _insert_batch(self, step: int, summary: Mapping[str, float]) -> None:
+        """The batch as its groups say it was: they became `trained` in this same transaction."""
+        self._db.execute(
+            "INSERT INTO batches SELECT :step, :branch, :version, COUNT(*), SUM(tokens), MAX(:version - min_version),"
+            " AVG(:version - min_version), AVG(reward_mean), :summary, :pos, :at_s"
+            " FROM groups WHERE step = :step AND state = 'trained'",
+            {
+                "step": step,
+                "branch": self.branch,
+                "version": step - 1,
+                "summary": json.dumps({name: float(number) for name, number in summary.items()}),
+                "pos": self._position,
+                "at_s": self._now,
+            },
+        )
+
+
+def open_ledger(run_dir: Path) -> sqlite3.Connection:
+    """The ledger for reading, also while the run goes on. Raises sqlite3.OperationalError when there is none."""
+    ledger = sqlite3.connect(f"{(run_dir / LEDGER_FILE).absolute().as_uri()}?mode=ro", uri=True)
+    ledger.row_factory = sqlite3.Row
+    return ledger
+
+
+def read_group(run_dir: Path, group_id: int) -> tuple[Group, Payload]:
+    """A group with its tokens and log-probs, from the files of a run (all of them with `replay.keep_payloads`).
+
+    Raises LookupError for a group that isn't there or whose payload is freed.
+    """
+    with closing(open_ledger(run_dir)) as ledger:
+        place = _place(ledger, group_id)
+    return read_record(run_dir / PAYLOAD_FOLDER, place)
+
+
+def _place(ledger: sqlite3.Connection, group_id: int) -> Place:
+    row = ledger.execute("SELECT segment, offset, bytes FROM groups WHERE group_id = ?", (group_id,)).fetchone()
+    if row is None:
+        raise LookupError(f"no group {group_id} in the ledger")
+    if row[0] is None:
+        raise LookupError(f"the payload of group {group_id} isn't kept (replay.keep_payloads keeps all)")
+    return Place(*row)

@@ -1,0 +1,112 @@
+"""The tables of `RUN_DIR/ledger.db`; docs/ledger.md explains every column to its readers.
+
+Two habits hold in all of them. Columns that end in `_pos` are journal positions: transactions are numbered 1, 2, …, one
+core event each, and a row remembers in which one it came and in which it changed last. With `branch` beside them, "what
+the journal holds after position p" is a plain WHERE clause, which is all that a rollback needs. Columns that end in
+`_s` are seconds, `*_at_s` since 1970.
+"""
+
+LEDGER_SCHEMA = 1
+"""Goes up when a column changes its meaning or goes away."""
+
+TABLES = """
+CREATE TABLE meta (
+    key TEXT PRIMARY KEY,
+    value
+);
+CREATE TABLE prompts (
+    prompt_id INTEGER PRIMARY KEY,
+    epoch INTEGER,
+    source TEXT,
+    row INTEGER,
+    state TEXT NOT NULL,
+    attempts INTEGER NOT NULL,
+    step INTEGER,
+    reason TEXT NOT NULL,
+    changed_pos INTEGER NOT NULL
+);
+CREATE TABLE leases (
+    lease_id INTEGER PRIMARY KEY,
+    prompt_id INTEGER NOT NULL,
+    branch INTEGER NOT NULL,
+    attempt INTEGER NOT NULL,
+    worker INTEGER NOT NULL,
+    session TEXT NOT NULL,
+    started_version INTEGER,
+    outcome TEXT,
+    reason TEXT NOT NULL DEFAULT '',
+    granted_pos INTEGER NOT NULL,
+    ended_pos INTEGER,
+    granted_at_s REAL NOT NULL,
+    ended_at_s REAL
+);
+CREATE TABLE groups (
+    group_id INTEGER PRIMARY KEY,
+    prompt_id INTEGER NOT NULL,
+    lease_id INTEGER NOT NULL,
+    branch INTEGER NOT NULL,
+    attempt INTEGER NOT NULL,
+    worker INTEGER NOT NULL,
+    min_version INTEGER NOT NULL,
+    max_version INTEGER NOT NULL,
+    entered TEXT NOT NULL,
+    state TEXT NOT NULL,
+    step INTEGER,
+    reason TEXT NOT NULL,
+    completions INTEGER NOT NULL,
+    tokens INTEGER NOT NULL,
+    truncated INTEGER NOT NULL,
+    reward_mean REAL NOT NULL,
+    acc_mean REAL,
+    generate_s REAL NOT NULL,
+    segment INTEGER,
+    offset INTEGER,
+    bytes INTEGER,
+    arrived_pos INTEGER NOT NULL,
+    changed_pos INTEGER NOT NULL,
+    arrived_at_s REAL NOT NULL
+);
+CREATE TABLE batches (
+    step INTEGER PRIMARY KEY,
+    branch INTEGER NOT NULL,
+    learner_version INTEGER NOT NULL,
+    groups INTEGER NOT NULL,
+    tokens INTEGER NOT NULL,
+    staleness_max INTEGER NOT NULL,
+    staleness_mean REAL NOT NULL,
+    reward_mean REAL NOT NULL,
+    summary TEXT NOT NULL,
+    trained_pos INTEGER NOT NULL,
+    trained_at_s REAL NOT NULL
+);
+CREATE TABLE publishes (
+    version INTEGER NOT NULL,
+    branch INTEGER NOT NULL,
+    pos INTEGER NOT NULL,
+    at_s REAL NOT NULL
+);
+CREATE TABLE loads (
+    worker INTEGER NOT NULL,
+    version INTEGER NOT NULL,
+    branch INTEGER NOT NULL,
+    pos INTEGER NOT NULL,
+    at_s REAL NOT NULL
+);
+CREATE TABLE events (
+    event_id INTEGER PRIMARY KEY,
+    kind TEXT NOT NULL,
+    branch INTEGER NOT NULL,
+    lease_id INTEGER,
+    prompt_id INTEGER,
+    worker INTEGER,
+    step INTEGER,
+    number INTEGER,
+    detail TEXT NOT NULL,
+    pos INTEGER NOT NULL,
+    at_s REAL NOT NULL
+);
+CREATE INDEX leases_prompt ON leases (prompt_id);
+CREATE INDEX groups_prompt ON groups (prompt_id);
+CREATE INDEX groups_step ON groups (step);
+CREATE INDEX groups_segment ON groups (segment);
+"""

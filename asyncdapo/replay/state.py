@@ -1,0 +1,346 @@
+"""The pure core of replay: which prompt is leased, which groups make the next batch, and when the run is over.
+
+In: events. Out: actions. No I/O, no clock, no threads, no chance: the same events give the same actions. The replay
+server, the property tests and the planner run this code.
+
+    Ready, Loaded ──▶ lease ──▶ GroupDone ──▶ verdict ──▶ queue ──▶ cut ──▶ Trained ──▶ Published
+                        ▲         filter.py     │                    │ sweep: what misses batch k + 1 is over
+                  admission.py             lifecycle.py           batch.py, staleness.py
+
+Every event is taken in, and then the state goes as far as it can: cut the batch if it is due, lease while the rule
+admits, stop when the data is used up. Nothing polls. After every event hold
+
+    exactly once   a prompt is in one state and ends once; a lease yields at most one group (`lifecycle.py`)
+    staleness      every queued group fits the next batch, so every member fits its batch (`staleness.py`)
+    admission      no lease was granted against the rule or without a credit of its worker (`admission.py`, `leases.py`)
+    batch size     `prompts_per_step`, but for `filter.on_limit: partial | unfiltered` at the limit or the data's end
+    no silence     an action is possible, or `why_waiting` (`waits.py`) names who is waited for
+
+`run_ahead: 0` runs the same code. Three things make it a barrier: leases go out in rising `prompt_id`, the cut waits
+until nothing runs, and what lies behind the last member goes back to the stream. Until then a group that the filter
+doesn't keep is spare, for its prompt may be among those.
+
+Does not own: payloads, the journal, deadlines and seeds (`server.py`, `journal.py`), and the rules named above.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+
+from asyncdapo.replay.admission import Admission, PromptStream
+from asyncdapo.replay.batch import HeldGroup, cut, cut_at_barrier
+from asyncdapo.replay.config import FilterConfig, ReplayConfig
+from asyncdapo.replay.events import (
+    Action,
+    CloseGenBatch,
+    CutBatch,
+    CutWanted,
+    Event,
+    GenBatchClosed,
+    GroupDone,
+    LeaseFailed,
+    LeaseLost,
+    Loaded,
+    Published,
+    Ready,
+    RunEnded,
+    Started,
+    StopRun,
+    Trained,
+    WorkerJoined,
+    WorkerLost,
+)
+from asyncdapo.replay.filter import GenBatches, KeepRate, judge
+from asyncdapo.replay.leases import Leases
+from asyncdapo.replay.lifecycle import Lifecycle
+from asyncdapo.replay.staleness import StalenessBound
+from asyncdapo.replay.waits import name_the_wait
+
+
+class ReplayState:
+    """The state machine. `handle` is the only way in; the attributes are for reading.
+
+    `handle` raises ConfigError when a group lacks the metric of the filter, and StalenessError if a member of a batch
+    were past the bound, which the invariants rule out.
+    """
+
+    def __init__(
+        self,
+        config: ReplayConfig,
+        filter: FilterConfig,
+        *,
+        max_attempts: int,
+        num_prompts: int | None,
+    ) -> None:
+        """`num_prompts`: length of the stream, epochs included; None if it is endless."""
+        self.config, self.filter = config, filter
+        size, barrier = config.prompts_per_step, config.synchronous
+        self._actions: list[Action] = []
+        self._do = self._actions.append
+
+        self.bound = StalenessBound(config.staleness_bound)
+        self.keep_rate = KeepRate(size)
+        self.gen_batches = GenBatches(filter.gen_batch_multiplier * size)
+        limited = barrier and filter.max_gen_batches > 0
+        self.admission = Admission(
+            prompts_per_step=size,
+            run_ahead=config.run_ahead,
+            max_verdicts=filter.max_gen_batches * self.gen_batches.size if limited else math.inf,
+        )
+        self.stream = PromptStream(num_prompts, delay=0 if barrier else size)
+        self.prompts = Lifecycle(self.stream, max_attempts=max_attempts, on_stale=config.on_stale, do=self._do)
+
+        self.leases = Leases(self.bound, do=self._do)
+        self.queued: list[HeldGroup] = []
+        """Kept groups in queue order."""
+        self.spare: list[HeldGroup] = []
+        """Groups that the filter doesn't keep and that may still become members or surplus of the next batch."""
+        self.untrained: dict[int, list[HeldGroup]] = {}
+        """Members of each batch that is cut and not trained."""
+        self.in_training: dict[int, int] = {}
+        """Number of groups of each batch that is cut and whose version is not published."""
+
+        self.next_step = 1
+        """The train step whose batch is filled now."""
+        self.cut_wanted = False
+        self.limit_reached = False
+        """The step has used up its generation batches: its batch is cut short, or filled."""
+        self.over = False
+
+    def handle(self, event: Event) -> list[Action]:
+        """Take in one event, then go as far as it allows. Returns what is to be done, in order."""
+        self._actions.clear()
+        self._take_in(event)
+        if not self.over:
+            self._cut_if_due()
+        if not self.over:
+            self._grant_leases()
+        return list(self._actions)
+
+    def why_waiting(self) -> str:
+        """Who is waited for now; starts with `learner`, `rollout`, `weights`, `no live worker` or `run over`."""
+        return name_the_wait(self)
+
+    def gauges(self) -> dict[str, float]:
+        """Numbers of the moment, in groups unless they say otherwise."""
+        return {
+            "in_training": sum(self.in_training.values()),
+            "queued": len(self.queued),
+            "spare": len(self.spare),
+            "running": len(self.leases.running),
+            "keep_rate": self.keep_rate.value,
+            "workers": len(self.leases.workers),
+            "credits": sum(worker.credits for worker in self.leases.workers.values()),
+        }
+
+    def _take_in(self, event: Event) -> None:
+        match event:
+            case WorkerJoined():
+                self.leases.join(event.worker, event.loaded_version)
+            case WorkerLost():
+                for lease in self.leases.leave(event.worker):
+                    self.prompts.lose(lease.prompt_id, "worker lost")
+            case Ready():
+                self.leases.workers[event.worker].credits = event.credits
+            case Loaded():
+                self.leases.workers[event.worker].loaded_version = event.version
+            case Started():
+                self.leases.start(event.lease_id, event.version)
+            case GroupDone():
+                self._accept_group(event)
+            case LeaseFailed():
+                if lease := self.leases.end_if_running(event.lease_id, "failed", "reward"):
+                    self.prompts.move(lease.prompt_id, "failed", reason="reward")
+            case LeaseLost():
+                self._lose_lease(event)
+            case CloseGenBatch():
+                if self.gen_batches.is_open:
+                    self._close_gen_batch()
+            case CutWanted():
+                assert event.step <= self.next_step, f"batch {event.step} wanted before batch {self.next_step}"
+                self.cut_wanted |= event.step == self.next_step
+            case Trained():
+                for group in self.untrained.pop(event.step):
+                    self.prompts.move_both(group, "trained", step=event.step)
+            case Published():
+                self.in_training = {step: size for step, size in self.in_training.items() if step > event.version}
+            case RunEnded():
+                self._end_run()
+            case _:
+                raise TypeError(f"not an event of replay: {event!r}")
+
+    # ------------------------------------------------------------------------------------------------------ leases
+
+    def num_kept(self) -> int:
+        """Kept groups that the next batch can count on.
+
+        At the barrier a group with a waiting prompt before it is not counted: the batch takes the first kept ones by
+        `prompt_id`, and that prompt (its lease was lost) may be one of them.
+        """
+        before = self.stream.next
+        if not self.config.synchronous or before is None:
+            return len(self.queued)
+        return sum(group.prompt_id < before for group in self.queued)
+
+    def admits(self) -> bool:
+        """Whether one more lease is admitted."""
+        return self.admission.admits(
+            in_training=sum(self.in_training.values()),
+            queued=self.num_kept(),
+            running=len(self.leases.running),
+            keep_rate=self.keep_rate.value,
+            verdicts=len(self.queued) + len(self.spare),
+        )
+
+    def _grant_leases(self) -> None:
+        # What starts while a due cut is held back can't be in that batch, and must not hold it back any longer.
+        step = self.next_step + self._cut_is_due()
+        while self.stream.next is not None and self.admits():
+            worker = self.leases.worker_for_next(step)
+            if worker is None:
+                return
+            prompt_id = self.stream.take()
+            self.leases.grant(prompt_id, worker, self.prompts.next_attempt(prompt_id))
+            self.prompts.move(prompt_id, "leased")
+
+    def _lose_lease(self, event: LeaseLost) -> None:
+        if lease := self.leases.running.get(event.lease_id):
+            self.leases.end(lease, "rejected" if event.reason == "rejected" else "lost", event.reason)
+            self.prompts.lose(lease.prompt_id, event.reason)
+
+    # ------------------------------------------------------------------------------------------------------ groups
+
+    def _accept_group(self, event: GroupDone) -> None:
+        lease = self.leases.end_if_running(event.lease_id, "done")
+        if lease is None:
+            return
+        group = HeldGroup(
+            min_version=event.min_version,
+            prompt_id=lease.prompt_id,
+            group_id=lease.lease_id,
+            verdict=judge(self.filter, event.metrics, event.num_loss_tokens),
+        )
+        if not self.bound.fits(group.min_version, self.next_step):
+            self._expire_group(group)
+            return
+        self._hold_or_filter(group)
+        self.keep_rate.count(group.verdict)
+        self.gen_batches.count(self.next_step)
+        if self.gen_batches.is_full:
+            self._close_gen_batch()
+
+    def _hold_or_filter(self, group: HeldGroup) -> None:
+        fills = self.filter.max_gen_batches > 0 and self.filter.on_limit == "unfiltered"
+        if group.verdict == "kept":
+            bisect.insort(self.queued, group)
+            self.prompts.move_both(group, "queued")
+        elif self.config.synchronous or (fills and group.verdict == "constant"):
+            self.spare.append(group)
+            self.prompts.move_both(group, "spare")
+        else:
+            self.prompts.move_both(group, "filtered", reason=group.verdict)
+
+    def _expire_group(self, group: HeldGroup) -> None:
+        self.prompts.move_group(group, "expired", reason="stale")
+        self.prompts.expire(group.prompt_id, "stale")
+
+    def _close_gen_batch(self) -> None:
+        """A generation batch is complete. Judge the step: is it short and out of generation batches?"""
+        step, number = self.gen_batches.close()
+        self._do(GenBatchClosed(step=step, number=number))
+        out_of_gen_batches = 0 < self.filter.max_gen_batches <= self.gen_batches.num_opened
+        if self.over or not out_of_gen_batches or self.num_kept() >= self.config.prompts_per_step:
+            return
+        if self.filter.on_limit == "raise":
+            self._stop_at_limit()
+        else:
+            self.limit_reached = True
+
+    # --------------------------------------------------------------------------------------------------------- cut
+
+    def _cut_if_due(self) -> None:
+        if self._cut_is_due():
+            if not self._leases_before_cut():
+                self._cut()
+        elif self.cut_wanted and self.stream.next is None and not self.leases.running:
+            self._finish_data()
+
+    def _cut_is_due(self) -> bool:
+        """When the learner wants the batch and it is full; at the limit at once, whatever it has."""
+        return self.limit_reached or (self.cut_wanted and self.num_kept() >= self.config.prompts_per_step)
+
+    def _leases_before_cut(self) -> bool:
+        """Whether a due cut is held back: at the barrier by every lease, under `on_stale: wait` by those that it would
+        end."""
+        if self.config.synchronous:
+            return bool(self.leases.running)
+        return self.config.on_stale == "wait" and bool(self.leases.overdue(self.next_step + 1))
+
+    def _cut(self, *, last: bool = False) -> None:
+        """Cut the next batch. `last`: no other follows, so nothing goes back to the stream."""
+        rule = cut_at_barrier if self.config.synchronous and not last else cut
+        fill = self.limit_reached and self.filter.on_limit == "unfiltered"
+        chosen = rule(self.queued, self.spare, self.config.prompts_per_step, fill=fill)
+        if not chosen.members:
+            self._stop_at_limit()
+            return
+        step, members = self.next_step, chosen.members
+        staleness = tuple(self.bound.check(step, group.min_version, group.group_id) for group in members)
+        self._do(CutBatch(step=step, group_ids=tuple(group.group_id for group in members), staleness=staleness))
+        for group in members:
+            self.prompts.move_both(group, "cut", step=step)
+        for group in chosen.filtered:
+            self.prompts.move_both(group, "filtered", reason=group.verdict)
+        for group in chosen.surplus:
+            self.prompts.give_back(group, "behind the last member")
+        self.untrained[step], self.in_training[step] = members, len(members)
+        self.queued, self.spare = chosen.queued, []
+        self._begin_step(step + 1)
+
+    def _begin_step(self, step: int) -> None:
+        """Fill the batch of `step` from now on, without what would miss the bound in it."""
+        if self.config.synchronous and self.gen_batches.is_open:
+            ended, number = self.gen_batches.close()
+            self._do(GenBatchClosed(step=ended, number=number))
+        self.gen_batches.next_step()
+        self.next_step, self.cut_wanted, self.limit_reached = step, False, False
+        for lease in self.leases.overdue(step):
+            self.leases.end(lease, "withdrawn", "stale")
+            self.prompts.expire(lease.prompt_id, "stale")
+        stale = [group for group in self.queued if not self.bound.fits(group.min_version, step)]
+        self.queued = [group for group in self.queued if self.bound.fits(group.min_version, step)]
+        for group in stale:
+            self._expire_group(group)
+
+    # --------------------------------------------------------------------------------------------------------- end
+
+    def _finish_data(self) -> None:
+        """Nothing waits, nothing runs, and the batch isn't full: a last short one, or the end of the run."""
+        if self.filter.on_limit == "partial" and self.queued:
+            self._cut(last=True)
+        elif not self.untrained:
+            self._stop(f"the data is used up: {len(self.queued)} kept groups are left", error=False)
+
+    def _stop_at_limit(self) -> None:
+        limit, size = self.filter.max_gen_batches, self.config.prompts_per_step
+        self._stop(
+            f"filter.max_gen_batches: {limit} generation batches gave {self.num_kept()} of the {size} groups that step "
+            f"{self.next_step} needs (easier or harder prompts, a higher limit, or filter.on_limit)",
+            error=True,
+        )
+
+    def _stop(self, reason: str, *, error: bool) -> None:
+        self.over = True
+        self._do(StopRun(reason=reason, error=error))
+
+    def _end_run(self) -> None:
+        """Every prompt without an end becomes `unused`; leases that run are withdrawn."""
+        self.over = True
+        for lease in list(self.leases.running.values()):
+            self.leases.end(lease, "withdrawn", "run ended")
+        for group in [*self.queued, *self.spare, *(group for groups in self.untrained.values() for group in groups)]:
+            self.prompts.move_group(group, "surplus", reason="run ended")
+        for prompt_id in self.prompts.unended:
+            self.prompts.move(prompt_id, "unused", reason="run ended")
+        self.queued, self.spare, self.untrained = [], [], {}

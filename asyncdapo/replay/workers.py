@@ -1,0 +1,273 @@
+"""The conversation with the rollout workers: their messages become events, after a look at each.
+
+In: messages of peers, and ticks. Out: events for the core, evaluation requests, answers that need no event. Peers that
+never said hello are dropped in silence and counted; what a known worker sends is checked before the core sees it, and
+nothing that it sends ends the server.
+
+    credits      a worker is owed `asked − granted`; evaluation requests go first, the core gets the rest as `Ready`
+    lost leases  a worker that fell silent loses its leases; one that speaks again joins again. A lease without a new
+                 token for `lease_stall_s` is lost alone
+    late groups  are acknowledged and dropped; repeated ones, whose acknowledgement was lost, too
+    over         leases that a heartbeat reports and that are over are withdrawn (again)
+
+Does not own: sockets, sessions as records (`sessions`), what follows from an event (`state`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Sequence
+
+from asyncdapo.messages import (
+    SCHEMA_VERSION,
+    Ack,
+    Ask,
+    EvalAck,
+    EvalAnswer,
+    EvalDone,
+    EvalRequest,
+    Group,
+    GroupDone,
+    GroupFailed,
+    Heartbeat,
+    Hello,
+    Loaded,
+    Message,
+    Reject,
+    Started,
+    Welcome,
+    Withdraw,
+)
+from asyncdapo.replay import events as core
+from asyncdapo.replay.evaluations import Evaluation, Evaluations
+from asyncdapo.replay.exchange import Exchange
+from asyncdapo.replay.intake import BadGroup, arrival, check_group
+from asyncdapo.replay.journal import Journal
+from asyncdapo.replay.sessions import Session, Sessions
+from asyncdapo.transport.codec import Malformed
+
+FromWorker = Hello | Ask | Started | Loaded | GroupDone | GroupFailed | EvalDone | Heartbeat
+NUM_WORKERS_MAX = 1 << 16
+EVAL_PATIENCE = 5
+"""An evaluation request without an answer for this many `lease_stall_s` is given out again."""
+
+log = logging.getLogger("replay")
+
+
+class Workers:
+    """All rollout workers, as the replay server sees them."""
+
+    def __init__(
+        self, exchange: Exchange, sessions: Sessions, journal: Journal, *, group_size: int, total_slots: int
+    ) -> None:
+        self._exchange, self._sessions, self._journal = exchange, sessions, journal
+        self._group_size = group_size
+        self._answered: dict[Evaluation, asyncio.Event] = {}
+        self.evaluations = Evaluations(total_slots)
+        self.dropped: Counter[str] = Counter(strangers=0, malformed=0, rejected=0, duplicates=0)
+        self.leasing = False
+        """Whether leases are granted; evaluation runs in any case."""
+
+    def hear(self, peer: bytes, message: Message | Malformed, frames: Sequence[memoryview]) -> None:
+        """One message of a peer, known or not."""
+        session = self._sessions.of_peer(peer)
+        if isinstance(message, Hello):
+            self._greet(peer, message)
+        elif session is None:
+            self.dropped["strangers"] += 1
+        else:
+            session.heard_tick = self._sessions.tick
+            self._listen(session, message, frames)
+
+    def tick(self) -> None:
+        """One heartbeat interval has passed: whoever made no use of it may be lost."""
+        sessions = self._sessions
+        sessions.tick += 1
+        for session in sessions.silent():
+            log.warning("worker %d is lost: nothing heard from it", session.worker)
+            self._lose(session)
+        for lease_id in sessions.stalled():
+            if lease_id in sessions.leases:  # the loss of another may have ended it
+                log.warning("lease %d is lost: no new token", lease_id)
+                self._exchange.apply(core.LeaseLost(lease_id=lease_id, reason="stalled"))
+        self.evaluations.lose_silent(sessions.tick - EVAL_PATIENCE * sessions.stall_ticks)
+        self.offer_all()
+
+    def offer_all(self) -> None:
+        """Give every worker with room something to do."""
+        for session in self._sessions.live:
+            self._offer(session)
+
+    async def evaluate(self, requests: Sequence[EvalRequest], share: float) -> list[EvalAnswer]:
+        """All answers, in the order of requests and prompts, whenever they are there."""
+        evaluation = self.evaluations.start(requests, share)
+        answered = self._answered[evaluation] = asyncio.Event()
+        try:
+            self.offer_all()
+            if not evaluation.done:
+                await answered.wait()
+            return evaluation.all_answers()
+        finally:
+            self.evaluations.end(evaluation)
+            del self._answered[evaluation]
+            self.offer_all()
+
+    # ----------------------------------------------------------------------------------------------------- sessions
+
+    def _listen(self, session: Session, message: Message | Malformed, frames: Sequence[memoryview]) -> None:
+        match message:
+            case Malformed():
+                self._drop("malformed", session, str(message))
+            case Ask(asked=asked):
+                session.asked = max(session.asked, asked)
+                self._offer(session)
+            case Heartbeat():
+                self._take_heartbeat(session, message)
+            case Loaded(version=version) if session.alive and self._exists(version):
+                self._note_loaded(session, version)
+            case Started(lease_id=lease_id, version=version):
+                if self._holds(session, lease_id) and self._exists(version):
+                    self._exchange.apply(core.Started(lease_id=lease_id, version=version))
+            case GroupDone(group=group):
+                self._take_group(session, group, frames)
+            case GroupFailed():
+                self._take_failure(session, message)
+            case EvalDone():
+                self._take_answers(session, message)
+
+    def _greet(self, peer: bytes, hello: Hello) -> None:
+        """A new session puts the worker's former one out, with all that it held."""
+        if hello.schema != SCHEMA_VERSION or hello.worker not in range(NUM_WORKERS_MAX):
+            self.dropped["malformed"] += 1
+            log.warning("%s is not welcome, this end has schema %d", hello, SCHEMA_VERSION)
+            return
+        if not self._exists(hello.loaded_version):
+            self.dropped["malformed"] += 1
+            log.warning("%s is not welcome, the newest version is %d", hello, self._exchange.newest_version)
+            return
+        session = self._sessions.recognise(peer, hello)
+        if session is None:
+            former = self._sessions.of_worker(hello.worker)
+            if former is not None and former.alive:
+                self._lose(former)
+            session = self._sessions.begin(peer, hello)
+        self._join(session, hello.loaded_version)
+        session.heard_tick = self._sessions.tick
+        self._exchange.send(session, Welcome(branch=self._exchange.branch, granted=session.granted))
+        self._offer(session)
+
+    def _join(self, session: Session, version: int) -> None:
+        """The worker is there, for the first time or again, and generates with `version`."""
+        if session.alive:
+            self._note_loaded(session, version)
+            return
+        session.alive, session.loaded_version = True, version
+        self._exchange.apply(core.WorkerJoined(worker=session.worker, loaded_version=version), detail=session.name)
+
+    def _lose(self, session: Session) -> None:
+        session.alive = False
+        self._exchange.apply(core.WorkerLost(worker=session.worker))
+        self.evaluations.lose_worker(session.worker)
+
+    def _take_heartbeat(self, session: Session, heartbeat: Heartbeat) -> None:
+        if over := self._sessions.note_heartbeat(session, heartbeat):
+            self._exchange.send(session, Withdraw(lease_ids=over))
+        if self._exists(heartbeat.loaded_version):
+            self._join(session, heartbeat.loaded_version)
+        self._offer(session)
+
+    def _note_loaded(self, session: Session, version: int) -> None:
+        if version != session.loaded_version:
+            session.loaded_version = version
+            self._exchange.apply(core.Loaded(worker=session.worker, version=version))
+
+    def _offer(self, session: Session) -> None:
+        if not session.alive:
+            return
+        while session.owed and (request := self.evaluations.next_for(session.worker, self._sessions.tick)):
+            session.granted += 1
+            self._exchange.send(session, request)
+        if self.leasing:
+            self._exchange.apply(core.Ready(worker=session.worker, credits=session.owed))
+
+    # ------------------------------------------------------------------------------------------------------- groups
+
+    def _take_group(self, session: Session, group: Group, frames: Sequence[memoryview]) -> None:
+        lease = self._sessions.leases.get(group.lease_id)
+        if lease is None:
+            self._settle_late(session, group.lease_id)
+            return
+        exchange = self._exchange
+        try:
+            if lease.worker != session.worker:
+                raise BadGroup(f"the lease is worker {lease.worker}'s")
+            payload = check_group(
+                group,
+                frames,
+                lease,
+                group_size=self._group_size,
+                branch=exchange.branch,
+                newest_version=exchange.newest_version,
+            )
+        except BadGroup as problem:
+            self._reject(session, group.lease_id, str(problem))
+            return
+        exchange.apply(arrival(group), arrived=(group, payload))
+
+    def _take_failure(self, session: Session, failure: GroupFailed) -> None:
+        if failure.lease_id not in self._sessions.leases:
+            self._settle_late(session, failure.lease_id)
+        elif self._holds(session, failure.lease_id):
+            self._exchange.apply(core.LeaseFailed(lease_id=failure.lease_id), detail=failure.reason)
+        else:
+            self._reject(session, failure.lease_id, "the lease is another worker's")
+
+    def _settle_late(self, session: Session, lease_id: int) -> None:
+        """The answer to a lease that is over: known (its acknowledgement was lost), late, or to no lease at all."""
+        try:
+            outcome = self._journal.outcome(lease_id)
+        except LookupError as error:
+            self._reject(session, lease_id, str(error))
+            return
+        if outcome == "done":
+            self.dropped["duplicates"] += 1
+        else:
+            late = core.GroupDone(lease_id=lease_id, min_version=0, max_version=0, metrics={}, num_loss_tokens=0)
+            self._exchange.apply(late)
+        self._exchange.send(session, Ack(lease_id=lease_id))
+
+    def _reject(self, session: Session, lease_id: int, reason: str) -> None:
+        """The worker forgets the group; the lease is over if it is this worker's own."""
+        self._drop("rejected", session, f"group of lease {lease_id}: {reason}")
+        if self._holds(session, lease_id):
+            self._exchange.apply(core.LeaseLost(lease_id=lease_id, reason="rejected"), detail=reason)
+        else:
+            self._exchange.send(session, Reject(lease_id=lease_id, reason=reason))
+
+    def _take_answers(self, session: Session, done: EvalDone) -> None:
+        """Bad answers are forgotten; their request is given out again when it is due."""
+        self._exchange.send(session, EvalAck(request_id=done.request_id))
+        try:
+            evaluation = self.evaluations.answer(done)
+        except ValueError as problem:
+            self._drop("rejected", session, str(problem))
+            return
+        if evaluation is None:
+            return
+        self._exchange.accounts.count_evaluation(done.answers)
+        if evaluation.done:
+            self._answered[evaluation].set()
+        self.offer_all()
+
+    def _holds(self, session: Session, lease_id: int) -> bool:
+        lease = self._sessions.leases.get(lease_id)
+        return lease is not None and lease.worker == session.worker
+
+    def _exists(self, version: int) -> bool:
+        return 0 <= version <= self._exchange.newest_version
+
+    def _drop(self, what: str, session: Session, problem: str) -> None:
+        self.dropped[what] += 1
+        log.warning("worker %d: %s", session.worker, problem)

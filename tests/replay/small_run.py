@@ -1,0 +1,172 @@
+"""A run of a few groups without sockets: the real core, journal and accounts, driven by hand.
+
+`finished_run` leaves a run directory that audit finds sound; it holds every kind of row.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from asyncdapo.messages import Completion, Group, Hello, Lease, Payload, Prompt
+from asyncdapo.replay import events as core
+from asyncdapo.replay.config import FilterConfig, ReplayConfig
+from asyncdapo.replay.exchange import Exchange
+from asyncdapo.replay.intake import arrival
+from asyncdapo.replay.journal import Journal
+from asyncdapo.replay.sessions import Sessions
+from asyncdapo.replay.state import ReplayState
+
+GROUP_SIZE = 2
+CONFIG = """
+replay: {prompts_per_step: 2, run_ahead: 1.0, max_staleness: 1}
+rollout: {group_size: 2}
+prompts: {max_attempts: 3}
+filter: {on_limit: raise}
+"""
+
+
+def prompt_at(prompt_id):
+    return Prompt(
+        prompt_id=prompt_id,
+        epoch=prompt_id // 100,
+        source="train",
+        row=prompt_id % 100,
+        token_ids=[5, 6, 7],
+        answer="8",
+    )
+
+
+def make_group(lease: Lease, *, worker=0, accs=(1.0, 0.0), versions=((0, 4),)) -> tuple[Group, Payload]:
+    """A sound answer to a lease: each completion has these versions, its reward is ±1."""
+    num_tokens = sum(count for _, count in versions)
+    completions = [
+        Completion(
+            num_tokens=num_tokens,
+            finish_reason="stop",
+            versions=[tuple(run) for run in versions],
+            loss_mask=[(1, num_tokens)],
+            reward=2 * acc - 1,
+            metrics={"acc": acc, "score": 2 * acc - 1, "seq_reward": 2 * acc - 1},
+        )
+        for acc in accs
+    ]
+    group = Group(
+        prompt_id=lease.prompt.prompt_id,
+        lease_id=lease.lease_id,
+        branch=lease.branch,
+        attempt=lease.attempt,
+        worker=worker,
+        num_prompt_tokens=len(lease.prompt.token_ids),
+        completions=completions,
+        generate_s=0.5,
+    )
+    total = num_tokens * len(accs)
+    payload = Payload(
+        np.array(lease.prompt.token_ids, np.int32),
+        np.arange(lease.lease_id, lease.lease_id + total, dtype=np.int32),
+        np.linspace(-2, -0.5, total, dtype=np.float32),
+    )
+    return group, payload
+
+
+class SmallRun:
+    """The exchange with a hand on every event."""
+
+    def __init__(self, run_dir: Path, *, keep_payloads=False, segment_bytes=1 << 20, **replay):
+        settings = {"prompts_per_step": 2, "run_ahead": 1.0, "max_staleness": 1} | replay
+        config = ReplayConfig(**settings)
+        self.journal = Journal(run_dir, keep_payloads=keep_payloads, segment_bytes=segment_bytes)
+        self.sessions = Sessions(stall_ticks=10)
+        self.state = ReplayState(config, FilterConfig(), max_attempts=3, num_prompts=None)
+        self.exchange = Exchange(
+            self.state,
+            self.journal,
+            self.sessions,
+            prompt_at,
+            group_size=GROUP_SIZE,
+            seed=1,
+            staleness_bound=config.staleness_bound,
+        )
+        self.leases: dict[int, Lease] = {}
+        self.lines: list[dict] = []
+
+    def join(self, worker, session="first", version=0):
+        hello = Hello(schema=1, worker=worker, session=session, loaded_version=version)
+        self.sessions.begin(f"peer-{worker}-{session}".encode(), hello)
+        self.exchange.apply(core.WorkerJoined(worker=worker, loaded_version=version), detail=session)
+
+    def ready(self, worker, credits):
+        """The leases that come of it."""
+        before = set(self.leases)
+        self.exchange.apply(core.Ready(worker=worker, credits=credits))
+        return [lease_id for lease_id in self.messages() if lease_id not in before]
+
+    def messages(self):
+        """Take what is to be sent; returns the ids of all leases seen so far."""
+        while not self.exchange.outgoing.empty():
+            message = self.exchange.outgoing.get_nowait().message
+            if isinstance(message, Lease):
+                self.leases[message.lease_id] = message
+        return list(self.leases)
+
+    def answer(self, lease_id, **group):
+        lease = self.sessions.leases.get(lease_id)
+        arrived = make_group(self.leases[lease_id], worker=lease.worker if lease else 0, **group)
+        self.exchange.apply(arrival(arrived[0]), arrived=arrived)
+        self.messages()
+
+    def fill(self, worker, **group):
+        """Answer the worker's leases, oldest first, until a batch is full."""
+        self.ready(worker, 4)
+        while self.state.num_kept() < 2:
+            self.answer(self.running(worker)[0], **group)
+            self.ready(worker, 4)
+
+    def running(self, worker):
+        """The worker's leases, oldest first."""
+        return sorted(lease_id for lease_id, lease in self.sessions.leases.items() if lease.worker == worker)
+
+    def train(self, step):
+        self.exchange.want_batch(b"learner", step)
+        metrics = self.exchange.trained(step, {"learner/loss": 0.25})
+        self.exchange.apply(core.Published(version=step))
+        for worker in self.state.leases.workers:
+            self.exchange.apply(core.Loaded(worker=worker, version=step))
+        self.messages()
+        self.lines.append({"step": step, **metrics})
+
+
+def write_files(run_dir: Path, lines):
+    (run_dir / "config.yaml").write_text(CONFIG)
+    records = [{"step": 0, "eval/accuracy": 0.4}, *lines]
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def finished_run(run_dir: Path) -> Path:
+    """Three steps, with a filtered, a stale, a late, a lost, a rejected and a failed group, and second attempts."""
+    run = SmallRun(run_dir)
+    for worker in range(3):
+        run.join(worker)
+    first, _ = run.ready(0, 2)
+    [slow] = run.ready(2, 1)
+    broken, *rest = run.ready(1, 3)
+    run.exchange.apply(core.Started(lease_id=slow, version=0))
+    run.exchange.apply(core.LeaseLost(lease_id=broken, reason="rejected"), detail="broken")
+    run.ready(1, 3)
+    run.answer(first)
+    run.answer(run.running(1)[0], accs=(1.0, 1.0))
+    run.fill(0)
+    run.train(1)
+    run.exchange.apply(core.LeaseFailed(lease_id=run.running(0)[0]), detail="ValueError")
+    run.exchange.apply(core.WorkerLost(worker=1))
+    run.fill(0, versions=((0, 2), (1, 2)))
+    run.train(2)
+    run.answer(slow)
+    run.fill(0, versions=((2, 4),))
+    run.train(3)
+    run.ready(0, 4)
+    run.exchange.apply(core.RunEnded())
+    run.journal.close()
+    write_files(run_dir, run.lines)
+    return run_dir
