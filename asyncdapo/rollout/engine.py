@@ -33,7 +33,7 @@ class Sample:
 
 @dataclass(kw_only=True)
 class Request:
-    """Samples of one prompt. The engine writes `num_sampled` as it goes, and calls `on_started` once."""
+    """Samples of one prompt. The engine writes `num_sampled` as it goes, and makes the two calls."""
 
     prompt_ids: list[int]
     seeds: list[int]
@@ -43,6 +43,8 @@ class Request:
     """Ahead of every waiting request that isn't (evaluation)."""
     on_started: Callable[[int], None] | None = None
     """Called in the event loop with the version that sampled the request's first token."""
+    on_sample_done: Callable[[], None] | None = None
+    """Called in the event loop whenever one of the samples is finished and no longer outstanding: there is room."""
     num_sampled: int = field(default=0, init=False)
     """Tokens sampled so far over all samples: the lease's progress."""
 

@@ -1,0 +1,69 @@
+"""What samples and scores are put together to: the group of a lease, the answer of an evaluation.
+
+In: a lease or prompt, the engine's samples, the scorer's verdicts. Out: records of `messages` and their payload.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from asyncdapo.messages import (
+    LOGPROB_DTYPE,
+    TOKEN_DTYPE,
+    Completion,
+    EvalAnswer,
+    Group,
+    Lease,
+    Payload,
+    Prompt,
+    Score,
+)
+from asyncdapo.rollout.engine import Sample
+
+
+def build_group(
+    lease: Lease, worker: int, samples: Sequence[Sample], scores: Sequence[Score], generate_s: float
+) -> tuple[Group, Payload]:
+    """The scored group of a lease and its token buffers. Every sampled token bears loss (a single turn)."""
+    completions = [
+        Completion(
+            num_tokens=len(sample.token_ids),
+            finish_reason=sample.finish_reason,
+            versions=sample.versions,
+            loss_mask=[(1, len(sample.token_ids))],
+            reward=score.reward,
+            metrics=score.metrics,
+        )
+        for sample, score in zip(samples, scores, strict=True)
+    ]
+    group = Group(
+        prompt_id=lease.prompt.prompt_id,
+        lease_id=lease.lease_id,
+        branch=lease.branch,
+        attempt=lease.attempt,
+        worker=worker,
+        num_prompt_tokens=len(lease.prompt.token_ids),
+        completions=completions,
+        generate_s=generate_s,
+    )
+    payload = Payload(
+        np.array(lease.prompt.token_ids, TOKEN_DTYPE),
+        np.concatenate([sample.token_ids for sample in samples], dtype=TOKEN_DTYPE),
+        np.concatenate([sample.logprobs for sample in samples], dtype=LOGPROB_DTYPE),
+    )
+    return group, payload
+
+
+def build_answer(prompt: Prompt, sample: Sample, acc: float) -> EvalAnswer:
+    """What one evaluated completion came to."""
+    versions = [version for version, _ in sample.versions]
+    return EvalAnswer(
+        prompt_id=prompt.prompt_id,
+        acc=acc,
+        num_tokens=len(sample.token_ids),
+        finish_reason=sample.finish_reason,
+        version_min=min(versions),
+        version_max=max(versions),
+    )

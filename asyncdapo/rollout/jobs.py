@@ -1,0 +1,166 @@
+"""A job: one lease or evaluation request, from its arrival to the message that answers it.
+
+In: leases and evaluation requests; samples of the engine, verdicts of the scorer. Out: `GroupDone` with its payload,
+`GroupFailed` when the reward function raised, `EvalDone`. Does not own: tasks, sockets, credits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+
+from asyncdapo.errors import RewardError, RunError
+from asyncdapo.messages import (
+    EvalAnswer,
+    EvalDone,
+    EvalRequest,
+    FinishReason,
+    GroupDone,
+    GroupFailed,
+    Lease,
+    Message,
+    Prompt,
+    Sampling,
+    Score,
+    sample_seed,
+)
+from asyncdapo.rollout.config import RolloutConfig
+from asyncdapo.rollout.engine import Engine, Request, Sample
+from asyncdapo.rollout.groups import build_answer, build_group
+from asyncdapo.transport.codec import Buffer
+
+Outgoing = tuple[Message, Sequence[Buffer]]
+
+Scorer = Callable[[Prompt, Sequence[np.ndarray], Sequence[FinishReason], int], Awaitable[list[Score]]]
+"""(prompt, token ids of each completion, finish reasons, seed) -> a score of each. Raises RewardError when the user's
+reward function raised."""
+
+log = logging.getLogger("rollout")
+
+
+@dataclass
+class Job:
+    """A lease (one request) or an evaluation (one request for each prompt) that the worker holds."""
+
+    source: Lease | EvalRequest
+    requests: list[Request]
+    num_starting: int
+    """Sequences that the engine doesn't have yet."""
+    started_at: float = math.nan
+
+    @property
+    def num_sampled(self) -> int:
+        """Tokens sampled so far; never falls."""
+        return sum(request.num_sampled for request in self.requests)
+
+
+class Jobs:
+    """Makes jobs and completes them with an engine and a scorer."""
+
+    def __init__(
+        self, worker: int, config: RolloutConfig, engine: Engine, score: Scorer, on_room: Callable[[], None]
+    ) -> None:
+        """`on_room` is called whenever a sequence has finished."""
+        self._worker, self._engine, self._score, self._on_room = worker, engine, score, on_room
+        self._sampling = Sampling(temperature=config.temperature, max_tokens=config.max_response_length)
+        self._turn = asyncio.Lock() if config.deterministic else nullcontext()
+        self._counts: Counter[str] = Counter()
+        self._score_s = 0.0
+
+    def gauges(self) -> dict[str, float]:
+        """Cumulative: `scored_groups`, `failed_groups`, `evaluations` (prompts), `score_s` (summed over calls)."""
+        counts = {key: self._counts[key] for key in ("scored_groups", "failed_groups", "evaluations")}
+        return counts | {"score_s": self._score_s}
+
+    def for_lease(self, lease: Lease, on_started: Callable[[Lease, int], None]) -> Job:
+        """`on_started` gets the lease and the version that samples its first token."""
+        request = Request(
+            prompt_ids=lease.prompt.token_ids,
+            seeds=[sample_seed(lease.seed, sample) for sample in range(lease.group_size)],
+            sampling=self._sampling,
+            on_sample_done=self._on_room,
+        )
+        job = Job(lease, [request], num_starting=lease.group_size)
+
+        def started(version: int) -> None:
+            job.started_at = time.monotonic()
+            on_started(lease, version)
+
+        request.on_started = started
+        return job
+
+    def for_evaluation(self, evaluation: EvalRequest) -> Job:
+        """A prompt's seed is its own, however prompts are spread over requests."""
+        requests = [
+            Request(
+                prompt_ids=prompt.token_ids,
+                seeds=[sample_seed(evaluation.seed, prompt.prompt_id)],
+                sampling=evaluation.sampling,
+                urgent=True,
+                on_sample_done=self._on_room,
+            )
+            for prompt in evaluation.prompts
+        ]
+        return Job(evaluation, requests, num_starting=len(requests))
+
+    async def complete(self, job: Job) -> Outgoing:
+        """The answer to the job. Raises EngineError, RunError."""
+        if isinstance(job.source, Lease):
+            return await self._complete_lease(job, job.source)
+        return await self._complete_evaluation(job, job.source)
+
+    async def _complete_lease(self, job: Job, lease: Lease) -> Outgoing:
+        samples = await self._generate(job, job.requests[0])
+        generate_s = time.monotonic() - job.started_at
+        try:
+            scores = await self._score_samples(lease.prompt, samples, lease.seed)
+        except RewardError as error:
+            log.warning("prompt %d failed: %s", lease.prompt.prompt_id, error)
+            self._counts["failed_groups"] += 1
+            return GroupFailed(lease_id=lease.lease_id, reason=str(error)), ()
+        self._counts["scored_groups"] += 1
+        group, payload = build_group(lease, self._worker, samples, scores, generate_s)
+        return GroupDone(group=group), payload.frames()
+
+    async def _complete_evaluation(self, job: Job, evaluation: EvalRequest) -> Outgoing:
+        async with asyncio.TaskGroup() as prompts:
+            answers = [
+                prompts.create_task(self._answer(job, prompt, request))
+                for prompt, request in zip(evaluation.prompts, job.requests, strict=True)
+            ]
+        self._counts["evaluations"] += len(answers)
+        return EvalDone(request_id=evaluation.request_id, answers=[answer.result() for answer in answers]), ()
+
+    async def _answer(self, job: Job, prompt: Prompt, request: Request) -> EvalAnswer:
+        """A response on which the reward function raises is not a right one."""
+        [sample] = await self._generate(job, request)
+        try:
+            [score] = await self._score_samples(prompt, [sample], request.seeds[0])
+        except RewardError as error:
+            log.warning("held-out prompt %d counts as wrong: %s", prompt.prompt_id, error)
+            return build_answer(prompt, sample, 0.0)
+        if "acc" not in score.metrics:
+            raise RunError(f"evaluation needs the metric `acc`, the reward function returned {sorted(score.metrics)}")
+        return build_answer(prompt, sample, score.metrics["acc"])
+
+    async def _generate(self, job: Job, request: Request) -> list[Sample]:
+        async with self._turn:
+            job.num_starting -= len(request.seeds)
+            return await self._engine.generate(request)
+
+    async def _score_samples(self, prompt: Prompt, samples: Sequence[Sample], seed: int) -> list[Score]:
+        token_ids = [sample.token_ids for sample in samples]
+        finish_reasons: list[FinishReason] = [sample.finish_reason for sample in samples]
+        start = time.monotonic()
+        try:
+            return await self._score(prompt, token_ids, finish_reasons, seed)
+        finally:
+            self._score_s += time.monotonic() - start

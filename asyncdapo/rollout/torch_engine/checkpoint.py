@@ -1,0 +1,191 @@
+"""Checkpoint: a Hugging Face directory becomes a `ModelShape`, rotary frequencies, stop ids and named tensors.
+
+In: a directory (or hub id) with `config.json` and safetensors, whole or sharded. Out: values that name nothing of
+Hugging Face. What the engine can't compute exactly is refused here, by name, and nothing is guessed.
+Does not own: the layout in which weights are computed with (`weights.py`).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from transformers import AutoConfig, PretrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from asyncdapo.errors import ConfigError
+
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+"""Rotary variants whose frequencies don't depend on the length of the sequence."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """Sizes and switches of a llama-family decoder."""
+
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_positions: int
+    norm_eps: float
+    tied_embeddings: bool
+    """The output projection is the embedding, and a checkpoint has it once."""
+    qkv_bias: bool
+    out_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    """RMS norm of every query and key head before the rotation (Qwen3)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """What a directory says about its model, without the weights."""
+
+    directory: Path
+    shape: ModelShape
+    frequencies_P: torch.Tensor  # noqa: N815
+    """Angle per position of each of the P = head_dim / 2 rotated pairs, float32."""
+    rotation_scale: float
+    """Factor on the rotated queries and keys (YaRN's attention factor); 1 elsewhere."""
+    stop_token_ids: frozenset[int]
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All weights by their Hugging Face names. Raises ConfigError for unreadable files."""
+        weights: dict[str, torch.Tensor] = {}
+        for file in _weight_files(self.directory):
+            try:
+                weights.update(load_file(file))
+            except (SafetensorError, OSError) as error:
+                raise ConfigError("model.path", f"can't read {file.name}: {error}", str(self.directory)) from error
+        return weights
+
+
+def read_checkpoint(model_path: str) -> Checkpoint:
+    """Raises ConfigError for a directory that isn't there or a model that this engine doesn't compute."""
+    directory = _locate(model_path)
+    try:
+        config = AutoConfig.from_pretrained(directory)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError("model.path", f"config.json can't be used: {error}", model_path) from error
+    _refuse_unknown(config, model_path)
+    frequencies_P, rotation_scale = _frequencies(config, model_path)  # noqa: N806
+    return Checkpoint(
+        directory=directory,
+        shape=_shape(config),
+        frequencies_P=frequencies_P,
+        rotation_scale=rotation_scale,
+        stop_token_ids=_stop_token_ids(directory, config),
+    )
+
+
+def _locate(model_path: str) -> Path:
+    """The directory itself, or the local copy of a hub repository (fetched when it isn't there yet)."""
+    directory = Path(model_path)
+    if not directory.is_dir():
+        try:
+            directory = Path(snapshot_download(model_path, allow_patterns=["*.json", "*.safetensors"]))
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+            raise ConfigError(
+                "model.path",
+                f"is neither a directory nor a model that the hub gives out ({type(error).__name__})",
+                model_path,
+            ) from error
+    if not (directory / "config.json").is_file():
+        raise ConfigError("model.path", "has no config.json", model_path)
+    return directory
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        return [directory / name for name in names]
+    whole = directory / "model.safetensors"
+    if not whole.is_file():
+        raise ConfigError("model.path", "has no model.safetensors", str(directory), "save the model as safetensors")
+    return [whole]
+
+
+def _refuse_unknown(config: PretrainedConfig, model_path: str) -> None:
+    if config.model_type not in MODEL_TYPES:
+        raise ConfigError(
+            "model.path",
+            f"the torch engine doesn't know the model type {config.model_type!r}",
+            model_path,
+            f"it computes {', '.join(MODEL_TYPES)}",
+        )
+    layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if layer_types != {"full_attention"} or _sliding_window(config):
+        raise ConfigError("model.path", "the torch engine has no sliding window attention", model_path)
+    if config.hidden_act != "silu":
+        raise ConfigError("model.path", f"the torch engine has no activation {config.hidden_act!r}", model_path)
+
+
+def _sliding_window(config: PretrainedConfig) -> int | None:
+    if not getattr(config, "use_sliding_window", True):
+        return None
+    return getattr(config, "sliding_window", None)
+
+
+def _shape(config: PretrainedConfig) -> ModelShape:
+    biases = getattr(config, "attention_bias", False)
+    return ModelShape(
+        num_layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=_head_dim(config),
+        vocab_size=config.vocab_size,
+        max_positions=config.max_position_embeddings,
+        norm_eps=config.rms_norm_eps,
+        tied_embeddings=config.tie_word_embeddings,
+        qkv_bias=biases or config.model_type == "qwen2",
+        out_bias=biases,
+        mlp_bias=getattr(config, "mlp_bias", False),
+        qk_norm=config.model_type == "qwen3",
+    )
+
+
+def _head_dim(config: PretrainedConfig) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def _frequencies(config: PretrainedConfig, model_path: str) -> tuple[torch.Tensor, float]:
+    """Rotary frequencies: Su et al. 2021 (default), and the scaled variants as Hugging Face computes them."""
+    rope = dict(config.rope_parameters)
+    kind = rope.get("rope_type", "default")
+    if kind not in ROPE_TYPES or rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ConfigError(
+            "model.path",
+            f"the torch engine doesn't know the rope_parameters {rope}",
+            model_path,
+            f"it computes whole-head rotations of type {', '.join(ROPE_TYPES)}",
+        )
+    if kind != "default":
+        return ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
+    dims_P = torch.arange(0, _head_dim(config), 2, dtype=torch.float32)  # noqa: N806
+    return 1.0 / rope["rope_theta"] ** (dims_P / _head_dim(config)), 1.0
+
+
+def _stop_token_ids(directory: Path, config: PretrainedConfig) -> frozenset[int]:
+    """End-of-sequence ids of `generation_config.json` and `config.json` together; either may hold a list."""
+    found = [getattr(config, "eos_token_id", None)]
+    generation = directory / "generation_config.json"
+    if generation.is_file():
+        found.append(json.loads(generation.read_text()).get("eos_token_id"))
+    ids: set[int] = set()
+    for value in found:
+        ids.update([value] if isinstance(value, int) else value or [])
+    return frozenset(ids)

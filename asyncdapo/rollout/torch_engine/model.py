@@ -1,0 +1,133 @@
+"""Model: the forward pass of a llama-family decoder, for whole prompts and for one token of many sequences.
+
+In: fused weights, token ids, positions, a KV cache. Out: logits of the next token in float32; `decode` also writes the
+token's keys and values into its slot. Keeps no state between calls and draws nothing.
+
+Query heads that share a key/value head are rows of one attention problem, so keys and values are never repeated. Keys
+and queries of a head are stored as P rotated pairs (see `weights.py`).
+
+Shapes: B sequences that decode, N prompts, M tokens (B, or N * T), T time, H hidden, Q query heads, K key/value heads,
+G = Q / K query heads of one key/value head, D head_dim, P = D / 2 rotated pairs, V vocabulary, L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+from asyncdapo.rollout.torch_engine.checkpoint import Checkpoint
+from asyncdapo.rollout.torch_engine.kv_cache import KVCache
+from asyncdapo.rollout.torch_engine.weights import LayerWeights, Weights
+
+Span = tuple[int, int, int]
+"""Slots [start, end) whose sequences all fit in the first `num_times` times of the cache."""
+
+
+class Model:
+    """Computes; the weights are an argument of every call, since they change while sequences run."""
+
+    def __init__(self, checkpoint: Checkpoint, num_positions: int, device: torch.device) -> None:
+        self._shape = checkpoint.shape
+        self._num_rotated = self._shape.num_heads + self._shape.num_kv_heads
+        angles_TP = torch.outer(torch.arange(num_positions, dtype=torch.float32), checkpoint.frequencies_P)
+        magnitudes_TP = torch.full_like(angles_TP, checkpoint.rotation_scale)
+        self._rotations_TP = torch.polar(magnitudes_TP, angles_TP).to(device)
+
+    def decode(
+        self, weights: Weights, cache: KVCache, tokens_B: torch.Tensor, positions_B: torch.Tensor, spans: Sequence[Span]
+    ) -> torch.Tensor:
+        """Logits [B, V] after token b of the sequence in slot b, which stands at `positions_B[b]`.
+
+        `spans` cover the slots 0 … B − 1 in order.
+        """
+        num_kv_heads = self._shape.num_kv_heads
+        slots_B = torch.arange(len(tokens_B), device=tokens_B.device)
+        rotations_B1P = self._rotations_TP[positions_B].unsqueeze(1)
+        x_BH = F.embedding(tokens_B, weights.embedding)
+        masks = [_mask(positions_B[start:end], num_times, x_BH.dtype) for start, end, num_times in spans]
+        for layer, kv_BKTD in zip(weights.layers, cache.layers, strict=True):
+            q_BQD, kv_BKD = self._project(layer, x_BH, rotations_B1P)
+            kv_BKTD[slots_B, :, positions_B] = kv_BKD
+            q_BKGD = q_BQD.unflatten(1, (num_kv_heads, -1))
+            parts = [
+                F.scaled_dot_product_attention(
+                    q_BKGD[start:end],
+                    kv_BKTD[start:end, :num_kv_heads, :num_times],
+                    kv_BKTD[start:end, num_kv_heads:, :num_times],
+                    attn_mask=mask,
+                )
+                for (start, end, num_times), mask in zip(spans, masks, strict=True)
+            ]
+            attended_BKGD = torch.cat(parts) if len(parts) > 1 else parts[0]
+            self._mix(layer, x_BH, attended_BKGD.flatten(1))
+        return self._logits(weights, x_BH)
+
+    def prefill(
+        self, weights: Weights, tokens_NT: torch.Tensor, lengths_N: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits [N, V] after the last token of each prompt, and keys and values [L, N, 2 K, T, D] of all of them.
+
+        Prompts are padded on the right; what stands at padded times means nothing.
+        """
+        num_kv_heads, (num_prompts, num_times) = self._shape.num_kv_heads, tokens_NT.shape
+        rotations_M1P = self._rotations_TP[:num_times].repeat(num_prompts, 1).unsqueeze(1)
+        x_MH = F.embedding(tokens_NT.flatten(), weights.embedding)
+        kv_LNKTD = x_MH.new_empty(
+            len(weights.layers), num_prompts, 2 * num_kv_heads, num_times, self._shape.head_dim
+        )
+        for layer, kv_NKTD in zip(weights.layers, kv_LNKTD, strict=True):
+            q_MQD, kv_MKD = self._project(layer, x_MH, rotations_M1P)
+            kv_NKTD.copy_(kv_MKD.unflatten(0, (num_prompts, num_times)).transpose(1, 2))
+            attended_NQTD = F.scaled_dot_product_attention(
+                q_MQD.unflatten(0, (num_prompts, num_times)).transpose(1, 2),
+                kv_NKTD[:, :num_kv_heads],
+                kv_NKTD[:, num_kv_heads:],
+                is_causal=True,
+                enable_gqa=True,
+            )
+            self._mix(layer, x_MH, attended_NQTD.transpose(1, 2).flatten(2).flatten(0, 1))
+        last_N = torch.arange(num_prompts, device=tokens_NT.device) * num_times + lengths_N - 1
+        return self._logits(weights, x_MH[last_N]), kv_LNKTD
+
+    def _project(
+        self, layer: LayerWeights, x_MH: torch.Tensor, rotations_M1P: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rotated queries [M, Q, D]; rotated keys and then values [M, 2 K, D]."""
+        qkv = F.linear(self._norm(x_MH, layer.attention_norm), layer.qkv, layer.qkv_bias)
+        qkv_MRD = qkv.unflatten(1, (-1, self._shape.head_dim))
+        rotated = qkv_MRD[:, : self._num_rotated]
+        if layer.qk_norm is not None:
+            rotated.copy_(F.rms_norm(rotated, (self._shape.head_dim,), None, self._shape.norm_eps).mul_(layer.qk_norm))
+        pairs = torch.view_as_complex(rotated.float().unflatten(2, (-1, 2)))
+        pairs.mul_(rotations_M1P)
+        if rotated.dtype != torch.float32:
+            rotated.copy_(torch.view_as_real(pairs).flatten(2))
+        return qkv_MRD[:, : self._shape.num_heads], qkv_MRD[:, self._shape.num_heads :]
+
+    def _mix(self, layer: LayerWeights, x_MH: torch.Tensor, attended: torch.Tensor) -> None:
+        """Add the attention's output and then the MLP's to the residual stream, in place."""
+        _add_linear(x_MH, attended, layer.out, layer.out_bias)
+        gate, up = F.linear(self._norm(x_MH, layer.mlp_norm), layer.gate_up, layer.gate_up_bias).chunk(2, dim=1)
+        _add_linear(x_MH, F.silu(gate).mul_(up), layer.down, layer.down_bias)
+
+    def _logits(self, weights: Weights, x_MH: torch.Tensor) -> torch.Tensor:
+        return F.linear(self._norm(x_MH, weights.norm), weights.head).float()
+
+    def _norm(self, x_MH: torch.Tensor, weight_H: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x_MH, (self._shape.hidden_size,), weight_H, self._shape.norm_eps)
+
+
+def _add_linear(x_MH: torch.Tensor, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    x_MH.addmm_(inputs, weight.t())
+    if bias is not None:
+        x_MH.add_(bias)
+
+
+def _mask(positions_B: torch.Tensor, num_times: int, dtype: torch.dtype) -> torch.Tensor:
+    """Additive mask [B, 1, 1, T]: a token sees the times up to its own."""
+    times_T = torch.arange(num_times, device=positions_B.device)
+    hidden_BT = times_T > positions_B.unsqueeze(1)
+    zeros = torch.zeros(hidden_BT.shape, dtype=dtype, device=positions_B.device)
+    return zeros.masked_fill_(hidden_BT, float("-inf"))[:, None, None, :]

@@ -1,0 +1,68 @@
+"""Sampling: draws one token per row of logits, and says how likely it was.
+
+The uniform number behind a draw is a pure function of the sample's seed and the token's index in the response, and the
+draw is the inverse of the cumulative distribution. So a sample doesn't depend on which others ran beside it.
+
+The log-prob is the float32 log-softmax of logits / T over the whole vocabulary at the sampling temperature, also where
+top-k or top-p narrow the choice (evaluation); a greedy token has its value at T = 1.
+
+Shapes: B rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+GAMMA = np.uint64(0x9E37_79B9_7F4A_7C15)
+
+
+def uniforms(seeds_B: np.ndarray, indices_B: np.ndarray) -> np.ndarray:
+    """Uniform float64 numbers in [0, 1): output `index` of the SplitMix64 stream that starts at `seed`.
+
+    (Steele, Lea, Flood 2014.) Both arguments are uint64 [B].
+    """
+    state = seeds_B + (indices_B + np.uint64(1)) * GAMMA
+    state = (state ^ state >> np.uint64(30)) * np.uint64(0xBF58_476D_1CE4_E5B9)
+    state = (state ^ state >> np.uint64(27)) * np.uint64(0x94D0_49BB_1331_11EB)
+    state ^= state >> np.uint64(31)
+    return (state >> np.uint64(11)) * 2.0**-53
+
+
+def draw(
+    logits_BV: torch.Tensor,
+    temperatures_B: torch.Tensor,
+    uniforms_B: torch.Tensor,
+    *,
+    greedy_B: torch.Tensor | None = None,
+    narrowing: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids int64 [B] and their log-probs float32 [B].
+
+    `greedy_B` marks rows that take their most likely token. `narrowing` is (top_k, top_p) per row, where 0 and 1 leave
+    a row whole.
+    """
+    logprobs_BV = torch.log_softmax(logits_BV / temperatures_B.unsqueeze(1), dim=-1)
+    probs_BV = logprobs_BV.exp()
+    if narrowing is not None:
+        probs_BV = narrow(probs_BV, *narrowing)
+    cumulative_BV = probs_BV.cumsum(-1, dtype=torch.float64)
+    targets_B1 = uniforms_B.unsqueeze(1) * cumulative_BV[:, -1:]
+    tokens_B1 = torch.searchsorted(cumulative_BV, targets_B1, right=True)
+    if greedy_B is not None:
+        tokens_B1 = torch.where(greedy_B.unsqueeze(1), logits_BV.argmax(-1, keepdim=True), tokens_B1)
+    return tokens_B1.squeeze(1), logprobs_BV.gather(1, tokens_B1).squeeze(1)
+
+
+def narrow(probs_BV: torch.Tensor, top_k_B: torch.Tensor, top_p_B: torch.Tensor) -> torch.Tensor:
+    """Probabilities with the tokens outside top-k, and then outside top-p of what remains, set to 0.
+
+    Top-p keeps the most likely tokens until their share reaches `top_p`, at least one.
+    """
+    sorted_BV, order_BV = probs_BV.sort(dim=-1, descending=True, stable=True)
+    ranks_V = torch.arange(probs_BV.shape[-1], device=probs_BV.device)
+    limits_B1 = torch.where(top_k_B > 0, top_k_B, probs_BV.shape[-1]).unsqueeze(1)
+    sorted_BV = sorted_BV * (ranks_V < limits_B1)
+    before_BV = sorted_BV.cumsum(-1) - sorted_BV
+    kept_BV = (before_BV < top_p_B.unsqueeze(1) * sorted_BV.sum(-1, keepdim=True)) | (top_p_B.unsqueeze(1) >= 1)
+    return torch.zeros_like(probs_BV).scatter_(1, order_BV, sorted_BV * kept_BV)

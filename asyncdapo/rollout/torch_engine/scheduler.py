@@ -1,0 +1,98 @@
+"""Scheduler: which waiting samples start when slots come free. Pure Python, no tensors of its own.
+
+Requests wait in order of arrival, urgent ones before all others. A request's samples start in order, as many as there
+are slots; the rest of them wait at the head. Slots are filled again when an eighth of them is free: filling one by one
+costs more in small copies than idle slots do.
+
+In deterministic mode a request starts only when nothing runs, and never shares the slots with another.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from asyncdapo.rollout.engine import Request, Sample
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """A prompt's logits [1, V] and its keys and values [L, 1, 2 K, T, D], made with the weights in use."""
+
+    logits_1V: torch.Tensor  # noqa: N815
+    kv_L1KTD: torch.Tensor  # noqa: N815
+
+
+@dataclass(eq=False)
+class Job:
+    """A request on its way through the engine."""
+
+    request: Request
+    samples: list[Sample | None] = field(init=False)
+    num_unfinished: int = field(init=False)
+    num_running: int = field(default=0, init=False)
+    num_started: int = field(default=0, init=False)
+    prefill: Prefill | None = field(default=None, init=False)
+    """Shared by the samples that still wait; dropped at a weight update."""
+
+    def __post_init__(self) -> None:
+        self.samples = [None] * len(self.request.seeds)
+        self.num_unfinished = len(self.samples)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self.samples) - self.num_started
+
+    def finish(self, index: int, sample: Sample) -> None:
+        self.samples[index] = sample
+        self.num_unfinished -= 1
+        self.num_running -= 1
+
+
+class Scheduler:
+    """Holds the jobs of which some samples have not started."""
+
+    def __init__(self, num_slots: int, *, one_at_a_time: bool = False) -> None:
+        self._num_slots = num_slots
+        self._one_at_a_time = one_at_a_time
+        self._min_free = num_slots if one_at_a_time else max(1, num_slots // 8)
+        self._urgent: deque[Job] = deque()
+        self._others: deque[Job] = deque()
+
+    def add(self, job: Job) -> None:
+        (self._urgent if job.request.urgent else self._others).append(job)
+
+    def withdraw(self, job: Job) -> None:
+        """Its waiting samples never start; a job without any is not an error."""
+        queue = self._urgent if job.request.urgent else self._others
+        if job in queue:
+            queue.remove(job)
+
+    def __bool__(self) -> bool:
+        return bool(self._urgent or self._others)
+
+    def jobs(self) -> Iterator[Job]:
+        yield from self._urgent
+        yield from self._others
+
+    def take(self, num_running: int) -> list[tuple[Job, int]]:
+        """Jobs and how many of their samples start now; none while too few slots are free."""
+        num_free, starts = self._num_slots - num_running, []
+        if num_free < self._min_free:
+            return starts
+        while num_free and self:
+            queue = self._urgent or self._others
+            job = queue[0]
+            count = min(num_free, job.num_waiting)
+            starts.append((job, count))
+            num_free -= count
+            if count == job.num_waiting:
+                queue.popleft()
+            if self._one_at_a_time:
+                break
+        return starts

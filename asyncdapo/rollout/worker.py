@@ -1,0 +1,251 @@
+"""Rollout worker: turns leases into scored groups, and leaves no slot empty while it has credit.
+
+    replay ──Lease, EvalRequest──▶ receive ──▶ a task each: generate, score ──▶ outbox ──▶ send ──GroupDone, EvalDone──▶
+           ──Ack, Reject, Withdraw, EvalAck──▶ receive: the lease or evaluation is over
+           ◀──Hello, Ask, Started, Loaded, Heartbeat── send
+
+Owns: its session, its credits, its outbox. Does not own: the engine (its owner starts and stops it), the scorer, the
+weight transfer, and what becomes of a group. One task receives, one sends, each job is one more; all are in one watched
+set, so that the first failure ends `run` with that error. Everything but the send task only changes state and wakes it.
+
+Nothing but `Hello` is sent until the server answers `Welcome`. A server that has been silent for `QUIET_HEARTBEATS`
+heartbeats may have lost the link or begun anew, and can't speak to a peer it doesn't know: the worker says `Hello`
+again, with every heartbeat, until it is welcome. Then it counts its credits from the server's number. What is in the
+outbox is sent again every `RESEND_HEARTBEATS` until it is acknowledged, rejected or withdrawn.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import secrets
+import time
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from asyncdapo.errors import RunError
+from asyncdapo.messages import (
+    SCHEMA_VERSION,
+    Ack,
+    Ask,
+    EvalAck,
+    EvalRequest,
+    Heartbeat,
+    Hello,
+    Lease,
+    Loaded,
+    Message,
+    Reject,
+    Started,
+    Welcome,
+    Withdraw,
+)
+from asyncdapo.rollout.config import RolloutConfig
+from asyncdapo.rollout.credits import Credits
+from asyncdapo.rollout.engine import Engine
+from asyncdapo.rollout.jobs import Job, Jobs, Outgoing, Scorer
+from asyncdapo.transport.codec import Malformed
+from asyncdapo.transport.delivery import Outbox
+from asyncdapo.transport.sockets import Client
+
+if TYPE_CHECKING:
+    import torch
+
+QUIET_HEARTBEATS = 3
+RESEND_HEARTBEATS = 2
+MAX_MALFORMED = 10
+"""Undecodable messages of the server that are passed over; one more ends the run."""
+
+Incoming = Welcome | Lease | Ack | Reject | Withdraw | EvalRequest | EvalAck
+Key = tuple[str, int]
+"""("lease", lease_id) or ("eval", request_id)."""
+
+log = logging.getLogger("rollout")
+
+
+class RolloutWorker:
+    """One worker: an engine and a scorer, joined to the replay server."""
+
+    def __init__(
+        self, index: int, config: RolloutConfig, heartbeat_s: float, engine: Engine, score: Scorer, address: str
+    ) -> None:
+        """`index` names the worker in records; `address` is the replay server's, "tcp://host:port"."""
+        self._index, self._config, self._heartbeat_s = index, config, heartbeat_s
+        self._engine, self._address = engine, address
+        self._session = secrets.token_hex(8)
+        self._wake = asyncio.Event()
+
+        self._jobs = Jobs(index, config, engine, score, on_room=self._wake.set)
+        self._held: dict[int, Job] = {}
+        """Leases that aren't over, by `lease_id`."""
+        self._seen: set[int] = set()
+        self._running: dict[Key, tuple[Job, asyncio.Task[None]]] = {}
+        self._credits = Credits(config.group_size)
+        self._outbox = Outbox(RESEND_HEARTBEATS * heartbeat_s)
+        self._started: list[Started] = []
+
+        self._welcomed = False
+        self._heard_at = self._hello_at = self._heartbeat_at = -math.inf
+        self._announced_version = -1
+        self._counts: Counter[str] = Counter()
+
+    async def run(self) -> None:
+        """Work until cancelled. Raises the first error of any task: EngineError, RunError past `MAX_MALFORMED`."""
+        client = Client(self._address, Incoming, f"rollout-{self._index}-{self._session}".encode())
+        try:
+            async with asyncio.TaskGroup() as self._tasks:
+                self._tasks.create_task(self._receive(client))
+                self._tasks.create_task(self._send(client))
+        except BaseExceptionGroup as errors:
+            raise _first(errors) from None
+        finally:
+            client.close()
+
+    async def load_weights(self, version: int, weights: Mapping[str, torch.Tensor]) -> None:
+        """Generate with these weights from a boundary between two tokens on, and tell the server. Returns then."""
+        await self._engine.load_weights(version, weights)
+        self._wake.set()
+
+    def gauges(self) -> dict[str, float]:
+        """Cumulative since the session began: the engine's and the jobs' counters, and how leases and messages went."""
+        own = {key: self._counts[key] for key in ("rejected_groups", "withdrawn_groups", "malformed")}
+        return self._engine.gauges() | self._jobs.gauges() | own | {"resent": self._outbox.num_resent}
+
+    # ------------------------------------------------------------------------------------------------------- receive
+
+    async def _receive(self, client: Client) -> None:
+        while True:
+            try:
+                message, _ = await client.receive()
+            except Malformed as malformed:
+                self._count_malformed(malformed)
+                continue
+            self._heard_at = time.monotonic()
+            self._handle(message)
+            self._wake.set()
+
+    def _count_malformed(self, malformed: Malformed) -> None:
+        self._counts["malformed"] += 1
+        log.warning("undecodable message from the replay server: %s", malformed)
+        if self._counts["malformed"] > MAX_MALFORMED:
+            raise RunError(f"more than {MAX_MALFORMED} undecodable messages from the replay server") from malformed
+
+    def _handle(self, message: Incoming) -> None:
+        match message:
+            case Welcome(granted=granted):
+                self._welcomed = True
+                self._credits.go_on_from(granted)
+            case Lease():
+                self._take_lease(message)
+            case EvalRequest():
+                self._take_evaluation(message)
+            case Ack(lease_id=lease_id):
+                self._end_lease(lease_id)
+            case Reject(lease_id=lease_id, reason=reason):
+                log.warning("the group of lease %d was rejected: %s", lease_id, reason)
+                self._counts["rejected_groups"] += self._end_lease(lease_id)
+            case Withdraw(lease_ids=lease_ids):
+                self._counts["withdrawn_groups"] += sum(self._end_lease(lease_id) for lease_id in lease_ids)
+            case EvalAck(request_id=request_id):
+                self._outbox.acknowledge(("eval", request_id))
+
+    def _take_lease(self, lease: Lease) -> None:
+        """A lease that was seen before, held or over, is a repeated message."""
+        if lease.lease_id in self._seen:
+            return
+        self._seen.add(lease.lease_id)
+        self._credits.granted += 1
+        job = self._held[lease.lease_id] = self._jobs.for_lease(lease, self._note_started)
+        self._begin(("lease", lease.lease_id), job)
+
+    def _take_evaluation(self, evaluation: EvalRequest) -> None:
+        """A request that runs or awaits its acknowledgement is a repeated one; one that is over is done again."""
+        self._credits.granted += 1
+        key = ("eval", evaluation.request_id)
+        if key not in self._running and key not in self._outbox:
+            self._begin(key, self._jobs.for_evaluation(evaluation))
+
+    def _begin(self, key: Key, job: Job) -> None:
+        task = self._tasks.create_task(self._complete(key, job))
+        self._running[key] = job, task
+        task.add_done_callback(lambda _: self._note_end(key))
+
+    async def _complete(self, key: Key, job: Job) -> None:
+        self._outbox.put(key, *await self._jobs.complete(job))
+
+    def _note_started(self, lease: Lease, version: int) -> None:
+        self._started.append(Started(lease_id=lease.lease_id, version=version))
+        self._wake.set()
+
+    def _note_end(self, key: Key) -> None:
+        del self._running[key]
+        self._wake.set()
+
+    def _end_lease(self, lease_id: int) -> bool:
+        """Stop its task, send nothing more for it. False when it was over before."""
+        key = ("lease", lease_id)
+        if key in self._running:
+            _, task = self._running[key]
+            task.cancel()
+        self._outbox.acknowledge(key)
+        return self._held.pop(lease_id, None) is not None
+
+    # ---------------------------------------------------------------------------------------------------------- send
+
+    async def _send(self, client: Client) -> None:
+        while True:
+            self._wake.clear()
+            now = time.monotonic()
+            self._welcomed &= now - self._heard_at <= QUIET_HEARTBEATS * self._heartbeat_s
+            for message, frames in self._due(now) if self._welcomed else self._hello(now):
+                await client.send(message, frames)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._heartbeat_s / 4):
+                    await self._wake.wait()
+
+    def _hello(self, now: float) -> list[Outgoing]:
+        if now < self._hello_at:
+            return []
+        self._hello_at = now + self._heartbeat_s
+        self._announced_version = version = self._engine.loaded_version
+        return [(Hello(schema=SCHEMA_VERSION, worker=self._index, session=self._session, loaded_version=version), ())]
+
+    def _due(self, now: float) -> list[Outgoing]:
+        """What is to be sent now: news, credits, the heartbeat, what waits for an acknowledgement."""
+        news: list[Message] = [*self._started]
+        self._started.clear()
+        if self._engine.loaded_version != self._announced_version:
+            self._announced_version = self._engine.loaded_version
+            news.append(Loaded(version=self._announced_version))
+        if self._credits.ask(self._num_free_slots()):
+            news.append(Ask(asked=self._credits.asked))
+        if now >= self._heartbeat_at:
+            self._heartbeat_at = now + self._heartbeat_s
+            news.append(self._heartbeat())
+        return [(message, ()) for message in news] + self._outbox.due(now)
+
+    def _heartbeat(self) -> Heartbeat:
+        return Heartbeat(
+            asked=self._credits.asked,
+            loaded_version=self._engine.loaded_version,
+            progress={lease_id: job.num_sampled for lease_id, job in self._held.items()},
+            gauges=self.gauges(),
+        )
+
+    def _num_free_slots(self) -> int:
+        """Slots that no sequence runs in or waits for. Deterministic: room for one group, when nothing runs."""
+        if self._config.deterministic:
+            return 0 if self._running else self._config.group_size
+        num_starting = sum(job.num_starting for job, _ in self._running.values())
+        return self._engine.num_slots - self._engine.num_outstanding - num_starting
+
+
+def _first(errors: BaseExceptionGroup) -> BaseException:
+    """The failure that came first: the others followed from it."""
+    first: BaseException = errors
+    while isinstance(first, BaseExceptionGroup):
+        first = first.exceptions[0]
+    return first
