@@ -1,0 +1,59 @@
+"""Where the learner's batches come from: asks the replay server until batch k is there.
+
+In goes a step, out comes its `Batch` and `Payload`. Asking is idempotent: the server answers a repeated `CutWanted`
+with the same batch, so a lost or damaged message costs one more question. Does not own: when a batch is cut, and why it
+is not yet (the server names the wait).
+
+waits for: a full batch   unblocked by: rollout, replay
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+
+from asyncdapo.errors import RunError
+from asyncdapo.messages import Batch, CutWanted, Payload
+from asyncdapo.transport.codec import Malformed
+from asyncdapo.transport.sockets import Client
+
+ASK_AGAIN_S = 5.0
+MAX_DAMAGED = 3
+"""Damaged answers in a row after which the run ends."""
+
+
+class BatchFeed:
+    """A connection to the replay server's learner address. Use it in one task at a time."""
+
+    def __init__(self, address: str, ask_again_s: float = ASK_AGAIN_S) -> None:
+        self._client = Client(address, Batch, identity=b"learner-" + os.urandom(8))
+        self._ask_again_s = ask_again_s
+
+    async def take(self, step: int) -> tuple[Batch, Payload]:
+        """Batch `step`, as soon as it is cut; waits without a limit. Raises RunError after `MAX_DAMAGED` answers that
+        can't be decoded."""
+        for _ in range(MAX_DAMAGED):
+            try:
+                return await self._ask_until_answered(step)
+            except (Malformed, ValueError) as error:
+                damage = error
+        raise RunError(f"batch {step} arrived damaged {MAX_DAMAGED} times in a row: {damage}") from damage
+
+    def close(self) -> None:
+        self._client.close()
+
+    async def _ask_until_answered(self, step: int) -> tuple[Batch, Payload]:
+        while True:
+            await self._client.send(CutWanted(step=step))
+            try:
+                async with asyncio.timeout(self._ask_again_s):
+                    return await self._receive(step)
+            except TimeoutError:
+                continue
+
+    async def _receive(self, step: int) -> tuple[Batch, Payload]:
+        """The next message that is batch `step`; answers to earlier repeated questions are passed over."""
+        while True:
+            batch, frames = await self._client.receive()
+            if batch.step == step:
+                return batch, Payload.from_frames(frames, batch.groups)

@@ -1,0 +1,71 @@
+"""AdamW with linear warm-up and gradient clipping, and the budget of updates that may go wrong.
+
+Invariant: an update with a NaN or Inf in its loss or gradient changes neither weights nor optimizer state; it is
+counted, and past the budget the run ends. Does not own: how the gradient came about.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from asyncdapo.errors import RunError
+from asyncdapo.learner.config import LearnerConfig
+
+
+class Optimizer:
+    """One `update` per mini-batch; `num_updates` counts the applied ones of the run, `num_bad` the skipped ones."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter], config: LearnerConfig) -> None:
+        self._config = config
+        self._parameters = list(parameters)
+        self._adamw = torch.optim.AdamW(
+            self._parameters,
+            lr=config.lr,
+            betas=tuple(config.betas),
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+        self.num_updates = 0
+        self.num_bad = 0
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the next update: rises linearly over `warmup_steps` updates, constant after."""
+        warm = min(1.0, (self.num_updates + 1) / max(1, self._config.warmup_steps))
+        return self._config.lr * warm
+
+    def update(self, loss: float) -> float | None:
+        """Apply the accumulated gradient and clear it. Returns its global norm before clipping, None for an update that
+        was skipped. Raises RunError when more than `max_bad_updates` were skipped."""
+        norm = nn.utils.clip_grad_norm_(self._parameters, self._config.grad_clip).item()
+        good = math.isfinite(loss) and math.isfinite(norm)
+        if good:
+            for group in self._adamw.param_groups:
+                group["lr"] = self.lr
+            self._adamw.step()
+            self.num_updates += 1
+        self._adamw.zero_grad(set_to_none=True)
+        if not good:
+            self._count_bad(loss, norm)
+        return norm if good else None
+
+    def state_dict(self) -> dict:
+        return {"adamw": self._adamw.state_dict(), "num_updates": self.num_updates, "num_bad": self.num_bad}
+
+    def load_state_dict(self, state: dict) -> None:
+        self._adamw.load_state_dict(state["adamw"])
+        self.num_updates = state["num_updates"]
+        self.num_bad = state["num_bad"]
+
+    def _count_bad(self, loss: float, norm: float) -> None:
+        self.num_bad += 1
+        if self.num_bad > self._config.max_bad_updates:
+            raise RunError(
+                f"{self.num_bad} optimizer updates had a loss or gradient that is not finite (the last: loss {loss}, "
+                f"gradient norm {norm}); learner.max_bad_updates is {self._config.max_bad_updates}"
+            )

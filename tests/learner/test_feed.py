@@ -1,0 +1,101 @@
+"""The learner's end of the wire, against a real socket that plays the replay server."""
+
+import asyncio
+
+import numpy as np
+import pytest
+
+from asyncdapo.errors import RunError
+from asyncdapo.learner.feed import MAX_DAMAGED, BatchFeed
+from asyncdapo.messages import CutWanted, Welcome
+from asyncdapo.transport.sockets import Server
+from tests.learner.tiny import make_batch
+
+
+def serve(answer, step=1, ask_again_s=0.1):
+    """Take `step` from a server that calls `answer(server, peer, number of the question)` for each question."""
+
+    async def run():
+        server = Server(CutWanted)
+        feed = BatchFeed(server.address, ask_again_s)
+        questions = []
+
+        async def answer_all():
+            while True:
+                peer, message, _ = await server.receive()
+                questions.append(message.step)
+                await answer(server, peer, len(questions))
+
+        answering = asyncio.create_task(answer_all())
+        try:
+            async with asyncio.timeout(20):
+                return await feed.take(step), questions
+        finally:
+            answering.cancel()
+            feed.close()
+            server.close()
+
+    return asyncio.run(run())
+
+
+def test_a_batch_arrives_as_it_was_sent():
+    batch, payload = make_batch(step=1)
+
+    async def answer(server, peer, nth):
+        await server.send(peer, batch, payload.frames())
+
+    (got, got_payload), questions = serve(answer, ask_again_s=20)
+    assert got == batch
+    assert np.array_equal(got_payload.prompt_ids, payload.prompt_ids)
+    assert np.array_equal(got_payload.token_ids, payload.token_ids)
+    assert np.array_equal(got_payload.logprobs, payload.logprobs)
+    assert questions == [1]
+
+
+def test_it_asks_again_until_there_is_an_answer():
+    batch, payload = make_batch(step=3)
+
+    async def answer(server, peer, nth):
+        if nth == 4:
+            await server.send(peer, batch, payload.frames())
+
+    (got, _), questions = serve(answer, step=3)
+    assert got == batch
+    assert questions == [3, 3, 3, 3]
+
+
+def test_a_late_answer_to_an_earlier_question_is_passed_over():
+    earlier, batch = make_batch(step=1), make_batch(step=2, seed=1)
+
+    async def answer(server, peer, nth):
+        for answered, payload in (earlier, earlier, batch):
+            await server.send(peer, answered, payload.frames())
+
+    (got, _), _ = serve(answer, step=2, ask_again_s=20)
+    assert got == batch[0]
+
+
+def test_a_damaged_answer_is_asked_for_again():
+    batch, payload = make_batch(step=1)
+
+    async def answer(server, peer, nth):
+        if nth == 1:
+            await server.send(peer, Welcome(branch=0, granted=0))
+        elif nth == 2:
+            await server.send(peer, batch, payload.frames()[:2])
+        else:
+            await server.send(peer, batch, payload.frames())
+
+    (got, _), questions = serve(answer, ask_again_s=20)
+    assert got == batch
+    assert questions == [1, 1, 1]
+
+
+def test_damage_again_and_again_ends_the_run():
+    batch, payload = make_batch(step=1)
+
+    async def answer(server, peer, nth):
+        await server.send(peer, batch, (b"1234", *payload.frames()[1:]))
+
+    with pytest.raises(RunError, match=f"batch 1 arrived damaged {MAX_DAMAGED} times in a row: payload frames of"):
+        serve(answer, ask_again_s=20)

@@ -1,0 +1,172 @@
+"""Train steps on a tiny model: what is checked before, what is learned, what is reported."""
+
+import dataclasses
+import math
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+
+from asyncdapo.errors import ConfigError, RunError, StalenessError
+from asyncdapo.learner.config import LossConfig
+from asyncdapo.learner.model import token_logprobs
+from asyncdapo.learner.packing import group_rows, pad
+from asyncdapo.messages import Batch, Payload
+from tests.learner.tiny import make_batch, make_group, make_learner, save_tiny_llama, tiny_llama
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return save_tiny_llama(tmp_path_factory.mktemp("model"))
+
+
+def weights_of(learner):
+    return torch.cat([weight.flatten() for weight in learner.weights(torch.float32).values()]).clone()
+
+
+def with_logprobs(payload, logprobs):
+    return dataclasses.replace(payload, logprobs=logprobs)
+
+
+def test_a_group_past_the_staleness_bound_is_never_trained(path):
+    learner = make_learner(path, staleness_bound=1)
+    for step in (1, 2, 3):
+        learner.train(*make_batch(step, version=max(0, step - 2)))
+    before = weights_of(learner)
+    batch, payload = make_batch(step=4, version=2)
+    groups = [*batch.groups[:2], make_group(77, 2, [1, 1], [0.0, 1.0], version=1), *batch.groups[2:]]
+    with pytest.raises(StalenessError, match="prompt 77 in batch 4 has staleness 2, the bound is 1"):
+        learner.train(msgspec.structs.replace(batch, groups=groups), payload)
+    assert torch.equal(weights_of(learner), before)
+    assert learner.version == 3
+
+
+def test_a_group_from_weights_that_do_not_exist_yet_is_refused(path):
+    with pytest.raises(RunError, match="version 1, which does not exist yet"):
+        make_learner(path).train(*make_batch(step=1, version=1))
+
+
+def test_batches_out_of_order_are_refused(path):
+    with pytest.raises(RunError, match="batch 2 reached a learner whose weights are of version 0"):
+        make_learner(path, staleness_bound=9).train(*make_batch(step=2, version=0))
+
+
+def test_the_same_batches_give_the_same_weights_bit_for_bit(path):
+    def run():
+        learner = make_learner(path, updates_per_step=2, tokens_per_microbatch=50)
+        metrics = [learner.train(*make_batch(step, seed=step)) for step in (1, 2, 3)]
+        return weights_of(learner), [line["learner/loss"] for line in metrics]
+
+    (first, first_losses), (second, second_losses) = run(), run()
+    assert torch.equal(first, second)
+    assert first_losses == second_losses
+
+
+def test_rewarded_responses_become_likelier(path):
+    """Two responses to one prompt, rewarded +1 and -1, with the recorded log-probs of the model itself."""
+    learner = make_learner(path, lr=3e-3)
+    group = make_group(0, 3, [4, 4], [1.0, -1.0])
+    payload = Payload(
+        prompt_ids=np.array([3, 1, 4], np.int32),
+        token_ids=np.array([5, 9, 2, 6, 7, 8, 10, 11], np.int32),
+        logprobs=np.zeros(8, np.float32),
+    )
+
+    def logprobs(batch):
+        model = tiny_llama()
+        model.load_state_dict(learner.weights(torch.float32), strict=False)
+        packed = pad([row for rows in group_rows(batch, payload) for row in rows])
+        with torch.no_grad():
+            logp_BT, _ = token_logprobs(model, packed.tokens_BT, packed.loss_mask_BT, 1.0)
+        return logp_BT[packed.loss_mask_BT].numpy()
+
+    batch = Batch(step=1, branch=0, max_staleness=0, groups=[group])
+    before = logprobs(batch)
+    for step in range(1, 6):
+        group = make_group(0, 3, [4, 4], [1.0, -1.0], version=step - 1)
+        batch = Batch(step=step, branch=0, max_staleness=0, groups=[group])
+        learner.train(batch, with_logprobs(payload, logprobs(batch)))
+    gained = logprobs(batch) - before
+    assert gained[:4].sum() > 0.5
+    assert gained[4:].sum() < -0.5
+
+
+def test_a_train_step_reports_its_metrics(path):
+    learner = make_learner(path, lr=2e-3, warmup_steps=4, tokens_per_microbatch=40, updates_per_step=2)
+    batch, payload = make_batch(seed=5)
+    metrics = learner.train(batch, payload)
+    num_tokens = sum(group.num_tokens for group in batch.groups)
+    num_prompt_tokens = sum(group.num_prompt_tokens * len(group.completions) for group in batch.groups)
+    forward = metrics["learner/forward_tokens"]
+    assert metrics["learner/tokens"] == num_tokens
+    assert forward >= num_tokens + num_prompt_tokens
+    assert metrics["learner/padding_ratio"] == pytest.approx(1 - (num_tokens + num_prompt_tokens) / forward)
+    assert metrics["learner/lr"] == pytest.approx(1e-3)
+    assert metrics["learner/bad_updates"] == 0
+    assert metrics["learner/train_s"] > 0
+    assert 0 < metrics["learner/entropy"] < math.log(29)
+    assert metrics["learner/grad_norm"] > 0
+    assert metrics["learner/k3"] > 0
+    assert 0 < metrics["learner/clip_low_ratio"] + metrics["learner/clip_high_ratio"] < 1
+    assert all(isinstance(value, float) and math.isfinite(value) for value in metrics.values())
+    assert learner.version == 1
+
+
+def test_metrics_do_not_depend_on_the_micro_batch_size(path):
+    whole, parts = (
+        make_learner(path, tokens_per_microbatch=size, loss=LossConfig(dual_clip=1.5)).train(*make_batch(seed=6))
+        for size in (10_000, 1)
+    )
+    sizes = {"learner/forward_tokens", "learner/padding_ratio", "learner/train_s"}
+    for name in whole.keys() - sizes:
+        assert parts[name] == pytest.approx(whole[name], rel=1e-4), name
+    assert parts["learner/padding_ratio"] == 0
+
+
+def test_a_bad_update_is_skipped_counted_and_left_out_of_the_means(path):
+    learner = make_learner(path, updates_per_step=2)
+    batch, payload = make_batch(seed=7)
+    half = sum(group.num_tokens for group in batch.groups[:2])
+    logprobs = payload.logprobs.copy()
+    logprobs[3] = np.nan
+    metrics = learner.train(batch, with_logprobs(payload, logprobs))
+    assert metrics["learner/bad_updates"] == 1
+    assert math.isfinite(metrics["learner/loss"])
+    after_one_good_update = weights_of(learner)
+
+    good_half = Payload.join(payload.split(batch.groups)[2:])
+    assert len(good_half.token_ids) == len(payload.token_ids) - half
+    other = make_learner(path)
+    other_metrics = other.train(msgspec.structs.replace(batch, groups=batch.groups[2:]), good_half)
+    assert torch.equal(weights_of(other), after_one_good_update)
+    assert other_metrics["learner/loss"] == metrics["learner/loss"]
+
+
+def test_a_step_whose_updates_are_all_skipped_has_no_means(path):
+    learner = make_learner(path, max_bad_updates=1)
+    before = weights_of(learner)
+    batch, payload = make_batch()
+    metrics = learner.train(batch, with_logprobs(payload, np.full_like(payload.logprobs, np.nan)))
+    assert math.isnan(metrics["learner/loss"])
+    assert metrics["learner/lr"] == 0.0
+    assert torch.equal(weights_of(learner), before)
+    batch, payload = make_batch(step=2)
+    with pytest.raises(RunError, match="learner.max_bad_updates is 1"):
+        learner.train(batch, with_logprobs(payload, np.full_like(payload.logprobs, np.nan)))
+
+
+def test_weights_come_in_the_wanted_dtype_with_their_size(path):
+    learner = make_learner(path)
+    for dtype, itemsize in ((torch.float32, 4), (torch.bfloat16, 2)):
+        weights = learner.weights(dtype)
+        assert {weight.dtype for weight in weights.values()} == {dtype}
+        assert "lm_head.weight" not in weights  # tied
+        assert learner.num_bytes(dtype) == itemsize * sum(weight.numel() for weight in weights.values())
+        assert not any(weight.requires_grad for weight in weights.values())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_asking_for_a_gpu_where_there_is_none_is_a_config_error(path):
+    with pytest.raises(ConfigError, match="learner.device: there is no GPU here"):
+        make_learner(path, device="cuda")

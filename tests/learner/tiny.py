@@ -1,0 +1,101 @@
+"""A causal LM of a few thousand parameters and random batches for it."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from asyncdapo.learner.config import LearnerConfig, LossConfig
+from asyncdapo.learner.learner import Learner
+from asyncdapo.messages import Batch, Completion, Group, Payload
+
+VOCAB_SIZE = 29
+SHAPE = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.2,
+}
+
+
+def tiny_llama(seed: int = 0, **changes) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(LlamaConfig(**{**SHAPE, "tie_word_embeddings": True, **changes})).eval()
+
+
+def save_tiny_llama(directory: Path, **changes) -> str:
+    tiny_llama(**changes).save_pretrained(directory)
+    (directory / "tokenizer.json").write_text('{"made": "for a test"}')
+    return str(directory)
+
+
+def make_learner(
+    path: str, *, loss: LossConfig | None = None, temperature: float = 1.0, staleness_bound: int = 0, **config
+) -> Learner:
+    return Learner(
+        path,
+        loss or LossConfig(),
+        LearnerConfig(**{"lr": 1e-3, "device": "cpu", **config}),
+        temperature=temperature,
+        staleness_bound=staleness_bound,
+        seed=0,
+    )
+
+
+def make_batch(
+    step: int = 1, *, seed: int = 0, num_groups: int = 4, group_size: int = 3, version: int | None = None
+) -> tuple[Batch, Payload]:
+    """Random prompts, responses, rewards and rollout log-probs; sampled with the newest weights unless told."""
+    rng = np.random.default_rng(seed)
+    version = step - 1 if version is None else version
+    groups, payloads = [], []
+    for prompt_id in range(num_groups):
+        lengths = rng.integers(1, 15, group_size).tolist()
+        num_prompt_tokens, num_tokens = int(rng.integers(2, 9)), sum(lengths)
+        groups.append(make_group(prompt_id, num_prompt_tokens, lengths, rng.normal(size=group_size).tolist(), version))
+        payloads.append(
+            Payload(
+                prompt_ids=rng.integers(0, VOCAB_SIZE, num_prompt_tokens, dtype=np.int32),
+                token_ids=rng.integers(0, VOCAB_SIZE, num_tokens, dtype=np.int32),
+                logprobs=rng.normal(-np.log(VOCAB_SIZE), 0.5, num_tokens).astype(np.float32),
+            )
+        )
+    batch = Batch(step=step, branch=0, max_staleness=0, groups=groups)
+    return batch, Payload.join(payloads)
+
+
+def make_group(
+    prompt_id: int,
+    num_prompt_tokens: int,
+    lengths: list[int],
+    rewards: list[float],
+    version: int = 0,
+    loss_masks: list[list[tuple[int, int]]] | None = None,
+) -> Group:
+    loss_masks = loss_masks or [[(1, length)] for length in lengths]
+    completions = [
+        Completion(
+            num_tokens=length,
+            finish_reason="stop",
+            versions=[(version, length)],
+            loss_mask=loss_mask,
+            reward=reward,
+            metrics={},
+        )
+        for length, reward, loss_mask in zip(lengths, rewards, loss_masks, strict=True)
+    ]
+    return Group(
+        prompt_id=prompt_id,
+        lease_id=prompt_id,
+        branch=0,
+        attempt=0,
+        worker=0,
+        num_prompt_tokens=num_prompt_tokens,
+        completions=completions,
+        generate_s=0.1,
+    )
