@@ -1,0 +1,121 @@
+"""Tokens per second of the torch engine against Hugging Face `generate`, alternating, on one CPU thread.
+
+    python benchmarks/torch_engine.py [--rounds 3] [--groups 64] [--slots 64] [--no-hf]
+
+The model has the quickstart's shape with random weights; stop ids are chosen so that responses have a mean near 39
+tokens of at most 128. Groups of 16 are handed over as slots come free, the way a rollout worker does it. Wall time, and
+CPU time of the process, since other work on the machine shows in the first only.
+"""
+
+import argparse
+import asyncio
+import random
+import statistics
+import tempfile
+import time
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from asyncdapo.messages import Sampling
+from asyncdapo.rollout.config import RolloutConfig
+from asyncdapo.rollout.engine import Request
+from asyncdapo.rollout.torch_engine.engine import TorchEngine
+
+GROUP_SIZE, MAX_TOKENS, STOP_TOKEN_IDS, PAD = 16, 128, [1, 2, 3], 0
+
+
+def random_model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=128,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            intermediate_size=384,
+            vocab_size=103,
+            tie_word_embeddings=True,
+            max_position_embeddings=256,
+            eos_token_id=STOP_TOKEN_IDS,
+            pad_token_id=PAD,
+        )
+    )
+
+
+def random_prompts(count: int, seed: int) -> list[list[int]]:
+    draw = random.Random(seed)
+    return [[draw.randrange(4, 103) for _ in range(draw.randint(8, 20))] for _ in range(count)]
+
+
+async def engine_round(engine: TorchEngine, num_groups: int, seed: int) -> int:
+    """Generated tokens of `num_groups` groups, handed over as soon as a slot is free."""
+    waiting = random_prompts(num_groups, seed)
+    running: set[asyncio.Task] = set()
+    num_tokens = 0
+    while waiting or running:
+        while waiting and engine.num_outstanding < engine.num_slots:
+            seeds = [seed << 32 | len(waiting) << 8 | sample for sample in range(GROUP_SIZE)]
+            request = Request(prompt_ids=waiting.pop(), seeds=seeds, sampling=Sampling(max_tokens=MAX_TOKENS))
+            running.add(asyncio.create_task(engine.generate(request)))
+            await asyncio.sleep(0)
+        done, running = await asyncio.wait(running, timeout=0.002, return_when=asyncio.FIRST_COMPLETED)
+        num_tokens += sum(len(sample.token_ids) for task in done for sample in task.result())
+    return num_tokens
+
+
+def hugging_face_round(model: LlamaForCausalLM, num_groups: int, slots: int, seed: int) -> int:
+    """The same number of samples in batches as wide as the engine's slots."""
+    num_tokens = 0
+    prompts = [prompt for prompt in random_prompts(num_groups, seed) for _ in range(GROUP_SIZE)]
+    for start in range(0, len(prompts), slots):
+        batch = prompts[start : start + slots]
+        longest = max(map(len, batch))
+        ids = torch.tensor([[PAD] * (longest - len(prompt)) + prompt for prompt in batch])
+        mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in batch])
+        out = model.generate(ids, attention_mask=mask, do_sample=True, max_new_tokens=MAX_TOKENS, top_k=0)
+        stopped = torch.isin(out[:, longest:], torch.tensor(STOP_TOKEN_IDS)).cumsum(1) > 0
+        num_tokens += int((~stopped).sum()) + int(stopped.any(1).sum())
+    return num_tokens
+
+
+def report(name: str, rounds: list[tuple[int, float, float]]) -> None:
+    wall = statistics.median(tokens / wall_s for tokens, wall_s, _ in rounds)
+    cpu = statistics.median(tokens / cpu_s for tokens, _, cpu_s in rounds)
+    print(f"{name:24s} {wall:8.0f} tok/s wall {cpu:8.0f} tok/s CPU   (median of {len(rounds)})")
+
+
+async def main(options: argparse.Namespace) -> None:
+    torch.set_num_threads(1)
+    model = random_model()
+    config = RolloutConfig(slots=options.slots, group_size=GROUP_SIZE, max_response_length=MAX_TOKENS, device="cpu")
+    with tempfile.TemporaryDirectory() as directory:
+        model.save_pretrained(directory)
+        engine = TorchEngine(directory, config, max_prompt_length=40)
+        await engine.start()
+    await engine_round(engine, 8, seed=0)
+    ours, theirs = [], []
+    for seed in range(1, options.rounds + 1):
+        wall, cpu, before = time.perf_counter(), time.process_time(), engine.gauges()
+        num_tokens = await engine_round(engine, options.groups, seed)
+        ours.append((num_tokens, time.perf_counter() - wall, time.process_time() - cpu))
+        after = engine.gauges()
+        fill = (after["slot_steps"] - before["slot_steps"]) / (after["steps"] - before["steps"]) / options.slots
+        print(f"round {seed}: {num_tokens} tokens, {num_tokens / options.groups / GROUP_SIZE:.1f} a sample, fill {fill:.2f}")
+        if options.hf:
+            wall, cpu = time.perf_counter(), time.process_time()
+            num_tokens = hugging_face_round(model, max(4, options.groups // 4), options.slots, seed)
+            theirs.append((num_tokens, time.perf_counter() - wall, time.process_time() - cpu))
+    await engine.stop()
+    report("torch engine", ours)
+    if theirs:
+        report("Hugging Face generate", theirs)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--groups", type=int, default=64, help="groups of 16 in a round")
+    parser.add_argument("--slots", type=int, default=64)
+    parser.add_argument("--hf", action=argparse.BooleanOptionalAction, default=True)
+    asyncio.run(main(parser.parse_args()))

@@ -1,0 +1,90 @@
+"""The scorer: verdict, scale, metrics, the shuffled control experiment, a verifier that raises."""
+
+import asyncio
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from asyncdapo.errors import RewardError
+from asyncdapo.messages import Prompt
+from asyncdapo.reward.config import RewardConfig
+from asyncdapo.reward.scorer import Scorer, scale
+
+PROMPT = Prompt(prompt_id=7, epoch=0, source="table", row=3, token_ids=[1], answer="yes")
+VECTORS = json.loads((Path(__file__).parents[1] / "vectors" / "dapo_vectors.json").read_text())["vectors"]
+
+
+def verify(text, answer):
+    return text == answer
+
+
+def decode(token_ids):
+    return "yes" if token_ids[0] else "no"
+
+
+def score(verdicts, seed=0, verify=verify, **keys):
+    scorer = Scorer(RewardConfig(**keys), verify, decode)
+    token_ids = [np.array([verdict, 5], np.int32) for verdict in verdicts]
+    return asyncio.run(scorer(PROMPT, token_ids, ["stop"] * len(verdicts), seed))
+
+
+def test_each_completion_gets_its_verdict_scaled():
+    right, wrong = score([1, 0])
+    assert right.metrics == {"acc": 1.0, "score": 1.0, "seq_reward": 1.0, "seq_final_reward": 1.0}
+    assert wrong.metrics == {"acc": 0.0, "score": -1.0, "seq_reward": -1.0, "seq_final_reward": -1.0}
+    assert (right.reward, wrong.reward) == (1.0, -1.0)
+
+
+def test_the_scale_is_the_users():
+    right, wrong = score([1, 0], correct=2.0, incorrect=0.5)
+    assert (right.reward, wrong.reward) == (2.0, 0.5)
+    assert (right.metrics["acc"], wrong.metrics["acc"]) == (1.0, 0.0)
+
+
+@pytest.mark.parametrize("vector", [v for v in VECTORS if v["group"] == "reward_scaling"], ids=lambda v: v["name"])
+def test_scaling_agrees_with_the_vectors(vector):
+    inputs = vector["inputs"]
+    config = RewardConfig(correct=inputs["correct"], incorrect=inputs["incorrect"])
+    scaled = [scale(source, config) for source in inputs["source"]]
+    assert scaled == pytest.approx(vector["expected"]["rewards"], abs=max(vector["tolerance"], 1e-12))
+
+
+@given(verdicts=st.lists(st.integers(0, 1), min_size=1, max_size=32), seed=st.integers(0, 2**62))
+def test_shuffling_keeps_the_verdicts_of_the_group(verdicts, seed):
+    shuffled = score(verdicts, seed, shuffle=True)
+    assert sorted(s.metrics["acc"] for s in shuffled) == sorted(verdicts)
+    assert all(s.reward == 2 * s.metrics["acc"] - 1 for s in shuffled)
+
+
+def test_shuffled_verdicts_have_nothing_to_do_with_the_completions():
+    verdicts = [1] * 8 + [0] * 8
+    first_half = [sum(s.metrics["acc"] for s in score(verdicts, seed, shuffle=True)[:8]) for seed in range(400)]
+    assert 3.8 < np.mean(first_half) < 4.2
+    assert len({tuple(s.reward for s in score(verdicts, seed, shuffle=True)) for seed in range(20)}) == 20
+
+
+def test_shuffling_follows_from_the_seed():
+    verdicts = [1, 0, 0, 1, 0, 1, 1, 0]
+    assert score(verdicts, 3, shuffle=True) == score(verdicts, 3, shuffle=True)
+
+
+def test_shuffling_leaves_a_single_completion_alone():
+    assert score([1], shuffle=True)[0].metrics["acc"] == 1.0
+
+
+def test_partial_credit_lies_between_the_two_rewards():
+    (half,) = score([1], verify=lambda text, answer: 0.5)
+    assert (half.metrics["acc"], half.reward) == (0.5, 0.0)
+
+
+def test_a_verifier_that_raises_ends_the_prompt_with_its_cause():
+    def divide(text, answer):
+        return 1 / 0
+
+    with pytest.raises(RewardError, match="'answer' raised on table row 3 .prompt 7.: ZeroDivisionError") as caught:
+        score([1], verify=divide)
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
