@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import math
+
+import msgspec
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from asyncdapo.weights.layout import ALIGN_BYTES, Manifest, TensorSpec, plan_buckets
+
+specs = st.builds(
+    TensorSpec,
+    name=st.text(max_size=5),
+    dtype=st.just("any"),
+    shape=st.lists(st.integers(0, 12), max_size=3).map(tuple),
+    itemsize=st.sampled_from([1, 2, 4, 8, 16]),
+)
+manifests = st.lists(specs, max_size=12).map(lambda tensors: Manifest(tensors=tuple(tensors)))
+bucket_sizes = st.integers(1, 20).map(lambda lines: lines * ALIGN_BYTES)
+
+
+@given(manifests, bucket_sizes)
+def test_buckets_cover_the_stream_once_in_order_and_none_is_too_large(manifest: Manifest, bucket_bytes: int):
+    buckets = plan_buckets(manifest, bucket_bytes)
+    borders = [0, *(bucket.stop for bucket in buckets)]
+    assert [bucket.start for bucket in buckets] == borders[:-1]
+    assert borders[-1] == manifest.offsets[-1]
+    assert all(0 < bucket.stop - bucket.start <= bucket_bytes for bucket in buckets)
+
+
+@given(manifests, bucket_sizes)
+def test_every_element_has_one_place_which_is_where_the_receiver_looks(manifest: Manifest, bucket_bytes: int):
+    places = []
+    for bucket in plan_buckets(manifest, bucket_bytes):
+        for piece in bucket.pieces:
+            itemsize = manifest.tensors[piece.tensor].itemsize
+            for number, element in enumerate(range(piece.start, piece.stop)):
+                byte = bucket.start + piece.offset + number * itemsize
+                assert byte + itemsize <= bucket.stop
+                places.append((piece.tensor, element, byte))
+    assert places == [
+        (tensor, element, manifest.offsets[tensor] + element * spec.itemsize)
+        for tensor, spec in enumerate(manifest.tensors)
+        for element in range(math.prod(spec.shape))
+    ]
+
+
+@given(manifests, bucket_sizes)
+def test_a_tensor_that_fits_a_bucket_is_never_cut(manifest: Manifest, bucket_bytes: int):
+    pieces = [piece.tensor for bucket in plan_buckets(manifest, bucket_bytes) for piece in bucket.pieces]
+    for tensor, spec in enumerate(manifest.tensors):
+        if 0 < spec.num_bytes <= bucket_bytes:
+            assert pieces.count(tensor) == 1
+
+
+@given(manifests)
+def test_tensors_start_aligned_and_do_not_overlap(manifest: Manifest):
+    offsets = manifest.offsets
+    assert all(offset % ALIGN_BYTES == 0 for offset in offsets)
+    for spec, start, after in zip(manifest.tensors, offsets, offsets[1:], strict=False):
+        assert 0 <= after - (start + spec.num_bytes) < ALIGN_BYTES
+
+
+@pytest.mark.parametrize("bucket_bytes", [0, -64, 100])
+def test_a_bucket_size_that_can_not_work_is_refused(bucket_bytes: int):
+    with pytest.raises(ValueError, match="multiple of 64"):
+        plan_buckets(Manifest(tensors=()), bucket_bytes)
+
+
+def test_bytes_are_those_of_the_tensors_without_gaps():
+    tensors = {"weight": torch.zeros(3, 5), "steps": torch.zeros(2, dtype=torch.int64)}
+    assert Manifest.of(tensors).num_bytes == 60 + 16
+    assert Manifest.of(tensors, torch.bfloat16).num_bytes == 30 + 16
+
+
+def test_a_manifest_survives_the_wire_and_any_change_changes_its_digest():
+    spec = TensorSpec(name="weight", dtype="float32", shape=(2, 3), itemsize=4)
+    other = TensorSpec(name="bias", dtype="float32", shape=(3,), itemsize=4)
+    manifest = Manifest(tensors=(spec, other))
+    copy = msgspec.msgpack.decode(msgspec.msgpack.encode(manifest), type=Manifest)
+    assert copy == manifest
+    changed = [
+        manifest,
+        Manifest(tensors=(other, spec)),
+        Manifest(tensors=(spec,)),
+        Manifest(tensors=(msgspec.structs.replace(spec, shape=(3, 2)), other)),
+        Manifest(tensors=(msgspec.structs.replace(spec, dtype="int32"), other)),
+        Manifest(tensors=(msgspec.structs.replace(spec, name="Weight"), other)),
+    ]
+    digests = {one.digest for one in changed}
+    assert len(digests) == len(changed)
+    assert copy.digest == manifest.digest
+    assert all(0 <= digest < 1 << 63 for digest in digests)
