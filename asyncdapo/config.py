@@ -16,7 +16,7 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import msgspec
 from omegaconf import OmegaConf
@@ -134,12 +134,21 @@ def _convert(name: str, section: dict[str, Any]) -> Any:
     except msgspec.ValidationError as error:
         if isinstance(error.__cause__, ConfigError):
             raise error.__cause__ from None
-        problem, _, where = str(error).partition(" - at `$")
-        key = where.rstrip("`").lstrip(".")
-        value = section.get(key.split("[")[0])
-        if "missing required field" in problem:
-            raise ConfigError(f"{name}.{problem.split('`')[1]}", "is missing") from None
-        raise ConfigError(f"{name}.{key}", problem[0].lower() + problem[1:].split(", got")[0], value) from None
+        raise _typed_error(name, section, str(error)) from None
+
+
+def _typed_error(name: str, section: dict[str, Any], error: str) -> ConfigError:
+    """Say msgspec's words in ours: key, what is expected, value."""
+    problem, _, where = error.partition(" - at `$")
+    if "missing required field" in problem:
+        return ConfigError(f"{name}.{problem.split('`')[1]}", "is missing")
+    key = where.rstrip("`").lstrip(".").split("[")[0]
+    options = get_args(get_type_hints(SECTIONS[name])[key])
+    if "enum" in problem:
+        expected = f"must be one of {', '.join(map(str, options))}"
+    else:
+        expected = problem[0].lower() + problem[1:].split(", got")[0]
+    return ConfigError(f"{name}.{key}", f"{expected}, got {section[key]!r}")
 
 
 # ---------------------------------------------------------------------------------------------------- where configs are

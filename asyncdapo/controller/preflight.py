@@ -1,0 +1,54 @@
+"""Everything that can be wrong with a run and is the user's to mend, found before any process starts.
+
+In: the config's name and the overrides. Out: the effective `Config`, written to RUN_DIR/config.yaml, with model path and
+data files made absolute and `max_staleness` as it is in force. Raises UserError (exit code 2); then nothing was created.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from asyncdapo.config import Config, find_config, load_config, to_yaml
+from asyncdapo.errors import ConfigError
+from asyncdapo.learner.model_path import check_model_path
+from asyncdapo.prompts.registry import open_task
+from asyncdapo.reward.registry import make_verifier
+
+CONFIG_FILE = "config.yaml"
+
+
+def prepare_run(name_or_path: str, overrides: Sequence[str]) -> Config:
+    """Read and check the configuration, the model path, the data; then make the run directory."""
+    path = find_config(name_or_path)
+    config = effective(load_config(path, overrides), path.parent)
+    run_dir = Path(config.run.dir)
+    if run_dir.exists() and any(run_dir.iterdir()):
+        raise ConfigError("run.dir", "is in use", config.run.dir, f"run.dir={config.run.dir}-2, or remove the directory")
+    make_verifier(config.reward.verifier)
+    open_task(config.prompts, num_eval=config.eval.num_prompts, seed=config.run.seed)
+    run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    (run_dir / CONFIG_FILE).write_text(to_yaml(config))
+    return config
+
+
+def effective(config: Config, config_dir: Path) -> Config:
+    """The configuration with absolute paths and the staleness bound that is in force."""
+    replace = dataclasses.replace
+    bound = config.replay.staleness_bound
+    if bound != config.replay.max_staleness:
+        print(f"replay.run_ahead is 0: training is synchronous, replay.max_staleness is {bound} in force")
+    return replace(
+        config,
+        run=replace(config.run, dir=str(Path(config.run.dir).absolute())),
+        model=replace(config.model, path=check_model_path(config.model.path, [Path.cwd(), config_dir])),
+        prompts=replace(
+            config.prompts, path=_absolute(config.prompts.path), eval_path=_absolute(config.prompts.eval_path)
+        ),
+        replay=replace(config.replay, max_staleness=bound),
+    )
+
+
+def _absolute(path: str | None) -> str | None:
+    return None if path is None else str(Path(path).absolute())

@@ -1,0 +1,214 @@
+"""The controller: wires the processes of a run together and takes it from step to step.
+
+    ZeroMQ carries rollouts, Ray carries commands, NCCL (Gloo on CPU) carries weights.
+
+         leases           scored groups      kept groups           batch k
+    prompts ──▶ RolloutActor × N ──▶ filter ──▶ replay ──▶ LearnerActor
+       ▲         ▲   (ZeroMQ, acked)   [ReplayActor]  (ZeroMQ)   │
+       │         └──────── weights of version k (process group) ─┤
+       └──────── lost, requeued, surplus prompts come back       │
+                         Controller: train_step, publish, evaluate (Ray calls), metrics.jsonl
+
+Train step k, one line a verb, is `_train_step`: take batch k, train, mark it trained, publish version k, tell replay.
+    consumes   reports of the three kinds of processes
+    produces   RUN_DIR/metrics.jsonl (one line a step), run.log, curve.png, checkpoints (by the learner)
+    waits for  a full batch (says who waits for whom every `controller.report_wait_s`), hard deadlines elsewhere
+    ends with  the last step, the end of the data, or the first watched process that ends before
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from asyncdapo.config import Config
+from asyncdapo.controller.actors import LearnerActor, ReplayActor, RolloutActor
+from asyncdapo.controller.evaluation import Evaluation
+from asyncdapo.controller.processes import Watch, gpus_per_process, init_ray, placed, start_actor
+from asyncdapo.controller.publishing import Publishing
+from asyncdapo.errors import RunError
+from asyncdapo.metrics.accounting import StateClock
+from asyncdapo.metrics.curve import draw_curve
+from asyncdapo.metrics.reporter import Reporter
+
+
+def launch(config: Config) -> int:
+    """Run to the end. Returns the exit code: 0, 1 with the cause in the last lines, or 130 after Ctrl-C."""
+    started = time.monotonic()
+    reporter = Reporter(Path(config.run.dir), config.metrics, config.run.name, config.run.steps)
+    try:
+        reporter.status("starting Ray")
+        init_ray(config)
+        asyncio.run(Controller(config, reporter, started).run())
+        return 0
+    except RunError as error:
+        reporter.status(f"the run ended: {error}")
+        print(f"asyncdapo: the run ended: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        reporter.status("interrupted")
+        return 130
+    finally:
+        reporter.close()
+        ray.shutdown()
+
+
+class Controller:
+    """One run: its processes, its loop, its metrics."""
+
+    def __init__(self, config: Config, reporter: Reporter, started: float) -> None:
+        self.config, self.reporter, self.started = config, reporter, started
+        self.watch = Watch()
+        self.clock = StateClock(time.monotonic)
+        self.evaluating: asyncio.Task[dict[str, float]] | None = None
+        self.sampled_tokens = 0.0
+
+    async def run(self) -> None:
+        """Start, wire, train, evaluate, stop."""
+        self.reporter.status("starting processes")
+        await self.wire()
+        await self.watch.guard(self.train())
+        draw_curve(Path(self.config.run.dir))
+
+    # ------------------------------------------------------------------------------------------------------- wiring
+
+    async def wire(self) -> None:
+        """The complete wiring: who exists, who talks to whom over what, and who is watched."""
+        config = self.config
+        rollout, controller = config.rollout, config.controller
+        num_gpus = gpus_per_process(config)
+
+        # processes
+        self.replay = start_actor(ReplayActor, "replay", config, threads=1)
+        self.learner = start_actor(LearnerActor, "learner", config, threads=config.learner.threads, num_gpus=num_gpus)
+        self.workers = [
+            start_actor(RolloutActor, f"rollout-{i}", config, i, threads=rollout.threads, num_gpus=num_gpus)
+            for i in range(rollout.num_workers)
+        ]
+        named = {"replay": self.replay, "learner": self.learner}
+        named |= {f"rollout-{i}": worker for i, worker in enumerate(self.workers)}
+        await asyncio.gather(
+            *(placed(actor, name, controller.place_timeout_s) for name, actor in named.items())
+        )
+
+        # rollouts: ZeroMQ, workers -> replay -> learner
+        addresses = await self.replay.start.remote()
+        starts = [worker.start.remote(addresses["rollout"]) for worker in self.workers]
+        starts.append(self.learner.start.remote(addresses["learner"]))
+        await asyncio.wait_for(asyncio.gather(*starts), controller.start_timeout_s)
+
+        # weights: a process group of their own
+        self.publishing = Publishing(config.weights, self.learner, self.workers)
+        await self.publishing.connect()
+
+        # everything that must outlive the training
+        for name, actor in named.items():
+            self.watch.add(name, actor.serve.remote())
+
+        self.evaluation = Evaluation(
+            config.eval,
+            await self.replay.eval_prompts.remote(),
+            chunk=rollout.group_size,
+            max_tokens=rollout.max_response_length,
+            seed=config.run.seed,
+            ask=lambda requests, share: self.replay.evaluate.remote(requests, share),
+        )
+
+    # --------------------------------------------------------------------------------------------------------- loop
+
+    async def train(self) -> None:
+        """Evaluate, train `run.steps` steps, evaluate."""
+        config = self.config
+        await self.learner.save.remote(0)
+        self.reporter.status("evaluating the initial model")
+        first = await self.evaluation.run(greedy=True, share=1.0)
+        self.reporter.log({"step": 0, "time/wall_s": 0.0, "time/total_s": time.monotonic() - self.started, **first})
+
+        await self.replay.begin.remote()
+        self.began = self.line_at = time.monotonic()
+        for step in range(1, config.run.steps + 1):
+            if not await self._take_batch(step):
+                break
+            line = await self._train_step(step)
+            if step == config.run.steps:
+                break
+            self.reporter.log(line)
+        self.reporter.log(line | await self._finish())
+
+    async def _train_step(self, step: int) -> dict[str, float]:
+        """Train on the batch taken, mark it trained, publish the new version; the metrics line of the step."""
+        self.clock.enter("train")
+        learner = await self.learner.train_step.remote(step)
+        replay = await self.replay.trained.remote(step, learner)
+        self.clock.enter("publish")
+        weights = await self.publishing.publish(step)
+        await self.replay.published.remote(step)
+        self.clock.enter("checkpoint")
+        if step % self.config.learner.checkpoint_every == 0 or step == self.config.run.steps:
+            await self._checkpoint(step)
+        self.clock.enter("report")
+        evaluated = self._evaluate_in_the_middle(step)
+        return {"step": step, **self._times(learner, replay), **replay, **learner, **weights, **evaluated}
+
+    async def _take_batch(self, step: int) -> bool:
+        """Wait for batch `step`, saying who waits for whom; False when the data is used up."""
+        self.clock.enter("wait")
+        taking = asyncio.ensure_future(_call(self.learner.take_batch.remote(step)))
+        since = time.monotonic()
+        while not (await asyncio.wait([taking], timeout=self.config.controller.report_wait_s))[0]:
+            why = (await self.replay.status.remote())["why_waiting"]
+            self.reporter.status(f"learner waits for batch {step} since {time.monotonic() - since:.0f} s: {why}")
+        return await taking
+
+    async def _checkpoint(self, step: int) -> None:
+        await self.learner.save.remote(step)
+        await self.replay.covered.remote(step)
+
+    async def _finish(self) -> dict[str, float]:
+        """Close the stream, then evaluate the final model alone on all slots."""
+        await self.replay.finish.remote()
+        if self.evaluating:
+            await self.evaluating
+        self.reporter.status("evaluating the final model")
+        final = await self.evaluation.run(greedy=True, share=1.0)
+        return {**final, "time/total_s": time.monotonic() - self.started}
+
+    # ------------------------------------------------------------------------------------------------------- metrics
+
+    def _evaluate_in_the_middle(self, step: int) -> dict[str, float]:
+        """Start an evaluation when one is due and none runs; the metrics of one that has finished since."""
+        finished: dict[str, float] = {}
+        if self.evaluating and self.evaluating.done():
+            finished = self.evaluating.result()
+            self.evaluating = None
+        every, last = self.config.eval.every, self.config.run.steps
+        if every and step % every == 0 and step < last and self.evaluating is None:
+            share = self.config.eval.max_share
+            self.evaluating = asyncio.ensure_future(self.evaluation.run(greedy=False, share=share))
+        return finished
+
+    def _times(self, learner: dict[str, float], replay: dict[str, float]) -> dict[str, float]:
+        """Clocks, and what each side did in the wall time since the last line."""
+        now = time.monotonic()
+        step_s, self.line_at = now - self.line_at, now
+        times = self.clock.take()
+        sampled, self.sampled_tokens = replay["rollout/tokens"] - self.sampled_tokens, replay["rollout/tokens"]
+        return {
+            "time/wall_s": now - self.began,
+            "time/total_s": now - self.started,
+            "time/step_s": step_s,
+            "rollout/tokens_per_s": sampled / step_s,
+            "learner/tokens_per_s": learner["learner/tokens"] / step_s,
+            "learner/waiting_ratio": times["wait"] / step_s,
+            **{f"controller/{state}_s": seconds for state, seconds in times.items()},
+        }
+
+
+async def _call(call: Any) -> Any:
+    """A Ray call as a coroutine, so that a task can be made of it."""
+    return await call

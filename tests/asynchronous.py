@@ -1,0 +1,17 @@
+"""Tests that are coroutines: each in an event loop of its own, ended after `TEST_TIMEOUT_S`."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import Awaitable, Callable
+
+TEST_TIMEOUT_S = 20.0
+
+
+def asynchronous(test: Callable[..., Awaitable[None]]) -> Callable[..., None]:
+    @functools.wraps(test)
+    def run(*args: object, **kwargs: object) -> None:
+        asyncio.run(asyncio.wait_for(test(*args, **kwargs), TEST_TIMEOUT_S))
+
+    return run

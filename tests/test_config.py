@@ -1,0 +1,106 @@
+"""The configuration: what is accepted, what is refused, and in which words."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from asyncdapo.config import SECTIONS, config_from_dict, field_docs, find_config, load_config, to_dict, to_yaml
+from asyncdapo.errors import ConfigError, UserError
+
+QUICKSTART = find_config("quickstart")
+
+
+def test_the_quickstart_is_the_measured_recipe() -> None:
+    config = load_config(QUICKSTART)
+    assert (config.replay.prompts_per_step, config.rollout.group_size, config.run.steps) == (16, 16, 36)
+    assert (config.replay.run_ahead, config.replay.max_staleness) == (1.0, 2)
+    assert (config.rollout.num_workers, config.rollout.slots) == (1, 64)
+    assert (config.rollout.threads, config.learner.threads) == (1, 1)
+    assert (config.learner.lr, config.learner.warmup_steps, config.learner.betas) == (2e-4, 3, (0.9, 0.999))
+    assert (config.loss.clip_low, config.loss.clip_high, config.loss.dual_clip) == (0.2, 0.28, None)
+
+
+def test_overrides_change_keys_and_interpolations_follow() -> None:
+    config = load_config(QUICKSTART, ["run.name=mine", "replay.run_ahead=0.5", "learner.betas=[0.8,0.9]"])
+    assert config.run.dir == "runs/mine"
+    assert config.replay.run_ahead == 0.5
+    assert config.learner.betas == (0.8, 0.9)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("replay.max_stalness=3", "replay.max_stalness: is not a known key (did you mean replay.max_staleness?)"),
+        ("replai.max_staleness=3", "replai: is not a known key (did you mean replay?)"),
+        ("replay.max_staleness=-1", "replay.max_staleness: must be at least 0, got -1"),
+        ("replay.max_staleness=many", "replay.max_staleness: expected `int`, got 'many'"),
+        ("replay.run_ahead=3", "replay.run_ahead: must be at most replay.max_staleness (2)"),
+        ("rollout.group_size=1", "rollout.group_size: a group of one has no variance"),
+        ("rollout.temperature=0", "rollout.temperature: must be above 0"),
+        ("rollout.engine=fast", "rollout.engine: must be one of torch, got 'fast'"),
+        ("filter.on_limit=stop", "filter.on_limit: must be one of raise, partial, unfiltered, got 'stop'"),
+        ("learner.updates_per_step=3", "learner.updates_per_step: must divide replay.prompts_per_step (16)"),
+        ("learner.betas=[0.9]", "learner.betas: expected `array` of length 2"),
+        ("learner.lr=high", "learner.lr: expected `float`, got 'high'"),
+        ("run=3", "run: is a section"),
+        ("run.steps=0", "run.steps: must be at least 1, got 0"),
+        ("model.path=null", "model.path: expected `str`, got None"),
+        ("steps", "steps: an override is written key=value"),
+        ("run.dir=${nowhere}", "nowhere"),
+    ],
+)
+def test_a_bad_key_or_value_is_named_with_its_fix(override: str, words: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_config(QUICKSTART, [override])
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_config_without_a_model_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"model.path: is missing"):
+        config_from_dict({"run": {"steps": 3}})
+
+
+def test_broken_yaml_and_missing_files_are_named(tmp_path: Path) -> None:
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("run: [1,\n")
+    with pytest.raises(UserError, match=r"broken.yaml"):
+        load_config(broken)
+    with pytest.raises(UserError, match="no such config"):
+        load_config(tmp_path / "absent.yaml")
+    with pytest.raises(UserError, match="did you mean quickstart"):
+        find_config("quickstrat")
+
+
+def test_the_printed_yaml_reads_back_as_the_same_config(tmp_path: Path) -> None:
+    config = load_config(QUICKSTART, ["rollout.temperature=0.7", "loss.dual_clip=3.0"])
+    printed = tmp_path / "printed.yaml"
+    printed.write_text(to_yaml(config))
+    assert load_config(printed) == config
+
+
+def test_every_key_has_a_doc_line_and_appears_in_the_printed_yaml() -> None:
+    config = load_config(QUICKSTART)
+    printed = to_yaml(config)
+    for name, cls in SECTIONS.items():
+        fields = [field.name for field in dataclasses.fields(cls)]
+        assert list(field_docs(cls)) == fields, f"a field of {name} has no doc line"
+        assert list(to_dict(config)[name]) == list(OmegaConf.create(printed)[name])
+    assert "# Most train steps between" in printed
+
+
+def test_the_set_of_keys_is_frozen_so_that_a_new_one_is_a_decision() -> None:
+    keys = {f"{name}.{field.name}" for name, cls in SECTIONS.items() for field in dataclasses.fields(cls)}
+    assert len(keys) < 100
+    expected = set((Path(__file__).parent / "config_keys.txt").read_text().split())
+    assert keys == expected
+
+
+def test_sections_stand_in_the_order_of_the_design() -> None:
+    assert list(SECTIONS) == (
+        "run model prompts rollout reward filter replay loss learner weights eval controller metrics".split()
+    )

@@ -1,0 +1,97 @@
+"""The house rules that a reader relies on, read from the imports: who may know whom, and what stays out of files."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parent.parent / "asyncdapo"
+STAGES = {"prompts", "rollout", "reward", "replay", "learner", "weights", "metrics"}
+LOWER = {"messages", "errors", "transport", "tokens", "dapo"}
+IMPURE = {"time", "random", "asyncio", "threading", "os", "sqlite3", "socket", "zmq", "torch", "numpy", "pathlib"}
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+
+def imports_of(path: Path) -> set[str]:
+    """Dotted names of our own modules that a file imports, type-checking ones included."""
+    return {name for name in all_imports_of(path) if name.split(".")[0] == "asyncdapo"}
+
+
+def all_imports_of(path: Path) -> set[str]:
+    """Dotted names of all modules that a file imports, wherever in the file."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+    return names
+
+
+def part_of(path: Path) -> str:
+    """Folder of a module inside the package, or its own name at the top."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_stage_knows_only_itself_and_the_layers_below(path: Path) -> None:
+    part = part_of(path)
+    allowed = {"config": STAGES | LOWER | {"controller"}, "cli": None, "controller": None}.get(
+        part, LOWER | {part} if part in STAGES else LOWER
+    )
+    if allowed is None:
+        return
+    known = {name.split(".")[1] for name in imports_of(path) if "." in name}
+    assert known <= allowed, f"{path.name} imports {known - allowed}"
+
+
+def test_the_composed_config_is_made_of_the_stages_config_files_only() -> None:
+    names = imports_of(PACKAGE / "config.py") - {"asyncdapo.errors"}
+    assert names
+    assert all(name.endswith(".config") for name in names)
+
+
+def test_the_pure_core_reaches_no_io() -> None:
+    """Everything that `replay/state.py` imports, directly or not, is pure too."""
+    reached, todo = set(), ["asyncdapo.replay.state"]
+    while todo:
+        name = todo.pop()
+        reached.add(name)
+        path = PACKAGE.parent / Path(*name.split(".")).with_suffix(".py")
+        if name != "asyncdapo.messages":
+            assert not {module.split(".")[0] for module in all_imports_of(path)} & IMPURE, name
+        todo += imports_of(path) - reached
+    assert reached >= {f"asyncdapo.replay.{name}" for name in "state admission staleness filter batch events".split()}
+    others = {name for name in reached if not name.startswith("asyncdapo.replay.")}
+    assert others <= {"asyncdapo.messages", "asyncdapo.errors"}
+
+
+def test_only_the_command_line_imports_the_controller() -> None:
+    importers = {part_of(path) for path in MODULES if any("asyncdapo.controller" in n for n in imports_of(path))}
+    assert importers == {"cli", "config", "controller"}
+
+
+def test_packages_hold_no_code_of_their_own() -> None:
+    assert all(path.read_text().strip() == "" for path in MODULES if path.name == "__init__.py")
+
+
+@pytest.mark.parametrize("module", ["asyncdapo.cli", "asyncdapo.config", "asyncdapo.messages"])
+def test_nothing_heavy_is_imported_before_arguments_are_parsed(module: str) -> None:
+    code = f"import sys, {module}; print([m for m in ('torch', 'ray', 'transformers', 'wandb', 'pyarrow') if m in sys.modules])"
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert printed.strip() == "[]"
+
+
+def test_help_and_a_wrong_key_answer_without_torch() -> None:
+    code = (
+        "import sys\n"
+        "from asyncdapo.cli import main\n"
+        "code = main(['config', 'quickstart', 'replay.max_stalness=1'])\n"
+        "assert code == 2, code\n"
+        "assert 'torch' not in sys.modules and 'ray' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
