@@ -50,7 +50,7 @@ def group_advantage(rewards_G: Tensor, eps: float = 1e-6) -> Tensor:
 
     The standard deviation divides by G − 1. A group of one, or of equal rewards, teaches nothing: exactly 0.
     """
-    if rewards_G.numel() < 2 or rewards_G.max() == rewards_G.min():
+    if rewards_G.max() == rewards_G.min():
         return torch.zeros_like(rewards_G)
     return (rewards_G - rewards_G.mean()) / (rewards_G.std(correction=1) + eps)
 
@@ -58,10 +58,10 @@ def group_advantage(rewards_G: Tensor, eps: float = 1e-6) -> Tensor:
 def importance_ratio(logp_BT: Tensor, old_logp_BT: Tensor, mask_BT: Tensor) -> Tensor:
     """π_θ / π_old of each token, [B, T] (eq. 9); 0 outside the mask. `mask_BT` is bool.
 
-    The mask comes before exp: garbage outside it would otherwise reach the gradient as 0 · inf = NaN.
+    The clamp also serves the mask: an exp that overflowed there would reach the gradient as 0 · inf = NaN.
     """
-    log_ratio_BT = torch.where(mask_BT, logp_BT - old_logp_BT, 0.0)
-    return torch.where(mask_BT, log_ratio_BT.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp(), 0.0)
+    log_ratio_BT = (logp_BT - old_logp_BT).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    return torch.where(mask_BT, log_ratio_BT.exp(), 0.0)
 
 
 def clipped_loss(

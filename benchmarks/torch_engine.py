@@ -101,7 +101,9 @@ async def main(options: argparse.Namespace) -> None:
         ours.append((num_tokens, time.perf_counter() - wall, time.process_time() - cpu))
         after = engine.gauges()
         fill = (after["slot_steps"] - before["slot_steps"]) / (after["steps"] - before["steps"]) / options.slots
-        print(f"round {seed}: {num_tokens} tokens, {num_tokens / options.groups / GROUP_SIZE:.1f} a sample, fill {fill:.2f}")
+        print(
+            f"round {seed}: {num_tokens} tokens, {num_tokens / options.groups / GROUP_SIZE:.1f} a sample, fill {fill:.2f}"
+        )
         if options.hf:
             wall, cpu = time.perf_counter(), time.process_time()
             num_tokens = hugging_face_round(model, max(4, options.groups // 4), options.slots, seed)

@@ -81,7 +81,8 @@ def test_packages_hold_no_code_of_their_own() -> None:
 
 @pytest.mark.parametrize("module", ["asyncdapo.cli", "asyncdapo.config", "asyncdapo.messages"])
 def test_nothing_heavy_is_imported_before_arguments_are_parsed(module: str) -> None:
-    code = f"import sys, {module}; print([m for m in ('torch', 'ray', 'transformers', 'wandb', 'pyarrow') if m in sys.modules])"
+    heavy = ("torch", "ray", "transformers", "wandb", "pyarrow")
+    code = f"import sys, {module}; print([name for name in {heavy} if name in sys.modules])"
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert printed.strip() == "[]"
 

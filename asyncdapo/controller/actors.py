@@ -13,6 +13,8 @@ answers while it computes.
 from __future__ import annotations
 
 import asyncio
+import faulthandler
+import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -50,7 +52,15 @@ class Actor:
 
     def __init__(self, name: str, config: Config) -> None:
         self.name, self.config = name, config
+        self._open_log(Path(config.run.dir) / "logs" / f"{name}.log")
         self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=name)
+
+    def _open_log(self, path: Path) -> None:
+        """This process's own log; the stacks of a crash in native code go there too."""
+        path.parent.mkdir(exist_ok=True)
+        stream = path.open("a", buffering=1)
+        logging.basicConfig(stream=stream, level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+        faulthandler.enable(stream)
 
     async def ping(self) -> str:
         """The process exists and answers."""
@@ -68,8 +78,8 @@ class Actor:
 class ReplayActor(Actor):
     """Prompts in, batches out: the process that decides what is sampled and what is trained on."""
 
-    async def start(self) -> dict[str, str]:
-        """Open stream, journal and sockets. Returns the addresses of the sockets."""
+    async def start(self) -> dict[str, Any]:
+        """Open stream, journal and sockets. Returns the addresses of the sockets, and whether the data has an end."""
         config = self.config
         task = open_task(config.prompts, num_eval=config.eval.num_prompts, seed=config.run.seed)
         encode = load_tokenizer(config.model.path).prompt_encoder(config.prompts.chat_template)
@@ -90,7 +100,11 @@ class ReplayActor(Actor):
             total_slots=config.rollout.num_workers * config.rollout.slots,
             host=self.host(),
         )
-        return {"rollout": self.server.rollout_address, "learner": self.server.learner_address}
+        return {
+            "rollout": self.server.rollout_address,
+            "learner": self.server.learner_address,
+            "data_ends": self.stream.num_prompts is not None,
+        }
 
     async def serve(self) -> None:
         """Serve both sockets; raises what ends the run."""
@@ -140,9 +154,7 @@ class RolloutActor(Actor):
     async def start(self, replay_address: str) -> None:
         """Load the model (the only time a weight file is opened) and connect to the replay server."""
         config = self.config
-        self.engine = TorchEngine(
-            config.model.path, config.rollout, max_prompt_length=config.prompts.max_prompt_length
-        )
+        self.engine = TorchEngine(config.model.path, config.rollout, max_prompt_length=config.prompts.max_prompt_length)
         await self.engine.start()
         decode = load_tokenizer(config.model.path).decode
         scorer = Scorer(config.reward, make_verifier(config.reward.verifier), decode)

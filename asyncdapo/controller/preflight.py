@@ -1,7 +1,7 @@
 """Everything that can be wrong with a run and is the user's to mend, found before any process starts.
 
-In: the config's name and the overrides. Out: the effective `Config`, written to RUN_DIR/config.yaml, with model path and
-data files made absolute and `max_staleness` as it is in force. Raises UserError (exit code 2); then nothing was created.
+In: the config's name and the overrides. Out: the effective `Config`, written to RUN_DIR/config.yaml: paths are absolute,
+`max_staleness` is the bound in force. Raises UserError (exit code 2), and then nothing was created.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ def prepare_run(name_or_path: str, overrides: Sequence[str]) -> Config:
     config = effective(load_config(path, overrides), path.parent)
     run_dir = Path(config.run.dir)
     if run_dir.exists() and any(run_dir.iterdir()):
-        raise ConfigError("run.dir", "is in use", config.run.dir, f"run.dir={config.run.dir}-2, or remove the directory")
+        raise ConfigError(
+            "run.dir", "is in use", config.run.dir, f"run.dir={config.run.dir}-2, or remove the directory"
+        )
     make_verifier(config.reward.verifier)
     open_task(config.prompts, num_eval=config.eval.num_prompts, seed=config.run.seed)
     run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)

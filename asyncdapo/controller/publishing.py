@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Coroutine
 from typing import Any
 
+from asyncdapo.controller.processes import Process
 from asyncdapo.errors import RunError, WeightsError
 from asyncdapo.weights.backend import choose_backend
 from asyncdapo.weights.config import WeightsConfig
@@ -25,40 +27,45 @@ COMMAND_MARGIN_S = 10.0
 class Publishing:
     """One learner, one to many workers, one process group at a time."""
 
-    def __init__(self, config: WeightsConfig, learner: Any, workers: list[Any]) -> None:
+    def __init__(self, config: WeightsConfig, learner: Process, workers: list[Process]) -> None:
         self.config, self.learner, self.workers = config, learner, workers
 
     async def connect(self) -> None:
         """Make the process group: the learner is rank 0 and hosts the store, worker i is rank i + 1."""
-        ends = {"learner": self.learner} | {f"rollout {i}": worker for i, worker in enumerate(self.workers)}
-        devices = {name: await actor.device.remote() for name, actor in ends.items()}
+        ends = [self.learner, *self.workers]
+        devices = {process.name: await process.call("device") for process in ends}
         backend, reason = choose_backend(self.config, devices)
         log.info("weights travel by %s: %s", backend, reason)
-        address, manifest = await self.learner.host_weights.remote(len(ends), backend)
-        joins = [
-            worker.join_weights.remote(address, rank, len(ends), backend, manifest)
-            for rank, worker in enumerate(self.workers, start=1)
-        ]
-        await self._within_deadline("make the weight group", self.learner.accept_workers.remote(), *joins)
+        address, manifest = await self.learner.call("host_weights", len(ends), backend)
+        await self._within_deadline(
+            "make the weight group",
+            self.learner.call("accept_workers"),
+            *(
+                worker.call("join_weights", address, rank, len(ends), backend, manifest)
+                for rank, worker in enumerate(self.workers, start=1)
+            ),
+        )
 
     async def publish(self, version: int) -> dict[str, float]:
         """Send `version` to every worker; returns when all of them generate with it."""
-        for attempt in range(1, self.config.max_missed + 1):
+        missed: WeightsError | None = None
+        for _ in range(self.config.max_missed):
             try:
+                if missed:
+                    await self.connect()
                 return await self._send(version)
             except WeightsError as error:
-                log.warning("version %d did not arrive (attempt %d): %s", version, attempt, error)
+                log.warning("version %d did not arrive: %s", version, error)
                 missed = error
-                await self.connect()
         raise RunError(
-            f"version {version} did not reach the workers in weights.max_missed ({self.config.max_missed}) "
-            f"attempts: {missed}"
+            f"version {version} did not arrive {self.config.max_missed} times (weights.max_missed): {missed}"
         )
 
     async def _send(self, version: int) -> dict[str, float]:
-        receives = [worker.receive_weights.remote(version) for worker in self.workers]
         sent, *received = await self._within_deadline(
-            f"send version {version}", self.learner.send_weights.remote(version), *receives
+            f"send version {version}",
+            self.learner.call("send_weights", version),
+            *(worker.call("receive_weights", version) for worker in self.workers),
         )
         return {
             "weights/publish_s": sent["seconds"],
@@ -66,17 +73,13 @@ class Publishing:
             "weights/load_s": max(report["load_s"] for report in received),
         }
 
-    async def _within_deadline(self, what: str, *calls: Any) -> list[Any]:
-        """All calls, each to its end, so that none is left behind; then the first failure, if there is one."""
+    async def _within_deadline(self, what: str, *calls: Coroutine[Any, Any, Any]) -> list[Any]:
+        """All answers, each call waited for to its end, so that none is left behind; then the first error is raised."""
         deadline_s = self.config.timeout_s + COMMAND_MARGIN_S
-        tasks = [asyncio.ensure_future(_call(call)) for call in calls]
+        tasks = [asyncio.ensure_future(call) for call in calls]
         _, pending = await asyncio.wait(tasks, timeout=deadline_s)
         if pending:
             for task in pending:
                 task.cancel()
             raise WeightsError(f"{what}: {len(pending)} of {len(tasks)} ends gave no answer in {deadline_s:g} s")
         return [task.result() for task in tasks]
-
-
-async def _call(call: Any) -> Any:
-    return await call

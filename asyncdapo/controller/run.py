@@ -21,15 +21,16 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
+import traceback
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import ray
 
 from asyncdapo.config import Config
 from asyncdapo.controller.actors import LearnerActor, ReplayActor, RolloutActor
 from asyncdapo.controller.evaluation import Evaluation
-from asyncdapo.controller.processes import Watch, gpus_per_process, init_ray, placed, start_actor
+from asyncdapo.controller.processes import Process, Watch, gpus_per_process, init_ray
 from asyncdapo.controller.publishing import Publishing
 from asyncdapo.errors import RunError
 from asyncdapo.metrics.accounting import StateClock
@@ -47,6 +48,8 @@ def launch(config: Config) -> int:
         asyncio.run(Controller(config, reporter, started).run())
         return 0
     except RunError as error:
+        if error.__cause__:
+            traceback.print_exception(error.__cause__)
         reporter.status(f"the run ended: {error}")
         print(f"asyncdapo: the run ended: {error}", file=sys.stderr)
         return 1
@@ -67,6 +70,7 @@ class Controller:
         self.clock = StateClock(time.monotonic)
         self.evaluating: asyncio.Task[dict[str, float]] | None = None
         self.sampled_tokens = 0.0
+        self.line: dict[str, float] = {}
 
     async def run(self) -> None:
         """Start, wire, train, evaluate, stop."""
@@ -84,70 +88,82 @@ class Controller:
         num_gpus = gpus_per_process(config)
 
         # processes
-        self.replay = start_actor(ReplayActor, "replay", config, threads=1)
-        self.learner = start_actor(LearnerActor, "learner", config, threads=config.learner.threads, num_gpus=num_gpus)
+        start = Process.start
+        self.replay = start(ReplayActor, "replay", config, threads=1)
+        self.learner = start(LearnerActor, "learner", config, threads=config.learner.threads, num_gpus=num_gpus)
         self.workers = [
-            start_actor(RolloutActor, f"rollout-{i}", config, i, threads=rollout.threads, num_gpus=num_gpus)
+            start(RolloutActor, f"rollout-{i}", config, i, threads=rollout.threads, num_gpus=num_gpus)
             for i in range(rollout.num_workers)
         ]
-        named = {"replay": self.replay, "learner": self.learner}
-        named |= {f"rollout-{i}": worker for i, worker in enumerate(self.workers)}
-        await asyncio.gather(
-            *(placed(actor, name, controller.place_timeout_s) for name, actor in named.items())
-        )
+        processes = [self.replay, self.learner, *self.workers]
+        await asyncio.gather(*(process.placed(controller.place_timeout_s) for process in processes))
 
         # rollouts: ZeroMQ, workers -> replay -> learner
-        addresses = await self.replay.start.remote()
-        starts = [worker.start.remote(addresses["rollout"]) for worker in self.workers]
-        starts.append(self.learner.start.remote(addresses["learner"]))
-        await asyncio.wait_for(asyncio.gather(*starts), controller.start_timeout_s)
+        opened = await self.replay.call("start")
+        self.data_ends = opened["data_ends"]
+        await self._start_models(opened["learner"], opened["rollout"])
 
         # weights: a process group of their own
         self.publishing = Publishing(config.weights, self.learner, self.workers)
         await self.publishing.connect()
 
         # everything that must outlive the training
-        for name, actor in named.items():
-            self.watch.add(name, actor.serve.remote())
+        for process in processes:
+            self.watch.add(process.name, process.call("serve"))
 
         self.evaluation = Evaluation(
             config.eval,
-            await self.replay.eval_prompts.remote(),
+            await self.replay.call("eval_prompts"),
             chunk=rollout.group_size,
             max_tokens=rollout.max_response_length,
             seed=config.run.seed,
-            ask=lambda requests, share: self.replay.evaluate.remote(requests, share),
+            ask=partial(self.replay.call, "evaluate"),
         )
+
+    async def _start_models(self, learner_address: str, rollout_address: str) -> None:
+        """Load the model in the learner and in every worker."""
+        timeout_s = self.config.controller.start_timeout_s
+        try:
+            async with asyncio.timeout(timeout_s):
+                await asyncio.gather(
+                    self.learner.call("start", learner_address),
+                    *(worker.call("start", rollout_address) for worker in self.workers),
+                )
+        except TimeoutError:
+            raise RunError(f"the model is not loaded after controller.start_timeout_s ({timeout_s:g} s)") from None
 
     # --------------------------------------------------------------------------------------------------------- loop
 
     async def train(self) -> None:
-        """Evaluate, train `run.steps` steps, evaluate."""
-        config = self.config
-        await self.learner.save.remote(0)
+        """Evaluate, train to the last step or the end of the data, evaluate."""
+        steps = self.config.run.steps
+        await self.learner.call("save", 0)
         self.reporter.status("evaluating the initial model")
         first = await self.evaluation.run(greedy=True, share=1.0)
         self.reporter.log({"step": 0, "time/wall_s": 0.0, "time/total_s": time.monotonic() - self.started, **first})
 
-        await self.replay.begin.remote()
+        await self.replay.call("begin")
         self.began = self.line_at = time.monotonic()
-        for step in range(1, config.run.steps + 1):
+        for step in range(1, steps + 1):
             if not await self._take_batch(step):
                 break
-            line = await self._train_step(step)
-            if step == config.run.steps:
-                break
-            self.reporter.log(line)
-        self.reporter.log(line | await self._finish())
+            self._write_line()
+            self.line = await self._train_step(step)
+            if step < steps and not self.data_ends:
+                self._write_line()
+        if not self.line:
+            raise RunError("the data was used up before the first batch was full: more rows, or more prompts.epochs")
+        self.line |= await self._finish()
+        self._write_line()
 
     async def _train_step(self, step: int) -> dict[str, float]:
         """Train on the batch taken, mark it trained, publish the new version; the metrics line of the step."""
         self.clock.enter("train")
-        learner = await self.learner.train_step.remote(step)
-        replay = await self.replay.trained.remote(step, learner)
+        learner = await self.learner.call("train_step", step)
+        replay = await self.replay.call("trained", step, learner)
         self.clock.enter("publish")
         weights = await self.publishing.publish(step)
-        await self.replay.published.remote(step)
+        await self.replay.call("published", step)
         self.clock.enter("checkpoint")
         if step % self.config.learner.checkpoint_every == 0 or step == self.config.run.steps:
             await self._checkpoint(step)
@@ -158,20 +174,20 @@ class Controller:
     async def _take_batch(self, step: int) -> bool:
         """Wait for batch `step`, saying who waits for whom; False when the data is used up."""
         self.clock.enter("wait")
-        taking = asyncio.ensure_future(_call(self.learner.take_batch.remote(step)))
+        taking = asyncio.ensure_future(self.learner.call("take_batch", step))
         since = time.monotonic()
         while not (await asyncio.wait([taking], timeout=self.config.controller.report_wait_s))[0]:
-            why = (await self.replay.status.remote())["why_waiting"]
+            why = (await self.replay.call("status"))["why_waiting"]
             self.reporter.status(f"learner waits for batch {step} since {time.monotonic() - since:.0f} s: {why}")
         return await taking
 
     async def _checkpoint(self, step: int) -> None:
-        await self.learner.save.remote(step)
-        await self.replay.covered.remote(step)
+        await self.learner.call("save", step)
+        await self.replay.call("covered", step)
 
     async def _finish(self) -> dict[str, float]:
         """Close the stream, then evaluate the final model alone on all slots."""
-        await self.replay.finish.remote()
+        await self.replay.call("finish")
         if self.evaluating:
             await self.evaluating
         self.reporter.status("evaluating the final model")
@@ -179,6 +195,13 @@ class Controller:
         return {**final, "time/total_s": time.monotonic() - self.started}
 
     # ------------------------------------------------------------------------------------------------------- metrics
+
+    def _write_line(self) -> None:
+        """Write the line of the last step, unless it is written. One that may turn out to be the run's last is held
+        back until that is known, since the final evaluation belongs into it."""
+        if self.line:
+            self.reporter.log(self.line)
+            self.line = {}
 
     def _evaluate_in_the_middle(self, step: int) -> dict[str, float]:
         """Start an evaluation when one is due and none runs; the metrics of one that has finished since."""
@@ -207,8 +230,3 @@ class Controller:
             "learner/waiting_ratio": times["wait"] / step_s,
             **{f"controller/{state}_s": seconds for state, seconds in times.items()},
         }
-
-
-async def _call(call: Any) -> Any:
-    """A Ray call as a coroutine, so that a task can be made of it."""
-    return await call

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers.utils.logging import disable_progress_bar
 
 from asyncdapo.errors import ConfigError, RunError, StalenessError
 from asyncdapo.learner.checkpoint import remove_old_checkpoints, write_checkpoint
@@ -62,8 +63,9 @@ class Learner:
         staleness_bound: int,
         seed: int,
     ) -> None:
-        """Loads the model. Sets the process's thread count and torch seed. Raises ConfigError for a model or device
-        that can't be used."""
+        """Loads the model. Sets the process's thread count and torch seed, and switches Hugging Face's progress bars
+        off. Raises ConfigError for a model or device that can't be used."""
+        disable_progress_bar()
         torch.set_num_threads(config.threads)
         torch.manual_seed(seed)
         self._source = model_directory(model_path)

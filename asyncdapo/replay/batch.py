@@ -62,7 +62,7 @@ def cut_at_barrier(kept: Sequence[HeldGroup], spare: Sequence[HeldGroup], size: 
     """As `cut`, and every prompt after the last member goes back to the stream, whatever its verdict.
 
     The next step then begins right behind the last member. So the membership of this step and every later one depends
-    neither on the order of arrival nor on how many prompts were leased ahead.
+    neither on the order of arrival nor on how many prompts were leased ahead. (A prompt that ended `failed` stays so.)
     """
     whole = cut(kept, spare, size, fill=fill)
     last = max((group.prompt_id for group in whole.members), default=-1)

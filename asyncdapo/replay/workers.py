@@ -156,7 +156,7 @@ class Workers:
         self._join(session, hello.loaded_version)
         session.heard_tick = self._sessions.tick
         self._exchange.send(session, Welcome(branch=self._exchange.branch, granted=session.granted))
-        self._offer(session)
+        self.offer_all()
 
     def _join(self, session: Session, version: int) -> None:
         """The worker is there, for the first time or again, and generates with `version`."""

@@ -202,8 +202,9 @@ class RolloutWorker:
             self._welcomed &= now - self._heard_at <= QUIET_HEARTBEATS * self._heartbeat_s
             for message, frames in self._due(now) if self._welcomed else self._hello(now):
                 await client.send(message, frames)
+            next_at = self._heartbeat_at if self._welcomed else self._hello_at
             with suppress(TimeoutError):
-                async with asyncio.timeout(self._heartbeat_s / 4):
+                async with asyncio.timeout(next_at - time.monotonic()):
                     await self._wake.wait()
 
     def _hello(self, now: float) -> list[Outgoing]:

@@ -122,7 +122,9 @@ class WeightGroup:
         return verdicts_W.tolist()
 
     def wait(self, work: dist.Work, deadline: Deadline) -> None:
-        """Wait for a collective. Raises WeightsError, and closes the group, when it fails or the deadline passes."""
+        """Wait for a collective. Raises WeightsError, and closes the group, when it fails or the deadline passes.
+
+        Gloo has the deadline from the collective's options as well; NCCL only from here."""
         with self._translated("transfer", deadline):
             work.wait(deadline.left())
 

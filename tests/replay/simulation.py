@@ -12,9 +12,8 @@ from dataclasses import dataclass, field
 from asyncdapo.replay import events as core
 from asyncdapo.replay.config import FilterConfig, ReplayConfig
 from asyncdapo.replay.state import ReplayState
+from tests.replay.scenario import group_done
 from tests.replay.truth import Truth
-
-ACC = {"kept": (0.0, 1.0), "constant": (1.0, 1.0), "masked": (0.0, 1.0)}
 
 
 @dataclass
@@ -37,6 +36,8 @@ class World:
     num_prompts: int | None
     num_workers: int
     num_slots: int
+    learner_pace: int
+    rollout_pace: int
 
 
 class Simulation:
@@ -72,17 +73,7 @@ class Simulation:
         """The worker may have sent the group before it heard of it."""
         started = self.workers[worker].running.pop(lease_id)
         if started is not None:
-            self.echoes.append(self._done(lease_id, started, self.workers[worker].loaded, "kept"))
-
-    @staticmethod
-    def _done(lease_id: int, min_version: int, max_version: int, verdict: str) -> core.GroupDone:
-        return core.GroupDone(
-            lease_id=lease_id,
-            min_version=min_version,
-            max_version=max_version,
-            metrics={"acc": ACC[verdict]},
-            num_loss_tokens=0 if verdict == "masked" else 7,
-        )
+            self.echoes.append(group_done(lease_id, "kept", started, self.workers[worker].loaded))
 
     def check_wait(self) -> None:
         """Whoever the wait names has something to do."""
@@ -121,13 +112,13 @@ class Simulation:
 
     def _possible(self) -> list[Callable[[], None]]:
         """Frequent things stand in the list more than once."""
-        possible = self._learner_steps() * 3
+        possible = self._learner_steps() * self.world.learner_pace
         if len(self.workers) < self.world.num_workers:
-            possible += [self._join] * 2
+            possible += [self._join] * 4
         if self.workers:
-            possible += [self._ask, self._ask, self._load, self._die]
+            possible += [self._ask, self._ask, self._ask, self._load, self._die]
         if any(worker.running for worker in self.workers.values()):
-            possible += [self._start, self._finish, self._finish, self._finish, self._fail, self._lose]
+            possible += [self._start, self._start, self._fail, self._lose] + [self._finish] * self.world.rollout_pace
         if self.echoes:
             possible.append(self._echo)
         return possible
@@ -154,11 +145,11 @@ class Simulation:
 
     def _die(self) -> None:
         index = self._one_of(list(self.workers))
-        if self._pick(3) == 0:
+        if self._pick(4) == 0:
             worker = self.workers.pop(index)
             for lease_id, started in worker.running.items():
                 if started is not None:
-                    self.echoes.append(self._done(lease_id, started, worker.loaded, "kept"))
+                    self.echoes.append(group_done(lease_id, "kept", started, worker.loaded))
             self.tell(core.WorkerLost(worker=index))
 
     def _one_lease(self) -> tuple[SimWorker, int]:
@@ -177,23 +168,23 @@ class Simulation:
         age = self._pick(16) == 0
         started = worker.running.pop(lease_id)
         version = max(0, (worker.loaded if started is None else started) - age)
-        done = self._done(lease_id, version, worker.loaded, verdict)
+        done = group_done(lease_id, verdict, version, worker.loaded)
         self.echoes.append(done)
         self.tell(done)
 
     def _fail(self) -> None:
         worker, lease_id = self._one_lease()
-        if self._pick(4) == 0:
+        if self._pick(8) == 0:
             del worker.running[lease_id]
             self.echoes.append(core.LeaseFailed(lease_id=lease_id))
             self.tell(core.LeaseFailed(lease_id=lease_id))
 
     def _lose(self) -> None:
         worker, lease_id = self._one_lease()
-        reason = self._one_of(["", "", "stalled", "rejected"])
+        reason = self._one_of(["", "", "", "", "", "", "stalled", "rejected"])
         if reason:
             started = worker.running.pop(lease_id)
-            self.echoes.append(self._done(lease_id, started or 0, worker.loaded, "kept"))
+            self.echoes.append(group_done(lease_id, "kept", started or 0, worker.loaded))
             self.tell(core.LeaseLost(lease_id=lease_id, reason=reason))
 
     def _echo(self) -> None:
@@ -247,6 +238,6 @@ class Simulation:
             for lease_id, started in list(worker.running.items()):
                 if worker.running.pop(lease_id, "withdrawn") != "withdrawn":
                     version = worker.loaded if started is None else started
-                    self.tell(self._done(lease_id, version, worker.loaded, "kept"))
+                    self.tell(group_done(lease_id, "kept", version, worker.loaded))
         if steps := self._learner_steps():
             steps[-1]()

@@ -64,7 +64,7 @@ def make_group(lease: Lease, *, worker=0, accs=(1.0, 0.0), versions=((0, 4),)) -
     total = num_tokens * len(accs)
     payload = Payload(
         np.array(lease.prompt.token_ids, np.int32),
-        np.arange(lease.lease_id, lease.lease_id + total, dtype=np.int32),
+        np.arange(total, dtype=np.int32) + lease.lease_id % 1000,
         np.linspace(-2, -0.5, total, dtype=np.float32),
     )
     return group, payload

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from contextlib import closing
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -249,7 +250,11 @@ os.kill(os.getpid(), signal.SIGKILL)
 def test_everything_committed_outlives_a_kill(tmp_path):
     """No close, no flush: the files are as SIGKILL leaves them, and audit finds them sound."""
     killed = subprocess.run(
-        [sys.executable, "-c", KILLED_WRITER, str(tmp_path)], capture_output=True, text=True, check=False
+        [sys.executable, "-c", KILLED_WRITER, str(tmp_path)],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert killed.returncode == -9, killed.stderr
     assert audit(tmp_path) == []

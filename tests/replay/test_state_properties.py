@@ -28,12 +28,14 @@ def worlds(draw: st.DrawFn, run_aheads=(0.0, 0.25, 0.5, 1.0, 1.3, 2.0)) -> World
             enabled=draw(st.sampled_from([True, True, True, False])),
             max_gen_batches=draw(st.sampled_from([0, 0, 1, 2])),
             gen_batch_multiplier=draw(st.integers(1, 2)),
-            on_limit=draw(st.sampled_from(["partial", "unfiltered", "raise"])),
+            on_limit=draw(st.sampled_from(["partial", "unfiltered", "partial", "unfiltered", "raise"])),
         ),
         max_attempts=draw(st.integers(1, 3)),
-        num_prompts=draw(st.sampled_from([None, None, None, 0, 7, 25])),
+        num_prompts=draw(st.sampled_from([None, None, None, 0, 9, 30])),
         num_workers=draw(st.integers(1, 3)),
         num_slots=draw(st.integers(1, 6)),
+        learner_pace=draw(st.sampled_from([1, 3, 8])),
+        rollout_pace=draw(st.sampled_from([1, 3, 8])),
     )
 
 
@@ -41,13 +43,13 @@ def chaos(max_examples: int):
     return settings(max_examples=max_examples, deadline=None, suppress_health_check=list(HealthCheck))
 
 
-@chaos(400)
+@chaos(800)
 @given(worlds(), CHAOS)
 def test_all_invariants_hold_after_every_event(world: World, choices: bytes) -> None:
     Simulation(world).run(choices)
 
 
-@chaos(100)
+@chaos(300)
 @given(worlds(), CHAOS)
 def test_after_any_trouble_the_next_batches_come_once_all_goes_well(world: World, choices: bytes) -> None:
     simulation = Simulation(world)

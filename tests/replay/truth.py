@@ -1,18 +1,15 @@
-"""An independent account of a replay run, rebuilt from the events that went in and the actions that came out.
+"""An independent judge of a replay run, from the events that went in and the actions that came out.
 
-It shares no code with the core beyond the records, and it takes nothing for granted: every action is checked against
-what the events so far allow, and after every event the whole account is checked for what must hold and for what should
-have been done by now. The rules are written down here a second time, in the plainest way, at any cost of time.
+It takes nothing for granted: every action is checked against what the events so far allow, and after every event the
+whole account is checked for what must hold and for what should have been done by now.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from asyncdapo.replay import events as core
-from asyncdapo.replay.config import FilterConfig, ReplayConfig
+from tests.replay.account import Account, TrueGroup, TrueLease
 
 LEGAL_MOVES = {
     "waiting": {"leased", "unused"},
@@ -23,122 +20,11 @@ LEGAL_MOVES = {
 }
 
 
-@dataclass
-class TrueLease:
-    prompt_id: int
-    worker: int
-    started_version: int | None = None
-
-
-@dataclass
-class TrueGroup:
-    prompt_id: int
-    min_version: int
-    verdict: str
-    state: str = "arrived"
-
-
-class Truth:
+class Truth(Account):
     """Feed it `observe(event, actions)`; it raises AssertionError at the first breach."""
 
-    def __init__(
-        self, config: ReplayConfig, filter: FilterConfig, *, max_attempts: int, num_prompts: int | None
-    ) -> None:
-        self.config, self.filter = config, filter
-        self.size = config.prompts_per_step
-        self.barrier = config.run_ahead == 0
-        self.bound = 0 if self.barrier else config.max_staleness
-        self.max_attempts, self.num_prompts = max_attempts, num_prompts
-
-        self.prompts: dict[int, str] = {}
-        self.attempts: Counter[int] = Counter()
-        self.places: dict[int, int] = {}
-        self.lost: set[int] = set()
-        self.leases: dict[int, TrueLease] = {}
-        self.ended_leases: set[int] = set()
-        self.groups: dict[int, TrueGroup] = {}
-        self.credits: dict[int, int] = {}
-        self.loaded: dict[int, int] = {}
-        self.verdicts: list[bool] = []
-
-        self.num_cut = 0
-        self.batches: dict[int, list[int]] = {}
-        self.trained: set[int] = set()
-        self.published = 0
-        self.wanted = 0
-        self.at_limit = False
-        self.over = False
-
-        self.gen_batch_step, self.gen_batch_number, self.gen_batch_verdicts = 0, 0, 0
-        self.gen_batches_of_step = 0
-
-    # ------------------------------------------------------------------------------------------------- what is so
-
-    @property
-    def next_step(self) -> int:
-        return self.num_cut + 1
-
-    @property
-    def num_fresh(self) -> int:
-        return len(self.prompts)
-
-    def fits(self, version: int, step: int) -> bool:
-        return (step - 1) - version <= self.bound
-
-    def in_state(self, state: str) -> list[int]:
-        return [group_id for group_id, group in self.groups.items() if group.state == state]
-
-    def next_prompt(self) -> int | None:
-        """Lowest place in the stream: own id, or behind the next batch's worth for the prompt of a lost lease."""
-        candidates = [(self.places[p], p) for p, state in self.prompts.items() if state == "waiting"]
-        if self.num_prompts is None or self.num_fresh < self.num_prompts:
-            candidates.append((self.num_fresh, self.num_fresh))
-        return min(candidates)[1] if candidates else None
-
-    def num_ready(self) -> int:
-        """Kept groups of the next batch; at the barrier only those before the next prompt of the stream."""
-        queued, before = self.in_state("queued"), self.next_prompt()
-        if self.barrier and before is not None:
-            queued = [group_id for group_id in queued if self.groups[group_id].prompt_id < before]
-        return len(queued)
-
-    def in_training(self) -> int:
-        return sum(len(members) for step, members in self.batches.items() if step > self.published)
-
-    def keep_rate(self) -> float:
-        latest = self.verdicts[-4 * self.size :]
-        return max(0.1, (4 + sum(latest)) / (4 + len(latest)))
-
-    def admits(self) -> bool:
-        ahead = self.in_training() + self.num_ready() + self.keep_rate() * len(self.leases)
-        verdicts = len(self.in_state("queued")) + len(self.in_state("spare"))
-        limit = self.filter.max_gen_batches * self.filter.gen_batch_multiplier * self.size
-        if self.barrier and limit and verdicts + len(self.leases) >= limit:
-            return False
-        return ahead < (self.config.run_ahead + 1) * self.size
-
-    def lease_version(self, lease: TrueLease) -> int:
-        return self.loaded[lease.worker] if lease.started_version is None else lease.started_version
-
-    def held_back(self) -> bool:
-        """Whether a cut would have to wait for running leases."""
-        if self.barrier:
-            return bool(self.leases)
-        late = [lease for lease in self.leases.values() if not self.fits(self.lease_version(lease), self.next_step + 1)]
-        return self.config.on_stale == "wait" and bool(late)
-
-    def cut_is_due(self) -> bool:
-        return self.at_limit or (self.wanted == self.next_step and self.num_ready() >= self.size)
-
-    def able_workers(self) -> list[int]:
-        """Workers with a credit and weights for the next batch (for the one after it, if its cut is held back)."""
-        step = self.next_step + self.cut_is_due()
-        return [w for w in self.loaded if self.credits[w] > 0 and self.fits(self.loaded[w], step)]
-
-    # ---------------------------------------------------------------------------------------------------- observe
-
     def observe(self, event: core.Event, actions: Sequence[core.Action]) -> None:
-        answered = self._see_event(event)
+        answered = self.see_event(event)
         cuts = [action for action in actions if isinstance(action, core.CutBatch)]
         for index, action in enumerate(actions):
             match action:
@@ -164,53 +50,6 @@ class Truth:
         self._check_exactly_once()
         self._check_staleness()
         self._check_nothing_left_undone()
-
-    def _see_event(self, event: core.Event) -> bool:
-        """Returns whether the event answers a running lease."""
-        match event:
-            case core.WorkerJoined():
-                self.loaded[event.worker], self.credits[event.worker] = event.loaded_version, 0
-            case core.WorkerLost():
-                del self.loaded[event.worker], self.credits[event.worker]
-            case core.Ready():
-                self.credits[event.worker] = event.credits
-            case core.Loaded():
-                self.loaded[event.worker] = event.version
-            case core.Started() if event.lease_id in self.leases:
-                self.leases[event.lease_id].started_version = event.version
-            case core.GroupDone() if event.lease_id in self.leases:
-                prompt_id = self.leases[event.lease_id].prompt_id
-                group = TrueGroup(prompt_id, event.min_version, self._verdict(event))
-                self.groups[event.lease_id] = group
-                if self.fits(event.min_version, self.next_step):
-                    self._count_verdict(group.verdict == "kept")
-                return True
-            case core.LeaseFailed() | core.LeaseLost():
-                return event.lease_id in self.leases
-            case core.CutWanted():
-                self.wanted = max(self.wanted, event.step)
-            case core.Trained():
-                self.trained.add(event.step)
-            case core.Published():
-                self.published = max(self.published, event.version)
-            case core.RunEnded():
-                self.over = True
-        return False
-
-    def _verdict(self, event: core.GroupDone) -> str:
-        if not self.filter.enabled:
-            return "kept"
-        if not event.num_loss_tokens:
-            return "masked"
-        values = sorted(event.metrics[self.filter.metric])
-        return "kept" if values[-1] - values[0] > 1e-6 else "constant"
-
-    def _count_verdict(self, kept: bool) -> None:
-        self.verdicts.append(kept)
-        if self.gen_batch_verdicts == 0:
-            self.gen_batches_of_step += 1
-            self.gen_batch_step, self.gen_batch_number = self.next_step, self.gen_batches_of_step
-        self.gen_batch_verdicts += 1
 
     # ---------------------------------------------------------------------------------------------------- actions
 

@@ -181,20 +181,28 @@ def make_lease(lease_id: int, group_size: int = GROUP_SIZE) -> Lease:
 
 
 def join(
-    engine: FakeEngine, score: Callable = score_first_token, *, deterministic: bool = False
+    engine: FakeEngine,
+    score: Callable = score_first_token,
+    *,
+    deterministic: bool = False,
+    heartbeat_s: float = HEARTBEAT_S,
 ) -> tuple[RolloutWorker, FakeReplay]:
     """A worker and the server that it is going to join."""
     replay = FakeReplay()
     config = RolloutConfig(slots=engine.num_slots, group_size=GROUP_SIZE, deterministic=deterministic)
-    return RolloutWorker(0, config, HEARTBEAT_S, engine, score, replay.address), replay
+    return RolloutWorker(0, config, heartbeat_s, engine, score, replay.address), replay
 
 
 @asynccontextmanager
 async def joined(
-    engine: FakeEngine, score: Callable = score_first_token, *, deterministic: bool = False
+    engine: FakeEngine,
+    score: Callable = score_first_token,
+    *,
+    deterministic: bool = False,
+    heartbeat_s: float = HEARTBEAT_S,
 ) -> AsyncIterator[tuple[RolloutWorker, FakeReplay]]:
     """A running worker and the server that has welcomed it. The worker's failure fails the test."""
-    worker, replay = join(engine, score, deterministic=deterministic)
+    worker, replay = join(engine, score, deterministic=deterministic, heartbeat_s=heartbeat_s)
     async with asyncio.TaskGroup() as tasks:
         running = tasks.create_task(worker.run())
         try:

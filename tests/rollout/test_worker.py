@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -110,13 +111,32 @@ async def test_a_burst_of_leases_never_makes_it_ask_beyond_its_room() -> None:
 
 
 @asynchronous
-async def test_the_slot_of_a_finished_sample_is_asked_for_before_its_group_is_done() -> None:
+async def test_a_lease_on_its_way_to_the_engine_has_taken_its_room() -> None:
+    engine = FakeEngine(num_slots=100)
+    engine.gate.clear()
+    async with joined(engine) as (_, replay), asyncio.TaskGroup() as tasks:
+        assert (await replay.expect(Ask)).asked == 25
+        await replay.grant(make_lease(0))
+        await replay.expect(Heartbeat, lambda heartbeat: bool(heartbeat.progress))
+        hammering = tasks.create_task(call_again_and_again(engine.requests[0].on_sample_done))
+        for lease_id in range(1, 25):
+            await replay.grant(make_lease(lease_id))
+            await asyncio.sleep(0.001)
+        await replay.expect(Heartbeat, lambda heartbeat: len(heartbeat.progress) == 25)
+        assert (await replay.expect(Heartbeat)).asked == 25
+        hammering.cancel()
+
+
+@asynchronous
+async def test_the_slot_of_a_finished_sample_is_asked_for_at_once() -> None:
     engine = FakeEngine(num_slots=GROUP_SIZE, num_tokens=lambda sample: 1 if sample == 0 else 100_000)
-    async with joined(engine) as (_, replay):
+    async with joined(engine, heartbeat_s=5.0) as (_, replay):
         assert (await replay.expect(Ask)).asked == 1
+        await replay.expect(Heartbeat)
+        replay.received.clear()
         await replay.grant(make_lease(0))
         assert (await replay.expect(Ask)).asked == 2
-        assert not any(isinstance(message, GroupDone) for message in replay.received)
+        assert not any(isinstance(message, GroupDone | Heartbeat) for message in replay.received)
 
 
 @asynchronous
@@ -219,16 +239,10 @@ async def test_a_reward_function_that_raises_fails_its_group_and_no_other() -> N
 
 
 @asynchronous
-async def test_an_evaluation_is_urgent_costs_a_credit_and_is_answered_until_acknowledged() -> None:
+async def test_an_evaluation_is_urgent_and_answered_until_acknowledged() -> None:
     engine = FakeEngine()
     async with joined(engine) as (_, replay):
-        await replay.expect(Ask)
-        engine.gate.clear()
-        await replay.grant(make_lease(0))
-        await replay.grant(make_evaluation())
-        heartbeats = [message for message in await replay.listen(4) if isinstance(message, Heartbeat)]
-        assert heartbeats[-1].asked == 3  # 8 slots: 4 of the lease, 2 of the evaluation, room for 1 more group
-        engine.gate.set()
+        await replay.grant(make_lease(0), make_evaluation())
         done = await replay.expect(EvalDone)
         assert done.request_id == 5
         assert [answer.prompt_id for answer in done.answers] == [1, 2]
@@ -241,6 +255,17 @@ async def test_an_evaluation_is_urgent_costs_a_credit_and_is_answered_until_ackn
         await replay.send(EvalAck(request_id=5))
         await replay.listen(1)
         assert not any(isinstance(message, EvalDone) for message in await replay.listen(6))
+
+
+@asynchronous
+async def test_an_evaluation_costs_a_credit_like_a_lease_and_takes_the_room_of_its_prompts() -> None:
+    engine = FakeEngine(num_slots=2 * GROUP_SIZE)
+    engine.gate.clear()
+    async with joined(engine, heartbeat_s=5.0) as (_, replay):
+        assert (await replay.expect(Ask)).asked == 2
+        await replay.grant(make_lease(0), make_evaluation())
+        assert (await replay.expect(Ask)).asked == 3
+        assert engine.num_outstanding == GROUP_SIZE + 2
 
 
 @asynchronous
@@ -272,13 +297,15 @@ async def test_heartbeats_tell_tokens_of_each_lease_credits_version_and_gauges()
 
 @asynchronous
 async def test_loaded_weights_are_announced_once_and_versions_follow() -> None:
-    async with joined(FakeEngine()) as (worker, replay):
-        await replay.expect(Ask)
+    async with joined(FakeEngine(), heartbeat_s=5.0) as (worker, replay):
+        await replay.expect(Heartbeat)
+        replay.received.clear()
         await worker.load_weights(4, {})
         assert await replay.expect(Loaded) == Loaded(version=4)
+        assert len(replay.received) == 1
         await replay.grant(make_lease(7))
         assert await replay.expect(Started) == Started(lease_id=7, version=4)
-        assert not any(isinstance(message, Loaded) for message in await replay.listen(4))
+        assert not any(isinstance(message, Loaded) for message in await replay.listen(2))
 
 
 @asynchronous
@@ -394,6 +421,12 @@ async def test_cancelling_the_worker_withdraws_everything_from_the_engine() -> N
         assert engine.num_outstanding == GROUP_SIZE + 2
     assert engine.num_outstanding == 0
     assert asyncio.all_tasks() == tasks_before
+
+
+async def call_again_and_again(notify: Callable[[], None]) -> None:
+    while True:
+        notify()
+        await asyncio.sleep(0)
 
 
 def make_evaluation() -> EvalRequest:

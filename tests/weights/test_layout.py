@@ -55,6 +55,11 @@ def test_a_tensor_that_fits_a_bucket_is_never_cut(manifest: Manifest, bucket_byt
             assert pieces.count(tensor) == 1
 
 
+def test_tensors_that_fill_a_bucket_exactly_share_it():
+    manifest = Manifest.of({"one": torch.zeros(16), "two": torch.zeros(48)})
+    assert len(plan_buckets(manifest, 256)) == 1
+
+
 @given(manifests)
 def test_tensors_start_aligned_and_do_not_overlap(manifest: Manifest):
     offsets = manifest.offsets

@@ -2,25 +2,23 @@
 
 Owns who sits in which slot and the tokens sampled so far. Does not own keys and values (`kv_cache.py`), but decides
 their places: long sequences stand before short ones, in blocks of slots, so that each block's attention reads only as
-far as its own longest sequence, and the slots in use are the first ones. Sequences move only when slots are filled
-again or run empty.
+far as its own longest sequence, and the slots in use are the first ones. A sequence moves only into an empty slot
+before its own, and only when slots are filled again or run empty.
 
-Invariant: every active slot is below `num_used`; sequences in a block of slots are at least as long as all in later
-blocks, up to what was sampled since the last `arrange`.
-
-Shapes: S slots, B slots in use.
+Invariant: active slots are below `num_used`; an idle row there is computed and ignored until `arrange`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from asyncdapo.messages import FinishReason, Runs
 from asyncdapo.rollout.engine import Sample
-from asyncdapo.rollout.torch_engine.kv_cache import round_up
-from asyncdapo.rollout.torch_engine.model import Span
+from asyncdapo.rollout.torch_engine.kv_cache import Span, round_up
+from asyncdapo.rollout.torch_engine.sampling import uniforms
 from asyncdapo.rollout.torch_engine.scheduler import Job
 
 
@@ -44,18 +42,18 @@ class Running:
 def _row_dtype(max_tokens: int) -> np.dtype:
     return np.dtype(
         [
-            ("active", np.bool_),
-            ("greedy", np.bool_),
+            ("active", np.int64),  # 1 or 0: how far position and num_sampled go in a step
             ("token", np.int64),  # sampled last; its keys and values are not in the cache yet
             ("position", np.int64),  # of that token
-            ("num_sampled", np.uint64),
-            ("max_tokens", np.uint64),
-            ("seed", np.uint64),
-            ("temperature", np.float32),
-            ("top_p", np.float32),
+            ("num_sampled", np.int64),
+            ("max_tokens", np.int64),
             ("top_k", np.int64),
-            ("tokens", np.int32, (max_tokens,)),
+            ("top_p", np.float32),
+            ("temperature", np.float32),
+            ("greedy", np.bool_),
+            ("uniforms", np.float64, (max_tokens,)),
             ("logprobs", np.float32, (max_tokens,)),
+            ("tokens", np.int32, (max_tokens,)),
         ],
         align=True,
     )
@@ -70,54 +68,51 @@ class Batch:
         self.num_used = 0
         self.num_active = 0
         self._block_size = block_size
+        self._slots = np.arange(num_slots)
 
-    def active_slots(self) -> np.ndarray:
-        return np.flatnonzero(self.rows["active"])
+    def active(self) -> Iterator[tuple[int, Running]]:
+        for slot, running in enumerate(self.running[: self.num_used]):
+            if running is not None:
+                yield slot, running
 
-    def seat(self, job: Job, count: int) -> list[int]:
-        """Put the job's next samples into the slots behind those in use."""
-        sampling, slots = job.request.sampling, list(range(self.num_used, self.num_used + count))
-        for slot in slots:
-            index = job.num_started
-            row = self.rows[slot]
-            row["active"] = True
-            row["greedy"] = sampling.temperature == 0
+    def seat(self, job: Job, count: int) -> tuple[int, int]:
+        """Put the job's next samples into the slots behind those in use; the first and the last + 1 of them."""
+        sampling, start = job.request.sampling, self.num_used
+        for slot in range(start, start + count):
+            row, index = self.rows[slot], job.num_started
+            row["active"] = 1
             row["position"] = len(job.request.prompt_ids) - 1
             row["num_sampled"] = 0
             row["max_tokens"] = sampling.max_tokens
-            row["seed"] = job.request.seeds[index]
+            row["greedy"] = sampling.temperature == 0
             row["temperature"] = sampling.temperature or 1.0
             row["top_p"], row["top_k"] = sampling.top_p, sampling.top_k
+            row["uniforms"][: sampling.max_tokens] = uniforms(job.request.seeds[index], sampling.max_tokens)
             self.running[slot] = Running(job, index)
             job.num_started += 1
             job.num_running += 1
         self.num_used += count
         self.num_active += count
-        return slots
+        return start, self.num_used
 
-    def append(self, slots_B: np.ndarray, tokens_B: np.ndarray, logprobs_B: np.ndarray) -> None:
-        """One more token for each of these slots; slots that are not active keep what they have."""
-        rows = self.rows
-        slots_B, tokens_B, logprobs_B = (a[rows["active"][slots_B]] for a in (slots_B, tokens_B, logprobs_B))
-        at_B = rows["num_sampled"][slots_B]
-        rows["tokens"][slots_B, at_B] = tokens_B
-        rows["logprobs"][slots_B, at_B] = logprobs_B
-        rows["token"][slots_B] = tokens_B
-        rows["num_sampled"][slots_B] += np.uint64(1)
-        rows["position"][slots_B] += 1
+    def next_uniforms(self, start: int, end: int) -> np.ndarray:
+        """The uniform number behind the next token of each of these slots."""
+        slots = self._slots[start:end]
+        return self.rows["uniforms"][slots, self.rows["num_sampled"][start:end]]
 
-    def release(self, slot: int) -> Running:
-        running = self.running[slot]
-        assert running is not None
-        self.running[slot] = None
-        self.rows["active"][slot] = False
-        self.num_active -= 1
-        return running
+    def append(self, start: int, end: int, tokens: np.ndarray, logprobs: np.ndarray) -> None:
+        """One more token for each of the slots [start, end)."""
+        rows, slots = self.rows[start:end], self._slots[: end - start]
+        num_sampled = rows["num_sampled"]
+        rows["tokens"][slots, num_sampled] = tokens
+        rows["logprobs"][slots, num_sampled] = logprobs
+        rows["token"] = tokens
+        rows["position"] += rows["active"]
+        num_sampled += rows["active"]
 
     def sample(self, slot: int, version: int, finish_reason: FinishReason) -> Sample:
         """What was sampled in a slot, the last token with the weights of `version`."""
         row, running = self.rows[slot], self.running[slot]
-        assert running is not None
         num_sampled = int(row["num_sampled"])
         running.close_run(version, num_sampled)
         return Sample(
@@ -127,25 +122,27 @@ class Batch:
             finish_reason=finish_reason,
         )
 
-    def arrange(self) -> tuple[list[int], list[int]]:
-        """Order the active sequences by length in blocks, without holes; the moves (from, to) to do in the cache."""
-        active = self.active_slots()
-        longest_first = active[np.argsort(-self.rows["position"][active], kind="stable")].tolist()
-        sources: list[int] = []
-        targets: list[int] = []
-        for start in range(0, len(active), self._block_size):
-            members = longest_first[start : start + self._block_size]
-            places = range(start, start + len(members))
-            sources += [slot for slot in members if slot not in places]
-            targets += sorted(set(places).difference(members))
-        self.rows[targets] = self.rows[sources]
-        moved = [self.running[slot] for slot in sources]
-        for slot, running in zip(targets, moved, strict=True):
-            self.running[slot] = running
-        self.num_used = len(active)
-        self.rows["active"][self.num_used :] = False
-        self.running[self.num_used :] = [None] * (len(self.running) - self.num_used)
-        return sources, targets
+    def release(self, slot: int) -> None:
+        self.running[slot].job.num_running -= 1
+        self.running[slot] = None
+        for field_name in ("active", "position", "num_sampled"):
+            self.rows[field_name][slot] = 0
+        self.num_active -= 1
+
+    def arrange(self) -> list[tuple[int, int]]:
+        """Close the gaps, the longest sequences first; the moves (from, to) to do in the cache, in this order."""
+        positions, moves = self.rows["position"], []
+        for start in range(0, self.num_active, self._block_size):
+            end = min(start + self._block_size, self.num_active)
+            gaps = [slot for slot in range(start, end) if self.running[slot] is None]
+            behind = [slot for slot in range(end, self.num_used) if self.running[slot] is not None]
+            behind.sort(key=lambda slot: -positions[slot])
+            for target, source in zip(gaps, behind, strict=False):
+                self.rows[target] = self.rows[source]
+                self.running[target], self.running[source] = self.running[source], None
+                moves.append((source, target))
+        self.num_used = self.num_active
+        return moves
 
     def spans(self) -> list[Span]:
         """The slots in use, cut where the number of cache times that attention has to read changes."""

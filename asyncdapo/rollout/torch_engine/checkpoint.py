@@ -54,7 +54,7 @@ class Checkpoint:
 
     directory: Path
     shape: ModelShape
-    frequencies_P: torch.Tensor  # noqa: N815
+    frequencies_P: torch.Tensor
     """Angle per position of each of the P = head_dim / 2 rotated pairs, float32."""
     rotation_scale: float
     """Factor on the rotated queries and keys (YaRN's attention factor); 1 elsewhere."""
@@ -79,7 +79,7 @@ def read_checkpoint(model_path: str) -> Checkpoint:
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError("model.path", f"config.json can't be used: {error}", model_path) from error
     _refuse_unknown(config, model_path)
-    frequencies_P, rotation_scale = _frequencies(config, model_path)  # noqa: N806
+    frequencies_P, rotation_scale = _frequencies(config, model_path)
     return Checkpoint(
         directory=directory,
         shape=_shape(config),
@@ -175,7 +175,7 @@ def _frequencies(config: PretrainedConfig, model_path: str) -> tuple[torch.Tenso
         )
     if kind != "default":
         return ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
-    dims_P = torch.arange(0, _head_dim(config), 2, dtype=torch.float32)  # noqa: N806
+    dims_P = torch.arange(0, _head_dim(config), 2, dtype=torch.float32)
     return 1.0 / rope["rope_theta"] ** (dims_P / _head_dim(config)), 1.0
 
 

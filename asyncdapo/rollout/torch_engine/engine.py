@@ -23,8 +23,8 @@ import torch
 from asyncdapo.errors import ConfigError, EngineError, WeightsError
 from asyncdapo.rollout.config import RolloutConfig
 from asyncdapo.rollout.engine import Request, Sample
-from asyncdapo.rollout.torch_engine.checkpoint import Checkpoint, read_checkpoint
-from asyncdapo.rollout.torch_engine.runner import Progress, Runner
+from asyncdapo.rollout.torch_engine.checkpoint import read_checkpoint
+from asyncdapo.rollout.torch_engine.runner import Counters, Progress, Runner
 from asyncdapo.rollout.torch_engine.scheduler import Job
 from asyncdapo.rollout.torch_engine.weights import Weights
 
@@ -59,6 +59,8 @@ class TorchEngine:
         self._stopping = False
         self._end_reason: str | None = "the torch engine has not been started"
         self._end_cause: BaseException | None = None
+        self._version = 0
+        self._counters = Counters()
         self._busy_s = 0.0
         self._started_s = 0.0
 
@@ -72,10 +74,10 @@ class TorchEngine:
 
     @property
     def loaded_version(self) -> int:
-        return self._runner.version
+        return self._version
 
     def gauges(self) -> dict[str, float]:
-        counters, elapsed_s = self._runner.counters, time.monotonic() - self._started_s
+        counters, elapsed_s = self._counters, time.monotonic() - self._started_s
         return {
             "tokens": counters.tokens,
             "prefill_tokens": counters.prefill_tokens,
@@ -132,6 +134,7 @@ class TorchEngine:
         if self._end_reason is None:
             await self._loop.run_in_executor(None, self._thread.join)
             self._on_end(None)
+            del self._runner, self._spare
         self._filler.shutdown()
 
     def _refuse_unfit(self, request: Request) -> None:
@@ -165,7 +168,7 @@ class TorchEngine:
         """Nothing generates any more: tell everyone who waits."""
         if self._end_reason is not None:
             return
-        self._end_reason = f"the torch engine failed: {cause!r}" if cause else "the torch engine was stopped"
+        self._end_reason = f"the torch engine failed: {cause}" if cause else "the torch engine was stopped"
         self._end_cause = cause
         for waiting in (*self._jobs.values(), self._swapped):
             if waiting is not None and not waiting.done():
@@ -202,6 +205,7 @@ class TorchEngine:
         stop_token_ids = checkpoint.stop_token_ids if self._stop_token_ids is None else frozenset(self._stop_token_ids)
         self._vocab_size = checkpoint.shape.vocab_size
         self._runner = Runner(checkpoint, self._config, self._max_prompt_length, stop_token_ids, weights, device)
+        self._counters = self._runner.counters
 
     # ----------------------------------------------------------------------------------------- in the engine's thread
 
@@ -230,11 +234,12 @@ class TorchEngine:
             order()
         progress = self._runner.step()
         if progress.started or progress.finished:
-            self._loop.call_soon_threadsafe(self._deliver, self._runner.version, progress)
+            self._loop.call_soon_threadsafe(self._deliver, self._version, progress)
         self._busy_s += time.monotonic() - begin_s
 
     def _swap(self, version: int, swapped: asyncio.Future[None]) -> None:
         self._spare = self._runner.swap(version, self._spare)
+        self._version = version
         self._loop.call_soon_threadsafe(_resolve, swapped)
 
 

@@ -1,10 +1,10 @@
 """KV cache: keys and values of every running sequence, one slot each.
 
 Owns one buffer `[layer, slot, head, time, dim]`; heads are the key heads, then the value heads of a layer, so that a
-token's keys and values are written at once. Times up to a sequence's position are valid in its slot, what lies beyond
+token's keys and values are written at once. Times up to a sequence's position are valid in its slot; what lies beyond
 is left over from others and hidden by the attention mask. Does not own: who sits in which slot (`batch.py`).
 
-Shapes: L layers, S slots, K key/value heads, T time, D head_dim, B slots in use, N prompts.
+Shapes: L layers, S slots, K key/value heads, T time, D head_dim, B slots in use, N sequences.
 """
 
 from __future__ import annotations
@@ -16,32 +16,49 @@ from asyncdapo.rollout.torch_engine.checkpoint import ModelShape
 TIME_STEP = 32
 """Views of the cache are cut at multiples of this many tokens."""
 
+Span = tuple[int, int, int]
+"""Slots [start, end) whose sequences all fit in the first `num_times` times of the cache."""
+
 
 def round_up(num_tokens: int) -> int:
     return -(-num_tokens // TIME_STEP) * TIME_STEP
 
 
 class KVCache:
-    """`layers[l]` is a view `[S, 2 K, T, D]` of layer l."""
+    """Keys and values of `num_slots` sequences of at most `num_times` tokens."""
 
     def __init__(
         self, shape: ModelShape, num_slots: int, num_times: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.num_times = round_up(num_times)
-        self._data = torch.zeros(
-            (shape.num_layers, num_slots, 2 * shape.num_kv_heads, self.num_times, shape.head_dim),
-            dtype=dtype,
-            device=device,
-        )
-        self.layers = list(self._data.unbind(0))
+        self._num_kv_heads = shape.num_kv_heads
+        sizes = (shape.num_layers, num_slots, 2 * shape.num_kv_heads, self.num_times, shape.head_dim)
+        self._data = torch.zeros(sizes, dtype=dtype, device=device)
+        self._flat = self._data.view(shape.num_layers, -1, shape.head_dim).unbind(0)
+        self._first_SK = torch.arange(num_slots * 2 * shape.num_kv_heads, device=device).view(num_slots, -1)
+        self._first_SK *= self.num_times
+        self._views: dict[Span, list[tuple[torch.Tensor, torch.Tensor]]] = {}
 
-    def write(self, slots: list[int], kv_LNKTD: torch.Tensor) -> None:
-        """Copy the first T times of these slots from `[L, 1 or len(slots), 2 K, T, D]`."""
-        index = torch.tensor(slots, device=self._data.device)
-        self._data[:, index, :, : kv_LNKTD.shape[3]] = kv_LNKTD
+    def places(self, positions_B: torch.Tensor) -> torch.Tensor:
+        """Where `put` writes the token of slots 0 … B − 1 that stands at these positions, [B, 2 K]."""
+        return self._first_SK[: len(positions_B)] + positions_B.unsqueeze(1)
 
-    def move(self, sources: list[int], targets: list[int], num_times: int) -> None:
-        """Copy the first `num_times` times from slots to slots, all read before any is written."""
-        source = torch.tensor(sources, device=self._data.device)
-        target = torch.tensor(targets, device=self._data.device)
+    def put(self, layer: int, places_BK: torch.Tensor, kv_BKD: torch.Tensor) -> None:
+        """Keys and values [B, 2 K, D] of one token of each sequence."""
+        self._flat[layer].index_put_((places_BK,), kv_BKD)
+
+    def views(self, span: Span) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Keys and values [slots, K, num_times, D] of each layer; made once, since views cost as much as small sums."""
+        if span not in self._views:
+            start, end, num_times = span
+            kv_LBKTD = self._data[:, start:end, :, :num_times]
+            self._views[span] = [tuple(kv_BKTD.split(self._num_kv_heads, dim=1)) for kv_BKTD in kv_LBKTD]
+        return self._views[span]
+
+    def write(self, start: int, end: int, kv_LNKTD: torch.Tensor) -> None:
+        """Copy the first T times of slots [start, end) from `[L, 1 or end − start, 2 K, T, D]`."""
+        self._data[:, start:end, :, : kv_LNKTD.shape[3]] = kv_LNKTD
+
+    def move(self, source: int, target: int, num_times: int) -> None:
+        """Copy the first times of one slot to another."""
         self._data[:, target, :, :num_times] = self._data[:, source, :, :num_times]

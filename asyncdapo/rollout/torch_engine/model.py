@@ -15,14 +15,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
+from torch.nn.functional import embedding, linear, rms_norm, scaled_dot_product_attention, silu
 
 from asyncdapo.rollout.torch_engine.checkpoint import Checkpoint
-from asyncdapo.rollout.torch_engine.kv_cache import KVCache
+from asyncdapo.rollout.torch_engine.kv_cache import KVCache, Span
 from asyncdapo.rollout.torch_engine.weights import LayerWeights, Weights
-
-Span = tuple[int, int, int]
-"""Slots [start, end) whose sequences all fit in the first `num_times` times of the cache."""
 
 
 class Model:
@@ -42,23 +39,19 @@ class Model:
 
         `spans` cover the slots 0 … B − 1 in order.
         """
-        num_kv_heads = self._shape.num_kv_heads
-        slots_B = torch.arange(len(tokens_B), device=tokens_B.device)
+        sizes = [end - start for start, end, _ in spans]
+        views = [cache.views(span) for span in spans]
+        masks = _masks(positions_B, spans, weights.norm.dtype)
+        places_BK = cache.places(positions_B)
         rotations_B1P = self._rotations_TP[positions_B].unsqueeze(1)
-        x_BH = F.embedding(tokens_B, weights.embedding)
-        masks = [_mask(positions_B[start:end], num_times, x_BH.dtype) for start, end, num_times in spans]
-        for layer, kv_BKTD in zip(weights.layers, cache.layers, strict=True):
+        x_BH = embedding(tokens_B, weights.embedding)
+        for index, layer in enumerate(weights.layers):
             q_BQD, kv_BKD = self._project(layer, x_BH, rotations_B1P)
-            kv_BKTD[slots_B, :, positions_B] = kv_BKD
-            q_BKGD = q_BQD.unflatten(1, (num_kv_heads, -1))
+            cache.put(index, places_BK, kv_BKD)
+            q_BKGD = q_BQD.view(len(tokens_B), self._shape.num_kv_heads, -1, self._shape.head_dim)
             parts = [
-                F.scaled_dot_product_attention(
-                    q_BKGD[start:end],
-                    kv_BKTD[start:end, :num_kv_heads, :num_times],
-                    kv_BKTD[start:end, num_kv_heads:, :num_times],
-                    attn_mask=mask,
-                )
-                for (start, end, num_times), mask in zip(spans, masks, strict=True)
+                scaled_dot_product_attention(q, *keys_values[index], attn_mask=mask)
+                for q, keys_values, mask in zip(q_BKGD.split(sizes), views, masks, strict=True)
             ]
             attended_BKGD = torch.cat(parts) if len(parts) > 1 else parts[0]
             self._mix(layer, x_BH, attended_BKGD.flatten(1))
@@ -73,14 +66,12 @@ class Model:
         """
         num_kv_heads, (num_prompts, num_times) = self._shape.num_kv_heads, tokens_NT.shape
         rotations_M1P = self._rotations_TP[:num_times].repeat(num_prompts, 1).unsqueeze(1)
-        x_MH = F.embedding(tokens_NT.flatten(), weights.embedding)
-        kv_LNKTD = x_MH.new_empty(
-            len(weights.layers), num_prompts, 2 * num_kv_heads, num_times, self._shape.head_dim
-        )
+        x_MH = embedding(tokens_NT.flatten(), weights.embedding)
+        kv_LNKTD = x_MH.new_empty(len(weights.layers), num_prompts, 2 * num_kv_heads, num_times, self._shape.head_dim)
         for layer, kv_NKTD in zip(weights.layers, kv_LNKTD, strict=True):
             q_MQD, kv_MKD = self._project(layer, x_MH, rotations_M1P)
             kv_NKTD.copy_(kv_MKD.unflatten(0, (num_prompts, num_times)).transpose(1, 2))
-            attended_NQTD = F.scaled_dot_product_attention(
+            attended_NQTD = scaled_dot_product_attention(
                 q_MQD.unflatten(0, (num_prompts, num_times)).transpose(1, 2),
                 kv_NKTD[:, :num_kv_heads],
                 kv_NKTD[:, num_kv_heads:],
@@ -95,39 +86,41 @@ class Model:
         self, layer: LayerWeights, x_MH: torch.Tensor, rotations_M1P: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Rotated queries [M, Q, D]; rotated keys and then values [M, 2 K, D]."""
-        qkv = F.linear(self._norm(x_MH, layer.attention_norm), layer.qkv, layer.qkv_bias)
-        qkv_MRD = qkv.unflatten(1, (-1, self._shape.head_dim))
+        shape = self._shape
+        qkv = linear(self._norm(x_MH, layer.attention_norm), layer.qkv, layer.qkv_bias)
+        qkv_MRD = qkv.view(len(x_MH), -1, shape.head_dim)
         rotated = qkv_MRD[:, : self._num_rotated]
         if layer.qk_norm is not None:
-            rotated.copy_(F.rms_norm(rotated, (self._shape.head_dim,), None, self._shape.norm_eps).mul_(layer.qk_norm))
-        pairs = torch.view_as_complex(rotated.float().unflatten(2, (-1, 2)))
+            rotated.copy_(rms_norm(rotated, (shape.head_dim,), None, shape.norm_eps).mul_(layer.qk_norm))
+        pairs = torch.view_as_complex(rotated.float().view(len(x_MH), self._num_rotated, -1, 2))
         pairs.mul_(rotations_M1P)
         if rotated.dtype != torch.float32:
             rotated.copy_(torch.view_as_real(pairs).flatten(2))
-        return qkv_MRD[:, : self._shape.num_heads], qkv_MRD[:, self._shape.num_heads :]
+        return qkv_MRD[:, : shape.num_heads], qkv_MRD[:, shape.num_heads :]
 
     def _mix(self, layer: LayerWeights, x_MH: torch.Tensor, attended: torch.Tensor) -> None:
         """Add the attention's output and then the MLP's to the residual stream, in place."""
         _add_linear(x_MH, attended, layer.out, layer.out_bias)
-        gate, up = F.linear(self._norm(x_MH, layer.mlp_norm), layer.gate_up, layer.gate_up_bias).chunk(2, dim=1)
-        _add_linear(x_MH, F.silu(gate).mul_(up), layer.down, layer.down_bias)
+        gate, up = linear(self._norm(x_MH, layer.mlp_norm), layer.gate_up, layer.gate_up_bias).chunk(2, dim=1)
+        _add_linear(x_MH, silu(gate).mul_(up), layer.down, layer.down_bias)
 
     def _logits(self, weights: Weights, x_MH: torch.Tensor) -> torch.Tensor:
-        return F.linear(self._norm(x_MH, weights.norm), weights.head).float()
+        return linear(self._norm(x_MH, weights.norm), weights.head).float()
 
     def _norm(self, x_MH: torch.Tensor, weight_H: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x_MH, (self._shape.hidden_size,), weight_H, self._shape.norm_eps)
+        return rms_norm(x_MH, (self._shape.hidden_size,), weight_H, self._shape.norm_eps)
 
 
 def _add_linear(x_MH: torch.Tensor, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-    x_MH.addmm_(inputs, weight.t())
+    x_MH.addmm_(inputs, weight)
     if bias is not None:
         x_MH.add_(bias)
 
 
-def _mask(positions_B: torch.Tensor, num_times: int, dtype: torch.dtype) -> torch.Tensor:
-    """Additive mask [B, 1, 1, T]: a token sees the times up to its own."""
-    times_T = torch.arange(num_times, device=positions_B.device)
+def _masks(positions_B: torch.Tensor, spans: Sequence[Span], dtype: torch.dtype) -> list[torch.Tensor]:
+    """Additive mask [slots, 1, 1, num_times] of each span: a token sees the times up to its own."""
+    times_T = torch.arange(max(num_times for _, _, num_times in spans), device=positions_B.device)
     hidden_BT = times_T > positions_B.unsqueeze(1)
-    zeros = torch.zeros(hidden_BT.shape, dtype=dtype, device=positions_B.device)
-    return zeros.masked_fill_(hidden_BT, float("-inf"))[:, None, None, :]
+    mask_BT = torch.zeros(hidden_BT.shape, dtype=dtype, device=positions_B.device)
+    mask_BT.masked_fill_(hidden_BT, float("-inf"))
+    return [mask_BT[start:end, None, None, :num_times] for start, end, num_times in spans]

@@ -20,18 +20,19 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from asyncdapo.errors import EngineError
 from asyncdapo.messages import FinishReason
 from asyncdapo.rollout.config import RolloutConfig
 from asyncdapo.rollout.torch_engine.batch import Batch
 from asyncdapo.rollout.torch_engine.checkpoint import Checkpoint
 from asyncdapo.rollout.torch_engine.kv_cache import KVCache
 from asyncdapo.rollout.torch_engine.model import Model
-from asyncdapo.rollout.torch_engine.sampling import draw, uniforms
+from asyncdapo.rollout.torch_engine.sampling import draw
 from asyncdapo.rollout.torch_engine.scheduler import Job, Prefill, Scheduler
 from asyncdapo.rollout.torch_engine.weights import Weights
 
 BLOCK_SIZE = 16
-"""Slots whose attention reads equally far; on a GPU one block, since there each kernel launch costs more than it saves."""
+"""Slots whose attention reads equally far. On a GPU one block: a kernel launch there costs more than it would save."""
 PREFILL_TOKENS = 4096
 """Most tokens, padding included, of one prefill pass with more than one prompt."""
 
@@ -80,7 +81,7 @@ class Runner:
         self._scheduler = Scheduler(config.slots, one_at_a_time=config.deterministic)
         self._is_stop_V = np.zeros(checkpoint.shape.vocab_size, np.bool_)
         self._is_stop_V[[token for token in stop_token_ids if token < checkpoint.shape.vocab_size]] = True
-        self._slots = np.arange(config.slots)
+        self._running: set[Job] = set()
 
     @property
     def has_work(self) -> bool:
@@ -92,22 +93,21 @@ class Runner:
     def withdraw(self, job: Job) -> None:
         """Forget the job: its slots are free from now on."""
         self._scheduler.withdraw(job)
-        for slot in self._batch.active_slots().tolist():
-            running = self._batch.running[slot]
-            if running is not None and running.job is job:
+        self._running.discard(job)
+        for slot, running in self._batch.active():
+            if running.job is job:
                 self._batch.release(slot)
 
     def swap(self, version: int, weights: Weights) -> Weights:
         """The next token is sampled with these weights. Returns those that were in use."""
         before, self._weights = self._weights, weights
-        active = self._batch.active_slots()
-        for slot in active.tolist():
-            self._batch.running[slot].close_run(self.version, int(self._batch.rows["num_sampled"][slot]))
+        for slot, running in self._batch.active():
+            running.close_run(self.version, int(self._batch.rows["num_sampled"][slot]))
         for job in self._scheduler.jobs():
             job.prefill = None
         self.version = version
         if self._config.on_update == "recompute":
-            self._recompute(active.tolist())
+            self._recompute()
         return before
 
     def step(self) -> Progress:
@@ -128,44 +128,45 @@ class Runner:
         if not starts:
             return
         self._prefill([job for job, _ in starts if job.prefill is None])
-        seated: list[int] = []
-        logits_V: list[torch.Tensor] = []
+        first, logits_V = self._batch.num_used, []
         for job, count in starts:
-            slots = self._batch.seat(job, count)
-            self._cache.write(slots, job.prefill.kv_L1KTD)
-            seated += slots
+            start, end = self._batch.seat(job, count)
+            self._cache.write(start, end, job.prefill.kv_L1KTD)
             logits_V.append(job.prefill.logits_1V.expand(count, -1))
-            if job.num_running == job.num_started:
+            if job.num_started == count:
                 progress.started.append(job)
             if not job.num_waiting:
                 job.prefill = None
-        self._sample(np.array(seated), torch.cat(logits_V), progress)
+            job.request.num_sampled += count
+            self._running.add(job)
+            self.counters.tokens += count
+        self._sample(first, self._batch.num_used, torch.cat(logits_V), progress)
 
     def _arrange(self) -> None:
-        sources, targets = self._batch.arrange()
-        if sources:
-            self._cache.move(sources, targets, int(self._batch.rows["position"][targets].max()))
+        for source, target in self._batch.arrange():
+            self._cache.move(source, target, int(self._batch.rows["position"][target]))
 
     def _prefill(self, jobs: Sequence[Job]) -> None:
         prompts = [job.request.prompt_ids for job in jobs]
         for chunk, logits_NV, kv_LNKTD in self._forward_all(prompts, self._max_prompt_length):
             for row, prompt in enumerate(chunk):
                 num_tokens = len(prompts[prompt])
-                kv_L1KTD = kv_LNKTD[:, row : row + 1, :, :num_tokens]  # noqa: N806
+                kv_L1KTD = kv_LNKTD[:, row : row + 1, :, :num_tokens]
                 jobs[prompt].prefill = Prefill(logits_NV[row : row + 1], kv_L1KTD)
 
-    def _recompute(self, slots: Sequence[int]) -> None:
+    def _recompute(self) -> None:
         """Keys and values of running sequences, prompt and response so far, with the weights in use."""
-        sequences = []
-        for slot in slots:
+        slots, sequences = [], []
+        for slot, running in self._batch.active():
             row = self._batch.rows[slot]
             # The token sampled last isn't in the cache yet: the next decode writes it.
             response = row["tokens"][: int(row["num_sampled"]) - 1].tolist()
-            sequences.append([*self._batch.running[slot].job.request.prompt_ids, *response])
+            slots.append(slot)
+            sequences.append([*running.job.request.prompt_ids, *response])
         for chunk, _, kv_LNKTD in self._forward_all(sequences, self._cache.num_times):
-            for row, sequence in enumerate(chunk):
-                num_tokens = len(sequences[sequence])
-                self._cache.write([slots[sequence]], kv_LNKTD[:, row : row + 1, :, :num_tokens])
+            for row, index in enumerate(chunk):
+                kv_L1KTD = kv_LNKTD[:, row : row + 1, :, : len(sequences[index])]
+                self._cache.write(slots[index], slots[index] + 1, kv_L1KTD)
 
     def _forward_all(self, sequences: Sequence[Sequence[int]], fixed_length: int):
         """Whole sequences through the model, those of similar length together: (indices, logits, keys and values)."""
@@ -204,41 +205,37 @@ class Runner:
         )
         self.counters.steps += 1
         self.counters.slot_steps += batch.num_active
-        self._sample(self._slots[:num_used], logits_BV, progress)
+        self.counters.tokens += batch.num_active
+        for job in self._running:
+            job.request.num_sampled += job.num_running
+        self._sample(0, num_used, logits_BV, progress)
 
-    def _sample(self, slots_B: np.ndarray, logits_BV: torch.Tensor, progress: Progress) -> None:
-        """Draw a token for each of these slots, and take out the sequences that it ends."""
-        rows = self._batch.rows
-        greedy_B, top_k_B, top_p_B = rows["greedy"][slots_B], rows["top_k"][slots_B], rows["top_p"][slots_B]
-        tokens, logprobs = draw(
+    def _sample(self, start: int, end: int, logits_BV: torch.Tensor, progress: Progress) -> None:
+        """Draw a token for each of the slots [start, end), and take out the sequences that it ends."""
+        batch, rows = self._batch, self._batch.rows[start:end]
+        greedy, narrowed = rows["greedy"].any(), (rows["top_k"] > 0).any() or (rows["top_p"] < 1).any()
+        tokens_B, logprobs_B = draw(
             logits_BV,
-            self._on_device(rows["temperature"][slots_B]),
-            self._on_device(uniforms(rows["seed"][slots_B], rows["num_sampled"][slots_B])),
-            greedy_B=self._on_device(greedy_B) if greedy_B.any() else None,
-            narrowing=(self._on_device(top_k_B), self._on_device(top_p_B))
-            if (top_k_B > 0).any() or (top_p_B < 1).any()
-            else None,
+            self._on_device(rows["temperature"]),
+            self._on_device(batch.next_uniforms(start, end)),
+            greedy_B=self._on_device(rows["greedy"]) if greedy else None,
+            narrowing=(self._on_device(rows["top_k"]), self._on_device(rows["top_p"])) if narrowed else None,
         )
-        tokens_B = tokens.cpu().numpy()
-        self._batch.append(slots_B, tokens_B, logprobs.cpu().numpy())
-        stopped_B = self._is_stop_V[tokens_B]
-        ended_B = rows["active"][slots_B] & (stopped_B | (rows["num_sampled"][slots_B] == rows["max_tokens"][slots_B]))
-        self._count(slots_B)
-        for at in np.flatnonzero(ended_B).tolist():
-            self._finish(int(slots_B[at]), "stop" if stopped_B[at] else "length", progress)
-
-    def _count(self, slots_B: np.ndarray) -> None:
-        for slot in slots_B.tolist():
-            running = self._batch.running[slot]
-            if running is not None:
-                running.job.request.num_sampled += 1
-                self.counters.tokens += 1
+        tokens, logprobs = tokens_B.cpu().numpy(), logprobs_B.cpu().numpy()
+        if not np.isfinite(logprobs).all():
+            raise EngineError(f"the weights of version {self.version} give logits that are not finite")
+        batch.append(start, end, tokens, logprobs)
+        stopped = self._is_stop_V[tokens]
+        ended = (stopped | (rows["num_sampled"] == rows["max_tokens"])) & (rows["active"] == 1)
+        for at in np.flatnonzero(ended).tolist():
+            self._finish(start + at, "stop" if stopped[at] else "length", progress)
 
     def _finish(self, slot: int, reason: FinishReason, progress: Progress) -> None:
-        sample = self._batch.sample(slot, self.version, reason)
-        running = self._batch.release(slot)
+        running, sample = self._batch.running[slot], self._batch.sample(slot, self.version, reason)
+        self._batch.release(slot)
         running.job.finish(running.index, sample)
         if not running.job.num_unfinished:
+            self._running.discard(running.job)
             progress.finished.append(running.job)
 
     def _on_device(self, array: np.ndarray) -> torch.Tensor:

@@ -17,12 +17,12 @@ import torch
 GAMMA = np.uint64(0x9E37_79B9_7F4A_7C15)
 
 
-def uniforms(seeds_B: np.ndarray, indices_B: np.ndarray) -> np.ndarray:
-    """Uniform float64 numbers in [0, 1): output `index` of the SplitMix64 stream that starts at `seed`.
+def uniforms(seed: int, count: int) -> np.ndarray:
+    """Uniform float64 numbers in [0, 1), [count]: the SplitMix64 stream that starts at `seed`.
 
-    (Steele, Lea, Flood 2014.) Both arguments are uint64 [B].
+    (Steele, Lea, Flood 2014.) Number i depends on the seed and i alone.
     """
-    state = seeds_B + (indices_B + np.uint64(1)) * GAMMA
+    state = np.uint64(seed & 0xFFFF_FFFF_FFFF_FFFF) + np.arange(1, count + 1, dtype=np.uint64) * GAMMA
     state = (state ^ state >> np.uint64(30)) * np.uint64(0xBF58_476D_1CE4_E5B9)
     state = (state ^ state >> np.uint64(27)) * np.uint64(0x94D0_49BB_1331_11EB)
     state ^= state >> np.uint64(31)
@@ -48,7 +48,8 @@ def draw(
         probs_BV = narrow(probs_BV, *narrowing)
     cumulative_BV = probs_BV.cumsum(-1, dtype=torch.float64)
     targets_B1 = uniforms_B.unsqueeze(1) * cumulative_BV[:, -1:]
-    tokens_B1 = torch.searchsorted(cumulative_BV, targets_B1, right=True)
+    # Beyond the last token only where logits are not finite; the log-prob then says so.
+    tokens_B1 = torch.searchsorted(cumulative_BV, targets_B1, right=True).clamp_(max=logits_BV.shape[1] - 1)
     if greedy_B is not None:
         tokens_B1 = torch.where(greedy_B.unsqueeze(1), logits_BV.argmax(-1, keepdim=True), tokens_B1)
     return tokens_B1.squeeze(1), logprobs_BV.gather(1, tokens_B1).squeeze(1)

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 class Prefill:
     """A prompt's logits [1, V] and its keys and values [L, 1, 2 K, T, D], made with the weights in use."""
 
-    logits_1V: torch.Tensor  # noqa: N815
-    kv_L1KTD: torch.Tensor  # noqa: N815
+    logits_1V: torch.Tensor
+    kv_L1KTD: torch.Tensor
 
 
 @dataclass(eq=False)
@@ -51,7 +51,6 @@ class Job:
     def finish(self, index: int, sample: Sample) -> None:
         self.samples[index] = sample
         self.num_unfinished -= 1
-        self.num_running -= 1
 
 
 class Scheduler:

@@ -1,0 +1,116 @@
+"""Weights & Biases: the same names as metrics.jsonl, on an axis of `step`.
+
+In: the metrics of each step. Out: a W&B run with its files under RUN_DIR/wandb. Everything of W&B happens in a thread
+of its own (import and start take about two seconds, an upload as long as it likes), so `log` costs the run a queue
+entry. Asks nothing and prints nothing. Does not own: the record of the run, which is metrics.jsonl.
+
+What goes wrong: `auto` that can't reach the server goes on offline, and says so; any other error is raised at the next
+`log` or at `close`.
+"""
+
+from __future__ import annotations
+
+import logging
+import netrc
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+from asyncdapo.errors import ConfigError, RunError
+from asyncdapo.metrics.config import MetricsConfig
+
+Mode = Literal["online", "offline", "disabled"]
+
+DEFAULT_URL = "https://api.wandb.ai"
+FINISH_TIMEOUT_S = 60.0
+
+logger = logging.getLogger("metrics")
+
+
+def choose_mode(config: MetricsConfig, environ: Mapping[str, str] = os.environ) -> Mode:
+    """`auto` is online when logged in, offline otherwise; W&B's own WANDB_MODE overrules `auto`.
+
+    Raises ConfigError for `online` without a login, where W&B would ask for one."""
+    if config.wandb == "online" and not logged_in(environ):
+        raise ConfigError("metrics.wandb", "needs a login to W&B", "online", "run `wandb login`, or say offline")
+    if config.wandb != "auto":
+        return config.wandb
+    wished = environ.get("WANDB_MODE", "")
+    if wished in ("offline", "disabled"):
+        return wished
+    return "online" if logged_in(environ) else "offline"
+
+
+def logged_in(environ: Mapping[str, str]) -> bool:
+    """There is an API key, in WANDB_API_KEY or in the netrc file for the server in use."""
+    if environ.get("WANDB_API_KEY"):
+        return True
+    path = environ.get("NETRC") or str(Path(environ.get("HOME", "~")).expanduser() / ".netrc")
+    host = urlsplit(environ.get("WANDB_BASE_URL") or DEFAULT_URL).hostname or ""
+    try:
+        return netrc.netrc(path).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+class WandbLog:
+    """One W&B run. `settings` is what the run was configured with, shown beside its curves."""
+
+    def __init__(
+        self, run_dir: Path, config: MetricsConfig, mode: Mode, name: str, settings: Mapping[str, Any]
+    ) -> None:
+        arguments = {"project": config.wandb_project, "name": name, "dir": str(run_dir), "config": dict(settings)}
+        self._lines: SimpleQueue[dict[str, float] | None] = SimpleQueue()
+        self._error: Exception | None = None
+        self._thread = Thread(target=self._write, args=(arguments, mode, config.wandb == "auto"), daemon=True)
+        self._thread.start()
+
+    def log(self, metrics: Mapping[str, float]) -> None:
+        """Hand over one step. Raises RunError when W&B has failed."""
+        self._raise_failure()
+        self._lines.put(dict(metrics))
+
+    def close(self) -> None:
+        """Wait for the upload, at most a minute. Raises RunError when W&B has failed."""
+        self._lines.put(None)
+        self._thread.join(FINISH_TIMEOUT_S)
+        self._raise_failure()
+        if self._thread.is_alive():
+            logger.warning("W&B is still uploading after %g s; `wandb sync` sends the rest", FINISH_TIMEOUT_S)
+
+    def _raise_failure(self) -> None:
+        if self._error:
+            raise RunError(f"W&B: {self._error} (metrics.wandb=offline goes without its server)") from self._error
+
+    def _write(self, arguments: Mapping[str, Any], mode: Mode, may_go_offline: bool) -> None:
+        """The thread: open the run, write lines until there is no more."""
+        import wandb
+
+        def start(chosen: Mode) -> Any:
+            quiet = wandb.Settings(silent=True, console="off")
+            return wandb.init(mode=chosen, settings=quiet, **arguments)
+
+        try:
+            run = open_run(start, mode, may_go_offline, wandb.Error)
+            run.define_metric("step")
+            run.define_metric("*", step_metric="step")
+            for line in iter(self._lines.get, None):
+                run.log(line)
+            run.finish()
+        except (wandb.Error, OSError) as error:
+            self._error = error
+
+
+def open_run(start: Callable[[Mode], Any], mode: Mode, may_go_offline: bool, error_type: type[Exception]) -> Any:
+    """Start a run in `mode`, or offline when the server can't be reached and that is allowed."""
+    try:
+        return start(mode)
+    except error_type as error:
+        if mode != "online" or not may_go_offline:
+            raise
+        logger.warning("W&B goes on offline: %s", error)
+        return start("offline")

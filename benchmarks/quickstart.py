@@ -1,0 +1,91 @@
+"""The quickstart, measured: whole runs of the real command, one after the other, nothing else on the machine.
+
+    python benchmarks/quickstart.py seeds --num 5     the learning curve on several seeds
+    python benchmarks/quickstart.py control           verdicts shuffled within each group: there is nothing to learn
+    python benchmarks/quickstart.py pairs --num 3     asynchronous and synchronous in turn, same seed in a pair
+
+Prints one JSON line a run, and at the end the medians as a Markdown table for `docs/log.md`. Every run is audited.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ASYNC: tuple[str, ...] = ()
+SYNC = ("replay.run_ahead=0",)
+CONTROL = ("reward.shuffle=true",)
+STATES = ("wait", "train", "publish", "checkpoint", "report")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["seeds", "control", "pairs"])
+    parser.add_argument("--num", type=int, default=3, help="runs, or pairs of runs")
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmark"), help="folder of the run directories")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="further keys for every run")
+    args = parser.parse_args()
+
+    modes = {"seeds": {"async": ASYNC}, "control": {"control": CONTROL}, "pairs": {"async": ASYNC, "sync": SYNC}}
+    rows = []
+    for seed in range(args.num):
+        for mode, keys in modes[args.what].items():
+            row = measure(args.out / f"{mode}-{seed}", mode, seed, [*keys, *args.overrides])
+            print(json.dumps(row), flush=True)
+            rows.append(row)
+    print(table(rows))
+
+
+def measure(run_dir: Path, mode: str, seed: int, overrides: list[str]) -> dict[str, Any]:
+    """Launch, audit, and read the figures off metrics.jsonl. Raises CalledProcessError when either fails."""
+    asyncdapo = [sys.executable, "-m", "asyncdapo.cli"]
+    keys = [f"run.dir={run_dir}", f"run.seed={seed}", "metrics.wandb=disabled", *overrides]
+    subprocess.run([*asyncdapo, "launch", "quickstart", *keys], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([*asyncdapo, "audit", str(run_dir)], check=True, stdout=subprocess.DEVNULL)
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    steps, evaluated = lines[1:], [line for line in lines if "eval/accuracy" in line]
+    reached = [line["time/wall_s"] for line in evaluated if line["eval/accuracy"] >= 0.9]
+    return {
+        "mode": mode,
+        "seed": seed,
+        "accuracy": [round(line["eval/accuracy"], 3) for line in evaluated],
+        "greedy": [round(lines[at]["eval/greedy_accuracy"], 3) for at in (0, -1)],
+        "steps": len(steps),
+        "wall_s": round(steps[-1]["time/wall_s"], 1),
+        "total_s": round(steps[-1]["time/total_s"], 1),
+        "to_90_s": round(reached[0], 1) if reached else None,
+        "staleness_mean": round(statistics.mean(line["replay/staleness_mean"] for line in steps), 2),
+        "staleness_max": max(line["replay/staleness_max"] for line in steps),
+        "stale_steps": sum(line["replay/staleness_max"] > 0 for line in steps),
+        "generate_busy_s": round(steps[-1]["rollout/busy_s"] - lines[1].get("rollout/busy_at_begin_s", 0.0), 1),
+        **{f"{state}_s": round(sum(line[f"controller/{state}_s"] for line in steps), 1) for state in STATES},
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """One line a mode: medians over its runs, accuracies as minimum–maximum."""
+    out = ["| mode | runs | first | last | greedy last | wall s | to 0.90 s | total s |", "|---" * 8 + "|"]
+    for mode in dict.fromkeys(row["mode"] for row in rows):
+        runs = [row for row in rows if row["mode"] == mode]
+        median = {key: statistics.median(row[key] or float("inf") for row in runs) for key in ("wall_s", "to_90_s", "total_s")}
+        spans = (
+            span([row["accuracy"][0] for row in runs]),
+            span([row["accuracy"][-1] for row in runs]),
+            span([row["greedy"][1] for row in runs]),
+        )
+        figures = " | ".join(f"{median[key]:.1f}" for key in ("wall_s", "to_90_s", "total_s"))
+        out.append(f"| {mode} | {len(runs)} | {' | '.join(spans)} | {figures} |")
+    return "\n".join(out)
+
+
+def span(values: list[float]) -> str:
+    return f"{min(values):.3f}–{max(values):.3f}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+"""One small run of the real command through every stage, and what can be read off it afterwards.
+
+It trains with generation as the slow side (few slots), so that weights arrive in the middle of responses; payloads and a
+checkpoint of every step are kept; and the model's weight file is removed as soon as the workers run.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from asyncdapo.learner.checkpoint import checkpoint_dir
+from asyncdapo.replay.payloads import read_group
+from tests.controller.runs import FinishedRun, command, copy_start_model, start, wait_for_step
+
+STEPS = 6
+STALENESS = 3
+KEYS = """step time/wall_s time/total_s reward/mean reward/filtered_mean filter/kept_ratio replay/staleness_mean
+replay/staleness_max replay/queued rollout/tokens_per_s learner/tokens_per_s learner/waiting_ratio learner/loss
+learner/grad_norm learner/entropy learner/clip_low_ratio learner/clip_high_ratio weights/publish_s""".split()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
+    folder = tmp_path_factory.mktemp("whole_run")
+    model = copy_start_model(folder / "model")
+    process = start(
+        folder / "run",
+        f"model.path={model}",
+        f"run.steps={STEPS}",
+        "rollout.num_workers=2",
+        "rollout.slots=8",
+        "rollout.on_update=recompute",
+        "replay.run_ahead=2",
+        f"replay.max_staleness={STALENESS}",
+        "replay.prompts_per_step=8",
+        "replay.keep_payloads=true",
+        "learner.checkpoint_every=1",
+        "learner.keep_checkpoints=0",
+        "eval.every=2",
+    )
+    wait_for_step(folder / "run", 0, process)
+    (model / "model.safetensors").unlink()
+    output, _ = process.communicate(timeout=100)
+    return FinishedRun(folder / "run", process.returncode, output)
+
+
+@pytest.mark.timeout(200)
+def test_the_run_ends_well_and_its_audit_is_clean(run: FinishedRun) -> None:
+    assert run.exit_code == 0, run.output
+    audit = subprocess.run(command("audit", str(run.dir)), capture_output=True, text=True, check=False)
+    assert audit.returncode == 0, audit.stdout + audit.stderr
+
+
+def test_workers_open_no_weight_file_after_their_start(run: FinishedRun) -> None:
+    """The file was gone before the first train step, and all versions arrived all the same."""
+    assert not (run.dir.parent / "model" / "model.safetensors").exists()
+    with sqlite3.connect(run.dir / "ledger.db") as ledger:
+        loaded = ledger.execute("SELECT worker, MAX(version) FROM loads GROUP BY worker ORDER BY worker").fetchall()
+    assert loaded == [(0, STEPS), (1, STEPS)]
+
+
+def test_there_is_one_metrics_line_a_step_with_the_documented_keys(run: FinishedRun) -> None:
+    lines = run.lines
+    assert [line["step"] for line in lines] == list(range(STEPS + 1))
+    for line in lines[1:]:
+        assert set(KEYS) <= set(line), set(KEYS) - set(line)
+    for line in (lines[0], lines[-1]):
+        assert {"eval/accuracy", "eval/greedy_accuracy"} <= set(line)
+    assert (lines[0]["eval/version_min"], lines[0]["eval/version_max"]) == (0, 0)
+    assert (lines[-1]["eval/version_min"], lines[-1]["eval/version_max"]) == (STEPS, STEPS)
+    walls = [line["time/wall_s"] for line in lines]
+    assert walls == sorted(walls)
+    assert (run.dir / "curve.png").stat().st_size > 10_000
+
+
+def test_weights_are_sent_once_and_whole(run: FinishedRun) -> None:
+    model = AutoModelForCausalLM.from_pretrained(checkpoint_dir(run.dir, 0), dtype=torch.float32)
+    num_bytes = sum(parameter.numel() * 4 for parameter in model.parameters())
+    assert {line["weights/bytes"] for line in run.lines[1:]} == {num_bytes}
+
+
+def test_staleness_is_there_and_within_the_bound(run: FinishedRun) -> None:
+    maxima = [line["replay/staleness_max"] for line in run.lines[1:]]
+    assert max(maxima) <= STALENESS
+    assert sum(worst > 0 for worst in maxima) > STEPS / 2
+
+
+def test_log_probs_are_those_of_the_recorded_versions(run: FinishedRun) -> None:
+    """Versions, rollout_logprobs, temperature and broadcast in one: Hugging Face recomputes what was recorded, from the
+    checkpoints of the recorded versions, and finds it false for the versions next to them."""
+    models = [
+        AutoModelForCausalLM.from_pretrained(checkpoint_dir(run.dir, step), dtype=torch.float32)
+        for step in range(STEPS + 1)
+    ]
+    completions = spanning_completions(run.dir, 32)
+    assert len(completions) == 32
+    num_shifted_apart = 0
+    for prompt_ids, token_ids, logprobs, versions in completions:
+        table = np.stack([recomputed(model, prompt_ids, token_ids) for model in models])
+        labels = np.repeat([version for version, _ in versions], [count for _, count in versions])
+        at = np.arange(len(token_ids))
+        assert np.abs(table[labels, at] - logprobs).max() < 1e-3
+        shifted = [np.clip(labels + shift, 0, STEPS) for shift in (-1, 1)]
+        num_shifted_apart += all(np.abs(table[labels, at] - logprobs).max() > 1e-2 for labels in shifted)
+    assert num_shifted_apart >= 30
+
+
+def spanning_completions(run_dir: Path, num: int) -> list[tuple]:
+    """Recorded completions whose tokens are of two versions or more."""
+    with sqlite3.connect(run_dir / "ledger.db") as ledger:
+        rows = ledger.execute("SELECT group_id FROM groups WHERE min_version < max_version ORDER BY group_id").fetchall()
+    found = []
+    for (group_id,) in rows:
+        group, payload = read_group(run_dir, group_id)
+        at = 0
+        for completion in group.completions:
+            end = at + completion.num_tokens
+            if len(completion.versions) > 1:
+                found.append(
+                    (payload.prompt_ids, payload.token_ids[at:end], payload.logprobs[at:end], completion.versions)
+                )
+            at = end
+    return found[:num]
+
+
+@torch.inference_mode()
+def recomputed(model: torch.nn.Module, prompt_ids: np.ndarray, token_ids: np.ndarray) -> np.ndarray:
+    """Log-prob of each response token [T] by a plain forward pass."""
+    ids = torch.from_numpy(np.concatenate([prompt_ids, token_ids]).astype(np.int64))
+    logprobs = model(ids[None]).logits[0].log_softmax(-1)
+    positions = torch.arange(len(prompt_ids) - 1, len(ids) - 1)
+    return logprobs[positions, ids[positions + 1]].numpy()

@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import logging
+from io import StringIO
+from pathlib import Path
+
+import pytest
+
+from asyncdapo.metrics.config import MetricsConfig
+from asyncdapo.metrics.jsonl import read_metrics
+from asyncdapo.metrics.reporter import Reporter
+
+CONFIG = MetricsConfig(wandb="disabled")
+
+
+class Terminal(StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_step_goes_to_the_record_the_log_and_the_output(tmp_path: Path):
+    output = StringIO()
+    reporter = Reporter(tmp_path, CONFIG, "quickstart", 36, stream=output)
+    reporter.status("waits for batch 1")
+    reporter.log({"step": 1, "reward/mean": 0.5})
+    reporter.note("checkpoint written")
+    reporter.close()
+    assert read_metrics(tmp_path) == [{"step": 1, "reward/mean": 0.5}]
+    for text in (output.getvalue(), (tmp_path / "run.log").read_text()):
+        status, step, note = (line.split("  ", 1)[1] for line in text.splitlines())
+        assert (status, note) == ("waits for batch 1", "checkpoint written")
+        assert step.startswith("step  1/36  reward  0.500")
+
+
+def test_log_records_of_our_stages_and_warnings_of_others_become_notes(tmp_path: Path):
+    output = StringIO()
+    reporter = Reporter(tmp_path, CONFIG, "quickstart", 36, stream=output)
+    logging.getLogger("weights").info("travel by %s", "gloo")
+    logging.getLogger("somelibrary").info("chatter")
+    logging.getLogger("somelibrary").warning("trouble")
+    reporter.close()
+    logging.getLogger("weights").warning("after the end")
+    said = [line.split("  ", 1)[1] for line in output.getvalue().splitlines()]
+    assert said == ["weights: travel by gloo", "somelibrary warning: trouble"]
+
+
+def test_a_terminal_gets_the_live_view_and_the_log_still_gets_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TERM", "xterm")
+    terminal = Terminal()
+    reporter = Reporter(tmp_path, CONFIG, "quickstart", 36, stream=terminal)
+    reporter.log({"step": 1, "reward/mean": 0.5})
+    reporter.close()
+    assert "┃" in terminal.getvalue()
+    assert "step  1/36  reward  0.500" in (tmp_path / "run.log").read_text()
+
+
+def test_files_of_another_run_are_not_continued(tmp_path: Path):
+    Reporter(tmp_path, CONFIG, "quickstart", 36, stream=StringIO()).close()
+    with pytest.raises(FileExistsError):
+        Reporter(tmp_path, CONFIG, "quickstart", 36, stream=StringIO())

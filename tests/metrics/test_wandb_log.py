@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from asyncdapo.errors import ConfigError, RunError
+from asyncdapo.metrics.config import MetricsConfig
+from asyncdapo.metrics.wandb_log import WandbLog, choose_mode, open_run
+
+
+class NoServerError(Exception):
+    """What W&B raises when it can't reach its server."""
+
+
+def unreachable(mode: str) -> str:
+    if mode == "online":
+        raise NoServerError("no route")
+    return f"run {mode}"
+
+
+def environment(home: Path, **variables: str) -> dict[str, str]:
+    return {"HOME": str(home), **variables}
+
+
+def test_auto_is_offline_without_a_login(tmp_path: Path):
+    assert choose_mode(MetricsConfig(), environment(tmp_path)) == "offline"
+
+
+def test_auto_is_online_with_an_api_key_or_a_netrc_entry_for_the_server_in_use(tmp_path: Path):
+    assert choose_mode(MetricsConfig(), environment(tmp_path, WANDB_API_KEY="k")) == "online"
+    (tmp_path / ".netrc").write_text("machine wandb.example.org login user password k\n")
+    (tmp_path / ".netrc").chmod(0o600)
+    assert choose_mode(MetricsConfig(), environment(tmp_path)) == "offline"
+    own = environment(tmp_path, WANDB_BASE_URL="https://wandb.example.org:8080")
+    assert choose_mode(MetricsConfig(), own) == "online"
+
+
+def test_the_variable_of_wandb_overrules_auto_but_not_the_config(tmp_path: Path):
+    variables = environment(tmp_path, WANDB_API_KEY="k", WANDB_MODE="offline")
+    assert choose_mode(MetricsConfig(), variables) == "offline"
+    assert choose_mode(MetricsConfig(wandb="online"), variables) == "online"
+
+
+def test_online_without_a_login_is_a_configuration_error_instead_of_a_question(tmp_path: Path):
+    with pytest.raises(ConfigError, match="metrics.wandb: needs a login"):
+        choose_mode(MetricsConfig(wandb="online"), environment(tmp_path))
+
+
+def test_an_unreachable_server_takes_auto_offline_and_fails_what_was_said_to_be_online():
+    assert open_run(unreachable, "online", True, NoServerError) == "run offline"
+    with pytest.raises(NoServerError):
+        open_run(unreachable, "online", False, NoServerError)
+
+
+def test_an_offline_run_holds_the_same_names_and_prints_nothing(tmp_path: Path):
+    code = f"""
+from pathlib import Path
+from asyncdapo.metrics.config import MetricsConfig
+from asyncdapo.metrics.wandb_log import WandbLog
+log = WandbLog(Path({str(tmp_path)!r}), MetricsConfig(), "offline", "name", {{"run": {{"seed": 3}}}})
+for step in range(3):
+    log.log({{"step": step, "reward/filtered_mean": step / 2}})
+log.close()
+"""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    done = subprocess.run([sys.executable, "-c", code], env=clean, capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("", "")
+    [record] = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    assert b"reward/filtered_mean" in record.read_bytes()
+
+
+def test_what_fails_in_the_background_is_raised_at_the_next_call(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    log = WandbLog(tmp_path, MetricsConfig(wandb_project="a/b"), "offline", "name", {})
+    with pytest.raises(RunError, match="W&B: "):
+        log.close()
+    with pytest.raises(RunError, match="W&B: "):
+        log.log({"step": 1})

@@ -1,0 +1,141 @@
+"""A replay server on real sockets, and peers for it that do only what a test tells them."""
+
+import asyncio
+from contextlib import asynccontextmanager, suppress
+
+from asyncdapo.messages import (
+    SCHEMA_VERSION,
+    Ack,
+    Ask,
+    Batch,
+    CutWanted,
+    EvalAck,
+    EvalAnswer,
+    EvalDone,
+    EvalRequest,
+    GroupDone,
+    Heartbeat,
+    Hello,
+    Lease,
+    NoBatch,
+    Reject,
+    Welcome,
+    Withdraw,
+)
+from asyncdapo.replay.config import FilterConfig, ReplayConfig
+from asyncdapo.replay.journal import Journal
+from asyncdapo.replay.server import ReplayServer
+from asyncdapo.replay.state import ReplayState
+from asyncdapo.transport.sockets import Client
+from tests.replay.small_run import GROUP_SIZE, make_group, prompt_at
+
+PATIENCE_S = 20
+"""Only a test that fails waits as long as this."""
+ToWorker = Welcome | Lease | Ack | Reject | Withdraw | EvalRequest | EvalAck
+
+
+def scenario(run):
+    """Turns a coroutine function into a test with an event loop and an end."""
+
+    def test(tmp_path):
+        asyncio.run(asyncio.wait_for(run(tmp_path), PATIENCE_S))
+
+    test.__doc__, test.__name__ = run.__doc__, run.__name__
+    return test
+
+
+@asynccontextmanager
+async def serving(run_dir, *, filter=None, num_prompts=None, total_slots=8, make_journal=Journal, **replay):
+    """A server of batches of 2 groups of 2; `server.failure` is the task that serves."""
+    settings = {"prompts_per_step": 2, "run_ahead": 1.0, "max_staleness": 1, "heartbeat_s": 30.0} | replay
+    config = ReplayConfig(**settings)
+    journal = make_journal(run_dir)
+    state = ReplayState(config, filter or FilterConfig(), max_attempts=3, num_prompts=num_prompts)
+    server = ReplayServer(config, state, journal, prompt_at, group_size=GROUP_SIZE, seed=1, total_slots=total_slots)
+    server.serving = asyncio.create_task(server.run())
+    try:
+        yield server
+    finally:
+        server.serving.cancel()
+        with suppress(asyncio.CancelledError):
+            await server.serving
+        journal.close()
+
+
+class FakeWorker:
+    """A rollout worker's end of the wire. `take(kind)` waits for a message of that kind and passes over others, which a
+    later `take` finds."""
+
+    def __init__(self, server, index=0, session="first"):
+        self.index, self.session, self.asked, self.version = index, session, 0, 0
+        self.client = Client(server.rollout_address, ToWorker, f"rollout-{index}-{session}".encode())
+        self.passed_over = []
+
+    async def join(self, version=0, schema=SCHEMA_VERSION):
+        await self.client.send(Hello(schema=schema, worker=self.index, session=self.session, loaded_version=version))
+        return await self.take(Welcome)
+
+    async def ask(self, more):
+        self.asked += more
+        await self.client.send(Ask(asked=self.asked))
+
+    async def leases(self, num):
+        """Ask for leases and take them."""
+        await self.ask(num)
+        return [await self.take(Lease) for _ in range(num)]
+
+    async def answer(self, lease, **group):
+        header, payload = make_group(lease, worker=self.index, **group)
+        await self.send_group(header, payload)
+
+    async def send_group(self, header, payload):
+        await self.client.send(GroupDone(group=header), payload.frames())
+
+    async def beat(self, progress=None, version=0, tokens=0.0):
+        await self.client.send(
+            Heartbeat(asked=self.asked, loaded_version=version, progress=progress or {}, gauges={"tokens": tokens})
+        )
+
+    async def evaluate(self, request, acc=1.0):
+        answers = [
+            EvalAnswer(
+                prompt_id=prompt.prompt_id, acc=acc, num_tokens=3, finish_reason="stop", version_min=0, version_max=0
+            )
+            for prompt in request.prompts
+        ]
+        await self.client.send(EvalDone(request_id=request.request_id, answers=answers))
+
+    async def take(self, kind):
+        for message in self.passed_over:
+            if isinstance(message, kind):
+                self.passed_over.remove(message)
+                return message
+        while True:
+            message, _ = await self.client.receive()
+            if isinstance(message, kind):
+                return message
+            self.passed_over.append(message)
+
+    async def unread(self):
+        """All that was sent to this worker and not taken. A repeated hello is answered, behind everything else."""
+        await self.join()
+        return self.passed_over
+
+    def close(self):
+        self.client.close()
+
+
+class FakeLearner:
+    """The learner's end of the wire."""
+
+    def __init__(self, server, name=b"learner"):
+        self.client = Client(server.learner_address, Batch | NoBatch, name)
+
+    async def want(self, step):
+        await self.client.send(CutWanted(step=step))
+
+    async def receive(self):
+        return await self.client.receive()
+
+    def close(self):
+        self.client.close()

@@ -1,0 +1,143 @@
+"""The table of evaluation requests, without sockets."""
+
+import pytest
+
+from asyncdapo.errors import RunError
+from asyncdapo.messages import EvalAnswer, EvalDone, EvalRequest, Sampling
+from asyncdapo.replay.evaluations import MAX_ISSUES, Evaluations
+from tests.replay.small_run import prompt_at
+
+
+def request(request_id, num_prompts=2):
+    prompts = [prompt_at(10 * request_id + i) for i in range(num_prompts)]
+    return EvalRequest(request_id=request_id, seed=1, sampling=Sampling(), prompts=prompts)
+
+
+def answers(request, acc=1.0):
+    return EvalDone(
+        request_id=request.request_id,
+        answers=[
+            EvalAnswer(
+                prompt_id=prompt.prompt_id, acc=acc, num_tokens=3, finish_reason="stop", version_min=0, version_max=0
+            )
+            for prompt in request.prompts
+        ],
+    )
+
+
+def test_answers_come_in_the_order_of_requests_whoever_was_first():
+    table, requests = Evaluations(total_slots=8), [request(1), request(2)]
+    evaluation = table.start(requests, share=1.0)
+    first, second = table.next_for(0, tick=0), table.next_for(1, tick=0)
+    assert table.answer(answers(second)) is evaluation
+    assert not evaluation.done
+    table.answer(answers(first))
+    assert evaluation.done
+    assert [answer.prompt_id for answer in evaluation.all_answers()] == [10, 11, 20, 21]
+
+
+def test_an_evaluation_without_requests_is_done_at_once():
+    assert Evaluations(total_slots=8).start([], share=1.0).done
+
+
+def test_requests_under_way_hold_at_most_their_share_of_the_slots():
+    table = Evaluations(total_slots=8)
+    table.start([request(i) for i in range(4)], share=0.5)
+    first = table.next_for(0, tick=0)
+    assert table.next_for(0, tick=0) is not None
+    assert table.next_for(0, tick=0) is None
+    table.answer(answers(first))
+    assert table.next_for(1, tick=0) is not None
+
+
+def test_one_request_may_go_however_small_the_share_is():
+    table = Evaluations(total_slots=8)
+    table.start([request(1, num_prompts=6), request(2)], share=0.1)
+    assert table.next_for(0, tick=0).request_id == 1
+    assert table.next_for(0, tick=0) is None
+
+
+def test_requests_of_a_lost_worker_go_to_the_next_one_first():
+    table = Evaluations(total_slots=8)
+    table.start([request(1), request(2)], share=1.0)
+    table.next_for(0, tick=0)
+    table.lose_worker(0)
+    assert (table.num_waiting, table.num_under_way) == (2, 0)
+    assert table.next_for(1, tick=0).request_id == 1
+
+
+def test_a_request_that_is_silent_for_long_is_given_out_again():
+    table = Evaluations(total_slots=8)
+    table.start([request(1)], share=1.0)
+    table.next_for(0, tick=3)
+    table.lose_silent(since=3)
+    assert table.next_for(0, tick=4) is None
+    table.lose_silent(since=4)
+    assert table.next_for(0, tick=4).request_id == 1
+
+
+def test_the_first_answer_counts_and_later_ones_are_dropped():
+    table = Evaluations(total_slots=8)
+    evaluation = table.start([request(1), request(2)], share=1.0)
+    given = table.next_for(0, tick=0)
+    table.lose_worker(0)
+    table.answer(answers(given, acc=1.0))
+    assert table.next_for(1, tick=0).request_id == 2
+    assert table.answer(answers(given, acc=0.0)) is None
+    assert {answer.acc for answer in evaluation.answers[1]} == {1.0}
+
+
+def test_an_answer_after_the_evaluation_is_dropped():
+    table = Evaluations(total_slots=8)
+    evaluation = table.start([request(1)], share=1.0)
+    given = table.next_for(0, tick=0)
+    table.end(evaluation)
+    assert table.answer(answers(given)) is None
+    assert (table.num_waiting, table.num_under_way) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"prompt_id": 99},
+        {"acc": float("nan")},
+        {"num_tokens": -1},
+    ],
+)
+def test_answers_that_are_not_the_requests_are_refused_and_it_stays_open(broken):
+    table = Evaluations(total_slots=8)
+    evaluation = table.start([request(1, num_prompts=1)], share=1.0)
+    given = table.next_for(0, tick=0)
+    fields = {"prompt_id": 10, "acc": 1.0, "num_tokens": 3, "finish_reason": "stop", "version_min": 0, "version_max": 0}
+    with pytest.raises(ValueError, match="request 1"):
+        table.answer(EvalDone(request_id=1, answers=[EvalAnswer(**fields | broken)]))
+    assert not evaluation.done
+    assert table.answer(answers(given)) is evaluation
+
+
+def test_a_request_that_nobody_ever_answers_ends_the_run():
+    table = Evaluations(total_slots=8)
+    table.start([request(1)], share=1.0)
+    for _ in range(MAX_ISSUES - 1):
+        table.next_for(0, tick=0)
+        table.lose_worker(0)
+    table.next_for(0, tick=0)
+    with pytest.raises(RunError, match="given out 5 times"):
+        table.lose_worker(0)
+
+
+def test_two_evaluations_at_once_keep_their_answers_apart():
+    table = Evaluations(total_slots=8)
+    first, second = table.start([request(1)], share=1.0), table.start([request(2)], share=1.0)
+    given = [table.next_for(0, tick=0), table.next_for(0, tick=0)]
+    assert table.answer(answers(given[1])) is second
+    assert not first.done
+
+
+def test_a_request_id_in_use_is_refused():
+    table = Evaluations(total_slots=8)
+    table.start([request(1)], share=1.0)
+    with pytest.raises(ValueError, match="in use"):
+        table.start([request(1)], share=1.0)
+    with pytest.raises(ValueError, match="used once"):
+        table.start([request(2), request(2)], share=1.0)

@@ -1,0 +1,109 @@
+"""Places of running sequences: no gaps, long ones first, and every one's own data with it."""
+
+import random
+
+import numpy as np
+
+from asyncdapo.messages import Sampling
+from asyncdapo.rollout.engine import Request
+from asyncdapo.rollout.torch_engine.batch import Batch
+from asyncdapo.rollout.torch_engine.scheduler import Job
+
+
+def job(num_samples, prompt_length=1, max_tokens=200):
+    sampling = Sampling(max_tokens=max_tokens)
+    return Job(Request(prompt_ids=[0] * prompt_length, seeds=list(range(num_samples)), sampling=sampling))
+
+
+def step(batch, value=0):
+    """Every slot in use samples its own number."""
+    numbers = np.arange(batch.num_used)
+    batch.append(0, batch.num_used, numbers + value, -(numbers + value).astype(np.float32))
+
+
+def test_every_sequence_keeps_its_own_tokens_through_random_ends_and_moves():
+    draw, batch = random.Random(0), Batch(num_slots=24, max_tokens=200, block_size=8)
+    expected: dict = {}
+    for turn in range(200):
+        for target, source in [(b, a) for a, b in batch.arrange()]:
+            assert batch.running[target] is not None
+            assert target < source
+        assert all(batch.running[slot] is not None for slot in range(batch.num_used))
+        fresh = draw.randint(0, 24 - batch.num_active)
+        if fresh:
+            batch.seat(job(fresh, draw.randint(1, 20)), fresh)
+        step(batch, turn)
+        for slot, running in batch.active():
+            expected.setdefault(running, []).append(slot + turn)
+        for slot, running in list(batch.active()):
+            if draw.random() < 0.2:
+                sample = batch.sample(slot, 0, "stop")
+                batch.release(slot)
+                assert sample.token_ids.tolist() == expected.pop(running)
+                assert sample.logprobs.tolist() == [-token for token in sample.token_ids.tolist()]
+                assert sample.versions == [(0, len(sample.token_ids))]
+
+
+def test_moves_in_order_carry_the_cache_along():
+    draw, batch = random.Random(1), Batch(num_slots=24, max_tokens=200, block_size=8)
+    cache: list = [None] * 24
+    for _ in range(100):
+        for source, target in batch.arrange():
+            cache[target] = cache[source]
+        for slot, running in batch.active():
+            assert cache[slot] is running
+        fresh = 24 - batch.num_active
+        if fresh:
+            batch.seat(job(fresh), fresh)
+            cache[24 - fresh :] = batch.running[24 - fresh :]
+        for slot, _ in list(batch.active()):
+            if draw.random() < 0.1:
+                batch.release(slot)
+
+
+def test_the_longest_sequences_move_to_the_front_and_spans_read_no_further_than_needed():
+    batch = Batch(num_slots=16, max_tokens=200, block_size=4)
+    batch.seat(job(8), 8)
+    for _ in range(40):
+        step(batch)
+    batch.seat(job(8), 8)
+    for slot in (0, 1, 2):
+        batch.release(slot)
+    step(batch)
+    assert batch.spans() == [(0, 8, 64), (8, 16, 32)]
+    assert batch.arrange() == [(4, 0), (5, 1), (6, 2), (8, 4), (9, 5), (10, 6), (12, 8), (13, 9), (14, 10), (15, 11)]
+    assert batch.spans() == [(0, 8, 64), (8, 13, 32)]
+
+
+def test_released_slots_do_not_lengthen_a_span():
+    batch = Batch(num_slots=8, max_tokens=200, block_size=4)
+    batch.seat(job(1, prompt_length=100), 1)
+    batch.seat(job(3), 3)
+    step(batch)
+    assert batch.spans() == [(0, 4, 128)]
+    batch.release(0)
+    assert batch.spans() == [(0, 4, 32)]
+
+
+def test_versions_are_run_lengths_without_empty_runs():
+    batch = Batch(num_slots=2, max_tokens=200, block_size=2)
+    batch.seat(job(1), 1)
+    running = batch.running[0]
+    step(batch)
+    step(batch)
+    running.close_run(3, 2)
+    running.close_run(4, 2)
+    step(batch)
+    assert batch.sample(0, 5, "length").versions == [(3, 2), (5, 1)]
+
+
+def test_each_sample_has_the_uniforms_of_its_own_seed():
+    batch = Batch(num_slots=4, max_tokens=8, block_size=4)
+    batch.seat(job(4, max_tokens=8), 3)
+    first = batch.next_uniforms(0, 3)
+    step(batch)
+    assert len(set(first)) == 3
+    assert not set(first) & set(batch.next_uniforms(0, 3))
+    again = Batch(num_slots=4, max_tokens=8, block_size=4)
+    again.seat(job(4, max_tokens=8), 3)
+    assert (again.next_uniforms(0, 3) == first).all()

@@ -1,0 +1,65 @@
+"""Who starts when slots come free."""
+
+from asyncdapo.messages import Sampling
+from asyncdapo.rollout.engine import Request
+from asyncdapo.rollout.torch_engine.scheduler import Job, Scheduler
+
+
+def job(num_samples=4, urgent=False):
+    return Job(Request(prompt_ids=[1], seeds=list(range(num_samples)), sampling=Sampling(), urgent=urgent))
+
+
+def start(scheduler, num_running):
+    starts = scheduler.take(num_running)
+    for started, count in starts:
+        started.num_started += count
+    return starts
+
+
+def test_requests_start_in_order_of_arrival_and_fill_all_slots():
+    scheduler, jobs = Scheduler(10), [job(), job(), job()]
+    for each in jobs:
+        scheduler.add(each)
+    assert start(scheduler, 0) == [(jobs[0], 4), (jobs[1], 4), (jobs[2], 2)]
+    assert start(scheduler, 8) == [(jobs[2], 2)]
+    assert not scheduler
+
+
+def test_nothing_starts_before_an_eighth_of_the_slots_is_free():
+    scheduler = Scheduler(64)
+    scheduler.add(job(16))
+    assert start(scheduler, 57) == []
+    assert [count for _, count in start(scheduler, 56)] == [8]
+
+
+def test_few_slots_are_filled_one_by_one():
+    scheduler = Scheduler(4)
+    scheduler.add(job(2))
+    assert [count for _, count in start(scheduler, 3)] == [1]
+
+
+def test_urgent_requests_go_before_all_others_even_half_started_ones():
+    scheduler, early, urgent = Scheduler(4), job(6), job(2, urgent=True)
+    scheduler.add(early)
+    assert start(scheduler, 0) == [(early, 4)]
+    scheduler.add(urgent)
+    assert start(scheduler, 0) == [(urgent, 2), (early, 2)]
+
+
+def test_a_withdrawn_request_never_starts():
+    scheduler, gone, stays = Scheduler(4), job(), job()
+    scheduler.add(gone)
+    scheduler.add(stays)
+    scheduler.withdraw(gone)
+    scheduler.withdraw(gone)
+    assert start(scheduler, 0) == [(stays, 4)]
+
+
+def test_one_at_a_time_never_mixes_requests_and_waits_for_empty_slots():
+    scheduler, first, second = Scheduler(4, one_at_a_time=True), job(6), job(2)
+    scheduler.add(first)
+    scheduler.add(second)
+    assert start(scheduler, 0) == [(first, 4)]
+    assert start(scheduler, 1) == []
+    assert start(scheduler, 0) == [(first, 2)]
+    assert start(scheduler, 0) == [(second, 2)]
