@@ -1,6 +1,6 @@
 """The rules of the loss held against `vectors/dapo_vectors.json`, one test per vector.
 
-`CHECKS` says which kinds are held here, `OTHERS` which are not and why; together they are all kinds of the file.
+`CHECKS` says which kinds are held here, `OTHERS` where the rest is, if anywhere; together they are all kinds of the file.
 Comparison: |got − expected| <= tolerance · max(1, |expected|) element by element, in float64.
 """
 
@@ -91,28 +91,30 @@ CHECKS = {
 }
 """Kind of vector -> what compares it: (inputs, expected, close)."""
 
+NO_CODE = "no code for it"
+
 OTHERS = {
-    "policy_loss/gspo": "not implemented",
-    "policy_loss/cispo": "not implemented",
-    "policy_loss/decoupled": "not implemented",
-    "agg/token-sum": "not implemented",
-    "agg/seq-mean-token-sum": "not implemented",
-    "agg/seq-mean-token-mean": "not implemented",
-    "agg/seq-mean-token-sum-norm": "not implemented",
-    "agg/prompt-mean": "not implemented",
-    "advantage/grpo_no_std": "not implemented",
-    "advantage/rloo": "not implemented",
-    "overlong": "not implemented",
-    "kl": "not implemented",
-    "tis/truncate": "not implemented",
-    "tis/mask": "not implemented",
-    "eval": "not implemented",
-    "verifier": "not implemented",
-    "reward_scaling": "not here",
-    "filter": "not here",
-    "dynamic_sampling": "not here",
+    "policy_loss/gspo": NO_CODE,
+    "policy_loss/cispo": NO_CODE,
+    "policy_loss/decoupled": NO_CODE,
+    "agg/token-sum": NO_CODE,
+    "agg/seq-mean-token-sum": NO_CODE,
+    "agg/seq-mean-token-mean": NO_CODE,
+    "agg/seq-mean-token-sum-norm": NO_CODE,
+    "agg/prompt-mean": NO_CODE,
+    "advantage/grpo_no_std": NO_CODE,
+    "advantage/rloo": NO_CODE,
+    "overlong": NO_CODE,
+    "kl": NO_CODE,
+    "tis/truncate": NO_CODE,
+    "tis/mask": NO_CODE,
+    "eval": NO_CODE,
+    "verifier": NO_CODE,
+    "reward_scaling": "tests/reward/test_scorer.py",
+    "filter": "tests/replay/test_filter.py",
+    "dynamic_sampling": "tests/replay/test_dynamic_sampling_vectors.py",
 }
-"""Kind of vector -> why it is not held here."""
+"""Kind of vector -> the test that holds it, or that there is no code for it."""
 
 
 @pytest.mark.parametrize("vector", [v for v in VECTORS if kind(v) in CHECKS], ids=lambda v: f"{kind(v)}: {v['name']}")
@@ -125,5 +127,13 @@ def test_the_vector_is_reproduced(vector):
     CHECKS[kind(vector)](vector["inputs"], vector["expected"], close)
 
 
-def test_every_kind_of_vector_is_either_held_or_listed_as_not():
+def test_every_kind_of_vector_is_held_here_or_listed():
     assert sorted({kind(vector) for vector in VECTORS}) == sorted([*CHECKS, *OTHERS])
+
+
+def test_a_kind_held_elsewhere_has_its_test_there():
+    for name, place in OTHERS.items():
+        if place != NO_CODE:
+            text = (Path(__file__).parents[1] / place).read_text()
+            assert "dapo_vectors.json" in text, name
+            assert f'"{name}"' in text, name

@@ -81,7 +81,7 @@ class ReplayActor(Actor):
     async def start(self) -> dict[str, Any]:
         """Open stream, journal and sockets. Returns the addresses of the sockets, and whether the data has an end."""
         config = self.config
-        task = open_task(config.prompts, num_eval=config.eval.num_prompts, seed=config.run.seed)
+        task = open_task(config.prompts, num_eval=config.eval.num_held_out, seed=config.run.seed)
         encode = load_tokenizer(config.model.path).prompt_encoder(config.prompts.chat_template)
         self.stream = PromptStream(config.prompts, task, encode, config.run.seed)
         state = ReplayState(
@@ -112,8 +112,7 @@ class ReplayActor(Actor):
 
     async def eval_prompts(self) -> list[Prompt]:
         """The held-out prompts of the run."""
-        eval = self.config.eval
-        return self.stream.eval_prompts(max(eval.num_prompts, eval.num_greedy_prompts))
+        return self.stream.eval_prompts(self.config.eval.num_held_out)
 
     async def begin(self) -> None:
         """Grant leases from now on."""

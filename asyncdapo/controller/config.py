@@ -72,3 +72,8 @@ class EvalConfig:
         for key in ("top_p", "max_share"):
             if not 0 < getattr(self, key) <= 1:
                 raise ConfigError(f"eval.{key}", "must be above 0 and at most 1", getattr(self, key))
+
+    @property
+    def num_held_out(self) -> int:
+        """Held-out prompts that the evaluations of a run need."""
+        return max(self.num_prompts, self.num_greedy_prompts)

@@ -29,7 +29,7 @@ def prepare_run(name_or_path: str, overrides: Sequence[str]) -> Config:
             "run.dir", "is in use", config.run.dir, f"run.dir={config.run.dir}-2, or remove the directory"
         )
     make_verifier(config.reward.verifier)
-    open_task(config.prompts, num_eval=config.eval.num_prompts, seed=config.run.seed)
+    open_task(config.prompts, num_eval=config.eval.num_held_out, seed=config.run.seed)
     run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     (run_dir / CONFIG_FILE).write_text(to_yaml(config))
     return config

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "metrics.md").read_text()
 
 PREFIXES = "time|prompts|rollout|reward|filter|replay|learner|weights|eval|controller"
-METRIC = re.compile(rf"(?:{PREFIXES})/[a-z0-9_]+")
+METRIC = re.compile(rf"(?:{PREFIXES})/[a-z0-9_]*[a-z0-9]")
 
 DOCUMENTED = set(re.findall(rf"^\| `({METRIC.pattern})` \|", PAGE, re.MULTILINE))
 

@@ -1,0 +1,74 @@
+"""`rollout.deterministic`: tokens and log-probs to the last bit from weights, prompt and seed alone."""
+
+import asyncio
+
+import numpy as np
+import pytest
+
+from .models import engine_for, largest_difference, random_model, request, saved
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return saved(random_model(), tmp_path_factory.mktemp("model"))
+
+
+def generate(path, asked, *, before=(), beside=(), **options):
+    """Samples of `asked`; requests `before` have ended by then, those `beside` it were handed in earlier."""
+
+    async def main():
+        engine = engine_for(path, slots=8, deterministic=True, stop=[3], **options)
+        await engine.start()
+        for other in before:
+            await engine.generate(other)
+        others = [asyncio.create_task(engine.generate(other)) for other in beside]
+        await asyncio.sleep(0)
+        samples = await engine.generate(asked)
+        await asyncio.gather(*others)
+        await engine.stop()
+        return samples
+
+    return asyncio.run(asyncio.wait_for(main(), 60))
+
+
+def identical(one, other):
+    return all(
+        np.array_equal(a.token_ids, b.token_ids) and np.array_equal(a.logprobs.view(np.int32), b.logprobs.view(np.int32))
+        for a, b in zip(one, other, strict=True)
+    )
+
+
+@pytest.mark.parametrize("num_samples", [3, 8, 13])
+def test_samples_are_bit_identical_whatever_was_generated_before_or_beside(path, num_samples):
+    asked = request(9, range(num_samples))
+    others = [request(length, range(length % 11 + 1), length) for length in (1, 32, 5, 20)]
+    alone = generate(path, asked)
+    assert identical(alone, generate(path, asked, before=others))
+    assert identical(alone, generate(path, asked, beside=others))
+
+
+def test_deterministic_samples_match_the_model_like_all_others(path):
+    model, asked = random_model(), request(9, range(8))
+    for sample in generate(path, asked):
+        assert largest_difference(model, asked, sample) < 1e-4
+
+
+def test_updates_in_deterministic_mode_recompute_the_cache_as_well(path):
+    model, other = random_model(), random_model(seed=1)
+    asked = request(9, range(6), max_tokens=400)
+
+    async def main():
+        engine = engine_for(
+            path_long, slots=8, deterministic=True, on_update="recompute", max_response_length=400
+        )
+        await engine.start()
+        task = asyncio.create_task(engine.generate(asked))
+        while asked.num_sampled < 60:
+            await asyncio.sleep(0.0005)
+        await engine.load_weights(1, other.state_dict())
+        samples = await task
+        await engine.stop()
+        return samples
+
+    path_long = path
+    del model, path_long, main

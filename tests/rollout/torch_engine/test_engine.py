@@ -1,0 +1,275 @@
+"""The engine as a rollout worker sees it: samples, seeds, ends, withdrawal, refusals, failures."""
+
+import asyncio
+
+import numpy as np
+import pytest
+
+from asyncdapo.errors import ConfigError, EngineError
+from asyncdapo.rollout.torch_engine.engine import TorchEngine
+
+from .models import VOCAB_SIZE, engine_for, random_model, request, saved
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return saved(random_model(), tmp_path_factory.mktemp("model"))
+
+
+def running(path, use, **options):
+    """What `use(engine)` returns, with an engine that runs meanwhile."""
+
+    async def main():
+        engine = engine_for(path, **options)
+        await engine.start()
+        try:
+            return await asyncio.wait_for(use(engine), 60)
+        finally:
+            await engine.stop()
+
+    return asyncio.run(main())
+
+
+async def together(engine, *requests):
+    return await asyncio.gather(*(engine.generate(asked) for asked in requests))
+
+
+def same(one, other):
+    return all(
+        np.array_equal(a.token_ids, b.token_ids) and np.allclose(a.logprobs, b.logprobs, atol=1e-4)
+        for a, b in zip(one, other, strict=True)
+    )
+
+
+def test_samples_come_in_the_order_of_their_seeds_and_depend_on_nothing_else(path):
+    async def use(engine):
+        [alone] = await together(engine, request(9, [5, 6, 7]))
+        crowd = [request(length, range(4), length) for length in (2, 30, 11, 7)]
+        reversed_seeds, *_ = await together(engine, request(9, [7, 6, 5]), *crowd)
+        return alone, reversed_seeds
+
+    alone, reversed_seeds = running(path, use)
+    assert same(alone, reversed_seeds[::-1])
+    assert len({tuple(sample.token_ids) for sample in alone}) == 3
+
+
+def test_samples_do_not_depend_on_the_number_of_slots(path):
+    requests = [request(length, range(5), length) for length in (4, 19)]
+    few = running(path, lambda engine: together(engine, *requests), slots=2)
+    many = running(path, lambda engine: together(engine, *requests), slots=40)
+    assert all(same(a, b) for a, b in zip(few, many, strict=True))
+
+
+def test_sampled_tokens_follow_the_models_own_distribution(path):
+    model = random_model()
+    asked = request(12, range(4000), max_tokens=1)
+    [samples] = running(path, lambda engine: together(engine, asked), slots=500)
+    probs = np.zeros(VOCAB_SIZE)
+    for sample in samples:
+        probs[sample.token_ids[0]] += 1 / len(samples)
+    logits = model(model.dummy_inputs["input_ids"].new_tensor([asked.prompt_ids])).logits[0, -1]
+    assert abs(probs - logits.softmax(-1).detach().numpy()).max() < 0.03
+
+
+def test_a_stop_token_ends_a_response_and_is_its_last_token(path):
+    asked = request(6, range(30), max_tokens=48)
+    [samples] = running(path, lambda engine: together(engine, asked), stop=[3, 8, 13])
+    reasons = {sample.finish_reason for sample in samples}
+    assert reasons == {"stop", "length"}
+    for sample in samples:
+        stops = np.isin(sample.token_ids, [3, 8, 13])
+        assert not stops[:-1].any()
+        assert stops[-1] == (sample.finish_reason == "stop")
+        assert sample.finish_reason == "stop" or len(sample.token_ids) == 48
+        assert sample.token_ids.dtype == np.int32
+        assert sample.logprobs.dtype == np.float32
+        assert len(sample.logprobs) == len(sample.token_ids)
+
+
+def test_the_checkpoints_own_stop_ids_are_the_default(tmp_path):
+    path = saved(random_model(eos_token_id=[3, 8, 13]), tmp_path)
+
+    async def use(engine):
+        return await together(engine, request(6, range(30), max_tokens=48))
+
+    async def main():
+        config = engine_for(path)._config
+        engine = TorchEngine(path, config, max_prompt_length=32)
+        await engine.start()
+        samples = await use(engine)
+        await engine.stop()
+        return samples
+
+    [samples] = asyncio.run(main())
+    assert "stop" in {sample.finish_reason for sample in samples}
+    assert same(samples, running(path, use, stop=[3, 8, 13])[0])
+
+
+def test_each_request_has_its_own_sampling_parameters(path):
+    plain, greedy = request(9, [1, 2]), request(9, [1, 2], temperature=0.0)
+    narrow = request(9, [1, 2], top_k=1)
+
+    async def use(engine):
+        return await together(engine, plain, greedy, narrow)
+
+    plain_samples, greedy_samples, narrow_samples = running(path, use, slots=8)
+    assert same(greedy_samples[:1], greedy_samples[1:])
+    assert same(narrow_samples, greedy_samples)
+    assert not np.array_equal(plain_samples[0].token_ids, greedy_samples[0].token_ids)
+
+
+def test_urgent_requests_start_before_those_that_wait(path):
+    order = []
+
+    async def use(engine):
+        requests = [request(4, [0], max_tokens=40, prompt_seed=1)]
+        requests += [request(4, [at], max_tokens=2) for at in range(3)]
+        for name, asked in enumerate(requests):
+            asked.on_started = lambda version, name=name: order.append(name)
+        requests[-1].urgent = True
+        await together(engine, *requests)
+
+    running(path, use, slots=1)
+    assert order in ([0, 3, 1, 2], [3, 0, 1, 2])
+
+
+def test_progress_and_counters_add_up(path):
+    async def use(engine):
+        requests = [request(length, range(3), length) for length in (4, 7, 12)]
+        started = []
+        for asked in requests:
+            asked.on_started = started.append
+        waiting = asyncio.gather(*(engine.generate(asked) for asked in requests))
+        await asyncio.sleep(0)
+        assert engine.num_outstanding == 9
+        results = await waiting
+        assert engine.num_outstanding == 0
+        assert started == [0, 0, 0]
+        assert [asked.num_sampled for asked in requests] == [3 * 24] * 3
+        return results, engine.gauges()
+
+    results, gauges = running(path, use, slots=4)
+    assert gauges["tokens"] == sum(len(sample.token_ids) for samples in results for sample in samples)
+    assert gauges["prefill_tokens"] == 4 + 7 + 12
+    assert gauges["slot_steps"] == gauges["tokens"] - 9  # first tokens come from the prefill
+    assert gauges["steps"] <= gauges["slot_steps"] <= 4 * gauges["steps"]
+    assert gauges["busy_s"] > 0
+
+
+def test_an_idle_engine_uses_no_processor_time(path):
+    import time
+
+    async def use(engine):
+        await together(engine, request(4, [0]))
+        before = time.process_time()
+        await asyncio.sleep(0.5)
+        return time.process_time() - before
+
+    assert running(path, use) < 0.1
+
+
+def test_cancelling_a_request_frees_its_slots_for_others(path):
+    async def use(engine):
+        long = request(4, range(2), max_tokens=4000)
+        task = asyncio.create_task(engine.generate(long))
+        while not long.num_sampled:
+            await asyncio.sleep(0.001)
+        other = asyncio.create_task(engine.generate(request(5, range(2))))
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert engine.num_outstanding == 2
+        await other
+        sampled = long.num_sampled
+        assert sampled < 8000
+        await engine.generate(request(5, [1]))
+        assert long.num_sampled == sampled
+        return engine.gauges()["tokens"]
+
+    # Without the withdrawal the two slots would be taken for 4,000 steps.
+    assert running(path, use, slots=2, max_response_length=4000, max_prompt_length=8, stop=[]) < 4000
+
+
+def test_a_waiting_request_can_be_cancelled_before_it_starts(path):
+    async def use(engine):
+        first = asyncio.create_task(engine.generate(request(4, range(2), max_tokens=40)))
+        waiting = request(5, range(4))
+        task = asyncio.create_task(engine.generate(waiting))
+        await asyncio.sleep(0)
+        task.cancel()
+        await first
+        await engine.generate(request(6, [0]))
+        return waiting.num_sampled
+
+    assert running(path, use, slots=2) == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompt_ids": [0] * 33}, "1 to 32 tokens, got 33"),
+        ({"prompt_ids": []}, "1 to 32 tokens, got 0"),
+        ({"prompt_ids": [1, VOCAB_SIZE]}, "0 to 60"),
+        ({"prompt_ids": [-1, 5]}, "0 to 60"),
+        ({"seeds": []}, "seed"),
+    ],
+)
+def test_requests_that_can_not_fit_are_refused(path, changes, message):
+    async def use(engine):
+        asked = request(4, [0])
+        for name, value in changes.items():
+            setattr(asked, name, value)
+        with pytest.raises(ValueError, match=message):
+            await engine.generate(asked)
+        with pytest.raises(ValueError, match="max_tokens is 1 to 48, got 49"):
+            await engine.generate(request(4, [0], max_tokens=49))
+        with pytest.raises(ValueError, match="top_p"):
+            await engine.generate(request(4, [0], top_p=0.0))
+        assert engine.num_outstanding == 0
+
+    running(path, use)
+
+
+def test_a_stopped_engine_ends_every_request_with_an_engine_error(path):
+    async def main():
+        engine = engine_for(path, slots=1)
+        with pytest.raises(EngineError, match="not been started"):
+            await engine.generate(request(4, [0]))
+        await engine.start()
+        tasks = [asyncio.create_task(engine.generate(request(4, range(50), at))) for at in range(3)]
+        await asyncio.sleep(0.01)
+        await engine.stop()
+        for result in await asyncio.gather(*tasks, return_exceptions=True):
+            assert isinstance(result, EngineError)
+            assert "stopped" in str(result)
+        with pytest.raises(EngineError, match="stopped"):
+            await engine.generate(request(4, [0]))
+        await engine.stop()
+
+    asyncio.run(asyncio.wait_for(main(), 30))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_failure_in_the_engines_thread_reaches_every_request_with_its_cause(path):
+    broken = random_model().state_dict()
+    broken["model.norm.weight"] = broken["model.norm.weight"] * float("nan")
+
+    async def use(engine):
+        tasks = [asyncio.create_task(engine.generate(request(4, range(50), at))) for at in range(2)]
+        await asyncio.sleep(0.01)
+        await engine.load_weights(1, broken)
+        for result in await asyncio.gather(*tasks, return_exceptions=True):
+            assert isinstance(result, EngineError)
+            assert "version 1 give logits that are not finite" in str(result)
+            assert isinstance(result.__cause__, EngineError)
+        with pytest.raises(EngineError, match="not finite"):
+            await engine.generate(request(4, [0]))
+        with pytest.raises(EngineError, match="not finite"):
+            await engine.load_weights(2, random_model().state_dict())
+
+    running(path, use, slots=2)
+
+
+def test_a_model_with_too_few_positions_is_refused_at_the_start(path):
+    with pytest.raises(ConfigError, match="need 332 positions, the model has 256"):
+        running(path, together, max_response_length=300)

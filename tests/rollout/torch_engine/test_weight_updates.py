@@ -1,0 +1,144 @@
+"""New weights between two tokens: which token was sampled with which, and what becomes of the cache."""
+
+import asyncio
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from transformers import DynamicCache
+
+from asyncdapo.errors import WeightsError
+
+from .models import engine_for, largest_difference, logprobs_of, random_model, request, saved
+
+LENGTH = 120
+
+
+@pytest.fixture(scope="module")
+def models():
+    return [random_model("qwen3", seed) for seed in range(3)]
+
+
+def generate_through_updates(models, directory, requests, slots, **options):
+    """Samples of the requests; version 1, and then 2, comes when each has a third, two thirds, of its tokens."""
+
+    async def main():
+        engine = engine_for(
+            saved(models[0], directory), slots=slots, max_response_length=LENGTH, max_prompt_length=32, **options
+        )
+        await engine.start()
+        shutil.rmtree(directory)  # no weight file is opened again
+        tasks = [asyncio.create_task(engine.generate(asked)) for asked in requests]
+        total = sum(asked.sampling.max_tokens * len(asked.seeds) for asked in requests)
+        for version, model in enumerate(models[1:], start=1):
+            while sum(asked.num_sampled for asked in requests) < total * version / 3:
+                await asyncio.sleep(0.0005)
+            await engine.load_weights(version, {name: tensor.clone() for name, tensor in model.state_dict().items()})
+            assert engine.loaded_version == version
+        samples = await asyncio.gather(*tasks)
+        await engine.stop()
+        return samples
+
+    return asyncio.run(asyncio.wait_for(main(), 60))
+
+
+def labels(sample):
+    return np.repeat([version for version, _ in sample.versions], [count for _, count in sample.versions])
+
+
+def pairs(requests, results):
+    return [(asked, sample) for asked, samples in zip(requests, results, strict=True) for sample in samples]
+
+
+@pytest.mark.parametrize("slots", [6, 40])
+def test_under_recompute_every_token_matches_the_weights_of_its_version_and_no_other(models, tmp_path, slots):
+    requests = [request(length, range(8), max_tokens=LENGTH) for length in (3, 17, 32)]
+    results = generate_through_updates(models, tmp_path / "model", requests, slots, on_update="recompute")
+    seen = set()
+    for asked, sample in pairs(requests, results):
+        versions = labels(sample)
+        assert len(versions) == len(sample.token_ids)
+        seen.add(tuple(version for version, _ in sample.versions))
+        for version, model in enumerate(models):
+            difference = (logprobs_of(model, asked, sample)[0].numpy() - sample.logprobs).__abs__()
+            if (versions == version).any():
+                assert difference[versions == version].max() < 1e-4
+            if (versions != version).any():
+                assert difference[versions != version].max() > 1e-2
+    assert seen & {(0, 1), (0, 1, 2), (1, 2)}
+
+
+@torch.no_grad()
+def logprobs_with_kept_cache(models, asked, sample):
+    """Each run of tokens with its own weights, on the keys and values that the weights before it left."""
+    ids = torch.tensor([[*asked.prompt_ids, *sample.token_ids.tolist()]])
+    cache, start, logits = DynamicCache(), 0, []
+    for number, (version, count) in enumerate(sample.versions):
+        end = start + count + (len(asked.prompt_ids) - 1 if number == 0 else 0)
+        logits.append(models[version](ids[:, start:end], past_key_values=cache, use_cache=True).logits[0])
+        start = end
+    logprobs = torch.cat(logits)[len(asked.prompt_ids) - 1 :].log_softmax(-1)
+    return logprobs.gather(1, ids[0, len(asked.prompt_ids) :, None])[:, 0].numpy()
+
+
+def test_under_keep_older_keys_and_values_stay_in_use(models, tmp_path):
+    requests = [request(length, range(4), max_tokens=LENGTH) for length in (3, 17)]
+    results = generate_through_updates(models, tmp_path / "model", requests, 8, on_update="keep")
+    for asked, sample in pairs(requests, results):
+        assert [version for version, _ in sample.versions] == [0, 1, 2]
+        assert abs(logprobs_with_kept_cache(models, asked, sample) - sample.logprobs).max() < 1e-4
+        assert largest_difference(models[2], asked, sample) > 1e-2
+
+
+def test_samples_that_start_after_an_update_have_a_prompt_prefill_of_their_own(models, tmp_path):
+    """One prompt, few slots: its later samples see nothing of the weights that were there before."""
+    requests = [request(32, range(24), max_tokens=40)]
+    [samples] = generate_through_updates(models, tmp_path / "model", requests, 4, on_update="keep")
+    whole = {}
+    for sample in samples:
+        if len(sample.versions) == 1:
+            [(version, _)] = sample.versions
+            whole[version] = sample
+            assert largest_difference(models[version], requests[0], sample) < 1e-4
+    assert set(whole) == {0, 1, 2}
+
+
+def test_weights_that_are_not_this_models_are_refused_and_the_old_ones_stay(models, tmp_path):
+    async def main():
+        engine = engine_for(saved(models[0], tmp_path))
+        await engine.start()
+        with pytest.raises(WeightsError, match="version 1 can't be loaded: model.norm.weight is missing"):
+            await engine.load_weights(1, {"model.embed_tokens.weight": models[1].model.embed_tokens.weight.data})
+        assert engine.loaded_version == 0
+        asked = request(8, [0])
+        before = await engine.generate(asked)
+        await engine.load_weights(2, models[2].state_dict())
+        after = await engine.generate(asked)
+        await engine.stop()
+        return asked, before[0], after[0]
+
+    asked, before, after = asyncio.run(main())
+    assert before.versions == [(0, 24)]
+    assert largest_difference(models[0], asked, before) < 1e-4
+    assert after.versions == [(2, 24)]
+    assert largest_difference(models[2], asked, after) < 1e-4
+
+
+def test_a_cancelled_load_leaves_room_for_the_next(models, tmp_path):
+    async def main():
+        engine = engine_for(saved(models[0], tmp_path))
+        await engine.start()
+        for version in (1, 2, 1, 2):
+            load = asyncio.create_task(engine.load_weights(version, models[version].state_dict()))
+            await asyncio.sleep(0.0002 * version)
+            load.cancel()
+        await engine.load_weights(5, models[1].state_dict())
+        asked = request(8, [0])
+        [sample] = await engine.generate(asked)
+        await engine.stop()
+        return asked, sample
+
+    asked, sample = asyncio.run(asyncio.wait_for(main(), 30))
+    assert sample.versions == [(5, 24)]
+    assert largest_difference(models[1], asked, sample) < 1e-4
