@@ -1,6 +1,6 @@
 """The rules of the loss held against `vectors/dapo_vectors.json`, one test per vector.
 
-`CHECKS` says which kinds are held here, `OTHERS` where the rest is, if anywhere; together they are all kinds of the file.
+`CHECKS` says which kinds are held here, `OTHERS` where the rest is, if anywhere; together they are all there are.
 Comparison: |got − expected| <= tolerance · max(1, |expected|) element by element, in float64.
 """
 

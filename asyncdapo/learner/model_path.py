@@ -1,7 +1,7 @@
 """Where the model's files are: a directory in Hugging Face format, or an id on the Hugging Face hub. No torch here.
 
-`check_model_path` runs before any process starts and fetches a config.json at most; `model_directory` runs in the
-process that loads the model and downloads what is missing. Does not own: reading the files.
+`check_model_path` runs before any process starts and downloads nothing; `model_directory` runs in the process that
+loads the model and downloads what is missing. Does not own: reading the files.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub import file_exists, snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import HTTPError
 
 from asyncdapo.errors import ConfigError
 
@@ -48,7 +49,7 @@ def model_directory(path: str) -> Path:
     patterns = ["*.json", *WEIGHT_FILES, *TOKENIZER_FILES]
     try:
         return Path(snapshot_download(path, allow_patterns=patterns))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, HTTPError) as error:
         raise ConfigError("model.path", f"can't be downloaded: {_first_line(error)}", path) from error
 
 
@@ -61,12 +62,13 @@ def _checked_directory(path: str, directory: Path) -> Path:
 
 
 def _checked_hub_id(path: str) -> str:
+    problem = "is neither a directory nor a model in the local Hugging Face cache or on the hub"
     try:
-        hf_hub_download(path, "config.json")
-    except (OSError, ValueError) as error:
-        problem = "is neither a directory nor a model that the Hugging Face hub or the local cache has"
-        raise ConfigError("model.path", problem, path, _first_line(error)) from error
-    return path
+        if isinstance(try_to_load_from_cache(path, "config.json"), str) or file_exists(path, "config.json"):
+            return path
+    except (OSError, ValueError, HTTPError) as error:
+        raise ConfigError("model.path", problem, path, f"asked the hub: {_first_line(error)}") from error
+    raise ConfigError("model.path", problem, path)
 
 
 def _first_line(error: Exception) -> str:

@@ -8,6 +8,7 @@ curve is drawn, and draws without a screen.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -16,6 +17,7 @@ from asyncdapo.metrics.jsonl import read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 FILE_NAME = "curve.png"
 
@@ -75,24 +77,26 @@ PANELS = (
 
 def draw_curve(run_dir: Path) -> Path:
     """Draw RUN_DIR/curve.png from RUN_DIR/metrics.jsonl. Returns its path."""
+    path = run_dir / FILE_NAME
+    make_figure(run_dir.name, read_metrics(run_dir)).savefig(path, dpi=150, format="png")
+    return path
+
+
+def make_figure(name: str, lines: Sequence[Mapping[str, float]]) -> Figure:
+    """The four panels over the lines of metrics.jsonl."""
     from matplotlib.figure import Figure
 
-    lines = read_metrics(run_dir)
+    last = lines[-1] if lines else {}
+    headline = f"{name}: {last.get('step', 0)} train steps in {last.get('time/wall_s', 0):,.0f} s"
     figure = Figure(figsize=(10, 7.4))
-    figure.subplots_adjust(left=0.06, right=0.98, bottom=0.07, top=0.85, wspace=0.14, hspace=0.46)
-    figure.suptitle(_headline(run_dir, lines), fontsize=13, x=0.015, ha="left")
+    figure.subplots_adjust(left=0.06, right=0.98, bottom=0.07, top=0.86, wspace=0.14, hspace=0.46)
+    figure.suptitle(headline, fontsize=13, x=0.015, ha="left")
     for axes, panel in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
         _draw(axes, panel, lines)
-    figure.savefig(run_dir / FILE_NAME, dpi=150, format="png")
-    return run_dir / FILE_NAME
+    return figure
 
 
-def _headline(run_dir: Path, lines: list[dict[str, float]]) -> str:
-    last = lines[-1] if lines else {}
-    return f"{run_dir.name}: {last.get('step', 0)} train steps in {last.get('time/wall_s', 0):,.0f} s"
-
-
-def _draw(axes: Axes, panel: Panel, lines: list[dict[str, float]]) -> None:
+def _draw(axes: Axes, panel: Panel, lines: Sequence[Mapping[str, float]]) -> None:
     for series in panel.series:
         if points := _points(lines, panel.over, series.metric):
             _draw_series(axes, series, points)
@@ -130,7 +134,7 @@ def _draw_series(axes: Axes, series: Series, points: list[tuple[float, float]]) 
     )
 
 
-def _points(lines: list[dict[str, float]], over: str, metric: str) -> list[tuple[float, float]]:
+def _points(lines: Sequence[Mapping[str, float]], over: str, metric: str) -> list[tuple[float, float]]:
     """The lines that have both numbers, finite."""
     pairs = [(line.get(over, math.nan), line.get(metric, math.nan)) for line in lines]
     return [pair for pair in pairs if all(math.isfinite(number) for number in pair)]

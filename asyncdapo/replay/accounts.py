@@ -70,12 +70,10 @@ class Accounts:
             self._batches.setdefault(action.step, []).append(facts)
 
     def end_lease(self, action: EndLease, num_tokens: int) -> None:
-        """A lease is over; `num_tokens`: sampled for it so far. Those of a late group were counted when it ended."""
+        """A lease is over; `num_tokens`: sampled for it so far, 0 for a late group, which was counted when it ended."""
         if action.outcome == "done":
             return
         self._lease_ends[action.outcome] += 1
-        if action.outcome == "late":
-            return
         self._tokens["lost" if action.outcome == "rejected" else action.outcome] += num_tokens
         self._groups["withdrawn_stale"] += action.outcome == "withdrawn" and action.reason == "stale"
 

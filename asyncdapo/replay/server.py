@@ -126,6 +126,7 @@ class ReplayServer:
             "evaluations_waiting": evaluations.num_waiting,
             "evaluations_running": evaluations.num_under_way,
             "sampled_tokens": self._sessions.num_sampled_tokens,
+            "dropped": dict(self._workers.dropped),
             **self._state.gauges(),
         }
 

@@ -56,7 +56,10 @@ CHECK = "from asyncdapo.learner.model_path import check_model_path; print(check_
 def test_an_id_that_nobody_knows_is_refused(tmp_path):
     done = check_offline(CHECK, tmp_path)
     assert done.returncode == 1
-    assert "model.path: is neither a directory nor a model that the Hugging Face hub or the local cache" in done.stderr
+    assert (
+        "model.path: is neither a directory nor a model in the local Hugging Face cache or on the hub, got"
+        in done.stderr
+    )
 
 
 def test_an_id_in_the_local_cache_is_accepted_without_a_network(tmp_path):

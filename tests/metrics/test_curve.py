@@ -1,42 +1,53 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
+from matplotlib.axes import Axes
 from matplotlib.image import imread
 
-from asyncdapo.metrics.curve import draw_curve
+from asyncdapo.metrics.curve import draw_curve, make_figure
 
-FIRST = {"step": 0, "time/wall_s": 0.0, "eval/accuracy": 0.25, "eval/greedy_accuracy": 0.5}
-SECOND = {
-    "step": 1,
-    "time/wall_s": 2.0,
-    "reward/mean": -0.25,
-    "reward/filtered_mean": None,
-    "replay/staleness_mean": 0.5,
-    "replay/staleness_max": 1,
-}
+LINES = [
+    {"step": 0, "time/wall_s": 0.0, "eval/accuracy": 0.25, "eval/greedy_accuracy": 0.5},
+    {"step": 1, "time/wall_s": 2.0, "reward/mean": -0.5, "replay/staleness_mean": 0.0, "replay/staleness_max": 0},
+    {"step": 2, "time/wall_s": 3.0, "reward/mean": math.nan, "replay/staleness_mean": 0.5, "replay/staleness_max": 1},
+    {"step": 3, "time/wall_s": 5.0, "reward/mean": 0.5, "eval/accuracy": 0.75, "eval/greedy_accuracy": 1.0},
+]
 
 
-def colors_of(lines: list[dict], run_dir: Path) -> set[str]:
-    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    rgb = (imread(draw_curve(run_dir))[:, :, :3] * 255).round().astype(int)
-    return {f"#{color:06x}" for color in np.unique(rgb @ [1 << 16, 1 << 8, 1])}
+def curves(axes: Axes) -> dict[str, list[list[float]]]:
+    return {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
 
 
-def test_every_measured_curve_is_drawn(tmp_path: Path):
-    third = SECOND | {"step": 2, "time/wall_s": 3.0, "reward/filtered_mean": 0.0, "eval/accuracy": 0.5}
-    colors = colors_of([FIRST, SECOND, third], tmp_path)
-    assert {"#2f6db3", "#d9742b", "#3c8c4d", "#d5dae1"} <= colors
+def test_each_panel_holds_the_points_that_were_measured():
+    over_time, over_steps, reward, staleness = make_figure("quickstart", LINES).axes
+    assert curves(over_time) == {
+        "sampled 0.25 → 0.75": [[0.0, 0.25], [5.0, 0.75]],
+        "greedy 0.50 → 1.00": [[0.0, 0.5], [5.0, 1.0]],
+    }
+    assert curves(over_steps)["sampled 0.25 → 0.75"] == [[0.0, 0.25], [3.0, 0.75]]
+    assert curves(reward) == {"all groups": [[1.0, -0.5], [3.0, 0.5]]}
+    assert curves(staleness) == {"mean of the batch": [[1.0, 0.0], [2.0, 0.5]]}
+    assert [area.get_label() for area in staleness.collections] == ["highest of the batch"]
 
 
-@pytest.mark.parametrize("lines", [[], [FIRST, {"step": 1, "time/wall_s": 1.0}]])
-def test_a_run_that_ended_early_or_measured_little_is_drawn_too(lines: list[dict], tmp_path: Path):
-    assert colors_of(lines, tmp_path)
+@pytest.mark.parametrize("lines", [[], LINES[:1]])
+def test_a_panel_without_numbers_says_so(lines: list[dict[str, float]]):
+    *_, staleness = make_figure("quickstart", lines).axes
+    assert [text.get_text() for text in staleness.texts] == ["not measured in this run"]
+
+
+def test_the_curve_of_a_run_is_a_picture_beside_its_metrics(tmp_path: Path):
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(LINES[0]) + "\n")
+    path = draw_curve(tmp_path)
+    assert path == tmp_path / "curve.png"
+    height, width, _ = imread(path).shape
+    assert (width, height) == (1500, 1110)
 
 
 def test_matplotlib_is_imported_only_to_draw():

@@ -38,8 +38,10 @@ def test_log_records_of_our_stages_and_warnings_of_others_become_notes(tmp_path:
     output = StringIO()
     reporter = Reporter(tmp_path, CONFIG, "quickstart", 36, stream=output)
     logging.getLogger("weights").info("travel by %s", "gloo")
-    logging.getLogger("somelibrary").info("chatter")
-    logging.getLogger("somelibrary").warning("trouble")
+    library = logging.getLogger("somelibrary")
+    library.setLevel(logging.INFO)
+    library.info("chatter")
+    library.warning("trouble")
     reporter.close()
     logging.getLogger("weights").warning("after the end")
     said = [line.split("  ", 1)[1] for line in output.getvalue().splitlines()]

@@ -71,8 +71,11 @@ class FakeWorker:
         self.client = Client(server.rollout_address, ToWorker, f"rollout-{index}-{session}".encode())
         self.passed_over = []
 
-    async def join(self, version=0, schema=SCHEMA_VERSION):
-        await self.client.send(Hello(schema=schema, worker=self.index, session=self.session, loaded_version=version))
+    def hello(self, version=0, schema=SCHEMA_VERSION):
+        return Hello(schema=schema, worker=self.index, session=self.session, loaded_version=version)
+
+    async def join(self, **hello):
+        await self.client.send(self.hello(**hello))
         return await self.take(Welcome)
 
     async def ask(self, more):

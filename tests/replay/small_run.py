@@ -73,12 +73,14 @@ def make_group(lease: Lease, *, worker=0, accs=(1.0, 0.0), versions=((0, 4),)) -
 class SmallRun:
     """The exchange with a hand on every event."""
 
-    def __init__(self, run_dir: Path, *, keep_payloads=False, segment_bytes=1 << 20, **replay):
+    def __init__(
+        self, run_dir: Path, *, keep_payloads=False, segment_bytes=1 << 20, filter=None, make_journal=Journal, **replay
+    ):
         settings = {"prompts_per_step": 2, "run_ahead": 1.0, "max_staleness": 1} | replay
         config = ReplayConfig(**settings)
-        self.journal = Journal(run_dir, keep_payloads=keep_payloads, segment_bytes=segment_bytes)
+        self.journal = make_journal(run_dir, keep_payloads=keep_payloads, segment_bytes=segment_bytes)
         self.sessions = Sessions(stall_ticks=10)
-        self.state = ReplayState(config, FilterConfig(), max_attempts=3, num_prompts=None)
+        self.state = ReplayState(config, filter or FilterConfig(), max_attempts=3, num_prompts=None)
         self.exchange = Exchange(
             self.state,
             self.journal,

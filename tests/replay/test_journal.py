@@ -213,6 +213,15 @@ def test_a_segment_goes_when_a_checkpoint_covers_all_its_groups(tmp_path):
     assert rows(tmp_path, "SELECT COUNT(segment) AS kept FROM groups") == [{"kept": 1}]
 
 
+def test_the_segment_that_is_written_to_stays(tmp_path):
+    run = SmallRun(tmp_path)
+    run.join(0)
+    run.fill(0)
+    run.train(1)
+    run.journal.covered(1)
+    assert segments(tmp_path) == [1]
+
+
 def test_a_segment_with_one_open_group_stays_whole(tmp_path):
     run = SmallRun(tmp_path, segment_bytes=1200, max_staleness=9, run_ahead=2)
     run.join(0)

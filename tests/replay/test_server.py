@@ -2,11 +2,13 @@
 
 import asyncio
 import random
-from contextlib import closing
+from contextlib import closing, contextmanager
 
 import msgspec
 import numpy as np
 import pytest
+import zmq
+import zmq.asyncio
 
 from asyncdapo.errors import RunError
 from asyncdapo.messages import (
@@ -100,13 +102,17 @@ async def test_a_worker_that_says_hello_again_keeps_its_leases_and_its_count(tmp
         assert await again.take(Ack) == Ack(lease_id=lease.lease_id)
 
 
-@scenario
-async def test_a_worker_of_another_schema_is_not_welcome(tmp_path):
-    async with serving(tmp_path) as server:
-        stranger = FakeWorker(server)
-        with pytest.raises(TimeoutError):
-            await asyncio.wait_for(stranger.join(schema=99), 0.2)
-        assert server.status()["workers"] == 0
+@pytest.mark.parametrize("hello", [{"schema": 99}, {"version": 1}, {"version": -1}])
+def test_a_worker_of_another_schema_or_with_weights_of_another_run_is_not_welcome(tmp_path, hello):
+    async def run():
+        async with serving(tmp_path) as server:
+            stranger = FakeWorker(server)
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(stranger.join(**hello), 0.2)
+            assert server.status()["workers"] == 0
+            assert server.status()["dropped"]["malformed"] == 1
+
+    asyncio.run(run())
 
 
 @scenario
@@ -388,10 +394,23 @@ async def test_strangers_are_dropped_in_silence_and_counted(tmp_path):
         await stranger.beat()
         lease, _ = await worker.leases(2)
         await stranger.answer(lease)
-        await until(lambda: server._workers.dropped["strangers"] == 3, server)
+        await until(lambda: server.status()["dropped"]["strangers"] == 3, server)
         assert rows(tmp_path, "SELECT worker FROM leases") == [(0,), (0,)]
         await worker.answer(lease)
         await worker.take(Ack)
+
+
+@contextmanager
+def raw_peer(address, identity):
+    """A socket that sends whatever it is given."""
+    socket = zmq.asyncio.Context.instance().socket(zmq.DEALER)
+    socket.set(zmq.LINGER, 0)
+    socket.set(zmq.IDENTITY, identity)
+    socket.connect(address)
+    try:
+        yield socket
+    finally:
+        socket.close()
 
 
 class Noise:
@@ -430,18 +449,22 @@ def test_mutated_frames_of_a_known_worker_neither_end_nor_confuse_the_server(tmp
             await worker.join()
             await server.begin()
             leases = await noisy.leases(2)
+            noisy.close()
             groups = [make_group(lease, worker=1) for lease in leases]
             messages = [encode(GroupDone(group=group), payload.frames()) for group, payload in groups]
             messages += [encode(Started(lease_id=leases[0].lease_id, version=0)), encode(Loaded(version=0))]
             messages += [encode(GroupFailed(lease_id=leases[1].lease_id, reason="x"))]
             noise = Noise(messages, seed)
-            for _ in range(400):
-                await noisy.client._socket.send_multipart(noise.frames())
+            with raw_peer(server.rollout_address, b"rollout-1-first") as socket:
+                for _ in range(400):
+                    await socket.send_multipart(noise.frames())
+                await socket.send_multipart(encode(noisy.hello()))
+                while b"Welcome" not in (await socket.recv_multipart())[0]:
+                    continue
             [lease, *_] = await worker.leases(2)
             await worker.answer(lease)
             await worker.take(Ack)
-            await noisy.join()
-            dropped = server._workers.dropped
+            dropped = server.status()["dropped"]
             assert dropped["malformed"] > 50
             assert dropped["rejected"] > 0
             await server.finish()
@@ -455,9 +478,10 @@ def test_mutated_frames_of_a_known_worker_neither_end_nor_confuse_the_server(tmp
 async def test_noise_on_the_learners_socket_is_dropped(tmp_path):
     async with serving(tmp_path) as server:
         learner = FakeLearner(server)
-        await learner.client._socket.send_multipart([b"\xc1 noise"])
-        await learner.want(99)
-        await until(lambda: server._workers.dropped["malformed"] == 2, server)
+        with raw_peer(server.learner_address, b"noise") as socket:
+            await socket.send_multipart([b"\xc1 noise"])
+            await learner.want(99)
+            await until(lambda: server.status()["dropped"]["malformed"] == 2, server)
 
 
 # ------------------------------------------------------------------------------------------------------------- learner
@@ -637,6 +661,18 @@ async def test_evaluation_requests_of_a_lost_worker_are_given_to_another(tmp_pat
         await other.ask(1)
         await FakeWorker(server, 0, "second").join()
         await other.evaluate(await other.take(EvalRequest))
+        assert len(await evaluating) == 2
+
+
+@scenario
+async def test_an_evaluation_request_that_a_live_worker_never_answers_is_given_out_again(tmp_path):
+    async with serving(tmp_path, heartbeat_s=TICK_S, lease_stall_s=TICK_S) as server:
+        worker = FakeWorker(server)
+        await worker.join()
+        await worker.ask(2)
+        evaluating = asyncio.create_task(server.evaluate([eval_request(1)], share=1.0))
+        await worker.take(EvalRequest)
+        await worker.evaluate(await worker.take(EvalRequest))
         assert len(await evaluating) == 2
 
 

@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from typing import TypeVar
 
 import numpy as np
+import zmq
 
 from asyncdapo.messages import (
     Ask,
@@ -128,6 +129,17 @@ class FakeReplay:
         self.welcoming = True
         self.num_granted = 0
         self.received: list[Message] = []
+
+    @staticmethod
+    async def restarted(port: int) -> FakeReplay:
+        """A new server where one was closed; ZeroMQ frees a port a moment after the close."""
+        while True:
+            try:
+                return FakeReplay(port)
+            except zmq.ZMQError as error:
+                if error.errno != zmq.EADDRINUSE:
+                    raise
+                await asyncio.sleep(0.01)
 
     @property
     def port(self) -> int:

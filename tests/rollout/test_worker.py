@@ -46,6 +46,10 @@ from tests.rollout.fakes import (
 )
 
 
+NEVER_S = 1000.0
+"""A heartbeat that doesn't come again during a test: what arrives was sent for its own sake."""
+
+
 @asynchronous
 async def test_hello_is_repeated_and_nothing_else_is_sent_until_welcome() -> None:
     worker, replay = join(FakeEngine())
@@ -130,13 +134,30 @@ async def test_a_lease_on_its_way_to_the_engine_has_taken_its_room() -> None:
 @asynchronous
 async def test_the_slot_of_a_finished_sample_is_asked_for_at_once() -> None:
     engine = FakeEngine(num_slots=GROUP_SIZE, num_tokens=lambda sample: 1 if sample == 0 else 100_000)
-    async with joined(engine, heartbeat_s=5.0) as (_, replay):
+    async with joined(engine, heartbeat_s=NEVER_S) as (_, replay):
         assert (await replay.expect(Ask)).asked == 1
         await replay.expect(Heartbeat)
         replay.received.clear()
         await replay.grant(make_lease(0))
         assert (await replay.expect(Ask)).asked == 2
         assert not any(isinstance(message, GroupDone | Heartbeat) for message in replay.received)
+
+
+@pytest.mark.parametrize("kind", ["lease", "evaluation"])
+@asynchronous
+async def test_slots_are_filled_again_while_what_they_held_is_scored_and_the_result_is_sent_at_once(kind: str) -> None:
+    scored = asyncio.Event()
+
+    async def score(prompt, token_ids, finish_reasons, seed) -> list[Score]:
+        await scored.wait()
+        return await score_first_token(prompt, token_ids, finish_reasons, seed)
+
+    async with joined(FakeEngine(num_slots=GROUP_SIZE), score, heartbeat_s=NEVER_S) as (_, replay):
+        assert (await replay.expect(Ask)).asked == 1
+        await replay.grant(make_lease(0) if kind == "lease" else make_evaluation(num_prompts=GROUP_SIZE))
+        assert (await replay.expect(Ask)).asked == 2
+        scored.set()
+        await replay.expect(GroupDone if kind == "lease" else EvalDone)
 
 
 @asynchronous
@@ -261,7 +282,7 @@ async def test_an_evaluation_is_urgent_and_answered_until_acknowledged() -> None
 async def test_an_evaluation_costs_a_credit_like_a_lease_and_takes_the_room_of_its_prompts() -> None:
     engine = FakeEngine(num_slots=2 * GROUP_SIZE)
     engine.gate.clear()
-    async with joined(engine, heartbeat_s=5.0) as (_, replay):
+    async with joined(engine, heartbeat_s=NEVER_S) as (_, replay):
         assert (await replay.expect(Ask)).asked == 2
         await replay.grant(make_lease(0), make_evaluation())
         assert (await replay.expect(Ask)).asked == 3
@@ -297,7 +318,7 @@ async def test_heartbeats_tell_tokens_of_each_lease_credits_version_and_gauges()
 
 @asynchronous
 async def test_loaded_weights_are_announced_once_and_versions_follow() -> None:
-    async with joined(FakeEngine(), heartbeat_s=5.0) as (worker, replay):
+    async with joined(FakeEngine(), heartbeat_s=NEVER_S) as (worker, replay):
         await replay.expect(Heartbeat)
         replay.received.clear()
         await worker.load_weights(4, {})
@@ -317,7 +338,7 @@ async def test_after_a_restart_of_the_server_the_worker_joins_again_and_redelive
         done = await replay.expect(GroupDone)
         port = replay.port
         replay.close()
-        restarted = FakeReplay(port)
+        restarted = await FakeReplay.restarted(port)
         await restarted.expect(Hello)
         restarted.received.clear()
         assert await restarted.expect(Ask) == Ask(asked=2)
@@ -429,7 +450,6 @@ async def call_again_and_again(notify: Callable[[], None]) -> None:
         await asyncio.sleep(0)
 
 
-def make_evaluation() -> EvalRequest:
-    return EvalRequest(
-        request_id=5, seed=11, sampling=Sampling(temperature=0.0), prompts=[make_prompt(1), make_prompt(2)]
-    )
+def make_evaluation(num_prompts: int = 2) -> EvalRequest:
+    prompts = [make_prompt(prompt_id) for prompt_id in range(1, 1 + num_prompts)]
+    return EvalRequest(request_id=5, seed=11, sampling=Sampling(temperature=0.0), prompts=prompts)

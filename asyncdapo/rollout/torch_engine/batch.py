@@ -69,6 +69,7 @@ class Batch:
         self.num_active = 0
         self._block_size = block_size
         self._slots = np.arange(num_slots)
+        self._idle(slice(None))
 
     def active(self) -> Iterator[tuple[int, Running]]:
         for slot, running in enumerate(self.running[: self.num_used]):
@@ -125,9 +126,15 @@ class Batch:
     def release(self, slot: int) -> None:
         self.running[slot].job.num_running -= 1
         self.running[slot] = None
-        for field_name in ("active", "position", "num_sampled"):
-            self.rows[field_name][slot] = 0
+        self._idle(slot)
         self.num_active -= 1
+
+    def _idle(self, slots: int | slice) -> None:
+        """Values with which a row is computed in the shortest time and changes nothing."""
+        for name, value in (("active", 0), ("position", 0), ("num_sampled", 0), ("greedy", False)):
+            self.rows[name][slots] = value
+        for name, value in (("temperature", 1), ("top_p", 1), ("top_k", 0)):
+            self.rows[name][slots] = value
 
     def arrange(self) -> list[tuple[int, int]]:
         """Close the gaps, the longest sequences first; the moves (from, to) to do in the cache, in this order."""

@@ -100,8 +100,8 @@ class TorchEngine:
 
     async def generate(self, request: Request) -> list[Sample]:
         """Raises ValueError for a request that can't fit, EngineError once the engine can't go on."""
-        self._refuse_unfit(request)
         self._raise_if_ended()
+        self._refuse_unfit(request)
         job = Job(request)
         done = self._jobs[job] = self._loop.create_future()
         self._order(lambda: self._runner.add(job))
@@ -160,8 +160,11 @@ class TorchEngine:
         for job in progress.started:
             if job in self._jobs and job.request.on_started is not None:
                 job.request.on_started(version)
-        for job in progress.finished:
-            if job in self._jobs and not self._jobs[job].done():
+        for job in progress.ended:
+            if job in self._jobs and job.request.on_sample_done is not None:
+                job.request.on_sample_done()
+        for job in progress.ended:
+            if job in self._jobs and not job.num_unfinished and not self._jobs[job].done():
                 self._jobs[job].set_result(job.samples)
 
     def _on_end(self, cause: BaseException | None) -> None:
@@ -233,7 +236,7 @@ class TorchEngine:
         for order in orders:
             order()
         progress = self._runner.step()
-        if progress.started or progress.finished:
+        if progress.started or progress.ended:
             self._loop.call_soon_threadsafe(self._deliver, self._version, progress)
         self._busy_s += time.monotonic() - begin_s
 

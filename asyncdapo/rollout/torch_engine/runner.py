@@ -52,7 +52,9 @@ class Progress:
     """What one step came to."""
 
     started: list[Job] = field(default_factory=list)
-    finished: list[Job] = field(default_factory=list)
+    """Jobs of which the first token was sampled."""
+    ended: list[Job] = field(default_factory=list)
+    """The job of each sample that ended; those without `num_unfinished` samples are complete."""
 
 
 class Runner:
@@ -74,8 +76,8 @@ class Runner:
         self._max_prompt_length = max_prompt_length
         self._device = device
         self._weights = weights
-        self._model = Model(checkpoint, num_positions, device)
         self._cache = KVCache(checkpoint.shape, config.slots, num_positions, weights.norm.dtype, device)
+        self._model = Model(checkpoint, self._cache.num_times, device)
         block_size = BLOCK_SIZE if device.type == "cpu" and not config.deterministic else config.slots
         self._batch = Batch(config.slots, config.max_response_length, block_size)
         self._scheduler = Scheduler(config.slots, one_at_a_time=config.deterministic)
@@ -234,9 +236,9 @@ class Runner:
         running, sample = self._batch.running[slot], self._batch.sample(slot, self.version, reason)
         self._batch.release(slot)
         running.job.finish(running.index, sample)
+        progress.ended.append(running.job)
         if not running.job.num_unfinished:
             self._running.discard(running.job)
-            progress.finished.append(running.job)
 
     def _on_device(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(self._device)

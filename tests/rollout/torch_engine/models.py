@@ -47,7 +47,7 @@ def random_model(shape: str = "llama", seed: int = 0, **changes) -> PreTrainedMo
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
-        "max_position_embeddings": 256,
+        "max_position_embeddings": 8192,
         "tie_word_embeddings": False,
         "rope_parameters": ROPE,
         "eos_token_id": None,
@@ -77,7 +77,7 @@ def engine_for(
     path: str, *, slots: int = 4, max_response_length: int = 48, max_prompt_length: int = 32, stop=(), **config
 ) -> TorchEngine:
     settings = RolloutConfig(slots=slots, max_response_length=max_response_length, device="cpu", **config)
-    return TorchEngine(path, settings, max_prompt_length=max_prompt_length, stop_token_ids=list(stop))
+    return TorchEngine(path, settings, max_prompt_length=max_prompt_length, stop_token_ids=stop)
 
 
 def request(length: int, seeds, prompt_seed: int = 0, **sampling) -> Request:

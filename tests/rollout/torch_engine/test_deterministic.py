@@ -5,7 +5,7 @@ import asyncio
 import numpy as np
 import pytest
 
-from .models import engine_for, largest_difference, random_model, request, saved
+from .models import engine_for, largest_difference, logprobs_of, random_model, request, saved
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,8 @@ def generate(path, asked, *, before=(), beside=(), **options):
 
 def identical(one, other):
     return all(
-        np.array_equal(a.token_ids, b.token_ids) and np.array_equal(a.logprobs.view(np.int32), b.logprobs.view(np.int32))
+        np.array_equal(a.token_ids, b.token_ids)
+        and np.array_equal(a.logprobs.view(np.int32), b.logprobs.view(np.int32))
         for a, b in zip(one, other, strict=True)
     )
 
@@ -53,22 +54,22 @@ def test_deterministic_samples_match_the_model_like_all_others(path):
         assert largest_difference(model, asked, sample) < 1e-4
 
 
-def test_updates_in_deterministic_mode_recompute_the_cache_as_well(path):
-    model, other = random_model(), random_model(seed=1)
-    asked = request(9, range(6), max_tokens=400)
+def test_a_cache_that_is_recomputed_in_deterministic_mode_matches_the_new_weights(path):
+    new, asked = random_model(seed=1), request(9, range(6), max_tokens=400)
 
     async def main():
-        engine = engine_for(
-            path_long, slots=8, deterministic=True, on_update="recompute", max_response_length=400
-        )
+        engine = engine_for(path, slots=8, deterministic=True, on_update="recompute", max_response_length=400)
         await engine.start()
         task = asyncio.create_task(engine.generate(asked))
         while asked.num_sampled < 60:
             await asyncio.sleep(0.0005)
-        await engine.load_weights(1, other.state_dict())
+        await engine.load_weights(1, new.state_dict())
         samples = await task
         await engine.stop()
         return samples
 
-    path_long = path
-    del model, path_long, main
+    for sample in asyncio.run(asyncio.wait_for(main(), 60)):
+        (_, num_old), _ = sample.versions
+        difference = abs(logprobs_of(new, asked, sample)[0].numpy() - sample.logprobs)
+        assert difference[num_old:].max() < 1e-4
+        assert difference[:num_old].max() > 1e-2

@@ -1,12 +1,12 @@
 """The engine as a rollout worker sees it: samples, seeds, ends, withdrawal, refusals, failures."""
 
 import asyncio
+import time
 
 import numpy as np
 import pytest
 
 from asyncdapo.errors import ConfigError, EngineError
-from asyncdapo.rollout.torch_engine.engine import TorchEngine
 
 from .models import VOCAB_SIZE, engine_for, random_model, request, saved
 
@@ -90,19 +90,11 @@ def test_the_checkpoints_own_stop_ids_are_the_default(tmp_path):
     path = saved(random_model(eos_token_id=[3, 8, 13]), tmp_path)
 
     async def use(engine):
-        return await together(engine, request(6, range(30), max_tokens=48))
+        return await engine.generate(request(6, range(30), max_tokens=48))
 
-    async def main():
-        config = engine_for(path)._config
-        engine = TorchEngine(path, config, max_prompt_length=32)
-        await engine.start()
-        samples = await use(engine)
-        await engine.stop()
-        return samples
-
-    [samples] = asyncio.run(main())
+    samples = running(path, use, stop=None)
     assert "stop" in {sample.finish_reason for sample in samples}
-    assert same(samples, running(path, use, stop=[3, 8, 13])[0])
+    assert same(samples, running(path, use, stop=[3, 8, 13]))
 
 
 def test_each_request_has_its_own_sampling_parameters(path):
@@ -136,15 +128,18 @@ def test_urgent_requests_start_before_those_that_wait(path):
 def test_progress_and_counters_add_up(path):
     async def use(engine):
         requests = [request(length, range(3), length) for length in (4, 7, 12)]
-        started = []
+        started, room = [], []
         for asked in requests:
             asked.on_started = started.append
+            asked.on_sample_done = lambda: room.append(engine.num_outstanding)
         waiting = asyncio.gather(*(engine.generate(asked) for asked in requests))
         await asyncio.sleep(0)
         assert engine.num_outstanding == 9
         results = await waiting
         assert engine.num_outstanding == 0
         assert started == [0, 0, 0]
+        assert len(room) == 9
+        assert max(room) < 9
         assert [asked.num_sampled for asked in requests] == [3 * 24] * 3
         return results, engine.gauges()
 
@@ -157,8 +152,6 @@ def test_progress_and_counters_add_up(path):
 
 
 def test_an_idle_engine_uses_no_processor_time(path):
-    import time
-
     async def use(engine):
         await together(engine, request(4, [0]))
         before = time.process_time()
@@ -270,6 +263,7 @@ def test_a_failure_in_the_engines_thread_reaches_every_request_with_its_cause(pa
     running(path, use, slots=2)
 
 
-def test_a_model_with_too_few_positions_is_refused_at_the_start(path):
-    with pytest.raises(ConfigError, match="need 332 positions, the model has 256"):
-        running(path, together, max_response_length=300)
+def test_a_model_with_too_few_positions_is_refused_at_the_start(tmp_path):
+    path = saved(random_model(max_position_embeddings=64), tmp_path)
+    with pytest.raises(ConfigError, match="need 80 positions, the model has 64"):
+        running(path, together)

@@ -61,7 +61,7 @@ def test_under_recompute_every_token_matches_the_weights_of_its_version_and_no_o
         assert len(versions) == len(sample.token_ids)
         seen.add(tuple(version for version, _ in sample.versions))
         for version, model in enumerate(models):
-            difference = (logprobs_of(model, asked, sample)[0].numpy() - sample.logprobs).__abs__()
+            difference = abs(logprobs_of(model, asked, sample)[0].numpy() - sample.logprobs)
             if (versions == version).any():
                 assert difference[versions == version].max() < 1e-4
             if (versions != version).any():

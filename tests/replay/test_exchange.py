@@ -1,0 +1,143 @@
+"""The exchange without sockets: commit before send, batches, and what the accounts say."""
+
+from asyncdapo.messages import Ack, Batch, Heartbeat, Lease
+from asyncdapo.replay import events as core
+from asyncdapo.replay.accounts import TOKEN_ENDS
+from asyncdapo.replay.config import FilterConfig
+from asyncdapo.replay.journal import Journal
+from tests.replay.small_run import SmallRun
+
+
+class WatchedJournal(Journal):
+    """Notes how many messages wait to be sent when a transaction has just been committed."""
+
+    exchange = None
+
+    def write(self, event, actions, **facts):
+        super().write(event, actions, **facts)
+        if self.exchange is not None:
+            self.sent_before_commit = self.exchange.outgoing.qsize()
+
+
+def outgoing(run):
+    letters = []
+    while not run.exchange.outgoing.empty():
+        letters.append(run.exchange.outgoing.get_nowait().message)
+    return letters
+
+
+def test_nothing_is_sent_before_its_event_is_committed(tmp_path):
+    run = SmallRun(tmp_path, make_journal=WatchedJournal)
+    run.journal.exchange = run.exchange
+    run.join(0)
+
+    run.exchange.apply(core.Ready(worker=0, credits=2))
+    assert run.journal.sent_before_commit == 0
+    leases = outgoing(run)
+    assert [type(message) for message in leases] == [Lease, Lease]
+    run.leases |= {lease.lease_id: lease for lease in leases}
+
+    run.messages = lambda: None
+    run.answer(leases[0].lease_id)
+    assert run.journal.sent_before_commit == 0
+    assert outgoing(run) == [Ack(lease_id=leases[0].lease_id)]
+
+    run.answer(leases[1].lease_id)
+    outgoing(run)
+    run.exchange.want_batch(b"learner", 1)
+    assert run.journal.sent_before_commit == 0
+    assert [type(message) for message in outgoing(run)] == [Batch]
+
+
+def test_a_batch_that_is_trained_is_forgotten(tmp_path):
+    run = SmallRun(tmp_path)
+    run.join(0)
+    run.fill(0)
+    run.train(1)
+    run.exchange.want_batch(b"learner", 1)
+    assert outgoing(run) == []
+
+
+def test_a_batch_cut_at_the_limit_is_sent_when_it_is_wanted_and_not_before(tmp_path):
+    run = SmallRun(tmp_path, filter=FilterConfig(max_gen_batches=1, on_limit="partial"))
+    run.join(0)
+    run.fill(0)
+    run.exchange.want_batch(b"learner", 1)
+    run.messages()
+    for accs in ((1.0, 0.0), (1.0, 1.0)):
+        run.ready(0, 4)
+        run.answer(run.running(0)[0], accs=accs)
+    assert run.state.next_step == 3
+    run.ready(0, 4)
+    assert outgoing(run) == []
+    run.exchange.want_batch(b"learner", 2)
+    [batch] = outgoing(run)
+    assert (batch.step, len(batch.groups)) == (2, 1)
+
+
+def test_means_are_over_the_groups_since_the_last_step(tmp_path):
+    run = SmallRun(tmp_path)
+    run.join(0)
+    run.ready(0, 4)
+    run.answer(run.running(0)[0], accs=(1.0, 1.0))
+    run.fill(0)
+    run.train(1)
+    run.fill(0, versions=((1, 4),))
+    run.train(2)
+    first, second = run.lines
+    assert (first["reward/mean"], second["reward/mean"]) == (1 / 3, 0.0)
+    assert (first["filter/kept_ratio"], second["filter/kept_ratio"]) == (2 / 3, 1.0)
+    assert (first["filter/all_correct_ratio"], second["filter/all_correct_ratio"]) == (1 / 3, 0.0)
+
+
+def test_a_step_whose_batch_had_all_arrived_before_repeats_the_means(tmp_path):
+    run = SmallRun(tmp_path, max_staleness=3, run_ahead=2)
+    run.join(0)
+    for lease_id in run.ready(0, 6)[:4]:
+        run.answer(lease_id)
+    run.train(1)
+    run.train(2)
+    assert run.lines[1]["reward/mean"] == run.lines[0]["reward/mean"]
+    assert run.lines[1]["replay/staleness_mean"] == 1.0
+
+
+def test_every_sampled_token_is_accounted_for(tmp_path):
+    """Groups of 8 tokens: 6 trained, 1 filtered; a withdrawn and a lost lease with 5 and 3 tokens so far."""
+    run = SmallRun(tmp_path)
+    for worker in range(3):
+        run.join(worker)
+    run.ready(0, 2)
+    [slow], [lost] = run.ready(1, 1), run.ready(2, 1)
+    for worker, progress in ((1, {slow: 5}), (2, {lost: 3})):
+        beat = Heartbeat(asked=1, loaded_version=0, progress=progress, gauges={"tokens": 50.0})
+        run.sessions.note_heartbeat(run.sessions.of_worker(worker), beat)
+    run.exchange.apply(core.Started(lease_id=slow, version=0))
+    run.exchange.apply(core.WorkerLost(worker=2))
+    run.answer(run.running(0)[0], accs=(0.0, 0.0))
+    for step in (1, 2, 3):
+        run.fill(0, versions=((step - 1, 4),))
+        run.train(step)
+    last = run.lines[-1]
+    assert {end: last[f"replay/tokens_{end}"] for end in TOKEN_ENDS} == {
+        "trained": 48,
+        "filtered": 8,
+        "expired": 0,
+        "surplus": 0,
+        "failed": 0,
+        "withdrawn": 5,
+        "lost": 3,
+        "evaluation": 0,
+    }
+    assert last["rollout/withdrawn_leases"] == 1
+    assert last["replay/dropped_ratio"] == 1 / 8
+    assert run.sessions.num_sampled_tokens == 100
+
+
+def test_tokens_of_a_former_session_stay_counted(tmp_path):
+    run = SmallRun(tmp_path)
+    run.join(0, session="old")
+    beat = Heartbeat(asked=0, loaded_version=0, progress={}, gauges={"tokens": 30.0})
+    run.sessions.note_heartbeat(run.sessions.of_worker(0), beat)
+    run.exchange.apply(core.WorkerLost(worker=0))
+    run.join(0, session="new")
+    assert run.sessions.num_sampled_tokens == 30
