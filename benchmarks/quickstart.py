@@ -20,6 +20,7 @@ from typing import Any
 ASYNC: tuple[str, ...] = ()
 SYNC = ("replay.run_ahead=0",)
 CONTROL = ("reward.shuffle=true",)
+SECONDS = ("wall_s", "to_90_s", "total_s")
 STATES = ("wait", "train", "publish", "checkpoint", "report")
 
 
@@ -72,13 +73,13 @@ def table(rows: list[dict[str, Any]]) -> str:
     out = ["| mode | runs | first | last | greedy last | wall s | to 0.90 s | total s |", "|---" * 8 + "|"]
     for mode in dict.fromkeys(row["mode"] for row in rows):
         runs = [row for row in rows if row["mode"] == mode]
-        median = {key: statistics.median(row[key] or float("inf") for row in runs) for key in ("wall_s", "to_90_s", "total_s")}
+        median = {key: statistics.median(row[key] or float("inf") for row in runs) for key in SECONDS}
         spans = (
             span([row["accuracy"][0] for row in runs]),
             span([row["accuracy"][-1] for row in runs]),
             span([row["greedy"][1] for row in runs]),
         )
-        figures = " | ".join(f"{median[key]:.1f}" for key in ("wall_s", "to_90_s", "total_s"))
+        figures = " | ".join(f"{median[key]:.1f}" for key in SECONDS)
         out.append(f"| {mode} | {len(runs)} | {' | '.join(spans)} | {figures} |")
     return "\n".join(out)
 

@@ -220,7 +220,7 @@ class LearnerActor(Actor):
         """Open the store of a new process group. Returns its address, and what will be sent."""
         timeout_s = self.config.weights.timeout_s
         self.group = WeightGroup.create_master(self.host(), world_size, backend, timeout_s)
-        self.manifest = Manifest.of(self.learner.weights(torch.float32), getattr(torch, self.config.rollout.dtype))
+        self.manifest = Manifest.of(self.learner.weights(), getattr(torch, self.config.rollout.dtype))
         return self.group.address, self.manifest
 
     async def accept_workers(self) -> None:
@@ -230,7 +230,7 @@ class LearnerActor(Actor):
 
     async def send_weights(self, version: int) -> dict[str, float]:
         """Broadcast the weights as those of `version`; over when every worker has checked them."""
-        report = await self.blocking(self.sender.send, version, self.learner.weights(torch.float32))
+        report = await self.blocking(self.sender.send, version, self.learner.weights())
         return {"bytes": report.num_bytes, "seconds": report.seconds}
 
     async def take_batch(self, step: int) -> bool:

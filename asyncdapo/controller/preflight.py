@@ -1,7 +1,7 @@
 """Everything that can be wrong with a run and is the user's to mend, found before any process starts.
 
-In: the config's name and the overrides. Out: the effective `Config`, written to RUN_DIR/config.yaml: paths are absolute,
-`max_staleness` is the bound in force. Raises UserError (exit code 2), and then nothing was created.
+In: the config's name and the overrides. Out: the effective `Config`, written to RUN_DIR/config.yaml: paths absolute and
+`max_staleness` the bound in force. Raises UserError (exit code 2), and then nothing was created.
 """
 
 from __future__ import annotations

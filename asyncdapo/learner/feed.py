@@ -1,8 +1,8 @@
 """Where the learner's batches come from: asks the replay server until batch k is there.
 
-In goes a step, out comes its `Batch` and `Payload`. Asking is idempotent: the server answers a repeated `CutWanted`
-with the same batch, so a lost or damaged message costs one more question. Does not own: when a batch is cut, and why it
-is not yet (the server names the wait).
+In goes a step, out comes its `Batch` and `Payload`, or nothing when the data is used up. Asking is idempotent: the
+server answers a repeated `CutWanted` with the same batch, so a lost or damaged message costs one more question. Does
+not own: when a batch is cut, and why it is not yet (the server names the wait).
 
 waits for: a full batch   unblocked by: rollout, replay
 """
@@ -13,7 +13,7 @@ import asyncio
 import os
 
 from asyncdapo.errors import RunError
-from asyncdapo.messages import Batch, CutWanted, Payload
+from asyncdapo.messages import Batch, CutWanted, NoBatch, Payload
 from asyncdapo.transport.codec import Malformed
 from asyncdapo.transport.sockets import Client
 
@@ -26,7 +26,7 @@ class BatchFeed:
     """A connection to the replay server's learner address. Use it in one task at a time."""
 
     def __init__(self, address: str, ask_again_s: float = ASK_AGAIN_S) -> None:
-        self._client = Client(address, Batch, identity=b"learner-" + os.urandom(8))
+        self._client = Client(address, Batch | NoBatch, identity=b"learner-" + os.urandom(8))
         self._ask_again_s = ask_again_s
 
     async def take(self, step: int) -> tuple[Batch, Payload]:
@@ -42,7 +42,7 @@ class BatchFeed:
     def close(self) -> None:
         self._client.close()
 
-    async def _ask_until_answered(self, step: int) -> tuple[Batch, Payload]:
+    async def _ask_until_answered(self, step: int) -> tuple[Batch, Payload] | None:
         while True:
             await self._client.send(CutWanted(step=step))
             try:
@@ -51,9 +51,9 @@ class BatchFeed:
             except TimeoutError:
                 continue
 
-    async def _receive(self, step: int) -> tuple[Batch, Payload]:
-        """The next message that is batch `step`; answers to earlier repeated questions are passed over."""
+    async def _receive(self, step: int) -> tuple[Batch, Payload] | None:
+        """The next answer about batch `step`; those to earlier repeated questions are passed over."""
         while True:
-            batch, frames = await self._client.receive()
-            if batch.step == step:
-                return batch, Payload.from_frames(frames, batch.groups)
+            answer, frames = await self._client.receive()
+            if answer.step == step:
+                return (answer, Payload.from_frames(frames, answer.groups)) if isinstance(answer, Batch) else None

@@ -99,14 +99,10 @@ class Learner:
             "learner/train_s": time.perf_counter() - started,
         }
 
-    def weights(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Every weight by its Hugging Face name, tied ones once, on the learner's device. Where `dtype` is the master
-        weights' own (float32) these are views of them, not copies: good until the next `train`."""
-        return {name: weight.to(dtype) for name, weight in named_weights(self._model).items()}
-
-    def num_bytes(self, dtype: torch.dtype) -> int:
-        """Size of what `weights(dtype)` returns."""
-        return sum(weight.numel() * dtype.itemsize for weight in named_weights(self._model).values())
+    def weights(self) -> dict[str, Tensor]:
+        """The master weights (float32) by their Hugging Face names, tied ones once. They are no copies: good until the
+        next `train`."""
+        return named_weights(self._model)
 
     def save(self, run_dir: str | Path, step: int) -> Path:
         """Write `RUN_DIR/checkpoints/step-…`: the model in Hugging Face format with its tokenizer, and the learner's

@@ -59,8 +59,9 @@ class ReplayConfig:
         if self.run_ahead > self.max_staleness:
             raise ConfigError(
                 "replay.run_ahead",
-                f"must be at most replay.max_staleness ({self.max_staleness}), or groups would be sampled to be dropped",
+                f"must be at most replay.max_staleness ({self.max_staleness})",
                 self.run_ahead,
+                "else groups would be sampled only to be dropped",
             )
         for key in ("lease_stall_s", "heartbeat_s"):
             if getattr(self, key) <= 0:

@@ -1,7 +1,7 @@
 """One small run of the real command through every stage, and what can be read off it afterwards.
 
-It trains with generation as the slow side (few slots), so that weights arrive in the middle of responses; payloads and a
-checkpoint of every step are kept; and the model's weight file is removed as soon as the workers run.
+It trains with generation as the slow side (few slots), so that weights arrive in the middle of responses; payloads and
+a checkpoint of every step are kept; and the model's weight file is removed as soon as the workers run.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def test_log_probs_are_those_of_the_recorded_versions(run: FinishedRun) -> None:
 def spanning_completions(run_dir: Path, num: int) -> list[tuple]:
     """Recorded completions whose tokens are of two versions or more."""
     with sqlite3.connect(run_dir / "ledger.db") as ledger:
-        rows = ledger.execute("SELECT group_id FROM groups WHERE min_version < max_version ORDER BY group_id").fetchall()
+        rows = ledger.execute("SELECT group_id FROM groups WHERE min_version < max_version ORDER BY 1").fetchall()
     found = []
     for (group_id,) in rows:
         group, payload = read_group(run_dir, group_id)

@@ -71,7 +71,7 @@ def test_hugging_face_loads_a_checkpoint_with_the_weights_of_the_learner(tmp_pat
     assert names(tmp_path / "run") == ["step-000000", "step-000002"]
     assert (path / "tokenizer.json").read_text() == (tmp_path / "model/tokenizer.json").read_text()
     saved = AutoModelForCausalLM.from_pretrained(path).state_dict()
-    assert all(torch.equal(saved[name], weight) for name, weight in learner.weights(torch.float32).items())
+    assert all(torch.equal(saved[name], weight) for name, weight in learner.weights().items())
 
 
 def test_a_restored_learner_goes_on_bit_for_bit(tmp_path):
@@ -92,8 +92,8 @@ def test_a_restored_learner_goes_on_bit_for_bit(tmp_path):
     got = [restored.train(*make_batch(step, seed=step)) for step in (3, 4)]
     for before, after in zip(expected, got, strict=True):
         assert {**before, "learner/train_s": 0} == {**after, "learner/train_s": 0}
-    for name, weight in straight.weights(torch.float32).items():
-        assert torch.equal(restored.weights(torch.float32)[name], weight)
+    for name, weight in straight.weights().items():
+        assert torch.equal(restored.weights()[name], weight)
 
 
 def test_a_checkpoint_is_a_model_path(tmp_path):
@@ -101,5 +101,5 @@ def test_a_checkpoint_is_a_model_path(tmp_path):
     learner.train(*make_batch())
     path = learner.save(tmp_path / "run", 1)
     other = make_learner(str(path))
-    for name, weight in learner.weights(torch.float32).items():
-        assert torch.equal(other.weights(torch.float32)[name], weight)
+    for name, weight in learner.weights().items():
+        assert torch.equal(other.weights()[name], weight)

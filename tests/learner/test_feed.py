@@ -7,7 +7,7 @@ import pytest
 
 from asyncdapo.errors import RunError
 from asyncdapo.learner.feed import MAX_DAMAGED, BatchFeed
-from asyncdapo.messages import CutWanted, Welcome
+from asyncdapo.messages import CutWanted, NoBatch, Welcome
 from asyncdapo.transport.sockets import Server
 from tests.learner.tiny import make_batch
 
@@ -73,6 +73,15 @@ def test_a_late_answer_to_an_earlier_question_is_passed_over():
 
     (got, _), _ = serve(answer, step=2, ask_again_s=20)
     assert got == batch[0]
+
+
+def test_the_end_of_the_data_is_an_answer_without_a_batch():
+    async def answer(server, peer, nth):
+        await server.send(peer, NoBatch(step=2, reason="the data is used up"))
+
+    got, questions = serve(answer, step=2, ask_again_s=20)
+    assert got is None
+    assert questions == [2]
 
 
 def test_a_damaged_answer_is_asked_for_again():

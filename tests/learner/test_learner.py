@@ -22,7 +22,7 @@ def path(tmp_path_factory):
 
 
 def weights_of(learner):
-    return torch.cat([weight.flatten() for weight in learner.weights(torch.float32).values()]).clone()
+    return torch.cat([weight.flatten() for weight in learner.weights().values()]).clone()
 
 
 def with_logprobs(payload, logprobs):
@@ -75,7 +75,7 @@ def test_rewarded_responses_become_likelier(path):
 
     def logprobs(batch):
         model = tiny_llama()
-        model.load_state_dict(learner.weights(torch.float32), strict=False)
+        model.load_state_dict(learner.weights(), strict=False)
         packed = pad([row for rows in group_rows(batch, payload) for row in rows])
         with torch.no_grad():
             logp_BT, _ = token_logprobs(model, packed.tokens_BT, packed.loss_mask_BT, 1.0)
@@ -156,14 +156,14 @@ def test_a_step_whose_updates_are_all_skipped_has_no_means(path):
         learner.train(batch, with_logprobs(payload, np.full_like(payload.logprobs, np.nan)))
 
 
-def test_weights_come_in_the_wanted_dtype_with_their_size(path):
+def test_weights_are_the_live_master_weights_with_tied_ones_once(path):
     learner = make_learner(path)
-    for dtype, itemsize in ((torch.float32, 4), (torch.bfloat16, 2)):
-        weights = learner.weights(dtype)
-        assert {weight.dtype for weight in weights.values()} == {dtype}
-        assert "lm_head.weight" not in weights  # tied
-        assert learner.num_bytes(dtype) == itemsize * sum(weight.numel() for weight in weights.values())
-        assert not any(weight.requires_grad for weight in weights.values())
+    weights = learner.weights()
+    assert "lm_head.weight" not in weights  # tied
+    assert {(weight.dtype, weight.requires_grad) for weight in weights.values()} == {(torch.float32, False)}
+    before = weights_of(learner)
+    learner.train(*make_batch(step=1))
+    assert not torch.equal(torch.cat([weight.flatten() for weight in weights.values()]), before)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

@@ -1,12 +1,14 @@
 """The journal: what it writes, what survives a kill, when payloads go."""
 
 import json
+import re
 import sqlite3
 import subprocess
 import sys
 from contextlib import closing
 from itertools import pairwise
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -244,6 +246,7 @@ def segments(run_dir):
 KILLED_WRITER = """
 import os, signal, sys
 from pathlib import Path
+from typing import get_args
 from tests.replay.small_run import SmallRun, write_files
 run = SmallRun(Path(sys.argv[1]))
 run.join(0)
@@ -280,3 +283,25 @@ def test_a_group_of_many_metrics_is_described_by_those_that_all_completions_shar
     event = arrival(group)
     assert event.metrics == {"acc": (1.0, 0.0), "score": (1.0, -1.0), "seq_reward": (1.0, -1.0)}
     assert (event.min_version, event.max_version, event.num_loss_tokens) == (0, 0, 8)
+
+
+# ---------------------------------------------------------------------------------------------------------------- docs
+
+PAGE = (Path(__file__).parents[2] / "docs" / "ledger.md").read_text()
+
+
+def test_the_page_on_the_ledger_names_every_table_and_column(tmp_path):
+    Journal(tmp_path).close()
+    for table in rows(tmp_path, "SELECT name FROM sqlite_master WHERE type = 'table'"):
+        [section] = [part for part in PAGE.split("\n**")[1:] if part.startswith(f"`{table['name']}`**")]
+        columns = rows(tmp_path, f"SELECT name FROM pragma_table_info('{table['name']}')")
+        assert [column["name"] for column in columns if f"`{column['name']}`" not in section] == []
+
+
+def test_the_page_on_the_ledger_names_every_state_outcome_and_metric(tmp_path):
+    run_dir = finished_run(tmp_path)
+    kinds = {row["kind"] for row in rows(run_dir, "SELECT kind FROM events")}
+    states = {*get_args(core.PromptState), *get_args(core.GroupState)}
+    assert [word for word in kinds | states if not re.search(rf"\b{word}\b", PAGE)] == []
+    last = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
+    assert [name for name in last if name != "step" and f"`{name}`" not in PAGE] == []
