@@ -6,7 +6,8 @@ are over the groups that arrived since the last step; counts and tokens are tota
     rollout/tokens = replay/tokens_{trained, filtered, expired, surplus, failed, withdrawn, lost, evaluation}
                      + what is queued, running or on its way
 
-up to the last heartbeat. Does not own: the learner's and the engine's numbers; writing (the controller).
+up to the last heartbeat, and to what a worker samples for a lease after its end. Does not own: the learner's and the
+engine's numbers; writing (the controller).
 """
 
 from __future__ import annotations

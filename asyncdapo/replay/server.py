@@ -90,7 +90,7 @@ class ReplayServer:
 
     async def trained(self, step: int, summary: Mapping[str, float]) -> dict[str, float]:
         """Batch `step` is trained on; `summary` is what the learner says of it. Returns the metrics of the step:
-        reward/…, filter/…, rollout/…, replay/…, as docs/ledger.md lists them."""
+        reward/…, filter/…, rollout/…, replay/…, as docs/metrics.md lists them."""
         return {
             **self._exchange.trained(step, summary),
             "rollout/tokens": self._sessions.num_sampled_tokens,

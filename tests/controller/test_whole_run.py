@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from asyncdapo.learner.checkpoint import checkpoint_dir
-from asyncdapo.replay.payloads import read_group
+from asyncdapo.replay.journal import read_group
 from tests.controller.runs import FinishedRun, command, copy_start_model, start, wait_for_step
 
 STEPS = 6
@@ -41,6 +41,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
         f"replay.max_staleness={STALENESS}",
         "replay.prompts_per_step=8",
         "replay.keep_payloads=true",
+        "learner.lr=1e-3",  # so high that neighbouring versions differ visibly on nearly every response
+        "learner.warmup_steps=0",
         "learner.checkpoint_every=1",
         "learner.keep_checkpoints=0",
         "eval.every=2",

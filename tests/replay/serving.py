@@ -1,7 +1,7 @@
 """A replay server on real sockets, and peers for it that do only what a test tells them."""
 
 import asyncio
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, closing, suppress
 
 from asyncdapo.messages import (
     SCHEMA_VERSION,
@@ -19,16 +19,19 @@ from asyncdapo.messages import (
     Lease,
     NoBatch,
     Reject,
+    Sampling,
     Welcome,
     Withdraw,
 )
 from asyncdapo.replay.config import FilterConfig, ReplayConfig
-from asyncdapo.replay.journal import Journal
+from asyncdapo.replay.journal import Journal, open_ledger
 from asyncdapo.replay.server import ReplayServer
 from asyncdapo.replay.state import ReplayState
 from asyncdapo.transport.sockets import Client
 from tests.replay.small_run import GROUP_SIZE, make_group, prompt_at
 
+TICK_S = 0.03
+"""Heartbeat interval of tests in which time matters: a worker is lost after 15 of them."""
 PATIENCE_S = 20
 """Only a test that fails waits as long as this."""
 ToWorker = Welcome | Lease | Ack | Reject | Withdraw | EvalRequest | EvalAck
@@ -42,6 +45,23 @@ def scenario(run):
 
     test.__doc__, test.__name__ = run.__doc__, run.__name__
     return test
+
+
+def rows(run_dir, query):
+    with closing(open_ledger(run_dir)) as ledger:
+        return [tuple(row) for row in ledger.execute(query)]
+
+
+async def until(true, server):
+    """Wait for what the server does by itself; its failure ends the wait."""
+    while not true():
+        assert not server.serving.done(), server.serving.exception()
+        await asyncio.sleep(0.005)
+
+
+def eval_request(request_id, num_prompts=2):
+    prompts = [prompt_at(1000 * request_id + i) for i in range(num_prompts)]
+    return EvalRequest(request_id=request_id, seed=1, sampling=Sampling(), prompts=prompts)
 
 
 @asynccontextmanager
@@ -90,6 +110,12 @@ class FakeWorker:
     async def answer(self, lease, **group):
         header, payload = make_group(lease, worker=self.index, **group)
         await self.send_group(header, payload)
+
+    async def work_off(self, num):
+        """Ask for leases, and see each of them answered and acknowledged."""
+        for lease in await self.leases(num):
+            await self.answer(lease)
+            await self.take(Ack)
 
     async def send_group(self, header, payload):
         await self.client.send(GroupDone(group=header), payload.frames())

@@ -1,10 +1,13 @@
-"""The table of evaluation requests, without sockets."""
+"""The table of evaluation requests, without sockets and then behind the real ones."""
+
+import asyncio
 
 import pytest
 
 from asyncdapo.errors import RunError
-from asyncdapo.messages import EvalAnswer, EvalDone, EvalRequest, Sampling
+from asyncdapo.messages import EvalAck, EvalAnswer, EvalDone, EvalRequest, Lease, Sampling
 from asyncdapo.replay.evaluations import MAX_ISSUES, Evaluations
+from tests.replay.serving import TICK_S, FakeLearner, FakeWorker, eval_request, scenario, serving
 from tests.replay.small_run import prompt_at
 
 
@@ -141,3 +144,89 @@ def test_a_request_id_in_use_is_refused():
         table.start([request(1)], share=1.0)
     with pytest.raises(ValueError, match="used once"):
         table.start([request(2), request(2)], share=1.0)
+
+
+# --------------------------------------------------------------------------------------------- behind real sockets
+
+
+@scenario
+async def test_evaluation_goes_ahead_of_leases_and_uses_up_credits(tmp_path):
+    async with serving(tmp_path, total_slots=4) as server:
+        worker = FakeWorker(server)
+        await worker.join()
+        evaluating = asyncio.create_task(server.evaluate([eval_request(1), eval_request(2)], share=0.5))
+        await server.begin()
+        await worker.ask(2)
+        request = await worker.take(EvalRequest)
+        await worker.take(Lease)
+        assert await worker.unread() == []
+        await worker.evaluate(request)
+        assert await worker.take(EvalAck) == EvalAck(request_id=request.request_id)
+        await worker.ask(1)
+        await worker.evaluate(await worker.take(EvalRequest), acc=0.0)
+        answers = await evaluating
+        assert [answer.acc for answer in answers] == [1.0, 1.0, 0.0, 0.0]
+        assert [answer.prompt_id for answer in answers] == [1000, 1001, 2000, 2001]
+
+
+@scenario
+async def test_evaluation_requests_of_a_lost_worker_are_given_to_another(tmp_path):
+    async with serving(tmp_path) as server:
+        doomed, other = FakeWorker(server, 0, "first"), FakeWorker(server, 1)
+        await doomed.join()
+        await doomed.ask(1)
+        evaluating = asyncio.create_task(server.evaluate([eval_request(1)], share=1.0))
+        await doomed.take(EvalRequest)
+        assert "1 evaluation requests are open" in server.status()["why_waiting"]
+        await other.join()
+        await other.ask(1)
+        await FakeWorker(server, 0, "second").join()
+        await other.evaluate(await other.take(EvalRequest))
+        assert len(await evaluating) == 2
+
+
+@scenario
+async def test_an_evaluation_request_that_a_live_worker_never_answers_is_given_out_again(tmp_path):
+    async with serving(tmp_path, heartbeat_s=TICK_S, lease_stall_s=TICK_S) as server:
+        worker = FakeWorker(server)
+        await worker.join()
+        await worker.ask(2)
+        evaluating = asyncio.create_task(server.evaluate([eval_request(1)], share=1.0))
+        await worker.take(EvalRequest)
+        await worker.evaluate(await worker.take(EvalRequest))
+        assert len(await evaluating) == 2
+
+
+@scenario
+async def test_a_repeated_evaluation_answer_is_acknowledged_and_counts_once(tmp_path):
+    async with serving(tmp_path) as server:
+        worker, learner = FakeWorker(server), FakeLearner(server)
+        await worker.join()
+        evaluating = asyncio.create_task(server.evaluate([eval_request(1), eval_request(2)], share=1.0))
+        await worker.ask(2)
+        first, second = await worker.take(EvalRequest), await worker.take(EvalRequest)
+        for _ in range(2):
+            await worker.evaluate(first)
+            assert await worker.take(EvalAck) == EvalAck(request_id=1)
+        assert not evaluating.done()
+        await worker.evaluate(second)
+        assert len(await evaluating) == 4
+        await server.begin()
+        await worker.work_off(2)
+        await learner.want(1)
+        await learner.receive()
+        assert (await server.trained(1, {}))["replay/tokens_evaluation"] == 12
+
+
+@scenario
+async def test_an_evaluation_that_is_given_up_leaves_nothing_behind(tmp_path):
+    async with serving(tmp_path) as server:
+        worker = FakeWorker(server)
+        await worker.join()
+        evaluating = asyncio.create_task(server.evaluate([eval_request(1)], share=1.0))
+        await asyncio.sleep(0)
+        evaluating.cancel()
+        await asyncio.gather(evaluating, return_exceptions=True)
+        await worker.ask(1)
+        assert await worker.unread() == []
+        assert server.status()["evaluations_waiting"] == 0

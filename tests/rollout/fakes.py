@@ -23,6 +23,7 @@ from asyncdapo.messages import (
     Loaded,
     Message,
     Prompt,
+    Sampling,
     Score,
     Started,
     Welcome,
@@ -35,6 +36,8 @@ from asyncdapo.transport.sockets import Server
 M = TypeVar("M", bound=Message)
 
 HEARTBEAT_S = 0.04
+NEVER_S = 1000.0
+"""A heartbeat that doesn't come again during a test: what arrives was sent for its own sake."""
 GROUP_SIZE = 4
 
 
@@ -190,6 +193,11 @@ def make_lease(lease_id: int, group_size: int = GROUP_SIZE) -> Lease:
         seed=lease_id,
         prompt=make_prompt(100 + lease_id),
     )
+
+
+def make_evaluation(num_prompts: int = 2) -> EvalRequest:
+    prompts = [make_prompt(prompt_id) for prompt_id in range(1, 1 + num_prompts)]
+    return EvalRequest(request_id=5, seed=11, sampling=Sampling(temperature=0.0), prompts=prompts)
 
 
 def join(

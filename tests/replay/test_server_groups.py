@@ -1,0 +1,200 @@
+"""Groups at the replay server: acknowledged after the commit, repeated, late, or rejected."""
+
+import asyncio
+
+import msgspec
+import numpy as np
+import pytest
+
+from asyncdapo.messages import (
+    Ack,
+    GroupDone,
+    GroupFailed,
+    Lease,
+    Payload,
+    Reject,
+    Withdraw,
+)
+from asyncdapo.replay import events as core
+from asyncdapo.replay.journal import Journal
+from tests.replay.serving import FakeWorker, rows, scenario, serving
+from tests.replay.small_run import make_group, prompt_at
+
+
+@scenario
+async def test_a_group_is_acknowledged_when_the_ledger_has_it(tmp_path):
+    async with serving(tmp_path) as server:
+        worker = FakeWorker(server)
+        await worker.join()
+        await server.begin()
+        lease, _ = await worker.leases(2)
+        await worker.answer(lease)
+        assert await worker.take(Ack) == Ack(lease_id=lease.lease_id)
+        assert rows(tmp_path, "SELECT group_id, state FROM groups") == [(lease.lease_id, "queued")]
+
+
+class FullDisk(Journal):
+    """A journal that can't take in groups."""
+
+    def write(self, event, actions, **facts):
+        if isinstance(event, core.GroupDone):
+            raise OSError("no space left on device")
+        super().write(event, actions, **facts)
+
+
+@scenario
+async def test_a_group_that_the_journal_could_not_take_is_never_acknowledged(tmp_path):
+    async with serving(tmp_path, make_journal=FullDisk) as server:
+        worker = FakeWorker(server)
+        await worker.join()
+        await server.begin()
+        lease, _ = await worker.leases(2)
+        await worker.answer(lease)
+        with pytest.raises(OSError, match="no space left"):
+            await server.serving
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(worker.take(Ack), 0.1)
+        server.serving = asyncio.create_task(asyncio.sleep(0))
+
+
+@scenario
+async def test_a_repeated_group_is_acknowledged_again_and_counted_once(tmp_path):
+    async with serving(tmp_path) as server:
+        worker = FakeWorker(server)
+        await worker.join()
+        await server.begin()
+        lease, _ = await worker.leases(2)
+        for _ in range(3):
+            await worker.answer(lease)
+            assert await worker.take(Ack) == Ack(lease_id=lease.lease_id)
+        assert rows(tmp_path, "SELECT COUNT(*) FROM groups") == [(1,)]
+        assert rows(tmp_path, "SELECT kind FROM events WHERE kind = 'late'") == []
+
+
+@scenario
+async def test_a_late_group_is_acknowledged_and_dropped(tmp_path):
+    async with serving(tmp_path) as server:
+        worker = FakeWorker(server)
+        await worker.join()
+        await server.begin()
+        lease, _ = await worker.leases(2)
+        await server.finish()
+        assert await worker.take(Withdraw) == Withdraw(lease_ids=[lease.lease_id])
+        await worker.answer(lease)
+        assert await worker.take(Ack) == Ack(lease_id=lease.lease_id)
+        assert rows(tmp_path, "SELECT COUNT(*) FROM groups") == [(0,)]
+        assert rows(tmp_path, "SELECT lease_id FROM events WHERE kind = 'late'") == [(lease.lease_id,)]
+
+
+@scenario
+async def test_a_failed_reward_ends_the_prompt_and_is_acknowledged_each_time(tmp_path):
+    async with serving(tmp_path) as server:
+        worker = FakeWorker(server)
+        await worker.join()
+        await server.begin()
+        lease, _ = await worker.leases(2)
+        for _ in range(2):
+            await worker.client.send(GroupFailed(lease_id=lease.lease_id, reason="ZeroDivisionError"))
+            assert await worker.take(Ack) == Ack(lease_id=lease.lease_id)
+        assert rows(tmp_path, "SELECT prompt_id FROM prompts WHERE state = 'failed'") == [(0,)]
+        assert rows(tmp_path, "SELECT detail FROM events WHERE kind = 'failed'") == [("ZeroDivisionError",)]
+
+
+def with_completion(group, **changes):
+    """The group with its first completion changed."""
+    first, *rest = group.completions
+    return msgspec.structs.replace(group, completions=[msgspec.structs.replace(first, **changes), *rest])
+
+
+def with_logprob(payload, value):
+    logprobs = payload.logprobs.copy()
+    logprobs[3] = value
+    return Payload(payload.prompt_ids, payload.token_ids, logprobs)
+
+
+BAD_GROUPS = {
+    "another prompt": lambda g, p: (msgspec.structs.replace(g, prompt_id=5), p),
+    "another attempt": lambda g, p: (msgspec.structs.replace(g, attempt=2), p),
+    "another branch": lambda g, p: (msgspec.structs.replace(g, branch=1), p),
+    "another worker": lambda g, p: (msgspec.structs.replace(g, worker=3), p),
+    "one completion": lambda g, p: (msgspec.structs.replace(g, completions=g.completions[:1]), p),
+    "no completion": lambda g, p: (msgspec.structs.replace(g, completions=[]), p),
+    "an empty completion": lambda g, p: (with_completion(g, num_tokens=0, versions=[], loss_mask=[]), p),
+    "versions too short": lambda g, p: (with_completion(g, versions=[(0, 3)]), p),
+    "a negative run": lambda g, p: (with_completion(g, versions=[(0, 5), (0, -1)]), p),
+    "a mask too long": lambda g, p: (with_completion(g, loss_mask=[(1, 5)]), p),
+    "a mask of 2": lambda g, p: (with_completion(g, loss_mask=[(2, 4)]), p),
+    "weights of the future": lambda g, p: (with_completion(g, versions=[(1, 4)]), p),
+    "a negative version": lambda g, p: (with_completion(g, versions=[(-1, 4)]), p),
+    "a reward that is no number": lambda g, p: (with_completion(g, reward=float("nan")), p),
+    "a metric that is no number": lambda g, p: (with_completion(g, metrics={"acc": float("inf")}), p),
+    "a time that is no number": lambda g, p: (msgspec.structs.replace(g, generate_s=float("nan")), p),
+    "a log-prob that is no number": lambda g, p: (g, with_logprob(p, np.nan)),
+    "a log-prob above 0": lambda g, p: (g, with_logprob(p, 0.5)),
+    "an infinite log-prob": lambda g, p: (g, with_logprob(p, -np.inf)),
+    "a negative token": lambda g, p: (g, Payload(p.prompt_ids, -1 - p.token_ids, p.logprobs)),
+    "other prompt tokens": lambda g, p: (g, Payload(p.prompt_ids + 1, p.token_ids, p.logprobs)),
+    "a token too few": lambda g, p: (g, Payload(p.prompt_ids, p.token_ids[:-1], p.logprobs)),
+}
+
+
+@pytest.mark.parametrize("what", BAD_GROUPS)
+def test_a_group_that_contradicts_itself_or_its_lease_is_rejected(tmp_path, what):
+    async def run():
+        async with serving(tmp_path) as server:
+            worker = FakeWorker(server)
+            await worker.join()
+            await server.begin()
+            lease, _ = await worker.leases(2)
+            await worker.send_group(*BAD_GROUPS[what](*make_group(lease)))
+            reject = await worker.take(Reject)
+            assert reject.lease_id == lease.lease_id
+            assert rows(tmp_path, "SELECT lease_id, detail FROM events WHERE kind = 'rejected'") == [
+                (lease.lease_id, reject.reason)
+            ]
+            assert rows(tmp_path, "SELECT state, attempts FROM prompts WHERE prompt_id = 0")[0][1] == 1
+            assert rows(tmp_path, "SELECT COUNT(*) FROM groups") == [(0,)]
+
+    asyncio.run(asyncio.wait_for(run(), 20))
+
+
+@scenario
+async def test_a_group_with_two_frames_is_rejected(tmp_path):
+    async with serving(tmp_path) as server:
+        worker = FakeWorker(server)
+        await worker.join()
+        await server.begin()
+        lease, _ = await worker.leases(2)
+        group, payload = make_group(lease)
+        await worker.client.send(GroupDone(group=group), payload.frames()[:2])
+        assert (await worker.take(Reject)).lease_id == lease.lease_id
+
+
+@scenario
+async def test_another_workers_lease_is_rejected_and_lives_on(tmp_path):
+    async with serving(tmp_path) as server:
+        owner, thief = FakeWorker(server, 0), FakeWorker(server, 1)
+        await owner.join()
+        await thief.join()
+        await server.begin()
+        lease, _ = await owner.leases(2)
+        await thief.send_group(*make_group(lease, worker=0))
+        await thief.take(Reject)
+        await thief.client.send(GroupFailed(lease_id=lease.lease_id, reason=""))
+        await thief.take(Reject)
+        await owner.answer(lease)
+        await owner.take(Ack)
+
+
+@scenario
+async def test_a_lease_that_was_never_granted_is_rejected_without_a_trace(tmp_path):
+    async with serving(tmp_path) as server:
+        worker = FakeWorker(server)
+        await worker.join()
+        for lease_id in (77, 1 << 63):
+            group, payload = make_group(
+                Lease(lease_id=lease_id, branch=0, attempt=1, group_size=2, seed=1, prompt=prompt_at(0))
+            )
+            await worker.send_group(group, payload)
+            assert (await worker.take(Reject)).lease_id == lease_id
+        assert rows(tmp_path, "SELECT kind FROM events") == [("worker_joined",)]
