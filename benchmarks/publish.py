@@ -79,9 +79,9 @@ def measure(num_mb: int, dtype: torch.dtype, num_receivers: int, repeats: int) -
         timings["fresh"].append(seconds(lambda: plain(group, bytes_U)))
         timings["publish"].append(seconds(lambda version=version: sender.send(version, tensors)))
     medians = {name: statistics.median(values[1:]) for name, values in timings.items()}
-    cells = "".join(f"{manifest.num_bytes / 1e9 / median:12.2f}" for median in medians.values())
+    cells = "".join(f"{manifest.num_bytes / 1e9 / median:14.2f}" for median in medians.values())
     share = medians["fresh"] / medians["publish"]
-    print(f"{manifest.num_bytes / 2**20:8.1f}{cells}{share:16.2f}", flush=True)
+    print(f"{manifest.num_bytes / 2**20:8.1f}{cells}{share:15.2f}", flush=True)
 
 
 def main() -> None:
@@ -92,7 +92,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", help="dtype on the wire")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    print(f"{'MiB':>8}{'plain GB/s':>12}{'fresh GB/s':>12}{'publish GB/s':>12}{'publish/fresh':>16}")
+    print(f"{'MiB':>8}{'plain GB/s':>14}{'fresh GB/s':>14}{'publish GB/s':>14}{'publish/fresh':>15}")
     for num_mb in args.mb:
         measure(num_mb, getattr(torch, args.dtype), args.receivers, args.repeats)
 

@@ -102,7 +102,7 @@ async def main(options: argparse.Namespace) -> None:
         after = engine.gauges()
         fill = (after["slot_steps"] - before["slot_steps"]) / (after["steps"] - before["steps"]) / options.slots
         print(
-            f"round {seed}: {num_tokens} tokens, {num_tokens / options.groups / GROUP_SIZE:.1f} a sample, fill {fill:.2f}"
+            f"round {seed}: {num_tokens} tokens, mean {num_tokens / options.groups / GROUP_SIZE:.1f}, fill {fill:.2f}"
         )
         if options.hf:
             wall, cpu = time.perf_counter(), time.process_time()

@@ -69,7 +69,6 @@ class Controller:
         self.watch = Watch()
         self.clock = StateClock(time.monotonic)
         self.evaluating: asyncio.Task[dict[str, float]] | None = None
-        self.sampled_tokens = 0.0
         self.line: dict[str, float] = {}
 
     async def run(self) -> None:
@@ -220,12 +219,11 @@ class Controller:
         now = time.monotonic()
         step_s, self.line_at = now - self.line_at, now
         times = self.clock.take()
-        sampled, self.sampled_tokens = replay["rollout/tokens"] - self.sampled_tokens, replay["rollout/tokens"]
         return {
             "time/wall_s": now - self.began,
             "time/total_s": now - self.started,
             "time/step_s": step_s,
-            "rollout/tokens_per_s": sampled / step_s,
+            "rollout/tokens_per_s": replay["rollout/arrived_tokens"] / step_s,
             "learner/tokens_per_s": learner["learner/tokens"] / step_s,
             "learner/waiting_ratio": times["wait"] / step_s,
             **{f"controller/{state}_s": seconds for state, seconds in times.items()},

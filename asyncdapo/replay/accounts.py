@@ -1,7 +1,8 @@
 """Accounts: what became of every group and every sampled token, as the metrics of a train step.
 
 In: groups as they arrive, the core's actions, evaluation answers. Out: one dict of metrics per step. Ratios and means
-are over the groups that arrived since the last step; counts and tokens are totals since the start, so that
+are over the groups that arrived since the last step, and so is `rollout/arrived_tokens`; all other counts and tokens
+are totals since the start, so that
 
     rollout/tokens = replay/tokens_{trained, filtered, expired, surplus, failed, withdrawn, lost, evaluation}
                      + what is queued, running or on its way
@@ -86,9 +87,11 @@ class Accounts:
         batch = self._batches.pop(step)
         staleness = [step - 1 - facts.min_version for facts in batch]
         self._means |= self._interval_means()
+        arrived_tokens = self._interval.counts["tokens"]
         self._interval = _Interval()
         return {
             **self._means,
+            "rollout/arrived_tokens": arrived_tokens,
             "reward/filtered_mean": sum(facts.reward for facts in batch) / len(batch),
             "replay/trained_groups": len(batch),
             "replay/staleness_mean": sum(staleness) / len(staleness),

@@ -64,6 +64,10 @@ class Engine(Protocol):
     def loaded_version(self) -> int:
         """Version of the weights in use."""
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are, once started: new ones are best received there."""
+
     async def start(self) -> None:
         """Load the model. Raises UserError for a checkpoint that can't be used."""
 

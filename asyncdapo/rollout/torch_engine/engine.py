@@ -76,6 +76,10 @@ class TorchEngine:
     def loaded_version(self) -> int:
         return self._version
 
+    @property
+    def device(self) -> torch.device:
+        return self._runner.device
+
     def gauges(self) -> dict[str, float]:
         counters, elapsed_s = self._counters, time.monotonic() - self._started_s
         return {
@@ -144,7 +148,8 @@ class TorchEngine:
         if not 1 <= sampling.max_tokens <= self._config.max_response_length:
             raise ValueError(f"max_tokens is 1 to {self._config.max_response_length}, got {sampling.max_tokens}")
         if not 0 <= min(request.prompt_ids) <= max(request.prompt_ids) < self._vocab_size:
-            raise ValueError(f"a prompt's token ids are 0 to {self._vocab_size - 1}, got {max(request.prompt_ids)}")
+            got = f"{min(request.prompt_ids)} to {max(request.prompt_ids)}"
+            raise ValueError(f"a prompt's token ids are 0 to {self._vocab_size - 1}, got {got}")
         if sampling.temperature < 0 or not 0 < sampling.top_p <= 1 or sampling.top_k < 0:
             raise ValueError(f"temperature >= 0, 0 < top_p <= 1 and top_k >= 0 are needed, got {sampling}")
         if not request.seeds:
@@ -197,8 +202,7 @@ class TorchEngine:
                 f"prompt and response need {num_positions} positions, the model has {checkpoint.shape.max_positions}",
                 self._config.max_response_length,
             )
-        auto = "cuda" if torch.cuda.is_available() else "cpu"
-        device = self.device = torch.device(auto if self._config.device == "auto" else self._config.device)
+        device = self._device()
         dtype = DTYPES[self._config.dtype]
         weights, self._spare = (Weights(checkpoint.shape, dtype, device) for _ in range(2))
         try:
@@ -209,6 +213,12 @@ class TorchEngine:
         self._vocab_size = checkpoint.shape.vocab_size
         self._runner = Runner(checkpoint, self._config, self._max_prompt_length, stop_token_ids, weights, device)
         self._counters = self._runner.counters
+
+    def _device(self) -> torch.device:
+        if self._config.device == "cuda" and not torch.cuda.is_available():
+            raise ConfigError("rollout.device", "there is no GPU here", self._config.device, "use auto or cpu")
+        auto = "cuda" if torch.cuda.is_available() else "cpu"
+        return torch.device(auto if self._config.device == "auto" else self._config.device)
 
     # ----------------------------------------------------------------------------------------- in the engine's thread
 

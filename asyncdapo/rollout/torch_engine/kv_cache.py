@@ -9,6 +9,8 @@ Shapes: L layers, S slots, K key/value heads, T time, D head_dim, B slots in use
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 
 from asyncdapo.rollout.torch_engine.checkpoint import ModelShape
@@ -37,7 +39,7 @@ class KVCache:
         self._flat = self._data.view(shape.num_layers, -1, shape.head_dim).unbind(0)
         self._first_SK = torch.arange(num_slots * 2 * shape.num_kv_heads, device=device).view(num_slots, -1)
         self._first_SK *= self.num_times
-        self._views: dict[Span, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        self.views = lru_cache(maxsize=256)(self._make_views)
 
     def places(self, positions_B: torch.Tensor) -> torch.Tensor:
         """Where `put` writes the token of slots 0 … B − 1 that stands at these positions, [B, 2 K]."""
@@ -47,13 +49,14 @@ class KVCache:
         """Keys and values [B, 2 K, D] of one token of each sequence."""
         self._flat[layer].index_put_((places_BK,), kv_BKD)
 
-    def views(self, span: Span) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Keys and values [slots, K, num_times, D] of each layer; made once, since views cost as much as small sums."""
-        if span not in self._views:
-            start, end, num_times = span
-            kv_LBKTD = self._data[:, start:end, :, :num_times]
-            self._views[span] = [tuple(kv_BKTD.split(self._num_kv_heads, dim=1)) for kv_BKTD in kv_LBKTD]
-        return self._views[span]
+    def _make_views(self, span: Span) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Keys and values [slots, K, num_times, D] of each layer, for attention.
+
+        `views` keeps them: to make one costs as much as a small sum, and the same spans come back for many steps.
+        """
+        start, end, num_times = span
+        kv_LBKTD = self._data[:, start:end, :, :num_times]
+        return [tuple(kv_BKTD.split(self._num_kv_heads, dim=1)) for kv_BKTD in kv_LBKTD]
 
     def write(self, start: int, end: int, kv_LNKTD: torch.Tensor) -> None:
         """Copy the first T times of slots [start, end) from `[L, 1 or end − start, 2 K, T, D]`."""

@@ -30,6 +30,7 @@ class Model:
         self._num_rotated = self._shape.num_heads + self._shape.num_kv_heads
         self._norm_scale = self._shape.hidden_size**-0.5
         self._norm_root = torch.tensor(self._shape.norm_eps**0.5, device=device)
+        self._times_T = torch.arange(num_positions, device=device)
         angles_TP = torch.outer(torch.arange(num_positions, dtype=torch.float32), checkpoint.frequencies_P)
         magnitudes_TP = torch.full_like(angles_TP, checkpoint.rotation_scale)
         self._rotations_TP = torch.polar(magnitudes_TP, angles_TP).to(device)
@@ -43,7 +44,7 @@ class Model:
         """
         sizes = [end - start for start, end, _ in spans]
         views = [cache.views(span) for span in spans]
-        masks = _masks(positions_B, spans, weights.norm.dtype)
+        masks = self._masks(positions_B, spans, weights.norm.dtype)
         places_BK = cache.places(positions_B)
         rotations_B1P = self._rotations_TP[positions_B].unsqueeze(1)
         x_BH = embedding(tokens_B, weights.embedding)
@@ -109,6 +110,14 @@ class Model:
     def _logits(self, weights: Weights, x_MH: torch.Tensor) -> torch.Tensor:
         return linear(self._norm(x_MH, weights.norm), weights.head).float()
 
+    def _masks(self, positions_B: torch.Tensor, spans: Sequence[Span], dtype: torch.dtype) -> list[torch.Tensor]:
+        """Additive mask [slots, 1, 1, num_times] of each span: a token sees the times up to its own."""
+        longest = max(num_times for _, _, num_times in spans)
+        hidden_BT = self._times_T[:longest] > positions_B.unsqueeze(1)
+        mask_BT = torch.zeros(hidden_BT.shape, dtype=dtype, device=positions_B.device)
+        mask_BT.masked_fill_(hidden_BT, float("-inf"))
+        return [mask_BT[start:end, None, None, :num_times] for start, end, num_times in spans]
+
     def _norm(self, x_MH: torch.Tensor, weight_H: torch.Tensor) -> torch.Tensor:
         """RMS norm. On a CPU `rms_norm` is many small kernels, and these are fewer: |x| / √H, √(|x|² / H + ε), quotient."""
         if x_MH.is_cuda:
@@ -121,12 +130,3 @@ def _add_linear(x_MH: torch.Tensor, inputs: torch.Tensor, weight: torch.Tensor, 
     x_MH.addmm_(inputs, weight)
     if bias is not None:
         x_MH.add_(bias)
-
-
-def _masks(positions_B: torch.Tensor, spans: Sequence[Span], dtype: torch.dtype) -> list[torch.Tensor]:
-    """Additive mask [slots, 1, 1, num_times] of each span: a token sees the times up to its own."""
-    times_T = torch.arange(max(num_times for _, _, num_times in spans), device=positions_B.device)
-    hidden_BT = times_T > positions_B.unsqueeze(1)
-    mask_BT = torch.zeros(hidden_BT.shape, dtype=dtype, device=positions_B.device)
-    mask_BT.masked_fill_(hidden_BT, float("-inf"))
-    return [mask_BT[start:end, None, None, :num_times] for start, end, num_times in spans]

@@ -74,7 +74,7 @@ class Runner:
         self.counters = Counters()
         self._config = config
         self._max_prompt_length = max_prompt_length
-        self._device = device
+        self.device = device
         self._weights = weights
         self._cache = KVCache(checkpoint.shape, config.slots, num_positions, weights.norm.dtype, device)
         self._model = Model(checkpoint, self._cache.num_times, device)
@@ -186,7 +186,7 @@ class Runner:
             lengths_N = torch.tensor([len(sequences[index]) for index in chunk])
             self.counters.prefill_tokens += int(lengths_N.sum())
             logits_NV, kv_LNKTD = self._model.prefill(
-                self._weights, tokens_NT.to(self._device), lengths_N.to(self._device)
+                self._weights, tokens_NT.to(self.device), lengths_N.to(self.device)
             )
             yield chunk, logits_NV, kv_LNKTD
 
@@ -241,4 +241,4 @@ class Runner:
             self._running.discard(running.job)
 
     def _on_device(self, array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array).to(self._device)
+        return torch.from_numpy(array).to(self.device)
