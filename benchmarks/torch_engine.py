@@ -50,18 +50,21 @@ def random_prompts(count: int, seed: int) -> list[list[int]]:
 
 async def engine_round(engine: TorchEngine, num_groups: int, seed: int) -> int:
     """Generated tokens of `num_groups` groups, handed over as soon as a slot is free."""
-    waiting = random_prompts(num_groups, seed)
-    running: set[asyncio.Task] = set()
-    num_tokens = 0
-    while waiting or running:
+    waiting, tasks, room = random_prompts(num_groups, seed), [], asyncio.Event()
+    while waiting:
+        room.clear()
         while waiting and engine.num_outstanding < engine.num_slots:
-            seeds = [seed << 32 | len(waiting) << 8 | sample for sample in range(GROUP_SIZE)]
-            request = Request(prompt_ids=waiting.pop(), seeds=seeds, sampling=Sampling(max_tokens=MAX_TOKENS))
-            running.add(asyncio.create_task(engine.generate(request)))
-            await asyncio.sleep(0)
-        done, running = await asyncio.wait(running, timeout=0.002, return_when=asyncio.FIRST_COMPLETED)
-        num_tokens += sum(len(sample.token_ids) for task in done for sample in task.result())
-    return num_tokens
+            request = Request(
+                prompt_ids=waiting.pop(),
+                seeds=[seed << 32 | len(waiting) << 8 | sample for sample in range(GROUP_SIZE)],
+                sampling=Sampling(max_tokens=MAX_TOKENS),
+                on_sample_done=room.set,
+            )
+            tasks.append(asyncio.create_task(engine.generate(request)))
+            await asyncio.sleep(0)  # the task begins, and its samples are outstanding
+        await room.wait()
+    groups = await asyncio.gather(*tasks)
+    return sum(len(sample.token_ids) for group in groups for sample in group)
 
 
 def hugging_face_round(model: LlamaForCausalLM, num_groups: int, slots: int, seed: int) -> int:

@@ -25,7 +25,6 @@ Does not own: payloads, the journal, deadlines and seeds (`server.py`, `journal.
 
 from __future__ import annotations
 
-import bisect
 import math
 
 from asyncdapo.replay.admission import Admission, PromptStream
@@ -93,7 +92,7 @@ class ReplayState:
 
         self.leases = Leases(self.bound, do=self._do)
         self.queued: list[HeldGroup] = []
-        """Kept groups in queue order."""
+        """Kept groups; the cut takes them in queue order."""
         self.spare: list[HeldGroup] = []
         """Groups that the filter doesn't keep and that may still become members or surplus of the next batch."""
         self.untrained: dict[int, list[HeldGroup]] = {}
@@ -233,7 +232,7 @@ class ReplayState:
     def _hold_or_filter(self, group: HeldGroup) -> None:
         fills = self.filter.max_gen_batches > 0 and self.filter.on_limit == "unfiltered"
         if group.verdict == "kept":
-            bisect.insort(self.queued, group)
+            self.queued.append(group)
             self.prompts.move_both(group, "queued")
         elif self.config.synchronous or (fills and group.verdict == "constant"):
             self.spare.append(group)

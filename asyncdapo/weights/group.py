@@ -65,7 +65,7 @@ class WeightGroup:
                 self._host,
                 int(port),
                 is_master=rank == LEARNER_RANK,
-                timeout=timedelta(seconds=timeout_s),
+                timeout=timedelta(seconds=timeout_s / 2),  # it tries twice where nobody listens
                 wait_for_workers=False,
             )
             self.address = f"{self._host}:{self._store.port}"
@@ -79,18 +79,20 @@ class WeightGroup:
     @classmethod
     def join(cls, address: str, rank: int, world_size: int, backend: Backend, timeout_s: float) -> WeightGroup:
         """A receiver's end: blocks until every rank is there. Raises WeightsError after `timeout_s`."""
+        deadline = Deadline(timeout_s)
         group = cls(address, rank, world_size, backend, timeout_s)
-        group.connect()
+        group.connect(deadline)
         return group
 
     @property
     def closed(self) -> bool:
         return self._store is None
 
-    def connect(self) -> None:
-        """Wait for every rank, then connect with them. Raises WeightsError that names who is missing."""
+    def connect(self, deadline: Deadline | None = None) -> None:
+        """Wait for every rank, then connect with them. Raises WeightsError that names who is missing at the deadline,
+        `timeout_s` from now unless it is given."""
         store = self._open_store()
-        deadline = Deadline(self.timeout_s)
+        deadline = deadline or Deadline(self.timeout_s)
         store.set(_joined(self.rank), "")
         try:
             store.wait([_joined(rank) for rank in range(self.world_size)], deadline.left())

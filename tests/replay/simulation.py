@@ -193,7 +193,7 @@ class Simulation:
 
     def _learner_steps(self) -> list[Callable[[], None]]:
         """Ask for the next batch (again), train the batch, publish the weights; asking need not wait for publishing."""
-        steps = []
+        steps = [self._want_old] if self.num_trained else []
         if self.num_asked == self.num_trained or self.num_asked > self.truth.num_cut:
             steps.append(self._want)
         if self.num_trained < min(self.num_asked, self.truth.num_cut):
@@ -206,6 +206,10 @@ class Simulation:
         self.num_asked = self.num_trained + 1
         self.tell(core.CutWanted(step=self.num_asked))
 
+    def _want_old(self) -> None:
+        """Said again though the batch has come."""
+        self.tell(core.CutWanted(step=self.num_trained))
+
     def _train(self) -> None:
         self.num_trained += 1
         self.tell(core.Trained(step=self.num_trained))
@@ -213,6 +217,14 @@ class Simulation:
     def _publish(self) -> None:
         self.num_published = self.num_trained
         self.tell(core.Published(version=self.num_published))
+
+    def finish_all(self) -> None:
+        """Whatever still runs comes in, whether or not the run is over."""
+        for worker in self.workers.values():
+            while worker.running:
+                lease_id, started = worker.running.popitem()
+                version = worker.loaded if started is None else started
+                self.tell(group_done(lease_id, "constant", version, worker.loaded))
 
     # --------------------------------------------------------------------------------------------- when all goes well
 

@@ -102,3 +102,15 @@ def test_dynamic_sampling_agrees_with_the_reference(vector: dict) -> None:
         "prompts_consumed": consumed,
         "train_steps": len(batches),
     } == expected["counters"]
+
+
+def test_a_run_that_stopped_at_its_limit_takes_in_what_still_runs_and_stops_once() -> None:
+    replayed = Replayed(batch_groups=2, max_num_gen_batches=1, on_limit="raise")
+    replayed.arrive("a", kept=False)
+    replayed.tell(CloseGenBatch())
+    assert replayed.error == "max_num_gen_batches"
+    replayed.error = None
+    replayed.arrive("b", kept=True)
+    replayed.tell(CloseGenBatch())
+    assert replayed.error is None
+    assert [replayed.names[group.group_id] for group in replayed.state.queued] == ["b"]

@@ -62,6 +62,8 @@ def test_after_any_trouble_the_next_batches_come_once_all_goes_well(world: World
 def test_at_the_end_of_the_run_every_prompt_has_an_end(world: World, choices: bytes) -> None:
     simulation = Simulation(world)
     simulation.run(choices)
+    if simulation.truth.over:
+        simulation.finish_all()
     simulation.tell(core.RunEnded())
     assert not simulation.truth.leases
     assert set(simulation.truth.prompts.values()) <= {"trained", "filtered", "expired", "failed", "unused"}

@@ -182,6 +182,14 @@ def test_a_group_that_stays_incomplete_names_the_missing_ranks():
         assert group.closed
 
 
+def test_joining_where_no_learner_listens_ends_at_the_deadline():
+    timeout_s = 2.0
+    began_s = time.monotonic()
+    with pytest.raises(WeightsError, match="rank 1 of 2 could not open the store"):
+        WeightGroup.join("127.0.0.1:1", 1, 2, "gloo", timeout_s)
+    assert time.monotonic() - began_s < 2 * timeout_s
+
+
 def test_a_closed_group_says_so():
     tensors = {"weight": torch.randn(10)}
     group = WeightGroup.create_master("127.0.0.1", 2, "gloo", 1.0)

@@ -60,16 +60,23 @@ def _row_dtype(max_tokens: int) -> np.dtype:
 
 
 class Batch:
-    """`rows[s]` and `running[s]` describe slot s."""
+    """`rows[s]` and `running[s]` describe slot s. With `fixed_times` every step has all slots and that many times."""
 
-    def __init__(self, num_slots: int, max_tokens: int, block_size: int) -> None:
+    def __init__(self, num_slots: int, max_tokens: int, block_size: int, fixed_times: int | None = None) -> None:
         self.rows = np.zeros(num_slots, _row_dtype(max_tokens))
         self.running: list[Running | None] = [None] * num_slots
         self.num_used = 0
         self.num_active = 0
         self._block_size = block_size
+        self._fixed_times = fixed_times
         self._slots = np.arange(num_slots)
         self._idle(slice(None))
+
+    @property
+    def has_many_gaps(self) -> bool:
+        """An eighth of the slots in use is idle, and may close up."""
+        num_idle = self.num_used - self.num_active
+        return self._fixed_times is None and num_idle >= max(1, self.num_used // 8)
 
     def active(self) -> Iterator[tuple[int, Running]]:
         for slot, running in enumerate(self.running[: self.num_used]):
@@ -152,13 +159,14 @@ class Batch:
         return moves
 
     def spans(self) -> list[Span]:
-        """The slots in use, cut where the number of cache times that attention has to read changes."""
+        """The slots to compute, cut where the number of cache times that attention has to read changes."""
+        if self._fixed_times is not None:
+            return [(0, len(self.running), self._fixed_times)]
         starts = range(0, self.num_used, self._block_size)
         longest = np.maximum.reduceat(self.rows["position"][: self.num_used], starts).tolist()
         spans: list[Span] = []
         for start, position in zip(starts, longest, strict=True):
             end, num_times = min(start + self._block_size, self.num_used), round_up(position + 1)
-            if spans and spans[-1][2] == num_times:
-                start = spans.pop()[0]
-            spans.append((start, end, num_times))
+            joined_start = spans.pop()[0] if spans and spans[-1][2] == num_times else start
+            spans.append((joined_start, end, num_times))
         return spans

@@ -14,7 +14,7 @@ Shapes: see `model.py`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -78,8 +78,9 @@ class Runner:
         self._weights = weights
         self._cache = KVCache(checkpoint.shape, config.slots, num_positions, weights.norm.dtype, device)
         self._model = Model(checkpoint, self._cache.num_times, device)
-        block_size = BLOCK_SIZE if device.type == "cpu" and not config.deterministic else config.slots
-        self._batch = Batch(config.slots, config.max_response_length, block_size)
+        block_size = BLOCK_SIZE if device.type == "cpu" else config.slots
+        fixed_times = self._cache.num_times if config.deterministic else None
+        self._batch = Batch(config.slots, config.max_response_length, block_size, fixed_times)
         self._scheduler = Scheduler(config.slots, one_at_a_time=config.deterministic)
         self._is_stop_V = np.zeros(checkpoint.shape.vocab_size, np.bool_)
         self._is_stop_V[[token for token in stop_token_ids if token < checkpoint.shape.vocab_size]] = True
@@ -124,25 +125,26 @@ class Runner:
 
     def _fill(self, progress: Progress) -> None:
         starts = self._scheduler.take(self._batch.num_active)
-        idle = self._batch.num_used - self._batch.num_active
-        if starts or (idle >= max(1, self._batch.num_used // 8) and not self._config.deterministic):
+        if starts or self._batch.has_many_gaps:
             self._arrange()
-        if not starts:
-            return
-        self._prefill([job for job, _ in starts if job.prefill is None])
-        first, logits_V = self._batch.num_used, []
+        if starts:
+            self._prefill([job for job, _ in starts if job.prefill is None])
+            self._seat(starts, progress)
+
+    def _seat(self, starts: Sequence[tuple[Job, int]], progress: Progress) -> None:
+        """Samples of prompts that have a prefill get slots, the prompt's keys and values, and their first tokens."""
+        first, logits = self._batch.num_used, []
         for job, count in starts:
+            if not job.num_started:
+                progress.started.append(job)
             start, end = self._batch.seat(job, count)
             self._cache.write(start, end, job.prefill.kv_L1KTD)
-            logits_V.append(job.prefill.logits_1V.expand(count, -1))
-            if job.num_started == count:
-                progress.started.append(job)
-            if not job.num_waiting:
-                job.prefill = None
+            logits.append(job.prefill.logits_1V.expand(count, -1))
+            job.prefill = job.prefill if job.num_waiting else None
             job.request.num_sampled += count
             self._running.add(job)
             self.counters.tokens += count
-        self._sample(first, self._batch.num_used, torch.cat(logits_V), progress)
+        self._sample(first, self._batch.num_used, torch.cat(logits), progress)
 
     def _arrange(self) -> None:
         for source, target in self._batch.arrange():
@@ -170,8 +172,13 @@ class Runner:
                 kv_L1KTD = kv_LNKTD[:, row : row + 1, :, : len(sequences[index])]
                 self._cache.write(slots[index], slots[index] + 1, kv_L1KTD)
 
-    def _forward_all(self, sequences: Sequence[Sequence[int]], fixed_length: int):
-        """Whole sequences through the model, those of similar length together: (indices, logits, keys and values)."""
+    def _forward_all(
+        self, sequences: Sequence[Sequence[int]], fixed_length: int
+    ) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
+        """Whole sequences through the model, those of similar length together: (indices, logits, keys and values).
+
+        In deterministic mode one by one, each padded to `fixed_length`.
+        """
         by_length = sorted(range(len(sequences)), key=lambda index: len(sequences[index]))
         while by_length:
             if self._config.deterministic:
@@ -193,24 +200,16 @@ class Runner:
     # ------------------------------------------------------------------------------------------------------ decoding
 
     def _decode(self, progress: Progress) -> None:
-        batch = self._batch
-        if self._config.deterministic:
-            num_used, spans = self._config.slots, [(0, self._config.slots, self._cache.num_times)]
-        else:
-            num_used, spans = batch.num_used, batch.spans()
-        logits_BV = self._model.decode(
-            self._weights,
-            self._cache,
-            self._on_device(batch.rows["token"][:num_used]),
-            self._on_device(batch.rows["position"][:num_used]),
-            spans,
-        )
+        spans = self._batch.spans()
+        rows = self._batch.rows[: spans[-1][1]]
+        tokens_B, positions_B = self._on_device(rows["token"]), self._on_device(rows["position"])
+        logits_BV = self._model.decode(self._weights, self._cache, tokens_B, positions_B, spans)
         self.counters.steps += 1
-        self.counters.slot_steps += batch.num_active
-        self.counters.tokens += batch.num_active
+        self.counters.slot_steps += self._batch.num_active
+        self.counters.tokens += self._batch.num_active
         for job in self._running:
             job.request.num_sampled += job.num_running
-        self._sample(0, num_used, logits_BV, progress)
+        self._sample(0, len(rows), logits_BV, progress)
 
     def _sample(self, start: int, end: int, logits_BV: torch.Tensor, progress: Progress) -> None:
         """Draw a token for each of the slots [start, end), and take out the sequences that it ends."""

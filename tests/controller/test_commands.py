@@ -1,0 +1,96 @@
+"""The commands as a user types them: what is refused, in one line, before any process starts."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.controller.runs import START_MODEL, command
+
+
+def refused(tmp_path: Path, *overrides: str) -> str:
+    """The one line with which `launch` refuses these overrides; nothing may have been created."""
+    run_dir = tmp_path / "run"
+    result = subprocess.run(
+        command("launch", "quickstart", f"run.dir={run_dir}", *overrides), capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert not run_dir.exists()
+    (line,) = result.stderr.strip().splitlines()
+    return line
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("replay.max_stalness=3", "did you mean replay.max_staleness?"),
+        ("run.steps=many", "run.steps: expected `int`, got 'many'"),
+        ("replay.max_staleness=-1", "replay.max_staleness: must be at least 0, got -1"),
+        ("replay.run_ahead=5", "replay.run_ahead: must be at most replay.max_staleness (2)"),
+        ("rollout.group_size=1", "rollout.group_size: a group of one has no variance"),
+        ("model.path=/no/such/model", "model.path: is not a directory, got '/no/such/model'"),
+        ("prompts.task=chian", "prompts.task: unknown, there are chain, file"),
+        ("reward.verifier=anser", "reward.verifier: unknown"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(tmp_path: Path, override: str, words: str) -> None:
+    assert words in refused(tmp_path, override)
+
+
+def test_bad_data_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
+    data = tmp_path / "data.jsonl"
+    keys = ("prompts.task=file", f"prompts.path={data}", "eval.num_prompts=1", "eval.num_greedy_prompts=1")
+    assert "data.jsonl" in refused(tmp_path, *keys)
+    data.write_text('{"question": "1+1", "answer": "2"}\n' * 3)
+    assert "prompts.prompt_column" in refused(tmp_path, *keys)
+    data.write_text('{"prompt": "1+1", "answer": "2"}\nnot json\n')
+    assert "line 2" in refused(tmp_path, *keys)
+    data.write_bytes(b'{"prompt": "\xff\xfe", "answer": "2"}\n')
+    assert "UTF-8" in refused(tmp_path, *keys)
+
+
+def test_a_run_directory_in_use_is_refused_and_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    result = subprocess.run(
+        command("launch", "quickstart", f"run.dir={tmp_path / 'run'}"), capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 2
+    assert "run.dir: is in use" in result.stderr
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["notes.txt"]
+
+
+def test_a_model_of_an_unknown_kind_is_refused_by_the_process_that_loads_it(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    for path in START_MODEL.iterdir():
+        text = path.read_bytes()
+        if path.name == "config.json":
+            text = text.replace(b"LlamaForCausalLM", b"GPT2LMHeadModel").replace(b'"llama"', b'"gpt2"')
+        (model / path.name).write_bytes(text)
+    result = subprocess.run(
+        command("launch", "quickstart", f"run.dir={tmp_path / 'run'}", f"model.path={model}"),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 2
+    assert "model.path" in result.stderr.strip().splitlines()[-1]
+
+
+def test_audit_of_something_that_is_no_run_exits_with_1(tmp_path: Path) -> None:
+    result = subprocess.run(command("audit", str(tmp_path)), capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert "ledger.db" in result.stdout + result.stderr
+
+
+def test_config_prints_yaml_that_launch_accepts(tmp_path: Path) -> None:
+    printed = subprocess.run(
+        command("config", "quickstart", "run.steps=7"), capture_output=True, text=True, check=True
+    ).stdout
+    (tmp_path / "copy.yaml").write_text(printed)
+    again = subprocess.run(command("config", str(tmp_path / "copy.yaml")), capture_output=True, text=True, check=True)
+    assert again.stdout == printed
+    assert "steps: 7" in printed

@@ -1,0 +1,105 @@
+"""How runs end that don't just reach their last step: the user's data used up, a process killed, a stage raising."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.controller.runs import command, launch, start, wait_for_step
+
+README = Path(__file__).resolve().parents[2] / "README.md"
+pytestmark = pytest.mark.timeout(150)
+
+
+def write_questions(path: Path, num: int = 50) -> None:
+    """Question and answer pairs like a user's own, in the words of the start model's task."""
+    pairs = [(f"{a}+{b}*{c}", (a + b) * c % 10) for a in range(4) for b in range(4) for c in range(2, 6)]
+    path.write_text("".join(json.dumps({"question": q, "answer": a}) + "\n" for q, a in pairs[:num]))
+
+
+def test_the_readmes_command_trains_on_a_users_own_file(tmp_path: Path) -> None:
+    section = README.read_text().split("## Your own data")[1]
+    words = shlex.split(re.search(r"```bash\n(.*?)```", section, re.DOTALL)[1].replace("\\\n", " "))
+    assert words[0] == "asyncdapo"
+    write_questions(tmp_path / "questions.jsonl")
+    result = subprocess.run(
+        command(*words[1:], "metrics.wandb=disabled", "replay.prompts_per_step=4"),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    lines = [json.loads(line) for line in (tmp_path / "runs/mine/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 1, 2, 3]
+
+
+def test_synchronous_training_ends_well_at_the_end_of_the_data_with_staleness_0(tmp_path: Path) -> None:
+    write_questions(tmp_path / "questions.jsonl", num=20)
+    run = launch(
+        tmp_path / "run",
+        "run.steps=100",
+        "replay.run_ahead=0",
+        "replay.prompts_per_step=4",
+        "prompts.task=file",
+        f"prompts.path={tmp_path / 'questions.jsonl'}",
+        "prompts.prompt_column=question",
+        'prompts.template="Q: {prompt} mod 10\\n"',
+        "prompts.epochs=1",
+        "filter.enabled=false",
+        "eval.num_prompts=4",
+        "eval.num_greedy_prompts=4",
+    )
+    assert run.exit_code == 0, run.output
+    assert "replay.max_staleness is 0 in force" in run.output
+    assert [line["step"] for line in run.lines] == [0, 1, 2, 3, 4]  # 16 prompts left for training
+    assert [line["replay/staleness_max"] for line in run.lines[1:]] == [0, 0, 0, 0]
+    assert "eval/greedy_accuracy" in run.lines[-1]
+    assert subprocess.run(command("audit", str(run.dir)), check=False, capture_output=True).returncode == 0
+
+
+def descendants(pid: int) -> dict[int, str]:
+    """Pid and command line of every process below this one."""
+    found: dict[int, str] = {}
+    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        found[int(child)] = Path(f"/proc/{child}/cmdline").read_text().replace("\0", " ")
+        found |= descendants(int(child))
+    return found
+
+
+def test_a_killed_worker_ends_the_run_with_its_name_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    process = start(tmp_path / "run", "run.steps=100000")
+    wait_for_step(tmp_path / "run", 1, process)
+    below = descendants(process.pid)
+    (worker,) = [pid for pid, title in below.items() if "RolloutActor" in title]
+    os.kill(worker, signal.SIGKILL)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1, output
+    assert re.search(r"the run ended: rollout-0: the process died", output.splitlines()[-1]), output
+    assert_gone(below)
+
+
+def test_interrupting_a_run_leaves_nothing_behind(tmp_path: Path) -> None:
+    process = start(tmp_path / "run", "run.steps=100000")
+    wait_for_step(tmp_path / "run", 0, process)
+    below = descendants(process.pid)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert "Traceback" not in output
+    assert_gone(below)
+
+
+def assert_gone(processes: dict[int, str], within_s: float = 15) -> None:
+    deadline = time.monotonic() + within_s
+    while alive := {pid: title for pid, title in processes.items() if Path(f"/proc/{pid}").exists()}:
+        assert time.monotonic() < deadline, f"still there: {alive}"
+        time.sleep(0.2)
