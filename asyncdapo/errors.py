@@ -11,6 +11,8 @@
 Anything else that escapes is a defect of ours and keeps its traceback.
 """
 
+from __future__ import annotations
+
 
 class UserError(Exception):
     """Something outside the code is wrong, and the message tells the user how to put it right."""
@@ -26,6 +28,10 @@ class ConfigError(UserError):
         self.key, self.problem, self.value, self.fix = key, problem, value, fix
         got = "" if value is None else f", got {value!r}"
         super().__init__(f"{key}: {problem}{got}" + (f" ({fix})" if fix else ""))
+
+    def __reduce__(self) -> tuple[type[ConfigError], tuple[str, str, object, str]]:
+        """Pickled by its parts, since Ray sends errors between processes."""
+        return ConfigError, (self.key, self.problem, self.value, self.fix)
 
 
 class RunError(Exception):

@@ -52,6 +52,7 @@ class Actor:
 
     def __init__(self, name: str, config: Config) -> None:
         self.name, self.config = name, config
+        self.group: WeightGroup | None = None
         self._open_log(Path(config.run.dir) / "logs" / f"{name}.log")
         self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=name)
 
@@ -175,8 +176,10 @@ class RolloutActor(Actor):
         await self.blocking(self._join, address, rank, world_size, backend, manifest)
 
     def _join(self, address: str, rank: int, world_size: int, backend: Backend, manifest: Manifest) -> None:
-        group = WeightGroup.join(address, rank, world_size, backend, self.config.weights.timeout_s)
-        self.receiver = WeightReceiver(group, manifest, self.engine.device)
+        if self.group:
+            self.group.close()
+        self.group = WeightGroup.join(address, rank, world_size, backend, self.config.weights.timeout_s)
+        self.receiver = WeightReceiver(self.group, manifest, self.engine.device)
 
     async def receive_weights(self, version: int) -> dict[str, float]:
         """Receive while generating, then generate with the new weights from the next token on."""
@@ -218,6 +221,8 @@ class LearnerActor(Actor):
 
     async def host_weights(self, world_size: int, backend: Backend) -> tuple[str, Manifest]:
         """Open the store of a new process group. Returns its address, and what will be sent."""
+        if self.group:
+            self.group.close()
         timeout_s = self.config.weights.timeout_s
         self.group = WeightGroup.create_master(self.host(), world_size, backend, timeout_s)
         self.manifest = Manifest.of(self.learner.weights(), getattr(torch, self.config.rollout.dtype))

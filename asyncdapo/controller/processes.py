@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from asyncdapo.config import Config
 from asyncdapo.errors import RunError, UserError
@@ -82,6 +82,8 @@ class Process:
             raise self._translated(error) from (None if isinstance(error.cause, RunError | UserError) else error)
         except RayActorError as error:
             raise RunError(f"{self.name}: the process died: {_reason(error)}") from None
+        except RayError as error:
+            raise RunError(f"{self.name}: {type(error).__name__}") from error
 
     async def placed(self, timeout_s: float) -> None:
         """Wait until the process answers. Raises RunError that names what was asked and what there is."""

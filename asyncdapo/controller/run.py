@@ -27,7 +27,7 @@ from pathlib import Path
 
 import ray
 
-from asyncdapo.config import Config
+from asyncdapo.config import Config, to_dict
 from asyncdapo.controller.actors import LearnerActor, ReplayActor, RolloutActor
 from asyncdapo.controller.evaluation import Evaluation
 from asyncdapo.controller.processes import Process, Watch, gpus_per_process, init_ray
@@ -41,7 +41,9 @@ from asyncdapo.metrics.reporter import Reporter
 def launch(config: Config) -> int:
     """Run to the end. Returns the exit code: 0, 1 with the cause in the last lines, or 130 after Ctrl-C."""
     started = time.monotonic()
-    reporter = Reporter(Path(config.run.dir), config.metrics, config.run.name, config.run.steps)
+    reporter = Reporter(
+        Path(config.run.dir), config.metrics, config.run.name, config.run.steps, settings=to_dict(config)
+    )
     try:
         reporter.status("starting Ray")
         init_ray(config)

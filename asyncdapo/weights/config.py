@@ -14,8 +14,8 @@ class WeightsConfig:
 
     backend: Literal["auto", "gloo", "nccl"] = "auto"
     """Process group: `nccl` where every end has a GPU, `gloo` elsewhere; `auto` chooses and says why."""
-    bucket_mb: int = 64
-    """Largest piece of one broadcast in MiB; memory beyond the weights themselves."""
+    bucket_mb: int = 16
+    """Largest piece of one broadcast in MiB; the learner holds two, and gathers one while the other is sent."""
     timeout_s: float = 60.0
     """Seconds after which a transfer has failed; workers then go on with the weights they have."""
     max_missed: int = 3
