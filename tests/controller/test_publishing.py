@@ -69,7 +69,7 @@ def test_a_failed_transfer_is_sent_again_through_a_new_group() -> None:
 def test_a_version_that_never_arrives_ends_the_run_after_max_missed() -> None:
     learner = FakeProcess("learner")
     worker = FakeProcess("rollout-0", lambda command, nth: command == "receive_weights")
-    with pytest.raises(RunError, match=r"version 4 missed weights.max_missed \(2\) times: rollout-0 lost"):
+    with pytest.raises(RunError, match=r"version 4 did not arrive 2 times \(weights.max_missed\): rollout-0 lost"):
         asyncio.run(connected(learner, [worker], max_missed=2).publish(4))
     assert worker.commands().count("receive_weights") == 2
 

@@ -159,6 +159,15 @@ def test_a_worker_whose_weights_miss_the_next_batch_gets_no_lease_until_it_has_l
     assert scenario.running == [3, 4]
 
 
+def test_while_one_worker_has_fresh_weights_the_wait_is_for_its_slots_and_not_for_weights() -> None:
+    scenario = tight("drop")
+    two_batches_with_one_group_left(scenario)
+    scenario.train(2)
+    scenario.join(1, version=2, credits=0)
+    scenario.tell(core.CutWanted(step=3))
+    assert scenario.state.why_waiting() == "rollout: no free slot, 0 of 1 kept"
+
+
 def test_a_group_with_a_token_older_than_its_lease_let_on_expires_on_arrival() -> None:
     scenario = tight("drop")
     two_batches_with_one_group_left(scenario)
