@@ -12,7 +12,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,8 +36,9 @@ CAUSE_GRACE_S = 2.0
 """Time for a death to become known, when what failed first may be a call to the process that died."""
 
 
-def init_ray(config: Config) -> None:
-    """Connect to `controller.ray_address`, or start a Ray of our own on this machine."""
+@contextmanager
+def ray_session(config: Config) -> Iterator[None]:
+    """Connected to `controller.ray_address`, or to a Ray of our own on this machine; every process ends with it."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
@@ -44,6 +46,10 @@ def init_ray(config: Config) -> None:
         ray.init(address=config.controller.ray_address, **quiet)
     else:
         ray.init(include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **quiet)
+    try:
+        yield
+    finally:
+        ray.shutdown()
 
 
 def gpus_per_process(config: Config) -> float:

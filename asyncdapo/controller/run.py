@@ -25,12 +25,10 @@ import traceback
 from functools import partial
 from pathlib import Path
 
-import ray
-
 from asyncdapo.config import Config, to_dict
 from asyncdapo.controller.actors import LearnerActor, ReplayActor, RolloutActor
 from asyncdapo.controller.evaluation import Evaluation
-from asyncdapo.controller.processes import Process, Watch, gpus_per_process, init_ray
+from asyncdapo.controller.processes import Process, Watch, gpus_per_process, ray_session
 from asyncdapo.controller.publishing import Publishing
 from asyncdapo.errors import RunError
 from asyncdapo.metrics.accounting import StateClock
@@ -46,8 +44,8 @@ def launch(config: Config) -> int:
     )
     try:
         reporter.status("starting Ray")
-        init_ray(config)
-        asyncio.run(Controller(config, reporter, started).run())
+        with ray_session(config):
+            asyncio.run(Controller(config, reporter, started).run())
         return 0
     except RunError as error:
         if error.__cause__:
@@ -60,7 +58,6 @@ def launch(config: Config) -> int:
         return 130
     finally:
         reporter.close()
-        ray.shutdown()
 
 
 class Controller:

@@ -158,7 +158,7 @@ def test_an_idle_engine_uses_no_processor_time(path):
         await asyncio.sleep(0.5)
         return time.process_time() - before
 
-    assert running(path, use) < 0.1
+    assert running(path, use) < 0.03
 
 
 def test_cancelling_a_request_frees_its_slots_for_others(path):
