@@ -93,7 +93,7 @@ class ReplayServer:
         reward/…, filter/…, rollout/…, replay/…, as docs/metrics.md lists them."""
         return {
             **self._exchange.trained(step, summary),
-            "rollout/tokens": self._sessions.num_sampled_tokens,
+            **{f"rollout/{gauge}": self._sessions.total(gauge) for gauge in ("tokens", "busy_s", "idle_s")},
             **{f"replay/{name}": number for name, number in self._state.gauges().items()},
             **{f"replay/{what}": number for what, number in self._workers.dropped.items()},
         }
@@ -125,7 +125,7 @@ class ReplayServer:
             "suspected_workers": self._sessions.suspected,
             "evaluations_waiting": evaluations.num_waiting,
             "evaluations_running": evaluations.num_under_way,
-            "sampled_tokens": self._sessions.num_sampled_tokens,
+            "sampled_tokens": self._sessions.total("tokens"),
             "dropped": dict(self._workers.dropped),
             **self._state.gauges(),
         }

@@ -11,6 +11,7 @@ Does not own: what follows from a loss (the core), evaluation requests (`evaluat
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 from asyncdapo.messages import Heartbeat, Hello, Prompt
@@ -60,7 +61,7 @@ class Sessions:
         self.stall_ticks = stall_ticks
         self._by_peer: dict[bytes, Session] = {}
         self._by_worker: dict[int, Session] = {}
-        self._past_tokens = 0.0
+        self._past_gauges: Counter[str] = Counter()
         self.leases: dict[int, HeldLease] = {}
         self.tick = 0
 
@@ -80,10 +81,9 @@ class Sessions:
         """Workers that have been silent for a while."""
         return [session.worker for session in self.live if self.tick - session.heard_tick > SUSPECT_TICKS]
 
-    @property
-    def num_sampled_tokens(self) -> float:
-        """Sampled by all sessions so far, as their heartbeats say."""
-        return self._past_tokens + sum(session.gauges.get("tokens", 0.0) for session in self._by_worker.values())
+    def total(self, gauge: str) -> float:
+        """Sum of a cumulative gauge over all sessions so far, as their heartbeats say."""
+        return self._past_gauges[gauge] + sum(session.gauges.get(gauge, 0.0) for session in self._by_worker.values())
 
     def recognise(self, peer: bytes, hello: Hello) -> Session | None:
         """The session that says hello again (perhaps as another peer); None when it is a new one."""
@@ -100,7 +100,7 @@ class Sessions:
         former = self._by_worker.pop(hello.worker, None)
         if former is not None:
             self._unbind(former)
-            self._past_tokens += former.gauges.get("tokens", 0.0)
+            self._past_gauges.update(former.gauges)
         session = Session(
             worker=hello.worker,
             name=hello.session,

@@ -130,7 +130,7 @@ def test_every_sampled_token_is_accounted_for(tmp_path):
     }
     assert last["rollout/withdrawn_leases"] == 1
     assert last["replay/dropped_ratio"] == 1 / 8
-    assert run.sessions.num_sampled_tokens == 100
+    assert run.sessions.total("tokens") == 100
 
 
 def test_tokens_of_a_former_session_stay_counted(tmp_path):
@@ -140,4 +140,4 @@ def test_tokens_of_a_former_session_stay_counted(tmp_path):
     run.sessions.note_heartbeat(run.sessions.of_worker(0), beat)
     run.exchange.apply(core.WorkerLost(worker=0))
     run.join(0, session="new")
-    assert run.sessions.num_sampled_tokens == 30
+    assert run.sessions.total("tokens") == 30

@@ -85,23 +85,23 @@ class Batch:
 
     def seat(self, job: Job, count: int) -> tuple[int, int]:
         """Put the job's next samples into the slots behind those in use; the first and the last + 1 of them."""
-        sampling, start = job.request.sampling, self.num_used
-        for slot in range(start, start + count):
-            row, index = self.rows[slot], job.num_started
-            row["active"] = 1
-            row["position"] = len(job.request.prompt_ids) - 1
-            row["num_sampled"] = 0
-            row["max_tokens"] = sampling.max_tokens
-            row["greedy"] = sampling.temperature == 0
-            row["temperature"] = sampling.temperature or 1.0
-            row["top_p"], row["top_k"] = sampling.top_p, sampling.top_k
-            row["uniforms"][: sampling.max_tokens] = uniforms(job.request.seeds[index], sampling.max_tokens)
-            self.running[slot] = Running(job, index)
-            job.num_started += 1
-            job.num_running += 1
+        request, sampling = job.request, job.request.sampling
+        start, end = self.num_used, self.num_used + count
+        rows, indices = self.rows[start:end], range(job.num_started, job.num_started + count)
+        rows["active"] = 1
+        rows["position"] = len(request.prompt_ids) - 1
+        rows["num_sampled"] = 0
+        rows["max_tokens"] = sampling.max_tokens
+        rows["greedy"] = sampling.temperature == 0
+        rows["temperature"] = sampling.temperature or 1.0
+        rows["top_p"], rows["top_k"] = sampling.top_p, sampling.top_k
+        rows["uniforms"][:, : sampling.max_tokens] = uniforms([request.seeds[i] for i in indices], sampling.max_tokens)
+        self.running[start:end] = [Running(job, index) for index in indices]
+        job.num_started += count
+        job.num_running += count
         self.num_used += count
         self.num_active += count
-        return start, self.num_used
+        return start, end
 
     def next_uniforms(self, start: int, end: int) -> np.ndarray:
         """The uniform number behind the next token of each of these slots."""
