@@ -18,6 +18,7 @@ import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -63,10 +64,6 @@ class Actor:
         logging.basicConfig(stream=stream, level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
         faulthandler.enable(stream)
 
-    async def ping(self) -> str:
-        """The process exists and answers."""
-        return self.name
-
     async def blocking(self, work: Callable[..., T], *args: Any) -> T:
         """Run blocking work in this process's one thread for it: never two at a time."""
         return await asyncio.get_running_loop().run_in_executor(self.thread, work, *args)
@@ -76,11 +73,22 @@ class Actor:
         return ray.util.get_node_ip_address() if self.config.controller.ray_address else "127.0.0.1"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Opened:
+    """What the others need to know of an open replay server."""
+
+    rollout_address: str
+    learner_address: str
+    data_ends: bool
+    """Whether the prompts can be used up before the last step."""
+    eval_prompts: list[Prompt]
+
+
 class ReplayActor(Actor):
     """Prompts in, batches out: the process that decides what is sampled and what is trained on."""
 
-    async def start(self) -> dict[str, Any]:
-        """Open stream, journal and sockets. Returns the addresses of the sockets, and whether the data has an end."""
+    async def start(self) -> Opened:
+        """Open stream, journal and sockets."""
         config = self.config
         task = open_task(config.prompts, num_eval=config.eval.num_held_out, seed=config.run.seed)
         encode = load_tokenizer(config.model.path).prompt_encoder(config.prompts.chat_template)
@@ -101,19 +109,16 @@ class ReplayActor(Actor):
             total_slots=config.rollout.num_workers * config.rollout.slots,
             host=self.host(),
         )
-        return {
-            "rollout": self.server.rollout_address,
-            "learner": self.server.learner_address,
-            "data_ends": self.stream.num_prompts is not None,
-        }
+        return Opened(
+            rollout_address=self.server.rollout_address,
+            learner_address=self.server.learner_address,
+            data_ends=self.stream.num_prompts is not None,
+            eval_prompts=self.stream.eval_prompts(config.eval.num_held_out),
+        )
 
     async def serve(self) -> None:
         """Serve both sockets; raises what ends the run."""
         await self.server.run()
-
-    async def eval_prompts(self) -> list[Prompt]:
-        """The held-out prompts of the run."""
-        return self.stream.eval_prompts(self.config.eval.num_held_out)
 
     async def begin(self) -> None:
         """Grant leases from now on."""

@@ -1,4 +1,4 @@
-"""Starts the processes of a run on Ray, calls them, watches all of them.
+"""Finds room for the processes of a run on Ray, starts them, calls them, watches all of them.
 
 Every Ray call goes through `Process.call`, the one place where Ray's errors become ours: an error of ours keeps its
 kind and gains the name of its process, a death says so, a defect carries the traceback of its process as its cause.
@@ -12,13 +12,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Coroutine, Iterator
+from collections import Counter
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.util.placement_group import PlacementGroup, placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from asyncdapo.config import Config
 from asyncdapo.errors import RunError, UserError
@@ -52,12 +55,27 @@ def ray_session(config: Config) -> Iterator[None]:
         ray.shutdown()
 
 
-def gpus_per_process(config: Config) -> float:
+def gpus_per_process(config: Config, num_gpus: float) -> float:
     """GPUs for the learner and for each rollout worker: one each where there are enough, else equal shares."""
     devices = [config.learner.device] + [config.rollout.device] * config.rollout.num_workers
     num_wanting = sum(device != "cpu" for device in devices)
-    num_gpus = ray.cluster_resources().get("GPU", 0.0)
     return min(1.0, num_gpus / num_wanting) if num_wanting else 0.0
+
+
+async def reserve(num_gpus: Sequence[float], timeout_s: float) -> PlacementGroup:
+    """Room for one process per entry of `num_gpus`. Raises RunError that names what was asked and what there is."""
+    bundles = [{"CPU": CPUS_PER_PROCESS} | ({"GPU": gpus} if gpus else {}) for gpus in num_gpus]
+    room = placement_group(bundles, strategy="PACK")
+    if not await asyncio.to_thread(room.wait, timeout_s):
+        asked = Counter()
+        for bundle in bundles:
+            asked.update(bundle)
+        raise RunError(
+            f"no room on Ray within controller.place_timeout_s ({timeout_s:g} s): {len(bundles)} processes ask for "
+            f"{_amounts(asked)}, there are {_amounts(ray.cluster_resources())}, "
+            f"of which {_amounts(ray.available_resources())} are free"
+        )
+    return room
 
 
 @dataclass(frozen=True)
@@ -66,19 +84,21 @@ class Process:
 
     name: str
     actor: Any
-    num_gpus: float
 
     @classmethod
-    def start(cls, actor: type, name: str, *args: Any, threads: int, num_gpus: float = 0.0) -> Process:
-        """Ask Ray for it; Ray places it in the background (`placed` waits)."""
-        environment = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+    def start(cls, actor: type, name: str, *args: Any, room: PlacementGroup, place: int, threads: int) -> Process:
+        """Start it in place number `place` of the reserved room. Its constructor runs in the background."""
+        bundle = room.bundle_specs[place]
         options = {
-            "num_cpus": CPUS_PER_PROCESS,
-            "num_gpus": num_gpus,
+            "num_cpus": bundle["CPU"],
+            "num_gpus": bundle.get("GPU", 0),
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(room, placement_group_bundle_index=place),
             "max_concurrency": MAX_CONCURRENCY,
-            "runtime_env": {"env_vars": environment},
+            "runtime_env": {
+                "env_vars": {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"},
+            },
         }
-        return cls(name, ray.remote(actor).options(**options).remote(name, *args), num_gpus)
+        return cls(name, ray.remote(actor).options(**options).remote(name, *args))
 
     async def call(self, command: str, *args: Any) -> Any:
         """What the process answers. Raises UserError or RunError that names the process."""
@@ -90,18 +110,6 @@ class Process:
             raise RunError(f"{self.name}: the process died: {_reason(error)}") from None
         except RayError as error:
             raise RunError(f"{self.name}: {type(error).__name__}") from error
-
-    async def placed(self, timeout_s: float) -> None:
-        """Wait until the process answers. Raises RunError that names what was asked and what there is."""
-        try:
-            async with asyncio.timeout(timeout_s):
-                await self.call("ping")
-        except TimeoutError:
-            raise RunError(
-                f"{self.name} was not placed within controller.place_timeout_s ({timeout_s:g} s): it asks for "
-                f"{CPUS_PER_PROCESS} CPU and {self.num_gpus:g} GPU, there are {_amounts(ray.cluster_resources())}, "
-                f"of which {_amounts(ray.available_resources())} are free"
-            ) from None
 
     def _translated(self, error: RayTaskError) -> UserError | RunError:
         cause = error.cause
@@ -150,5 +158,5 @@ def _reason(error: RayActorError) -> str:
     return next((line for line in reversed(lines) if "exit" in line.lower() or "killed" in line.lower()), lines[0])
 
 
-def _amounts(resources: dict[str, float]) -> str:
+def _amounts(resources: Mapping[str, float]) -> str:
     return f"{resources.get('CPU', 0):g} CPU and {resources.get('GPU', 0):g} GPU"

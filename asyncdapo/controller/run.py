@@ -22,13 +22,17 @@ import asyncio
 import sys
 import time
 import traceback
+from collections.abc import Coroutine
 from functools import partial
 from pathlib import Path
+from typing import Any
+
+import ray
 
 from asyncdapo.config import Config, to_dict
 from asyncdapo.controller.actors import LearnerActor, ReplayActor, RolloutActor
 from asyncdapo.controller.evaluation import Evaluation
-from asyncdapo.controller.processes import Process, Watch, gpus_per_process, ray_session
+from asyncdapo.controller.processes import Process, Watch, gpus_per_process, ray_session, reserve
 from asyncdapo.controller.publishing import Publishing
 from asyncdapo.errors import RunError
 from asyncdapo.metrics.accounting import StateClock
@@ -82,53 +86,52 @@ class Controller:
     async def wire(self) -> None:
         """The complete wiring: who exists, who talks to whom over what, and who is watched."""
         config = self.config
-        rollout, controller = config.rollout, config.controller
-        num_gpus = gpus_per_process(config)
 
         # processes
-        start = Process.start
-        self.replay = start(ReplayActor, "replay", config, threads=1)
-        self.learner = start(LearnerActor, "learner", config, threads=config.learner.threads, num_gpus=num_gpus)
+        num_workers = config.rollout.num_workers
+        gpus = gpus_per_process(config, ray.cluster_resources().get("GPU", 0.0))
+        room = await reserve([0.0] + [gpus] * (1 + num_workers), config.controller.place_timeout_s)
+        start = partial(Process.start, room=room)
+        self.replay = start(ReplayActor, "replay", config, place=0, threads=1)
+        self.learner = start(LearnerActor, "learner", config, place=1, threads=config.learner.threads)
         self.workers = [
-            start(RolloutActor, f"rollout-{i}", config, i, threads=rollout.threads, num_gpus=num_gpus)
-            for i in range(rollout.num_workers)
+            start(RolloutActor, f"rollout-{i}", config, i, place=2 + i, threads=config.rollout.threads)
+            for i in range(num_workers)
         ]
-        processes = [self.replay, self.learner, *self.workers]
-        await asyncio.gather(*(process.placed(controller.place_timeout_s) for process in processes))
 
         # rollouts: ZeroMQ, workers -> replay -> learner
-        opened = await self.replay.call("start")
-        self.data_ends = opened["data_ends"]
-        await self._start_models(opened["learner"], opened["rollout"])
+        self.opened = await self._within_start_timeout(self.replay.call("start"))
+        await self._within_start_timeout(
+            self.learner.call("start", self.opened.learner_address),
+            *(worker.call("start", self.opened.rollout_address) for worker in self.workers),
+        )
 
         # weights: a process group of their own
         self.publishing = Publishing(config.weights, self.learner, self.workers)
         await self.publishing.connect()
 
         # everything that must outlive the training
-        for process in processes:
+        for process in (self.replay, self.learner, *self.workers):
             self.watch.add(process.name, process.call("serve"))
 
         self.evaluation = Evaluation(
             config.eval,
-            await self.replay.call("eval_prompts"),
-            chunk=rollout.group_size,
-            max_tokens=rollout.max_response_length,
+            self.opened.eval_prompts,
+            chunk=config.rollout.group_size,
+            max_tokens=config.rollout.max_response_length,
             seed=config.run.seed,
             ask=partial(self.replay.call, "evaluate"),
         )
 
-    async def _start_models(self, learner_address: str, rollout_address: str) -> None:
-        """Load the model in the learner and in every worker."""
+    async def _within_start_timeout(self, *calls: Coroutine[Any, Any, Any]) -> Any:
+        """Answers of processes that load a model or open data; of one call its own."""
         timeout_s = self.config.controller.start_timeout_s
         try:
             async with asyncio.timeout(timeout_s):
-                await asyncio.gather(
-                    self.learner.call("start", learner_address),
-                    *(worker.call("start", rollout_address) for worker in self.workers),
-                )
+                answers = await asyncio.gather(*calls)
         except TimeoutError:
-            raise RunError(f"the model is not loaded after controller.start_timeout_s ({timeout_s:g} s)") from None
+            raise RunError(f"not every process is ready after controller.start_timeout_s ({timeout_s:g} s)") from None
+        return answers[0]
 
     # --------------------------------------------------------------------------------------------------------- loop
 
@@ -147,11 +150,11 @@ class Controller:
                 break
             self._write_line()
             self.line = await self._train_step(step)
-            if step < steps and not self.data_ends:
+            if step < steps and not self.opened.data_ends:
                 self._write_line()
         if not self.line:
             raise RunError("the data was used up before the first batch was full: more rows, or more prompts.epochs")
-        self.line |= await self._finish()
+        self.line |= await self._finish(self.line["step"])
         self._write_line()
 
     async def _train_step(self, step: int) -> dict[str, float]:
@@ -163,7 +166,7 @@ class Controller:
         weights = await self.publishing.publish(step)
         await self.replay.call("published", step)
         self.clock.enter("checkpoint")
-        if step % self.config.learner.checkpoint_every == 0 or step == self.config.run.steps:
+        if step % self.config.learner.checkpoint_every == 0:
             await self._checkpoint(step)
         self.clock.enter("report")
         evaluated = self._evaluate_in_the_middle(step)
@@ -183,8 +186,10 @@ class Controller:
         await self.learner.call("save", step)
         await self.replay.call("covered", step)
 
-    async def _finish(self) -> dict[str, float]:
-        """Close the stream, then evaluate the final model alone on all slots."""
+    async def _finish(self, step: int) -> dict[str, float]:
+        """Keep the final model, close the stream, then evaluate alone on all slots."""
+        if step % self.config.learner.checkpoint_every:
+            await self._checkpoint(step)
         await self.replay.call("finish")
         if self.evaluating:
             await self.evaluating

@@ -1,0 +1,96 @@
+"""Room, calls and deaths of processes, on a real Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from asyncdapo.config import Config
+from asyncdapo.controller.processes import Process, gpus_per_process, ray_session, reserve
+from asyncdapo.errors import ConfigError, RunError, StalenessError, UserError
+from asyncdapo.learner.config import LearnerConfig, ModelConfig
+from asyncdapo.rollout.config import RolloutConfig
+
+CONFIG = Config(model=ModelConfig(path="none"))
+
+
+class Faulty:
+    """An actor that fails in every way."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    async def answer(self, value: int) -> tuple[str, int, str | None]:
+        return self.name, value, os.environ.get("OMP_NUM_THREADS")
+
+    async def refuse(self) -> None:
+        raise ConfigError("model.path", "has no weights", "there", "another")
+
+    async def break_a_promise(self) -> None:
+        raise StalenessError("too old")
+
+    async def have_a_defect(self) -> None:
+        {}["missing"]  # noqa: B018
+
+    async def die(self) -> None:
+        os._exit(3)
+
+
+@pytest.fixture(scope="module")
+def process() -> Iterator[Process]:
+    with ray_session(CONFIG):
+        room = asyncio.run(reserve([0.0], 30))
+        yield Process.start(Faulty, "learner", room=room, place=0, threads=2)
+
+
+def call(process: Process, *command) -> object:
+    return asyncio.run(process.call(*command))
+
+
+def test_a_call_is_answered_by_a_process_with_its_own_thread_count(process: Process) -> None:
+    assert call(process, "answer", 7) == ("learner", 7, "2")
+
+
+def test_a_users_error_stays_one_and_names_the_process(process: Process) -> None:
+    with pytest.raises(UserError, match=r"^learner: model.path: has no weights, got 'there' \(another\)$"):
+        call(process, "refuse")
+
+
+def test_an_error_of_the_run_keeps_its_kind(process: Process) -> None:
+    with pytest.raises(StalenessError, match="^learner: too old$"):
+        call(process, "break_a_promise")
+
+
+def test_a_defect_carries_the_traceback_of_its_process(process: Process) -> None:
+    with pytest.raises(RunError, match="^learner: KeyError: 'missing'$") as caught:
+        call(process, "have_a_defect")
+    assert "in have_a_defect" in str(caught.value.__cause__)
+
+
+def test_what_finds_no_room_says_what_was_asked_and_what_there_is(process: Process) -> None:
+    with pytest.raises(RunError, match=r"2 processes ask for 0.2 CPU and 1000 GPU, there are \d+ CPU and \d+ GPU"):
+        asyncio.run(reserve([0.0, 1000.0], 0.5))
+
+
+@pytest.mark.parametrize(
+    ("device", "num_workers", "num_gpus", "each"),
+    [("auto", 1, 0, 0.0), ("auto", 1, 2, 1.0), ("auto", 1, 8, 1.0), ("auto", 3, 1, 0.25), ("cpu", 3, 8, 0.0)],
+)
+def test_gpus_are_whole_where_there_are_enough_and_shared_where_not(
+    device: str, num_workers: int, num_gpus: int, each: float
+) -> None:
+    config = dataclasses.replace(
+        CONFIG,
+        learner=LearnerConfig(device=device),
+        rollout=RolloutConfig(device=device, num_workers=num_workers),
+    )
+    assert gpus_per_process(config, num_gpus) == each
+
+
+def test_a_death_is_named(process: Process) -> None:
+    with pytest.raises(RunError, match="^learner: the process died: "):
+        call(process, "die")
