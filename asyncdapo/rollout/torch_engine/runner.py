@@ -76,8 +76,9 @@ class Runner:
         self._max_prompt_length = max_prompt_length
         self.device = device
         self._weights = weights
-        self._cache = KVCache(checkpoint.shape, config.slots, num_positions, weights.norm.dtype, device)
-        self._model = Model(checkpoint, self._cache.num_times, device)
+        dtype = weights.norm.dtype
+        self._cache = KVCache(checkpoint.shape, config.slots, num_positions, dtype, device)
+        self._model = Model(checkpoint, config.slots, self._cache.num_times, dtype, device)
         block_size = BLOCK_SIZE if device.type == "cpu" else config.slots
         fixed_times = self._cache.num_times if config.deterministic else None
         self._batch = Batch(config.slots, config.max_response_length, block_size, fixed_times)

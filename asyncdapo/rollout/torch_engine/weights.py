@@ -23,18 +23,18 @@ from asyncdapo.rollout.torch_engine.checkpoint import ModelShape
 
 @dataclass(frozen=True, kw_only=True)
 class LayerWeights:
-    """One decoder layer."""
+    """One decoder layer. Projections stand as they are multiplied with, [inputs, outputs] (transposed in memory)."""
 
     attention_norm: torch.Tensor  # [H]
-    qkv: torch.Tensor  # [R, H]
+    qkv: torch.Tensor  # [H, R]
     qkv_bias: torch.Tensor | None  # [R]
     qk_norm: torch.Tensor | None  # [query and key heads, D]
-    out: torch.Tensor  # [query heads * D, H], transposed
+    out: torch.Tensor  # [query heads * D, H]
     out_bias: torch.Tensor | None  # [H]
     mlp_norm: torch.Tensor  # [H]
-    gate_up: torch.Tensor  # [2 I, H]
+    gate_up: torch.Tensor  # [H, 2 I]
     gate_up_bias: torch.Tensor | None  # [2 I]
-    down: torch.Tensor  # [I, H], transposed
+    down: torch.Tensor  # [I, H]
     down_bias: torch.Tensor | None  # [H]
 
 
@@ -54,13 +54,13 @@ class Weights:
         num_rows = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
         return LayerWeights(
             attention_norm=new(shape.hidden_size),
-            qkv=new(num_rows, shape.hidden_size),
+            qkv=new(num_rows, shape.hidden_size).t(),
             qkv_bias=new(num_rows) if shape.qkv_bias else None,
             qk_norm=new(shape.num_heads + shape.num_kv_heads, shape.head_dim) if shape.qk_norm else None,
             out=new(shape.hidden_size, shape.num_heads * shape.head_dim).t(),
             out_bias=new(shape.hidden_size) if shape.out_bias else None,
             mlp_norm=new(shape.hidden_size),
-            gate_up=new(2 * shape.intermediate_size, shape.hidden_size),
+            gate_up=new(2 * shape.intermediate_size, shape.hidden_size).t(),
             gate_up_bias=new(2 * shape.intermediate_size) if shape.mlp_bias else None,
             down=new(shape.hidden_size, shape.intermediate_size).t(),
             down_bias=new(shape.hidden_size) if shape.mlp_bias else None,
@@ -86,7 +86,7 @@ class Weights:
         unread.copy(prefix + "input_layernorm.weight", layer.attention_norm)
         unread.copy(prefix + "post_attention_layernorm.weight", layer.mlp_norm)
         for kind, qkv, out, gate_up, down in (
-            ("weight", layer.qkv, layer.out.t(), layer.gate_up, layer.down.t()),
+            ("weight", layer.qkv.t(), layer.out.t(), layer.gate_up.t(), layer.down.t()),
             ("bias", layer.qkv_bias, layer.out_bias, layer.gate_up_bias, layer.down_bias),
         ):
             if qkv is not None:

@@ -9,7 +9,11 @@ from transformers.models.auto.configuration_auto import AutoConfig
 from asyncdapo.messages import Sampling
 from asyncdapo.rollout.config import RolloutConfig
 from asyncdapo.rollout.engine import Request, Sample
+from asyncdapo.rollout.torch_engine.checkpoint import read_checkpoint
 from asyncdapo.rollout.torch_engine.engine import TorchEngine
+from asyncdapo.rollout.torch_engine.runner import Runner
+from asyncdapo.rollout.torch_engine.scheduler import Job
+from asyncdapo.rollout.torch_engine.weights import Weights
 
 VOCAB_SIZE = 61
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
@@ -108,3 +112,26 @@ def logprobs_of(
 def largest_difference(model: PreTrainedModel, asked: Request, sample: Sample, response_shift: int = 0) -> float:
     reference, _ = logprobs_of(model, asked, sample, response_shift)
     return (reference - torch.from_numpy(sample.logprobs)).abs().max().item()
+
+
+def generate_through_updates(models, directory, requests, **config) -> list[list[Sample]]:
+    """Samples of the requests, token by token in this thread. The first model's weights are version 0; the others'
+    come between two tokens, after equal shares of all tokens."""
+    length = max(asked.sampling.max_tokens for asked in requests)
+    settings = RolloutConfig(max_response_length=length, device="cpu", **config)
+    checkpoint = read_checkpoint(saved(models[0], directory))
+    weights = [Weights(checkpoint.shape, torch.float32, torch.device("cpu")) for _ in models]
+    for each, model in zip(weights, models, strict=True):
+        each.fill(model.state_dict())
+    runner = Runner(checkpoint, settings, 32, frozenset(), weights[0], torch.device("cpu"))
+    jobs = [Job(asked) for asked in requests]
+    total = sum(asked.sampling.max_tokens * len(asked.seeds) for asked in requests)
+    with torch.inference_mode():
+        for job in jobs:
+            runner.add(job)
+        while runner.has_work:
+            runner.step()
+            version = runner.version + 1
+            if version < len(models) and runner.counters.tokens >= total * version / len(models):
+                assert runner.swap(version, weights[version]) is weights[version - 1]
+    return [job.samples for job in jobs]

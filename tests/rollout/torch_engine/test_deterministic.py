@@ -5,7 +5,7 @@ import asyncio
 import numpy as np
 import pytest
 
-from .models import engine_for, largest_difference, logprobs_of, random_model, request, saved
+from .models import engine_for, generate_through_updates, largest_difference, logprobs_of, random_model, request, saved
 
 
 @pytest.fixture(scope="module")
@@ -68,22 +68,12 @@ def test_deterministic_samples_match_the_model_like_all_others(path):
         assert largest_difference(model, asked, sample) < 1e-4
 
 
-def test_a_cache_that_is_recomputed_in_deterministic_mode_matches_the_new_weights(path):
-    new, asked = random_model(seed=1), request(9, range(6), max_tokens=400)
-
-    async def main():
-        engine = engine_for(path, slots=8, deterministic=True, on_update="recompute", max_response_length=400)
-        await engine.start()
-        task = asyncio.create_task(engine.generate(asked))
-        while asked.num_sampled < 60:
-            await asyncio.sleep(0.0005)
-        await engine.load_weights(1, new.state_dict())
-        samples = await task
-        await engine.stop()
-        return samples
-
-    for sample in asyncio.run(asyncio.wait_for(main(), 60)):
-        (_, num_old), _ = sample.versions
-        difference = abs(logprobs_of(new, asked, sample)[0].numpy() - sample.logprobs)
+def test_a_cache_that_is_recomputed_in_deterministic_mode_matches_the_new_weights(tmp_path):
+    models, asked = [random_model(seed=seed) for seed in range(2)], request(9, range(6), max_tokens=80)
+    [samples] = generate_through_updates(models, tmp_path, [asked], slots=8, deterministic=True, on_update="recompute")
+    for sample in samples:
+        (_, num_old), (version, _) = sample.versions
+        assert version == 1
+        difference = abs(logprobs_of(models[1], asked, sample)[0].numpy() - sample.logprobs)
         assert difference[num_old:].max() < 1e-4
         assert difference[:num_old].max() > 1e-2

@@ -114,20 +114,20 @@ def test_urgent_requests_start_before_those_that_wait(path):
     order = []
 
     async def use(engine):
-        requests = [request(4, [0], max_tokens=40, prompt_seed=1)]
+        requests = [request(4, [0], max_tokens=1000, prompt_seed=1)]
         requests += [request(4, [at], max_tokens=2) for at in range(3)]
         for name, asked in enumerate(requests):
             asked.on_started = lambda version, name=name: order.append(name)
         requests[-1].urgent = True
         await together(engine, *requests)
 
-    running(path, use, slots=1)
+    running(path, use, slots=1, max_response_length=1000)
     assert order in ([0, 3, 1, 2], [3, 0, 1, 2])
 
 
 def test_progress_and_counters_add_up(path):
     async def use(engine):
-        requests = [request(length, range(3), length) for length in (4, 7, 12)]
+        requests = [request(length, range(3), length, max_tokens=200) for length in (4, 7, 12)]
         started, room = [], []
         for asked in requests:
             asked.on_started = started.append
@@ -140,10 +140,10 @@ def test_progress_and_counters_add_up(path):
         assert started == [0, 0, 0]
         assert len(room) == 9
         assert max(room) < 9
-        assert [asked.num_sampled for asked in requests] == [3 * 24] * 3
+        assert [asked.num_sampled for asked in requests] == [3 * 200] * 3
         return results, engine.gauges()
 
-    results, gauges = running(path, use, slots=4)
+    results, gauges = running(path, use, slots=4, max_response_length=200)
     assert gauges["tokens"] == sum(len(sample.token_ids) for samples in results for sample in samples)
     assert gauges["prefill_tokens"] == 4 + 7 + 12
     assert gauges["slot_steps"] == gauges["tokens"] - 9  # first tokens come from the prefill
@@ -185,7 +185,7 @@ def test_cancelling_a_request_frees_its_slots_for_others(path):
 
 def test_a_waiting_request_can_be_cancelled_before_it_starts(path):
     async def use(engine):
-        first = asyncio.create_task(engine.generate(request(4, range(2), max_tokens=40)))
+        first = asyncio.create_task(engine.generate(request(4, range(2), max_tokens=1000)))
         waiting = request(5, range(4))
         task = asyncio.create_task(engine.generate(waiting))
         await asyncio.sleep(0)
@@ -194,7 +194,7 @@ def test_a_waiting_request_can_be_cancelled_before_it_starts(path):
         await engine.generate(request(6, [0]))
         return waiting.num_sampled
 
-    assert running(path, use, slots=2) == 0
+    assert running(path, use, slots=2, max_response_length=1000) == 0
 
 
 @pytest.mark.parametrize(
@@ -229,7 +229,7 @@ def test_a_stopped_engine_ends_every_request_with_an_engine_error(path):
         with pytest.raises(EngineError, match="not been started"):
             await engine.generate(request(4, [0]))
         await engine.start()
-        tasks = [asyncio.create_task(engine.generate(request(4, range(50), at))) for at in range(3)]
+        tasks = [asyncio.create_task(engine.generate(request(4, range(2000), at))) for at in range(3)]
         await asyncio.sleep(0.01)
         await engine.stop()
         for result in await asyncio.gather(*tasks, return_exceptions=True):
@@ -248,7 +248,7 @@ def test_a_failure_in_the_engines_thread_reaches_every_request_with_its_cause(pa
     broken["model.norm.weight"] = broken["model.norm.weight"] * float("nan")
 
     async def use(engine):
-        tasks = [asyncio.create_task(engine.generate(request(4, range(50), at))) for at in range(2)]
+        tasks = [asyncio.create_task(engine.generate(request(4, range(2000), at))) for at in range(2)]
         await asyncio.sleep(0.01)
         await engine.load_weights(1, broken)
         for result in await asyncio.gather(*tasks, return_exceptions=True):
