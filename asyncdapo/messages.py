@@ -146,11 +146,8 @@ class Payload:
 
     @staticmethod
     def join(payloads: Sequence[Payload]) -> Payload:
-        return Payload(
-            np.concatenate([payload.prompt_ids for payload in payloads]),
-            np.concatenate([payload.token_ids for payload in payloads]),
-            np.concatenate([payload.logprobs for payload in payloads]),
-        )
+        columns = zip(*((part.prompt_ids, part.token_ids, part.logprobs) for part in payloads), strict=True)
+        return Payload(*map(np.concatenate, columns))
 
     def split(self, groups: Iterable[Group]) -> list[Payload]:
         """One payload per group, views on the joined buffers."""
