@@ -12,6 +12,7 @@ import ast
 import dataclasses
 import difflib
 import inspect
+import math
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -82,7 +83,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         return config_from_dict(_resolved(merged))
     except FileNotFoundError:
         raise UserError(f"{path}: no such config file (a path, or a name: {', '.join(config_names())})") from None
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError, TypeError) as error:
         raise UserError(f"{path}: {str(error).splitlines()[0]}") from error
 
 
@@ -129,6 +130,10 @@ def _known(key: str, names: Any, prefix: str) -> None:
 
 
 def _convert(name: str, section: dict[str, Any]) -> Any:
+    for key, value in section.items():
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, float) and not math.isfinite(number):
+                raise ConfigError(f"{name}.{key}", "must be a finite number", number)
     try:
         return msgspec.convert(section, SECTIONS[name])
     except msgspec.ValidationError as error:

@@ -46,6 +46,12 @@ def test_overrides_change_keys_and_interpolations_follow() -> None:
         ("learner.updates_per_step=3", "learner.updates_per_step: must divide replay.prompts_per_step (16)"),
         ("learner.betas=[0.9]", "learner.betas: expected `array` of length 2"),
         ("learner.lr=high", "learner.lr: expected `float`, got 'high'"),
+        ("learner.lr=.nan", "learner.lr: must be a finite number, got nan"),
+        ("learner.betas=[0.9,.inf]", "learner.betas: must be a finite number, got inf"),
+        ("learner.betas=[0.9,1.5]", "learner.betas: must both be at least 0 and below 1"),
+        ("replay.run_ahead=.nan", "replay.run_ahead: must be a finite number"),
+        ("replay.lease_stall_s=0.1", "replay.lease_stall_s: must be at least two heartbeats"),
+        ("prompts.eval_path=held.jsonl", "prompts.eval_path: belongs to the task 'file'"),
         ("run=3", "run: is a section"),
         ("run.steps=0", "run.steps: must be at least 1, got 0"),
         ("model.path=null", "model.path: expected `str`, got None"),
@@ -67,9 +73,10 @@ def test_a_config_without_a_model_is_refused() -> None:
 
 def test_broken_yaml_and_missing_files_are_named(tmp_path: Path) -> None:
     broken = tmp_path / "broken.yaml"
-    broken.write_text("run: [1,\n")
-    with pytest.raises(UserError, match=r"broken.yaml"):
-        load_config(broken)
+    for text in ("run: [1,\n", "- 1\n- 2\n", "model: [1]\n"):
+        broken.write_text(text)
+        with pytest.raises(UserError):
+            load_config(broken)
     with pytest.raises(UserError, match="no such config"):
         load_config(tmp_path / "absent.yaml")
     with pytest.raises(UserError, match="did you mean quickstart"):

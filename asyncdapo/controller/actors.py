@@ -28,7 +28,7 @@ import torch
 from asyncdapo.config import Config
 from asyncdapo.learner.feed import BatchFeed
 from asyncdapo.learner.learner import Learner
-from asyncdapo.messages import EvalAnswer, EvalRequest, Prompt
+from asyncdapo.messages import EvalAnswer, EvalRequest, NoBatch, Prompt
 from asyncdapo.prompts.registry import open_task
 from asyncdapo.prompts.stream import PromptStream
 from asyncdapo.replay.journal import Journal
@@ -81,6 +81,8 @@ class Opened:
     learner_address: str
     data_ends: bool
     """Whether the prompts can be used up before the last step."""
+    num_left_out: int
+    """Rows whose prompt is too long."""
     eval_prompts: list[Prompt]
 
 
@@ -113,6 +115,7 @@ class ReplayActor(Actor):
             rollout_address=self.server.rollout_address,
             learner_address=self.server.learner_address,
             data_ends=self.stream.num_prompts is not None,
+            num_left_out=self.stream.num_left_out,
             eval_prompts=self.stream.eval_prompts(config.eval.num_held_out),
         )
 
@@ -243,15 +246,17 @@ class LearnerActor(Actor):
         report = await self.blocking(self.sender.send, version, self.learner.weights())
         return {"bytes": report.num_bytes, "seconds": report.seconds}
 
-    async def take_batch(self, step: int) -> bool:
-        """Wait for batch `step`; False when the data is used up. Transfers of weights go on meanwhile."""
-        self.batch = await self.feed.take(step)
-        return self.batch is not None
+    async def take_batch(self, step: int) -> str:
+        """Wait for batch `step` and keep it for `train_step`. Returns why there is none, once the data is used up."""
+        taken = await self.feed.take(step)
+        if isinstance(taken, NoBatch):
+            return taken.reason
+        self.batch, self.payload = taken
+        return ""
 
-    async def train_step(self, step: int) -> dict[str, float]:
+    async def train_step(self) -> dict[str, float]:
         """Train on the batch taken. Returns the learner's metrics."""
-        batch, payload = self.batch
-        return await self.blocking(self.learner.train, batch, payload)
+        return await self.blocking(self.learner.train, self.batch, self.payload)
 
     async def save(self, step: int) -> None:
         """Write the checkpoint of `step`."""

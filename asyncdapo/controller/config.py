@@ -53,9 +53,9 @@ class EvalConfig:
     every: int = 0
     """Train steps between evaluations; the first (step 0) and the last always run; 0 runs only those."""
     num_prompts: int = 512
-    """Held-out prompts sampled once each at `eval.temperature`; 0 switches evaluation off."""
+    """Held-out prompts sampled once each at `eval.temperature`; 0 leaves this out."""
     num_greedy_prompts: int = 256
-    """Held-out prompts decoded greedily in the first and the last evaluation."""
+    """Held-out prompts decoded greedily in the first and the last evaluation; 0 leaves this out."""
     temperature: float = 1.0
     """Sampling temperature of `eval/accuracy`."""
     top_p: float = 1.0

@@ -46,8 +46,8 @@ class Evaluation:
             return {}
         answers = await self.ask(requests, share)
         num_first = sum(len(request.prompts) for request in requests[:num_sampled])
-        metrics = summarise(answers[:num_first])
-        if greedy and answers[num_first:]:
+        metrics = summarise(answers[:num_first]) if num_first else {}
+        if answers[num_first:]:
             metrics["eval/greedy_accuracy"] = summarise(answers[num_first:])["eval/accuracy"]
         return metrics
 

@@ -13,8 +13,10 @@ from pathlib import Path
 from asyncdapo.config import Config, find_config, load_config, to_yaml
 from asyncdapo.errors import ConfigError
 from asyncdapo.learner.model_path import check_model_path
+from asyncdapo.metrics.wandb_log import choose_mode
 from asyncdapo.prompts.registry import open_task
 from asyncdapo.reward.registry import make_verifier
+from asyncdapo.reward.scorer import METRICS
 
 CONFIG_FILE = "config.yaml"
 
@@ -23,16 +25,26 @@ def prepare_run(name_or_path: str, overrides: Sequence[str]) -> Config:
     """Read and check the configuration, the model path, the data; then make the run directory."""
     path = find_config(name_or_path)
     config = effective(load_config(path, overrides), path.parent)
-    run_dir = Path(config.run.dir)
-    if run_dir.exists() and any(run_dir.iterdir()):
-        raise ConfigError(
-            "run.dir", "is in use", config.run.dir, f"run.dir={config.run.dir}-2, or remove the directory"
-        )
     make_verifier(config.reward.verifier)
+    if config.filter.enabled and config.filter.metric not in METRICS:
+        raise ConfigError("filter.metric", "is no metric of the scorer", config.filter.metric, ", ".join(METRICS))
+    choose_mode(config.metrics)
     open_task(config.prompts, num_eval=config.eval.num_held_out, seed=config.run.seed)
-    run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-    (run_dir / CONFIG_FILE).write_text(to_yaml(config))
+    make_run_dir(config)
     return config
+
+
+def make_run_dir(config: Config) -> None:
+    """An empty directory that is this run's alone; config.yaml in it is the sign that it is taken."""
+    run_dir = Path(config.run.dir)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if any(run_dir.iterdir()):
+            raise ConfigError("run.dir", "is in use", config.run.dir, "choose another, or remove the directory")
+        with (run_dir / CONFIG_FILE).open("x", encoding="utf-8") as file:
+            file.write(to_yaml(config))
+    except OSError as error:
+        raise ConfigError("run.dir", f"can't be used ({error.strerror})", config.run.dir) from error
 
 
 def effective(config: Config, config_dir: Path) -> Config:

@@ -48,7 +48,7 @@ def ray_session(config: Config) -> Iterator[None]:
     if config.controller.ray_address:
         ray.init(address=config.controller.ray_address, **quiet)
     else:
-        ray.init(include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **quiet)
+        ray.init(address="local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **quiet)
     try:
         yield
     finally:

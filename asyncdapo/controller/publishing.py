@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Coroutine
+from functools import partial
 from typing import Any
 
 from asyncdapo.controller.processes import Process
@@ -33,18 +34,16 @@ class Publishing:
     async def connect(self) -> None:
         """Make the process group: the learner is rank 0 and hosts the store, worker i is rank i + 1."""
         ends = [self.learner, *self.workers]
-        devices = {process.name: await process.call("device") for process in ends}
-        backend, reason = choose_backend(self.config, devices)
+        within = partial(self._within_deadline, "make the weight group")
+        devices = await within(*(process.call("device") for process in ends))
+        backend, reason = choose_backend(self.config, dict(zip((end.name for end in ends), devices, strict=True)))
         log.info("weights travel by %s: %s", backend, reason)
-        address, manifest = await self.learner.call("host_weights", len(ends), backend)
-        await self._within_deadline(
-            "make the weight group",
-            self.learner.call("accept_workers"),
-            *(
-                worker.call("join_weights", address, rank, len(ends), backend, manifest)
-                for rank, worker in enumerate(self.workers, start=1)
-            ),
+        ((address, manifest),) = await within(self.learner.call("host_weights", len(ends), backend))
+        joins = (
+            worker.call("join_weights", address, rank, len(ends), backend, manifest)
+            for rank, worker in enumerate(self.workers, start=1)
         )
+        await within(self.learner.call("accept_workers"), *joins)
 
     async def publish(self, version: int) -> dict[str, float]:
         """Send `version` to every worker; returns when all of them generate with it."""
@@ -78,8 +77,12 @@ class Publishing:
         deadline_s = self.config.timeout_s + COMMAND_MARGIN_S
         tasks = [asyncio.ensure_future(call) for call in calls]
         _, pending = await asyncio.wait(tasks, timeout=deadline_s)
+        for task in pending:
+            task.cancel()
+        answers = await asyncio.gather(*tasks, return_exceptions=True)
+        for answer in answers:
+            if isinstance(answer, BaseException) and not isinstance(answer, asyncio.CancelledError):
+                raise answer
         if pending:
-            for task in pending:
-                task.cancel()
             raise WeightsError(f"{what}: {len(pending)} of {len(tasks)} ends gave no answer in {deadline_s:g} s")
-        return [task.result() for task in tasks]
+        return answers

@@ -19,13 +19,15 @@ Train step k, one line a verb, is `_train_step`: take batch k, train, mark it tr
 from __future__ import annotations
 
 import asyncio
+import shutil
+import signal
 import sys
 import time
 import traceback
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Coroutine
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 
@@ -34,10 +36,15 @@ from asyncdapo.controller.actors import LearnerActor, ReplayActor, RolloutActor
 from asyncdapo.controller.evaluation import Evaluation
 from asyncdapo.controller.processes import Process, Watch, gpus_per_process, ray_session, reserve
 from asyncdapo.controller.publishing import Publishing
-from asyncdapo.errors import RunError
+from asyncdapo.errors import RunError, UserError
 from asyncdapo.metrics.accounting import StateClock
 from asyncdapo.metrics.curve import draw_curve
 from asyncdapo.metrics.reporter import Reporter
+
+T = TypeVar("T")
+
+MAX_DROPPED_RATIO = 0.02
+"""Share of groups dropped as stale above which a run says so."""
 
 
 def launch(config: Config) -> int:
@@ -46,6 +53,7 @@ def launch(config: Config) -> int:
     reporter = Reporter(
         Path(config.run.dir), config.metrics, config.run.name, config.run.steps, settings=to_dict(config)
     )
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         reporter.status("starting Ray")
         with ray_session(config):
@@ -57,6 +65,10 @@ def launch(config: Config) -> int:
         reporter.status(f"the run ended: {error}")
         print(f"asyncdapo: the run ended: {error}", file=sys.stderr)
         return 1
+    except UserError:
+        reporter.close()
+        shutil.rmtree(config.run.dir)  # nothing was trained: the corrected command may use the directory again
+        raise
     except KeyboardInterrupt:
         reporter.status("interrupted")
         return 130
@@ -73,6 +85,7 @@ class Controller:
         self.clock = StateClock(time.monotonic)
         self.evaluating: asyncio.Task[dict[str, float]] | None = None
         self.line: dict[str, float] = {}
+        self.alarmed = False
 
     async def run(self) -> None:
         """Start, wire, train, evaluate, stop."""
@@ -138,52 +151,53 @@ class Controller:
     async def train(self) -> None:
         """Evaluate, train to the last step or the end of the data, evaluate."""
         steps = self.config.run.steps
-        await self.learner.call("save", 0)
+        await self._patiently("the learner to save step 0", self.learner.call("save", 0))
+        if self.opened.num_left_out:
+            self.reporter.note(
+                f"prompts: {self.opened.num_left_out} are longer than prompts.max_prompt_length, left out"
+            )
         self.reporter.status("evaluating the initial model")
-        first = await self.evaluation.run(greedy=True, share=1.0)
+        first = await self._patiently("the first evaluation", self.evaluation.run(greedy=True, share=1.0))
         self.reporter.log({"step": 0, "time/wall_s": 0.0, "time/total_s": time.monotonic() - self.started, **first})
 
         await self.replay.call("begin")
         self.began = self.line_at = time.monotonic()
         for step in range(1, steps + 1):
-            if not await self._take_batch(step):
+            if no_batch := await self._take_batch(step):
+                self.reporter.note(f"no batch {step}: {no_batch}")
                 break
             self._write_line()
             self.line = await self._train_step(step)
             if step < steps and not self.opened.data_ends:
                 self._write_line()
         if not self.line:
-            raise RunError("the data was used up before the first batch was full: more rows, or more prompts.epochs")
+            raise RunError(f"no batch was ever full: {no_batch}")
         self.line |= await self._finish(self.line["step"])
         self._write_line()
 
     async def _train_step(self, step: int) -> dict[str, float]:
         """Train on the batch taken, mark it trained, publish the new version; the metrics line of the step."""
         self.clock.enter("train")
-        learner = await self.learner.call("train_step", step)
+        learner = await self._patiently(f"the learner to train step {step}", self.learner.call("train_step"))
         replay = await self.replay.call("trained", step, learner)
         self.clock.enter("publish")
-        weights = await self.publishing.publish(step)
+        weights = await self._patiently(f"version {step} to reach the workers", self.publishing.publish(step))
         await self.replay.call("published", step)
         self.clock.enter("checkpoint")
         if step % self.config.learner.checkpoint_every == 0:
             await self._checkpoint(step)
         self.clock.enter("report")
         evaluated = self._evaluate_in_the_middle(step)
+        self._alarm_about_drops(replay["replay/dropped_ratio"])
         return {"step": step, **self._times(learner, replay), **replay, **learner, **weights, **evaluated}
 
-    async def _take_batch(self, step: int) -> bool:
-        """Wait for batch `step`, saying who waits for whom; False when the data is used up."""
+    async def _take_batch(self, step: int) -> str:
+        """Wait for batch `step`. Returns why there is none, once the data is used up; else nothing."""
         self.clock.enter("wait")
-        taking = asyncio.ensure_future(self.learner.call("take_batch", step))
-        since = time.monotonic()
-        while not (await asyncio.wait([taking], timeout=self.config.controller.report_wait_s))[0]:
-            why = (await self.replay.call("status"))["why_waiting"]
-            self.reporter.status(f"learner waits for batch {step} since {time.monotonic() - since:.0f} s: {why}")
-        return await taking
+        return await self._patiently(f"batch {step}", self.learner.call("take_batch", step))
 
     async def _checkpoint(self, step: int) -> None:
-        await self.learner.call("save", step)
+        await self._patiently(f"the learner to save step {step}", self.learner.call("save", step))
         await self.replay.call("covered", step)
 
     async def _finish(self, step: int) -> dict[str, float]:
@@ -192,10 +206,33 @@ class Controller:
             await self._checkpoint(step)
         await self.replay.call("finish")
         if self.evaluating:
-            await self.evaluating
+            await self._patiently("an evaluation that runs", self.evaluating)
         self.reporter.status("evaluating the final model")
-        final = await self.evaluation.run(greedy=True, share=1.0)
+        final = await self._patiently("the final evaluation", self.evaluation.run(greedy=True, share=1.0))
         return {**final, "time/total_s": time.monotonic() - self.started}
+
+    async def _patiently(self, what: str, work: Awaitable[T]) -> T:
+        """Wait for work as long as it takes, but never in silence: who waits for whom is said again and again. An
+        evaluation that fails meanwhile is raised here."""
+        task = asyncio.ensure_future(work)
+        since, report_s = time.monotonic(), self.config.controller.report_wait_s
+        while not task.done():
+            ends = {task} | ({self.evaluating} if self.evaluating and not self.evaluating.done() else set())
+            done, _ = await asyncio.wait(ends, timeout=report_s, return_when=asyncio.FIRST_COMPLETED)
+            if self.evaluating in done:
+                self.evaluating.result()
+            if not done:
+                waited_s = time.monotonic() - since
+                self.reporter.status(f"waiting for {what} since {waited_s:.0f} s: {await self._why_waiting()}")
+        return task.result()
+
+    async def _why_waiting(self) -> str:
+        """What the replay server says, if it says anything."""
+        try:
+            async with asyncio.timeout(self.config.controller.report_wait_s):
+                return (await self.replay.call("status"))["why_waiting"]
+        except TimeoutError:
+            return "the replay server does not answer"
 
     # ------------------------------------------------------------------------------------------------------- metrics
 
@@ -217,6 +254,15 @@ class Controller:
             share = self.config.eval.max_share
             self.evaluating = asyncio.ensure_future(self.evaluation.run(greedy=False, share=share))
         return finished
+
+    def _alarm_about_drops(self, dropped_ratio: float) -> None:
+        """Say it when many groups are dropped for their age: those that take long are the long answers."""
+        if dropped_ratio > MAX_DROPPED_RATIO and not self.alarmed:
+            self.alarmed = True
+            self.reporter.note(
+                f"replay warning: {dropped_ratio:.0%} of the groups were dropped as stale, long answers first: "
+                "lower replay.run_ahead, raise replay.max_staleness, or set replay.on_stale=wait"
+            )
 
     def _times(self, learner: dict[str, float], replay: dict[str, float]) -> dict[str, float]:
         """Clocks, and what each side did in the wall time since the last line."""

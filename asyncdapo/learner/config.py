@@ -80,5 +80,7 @@ class LearnerConfig:
         for key in ("lr", "grad_clip", "eps"):
             if getattr(self, key) <= 0:
                 raise ConfigError(f"learner.{key}", "must be above 0", getattr(self, key))
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError("learner.betas", "must both be at least 0 and below 1", self.betas)
         if self.device not in ("auto", "cpu", "cuda"):
             raise ConfigError("learner.device", "must be auto, cpu or cuda", self.device)

@@ -29,9 +29,9 @@ class BatchFeed:
         self._client = Client(address, Batch | NoBatch, identity=b"learner-" + os.urandom(8))
         self._ask_again_s = ask_again_s
 
-    async def take(self, step: int) -> tuple[Batch, Payload]:
-        """Batch `step`, as soon as it is cut; waits without a limit. Raises RunError after `MAX_DAMAGED` answers that
-        can't be decoded."""
+    async def take(self, step: int) -> tuple[Batch, Payload] | NoBatch:
+        """Batch `step`, as soon as it is cut, or the news that there is none; waits without a limit. Raises RunError
+        after `MAX_DAMAGED` answers that can't be decoded."""
         for _ in range(MAX_DAMAGED):
             try:
                 return await self._ask_until_answered(step)
@@ -42,7 +42,7 @@ class BatchFeed:
     def close(self) -> None:
         self._client.close()
 
-    async def _ask_until_answered(self, step: int) -> tuple[Batch, Payload] | None:
+    async def _ask_until_answered(self, step: int) -> tuple[Batch, Payload] | NoBatch:
         while True:
             await self._client.send(CutWanted(step=step))
             try:
@@ -51,9 +51,9 @@ class BatchFeed:
             except TimeoutError:
                 continue
 
-    async def _receive(self, step: int) -> tuple[Batch, Payload] | None:
+    async def _receive(self, step: int) -> tuple[Batch, Payload] | NoBatch:
         """The next answer about batch `step`; those to earlier repeated questions are passed over."""
         while True:
             answer, frames = await self._client.receive()
             if answer.step == step:
-                return (answer, Payload.from_frames(frames, answer.groups)) if isinstance(answer, Batch) else None
+                return answer if isinstance(answer, NoBatch) else (answer, Payload.from_frames(frames, answer.groups))

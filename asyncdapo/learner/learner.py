@@ -88,13 +88,14 @@ class Learner:
         Returns the `learner/…` metrics; means over tokens leave out skipped updates and are NaN when all were skipped.
         Raises StalenessError for a group past the bound, RunError for a batch out of order or too many bad updates.
         """
-        started = time.perf_counter()
+        started, version = time.perf_counter(), self.version
         self._check(batch)
         groups = group_rows(batch, payload)
         updates = [self._update(rows) for rows in mini_batches(groups, self._config.updates_per_step)]
         self.version = batch.step
         return {
             **_metrics(updates),
+            "learner/version": float(version),
             "learner/bad_updates": float(self._optimizer.num_bad),
             "learner/train_s": time.perf_counter() - started,
         }

@@ -41,5 +41,10 @@ class PromptsConfig:
             raise ConfigError("prompts.epochs", "must be 0 (no limit) or more", self.epochs)
         if self.task == "file" and not self.path:
             raise ConfigError("prompts.path", "the task 'file' needs a data file", fix="prompts.path=train.jsonl")
+        for key in ("path", "eval_path"):
+            if self.task != "file" and getattr(self, key):
+                raise ConfigError(
+                    f"prompts.{key}", "belongs to the task 'file'", getattr(self, key), "prompts.task=file"
+                )
         if "{prompt}" not in self.template:
             raise ConfigError("prompts.template", "must contain {prompt}", self.template)

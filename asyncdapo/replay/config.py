@@ -66,6 +66,12 @@ class ReplayConfig:
         for key in ("lease_stall_s", "heartbeat_s"):
             if getattr(self, key) <= 0:
                 raise ConfigError(f"replay.{key}", "must be above 0", getattr(self, key))
+        if self.lease_stall_s < 2 * self.heartbeat_s:
+            raise ConfigError(
+                "replay.lease_stall_s",
+                f"must be at least two heartbeats (replay.heartbeat_s is {self.heartbeat_s:g})",
+                self.lease_stall_s,
+            )
 
     @property
     def synchronous(self) -> bool:

@@ -34,6 +34,9 @@ from asyncdapo.replay.journal import Journal
 from asyncdapo.replay.sessions import HeldLease, Session, Sessions
 from asyncdapo.replay.state import ReplayState
 
+MAX_BAD_LEASES = 100
+"""Leases in a row that may end failed or rejected before the run does."""
+
 
 @dataclass(frozen=True)
 class Letter:
@@ -71,6 +74,8 @@ class Exchange:
         self.newest_version = 0
         """No weights are newer: version k is made of batch k, which was cut."""
         self.first_lease_at_s: float | None = None
+        self._num_bad = 0
+        """Leases in a row that ended failed or rejected."""
 
     @property
     def branch(self) -> int:
@@ -173,8 +178,18 @@ class Exchange:
         )
         self.send(session, lease)
 
+    def _count_bad(self, action: core.EndLease, detail: str) -> None:
+        """A verifier or a worker that never works would use up the data in silence; the run ends with its words."""
+        if action.outcome == "done":
+            self._num_bad = 0
+        elif action.outcome in ("failed", "rejected"):
+            self._num_bad += 1
+            if self._num_bad == MAX_BAD_LEASES:
+                self.failure.put_nowait(f"{MAX_BAD_LEASES} groups in a row failed or were rejected, the last: {detail}")
+
     def _end_lease(self, action: core.EndLease, detail: str) -> None:
         """Tell the worker how its lease ended. Who sent a late group is known to `workers`, not here."""
+        self._count_bad(action, detail)
         lease = self._sessions.leases.pop(action.lease_id, None)
         self.accounts.end_lease(action, lease.num_tokens if lease else 0)
         if lease is None:

@@ -121,6 +121,10 @@ class Journal:
         for (segment,) in segments:
             self._segments.delete(segment)
 
+    def fold(self) -> None:
+        """Fold the WAL into ledger.db, so that this file alone is the whole ledger. Takes a while: at rest points."""
+        self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+
     def close(self) -> None:
         """Close the files; SQLite folds its WAL into ledger.db."""
         self._db.close()
@@ -277,7 +281,7 @@ class Journal:
             {
                 "step": step,
                 "branch": self.branch,
-                "version": step - 1,
+                "version": summary.get("learner/version", step - 1),
                 "summary": json.dumps({name: float(number) for name, number in summary.items()}),
                 "pos": self._position,
                 "at_s": self._now,

@@ -105,6 +105,7 @@ class ReplayServer:
     async def covered(self, step: int) -> None:
         """A checkpoint of `step` exists: payloads that nothing can ask for any more are freed."""
         self._journal.covered(step)
+        self._journal.fold()
 
     async def evaluate(self, requests: Sequence[EvalRequest], share: float) -> list[EvalAnswer]:
         """All answers, in the order of requests and prompts; `share` of all slots is the most that it takes. Requests
@@ -115,6 +116,7 @@ class ReplayServer:
         """No further step: leases are withdrawn, prompts without an end become `unused`. Evaluation goes on."""
         self._workers.leasing = False
         self._exchange.apply(core.RunEnded())
+        self._journal.fold()
 
     def status(self) -> dict[str, object]:
         """For progress lines: who waits for whom, and numbers of the moment."""

@@ -73,8 +73,13 @@ class Sessions:
         return self._by_worker.get(worker)
 
     @property
+    def known(self) -> list[Session]:
+        """The latest session of every worker, alive or lost."""
+        return list(self._by_worker.values())
+
+    @property
     def live(self) -> list[Session]:
-        return [session for session in self._by_worker.values() if session.alive]
+        return [session for session in self.known if session.alive]
 
     @property
     def suspected(self) -> list[int]:

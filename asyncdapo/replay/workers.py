@@ -45,7 +45,7 @@ from asyncdapo.replay.evaluations import Evaluation, Evaluations
 from asyncdapo.replay.exchange import Exchange
 from asyncdapo.replay.intake import BadGroup, arrival, check_group
 from asyncdapo.replay.journal import Journal
-from asyncdapo.replay.sessions import Session, Sessions
+from asyncdapo.replay.sessions import LOST_TICKS, Session, Sessions
 from asyncdapo.transport.codec import Malformed
 
 FromWorker = Hello | Ask | Started | Loaded | GroupDone | GroupFailed | EvalDone | Heartbeat
@@ -65,6 +65,8 @@ class Workers:
         self._exchange, self._sessions, self._journal = exchange, sessions, journal
         self._group_size = group_size
         self._answered: dict[Evaluation, asyncio.Event] = {}
+        self._num_lonely_ticks = 0
+        """Heartbeat intervals since the last live worker was lost."""
         self.evaluations = Evaluations(total_slots)
         self.dropped: Counter[str] = Counter(strangers=0, malformed=0, rejected=0, duplicates=0)
         self.leasing = False
@@ -92,6 +94,9 @@ class Workers:
             if lease_id in sessions.leases:  # the loss of another may have ended it
                 log.warning("lease %d is lost: no new token", lease_id)
                 self._exchange.apply(core.LeaseLost(lease_id=lease_id, reason="stalled"))
+        self._num_lonely_ticks = 0 if sessions.live or not sessions.known else self._num_lonely_ticks + 1
+        if self._num_lonely_ticks == LOST_TICKS:
+            self._exchange.failure.put_nowait("no live worker: nothing has been heard from any for long")
         self.evaluations.lose_silent(sessions.tick - EVAL_PATIENCE * sessions.stall_ticks)
         self.offer_all()
 

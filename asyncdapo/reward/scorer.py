@@ -22,6 +22,10 @@ Decode = Callable[[np.ndarray], str]
 """Token ids int32 [T] -> text without special tokens (no stop token at its end)."""
 
 
+METRICS = ("acc", "score", "seq_reward", "seq_final_reward")
+"""Numbers of every score: the verdict, the verdict scaled, and twice the final reward, which is the scaled one."""
+
+
 class Scorer:
     """Scores the completions of a prompt together, as the control experiment needs the whole group."""
 
@@ -45,7 +49,10 @@ class Scorer:
 
     def _verdict(self, prompt: Prompt, text: str) -> float:
         try:
-            return float(self._verify(text, prompt.answer))
+            verdict = float(self._verify(text, prompt.answer))
+            if not 0 <= verdict <= 1:
+                raise ValueError(f"a verdict is a number from 0 to 1, got {verdict}")
+            return verdict
         except Exception as error:  # whatever the user's function raises: it ends this prompt, and nothing else
             where = f"{prompt.source} row {prompt.row} (prompt {prompt.prompt_id})"
             problem = f"{type(error).__name__}: {error}"
@@ -53,8 +60,7 @@ class Scorer:
 
     def _score(self, acc: float) -> Score:
         score = scale(acc, self._config)
-        metrics = {"acc": acc, "score": score, "seq_reward": score, "seq_final_reward": score}
-        return Score(reward=score, metrics=metrics)
+        return Score(reward=score, metrics=dict(zip(METRICS, (acc, score, score, score), strict=True)))
 
 
 def scale(acc: float, config: RewardConfig) -> float:

@@ -19,7 +19,7 @@ class WeightsConfig:
     timeout_s: float = 60.0
     """Seconds after which a transfer has failed; workers then go on with the weights they have."""
     max_missed: int = 3
-    """Versions in a row that may fail to arrive before the run ends."""
+    """Transfers of one version that may fail before the run ends."""
 
     def __post_init__(self) -> None:
         for key in ("bucket_mb", "max_missed"):

@@ -33,6 +33,8 @@ def refused(tmp_path: Path, *overrides: str) -> str:
         ("model.path=/no/such/model", "model.path: is not a directory, got '/no/such/model'"),
         ("prompts.task=chian", "prompts.task: unknown, there are chain, file"),
         ("reward.verifier=anser", "reward.verifier: unknown"),
+        ("filter.metric=reward", "filter.metric: is no metric of the scorer"),
+        ("metrics.wandb=online", "metrics.wandb: needs a login"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(tmp_path: Path, override: str, words: str) -> None:
@@ -62,6 +64,15 @@ def test_a_run_directory_in_use_is_refused_and_left_alone(tmp_path: Path) -> Non
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["notes.txt"]
 
 
+def test_a_run_directory_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("mine")
+    result = subprocess.run(
+        command("launch", "quickstart", f"run.dir={tmp_path / 'run'}"), capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 2
+    assert "run.dir: can't be used" in result.stderr
+
+
 def test_a_model_of_an_unknown_kind_is_refused_by_the_process_that_loads_it(tmp_path: Path) -> None:
     model = tmp_path / "model"
     model.mkdir()
@@ -78,6 +89,7 @@ def test_a_model_of_an_unknown_kind_is_refused_by_the_process_that_loads_it(tmp_
     )
     assert result.returncode == 2
     assert "model.path" in result.stderr.strip().splitlines()[-1]
+    assert not (tmp_path / "run").exists()  # so that the corrected command can have it
 
 
 def test_audit_of_something_that_is_no_run_exits_with_1(tmp_path: Path) -> None:

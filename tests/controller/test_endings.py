@@ -63,6 +63,8 @@ def test_synchronous_training_ends_well_at_the_end_of_the_data_with_staleness_0(
     assert [line["step"] for line in run.lines] == [0, 1, 2, 3, 4]  # 16 prompts left for training
     assert [line["replay/staleness_max"] for line in run.lines[1:]] == [0, 0, 0, 0]
     assert "eval/greedy_accuracy" in run.lines[-1]
+    assert (run.dir / "checkpoints" / "step-000004").is_dir()
+    assert not (run.dir / "ledger.db-wal").exists() or (run.dir / "ledger.db-wal").stat().st_size < 100_000
     assert subprocess.run(command("audit", str(run.dir)), check=False, capture_output=True).returncode == 0
 
 
@@ -87,11 +89,12 @@ def test_a_killed_worker_ends_the_run_with_its_name_and_leaves_nothing_behind(tm
     assert_gone(below)
 
 
-def test_interrupting_a_run_leaves_nothing_behind(tmp_path: Path) -> None:
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_interrupting_a_run_leaves_nothing_behind(tmp_path: Path, sent: signal.Signals) -> None:
     process = start(tmp_path / "run", "run.steps=100000")
     wait_for_step(tmp_path / "run", 0, process)
     below = descendants(process.pid)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sent)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130, output
     assert "Traceback" not in output
@@ -103,3 +106,14 @@ def assert_gone(processes: dict[int, str], within_s: float = 15) -> None:
     while alive := {pid: title for pid, title in processes.items() if Path(f"/proc/{pid}").exists()}:
         assert time.monotonic() < deadline, f"still there: {alive}"
         time.sleep(0.2)
+
+
+def test_a_stopped_worker_is_never_waited_for_in_silence_and_ends_the_run(tmp_path: Path) -> None:
+    process = start(tmp_path / "run", "run.steps=100000", "controller.report_wait_s=2", "replay.heartbeat_s=0.3")
+    wait_for_step(tmp_path / "run", 1, process)
+    (worker,) = [pid for pid, title in descendants(process.pid).items() if "RolloutActor" in title]
+    os.kill(worker, signal.SIGSTOP)
+    output, _ = process.communicate(timeout=90)
+    assert process.returncode == 1, output
+    assert re.search(r"waiting for .* since \d+ s: ", output), output
+    assert re.search(r"the run ended: .*(no live worker|weights.max_missed)", output.splitlines()[-1]), output

@@ -80,7 +80,7 @@ def test_the_end_of_the_data_is_an_answer_without_a_batch():
         await server.send(peer, NoBatch(step=2, reason="the data is used up"))
 
     got, questions = serve(answer, step=2, ask_again_s=20)
-    assert got is None
+    assert got == NoBatch(step=2, reason="the data is used up")
     assert questions == [2]
 
 

@@ -104,7 +104,8 @@ def test_an_evaluation_file_leaves_the_training_file_whole(tmp_path):
 
 def test_holding_out_everything_is_refused_with_a_number_that_works(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", PAIRS)
-    with pytest.raises(ConfigError, match=r"20 distinct questions.*got 512 \(eval.num_prompts=2, or prompts.eval_path"):
+    words = r"20 distinct questions.*got 512 \(eval.num_prompts=2 eval.num_greedy_prompts=2, or prompts.eval_path"
+    with pytest.raises(ConfigError, match=words):
         open_file(path, num_eval=512)
 
 

@@ -187,7 +187,7 @@ async def test_evaluation_requests_of_a_lost_worker_are_given_to_another(tmp_pat
 
 @scenario
 async def test_an_evaluation_request_that_a_live_worker_never_answers_is_given_out_again(tmp_path):
-    async with serving(tmp_path, heartbeat_s=TICK_S, lease_stall_s=TICK_S) as server:
+    async with serving(tmp_path, heartbeat_s=TICK_S, lease_stall_s=2 * TICK_S) as server:
         worker = FakeWorker(server)
         await worker.join()
         await worker.ask(2)

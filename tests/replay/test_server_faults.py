@@ -8,6 +8,7 @@ import pytest
 import zmq
 import zmq.asyncio
 
+from asyncdapo.errors import RunError
 from asyncdapo.messages import (
     Ack,
     GroupDone,
@@ -19,6 +20,7 @@ from asyncdapo.messages import (
     Withdraw,
 )
 from asyncdapo.replay.audit import audit
+from asyncdapo.replay.exchange import MAX_BAD_LEASES
 from asyncdapo.transport.codec import encode
 from tests.replay.serving import TICK_S, FakeLearner, FakeWorker, rows, scenario, serving, until
 from tests.replay.small_run import make_group, write_files
@@ -193,3 +195,26 @@ async def test_noise_on_the_learners_socket_is_dropped(tmp_path):
             await socket.send_multipart([b"\xc1 noise"])
             await learner.want(99)
             await until(lambda: server.status()["dropped"]["malformed"] == 2, server)
+
+
+@scenario
+async def test_failed_groups_in_a_row_end_the_run_with_the_last_words(tmp_path):
+    words = "100 groups in a row failed or were rejected, the last: no such judge"
+    with pytest.raises(RunError, match=words):
+        async with serving(tmp_path) as server:
+            worker = FakeWorker(server)
+            await worker.join()
+            await server.begin()
+            for _ in range(MAX_BAD_LEASES):
+                assert not server.serving.done()
+                (lease,) = await worker.leases(1)
+                await worker.client.send(GroupFailed(lease_id=lease.lease_id, reason="no such judge"))
+            await server.serving
+
+
+@scenario
+async def test_a_run_whose_workers_are_all_lost_for_long_ends(tmp_path):
+    with pytest.raises(RunError, match="no live worker"):
+        async with serving(tmp_path, heartbeat_s=0.01, lease_stall_s=60) as server:
+            await FakeWorker(server).join()
+            await server.serving

@@ -88,3 +88,9 @@ def test_a_verifier_that_raises_ends_the_prompt_with_its_cause():
     with pytest.raises(RewardError, match="'answer' raised on table row 3 .prompt 7.: ZeroDivisionError") as caught:
         score([1], verify=divide)
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
+
+
+@pytest.mark.parametrize("verdict", [float("nan"), float("inf"), -1, 1.5])
+def test_a_verdict_that_is_no_share_of_the_credit_is_an_error(verdict):
+    with pytest.raises(RewardError, match="a verdict is a number from 0 to 1"):
+        score([1], verify=lambda text, answer: verdict)

@@ -75,11 +75,12 @@ def hold_out(questions: list[Question], num_eval: int, path: str) -> tuple[list[
     """Split into (for training, held out): `num_eval` distinct questions, every repetition of which leaves training."""
     distinct = {question.text: question for question in questions}
     if num_eval >= len(distinct):
+        few = max(1, len(distinct) // 10)
         raise ConfigError(
-            "eval.num_prompts",
+            "eval.num_prompts, eval.num_greedy_prompts",
             f"{path} has {len(distinct)} distinct questions, so holding out as many leaves nothing to train on",
             num_eval,
-            f"eval.num_prompts={len(distinct) // 10}, or prompts.eval_path=held_out.jsonl",
+            f"eval.num_prompts={few} eval.num_greedy_prompts={few}, or prompts.eval_path=held_out.jsonl",
         )
     held_out = set(random.Random(SPLIT_SEED).sample(list(distinct), num_eval))
     training = [question for question in questions if question.text not in held_out]
