@@ -213,7 +213,7 @@ def measure(directory: Path, seed: int) -> list[float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Make the quickstart's start model.")
     parser.add_argument("--out", type=Path, default=OUT_DIR, help="directory of the model")
-    parser.add_argument("--seed", type=int, default=1, help="of the first weights and of the training text")
+    parser.add_argument("--seed", type=int, default=0, help="of the first weights and of the training text")
     arguments = parser.parse_args()
     logging.disable_progress_bar()
     torch.set_num_threads(1)
