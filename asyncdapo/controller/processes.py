@@ -155,7 +155,8 @@ class Watch:
 def _reason(error: RayActorError) -> str:
     """The line of Ray's report that says how the process ended."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return next((line for line in reversed(lines) if "exit" in line.lower() or "killed" in line.lower()), lines[0])
+    said = next((line for line in reversed(lines) if "exit" in line.lower() or "killed" in line.lower()), lines[0])
+    return said.partition(" There are some potential root causes")[0]
 
 
 def _amounts(resources: Mapping[str, float]) -> str:

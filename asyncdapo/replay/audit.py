@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
@@ -72,13 +72,18 @@ def _limits(path: Path) -> dict[str, int]:
         bound = 0 if float(config.replay.run_ahead) == 0 else int(config.replay.max_staleness)
         return {
             "bound": bound,
-            "batch_min": batch_max if config.filter.on_limit == "raise" else 1,
+            "batch_min": 1 if _may_be_short(config) else batch_max,
             "batch_max": batch_max,
             "group_size": group_size,
             "max_attempts": int(config.prompts.max_attempts),
         }
     except (OmegaConfBaseException, YAMLError, AttributeError, TypeError, ValueError) as error:
         raise _Unreadable(f"{path.name}: can't be read ({str(error).splitlines()[0]})") from error
+
+
+def _may_be_short(config: DictConfig) -> bool:
+    """Whether a batch may be cut short: at the limit of generation batches, or of what is left when the data ends."""
+    return config.filter.on_limit != "raise" and (config.filter.max_gen_batches > 0 or config.prompts.epochs > 0)
 
 
 def _open(run_dir: Path) -> sqlite3.Connection:
