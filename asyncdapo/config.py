@@ -1,7 +1,7 @@
 """The configuration of a run: YAML and `key=value` overrides in, one frozen, checked `Config` out.
 
-Each stage's dataclass lives in its own folder; this file only composes them, so that section, folder, metric prefix and
-log name are one word. OmegaConf merges and interpolates; msgspec converts and checks types; the dataclasses check
+Each stage's dataclass lives in its own folder, under whose name its section, metrics and log go; this file only
+composes them. OmegaConf merges and interpolates; msgspec converts and checks types; the dataclasses check
 values. Unknown keys are errors that suggest the nearest. Nothing here imports torch: `--help` and a typing error
 answer at once.
 """

@@ -1,6 +1,6 @@
 """The errors a user can mend: each says which key or file, what value it has, and what to do about it.
 
-    UserError                 ends a command with one line and exit code 2, before any process is started
+    UserError                 ends a command with one line and exit code 2, before anything is sampled if possible
       ConfigError             a key of the configuration
     RunError                  ends a run with its cause in the last lines and exit code 1
       StalenessError          a group past `replay.max_staleness` reached the learner; never trained

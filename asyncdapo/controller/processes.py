@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 from collections import Counter
 from collections.abc import Coroutine, Iterator, Mapping, Sequence
@@ -55,11 +56,14 @@ def ray_session(config: Config) -> Iterator[None]:
         ray.shutdown()
 
 
-def gpus_per_process(config: Config, num_gpus: float) -> float:
-    """GPUs for the learner and for each rollout worker: one each where there are enough, else equal shares."""
-    devices = [config.learner.device] + [config.rollout.device] * config.rollout.num_workers
-    num_wanting = sum(device != "cpu" for device in devices)
-    return min(1.0, num_gpus / num_wanting) if num_wanting else 0.0
+def gpu_shares(config: Config, num_gpus: float) -> list[float]:
+    """GPUs of the learner and of each rollout worker: one each where there are enough. Else as many processes as need
+    be share a GPU in equal parts; a part never spans two GPUs."""
+    wanting = [config.learner.device != "cpu"] + [config.rollout.device != "cpu"] * config.rollout.num_workers
+    if not num_gpus:
+        return [0.0] * len(wanting)
+    share = 1 / math.ceil(max(1, sum(wanting)) / num_gpus)
+    return [share if wants else 0.0 for wants in wanting]
 
 
 async def reserve(num_gpus: Sequence[float], timeout_s: float) -> PlacementGroup:

@@ -34,7 +34,7 @@ import ray
 from asyncdapo.config import Config, to_dict
 from asyncdapo.controller.actors import LearnerActor, ReplayActor, RolloutActor
 from asyncdapo.controller.evaluation import Evaluation
-from asyncdapo.controller.processes import Process, Watch, gpus_per_process, ray_session, reserve
+from asyncdapo.controller.processes import Process, Watch, gpu_shares, ray_session, reserve
 from asyncdapo.controller.publishing import Publishing
 from asyncdapo.errors import RunError, UserError
 from asyncdapo.metrics.accounting import StateClock
@@ -53,11 +53,12 @@ def launch(config: Config) -> int:
     reporter = Reporter(
         Path(config.run.dir), config.metrics, config.run.name, config.run.steps, settings=to_dict(config)
     )
+    controller = Controller(config, reporter, started)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         reporter.status("starting Ray")
         with ray_session(config):
-            asyncio.run(Controller(config, reporter, started).run())
+            asyncio.run(controller.run())
         return 0
     except RunError as error:
         if error.__cause__:
@@ -66,8 +67,9 @@ def launch(config: Config) -> int:
         print(f"asyncdapo: the run ended: {error}", file=sys.stderr)
         return 1
     except UserError:
-        reporter.close()
-        shutil.rmtree(config.run.dir)  # nothing was trained: the corrected command may use the directory again
+        if not controller.leasing:
+            reporter.close()
+            shutil.rmtree(config.run.dir)  # nothing was sampled: the corrected command may have the directory
         raise
     except KeyboardInterrupt:
         reporter.status("interrupted")
@@ -86,6 +88,8 @@ class Controller:
         self.evaluating: asyncio.Task[dict[str, float]] | None = None
         self.line: dict[str, float] = {}
         self.alarmed = False
+        self.leasing = False
+        """Whether prompts are leased, or have been: from then on the run directory holds somebody's work."""
 
     async def run(self) -> None:
         """Start, wire, train, evaluate, stop."""
@@ -101,15 +105,14 @@ class Controller:
         config = self.config
 
         # processes
-        num_workers = config.rollout.num_workers
-        gpus = gpus_per_process(config, ray.cluster_resources().get("GPU", 0.0))
-        room = await reserve([0.0] + [gpus] * (1 + num_workers), config.controller.place_timeout_s)
+        shares = gpu_shares(config, ray.cluster_resources().get("GPU", 0.0))
+        room = await reserve([0.0, *shares], config.controller.place_timeout_s)
         start = partial(Process.start, room=room)
         self.replay = start(ReplayActor, "replay", config, place=0, threads=1)
         self.learner = start(LearnerActor, "learner", config, place=1, threads=config.learner.threads)
         self.workers = [
             start(RolloutActor, f"rollout-{i}", config, i, place=2 + i, threads=config.rollout.threads)
-            for i in range(num_workers)
+            for i in range(config.rollout.num_workers)
         ]
 
         # rollouts: ZeroMQ, workers -> replay -> learner
@@ -160,6 +163,7 @@ class Controller:
         first = await self._patiently("the first evaluation", self.evaluation.run(greedy=True, share=1.0))
         self.reporter.log({"step": 0, "time/wall_s": 0.0, "time/total_s": time.monotonic() - self.started, **first})
 
+        self.leasing = True
         await self.replay.call("begin")
         self.began = self.line_at = time.monotonic()
         for step in range(1, steps + 1):

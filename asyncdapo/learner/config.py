@@ -12,7 +12,7 @@ class ModelConfig:
     """The causal language model to train."""
 
     path: str
-    """Hugging Face id, or a directory in its format (relative to the working directory or to the config file)."""
+    """Hugging Face id, or a directory with safetensors and tokenizer.json (relative to here or to the config file)."""
 
     def __post_init__(self) -> None:
         if not self.path:

@@ -28,7 +28,7 @@ class PromptsConfig:
     max_prompt_length: int = 1024
     """Longest prompt in tokens; longer ones are left out and counted."""
     max_attempts: int = 3
-    """Leases that may end lost, rejected or expired before a prompt ends `failed`."""
+    """Leases that may end lost or rejected (expired too, if requeued) before a prompt ends `failed`."""
     epochs: int = 0
     """Passes over the data after which the run ends; 0 is no limit."""
 

@@ -1,4 +1,4 @@
-"""Audit: does a run directory hold what the design promises? From its files alone, finished or not.
+"""Audit: does a run directory hold what the run promised? From its files alone, finished or not.
 
 In: `ledger.db`, `payloads/`, `metrics.jsonl`, and `config.yaml`, whose values (the staleness bound first of all) the
 run is held to. Out: the breaches, one line each; none for a sound run.

@@ -15,7 +15,7 @@ class FilterConfig:
     enabled: bool = True
     """Drop zero-variance groups (DAPO §3.2); off: every group is trained on."""
     metric: str = "acc"
-    """Number compared within a group: `acc`, `score`, `seq_reward`, `seq_final_reward`, or one the verifier returns."""
+    """Number compared within a group: `acc`, or `score`, `seq_reward`, `seq_final_reward` (the reward, three names)."""
     max_gen_batches: int = 0
     """Generation batches one train step may open; 0 is no limit."""
     gen_batch_multiplier: int = 1

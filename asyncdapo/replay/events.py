@@ -2,7 +2,7 @@
 
 `ReplayState.handle(event) -> list[Action]` is the only way in and out: no I/O, no clock, no threads. The replay server
 translates messages and Ray calls into events, writes all actions of one event to the journal in one transaction, and
-only then sends what is to be sent. The property tests and the planner drive the same class.
+only then sends what is to be sent. The property tests drive the same class.
 
 A group has no id of its own: a lease yields at most one group, so `group_id == lease_id` everywhere.
 """

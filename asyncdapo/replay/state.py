@@ -1,7 +1,7 @@
 """The pure core of replay: which prompt is leased, which groups make the next batch, and when the run is over.
 
 In: events. Out: actions. No I/O, no clock, no threads, no chance: the same events give the same actions. The replay
-server, the property tests and the planner run this code.
+server and the property tests run this code.
 
     Ready, Loaded ──▶ lease ──▶ GroupDone ──▶ verdict ──▶ queue ──▶ cut ──▶ Trained ──▶ Published
                         ▲         filter.py     │                    │ sweep: what misses batch k + 1 is over

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from asyncdapo.config import Config
-from asyncdapo.controller.processes import Process, gpus_per_process, ray_session, reserve
+from asyncdapo.controller.processes import Process, gpu_shares, ray_session, reserve
 from asyncdapo.errors import ConfigError, RunError, StalenessError, UserError
 from asyncdapo.learner.config import LearnerConfig, ModelConfig
 from asyncdapo.rollout.config import RolloutConfig
@@ -77,18 +77,26 @@ def test_what_finds_no_room_says_what_was_asked_and_what_there_is(process: Proce
 
 
 @pytest.mark.parametrize(
-    ("device", "num_workers", "num_gpus", "each"),
-    [("auto", 1, 0, 0.0), ("auto", 1, 2, 1.0), ("auto", 1, 8, 1.0), ("auto", 3, 1, 0.25), ("cpu", 3, 8, 0.0)],
+    ("learner", "rollout", "num_workers", "num_gpus", "shares"),
+    [
+        ("auto", "auto", 1, 0, [0.0, 0.0]),
+        ("auto", "auto", 1, 2, [1.0, 1.0]),
+        ("auto", "auto", 3, 8, [1.0] * 4),
+        ("auto", "auto", 3, 1, [0.25] * 4),
+        ("auto", "auto", 2, 2, [0.5] * 3),
+        ("cpu", "auto", 1, 1, [0.0, 1.0]),
+        ("cpu", "cpu", 1, 8, [0.0, 0.0]),
+    ],
 )
-def test_gpus_are_whole_where_there_are_enough_and_shared_where_not(
-    device: str, num_workers: int, num_gpus: int, each: float
+def test_gpus_are_whole_where_there_are_enough_and_shared_in_parts_of_one_where_not(
+    learner: str, rollout: str, num_workers: int, num_gpus: int, shares: list[float]
 ) -> None:
     config = dataclasses.replace(
         CONFIG,
-        learner=LearnerConfig(device=device),
-        rollout=RolloutConfig(device=device, num_workers=num_workers),
+        learner=LearnerConfig(device=learner),
+        rollout=RolloutConfig(device=rollout, num_workers=num_workers),
     )
-    assert gpus_per_process(config, num_gpus) == each
+    assert gpu_shares(config, num_gpus) == shares
 
 
 def test_a_death_is_named(process: Process) -> None:
