@@ -54,10 +54,10 @@ def launch(config: Config) -> int:
         Path(config.run.dir), config.metrics, config.run.name, config.run.steps, settings=to_dict(config)
     )
     controller = Controller(config, reporter, started)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         reporter.status("starting Ray")
         with ray_session(config):
+            signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C; Ray has set its own by now
             asyncio.run(controller.run())
         return 0
     except RunError as error:
