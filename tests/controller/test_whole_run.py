@@ -19,7 +19,7 @@ from asyncdapo.learner.checkpoint import checkpoint_dir
 from asyncdapo.replay.journal import read_group
 from tests.controller.runs import FinishedRun, command, copy_start_model, start, wait_for_step
 
-STEPS = 10
+STEPS = 18
 STALENESS = 3
 KEYS = """step time/wall_s time/total_s reward/mean reward/filtered_mean filter/kept_ratio replay/staleness_mean
 replay/staleness_max replay/queued rollout/tokens_per_s learner/tokens_per_s learner/waiting_ratio learner/loss
@@ -35,7 +35,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
         f"model.path={model}",
         f"run.steps={STEPS}",
         "rollout.num_workers=2",
-        "rollout.slots=8",
+        "rollout.slots=4",
         "rollout.on_update=recompute",
         "replay.run_ahead=2",
         f"replay.max_staleness={STALENESS}",
