@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,19 +40,29 @@ class FinishedRun:
 
 def launch(run_dir: Path, *overrides: str, config: str = "quickstart", timeout_s: float = 110) -> FinishedRun:
     """Run to the end."""
-    process = start(run_dir, *overrides, config=config)
-    output, _ = process.communicate(timeout=timeout_s)
+    with started(run_dir, *overrides, config=config) as process:
+        output, _ = process.communicate(timeout=timeout_s)
     return FinishedRun(run_dir, process.returncode, output)
 
 
-def start(run_dir: Path, *overrides: str, config: str = "quickstart") -> subprocess.Popen[str]:
-    """Start and return at once; output and errors come together."""
-    return subprocess.Popen(
+@contextmanager
+def started(run_dir: Path, *overrides: str, config: str = "quickstart") -> Iterator[subprocess.Popen[str]]:
+    """A run that goes on; killed at the end if it still does. Output and errors come together.
+
+    It heeds Ctrl-C even if these tests were started in the background, where shells have it ignored.
+    """
+    process = subprocess.Popen(
         command("launch", config, f"run.dir={run_dir}", *SMALL, *overrides),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
 
 
 def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen[str], timeout_s: float = 90) -> None:

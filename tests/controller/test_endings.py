@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.controller.runs import command, launch, start, wait_for_step
+from tests.controller.runs import command, launch, started, wait_for_step
 
 README = Path(__file__).resolve().parents[2] / "README.md"
 pytestmark = pytest.mark.timeout(150)
@@ -78,27 +78,27 @@ def descendants(pid: int) -> dict[int, str]:
 
 
 def test_a_killed_worker_ends_the_run_with_its_name_and_leaves_nothing_behind(tmp_path: Path) -> None:
-    process = start(tmp_path / "run", "run.steps=100000")
-    wait_for_step(tmp_path / "run", 1, process)
-    below = descendants(process.pid)
-    (worker,) = [pid for pid, title in below.items() if "RolloutActor" in title]
-    os.kill(worker, signal.SIGKILL)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 1, output
-    assert re.search(r"the run ended: rollout-0: the process died", output.splitlines()[-1]), output
-    assert_gone(below)
+    with started(tmp_path / "run", "run.steps=100000") as process:
+        wait_for_step(tmp_path / "run", 1, process)
+        below = descendants(process.pid)
+        (worker,) = [pid for pid, title in below.items() if "RolloutActor" in title]
+        os.kill(worker, signal.SIGKILL)
+        output, _ = process.communicate(timeout=60)
+        assert process.returncode == 1, output
+        assert re.search(r"the run ended: rollout-0: the process died", output.splitlines()[-1]), output
+        assert_gone(below)
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_interrupting_a_run_leaves_nothing_behind(tmp_path: Path, sent: signal.Signals) -> None:
-    process = start(tmp_path / "run", "run.steps=100000")
-    wait_for_step(tmp_path / "run", 0, process)
-    below = descendants(process.pid)
-    process.send_signal(sent)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 130, output
-    assert "Traceback" not in output
-    assert_gone(below)
+    with started(tmp_path / "run", "run.steps=100000") as process:
+        wait_for_step(tmp_path / "run", 0, process)
+        below = descendants(process.pid)
+        process.send_signal(sent)
+        output, _ = process.communicate(timeout=60)
+        assert process.returncode == 130, output
+        assert "Traceback" not in output
+        assert_gone(below)
 
 
 def assert_gone(processes: dict[int, str], within_s: float = 15) -> None:
@@ -109,11 +109,13 @@ def assert_gone(processes: dict[int, str], within_s: float = 15) -> None:
 
 
 def test_a_stopped_worker_is_never_waited_for_in_silence_and_ends_the_run(tmp_path: Path) -> None:
-    process = start(tmp_path / "run", "run.steps=100000", "controller.report_wait_s=2", "replay.heartbeat_s=0.3")
-    wait_for_step(tmp_path / "run", 1, process)
-    (worker,) = [pid for pid, title in descendants(process.pid).items() if "RolloutActor" in title]
-    os.kill(worker, signal.SIGSTOP)
-    output, _ = process.communicate(timeout=90)
-    assert process.returncode == 1, output
-    assert re.search(r"waiting for .* since \d+ s: ", output), output
-    assert re.search(r"the run ended: .*(no live worker|weights.max_missed)", output.splitlines()[-1]), output
+    with started(
+        tmp_path / "run", "run.steps=100000", "controller.report_wait_s=2", "replay.heartbeat_s=0.3"
+    ) as process:
+        wait_for_step(tmp_path / "run", 1, process)
+        (worker,) = [pid for pid, title in descendants(process.pid).items() if "RolloutActor" in title]
+        os.kill(worker, signal.SIGSTOP)
+        output, _ = process.communicate(timeout=90)
+        assert process.returncode == 1, output
+        assert re.search(r"waiting for .* since \d+ s: ", output), output
+        assert re.search(r"the run ended: .*(no live worker|weights.max_missed)", output.splitlines()[-1]), output

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from asyncdapo.learner.checkpoint import checkpoint_dir
 from asyncdapo.replay.journal import read_group
-from tests.controller.runs import FinishedRun, command, copy_start_model, start, wait_for_step
+from tests.controller.runs import FinishedRun, command, copy_start_model, started, wait_for_step
 
 STEPS = 18
 STALENESS = 3
@@ -30,7 +30,7 @@ learner/grad_norm learner/entropy learner/clip_low_ratio learner/clip_high_ratio
 def run(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
     folder = tmp_path_factory.mktemp("whole_run")
     model = copy_start_model(folder / "model")
-    process = start(
+    with started(
         folder / "run",
         f"model.path={model}",
         f"run.steps={STEPS}",
@@ -46,10 +46,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
         "learner.checkpoint_every=1",
         "learner.keep_checkpoints=0",
         "eval.every=4",
-    )
-    wait_for_step(folder / "run", 0, process)
-    (model / "model.safetensors").unlink()
-    output, _ = process.communicate(timeout=100)
+    ) as process:
+        wait_for_step(folder / "run", 0, process)
+        (model / "model.safetensors").unlink()
+        output, _ = process.communicate(timeout=100)
     return FinishedRun(folder / "run", process.returncode, output)
 
 
