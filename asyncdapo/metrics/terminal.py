@@ -51,9 +51,12 @@ class LiveTable:
         self._live.stop()
 
     def _picture(self) -> RenderableType:
-        table = Table(title=f"{self._name}, {self._total_steps} steps", title_justify="left", title_style="bold")
-        for title in ("step", *(column.title for column in COLUMNS)):
-            table.add_column(title, justify="right", no_wrap=True)
+        title = f"{self._name}, {self._total_steps} steps"
+        table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 1, 0, 0))
+        table.add_column("step", justify="right", no_wrap=True)
+        for column in COLUMNS:  # on a narrow terminal headings are cut, numbers never
+            heading = column.title.replace(" ", "\n")
+            table.add_column(heading, justify="right", no_wrap=True, min_width=column.width)
         for row in self._recent:
             table.add_row(*row)
         waited_s = self._now() - self._status_since_s

@@ -13,8 +13,8 @@ def terminal() -> StringIO:
     return StringIO()
 
 
-def live_table(terminal: StringIO, times_s: list[float]) -> LiveTable:
-    console = Console(file=terminal, force_terminal=True, width=140, height=40, color_system=None)
+def live_table(terminal: StringIO, times_s: list[float], width: int = 140) -> LiveTable:
+    console = Console(file=terminal, force_terminal=True, width=width, height=40, color_system=None)
     return LiveTable(console, "quickstart", 36, now=lambda: times_s[0])
 
 
@@ -52,3 +52,24 @@ def test_a_note_scrolls_by_above_the_table(terminal: StringIO):
     live.close()
     assert "weights: [gloo] travels" in terminal.getvalue()
     assert "gloo" not in last_picture(terminal)
+
+
+def test_on_80_columns_every_number_is_whole(terminal: StringIO):
+    live = live_table(terminal, [0.0], width=80)
+    line = {
+        "step": 36,
+        "reward/mean": -0.924,
+        "eval/accuracy": 0.953,
+        "rollout/tokens_per_s": 12938,
+        "learner/tokens_per_s": 105059,
+        "replay/staleness_mean": 0.75,
+        "replay/staleness_max": 12,
+        "replay/queued": 1024,
+        "learner/waiting_ratio": 0.25,
+        "time/wall_s": 12345.6,
+        "eval/greedy_accuracy": 0.988,
+    }
+    live.log(line)
+    live.close()
+    for number in ("36", "-0.924", "0.953", "12,938", "105,059", "0.75", "12", "1,024", "25%", "12,345.6 s", "0.988"):
+        assert number in last_picture(terminal).split("\n", 3)[3]
