@@ -15,10 +15,9 @@ from asyncdapo.errors import ConfigError
 from asyncdapo.learner.model_path import check_model_path
 from asyncdapo.metrics.wandb_log import choose_mode
 from asyncdapo.prompts.registry import open_task
+from asyncdapo.replay.audit import CONFIG_FILE
 from asyncdapo.reward.registry import make_verifier
 from asyncdapo.reward.scorer import METRICS
-
-CONFIG_FILE = "config.yaml"
 
 
 def prepare_run(name_or_path: str, overrides: Sequence[str]) -> Config:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import signal
 import subprocess
@@ -14,6 +13,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from asyncdapo.metrics.jsonl import read_metrics
 
 START_MODEL = Path(__file__).resolve().parents[2] / "configs" / "models" / "chain_start"
 
@@ -35,7 +36,7 @@ class FinishedRun:
 
     @property
     def lines(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (self.dir / "metrics.jsonl").read_text().splitlines()]
+        return read_metrics(self.dir)
 
 
 def launch(run_dir: Path, *overrides: str, config: str = "quickstart", timeout_s: float = 110) -> FinishedRun:
@@ -70,7 +71,7 @@ def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen[str], time
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         path = run_dir / "metrics.jsonl"
-        if path.exists() and f'"step": {step}' in path.read_text().replace('"step":', '"step": ').replace("  ", " "):
+        if path.exists() and step in [line["step"] for line in read_metrics(run_dir)]:
             return
         assert process.poll() is None, f"the run ended early: {process.stdout.read()}"
         time.sleep(0.1)
