@@ -37,16 +37,31 @@ def _parser() -> argparse.ArgumentParser:
     audit = commands.add_parser("audit", help="check every promise of a run from its files alone")
     audit.add_argument("run_dir", metavar="RUN_DIR", type=Path)
     audit.set_defaults(command=_audit)
+    ps = commands.add_parser(
+        "ps",
+        help="show every process of a run: state, lag, memory",
+        description="Show every process of a run, from its files and /proc alone: also of one that hangs or is over.",
+        epilog="state: running, stopped (SIGSTOP), zombie, gone, other host. lag: a rollout worker's loaded weights "
+        "behind the newest published ones, in versions; kept groups that wait in replay for a batch; steps the "
+        "learner has trained since its newest checkpoint. memory: resident. "
+        "To end one: kill -9 PID; it is started again. To end the run: kill the PID of the controller.",
+    )
+    ps.add_argument("run_dir", metavar="RUN_DIR", type=Path)
+    ps.add_argument("--json", action="store_true", help="a list of objects instead of a table")
+    ps.set_defaults(command=_ps)
     return parser
 
 
 def _launch(args: argparse.Namespace) -> int:
     from asyncdapo.controller.preflight import prepare_run
 
-    config = prepare_run(args.config, args.overrides)
-    from asyncdapo.controller.run import launch
+    with prepare_run(args.config, args.overrides) as (config, resume):
+        if resume.finished:
+            print(f"{config.run.dir} has its {resume.step} steps; raise run.steps to go on")
+            return 0
+        from asyncdapo.controller.run import launch
 
-    return launch(config)
+        return launch(config, resume)
 
 
 def _config(args: argparse.Namespace) -> int:
@@ -60,6 +75,12 @@ def _audit(args: argparse.Namespace) -> int:
     from asyncdapo.replay.audit import run_audit
 
     return run_audit(args.run_dir)
+
+
+def _ps(args: argparse.Namespace) -> int:
+    from asyncdapo.controller.ps import show
+
+    return show(args.run_dir, args.json)
 
 
 if __name__ == "__main__":

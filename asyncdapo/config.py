@@ -24,7 +24,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from asyncdapo.controller.config import ControllerConfig, EvalConfig, RunConfig
+from asyncdapo.controller.config import ControllerConfig, EvalConfig, FaultsConfig, RunConfig
 from asyncdapo.errors import ConfigError, UserError
 from asyncdapo.learner.config import LearnerConfig, LossConfig, ModelConfig
 from asyncdapo.metrics.config import MetricsConfig
@@ -52,6 +52,7 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     controller: ControllerConfig = field(default_factory=ControllerConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    faults: FaultsConfig = field(default_factory=FaultsConfig)
 
     def __post_init__(self) -> None:
         if self.rollout.group_size == 1 and self.filter.enabled:

@@ -6,7 +6,8 @@
       StalenessError          a group past `replay.max_staleness` reached the learner; never trained
       WeightsError            a weight transfer failed, timed out, or arrived changed
       EngineError             the inference engine can't go on
-      RewardError             the reward function raised; the worker turns it into a failed group
+      RewardError             the reward function raised, or its process died of it; the worker turns it into a
+                              failed group
 
 Anything else that escapes is a defect of ours and keeps its traceback.
 """
@@ -51,4 +52,4 @@ class EngineError(RunError):
 
 
 class RewardError(RunError):
-    """The reward function raised."""
+    """The reward function raised, or returned no verdict, or its process died of a completion twice."""

@@ -23,13 +23,16 @@ from typing import Literal
 import numpy as np
 from msgspec import Struct
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Goes up when a record changes its meaning; peers of another version are refused at `Hello`."""
 
 TOKEN_DTYPE = np.dtype("<i4")
 LOGPROB_DTYPE = np.dtype("<f4")
 
 FinishReason = Literal["stop", "length"]
+Phase = Literal["waiting", "sampling", "sampled"]
+"""Of a lease at its worker: no sample of it has a slot; some have; all tokens are there (it is scored, or waits for its
+acknowledgement)."""
 Runs = list[tuple[int, int]]
 
 
@@ -176,15 +179,20 @@ class Hello(Message):
     session: str
     """Random per process start: a restarted worker is another session, and the old one's leases are lost."""
     loaded_version: int
+    branch: int
+    """Of the loaded weights; 0 for those that the process started with. The worker gets work when it is the run's."""
+    granted: int
+    """Leases and evaluation requests that the worker has counted so far: a server that began anew goes on from it."""
 
 
 class Welcome(Message):
     """replay -> rollout. The session is known; groups of it are accepted. Answers every `Hello`, repeats included."""
 
     branch: int
+    """The run's. What the worker holds of an earlier one is over."""
     granted: int
-    """Leases and evaluation requests sent to this session so far, 0 for a new one: the worker goes on from this count,
-    so that credits survive messages lost with a connection and a server that began anew."""
+    """Leases and evaluation requests given to this session so far, as the server or as the worker counts, whichever is
+    more: both go on from it, so that credits survive messages lost with a connection or with the server."""
 
 
 class Ask(Message):
@@ -195,7 +203,7 @@ class Ask(Message):
 
 
 class Lease(Message):
-    """replay -> rollout. Generate this prompt's group."""
+    """replay -> rollout. Generate this prompt's group. Sent again when the worker's heartbeats don't list it."""
 
     lease_id: int
     branch: int
@@ -204,6 +212,9 @@ class Lease(Message):
     seed: int
     """Seed of the group; sample i uses `sample_seed(seed, i)`."""
     prompt: Prompt
+    number: int = 0
+    """How many grants this session has had, this one included: so a repeated or lost one leaves the count right. 0 in
+    what an earlier server granted and the worker may not have counted: then nobody counts it."""
 
 
 class Started(Message):
@@ -214,9 +225,10 @@ class Started(Message):
 
 
 class Loaded(Message):
-    """rollout -> replay. From now on this worker generates with the weights of `version`."""
+    """rollout -> replay. From now on this worker generates with the weights of `version` of `branch`."""
 
     version: int
+    branch: int
 
 
 class GroupDone(Message):
@@ -232,12 +244,23 @@ class GroupFailed(Message):
     reason: str
 
 
+class Progress(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """How far a lease is that the worker holds."""
+
+    num_tokens: int
+    """Sampled so far over all completions; never falls."""
+    phase: Phase
+    started_version: int | None = None
+    """As `Started` said, which may have been lost; None until then."""
+
+
 class Heartbeat(Message):
-    """rollout -> replay, every 2 s. `progress`: sampled tokens of each lease held, a lease is alive while it grows."""
+    """rollout -> replay, every 2 s. `progress`: every lease that the worker holds, by `lease_id`."""
 
     asked: int
     loaded_version: int
-    progress: dict[int, int]
+    branch: int
+    progress: dict[int, Progress]
     gauges: dict[str, float]
     """The worker's own counters (`rollout/…`), cumulative since the session began."""
 
@@ -280,6 +303,8 @@ class EvalRequest(Message):
     seed: int
     sampling: Sampling
     prompts: list[Prompt]
+    number: int = 0
+    """As in `Lease`; 0 until it is given out."""
 
 
 class EvalAnswer(Struct, frozen=True, kw_only=True):

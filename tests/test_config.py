@@ -52,6 +52,8 @@ def test_overrides_change_keys_and_interpolations_follow() -> None:
         ("replay.run_ahead=.nan", "replay.run_ahead: must be a finite number"),
         ("replay.lease_stall_s=0.1", "replay.lease_stall_s: must be at least two heartbeats"),
         ("prompts.eval_path=held.jsonl", "prompts.eval_path: belongs to the task 'file'"),
+        ("faults.drop=2", "faults.drop: must be from 0 to 1, got 2"),
+        ("faults.kill=[learner.sometimes]", "learner has no such point, got 'learner.sometimes' (it has before_train,"),
         ("run=3", "run: is a section"),
         ("run.steps=0", "run.steps: must be at least 1, got 0"),
         ("model.path=null", "model.path: expected `str`, got None"),
@@ -109,5 +111,5 @@ def test_the_set_of_keys_is_frozen_so_that_a_new_one_is_a_decision() -> None:
 
 def test_sections_stand_in_the_order_of_the_design() -> None:
     assert list(SECTIONS) == (
-        "run model prompts rollout reward filter replay loss learner weights eval controller metrics".split()
+        "run model prompts rollout reward filter replay loss learner weights eval controller metrics faults".split()
     )

@@ -15,30 +15,41 @@ from __future__ import annotations
 import asyncio
 import faulthandler
 import logging
+import resource
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
 import torch
 
+from asyncdapo import faults
 from asyncdapo.config import Config
+from asyncdapo.controller.pulse import Pulse
+from asyncdapo.controller.roster import Entry, entry_of, this_process
+from asyncdapo.controller.stacks import install as install_stacks
+from asyncdapo.controller.stacks import stacks
+from asyncdapo.controller.waits import NOBODY, Waits, replay_wait
 from asyncdapo.learner.feed import BatchFeed
 from asyncdapo.learner.learner import Learner
 from asyncdapo.messages import EvalAnswer, EvalRequest, NoBatch, Prompt
 from asyncdapo.prompts.registry import open_task
 from asyncdapo.prompts.stream import PromptStream
 from asyncdapo.replay.journal import Journal
+from asyncdapo.replay.recovery import Recovered
 from asyncdapo.replay.server import ReplayServer
+from asyncdapo.replay.sessions import LOST_TICKS
 from asyncdapo.replay.state import ReplayState
-from asyncdapo.reward.registry import make_verifier
+from asyncdapo.reward.pool import ScorerPool
 from asyncdapo.reward.scorer import Scorer
 from asyncdapo.rollout.torch_engine.engine import TorchEngine
 from asyncdapo.rollout.worker import RolloutWorker
 from asyncdapo.tokens import load_tokenizer
+from asyncdapo.transport.keys import RunKeys
 from asyncdapo.weights.backend import Backend
 from asyncdapo.weights.group import WeightGroup, device_name
 from asyncdapo.weights.layout import Manifest
@@ -47,14 +58,25 @@ from asyncdapo.weights.sender import WeightSender
 
 T = TypeVar("T")
 
+BUSY_CPU_S = 10.0
+WRITTEN_BLOCKS = 16_384
+"""Steps in which a learner's CPU time and its blocks written (8 MiB) count as progress; an idle process makes none."""
+MAX_STALLED = 3
+"""Leases in a row that may stall at a worker before its engine is taken for hung."""
+
 
 class Actor:
     """What all processes share: a name, the config, one thread for blocking work."""
 
-    def __init__(self, name: str, config: Config) -> None:
-        self.name, self.config = name, config
+    role: str
+
+    def __init__(self, name: str, config: Config, keys: RunKeys, index: int = 0) -> None:
+        """`index` counts the processes of this role."""
+        self.name, self.config, self.keys, self.index = name, config, keys, index
+        self.waits = Waits(name)
         self.group: WeightGroup | None = None
-        self._open_log(Path(config.run.dir) / "logs" / f"{name}.log")
+        self._open_log(log_path(config, name))
+        faults.install(name, config.faults, Path(config.run.dir))
         self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=name)
 
     def _open_log(self, path: Path) -> None:
@@ -63,22 +85,51 @@ class Actor:
         stream = path.open("a", buffering=1)
         logging.basicConfig(stream=stream, level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
         faulthandler.enable(stream)
+        install_stacks(stream)
 
     async def blocking(self, work: Callable[..., T], *args: Any) -> T:
         """Run blocking work in this process's one thread for it: never two at a time."""
         return await asyncio.get_running_loop().run_in_executor(self.thread, work, *args)
+
+    async def entry(self) -> Entry:
+        """Who this process is."""
+        return this_process(self.role, self.index)
+
+    async def stacks(self) -> str:
+        """Where all its threads and tasks stand."""
+        return stacks()
 
     def host(self) -> str:
         """Where others reach this process: loopback on a Ray of our own, else this node's address."""
         return ray.util.get_node_ip_address() if self.config.controller.ray_address else "127.0.0.1"
 
 
+def log_path(config: Config, name: str) -> Path:
+    """The log of a process."""
+    return Path(config.run.dir) / "logs" / f"{name}.log"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """Where a life of the replay server begins."""
+
+    roll_back_to: int | None = None
+    """Train step of the checkpoint that the run goes on from; none to take the ledger as it stands."""
+    reason: str = ""
+    totals: dict[str, float] = field(default_factory=dict)
+    """The last metrics line, from which counts go on that aren't in the ledger."""
+    ports: tuple[int, int] = (0, 0)
+    """For workers and for the learner; 0 is any."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Opened:
     """What the others need to know of an open replay server."""
 
+    branch: int
     rollout_address: str
     learner_address: str
+    ports: tuple[int, int]
     data_ends: bool
     """Whether the prompts can be used up before the last step."""
     num_left_out: int
@@ -89,43 +140,88 @@ class Opened:
 class ReplayActor(Actor):
     """Prompts in, batches out: the process that decides what is sampled and what is trained on."""
 
-    async def start(self) -> Opened:
-        """Open stream, journal and sockets."""
+    role = "replay"
+
+    async def start(self, start: Start) -> Opened:
+        """Open stream, journal and sockets, and go on from what the ledger says."""
         config = self.config
         task = open_task(config.prompts, num_eval=config.eval.num_held_out, seed=config.run.seed)
-        encode = load_tokenizer(config.model.path).prompt_encoder(config.prompts.chat_template)
+        tokenizer = load_tokenizer(config.model.path)
+        encode = tokenizer.prompt_encoder(config.prompts.chat_template)
         self.stream = PromptStream(config.prompts, task, encode, config.run.seed)
-        state = ReplayState(
-            config.replay,
-            config.filter,
-            max_attempts=config.prompts.max_attempts,
-            num_prompts=self.stream.num_prompts,
-        )
         self.server = ReplayServer(
             config.replay,
-            state,
-            Journal(Path(config.run.dir), keep_payloads=config.replay.keep_payloads),
+            self._make_state,
+            self._open_journal(start),
             self.stream.prompt_at,
             group_size=config.rollout.group_size,
             seed=config.run.seed,
             total_slots=config.rollout.num_workers * config.rollout.slots,
+            max_failure_ratio=config.reward.max_failure_ratio,
+            totals=start.totals,
             host=self.host(),
+            ports=start.ports,
+            curve=self.keys.server,
         )
         return Opened(
+            branch=self.server.branch,
             rollout_address=self.server.rollout_address,
             learner_address=self.server.learner_address,
+            ports=self.server.ports,
             data_ends=self.stream.num_prompts is not None,
             num_left_out=self.stream.num_left_out,
             eval_prompts=self.stream.eval_prompts(config.eval.num_held_out),
+        )
+
+    def _open_journal(self, start: Start) -> Journal:
+        journal = Journal(Path(self.config.run.dir), keep_payloads=self.config.replay.keep_payloads)
+        if start.roll_back_to is not None:
+            journal.roll_back(start.roll_back_to, start.reason, self.config.replay)
+        return journal
+
+    def _make_state(self, recovered: Recovered) -> ReplayState:
+        return ReplayState(
+            self.config.replay,
+            self.config.filter,
+            max_attempts=self.config.prompts.max_attempts,
+            num_prompts=self.stream.num_prompts,
+            recovered=recovered,
         )
 
     async def serve(self) -> None:
         """Serve both sockets; raises what ends the run."""
         await self.server.run()
 
+    async def pulse(self) -> Pulse:
+        status = self.server.status()
+        self.waits.stand(*replay_wait(status["why_waiting"]))
+        patience_s = LOST_TICKS * self.config.replay.heartbeat_s
+        return Pulse(
+            entries=[await self.entry()],
+            waits=self.waits.open(),
+            progress={key: status[key] for key in ("sampled_tokens", "filling_step", "branch")},
+            lost=[
+                index
+                for index, worker in status["known_workers"].items()
+                if worker["silent_s"] > patience_s or worker["stalled"] > MAX_STALLED
+            ],
+        )
+
     async def begin(self) -> None:
         """Grant leases from now on."""
         await self.server.begin()
+
+    async def pause(self) -> None:
+        """Grant none from now on."""
+        await self.server.pause()
+
+    async def roll_back(self, step: int, reason: str) -> int:
+        """Go back to the checkpoint of `step`. Returns the new branch."""
+        return await self.server.roll_back(step, reason)
+
+    async def lose_worker(self, index: int) -> None:
+        """The worker's process is dead: its leases are lost."""
+        await self.server.lose_worker(index)
 
     async def trained(self, step: int, summary: dict[str, float]) -> dict[str, float]:
         """Batch `step` is trained on. Returns replay's metrics of the step."""
@@ -136,7 +232,7 @@ class ReplayActor(Actor):
         await self.server.published(version)
 
     async def covered(self, step: int) -> None:
-        """A checkpoint of `step` exists: payloads up to it may go."""
+        """The oldest checkpoint that the run may go back to is that of `step`: payloads up to it may go."""
         await self.server.covered(step)
 
     async def evaluate(self, requests: list[EvalRequest], share: float) -> list[EvalAnswer]:
@@ -147,32 +243,49 @@ class ReplayActor(Actor):
         """No further step: leases are withdrawn, open prompts end `unused`."""
         await self.server.finish()
 
-    async def status(self) -> dict[str, Any]:
-        """Who waits for whom, and gauges."""
-        return self.server.status()
-
 
 class RolloutActor(Actor):
     """One worker: an engine that never idles while credit is left, a scorer, and a receiver of weights."""
 
-    def __init__(self, name: str, config: Config, index: int) -> None:
-        super().__init__(name, config)
-        self.index = index
+    role = "rollout"
 
     async def start(self, replay_address: str) -> None:
-        """Load the model (the only time a weight file is opened) and connect to the replay server."""
+        """Load the model (the only time a weight file is opened), start the verifiers, and connect to the replay
+        server."""
         config = self.config
         self.engine = TorchEngine(config.model.path, config.rollout, max_prompt_length=config.prompts.max_prompt_length)
         await self.engine.start()
-        decode = load_tokenizer(config.model.path).decode
-        scorer = Scorer(config.reward, make_verifier(config.reward.verifier), decode)
+        pool = ScorerPool(config.reward.verifier, config.reward.processes, config.reward.timeout_s)
+        self.scorer = Scorer(config.reward, pool, load_tokenizer(config.model.path).decode)
+        await self.scorer.start()
         self.worker = RolloutWorker(
-            self.index, config.rollout, config.replay.heartbeat_s, self.engine, scorer, replay_address
+            self.index,
+            config.rollout,
+            config.replay.heartbeat_s,
+            self.engine,
+            self.scorer,
+            replay_address,
+            curve=self.keys.client,
         )
+        self.num_received = 0
 
     async def serve(self) -> None:
         """Generate and score; raises what ends the worker."""
         await self.worker.run()
+
+    async def pulse(self) -> Pulse:
+        gauges = self.worker.gauges()
+        first = self.index * self.config.reward.processes
+        scorers = [entry_of("scorer", first + place, pid) for place, pid in enumerate(self.scorer.pids())]
+        return Pulse(
+            entries=[await self.entry(), *scorers],
+            waits=self.waits.open(),
+            progress={
+                "tokens": gauges["tokens"],
+                "judged": self.scorer.num_judged,
+                "received": self.num_received,
+            },
+        )
 
     async def device(self) -> str:
         return device_name(self.engine.device)
@@ -181,7 +294,8 @@ class RolloutActor(Actor):
         self, address: str, rank: int, world_size: int, backend: Backend, manifest: Manifest
     ) -> None:
         """Join the process group in which the learner sends; leave the one before."""
-        await self.blocking(self._join, address, rank, world_size, backend, manifest)
+        with self.waits.on("learner", "the weight group", self.config.weights.timeout_s):
+            await self.blocking(self._join, address, rank, world_size, backend, manifest)
 
     def _join(self, address: str, rank: int, world_size: int, backend: Backend, manifest: Manifest) -> None:
         if self.group:
@@ -189,29 +303,34 @@ class RolloutActor(Actor):
         self.group = WeightGroup.join(address, rank, world_size, backend, self.config.weights.timeout_s)
         self.receiver = WeightReceiver(self.group, manifest, self.engine.device)
 
-    async def receive_weights(self, version: int) -> dict[str, float]:
+    async def receive_weights(self, version: int, branch: int) -> dict[str, float]:
         """Receive while generating, then generate with the new weights from the next token on."""
         began = time.monotonic()
-        weights = await self.blocking(self.receiver.receive, version)
+        with self.waits.on("learner", f"the weights of version {version}", self.config.weights.timeout_s):
+            weights = await self.blocking(partial(self.receiver.receive, version, branch=branch))
         received = time.monotonic()
-        await self.worker.load_weights(version, weights)
+        await self.worker.load_weights(version, weights, branch)
+        self.num_received += 1
         return {"receive_s": received - began, "load_s": time.monotonic() - received}
 
 
 class LearnerActor(Actor):
     """The learner: one batch in, one version out."""
 
-    async def start(self, replay_address: str) -> None:
-        """Load the model and connect to the replay server."""
+    role = "learner"
+
+    async def start(self, replay_address: str, checkpoint: Path | None) -> None:
+        """Load the model, go on from the checkpoint if there is one, and connect to the replay server."""
         config = self.config
         torch.set_num_threads(config.learner.threads)
-        self.learner = await self.blocking(self._load)
-        self.feed = BatchFeed(replay_address)
+        self.learner = await self.blocking(self._load, checkpoint)
+        self.feed = BatchFeed(replay_address, curve=self.keys.client)
+        self.num_sent = 0
         self.stopped = asyncio.Event()
 
-    def _load(self) -> Learner:
+    def _load(self, checkpoint: Path | None) -> Learner:
         config = self.config
-        return Learner(
+        learner = Learner(
             config.model.path,
             config.loss,
             config.learner,
@@ -219,10 +338,26 @@ class LearnerActor(Actor):
             staleness_bound=config.replay.staleness_bound,
             seed=config.run.seed,
         )
+        if checkpoint:
+            learner.restore(checkpoint)
+        return learner
 
     async def serve(self) -> None:
-        """Lasts as long as the process, so that its death ends the run at once."""
+        """Lasts as long as the process."""
         await self.stopped.wait()
+
+    async def pulse(self) -> Pulse:
+        usage = resource.getrusage(resource.RUSAGE_SELF)
+        return Pulse(
+            entries=[await self.entry()],
+            waits=self.waits.open(),
+            progress={
+                "version": self.learner.version,
+                "sent": self.num_sent,
+                "cpu": usage.ru_utime // BUSY_CPU_S,  # a long step or a large checkpoint moves no other counter
+                "written": usage.ru_oublock // WRITTEN_BLOCKS,
+            },
+        )
 
     async def device(self) -> str:
         return device_name(self.learner.device)
@@ -238,17 +373,23 @@ class LearnerActor(Actor):
 
     async def accept_workers(self) -> None:
         """Wait for every worker to join."""
-        await self.blocking(self.group.connect)
+        with self.waits.on("rollout", "the weight group", self.config.weights.timeout_s):
+            await self.blocking(self.group.connect)
         self.sender = WeightSender(self.group, self.manifest, self.config.weights.bucket_mb << 20)
 
-    async def send_weights(self, version: int) -> dict[str, float]:
+    async def send_weights(self, version: int, branch: int) -> dict[str, float]:
         """Broadcast the weights as those of `version`; over when every worker has checked them."""
-        report = await self.blocking(self.sender.send, version, self.learner.weights())
+        faults.point("in_send_weights")
+        with self.waits.on("rollout", f"version {version} to arrive", self.config.weights.timeout_s):
+            send = partial(self.sender.send, version, self.learner.weights(), branch=branch)
+            report = await self.blocking(send)
+        self.num_sent += 1
         return {"bytes": report.num_bytes, "seconds": report.seconds}
 
     async def take_batch(self, step: int) -> str:
         """Wait for batch `step` and keep it for `train_step`. Returns why there is none, once the data is used up."""
-        taken = await self.feed.take(step)
+        with self.waits.on("replay", f"batch {step}"):
+            taken = await self.feed.take(step)
         if isinstance(taken, NoBatch):
             return taken.reason
         self.batch, self.payload = taken
@@ -256,8 +397,14 @@ class LearnerActor(Actor):
 
     async def train_step(self) -> dict[str, float]:
         """Train on the batch taken. Returns the learner's metrics."""
-        return await self.blocking(self.learner.train, self.batch, self.payload)
+        faults.point("before_train")
+        with self.waits.on(NOBODY, f"trains step {self.batch.step}"):
+            metrics = await self.blocking(self.learner.train, self.batch, self.payload)
+        faults.point("after_train")
+        return metrics
 
-    async def save(self, step: int) -> None:
+    async def save(self, step: int, branch: int) -> None:
         """Write the checkpoint of `step`."""
-        await self.blocking(self.learner.save, Path(self.config.run.dir), step)
+        with self.waits.on(NOBODY, f"writes the checkpoint of step {step}"):
+            await self.blocking(self.learner.save, Path(self.config.run.dir), step, branch)
+        faults.point("after_checkpoint")

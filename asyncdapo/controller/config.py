@@ -1,10 +1,11 @@
-"""Configuration of the run as a whole, of the controller, and of evaluation."""
+"""Configuration of the run as a whole, of the controller, of evaluation, and of faults on purpose."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from asyncdapo.errors import ConfigError
+from asyncdapo.faults import parse_kill
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,12 +20,16 @@ class RunConfig:
     """Seed of the prompt order, the sampling and the model's own randomness."""
     steps: int = 100
     """Train steps after which the run ends."""
+    stop_s: float = 20.0
+    """Seconds that a run may take to finish its step and write a checkpoint after Ctrl-C or SIGTERM."""
 
     def __post_init__(self) -> None:
         if not self.dir:
             raise ConfigError("run.dir", "is empty")
         if self.steps < 1:
             raise ConfigError("run.steps", "must be at least 1", self.steps)
+        if self.stop_s <= 0:
+            raise ConfigError("run.stop_s", "must be above 0", self.stop_s)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,11 +44,17 @@ class ControllerConfig:
     """Seconds an actor may take to load its model."""
     report_wait_s: float = 30.0
     """Seconds after which a wait for work says who waits for whom, again and again."""
+    stall_s: float = 120.0
+    """Seconds without any progress after which the process that all others wait for is killed and started again."""
+    max_restarts: int = 5
+    """Deaths of one process within an hour after which it is started again; one more ends the run."""
 
     def __post_init__(self) -> None:
-        for key in ("place_timeout_s", "start_timeout_s", "report_wait_s"):
+        for key in ("place_timeout_s", "start_timeout_s", "report_wait_s", "stall_s"):
             if getattr(self, key) <= 0:
                 raise ConfigError(f"controller.{key}", "must be above 0", getattr(self, key))
+        if self.max_restarts < 0:
+            raise ConfigError("controller.max_restarts", "must be at least 0", self.max_restarts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,3 +88,40 @@ class EvalConfig:
     def num_held_out(self) -> int:
         """Held-out prompts that the evaluations of a run need."""
         return max(self.num_prompts, self.num_greedy_prompts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FaultsConfig:
+    """Faults on purpose, for tests of a whole run; at these defaults there are none."""
+
+    seed: int = 0
+    """Seed of all that is random here, so that a run that failed can be repeated."""
+    drop: float = 0.0
+    """Share of the messages between workers, replay server and learner that are lost."""
+    duplicate: float = 0.0
+    """Share of these messages that arrive twice."""
+    reorder: float = 0.0
+    """Share of these messages that later ones overtake."""
+    truncate: float = 0.0
+    """Share of these messages that lose the end of a frame."""
+    delay_s: float = 0.0
+    """Most seconds that a message is late, in the order of sending."""
+    kill: tuple[str, ...] = ()
+    """`process.point[:n]`: kill -9 of the process when it passes the point for the n-th time, once per run. The points
+    are in asyncdapo/faults.py; learner.after_train:3 is one."""
+    slow_worker_s: float = 0.0
+    """Seconds that worker 0 takes longer over each group."""
+    slow_disk_s: float = 0.0
+    """Seconds that each ledger transaction and each checkpoint takes longer."""
+    disk_full_after_mb: float = 0.0
+    """MB that the replay server or the learner can write before the disk counts as full; 0 is no limit."""
+
+    def __post_init__(self) -> None:
+        for key in ("drop", "duplicate", "reorder", "truncate"):
+            if not 0 <= getattr(self, key) <= 1:
+                raise ConfigError(f"faults.{key}", "must be from 0 to 1", getattr(self, key))
+        for key in ("delay_s", "slow_worker_s", "slow_disk_s", "disk_full_after_mb"):
+            if getattr(self, key) < 0:
+                raise ConfigError(f"faults.{key}", "must be at least 0", getattr(self, key))
+        for entry in self.kill:
+            parse_kill(entry)

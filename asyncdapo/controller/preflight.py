@@ -1,49 +1,93 @@
 """Everything that can be wrong with a run and is the user's to mend, found before any process starts.
 
-In: the config's name and the overrides. Out: the effective `Config`, written to RUN_DIR/config.yaml: paths absolute and
-`max_staleness` the bound in force. Raises UserError (exit code 2), and then nothing was created.
+In: the config's name and the overrides. Out: the effective `Config` (paths absolute, `max_staleness` the bound in
+force), written to RUN_DIR/config.yaml, and where the run begins: a run directory that holds a run is resumed. Raises
+UserError (exit code 2), and then no run directory was created and none changed but for its mode.
+
+    RUN_DIR/launch.lock     held by the launch that works here, as long as its process lives; its pid
+            identity.json   what the run is made of, from its first launch
+            config.yaml     the latest launch's values, written last: the sign that the directory is taken
+            config.1.yaml   the values of launches before it, oldest first
+
+Invariant: one launch at a time works in a run directory. Does not own: what makes two runs the same (`identity`), where
+a run goes on (`resume`).
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import fcntl
+import itertools
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from asyncdapo.config import Config, find_config, load_config, to_yaml
-from asyncdapo.errors import ConfigError
-from asyncdapo.learner.model_path import check_model_path
+from asyncdapo.controller.identity import IDENTITY_FILE, Identity, check_same_run, identify, to_json
+from asyncdapo.controller.resume import Resume, survey
+from asyncdapo.controller.roster import end_survivors
+from asyncdapo.errors import ConfigError, RunError, UserError
+from asyncdapo.learner.model_path import check_model_path, local_directory
 from asyncdapo.metrics.wandb_log import choose_mode
 from asyncdapo.prompts.registry import open_task
 from asyncdapo.replay.audit import CONFIG_FILE
-from asyncdapo.reward.registry import make_verifier
+from asyncdapo.reward.registry import absolute_verifier, make_verifier
 from asyncdapo.reward.scorer import METRICS
 
+LOCK_FILE = "launch.lock"
+UNFINISHED_START = {LOCK_FILE, IDENTITY_FILE, f".{IDENTITY_FILE}.new", f".{CONFIG_FILE}.new"}
+"""What a launch leaves that was killed before it could take the directory."""
+FORMER_LAUNCH_S = 15.0
+"""Time for the processes of a launch whose driver was killed to end by themselves, which takes them up to 10 s."""
 
-def prepare_run(name_or_path: str, overrides: Sequence[str]) -> Config:
-    """Read and check the configuration, the model path, the data; then make the run directory."""
+
+@contextmanager
+def prepare_run(name_or_path: str, overrides: Sequence[str]) -> Iterator[tuple[Config, Resume]]:
+    """Check configuration, model and data, take the run directory and look where it stands. It is this launch's as long
+    as the context lasts. A finished run is left as it is."""
     path = find_config(name_or_path)
     config = effective(load_config(path, overrides), path.parent)
+    check_config(config)
+    with _usable(config.run.dir):
+        new = not holds_run(config.run.dir)
+    if new:
+        check_engine(config)  # the model of a run that is there was checked when it was new
+    identity = identify(config)
+    with _usable(config.run.dir):
+        lock = _lock(config.run.dir)
+    with lock:
+        with _usable(config.run.dir):
+            resume = _open_run_dir(config, identity)
+        yield config, resume
+
+
+def check_config(config: Config) -> None:
+    """What can be checked without the run directory, and without torch."""
     make_verifier(config.reward.verifier)
     if config.filter.enabled and config.filter.metric not in METRICS:
         raise ConfigError("filter.metric", "is no metric of the scorer", config.filter.metric, ", ".join(METRICS))
     choose_mode(config.metrics)
     open_task(config.prompts, num_eval=config.eval.num_held_out, seed=config.run.seed)
-    make_run_dir(config)
-    return config
 
 
-def make_run_dir(config: Config) -> None:
-    """An empty directory that is this run's alone; config.yaml in it is the sign that it is taken."""
-    run_dir = Path(config.run.dir)
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if any(run_dir.iterdir()):
-            raise ConfigError("run.dir", "is in use", config.run.dir, "choose another, or remove the directory")
-        with (run_dir / CONFIG_FILE).open("x", encoding="utf-8") as file:
-            file.write(to_yaml(config))
-    except OSError as error:
-        raise ConfigError("run.dir", f"can't be used ({error.strerror})", config.run.dir) from error
+def check_engine(config: Config) -> None:
+    """Whether the engine computes this model, where its files are here already. The import takes some seconds; a launch
+    needs it all the same."""
+    if directory := local_directory(config.model.path):
+        from asyncdapo.rollout.torch_engine.checkpoint import read_checkpoint
+
+        read_checkpoint(str(directory))
+
+
+def holds_run(run_dir: str) -> bool:
+    """Whether there is a run to go on with, or room for a new one. Raises ConfigError for a directory of something
+    else."""
+    names = {path.name for path in Path(run_dir).iterdir()} if Path(run_dir).exists() else set()
+    if CONFIG_FILE not in names and names - UNFINISHED_START:
+        raise ConfigError("run.dir", "is in use", run_dir, "choose another, or remove the directory")
+    return CONFIG_FILE in names
 
 
 def effective(config: Config, config_dir: Path) -> Config:
@@ -59,9 +103,78 @@ def effective(config: Config, config_dir: Path) -> Config:
         prompts=replace(
             config.prompts, path=_absolute(config.prompts.path), eval_path=_absolute(config.prompts.eval_path)
         ),
+        reward=replace(config.reward, verifier=absolute_verifier(config.reward.verifier)),
         replay=replace(config.replay, max_staleness=bound),
     )
 
 
 def _absolute(path: str | None) -> str | None:
     return None if path is None else str(Path(path).absolute())
+
+
+# ------------------------------------------------------------------------------------------------------- run directory
+
+
+@contextmanager
+def _usable(run_dir: str) -> Iterator[None]:
+    """What the file system refuses is the user's to mend."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError("run.dir", f"can't be used ({error.strerror})", run_dir) from error
+
+
+def _lock(run_dir: str) -> IO[str]:
+    """Make the directory if need be, and hold it until the file returned is closed, at the latest with this process.
+    Raises ConfigError while another launch holds it."""
+    Path(run_dir).mkdir(parents=True, exist_ok=True)
+    Path(run_dir).chmod(0o700)
+    file = (Path(run_dir) / LOCK_FILE).open("a+", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        with file:
+            file.seek(0)
+            holder = file.read().strip() or "unknown"
+        problem = f"is in use by another launch that goes on, process {holder}"
+        raise ConfigError("run.dir", problem, run_dir, "end that one, or choose another") from None
+    file.truncate(0)
+    file.write(f"{os.getpid()}\n")
+    file.flush()
+    return file
+
+
+def _open_run_dir(config: Config, identity: Identity) -> Resume:
+    """Begin a run in the directory, or find out where the one in it goes on. Nobody else works there by now."""
+    run_dir = Path(config.run.dir)
+    if not holds_run(config.run.dir):
+        _replace(run_dir / IDENTITY_FILE, to_json(identity))
+        _replace(run_dir / CONFIG_FILE, to_yaml(config).encode())
+        return Resume(new=True)
+    recorded = check_same_run(run_dir, config, identity)
+    try:
+        end_survivors(run_dir, FORMER_LAUNCH_S)
+    except RunError as error:
+        raise UserError(f"{run_dir}: of the launch before: {error}") from error
+    resume = survey(run_dir, config)
+    if recorded != config and not resume.finished:
+        _keep_config(run_dir)
+        _replace(run_dir / CONFIG_FILE, to_yaml(config).encode())
+    return resume
+
+
+def _keep_config(run_dir: Path) -> None:
+    """The values until now stay as config.1.yaml, config.2.yaml, …"""
+    names = (f"config.{number}.yaml" for number in itertools.count(1))
+    free = next(run_dir / name for name in names if not (run_dir / name).exists())
+    _replace(free, (run_dir / CONFIG_FILE).read_bytes())
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """The file has this content, or what it had before; nothing between."""
+    unfinished = path.with_name(f".{path.name}.new")
+    with unfinished.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.replace(path)

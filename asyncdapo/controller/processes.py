@@ -1,10 +1,10 @@
-"""Finds room for the processes of a run on Ray, starts them, calls them, watches all of them.
+"""The processes of a run on Ray: room for them, calls to them, and what a death means.
 
 Every Ray call goes through `Process.call`, the one place where Ray's errors become ours: an error of ours keeps its
-kind and gains the name of its process, a death says so, a defect carries the traceback of its process as its cause.
+kind and gains the name of its process, a death is `ProcessDied`, a defect carries the traceback of its process as its
+cause. A `Process` outlives its Ray actor: started again, it is the same process in its next life.
 
-Every process and every background task of the controller is in one watched set (`Watch`). The first that ends, with an
-error or without, ends the run: an early clean exit is an error too, since each of them should outlive the training.
+Does not own: when a process is started again (`fleet`), what the calls do (`actors`).
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ import asyncio
 import logging
 import math
 import os
+import signal
+import time
 from collections import Counter
-from collections.abc import Coroutine, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import ray
@@ -25,6 +26,7 @@ from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from asyncdapo.config import Config
+from asyncdapo.controller.roster import Entry, is_running
 from asyncdapo.errors import RunError, UserError
 
 CPUS_PER_PROCESS = 0.1
@@ -38,6 +40,14 @@ MAX_CONCURRENCY = 64
 
 CAUSE_GRACE_S = 2.0
 """Time for a death to become known, when what failed first may be a call to the process that died."""
+
+
+class ProcessDied(RunError):  # noqa: N818 - what happened to it, not a failure of ours
+    """A process ended without saying why: killed, out of memory, crashed in native code."""
+
+    def __init__(self, name: str, how: str) -> None:
+        super().__init__(f"{name}: the process died: {how}")
+        self.name = name
 
 
 @contextmanager
@@ -82,16 +92,24 @@ async def reserve(num_gpus: Sequence[float], timeout_s: float) -> PlacementGroup
     return room
 
 
-@dataclass(frozen=True)
 class Process:
-    """A Ray actor of the run, by its name in logs and errors."""
+    """A process of the run, by its name in logs and errors, through all its lives."""
 
-    name: str
-    actor: Any
+    def __init__(self, name: str, create: Callable[[], Any]) -> None:
+        """`create` starts a Ray actor and returns its handle; its constructor runs in the background."""
+        self.name = name
+        self.up = asyncio.Event()
+        """Set while it is started and not known to be dead."""
+        self.life = 0
+        self.entry: Entry | None = None
+        """Who it is in this life; None until it says so."""
+        self.since = math.nan
+        """Start of this life, `time.monotonic`."""
+        self._create, self._actor = create, None
 
     @classmethod
-    def start(cls, actor: type, name: str, *args: Any, room: PlacementGroup, place: int, threads: int) -> Process:
-        """Start it in place number `place` of the reserved room. Its constructor runs in the background."""
+    def placed(cls, actor: type, name: str, *args: Any, room: PlacementGroup, place: int, threads: int) -> Process:
+        """A process that lives in place number `place` of the reserved room."""
         bundle = room.bundle_specs[place]
         options = {
             "num_cpus": bundle["CPU"],
@@ -102,18 +120,50 @@ class Process:
                 "env_vars": {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"},
             },
         }
-        return cls(name, ray.remote(actor).options(**options).remote(name, *args))
+        return cls(name, lambda: ray.remote(actor).options(**options).remote(name, *args))
+
+    def spawn(self) -> None:
+        """Begin its next life. It is `up` when its owner says so."""
+        self.end()
+        self.life += 1
+        self.since = time.monotonic()
+        self._actor = self._create()
+
+    def end(self) -> None:
+        """Kill what is left of this life. A stopped process does not heed Ray, so it is killed by hand, too."""
+        self.up.clear()
+        if self.entry is not None and is_running(self.entry):
+            with suppress(ProcessLookupError):
+                os.kill(self.entry.pid, signal.SIGKILL)
+        self.entry = None
+        if self._actor is not None:
+            ray.kill(self._actor)
+            self._actor = None
 
     async def call(self, command: str, *args: Any) -> Any:
-        """What the process answers. Raises UserError or RunError that names the process."""
+        """What the process answers. Raises ProcessDied, or UserError or RunError that names the process."""
+        actor = self._actor
+        if actor is None:
+            raise ProcessDied(self.name, "it is being started again")
         try:
-            return await getattr(self.actor, command).remote(*args)
+            return await getattr(actor, command).remote(*args)
         except RayTaskError as error:
             raise self._translated(error) from (None if isinstance(error.cause, RunError | UserError) else error)
         except RayActorError as error:
-            raise RunError(f"{self.name}: the process died: {_reason(error)}") from None
+            if actor is self._actor:
+                self.up.clear()
+            raise ProcessDied(self.name, _reason(error)) from None
         except RayError as error:
             raise RunError(f"{self.name}: {type(error).__name__}") from error
+
+    async def ask(self, command: str, *args: Any) -> Any:
+        """As `call`, and again in its next life when it died under the call: for commands that may be repeated."""
+        while True:
+            await self.up.wait()
+            try:
+                return await self.call(command, *args)
+            except ProcessDied:
+                continue
 
     def _translated(self, error: RayTaskError) -> UserError | RunError:
         cause = error.cause
@@ -125,7 +175,8 @@ class Process:
 
 
 class Watch:
-    """The one set of everything that must stay alive while the run goes on."""
+    """The one set of everything that must go on as long as the run does. The first that ends, with an error or
+    without, ends the run."""
 
     def __init__(self) -> None:
         self._tasks: dict[asyncio.Task[Any], str] = {}
@@ -139,7 +190,7 @@ class Watch:
         main = asyncio.ensure_future(work)
         try:
             await asyncio.wait([main, *self._tasks], return_when=asyncio.FIRST_COMPLETED)
-            if main.done() and main.exception() is not None:
+            if main.done() and main.exception() is not None and self._tasks:
                 await asyncio.wait(self._tasks, timeout=CAUSE_GRACE_S, return_when=asyncio.FIRST_COMPLETED)
             self._raise_if_one_ended()
             return await main

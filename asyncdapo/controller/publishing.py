@@ -1,8 +1,12 @@
 """Publishing: brings the learner's weights to every rollout worker, and mends the process group when that fails.
 
-In: `publish(version)` after a train step. Out: the workers generate with that version; `weights/…` metrics. A transfer
-that fails leaves the old weights in use everywhere; the group is then made anew and the same version sent again, up to
-`weights.max_missed` times, after which the run ends. Nothing here touches a tensor: the controller only tells both
+In: `publish` after a train step, `catch_up` for a worker that joined, came back or missed a version. Out: the workers
+generate with the version in force; `weights/…` metrics. A transfer that fails leaves the old weights in use everywhere.
+The next one goes through a new process group of the workers that are up. An end that gives no answer is put to death,
+whereupon it is started again and catches up; after `weights.max_missed` failures of one version the run ends.
+
+One turn at a time: the learner trains, or sends to all, or sends to one; so a send never waits for a train step, and
+what is sent is always the newest that the learner has. Nothing here touches a tensor: the controller only tells both
 ends when.
 """
 
@@ -10,11 +14,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from asyncdapo.controller.processes import Process
+from asyncdapo.controller.processes import Process, ProcessDied
 from asyncdapo.errors import RunError, WeightsError
 from asyncdapo.weights.backend import choose_backend
 from asyncdapo.weights.config import WeightsConfig
@@ -24,65 +28,140 @@ log = logging.getLogger("weights")
 COMMAND_MARGIN_S = 10.0
 """What a command may take beyond the transfer's own timeout before it counts as failed."""
 
+Life = tuple[str, int]
+"""A process in one of its lives."""
+
 
 class Publishing:
-    """One learner, one to many workers, one process group at a time."""
+    """One learner, any number of workers, one process group at a time."""
 
-    def __init__(self, config: WeightsConfig, learner: Process, workers: list[Process]) -> None:
+    def __init__(self, config: WeightsConfig, learner: Process, workers: Sequence[Process]) -> None:
         self.config, self.learner, self.workers = config, learner, workers
+        self.turn = asyncio.Lock()
+        """Held while the learner trains or sends."""
+        self.version, self.branch = 0, 0
+        """What the learner has, and in which branch."""
+        self._members: list[Life] = []
+        """Of the process group, the learner first; none when there is no group."""
+        self._loaded: dict[str, tuple[int, int, int]] = {}
+        """Life, branch and version of what each worker generates with, as far as it came from here."""
+        self._backend = ""
 
-    async def connect(self) -> None:
-        """Make the process group: the learner is rank 0 and hosts the store, worker i is rank i + 1."""
-        ends = [self.learner, *self.workers]
-        within = partial(self._within_deadline, "make the weight group")
-        devices = await within(*(process.call("device") for process in ends))
-        backend, reason = choose_backend(self.config, dict(zip((end.name for end in ends), devices, strict=True)))
-        log.info("weights travel by %s: %s", backend, reason)
-        ((address, manifest),) = await within(self.learner.call("host_weights", len(ends), backend))
-        joins = (
-            worker.call("join_weights", address, rank, len(ends), backend, manifest)
-            for rank, worker in enumerate(self.workers, start=1)
-        )
-        await within(self.learner.call("accept_workers"), *joins)
+    async def begin(self) -> None:
+        """Make the first group, so that what is wrong with it shows before anything is sampled."""
+        async with self.turn:
+            await self._regroup(self._up())
 
-    async def publish(self, version: int) -> dict[str, float]:
-        """Send `version` to every worker; returns when all of them generate with it."""
-        missed: WeightsError | None = None
-        for _ in range(self.config.max_missed):
-            try:
-                if missed:
-                    await self.connect()
-                return await self._send(version)
-            except WeightsError as error:
-                log.warning("version %d did not arrive: %s", version, error)
-                missed = error
+    def learner_has(self, version: int, branch: int) -> None:
+        """From now on this is what is sent. Called with the turn held, or while nobody may send."""
+        self.version, self.branch = version, branch
+
+    async def publish(self) -> dict[str, float]:
+        """Send what the learner has to every worker that is up; returns when all of them generate with it. Workers that
+        aren't up catch up when they are."""
+        async with self.turn:
+            missed: RunError | None = None
+            for _ in range(self.config.max_missed):
+                try:
+                    return await self._send_to(self._up())
+                except (WeightsError, ProcessDied) as error:
+                    self._note_failure(error)
+                    if not self.learner.up.is_set():
+                        raise
+                    missed = error
         raise RunError(
-            f"version {version} did not arrive {self.config.max_missed} times (weights.max_missed): {missed}"
+            f"version {self.version} did not arrive {self.config.max_missed} times (weights.max_missed): {missed}"
         )
 
-    async def _send(self, version: int) -> dict[str, float]:
+    async def catch_up(self, worker: Process) -> None:
+        """Send what the learner has to this worker, unless it has it. After `weights.max_missed` failures the worker is
+        put to death. Returns early when the learner dies: then all workers are sent to when it is back."""
+        for _ in range(self.config.max_missed):
+            async with self.turn:
+                if self._has_current(worker):
+                    return
+                try:
+                    await self._send_to([worker])
+                    log.info("%s caught up with version %d", worker.name, self.version)
+                    return
+                except (WeightsError, ProcessDied) as error:
+                    self._note_failure(error)
+                    if not (self.learner.up.is_set() and worker.up.is_set()):
+                        return
+        log.warning("%s missed version %d %d times", worker.name, self.version, self.config.max_missed)
+        worker.end()
+
+    # ----------------------------------------------------------------------------------------------------- transfers
+
+    def _up(self) -> list[Process]:
+        return [worker for worker in self.workers if worker.up.is_set()]
+
+    def _has_current(self, worker: Process) -> bool:
+        """Version 0 of branch 0 is what every worker loads from the model's own file."""
+        loaded = self._loaded.get(worker.name, (worker.life, 0, 0))
+        return loaded == (worker.life, self.branch, self.version)
+
+    def _note_failure(self, error: RunError) -> None:
+        self._members = []
+        log.warning("version %d did not arrive: %s", self.version, error)
+
+    async def _send_to(self, workers: Sequence[Process]) -> dict[str, float]:
+        if not workers:
+            return {"weights/publish_s": 0.0, "weights/bytes": 0, "weights/load_s": 0.0}
+        if self._members != _lives([self.learner, *workers]):
+            await self._regroup(workers)
         sent, *received = await self._within_deadline(
-            f"send version {version}",
-            self.learner.call("send_weights", version),
-            *(worker.call("receive_weights", version) for worker in self.workers),
+            f"send version {self.version}",
+            (self.learner, ("send_weights", self.version, self.branch)),
+            *((worker, ("receive_weights", self.version, self.branch)) for worker in workers),
         )
+        self._loaded |= {worker.name: (worker.life, self.branch, self.version) for worker in workers}
         return {
             "weights/publish_s": sent["seconds"],
             "weights/bytes": sent["bytes"],
             "weights/load_s": max(report["load_s"] for report in received),
         }
 
-    async def _within_deadline(self, what: str, *calls: Coroutine[Any, Any, Any]) -> list[Any]:
-        """All answers, each call waited for to its end, so that none is left behind; then the first error is raised."""
+    async def _regroup(self, workers: Sequence[Process]) -> None:
+        """Make the process group: the learner is rank 0 and hosts the store, the workers follow."""
+        ends = [self.learner, *workers]
+        self._members = []
+        if not workers:
+            return
+        within = partial(self._within_deadline, "make the weight group")
+        devices = await within(*((end, ("device",)) for end in ends))
+        backend, reason = choose_backend(self.config, dict(zip((end.name for end in ends), devices, strict=True)))
+        if backend != self._backend:
+            self._backend = backend
+            log.info("weights travel by %s: %s", backend, reason)
+        ((address, manifest),) = await within((self.learner, ("host_weights", len(ends), backend)))
+        joins = (
+            (worker, ("join_weights", address, rank, len(ends), backend, manifest))
+            for rank, worker in enumerate(workers, start=1)
+        )
+        await within((self.learner, ("accept_workers",)), *joins)
+        self._members = _lives(ends)
+
+    async def _within_deadline(self, what: str, *calls: tuple[Process, tuple[Any, ...]]) -> list[Any]:
+        """All answers, each call waited for to its end, so that none is left behind; then the first error is raised,
+        a death before any other. Ends that give no answer in time are put to death."""
         deadline_s = self.config.timeout_s + COMMAND_MARGIN_S
-        tasks = [asyncio.ensure_future(call) for call in calls]
-        _, pending = await asyncio.wait(tasks, timeout=deadline_s)
-        for task in pending:
-            task.cancel()
+        tasks = {asyncio.ensure_future(process.call(*command)): process for process, command in calls}
+        try:
+            _, pending = await asyncio.wait(tasks, timeout=deadline_s)
+        finally:
+            for task in tasks:
+                task.cancel()
         answers = await asyncio.gather(*tasks, return_exceptions=True)
-        for answer in answers:
-            if isinstance(answer, BaseException) and not isinstance(answer, asyncio.CancelledError):
-                raise answer
-        if pending:
-            raise WeightsError(f"{what}: {len(pending)} of {len(tasks)} ends gave no answer in {deadline_s:g} s")
+        errors = [answer for answer in answers if isinstance(answer, Exception)]
+        for silent in (tasks[task] for task in pending):
+            log.warning("%s: %s gave no answer in %g s, it is started again", what, silent.name, deadline_s)
+            silent.end()
+            errors.append(ProcessDied(silent.name, f"killed, it gave no answer in {deadline_s:g} s ({what})"))
+        for error in sorted(errors, key=lambda error: not isinstance(error, ProcessDied)):
+            raise error
         return answers
+
+
+def _lives(processes: Sequence[Process]) -> list[Life]:
+    return [(process.name, process.life) for process in processes]

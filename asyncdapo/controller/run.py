@@ -1,4 +1,4 @@
-"""The controller: wires the processes of a run together and takes it from step to step.
+"""The controller: takes a run from step to step, back to its checkpoint after a learner's death, and to its end.
 
     ZeroMQ carries rollouts, Ray carries commands, NCCL (Gloo on CPU) carries weights.
 
@@ -10,10 +10,11 @@
                          Controller: train_step, publish, evaluate (Ray calls), metrics.jsonl
 
 Train step k, one line a verb, is `_train_step`: take batch k, train, mark it trained, publish version k, tell replay.
-    consumes   reports of the three kinds of processes
-    produces   RUN_DIR/metrics.jsonl (one line a step), run.log, curve.png, checkpoints (by the learner)
-    waits for  a full batch (says who waits for whom every `controller.report_wait_s`), hard deadlines elsewhere
-    ends with  the last step, the end of the data, or the first watched process that ends before
+    begins with  the initial model, or the checkpoint that `resume` found
+    consumes     reports of the three kinds of processes
+    produces     RUN_DIR/metrics.jsonl (one line a step), run.log, curve.png, checkpoints (by the learner)
+    waits for    a full batch (`patience` says who waits for whom), hard deadlines elsewhere
+    ends with    the last step, the end of the data, a request to stop, or the first watched task that ends before
 """
 
 from __future__ import annotations
@@ -24,169 +25,233 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Awaitable, Coroutine
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import ray
-
+from asyncdapo import faults
 from asyncdapo.config import Config, to_dict
-from asyncdapo.controller.actors import LearnerActor, ReplayActor, RolloutActor
+from asyncdapo.controller.actors import Start
 from asyncdapo.controller.evaluation import Evaluation
-from asyncdapo.controller.processes import Process, Watch, gpu_shares, ray_session, reserve
-from asyncdapo.controller.publishing import Publishing
+from asyncdapo.controller.fleet import Fleet
+from asyncdapo.controller.patience import Patience, Stopped
+from asyncdapo.controller.processes import ProcessDied, Watch, ray_session
+from asyncdapo.controller.resume import Resume, survey
+from asyncdapo.controller.waits import NOBODY
+from asyncdapo.controller.warden import warden
 from asyncdapo.errors import RunError, UserError
+from asyncdapo.learner.checkpoint import oldest_kept, set_aside
 from asyncdapo.metrics.accounting import StateClock
 from asyncdapo.metrics.curve import draw_curve
 from asyncdapo.metrics.reporter import Reporter
 
-T = TypeVar("T")
-
 MAX_DROPPED_RATIO = 0.02
 """Share of groups dropped as stale above which a run says so."""
+EXIT_STOPPED = 130
 
 
-def launch(config: Config) -> int:
+def launch(config: Config, resume: Resume) -> int:
     """Run to the end. Returns the exit code: 0, 1 with the cause in the last lines, or 130 after Ctrl-C."""
-    started = time.monotonic()
+    started, run_dir = time.monotonic(), Path(config.run.dir)
     reporter = Reporter(
-        Path(config.run.dir), config.metrics, config.run.name, config.run.steps, settings=to_dict(config)
+        run_dir, config.metrics, config.run.name, config.run.steps, go_on=not resume.new, settings=to_dict(config)
     )
-    controller = Controller(config, reporter, started)
+    faults.install("controller", config.faults, run_dir)
+    controller = Controller(config, resume, reporter, started)
     try:
         reporter.status("starting Ray")
-        with ray_session(config):
+        with warden(), ray_session(config):
             signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C; Ray has set its own by now
             asyncio.run(controller.run())
-        return 0
+        return EXIT_STOPPED if controller.stopped else 0
     except RunError as error:
-        if error.__cause__:
+        if error.__cause__ and not isinstance(error.__cause__, RunError):
             traceback.print_exception(error.__cause__)
         reporter.status(f"the run ended: {error}")
         print(f"asyncdapo: the run ended: {error}", file=sys.stderr)
         return 1
     except UserError:
-        if not controller.leasing:
+        if resume.new and not controller.leasing:
             reporter.close()
-            shutil.rmtree(config.run.dir)  # nothing was sampled: the corrected command may have the directory
+            shutil.rmtree(run_dir)  # nothing was sampled: the corrected command may have the directory
         raise
-    except KeyboardInterrupt:
-        reporter.status("interrupted")
-        return 130
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        reporter.status("interrupted: what came after the last checkpoint will be done again")
+        return EXIT_STOPPED
     finally:
         reporter.close()
 
 
 class Controller:
-    """One run: its processes, its loop, its metrics."""
+    """One run: its loop, its metrics, its end."""
 
-    def __init__(self, config: Config, reporter: Reporter, started: float) -> None:
-        self.config, self.reporter, self.started = config, reporter, started
+    def __init__(self, config: Config, resume: Resume, reporter: Reporter, started: float) -> None:
+        self.config, self.resume = config, resume
+        self.run_dir = Path(self.config.run.dir)
+        self.reporter, self.started = reporter, started
+        self.fleet = Fleet(self.config)
+        self.patience = Patience(self.config.controller, self.fleet, reporter)
         self.watch = Watch()
         self.clock = StateClock(time.monotonic)
         self.evaluating: asyncio.Task[dict[str, float]] | None = None
+        self.step = self.saved = resume.step
+        """Last train step that is done, and last one with a checkpoint."""
         self.line: dict[str, float] = {}
-        self.alarmed = False
-        self.leasing = False
-        """Whether prompts are leased, or have been: from then on the run directory holds somebody's work."""
+        self.has_first_line = bool(resume.last_line)
+        self.wall_before = resume.last_line.get("time/wall_s", 0.0)
+        self.total_before = resume.last_line.get("time/total_s", 0.0)
+        """Clocks of the launches before this one."""
+        self.began: float | None = None
+        """When this launch granted its first lease."""
+        self.alarmed = self.stopped = self.leasing = False
+        """`leasing`: prompts are leased, or have been: from then on the run directory holds somebody's work."""
 
     async def run(self) -> None:
-        """Start, wire, train, evaluate, stop."""
+        """Start, train, evaluate, stop."""
+        loop, main = asyncio.get_running_loop(), asyncio.current_task()
+        for sent in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(sent, self._heed_signal, main)
+        await self.watch.guard(self._run())
+        draw_curve(self.run_dir)
+
+    def _heed_signal(self, main: asyncio.Task[None]) -> None:
+        """The first asks the run to stop, the second or `run.stop_s` ends it as it is."""
+        if self.patience.stopping.is_set():
+            main.cancel()
+            return
+        stop_s = self.config.run.stop_s
+        self.reporter.note(f"stopping after this step, within {stop_s:g} s; once more ends the run at once")
+        self.patience.stopping.set()
+        self.fleet.leasing = False
+        self.pausing = asyncio.ensure_future(self.fleet.replay.ask("pause"))
+        asyncio.get_running_loop().call_later(stop_s, main.cancel)
+
+    async def _run(self) -> None:
+        try:
+            await self._start()
+            await self._outlive_learners()
+        except Stopped:
+            self.stopped = True
+            await self._leave()
+
+    # ------------------------------------------------------------------------------------------- beginnings and ends
+
+    async def _start(self) -> None:
+        """Every process, from the beginning or from the checkpoint."""
+        config, resume = self.config, self.resume
+        for line in () if resume.new else resume.describe():
+            self.reporter.note(line)
         self.reporter.status("starting processes")
-        await self.wire()
-        await self.watch.guard(self.train())
-        draw_curve(Path(self.config.run.dir))
-
-    # ------------------------------------------------------------------------------------------------------- wiring
-
-    async def wire(self) -> None:
-        """The complete wiring: who exists, who talks to whom over what, and who is watched."""
-        config = self.config
-
-        # processes
-        shares = gpu_shares(config, ray.cluster_resources().get("GPU", 0.0))
-        room = await reserve([0.0, *shares], config.controller.place_timeout_s)
-        start = partial(Process.start, room=room)
-        self.replay = start(ReplayActor, "replay", config, place=0, threads=1)
-        self.learner = start(LearnerActor, "learner", config, place=1, threads=config.learner.threads)
-        self.workers = [
-            start(RolloutActor, f"rollout-{i}", config, i, place=2 + i, threads=config.rollout.threads)
-            for i in range(config.rollout.num_workers)
-        ]
-
-        # rollouts: ZeroMQ, workers -> replay -> learner
-        self.opened = await self._within_start_timeout(self.replay.call("start"))
-        await self._within_start_timeout(
-            self.learner.call("start", self.opened.learner_address),
-            *(worker.call("start", self.opened.rollout_address) for worker in self.workers),
+        set_aside(self.run_dir, resume.step)
+        start = Start() if resume.new else Start(roll_back_to=resume.step, reason="resumed", totals=resume.last_line)
+        await self.patience.wait(
+            self.fleet.start(start, resume.checkpoint), whom=NOBODY, what="starts processes", until_stopped=True
         )
-
-        # weights: a process group of their own
-        self.publishing = Publishing(config.weights, self.learner, self.workers)
-        await self.publishing.connect()
-
-        # everything that must outlive the training
-        for process in (self.replay, self.learner, *self.workers):
-            self.watch.add(process.name, process.call("serve"))
-
+        self.fleet.watch(self.watch)
+        if not resume.new:
+            self.reporter.roll_back(resume.step, self.fleet.publishing.branch, resume.missing_lines)
+            await self._publish_again(resume.step)
+        if self.fleet.opened.num_left_out:
+            self.reporter.note(
+                f"prompts: {self.fleet.opened.num_left_out} are longer than prompts.max_prompt_length, left out"
+            )
         self.evaluation = Evaluation(
             config.eval,
-            self.opened.eval_prompts,
+            self.fleet.opened.eval_prompts,
             chunk=config.rollout.group_size,
             max_tokens=config.rollout.max_response_length,
             seed=config.run.seed,
-            ask=partial(self.replay.call, "evaluate"),
+            ask=partial(self.fleet.replay.ask, "evaluate"),
         )
 
-    async def _within_start_timeout(self, *calls: Coroutine[Any, Any, Any]) -> Any:
-        """Answers of processes that load a model or open data; of one call its own."""
-        timeout_s = self.config.controller.start_timeout_s
-        try:
-            async with asyncio.timeout(timeout_s):
-                answers = await asyncio.gather(*calls)
-        except TimeoutError:
-            raise RunError(f"not every process is ready after controller.start_timeout_s ({timeout_s:g} s)") from None
-        return answers[0]
+    async def _leave(self) -> None:
+        """Keep what is done, so that the same command goes on from here."""
+        if self.leasing and self.saved < self.step:
+            await self._checkpoint(self.step)
+        self._write_line()
+        self.reporter.status(f"stopped after step {self.step}: the same command goes on from there")
+
+    async def _outlive_learners(self) -> None:
+        """Train to the end; after each death of the learner again from its checkpoint."""
+        while True:
+            life = Watch()
+            life.add("learner", self.fleet.learner.call("serve"))
+            try:
+                return await life.guard(self._train())
+            except ProcessDied as death:
+                if death.name != self.fleet.learner.name:
+                    raise
+                await self._go_back(death)
+
+    async def _go_back(self, death: ProcessDied) -> None:
+        """The learner is gone, and with it all that came after its last checkpoint."""
+        if self.evaluating:
+            self.evaluating.cancel()
+            self.evaluating = None
+        self._write_line()
+        resume = await asyncio.to_thread(survey, self.run_dir, self.config)
+        for line in resume.describe():
+            self.reporter.note(line)
+        set_aside(self.run_dir, resume.step)
+        self.step = self.saved = resume.step
+        await self.fleet.revive_learner(death, resume.checkpoint)
+        branch = await self.fleet.replay.ask("roll_back", resume.step, str(death))
+        self.fleet.publishing.learner_has(resume.step, branch)
+        self.reporter.roll_back(resume.step, branch, resume.missing_lines)
+        await self._publish_again(resume.step)
+
+    async def _publish_again(self, step: int) -> None:
+        """Give the workers the weights that the run goes on from."""
+        await self.patience.wait(self.fleet.publishing.publish(), whom="rollout", what=f"version {step} to be loaded")
+        await self.fleet.replay.ask("published", step)
 
     # --------------------------------------------------------------------------------------------------------- loop
 
-    async def train(self) -> None:
+    async def _train(self) -> None:
         """Evaluate, train to the last step or the end of the data, evaluate."""
-        steps = self.config.run.steps
-        await self._patiently("the learner to save step 0", self.learner.call("save", 0))
-        if self.opened.num_left_out:
-            self.reporter.note(
-                f"prompts: {self.opened.num_left_out} are longer than prompts.max_prompt_length, left out"
-            )
-        self.reporter.status("evaluating the initial model")
-        first = await self._patiently("the first evaluation", self.evaluation.run(greedy=True, share=1.0))
-        self.reporter.log({"step": 0, "time/wall_s": 0.0, "time/total_s": time.monotonic() - self.started, **first})
-
-        self.leasing = True
-        await self.replay.call("begin")
-        self.began = self.line_at = time.monotonic()
-        for step in range(1, steps + 1):
+        steps, no_batch = self.config.run.steps, ""
+        if not self.has_first_line:
+            await self._evaluate_first()
+        self.leasing = self.fleet.leasing = True
+        await self.fleet.replay.ask("begin")
+        self.line_at = time.monotonic()
+        self.began = self.began or self.line_at
+        for step in range(self.step + 1, steps + 1):
             if no_batch := await self._take_batch(step):
                 self.reporter.note(f"no batch {step}: {no_batch}")
                 break
             self._write_line()
             self.line = await self._train_step(step)
-            if step < steps and not self.opened.data_ends:
+            if step < steps and not self.fleet.opened.data_ends:
                 self._write_line()
-        if not self.line:
+        if self.step == 0:
             raise RunError(f"no batch was ever full: {no_batch}")
-        self.line |= await self._finish(self.line["step"])
-        self._write_line()
+        await self._finish()
+
+    async def _evaluate_first(self) -> None:
+        await self._checkpoint(0)
+        self.reporter.status("evaluating the initial model")
+        first = await self._evaluate_alone("the first evaluation")
+        self.reporter.log({"step": 0, "time/wall_s": 0.0, "time/total_s": time.monotonic() - self.started, **first})
+        self.has_first_line = True
 
     async def _train_step(self, step: int) -> dict[str, float]:
         """Train on the batch taken, mark it trained, publish the new version; the metrics line of the step."""
+        fleet = self.fleet
         self.clock.enter("train")
-        learner = await self._patiently(f"the learner to train step {step}", self.learner.call("train_step"))
-        replay = await self.replay.call("trained", step, learner)
+        async with fleet.publishing.turn:
+            learner = await self._learner("train_step", f"train step {step}")
+            fleet.publishing.learner_has(step, fleet.publishing.branch)
+        faults.point("after_train")
+        replay = await fleet.replay.ask("trained", step, learner)
+        faults.point("after_trained")
         self.clock.enter("publish")
-        weights = await self._patiently(f"version {step} to reach the workers", self.publishing.publish(step))
-        await self.replay.call("published", step)
+        weights = await self.patience.wait(
+            fleet.publishing.publish(), whom="rollout", what=f"version {step} to be loaded"
+        )
+        faults.point("after_publish")
+        await fleet.replay.ask("published", step)
+        self.step = step
         self.clock.enter("checkpoint")
         if step % self.config.learner.checkpoint_every == 0:
             await self._checkpoint(step)
@@ -198,45 +263,43 @@ class Controller:
     async def _take_batch(self, step: int) -> str:
         """Wait for batch `step`. Returns why there is none, once the data is used up; else nothing."""
         self.clock.enter("wait")
-        return await self._patiently(f"batch {step}", self.learner.call("take_batch", step))
+        return await self._learner("take_batch", f"batch {step}", step, until_stopped=True)
 
     async def _checkpoint(self, step: int) -> None:
-        await self._patiently(f"the learner to save step {step}", self.learner.call("save", step))
-        await self.replay.call("covered", step)
+        await self._learner("save", f"checkpoint of step {step}", step, self.fleet.publishing.branch)
+        self.saved = step
+        faults.point("after_checkpoint")
+        await self.fleet.replay.ask("covered", oldest_kept(self.run_dir))
 
-    async def _finish(self, step: int) -> dict[str, float]:
+    async def _finish(self) -> None:
         """Keep the final model, close the stream, then evaluate alone on all slots."""
-        if step % self.config.learner.checkpoint_every:
-            await self._checkpoint(step)
-        await self.replay.call("finish")
+        if self.saved < self.step:
+            await self._checkpoint(self.step)
+        await self.fleet.replay.ask("finish")
+        self.fleet.leasing = False
         if self.evaluating:
-            await self._patiently("an evaluation that runs", self.evaluating)
+            await self.patience.wait(self.evaluating, whom="replay", what="an evaluation", until_stopped=True)
         self.reporter.status("evaluating the final model")
-        final = await self._patiently("the final evaluation", self.evaluation.run(greedy=True, share=1.0))
-        return {**final, "time/total_s": time.monotonic() - self.started}
+        final = await self._evaluate_alone("the final evaluation")
+        final["time/total_s"] = self.total_before + time.monotonic() - self.started
+        if self.line:
+            self.line |= final
+            self._write_line()
+        else:
+            self.reporter.amend(final)
 
-    async def _patiently(self, what: str, work: Awaitable[T]) -> T:
-        """Wait for work as long as it takes, but never in silence: who waits for whom is said again and again. An
-        evaluation that fails meanwhile is raised here."""
-        task = asyncio.ensure_future(work)
-        since, report_s = time.monotonic(), self.config.controller.report_wait_s
-        while not task.done():
-            ends = {task} | ({self.evaluating} if self.evaluating and not self.evaluating.done() else set())
-            done, _ = await asyncio.wait(ends, timeout=report_s, return_when=asyncio.FIRST_COMPLETED)
-            if self.evaluating in done:
-                self.evaluating.result()
-            if not done:
-                waited_s = time.monotonic() - since
-                self.reporter.status(f"waiting for {what} since {waited_s:.0f} s: {await self._why_waiting()}")
-        return task.result()
+    async def _evaluate_alone(self, what: str) -> dict[str, float]:
+        return await self.patience.wait(
+            self.evaluation.run(greedy=True, share=1.0), whom="replay", what=what, until_stopped=True
+        )
 
-    async def _why_waiting(self) -> str:
-        """What the replay server says, if it says anything."""
-        try:
-            async with asyncio.timeout(self.config.controller.report_wait_s):
-                return (await self.replay.call("status"))["why_waiting"]
-        except TimeoutError:
-            return "the replay server does not answer"
+    async def _learner(self, command: str, what: str, *args: Any, until_stopped: bool = False) -> Any:
+        """Wait for the learner's answer; an evaluation that fails meanwhile is raised here."""
+        if self.evaluating and self.evaluating.done():
+            self.evaluating.result()
+        return await self.patience.wait(
+            self.fleet.learner.call(command, *args), whom="learner", what=what, until_stopped=until_stopped
+        )
 
     # ------------------------------------------------------------------------------------------------------- metrics
 
@@ -245,7 +308,7 @@ class Controller:
         back until that is known, since the final evaluation belongs into it."""
         if self.line:
             self.reporter.log(self.line)
-            self.line = {}
+            self.fleet.totals, self.line = self.line, {}
 
     def _evaluate_in_the_middle(self, step: int) -> dict[str, float]:
         """Start an evaluation when one is due and none runs; the metrics of one that has finished since."""
@@ -269,13 +332,14 @@ class Controller:
             )
 
     def _times(self, learner: dict[str, float], replay: dict[str, float]) -> dict[str, float]:
-        """Clocks, and what each side did in the wall time since the last line."""
+        """Clocks, and what each side did in the wall time since the last line. They go on where a former launch of the
+        run was stopped."""
         now = time.monotonic()
         step_s, self.line_at = now - self.line_at, now
         times = self.clock.take()
         return {
-            "time/wall_s": now - self.began,
-            "time/total_s": now - self.started,
+            "time/wall_s": self.wall_before + now - self.began,
+            "time/total_s": self.total_before + now - self.started,
             "time/step_s": step_s,
             "rollout/tokens_per_s": replay["rollout/arrived_tokens"] / step_s,
             "learner/tokens_per_s": learner["learner/tokens"] / step_s,

@@ -15,6 +15,7 @@ import os
 from asyncdapo.errors import RunError
 from asyncdapo.messages import Batch, CutWanted, NoBatch, Payload
 from asyncdapo.transport.codec import Malformed
+from asyncdapo.transport.keys import ClientKeys
 from asyncdapo.transport.sockets import Client
 
 ASK_AGAIN_S = 5.0
@@ -25,8 +26,8 @@ MAX_DAMAGED = 3
 class BatchFeed:
     """A connection to the replay server's learner address. Use it in one task at a time."""
 
-    def __init__(self, address: str, ask_again_s: float = ASK_AGAIN_S) -> None:
-        self._client = Client(address, Batch | NoBatch, identity=b"learner-" + os.urandom(8))
+    def __init__(self, address: str, ask_again_s: float = ASK_AGAIN_S, *, curve: ClientKeys | None = None) -> None:
+        self._client = Client(address, Batch | NoBatch, identity=b"learner-" + os.urandom(8), curve=curve)
         self._ask_again_s = ask_again_s
 
     async def take(self, step: int) -> tuple[Batch, Payload] | NoBatch:

@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
 from asyncdapo.errors import ConfigError, RunError, StalenessError
-from asyncdapo.learner.checkpoint import remove_old_checkpoints, write_checkpoint
+from asyncdapo.learner.checkpoint import check_checkpoint, remove_old_checkpoints, write_checkpoint
 from asyncdapo.learner.config import LearnerConfig, LossConfig
 from asyncdapo.learner.model import load_model, named_weights
 from asyncdapo.learner.model_path import TOKENIZER_FILES, model_directory
@@ -105,20 +105,27 @@ class Learner:
         next `train`."""
         return named_weights(self._model)
 
-    def save(self, run_dir: str | Path, step: int) -> Path:
+    def save(self, run_dir: str | Path, step: int, branch: int) -> Path:
         """Write `RUN_DIR/checkpoints/step-…`: the model in Hugging Face format with its tokenizer, and the learner's
-        own state. It appears whole or not at all. Removes those past `keep_checkpoints`. Returns its path."""
-        path = write_checkpoint(Path(run_dir), step, self._write)
+        own state. It appears whole or not at all. `branch` is that in which batch `step` was trained. Removes those
+        past `keep_checkpoints`. Returns its path."""
+        path = write_checkpoint(Path(run_dir), step, branch, self._write)
         remove_old_checkpoints(Path(run_dir), self._config.keep_checkpoints)
         return path
 
     def restore(self, path: str | Path) -> None:
-        """Go on from a checkpoint as if the run had never stopped: weights, optimizer, random state, version."""
-        state = torch.load(Path(path) / STATE_FILE, weights_only=True, map_location="cpu")
-        self._model.load_state_dict(load_model(Path(path), self._model.device).state_dict())
+        """Go on from a checkpoint as if the run had never stopped: weights, optimizer, random state, version, skipped
+        updates. Raises RunError, with nothing changed, for one that isn't as it was written."""
+        path = Path(path)
+        if wrong := check_checkpoint(path):
+            raise RunError(f"checkpoint {path} can't be used: {'; '.join(wrong)}")
+        state = torch.load(path / STATE_FILE, weights_only=True, map_location="cpu")
+        self._model.load_state_dict(load_model(path, torch.device("cpu")).state_dict())
         self._optimizer.load_state_dict(state["optimizer"])
         self.version = state["version"]
         torch.set_rng_state(state["rng"])
+        if self.device.type == "cuda" and state["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(state["cuda_rng"], self.device)
 
     def _check(self, batch: Batch) -> None:
         if batch.step != self.version + 1:
@@ -153,7 +160,13 @@ class Learner:
         for name in TOKENIZER_FILES:
             if (self._source / name).is_file():
                 shutil.copyfile(self._source / name, directory / name)
-        state = {"version": self.version, "optimizer": self._optimizer.state_dict(), "rng": torch.get_rng_state()}
+        on_gpu = self.device.type == "cuda"
+        state = {
+            "version": self.version,
+            "optimizer": self._optimizer.state_dict(),
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state(self.device) if on_gpu else None,
+        }
         torch.save(state, directory / STATE_FILE)
 
 

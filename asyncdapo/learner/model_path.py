@@ -1,11 +1,13 @@
 """Where the model's files are: a directory in Hugging Face format, or an id on the Hugging Face hub. No torch here.
 
-`check_model_path` runs before any process starts and downloads nothing; `model_directory` runs in the process that
-loads the model and downloads what is missing. Does not own: reading the files.
+`check_model_path`, `local_directory` and `model_digests` run before any process starts and download nothing;
+`model_directory` runs in the process that loads the model and downloads what is missing. Does not own: reading the
+files.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from huggingface_hub import file_exists, snapshot_download, try_to_load_from_cac
 from huggingface_hub.errors import HTTPError
 
 from asyncdapo.errors import ConfigError
+from asyncdapo.learner.checkpoint import sha256_of
 
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 TOKENIZER_FILES = (
@@ -26,6 +29,9 @@ TOKENIZER_FILES = (
     "tokenizer_config.json",
     "vocab.json",
 )
+WHOLE_DIGEST_BYTES = 2 * 1000**3
+"""Weights of up to this size are digested whole; of larger ones the size and the ends of each file have to do."""
+END_BYTES = 1 << 20
 
 
 def check_model_path(path: str, base_dirs: Iterable[str | Path]) -> str:
@@ -53,10 +59,44 @@ def model_directory(path: str) -> Path:
         raise ConfigError("model.path", f"can't be downloaded: {_first_line(error)}", path) from error
 
 
+def local_directory(path: str) -> Path | None:
+    """The model's directory where it is on this machine already, whole; None for an id still to be downloaded."""
+    if Path(path).is_dir():
+        return Path(path)
+    cached = try_to_load_from_cache(path, "config.json")
+    directory = Path(cached).parent if isinstance(cached, str) else None
+    return directory if directory and _weight_files(directory) else None
+
+
+def model_digests(directory: Path) -> dict[str, str]:
+    """What the model is, wherever its directory stands: a digest of its config, its tokenizer and each weight file."""
+    weights = _weight_files(directory)
+    small = sum(path.stat().st_size for path in weights) <= WHOLE_DIGEST_BYTES
+    others = [path for name in ("config.json", "tokenizer.json") if (path := directory / name).is_file()]
+    return {
+        **{path.name: sha256_of(path) for path in others},
+        **{path.name: sha256_of(path) if small else _digest_of_ends(path) for path in weights},
+    }
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    """Of the first format that is there, since only that one is loaded."""
+    return next((files for pattern in WEIGHT_FILES if (files := sorted(directory.glob(pattern)))), [])
+
+
+def _digest_of_ends(path: Path) -> str:
+    num_bytes = path.stat().st_size
+    with path.open("rb") as file:
+        digest = hashlib.sha256(file.read(END_BYTES))
+        file.seek(max(0, num_bytes - END_BYTES))
+        digest.update(file.read())
+    return f"{num_bytes} bytes, ends {digest.hexdigest()}"
+
+
 def _checked_directory(path: str, directory: Path) -> Path:
     if not (directory / "config.json").is_file():
         raise ConfigError("model.path", "has no config.json", path, "a directory in Hugging Face format")
-    if not any(next(directory.glob(pattern), None) for pattern in WEIGHT_FILES):
+    if not _weight_files(directory):
         raise ConfigError("model.path", f"has no weights ({' or '.join(WEIGHT_FILES)})", path)
     return directory
 

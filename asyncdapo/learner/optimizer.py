@@ -22,14 +22,13 @@ class Optimizer:
     def __init__(self, parameters: Iterable[nn.Parameter], config: LearnerConfig) -> None:
         self._config = config
         self._parameters = list(parameters)
-        self._adamw = torch.optim.AdamW(
-            self._parameters,
-            lr=config.lr,
-            betas=tuple(config.betas),
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-            fused=True,
-        )
+        self._settings = {
+            "lr": config.lr,
+            "betas": tuple(config.betas),
+            "eps": config.eps,
+            "weight_decay": config.weight_decay,
+        }
+        self._adamw = torch.optim.AdamW(self._parameters, **self._settings, fused=True)
         self.num_updates = 0
         self.num_bad = 0
 
@@ -58,7 +57,11 @@ class Optimizer:
         return {"adamw": self._adamw.state_dict(), "num_updates": self.num_updates, "num_bad": self.num_bad}
 
     def load_state_dict(self, state: dict) -> None:
+        """Averages and counts are those of the state, settings stay those of the config: a resumed run may change
+        them."""
         self._adamw.load_state_dict(state["adamw"])
+        for group in self._adamw.param_groups:
+            group.update(self._settings)
         self.num_updates = state["num_updates"]
         self.num_bad = state["num_bad"]
 

@@ -1,48 +1,144 @@
-"""RUN_DIR/metrics.jsonl: one line a train step, and one for step 0.
+"""RUN_DIR/metrics.jsonl: one line a train step, and one for step 0; metrics.undone.jsonl: lines of undone futures.
 
 In: the metrics of a step, name to number. Out: a JSON object per line, `step` first, then by name; what is whole stays
 an integer. JSON knows neither NaN nor infinity: such a number is written as null (a mean over nothing, a norm that
 overflowed), so that any JSON reader can read every line. A line reaches the operating system before `log` returns.
-Invariant: steps only rise. Does not own: what the names mean (`docs/metrics.md`).
+
+A rollback moves lines out of the one file into the other. Each file is replaced at once, by a rename, and the one that
+gains lines first: a process that dies between the two leaves lines in both, and the next rollback, which finds them in
+the second file, doesn't write them there again. Invariants: steps only rise; no line is lost, none is in a file twice.
+Does not own: what the names mean (`docs/metrics.md`); which step is rolled back to.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 FILE_NAME = "metrics.jsonl"
+UNDONE_NAME = "metrics.undone.jsonl"
+UNDONE_BY = "undone_by"
+"""Key of an undone line: the branch whose rollback undid it."""
+
+logger = logging.getLogger("metrics")
 
 
 class MetricsFile:
-    """Appends lines to a new file. Raises FileExistsError where there is one."""
+    """Appends lines to a new file, or with `go_on` to the one of a resumed run, which may be missing.
 
-    def __init__(self, run_dir: Path) -> None:
-        self._last_step = -1.0
-        self._file = (run_dir / FILE_NAME).open("x", encoding="utf-8")
+    Raises FileExistsError where there is one and it isn't to be gone on with."""
+
+    def __init__(self, run_dir: Path, *, go_on: bool = False) -> None:
+        self._run_dir, self._path = run_dir, run_dir / FILE_NAME
+        self._file = self._path.open("a" if go_on else "x", encoding="utf-8")
+        self.last_line: dict[str, float] = {}
+        self.num_torn = 0
+        """Lines that couldn't be read and are left out: the last, if the writer died in it."""
+        if go_on:
+            lines, self.num_torn = whole_lines(run_dir)
+            self._rewrite(lines)
 
     def log(self, metrics: Mapping[str, float]) -> None:
         """Append one line. Raises ValueError for a step that isn't past the last one."""
         step = metrics["step"]
         if step <= self._last_step:
             raise ValueError(f"metrics of step {step} came after those of step {self._last_step}")
-        names = ["step", *sorted(metrics.keys() - {"step"})]
-        self._file.write(json.dumps({name: _number(metrics[name]) for name in names}, allow_nan=False) + "\n")
+        self._file.write(_to_text([_to_record(metrics)]))
         self._file.flush()
-        self._last_step = step
+        self.last_line = dict(metrics)
+
+    def amend(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Add metrics to the last line, which is written already. Returns the whole of it."""
+        lines, _ = whole_lines(self._run_dir)
+        lines[-1] = _to_record(_to_metrics(lines[-1]) | dict(metrics) | {"step": lines[-1]["step"]})
+        self._rewrite(lines)
+        return self.last_line
+
+    def roll_back(self, step: int, undone_by: int, missing: Iterable[Mapping[str, float]] = ()) -> list[dict]:
+        """Move the lines past `step` to metrics.undone.jsonl, signed by the branch that undoes them, and put in the
+        `missing` ones of earlier steps that have none. Returns those that were put in."""
+        lines, _ = whole_lines(self._run_dir)
+        undone = [line for line in lines if line["step"] > step]
+        kept = {line["step"]: line for line in lines if line["step"] <= step}
+        put_in = [dict(line) for line in missing if line["step"] <= step and line["step"] not in kept]
+        if undone:
+            _add_undone(self._run_dir, undone, undone_by)
+            logger.info("lines of steps %d to %d moved to %s", undone[0]["step"], undone[-1]["step"], UNDONE_NAME)
+        lines = [*kept.values(), *map(_to_record, put_in)]
+        self._rewrite(sorted(lines, key=lambda line: line["step"]))
+        return put_in
 
     def close(self) -> None:
         self._file.close()
 
+    @property
+    def _last_step(self) -> float:
+        return self.last_line.get("step", -1)
+
+    def _rewrite(self, lines: list[dict]) -> None:
+        """The file holds just these lines, and is open for more."""
+        self._file.close()
+        _replace(self._path, _to_text(lines))
+        self._file = self._path.open("a", encoding="utf-8")
+        self.last_line = _to_metrics(lines[-1]) if lines else {}
+
 
 def read_metrics(run_dir: Path) -> list[dict[str, float]]:
     """All lines, null as NaN. A last line without its end (the writer died in it) is left out."""
-    whole_lines = (run_dir / FILE_NAME).read_text(encoding="utf-8").split("\n")[:-1]
-    return [
-        {name: math.nan if value is None else value for name, value in json.loads(line).items()} for line in whole_lines
-    ]
+    lines = (run_dir / FILE_NAME).read_text(encoding="utf-8").split("\n")[:-1]
+    return [_to_metrics(json.loads(line)) for line in lines]
+
+
+def whole_lines(run_dir: Path, name: str = FILE_NAME) -> tuple[list[dict], int]:
+    """The lines of a run that may have died at any time, as JSON has them, and the number of those that can't be read.
+    Without a file, none."""
+    path = run_dir / name
+    texts = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []
+    records = [record for text in texts if (record := _parse(text)) is not None]
+    return records, sum(bool(text) for text in texts) - len(records)
+
+
+def _parse(text: str) -> dict | None:
+    try:
+        record = json.loads(text)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("step"), int | float) else None
+
+
+def _add_undone(run_dir: Path, lines: list[dict], undone_by: int) -> None:
+    """Every line has numbers of its own moment in it, so that the same line found there is this one."""
+    there, _ = whole_lines(run_dir, UNDONE_NAME)
+    known = {_to_text([{name: value for name, value in line.items() if name != UNDONE_BY}]) for line in there}
+    new = [line | {UNDONE_BY: undone_by} for line in lines if _to_text([line]) not in known]
+    _replace(run_dir / UNDONE_NAME, _to_text([*there, *new]))
+
+
+def _replace(path: Path, text: str) -> None:
+    """The file has this text, or what it had before; nothing between."""
+    unfinished = path.with_name(f".{path.name}.new")
+    with unfinished.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.replace(path)
+
+
+def _to_record(metrics: Mapping[str, float]) -> dict[str, float | int | None]:
+    names = ["step", *sorted(metrics.keys() - {"step"})]
+    return {name: _number(metrics[name]) for name in names}
+
+
+def _to_metrics(record: Mapping[str, float | None]) -> dict[str, float]:
+    return {name: math.nan if value is None else value for name, value in record.items()}
+
+
+def _to_text(records: Iterable[Mapping[str, float | None]]) -> str:
+    return "".join(json.dumps(record, allow_nan=False) + "\n" for record in records)
 
 
 def _number(value: float) -> float | int | None:

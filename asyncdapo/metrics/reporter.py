@@ -6,15 +6,16 @@
     status(text) ────┤
     note(text)   ────┴▶ standard output        live on a terminal, lines elsewhere
 
-Log records of the stages' loggers, and warnings of any other, become notes. Invariant: a step is in metrics.jsonl
-before anything else shows it. Does not own: what is measured, and when.
+Log records of the stages' loggers, and warnings of any other, become notes. A rollback takes lines out of
+metrics.jsonl and is a note elsewhere: what was shown was so. Invariant: a step is in metrics.jsonl before anything else
+shows it. Does not own: what is measured, and when.
 """
 
 from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -32,7 +33,8 @@ STAGES = ("prompts", "rollout", "reward", "filter", "replay", "learner", "weight
 
 
 class Reporter:
-    """Opens the files of RUN_DIR, which exists. `settings` is shown by W&B beside the curves.
+    """Opens the files of RUN_DIR, which exists; with `go_on` those of a run that is resumed. `settings` is shown by W&B
+    beside the curves.
 
     Raises ConfigError for `metrics.wandb: online` without a login."""
 
@@ -43,24 +45,42 @@ class Reporter:
         name: str,
         total_steps: int,
         *,
+        go_on: bool = False,
         settings: Mapping[str, Any] | None = None,
         stream: TextIO | None = None,
     ) -> None:
         mode = choose_mode(config)
         self._run_log = (run_dir / LOG_FILE).open("a", encoding="utf-8")
         self._views = [ProgressLines(self._run_log, total_steps), _open_view(stream or sys.stdout, name, total_steps)]
-        self._records: list[MetricsFile | WandbLog] = [MetricsFile(run_dir)]
+        self._file = MetricsFile(run_dir, go_on=go_on)
+        self._uploads: list[WandbLog] = []
         if mode != "disabled":
-            self._records.append(WandbLog(run_dir, config, mode, name, settings or {}))
+            self._uploads.append(WandbLog(run_dir, config, mode, name, settings or {}))
         self._handler = NoteHandler(self)
         logging.getLogger().addHandler(self._handler)
         for stage in STAGES:
             logging.getLogger(stage).setLevel(logging.INFO)
+        if self._file.num_torn:
+            self.note(f"metrics: {self._file.num_torn} lines of metrics.jsonl can't be read and are left out")
 
     def log(self, metrics: Mapping[str, float]) -> None:
         """The metrics of one step, `step` among them."""
-        for sink in (*self._records, *self._views):
-            sink.log(metrics)
+        self._file.log(metrics)
+        self._show(metrics)
+
+    def amend(self, metrics: Mapping[str, float]) -> None:
+        """Add metrics to the step that was logged last."""
+        self._show(self._file.amend(metrics))
+
+    def roll_back(self, step: int, undone_by: int, missing: Iterable[Mapping[str, float]] = ()) -> None:
+        """Take back the lines past `step` in the name of the branch that undoes them; the next one logged is of a later
+        step. `missing`: lines of steps up to it whose own was never written; they are put in where there is none."""
+        for line in self._file.roll_back(step, undone_by, missing):
+            self._show(line)
+
+    def _show(self, line: Mapping[str, float]) -> None:
+        for sink in (*self._uploads, *self._views):
+            sink.log(line)
 
     def status(self, text: str) -> None:
         """What the run does or waits for now, until the next step is logged."""
@@ -75,8 +95,9 @@ class Reporter:
     def close(self) -> None:
         """Finish all files and leave the last picture on the terminal. Raises RunError when W&B has failed."""
         try:
-            for record in self._records:
-                record.close()
+            self._file.close()
+            for upload in self._uploads:
+                upload.close()
         finally:
             logging.getLogger().removeHandler(self._handler)
             for view in self._views:

@@ -1,11 +1,13 @@
 """Weights & Biases: the same names as metrics.jsonl, on an axis of `step`.
 
-In: the metrics of each step. Out: a W&B run with its files under RUN_DIR/wandb. Everything of W&B happens in a thread
-of its own (import and start take about two seconds, an upload as long as it likes), so `log` costs the run a queue
-entry. Asks nothing and prints nothing. Does not own: the record of the run, which is metrics.jsonl.
+In: the metrics of each step. Out: a W&B run with its files under RUN_DIR/wandb, and RUN_DIR/wandb.id, under which a
+resumed run goes on. W&B keeps what it once got: of a step that was undone and trained again it has both points.
+Everything of W&B happens in a thread of its own (import and start take about two seconds, an upload as long as it
+likes), so `log` costs the run a queue entry. Asks nothing and prints nothing. Does not own: the record of the run,
+which is metrics.jsonl.
 
 What goes wrong: `auto` that can't reach the server goes on offline, and says so; any other error is raised at the next
-`log` or at `close`.
+`log` or at `close`, whatever it is.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import logging
 import netrc
 import os
+import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from queue import SimpleQueue
@@ -27,6 +30,7 @@ Mode = Literal["online", "offline", "disabled"]
 
 DEFAULT_URL = "https://api.wandb.ai"
 FINISH_TIMEOUT_S = 60.0
+ID_FILE = "wandb.id"
 
 logger = logging.getLogger("metrics")
 
@@ -63,7 +67,15 @@ class WandbLog:
     def __init__(
         self, run_dir: Path, config: MetricsConfig, mode: Mode, name: str, settings: Mapping[str, Any]
     ) -> None:
-        arguments = {"project": config.wandb_project, "name": name, "dir": str(run_dir), "config": dict(settings)}
+        arguments = {
+            "project": config.wandb_project,
+            "name": name,
+            "id": run_id(run_dir),
+            "resume": "allow",
+            "dir": str(run_dir),
+            "config": dict(settings),
+            "allow_val_change": True,
+        }
         self._lines: SimpleQueue[dict[str, float] | None] = SimpleQueue()
         self._error: Exception | None = None
         self._thread = Thread(target=self._write, args=(arguments, mode, config.wandb == "auto"), daemon=True)
@@ -87,22 +99,36 @@ class WandbLog:
             raise RunError(f"W&B: {self._error} (metrics.wandb=offline goes without its server)") from self._error
 
     def _write(self, arguments: Mapping[str, Any], mode: Mode, may_go_offline: bool) -> None:
-        """The thread: open the run, write lines until there is no more."""
+        """The thread. Nobody waits for it, so whatever it raises is kept for the next caller."""
+        try:
+            self._upload(arguments, mode, may_go_offline)
+        except Exception as error:  # noqa: BLE001 - raised by `_raise_failure`
+            self._error = error
+
+    def _upload(self, arguments: Mapping[str, Any], mode: Mode, may_go_offline: bool) -> None:
+        """Open the run, write lines until there is no more."""
         import wandb
 
         def start(chosen: Mode) -> Any:
             quiet = wandb.Settings(silent=True, console="off")
             return wandb.init(mode=chosen, settings=quiet, **arguments)
 
-        try:
-            run = open_run(start, mode, may_go_offline, wandb.Error)
-            run.define_metric("step")
-            run.define_metric("*", step_metric="step")
-            for line in iter(self._lines.get, None):
-                run.log(line)
-            run.finish()
-        except (wandb.Error, OSError) as error:
-            self._error = error
+        run = open_run(start, mode, may_go_offline, wandb.Error)
+        run.define_metric("step")
+        run.define_metric("*", step_metric="step")
+        for line in iter(self._lines.get, None):
+            run.log(line)
+        run.finish()
+
+
+def run_id(run_dir: Path) -> str:
+    """The id of this run directory at W&B, made at the first launch."""
+    path = run_dir / ID_FILE
+    known = path.read_text().strip() if path.exists() else ""
+    if not known:
+        known = secrets.token_hex(4)
+        path.write_text(known + "\n")
+    return known
 
 
 def open_run(start: Callable[[Mode], Any], mode: Mode, may_go_offline: bool, error_type: type[Exception]) -> Any:

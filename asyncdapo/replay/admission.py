@@ -22,7 +22,11 @@ from __future__ import annotations
 
 import heapq
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+
+FIRST = -1
+"""Place of the prompts that were in flight at a rollback: before all others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,18 +56,23 @@ class PromptStream:
 
     A prompt's place in the stream is its `prompt_id`, so one that came back stands before every fresh one. Only the
     prompt of a lost lease goes behind the next `prompts_per_step` fresh ones: if it is what kills workers or makes them
-    stall, the others are not held up by it. At the barrier it keeps its place, because leases go out there in rising
-    `prompt_id`.
+    stall, the others are not held up by it. And those in flight at a rollback go first, so that long ones are not put
+    off by every rollback anew. At the barrier (no delay) all keep their own place, because leases go out there in
+    rising `prompt_id`.
     """
 
-    def __init__(self, num_prompts: int | None, delay: int) -> None:
+    def __init__(
+        self, num_prompts: int | None, delay: int, *, num_fresh: int = 0, places: Mapping[int, int] | None = None
+    ) -> None:
         """`num_prompts`: where the stream ends, None if it doesn't; `delay`: fresh prompts that go before the prompt of
-        a lost lease."""
+        a lost lease; `places`: of the prompts that came back before."""
         self.num_prompts = num_prompts
-        self.num_fresh = 0
+        self.num_fresh = num_fresh
         """Prompts taken from the stream so far, which is the `prompt_id` of the next fresh one."""
         self._delay = delay
-        self._returned: list[tuple[int, int]] = []
+        waiting = (places or {}).items()
+        self._returned = [(place if delay else prompt_id, prompt_id) for prompt_id, place in waiting]
+        heapq.heapify(self._returned)
 
     @property
     def next(self) -> int | None:
@@ -84,11 +93,19 @@ class PromptStream:
             heapq.heappop(self._returned)
         return prompt_id
 
-    def put_back(self, prompt_id: int) -> None:
-        """To its own place, ahead of every fresh prompt."""
-        heapq.heappush(self._returned, (prompt_id, prompt_id))
+    @property
+    def places(self) -> dict[int, int]:
+        """Place of every prompt that came back."""
+        return {prompt_id: place for place, prompt_id in self._returned}
 
-    def put_behind(self, prompt_id: int) -> None:
-        """Behind the next `delay` fresh prompts; to its own place if there is no delay."""
-        place = self.num_fresh + self._delay if self._delay else prompt_id
+    def put_back(self, prompt_id: int) -> int:
+        """To its own place, ahead of every fresh prompt. Returns the place."""
+        return self._put(prompt_id, prompt_id)
+
+    def put_behind(self, prompt_id: int) -> int:
+        """Behind the next `delay` fresh prompts; to its own place if there is no delay. Returns the place."""
+        return self._put(prompt_id, self.num_fresh + self._delay if self._delay else prompt_id)
+
+    def _put(self, prompt_id: int, place: int) -> int:
         heapq.heappush(self._returned, (place, prompt_id))
+        return place

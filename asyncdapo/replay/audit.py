@@ -19,9 +19,9 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from asyncdapo.replay.invariants import INVARIANTS
-from asyncdapo.replay.journal import HELD_STATES, LEDGER_FILE, PAYLOAD_FOLDER, open_ledger
+from asyncdapo.replay.ledger import LEDGER_FILE, PAYLOAD_FOLDER, open_ledger
 from asyncdapo.replay.payloads import segment_path
-from asyncdapo.replay.schema import LEDGER_SCHEMA
+from asyncdapo.replay.schema import HELD_STATES, LEDGER_SCHEMA
 
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"

@@ -7,6 +7,7 @@ answers of an evaluation once they are there. Promises:
     share             together the requests under way hold at most `share × total_slots` slots (one may always go)
     answered once     a request comes back to the table when its worker is lost or silent for long; whichever answer
                       comes first counts, later ones are dropped
+    asked twice       whoever asks for an evaluation that goes on joins it; it is forgotten when nobody waits for it
     no endless loop   a request that was given out `MAX_ISSUES` times in vain ends the run
 
 Does not own: credits and sending (`server`), what is evaluated and when (the controller).
@@ -32,6 +33,7 @@ class Evaluation:
     requests: dict[int, EvalRequest]
     max_slots: float
     answers: dict[int, list[EvalAnswer]] = field(default_factory=dict)
+    num_callers: int = 0
 
     @property
     def done(self) -> bool:
@@ -68,17 +70,24 @@ class Evaluations:
         return len(self._under_way)
 
     def start(self, requests: Sequence[EvalRequest], share: float) -> Evaluation:
-        """Queue the requests. Raises ValueError for an id that is in the table already."""
-        evaluation = Evaluation({request.request_id: request for request in requests}, share * self._total_slots)
-        taken = [request_id for request_id in evaluation.requests if self._evaluation_of(request_id)]
-        if taken or len(evaluation.requests) != len(requests):
-            raise ValueError(f"evaluation request ids must be new, each used once; in use: {taken}")
-        self._evaluations.append(evaluation)
-        self._waiting.extend(evaluation.requests)
+        """Queue the requests, or join the evaluation of the same ones. Raises ValueError for an id of another."""
+        wanted = {request.request_id: request for request in requests}
+        evaluation = next((evaluation for evaluation in self._evaluations if evaluation.requests == wanted), None)
+        if evaluation is None:
+            evaluation = Evaluation(wanted, share * self._total_slots)
+            taken = [request_id for request_id in wanted if self._evaluation_of(request_id)]
+            if taken or len(wanted) != len(requests):
+                raise ValueError(f"evaluation request ids must be new, each used once; in use: {taken}")
+            self._evaluations.append(evaluation)
+            self._waiting.extend(wanted)
+        evaluation.num_callers += 1
         return evaluation
 
-    def end(self, evaluation: Evaluation) -> None:
-        """Forget an evaluation, answered or not."""
+    def leave(self, evaluation: Evaluation) -> None:
+        """One who waited for it does no longer. The last one's leaving ends it, answered or not."""
+        evaluation.num_callers -= 1
+        if evaluation.num_callers:
+            return
         self._evaluations.remove(evaluation)
         self._waiting = deque(request_id for request_id in self._waiting if request_id not in evaluation.requests)
         for request_id in evaluation.requests:
@@ -116,6 +125,14 @@ class Evaluations:
         if self._under_way.pop(done.request_id, None) is None:
             self._waiting.remove(done.request_id)
         return evaluation
+
+    def start_again(self) -> None:
+        """The run was rolled back: answers so far may come of weights that are undone, so all is asked anew."""
+        self._under_way.clear()
+        self._issues.clear()
+        for evaluation in self._evaluations:
+            evaluation.answers.clear()
+        self._waiting = deque(request_id for evaluation in self._evaluations for request_id in evaluation.requests)
 
     def lose_worker(self, worker: int) -> None:
         """What this worker had goes to the next one with room. Raises RunError after `MAX_ISSUES`."""

@@ -12,6 +12,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from asyncdapo.replay.filter import Verdict
+
 PromptState = Literal[
     "waiting", "leased", "queued", "spare", "cut", "trained", "filtered", "expired", "failed", "unused"
 ]
@@ -148,6 +150,8 @@ class MovePrompt(Action):
     step: int | None = None
     """Batch it was cut into, for `cut` and `trained`."""
     reason: str = ""
+    place: int | None = None
+    """Its place in the stream, for `waiting`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -157,7 +161,9 @@ class MoveGroup(Action):
     group_id: int
     prompt_id: int
     state: GroupState
+    verdict: Verdict
     step: int | None = None
+    """Batch it was cut into: for `cut`, `trained`, and a member that the end of the run made `surplus`."""
     reason: str = ""
 
 
@@ -199,6 +205,8 @@ class GenBatchClosed(Action):
     """The step it belongs to: in which its first verdict fell."""
     number: int
     """1 for the first of this step."""
+    limit_reached: bool
+    """It was the last that its step may open, and the step's batch is not full."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

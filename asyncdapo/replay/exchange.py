@@ -4,8 +4,13 @@ In: events, with what the core doesn't know of them. Out: rows in the journal, t
 the order of the events. `apply` does not pause, so no two events mix; what it wants sent stands in one queue behind the
 commit. So a group is acknowledged after the journal has it, and a batch is sent after its cut is written.
 
-Owns: the leases that run (as sessions hold them), batches that are cut and not trained, and the learner that waits for
-one. Does not own: sockets, what messages mean (`workers`), what follows from an event (`state`).
+It begins where the ledger ends, be it a new one, that of a server that was killed, or one rolled back just now. What
+the ledger doesn't know (credits, peers, the learner's wish) the peers tell again.
+
+Owns: the core's state, which a rollback replaces; the leases that run (as sessions hold them); the learner that waits
+for a batch. Does not own: sockets, what messages mean (`workers`), what follows from an event (`state`).
+Memory: a batch is read from its segments whenever it is wanted. `outgoing` is emptied as fast as the socket takes
+messages, which is at once; what a peer is sent answers what it sent or asked for.
 """
 
 from __future__ import annotations
@@ -15,6 +20,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from asyncdapo.errors import RunError
 from asyncdapo.messages import (
     Ack,
     Batch,
@@ -30,12 +36,13 @@ from asyncdapo.messages import (
 )
 from asyncdapo.replay import events as core
 from asyncdapo.replay.accounts import Accounts
+from asyncdapo.replay.failures import Failures
 from asyncdapo.replay.journal import Journal
+from asyncdapo.replay.recovery import Recovered
 from asyncdapo.replay.sessions import HeldLease, Session, Sessions
 from asyncdapo.replay.state import ReplayState
 
-MAX_BAD_LEASES = 100
-"""Leases in a row that may end failed or rejected before the run does."""
+MakeState = Callable[[Recovered], ReplayState]
 
 
 @dataclass(frozen=True)
@@ -53,33 +60,39 @@ class Exchange:
 
     def __init__(
         self,
-        state: ReplayState,
+        make_state: MakeState,
         journal: Journal,
         sessions: Sessions,
         prompt_at: Callable[[int], Prompt | None],
         *,
         group_size: int,
         seed: int,
-        staleness_bound: int,
+        max_failure_ratio: float = 1.0,
+        totals: Mapping[str, float] | None = None,
     ) -> None:
-        self._state, self._journal, self._sessions, self._prompt_at = state, journal, sessions, prompt_at
-        self._group_size, self._seed, self._staleness_bound = group_size, seed, staleness_bound
-        self._batches: dict[int, tuple[Batch, Sequence[bytes]]] = {}
-        self._learner: tuple[bytes, int] | None = None
-        self._no_batch: str | None = None
-        self.accounts = Accounts()
+        """`totals`: metrics of the last line before this process, which counts that the ledger doesn't have go on
+        from."""
+        self._make_state, self._journal, self._sessions, self._prompt_at = make_state, journal, sessions, prompt_at
+        self._group_size, self._seed = group_size, seed
+        self._failures = Failures(max_failure_ratio)
         self.outgoing: asyncio.Queue[Letter] = asyncio.Queue()
         self.failure: asyncio.Queue[str] = asyncio.Queue()
         """Why the run can't go on."""
-        self.newest_version = 0
-        """No weights are newer: version k is made of batch k, which was cut."""
-        self.first_lease_at_s: float | None = None
-        self._num_bad = 0
-        """Leases in a row that ended failed or rejected."""
+        recovered = journal.recover()
+        self.accounts = Accounts(totals or {}, recovered)
+        self.first_lease_at_s = recovered.first_lease_at_s
+        self._take_over(recovered)
+        for worker, known in recovered.workers.items():
+            sessions.recover(worker, known.session, known.loaded_version, self.branch)
 
     @property
     def branch(self) -> int:
         return self._journal.branch
+
+    @property
+    def newest_version(self) -> int:
+        """No weights are newer: version k is made of batch k, which was cut."""
+        return self.state.next_step - 1
 
     def apply(
         self,
@@ -90,106 +103,161 @@ class Exchange:
         summary: Mapping[str, float] | None = None,
     ) -> None:
         """Let the core handle the event, commit what follows, then queue its messages. See `Journal.write`."""
-        actions = self._state.handle(event)
-        prompts = {action.prompt_id: self._prompt(action) for action in actions if isinstance(action, core.GrantLease)}
+        actions = self.state.handle(event)
+        prompts = {
+            action.prompt_id: self._prompt(action.prompt_id)
+            for action in actions
+            if isinstance(action, core.GrantLease)
+        }
         self._journal.write(
             event, actions, prompts=list(prompts.values()), arrived=arrived, detail=detail, summary=summary
         )
         for action in actions:
             match action:
                 case core.GrantLease():
-                    self._send_lease(action, prompts[action.prompt_id])
+                    self._grant(action, prompts[action.prompt_id])
                 case core.EndLease():
                     self._end_lease(action, detail)
                 case core.MoveGroup():
                     self.accounts.move_group(action, arrived[0] if arrived else None)
                 case core.CutBatch():
-                    self._hold_batch(action)
+                    self._answer_learner()
                 case core.StopRun():
                     self._stop(action)
 
     def send(self, session: Session, message: Message) -> None:
-        """Queue a message to a worker, behind all that went before."""
-        self.outgoing.put_nowait(Letter(session.peer, message))
+        """Queue a message to a worker, behind all that went before. Dropped for one that has yet to say hello: whatever
+        it needs is sent again when it has."""
+        if session.peer:
+            self.outgoing.put_nowait(Letter(session.peer, message))
+
+    def roll_back(self, step: int, reason: str) -> None:
+        """The run goes back to the checkpoint of `step` and opens a new branch: every lease is over, and the core goes
+        on from what the ledger keeps. No worker is joined then."""
+        for session in self._sessions.known:
+            session.alive = False
+            if held := self._sessions.held_by(session.worker):
+                self.send(session, Withdraw(lease_ids=list(held)))
+        self._journal.roll_back(step, reason, self.state.config)
+        self.accounts.undo_leases(sum(lease.num_tokens for lease in self._sessions.leases.values()))
+        recovered = self._journal.recover()
+        self.accounts.go_on_from(recovered)
+        self._take_over(recovered)
+
+    def _take_over(self, recovered: Recovered) -> None:
+        """Go on from what the ledger says."""
+        self.state = self._make_state(recovered)
+        self._learner: tuple[bytes, int] | None = None
+        self._no_batch = "the run is over" if recovered.over else None
+        self._finished = recovered.over and recovered.stop is None
+        if recovered.stop:
+            self._stop(recovered.stop)
+        self._sessions.leases = {
+            lease.lease_id: HeldLease(
+                prompt=self._prompt(lease.prompt_id),
+                worker=lease.worker,
+                attempt=lease.attempt,
+                progress_tick=self._sessions.tick,
+                started=lease.started_version is not None,
+            )
+            for lease in recovered.leases
+        }
 
     # ------------------------------------------------------------------------------------------------------ learner
 
     def want_batch(self, peer: bytes, step: int) -> None:
-        """The learner asks, perhaps again: a batch that was cut is sent as it is."""
+        """The learner asks, perhaps again or as another peer: a batch that was cut is sent as it is."""
         self._learner = peer, step
-        if step not in self._batches and not self._no_batch:
+        if step not in self.state.untrained and not self._no_batch:
             self.apply(core.CutWanted(step=step))
         self._answer_learner()
 
     def trained(self, step: int, summary: Mapping[str, float]) -> dict[str, float]:
-        """The batch is trained on and forgotten. Returns the metrics of its step."""
-        self.apply(core.Trained(step=step), summary=summary)
-        del self._batches[step]
-        return self.accounts.trained(step)
+        """The batch is trained on. Returns the metrics of its step, also when it is told again."""
+        if step in self.state.untrained:
+            self.apply(core.Trained(step=step), summary=summary)
+        elif step >= self.state.next_step:
+            raise RunError(f"step {step} is said to be trained, but batch {step} was never cut in branch {self.branch}")
+        return self.accounts.trained(step, self._journal.batch_facts(step))
 
-    def _hold_batch(self, action: core.CutBatch) -> None:
-        groups, payloads = zip(*map(self._journal.read, action.group_ids), strict=True)
-        batch = Batch(step=action.step, branch=self.branch, max_staleness=self._staleness_bound, groups=list(groups))
-        self._batches[action.step] = batch, Payload.join(payloads).frames()
-        self.newest_version = action.step
-        self._answer_learner()
+    def published(self, version: int) -> None:
+        """The send of `version` is over; told again it changes nothing."""
+        if any(step <= version for step in self.state.in_training):
+            self.apply(core.Published(version=version))
+
+    def finish(self) -> None:
+        """No further step; said again it changes nothing."""
+        if not self._finished:
+            self._finished = True
+            self.apply(core.RunEnded())
 
     def _answer_learner(self) -> None:
         if self._learner is None:
             return
         peer, step = self._learner
-        if step in self._batches:
-            self.outgoing.put_nowait(Letter(peer, *self._batches[step], to_learner=True))
+        if step in self.state.untrained:
+            self.outgoing.put_nowait(Letter(peer, *self._read_batch(step), to_learner=True))
         elif self._no_batch:
             self.outgoing.put_nowait(Letter(peer, NoBatch(step=step, reason=self._no_batch), to_learner=True))
         else:
             return
         self._learner = None
 
-    def _stop(self, action: core.StopRun) -> None:
-        if action.error:
-            self.failure.put_nowait(action.reason)
+    def _read_batch(self, step: int) -> tuple[Batch, Sequence[bytes]]:
+        members = [self._journal.read(group.group_id) for group in self.state.untrained[step]]
+        groups, payloads = zip(*members, strict=True)
+        bound = self.state.bound.max_staleness
+        batch = Batch(step=step, branch=self.branch, max_staleness=bound, groups=list(groups))
+        return batch, Payload.join(payloads).frames()
+
+    def _stop(self, stop: core.StopRun) -> None:
+        if stop.error:
+            self.failure.put_nowait(stop.reason)
         else:
-            self._no_batch = action.reason
+            self._no_batch = stop.reason
             self._answer_learner()
 
     # ------------------------------------------------------------------------------------------------------- leases
 
-    def _prompt(self, action: core.GrantLease) -> Prompt:
-        prompt = self._prompt_at(action.prompt_id)
-        assert prompt is not None, f"{action} is beyond the end of the prompt stream"
+    def send_again(self, lease_id: int) -> None:
+        """The worker does not know of its lease: the message was lost."""
+        self._send_lease(lease_id, self._sessions.leases[lease_id])
+
+    def _prompt(self, prompt_id: int) -> Prompt:
+        prompt = self._prompt_at(prompt_id)
+        assert prompt is not None, f"prompt {prompt_id} is beyond the end of the prompt stream"
         return prompt
 
-    def _send_lease(self, action: core.GrantLease, prompt: Prompt) -> None:
+    def _grant(self, action: core.GrantLease, prompt: Prompt) -> None:
         session = self._sessions.of_worker(action.worker)
         session.granted += 1
-        self._sessions.leases[action.lease_id] = HeldLease(
-            prompt=prompt, worker=action.worker, attempt=action.attempt, progress_tick=self._sessions.tick
-        )
         if self.first_lease_at_s is None:
             self.first_lease_at_s = time.time()
-        lease = Lease(
-            lease_id=action.lease_id,
-            branch=self.branch,
-            attempt=action.attempt,
-            group_size=self._group_size,
-            seed=sample_seed(self._seed, action.prompt_id),
+        lease = self._sessions.leases[action.lease_id] = HeldLease(
             prompt=prompt,
+            worker=action.worker,
+            attempt=action.attempt,
+            number=session.granted,
+            progress_tick=self._sessions.tick,
         )
-        self.send(session, lease)
+        self._send_lease(action.lease_id, lease)
 
-    def _count_bad(self, action: core.EndLease, detail: str) -> None:
-        """A verifier or a worker that never works would use up the data in silence; the run ends with its words."""
-        if action.outcome == "done":
-            self._num_bad = 0
-        elif action.outcome in ("failed", "rejected"):
-            self._num_bad += 1
-            if self._num_bad == MAX_BAD_LEASES:
-                self.failure.put_nowait(f"{MAX_BAD_LEASES} groups in a row failed or were rejected, the last: {detail}")
+    def _send_lease(self, lease_id: int, lease: HeldLease) -> None:
+        message = Lease(
+            lease_id=lease_id,
+            branch=self.branch,
+            number=lease.number,
+            attempt=lease.attempt,
+            group_size=self._group_size,
+            seed=sample_seed(self._seed, lease.prompt.prompt_id),
+            prompt=lease.prompt,
+        )
+        self.send(self._sessions.of_worker(lease.worker), message)
 
     def _end_lease(self, action: core.EndLease, detail: str) -> None:
         """Tell the worker how its lease ended. Who sent a late group is known to `workers`, not here."""
-        self._count_bad(action, detail)
+        if too_many := self._failures.count(action.outcome, detail):
+            self.failure.put_nowait(too_many)
         lease = self._sessions.leases.pop(action.lease_id, None)
         self.accounts.end_lease(action, lease.num_tokens if lease else 0)
         if lease is None:
@@ -197,8 +265,10 @@ class Exchange:
         session = self._sessions.of_worker(lease.worker)
         match action.outcome:
             case "done" | "failed":
+                session.num_stalled = 0
                 self.send(session, Ack(lease_id=action.lease_id))
             case "withdrawn" | "lost":
+                session.num_stalled += action.reason == "stalled"
                 self.send(session, Withdraw(lease_ids=[action.lease_id]))
             case "rejected":
                 self.send(session, Reject(lease_id=action.lease_id, reason=detail))

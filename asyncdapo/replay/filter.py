@@ -14,7 +14,7 @@ Does not own: where a group goes after its verdict (`state.py`).
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 from asyncdapo.errors import ConfigError
@@ -56,9 +56,10 @@ class KeepRate:
     few verdicts from swinging it. With the filter off it is 1, since every verdict is `kept`.
     """
 
-    def __init__(self, prompts_per_step: int) -> None:
-        self._latest: deque[bool] = deque(maxlen=KEEP_RATE_BATCHES * prompts_per_step)
-        self._num_kept = 0
+    def __init__(self, prompts_per_step: int, verdicts: Iterable[bool] = ()) -> None:
+        """`verdicts`: those so far, oldest first: was the group kept?"""
+        self._latest = deque(verdicts, maxlen=KEEP_RATE_BATCHES * prompts_per_step)
+        self._num_kept = sum(self._latest)
 
     def count(self, verdict: Verdict) -> None:
         if len(self._latest) == self._latest.maxlen:
@@ -107,3 +108,16 @@ class GenBatches:
     def next_step(self) -> None:
         """The batch was cut: from now on verdicts open generation batches of the next step."""
         self.num_opened = 0
+
+    def recount(self, step: int, closed: Mapping[int, int], open_verdicts: Sequence[int]) -> None:
+        """Count again what a former life counted, up to `step`, whose batch is filled now. `closed`: generation batches
+        of each step that are closed; `open_verdicts`: the step of each verdict since, oldest first."""
+        counted = None
+        for verdict_step in open_verdicts:
+            if verdict_step != counted:
+                counted, self.num_opened = verdict_step, closed.get(verdict_step, 0)
+            self.count(verdict_step)
+            if self.is_full:
+                self.close()
+        if counted != step:
+            self.num_opened = closed.get(step, 0)

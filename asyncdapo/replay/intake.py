@@ -24,9 +24,17 @@ class BadGroup(Exception):  # noqa: N818 - a finding about a peer, not a failure
 
 
 def check_group(
-    group: Group, frames: Sequence[memoryview], lease: HeldLease, *, group_size: int, branch: int, newest_version: int
+    group: Group,
+    frames: Sequence[memoryview],
+    lease: HeldLease,
+    *,
+    group_size: int,
+    branch: int,
+    newest_version: int,
+    vocab_size: int | None = None,
 ) -> Payload:
-    """The group's buffers, as views on the frames. Raises BadGroup. `newest_version`: no weights are newer."""
+    """The group's buffers, as views on the frames. Raises BadGroup. `newest_version`: no weights are newer.
+    `vocab_size`: token ids are below it, where it is known."""
     identity = (group.prompt_id, group.worker, group.attempt, group.branch)
     if identity != (expected := (lease.prompt.prompt_id, lease.worker, lease.attempt, branch)):
         raise BadGroup(f"prompt, worker, attempt and branch are {identity}, its lease says {expected}")
@@ -45,6 +53,8 @@ def check_group(
         raise BadGroup("its prompt tokens are not those of its lease")
     if payload.token_ids.min() < 0:
         raise BadGroup("a token id is negative")
+    if vocab_size is not None and payload.token_ids.max() >= vocab_size:
+        raise BadGroup(f"token id {payload.token_ids.max()} is beyond the vocabulary of {vocab_size}")
     if not (np.isfinite(payload.logprobs).all() and payload.logprobs.max() <= MAX_LOGPROB):
         raise BadGroup("a log-prob is above 0 or not finite")
     return payload

@@ -1,35 +1,38 @@
 """The journal: every event of the core that changed something, as one transaction in `RUN_DIR/ledger.db`.
 
 In: a core event, the actions that it caused, and what the core doesn't know of it (the group that arrived, the prompts
-granted). Out: rows that any `sqlite3` can read (docs/ledger.md), and the groups again when a batch is cut.
+granted). Out: rows that any `sqlite3` can read (docs/ledger.md), the groups again when a batch is cut, and the whole
+state again when another process goes on (`recover`), after a rollback or without one.
 
     commit, then send   `write` returns when the transaction is committed: whoever acknowledges a group or sends a batch
                         after it can be killed at once and nothing that a peer was told is forgotten
     bytes, then row     a group's buffers are in their segment before the row that points to them exists
+    one writer          the run directory is locked for as long as the journal is open
 
 SQLite in WAL mode with synchronous NORMAL: what was committed outlives the process; a power cut may cost the last
-moments and leaves the file whole. Does not own: which state follows which (the core), sockets.
+moments and leaves the file whole. Does not own: which state follows which (the core), what a rollback undoes
+(`rollback`), sockets.
 """
 
 from __future__ import annotations
 
 import json
-import sqlite3
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import closing
 from pathlib import Path
 
-from asyncdapo.errors import UserError
+from asyncdapo.errors import RunError
 from asyncdapo.messages import Group, Payload, Prompt
 from asyncdapo.replay import events as core
-from asyncdapo.replay.payloads import SEGMENT_BYTES, Place, Segments, read_record
-from asyncdapo.replay.schema import LEDGER_SCHEMA, TABLES
+from asyncdapo.replay import reload
+from asyncdapo.replay.config import ReplayConfig
+from asyncdapo.replay.ledger import LEDGER_FILE, PAYLOAD_FOLDER, open_for_writing, place_of
+from asyncdapo.replay.lock import LOCK_WAIT_S, WriterLock
+from asyncdapo.replay.payloads import SEGMENT_BYTES, Segments
+from asyncdapo.replay.recovery import GroupFacts, Recovered
+from asyncdapo.replay.rollback import Rollback
+from asyncdapo.replay.schema import HELD_STATES
 
-LEDGER_FILE = "ledger.db"
-PAYLOAD_FOLDER = "payloads"
-HELD_STATES = ("queued", "spare", "cut")
-"""States of a group whose tokens may still be trained on."""
 RECORDED_EVENTS = (core.WorkerJoined, core.WorkerLost, core.Loaded, core.Started, core.Published, core.RunEnded)
 """Events that leave a row even when they cause no action."""
 
@@ -37,25 +40,63 @@ RECORDED_EVENTS = (core.WorkerJoined, core.WorkerLost, core.Loaded, core.Started
 class Journal:
     """The one writer of a run's ledger. Not thread-safe: it lives in the replay server's event loop."""
 
-    branch = 0
+    branch: int
     """Branch that new rows belong to."""
 
-    def __init__(self, run_dir: Path, *, keep_payloads: bool = False, segment_bytes: int = SEGMENT_BYTES) -> None:
-        """Starts the ledger of a new run. Raises UserError when the directory holds one already."""
-        path = run_dir / LEDGER_FILE
-        if path.exists():
-            raise UserError(f"{path} exists: a run directory holds one run (choose another run.dir)")
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        keep_payloads: bool = False,
+        segment_bytes: int = SEGMENT_BYTES,
+        lock_wait_s: float = LOCK_WAIT_S,
+    ) -> None:
+        """Opens the run's ledger, or starts it. Raises UserError when it is one of another layout, RunError when
+        another process keeps writing it for `lock_wait_s`."""
         run_dir.mkdir(parents=True, exist_ok=True)
+        self._path = run_dir / LEDGER_FILE
         self._keep_payloads = keep_payloads
+        self._lock = WriterLock(run_dir, lock_wait_s)
+        self._db = open_for_writing(self._path)
+        self._db.execute("UPDATE meta SET value = ? WHERE key = 'keep_payloads'", (int(keep_payloads),))
         self._segments = Segments(run_dir / PAYLOAD_FOLDER, segment_bytes)
-        self._sessions: dict[int, str] = {}
-        self._position = 0
-        self._db = sqlite3.connect(path, isolation_level=None)
-        self._db.execute("PRAGMA journal_mode = WAL")
-        self._db.execute("PRAGMA synchronous = NORMAL")
-        self._db.executescript(f"BEGIN; {TABLES} COMMIT;")
-        meta = {"schema": LEDGER_SCHEMA, "created_at_s": time.time(), "keep_payloads": int(keep_payloads)}
-        self._db.executemany("INSERT INTO meta VALUES (?, ?)", meta.items())
+        self._sessions = reload.sessions(self._db)
+        self._position = reload.last_position(self._db)
+        (self.branch,) = self._db.execute("SELECT MAX(branch) FROM branches").fetchone()
+
+    def roll_back(self, step: int, reason: str, config: ReplayConfig) -> None:
+        """Undo what came of weights newer than those of train step `step`, in one transaction, and begin a branch.
+
+        Raises RunError when the ledger holds no batch `step`: it is not of the history that the checkpoint is of.
+        """
+        row = (0,)
+        if step > 0:
+            row = self._db.execute("SELECT trained_pos FROM batches WHERE step = ?", (step,)).fetchone()
+        if row is None:
+            raise RunError(f"{self._path}: holds no batch {step} to go back to (use a checkpoint of an earlier step)")
+        self._position += 1
+        rollback = Rollback(
+            db=self._db,
+            config=config,
+            has_payload=self._segments.holds,
+            step=step,
+            pos=row[0],
+            branch=self.branch + 1,
+            opened_pos=self._position,
+            at_s=time.time(),
+        )
+        with self._db:
+            self._db.execute("BEGIN IMMEDIATE")
+            rollback.run(reason)
+        self.branch += 1
+
+    def recover(self) -> Recovered:
+        """What the ledger says now: where the core and the server go on."""
+        return reload.recover(self._db)
+
+    def batch_facts(self, step: int) -> list[GroupFacts]:
+        """Members of a batch that is trained; empty when there is none."""
+        return reload.batch_facts(self._db, step)
 
     def write(
         self,
@@ -89,12 +130,17 @@ class Journal:
 
     def read(self, group_id: int) -> tuple[Group, Payload]:
         """A group whose payload was kept. Raises LookupError when it wasn't, or not any longer."""
-        return self._segments.read(_place(self._db, group_id))
+        return self._segments.read(place_of(self._db, group_id))
 
     def outcome(self, lease_id: int) -> str | None:
-        """How a lease ended; None while it runs. Raises LookupError when it was never granted."""
+        """How a lease ended; None while it runs, `undone` when a rollback undid it. Raises LookupError when it was
+        never granted."""
         try:
-            row = self._db.execute("SELECT outcome FROM leases WHERE lease_id = ?", (lease_id,)).fetchone()
+            row = self._db.execute(
+                "SELECT outcome FROM leases WHERE lease_id = :id"
+                " UNION ALL SELECT 'undone' FROM undone_leases WHERE lease_id = :id",
+                {"id": lease_id},
+            ).fetchone()
         except OverflowError:  # a peer may name any number; one beyond 64 bits was never granted
             row = None
         if row is None:
@@ -102,23 +148,26 @@ class Journal:
         return row[0]
 
     def covered(self, step: int) -> None:
-        """A checkpoint of `step` exists: free the segments that no run resumed from it can ask for.
+        """`step` is the oldest checkpoint kept: free the segments that no rollback to it or a newer one can ask for.
 
         A group is done with when it had its end before step `step` was trained. One that ended later may come back:
-        its batch is trained again, or it returns to the queue.
+        its batch is trained again, or it returns to the queue. (Not one that the filter dropped or a rollback undid.)
         """
         if self._keep_payloads:
             return
         (position,) = self._db.execute("SELECT MAX(trained_pos) FROM batches WHERE step <= ?", (step,)).fetchone()
-        segments = self._db.execute(
-            "SELECT segment FROM groups WHERE segment < ? GROUP BY segment"
-            " HAVING MAX(changed_pos) <= ? AND SUM(state IN (?, ?, ?)) = 0",
-            (self._segments.newest, position or 0, *HELD_STATES),
+        needed = self._db.execute(
+            "SELECT DISTINCT segment FROM groups WHERE segment IS NOT NULL"
+            " AND (state IN (?, ?, ?) OR (changed_pos > ? AND state <> 'filtered'))",
+            (*HELD_STATES, position or 0),
         ).fetchall()
-        self._db.executemany(
-            "UPDATE groups SET segment = NULL, offset = NULL, bytes = NULL WHERE segment = ?", segments
-        )
-        for (segment,) in segments:
+        done = set(self._segments.numbers()) - {segment for (segment,) in needed} - {self._segments.newest}
+        for table in ("groups", "undone_groups"):
+            self._db.executemany(
+                f"UPDATE {table} SET segment = NULL, offset = NULL, bytes = NULL WHERE segment = ?",
+                [(segment,) for segment in done],
+            )
+        for segment in done:
             self._segments.delete(segment)
 
     def fold(self) -> None:
@@ -129,6 +178,7 @@ class Journal:
         """Close the files; SQLite folds its WAL into ledger.db."""
         self._db.close()
         self._segments.close()
+        self._lock.release()
 
     # ------------------------------------------------------------------------------------------------------ events
 
@@ -159,10 +209,14 @@ class Journal:
                 self._move_group(action, arrived)
             case core.EndLease():
                 self._end_lease(action, detail)
-            case core.GenBatchClosed(step=step, number=number):
-                self._insert_event("gen_batch_closed", step=step, number=number)
-            case core.StopRun(reason=reason):
-                self._insert_event("stopped", detail=reason)
+            case core.CutBatch(step=step):
+                self._insert_event("cut", step=step)
+            case core.GenBatchClosed(step=step, number=number, limit_reached=reached):
+                self._insert_event(
+                    "gen_batch_closed", step=step, number=number, detail="limit reached" if reached else ""
+                )
+            case core.StopRun(reason=reason, error=error):
+                self._insert_event("stopped", number=int(error), detail=reason)
 
     @property
     def _stamp(self) -> tuple[int, float]:
@@ -193,7 +247,7 @@ class Journal:
     def _insert_new_prompts(self, prompts: Sequence[Prompt]) -> None:
         """A prompt has its row from its first lease on."""
         self._db.executemany(
-            "INSERT OR IGNORE INTO prompts VALUES (?, ?, ?, ?, 'waiting', 0, NULL, '', ?)",
+            "INSERT OR IGNORE INTO prompts VALUES (?, ?, ?, ?, 'waiting', 0, NULL, '', NULL, ?)",
             [(prompt.prompt_id, prompt.epoch, prompt.source, prompt.row, self._position) for prompt in prompts],
         )
 
@@ -207,8 +261,9 @@ class Journal:
 
     def _move_prompt(self, action: core.MovePrompt) -> None:
         moved = self._db.execute(
-            "UPDATE prompts SET state = ?, attempts = ?, step = ?, reason = ?, changed_pos = ? WHERE prompt_id = ?",
-            (action.state, action.attempts, action.step, action.reason, self._position, action.prompt_id),
+            "UPDATE prompts SET state = ?, attempts = ?, step = ?, reason = ?, place = ?, changed_pos = ?"
+            " WHERE prompt_id = ?",
+            (action.state, action.attempts, action.step, action.reason, action.place, self._position, action.prompt_id),
         )
         assert moved.rowcount == 1, f"{action} of a prompt that was never leased"
 
@@ -252,6 +307,7 @@ class Journal:
             "worker": group.worker,
             "min_version": group.min_version,
             "max_version": group.max_version,
+            "verdict": action.verdict,
             "entered": action.state,
             "state": action.state,
             "step": action.step,
@@ -287,29 +343,3 @@ class Journal:
                 "at_s": self._now,
             },
         )
-
-
-def open_ledger(run_dir: Path) -> sqlite3.Connection:
-    """The ledger for reading, also while the run goes on. Raises sqlite3.OperationalError when there is none."""
-    ledger = sqlite3.connect(f"{(run_dir / LEDGER_FILE).absolute().as_uri()}?mode=ro", uri=True)
-    ledger.row_factory = sqlite3.Row
-    return ledger
-
-
-def read_group(run_dir: Path, group_id: int) -> tuple[Group, Payload]:
-    """A group with its tokens and log-probs, from the files of a run (all of them with `replay.keep_payloads`).
-
-    Raises LookupError for a group that isn't there or whose payload is freed.
-    """
-    with closing(open_ledger(run_dir)) as ledger:
-        place = _place(ledger, group_id)
-    return read_record(run_dir / PAYLOAD_FOLDER, place)
-
-
-def _place(ledger: sqlite3.Connection, group_id: int) -> Place:
-    row = ledger.execute("SELECT segment, offset, bytes FROM groups WHERE group_id = ?", (group_id,)).fetchone()
-    if row is None:
-        raise LookupError(f"no group {group_id} in the ledger")
-    if row[0] is None:
-        raise LookupError(f"the payload of group {group_id} isn't kept (replay.keep_payloads keeps all)")
-    return Place(*row)

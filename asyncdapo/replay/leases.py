@@ -10,11 +10,12 @@ the prompt whose lease has ended (`lifecycle.py`).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from asyncdapo.replay.events import Action, EndLease, GrantLease
+from asyncdapo.replay.recovery import KnownWorker, OpenLease
 from asyncdapo.replay.staleness import StalenessBound
 
 Outcome = Literal["done", "withdrawn", "lost", "rejected", "failed"]
@@ -43,13 +44,25 @@ class Lease:
 class Leases:
     """Live workers and running leases."""
 
-    def __init__(self, bound: StalenessBound, do: Callable[[Action], None]) -> None:
-        """`do` takes the actions."""
-        self.workers: dict[int, Worker] = {}
-        self.running: dict[int, Lease] = {}
+    def __init__(
+        self,
+        bound: StalenessBound,
+        do: Callable[[Action], None],
+        *,
+        workers: Mapping[int, KnownWorker],
+        running: Iterable[OpenLease],
+        num_granted: int,
+    ) -> None:
+        """`do` takes the actions. The others are those of a former life; its workers tell their credits again."""
+        self.workers = {index: Worker(worker.loaded_version) for index, worker in workers.items()}
+        self.running = {
+            lease.lease_id: Lease(lease.lease_id, lease.prompt_id, lease.worker, lease.started_version)
+            for lease in running
+        }
+        self.num_granted = num_granted
+        """Leases so far, which is the last `lease_id`."""
         self._bound = bound
         self._do = do
-        self._num_granted = 0
 
     def join(self, worker: int, loaded_version: int) -> None:
         assert worker not in self.workers, f"worker {worker} joined twice"
@@ -80,8 +93,8 @@ class Leases:
     def grant(self, prompt_id: int, worker: int, attempt: int) -> None:
         """A lease for one credit of the worker."""
         self.workers[worker].credits -= 1
-        self._num_granted += 1
-        lease = Lease(lease_id=self._num_granted, prompt_id=prompt_id, worker=worker)
+        self.num_granted += 1
+        lease = Lease(lease_id=self.num_granted, prompt_id=prompt_id, worker=worker)
         self.running[lease.lease_id] = lease
         self._do(GrantLease(lease_id=lease.lease_id, prompt_id=prompt_id, worker=worker, attempt=attempt))
 

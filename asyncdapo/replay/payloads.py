@@ -42,7 +42,7 @@ class Segments:
     def __init__(self, folder: Path, segment_bytes: int = SEGMENT_BYTES) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder, self._segment_bytes = folder, segment_bytes
-        self._newest = max((int(path.stem) for path in folder.glob("*.bin")), default=0) + 1
+        self._newest = max(self.numbers(), default=0) + 1
         self._file = segment_path(folder, self._newest).open("ab")
 
     @property
@@ -62,6 +62,15 @@ class Segments:
         self._file.write(record)
         self._file.flush()
         return Place(self._newest, offset, len(record))
+
+    def holds(self, place: Place) -> bool:
+        """Whether all bytes of the record are there; a power cut may have taken the last ones of a file."""
+        path = segment_path(self._folder, place.segment)
+        return path.is_file() and path.stat().st_size >= place.offset + place.num_bytes
+
+    def numbers(self) -> list[int]:
+        """The segments that are there, oldest first."""
+        return sorted(int(path.stem) for path in self._folder.glob("*.bin"))
 
     def read(self, place: Place) -> tuple[Group, Payload]:
         """The group that `append` placed there."""

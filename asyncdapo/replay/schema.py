@@ -1,18 +1,33 @@
 """The tables of `RUN_DIR/ledger.db`; docs/ledger.md explains every column to its readers.
 
 Two habits hold in all of them. Columns that end in `_pos` are journal positions: transactions are numbered 1, 2, …, one
-core event each, and a row remembers in which one it came and in which it changed last. With `branch` beside them, "what
-the journal holds after position p" is a plain WHERE clause, which is all that a rollback needs. Columns that end in
-`_s` are seconds, `*_at_s` since 1970.
+core event or rollback each, and a row remembers in which one it came and in which it changed last. With `branch` beside
+them, "what the journal holds after position p" is a plain WHERE clause, which is most of what a rollback needs. Columns
+that end in `_s` are seconds, `*_at_s` since 1970.
+
+The tables hold the surviving history alone. What a rollback undoes is moved to tables of the same columns named
+`undone_*`, with the branch that undid it as the last column.
 """
 
-LEDGER_SCHEMA = 1
+LEDGER_SCHEMA = 2
 """Goes up when a column changes its meaning or goes away."""
+
+HELD_STATES = ("queued", "spare", "cut")
+"""States of a group whose tokens may still be trained on."""
+UNDOABLE = ("prompts", "leases", "groups", "batches", "publishes", "loads", "events")
 
 TABLES = """
 CREATE TABLE meta (
     key TEXT PRIMARY KEY,
     value
+);
+CREATE TABLE branches (
+    branch INTEGER PRIMARY KEY,
+    step INTEGER NOT NULL,
+    pos INTEGER NOT NULL,
+    opened_pos INTEGER NOT NULL,
+    reason TEXT NOT NULL,
+    at_s REAL NOT NULL
 );
 CREATE TABLE prompts (
     prompt_id INTEGER PRIMARY KEY,
@@ -23,6 +38,7 @@ CREATE TABLE prompts (
     attempts INTEGER NOT NULL,
     step INTEGER,
     reason TEXT NOT NULL,
+    place INTEGER,
     changed_pos INTEGER NOT NULL
 );
 CREATE TABLE leases (
@@ -49,6 +65,7 @@ CREATE TABLE groups (
     worker INTEGER NOT NULL,
     min_version INTEGER NOT NULL,
     max_version INTEGER NOT NULL,
+    verdict TEXT NOT NULL,
     entered TEXT NOT NULL,
     state TEXT NOT NULL,
     step INTEGER,
@@ -110,3 +127,7 @@ CREATE INDEX groups_prompt ON groups (prompt_id);
 CREATE INDEX groups_step ON groups (step);
 CREATE INDEX groups_segment ON groups (segment);
 """
+UNDONE_TABLES = (
+    "".join(f"CREATE TABLE undone_{table} AS SELECT *, 0 AS undone_by FROM {table} WHERE 0;" for table in UNDOABLE)
+    + "CREATE INDEX undone_leases_id ON undone_leases (lease_id);"
+)

@@ -4,9 +4,13 @@
             ◀──Welcome, Lease, Ack, Reject, Withdraw, EvalRequest──                             ├─▶ exchange: event ─▶
     learner ──CutWanted──▶ ROUTER ──────────────────────────────────────────────────────────────┤   core ─▶ journal ─▶
             ◀──Batch, NoBatch──                                                                 │   messages
-    controller ──begin, trained, published, evaluate, finish (Ray calls)────────────────────────┘
+    controller ──begin, trained, published, evaluate, roll_back, finish (Ray calls)─────────────┘
 
 One event loop and one event at a time; nothing between a message and its transaction waits.
+
+Killed and started again on the same files and ports it goes on where the ledger ends, and its peers come back by
+themselves. So that the controller can repeat a call under which a server died, every command may come twice: what is
+done already is answered again.
 
 waits for: messages, commands, its own clock   unblocked by: workers, learner, controller
 Owns: the sockets and the clock. Does not own: what messages mean (`workers`), what is sent when (`exchange`), what is
@@ -19,15 +23,15 @@ import asyncio
 import logging
 from collections.abc import Callable, Mapping, Sequence
 
+from asyncdapo import faults
 from asyncdapo.errors import RunError
 from asyncdapo.messages import CutWanted, EvalAnswer, EvalRequest, Prompt
-from asyncdapo.replay import events as core
 from asyncdapo.replay.config import ReplayConfig
-from asyncdapo.replay.exchange import Exchange
+from asyncdapo.replay.exchange import Exchange, MakeState
 from asyncdapo.replay.journal import Journal
-from asyncdapo.replay.sessions import Sessions
-from asyncdapo.replay.state import ReplayState
+from asyncdapo.replay.sessions import GAUGES, Session, Sessions
 from asyncdapo.replay.workers import FromWorker, Workers
+from asyncdapo.transport.keys import ServerKeys
 from asyncdapo.transport.sockets import Server
 
 log = logging.getLogger("replay")
@@ -39,31 +43,66 @@ class ReplayServer:
     def __init__(
         self,
         config: ReplayConfig,
-        state: ReplayState,
+        make_state: MakeState,
         journal: Journal,
         prompt_at: Callable[[int], Prompt | None],
         *,
         group_size: int,
         seed: int,
         total_slots: int,
+        max_failure_ratio: float = 1.0,
+        vocab_size: int | None = None,
+        totals: Mapping[str, float] | None = None,
         host: str = "127.0.0.1",
+        ports: tuple[int, int] = (0, 0),
+        curve: ServerKeys | None = None,
     ) -> None:
-        """`prompt_at`: the prompt stream by position. `total_slots`: sequences that all workers generate at once, of
-        which an evaluation gets its share."""
-        self._state, self._journal, self._heartbeat_s = state, journal, config.heartbeat_s
-        self._sessions = Sessions(stall_ticks=config.lease_stall_s / config.heartbeat_s)
+        """`make_state` makes the core from what the journal recovers, now and after a rollback.
+
+        prompt_at          the prompt stream by position
+        total_slots        sequences that all workers generate at once, of which an evaluation gets its share
+        max_failure_ratio  `reward.max_failure_ratio`
+        vocab_size         token ids are below it, where it is known
+        totals             the last metrics line of the run before this process: counts that aren't in the ledger go on
+                           from it
+        ports              for workers and for the learner, 0 is any: one that is started again is given the same
+        """
+        self._journal, self._heartbeat_s = journal, config.heartbeat_s
+        self._sessions = Sessions(config.lease_stall_s / config.heartbeat_s, totals)
         self._exchange = Exchange(
-            state,
+            make_state,
             journal,
             self._sessions,
             prompt_at,
             group_size=group_size,
             seed=seed,
-            staleness_bound=config.staleness_bound,
+            max_failure_ratio=max_failure_ratio,
+            totals=totals,
         )
-        self._workers = Workers(self._exchange, self._sessions, journal, group_size=group_size, total_slots=total_slots)
-        self._rollout_socket, self._learner_socket = Server(FromWorker, host), Server(CutWanted, host)
+        self._workers = Workers(
+            self._exchange,
+            self._sessions,
+            journal,
+            group_size=group_size,
+            total_slots=total_slots,
+            vocab_size=vocab_size,
+            totals=totals,
+        )
+        rollout_port, learner_port = ports
+        self._rollout_socket = Server(FromWorker, host, port=rollout_port, curve=curve)
+        self._learner_socket = Server(CutWanted, host, port=learner_port, curve=curve)
         self.rollout_address, self.learner_address = self._rollout_socket.address, self._learner_socket.address
+
+    @property
+    def branch(self) -> int:
+        """The run's, which every rollback raises."""
+        return self._exchange.branch
+
+    @property
+    def ports(self) -> tuple[int, int]:
+        """For workers and for the learner."""
+        rollout, learner = (int(address.rpartition(":")[2]) for address in (self.rollout_address, self.learner_address))
+        return rollout, learner
 
     async def run(self) -> None:
         """Serve until cancelled, also when the data is used up; then close the sockets. Raises RunError when the run
@@ -88,19 +127,33 @@ class ReplayServer:
         self._workers.leasing = True
         self._workers.offer_all()
 
+    async def pause(self) -> None:
+        """Grant no lease from now on, until `begin`; those that run go on."""
+        self._workers.pause()
+
+    async def roll_back(self, step: int, reason: str) -> int:
+        """The run goes back to the checkpoint of `step`: what came after it is undone, every lease is over, and workers
+        count again once they have weights of the new branch, which is returned."""
+        self._workers.roll_back(step, reason)
+        return self.branch
+
+    async def lose_worker(self, worker: int) -> None:
+        """The worker's process is dead; to be told before another one is started."""
+        self._workers.lose(worker)
+
     async def trained(self, step: int, summary: Mapping[str, float]) -> dict[str, float]:
         """Batch `step` is trained on; `summary` is what the learner says of it. Returns the metrics of the step:
         reward/…, filter/…, rollout/…, replay/…, as docs/metrics.md lists them."""
         return {
             **self._exchange.trained(step, summary),
-            **{f"rollout/{gauge}": self._sessions.total(gauge) for gauge in ("tokens", "busy_s", "idle_s")},
-            **{f"replay/{name}": number for name, number in self._state.gauges().items()},
+            **{f"rollout/{gauge}": self._sessions.total(gauge) for gauge in GAUGES},
+            **{f"replay/{name}": number for name, number in self._exchange.state.gauges().items()},
             **{f"replay/{what}": number for what, number in self._workers.dropped.items()},
         }
 
     async def published(self, version: int) -> None:
         """The send of `version` is over."""
-        self._exchange.apply(core.Published(version=version))
+        self._exchange.published(version)
 
     async def covered(self, step: int) -> None:
         """A checkpoint of `step` exists: payloads that nothing can ask for any more are freed."""
@@ -109,31 +162,50 @@ class ReplayServer:
 
     async def evaluate(self, requests: Sequence[EvalRequest], share: float) -> list[EvalAnswer]:
         """All answers, in the order of requests and prompts; `share` of all slots is the most that it takes. Requests
-        of lost workers are given out again. Raises ValueError for a request id that is in use."""
+        of lost workers are given out again. Asked twice, it is done once. Raises ValueError for a request id that
+        another evaluation uses."""
         return await self._workers.evaluate(requests, share)
 
     async def finish(self) -> None:
         """No further step: leases are withdrawn, prompts without an end become `unused`. Evaluation goes on."""
         self._workers.leasing = False
-        self._exchange.apply(core.RunEnded())
+        self._exchange.finish()
         self._journal.fold()
 
     def status(self) -> dict[str, object]:
-        """For progress lines: who waits for whom, and numbers of the moment."""
-        evaluations = self._workers.evaluations
+        """For progress lines and the chain of waits: who waits for whom, who there is, and numbers of the moment."""
+        evaluations, state = self._workers.evaluations, self._exchange.state
         return {
             "why_waiting": self._why_waiting(),
+            "branch": self.branch,
+            "filling_step": state.next_step,
+            "kept": state.num_kept(),
             "first_lease_at_s": self._exchange.first_lease_at_s,
+            "known_workers": {session.worker: self._describe(session) for session in self._sessions.known},
             "suspected_workers": self._sessions.suspected,
             "evaluations_waiting": evaluations.num_waiting,
             "evaluations_running": evaluations.num_under_way,
             "sampled_tokens": self._sessions.total("tokens"),
             "dropped": dict(self._workers.dropped),
-            **self._state.gauges(),
+            **state.gauges(),
+        }
+
+    def _describe(self, session: Session) -> dict[str, float]:
+        """A worker as it was heard last. `stalled`: leases in a row that stalled there, so its engine may hang."""
+        return {
+            "joined": session.alive,
+            "loaded_version": session.loaded_version,
+            "branch": session.branch,
+            "leases": len(self._sessions.held_by(session.worker)),
+            "silent_s": (self._sessions.tick - session.heard_tick) * self._heartbeat_s,
+            "tokens": session.gauges.get("tokens", 0.0),
+            "stalled": session.num_stalled,
         }
 
     def _why_waiting(self) -> str:
-        why, evaluations = self._state.why_waiting(), self._workers.evaluations
+        why, evaluations = self._exchange.state.why_waiting(), self._workers.evaluations
+        if behind := [session.worker for session in self._sessions.known if session.branch != self.branch]:
+            why += f"; workers {behind} have no weights of branch {self.branch} yet"
         if suspected := self._sessions.suspected:
             why += f"; nothing heard for long from workers {suspected}"
         if num := evaluations.num_waiting + evaluations.num_under_way:
@@ -149,7 +221,7 @@ class ReplayServer:
     async def _serve_learner(self) -> None:
         while True:
             peer, message, _ = await self._learner_socket.receive()
-            if isinstance(message, CutWanted) and message.step <= self._state.next_step:
+            if isinstance(message, CutWanted) and message.step <= self._exchange.state.next_step:
                 self._exchange.want_batch(peer, message.step)
             else:
                 self._workers.dropped["malformed"] += 1
@@ -160,6 +232,7 @@ class ReplayServer:
             letter = await self._exchange.outgoing.get()
             socket = self._learner_socket if letter.to_learner else self._rollout_socket
             await socket.send(letter.peer, letter.message, letter.frames)
+            faults.point("after_send")
 
     async def _tick(self) -> None:
         while True:

@@ -1,23 +1,42 @@
 """Who is connected, what they hold, and who has fallen silent. No sockets; time is counted in ticks.
 
-In: hellos, heartbeats, leases granted and ended, ticks. Out: the session of a peer, credits owed, silent workers and
-stalled leases. A tick is one heartbeat interval as the server itself lived it: while the server is stopped nobody
-grows silent, so that its own pause is not taken for the death of its workers.
+In: hellos, heartbeats, leases granted and ended, ticks, what the ledger knew of them. Out: the session of a peer,
+credits owed, silent workers, stalled leases and lost `Lease` messages. A tick is one heartbeat interval as the server
+itself lived it: while the server is stopped nobody grows silent, so that its own pause is not taken for the death of
+its workers.
 
 A worker has one session at a time; a newer one puts the older out, and its peer is a stranger from then on. A session
-whose worker was lost for silence stays, and lives again with the next heartbeat.
+whose worker was lost for silence stays, and lives again with the next heartbeat. One that the ledger knew goes on under
+its name, and has no peer until its worker says hello.
+
+    stalled    a lease makes no progress for `stall_ticks`. Progress is a new token of its own; for one that waits for a
+               slot, any token of its worker's engine, since a slot comes free only by them; one whose tokens are all
+               there makes it always, since verifiers have time-outs of their own and groups are sent until they are
+               acknowledged. So neither a full engine nor a slow verifier is taken for a hung engine, and a hung engine
+               stalls whatever waits for it
+    not listed  `MAX_UNLISTED` heartbeats in a row don't list a lease: its message was lost, and is sent again
+
+Memory: a session per worker, leases as admission bounds them, three numbers of the past.
 Does not own: what follows from a loss (the core), evaluation requests (`evaluations`).
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from asyncdapo.messages import Heartbeat, Hello, Prompt
+from asyncdapo.messages import Heartbeat, Hello, Progress, Prompt
 
 SUSPECT_TICKS = 5
 LOST_TICKS = 15
+DESERTED_TICKS = 2 * LOST_TICKS
+"""Silence of every worker after which none is expected to come back by itself."""
+MAX_UNLISTED = 2
+"""One heartbeat may have crossed the lease on its way."""
+GAUGES = ("tokens", "busy_s", "idle_s")
+"""Counters of a worker that are summed over all workers and their lives."""
 
 
 @dataclass(kw_only=True)
@@ -27,9 +46,27 @@ class HeldLease:
     prompt: Prompt
     worker: int
     attempt: int
+    number: int = 0
+    """As in the `Lease` message."""
     progress_tick: int
-    """When it was granted, or when its number of tokens last grew."""
+    """When it was granted, or when it last made progress."""
     num_tokens: int = 0
+    num_unlisted: int = 0
+    """Heartbeats of its worker in a row that didn't list it."""
+    started: bool = False
+    """Whether the core knows what weights sampled its first token."""
+
+
+@dataclass
+class Findings:
+    """What a heartbeat says of leases that the server did not know."""
+
+    over: list[int]
+    """Held by the worker, and over."""
+    unlisted: list[int]
+    """Not known to the worker."""
+    started: list[tuple[int, int]]
+    """Begun with weights of this version."""
 
 
 @dataclass(kw_only=True)
@@ -38,14 +75,21 @@ class Session:
 
     worker: int
     name: str
-    peer: bytes
+    peer: bytes = b""
+    """Empty until it has said hello to this server."""
     loaded_version: int
+    branch: int
+    """Of the loaded weights; behind the run's from a rollback until the worker joins again."""
     heard_tick: int
     alive: bool = False
-    """Whether the core counts on it."""
+    """Whether the core counts on it: it was heard, and its weights are of the run's branch."""
     asked: int = 0
     granted: int = 0
     gauges: dict[str, float] = field(default_factory=dict)
+    counted_before: bool = False
+    """What its first heartbeat says is part of the totals already."""
+    num_stalled: int = 0
+    """Leases in a row that stalled here."""
 
     @property
     def owed(self) -> int:
@@ -56,12 +100,13 @@ class Session:
 class Sessions:
     """Sessions by peer and by worker, and the leases they hold."""
 
-    def __init__(self, stall_ticks: float) -> None:
-        """`stall_ticks`: ticks without a new token after which a lease is stalled."""
+    def __init__(self, stall_ticks: float, totals: Mapping[str, float] | None = None) -> None:
+        """`stall_ticks`: ticks without progress after which a lease is stalled. `totals`: sums of the gauges that were
+        reached before, by `rollout/` metric."""
         self.stall_ticks = stall_ticks
         self._by_peer: dict[bytes, Session] = {}
         self._by_worker: dict[int, Session] = {}
-        self._past_gauges: Counter[str] = Counter()
+        self._past_gauges = Counter({gauge: (totals or {}).get(f"rollout/{gauge}", 0.0) for gauge in GAUGES})
         self.leases: dict[int, HeldLease] = {}
         self.tick = 0
 
@@ -86,9 +131,26 @@ class Sessions:
         """Workers that have been silent for a while."""
         return [session.worker for session in self.live if self.tick - session.heard_tick > SUSPECT_TICKS]
 
+    def held_by(self, worker: int) -> dict[int, HeldLease]:
+        return {lease_id: lease for lease_id, lease in self.leases.items() if lease.worker == worker}
+
     def total(self, gauge: str) -> float:
-        """Sum of a cumulative gauge over all sessions so far, as their heartbeats say."""
+        """Sum of one of `GAUGES` over all sessions so far, as their heartbeats say."""
         return self._past_gauges[gauge] + sum(session.gauges.get(gauge, 0.0) for session in self._by_worker.values())
+
+    # --------------------------------------------------------------------------------------------- come, come again, go
+
+    def recover(self, worker: int, name: str, loaded_version: int, branch: int) -> None:
+        """A session that the ledger knows, alive until it has been silent for too long."""
+        self._by_worker[worker] = Session(
+            worker=worker,
+            name=name,
+            loaded_version=loaded_version,
+            branch=branch,
+            heard_tick=self.tick,
+            alive=True,
+            counted_before=True,
+        )
 
     def recognise(self, peer: bytes, hello: Hello) -> Session | None:
         """The session that says hello again (perhaps as another peer); None when it is a new one."""
@@ -97,45 +159,84 @@ class Sessions:
             return None
         self._unbind(session)
         session.peer = peer
+        session.granted = max(session.granted, hello.granted)
         self._by_peer[peer] = session
         return session
 
     def begin(self, peer: bytes, hello: Hello) -> Session:
-        """A new session, in place of the worker's former one. It has yet to join."""
-        former = self._by_worker.pop(hello.worker, None)
-        if former is not None:
-            self._unbind(former)
-            self._past_gauges.update(former.gauges)
+        """A new session, in place of the worker's former one. It has yet to join. One that has counted grants lived
+        under an earlier server."""
+        if former := self._by_worker.get(hello.worker):
+            self.forget(former)
         session = Session(
             worker=hello.worker,
             name=hello.session,
             peer=peer,
             loaded_version=hello.loaded_version,
+            branch=hello.branch,
             heard_tick=self.tick,
+            granted=hello.granted,
+            counted_before=hello.granted > 0,
         )
         self._by_worker[hello.worker] = self._by_peer[peer] = session
         return session
+
+    def forget(self, session: Session) -> None:
+        """The process is gone; what it has done stays counted."""
+        self._unbind(session)
+        del self._by_worker[session.worker]
+        self._past_gauges.update(session.gauges)
 
     def _unbind(self, session: Session) -> None:
         if self._by_peer.get(session.peer) is session:
             del self._by_peer[session.peer]
 
-    def note_heartbeat(self, session: Session, heartbeat: Heartbeat) -> list[int]:
-        """Take in credits, gauges and progress. Returns leases that the worker holds and that are over."""
+    # ------------------------------------------------------------------------------------------- heartbeats and silence
+
+    def note_heartbeat(self, session: Session, heartbeat: Heartbeat) -> Findings:
+        """Take in credits, gauges and progress."""
         session.asked = max(session.asked, heartbeat.asked)
-        session.gauges = heartbeat.gauges
-        over = []
-        for lease_id, num_tokens in heartbeat.progress.items():
-            lease = self.leases.get(lease_id)
-            if lease is None or lease.worker != session.worker:
-                over.append(lease_id)
-            elif num_tokens > lease.num_tokens:
-                lease.num_tokens, lease.progress_tick = num_tokens, self.tick
-        return over
+        engine_moved = self._note_gauges(session, heartbeat.gauges)
+        held = self.held_by(session.worker)
+        findings = Findings([lease_id for lease_id in heartbeat.progress if lease_id not in held], [], [])
+        for lease_id, lease in held.items():
+            progress = heartbeat.progress.get(lease_id)
+            if progress is None:
+                lease.num_unlisted += 1
+                if lease.num_unlisted % MAX_UNLISTED == 0:
+                    findings.unlisted.append(lease_id)
+                continue
+            lease.num_unlisted = 0
+            self._note_progress(lease, progress, engine_moved)
+            if progress.started_version is not None and not lease.started:
+                findings.started.append((lease_id, progress.started_version))
+        return findings
+
+    def _note_gauges(self, session: Session, gauges: Mapping[str, float]) -> bool:
+        """Whether the worker's engine has sampled anything since the heartbeat before."""
+        tokens_before = session.gauges.get("tokens", 0.0)
+        session.gauges = {name: gauges[name] for name in GAUGES if math.isfinite(gauges.get(name, math.nan))}
+        if session.counted_before:
+            self._past_gauges.subtract(session.gauges)
+            session.counted_before = False
+        return session.gauges.get("tokens", 0.0) > tokens_before
+
+    def _note_progress(self, lease: HeldLease, progress: Progress, engine_moved: bool) -> None:
+        grown = progress.num_tokens > lease.num_tokens
+        if grown or progress.phase == "sampled" or (progress.phase == "waiting" and engine_moved):
+            lease.progress_tick = self.tick
+        lease.num_tokens = max(lease.num_tokens, progress.num_tokens)
 
     def silent(self) -> list[Session]:
         """Live sessions that have been silent for so long that they count as lost."""
         return [session for session in self.live if self.tick - session.heard_tick > LOST_TICKS]
+
+    @property
+    def deserted(self) -> bool:
+        """Whether there are workers, and all have been silent for long."""
+        return bool(self._by_worker) and all(
+            self.tick - session.heard_tick > DESERTED_TICKS for session in self._by_worker.values()
+        )
 
     def stalled(self) -> list[int]:
         """Leases without progress. Those of a lost worker are over, so that none of them is among these."""

@@ -1,7 +1,8 @@
 """The pure core of replay: which prompt is leased, which groups make the next batch, and when the run is over.
 
 In: events. Out: actions. No I/O, no clock, no threads, no chance: the same events give the same actions. The replay
-server and the property tests run this code.
+server and the property tests run this code. It begins with what the ledger says (`recovery.py`): nothing, or the
+state in which a former process or a rollback left the run.
 
     Ready, Loaded ──▶ lease ──▶ GroupDone ──▶ verdict ──▶ queue ──▶ cut ──▶ Trained ──▶ Published
                         ▲         filter.py     │                    │ sweep: what misses batch k + 1 is over
@@ -53,6 +54,7 @@ from asyncdapo.replay.events import (
 from asyncdapo.replay.filter import GenBatches, KeepRate, judge
 from asyncdapo.replay.leases import Leases
 from asyncdapo.replay.lifecycle import Lifecycle
+from asyncdapo.replay.recovery import Recovered
 from asyncdapo.replay.staleness import StalenessBound
 from asyncdapo.replay.waits import name_the_wait
 
@@ -71,41 +73,44 @@ class ReplayState:
         *,
         max_attempts: int,
         num_prompts: int | None,
+        recovered: Recovered | None = None,
     ) -> None:
-        """`num_prompts`: length of the stream, epochs included; None if it is endless."""
+        """`num_prompts`: length of the stream, epochs included; None if it is endless. `recovered`: where to go on."""
         self.config, self.filter = config, filter
-        size, barrier = config.prompts_per_step, config.synchronous
+        size, barrier, was = config.prompts_per_step, config.synchronous, recovered or Recovered()
         self._actions: list[Action] = []
         self._do = self._actions.append
 
         self.bound = StalenessBound(config.staleness_bound)
-        self.keep_rate = KeepRate(size)
+        self.keep_rate = KeepRate(size, was.verdicts)
         self.gen_batches = GenBatches(filter.gen_batch_multiplier * size)
+        self.gen_batches.recount(was.next_step, was.gen_batches, was.open_verdicts)
         limited = barrier and filter.max_gen_batches > 0
         self.admission = Admission(
             prompts_per_step=size,
             run_ahead=config.run_ahead,
             max_verdicts=filter.max_gen_batches * self.gen_batches.size if limited else math.inf,
         )
-        self.stream = PromptStream(num_prompts, delay=0 if barrier else size)
-        self.prompts = Lifecycle(self.stream, max_attempts=max_attempts, on_stale=config.on_stale, do=self._do)
-
-        self.leases = Leases(self.bound, do=self._do)
-        self.queued: list[HeldGroup] = []
-        """Kept groups; the cut takes them in queue order."""
-        self.spare: list[HeldGroup] = []
-        """Groups that the filter doesn't keep and that may still become members or surplus of the next batch."""
-        self.untrained: dict[int, list[HeldGroup]] = {}
+        self.stream = PromptStream(num_prompts, 0 if barrier else size, num_fresh=was.num_fresh, places=was.places)
+        self.prompts = Lifecycle(
+            self.stream, max_attempts=max_attempts, on_stale=config.on_stale, do=self._do, prompts=was.prompts
+        )
+        self.leases = Leases(
+            self.bound, do=self._do, workers=was.workers, running=was.leases, num_granted=was.num_leases
+        )
+        self.queued, self.spare = list(was.queued), list(was.spare)
+        """Kept groups, of which the cut takes the first in queue order; and groups that the filter doesn't keep and
+        that may still become members or surplus of the next batch."""
+        self.untrained = dict(was.batches)
         """Members of each batch that is cut and not trained."""
-        self.in_training: dict[int, int] = {}
+        self.in_training = dict(was.in_training)
         """Number of groups of each batch that is cut and whose version is not published."""
 
-        self.next_step = 1
-        """The train step whose batch is filled now."""
+        self.next_step, self.over = was.next_step, was.over
+        """The train step whose batch is filled now; whether none is, for good."""
         self.cut_wanted = False
-        self.limit_reached = False
-        """The step has used up its generation batches: its batch is cut short, or filled."""
-        self.over = False
+        self.limit_reached = was.limit_reached and self._out_of_gen_batches()
+        """The step has used up its generation batches: its batch is cut short, or filled, or the run ends."""
 
     def handle(self, event: Event) -> list[Action]:
         """Take in one event, then go as far as it allows. Returns what is to be done, in order."""
@@ -247,19 +252,20 @@ class ReplayState:
     def _close_gen_batch(self) -> None:
         """A generation batch is complete. Judge the step: is it short and out of generation batches?"""
         step, number = self.gen_batches.close()
-        self._do(GenBatchClosed(step=step, number=number))
-        out_of_gen_batches = 0 < self.filter.max_gen_batches <= self.gen_batches.num_opened
-        if self.over or not out_of_gen_batches or self.num_kept() >= self.config.prompts_per_step:
-            return
-        if self.filter.on_limit == "raise":
-            self._stop_at_limit()
-        else:
-            self.limit_reached = True
+        short = not self.over and self.num_kept() < self.config.prompts_per_step
+        reached = short and self._out_of_gen_batches()
+        self._do(GenBatchClosed(step=step, number=number, limit_reached=reached))
+        self.limit_reached |= reached
+
+    def _out_of_gen_batches(self) -> bool:
+        return 0 < self.filter.max_gen_batches <= self.gen_batches.num_opened
 
     # --------------------------------------------------------------------------------------------------------- cut
 
     def _cut_if_due(self) -> None:
-        if self._cut_is_due():
+        if self.limit_reached and self.filter.on_limit == "raise":
+            self._stop_at_limit()
+        elif self._cut_is_due():
             if not self._leases_before_cut():
                 self._cut()
         elif self.cut_wanted and self.stream.next is None and not self.leases.running:
@@ -301,7 +307,7 @@ class ReplayState:
         """Fill the batch of `step` from now on, without what would miss the bound in it."""
         if self.config.synchronous and self.gen_batches.is_open:
             ended, number = self.gen_batches.close()
-            self._do(GenBatchClosed(step=ended, number=number))
+            self._do(GenBatchClosed(step=ended, number=number, limit_reached=False))
         self.gen_batches.next_step()
         self.next_step, self.cut_wanted, self.limit_reached = step, False, False
         for lease in self.leases.overdue(step):
@@ -338,8 +344,9 @@ class ReplayState:
         self.over = True
         for lease in list(self.leases.running.values()):
             self.leases.end(lease, "withdrawn", "run ended")
-        for group in [*self.queued, *self.spare, *(group for groups in self.untrained.values() for group in groups)]:
-            self.prompts.move_group(group, "surplus", reason="run ended")
+        for step, groups in [(None, self.queued), (None, self.spare), *self.untrained.items()]:
+            for group in groups:
+                self.prompts.move_group(group, "surplus", step=step, reason="run ended")
         for prompt_id in self.prompts.unended:
             self.prompts.move(prompt_id, "unused", reason="run ended")
         self.queued, self.spare, self.untrained = [], [], {}

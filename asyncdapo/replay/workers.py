@@ -4,12 +4,16 @@ In: messages of peers, and ticks. Out: events for the core, evaluation requests,
 never said hello are dropped in silence and counted; what a known worker sends is checked before the core sees it, and
 nothing that it sends ends the server.
 
+    joining      a worker counts from the moment it says that it has weights of the run's branch; until then it is
+                 welcome and gets nothing to do. So after a rollback nothing is sampled with weights that were undone
     credits      a worker is owed `asked − granted`; evaluation requests go first, the core gets the rest as `Ready`
-    lost leases  a worker that fell silent loses its leases; one that speaks again joins again. A lease without a new
-                 token for `lease_stall_s` is lost alone
+    lost leases  a worker that fell silent loses its leases; one that speaks again joins again. A lease without progress
+                 for `lease_stall_s` is lost alone
     late groups  are acknowledged and dropped; repeated ones, whose acknowledgement was lost, too
     over         leases that a heartbeat reports and that are over are withdrawn (again)
+    unknown      leases that heartbeats don't report are sent again
 
+Memory: a session per worker, the leases that run, the evaluations that somebody waits for.
 Does not own: sockets, sessions as records (`sessions`), what follows from an event (`state`).
 """
 
@@ -18,7 +22,9 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+
+from msgspec.structs import replace
 
 from asyncdapo.messages import (
     SCHEMA_VERSION,
@@ -45,11 +51,12 @@ from asyncdapo.replay.evaluations import Evaluation, Evaluations
 from asyncdapo.replay.exchange import Exchange
 from asyncdapo.replay.intake import BadGroup, arrival, check_group
 from asyncdapo.replay.journal import Journal
-from asyncdapo.replay.sessions import LOST_TICKS, Session, Sessions
+from asyncdapo.replay.sessions import Session, Sessions
 from asyncdapo.transport.codec import Malformed
 
 FromWorker = Hello | Ask | Started | Loaded | GroupDone | GroupFailed | EvalDone | Heartbeat
 NUM_WORKERS_MAX = 1 << 16
+DROPPED = ("strangers", "malformed", "rejected", "duplicates")
 EVAL_PATIENCE = 5
 """An evaluation request without an answer for this many `lease_stall_s` is given out again."""
 
@@ -60,15 +67,22 @@ class Workers:
     """All rollout workers, as the replay server sees them."""
 
     def __init__(
-        self, exchange: Exchange, sessions: Sessions, journal: Journal, *, group_size: int, total_slots: int
+        self,
+        exchange: Exchange,
+        sessions: Sessions,
+        journal: Journal,
+        *,
+        group_size: int,
+        total_slots: int,
+        vocab_size: int | None = None,
+        totals: Mapping[str, float] | None = None,
     ) -> None:
         self._exchange, self._sessions, self._journal = exchange, sessions, journal
-        self._group_size = group_size
+        self._group_size, self._vocab_size = group_size, vocab_size
         self._answered: dict[Evaluation, asyncio.Event] = {}
-        self._num_lonely_ticks = 0
-        """Heartbeat intervals since the last live worker was lost."""
         self.evaluations = Evaluations(total_slots)
-        self.dropped: Counter[str] = Counter(strangers=0, malformed=0, rejected=0, duplicates=0)
+        self.dropped = Counter({what: int((totals or {}).get(f"replay/{what}", 0)) for what in DROPPED})
+        """Messages that led to nothing, by the `replay/` metric that counts them."""
         self.leasing = False
         """Whether leases are granted; evaluation runs in any case."""
 
@@ -92,10 +106,9 @@ class Workers:
             self._lose(session)
         for lease_id in sessions.stalled():
             if lease_id in sessions.leases:  # the loss of another may have ended it
-                log.warning("lease %d is lost: no new token", lease_id)
+                log.warning("lease %d is lost: no progress", lease_id)
                 self._exchange.apply(core.LeaseLost(lease_id=lease_id, reason="stalled"))
-        self._num_lonely_ticks = 0 if sessions.live or not sessions.known else self._num_lonely_ticks + 1
-        if self._num_lonely_ticks == LOST_TICKS:
+        if sessions.deserted and self._exchange.failure.empty():
             self._exchange.failure.put_nowait("no live worker: nothing has been heard from any for long")
         self.evaluations.lose_silent(sessions.tick - EVAL_PATIENCE * sessions.stall_ticks)
         self.offer_all()
@@ -105,18 +118,37 @@ class Workers:
         for session in self._sessions.live:
             self._offer(session)
 
+    def pause(self) -> None:
+        """Grant no further lease, those included that workers have asked for."""
+        self.leasing = False
+        for session in self._sessions.live:
+            self._exchange.apply(core.Ready(worker=session.worker, credits=0))
+
+    def lose(self, worker: int) -> None:
+        """Its process is known to be dead: what it held is free at once, and it is not waited for."""
+        if session := self._sessions.of_worker(worker):
+            if session.alive:
+                self._lose(session)
+            self._sessions.forget(session)
+
+    def roll_back(self, step: int, reason: str) -> None:
+        """See `Exchange.roll_back`. Evaluations that go on begin again with the first worker that joins."""
+        self._exchange.roll_back(step, reason)
+        self.evaluations.start_again()
+
     async def evaluate(self, requests: Sequence[EvalRequest], share: float) -> list[EvalAnswer]:
         """All answers, in the order of requests and prompts, whenever they are there."""
         evaluation = self.evaluations.start(requests, share)
-        answered = self._answered[evaluation] = asyncio.Event()
+        answered = self._answered.setdefault(evaluation, asyncio.Event())
         try:
             self.offer_all()
             if not evaluation.done:
                 await answered.wait()
             return evaluation.all_answers()
         finally:
-            self.evaluations.end(evaluation)
-            del self._answered[evaluation]
+            self.evaluations.leave(evaluation)
+            if not evaluation.num_callers:
+                del self._answered[evaluation]
             self.offer_all()
 
     # ----------------------------------------------------------------------------------------------------- sessions
@@ -130,11 +162,11 @@ class Workers:
                 self._offer(session)
             case Heartbeat():
                 self._take_heartbeat(session, message)
-            case Loaded(version=version) if session.alive and self._exists(version):
-                self._note_loaded(session, version)
+            case Loaded(version=version, branch=branch):
+                self._note_weights(session, version, branch)
+                self._offer(session)
             case Started(lease_id=lease_id, version=version):
-                if self._holds(session, lease_id) and self._exists(version):
-                    self._exchange.apply(core.Started(lease_id=lease_id, version=version))
+                self._note_started(session, lease_id, version)
             case GroupDone(group=group):
                 self._take_group(session, group, frames)
             case GroupFailed():
@@ -148,7 +180,7 @@ class Workers:
             self.dropped["malformed"] += 1
             log.warning("%s is not welcome, this end has schema %d", hello, SCHEMA_VERSION)
             return
-        if not self._exists(hello.loaded_version):
+        if hello.branch == self._exchange.branch and not self._exists(hello.loaded_version):
             self.dropped["malformed"] += 1
             log.warning("%s is not welcome, the newest version is %d", hello, self._exchange.newest_version)
             return
@@ -158,18 +190,22 @@ class Workers:
             if former is not None and former.alive:
                 self._lose(former)
             session = self._sessions.begin(peer, hello)
-        self._join(session, hello.loaded_version)
+        self._note_weights(session, hello.loaded_version, hello.branch)
         session.heard_tick = self._sessions.tick
         self._exchange.send(session, Welcome(branch=self._exchange.branch, granted=session.granted))
         self.offer_all()
 
-    def _join(self, session: Session, version: int) -> None:
-        """The worker is there, for the first time or again, and generates with `version`."""
-        if session.alive:
-            self._note_loaded(session, version)
+    def _note_weights(self, session: Session, version: int, branch: int) -> None:
+        """The worker is there and generates with these weights: it joins, for the first time or again, if they are of
+        the run's branch; those of another are worth nothing."""
+        if branch != self._exchange.branch or not self._exists(version):
             return
-        session.alive, session.loaded_version = True, version
-        self._exchange.apply(core.WorkerJoined(worker=session.worker, loaded_version=version), detail=session.name)
+        before, session.loaded_version, session.branch = session.loaded_version, version, branch
+        if not session.alive:
+            session.alive = True
+            self._exchange.apply(core.WorkerJoined(worker=session.worker, loaded_version=version), detail=session.name)
+        elif version != before:
+            self._exchange.apply(core.Loaded(worker=session.worker, version=version))
 
     def _lose(self, session: Session) -> None:
         session.alive = False
@@ -177,23 +213,27 @@ class Workers:
         self.evaluations.lose_worker(session.worker)
 
     def _take_heartbeat(self, session: Session, heartbeat: Heartbeat) -> None:
-        if over := self._sessions.note_heartbeat(session, heartbeat):
-            self._exchange.send(session, Withdraw(lease_ids=over))
-        if self._exists(heartbeat.loaded_version):
-            self._join(session, heartbeat.loaded_version)
+        found = self._sessions.note_heartbeat(session, heartbeat)
+        if found.over:
+            self._exchange.send(session, Withdraw(lease_ids=found.over))
+        for lease_id in found.unlisted:
+            self._exchange.send_again(lease_id)
+        for lease_id, version in found.started:
+            self._note_started(session, lease_id, version)
+        self._note_weights(session, heartbeat.loaded_version, heartbeat.branch)
         self._offer(session)
 
-    def _note_loaded(self, session: Session, version: int) -> None:
-        if version != session.loaded_version:
-            session.loaded_version = version
-            self._exchange.apply(core.Loaded(worker=session.worker, version=version))
+    def _note_started(self, session: Session, lease_id: int, version: int) -> None:
+        if self._holds(session, lease_id) and self._exists(version):
+            self._sessions.leases[lease_id].started = True
+            self._exchange.apply(core.Started(lease_id=lease_id, version=version))
 
     def _offer(self, session: Session) -> None:
         if not session.alive:
             return
         while session.owed and (request := self.evaluations.next_for(session.worker, self._sessions.tick)):
             session.granted += 1
-            self._exchange.send(session, request)
+            self._exchange.send(session, replace(request, number=session.granted))
         if self.leasing:
             self._exchange.apply(core.Ready(worker=session.worker, credits=session.owed))
 
@@ -215,6 +255,7 @@ class Workers:
                 group_size=self._group_size,
                 branch=exchange.branch,
                 newest_version=exchange.newest_version,
+                vocab_size=self._vocab_size,
             )
         except BadGroup as problem:
             self._reject(session, group.lease_id, str(problem))
@@ -252,8 +293,11 @@ class Workers:
             self._exchange.send(session, Reject(lease_id=lease_id, reason=reason))
 
     def _take_answers(self, session: Session, done: EvalDone) -> None:
-        """Bad answers are forgotten; their request is given out again when it is due."""
+        """Bad answers are forgotten; their request is given out again when it is due. So are those of a worker whose
+        weights are of another branch: it answers what was asked before a rollback."""
         self._exchange.send(session, EvalAck(request_id=done.request_id))
+        if session.branch != self._exchange.branch:
+            return
         try:
             evaluation = self.evaluations.answer(done)
         except ValueError as problem:

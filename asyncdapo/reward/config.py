@@ -12,7 +12,8 @@ class RewardConfig:
     """How a completion's text becomes a number."""
 
     verifier: str = "answer"
-    """Name of the verifier: `answer` (exact match of what follows the last `Answer: `)."""
+    """`answer` (exact match of what follows the last `Answer: `), or a function of yours that is given the response's
+    text and the expected answer and returns 0 to 1: `package.module:function`, `path/to/file.py:function`."""
     correct: float = 1.0
     """Reward of a right answer."""
     incorrect: float = -1.0
@@ -20,6 +21,21 @@ class RewardConfig:
     shuffle: bool = False
     """Control experiment: shuffle the verdicts within each group, so that there is nothing to learn."""
 
+    processes: int = 1
+    """Verifier processes of each rollout worker; each judges the completions of one group at a time."""
+    timeout_s: float = 10.0
+    """Seconds a verifier may take over one completion; at the second try in a fresh process it counts as wrong."""
+    max_failure_ratio: float = 0.5
+    """Share of groups on which the verifier raised; above it the run ends."""
+
     def __post_init__(self) -> None:
         if not self.correct > self.incorrect:
             raise ConfigError("reward.correct", f"must be above reward.incorrect ({self.incorrect})", self.correct)
+        if self.processes < 1:
+            raise ConfigError("reward.processes", "must be at least 1", self.processes)
+        if not self.timeout_s > 0:
+            raise ConfigError("reward.timeout_s", "must be above 0", self.timeout_s)
+        if not 0 <= self.max_failure_ratio <= 1:
+            raise ConfigError(
+                "reward.max_failure_ratio", "must be from 0 to 1", self.max_failure_ratio, "1 never ends the run"
+            )

@@ -1,7 +1,8 @@
 """How many leases a worker asks for: enough to fill its slots, never twice for the same room.
 
-In: free slots, grants as they arrive, the server's count at every Welcome. Out: `asked`, cumulative. The invariant: the
-server owes (`asked − granted`) at most the groups that the free slots can start.
+In: free slots, the number of every grant as it arrives, the server's count at every Welcome. Out: `asked`, cumulative.
+The invariants: the server owes (`asked − granted`) at most the groups that the free slots can start; both counts only
+grow, so that a message that comes late, twice or never leaves them right.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class Credits:
         return True
 
     def go_on_from(self, granted: int) -> None:
-        """Take over the server's count. Above ours: grants were lost on the way. Below: the server began anew, and
-        knows nothing of what was asked."""
-        self.asked = granted if granted < self.granted else max(self.asked, granted)
-        self.granted = granted
+        """So many grants there have been, says the number of one or a Welcome. Beyond those that arrived: the others
+        were lost on the way, and their room is asked for again."""
+        self.granted = max(self.granted, granted)
+        self.asked = max(self.asked, self.granted)

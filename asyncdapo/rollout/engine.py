@@ -33,7 +33,7 @@ class Sample:
 
 @dataclass(kw_only=True)
 class Request:
-    """Samples of one prompt. The engine writes `num_sampled` as it goes, and makes the two calls."""
+    """Samples of one prompt. The engine writes `num_sampled` and `num_running` as it goes, and makes the two calls."""
 
     prompt_ids: list[int]
     seeds: list[int]
@@ -47,6 +47,8 @@ class Request:
     """Called in the event loop whenever one of the samples is finished and no longer outstanding: there is room."""
     num_sampled: int = field(default=0, init=False)
     """Tokens sampled so far over all samples: the lease's progress."""
+    num_running: int = field(default=0, init=False)
+    """Samples that have a slot now; without one the request waits, and makes no progress of its own."""
 
 
 class Engine(Protocol):

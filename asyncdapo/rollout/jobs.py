@@ -27,6 +27,8 @@ from asyncdapo.messages import (
     GroupFailed,
     Lease,
     Message,
+    Phase,
+    Progress,
     Prompt,
     Sampling,
     Score,
@@ -55,11 +57,20 @@ class Job:
     num_starting: int
     """Sequences that the engine doesn't have yet."""
     started_at: float = math.nan
+    started_version: int | None = None
+    all_sampled: bool = False
 
     @property
-    def num_sampled(self) -> int:
-        """Tokens sampled so far; never falls."""
-        return sum(request.num_sampled for request in self.requests)
+    def progress(self) -> Progress:
+        """What the heartbeat says of it."""
+        num_tokens = sum(request.num_sampled for request in self.requests)
+        return Progress(num_tokens=num_tokens, phase=self._phase, started_version=self.started_version)
+
+    @property
+    def _phase(self) -> Phase:
+        if self.all_sampled:
+            return "sampled"
+        return "sampling" if any(request.num_running for request in self.requests) else "waiting"
 
 
 class Jobs:
@@ -91,7 +102,7 @@ class Jobs:
         job = Job(lease, [request], num_starting=lease.group_size)
 
         def started(version: int) -> None:
-            job.started_at = time.monotonic()
+            job.started_at, job.started_version = time.monotonic(), version
             on_started(lease, version)
 
         request.on_started = started
@@ -119,6 +130,7 @@ class Jobs:
 
     async def _complete_lease(self, job: Job, lease: Lease) -> Outgoing:
         samples = await self._generate(job, job.requests[0])
+        job.all_sampled = True
         generate_s = time.monotonic() - job.started_at
         try:
             scores = await self._score_samples(lease.prompt, samples, lease.seed)

@@ -10,8 +10,14 @@ set, so that the first failure ends `run` with that error. Everything but the se
 
 Nothing but `Hello` is sent until the server answers `Welcome`. A server that has been silent for `QUIET_HEARTBEATS`
 heartbeats may have lost the link or begun anew, and can't speak to a peer it doesn't know: the worker says `Hello`
-again, with every heartbeat, until it is welcome. Then it counts its credits from the server's number. What is in the
-outbox is sent again every `RESEND_HEARTBEATS` until it is acknowledged, rejected or withdrawn.
+again, with every heartbeat, until it is welcome. What is in the outbox is sent again every `RESEND_HEARTBEATS` until it
+is acknowledged, rejected or withdrawn.
+
+A rollback of the run ends everything that was begun before it. The worker learns of it from `Welcome` or with the
+weights of the new branch, whichever is first; from then on it sends nothing of what it held.
+
+Memory: jobs and the outbox hold what was granted and isn't over, so at most what the slots start; of leases that are
+over `REMEMBERED` ids stay, for messages that come twice.
 """
 
 from __future__ import annotations
@@ -26,6 +32,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from asyncdapo import faults
 from asyncdapo.errors import RunError
 from asyncdapo.messages import (
     SCHEMA_VERSION,
@@ -49,6 +56,7 @@ from asyncdapo.rollout.engine import Engine
 from asyncdapo.rollout.jobs import Job, Jobs, Outgoing, Scorer
 from asyncdapo.transport.codec import Malformed
 from asyncdapo.transport.delivery import Outbox
+from asyncdapo.transport.keys import ClientKeys
 from asyncdapo.transport.sockets import Client
 
 if TYPE_CHECKING:
@@ -56,8 +64,10 @@ if TYPE_CHECKING:
 
 QUIET_HEARTBEATS = 3
 RESEND_HEARTBEATS = 2
+REMEMBERED = 4096
+"""A repeated `Lease` older than so many others is generated again; its next heartbeat is told that it is over."""
 MAX_MALFORMED = 10
-"""Undecodable messages of the server that are passed over; one more ends the run."""
+"""Undecodable messages of the server in a row that are passed over; one more ends the worker."""
 
 Incoming = Welcome | Lease | Ack | Reject | Withdraw | EvalRequest | EvalAck
 Key = tuple[str, int]
@@ -70,18 +80,27 @@ class RolloutWorker:
     """One worker: an engine and a scorer, joined to the replay server."""
 
     def __init__(
-        self, index: int, config: RolloutConfig, heartbeat_s: float, engine: Engine, score: Scorer, address: str
+        self,
+        index: int,
+        config: RolloutConfig,
+        heartbeat_s: float,
+        engine: Engine,
+        score: Scorer,
+        address: str,
+        *,
+        curve: ClientKeys | None = None,
     ) -> None:
         """`index` names the worker in records; `address` is the replay server's, "tcp://host:port"."""
         self._index, self._config, self._heartbeat_s = index, config, heartbeat_s
-        self._engine, self._address = engine, address
+        self._engine, self._address, self._curve = engine, address, curve
         self._session = secrets.token_hex(8)
         self._wake = asyncio.Event()
 
         self._jobs = Jobs(index, config, engine, score, on_room=self._wake.set)
         self._held: dict[int, Job] = {}
         """Leases that aren't over, by `lease_id`."""
-        self._seen: set[int] = set()
+        self._over: dict[int, None] = {}
+        """Leases that are over, in the order in which they ended: the latest `REMEMBERED`."""
         self._running: dict[Key, tuple[Job, asyncio.Task[None]]] = {}
         self._credits = Credits(config.group_size)
         self._outbox = Outbox(RESEND_HEARTBEATS * heartbeat_s)
@@ -89,12 +108,18 @@ class RolloutWorker:
 
         self._welcomed = False
         self._heard_at = self._hello_at = self._heartbeat_at = -math.inf
-        self._announced_version = -1
+        self._branch = self._newest_branch = 0
+        """Of the loaded weights; of the run, as far as this worker knows."""
+        self._announced = (-1, 0)
+        """Version and branch of the weights that the server was told last."""
         self._counts: Counter[str] = Counter()
+        self._num_malformed = 0
+        """Undecodable messages in a row."""
 
     async def run(self) -> None:
         """Work until cancelled. Raises the first error of any task: EngineError, RunError past `MAX_MALFORMED`."""
-        client = Client(self._address, Incoming, f"rollout-{self._index}-{self._session}".encode())
+        identity = f"rollout-{self._index}-{self._session}".encode()
+        client = Client(self._address, Incoming, identity, curve=self._curve)
         try:
             async with asyncio.TaskGroup() as self._tasks:
                 self._tasks.create_task(self._receive(client))
@@ -104,9 +129,13 @@ class RolloutWorker:
         finally:
             client.close()
 
-    async def load_weights(self, version: int, weights: Mapping[str, torch.Tensor]) -> None:
-        """Generate with these weights from a boundary between two tokens on, and tell the server. Returns then."""
+    async def load_weights(self, version: int, weights: Mapping[str, torch.Tensor], branch: int = 0) -> None:
+        """Generate with these weights from a boundary between two tokens on, and tell the server. Returns then. With
+        those of a newer branch everything that the worker holds is over."""
+        faults.point("in_load_weights")
         await self._engine.load_weights(version, weights)
+        self._note_branch(branch)
+        self._branch = branch
         self._wake.set()
 
     def gauges(self) -> dict[str, float]:
@@ -123,21 +152,24 @@ class RolloutWorker:
             except Malformed as malformed:
                 self._count_malformed(malformed)
                 continue
-            self._heard_at = time.monotonic()
+            self._num_malformed, self._heard_at = 0, time.monotonic()
             self._handle(message)
             self._wake.set()
 
     def _count_malformed(self, malformed: Malformed) -> None:
         self._counts["malformed"] += 1
+        self._num_malformed += 1
         log.warning("undecodable message from the replay server: %s", malformed)
-        if self._counts["malformed"] > MAX_MALFORMED:
-            raise RunError(f"more than {MAX_MALFORMED} undecodable messages from the replay server") from malformed
+        if self._num_malformed > MAX_MALFORMED:
+            problem = f"more than {MAX_MALFORMED} undecodable messages from the replay server in a row"
+            raise RunError(problem) from malformed
 
     def _handle(self, message: Incoming) -> None:
         match message:
-            case Welcome(granted=granted):
+            case Welcome(branch=branch, granted=granted):
                 self._welcomed = True
                 self._credits.go_on_from(granted)
+                self._note_branch(branch)
             case Lease():
                 self._take_lease(message)
             case EvalRequest():
@@ -153,17 +185,17 @@ class RolloutWorker:
                 self._outbox.acknowledge(("eval", request_id))
 
     def _take_lease(self, lease: Lease) -> None:
-        """A lease that was seen before, held or over, is a repeated message."""
-        if lease.lease_id in self._seen:
+        """A lease that is held or over is a repeated message."""
+        self._credits.go_on_from(lease.number)
+        if lease.lease_id in self._held or lease.lease_id in self._over:
             return
-        self._seen.add(lease.lease_id)
-        self._credits.granted += 1
+        faults.point("after_lease")
         job = self._held[lease.lease_id] = self._jobs.for_lease(lease, self._note_started)
         self._begin(("lease", lease.lease_id), job)
 
     def _take_evaluation(self, evaluation: EvalRequest) -> None:
         """A request that runs or awaits its acknowledgement is a repeated one; one that is over is done again."""
-        self._credits.granted += 1
+        self._credits.go_on_from(evaluation.number)
         key = ("eval", evaluation.request_id)
         if key not in self._running and key not in self._outbox:
             self._begin(key, self._jobs.for_evaluation(evaluation))
@@ -174,7 +206,10 @@ class RolloutWorker:
         task.add_done_callback(lambda _: self._note_end(key))
 
     async def _complete(self, key: Key, job: Job) -> None:
-        self._outbox.put(key, *await self._jobs.complete(job))
+        answer = await self._jobs.complete(job)
+        await faults.slow_worker()
+        faults.point("before_send_group")
+        self._outbox.put(key, *answer)
 
     def _note_started(self, lease: Lease, version: int) -> None:
         self._started.append(Started(lease_id=lease.lease_id, version=version))
@@ -186,12 +221,30 @@ class RolloutWorker:
 
     def _end_lease(self, lease_id: int) -> bool:
         """Stop its task, send nothing more for it. False when it was over before."""
-        key = ("lease", lease_id)
+        self._stop(("lease", lease_id))
+        self._over[lease_id] = None
+        if len(self._over) > REMEMBERED:
+            del self._over[next(iter(self._over))]
+        return self._held.pop(lease_id, None) is not None
+
+    def _stop(self, key: Key) -> None:
         if key in self._running:
             _, task = self._running[key]
             task.cancel()
         self._outbox.acknowledge(key)
-        return self._held.pop(lease_id, None) is not None
+
+    def _note_branch(self, branch: int) -> None:
+        """The run was rolled back: nothing begun before is wanted, evaluations included. Work of the new branch comes
+        after this worker has loaded its weights, so that all it holds now is older."""
+        if branch <= self._newest_branch:
+            return
+        self._newest_branch = branch
+        for lease_id in list(self._held):
+            self._end_lease(lease_id)
+        for key in list(self._running):
+            self._stop(key)
+        self._outbox.clear()
+        self._started.clear()
 
     # ---------------------------------------------------------------------------------------------------------- send
 
@@ -202,6 +255,8 @@ class RolloutWorker:
             self._welcomed &= now - self._heard_at <= QUIET_HEARTBEATS * self._heartbeat_s
             for message, frames in self._due(now) if self._welcomed else self._hello(now):
                 await client.send(message, frames)
+                if frames:
+                    faults.point("after_send_group")
             next_at = self._heartbeat_at if self._welcomed else self._hello_at
             with suppress(TimeoutError):
                 async with asyncio.timeout(next_at - time.monotonic()):
@@ -211,16 +266,24 @@ class RolloutWorker:
         if now < self._hello_at:
             return []
         self._hello_at = now + self._heartbeat_s
-        self._announced_version = version = self._engine.loaded_version
-        return [(Hello(schema=SCHEMA_VERSION, worker=self._index, session=self._session, loaded_version=version), ())]
+        self._announced = version, branch = self._loaded
+        hello = Hello(
+            schema=SCHEMA_VERSION,
+            worker=self._index,
+            session=self._session,
+            loaded_version=version,
+            branch=branch,
+            granted=self._credits.granted,
+        )
+        return [(hello, ())]
 
     def _due(self, now: float) -> list[Outgoing]:
         """What is to be sent now: news, credits, the heartbeat, what waits for an acknowledgement."""
         news: list[Message] = [*self._started]
         self._started.clear()
-        if self._engine.loaded_version != self._announced_version:
-            self._announced_version = self._engine.loaded_version
-            news.append(Loaded(version=self._announced_version))
+        if self._loaded != self._announced:
+            self._announced = version, branch = self._loaded
+            news.append(Loaded(version=version, branch=branch))
         if self._credits.ask(self._num_free_slots()):
             news.append(Ask(asked=self._credits.asked))
         if now >= self._heartbeat_at:
@@ -229,12 +292,18 @@ class RolloutWorker:
         return [(message, ()) for message in news] + self._outbox.due(now)
 
     def _heartbeat(self) -> Heartbeat:
+        version, branch = self._loaded
         return Heartbeat(
             asked=self._credits.asked,
-            loaded_version=self._engine.loaded_version,
-            progress={lease_id: job.num_sampled for lease_id, job in self._held.items()},
+            loaded_version=version,
+            branch=branch,
+            progress={lease_id: job.progress for lease_id, job in self._held.items()},
             gauges=self.gauges(),
         )
+
+    @property
+    def _loaded(self) -> tuple[int, int]:
+        return self._engine.loaded_version, self._branch
 
     def _num_free_slots(self) -> int:
         """Slots that no sequence runs in or waits for. Deterministic: room for one group, when nothing runs."""

@@ -44,6 +44,10 @@ class Outbox:
         """Forget a message. False when there is none under the key: acknowledged before, or never kept."""
         return self._entries.pop(key, None) is not None
 
+    def clear(self) -> None:
+        """Forget every message."""
+        self._entries.clear()
+
     def due(self, now: float) -> list[tuple[Message, Sequence[Buffer]]]:
         """Messages to send now, each of which is due again `resend_s` later."""
         entries = [entry for entry in self._entries.values() if entry.due_at <= now]

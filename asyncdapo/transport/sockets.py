@@ -4,13 +4,14 @@ In: messages of `asyncdapo.messages` with their buffer frames. Out: the same at 
 
     client send     waits while no server is connected or its queue of `CLIENT_QUEUE` messages is full: a slow or absent
                     server slows its clients down, and nothing piles up
-    server send     never waits. A peer that is gone is noticed (ROUTER_MANDATORY): the message is dropped and counted.
-                    Queues to a live peer have no mark of their own; what a peer is sent answers what it asked for
+    server send     never waits. A message to a peer that is gone (ROUTER_MANDATORY), or that has left `PEER_QUEUE`
+                    messages unread, is dropped and counted: one that doesn't read takes nothing from the others
     receive         at most `SERVER_QUEUE` messages of each peer wait here; then TCP holds the peer back
     a lost link     clients reconnect by themselves, a peer that comes back under its identity takes its old place, and
                     silent links are found by probes. Messages under way are lost: whoever needs one sends it again
     limits          a frame above the limit closes its peer's connection before it is received; ZeroMQ hands a message
                     over when all its frames are there, so their number is checked then, before anything is decoded
+    keys            a server with CURVE keys hears only peers whose key is on its list (`keys`)
 
 Cancelling a `receive` loses no message. Does not own: acknowledgement, sessions, who may speak (`delivery`, and the
 processes at both ends).
@@ -21,41 +22,66 @@ from __future__ import annotations
 import asyncio
 import errno
 from collections.abc import Sequence
+from functools import partial
 from types import UnionType
 
 import zmq
 import zmq.asyncio
 
+from asyncdapo import faults
 from asyncdapo.messages import Message
 from asyncdapo.transport.codec import DEFAULT_LIMITS, Buffer, Limits, Malformed, decode, encode
+from asyncdapo.transport.keys import ClientKeys, Door, ServerKeys
+from asyncdapo.transport.lossy import LossyLink
 
 CLIENT_QUEUE = 100
 SERVER_QUEUE = 1000
+PEER_QUEUE = 10_000
 PROBE_INTERVAL_MS = 5_000
 PROBE_TIMEOUT_MS = 30_000
 RECONNECT_MS = 100
 RECONNECT_MAX_MS = 2_000
 COPY_BELOW_BYTES = 64 << 10
+CURVE_BYTES = 64
+"""At least what CURVE adds to a frame on the wire."""
 
 
 class Server:
     """Receives from and sends to any number of clients, each known by its identity. Needs a running event loop."""
 
     def __init__(
-        self, accepts: type | UnionType, host: str = "127.0.0.1", limits: Limits = DEFAULT_LIMITS, port: int = 0
+        self,
+        accepts: type | UnionType,
+        host: str = "127.0.0.1",
+        limits: Limits = DEFAULT_LIMITS,
+        port: int = 0,
+        curve: ServerKeys | None = None,
     ) -> None:
-        """Binds `port` of `host`, or any free one for 0. Raises zmq.ZMQError when that is impossible."""
+        """Binds `port` of `host`, or any free one for 0. Raises zmq.ZMQError when that is impossible. Without `curve`
+        whoever reaches the address may speak."""
         self._accepts, self._limits = accepts, limits
-        self._socket = _socket(zmq.ROUTER, limits)
+        self._link = _lossy_link()
+        self._context = zmq.asyncio.Context()  # its own, because a context has one door
+        self._door = Door(self._context, curve.allowed) if curve else None
+        self._socket = _socket(self._context, zmq.ROUTER, limits, curve)
         self._socket.set(zmq.ROUTER_MANDATORY, 1)
         self._socket.set(zmq.ROUTER_HANDOVER, 1)
-        self._socket.set(zmq.SNDHWM, 0)
+        self._socket.set(zmq.SNDHWM, PEER_QUEUE)
         self._socket.set(zmq.RCVHWM, SERVER_QUEUE)
-        self._socket.bind(f"tcp://{host}:{port or '*'}")
+        try:
+            self._socket.bind(f"tcp://{host}:{port or '*'}")
+        except zmq.ZMQError:
+            self.close()
+            raise
         self.address: str = self._socket.get_string(zmq.LAST_ENDPOINT)
         self.num_malformed = 0
         self.num_dropped = 0
-        """Messages to peers that were gone."""
+        """Messages to peers that were gone, or that had too many unread."""
+
+    @property
+    def num_refused(self) -> int:
+        """Connections with a key that isn't on the list."""
+        return self._door.num_refused if self._door else 0
 
     async def receive(self) -> tuple[bytes, Message | Malformed, list[memoryview]]:
         """The next message with its peer's identity and buffers; bad input comes as a `Malformed`, never raised."""
@@ -70,28 +96,43 @@ class Server:
     async def send(self, peer: bytes, message: Message, frames: Sequence[Buffer] = ()) -> None:
         """Send to a peer that has sent something. The frames must not change until they are out.
         Raises ValueError for a message above the limits."""
+        encoded, transmit = encode(message, frames, self._limits), partial(self._transmit, peer)
+        await (self._link.carry(encoded, transmit) if self._link else transmit(encoded))
+
+    async def _transmit(self, peer: bytes, frames: Sequence[Buffer]) -> None:
         try:
-            await self._socket.send_multipart([peer, *encode(message, frames, self._limits)], copy=False)
+            await self._socket.send_multipart([peer, *frames], zmq.NOBLOCK, copy=False)
         except zmq.ZMQError as error:
-            if error.errno != errno.EHOSTUNREACH:
+            if error.errno not in (errno.EHOSTUNREACH, errno.EAGAIN):
                 raise
             self.num_dropped += 1
 
     def close(self) -> None:
-        """Drop what is still queued and free the port."""
+        """Drop what is still queued and free the port, at once."""
+        if self._link:
+            self._link.close()
         self._socket.close()
+        if self._door:
+            self._door.close()
+        self._context.term()
 
 
 class Client:
     """Talks to one server, and reconnects by itself. Needs a running event loop."""
 
     def __init__(
-        self, address: str, accepts: type | UnionType, identity: bytes, limits: Limits = DEFAULT_LIMITS
+        self,
+        address: str,
+        accepts: type | UnionType,
+        identity: bytes,
+        limits: Limits = DEFAULT_LIMITS,
+        curve: ClientKeys | None = None,
     ) -> None:
         """`identity`: how the server knows this peer, 1 to 255 bytes, the first not zero; no two live peers share one.
-        The server need not be there yet."""
+        The server need not be there yet. One with CURVE keys hears only clients with theirs."""
         self._accepts, self._limits = accepts, limits
-        self._socket = _socket(zmq.DEALER, limits)
+        self._link = _lossy_link()
+        self._socket = _socket(zmq.asyncio.Context.instance(), zmq.DEALER, limits, curve)
         self._socket.set(zmq.IDENTITY, identity)
         self._socket.set(zmq.IMMEDIATE, 1)
         self._socket.set(zmq.SNDHWM, CLIENT_QUEUE)
@@ -107,20 +148,36 @@ class Client:
     async def send(self, message: Message, frames: Sequence[Buffer] = ()) -> None:
         """Queue the message; waits while no server is connected or the queue is full. The frames must not change.
         Raises ValueError for a message above the limits."""
-        await self._socket.send_multipart(encode(message, frames, self._limits), copy=False)
+        encoded = encode(message, frames, self._limits)
+        await (self._link.carry(encoded, self._transmit) if self._link else self._transmit(encoded))
+
+    async def _transmit(self, frames: Sequence[Buffer]) -> None:
+        await self._socket.send_multipart(frames, copy=False)
 
     def close(self) -> None:
         """Drop what is still queued and hang up."""
+        if self._link:
+            self._link.close()
         self._socket.close()
 
 
-def _socket(kind: int, limits: Limits) -> zmq.asyncio.Socket:
-    socket = zmq.asyncio.Context.instance().socket(kind)
+def _socket(
+    context: zmq.asyncio.Context, kind: int, limits: Limits, curve: ServerKeys | ClientKeys | None
+) -> zmq.asyncio.Socket:
+    socket = context.socket(kind)
     socket.set(zmq.LINGER, 0)
-    socket.set(zmq.MAXMSGSIZE, max(limits.header_bytes, limits.frame_bytes))
+    socket.set(zmq.MAXMSGSIZE, max(limits.header_bytes, limits.frame_bytes) + CURVE_BYTES * bool(curve))
     socket.set(zmq.HEARTBEAT_IVL, PROBE_INTERVAL_MS)
     socket.set(zmq.HEARTBEAT_TIMEOUT, PROBE_TIMEOUT_MS)
+    if curve:
+        curve.apply(socket)
     return socket
+
+
+def _lossy_link() -> LossyLink | None:
+    """Only tests of the whole have one (`faults`)."""
+    link = faults.link()
+    return LossyLink(link) if link else None
 
 
 async def _next(socket: zmq.asyncio.Socket) -> list[zmq.Frame]:

@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from asyncdapo.learner.checkpoint import checkpoint_dir
-from asyncdapo.replay.journal import read_group
+from asyncdapo.replay.ledger import read_group
 from tests.controller.runs import FinishedRun, command, copy_start_model, started, wait_for_step
 
 STEPS = 18

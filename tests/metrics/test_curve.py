@@ -50,6 +50,14 @@ def test_the_curve_of_a_run_is_a_picture_beside_its_metrics(tmp_path: Path):
     assert (width, height) == (1500, 1110)
 
 
+def test_the_curve_of_a_resumed_run_has_each_step_once_and_passes_over_what_a_line_lacks():
+    """The line of step 2 was made from the ledger: it has no reward over all groups."""
+    lines = [*LINES[:2], {"step": 2, "time/wall_s": 3.0, "reward/filtered_mean": 0.25}, LINES[3]]
+    over_time, _, reward, _ = make_figure("quickstart", lines).axes
+    assert curves(over_time)["sampled 0.25 → 0.75"] == [[0.0, 0.25], [5.0, 0.75]]
+    assert curves(reward) == {"all groups": [[1.0, -0.5], [3.0, 0.5]], "groups trained on": [[2.0, 0.25]]}
+
+
 def test_matplotlib_is_imported_only_to_draw():
     code = "import sys, asyncdapo.metrics.curve; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

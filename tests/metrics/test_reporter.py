@@ -62,3 +62,33 @@ def test_files_of_another_run_are_not_continued(tmp_path: Path):
     Reporter(tmp_path, CONFIG, "quickstart", 36, stream=StringIO()).close()
     with pytest.raises(FileExistsError):
         Reporter(tmp_path, CONFIG, "quickstart", 36, stream=StringIO())
+
+
+def test_a_rollback_takes_lines_out_of_the_record_and_is_a_note_elsewhere(tmp_path: Path):
+    first = Reporter(tmp_path, CONFIG, "quickstart", 36, stream=StringIO())
+    for step in range(4):
+        first.log({"step": step})
+    first.close()
+    output = StringIO()
+    reporter = Reporter(tmp_path, CONFIG, "quickstart", 48, go_on=True, stream=output)
+    reporter.roll_back(1, undone_by=1)
+    reporter.log({"step": 2, "reward/mean": 0.5})
+    reporter.close()
+    assert read_metrics(tmp_path) == [{"step": 0}, {"step": 1}, {"step": 2, "reward/mean": 0.5}]
+    note, step = (line.split("  ", 1)[1] for line in output.getvalue().splitlines())
+    assert note == "metrics: lines of steps 2 to 3 moved to metrics.undone.jsonl"
+    assert step.startswith("step  2/48  reward  0.500")
+
+
+def test_lines_that_were_never_written_are_shown_once_they_are_put_in(tmp_path: Path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n{"step": 1, "rew')
+    output = StringIO()
+    reporter = Reporter(tmp_path, CONFIG, "quickstart", 36, go_on=True, stream=output)
+    reporter.roll_back(1, undone_by=1, missing=[{"step": 1, "reward/mean": 0.25}])
+    reporter.amend({"eval/accuracy": 0.75})
+    reporter.close()
+    assert read_metrics(tmp_path) == [{"step": 0}, {"step": 1, "reward/mean": 0.25, "eval/accuracy": 0.75}]
+    torn, line, amended = (text.split("  ", 1)[1] for text in output.getvalue().splitlines())
+    assert torn == "metrics: 1 lines of metrics.jsonl can't be read and are left out"
+    assert line.startswith("step  1/36  reward  0.250  accuracy     -")
+    assert amended.startswith("step  1/36  reward  0.250  accuracy 0.750")

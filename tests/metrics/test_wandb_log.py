@@ -9,7 +9,7 @@ import pytest
 
 from asyncdapo.errors import ConfigError, RunError
 from asyncdapo.metrics.config import MetricsConfig
-from asyncdapo.metrics.wandb_log import WandbLog, choose_mode, open_run
+from asyncdapo.metrics.wandb_log import WandbLog, choose_mode, open_run, run_id
 
 
 class NoServerError(Exception):
@@ -56,21 +56,42 @@ def test_an_unreachable_server_takes_auto_offline_and_fails_what_was_said_to_be_
         open_run(unreachable, "online", False, NoServerError)
 
 
-def test_an_offline_run_holds_the_same_names_and_prints_nothing(tmp_path: Path):
+def log_offline(run_dir: Path, steps: list[int], settings: dict) -> str:
+    """A launch that logs these steps, in a process of its own. Returns what it prints."""
     code = f"""
 from pathlib import Path
 from asyncdapo.metrics.config import MetricsConfig
 from asyncdapo.metrics.wandb_log import WandbLog
-log = WandbLog(Path({str(tmp_path)!r}), MetricsConfig(), "offline", "name", {{"run": {{"seed": 3}}}})
-for step in range(3):
+log = WandbLog(Path({str(run_dir)!r}), MetricsConfig(), "offline", "name", {settings})
+for step in {steps}:
     log.log({{"step": step, "reward/filtered_mean": step / 2}})
 log.close()
 """
     clean = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
     done = subprocess.run([sys.executable, "-c", code], env=clean, capture_output=True, text=True, check=True)
-    assert (done.stdout, done.stderr) == ("", "")
+    return done.stdout + done.stderr
+
+
+def test_an_offline_run_holds_the_same_names_and_prints_nothing(tmp_path: Path):
+    assert log_offline(tmp_path, [0, 1, 2], {"run": {"seed": 3}}) == ""
     [record] = tmp_path.glob("wandb/offline-run-*/*.wandb")
     assert b"reward/filtered_mean" in record.read_bytes()
+
+
+def test_a_resumed_run_goes_on_under_its_id_also_with_other_settings(tmp_path: Path):
+    assert log_offline(tmp_path, [0, 1], {"run": {"steps": 2}}) == ""
+    assert log_offline(tmp_path, [2, 3], {"run": {"steps": 4}}) == ""
+    records = list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+    assert {record.name for record in records} == {f"run-{run_id(tmp_path)}.wandb"}
+    assert all(b"reward/filtered_mean" in record.read_bytes() for record in records)
+
+
+def test_each_run_directory_has_an_id_of_its_own(tmp_path: Path):
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+    assert run_id(tmp_path / "one") == run_id(tmp_path / "one") != run_id(tmp_path / "other")
+    (tmp_path / "one" / "wandb.id").write_text("")  # its writer died
+    assert run_id(tmp_path / "one") == run_id(tmp_path / "one") != ""
 
 
 def test_what_fails_in_the_background_is_raised_at_the_next_call(tmp_path: Path):
@@ -80,3 +101,20 @@ def test_what_fails_in_the_background_is_raised_at_the_next_call(tmp_path: Path)
         log.close()
     with pytest.raises(RunError, match="W&B: "):
         log.log({"step": 1})
+
+
+class Unforeseen(Exception):  # noqa: N818
+    """Nothing that W&B says it raises."""
+
+
+def test_even_an_unforeseen_error_in_the_background_does_not_vanish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    import wandb
+
+    def fail(**arguments: object) -> None:
+        raise Unforeseen("a bug in a library")
+
+    monkeypatch.setattr(wandb, "init", fail)
+    log = WandbLog(tmp_path, MetricsConfig(), "offline", "name", {})
+    with pytest.raises(RunError, match="W&B: a bug in a library") as caught:
+        log.close()
+    assert isinstance(caught.value.__cause__, Unforeseen)

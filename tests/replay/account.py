@@ -24,8 +24,21 @@ class TrueLease:
 class TrueGroup:
     prompt_id: int
     min_version: int
+    max_version: int
     verdict: str
+    arrived: int
+    """Number of the event that brought it."""
+    step: int
+    """The step that was being filled then."""
     state: str = "arrived"
+    reason: str = ""
+    changed: int = 0
+    """Number of the event in which it came to this state."""
+
+    @property
+    def was_stale(self) -> bool:
+        """It missed the bound when it came, so that it got no verdict that counts."""
+        return self.state == "expired" and self.changed == self.arrived
 
 
 class Account:
@@ -49,7 +62,11 @@ class Account:
         self.groups: dict[int, TrueGroup] = {}
         self.credits: dict[int, int] = {}
         self.loaded: dict[int, int] = {}
-        self.verdicts: list[bool] = []
+        self.verdicts: list[int] = []
+        """Groups, in the order of their verdicts."""
+        self.num_events = 0
+        self.prompt_changed: dict[int, int] = {}
+        """Number of the event in which a prompt came to its state."""
 
         self.num_cut = 0
         self.batches: dict[int, list[int]] = {}
@@ -97,7 +114,8 @@ class Account:
 
     def keep_rate(self) -> float:
         latest = self.verdicts[-4 * self.size :]
-        return max(0.1, (4 + sum(latest)) / (4 + len(latest)))
+        kept = [group_id for group_id in latest if self.groups[group_id].verdict == "kept"]
+        return max(0.1, (4 + len(kept)) / (4 + len(latest)))
 
     def admits(self) -> bool:
         ahead = self.in_training() + self.num_ready() + self.keep_rate() * len(self.leases)
@@ -129,6 +147,7 @@ class Account:
 
     def see_event(self, event: core.Event) -> bool:
         """Returns whether the event answers a running lease."""
+        self.num_events += 1
         match event:
             case core.WorkerJoined():
                 self.loaded[event.worker], self.credits[event.worker] = event.loaded_version, 0
@@ -142,10 +161,16 @@ class Account:
                 self.leases[event.lease_id].started_version = event.version
             case core.GroupDone() if event.lease_id in self.leases:
                 prompt_id = self.leases[event.lease_id].prompt_id
-                group = TrueGroup(prompt_id, event.min_version, self._verdict(event))
-                self.groups[event.lease_id] = group
+                self.groups[event.lease_id] = TrueGroup(
+                    prompt_id,
+                    event.min_version,
+                    event.max_version,
+                    self._verdict(event),
+                    arrived=self.num_events,
+                    step=self.next_step,
+                )
                 if self.fits(event.min_version, self.next_step):
-                    self._count_verdict(group.verdict == "kept")
+                    self.count_verdict(event.lease_id, self.next_step)
                 return True
             case core.LeaseFailed() | core.LeaseLost():
                 return event.lease_id in self.leases
@@ -167,9 +192,9 @@ class Account:
         values = sorted(event.metrics[self.filter.metric])
         return "kept" if values[-1] - values[0] > 1e-6 else "constant"
 
-    def _count_verdict(self, kept: bool) -> None:
-        self.verdicts.append(kept)
+    def count_verdict(self, group_id: int, step: int) -> None:
+        self.verdicts.append(group_id)
         if self.gen_batch_verdicts == 0:
             self.gen_batches_of_step += 1
-            self.gen_batch_step, self.gen_batch_number = self.next_step, self.gen_batches_of_step
+            self.gen_batch_step, self.gen_batch_number = step, self.gen_batches_of_step
         self.gen_batch_verdicts += 1

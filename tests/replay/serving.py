@@ -2,6 +2,7 @@
 
 import asyncio
 from contextlib import asynccontextmanager, closing, suppress
+from functools import partial
 
 from asyncdapo.messages import (
     SCHEMA_VERSION,
@@ -18,13 +19,15 @@ from asyncdapo.messages import (
     Hello,
     Lease,
     NoBatch,
+    Progress,
     Reject,
     Sampling,
     Welcome,
     Withdraw,
 )
 from asyncdapo.replay.config import FilterConfig, ReplayConfig
-from asyncdapo.replay.journal import Journal, open_ledger
+from asyncdapo.replay.journal import Journal
+from asyncdapo.replay.ledger import open_ledger
 from asyncdapo.replay.server import ReplayServer
 from asyncdapo.replay.state import ReplayState
 from asyncdapo.transport.sockets import Client
@@ -65,13 +68,32 @@ def eval_request(request_id, num_prompts=2):
 
 
 @asynccontextmanager
-async def serving(run_dir, *, filter=None, num_prompts=None, total_slots=8, make_journal=Journal, **replay):
-    """A server of batches of 2 groups of 2; `server.failure` is the task that serves."""
+async def serving(
+    run_dir,
+    *,
+    filter=None,
+    num_prompts=None,
+    total_slots=8,
+    make_journal=Journal,
+    server_options=None,
+    **replay,
+):
+    """A server of batches of 2 groups of 2, at the end of the run's ledger; `server.serving` is the task that serves.
+    At the end it is gone as if it had been killed: nothing is told to its peers, nothing is written."""
     settings = {"prompts_per_step": 2, "run_ahead": 1.0, "max_staleness": 1, "heartbeat_s": 30.0} | replay
     config = ReplayConfig(**settings)
     journal = make_journal(run_dir)
-    state = ReplayState(config, filter or FilterConfig(), max_attempts=3, num_prompts=num_prompts)
-    server = ReplayServer(config, state, journal, prompt_at, group_size=GROUP_SIZE, seed=1, total_slots=total_slots)
+    make_state = partial(ReplayState, config, filter or FilterConfig(), max_attempts=3, num_prompts=num_prompts)
+    server = ReplayServer(
+        config,
+        lambda recovered: make_state(recovered=recovered),
+        journal,
+        prompt_at,
+        group_size=GROUP_SIZE,
+        seed=1,
+        total_slots=total_slots,
+        **(server_options or {}),
+    )
     server.serving = asyncio.create_task(server.run())
     try:
         yield server
@@ -87,16 +109,30 @@ class FakeWorker:
     later `take` finds."""
 
     def __init__(self, server, index=0, session="first"):
-        self.index, self.session, self.asked, self.version = index, session, 0, 0
+        self.index, self.session, self.asked, self.version, self.branch = index, session, 0, 0, 0
+        self.granted = 0
         self.client = Client(server.rollout_address, ToWorker, f"rollout-{index}-{session}".encode())
         self.passed_over = []
 
-    def hello(self, version=0, schema=SCHEMA_VERSION):
-        return Hello(schema=schema, worker=self.index, session=self.session, loaded_version=version)
+    def hello(self, version=None, schema=SCHEMA_VERSION):
+        version = self.version if version is None else version
+        return Hello(
+            schema=schema,
+            worker=self.index,
+            session=self.session,
+            loaded_version=version,
+            branch=self.branch,
+            granted=self.granted,
+        )
 
     async def join(self, **hello):
         await self.client.send(self.hello(**hello))
         return await self.take(Welcome)
+
+    async def load(self, version, branch):
+        """New weights, told with a heartbeat."""
+        self.version, self.branch = version, branch
+        await self.beat()
 
     async def ask(self, more):
         self.asked += more
@@ -111,18 +147,29 @@ class FakeWorker:
         header, payload = make_group(lease, worker=self.index, **group)
         await self.send_group(header, payload)
 
-    async def work_off(self, num):
+    async def work_off(self, num, **group):
         """Ask for leases, and see each of them answered and acknowledged."""
         for lease in await self.leases(num):
-            await self.answer(lease)
+            await self.answer(lease, **group)
             await self.take(Ack)
 
     async def send_group(self, header, payload):
         await self.client.send(GroupDone(group=header), payload.frames())
 
-    async def beat(self, progress=None, version=0, tokens=0.0):
+    async def beat(self, progress=None, tokens=0.0, phase="sampling", started_version=None):
+        """`progress`: sampled tokens by lease."""
+        held = {
+            lease_id: Progress(num_tokens=num_tokens, phase=phase, started_version=started_version)
+            for lease_id, num_tokens in (progress or {}).items()
+        }
         await self.client.send(
-            Heartbeat(asked=self.asked, loaded_version=version, progress=progress or {}, gauges={"tokens": tokens})
+            Heartbeat(
+                asked=self.asked,
+                loaded_version=self.version,
+                branch=self.branch,
+                progress=held,
+                gauges={"tokens": tokens},
+            )
         )
 
     async def evaluate(self, request, acc=1.0):
@@ -141,6 +188,8 @@ class FakeWorker:
                 return message
         while True:
             message, _ = await self.client.receive()
+            if isinstance(message, Lease | EvalRequest):
+                self.granted = max(self.granted, message.number)
             if isinstance(message, kind):
                 return message
             self.passed_over.append(message)

@@ -59,6 +59,7 @@ class Simulation:
 
     def tell(self, event: core.Event) -> None:
         actions = self.state.handle(event)
+        self.write(event, actions)
         self.log.append((event, actions))
         for action in actions:
             if isinstance(action, core.GrantLease):
@@ -68,6 +69,9 @@ class Simulation:
             if isinstance(action, core.EndLease) and action.outcome == "withdrawn":
                 self._withdraw(action.worker, action.lease_id)
         self.check_wait()
+
+    def write(self, event: core.Event, actions: list[core.Action]) -> None:
+        """What the server would do with them before it tells anybody; `restarts.py` keeps a ledger."""
 
     def _withdraw(self, worker: int, lease_id: int) -> None:
         """The worker may have sent the group before it heard of it."""

@@ -4,6 +4,7 @@
 """
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -80,21 +81,31 @@ class SmallRun:
         config = ReplayConfig(**settings)
         self.journal = make_journal(run_dir, keep_payloads=keep_payloads, segment_bytes=segment_bytes)
         self.sessions = Sessions(stall_ticks=10)
-        self.state = ReplayState(config, filter or FilterConfig(), max_attempts=3, num_prompts=None)
+        make_state = partial(ReplayState, config, filter or FilterConfig(), max_attempts=3, num_prompts=None)
         self.exchange = Exchange(
-            self.state,
+            lambda recovered: make_state(recovered=recovered),
             self.journal,
             self.sessions,
             prompt_at,
             group_size=GROUP_SIZE,
             seed=1,
-            staleness_bound=config.staleness_bound,
         )
         self.leases: dict[int, Lease] = {}
         self.lines: list[dict] = []
 
+    @property
+    def state(self):
+        return self.exchange.state
+
     def join(self, worker, session="first", version=0):
-        hello = Hello(schema=1, worker=worker, session=session, loaded_version=version)
+        hello = Hello(
+            schema=2,
+            worker=worker,
+            session=session,
+            loaded_version=version,
+            branch=self.exchange.branch,
+            granted=0,
+        )
         self.sessions.begin(f"peer-{worker}-{session}".encode(), hello)
         self.exchange.apply(core.WorkerJoined(worker=worker, loaded_version=version), detail=session)
 

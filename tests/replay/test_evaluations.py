@@ -94,7 +94,7 @@ def test_an_answer_after_the_evaluation_is_dropped():
     table = Evaluations(total_slots=8)
     evaluation = table.start([request(1)], share=1.0)
     given = table.next_for(0, tick=0)
-    table.end(evaluation)
+    table.leave(evaluation)
     assert table.answer(answers(given)) is None
     assert (table.num_waiting, table.num_under_way) == (0, 0)
 
@@ -137,11 +137,33 @@ def test_two_evaluations_at_once_keep_their_answers_apart():
     assert not first.done
 
 
+def test_who_asks_for_an_evaluation_that_goes_on_joins_it():
+    table = Evaluations(total_slots=8)
+    evaluation = table.start([request(1), request(2)], share=1.0)
+    assert table.start([request(1), request(2)], share=1.0) is evaluation
+    assert table.num_waiting == 2
+    table.leave(evaluation)
+    given = table.next_for(0, tick=0)
+    assert table.answer(answers(given)) is evaluation
+    table.leave(evaluation)
+    assert (table.num_waiting, table.num_under_way) == (0, 0)
+
+
+def test_after_a_rollback_everything_is_asked_anew():
+    table = Evaluations(total_slots=8)
+    evaluation = table.start([request(1), request(2)], share=1.0)
+    table.answer(answers(table.next_for(0, tick=0)))
+    table.next_for(0, tick=0)
+    table.start_again()
+    assert (table.num_waiting, table.num_under_way, evaluation.answers) == (2, 0, {})
+    assert [table.next_for(0, tick=0).request_id for _ in range(2)] == [1, 2]
+
+
 def test_a_request_id_in_use_is_refused():
     table = Evaluations(total_slots=8)
     table.start([request(1)], share=1.0)
     with pytest.raises(ValueError, match="in use"):
-        table.start([request(1)], share=1.0)
+        table.start([request(1), request(3)], share=1.0)
     with pytest.raises(ValueError, match="used once"):
         table.start([request(2), request(2)], share=1.0)
 

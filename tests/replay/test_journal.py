@@ -18,7 +18,8 @@ from asyncdapo.messages import Lease
 from asyncdapo.replay import events as core
 from asyncdapo.replay.audit import audit
 from asyncdapo.replay.intake import arrival
-from asyncdapo.replay.journal import Journal, open_ledger, read_group
+from asyncdapo.replay.journal import Journal
+from asyncdapo.replay.ledger import open_ledger, read_group
 from asyncdapo.replay.payloads import Place, Segments, read_record
 from tests.replay.small_run import SmallRun, finished_run, make_group, prompt_at
 

@@ -88,7 +88,7 @@ async def test_started_and_loaded_reach_the_ledger(tmp_path):
         await server.begin()
         lease, _ = await worker.leases(2)
         await worker.client.send(Started(lease_id=lease.lease_id, version=0))
-        await worker.client.send(Loaded(version=7))
+        await worker.client.send(Loaded(version=7, branch=0))
         await worker.client.send(Started(lease_id=lease.lease_id, version=7))
         await worker.unread()
         assert rows(tmp_path, f"SELECT started_version FROM leases WHERE lease_id = {lease.lease_id}") == [(0,)]
@@ -260,7 +260,7 @@ def test_a_run_of_two_workers_and_a_learner_is_sound(tmp_path, run_ahead):
                 lines.append({"step": step, **await server.trained(step, {})})
                 for worker in workers:
                     worker.version = step
-                    await worker.client.send(Loaded(version=step))
+                    await worker.client.send(Loaded(version=step, branch=0))
                 await server.published(step)
             await server.finish()
             for task in tasks:

@@ -20,7 +20,7 @@ from asyncdapo.messages import (
     Withdraw,
 )
 from asyncdapo.replay.audit import audit
-from asyncdapo.replay.exchange import MAX_BAD_LEASES
+from asyncdapo.replay.failures import MIN_FAILED
 from asyncdapo.transport.codec import encode
 from tests.replay.serving import TICK_S, FakeLearner, FakeWorker, rows, scenario, serving, until
 from tests.replay.small_run import make_group, write_files
@@ -165,7 +165,7 @@ def test_mutated_frames_of_a_known_worker_neither_end_nor_confuse_the_server(tmp
             noisy.close()
             groups = [make_group(lease, worker=1) for lease in leases]
             messages = [encode(GroupDone(group=group), payload.frames()) for group, payload in groups]
-            messages += [encode(Started(lease_id=leases[0].lease_id, version=0)), encode(Loaded(version=0))]
+            messages += [encode(Started(lease_id=leases[0].lease_id, version=0)), encode(Loaded(version=0, branch=0))]
             messages += [encode(GroupFailed(lease_id=leases[1].lease_id, reason="x"))]
             noise = Noise(messages, seed)
             with raw_peer(server.rollout_address, b"rollout-1-first") as socket:
@@ -198,14 +198,14 @@ async def test_noise_on_the_learners_socket_is_dropped(tmp_path):
 
 
 @scenario
-async def test_failed_groups_in_a_row_end_the_run_with_the_last_words(tmp_path):
-    words = "100 groups in a row failed or were rejected, the last: no such judge"
+async def test_a_reward_function_that_fails_too_often_ends_the_run_with_its_last_words(tmp_path):
+    words = "reward.max_failure_ratio: .* raised on 20 of the last 20 groups, allowed are 50%; the last: no such judge"
     with pytest.raises(RunError, match=words):
-        async with serving(tmp_path) as server:
+        async with serving(tmp_path, server_options={"max_failure_ratio": 0.5}) as server:
             worker = FakeWorker(server)
             await worker.join()
             await server.begin()
-            for _ in range(MAX_BAD_LEASES):
+            for _ in range(MIN_FAILED):
                 assert not server.serving.done()
                 (lease,) = await worker.leases(1)
                 await worker.client.send(GroupFailed(lease_id=lease.lease_id, reason="no such judge"))

@@ -111,10 +111,11 @@ class Truth(Account):
             assert action.state in legal[group.state], f"{group.state} -> {action.state}"
         if action.state == "surplus":
             assert self.over or self.barrier
+            group.reason = action.reason
         if action.state == "expired":
             assert not self.fits(group.min_version, self.next_step), "expired though it fits"
             self.attempts[group.prompt_id] += self.config.on_stale == "requeue"
-        group.state = action.state
+        group.state, group.changed = action.state, self.num_events
 
     def _first_state(self, group: TrueGroup) -> str:
         if not self.fits(group.min_version, self.next_step):
@@ -142,6 +143,9 @@ class Truth(Account):
             assert isinstance(event, core.RunEnded)
         self.lost.discard(prompt_id)
         self.prompts[prompt_id] = action.state
+        self.prompt_changed[prompt_id] = self.num_events
+        if action.state == "waiting":
+            assert action.place == self.places[prompt_id]
 
     def _see_cut(self, action: core.CutBatch) -> None:
         assert not self.over

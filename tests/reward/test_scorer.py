@@ -1,18 +1,22 @@
-"""The scorer: verdict, scale, metrics, the shuffled control experiment, a verifier that raises."""
+"""The scorer: verdict, scale, metrics, the shuffled control experiment, a verifier that fails; its configuration."""
 
 import asyncio
 import json
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asyncdapo.errors import RewardError
+from asyncdapo.errors import ConfigError, RewardError
 from asyncdapo.messages import Prompt
 from asyncdapo.reward.config import RewardConfig
-from asyncdapo.reward.scorer import Scorer, scale
+from asyncdapo.reward.pool import ScorerPool
+from asyncdapo.reward.scorer import METRICS, Scorer, scale
+from asyncdapo.reward.wire import Verdict
+from tests.reward.processes import is_alive
 
 PROMPT = Prompt(prompt_id=7, epoch=0, source="table", row=3, token_ids=[1], answer="yes")
 VECTORS = json.loads((Path(__file__).parents[1] / "vectors" / "dapo_vectors.json").read_text())["vectors"]
@@ -26,16 +30,29 @@ def decode(token_ids):
     return "yes" if token_ids[0] else "no"
 
 
-def score(verdicts, seed=0, verify=verify, **keys):
-    scorer = Scorer(RewardConfig(**keys), verify, decode)
+class FakePool:
+    """Judges in this process; `slow` texts time out."""
+
+    def __init__(self, verify, slow=()):
+        self._verify, self._slow = verify, slow
+
+    async def verify(self, texts, answer):
+        return [
+            Verdict(0.0, timed_out=True) if text in self._slow else Verdict(float(self._verify(text, answer)))
+            for text in texts
+        ]
+
+
+def score(verdicts, seed=0, verify=verify, slow=(), **keys):
+    scorer = Scorer(RewardConfig(**keys), FakePool(verify, slow), decode)
     token_ids = [np.array([verdict, 5], np.int32) for verdict in verdicts]
     return asyncio.run(scorer(PROMPT, token_ids, ["stop"] * len(verdicts), seed))
 
 
 def test_each_completion_gets_its_verdict_scaled():
     right, wrong = score([1, 0])
-    assert right.metrics == {"acc": 1.0, "score": 1.0, "seq_reward": 1.0, "seq_final_reward": 1.0}
-    assert wrong.metrics == {"acc": 0.0, "score": -1.0, "seq_reward": -1.0, "seq_final_reward": -1.0}
+    assert right.metrics == {"acc": 1.0, "score": 1.0, "seq_reward": 1.0, "seq_final_reward": 1.0, "timed_out": 0.0}
+    assert wrong.metrics == {"acc": 0.0, "score": -1.0, "seq_reward": -1.0, "seq_final_reward": -1.0, "timed_out": 0.0}
     assert (right.reward, wrong.reward) == (1.0, -1.0)
 
 
@@ -81,16 +98,57 @@ def test_partial_credit_lies_between_the_two_rewards():
     assert (half.metrics["acc"], half.reward) == (0.5, 0.0)
 
 
-def test_a_verifier_that_raises_ends_the_prompt_with_its_cause():
+def test_a_completion_whose_verifier_took_too_long_is_wrong_and_says_so():
+    right, slow = score([1, 0], slow=["no"])
+    assert (slow.reward, slow.metrics["acc"], slow.metrics["timed_out"]) == (-1.0, 0.0, 1.0)
+    assert (right.reward, right.metrics["timed_out"]) == (1.0, 0.0)
+    assert list(right.metrics) == list(slow.metrics) == list(METRICS)
+
+
+def test_a_shuffled_time_out_stays_a_zero():
+    for seed in range(20):
+        shuffled = score([1] * 6 + [0] * 2, seed, slow=["no"], shuffle=True)
+        assert sum(s.metrics["timed_out"] for s in shuffled) == 2
+        assert all(s.metrics["acc"] == 1 - s.metrics["timed_out"] for s in shuffled)
+
+
+def test_a_verifier_that_fails_ends_the_prompt_with_its_cause():
     def divide(text, answer):
-        return 1 / 0
+        raise RewardError("ZeroDivisionError: division by zero (in divide, mine.py:3)")
 
-    with pytest.raises(RewardError, match="'answer' raised on table row 3 .prompt 7.: ZeroDivisionError") as caught:
+    words = (
+        "verifier 'answer' failed on table row 3 .prompt 7.: ZeroDivisionError: division by zero .in divide, mine.py:3"
+    )
+    with pytest.raises(RewardError, match=words):
         score([1], verify=divide)
-    assert isinstance(caught.value.__cause__, ZeroDivisionError)
 
 
-@pytest.mark.parametrize("verdict", [float("nan"), float("inf"), -1, 1.5])
-def test_a_verdict_that_is_no_share_of_the_credit_is_an_error(verdict):
-    with pytest.raises(RewardError, match="a verdict is a number from 0 to 1"):
-        score([1], verify=lambda text, answer: verdict)
+def test_a_scorer_starts_and_stops_its_processes():
+    async def lives():
+        config = RewardConfig(processes=2)
+        scorer = Scorer(
+            config, ScorerPool(config.verifier, config.processes, config.timeout_s), lambda ids: "Answer: 6"
+        )
+        await scorer.start()
+        pids = scorer.pids()
+        assert len(pids) == 2
+        assert all(map(is_alive, pids))
+        prompt = msgspec.structs.replace(PROMPT, answer="6")
+        [only] = await scorer(prompt, [np.zeros(1, np.int32)], ["stop"], 0)
+        assert (only.reward, scorer.num_judged) == (1.0, 1)
+        assert scorer.gauges() == {"scorer_timeouts": 0, "scorer_restarts": 0}
+        await scorer.stop()
+        assert scorer.pids() == []
+        assert not any(map(is_alive, pids))
+
+    asyncio.run(lives())
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("processes", 0), ("timeout_s", 0.0), ("timeout_s", float("nan")), ("max_failure_ratio", -0.1)]
+    + [("max_failure_ratio", 1.1), ("incorrect", 1.0)],
+)
+def test_a_value_that_cannot_work_is_refused(key, value):
+    with pytest.raises(ConfigError, match="reward.correct" if key == "incorrect" else f"reward.{key}: must be"):
+        RewardConfig(**{key: value})

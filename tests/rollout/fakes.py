@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import TypeVar
 
+import msgspec
 import numpy as np
 import zmq
 
@@ -75,6 +76,7 @@ class FakeEngine:
         self.num_outstanding += len(lengths)
         num_unfinished = len(lengths)
         self._num_running += 1
+        request.num_running = len(lengths)
         self.num_requests_at_once = max(self.num_requests_at_once, self._num_running)
         try:
             for step in range(1, max(lengths) + 1):
@@ -84,6 +86,7 @@ class FakeEngine:
                 request.num_sampled += sum(length >= step for length in lengths)
                 num_done = lengths.count(step)
                 num_unfinished -= num_done
+                request.num_running = num_unfinished
                 self.num_outstanding -= num_done
                 if num_done and request.on_sample_done:
                     request.on_sample_done()
@@ -130,7 +133,7 @@ class FakeReplay:
         self.address = self._server.address
         self.peer = b""
         self.welcoming = True
-        self.num_granted = 0
+        self.branch = self.num_granted = 0
         self.received: list[Message] = []
 
     @staticmethod
@@ -154,7 +157,7 @@ class FakeReplay:
             self.peer, message, self.frames = await self._server.receive()
             self.received.append(message)
             if isinstance(message, Hello) and self.welcoming:
-                await self.send(Welcome(branch=0, granted=self.num_granted))
+                await self.send(Welcome(branch=self.branch, granted=max(self.num_granted, message.granted)))
             if isinstance(message, kind) and when(message):
                 return message
 
@@ -170,7 +173,7 @@ class FakeReplay:
     async def grant(self, *work: Lease | EvalRequest) -> None:
         for message in work:
             self.num_granted += 1
-            await self.send(message)
+            await self.send(msgspec.structs.replace(message, number=self.num_granted))
 
     async def send(self, message: Message) -> None:
         await self._server.send(self.peer, message)

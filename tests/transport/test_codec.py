@@ -24,6 +24,7 @@ from asyncdapo.messages import (
     Lease,
     Message,
     Payload,
+    Progress,
     Prompt,
     Sampling,
     Welcome,
@@ -44,14 +45,21 @@ GROUP = Group(
     completions=[COMPLETION, COMPLETION],
     generate_s=0.5,
 )
+PROGRESS = Progress(num_tokens=12, phase="sampling", started_version=1)
 PAYLOAD = Payload(np.array([5, 6, 7]), np.array([1, 2, 1, 2]), np.array([-0.5, -0.1, -0.25, -2.0]))
 MESSAGES = [
-    Hello(schema=1, worker=0, session="a", loaded_version=0),
+    Hello(schema=1, worker=0, session="a", loaded_version=0, branch=0, granted=0),
     Welcome(branch=0, granted=3),
     Ask(asked=4),
-    Lease(lease_id=9, branch=0, attempt=1, group_size=2, seed=1 << 62, prompt=PROMPT),
+    Lease(lease_id=9, branch=0, attempt=1, group_size=2, seed=1 << 62, prompt=PROMPT, number=3),
     GroupDone(group=GROUP),
-    Heartbeat(asked=4, loaded_version=1, progress={9: 12}, gauges={"tokens": 12.0}),
+    Heartbeat(
+        asked=4,
+        loaded_version=1,
+        branch=2,
+        progress={9: Progress(num_tokens=12, phase="sampling")},
+        gauges={"tokens": 12.0},
+    ),
     EvalRequest(request_id=0, seed=1, sampling=Sampling(temperature=0.0), prompts=[PROMPT]),
     Batch(step=1, branch=0, max_staleness=2, groups=[GROUP]),
     Ack(lease_id=9),

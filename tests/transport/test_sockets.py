@@ -9,8 +9,9 @@ import pytest
 import zmq
 
 from asyncdapo.messages import Ack, Ask, CutWanted, Hello
-from asyncdapo.transport.codec import Limits, Malformed
-from asyncdapo.transport.sockets import CLIENT_QUEUE, Client, Server
+from asyncdapo.transport.codec import Limits, Malformed, encode
+from asyncdapo.transport.keys import RunKeys
+from asyncdapo.transport.sockets import CLIENT_QUEUE, PEER_QUEUE, Client, Server
 from tests.asynchronous import asynchronous
 
 
@@ -70,6 +71,29 @@ async def test_a_message_to_a_peer_that_is_gone_is_dropped_and_counted() -> None
 
 
 @asynchronous
+async def test_a_peer_that_does_not_read_costs_a_bounded_queue_and_delays_nobody() -> None:
+    server, client = pair()
+    deaf = zmq.asyncio.Context.instance().socket(zmq.DEALER)
+    deaf.set(zmq.LINGER, 0)
+    deaf.set(zmq.RCVHWM, 1)
+    deaf.connect(server.address)
+    await deaf.send_multipart(encode(Ask(asked=1)))
+    peer, *_ = await server.receive()
+    num_sent, kilobyte = 0, bytes(1000)
+    while server.num_dropped < 100:
+        num_dropped = server.num_dropped
+        await server.send(peer, Ack(lease_id=num_sent), [kilobyte])
+        num_sent += 1
+        if server.num_dropped > num_dropped:
+            await asyncio.sleep(0.001)  # until TCP's own buffers are full too
+    assert num_sent > PEER_QUEUE
+    await client.send(Ask(asked=1))
+    await server.send((await server.receive())[0], Ack(lease_id=1))
+    assert (await client.receive())[0] == Ack(lease_id=1)
+    close(server, client, deaf)
+
+
+@asynchronous
 async def test_a_client_waits_without_a_server_and_goes_on_with_the_next_at_the_same_port() -> None:
     server, client = pair()
     await client.send(Ask(asked=1))
@@ -80,7 +104,7 @@ async def test_a_client_waits_without_a_server_and_goes_on_with_the_next_at_the_
     waiting = asyncio.create_task(client.send(Ask(asked=2)))
     await asyncio.sleep(0.2)
     assert not waiting.done()
-    server = await server_at(port)
+    server = Server(Ask | Hello, port=port)
     assert (await server.receive())[1] == Ask(asked=2)
     await waiting
     close(server, client)
@@ -164,20 +188,20 @@ async def test_too_many_frames_are_malformed() -> None:
     close(server, flood)
 
 
+@asynchronous
+async def test_a_server_whose_port_is_taken_leaves_nothing_open() -> None:
+    server = Server(Ask, curve=RunKeys.make().server)
+    num_tasks = len(asyncio.all_tasks())
+    with pytest.raises(zmq.ZMQError, match="in use"):
+        Server(Ask, port=int(server.address.rsplit(":", 1)[1]), curve=RunKeys.make().server)
+    await asyncio.sleep(0)
+    assert len(asyncio.all_tasks()) == num_tasks
+    server.close()
+
+
 def pair() -> tuple[Server, Client]:
     server = Server(Ask | Hello)
     return server, Client(server.address, Ack, b"worker-0")
-
-
-async def server_at(port: int) -> Server:
-    """Where one was closed; ZeroMQ frees a port a moment after the close."""
-    while True:
-        try:
-            return Server(Ask | Hello, port=port)
-        except zmq.ZMQError as error:
-            if error.errno != zmq.EADDRINUSE:
-                raise
-            await asyncio.sleep(0.01)
 
 
 def close(*sockets: Server | Client | zmq.asyncio.Socket) -> None:

@@ -98,7 +98,7 @@ class Batch:
         rows["uniforms"][:, : sampling.max_tokens] = uniforms([request.seeds[i] for i in indices], sampling.max_tokens)
         self.running[start:end] = [Running(job, index) for index in indices]
         job.num_started += count
-        job.num_running += count
+        job.request.num_running += count
         self.num_used += count
         self.num_active += count
         return start, end
@@ -131,7 +131,7 @@ class Batch:
         )
 
     def release(self, slot: int) -> None:
-        self.running[slot].job.num_running -= 1
+        self.running[slot].job.request.num_running -= 1
         self.running[slot] = None
         self._idle(slot)
         self.num_active -= 1

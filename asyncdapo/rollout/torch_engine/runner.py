@@ -209,7 +209,7 @@ class Runner:
         self.counters.slot_steps += self._batch.num_active
         self.counters.tokens += self._batch.num_active
         for job in self._running:
-            job.request.num_sampled += job.num_running
+            job.request.num_sampled += job.request.num_running
         self._sample(0, len(rows), logits_BV, progress)
 
     def _sample(self, start: int, end: int, logits_BV: torch.Tensor, progress: Progress) -> None:

@@ -35,7 +35,6 @@ class Job:
     request: Request
     samples: list[Sample | None] = field(init=False)
     num_unfinished: int = field(init=False)
-    num_running: int = field(default=0, init=False)
     num_started: int = field(default=0, init=False)
     prefill: Prefill | None = field(default=None, init=False)
     """Shared by the samples that still wait; dropped at a weight update."""

@@ -1,0 +1,191 @@
+"""The fleet: every process of the run, started, kept alive, and started again after a death.
+
+    replay server   its next life goes on from the ledger, on the same ports: peers reconnect and deliver again
+    rollout worker  its leases are lost at once; the next life joins with the model's own weights, then catches up
+    learner         the next life goes on from a checkpoint in a new branch: `revive_learner`, called by the train loop,
+                    which has to go back with it
+
+In: where to begin (`Resume`). Out: processes to call. Invariant: a process is `up` only when it was started completely;
+deaths are counted against a budget (`restarts`), past which the run ends with the cause of the last one. What a process
+raises on purpose (UserError, RunError) ends the run; only a worker, of which there may be others, is restarted whatever
+ended it. Does not own: the train loop (`run`), transfers of weights (`publishing`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Coroutine, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from asyncdapo.config import Config
+from asyncdapo.controller.actors import LearnerActor, Opened, ReplayActor, RolloutActor, Start, log_path
+from asyncdapo.controller.processes import Process, ProcessDied, Watch, gpu_shares, reserve
+from asyncdapo.controller.publishing import Publishing
+from asyncdapo.controller.pulse import Pulse
+from asyncdapo.controller.restarts import Restarts
+from asyncdapo.controller.roster import Roster, this_process
+from asyncdapo.controller.roster import end as end_entries
+from asyncdapo.errors import RunError, UserError
+from asyncdapo.transport.keys import RunKeys
+
+LOOK_S = 2.0
+"""Between two looks at all processes."""
+ANSWER_S = 5.0
+"""A process whose event loop is free answers at once."""
+
+CHILDREN_S = 1.0
+"""Time for what a dead process had started to notice it."""
+JOIN_S = 30.0
+"""Time for a worker that was just started to be heard."""
+
+log = logging.getLogger("controller")
+
+
+class Fleet:
+    """The processes of one run."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.restarts = Restarts(config.controller.max_restarts, time.monotonic)
+        self.keys = RunKeys.make()
+        self.roster = Roster(Path(config.run.dir))
+        self.roster.set("controller", [this_process("controller")])
+        self.totals: dict[str, float] = {}
+        """The latest metrics line: counts of a replay server that is started again go on from it."""
+        self.leasing = False
+        """Whether a replay server that is started again grants leases at once."""
+
+    async def start(self, start: Start, checkpoint: Path | None) -> None:
+        """Place and start everything, then make the first weight group. `checkpoint`: what the learner goes on from,
+        none for the initial model."""
+        config = self.config
+        shares = gpu_shares(config, ray.cluster_resources().get("GPU", 0.0))
+        room = await reserve([0.0, *shares], config.controller.place_timeout_s)
+        placed = partial(Process.placed, room=room)
+        self.replay = placed(ReplayActor, "replay", config, self.keys, place=0, threads=1)
+        self.learner = placed(LearnerActor, "learner", config, self.keys, place=1, threads=config.learner.threads)
+        self.workers = [
+            placed(RolloutActor, f"rollout-{i}", config, self.keys, i, place=2 + i, threads=config.rollout.threads)
+            for i in range(config.rollout.num_workers)
+        ]
+        self.processes = [self.replay, self.learner, *self.workers]
+        self.publishing = Publishing(config.weights, self.learner, self.workers)
+        self.opened: Opened = await self._bring_up(self.replay, start)
+        await asyncio.gather(
+            self._bring_up(self.learner, self.opened.learner_address, checkpoint),
+            *(self._bring_up(worker, self.opened.rollout_address) for worker in self.workers),
+        )
+        self.publishing.learner_has(start.roll_back_to or 0, self.opened.branch)
+        await self.publishing.begin()
+
+    def watch(self, watch: Watch) -> None:
+        """Keep the replay server and the workers alive from now on. The learner's life is the train loop's."""
+        watch.add("the look at all processes", self._look())
+        watch.add("replay", self._keep_replay())
+        for index, worker in enumerate(self.workers):
+            watch.add(worker.name, self._keep_worker(index, worker))
+
+    async def revive_learner(self, death: Exception, checkpoint: Path | None) -> None:
+        """Start the learner again from a checkpoint (none: the initial model). It has yet to be rolled back to."""
+        await self._pause(self.learner, death)
+        await self._bring_up(self.learner, self.opened.learner_address, checkpoint)
+
+    async def pulses(self) -> Mapping[str, Pulse | None]:
+        """Of every process; None where there is no answer."""
+        answers = await asyncio.gather(*map(self._pulse, self.processes))
+        return dict(zip((process.name for process in self.processes), answers, strict=True))
+
+    def log_path(self, process: Process) -> Path:
+        """The process's own log."""
+        return log_path(self.config, process.name)
+
+    # ---------------------------------------------------------------------------------------------------------- lives
+
+    async def _keep_replay(self) -> None:
+        while True:
+            try:
+                await self.replay.call("serve")
+                raise RunError("replay ended before the run did")
+            except ProcessDied as death:
+                await self._pause(self.replay, death)
+            again = Start(ports=self.opened.ports, totals=self.totals)
+            self.opened = await self._bring_up(self.replay, again, leasing=self.leasing)
+
+    async def _keep_worker(self, index: int, worker: Process) -> None:
+        while True:
+            try:
+                serving = asyncio.ensure_future(worker.call("serve"))
+                if worker.life > 1:
+                    await self.publishing.catch_up(worker)
+                await serving
+                death: Exception = RunError(f"{worker.name} ended before the run did")
+            except UserError:
+                raise
+            except RunError as error:
+                death = error
+            finally:
+                serving.cancel()
+            await self.replay.ask("lose_worker", index)
+            await self._pause(worker, death)
+            await self._bring_up(worker, self.opened.rollout_address)
+
+    async def _pause(self, process: Process, death: Exception) -> None:
+        """Count the death, say it, wait a little longer after each. Raises RunError past the budget."""
+        process.end()
+        delay_s = self.restarts.delay_s(process.name, death)
+        log.warning("%s; it is started again", death)
+        await asyncio.to_thread(end_entries, self.roster.remove(process.name), CHILDREN_S)
+        await asyncio.sleep(delay_s)
+
+    async def _look(self) -> None:
+        """Keep the roster, and put workers to death that the replay server has lost though their process lives."""
+        while True:
+            await asyncio.sleep(LOOK_S)
+            pulses = await self.pulses()
+            for process in self.processes:
+                pulse = pulses[process.name]
+                if pulse and process.up.is_set() and process.entry in pulse.entries:
+                    self.roster.set(process.name, pulse.entries)
+            replay = pulses[self.replay.name]
+            for worker in [self.workers[index] for index in (replay.lost if replay else ())]:
+                if worker.up.is_set() and time.monotonic() - worker.since > JOIN_S:
+                    log.warning("%s has fallen silent: it is killed", worker.name)
+                    worker.end()
+
+    async def _pulse(self, process: Process) -> Pulse | None:
+        try:
+            async with asyncio.timeout(ANSWER_S):
+                return await process.call("pulse")
+        except (TimeoutError, RunError):
+            return None
+
+    async def _bring_up(self, process: Process, *args: Any, leasing: bool = False) -> Any:
+        """Start it until it is up. Returns what its `start` says."""
+        while True:
+            process.spawn()
+            try:
+                process.entry = await self._within_start_timeout(process, process.call("entry"))
+                self.roster.set(process.name, [process.entry])
+                answer = await self._within_start_timeout(process, process.call("start", *args))
+                if leasing:
+                    await process.call("begin")
+            except ProcessDied as death:
+                await self._pause(process, death)
+                continue
+            process.up.set()
+            return answer
+
+    async def _within_start_timeout(self, process: Process, call: Coroutine[Any, Any, Any]) -> Any:
+        """The answer of a process that loads a model or opens data."""
+        timeout_s = self.config.controller.start_timeout_s
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await call
+        except TimeoutError:
+            raise RunError(f"{process.name} is not ready after controller.start_timeout_s ({timeout_s:g} s)") from None

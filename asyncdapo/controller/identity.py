@@ -1,0 +1,124 @@
+"""What a run is made of: what a run directory is held to when it is launched again.
+
+In: the effective configuration of a launch, the model's and the data's files. Out: RUN_DIR/identity.json, digests of
+model and data, written at the first launch; later, whatever differs. Model and data are compared by content, so that
+they and the run directory may move; the rest by the values in RUN_DIR/config.yaml. Invariant: what a completion, its
+reward or its place in a batch depends on can't change within a run; whatever only says how fast, how long, where and
+with which step size may. Does not own: reading a configuration, where a run goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import msgspec
+
+from asyncdapo.config import Config, load_config, to_dict
+from asyncdapo.errors import ConfigError, UserError
+from asyncdapo.learner.checkpoint import sha256_of
+from asyncdapo.learner.model_path import local_directory, model_digests
+from asyncdapo.replay.audit import CONFIG_FILE
+
+IDENTITY_FILE = "identity.json"
+IDENTITY_SCHEMA = 1
+
+FIXED_SECTIONS = ("prompts", "reward", "filter", "loss")
+FIXED_KEYS = {
+    "run.seed",
+    "rollout.group_size",
+    "rollout.max_response_length",
+    "rollout.temperature",
+    "replay.prompts_per_step",
+    "replay.max_staleness",
+}
+FREE_KEYS = {
+    "prompts.path",
+    "prompts.eval_path",
+    "prompts.epochs",
+    "reward.processes",
+    "reward.timeout_s",
+    "reward.max_failure_ratio",
+}
+"""Keys of fixed sections that may change: where the data is (its digest counts), how long the run goes on, and how
+patient it is with its verifier."""
+
+
+class Identity(msgspec.Struct, frozen=True, kw_only=True):
+    """RUN_DIR/identity.json."""
+
+    schema: int = IDENTITY_SCHEMA
+    model: dict[str, str]
+    """Digest of each file; of a model that is still to be downloaded its id on the hub."""
+    data: dict[str, str]
+    """Digest of each file that a key of `prompts` names; none for a task that makes its questions."""
+
+
+def identify(config: Config) -> Identity:
+    """Reads the files that `config` names. Raises ConfigError for one that can't be read."""
+    try:
+        directory = local_directory(config.model.path)
+        model = model_digests(directory) if directory else {"id": config.model.path}
+    except OSError as error:
+        raise ConfigError("model.path", f"can't be read ({error.strerror})", config.model.path) from error
+    paths = {"prompts.path": config.prompts.path, "prompts.eval_path": config.prompts.eval_path}
+    return Identity(model=model, data={key: _data_digest(key, path) for key, path in paths.items() if path})
+
+
+def to_json(identity: Identity) -> bytes:
+    return msgspec.json.format(msgspec.json.encode(identity), indent=2) + b"\n"
+
+
+def check_same_run(run_dir: Path, config: Config, identity: Identity) -> Config:
+    """The configuration of the run's last launch. Raises ConfigError that lists whatever makes this another run."""
+    try:
+        recorded = load_config(run_dir / CONFIG_FILE)
+        known = msgspec.json.decode((run_dir / IDENTITY_FILE).read_bytes(), type=Identity)
+    except (UserError, OSError, msgspec.DecodeError) as error:
+        problem = f"holds a run that can't be gone on with: {error}"
+        raise ConfigError("run.dir", problem, str(run_dir), "choose another run.dir") from error
+    different = [*_different_files(known, identity, config), *_different_values(recorded, config)]
+    if different:
+        problem = f"holds a run that differs in {', '.join(different)}"
+        raise ConfigError("run.dir", problem, str(run_dir), "choose another run.dir, or the values of that run")
+    return recorded
+
+
+def _different_files(known: Identity, identity: Identity, config: Config) -> Iterator[str]:
+    """A model that was not yet downloaded at the first launch is known by its id."""
+    now = {"id": config.model.path} if "id" in known.model else identity.model
+    if changed := _different(known.model, now):
+        yield f"model.path (other {', '.join(changed)})"
+    for key in _different(known.data, identity.data):
+        yield f"{key} (other data)"
+
+
+def _different_values(recorded: Config, config: Config) -> Iterator[str]:
+    there, now = _fixed_values(recorded), _fixed_values(config)
+    for key in _different(there, now):
+        yield f"{key} ({there.get(key)} in the run, {now.get(key)} here)"
+
+
+def _fixed_values(config: Config) -> dict[str, object]:
+    values = {
+        f"{section}.{key}": value
+        for section, entries in to_dict(config).items()
+        for key, value in entries.items()
+        if section in FIXED_SECTIONS or f"{section}.{key}" in FIXED_KEYS
+    }
+    if config.prompts.path and not config.prompts.eval_path:  # they say which rows are left for training
+        values["the larger of eval.num_prompts and eval.num_greedy_prompts"] = config.eval.num_held_out
+    where, colon, function = config.reward.verifier.rpartition(":")
+    values["reward.verifier"] = f"{Path(where).name}{colon}{function}"  # its file may move, and be mended
+    return {key: value for key, value in values.items() if key not in FREE_KEYS}
+
+
+def _different(there: Mapping[str, object], now: Mapping[str, object]) -> list[str]:
+    return [key for key in there | now if there.get(key) != now.get(key)]
+
+
+def _data_digest(key: str, path: str) -> str:
+    try:
+        return sha256_of(Path(path))
+    except OSError as error:
+        raise ConfigError(key, f"can't be read ({error.strerror})", path) from error

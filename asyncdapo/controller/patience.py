@@ -1,0 +1,101 @@
+"""Patience: waits for work of unknown length as long as it takes, but never in silence.
+
+In: work, and whom it is waited for. Out: its result. Every `controller.report_wait_s` the root of the wait is said.
+When no counter of progress in any process has moved for `controller.stall_s`, the whole chain of waits is printed with
+the stacks of the processes in it, and those at its root are killed, whereupon the fleet starts them again. A request to
+stop the run ends the waits that may be ended (`Stopped`), and leaves the others to their end.
+
+Does not own: what is waited for (`run`), who waits for whom elsewhere (each process's own `Waits`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Mapping
+from typing import TypeVar
+
+from asyncdapo.controller.config import ControllerConfig
+from asyncdapo.controller.fleet import ANSWER_S, Fleet
+from asyncdapo.controller.processes import Process
+from asyncdapo.controller.pulse import Pulse
+from asyncdapo.controller.stacks import ask
+from asyncdapo.controller.waits import Stall, Wait, Waits, chain, processes_in, render
+from asyncdapo.errors import RunError
+from asyncdapo.metrics.reporter import Reporter
+
+T = TypeVar("T")
+
+
+class Stopped(Exception):  # noqa: N818 - a wish, not an error
+    """The run was asked to stop, and what was waited for isn't worth finishing."""
+
+
+class Patience:
+    """The waits of the controller."""
+
+    def __init__(self, config: ControllerConfig, fleet: Fleet, reporter: Reporter) -> None:
+        self._config, self._fleet, self._reporter = config, fleet, reporter
+        self._waits = Waits("controller")
+        self._stall = Stall(time.monotonic())
+        self.stopping = asyncio.Event()
+        """The run was asked to stop."""
+
+    async def wait(self, work: Awaitable[T], *, whom: str, what: str, until_stopped: bool = False) -> T:
+        """The result of `work`, or Stopped. Cancelling cancels the work."""
+        task, stop = asyncio.ensure_future(work), asyncio.ensure_future(self.stopping.wait())
+        self._stall.reset(time.monotonic())
+        try:
+            with self._waits.on(whom, what):
+                while not task.done():
+                    ends = {task, stop} if until_stopped else {task}
+                    done, _ = await asyncio.wait(
+                        ends, timeout=self._config.report_wait_s, return_when=asyncio.FIRST_COMPLETED
+                    )
+                    if stop in done and not task.done():
+                        raise Stopped
+                    if not done:
+                        await self._look_around()
+            return task.result()
+        finally:
+            stop.cancel()
+            task.cancel()
+
+    async def _look_around(self) -> None:
+        """Say what is waited for; act when nothing moves."""
+        pulses = await self._fleet.pulses()
+        waits: dict[str, list[Wait] | None] = {name: pulse and list(pulse.waits) for name, pulse in pulses.items()}
+        links = chain(waits | {"controller": self._waits.open()}, "controller")
+        counters = {f"{name} {key}": n for name, pulse in pulses.items() if pulse for key, n in pulse.progress.items()}
+        still_s = self._stall.feed(time.monotonic(), counters)
+        first, *others = render(links).splitlines()
+        self._reporter.status(f"{first}; {others[-1]}" if others else first)
+        if still_s >= self._config.stall_s:
+            await self._break_stall(still_s, links, pulses)
+
+    async def _break_stall(self, still_s: float, links: list[Wait], pulses: Mapping[str, Pulse | None]) -> None:
+        """Print who waits for whom and where they stand, then kill who is at the root. Raises RunError when the root is
+        no process that could be started again."""
+        self._reporter.note(f"stalled: nothing has moved for {still_s:.0f} s\n{render(links)}")
+        by_name = {process.name: process for process in self._fleet.processes}
+        for name in processes_in(links):
+            if name in by_name:
+                self._reporter.note(f"stacks of {name}:\n{await self._stacks(by_name[name], pulses[name])}")
+        roots = [by_name[wait.who] for wait in links if wait.is_root and wait.who in by_name]
+        if not roots:
+            raise RunError(f"nothing has moved for {still_s:.0f} s: {render(links)}")
+        for process in roots:
+            self._reporter.note(f"{process.name} is killed and started again: it is what the others wait for")
+            process.end()
+        self._stall.reset(time.monotonic())
+
+    async def _stacks(self, process: Process, pulse: Pulse | None) -> str:
+        if pulse is None:
+            if process.entry is None:
+                return "it is being started"
+            return await asyncio.to_thread(ask, process.entry, self._fleet.log_path(process))
+        try:
+            async with asyncio.timeout(ANSWER_S):
+                return await process.call("stacks")
+        except (TimeoutError, RunError) as error:
+            return f"no answer ({error})"

@@ -1,0 +1,190 @@
+"""Faults on purpose, for tests: bad links, death at a named point, a slow worker, a slow or full disk.
+
+In: the `faults` section, once per process (`install`). Out: with the section at its defaults nothing, and every call
+below costs one comparison; else the faults of this process. What is random is seeded by the section, the process and
+the socket, so that a failing run can be repeated. Each entry of `faults.kill` kills once per run: a mark in
+RUN_DIR/faults says that it did, and the next life of the process goes on.
+Does not own: what the sockets make of a bad link (`transport/lossy`), and how the others cope.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import math
+import os
+import random
+import re
+import signal
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from asyncdapo.errors import ConfigError
+
+POINTS = {
+    "replay": {
+        "before_commit": "a transaction is complete and not committed",
+        "after_commit": "a transaction is committed and nobody told",
+        "after_send": "a message is on its way, an acknowledgement or a batch for example",
+        "in_roll_back": "a rollback is written and not committed",
+        "in_covered": "freed payloads are struck from the ledger and their files still there",
+    },
+    "rollout": {
+        "after_lease": "a lease arrived and nothing is sampled for it",
+        "before_send_group": "a group is scored and not sent",
+        "after_send_group": "a group is sent and not acknowledged",
+        "in_load_weights": "new weights arrived and are not in use",
+    },
+    "learner": {
+        "before_train": "a batch arrived and isn't trained on",
+        "after_train": "a batch is trained on and nobody told",
+        "in_send_weights": "the others wait for weights that aren't sent",
+        "in_checkpoint": "a checkpoint is written and doesn't have its name yet",
+        "after_checkpoint": "a checkpoint is whole and nobody told",
+    },
+    "controller": {
+        "after_train": "the learner has trained and the ledger doesn't know",
+        "after_trained": "the ledger has the step and the workers not its weights",
+        "after_publish": "the workers have the weights and the ledger doesn't know",
+        "after_checkpoint": "a checkpoint is whole and the ledger doesn't know",
+    },
+}
+"""Where `faults.kill` can kill: the points that each kind of process passes."""
+KILL = re.compile(r"(controller|replay|learner|rollout-\d+)\.(\w+)(?::([1-9]\d*))?")
+HOLD_S = 0.1
+"""How long a message is held back so that those behind it overtake it."""
+SLOW_WORKER = "rollout-0"
+
+Frames = Sequence[bytes | bytearray | memoryview]
+
+log = logging.getLogger("faults")
+
+
+class Settings(Protocol):
+    """The `faults` section, as asyncdapo/controller/config.py documents it."""
+
+    seed: int
+    drop: float
+    duplicate: float
+    reorder: float
+    truncate: float
+    delay_s: float
+    kill: tuple[str, ...]
+    slow_worker_s: float
+    slow_disk_s: float
+    disk_full_after_mb: float
+
+
+def install(process: str, settings: Settings, run_dir: Path) -> None:
+    """Say who this process is ("replay", "learner", "rollout-0", "controller") and what goes wrong in it."""
+    global _faults
+    _faults = _Faults(process, settings, run_dir) if settings != type(settings)() else None
+
+
+def point(name: str) -> None:
+    """This process passes a point of `POINTS`; perhaps it gets no further."""
+    if _faults:
+        _faults.pass_point(name)
+
+
+def disk_write(num_bytes: int) -> None:
+    """The process is about to write this much. Raises OSError (ENOSPC) when the disk is full."""
+    if _faults:
+        _faults.write(num_bytes)
+
+
+async def slow_worker() -> None:
+    """A worker has a group or an evaluation ready; the slow one takes longer."""
+    if _faults and _faults.worker_s:
+        await asyncio.sleep(_faults.worker_s)
+
+
+def link() -> Link | None:
+    """What goes wrong with the messages that a new socket of this process sends; None when nothing does."""
+    return _faults.next_link() if _faults else None
+
+
+def parse_kill(entry: str) -> tuple[str, str, int]:
+    """Process, point and which time of "process.point[:n]". Raises ConfigError that says what there is."""
+    match = KILL.fullmatch(entry)
+    if not match:
+        raise ConfigError("faults.kill", "an entry is process.point[:n]", entry, "learner.after_train:3")
+    process, name, which = match.groups()
+    points = POINTS[process.split("-")[0]]
+    if name not in points:
+        raise ConfigError("faults.kill", f"{process} has no such point", entry, f"it has {', '.join(points)}")
+    return process, name, int(which or 1)
+
+
+class Link:
+    """Decides what becomes of each message of one socket, without sending anything."""
+
+    def __init__(self, settings: Settings, name: str) -> None:
+        self._settings, self._random = settings, random.Random(f"{settings.seed} {name}")
+        self._last_at = -math.inf
+
+    def pass_on(self, frames: Frames, now: float) -> list[tuple[float, Frames]]:
+        """When to send what in place of these frames. Delays alone keep the order of messages."""
+        chances = [self._random.random() for _ in range(5)]  # always as many, so that settings don't shift the others
+        drop, duplicate, truncate, reorder, delay = chances
+        settings = self._settings
+        if drop < settings.drop:
+            return []
+        self._last_at = at = max(math.nextafter(self._last_at, math.inf), now + delay * settings.delay_s)
+        if truncate < settings.truncate:
+            frames = self._cut(frames)
+        if reorder < settings.reorder:
+            at += HOLD_S
+        return [(at, frames)] * (2 if duplicate < settings.duplicate else 1)
+
+    def _cut(self, frames: Frames) -> Frames:
+        """One frame loses its end; the first, the header, is never empty."""
+        views = [memoryview(frame).cast("B") for frame in frames]
+        chosen = self._random.choice([index for index, view in enumerate(views) if len(view)])
+        views[chosen] = views[chosen][: self._random.randrange(len(views[chosen]))]
+        return views
+
+
+class _Faults:
+    """The faults of this process."""
+
+    def __init__(self, process: str, settings: Settings, run_dir: Path) -> None:
+        log.warning("faults on purpose in %s: %s", process, settings)
+        self._process, self._settings, self._marks = process, settings, run_dir / "faults"
+        self._marks.mkdir(parents=True, exist_ok=True)
+        self._kills = [(entry, *parse_kill(entry)) for entry in settings.kill]
+        self._passed: Counter[str] = Counter()
+        self._num_links = self._num_bytes = 0
+        self.worker_s = settings.slow_worker_s if process == SLOW_WORKER else 0.0
+
+    def pass_point(self, name: str) -> None:
+        assert name in POINTS[self._process.split("-")[0]], f"{self._process} has no point {name}"
+        self._passed[name] += 1
+        for entry, *when in self._kills:
+            if when == [self._process, name, self._passed[name]] and not (self._marks / entry).exists():
+                (self._marks / entry).touch()
+                log.warning("faults.kill: %s", entry)
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    def write(self, num_bytes: int) -> None:
+        """A disk that is full is so for every process of the run, and stays so."""
+        time.sleep(self._settings.slow_disk_s)
+        self._num_bytes += num_bytes
+        full, limit_mb = self._marks / "disk_full", self._settings.disk_full_after_mb
+        if limit_mb and (self._num_bytes > limit_mb * 1e6 or full.exists()):
+            full.touch()
+            raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)} (faults.disk_full_after_mb)")
+
+    def next_link(self) -> Link | None:
+        settings = self._settings
+        if not any((settings.drop, settings.duplicate, settings.reorder, settings.truncate, settings.delay_s)):
+            return None
+        self._num_links += 1
+        return Link(settings, f"{self._process} {self._num_links}")
+
+
+_faults: _Faults | None = None

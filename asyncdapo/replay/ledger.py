@@ -1,0 +1,96 @@
+"""The ledger as a file: how it is started, and how anybody reads it.
+
+In: a run directory. Out: a connection, the branch of every batch, a group with its tokens. Readers need no lock and no
+running process; they see what is committed, also while the run goes on.
+Does not own: writing (`journal`), the tables (`schema`), whether they are sound (`audit`).
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+from contextlib import closing
+from pathlib import Path
+
+from asyncdapo.errors import UserError
+from asyncdapo.messages import Group, Payload
+from asyncdapo.replay.payloads import Place, read_record
+from asyncdapo.replay.schema import LEDGER_SCHEMA, TABLES, UNDONE_TABLES
+
+LEDGER_FILE = "ledger.db"
+PAYLOAD_FOLDER = "payloads"
+
+
+def open_for_writing(path: Path) -> sqlite3.Connection:
+    """The ledger at `path`, started if there is none. Whoever calls holds the writer's lock.
+
+    Raises UserError for a ledger of another layout.
+    """
+    ledger = sqlite3.connect(path, isolation_level=None)
+    ledger.execute("PRAGMA journal_mode = WAL")
+    ledger.execute("PRAGMA synchronous = NORMAL")
+    if not _has_tables(ledger):
+        _start(ledger)
+    _check_schema(ledger, path)
+    return ledger
+
+
+def open_ledger(run_dir: Path) -> sqlite3.Connection:
+    """The ledger for reading, also while the run goes on. Raises sqlite3.OperationalError when there is none."""
+    ledger = sqlite3.connect(f"{(run_dir / LEDGER_FILE).absolute().as_uri()}?mode=ro", uri=True)
+    ledger.row_factory = sqlite3.Row
+    return ledger
+
+
+def last_trained(run_dir: Path) -> dict[int, int]:
+    """Branch of every batch in the ledger, by step; empty without a ledger. For whoever looks for a checkpoint."""
+    path = run_dir / LEDGER_FILE
+    if not path.is_file():
+        return {}
+    with closing(open_ledger(run_dir)) as ledger:
+        if not _has_tables(ledger):
+            return {}
+        _check_schema(ledger, path)
+        return {step: branch for step, branch in ledger.execute("SELECT step, branch FROM batches ORDER BY step")}
+
+
+def read_group(run_dir: Path, group_id: int) -> tuple[Group, Payload]:
+    """A group with its tokens and log-probs, from the files of a run (all of them with `replay.keep_payloads`).
+
+    Raises LookupError for a group that isn't there or whose payload is freed.
+    """
+    with closing(open_ledger(run_dir)) as ledger:
+        place = place_of(ledger, group_id)
+    return read_record(run_dir / PAYLOAD_FOLDER, place)
+
+
+def place_of(ledger: sqlite3.Connection, group_id: int) -> Place:
+    """Where the payload of a group stands. Raises LookupError when it isn't kept, or not any longer."""
+    row = ledger.execute("SELECT segment, offset, bytes FROM groups WHERE group_id = ?", (group_id,)).fetchone()
+    if row is None:
+        raise LookupError(f"no group {group_id} in the ledger")
+    if row[0] is None:
+        raise LookupError(f"the payload of group {group_id} isn't kept (replay.keep_payloads keeps all)")
+    return Place(*row)
+
+
+def _has_tables(ledger: sqlite3.Connection) -> bool:
+    return bool(ledger.execute("SELECT EXISTS (SELECT 1 FROM sqlite_master)").fetchone()[0])
+
+
+def _start(ledger: sqlite3.Connection) -> None:
+    """In one transaction: a process killed in the middle leaves an empty file, which the next one starts anew."""
+    now = time.time()
+    with ledger:
+        ledger.execute("BEGIN")
+        for statement in (TABLES + UNDONE_TABLES).split(";"):
+            ledger.execute(statement)
+        meta = {"schema": LEDGER_SCHEMA, "created_at_s": now, "keep_payloads": 0}
+        ledger.executemany("INSERT INTO meta VALUES (?, ?)", meta.items())
+        ledger.execute("INSERT INTO branches VALUES (0, 0, 0, 0, 'the run began', ?)", (now,))
+
+
+def _check_schema(ledger: sqlite3.Connection, path: Path) -> None:
+    row = ledger.execute("SELECT value FROM meta WHERE key = 'schema'").fetchone()
+    if row is None or row[0] != LEDGER_SCHEMA:
+        raise UserError(f"{path}: has schema {row and row[0]}, this program has {LEDGER_SCHEMA} (use another run.dir)")

@@ -1,0 +1,154 @@
+"""Verifiers in processes of their own, which can be killed: texts in, verdicts out, whatever the user's function does.
+
+    verify(texts, answer) ──waits for a free process──▶ one request for all texts ──▶ a verdict for each
+
+    takes over `timeout_s` over one text    killed, the text judged once more in a fresh process; then 0, `timed_out`
+    dies (signal, exit, no memory)          replaced, the text judged once more; then RewardError
+    raises, or returns no verdict           RewardError; the process goes on
+    can't even start                        tried `MAX_STARTS` times in a row; then RunError, which ends the worker
+    the caller is cancelled                 its process is killed, so that no answer reaches the next request
+
+Invariant: a process has one request at a time, so what waits is bounded by the callers. Verdicts come in the order of
+the texts. Must be started, used and stopped in one event loop that lives as long as the pool: see `child`.
+Does not own: tokens, scale, metrics (the scorer's).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+
+from asyncdapo.errors import RewardError, RunError
+from asyncdapo.reward.child import VerifierProcess
+from asyncdapo.reward.wire import Raised, Request, Verdict
+
+MAX_TRIES = 2
+"""Processes that may fail on one text."""
+MAX_STARTS = 3
+BACKOFF_S = (0.0, 0.0, 0.1, 0.5, 2.0)
+"""Pause before a process is started, by the number of those before it that failed in a row: the first is replaced at
+once."""
+
+log = logging.getLogger("reward")
+
+
+class ScorerPool:
+    """A fixed number of places, in each of them a verifier process, replaced when it is gone."""
+
+    def __init__(self, verifier: str, num_processes: int, timeout_s: float) -> None:
+        self._verifier, self._timeout_s = verifier, timeout_s
+        self._counts: Counter[str] = Counter()
+        self._places = [_Place(verifier, self._counts) for _ in range(num_processes)]
+        self._free: asyncio.Queue[_Place] = asyncio.Queue()
+
+    async def start(self) -> None:
+        """Start every process. Raises RunError when one can't; then none is left."""
+        ready = await asyncio.gather(*(place.process() for place in self._places), return_exceptions=True)
+        for error in ready:
+            if isinstance(error, BaseException):
+                await self.stop()
+                raise error
+        for place in self._places:
+            self._free.put_nowait(place)
+
+    async def stop(self) -> None:
+        """End every process; returns when they are gone. Requests under way raise RunError."""
+        await asyncio.gather(*(place.close() for place in self._places))
+
+    def pids(self) -> list[int]:
+        """Of the processes that live now."""
+        return [place.current.pid for place in self._places if place.current and place.current.alive]
+
+    def gauges(self) -> dict[str, float]:
+        """Cumulative: `scorer_timeouts`, completions that count 0 because the verifier took too long;
+        `scorer_restarts`, processes that took the place of one that was killed for its time or died."""
+        return {key: self._counts[key] for key in ("scorer_timeouts", "scorer_restarts")}
+
+    @property
+    def num_verdicts(self) -> int:
+        """Texts judged so far, over all requests: it rises while the pool gets on."""
+        return self._counts["verdicts"] + self._counts["scorer_timeouts"]
+
+    async def verify(self, texts: list[str], answer: str) -> list[Verdict]:
+        """A verdict for each text. Raises RewardError when the verifier fails, RunError when it can't be started."""
+        place = await self._free.get()
+        try:
+            return await self._verify(place, texts, answer)
+        finally:
+            self._free.put_nowait(place)
+
+    async def _verify(self, place: _Place, texts: list[str], answer: str) -> list[Verdict]:
+        verdicts: list[Verdict] = []
+        num_tries = 0
+        """Of the text at which the last process failed."""
+        while left := texts[len(verdicts) :]:
+            process = await place.process()
+            said = await process.ask(Request(left, answer), len(left), self._timeout_s)
+            if said and isinstance(said[-1], Raised):
+                raise RewardError(said[-1].problem)
+            verdicts += said
+            if len(said) < len(left):
+                num_tries = 1 if said else num_tries + 1
+                if num_tries == MAX_TRIES:
+                    verdicts.append(await self._give_up(process))
+                    num_tries = 0
+        return verdicts
+
+    async def _give_up(self, process: VerifierProcess) -> Verdict:
+        """What becomes of a text on which one process after another failed, this one last."""
+        if not process.timed_out:
+            raise RewardError(f"its process ended {MAX_TRIES} times, the last one {await process.end()}")
+        self._counts["scorer_timeouts"] += 1
+        log.warning("a completion counts 0: the verifier took over %g s, %d times", self._timeout_s, MAX_TRIES)
+        return Verdict(0.0, timed_out=True)
+
+
+class _Place:
+    """One process after another."""
+
+    def __init__(self, verifier: str, counts: Counter[str]) -> None:
+        self._verifier, self._counts = verifier, counts
+        self.current: VerifierProcess | None = None
+        self._num_failed = 0
+        """Processes in a row that ended, or didn't start, without a verdict."""
+        self._closed = False
+
+    async def process(self) -> VerifierProcess:
+        """The process that lives here; a fresh one, after a pause if need be, when the last one is gone."""
+        if self.current is not None and self.current.alive:
+            return self.current
+        if self.current is not None:
+            await self._bury(self.current)
+        for left in reversed(range(MAX_STARTS)):
+            await asyncio.sleep(BACKOFF_S[min(self._num_failed, len(BACKOFF_S) - 1)])
+            if self._closed:
+                raise RunError("the scorer pool has been stopped")
+            try:
+                self.current = await VerifierProcess.start(self._verifier, self._note_verdict)
+                return self.current
+            except RunError as error:
+                problem = f"no process of verifier {self._verifier!r} can be started: {error}"
+                log.warning("%s (%d more tries)", problem, left)
+                self._num_failed += 1
+        raise RunError(problem)
+
+    async def close(self) -> None:
+        """End the process; no other follows."""
+        self._closed = True
+        if self.current is not None:
+            await self.current.end()
+
+    async def _bury(self, process: VerifierProcess) -> None:
+        how = await process.end()
+        self.current = None
+        if process.given_up:
+            return
+        self._num_failed += 1
+        self._counts["scorer_restarts"] += 1
+        why = "took too long over a completion" if process.timed_out else how
+        log.warning("verifier process %d: %s; a fresh one takes its place", process.pid, why)
+
+    def _note_verdict(self) -> None:
+        self._num_failed = 0
+        self._counts["verdicts"] += 1

@@ -1,0 +1,404 @@
+"""A run directory that is launched again: what makes it another run, where it goes on, who may work in it."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from asyncdapo.config import Config, load_config
+from asyncdapo.controller.preflight import prepare_run
+from asyncdapo.controller.resume import Resume, missing_lines, survey
+from asyncdapo.errors import ConfigError, UserError
+from asyncdapo.learner.checkpoint import checkpoint_dir, write_checkpoint
+from asyncdapo.metrics.jsonl import MetricsFile
+from asyncdapo.replay.journal import Journal
+from tests.controller.runs import copy_start_model
+
+DATA = '{"prompt": "1+1", "answer": "2"}\n{"prompt": "2+3", "answer": "5"}\n{"prompt": "4+5", "answer": "9"}\n'
+OWN_DATA = ("prompts.task=file", "eval.num_prompts=1", "eval.num_greedy_prompts=1")
+
+
+def prepare(run_dir: Path, *overrides: str) -> tuple[Config, Resume]:
+    """A launch that gets as far as its first process."""
+    with prepare_run("quickstart", [f"run.dir={run_dir}", "metrics.wandb=disabled", *overrides]) as prepared:
+        return prepared
+
+
+def refused(run_dir: Path, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        prepare(run_dir, *overrides)
+    return str(caught.value)
+
+
+def train(run_dir: Path, *steps: int, branch: int = 0, ended: bool = False) -> None:
+    """Rows of these batches, each trained 2 s after the one before."""
+    Journal(run_dir).close()
+    with sqlite3.connect(run_dir / "ledger.db") as ledger:
+        for step in steps:
+            summary = json.dumps({"learner/loss": 0.125 * step, "learner/k3": math.nan, "learner/train_s": 0.5})
+            row = (step, branch, step - 1, 16, 4000, 1, 0.5, -0.25, summary, 10 * step, 1000.0 + 2 * step)
+            ledger.execute("INSERT INTO batches VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
+        if ended:
+            ledger.execute("INSERT INTO events (kind, branch, detail, pos, at_s) VALUES ('run_ended', 0, '', 9999, 0)")
+    ledger.close()
+
+
+def save(run_dir: Path, *steps: int, branch: int = 0) -> None:
+    for step in steps:
+        write_checkpoint(run_dir, step, branch, lambda directory: (directory / "weights").write_text("whole"))
+
+
+def log(run_dir: Path, *steps: int, **last: float) -> None:
+    """Metrics lines of these steps; `last` are further metrics of the last of them."""
+    file = MetricsFile(run_dir)
+    for step in steps:
+        file.log({"step": step, "time/wall_s": 2.0 * step, "time/total_s": 2.0 * step + 5})
+    if last:
+        file.amend({name.replace("__", "/"): value for name, value in last.items()})
+    file.close()
+
+
+# ------------------------------------------------------------------------------------------------------ run directory
+
+
+def test_a_new_run_has_its_directory_to_itself_with_what_it_is_made_of(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    run_dir.mkdir(mode=0o755)
+    config, resume = prepare(run_dir)
+    assert resume == Resume(new=True)
+    assert run_dir.stat().st_mode & 0o777 == 0o700
+    assert load_config(run_dir / "config.yaml") == config
+    assert set(json.loads((run_dir / "identity.json").read_text())["model"]) == {
+        "config.json",
+        "tokenizer.json",
+        "model.safetensors",
+    }
+
+
+def test_a_launch_killed_before_it_took_the_directory_leaves_it_for_the_next(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    prepare(run_dir)
+    (run_dir / "config.yaml").rename(run_dir / ".config.yaml.new")
+    _, resume = prepare(run_dir, "rollout.group_size=8")
+    assert resume.new
+
+
+def test_a_directory_with_a_config_that_is_no_run_is_refused_and_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("model: {path: gpt2}\n")
+    assert "run.dir: holds a run that can't be gone on with" in refused(tmp_path)
+    assert (tmp_path / "config.yaml").read_text() == "model: {path: gpt2}\n"
+
+
+def test_values_of_former_launches_are_kept(tmp_path: Path) -> None:
+    for steps in (10, 20, 20, 30):
+        prepare(tmp_path / "run", f"run.steps={steps}")
+    names = sorted(path.name for path in (tmp_path / "run").glob("config*.yaml"))
+    assert names == ["config.1.yaml", "config.2.yaml", "config.yaml"]
+    assert [load_config(tmp_path / "run" / name).run.steps for name in names] == [10, 20, 30]
+
+
+HOLDER = """
+import sys, time
+from asyncdapo.controller.preflight import prepare_run
+
+with prepare_run("quickstart", [f"run.dir={sys.argv[1]}", "metrics.wandb=disabled"]):
+    print("holds it", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_two_launches_never_share_a_directory_and_a_killed_one_lets_go_of_it(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(run_dir)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "holds it\n"
+        message = refused(run_dir)
+        assert f"run.dir: is in use by another launch that goes on, process {holder.pid}" in message
+        assert str(run_dir) in message
+    finally:
+        holder.send_signal(signal.SIGKILL)
+        holder.communicate()
+    _, resume = prepare(run_dir)
+    assert not resume.new
+
+
+def test_processes_that_outlive_their_driver_are_ended_before_the_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from asyncdapo.controller import preflight
+    from asyncdapo.controller.roster import Roster, entry_of
+
+    monkeypatch.setattr(preflight, "FORMER_LAUNCH_S", 0.2)
+    prepare(tmp_path / "run")
+    orphan = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    try:
+        Roster(tmp_path / "run").set("learner", [entry_of("learner", 0, orphan.pid)])
+        prepare(tmp_path / "run")
+        assert orphan.wait(timeout=5) == -signal.SIGKILL
+    finally:
+        orphan.kill()
+        orphan.wait()
+
+
+# ------------------------------------------------------------------------------------------------------- the same run
+
+
+def test_everything_that_makes_it_another_run_is_listed_with_both_values(tmp_path: Path) -> None:
+    run_dir, model = tmp_path / "run", copy_start_model(tmp_path / "model")
+    prepare(run_dir, f"model.path={model}")
+    weights = bytearray((model / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (model / "model.safetensors").write_bytes(weights)
+    message = refused(
+        run_dir,
+        f"model.path={model}",
+        "run.seed=1",
+        "rollout.group_size=8",
+        "rollout.temperature=0.5",
+        "rollout.max_response_length=64",
+        "replay.prompts_per_step=8",
+        "replay.run_ahead=0",
+        "reward.incorrect=0",
+        "loss.clip_low=0.1",
+        "filter.on_limit=partial",
+        "prompts.max_prompt_length=40",
+    )
+    for words in (
+        "model.path (other model.safetensors)",
+        "run.seed (0 in the run, 1 here)",
+        "rollout.group_size (16 in the run, 8 here)",
+        "rollout.temperature (1.0 in the run, 0.5 here)",
+        "rollout.max_response_length (128 in the run, 64 here)",
+        "replay.prompts_per_step (16 in the run, 8 here)",
+        "replay.max_staleness (2 in the run, 0 here)",
+        "reward.incorrect (-1.0 in the run, 0.0 here)",
+        "loss.clip_low (0.2 in the run, 0.1 here)",
+        "filter.on_limit (raise in the run, partial here)",
+        "prompts.max_prompt_length (48 in the run, 40 here)",
+    ):
+        assert words in message, words
+    assert message.count(" here)") == 10
+    assert not (run_dir / "config.1.yaml").exists()
+
+
+def test_what_only_says_how_fast_how_long_and_where_may_change(tmp_path: Path) -> None:
+    prepare(tmp_path / "run")
+    config, resume = prepare(
+        tmp_path / "run",
+        "run.steps=100",
+        "run.name=other",
+        "rollout.num_workers=2",
+        "rollout.slots=8",
+        "replay.run_ahead=0.5",
+        "learner.lr=1e-5",
+        "learner.checkpoint_every=3",
+        "reward.processes=2",
+        "reward.timeout_s=3",
+        "reward.max_failure_ratio=1",
+        "eval.every=0",
+        "eval.num_prompts=8",
+    )
+    assert not resume.new
+    assert load_config(tmp_path / "run" / "config.yaml") == config
+
+
+def test_model_data_and_run_may_move(tmp_path: Path) -> None:
+    model, data = copy_start_model(tmp_path / "model"), tmp_path / "data.jsonl"
+    data.write_text(DATA)
+    prepare(tmp_path / "run", f"model.path={model}", f"prompts.path={data}", *OWN_DATA)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for path in (model, data, tmp_path / "run"):
+        path.rename(elsewhere / path.name)
+    moved = (f"model.path={elsewhere / 'model'}", f"prompts.path={elsewhere / 'data.jsonl'}")
+    config, resume = prepare(elsewhere / "run", *moved, *OWN_DATA)
+    assert not resume.new
+    assert load_config(elsewhere / "run" / "config.yaml") == config
+
+
+def test_other_data_and_another_share_of_it_held_out_are_refused(tmp_path: Path) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text(DATA)
+    keys = (f"prompts.path={data}", *OWN_DATA)
+    prepare(tmp_path / "run", *keys)
+    prepare(tmp_path / "run", *keys, "prompts.epochs=2")
+    held_out = "the larger of eval.num_prompts and eval.num_greedy_prompts (1 in the run, 2 here)"
+    assert held_out in refused(tmp_path / "run", *keys, "eval.num_prompts=2")
+    data.write_text(DATA.replace("4+5", "5+4"))
+    assert "prompts.path (other data)" in refused(tmp_path / "run", *keys)
+    data.write_text(DATA)
+    assert "prompts.eval_path (other data)" in refused(tmp_path / "run", *keys, f"prompts.eval_path={data}")
+
+
+# ----------------------------------------------------------------------------------------------------- where it goes on
+
+
+@pytest.fixture
+def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """A run of 4 steps with a final evaluation."""
+    overrides = [f"run.dir={tmp_path_factory.mktemp('run')}", "run.steps=4"]
+    return load_config(Path("configs/quickstart.yaml").resolve(), overrides)
+
+
+@pytest.fixture
+def run_dir(config: Config) -> Path:
+    return Path(config.run.dir)
+
+
+def test_a_run_goes_on_from_its_newest_checkpoint_and_the_line_of_that_step(config: Config, run_dir: Path) -> None:
+    train(run_dir, 1, 2, 3)
+    save(run_dir, 0, 2)
+    log(run_dir, 0, 1, 2, 3)
+    resume = survey(run_dir, config)
+    assert (resume.step, resume.checkpoint, resume.problems) == (2, checkpoint_dir(run_dir, 2), ())
+    assert resume.last_line == {"step": 2, "time/wall_s": 4.0, "time/total_s": 9.0}
+    assert resume.missing_lines == ()
+    assert not resume.finished
+    assert resume.describe() == ["resumes after step 2, from checkpoints/step-000002"]
+
+
+def test_a_checkpoint_that_cannot_be_used_is_named_and_the_one_before_is_taken(config: Config, run_dir: Path) -> None:
+    train(run_dir, 1, 2, 3)
+    save(run_dir, 0, 1, 2, 3)
+    (checkpoint_dir(run_dir, 3) / "weights").write_text("whale")
+    (checkpoint_dir(run_dir, 2) / "weights").unlink()
+    resume = survey(run_dir, config)
+    assert resume.step == 1
+    assert resume.describe() == [
+        "not used: step-000003: weights is damaged (another sha256 than was written)",
+        "not used: step-000002: weights is missing",
+        "resumes after step 1, from checkpoints/step-000001",
+    ]
+
+
+def test_a_run_stopped_before_its_first_checkpoint_begins_with_the_initial_model(config: Config, run_dir: Path) -> None:
+    resume = survey(run_dir, config)
+    assert (resume.new, resume.step, resume.checkpoint, resume.last_line) == (False, 0, None, {})
+    assert resume.describe() == ["resumes after step 0, from the initial model"]
+    Journal(run_dir).close()
+    log(run_dir, 0)
+    assert survey(run_dir, config).last_line["step"] == 0
+
+
+def test_a_line_that_was_never_written_is_made_from_the_ledger(config: Config, run_dir: Path) -> None:
+    train(run_dir, 1, 2, 3)
+    save(run_dir, 0, 3)
+    log(run_dir, 0, 1, 2)
+    (line,) = survey(run_dir, config).missing_lines
+    assert math.isnan(line.pop("learner/k3"))
+    assert line == {
+        "step": 3,
+        "time/wall_s": 6.0,
+        "time/total_s": 11.0,
+        "learner/loss": 0.375,
+        "learner/train_s": 0.5,
+        "reward/filtered_mean": -0.25,
+        "replay/trained_groups": 16,
+        "replay/staleness_max": 1,
+        "replay/staleness_mean": 0.5,
+    }
+    assert survey(run_dir, config).last_line["step"] == 3
+
+
+def test_clocks_of_such_a_line_leave_out_the_time_between_two_launches(run_dir: Path) -> None:
+    train(run_dir, 1, 2)
+    train(run_dir, 3, 4, branch=1)
+    log(run_dir, 0, 1, 2)
+    assert [line["time/wall_s"] for line in missing_lines(run_dir, 4)] == [4.5, 6.5]
+
+
+def test_lines_that_a_torn_file_lost_are_made_too(run_dir: Path) -> None:
+    train(run_dir, 1, 2)
+    log(run_dir, 0)
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write("\0" * 30 + '\n{"step": 2, "rew')
+    assert [line["step"] for line in missing_lines(run_dir, 2)] == [1, 2]
+    assert [line["step"] for line in missing_lines(run_dir, 1)] == [1]
+
+
+def test_what_a_killed_replay_server_had_committed_counts(config: Config, run_dir: Path) -> None:
+    code = f"""
+import os, signal, sqlite3
+from asyncdapo.replay.journal import Journal
+Journal(__import__("pathlib").Path({str(run_dir)!r})).close()
+ledger = sqlite3.connect({str(run_dir / "ledger.db")!r}, isolation_level=None)
+ledger.execute("INSERT INTO batches VALUES (1, 0, 0, 16, 4000, 0, 0.0, 0.0, '{{}}', 10, 1.0)")
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    subprocess.run([sys.executable, "-c", code], check=False)
+    assert (run_dir / "ledger.db-wal").stat().st_size > 0
+    save(run_dir, 0, 1)
+    assert survey(run_dir, config).step == 1
+
+
+@pytest.mark.parametrize(
+    ("steps", "ended", "last", "changes", "finished"),
+    [
+        (4, True, {"eval__greedy_accuracy": 0.5}, {}, True),
+        (4, True, {"eval__greedy_accuracy": 0.5}, {"run.steps": 3}, True),
+        (4, True, {"eval__greedy_accuracy": 0.5}, {"run.steps": 5}, False),
+        (4, False, {"eval__greedy_accuracy": 0.5}, {}, False),
+        (4, True, {"eval__version_min": 4}, {}, False),
+        (4, True, {"eval__version_min": 4}, {"eval.num_greedy_prompts": 0}, True),
+        (4, True, {"eval__version_min": 2}, {"eval.num_greedy_prompts": 0}, False),
+        (4, True, {}, {"eval.num_greedy_prompts": 0, "eval.num_prompts": 0}, True),
+        (3, True, {"eval__greedy_accuracy": 0.5}, {}, False),
+    ],
+)
+def test_a_run_is_finished_when_its_last_step_is_evaluated_and_its_stream_closed(
+    run_dir: Path, steps: int, ended: bool, last: dict, changes: dict, finished: bool
+) -> None:
+    train(run_dir, *range(1, steps + 1), ended=ended)
+    save(run_dir, 0, steps)
+    log(run_dir, *range(steps + 1), **last)
+    overrides = [f"run.dir={run_dir}", "run.steps=4", *(f"{key}={value}" for key, value in changes.items())]
+    assert survey(run_dir, load_config(Path("configs/quickstart.yaml").resolve(), overrides)).finished == finished
+
+
+def test_a_finished_run_without_its_last_line_or_checkpoint_goes_on(config: Config, run_dir: Path) -> None:
+    train(run_dir, 1, 2, 3, 4, ended=True)
+    save(run_dir, 0, 4)
+    log(run_dir, 0, 1, 2, 3, eval__greedy_accuracy=0.5)
+    resume = survey(run_dir, config)
+    assert (resume.step, resume.finished) == (4, False)
+    (checkpoint_dir(run_dir, 4) / "weights").unlink()
+    resume = survey(run_dir, config)
+    assert (resume.step, resume.finished) == (0, False)
+
+
+def test_a_finished_run_is_left_as_it_is(tmp_path: Path) -> None:
+    run_dir, keys = tmp_path / "run", ("run.steps=2", "eval.num_prompts=0", "eval.num_greedy_prompts=0")
+    prepare(run_dir, *keys)
+    train(run_dir, 1, 2, ended=True)
+    save(run_dir, 0, 2)
+    log(run_dir, 0, 1, 2)
+    before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+    launched = subprocess.run(
+        [sys.executable, "-m", "asyncdapo.cli", "launch", "quickstart", f"run.dir={run_dir}"]
+        + ["metrics.wandb=disabled", *keys, "run.steps=1"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (launched.returncode, launched.stderr) == (0, "")
+    assert launched.stdout == f"{run_dir} has its 2 steps; raise run.steps to go on\n"
+    after = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+    changed = {path.name for path in before | after if before.get(path) != after.get(path)}
+    assert changed <= {"launch.lock", "ledger.db-shm", "ledger.db-wal"}
+    _, resume = prepare(run_dir, *keys, "run.steps=3")
+    assert (resume.step, resume.finished) == (2, False)
+
+
+def test_a_damaged_ledger_is_named(config: Config, run_dir: Path) -> None:
+    train(run_dir, 1)
+    content = (run_dir / "ledger.db").read_bytes()
+    (run_dir / "ledger.db").write_bytes(b"\0" * 4096 + content[4096:])
+    with pytest.raises(UserError, match=r"ledger.db: can't be read: .*choose another run.dir"):
+        survey(run_dir, config)

@@ -1,0 +1,139 @@
+"""A learner and its checkpoints: readable by Hugging Face, refused when damaged, good to go on from bit for bit."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from asyncdapo.errors import RunError
+from asyncdapo.learner.checkpoint import find_checkpoint
+from tests.learner.tiny import make_batch, make_learner, save_tiny_llama
+
+
+def names(run_dir):
+    return sorted(os.listdir(run_dir / "checkpoints"))
+
+
+def same_weights(one, other):
+    return all(torch.equal(other.weights()[name], weight) for name, weight in one.weights().items())
+
+
+def test_hugging_face_loads_a_checkpoint_with_the_weights_of_the_learner(tmp_path):
+    learner = make_learner(save_tiny_llama(tmp_path / "model"), keep_checkpoints=1)
+    learner.save(tmp_path / "run", 0, branch=0)
+    learner.train(*make_batch())
+    learner.save(tmp_path / "run", 1, branch=0)
+    learner.train(*make_batch(step=2))
+    path = learner.save(tmp_path / "run", 2, branch=0)
+    assert names(tmp_path / "run") == ["step-000000", "step-000002"]
+    assert (path / "tokenizer.json").read_text() == (tmp_path / "model/tokenizer.json").read_text()
+    saved = AutoModelForCausalLM.from_pretrained(path).state_dict()
+    assert all(torch.equal(saved[name], weight) for name, weight in learner.weights().items())
+
+
+def test_a_restored_learner_goes_on_bit_for_bit(tmp_path):
+    config = {"warmup_steps": 5, "updates_per_step": 2, "weight_decay": 0.1}
+    start = save_tiny_llama(tmp_path / "model")
+    straight = make_learner(start, **config)
+    for step in (1, 2):
+        straight.train(*make_batch(step, seed=step))
+    torch.rand(3)  # moves the random state on from the seed
+    path = straight.save(tmp_path / "run", 2, branch=0)
+    random_number = torch.rand(1)
+    expected = [straight.train(*make_batch(step, seed=step)) for step in (3, 4)]
+
+    restored = make_learner(start, **config)
+    restored.restore(path)
+    assert restored.version == 2
+    assert torch.equal(torch.rand(1), random_number)
+    got = [restored.train(*make_batch(step, seed=step)) for step in (3, 4)]
+    for before, after in zip(expected, got, strict=True):
+        assert {**before, "learner/train_s": 0} == {**after, "learner/train_s": 0}
+    assert same_weights(straight, restored)
+
+
+def test_a_checkpoint_is_a_model_path(tmp_path):
+    learner = make_learner(save_tiny_llama(tmp_path / "model"))
+    learner.train(*make_batch())
+    path = learner.save(tmp_path / "run", 1, branch=0)
+    assert same_weights(learner, make_learner(str(path)))
+
+
+def spoil(batch, payload):
+    """A batch whose update is skipped."""
+    payload.logprobs.fill(float("nan"))
+    return batch, payload
+
+
+def test_skipped_updates_still_count_after_a_restore(tmp_path):
+    start = save_tiny_llama(tmp_path / "model")
+    learner = make_learner(start, max_bad_updates=1)
+    learner.train(*spoil(*make_batch()))
+    path = learner.save(tmp_path / "run", 1, branch=0)
+    restored = make_learner(start, max_bad_updates=1)
+    restored.restore(path)
+    with pytest.raises(RunError, match=r"2 optimizer updates .* learner.max_bad_updates is 1"):
+        restored.train(*spoil(*make_batch(step=2)))
+
+
+def test_settings_of_the_optimizer_are_those_of_the_launch_that_goes_on(tmp_path):
+    start = save_tiny_llama(tmp_path / "model")
+    learner = make_learner(start, lr=1e-3, weight_decay=0.0)
+    learner.train(*make_batch())
+    path = learner.save(tmp_path / "run", 1, branch=0)
+    learners = [make_learner(start, lr=lr, weight_decay=decay) for lr, decay in ((1e-3, 0.0), (2e-3, 0.0), (1e-3, 0.5))]
+    for other in learners:
+        other.restore(path)
+        other.train(*make_batch(step=2))
+    same, faster, decayed = learners
+    assert not same_weights(same, faster)
+    assert not same_weights(same, decayed)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "learner.pt"])
+@pytest.mark.parametrize("flipped", [True, False])
+def test_a_damaged_file_is_named_and_leaves_the_learner_as_it_was(tmp_path, name, flipped):
+    start = save_tiny_llama(tmp_path / "model")
+    learner = make_learner(start)
+    learner.train(*make_batch())
+    path = learner.save(tmp_path / "run", 1, branch=0)
+    content = bytearray((path / name).read_bytes())
+    content[-len(content) // 3] ^= 4
+    (path / name).write_bytes(content if flipped else content[:-100])
+    other, untouched = make_learner(start), make_learner(start)
+    with pytest.raises(RunError, match=f"step-000001 can't be used: {name}"):
+        other.restore(path)
+    assert other.version == 0
+    assert same_weights(other, untouched)
+
+
+KILLED = """
+import os, signal, sys
+import torch
+from tests.learner.tiny import make_batch, make_learner
+
+learner = make_learner(sys.argv[1])
+learner.train(*make_batch())
+learner.save(sys.argv[2], 1, branch=0)
+learner.train(*make_batch(step=2))
+torch.save = lambda state, path: (path.write_bytes(b"half"), os.kill(os.getpid(), signal.SIGKILL))
+learner.save(sys.argv[2], 2, branch=0)
+"""
+
+
+def test_a_learner_killed_while_it_saves_goes_on_from_the_checkpoint_before(tmp_path):
+    start, run_dir = save_tiny_llama(tmp_path / "model"), tmp_path / "run"
+    killed = subprocess.run([sys.executable, "-c", KILLED, start, str(run_dir)], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert names(run_dir) == [".step-000002.new", "step-000001"]
+    step, path, problems = find_checkpoint(run_dir, {1: 0, 2: 0})
+    assert (step, problems) == (1, [])
+    learner = make_learner(start)
+    learner.restore(path)
+    learner.train(*make_batch(step=2))
+    learner.save(run_dir, 2, branch=0)
+    assert names(run_dir) == ["step-000001", "step-000002"]

@@ -1,0 +1,50 @@
+"""Pools of real processes, and what has become of a process."""
+
+import asyncio
+import time
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from asyncdapo.reward.pool import ScorerPool
+
+FILE = Path(__file__).with_name("verifiers.py")
+
+
+@asynccontextmanager
+async def running(function="obey", num_processes=1, timeout_s=20.0):
+    pool = ScorerPool(f"{FILE}:{function}", num_processes, timeout_s)
+    await pool.start()
+    pids = pool.pids()
+    try:
+        yield pool
+    finally:
+        pids += pool.pids()
+        await pool.stop()
+        assert not any(map(is_alive, pids))
+
+
+def is_alive(pid):
+    """There, and no zombie."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return stat.rpartition(")")[2].split()[0] != "Z"
+
+
+def gone_within(pids, seconds):
+    deadline = time.monotonic() + seconds
+    while any(map(is_alive, pids)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return not any(map(is_alive, pids))
+
+
+async def until(condition, seconds=10.0):
+    async with asyncio.timeout(seconds):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+def cpu_ticks(pid):
+    """Time it has computed: a process that rises is in the middle of something."""
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11])

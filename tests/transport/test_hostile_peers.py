@@ -1,0 +1,179 @@
+"""The real replay server under fire: no crash, flat memory, valid peers served; without a key, nothing at all.
+
+200,000 damaged messages of peers that have the run's key, on both of its sockets: a stranger's, those of a worker that
+has joined and holds leases, hellos, and questions for batches. A worker and a learner do their work meanwhile.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from asyncdapo.messages import (
+    Ack,
+    Ask,
+    CutWanted,
+    EvalDone,
+    GroupDone,
+    GroupFailed,
+    Heartbeat,
+    Loaded,
+    Message,
+    Progress,
+    Started,
+)
+from asyncdapo.replay.audit import audit
+from asyncdapo.replay.server import ReplayServer
+from asyncdapo.transport.codec import Malformed, encode
+from asyncdapo.transport.keys import RunKeys
+from asyncdapo.transport.sockets import Client, Server
+from tests.replay import serving as replay_side
+from tests.replay.serving import FakeLearner, FakeWorker, serving
+from tests.replay.small_run import make_group, write_files
+from tests.transport.mutations import Attacker, under_attack
+
+NUM_MESSAGES = 200_000
+WARM_UP = 20_000
+"""Messages after which memory counts: imports, caches and the allocator's pools are there by then."""
+MAX_GROWTH_MB = 24
+MAX_GAP_S = 5.0
+"""Longest time without an acknowledged group; the machine may be busy with other things."""
+KEYLESS = b"keyless"
+ANY_STALENESS = 10**6
+VALID_WORKER = 60_000
+"""Far from the numbers that damaged hellos bear: whoever has the key may speak for any worker."""
+
+
+def test_damaged_messages_cost_no_memory_and_valid_peers_are_served_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.CRITICAL, "replay")  # pytest keeps every line of a log in memory
+    keys = RunKeys.make()
+    monkeypatch.setattr(replay_side, "Client", partial(Client, curve=keys.client))
+    heard = listen(monkeypatch)
+
+    async def run() -> None:
+        doors = {"curve": keys.server}
+        async with serving(tmp_path, server_options=doors, run_ahead=4.0, max_staleness=ANY_STALENESS) as server:
+            noisy = FakeWorker(server, 1)
+            await noisy.join()
+            await server.begin()
+            attackers = damaged_messages(server, noisy, await noisy.leases(2))
+            noisy.close()
+            life = ValidLife(server)
+            living = asyncio.create_task(life.live())
+            heard.clear()
+            keyless = [replace(attackers[0], identity=KEYLESS)]
+            with under_attack(attackers, keys.client, 7, NUM_MESSAGES), under_attack(keyless, None, 8, NUM_MESSAGES):
+                await until_heard(heard, WARM_UP, server, living)
+                before_mb, began = memory_mb(), time.monotonic()
+                await until_heard(heard, NUM_MESSAGES, server, living)
+                growth_mb, rate = memory_mb() - before_mb, (NUM_MESSAGES - WARM_UP) / (time.monotonic() - began)
+            living.cancel()
+            with suppress(asyncio.CancelledError):
+                await living
+            await server.finish()
+            print(f"{rate:.0f} messages/s, {growth_mb:.1f} MB, {len(life.lines)} steps, gap {life.longest_gap_s:.2f} s")
+            assert heard["keyless"] == 0
+            assert heard["malformed"] > NUM_MESSAGES / 2
+            assert growth_mb < MAX_GROWTH_MB
+            assert life.longest_gap_s < MAX_GAP_S
+            assert len(life.lines) > 50
+        write_files(tmp_path, life.lines)
+        config = tmp_path / "config.yaml"
+        config.write_text(config.read_text().replace("max_staleness: 1", f"max_staleness: {ANY_STALENESS}"))
+        assert audit(tmp_path) == []
+
+    asyncio.run(asyncio.wait_for(run(), 100))
+
+
+class ValidLife:
+    """A worker and a learner that go on with their work, step after step."""
+
+    def __init__(self, server: ReplayServer) -> None:
+        self._server = server
+        self.lines: list[dict[str, float]] = []
+        self.longest_gap_s = 0.0
+
+    async def live(self) -> None:
+        server, worker, learner = self._server, FakeWorker(self._server, VALID_WORKER), FakeLearner(self._server)
+        await worker.join()
+        at = time.monotonic()
+        while True:
+            step, batch_step = len(self.lines) + 1, 0
+            while batch_step != step:  # answers to repeated questions come late
+                [lease] = await worker.leases(1)
+                await worker.answer(lease)
+                await worker.take(Ack)
+                self.longest_gap_s, at = max(self.longest_gap_s, time.monotonic() - at), time.monotonic()
+                await learner.want(step)
+                with suppress(TimeoutError):
+                    batch_step = (await asyncio.wait_for(learner.receive(), 0.02))[0].step
+            metrics = await server.trained(step, {"learner/loss": 0.5})
+            await server.published(step)
+            self.lines.append({"step": step, **metrics})
+            await asyncio.sleep(0.02)
+
+
+def damaged_messages(server: ReplayServer, noisy: FakeWorker, leases) -> list[Attacker]:
+    """Who attacks with what. Nobody asks for leases in a joined worker's name: a worker with the key may keep them."""
+    groups = [encode(GroupDone(group=group), payload.frames()) for group, payload in map(of_worker_1, leases)]
+    joined: list[Message] = [
+        Started(lease_id=leases[0].lease_id, version=0),
+        Loaded(version=0, branch=0),
+        GroupFailed(lease_id=leases[1].lease_id, reason="x"),
+        EvalDone(request_id=1, answers=[]),
+    ]
+    progress = {leases[0].lease_id: Progress(num_tokens=3, phase="sampling")}
+    beat = Heartbeat(asked=4, loaded_version=0, branch=0, progress=progress, gauges={"tokens": 1.0})
+    as_worker = groups * 2 + [encode(message) for message in joined]
+    return [
+        Attacker(server.rollout_address, b"stranger", [*as_worker, encode(Ask(asked=4)), encode(beat)]),
+        Attacker(server.rollout_address, b"rollout-1-first", as_worker),
+        Attacker(server.rollout_address, b"greeter", [encode(noisy.hello())]),
+        Attacker(server.learner_address, b"curious", [encode(CutWanted(step=1))]),
+    ]
+
+
+of_worker_1 = partial(make_group, worker=1)
+
+
+def listen(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Counts what the replay server hears of others than the valid peers."""
+    heard: Counter[str] = Counter()
+
+    class ListeningServer(Server):
+        async def receive(self):
+            peer, message, buffers = await super().receive()
+            if not peer.startswith((b"learner", b"rollout-60000")):
+                heard["all"] += 1
+                heard["malformed"] += isinstance(message, Malformed)
+                heard["keyless"] += peer == KEYLESS
+            return peer, message, buffers
+
+    monkeypatch.setattr("asyncdapo.replay.server.Server", ListeningServer)
+    return heard
+
+
+async def until_heard(heard: Counter[str], num: int, server: ReplayServer, living: asyncio.Task[None]) -> None:
+    while heard["all"] < num:
+        await asyncio.sleep(0.05)
+        for task in (server.serving, living):
+            if task.done():
+                task.result()
+
+
+def memory_mb() -> float:
+    """Resident memory of this process."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
