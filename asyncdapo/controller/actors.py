@@ -275,6 +275,12 @@ class RolloutActor(Actor):
 
     async def pulse(self) -> Pulse:
         gauges = self.worker.gauges()
+        if num_running := self.engine.num_outstanding:
+            self.waits.stand(
+                NOBODY, f"{num_running} sequences run or wait for a slot, {gauges['tokens']:.0f} tokens so far"
+            )
+        else:
+            self.waits.stand("replay", "a lease")
         first = self.index * self.config.reward.processes
         scorers = [entry_of("scorer", first + place, pid) for place, pid in enumerate(self.scorer.pids())]
         return Pulse(

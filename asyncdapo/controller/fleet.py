@@ -31,6 +31,7 @@ from asyncdapo.controller.pulse import Pulse
 from asyncdapo.controller.restarts import Restarts
 from asyncdapo.controller.roster import Roster, this_process
 from asyncdapo.controller.roster import end as end_entries
+from asyncdapo.controller.waits import Stall
 from asyncdapo.errors import RunError, UserError
 from asyncdapo.transport.keys import RunKeys
 
@@ -56,6 +57,9 @@ class Fleet:
         self.keys = RunKeys.make()
         self.roster = Roster(Path(config.run.dir))
         self.roster.set("controller", [this_process("controller")])
+        self.still_s = 0.0
+        """For how long no counter of progress has moved in any process."""
+        self._stall = Stall(time.monotonic())
         self.totals: dict[str, float] = {}
         """The latest metrics line: counts of a replay server that is started again go on from it."""
         self.leasing = False
@@ -95,6 +99,11 @@ class Fleet:
         """Start the learner again from a checkpoint (none: the initial model). It has yet to be rolled back to."""
         await self._pause(self.learner, death)
         await self._bring_up(self.learner, self.opened.learner_address, checkpoint)
+
+    def note_progress(self) -> None:
+        """Something has happened that no counter shows."""
+        self._stall.reset(time.monotonic())
+        self.still_s = 0.0
 
     async def pulses(self) -> Mapping[str, Pulse | None]:
         """Of every process; None where there is no answer."""
@@ -140,14 +149,18 @@ class Fleet:
         process.end()
         delay_s = self.restarts.delay_s(process.name, death)
         log.warning("%s; it is started again", death)
-        await asyncio.to_thread(end_entries, self.roster.remove(process.name), CHILDREN_S)
+        await asyncio.to_thread(end_entries, self.roster.of(process.name), CHILDREN_S)
+        self.roster.remove(process.name)
         await asyncio.sleep(delay_s)
 
     async def _look(self) -> None:
-        """Keep the roster, and put workers to death that the replay server has lost though their process lives."""
+        """Keep the roster, notice when nothing moves, and put workers to death that the replay server has lost though
+        their process lives."""
         while True:
             await asyncio.sleep(LOOK_S)
             pulses = await self.pulses()
+            counters = {f"{name} {key}": n for name, p in pulses.items() if p for key, n in p.progress.items()}
+            self.still_s = self._stall.feed(time.monotonic(), counters)
             for process in self.processes:
                 pulse = pulses[process.name]
                 if pulse and process.up.is_set() and process.entry in pulse.entries:
@@ -179,6 +192,7 @@ class Fleet:
                 await self._pause(process, death)
                 continue
             process.up.set()
+            self.note_progress()
             return answer
 
     async def _within_start_timeout(self, process: Process, call: Coroutine[Any, Any, Any]) -> Any:

@@ -16,11 +16,11 @@ from collections.abc import Awaitable, Mapping
 from typing import TypeVar
 
 from asyncdapo.controller.config import ControllerConfig
-from asyncdapo.controller.fleet import ANSWER_S, Fleet
+from asyncdapo.controller.fleet import ANSWER_S, LOOK_S, Fleet
 from asyncdapo.controller.processes import Process
 from asyncdapo.controller.pulse import Pulse
 from asyncdapo.controller.stacks import ask
-from asyncdapo.controller.waits import Stall, Wait, Waits, chain, processes_in, render
+from asyncdapo.controller.waits import Wait, Waits, chain, processes_in, render
 from asyncdapo.errors import RunError
 from asyncdapo.metrics.reporter import Reporter
 
@@ -37,45 +37,47 @@ class Patience:
     def __init__(self, config: ControllerConfig, fleet: Fleet, reporter: Reporter) -> None:
         self._config, self._fleet, self._reporter = config, fleet, reporter
         self._waits = Waits("controller")
-        self._stall = Stall(time.monotonic())
         self.stopping = asyncio.Event()
         """The run was asked to stop."""
 
     async def wait(self, work: Awaitable[T], *, whom: str, what: str, until_stopped: bool = False) -> T:
         """The result of `work`, or Stopped. Cancelling cancels the work."""
         task, stop = asyncio.ensure_future(work), asyncio.ensure_future(self.stopping.wait())
-        self._stall.reset(time.monotonic())
+        ends = {task, stop} if until_stopped else {task}
+        report_at = time.monotonic() + self._config.report_wait_s
         try:
             with self._waits.on(whom, what):
                 while not task.done():
-                    ends = {task, stop} if until_stopped else {task}
-                    done, _ = await asyncio.wait(
-                        ends, timeout=self._config.report_wait_s, return_when=asyncio.FIRST_COMPLETED
-                    )
+                    done, _ = await asyncio.wait(ends, timeout=LOOK_S, return_when=asyncio.FIRST_COMPLETED)
                     if stop in done and not task.done():
                         raise Stopped
-                    if not done:
-                        await self._look_around()
+                    if self._fleet.still_s >= self._config.stall_s:
+                        await self._break_stall()
+                    elif not done and time.monotonic() >= report_at:
+                        report_at += self._config.report_wait_s
+                        await self._report()
             return task.result()
         finally:
             stop.cancel()
             task.cancel()
 
-    async def _look_around(self) -> None:
-        """Say what is waited for; act when nothing moves."""
-        pulses = await self._fleet.pulses()
-        waits: dict[str, list[Wait] | None] = {name: pulse and list(pulse.waits) for name, pulse in pulses.items()}
-        links = chain(waits | {"controller": self._waits.open()}, "controller")
-        counters = {f"{name} {key}": n for name, pulse in pulses.items() if pulse for key, n in pulse.progress.items()}
-        still_s = self._stall.feed(time.monotonic(), counters)
+    async def _report(self) -> None:
+        """Say what is waited for, and the root of it."""
+        links, _ = await self._chain()
         first, *others = render(links).splitlines()
         self._reporter.status(f"{first}; {others[-1]}" if others else first)
-        if still_s >= self._config.stall_s:
-            await self._break_stall(still_s, links, pulses)
 
-    async def _break_stall(self, still_s: float, links: list[Wait], pulses: Mapping[str, Pulse | None]) -> None:
+    async def _chain(self) -> tuple[list[Wait], Mapping[str, Pulse | None]]:
+        """From the controller's oldest wait to its roots, and what every process said."""
+        pulses = await self._fleet.pulses()
+        waits: dict[str, list[Wait] | None] = {name: pulse and list(pulse.waits) for name, pulse in pulses.items()}
+        return chain(waits | {"controller": self._waits.open()}, "controller"), pulses
+
+    async def _break_stall(self) -> None:
         """Print who waits for whom and where they stand, then kill who is at the root. Raises RunError when the root is
         no process that could be started again."""
+        still_s = self._fleet.still_s
+        links, pulses = await self._chain()
         self._reporter.note(f"stalled: nothing has moved for {still_s:.0f} s\n{render(links)}")
         by_name = {process.name: process for process in self._fleet.processes}
         for name in processes_in(links):
@@ -87,7 +89,7 @@ class Patience:
         for process in roots:
             self._reporter.note(f"{process.name} is killed and started again: it is what the others wait for")
             process.end()
-        self._stall.reset(time.monotonic())
+        self._fleet.note_progress()
 
     async def _stacks(self, process: Process, pulse: Pulse | None) -> str:
         if pulse is None:

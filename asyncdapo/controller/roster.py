@@ -81,11 +81,14 @@ class Roster:
         self._entries[owner] = tuple(entries)
         self._write()
 
-    def remove(self, owner: str) -> list[Entry]:
-        """`owner` has ended. Returns what it reported last: the processes it started may outlive it (see `end`)."""
-        entries = self._entries.pop(owner, ())
+    def of(self, owner: str) -> list[Entry]:
+        """What `owner` reported last: itself, and the processes it started, which may outlive it (see `end`)."""
+        return list(self._entries.get(owner, ()))
+
+    def remove(self, owner: str) -> None:
+        """`owner` has ended, and all that it started."""
+        self._entries.pop(owner, None)
         self._write()
-        return list(entries)
 
     def entries(self) -> list[Entry]:
         """All of them, by role and index."""

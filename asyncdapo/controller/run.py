@@ -59,8 +59,20 @@ def launch(config: Config, resume: Resume) -> int:
     faults.install("controller", config.faults, run_dir)
     controller = Controller(config, resume, reporter, started)
     try:
+        code = _launch(controller)
+    except UserError:
+        _close(reporter)
+        if resume.new and not controller.leasing:
+            shutil.rmtree(run_dir)  # nothing was sampled: the corrected command may have the directory
+        raise
+    return _close(reporter) or code
+
+
+def _launch(controller: Controller) -> int:
+    reporter = controller.reporter
+    try:
         reporter.status("starting Ray")
-        with warden(), ray_session(config):
+        with warden(), ray_session(controller.config):
             signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C; Ray has set its own by now
             asyncio.run(controller.run())
         return EXIT_STOPPED if controller.stopped else 0
@@ -70,16 +82,19 @@ def launch(config: Config, resume: Resume) -> int:
         reporter.status(f"the run ended: {error}")
         print(f"asyncdapo: the run ended: {error}", file=sys.stderr)
         return 1
-    except UserError:
-        if resume.new and not controller.leasing:
-            reporter.close()
-            shutil.rmtree(run_dir)  # nothing was sampled: the corrected command may have the directory
-        raise
     except (KeyboardInterrupt, asyncio.CancelledError):
         reporter.status("interrupted: what came after the last checkpoint will be done again")
         return EXIT_STOPPED
-    finally:
+
+
+def _close(reporter: Reporter) -> int:
+    """Finish the files. Returns the exit code: 1 when the upload of the metrics has failed."""
+    try:
         reporter.close()
+    except RunError as error:
+        print(f"asyncdapo: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 class Controller:

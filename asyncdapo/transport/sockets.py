@@ -13,8 +13,8 @@ In: messages of `asyncdapo.messages` with their buffer frames. Out: the same at 
                     over when all its frames are there, so their number is checked then, before anything is decoded
     keys            a server with CURVE keys hears only peers whose key is on its list (`keys`)
 
-Cancelling a `receive` loses no message. Does not own: acknowledgement, sessions, who may speak (`delivery`, and the
-processes at both ends).
+Cancelling a `receive` loses no message. Does not own: acknowledgement (`delivery`), the list of keys (`keys`), sessions
+(the processes at both ends).
 """
 
 from __future__ import annotations

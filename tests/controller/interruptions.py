@@ -56,7 +56,7 @@ def go_on(run_dir: Path, before: Interruption, num_steps: int = 4, *overrides: s
     last = before.checkpoint + num_steps
     run = launch(run_dir, *SHORT, f"run.steps={last}", *overrides)
     assert run.exit_code == 0, run.output
-    assert f"goes on after step {before.checkpoint}" in run.output, run.output
+    assert f"resumes after step {before.checkpoint}" in run.output, run.output
     assert [line["step"] for line in run.lines] == list(range(last + 1))
     after = survey(run_dir)
     first = before.checkpoint + 1

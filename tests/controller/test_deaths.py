@@ -68,11 +68,10 @@ def test_a_process_that_dies_again_and_again_ends_the_run_with_the_cause(tmp_pat
     run_dir = tmp_path / "run"
     with started(run_dir, *SHORT, "run.steps=100000", "controller.max_restarts=1") as process:
         wait_for_batch(run_dir, 1, process)
-        for _ in range(2):
-            (pid,) = processes(run_dir, "rollout")
-            os.kill(pid, signal.SIGKILL)
-            if process.poll() is None:
-                wait_until(lambda pid=pid: process.poll() is not None or processes(run_dir, "rollout") != [pid], process)
+        (pid,) = processes(run_dir, "rollout")
+        os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: processes(run_dir, "rollout") not in ([], [pid]), process)
+        os.kill(*processes(run_dir, "rollout"), signal.SIGKILL)
         output, _ = process.communicate(timeout=60)
         assert process.returncode == 1, output
     assert re.search(r"rollout-0: the process died.*controller.max_restarts is 1", output.splitlines()[-1]), output

@@ -21,7 +21,7 @@ def test_the_death_past_the_budget_ends_the_run_with_its_cause_and_the_key_that_
     restarts = Restarts(2, Clock())
     for _ in range(2):
         restarts.delay_s("rollout-0", DEATH)
-    with pytest.raises(RunError, match=r"rollout-0: the process died: killed .*number 3 within an hour.*controller.max_restarts is 2"):
+    with pytest.raises(RunError, match=r"process died: killed .*number 3 within an hour; controller.max_restarts is 2"):
         restarts.delay_s("rollout-0", DEATH)
 
 

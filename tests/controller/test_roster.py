@@ -56,9 +56,10 @@ def test_a_restart_takes_the_place_of_the_process_before_with_all_that_it_had_st
 def test_the_entries_of_a_process_that_ended_are_handed_back_so_that_its_children_can_be_ended(tmp_path: Path) -> None:
     entries = Roster(tmp_path)
     entries.set("rollout-0", [entry("rollout", pid=11), entry("scorer", pid=12)])
-    assert [one.pid for one in entries.remove("rollout-0")] == [11, 12]
+    assert [one.pid for one in entries.of("rollout-0")] == [11, 12]
+    entries.remove("rollout-0")
     assert roster.read(tmp_path) == []
-    assert entries.remove("rollout-0") == []
+    assert entries.of("rollout-0") == []
 
 
 def test_the_file_is_written_only_when_something_changed(tmp_path: Path) -> None:

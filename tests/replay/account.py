@@ -34,11 +34,8 @@ class TrueGroup:
     reason: str = ""
     changed: int = 0
     """Number of the event in which it came to this state."""
-
-    @property
-    def was_stale(self) -> bool:
-        """It missed the bound when it came, so that it got no verdict that counts."""
-        return self.state == "expired" and self.changed == self.arrived
+    was_stale: bool = False
+    """It missed the bound when it came, so that it got no verdict that counts."""
 
 
 class Account:

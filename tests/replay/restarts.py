@@ -36,7 +36,7 @@ def snapshot(state: ReplayState) -> dict[str, object]:
         "limit_reached": state.limit_reached,
         "prompts": state.prompts.unended,
         "num_fresh": state.stream.num_fresh,
-        "places": state.stream.places,
+        "places": {} if state.over else state.stream.places,
         "running": state.leases.running,
         "num_granted": state.leases.num_granted,
         "loaded": {index: worker.loaded_version for index, worker in state.leases.workers.items()},

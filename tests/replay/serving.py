@@ -95,6 +95,7 @@ async def serving(
         **(server_options or {}),
     )
     server.serving = asyncio.create_task(server.run())
+    await asyncio.sleep(0)  # a task that never ran has no end in which it closes its sockets
     try:
         yield server
     finally:

@@ -1,4 +1,4 @@
-"""Whenever the replay server dies or the run goes back to a checkpoint: the state is what it was, or what it must be."""
+"""Whenever the server dies or the run goes back to a checkpoint: the state is what it was, or what it must be."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ from tests.replay.restarts import Restarts, snapshot
 from tests.replay.simulation import World
 from tests.replay.test_state_properties import CHAOS, chaos, worlds
 
+SHM = Path("/dev/shm")
+
 
 @contextmanager
 def restarts(world: World) -> Iterator[Restarts]:
-    """In a run directory of its own, which outlives no example."""
-    folder = Path(tempfile.mkdtemp(prefix="restarts-"))
+    """In a run directory of its own, which outlives no example; in memory where there is such a place."""
+    folder = Path(tempfile.mkdtemp(prefix="restarts-", dir=SHM if SHM.is_dir() else None))
     simulation = Restarts(world, folder)
     try:
         yield simulation

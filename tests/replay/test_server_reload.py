@@ -140,7 +140,7 @@ async def test_peers_that_have_not_said_hello_to_the_new_server_are_strangers(tm
         assert await worker.take(Ack) == Ack(lease_id=lease.lease_id)
 
 
-# ----------------------------------------------------------------------------------------------------- repeated commands
+# ---------------------------------------------------------------------------------------------------- repeated commands
 
 
 @scenario

@@ -102,6 +102,7 @@ class Truth(Account):
         if group.state == "arrived":
             assert isinstance(event, core.GroupDone)
             assert action.state == self._first_state(group)
+            group.was_stale = action.state == "expired"
         else:
             legal = {
                 "queued": {"cut", "expired", "surplus"},

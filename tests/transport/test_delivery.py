@@ -42,3 +42,11 @@ def test_messages_are_due_oldest_first() -> None:
     outbox.put("b", SECOND)
     outbox.put("a", FIRST)
     assert [message for message, _ in outbox.due(now=0.0)] == [SECOND, FIRST]
+
+
+def test_after_clear_nothing_is_due() -> None:
+    outbox = Outbox(resend_s=5.0)
+    outbox.put("a", FIRST)
+    outbox.clear()
+    assert outbox.due(now=0.0) == []
+    assert len(outbox) == 0
