@@ -377,6 +377,11 @@ class LearnerActor(Actor):
         self.manifest = Manifest.of(self.learner.weights(), getattr(torch, self.config.rollout.dtype))
         return self.group.address, self.manifest
 
+    async def abandon_workers(self) -> None:
+        """One of them has died: whoever waits for it to join fails now, not at the deadline."""
+        if self.group:
+            self.group.close()
+
     async def accept_workers(self) -> None:
         """Wait for every worker to join."""
         with self.waits.on("rollout", "the weight group", self.config.weights.timeout_s):

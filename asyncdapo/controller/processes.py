@@ -13,6 +13,7 @@ import asyncio
 import logging
 import math
 import os
+import re
 import signal
 import time
 from collections import Counter
@@ -180,22 +181,25 @@ class Watch:
 
     def __init__(self) -> None:
         self._tasks: dict[asyncio.Task[Any], str] = {}
+        self._one_ended = asyncio.Event()
 
     def add(self, name: str, work: Coroutine[Any, Any, Any]) -> None:
-        """Watch work that should not end."""
-        self._tasks[asyncio.ensure_future(work)] = name
+        """Watch work that should not end, from now on."""
+        task = asyncio.ensure_future(work)
+        self._tasks[task] = name
+        task.add_done_callback(lambda _: self._one_ended.set())
 
     async def guard(self, work: Coroutine[Any, Any, Any]) -> Any:
         """Run `work` to its end, unless a watched task ends before; then `work` is cancelled and the cause raised."""
-        main = asyncio.ensure_future(work)
+        main, ended = asyncio.ensure_future(work), asyncio.ensure_future(self._one_ended.wait())
         try:
-            await asyncio.wait([main, *self._tasks], return_when=asyncio.FIRST_COMPLETED)
-            if main.done() and main.exception() is not None and self._tasks:
-                await asyncio.wait(self._tasks, timeout=CAUSE_GRACE_S, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait([main, ended], return_when=asyncio.FIRST_COMPLETED)
+            if main.done() and isinstance(main.exception(), RunError):
+                await asyncio.wait([ended], timeout=CAUSE_GRACE_S)
             self._raise_if_one_ended()
             return await main
         finally:
-            everything = [main, *self._tasks]
+            everything = [main, ended, *self._tasks]
             for task in everything:
                 task.cancel()
             await asyncio.gather(*everything, return_exceptions=True)
@@ -211,7 +215,7 @@ def _reason(error: RayActorError) -> str:
     """The line of Ray's report that says how the process ended."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     said = next((line for line in reversed(lines) if "exit" in line.lower() or "killed" in line.lower()), lines[0])
-    return said.partition(" There are some potential root causes")[0]
+    return re.split(r" (?:There are some potential root|Some common) causes", said)[0]
 
 
 def _amounts(resources: Mapping[str, float]) -> str:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -148,9 +149,16 @@ class Publishing:
         deadline_s = self.config.timeout_s + COMMAND_MARGIN_S
         tasks = {asyncio.ensure_future(process.call(*command)): process for process, command in calls}
         try:
-            _, pending = await asyncio.wait(tasks, timeout=deadline_s)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(deadline_s):
+                    await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+                    if not all(task.done() for task in tasks):
+                        with suppress(ProcessDied):
+                            await self.learner.call("abandon_workers")
+                    await asyncio.wait(tasks)
         finally:
-            for task in tasks:
+            pending = [task for task in tasks if not task.done()]
+            for task in pending:
                 task.cancel()
         answers = await asyncio.gather(*tasks, return_exceptions=True)
         errors = [answer for answer in answers if isinstance(answer, Exception)]

@@ -183,7 +183,7 @@ def _summary(run_dir: Path) -> list[str]:
     """What the ledger counts, for people; nothing when it can't be read."""
     try:
         with closing(_open(run_dir)) as ledger:
-            return [*_counts(ledger), _batches(ledger)]
+            return [*_counts(ledger), _batches(ledger), *_rollbacks(ledger)]
     except (_Unreadable, sqlite3.Error):
         return []
 
@@ -193,6 +193,14 @@ def _counts(ledger: sqlite3.Connection) -> Iterator[str]:
         rows = ledger.execute(f"SELECT {column}, COUNT(*) FROM {table} GROUP BY 1 ORDER BY 2 DESC, 1")
         counts = " · ".join(f"{state} {count:,}" for state, count in rows)
         yield f"{table:<8} {counts or 'none'}"
+
+
+def _rollbacks(ledger: sqlite3.Connection) -> Iterator[str]:
+    rows = ledger.execute("SELECT step FROM branches WHERE branch > 0 ORDER BY branch").fetchall()
+    if rows:
+        groups, tokens = ledger.execute("SELECT COUNT(*), COALESCE(SUM(tokens), 0) FROM undone_groups").fetchone()
+        steps = ", ".join(str(step) for (step,) in rows[-NUM_SHOWN:])
+        yield f"rollbacks {len(rows)}, the last to step {steps} · undone: {groups:,} groups, {tokens:,} tokens"
 
 
 def _batches(ledger: sqlite3.Connection) -> str:

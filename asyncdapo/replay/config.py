@@ -41,7 +41,8 @@ class ReplayConfig:
     on_stale: Literal["drop", "requeue", "wait"] = "drop"
     """A group that would miss the bound: drop it, sample its prompt again, or hold the cut until it is done."""
     lease_stall_s: float = 60.0
-    """Seconds without a new token after which a lease is lost and its prompt sampled again."""
+    """Seconds without a new token after which a lease is lost and its prompt sampled again. Waiting for a slot of an
+    engine that works, or for the verifier, does not count."""
     heartbeat_s: float = 2.0
     """Seconds between a worker's heartbeats; silent 5 of them it is suspected, 15 of them it is lost."""
     keep_payloads: bool = False

@@ -3,6 +3,9 @@
 Each query returns no row in a sound ledger; the columns of a row that it does return say what is wrong. Parameters come
 from the run's own config.yaml: `:bound` (staleness in force), `:batch_min`, `:batch_max` (groups in a batch),
 `:group_size`, `:max_attempts`; and from the ledger: `:finished` (1 once the run has ended).
+
+The tables hold the surviving history, so all but the last section read as if nothing had ever been undone. That section
+would catch a wrong rollback: something of an abandoned future that is still there.
 Does not own: reading files, metrics.jsonl, payload segments (`audit`).
 """
 
@@ -48,6 +51,8 @@ INVARIANTS = {
         LEFT JOIN groups g ON g.lease_id = l.lease_id AND g.state = 'expired'
         GROUP BY p.prompt_id HAVING p.attempts NOT BETWEEN COALESCE(SUM(l.outcome IN ('lost', 'rejected')), 0)
             AND COALESCE(SUM(l.outcome IN ('lost', 'rejected', 'withdrawn') OR g.group_id IS NOT NULL), 0)""",
+    "a waiting prompt has its place in the stream, any other none": """
+        SELECT prompt_id, state, place FROM prompts WHERE (state = 'waiting') <> (place IS NOT NULL)""",
     # -------------------------------------------------------------------------------------------------------- leases
     "a lease has one legal outcome": f"""
         SELECT lease_id, COUNT(*) AS num_rows, MIN(outcome) AS outcome FROM leases
@@ -87,7 +92,7 @@ INVARIANTS = {
         SELECT group_id, state, step FROM groups
         WHERE (state = 'trained' AND (step IS NULL OR step NOT IN (SELECT step FROM batches)))
             OR (state = 'cut' AND (step IS NULL OR step IN (SELECT step FROM batches)))
-            OR (state NOT IN ('trained', 'cut') AND step IS NOT NULL)""",
+            OR (state NOT IN ('trained', 'cut') AND reason <> 'run ended' AND step IS NOT NULL)""",
     "staleness is within the bound": """
         SELECT group_id, step, min_version, step - 1 - min_version AS staleness FROM groups
         WHERE state IN ('trained', 'cut') AND step - 1 - min_version > :bound""",
@@ -113,4 +118,38 @@ INVARIANTS = {
         FROM batches b JOIN groups g ON g.step = b.step AND g.state = 'trained'
         GROUP BY b.step HAVING b.staleness_max <> MAX(b.step - 1 - g.min_version)
             OR ABS(b.staleness_mean - AVG(b.step - 1 - g.min_version)) > 1e-9""",
+    "a batch was cut once, before it was trained": """
+        SELECT b.step, COUNT(e.event_id) AS cuts, MAX(e.pos) AS cut_pos, b.trained_pos
+        FROM batches b LEFT JOIN events e ON e.kind = 'cut' AND e.step = b.step
+        GROUP BY b.step HAVING COUNT(e.event_id) <> 1 OR MAX(e.pos) >= b.trained_pos""",
+    # ------------------------------------------------------------------------------------------------------ rollbacks
+    "branches are 0, 1, 2, … and the newest goes back to a batch that stands": """
+        SELECT n.branch, n.step, n.pos FROM
+            (SELECT branch, step, pos, ROW_NUMBER() OVER (ORDER BY branch) - 1 AS expected FROM branches) n
+        WHERE n.branch <> n.expected OR (n.branch = (SELECT MAX(branch) FROM branches)
+            AND (n.step, n.pos) NOT IN (SELECT 0, 0 UNION ALL SELECT step, trained_pos FROM batches))""",
+    "no row is of a branch that never began": """
+        SELECT 'leases' AS "table", branch FROM leases WHERE branch NOT IN (SELECT branch FROM branches)
+        UNION ALL SELECT 'batches', branch FROM batches WHERE branch NOT IN (SELECT branch FROM branches)
+        UNION ALL SELECT 'publishes', branch FROM publishes WHERE branch NOT IN (SELECT branch FROM branches)
+        UNION ALL SELECT 'loads', branch FROM loads WHERE branch NOT IN (SELECT branch FROM branches)
+        UNION ALL SELECT 'events', branch FROM events WHERE branch NOT IN (SELECT branch FROM branches)""",
+    "no group of an earlier branch has a token newer than a rollback went back to": """
+        SELECT g.group_id, g.branch, g.max_version, b.branch AS rollback, b.step AS back_to
+        FROM groups g JOIN branches b ON g.branch < b.branch WHERE g.max_version > b.step""",
+    "no lease of an earlier branch runs, or ended after the checkpoint without a group": """
+        SELECT l.lease_id, l.branch, l.outcome, l.ended_pos, b.branch AS rollback, b.pos AS back_to_pos
+        FROM leases l JOIN branches b ON l.branch < b.branch
+        WHERE l.outcome IS NULL OR (l.outcome <> 'done' AND l.ended_pos > b.pos)""",
+    "a batch is of the branch that trained it, and later than the rollbacks it has seen": """
+        SELECT t.step, t.branch, b.branch AS rollback, b.step AS back_to FROM batches t JOIN branches b
+        WHERE (t.branch < b.branch AND t.step > b.step) OR (t.branch = b.branch AND t.step <= b.step)""",
+    "what was published and loaded after the checkpoint of a rollback is undone": """
+        SELECT 'publishes' AS "table", p.version, p.pos, b.branch AS rollback
+        FROM publishes p JOIN branches b ON p.branch < b.branch WHERE p.pos > b.pos
+        UNION ALL SELECT 'loads', p.version, p.pos, b.branch
+        FROM loads p JOIN branches b ON p.branch < b.branch WHERE p.pos > b.pos""",
+    "what a rollback undid is gone": """
+        SELECT 'leases' AS "table", lease_id AS id FROM undone_leases WHERE lease_id IN (SELECT lease_id FROM leases)
+        UNION ALL SELECT 'groups', group_id FROM undone_groups WHERE group_id IN (SELECT group_id FROM groups)""",
 }

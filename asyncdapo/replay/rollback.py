@@ -123,24 +123,24 @@ class Rollback:
             (self.pos, *HELD_STATES),
         )
         groups = [_Group(*row) for row in rows]
-        members = {group.group_id for group in groups if group.step == self.step + 1}
-        restored = self._can_restore([group for group in groups if group.group_id in members])
+        restored = self._can_restore([group for group in groups if group.step == self.step + 1])
+        next_step = self.step + 1 + restored
         followed: set[int] = set()
         num_lost = 0
         for group in groups:
-            if restored and group.group_id in members:
-                fate = _Fate("cut", self.step + 1, "")
+            if restored and group.step == self.step + 1:
+                fate = _Fate("cut", group.step, "")
             else:
-                fate = self._fate(group, self.step + 1 + restored, followed=group.prompt_id in followed)
-            num_lost += fate is None and group.max_version <= self.step and group.entered != "expired"
+                fate = self._fate(group, next_step, followed=group.prompt_id in followed)
             if fate is None:
                 self._undo("groups", "group_id = ?", group.group_id)
+                num_lost += group.max_version <= self.step and not self._has_payload(group)
                 continue
             followed.add(group.prompt_id)
             if fate != group.fate:
                 self._change_group(group.group_id, fate)
         if num_lost:
-            log.warning("rollback to step %d: %d kept groups can't be used and are sampled again", self.step, num_lost)
+            log.warning("rollback to step %d: the tokens of %d groups are not there any more", self.step, num_lost)
         return restored
 
     def _can_restore(self, members: Sequence[_Group]) -> bool:
@@ -229,10 +229,10 @@ class Rollback:
                 now = [state, step, reason, attempts, None]
             elif expired:
                 now = ["expired", None, "stale", attempts, None]
-            elif was[0] == "waiting" and (changed_pos <= self.pos or place == FIRST):
+            elif was[0] == "waiting" and changed_pos <= self.pos:
                 continue
             else:
-                first = prompt_id in in_flight and not self.config.synchronous
+                first = place == FIRST or (prompt_id in in_flight and not self.config.synchronous)
                 now = ["waiting", None, "rolled back", attempts, FIRST if first else prompt_id]
             if now != [*was, place]:
                 self._change_prompt(prompt_id, now)

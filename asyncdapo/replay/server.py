@@ -183,6 +183,7 @@ class ReplayServer:
             "first_lease_at_s": self._exchange.first_lease_at_s,
             "known_workers": {session.worker: self._describe(session) for session in self._sessions.known},
             "suspected_workers": self._sessions.suspected,
+            "lost_workers": self._sessions.lost,
             "evaluations_waiting": evaluations.num_waiting,
             "evaluations_running": evaluations.num_under_way,
             "sampled_tokens": self._sessions.total("tokens"),

@@ -131,6 +131,11 @@ class Sessions:
         """Workers that have been silent for a while."""
         return [session.worker for session in self.live if self.tick - session.heard_tick > SUSPECT_TICKS]
 
+    @property
+    def lost(self) -> list[int]:
+        """Workers that have been silent for so long that nothing is expected of them, and whose death nobody told."""
+        return [session.worker for session in self.known if self.tick - session.heard_tick > LOST_TICKS]
+
     def held_by(self, worker: int) -> dict[int, HeldLease]:
         return {lease_id: lease for lease_id, lease in self.leases.items() if lease.worker == worker}
 
@@ -175,7 +180,7 @@ class Sessions:
             loaded_version=hello.loaded_version,
             branch=hello.branch,
             heard_tick=self.tick,
-            granted=hello.granted,
+            granted=max(0, hello.granted),
             counted_before=hello.granted > 0,
         )
         self._by_worker[hello.worker] = self._by_peer[peer] = session

@@ -29,6 +29,7 @@ from asyncdapo.errors import WeightsError
 from asyncdapo.weights.backend import CPU, Backend
 
 LEARNER_RANK = 0
+JOIN_POLL_S = 0.02
 
 
 class Deadline:
@@ -60,6 +61,7 @@ class WeightGroup:
         self.device = torch.device("cuda", torch.cuda.current_device()) if backend == "nccl" else torch.device("cpu")
         self._host, port = address.rsplit(":", 1)
         self._group: dist.Backend | None = None
+        self._left = False
         with self._translated("open the store", Deadline(timeout_s)):
             self._store: dist.Store | None = dist.TCPStore(
                 self._host,
@@ -90,16 +92,19 @@ class WeightGroup:
 
     def connect(self, deadline: Deadline | None = None) -> None:
         """Wait for every rank, then connect with them. Raises WeightsError that names who is missing at the deadline,
-        `timeout_s` from now unless it is given."""
+        `timeout_s` from now unless it is given, or at once when another thread closes the group meanwhile: a rank that
+        has died will not join."""
         store = self._open_store()
         deadline = deadline or Deadline(self.timeout_s)
-        store.set(_joined(self.rank), "")
-        try:
-            store.wait([_joined(rank) for rank in range(self.world_size)], deadline.left())
-        except dist.DistError as error:
-            missing = self._missing_ranks(store)
-            self.close()
-            raise WeightsError(f"no group for the weights within {self.timeout_s:g} s: {missing}") from error
+        with self._translated("join", deadline):
+            store.set(_joined(self.rank), "")
+            while not store.check([_joined(rank) for rank in range(self.world_size)]):
+                self._open_store()
+                if deadline.passed:
+                    missing = self._missing_ranks(store)
+                    self.close()
+                    raise WeightsError(f"no group for the weights within {self.timeout_s:g} s: {missing}")
+                time.sleep(JOIN_POLL_S)
         with self._translated("connect", deadline):
             self._group = _process_group(dist.PrefixStore("weights", store), self, deadline)
 
@@ -132,7 +137,7 @@ class WeightGroup:
 
     def close(self) -> None:
         """Leave the group; collectives under way fail, here and at the other ranks."""
-        group, self._group, self._store = self._group, None, None
+        group, self._group, self._store, self._left = self._group, None, None, True
         if group is not None:
             group.abort()
 
@@ -159,6 +164,8 @@ class WeightGroup:
         try:
             yield
         except RuntimeError as error:
+            if self._left:
+                raise WeightsError("the group of the weights is closed") from error
             self.close()
             reason = f"no end within {self.timeout_s:g} s" if deadline.passed else str(error).partition("\n")[0]
             raise WeightsError(f"rank {self.rank} of {self.world_size} could not {doing}: {reason}") from error

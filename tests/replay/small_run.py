@@ -1,6 +1,7 @@
 """A run of a few groups without sockets: the real core, journal and accounts, driven by hand.
 
-`finished_run` leaves a run directory that audit finds sound; it holds every kind of row.
+`finished_run` leaves a run directory that audit finds sound and that holds every kind of row; that of `resumed_run` has
+four branches.
 """
 
 import json
@@ -15,6 +16,7 @@ from asyncdapo.replay.config import FilterConfig, ReplayConfig
 from asyncdapo.replay.exchange import Exchange
 from asyncdapo.replay.intake import arrival
 from asyncdapo.replay.journal import Journal
+from asyncdapo.replay.recovery import Recovered
 from asyncdapo.replay.sessions import Sessions
 from asyncdapo.replay.state import ReplayState
 
@@ -71,6 +73,10 @@ def make_group(lease: Lease, *, worker=0, accs=(1.0, 0.0), versions=((0, 4),)) -
     return group, payload
 
 
+def _make_state(recovered: Recovered, **settings) -> ReplayState:
+    return ReplayState(recovered=recovered, **settings)
+
+
 class SmallRun:
     """The exchange with a hand on every event."""
 
@@ -78,18 +84,13 @@ class SmallRun:
         self, run_dir: Path, *, keep_payloads=False, segment_bytes=1 << 20, filter=None, make_journal=Journal, **replay
     ):
         settings = {"prompts_per_step": 2, "run_ahead": 1.0, "max_staleness": 1} | replay
-        config = ReplayConfig(**settings)
+        self.config = ReplayConfig(**settings)
+        self.make_state = partial(
+            _make_state, config=self.config, filter=filter or FilterConfig(), max_attempts=3, num_prompts=None
+        )
         self.journal = make_journal(run_dir, keep_payloads=keep_payloads, segment_bytes=segment_bytes)
         self.sessions = Sessions(stall_ticks=10)
-        make_state = partial(ReplayState, config, filter or FilterConfig(), max_attempts=3, num_prompts=None)
-        self.exchange = Exchange(
-            lambda recovered: make_state(recovered=recovered),
-            self.journal,
-            self.sessions,
-            prompt_at,
-            group_size=GROUP_SIZE,
-            seed=1,
-        )
+        self.exchange = Exchange(self.make_state, self.journal, self.sessions, prompt_at, group_size=GROUP_SIZE, seed=1)
         self.leases: dict[int, Lease] = {}
         self.lines: list[dict] = []
 
@@ -108,6 +109,13 @@ class SmallRun:
         )
         self.sessions.begin(f"peer-{worker}-{session}".encode(), hello)
         self.exchange.apply(core.WorkerJoined(worker=worker, loaded_version=version), detail=session)
+
+    def roll_back(self, step):
+        """Back to the checkpoint of `step`, the lines of metrics too; worker 0 is there again with its weights."""
+        self.exchange.roll_back(step, "the learner died")
+        self.lines = self.lines[:step]
+        self.messages()
+        self.join(0, session=f"branch {self.exchange.branch}", version=step)
 
     def ready(self, worker, credits):
         """The leases that come of it."""
@@ -179,6 +187,31 @@ def finished_run(run_dir: Path) -> Path:
     run.fill(0, versions=((2, 4),))
     run.train(3)
     run.ready(0, 4)
+    return end(run, run_dir)
+
+
+def resumed_run(run_dir: Path) -> Path:
+    """Four steps in four branches: from step 2 back to 1, later from step 3 back to 2, and at once once more."""
+    run = SmallRun(run_dir)
+    run.join(0)
+    for step in (1, 2):
+        run.fill(0, versions=((step - 1, 4),))
+        run.train(step)
+    run.ready(0, 4)
+    run.answer(run.running(0)[0], versions=((2, 4),))
+    run.roll_back(1)
+    run.train(2)
+    run.fill(0, versions=((2, 4),))
+    run.train(3)
+    run.roll_back(2)
+    run.roll_back(2)
+    run.train(3)
+    run.fill(0, versions=((3, 4),))
+    run.train(4)
+    return end(run, run_dir)
+
+
+def end(run: SmallRun, run_dir: Path) -> Path:
     run.exchange.apply(core.RunEnded())
     run.journal.close()
     write_files(run_dir, run.lines)

@@ -8,12 +8,18 @@ import pytest
 
 from asyncdapo.replay.audit import audit, run_audit
 from asyncdapo.replay.invariants import INVARIANTS
-from tests.replay.small_run import SmallRun, finished_run, write_files
+from tests.replay.small_run import SmallRun, finished_run, resumed_run, write_files
 
 TRAINED = "(SELECT MIN(group_id) FROM groups WHERE state = 'trained')"
 TRAINED_LAST = "(SELECT MAX(group_id) FROM groups WHERE state = 'trained')"
 TRAINED_PROMPT = "(SELECT MIN(prompt_id) FROM prompts WHERE state = 'trained')"
 LOST = "(SELECT MIN(lease_id) FROM leases WHERE outcome = 'lost')"
+
+
+def back_to(step):
+    """A rollback that undid nothing."""
+    return f"INSERT INTO branches SELECT 1, step, trained_pos, 1 << 30, 'planted', 0 FROM batches WHERE step = {step}"
+
 
 PLANTS = {
     "a prompt is in one legal state": f"UPDATE prompts SET state = 'asleep' WHERE prompt_id = {TRAINED_PROMPT}",
@@ -65,6 +71,19 @@ PLANTS = {
     "a batch has prompts_per_step groups": "UPDATE batches SET groups = 1 WHERE step = 2",
     "a batch's counts are those of its trained groups": "UPDATE batches SET tokens = tokens + 1 WHERE step = 2",
     "a batch's staleness is that of its trained groups": "UPDATE batches SET staleness_max = 0 WHERE step = 2",
+    "a waiting prompt has its place in the stream, any other none": (
+        f"UPDATE prompts SET place = 7 WHERE prompt_id = {TRAINED_PROMPT}"
+    ),
+    "a batch was cut once, before it was trained": "DELETE FROM events WHERE kind = 'cut' AND step = 2",
+    "branches are 0, 1, 2, … and the newest goes back to a batch that stands": (
+        "INSERT INTO branches VALUES (1, 3, 5, 9, 'of a batch 3 that stood at position 5', 0)"
+    ),
+    "no row is of a branch that never began": "UPDATE loads SET branch = 3 WHERE version = 2",
+    "no group of an earlier branch has a token newer than a rollback went back to": back_to(1),
+    "no lease of an earlier branch runs, or ended after the checkpoint without a group": back_to(1),
+    "a batch is of the branch that trained it, and later than the rollbacks it has seen": back_to(2),
+    "what was published and loaded after the checkpoint of a rollback is undone": back_to(2),
+    "what a rollback undid is gone": f"INSERT INTO undone_leases SELECT *, 1 FROM leases WHERE lease_id = {LOST}",
 }
 
 
@@ -112,6 +131,37 @@ def test_the_sound_run_holds_every_kind_of_end(run_dir):
     assert states == {"trained", "filtered", "expired", "failed", "unused"}
     assert outcomes == {"done", "withdrawn", "lost", "rejected", "failed"}
     assert {"late", "gen_batch_closed", "worker_lost", "run_ended"} <= kinds
+
+
+def test_a_run_of_several_branches_is_sound(tmp_path, capsys):
+    resumed_run(tmp_path)
+    with sqlite3.connect(tmp_path / "ledger.db") as ledger:
+        assert ledger.execute("SELECT branch, step FROM branches").fetchall() == [(0, 0), (1, 1), (2, 2), (3, 2)]
+        assert ledger.execute("SELECT step, branch FROM batches").fetchall() == [(1, 0), (2, 1), (3, 3), (4, 3)]
+    assert audit(tmp_path) == []
+    assert run_audit(tmp_path) == 0
+    assert "rollbacks 3, the last to step 1, 2, 2 · undone: " in capsys.readouterr().out
+
+
+def test_a_run_that_was_killed_after_a_rollback_is_sound(tmp_path):
+    run = unfinished_run(tmp_path)
+    again = SmallRun(tmp_path)
+    again.roll_back(1)
+    again.fill(0, versions=((1, 4),))
+    again.journal.close()
+    write_files(tmp_path, run.lines)
+    assert audit(tmp_path) == []
+
+
+def test_a_run_that_went_on_after_its_end_is_not_finished(tmp_path):
+    finished_run(tmp_path)
+    lines = metrics(tmp_path)[1:]
+    run = SmallRun(tmp_path)
+    run.roll_back(3)
+    run.ready(0, 2)
+    run.journal.close()
+    write_files(tmp_path, lines)
+    assert audit(tmp_path) == []
 
 
 def test_every_invariant_has_a_planted_breach():

@@ -1,10 +1,13 @@
 """The journal: what it writes, what survives a kill, when payloads go."""
 
 import json
+import os
 import re
+import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 from contextlib import closing
 from itertools import pairwise
 from pathlib import Path
@@ -13,15 +16,16 @@ from typing import get_args
 import numpy as np
 import pytest
 
-from asyncdapo.errors import UserError
+from asyncdapo.errors import RunError, UserError
 from asyncdapo.messages import Lease
 from asyncdapo.replay import events as core
 from asyncdapo.replay.audit import audit
 from asyncdapo.replay.intake import arrival
 from asyncdapo.replay.journal import Journal
-from asyncdapo.replay.ledger import open_ledger, read_group
+from asyncdapo.replay.ledger import last_trained, open_ledger, read_group
 from asyncdapo.replay.payloads import Place, Segments, read_record
-from tests.replay.small_run import SmallRun, finished_run, make_group, prompt_at
+from asyncdapo.replay.schema import UNDOABLE
+from tests.replay.small_run import SmallRun, finished_run, make_group, prompt_at, resumed_run
 
 
 def rows(run_dir, query):
@@ -144,7 +148,7 @@ def test_the_outcome_of_a_lease_is_known(tmp_path):
 def test_a_transaction_that_fails_leaves_nothing(tmp_path):
     journal = Journal(tmp_path)
     joined = core.WorkerJoined(worker=0, loaded_version=0)
-    lost_group = core.MoveGroup(group_id=9, prompt_id=9, state="trained", step=1)
+    lost_group = core.MoveGroup(group_id=9, prompt_id=9, state="trained", verdict="kept", step=1)
     with pytest.raises(AssertionError, match="never arrived"):
         journal.write(joined, [lost_group])
     assert rows(tmp_path, "SELECT * FROM events") == []
@@ -152,10 +156,61 @@ def test_a_transaction_that_fails_leaves_nothing(tmp_path):
     assert len(rows(tmp_path, "SELECT * FROM events")) == 1
 
 
-def test_a_second_run_in_the_same_directory_is_refused(tmp_path):
+def test_a_second_writer_is_refused_while_the_first_one_lives(tmp_path):
+    first = Journal(tmp_path)
+    with pytest.raises(RunError, match=rf"ledger\.lock: process {os.getpid()} writes this run's ledger"):
+        Journal(tmp_path, lock_wait_s=0.1)
+    first.close()
+    Journal(tmp_path, lock_wait_s=0.1).close()
+
+
+DYING_WRITER = """
+import sys, time
+from pathlib import Path
+from asyncdapo.replay.journal import Journal
+journal = Journal(Path(sys.argv[1]))
+print("open", flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_successor_waits_until_its_predecessor_has_died(tmp_path):
+    dying = subprocess.Popen([sys.executable, "-c", DYING_WRITER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert dying.stdout.readline() == "open\n"
+    with pytest.raises(RunError, match=f"process {dying.pid} writes"):
+        Journal(tmp_path, lock_wait_s=0.1)
+    threading.Timer(0.3, dying.kill).start()
+    Journal(tmp_path, lock_wait_s=30).close()
+    assert dying.wait() == -signal.SIGKILL
+    dying.stdout.close()
+
+
+def test_a_ledger_of_another_layout_is_refused(tmp_path):
     Journal(tmp_path).close()
-    with pytest.raises(UserError, match=r"ledger\.db exists"):
+    with sqlite3.connect(tmp_path / "ledger.db") as ledger:
+        ledger.execute("UPDATE meta SET value = 1 WHERE key = 'schema'")
+    with pytest.raises(UserError, match=r"ledger\.db: has schema 1, this program has 2"):
         Journal(tmp_path)
+    with pytest.raises(UserError, match="has schema 1"):
+        last_trained(tmp_path)
+
+
+def test_a_journal_that_goes_on_uses_no_position_again(tmp_path):
+    run = SmallRun(tmp_path)
+    run.join(0)
+    run.ready(0, 2)
+    run.journal.close()
+    [before] = rows(tmp_path, "SELECT MAX(granted_pos) AS position FROM leases")
+    again = SmallRun(tmp_path)
+    again.join(1)
+    [after] = rows(tmp_path, "SELECT MAX(pos) AS position FROM events")
+    assert after["position"] == before["position"] + 1
+
+
+def test_the_batches_of_a_ledger_are_known_by_step_and_branch(tmp_path):
+    assert last_trained(tmp_path) == {}
+    resumed_run(tmp_path)
+    assert last_trained(tmp_path) == {1: 0, 2: 1, 3: 3, 4: 3}
 
 
 def test_anybody_can_read_while_the_run_goes_on(tmp_path):
@@ -293,10 +348,32 @@ PAGE = (Path(__file__).parents[2] / "docs" / "ledger.md").read_text()
 
 def test_the_page_on_the_ledger_names_every_table_and_column(tmp_path):
     Journal(tmp_path).close()
-    for table in rows(tmp_path, "SELECT name FROM sqlite_master WHERE type = 'table'"):
+    for table in rows(tmp_path, "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'undone_%'"):
         [section] = [part for part in PAGE.split("\n**")[1:] if part.startswith(f"`{table['name']}`**")]
         columns = rows(tmp_path, f"SELECT name FROM pragma_table_info('{table['name']}')")
         assert [column["name"] for column in columns if f"`{column['name']}`" not in section] == []
+
+
+def test_every_table_that_a_rollback_touches_has_an_undone_one_of_the_same_columns(tmp_path):
+    Journal(tmp_path).close()
+    tables = {row["name"] for row in rows(tmp_path, "SELECT name FROM sqlite_master WHERE type = 'table'")}
+    assert {name for name in tables if not name.startswith("undone_")} == {*UNDOABLE, "meta", "branches"}
+    for table in UNDOABLE:
+        assert f"`undone_{table}`" in PAGE
+        [columns, undone] = [
+            [row["name"] for row in rows(tmp_path, f"SELECT name FROM pragma_table_info('{name}')")]
+            for name in (table, f"undone_{table}")
+        ]
+        assert undone == [*columns, "undone_by"]
+
+
+def test_the_query_on_the_page_shows_what_a_rollback_undid(tmp_path):
+    resumed_run(tmp_path)
+    [query] = re.findall(r"```sql\n(.*?)```", PAGE, re.DOTALL)
+    [first, *_] = rows(tmp_path, query)
+    [undone] = rows(tmp_path, "SELECT COUNT(*) AS groups, SUM(tokens) AS tokens FROM undone_groups WHERE undone_by = 1")
+    assert first == {"branch": 1, "step": 1, "reason": "the learner died"} | undone
+    assert undone["tokens"] > 0
 
 
 def test_the_page_on_the_ledger_names_every_state_and_event(tmp_path):

@@ -1,8 +1,10 @@
 """Workers that fall silent, stall or come back at the replay server, and peers that send noise."""
 
 import asyncio
+import os
 import random
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import zmq
@@ -56,12 +58,14 @@ async def test_a_silent_worker_is_lost_and_one_that_speaks_again_works_again(tmp
         await until(lambda: server.status()["suspected_workers"] == [0], server)
         assert "nothing heard for long from workers [0]" in server.status()["why_waiting"]
         await until(lambda: server.status()["workers"] == 0, server)
+        assert server.status()["lost_workers"] == [0]
         assert server.status()["why_waiting"].startswith(("no live worker", "learner"))
         await worker.ask(1)
         await worker.beat({lease.lease_id: 5})
         assert lease.lease_id in (await worker.take(Withdraw)).lease_ids
         assert (await worker.take(Lease)).lease_id > lease.lease_id
         assert server.status()["workers"] == 1
+        assert server.status()["lost_workers"] == []
 
 
 @scenario
@@ -92,6 +96,37 @@ async def test_a_heartbeat_that_reports_a_lease_that_is_over_is_told_so(tmp_path
         await worker.join()
         await worker.beat({41: 3, 42: 3})
         assert await worker.take(Withdraw) == Withdraw(lease_ids=[41, 42])
+
+
+# ------------------------------------------------------------------------------------------------------------ memory
+
+
+def resident_mib():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+@scenario
+async def test_what_workers_send_while_the_learner_is_held_up_leaves_memory_as_it_was(tmp_path):
+    """Groups of 320 kB: 150 that the filter drops, and 150 times one that was delivered before."""
+    async with serving(tmp_path) as server:
+        worker = FakeWorker(server)
+        await worker.join()
+        await server.begin()
+        long = {"versions": ((0, 20_000),)}
+        delivered, _ = await worker.leases(2)
+        await worker.answer(delivered, **long)
+        await worker.take(Ack)
+        before = resident_mib()
+        for _ in range(150):
+            await worker.answer(delivered, **long)
+            await worker.take(Ack)
+            [dropped] = await worker.leases(1)
+            await worker.answer(dropped, accs=(1.0, 1.0), **long)
+            await worker.take(Ack)
+            await worker.beat()
+            worker.passed_over.clear()
+        assert resident_mib() - before < 24
+        assert server.status()["dropped"]["duplicates"] == 150
 
 
 # -------------------------------------------------------------------------------------------------- strangers and noise

@@ -100,6 +100,9 @@ async def test_a_failed_reward_ends_the_prompt_and_is_acknowledged_each_time(tmp
         assert rows(tmp_path, "SELECT detail FROM events WHERE kind = 'failed'") == [("ZeroDivisionError",)]
 
 
+VOCAB_SIZE = 1 << 20
+
+
 def with_completion(group, **changes):
     """The group with its first completion changed."""
     first, *rest = group.completions
@@ -133,6 +136,7 @@ BAD_GROUPS = {
     "a log-prob above 0": lambda g, p: (g, with_logprob(p, 0.5)),
     "an infinite log-prob": lambda g, p: (g, with_logprob(p, -np.inf)),
     "a negative token": lambda g, p: (g, Payload(p.prompt_ids, -1 - p.token_ids, p.logprobs)),
+    "a token beyond the vocabulary": lambda g, p: (g, Payload(p.prompt_ids, p.token_ids + VOCAB_SIZE, p.logprobs)),
     "other prompt tokens": lambda g, p: (g, Payload(p.prompt_ids + 1, p.token_ids, p.logprobs)),
     "a token too few": lambda g, p: (g, Payload(p.prompt_ids, p.token_ids[:-1], p.logprobs)),
 }
@@ -141,7 +145,7 @@ BAD_GROUPS = {
 @pytest.mark.parametrize("what", BAD_GROUPS)
 def test_a_group_that_contradicts_itself_or_its_lease_is_rejected(tmp_path, what):
     async def run():
-        async with serving(tmp_path) as server:
+        async with serving(tmp_path, server_options={"vocab_size": VOCAB_SIZE}) as server:
             worker = FakeWorker(server)
             await worker.join()
             await server.begin()

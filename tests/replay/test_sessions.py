@@ -76,7 +76,7 @@ def test_the_first_heartbeat_that_knows_the_version_of_the_first_token_says_so_u
     assert beat(sessions, begun).started == []
 
 
-# ---------------------------------------------------------------------------------------------------------- what is held
+# --------------------------------------------------------------------------------------------------------- what is held
 
 
 def test_a_lease_that_two_heartbeats_in_a_row_do_not_list_is_due_again_and_then_every_two():
@@ -95,7 +95,7 @@ def test_what_a_worker_holds_and_the_server_does_not_is_over():
     assert (found.over, found.unlisted) == ([8, 9], [])
 
 
-# -------------------------------------------------------------------------------------------------------------- counting
+# ------------------------------------------------------------------------------------------------------------- counting
 
 
 def test_counters_go_on_from_the_last_line_and_count_a_new_worker_in_full():
@@ -138,7 +138,7 @@ def test_both_ends_go_on_from_the_higher_count_of_grants():
     assert sessions.recognise(b"again", hello(granted=8)).granted == 8
 
 
-# --------------------------------------------------------------------------------------------------------------- silence
+# -------------------------------------------------------------------------------------------------------------- silence
 
 
 def test_all_are_gone_only_when_all_have_been_silent_for_long_joined_or_not():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from types import UnionType
 from typing import TypeVar
 
 import msgspec
@@ -151,7 +152,7 @@ class FakeReplay:
     def port(self) -> int:
         return int(self.address.rsplit(":", 1)[1])
 
-    async def expect(self, kind: type[M], when: Callable[[M], bool] = lambda _: True) -> M:
+    async def expect(self, kind: type[M] | UnionType, when: Callable[[M], bool] = lambda _: True) -> M:
         """The next message of this kind; those before it are skipped."""
         while True:
             self.peer, message, self.frames = await self._server.receive()
