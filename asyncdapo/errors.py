@@ -8,6 +8,7 @@
       EngineError             the inference engine can't go on
       RewardError             the reward function raised, or its process died of it; the worker turns it into a
                               failed group
+      DiskError               the disk is full or broken: what it refused is not done
 
 Anything else that escapes is a defect of ours and keeps its traceback.
 """
@@ -53,3 +54,7 @@ class EngineError(RunError):
 
 class RewardError(RunError):
     """The reward function raised, or returned no verdict, or its process died of a completion twice."""
+
+
+class DiskError(RunError):
+    """A file of the run can't be written: the disk is full, or broken."""

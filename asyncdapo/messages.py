@@ -120,6 +120,10 @@ class Payload:
     token_ids: np.ndarray
     logprobs: np.ndarray
 
+    @property
+    def num_bytes(self) -> int:
+        return self.prompt_ids.nbytes + self.token_ids.nbytes + self.logprobs.nbytes
+
     def frames(self) -> tuple[bytes, bytes, bytes]:
         """The three raw little-endian buffers, in the order of the fields."""
         return (

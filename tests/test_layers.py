@@ -11,7 +11,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "asyncdapo"
 STAGES = {"prompts", "rollout", "reward", "replay", "learner", "weights", "metrics"}
-LOWER = {"messages", "errors", "faults", "transport", "tokens", "dapo"}
+LOWER = {"messages", "errors", "disk", "faults", "transport", "tokens", "dapo"}
 IMPURE = {"time", "random", "asyncio", "threading", "os", "sqlite3", "socket", "zmq", "torch", "numpy", "pathlib"}
 MODULES = sorted(PACKAGE.rglob("*.py"))
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import itertools
+import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -35,6 +36,7 @@ from asyncdapo.prompts.registry import open_task
 from asyncdapo.replay.audit import CONFIG_FILE
 from asyncdapo.reward.registry import absolute_verifier, make_verifier
 from asyncdapo.reward.scorer import METRICS
+from asyncdapo.rollout.config import MODEL_TYPES
 
 LOCK_FILE = "launch.lock"
 UNFINISHED_START = {LOCK_FILE, IDENTITY_FILE, f".{IDENTITY_FILE}.new", f".{CONFIG_FILE}.new"}
@@ -53,7 +55,7 @@ def prepare_run(name_or_path: str, overrides: Sequence[str]) -> Iterator[tuple[C
     with _usable(config.run.dir):
         new = not holds_run(config.run.dir)
     if new:
-        check_engine(config)  # the model of a run that is there was checked when it was new
+        check_engine(config)
     identity = identify(config)
     with _usable(config.run.dir):
         lock = _lock(config.run.dir)
@@ -73,12 +75,13 @@ def check_config(config: Config) -> None:
 
 
 def check_engine(config: Config) -> None:
-    """Whether the engine computes this model, where its files are here already. The import takes some seconds; a launch
-    needs it all the same."""
+    """Whether the engine computes this kind of model, where its files are here already; what else it may refuse, it
+    does at its start."""
     if directory := local_directory(config.model.path):
-        from asyncdapo.rollout.torch_engine.checkpoint import read_checkpoint
-
-        read_checkpoint(str(directory))
+        kind = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("model_type")
+        if kind not in MODEL_TYPES:
+            problem = f"has model type {kind!r}, which the torch engine does not compute"
+            raise ConfigError("model.path", problem, config.model.path, f"it computes {', '.join(MODEL_TYPES)}")
 
 
 def holds_run(run_dir: str) -> bool:

@@ -147,7 +147,7 @@ class Process:
         if actor is None:
             raise ProcessDied(self.name, "it is being started again")
         try:
-            return await getattr(actor, command).remote(*args)
+            return await actor.call.remote(command, *args)
         except RayTaskError as error:
             raise self._translated(error) from (None if isinstance(error.cause, RunError | UserError) else error)
         except RayActorError as error:

@@ -42,7 +42,6 @@ from asyncdapo.controller.warden import warden
 from asyncdapo.errors import RunError, UserError
 from asyncdapo.learner.checkpoint import oldest_kept, set_aside
 from asyncdapo.metrics.accounting import StateClock
-from asyncdapo.metrics.curve import draw_curve
 from asyncdapo.metrics.reporter import Reporter
 
 MAX_DROPPED_RATIO = 0.02
@@ -127,6 +126,8 @@ class Controller:
         for sent in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(sent, self._heed_signal, main)
         await self.watch.guard(self._run())
+        from asyncdapo.metrics.curve import draw_curve  # matplotlib takes its time
+
         draw_curve(self.run_dir)
 
     def _heed_signal(self, main: asyncio.Task[None]) -> None:

@@ -23,6 +23,8 @@ from typing import NamedTuple
 
 import msgspec
 
+from asyncdapo import faults
+from asyncdapo.disk import disk_errors
 from asyncdapo.errors import UserError
 
 MANIFEST = "checkpoint.json"
@@ -66,19 +68,23 @@ def checkpoint_dir(run_dir: Path, step: int) -> Path:
 
 
 def write_checkpoint(run_dir: Path, step: int, branch: int, write: Callable[[Path], None]) -> Path:
-    """Fill a directory with `write` and give it the checkpoint's name; one of the same step is replaced."""
+    """Fill a directory with `write` and give it the checkpoint's name; one of the same step is replaced. Raises
+    DiskError; then those that were there are there."""
     final = checkpoint_dir(run_dir, step)
-    final.parent.mkdir(parents=True, exist_ok=True)
-    _remove_unfinished(final.parent)
-    unfinished = final.with_name(f".{final.name}.new")
-    unfinished.mkdir()
-    write(unfinished)
-    _write_manifest(unfinished, step, branch)
-    _sync_tree(unfinished)
-    if final.exists():
-        _remove(final)
-    unfinished.rename(final)
-    _sync(final.parent)
+    with disk_errors(final):
+        final.parent.mkdir(parents=True, exist_ok=True)
+        _remove_unfinished(final.parent)
+        unfinished = final.with_name(f".{final.name}.new")
+        unfinished.mkdir()
+        write(unfinished)
+        _write_manifest(unfinished, step, branch)
+        _sync_tree(unfinished)
+        faults.disk_write(sum(path.stat().st_size for path in unfinished.rglob("*")))
+        faults.point("in_checkpoint")
+        if final.exists():
+            _remove(final)
+        unfinished.rename(final)
+        _sync(final.parent)
     return final
 
 

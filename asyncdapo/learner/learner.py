@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
@@ -156,7 +157,10 @@ class Learner:
         )
 
     def _write(self, directory: Path) -> None:
-        self._model.save_pretrained(directory)
+        try:
+            self._model.save_pretrained(directory)
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
         for name in TOKENIZER_FILES:
             if (self._source / name).is_file():
                 shutil.copyfile(self._source / name, directory / name)
@@ -167,7 +171,8 @@ class Learner:
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state(self.device) if on_gpu else None,
         }
-        torch.save(state, directory / STATE_FILE)
+        with (directory / STATE_FILE).open("wb") as file:  # of a full disk torch.save hears only through a file
+            torch.save(state, file)
 
 
 def _metrics(updates: Sequence[Update]) -> dict[str, float]:

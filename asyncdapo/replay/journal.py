@@ -21,6 +21,8 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from asyncdapo import faults
+from asyncdapo.disk import disk_errors
 from asyncdapo.errors import RunError
 from asyncdapo.messages import Group, Payload, Prompt
 from asyncdapo.replay import events as core
@@ -85,9 +87,10 @@ class Journal:
             opened_pos=self._position,
             at_s=time.time(),
         )
-        with self._db:
+        with disk_errors(self._path), self._db:
             self._db.execute("BEGIN IMMEDIATE")
             rollback.run(reason)
+            faults.point("in_roll_back")
         self.branch += 1
 
     def recover(self) -> Recovered:
@@ -108,7 +111,8 @@ class Journal:
         detail: str = "",
         summary: Mapping[str, float] | None = None,
     ) -> None:
-        """One transaction: the event, then its actions in order; none when there is nothing to write down.
+        """One transaction: the event, then its actions in order; none when there is nothing to write down. Raises
+        DiskError; then nothing of it is written.
 
         prompts  the prompts of the leases granted in `actions`
         arrived  header and buffers of a `GroupDone`
@@ -119,14 +123,18 @@ class Journal:
             return
         self._position += 1
         self._now = time.time()
-        with self._db:
-            self._db.execute("BEGIN")
-            self._write_event(event, detail)
-            self._insert_new_prompts(prompts)
-            for action in actions:
-                self._write_action(action, arrived, detail)
-            if isinstance(event, core.Trained):
-                self._insert_batch(event.step, summary or {})
+        with disk_errors(self._path):
+            faults.disk_write(arrived[1].num_bytes if arrived else 0)
+            with self._db:
+                self._db.execute("BEGIN")
+                self._write_event(event, detail)
+                self._insert_new_prompts(prompts)
+                for action in actions:
+                    self._write_action(action, arrived, detail)
+                if isinstance(event, core.Trained):
+                    self._insert_batch(event.step, summary or {})
+                faults.point("before_commit")
+        faults.point("after_commit")
 
     def read(self, group_id: int) -> tuple[Group, Payload]:
         """A group whose payload was kept. Raises LookupError when it wasn't, or not any longer."""
@@ -167,12 +175,14 @@ class Journal:
                 f"UPDATE {table} SET segment = NULL, offset = NULL, bytes = NULL WHERE segment = ?",
                 [(segment,) for segment in done],
             )
+        faults.point("in_covered")
         for segment in done:
             self._segments.delete(segment)
 
     def fold(self) -> None:
         """Fold the WAL into ledger.db, so that this file alone is the whole ledger. Takes a while: at rest points."""
-        self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        with disk_errors(self._path):
+            self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
 
     def close(self) -> None:
         """Close the files; SQLite folds its WAL into ledger.db."""

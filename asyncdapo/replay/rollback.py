@@ -157,8 +157,10 @@ class Rollback:
         if group.max_version > self.step or (group.entered == "expired" and group.arrived_pos > self.pos):
             return None
         ended = group.state in ("filtered", "surplus") and group.reason != "run ended"
-        if followed or ended or group.entered == "expired":
+        if ended or group.entered == "expired":
             return group.fate
+        if followed:  # it expired under `requeue`, and its prompt was sampled again: one of the two can stand
+            return None
         if group.verdict != "kept":
             stays = next_step == self.step + 1 and self._fits(group, next_step) and self._has_payload(group)
             return _Fate("spare", None, "") if stays else _Fate("filtered", None, group.verdict)

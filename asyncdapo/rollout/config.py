@@ -7,6 +7,9 @@ from typing import Literal
 
 from asyncdapo.errors import ConfigError
 
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+"""What the torch engine computes, as `config.json` of a model names it."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutConfig:

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from asyncdapo.errors import UserError
+from asyncdapo.errors import DiskError, UserError
 from asyncdapo.learner import checkpoint
 from asyncdapo.learner.checkpoint import (
     check_checkpoint,
@@ -42,7 +42,7 @@ def test_a_checkpoint_whose_writing_fails_never_appears(tmp_path):
         raise OSError("disk full")
 
     write_checkpoint(tmp_path, 4, write_note("four"))
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(DiskError, match="step-000008: can't be written: disk full"):
         write_checkpoint(tmp_path, 8, fail)
     assert [name for name in names(tmp_path) if not name.startswith(".")] == ["step-000004"]
     write_checkpoint(tmp_path, 8, write_note("eight"))

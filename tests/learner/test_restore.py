@@ -120,7 +120,7 @@ learner = make_learner(sys.argv[1])
 learner.train(*make_batch())
 learner.save(sys.argv[2], 1, branch=0)
 learner.train(*make_batch(step=2))
-torch.save = lambda state, path: (path.write_bytes(b"half"), os.kill(os.getpid(), signal.SIGKILL))
+torch.save = lambda state, file: (file.write(b"half"), file.flush(), os.kill(os.getpid(), signal.SIGKILL))
 learner.save(sys.argv[2], 2, branch=0)
 """
 

@@ -81,8 +81,10 @@ class TruthWithPast(Truth):
                 continue
             if group_id in members:
                 now = "cut"
-            elif self._has_settled(group, mark) or group.prompt_id in followed:
+            elif self._has_settled(group, mark):
                 now = group.state
+            elif group.prompt_id in followed:
+                now = "gone"
             else:
                 now = self._held_again(group, was_cut)
             if now == "gone":

@@ -138,6 +138,26 @@ def test_a_filtered_group_of_old_weights_stays_filtered_though_it_came_after_the
     assert state_of(tmp_path, prompt_id) == ("filtered", "constant", None)
 
 
+def test_of_two_groups_of_a_prompt_the_later_one_stands(tmp_path):
+    """Under `requeue` a group expired after the checkpoint, and its prompt has another one that is old enough too."""
+    run = trained_run(tmp_path, 1, on_stale="requeue", max_staleness=2)
+    run.fill(0)
+    run.train(2)
+    run.fill(0)
+    stale = run.running(0)[0]
+    prompt_id = run.leases[stale].prompt.prompt_id
+    run.answer(stale)
+    run.train(3)
+    again = next(i for i in run.ready(0, 4) or run.running(0) if run.leases[i].prompt.prompt_id == prompt_id)
+    run.answer(again, versions=((1, 4),))
+    run.roll_back(1)
+    groups = rows(tmp_path, f"SELECT group_id, state FROM groups WHERE prompt_id = {prompt_id}")
+    assert groups == [{"group_id": again, "state": "queued"}]
+    assert state_of(tmp_path, prompt_id) == ("queued", "", None)
+    assert [row["attempts"] for row in rows(tmp_path, "SELECT DISTINCT attempts FROM prompts")] == [0]
+    assert run.journal.outcome(stale) == "undone"
+
+
 def test_those_in_flight_go_first_and_a_lost_one_waits_in_its_own_place_without_an_attempt(tmp_path):
     run = trained_run(tmp_path, 1)
     run.ready(0, 9)

@@ -1,0 +1,129 @@
+"""The learner process: batch feed + learner + weight sender."""
+
+from __future__ import annotations
+
+import asyncio
+import resource
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from asyncdapo import faults
+from asyncdapo.controller.member import Member
+from asyncdapo.controller.pulse import Pulse
+from asyncdapo.controller.waits import NOBODY
+from asyncdapo.learner.feed import BatchFeed
+from asyncdapo.learner.learner import Learner
+from asyncdapo.messages import NoBatch
+from asyncdapo.weights.backend import Backend
+from asyncdapo.weights.group import WeightGroup, device_name
+from asyncdapo.weights.layout import Manifest
+from asyncdapo.weights.sender import WeightSender
+
+BUSY_CPU_S = 10.0
+WRITTEN_BLOCKS = 16_384
+"""Steps in which a learner's CPU time and its blocks written (8 MiB) count as progress; an idle process makes none."""
+
+
+class Main(Member):
+    """The learner: one batch in, one version out."""
+
+    role = "learner"
+
+    group: WeightGroup | None = None
+
+    async def start(self, replay_address: str, checkpoint: Path | None) -> None:
+        """Load the model, go on from the checkpoint if there is one, and connect to the replay server."""
+        config = self.config
+        torch.set_num_threads(config.learner.threads)
+        self.learner = await self.blocking(self._load, checkpoint)
+        self.feed = BatchFeed(replay_address, curve=self.keys.client)
+        self.num_sent = 0
+        self.stopped = asyncio.Event()
+
+    def _load(self, checkpoint: Path | None) -> Learner:
+        config = self.config
+        learner = Learner(
+            config.model.path,
+            config.loss,
+            config.learner,
+            temperature=config.rollout.temperature,
+            staleness_bound=config.replay.staleness_bound,
+            seed=config.run.seed,
+        )
+        if checkpoint:
+            learner.restore(checkpoint)
+        return learner
+
+    async def serve(self) -> None:
+        """Lasts as long as the process."""
+        await self.stopped.wait()
+
+    async def pulse(self) -> Pulse:
+        usage = resource.getrusage(resource.RUSAGE_SELF)
+        return Pulse(
+            entries=[await self.entry()],
+            waits=self.waits.open(),
+            progress={
+                "version": self.learner.version,
+                "sent": self.num_sent,
+                "cpu": usage.ru_utime // BUSY_CPU_S,  # a long step or a large checkpoint moves no other counter
+                "written": usage.ru_oublock // WRITTEN_BLOCKS,
+            },
+        )
+
+    async def device(self) -> str:
+        return device_name(self.learner.device)
+
+    async def host_weights(self, world_size: int, backend: Backend) -> tuple[str, Manifest]:
+        """Open the store of a new process group. Returns its address, and what will be sent."""
+        if self.group:
+            self.group.close()
+        timeout_s = self.config.weights.timeout_s
+        self.group = WeightGroup.create_master(self.host(), world_size, backend, timeout_s)
+        self.manifest = Manifest.of(self.learner.weights(), getattr(torch, self.config.rollout.dtype))
+        return self.group.address, self.manifest
+
+    async def abandon_workers(self) -> None:
+        """One of them has died: whoever waits for it to join fails now, not at the deadline."""
+        if self.group:
+            self.group.close()
+
+    async def accept_workers(self) -> None:
+        """Wait for every worker to join."""
+        with self.waits.on("rollout", "the weight group", self.config.weights.timeout_s):
+            await self.blocking(self.group.connect)
+        self.sender = WeightSender(self.group, self.manifest, self.config.weights.bucket_mb << 20)
+
+    async def send_weights(self, version: int, branch: int) -> dict[str, float]:
+        """Broadcast the weights as those of `version`; over when every worker has checked them."""
+        faults.point("in_send_weights")
+        with self.waits.on("rollout", f"version {version} to arrive", self.config.weights.timeout_s):
+            send = partial(self.sender.send, version, self.learner.weights(), branch=branch)
+            report = await self.blocking(send)
+        self.num_sent += 1
+        return {"bytes": report.num_bytes, "seconds": report.seconds}
+
+    async def take_batch(self, step: int) -> str:
+        """Wait for batch `step` and keep it for `train_step`. Returns why there is none, once the data is used up."""
+        with self.waits.on("replay", f"batch {step}"):
+            taken = await self.feed.take(step)
+        if isinstance(taken, NoBatch):
+            return taken.reason
+        self.batch, self.payload = taken
+        return ""
+
+    async def train_step(self) -> dict[str, float]:
+        """Train on the batch taken. Returns the learner's metrics."""
+        faults.point("before_train")
+        with self.waits.on(NOBODY, f"trains step {self.batch.step}"):
+            metrics = await self.blocking(self.learner.train, self.batch, self.payload)
+        faults.point("after_train")
+        return metrics
+
+    async def save(self, step: int, branch: int) -> None:
+        """Write the checkpoint of `step`."""
+        with self.waits.on(NOBODY, f"writes the checkpoint of step {step}"):
+            await self.blocking(self.learner.save, Path(self.config.run.dir), step, branch)
+        faults.point("after_checkpoint")

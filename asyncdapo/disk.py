@@ -1,0 +1,42 @@
+"""What a disk refuses, in one line that names the file and what to do.
+
+In: a block that writes a file of the run. Out: `DiskError`, which ends the run, in place of what the operating system,
+SQLite, or a library that met the operating system's error raises; other errors pass. Does not own: what is written, and
+that a file is whole or absent (its writer).
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from asyncdapo.errors import DiskError
+
+DISK_FAILURES = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR}
+"""What SQLite says of a disk, in the low byte of its error codes."""
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """While `path` is written. Raises DiskError."""
+    try:
+        yield
+    except Exception as error:
+        if problem := _problem(error):
+            fix = "make room on this disk, or mend it, and launch the run again"
+            raise DiskError(f"{path}: can't be written: {problem} ({fix})") from error
+        raise
+
+
+def _problem(error: BaseException | None) -> str:
+    """What the disk said; nothing when it wasn't the disk."""
+    match error:
+        case None:
+            return ""
+        case OSError():
+            return error.strerror or str(error)
+        case sqlite3.OperationalError() if error.sqlite_errorcode & 0xFF in DISK_FAILURES:
+            return str(error)
+    return _problem(error.__context__)  # `torch.save` raises its own while it handles that of the file

@@ -1,0 +1,64 @@
+"""What a full disk makes of writing: one line with the file and the cause, whoever wrote."""
+
+from __future__ import annotations
+
+import resource
+import signal
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import pytest
+
+from asyncdapo.disk import disk_errors
+from asyncdapo.errors import DiskError
+from asyncdapo.learner.checkpoint import kept_steps
+from tests.learner.tiny import make_batch, make_learner, save_tiny_llama
+
+
+@contextmanager
+def files_end_at(num_bytes: int) -> Iterator[None]:
+    """No file of this process can grow further, as on a disk that is full."""
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.mark.parametrize("num_bytes", [50_000, 100_000], ids=["the model doesn't fit", "the optimizer doesn't fit"])
+def test_a_checkpoint_that_finds_no_room_is_one_line_and_leaves_those_before(tmp_path: Path, num_bytes: int) -> None:
+    learner = make_learner(save_tiny_llama(tmp_path / "model"))
+    learner.train(*make_batch())
+    learner.save(tmp_path, 1, branch=0)
+    sizes = {path.name: path.stat().st_size for path in (tmp_path / "checkpoints/step-000001").iterdir()}
+    assert 50_000 < sizes["model.safetensors"] < 100_000 < sizes["learner.pt"], sizes
+    with files_end_at(num_bytes), pytest.raises(DiskError, match=r"step-000002: can't be written: .*File too large"):
+        learner.save(tmp_path, 2, branch=0)
+    assert kept_steps(tmp_path) == [1]
+    learner.save(tmp_path, 2, branch=0)
+    assert kept_steps(tmp_path) == [1, 2]
+
+
+def test_a_full_database_is_a_full_disk(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.db"
+    with closing(sqlite3.connect(path)) as ledger:
+        ledger.execute("CREATE TABLE numbers (text)")
+        ledger.execute("PRAGMA max_page_count = 10")
+        full = pytest.raises(DiskError, match=r"ledger.db: can't be written: database or disk is full \(make room")
+        with full, disk_errors(path):
+            ledger.execute("INSERT INTO numbers VALUES (?)", ("x" * 100_000,))
+
+
+def test_what_is_not_the_disks_fault_keeps_its_name(tmp_path: Path) -> None:
+    with (
+        closing(sqlite3.connect(tmp_path / "ledger.db")) as ledger,
+        pytest.raises(sqlite3.OperationalError, match="no such table"),
+        disk_errors(tmp_path),
+    ):
+        ledger.execute("SELECT * FROM numbers")
+    with pytest.raises(ZeroDivisionError), disk_errors(tmp_path):
+        raise ZeroDivisionError
