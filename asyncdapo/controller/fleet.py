@@ -57,8 +57,9 @@ class Fleet:
         self.keys = RunKeys.make()
         self.roster = Roster(Path(config.run.dir))
         self.roster.set("controller", [this_process("controller")])
+        self.processes: list[Process] = []
         self.still_s = 0.0
-        """For how long no counter of progress has moved in any process."""
+        """For how long no counter of progress has moved in any process, and none was being started."""
         self._stall = Stall(time.monotonic())
         self.totals: dict[str, float] = {}
         """The latest metrics line: counts of a replay server that is started again go on from it."""
@@ -161,6 +162,8 @@ class Fleet:
             pulses = await self.pulses()
             counters = {f"{name} {key}": n for name, p in pulses.items() if p for key, n in p.progress.items()}
             self.still_s = self._stall.feed(time.monotonic(), counters)
+            if not all(process.up.is_set() for process in self.processes):
+                self.note_progress()  # a start has a deadline of its own
             for process in self.processes:
                 pulse = pulses[process.name]
                 if pulse and process.up.is_set() and process.entry in pulse.entries:

@@ -20,7 +20,7 @@ from asyncdapo.controller.fleet import ANSWER_S, LOOK_S, Fleet
 from asyncdapo.controller.processes import Process
 from asyncdapo.controller.pulse import Pulse
 from asyncdapo.controller.stacks import ask
-from asyncdapo.controller.waits import Wait, Waits, chain, processes_in, render
+from asyncdapo.controller.waits import NOBODY, Wait, Waits, chain, processes_in, render
 from asyncdapo.errors import RunError
 from asyncdapo.metrics.reporter import Reporter
 
@@ -71,6 +71,9 @@ class Patience:
         """From the controller's oldest wait to its roots, and what every process said."""
         pulses = await self._fleet.pulses()
         waits: dict[str, list[Wait] | None] = {name: pulse and list(pulse.waits) for name, pulse in pulses.items()}
+        for process in self._fleet.processes:
+            if not process.up.is_set():
+                waits[process.name] = [Wait(who=process.name, whom=NOBODY, what="is being started")]
         return chain(waits | {"controller": self._waits.open()}, "controller"), pulses
 
     async def _break_stall(self) -> None:

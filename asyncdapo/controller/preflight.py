@@ -80,8 +80,8 @@ def check_engine(config: Config) -> None:
     if directory := local_directory(config.model.path):
         kind = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("model_type")
         if kind not in MODEL_TYPES:
-            problem = f"has model type {kind!r}, which the torch engine does not compute"
-            raise ConfigError("model.path", problem, config.model.path, f"it computes {', '.join(MODEL_TYPES)}")
+            problem = f"the torch engine doesn't know the model type {kind!r}"
+            raise ConfigError("model.path", problem, config.model.path, f"it knows {', '.join(MODEL_TYPES)}")
 
 
 def holds_run(run_dir: str) -> bool:

@@ -138,8 +138,9 @@ class Controller:
         stop_s = self.config.run.stop_s
         self.reporter.note(f"stopping after this step, within {stop_s:g} s; once more ends the run at once")
         self.patience.stopping.set()
-        self.fleet.leasing = False
-        self.pausing = asyncio.ensure_future(self.fleet.replay.ask("pause"))
+        if self.fleet.leasing:
+            self.fleet.leasing = False
+            self.pausing = asyncio.ensure_future(self.fleet.replay.ask("pause"))
         asyncio.get_running_loop().call_later(stop_s, main.cancel)
 
     async def _run(self) -> None:
@@ -210,8 +211,9 @@ class Controller:
             self.reporter.note(line)
         set_aside(self.run_dir, resume.step)
         self.step = self.saved = resume.step
-        await self.fleet.revive_learner(death, resume.checkpoint)
-        branch = await self.fleet.replay.ask("roll_back", resume.step, str(death))
+        revival = self.fleet.revive_learner(death, resume.checkpoint)
+        await self.patience.wait(revival, whom=NOBODY, what="starts the learner again")
+        branch = await self._replay("roll_back", f"the rollback to step {resume.step}", resume.step, str(death))
         self.fleet.publishing.learner_has(resume.step, branch)
         self.reporter.roll_back(resume.step, branch, resume.missing_lines)
         await self._publish_again(resume.step)
@@ -219,7 +221,7 @@ class Controller:
     async def _publish_again(self, step: int) -> None:
         """Give the workers the weights that the run goes on from."""
         await self.patience.wait(self.fleet.publishing.publish(), whom="rollout", what=f"version {step} to be loaded")
-        await self.fleet.replay.ask("published", step)
+        await self._replay("published", f"the end of publishing version {step}", step)
 
     # --------------------------------------------------------------------------------------------------------- loop
 
@@ -229,7 +231,7 @@ class Controller:
         if not self.has_first_line:
             await self._evaluate_first()
         self.leasing = self.fleet.leasing = True
-        await self.fleet.replay.ask("begin")
+        await self._replay("begin", "the first leases")
         self.line_at = time.monotonic()
         self.began = self.began or self.line_at
         for step in range(self.step + 1, steps + 1):
@@ -259,14 +261,14 @@ class Controller:
             learner = await self._learner("train_step", f"train step {step}")
             fleet.publishing.learner_has(step, fleet.publishing.branch)
         faults.point("after_train")
-        replay = await fleet.replay.ask("trained", step, learner)
+        replay = await self._replay("trained", f"the account of step {step}", step, learner)
         faults.point("after_trained")
         self.clock.enter("publish")
         weights = await self.patience.wait(
             fleet.publishing.publish(), whom="rollout", what=f"version {step} to be loaded"
         )
         faults.point("after_publish")
-        await fleet.replay.ask("published", step)
+        await self._replay("published", f"the end of publishing version {step}", step)
         self.step = step
         self.clock.enter("checkpoint")
         if step % self.config.learner.checkpoint_every == 0:
@@ -285,13 +287,13 @@ class Controller:
         await self._learner("save", f"checkpoint of step {step}", step, self.fleet.publishing.branch)
         self.saved = step
         faults.point("after_checkpoint")
-        await self.fleet.replay.ask("covered", oldest_kept(self.run_dir))
+        await self._replay("covered", f"the end of checkpoint {step}", oldest_kept(self.run_dir))
 
     async def _finish(self) -> None:
         """Keep the final model, close the stream, then evaluate alone on all slots."""
         if self.saved < self.step:
             await self._checkpoint(self.step)
-        await self.fleet.replay.ask("finish")
+        await self._replay("finish", "the end of the stream")
         self.fleet.leasing = False
         if self.evaluating:
             await self.patience.wait(self.evaluating, whom="replay", what="an evaluation", until_stopped=True)
@@ -316,6 +318,10 @@ class Controller:
         return await self.patience.wait(
             self.fleet.learner.call(command, *args), whom="learner", what=what, until_stopped=until_stopped
         )
+
+    async def _replay(self, command: str, what: str, *args: Any) -> Any:
+        """Wait for the replay server's answer; its next life is asked again."""
+        return await self.patience.wait(self.fleet.replay.ask(command, *args), whom="replay", what=what)
 
     # ------------------------------------------------------------------------------------------------------- metrics
 

@@ -101,7 +101,7 @@ REPLAY_WAITS_FOR = {
     "learner": "learner",
     "rollout": "rollout",
     "weights": "controller",  # which publishes them
-    "no live worker": "controller",  # which starts another
+    "no live worker": "rollout",  # one of which is being started, or has yet to join
     "run over": NOBODY,
 }
 """Whom each reason of `replay/waits.py` means, by the name it starts with."""

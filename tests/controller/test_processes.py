@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
 
 from asyncdapo.config import Config
-from asyncdapo.controller.processes import Process, gpu_shares, ray_session, reserve
+from asyncdapo.controller.processes import Process, ProcessDied, gpu_shares, ray_session, reserve
+from asyncdapo.controller.roster import Entry, this_process
 from asyncdapo.errors import ConfigError, RunError, StalenessError, UserError
 from asyncdapo.learner.config import LearnerConfig, ModelConfig
 from asyncdapo.rollout.config import RolloutConfig
@@ -23,6 +25,12 @@ class Faulty:
 
     def __init__(self, name: str) -> None:
         self.name = name
+
+    async def call(self, command: str, *args: object) -> object:
+        return await getattr(self, command)(*args)
+
+    async def entry(self) -> Entry:
+        return this_process("learner")
 
     async def answer(self, value: int) -> tuple[str, int, str | None]:
         return self.name, value, os.environ.get("OMP_NUM_THREADS")
@@ -44,7 +52,9 @@ class Faulty:
 def process() -> Iterator[Process]:
     with ray_session(CONFIG):
         room = asyncio.run(reserve([0.0], 30))
-        yield Process.start(Faulty, "learner", room=room, place=0, threads=2)
+        process = Process.placed(Faulty, "learner", room=room, place=0, threads=2)
+        process.spawn()
+        yield process
 
 
 def call(process: Process, *command) -> object:
@@ -99,6 +109,29 @@ def test_gpus_are_whole_where_there_are_enough_and_shared_in_parts_of_one_where_
     assert gpu_shares(config, num_gpus) == shares
 
 
-def test_a_death_is_named(process: Process) -> None:
-    with pytest.raises(RunError, match="^learner: the process died: "):
+def test_a_death_is_named_and_the_next_life_answers_again(process: Process) -> None:
+    process.up.set()
+    with pytest.raises(ProcessDied, match="^learner: the process died: "):
         call(process, "die")
+    assert not process.up.is_set()
+    process.spawn()
+    assert process.life == 2
+    assert call(process, "answer", 8) == ("learner", 8, "2")
+
+
+def test_a_question_is_asked_again_in_the_next_life(process: Process) -> None:
+    async def kill_and_start_again() -> object:
+        process.up.set()
+        process.entry = await process.call("entry")
+        asked = asyncio.ensure_future(process.ask("answer", 9))
+        os.kill(process.entry.pid, signal.SIGSTOP)  # a stopped process answers nothing, and must be killed by hand
+        asked_again = asyncio.ensure_future(process.ask("answer", 10))
+        await asyncio.sleep(0.2)
+        process.spawn()
+        process.up.set()
+        return await asyncio.gather(asked, asked_again)
+
+    process.spawn()
+    answers = asyncio.run(kill_and_start_again())
+    assert [answer[1] for answer in answers] == [9, 10]
+    assert process.life == 4

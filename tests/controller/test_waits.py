@@ -209,7 +209,7 @@ def test_either_somebody_is_at_the_root_or_they_are_said_to_wait_for_each_other(
 def test_every_reason_of_replay_names_somebody() -> None:
     assert set(REPLAY_WAITS_FOR) == set(WAITS)
     assert replay_wait("rollout: 17 running, 3 of 16 kept") == ("rollout", "17 running, 3 of 16 kept")
-    assert replay_wait("no live worker") == ("controller", "no live worker")
+    assert replay_wait("no live worker") == ("rollout", "no live worker")
     assert replay_wait("run over; 3 evaluation requests are open") == (
         NOBODY,
         "run over; 3 evaluation requests are open",
