@@ -6,6 +6,7 @@ Exit codes: 0 done · 1 the run failed, or audit found a breach · 2 something t
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -59,6 +60,8 @@ def _launch(args: argparse.Namespace) -> int:
         if resume.finished:
             print(f"{config.run.dir} has its {resume.step} steps; raise run.steps to go on")
             return 0
+        # Ray's own report of a death, which ours says in a line; read when Ray is imported.
+        os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "A worker died or was killed")
         from asyncdapo.controller.run import launch
 
         return launch(config, resume)

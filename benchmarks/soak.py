@@ -1,6 +1,6 @@
 """A run that is killed again and again: `python benchmarks/soak.py --minutes 15 [--seed 0] [--dir runs/soak]`.
 
-The quickstart's run goes on for so many minutes while, every 8 to 20 s, a process of it is killed with SIGKILL: worker,
+The quickstart's run goes on for so many minutes while, every 14 to 24 s, a process of it is killed with SIGKILL: worker,
 scorer, replay server, learner, or the driver, which is then launched again. At the end it is stopped by Ctrl-C, and a
 last launch takes it a step further, to its final evaluation. Exit code 1 unless
 
@@ -29,7 +29,7 @@ from asyncdapo.metrics.jsonl import read_metrics
 from asyncdapo.replay.audit import audit
 
 ROLES = ("rollout", "replay", "learner", "scorer", "controller")
-PAUSE_S = (8.0, 20.0)
+PAUSE_S = (14.0, 24.0)
 MAX_STALL_S = 60.0
 MIN_ACCURACY, MIN_GREEDY = 0.90, 0.95
 
@@ -84,7 +84,7 @@ class Soak:
             time.sleep(0.2)
 
     def audit(self, when: str) -> None:
-        if (self.run_dir / "ledger.db").exists() and (self.run_dir / "metrics.jsonl").exists():
+        if self.num_steps():  # before the first batch there is nothing to audit
             self.num_audits += 1
             self.problems += [f"audit, after {when}: {breach}" for breach in audit(self.run_dir)]
 

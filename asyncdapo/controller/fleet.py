@@ -39,6 +39,8 @@ LOOK_S = 2.0
 """Between two looks at all processes."""
 ANSWER_S = 5.0
 """A process whose event loop is free answers at once."""
+SILENT_ANSWER_S = 1.0
+"""What is granted to one that gave no answer the last time, so that a process that hangs doesn't hold up the looks."""
 
 CHILDREN_S = 1.0
 """Time for what a dead process had started to notice it."""
@@ -61,6 +63,7 @@ class Fleet:
         self.still_s = 0.0
         """For how long no counter of progress has moved in any process, and none was being started."""
         self._stall = Stall(time.monotonic())
+        self._silent: set[str] = set()
         self.totals: dict[str, float] = {}
         """The latest metrics line: counts of a replay server that is started again go on from it."""
         self.leasing = False
@@ -176,10 +179,13 @@ class Fleet:
 
     async def _pulse(self, process: Process) -> Pulse | None:
         try:
-            async with asyncio.timeout(ANSWER_S):
-                return await process.call("pulse")
+            async with asyncio.timeout(SILENT_ANSWER_S if process.name in self._silent else ANSWER_S):
+                pulse = await process.call("pulse")
         except (TimeoutError, RunError):
+            self._silent.add(process.name)
             return None
+        self._silent.discard(process.name)
+        return pulse
 
     async def _bring_up(self, process: Process, *args: Any, leasing: bool = False) -> Any:
         """Start it until it is up. Returns what its `start` says."""

@@ -212,10 +212,12 @@ class Watch:
 
 
 def _reason(error: RayActorError) -> str:
-    """The line of Ray's report that says how the process ended."""
+    """What Ray's report says of the way in which the process ended, without its advice."""
+    detail = re.search(r"Worker exit detail: (.*?)(?: Some common causes| There are some potential root|$)", str(error))
+    if detail:
+        return detail[1]
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    said = next((line for line in reversed(lines) if "exit" in line.lower() or "killed" in line.lower()), lines[0])
-    return re.split(r" (?:There are some potential root|Some common) causes", said)[0]
+    return next((line for line in reversed(lines) if "killed" in line.lower()), lines[0])
 
 
 def _amounts(resources: Mapping[str, float]) -> str:

@@ -24,30 +24,38 @@ from tests.controller.runs import started
 IMPATIENT = ("controller.report_wait_s=2", "controller.stall_s=6")
 
 
-@pytest.mark.timeout(300)
-def test_a_run_outlives_a_learner_a_worker_and_a_replay_server_that_are_stopped(tmp_path: Path) -> None:
-    run_dir = tmp_path / "run"
+def outlive(run_dir: Path, *roles: str) -> None:
+    """A run in which these processes are stopped one after the other: each is found, named, killed and replaced."""
     with started(run_dir, *SHORT, *IMPATIENT, "run.steps=100000") as process:
-
-        def stop(role: str) -> None:
+        wait_for_batch(run_dir, 1, process)
+        for role in roles:
             before = trained_steps(run_dir)
             (pid,) = processes(run_dir, role)
             os.kill(pid, signal.SIGSTOP)
-            wait_until(lambda: processes(run_dir, role) not in ([], [pid]), process)
+            wait_until(lambda role=role, pid=pid: processes(run_dir, role) not in ([], [pid]), process)
             wait_for_batch(run_dir, before + 4, process)
-
-        wait_for_batch(run_dir, 1, process)
-        stop("learner")
-        stop("rollout")
-        stop("replay")
         process.send_signal(signal.SIGINT)
         output, _ = process.communicate(timeout=60)
         assert process.returncode == 130, output
-    for name in ("learner", "rollout-0", "replay"):
-        stall = rf"stalled: nothing has moved for \d+ s(\n.*)*?\n{name}: does not answer\n"
-        assert re.search(stall, output), f"{name} is the root of a stall\n{output}"
-        assert re.search(rf"stacks of {name}:\nstopped: state T\n", output), output
-        assert f"{name} is killed and started again" in output, output
-    assert query(run_dir, "SELECT branch FROM branches ORDER BY branch") == [(0,), (1,)]
+    for name in ("rollout-0" if role == "rollout" else role for role in roles):
+        report = rf"controller waits for \S+ since \d+ s: .*; {name}: does not answer\n"
+        assert re.search(report, output), output
+        stall = rf"stalled: nothing has moved for \d+ s\ncontroller waits for .*\n(.* waits for .*\n)*{name}: does not"
+        assert re.search(stall, output), output
+        assert re.search(rf"stacks of {name}:\n{name}: stopped: state T\n", output), output
+        assert f"{name} is killed and started again: it is what the others wait for" in output, output
+    num_branches = 1 + roles.count("learner")
+    assert query(run_dir, "SELECT branch FROM branches ORDER BY branch") == [(n,) for n in range(num_branches)]
     assert audit(run_dir) == []
     assert_nothing_lives(run_dir)
+
+
+@pytest.mark.timeout(240)
+def test_a_learner_that_is_stopped_is_killed_and_the_run_goes_on(tmp_path: Path) -> None:
+    outlive(tmp_path / "run", "learner")
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(400)
+def test_so_are_a_worker_and_a_replay_server(tmp_path: Path) -> None:
+    outlive(tmp_path / "run", "rollout", "replay")

@@ -74,6 +74,16 @@ class VirtualLoop(asyncio.AbstractEventLoop):
         finally:
             asyncio._set_running_loop(before)
 
+    def drain(self) -> None:
+        """Let what was cancelled come to its end, without any time passing."""
+        before = asyncio._get_running_loop()
+        asyncio._set_running_loop(self)
+        try:
+            while self._ready:
+                self._ready.popleft().run()
+        finally:
+            asyncio._set_running_loop(before)
+
     def _jump(self, deadline: float) -> None:
         """To the next timer that wasn't cancelled."""
         while self._timers and self._timers[0].cancelled():

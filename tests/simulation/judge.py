@@ -1,0 +1,138 @@
+"""What must hold, from what the processes did and from what is on the disk. It believes none of them alone.
+
+    every committed event     `Truth` of the property tests: admission, staleness, exactly once, batch membership
+    every new server          the state is the one before the death
+    every batch               nothing is trained twice; no token is newer than the bound allows, or of weights that a
+                              rollback undid; after a rollback batch k + 1 is what it was
+    every request             the engine has room for it, as long as no message can be lost
+    the end                   audit's invariants; the learner's own record is what the ledger says
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from asyncdapo.messages import Batch, Payload
+from asyncdapo.replay.invariants import INVARIANTS
+from tests.replay.past import TruthWithPast
+from tests.replay.restarts import snapshot
+from tests.simulation.plan import GROUP_SIZE
+
+if TYPE_CHECKING:
+    from tests.simulation.controller import Controller
+    from tests.simulation.processes import Learner
+    from tests.simulation.world import World
+
+
+class Judge:
+    """Watches one run."""
+
+    def __init__(self, world: World) -> None:
+        plan = world.plan
+        self.world = world
+        self.truth: TruthWithPast | None = TruthWithPast(
+            plan.replay, plan.filter, max_attempts=plan.max_attempts, num_prompts=plan.num_prompts
+        )
+        self.branch = 0
+        self.known: dict[int, list[tuple[int, int]]] = {}
+        """(prompt_id, group_id) of every batch that a learner got, in the history as it stands."""
+        self.state_before: dict[str, Any] | None = None
+
+    def forget(self) -> None:
+        """Tokens may be gone, so that batch k + 1 need not stand after a rollback."""
+        self.known.clear()
+        self.truth = None
+
+    # -------------------------------------------------------------------------------------------------- replay server
+
+    def observe(self, event: Any, actions: Any) -> None:
+        """An event was committed."""
+        self.world.counts["events"] += 1
+        if self.world.traced:
+            self.world.note("", f"{event}")
+            for action in actions:
+                self.world.note("", f"    {action}")
+        if self.truth:
+            self.truth.observe(event, actions)
+
+    def rolled_back(self, step: int, branch: int) -> None:
+        self.world.note("rollbacks", f"rolled back to step {step}: branch {branch}")
+        self.branch, self.state_before = branch, None
+        self.known = {k: members for k, members in self.known.items() if k <= step + 1}
+        if self.truth:
+            self.truth.roll_back(step)
+
+    def died(self, state: dict[str, Any] | None) -> None:
+        self.state_before = state
+
+    def reloaded(self, state: Any) -> None:
+        self.world.note("reloads", "another replay server goes on")
+        if self.state_before is not None:
+            assert snapshot(state) == self.state_before, "the state after a reload isn't the one before"
+        if self.truth:
+            self.truth.wanted = 0
+            self.truth.credits = dict.fromkeys(self.truth.credits, 0)
+
+    # ------------------------------------------------------------------------------------------------ learner, engine
+
+    def batch_arrived(self, learner: Learner, batch: Batch, payload: Payload) -> None:
+        plan, step = self.world.plan, batch.step
+        self.world.note("batches", f"batch {step} of prompts {[group.prompt_id for group in batch.groups]}")
+        assert batch.branch == self.branch
+        assert step == len(learner.lineage), "not the batch that the learner asked for"
+        members = [(group.prompt_id, group.lease_id) for group in batch.groups]
+        assert self.known.setdefault(step, members) == members, "a batch that was cut is another one now"
+        before = {prompt_id for batch in learner.trained.values() for prompt_id, _ in batch}
+        prompt_ids = [prompt_id for prompt_id, _ in members]
+        assert not before & set(prompt_ids), "a prompt is trained twice"
+        assert prompt_ids == sorted(set(prompt_ids))
+        size = plan.replay.prompts_per_step
+        assert len(members) == size or (len(members) < size and plan.filter.on_limit != "raise")
+        for group, part in zip(batch.groups, payload.split(batch.groups), strict=True):
+            assert part.prompt_ids.tolist() == [group.prompt_id]
+            versions = [v for c in group.completions for version, num in c.versions for v in [version] * num]
+            assert part.token_ids.tolist() == [learner.lineage[version] for version in versions], "undone weights"
+            assert 0 <= step - 1 - min(versions) <= plan.replay.staleness_bound
+
+    def step_done(self, step: int, metrics: dict[str, float]) -> None:
+        assert metrics["replay/trained_groups"] == len(self.known[step])
+        assert metrics["replay/staleness_max"] <= self.world.plan.replay.staleness_bound
+
+    def engine_takes(self, num_outstanding: int, num: int, num_slots: int) -> None:
+        """A worker never works on more than its free slots can start."""
+        if self.world.plan.gentle:
+            assert num_outstanding < num_slots or num < GROUP_SIZE, "a worker has more to do than it asked for"
+
+    # ------------------------------------------------------------------------------------------------------------ end
+
+    def check_end(self, controller: Controller) -> None:
+        self.check_ledger()
+        query = self.world.disk.query
+        in_ledger: dict[int, list[tuple[int, int]]] = {}
+        for step, *member in query(
+            "SELECT step, prompt_id, group_id FROM groups WHERE state = 'trained' ORDER BY prompt_id"
+        ):
+            in_ledger.setdefault(step, []).append(tuple(member))
+        trained = dict(controller.learner.process.trained)
+        if max(trained, default=0) > max(in_ledger, default=0):
+            trained.popitem()  # the run ended before it could say so
+        assert in_ledger == trained, "the learner has trained on other groups than the ledger says"
+
+    def check_ledger(self) -> None:
+        """The invariants of audit, and that no prompt of the stream was passed over."""
+        plan, query = self.world.plan, self.world.disk.query
+        [(finished,)] = query("SELECT EXISTS (SELECT 1 FROM events WHERE kind = 'run_ended')")
+        may_be_short = plan.filter.on_limit != "raise" and (plan.filter.max_gen_batches or plan.num_prompts)
+        limits = {
+            "bound": plan.replay.staleness_bound,
+            "batch_min": 1 if may_be_short else plan.replay.prompts_per_step,
+            "batch_max": plan.replay.prompts_per_step,
+            "group_size": GROUP_SIZE,
+            "max_attempts": plan.max_attempts,
+            "finished": finished,
+        }
+        for invariant, statement in INVARIANTS.items():
+            rows = query(statement, limits)
+            assert rows == [] or (invariant == "there is a batch" and not finished), f"{invariant}: {rows}"
+        [(num, highest)] = query("SELECT COUNT(*), MAX(prompt_id) FROM prompts")
+        assert num == (-1 if highest is None else highest) + 1, "a prompt of the stream was passed over"

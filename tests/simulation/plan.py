@@ -1,0 +1,186 @@
+"""What a seed stands for: a configuration, how prompts turn out, and everything that goes wrong.
+
+In: a seed. Out: a `Plan`; nothing else in the simulation draws numbers, apart from the links, which have generators of
+their own with the same seed. Small on purpose: few steps, small batches and few workers bring about every order of
+events much sooner than large ones would.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+
+from asyncdapo.faults import POINTS
+from asyncdapo.messages import sample_seed
+from asyncdapo.replay.config import FilterConfig, ReplayConfig
+
+HEARTBEAT_S = 2.0
+GROUP_SIZE = 2
+EVAL_ID = 1_000_000
+"""Held-out prompts have ids from here on."""
+ROLES = ("replay", "replay", "rollout", "rollout", "rollout", "learner", "learner", "controller")
+"""Whom a kill hits, the likely ones more than once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinkFaults:
+    """The part of the `faults` section that `faults.Link` reads."""
+
+    seed: int
+    drop: float = 0.0
+    duplicate: float = 0.0
+    reorder: float = 0.0
+    truncate: float = 0.0
+    delay_s: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """One simulated run."""
+
+    seed: int
+    replay: ReplayConfig
+    filter: FilterConfig
+    max_attempts: int
+    num_prompts: int | None
+    num_workers: int
+    num_slots: int
+    steps: int
+    more_steps: int
+    """Steps by which the run is extended once it has ended; 0 for most."""
+    checkpoint_every: int
+    segment_bytes: int
+    evaluates: bool
+
+    token_s: float
+    train_s: float
+    constant: float
+    """Share of groups without variance."""
+    links: LinkFaults
+    settles_at: float
+    """When all faults end, at the latest; they also end when the run comes near its last step."""
+    kills_at: list[tuple[float, str]] = field(default_factory=list)
+    """Who is killed at which time."""
+    kills_in: dict[tuple[str, str, int], str] = field(default_factory=dict)
+    """(role, point, which time) at which a process kills itself."""
+    cuts: list[tuple[float, float, int]] = field(default_factory=list)
+    """From when, for how long a worker's link is down, and whose."""
+    curses: dict[int, str] = field(default_factory=dict)
+    """What is wrong with a prompt: see `curse`."""
+    disk_full_at: int = 0
+    """Transaction that the disk has no room for; 0 for none."""
+    kills_silent: bool = False
+    """Workers that the replay server has lost are killed, though they may only be cut off."""
+    tears: float = 0.0
+    """How likely the newest checkpoint is torn when it is needed."""
+    power_cuts: bool = False
+    """The driver's death takes the last bytes that were written with it."""
+
+    def draws_constant(self, prompt_id: int, weights: int) -> bool:
+        """Whether these weights answer the prompt always the same."""
+        return sample_seed(self.seed, prompt_id, weights) % 1000 < 1000 * self.constant
+
+    def num_tokens(self, prompt_id: int, weights: int) -> int:
+        """Length of the answers; some are long."""
+        number = sample_seed(self.seed, weights, prompt_id) % 16
+        return 1 + number % 3 + (9 if number == 0 else 0)
+
+    @property
+    def gentle(self) -> bool:
+        """No message is lost and no process dies, so that nobody can lose count."""
+        return not (self.links.drop or self.links.truncate or self.kills_at or self.kills_in or self.cuts)
+
+
+def draw(seed: int) -> Plan:
+    """The plan of a seed."""
+    rng = random.Random(seed)
+    replay, filter, steps = _replay(rng), _filter(rng), rng.randint(2, 4)
+    size = replay.prompts_per_step
+    ends = rng.random() < 0.25
+    settles_at = rng.uniform(5, 30)
+    wild = rng.random() < 0.9
+    plan = {
+        "seed": seed,
+        "replay": replay,
+        "filter": filter,
+        "max_attempts": rng.randint(1, 4),
+        "num_prompts": rng.randint(size, 5 * size) if ends else None,
+        "num_workers": rng.randint(1, 3),
+        "num_slots": rng.choice((2, 3, 4, 6)),
+        "steps": steps,
+        "more_steps": rng.random() < 0.15,
+        "checkpoint_every": rng.randint(1, 3),
+        "segment_bytes": rng.choice((1, 100, 1 << 20)),
+        "evaluates": rng.random() < 0.15,
+        "token_s": rng.choice((0.1, 0.3, 1.0)),
+        "train_s": rng.choice((0.2, 1.0, 3.0)),
+        "constant": rng.choice((0.0, 0.2, 0.5)),
+        "settles_at": settles_at,
+        "links": _links(rng, seed, wild),
+    }
+    return Plan(**plan, **(_faults(rng, settles_at) if wild else {}))
+
+
+def _replay(rng: random.Random) -> ReplayConfig:
+    run_ahead = rng.choice((0.0, 0.0, 0.5, 1.0, 1.0, 2.0))
+    return ReplayConfig(
+        prompts_per_step=rng.randint(1, 4),
+        run_ahead=run_ahead,
+        max_staleness=max(int(run_ahead + 0.5), rng.randint(0, 3)),
+        on_stale=rng.choice(("drop", "requeue", "wait")),
+        heartbeat_s=HEARTBEAT_S,
+        lease_stall_s=6 * HEARTBEAT_S,
+    )
+
+
+def _filter(rng: random.Random) -> FilterConfig:
+    return FilterConfig(
+        enabled=rng.random() < 0.9,
+        max_gen_batches=rng.choice((0, 0, 0, 1, 2, 4)),
+        gen_batch_multiplier=rng.choice((1, 1, 2)),
+        on_limit=rng.choice(("raise", "partial", "unfiltered")),
+    )
+
+
+def _links(rng: random.Random, seed: int, wild: bool) -> LinkFaults:
+    delay_s = rng.choice((0.02, 0.1, 0.5, 2.0))
+    if not wild or rng.random() < 0.4:
+        return LinkFaults(seed=seed, delay_s=delay_s)
+    rates = (0.0, 0.02, 0.1, 0.25)
+    return LinkFaults(
+        seed=seed,
+        drop=rng.choice(rates),
+        duplicate=rng.choice(rates),
+        reorder=rng.choice(rates),
+        truncate=rng.choice((0.0, 0.02, 0.05)),
+        delay_s=delay_s,
+    )
+
+
+def _faults(rng: random.Random, settles_at: float) -> dict[str, object]:
+    num_kills = rng.choice((0, 1, 1, 2, 3, 5))
+    kills_at, kills_in = [], {}
+    for _ in range(num_kills):
+        role = rng.choice(ROLES)
+        if rng.random() < 0.4:
+            kills_at.append((rng.uniform(0, settles_at), role))
+        else:
+            point = rng.choice(list(POINTS[role]))
+            often = point in ("before_commit", "after_commit", "after_send")
+            kills_in[role, point, rng.randint(1, 60 if often else 4)] = role
+    return {
+        "kills_at": kills_at,
+        "kills_in": kills_in,
+        "cuts": [
+            (rng.uniform(0, settles_at), rng.choice((3.0, 12.0, 34.0)), rng.randint(0, 2))
+            for _ in range(rng.choice((0, 0, 0, 1, 2)))
+        ],
+        "curses": {
+            rng.randint(0, 12): rng.choice(("kills", "hangs", "raises", "breaks", "slow"))
+            for _ in range(rng.choice((0, 0, 1, 2, 4)))
+        },
+        "disk_full_at": rng.randint(1, 60) if rng.random() < 0.03 else 0,
+        "kills_silent": rng.random() < 0.5,
+        "tears": rng.choice((0.0, 0.0, 0.3)),
+        "power_cuts": rng.random() < 0.1,
+    }

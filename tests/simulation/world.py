@@ -1,0 +1,256 @@
+"""One simulated run: its clock, its disk, its network, whoever is alive, and what is done to them.
+
+In: a plan. Out: how it went (`Outcome`), or an AssertionError that says what was broken. Everything that happens hangs
+on the seed alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import os
+import random
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import count
+from types import SimpleNamespace
+from typing import Any
+
+from asyncdapo import faults
+from asyncdapo.errors import RunError
+from asyncdapo.learner import feed as feed_module
+from asyncdapo.replay import server as server_module
+from asyncdapo.replay.workers import FromWorker
+from asyncdapo.rollout import jobs as jobs_module
+from asyncdapo.rollout import worker as worker_module
+from tests.simulation.controller import Controller
+from tests.simulation.disk import FileDisk, MemoryDisk
+from tests.simulation.judge import Judge
+from tests.simulation.loop import Deadline, VirtualLoop
+from tests.simulation.plan import Plan, draw
+from tests.simulation.processes import CURRENT, LEARNER_ADDRESS, ROLLOUT_ADDRESS, Killed, Process, ProcessDied
+from tests.simulation.sockets import Client, Network, Server
+
+PATIENCE_S = 300.0
+"""Simulated seconds without any fault in which a run must come to its end."""
+LAUNCHES = 6
+BAD_LUCK = ("damaged", "nothing has been heard", "and never answered", "can't be written")
+"""Ends that faults can bring about and that say so; whoever launches again goes on."""
+GOOD_REASONS = ("filter.max_gen_batches", "no batch was ever full")
+"""Ends that the configuration and the prompts bring about."""
+
+
+@dataclass
+class Outcome:
+    """How a run went."""
+
+    steps: int
+    end: str
+    """What the run said at its end; nothing when it had all its steps or all its data."""
+    counts: Counter[str]
+    simulated_s: float
+    trace: list[str]
+
+
+def simulate(seed: int, *, files: bool = False, trace: bool = False) -> Outcome:
+    """The run of a seed. `files`: on real files. `trace`: keep a line for everything that happens."""
+    plan = draw(seed)
+    disk = (FileDisk if files else MemoryDisk)(plan.segment_bytes)
+    world = World(plan, disk, trace)
+    logging.disable(logging.CRITICAL)
+    try:
+        with disk.mounted(), world.in_place():
+            end = world.loop.run(world.main(), lambda: world.settled_at + PATIENCE_S)
+            world.judge.check_end(world.controller)
+    except Deadline:
+        raise AssertionError(f"no end within {PATIENCE_S:g} s without faults: {world.why_waiting()}") from None
+    except BaseException as error:
+        error.trace = world.lines
+        raise
+    finally:
+        world.controller.end()
+        world.loop.drain()
+        logging.disable(logging.NOTSET)
+    return Outcome(world.controller.step, end, world.counts, world.loop.time(), world.lines)
+
+
+class World:
+    """Whatever the processes of one run share without knowing it."""
+
+    def __init__(self, plan: Plan, disk: MemoryDisk, trace: bool) -> None:
+        self.plan, self.disk = plan, disk
+        self.loop = VirtualLoop()
+        self.network = Network(self.loop, plan.links)
+        self.judge = Judge(self)
+        self.counts: Counter[str] = Counter()
+        self.lines: list[str] = []
+        self.traced = trace
+        self.launched = self.settled = False
+        self.settled_at = plan.settles_at
+        self._rng = random.Random(f"{plan.seed} world")
+        self._weights, self._requests, self._sessions = count(1), count(1), count(1)
+        self._passed: Counter[tuple[str, str]] = Counter()
+        self._num_writes = 0
+
+    async def main(self) -> str:
+        """Launch until the run is over. Returns what it said at its end."""
+        self.failure: asyncio.Future[None] = self.loop.create_future()
+        self._arm()
+        steps, end = self.plan.steps, ""
+        for launch in range(LAUNCHES):
+            self.controller = Controller(self, steps)
+            try:
+                await self._launch()
+                if steps > self.plan.steps or not self.plan.more_steps:
+                    return ""
+                steps += self.plan.more_steps
+            except ProcessDied:
+                self._cut_power()
+            except RunError as error:
+                end = str(error)
+                lucky = self.settled or any(reason in end for reason in GOOD_REASONS)
+                assert any(reason in end for reason in (GOOD_REASONS if lucky else BAD_LUCK)), end
+                if lucky and (self.settled or launch):
+                    return end
+            self.controller.end()
+            self.failure = self.loop.create_future()
+            await asyncio.sleep(1.0)
+        return end
+
+    async def _launch(self) -> None:
+        running = self.loop.create_task(self.controller.call(self.controller.run()))
+        await asyncio.wait([running, self.failure], return_when=asyncio.FIRST_COMPLETED)
+        if self.failure.done():
+            running.cancel()
+            self.failure.result()
+        running.result()
+
+    # ---------------------------------------------------------------------------------------------------------- faults
+
+    def _arm(self) -> None:
+        plan, later = self.plan, self.loop.call_at
+        for at, role in plan.kills_at:
+            later(at, self._kill, role)
+        for at, how_long, index in plan.cuts:
+            later(at, self._cut_off, f"rollout-{index}")
+            later(at + how_long, self.network.cut_off.discard, f"rollout-{index}")
+        later(plan.settles_at, self.settle)
+
+    def _kill(self, role: str) -> None:
+        if self.settled:
+            return
+        controller = self.controller
+        slots = {"replay": controller.replay, "learner": controller.learner, "controller": None}
+        slot = slots.get(role, self._rng.choice(controller.workers))
+        process = controller if role == "controller" else slot.process
+        if process:
+            process.die("killed")
+
+    def _cut_off(self, name: str) -> None:
+        if not self.settled:
+            self.note("cuts of a link", f"{name} is cut off")
+            self.network.cut_off.add(name)
+
+    def _cut_power(self) -> None:
+        if self.plan.power_cuts and not self.settled:
+            self.note("power cuts", "the last bytes are lost")
+            self.disk.cut_power()
+            self.judge.forget()
+
+    def settle(self) -> None:
+        """From now on all goes well."""
+        if not self.settled:
+            self.note("", "all goes well from now on")
+            self.settled, self.settled_at = True, self.loop.time()
+            self.network.perfect = True
+            self.network.cut_off.clear()
+
+    def curse(self, prompt_id: int, *kinds: str) -> str | None:
+        """What of `kinds` is wrong with the prompt."""
+        curse = self.plan.curses.get(prompt_id)
+        if self.settled or curse not in kinds:
+            return None
+        self.note(f"prompt {curse}", f"prompt {prompt_id} {curse}")
+        return curse
+
+    def tears(self) -> bool:
+        return not self.settled and self._rng.random() < self.plan.tears
+
+    # In place of `asyncdapo.faults._Faults`: what goes wrong inside a process.
+    worker_s = 0.0
+
+    def next_link(self) -> None:
+        return None
+
+    def pass_point(self, name: str) -> None:
+        process = CURRENT.get()
+        self._passed[process.role, name] += 1
+        planned = (process.role, name, self._passed[process.role, name]) in self.plan.kills_in
+        if not process.alive or (planned and not self.settled):
+            raise Killed(name)
+
+    def write(self, num_bytes: int) -> None:
+        self._num_writes += 1
+        if self._num_writes == self.plan.disk_full_at and not self.settled:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    # ----------------------------------------------------------------------------------------------------------- rest
+
+    def new_weights(self) -> int:
+        return next(self._weights)
+
+    def new_request(self) -> int:
+        return next(self._requests)
+
+    def fail(self, error: BaseException) -> None:
+        """A process ends the run on purpose, or by a defect."""
+        if not self.failure.done():
+            self.failure.set_exception(error)
+
+    crash = fail
+
+    def note(self, kind: str, line: str) -> None:
+        if kind:
+            self.counts[kind] += 1
+        if self.traced:
+            self.lines.append(f"{self.loop.time():8.3f}  {line}")
+
+    def why_waiting(self) -> str:
+        replay = self.controller.replay.process
+        return replay.server._why_waiting() if replay and replay.alive else "the replay server is down"
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """The product's modules get this world's sockets, clock, chance and faults."""
+        clock = SimpleNamespace(monotonic=self.loop.time)
+        chance = SimpleNamespace(token_hex=lambda _: f"{next(self._sessions)}")
+        names = SimpleNamespace(urandom=lambda _: str(next(self._sessions)).encode())
+        parts = [
+            (server_module, "Server", self._make_server),
+            (worker_module, "Client", self._make_client),
+            (feed_module, "Client", self._make_client),
+            (worker_module, "time", clock),
+            (jobs_module, "time", clock),
+            (worker_module, "secrets", chance),
+            (feed_module, "os", names),
+            (faults, "_faults", self),
+        ]
+        before = [(module, name, getattr(module, name)) for module, name, _ in parts]
+        for module, name, part in parts:
+            setattr(module, name, part)
+        try:
+            yield
+        finally:
+            for module, name, part in before:
+                setattr(module, name, part)
+
+    def _make_server(self, accepts: Any, host: str, *, port: int, curve: None) -> Server:
+        address = ROLLOUT_ADDRESS if accepts == FromWorker else LEARNER_ADDRESS
+        return Server(self.network, CURRENT.get(), accepts, address)
+
+    def _make_client(self, address: str, accepts: Any, identity: bytes, *, curve: None) -> Client:
+        return Client(self.network, CURRENT.get(), accepts, address, identity)
