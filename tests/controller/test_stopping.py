@@ -1,0 +1,99 @@
+"""Asked to stop, at whatever moment, a run keeps what is done and ends in time."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from asyncdapo.controller.roster import survivors
+from asyncdapo.controller.warden import descendants, is_alive
+from asyncdapo.replay.audit import audit
+from tests.controller.interruptions import (
+    SHORT,
+    assert_nothing_lives,
+    go_on,
+    processes,
+    survey,
+    wait_for_batch,
+    wait_until,
+)
+from tests.controller.runs import launch, started
+
+STOP_S = 20.0
+END_S = 15.0
+"""For the processes to end, besides the time that the run has for its step."""
+
+
+def stop(process: subprocess.Popen[str], sent: signal.Signals, within_s: float = STOP_S + END_S) -> str:
+    """Ask the run to stop. Returns its output, once it has ended in time and nothing of it is left."""
+    below = descendants(process.pid)
+    asked_at = time.monotonic()
+    process.send_signal(sent)
+    output, _ = process.communicate(timeout=within_s + 30)
+    assert process.returncode == 130, output
+    assert "Traceback" not in output, output
+    assert time.monotonic() - asked_at < within_s, output
+    deadline = time.monotonic() + END_S
+    while left := {process for process in below if is_alive(process)}:
+        assert time.monotonic() < deadline, f"still there: {left}"
+        time.sleep(0.1)
+    return output
+
+
+def wait_for_line(run_dir: Path, words: str, process: subprocess.Popen[str]) -> None:
+    """Until run.log says so."""
+    log = run_dir / "run.log"
+    wait_until(lambda: log.exists() and words in log.read_text(), process)
+
+
+@pytest.mark.timeout(240)
+def test_stopped_during_its_start_and_by_sigterm_in_the_middle_a_run_keeps_the_step_it_finished(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    with started(run_dir, *SHORT, "run.steps=100000") as process:
+        wait_for_line(run_dir, "starting processes", process)
+        stop(process, signal.SIGINT)
+    with started(run_dir, *SHORT, "run.steps=100000", "learner.checkpoint_every=1000") as process:
+        wait_for_batch(run_dir, 2, process)
+        output = stop(process, signal.SIGTERM)
+    before = survey(run_dir)
+    assert before.checkpoint == max(before.trained) >= 2
+    assert f"stopped after step {before.checkpoint}: the same command goes on from there" in output
+    assert_nothing_lives(run_dir)
+    assert audit(run_dir) == []
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(400)
+def test_evaluations_are_given_up_for_it_and_made_up_for(tmp_path: Path) -> None:
+    run_dir, long = tmp_path / "run", ("eval.num_prompts=2000", "eval.num_greedy_prompts=1000")
+    with started(run_dir, *SHORT, *long, "run.steps=2") as process:
+        wait_for_line(run_dir, "evaluating the initial model", process)
+        stop(process, signal.SIGINT, within_s=END_S)
+    with started(run_dir, *SHORT, "run.steps=2") as process:
+        wait_for_line(run_dir, "evaluating the final model", process)
+        stop(process, signal.SIGTERM, within_s=END_S)
+    assert "eval/greedy_accuracy" not in survey(run_dir).losses
+    run = launch(run_dir, *SHORT, "run.steps=2")
+    assert run.exit_code == 0, run.output
+    assert [line["step"] for line in run.lines] == [0, 1, 2]
+    for line in (run.lines[0], run.lines[2]):
+        assert {"eval/accuracy", "eval/greedy_accuracy"} <= set(line)
+    assert audit(run_dir) == []
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(240)
+def test_a_step_that_takes_longer_than_that_is_given_up(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    with started(run_dir, *SHORT, "run.steps=100000", "run.stop_s=3") as process:
+        wait_for_batch(run_dir, 4, process)
+        os.kill(*processes(run_dir, "learner"), signal.SIGSTOP)
+        output = stop(process, signal.SIGTERM, within_s=3 + END_S)
+    assert "what came after the last checkpoint will be done again" in output
+    assert not survivors(run_dir)
+    go_on(run_dir, survey(run_dir))
