@@ -49,9 +49,13 @@ class Publishing:
         self._backend = ""
 
     async def begin(self) -> None:
-        """Make the first group, so that what is wrong with it shows before anything is sampled."""
+        """Make the first group, so that what is wrong with it shows before anything is sampled. An end that dies
+        meanwhile is no such thing: the next transfer makes a group without it."""
         async with self.turn:
-            await self._regroup(self._up())
+            try:
+                await self._regroup(self._up())
+            except ProcessDied as death:
+                log.warning("no weight group yet: %s", death)
 
     def learner_has(self, version: int, branch: int) -> None:
         """From now on this is what is sent. Called with the turn held, or while nobody may send."""

@@ -34,6 +34,7 @@ from asyncdapo.config import Config, to_dict
 from asyncdapo.controller.actors import Start
 from asyncdapo.controller.evaluation import Evaluation
 from asyncdapo.controller.fleet import Fleet
+from asyncdapo.controller.lines import Lines
 from asyncdapo.controller.patience import Patience, Stopped
 from asyncdapo.controller.processes import ProcessDied, Watch, ray_session
 from asyncdapo.controller.resume import Resume, survey
@@ -41,11 +42,8 @@ from asyncdapo.controller.waits import NOBODY
 from asyncdapo.controller.warden import warden
 from asyncdapo.errors import RunError, UserError
 from asyncdapo.learner.checkpoint import oldest_kept, set_aside
-from asyncdapo.metrics.accounting import StateClock
 from asyncdapo.metrics.reporter import Reporter
 
-MAX_DROPPED_RATIO = 0.02
-"""Share of groups dropped as stale above which a run says so."""
 EXIT_STOPPED = 130
 
 
@@ -102,22 +100,15 @@ class Controller:
     def __init__(self, config: Config, resume: Resume, reporter: Reporter, started: float) -> None:
         self.config, self.resume = config, resume
         self.run_dir = Path(self.config.run.dir)
-        self.reporter, self.started = reporter, started
+        self.reporter = reporter
+        self.lines = Lines(reporter, resume.last_line, started)
         self.fleet = Fleet(self.config)
         self.patience = Patience(self.config.controller, self.fleet, reporter)
         self.watch = Watch()
-        self.clock = StateClock(time.monotonic)
         self.evaluating: asyncio.Task[dict[str, float]] | None = None
         self.step = self.saved = resume.step
         """Last train step that is done, and last one with a checkpoint."""
-        self.line: dict[str, float] = {}
-        self.has_first_line = bool(resume.last_line)
-        self.wall_before = resume.last_line.get("time/wall_s", 0.0)
-        self.total_before = resume.last_line.get("time/total_s", 0.0)
-        """Clocks of the launches before this one."""
-        self.began: float | None = None
-        """When this launch granted its first lease."""
-        self.alarmed = self.stopped = self.leasing = False
+        self.stopped = self.leasing = False
         """`leasing`: prompts are leased, or have been: from then on the run directory holds somebody's work."""
 
     async def run(self) -> None:
@@ -167,7 +158,6 @@ class Controller:
         self.fleet.watch(self.watch)
         if not resume.new:
             self.reporter.roll_back(resume.step, self.fleet.publishing.branch, resume.missing_lines)
-            await self._publish_again(resume.step)
         if self.fleet.opened.num_left_out:
             self.reporter.note(
                 f"prompts: {self.fleet.opened.num_left_out} are longer than prompts.max_prompt_length, left out"
@@ -185,27 +175,32 @@ class Controller:
         """Keep what is done, so that the same command goes on from here."""
         if self.leasing and self.saved < self.step:
             await self._checkpoint(self.step)
-        self._write_line()
+        self.lines.write()
         self.reporter.status(f"stopped after step {self.step}: the same command goes on from there")
 
     async def _outlive_learners(self) -> None:
         """Train to the end; after each death of the learner again from its checkpoint."""
+        death: ProcessDied | None = None
         while True:
             life = Watch()
-            life.add("learner", self.fleet.learner.call("serve"))
             try:
+                if death:
+                    await self._go_back(death)
+                elif not self.resume.new:
+                    await self._publish_again(self.resume.step)
+                life.add("learner", self.fleet.learner.call("serve"))
                 return await life.guard(self._train())
-            except ProcessDied as death:
-                if death.name != self.fleet.learner.name:
+            except ProcessDied as error:
+                if error.name != self.fleet.learner.name:
                     raise
-                await self._go_back(death)
+                death = error
 
     async def _go_back(self, death: ProcessDied) -> None:
         """The learner is gone, and with it all that came after its last checkpoint."""
         if self.evaluating:
             self.evaluating.cancel()
             self.evaluating = None
-        self._write_line()
+        self.lines.write()
         resume = await asyncio.to_thread(survey, self.run_dir, self.config)
         for line in resume.describe():
             self.reporter.note(line)
@@ -228,20 +223,20 @@ class Controller:
     async def _train(self) -> None:
         """Evaluate, train to the last step or the end of the data, evaluate."""
         steps, no_batch = self.config.run.steps, ""
-        if not self.has_first_line:
+        if not self.lines.last:
             await self._evaluate_first()
         self.leasing = self.fleet.leasing = True
         await self._replay("begin", "the first leases")
-        self.line_at = time.monotonic()
-        self.began = self.began or self.line_at
+        self.lines.begin()
         for step in range(self.step + 1, steps + 1):
             if no_batch := await self._take_batch(step):
                 self.reporter.note(f"no batch {step}: {no_batch}")
                 break
-            self._write_line()
-            self.line = await self._train_step(step)
+            self.lines.write()
+            await self._train_step(step)
             if step < steps and not self.fleet.opened.data_ends:
-                self._write_line()
+                self.lines.write()
+            self.fleet.totals = self.lines.last
         if self.step == 0:
             raise RunError(f"no batch was ever full: {no_batch}")
         await self._finish()
@@ -249,38 +244,34 @@ class Controller:
     async def _evaluate_first(self) -> None:
         await self._checkpoint(0)
         self.reporter.status("evaluating the initial model")
-        first = await self._evaluate_alone("the first evaluation")
-        self.reporter.log({"step": 0, "time/wall_s": 0.0, "time/total_s": time.monotonic() - self.started, **first})
-        self.has_first_line = True
+        self.lines.log_first(await self._evaluate_alone("the first evaluation"))
 
-    async def _train_step(self, step: int) -> dict[str, float]:
-        """Train on the batch taken, mark it trained, publish the new version; the metrics line of the step."""
-        fleet = self.fleet
-        self.clock.enter("train")
+    async def _train_step(self, step: int) -> None:
+        """Train on the batch taken, mark it trained, publish the new version, keep the step's metrics line."""
+        fleet, clock = self.fleet, self.lines.clock
+        clock.enter("train")
         async with fleet.publishing.turn:
             learner = await self._learner("train_step", f"train step {step}")
             fleet.publishing.learner_has(step, fleet.publishing.branch)
         faults.point("after_train")
         replay = await self._replay("trained", f"the account of step {step}", step, learner)
         faults.point("after_trained")
-        self.clock.enter("publish")
+        clock.enter("publish")
         weights = await self.patience.wait(
             fleet.publishing.publish(), whom="rollout", what=f"version {step} to be loaded"
         )
         faults.point("after_publish")
         await self._replay("published", f"the end of publishing version {step}", step)
         self.step = step
-        self.clock.enter("checkpoint")
+        clock.enter("checkpoint")
         if step % self.config.learner.checkpoint_every == 0:
             await self._checkpoint(step)
-        self.clock.enter("report")
-        evaluated = self._evaluate_in_the_middle(step)
-        self._alarm_about_drops(replay["replay/dropped_ratio"])
-        return {"step": step, **self._times(learner, replay), **replay, **learner, **weights, **evaluated}
+        clock.enter("report")
+        self.lines.hold(step, learner, replay, **weights, **self._evaluate_in_the_middle(step))
 
     async def _take_batch(self, step: int) -> str:
         """Wait for batch `step`. Returns why there is none, once the data is used up; else nothing."""
-        self.clock.enter("wait")
+        self.lines.clock.enter("wait")
         return await self._learner("take_batch", f"batch {step}", step, until_stopped=True)
 
     async def _checkpoint(self, step: int) -> None:
@@ -298,13 +289,7 @@ class Controller:
         if self.evaluating:
             await self.patience.wait(self.evaluating, whom="replay", what="an evaluation", until_stopped=True)
         self.reporter.status("evaluating the final model")
-        final = await self._evaluate_alone("the final evaluation")
-        final["time/total_s"] = self.total_before + time.monotonic() - self.started
-        if self.line:
-            self.line |= final
-            self._write_line()
-        else:
-            self.reporter.amend(final)
+        self.lines.write_last(await self._evaluate_alone("the final evaluation"))
 
     async def _evaluate_alone(self, what: str) -> dict[str, float]:
         return await self.patience.wait(
@@ -323,15 +308,6 @@ class Controller:
         """Wait for the replay server's answer; its next life is asked again."""
         return await self.patience.wait(self.fleet.replay.ask(command, *args), whom="replay", what=what)
 
-    # ------------------------------------------------------------------------------------------------------- metrics
-
-    def _write_line(self) -> None:
-        """Write the line of the last step, unless it is written. One that may turn out to be the run's last is held
-        back until that is known, since the final evaluation belongs into it."""
-        if self.line:
-            self.reporter.log(self.line)
-            self.fleet.totals, self.line = self.line, {}
-
     def _evaluate_in_the_middle(self, step: int) -> dict[str, float]:
         """Start an evaluation when one is due and none runs; the metrics of one that has finished since."""
         finished: dict[str, float] = {}
@@ -343,28 +319,3 @@ class Controller:
             share = self.config.eval.max_share
             self.evaluating = asyncio.ensure_future(self.evaluation.run(greedy=False, share=share))
         return finished
-
-    def _alarm_about_drops(self, dropped_ratio: float) -> None:
-        """Say it when many groups are dropped for their age: those that take long are the long answers."""
-        if dropped_ratio > MAX_DROPPED_RATIO and not self.alarmed:
-            self.alarmed = True
-            self.reporter.note(
-                f"replay warning: {dropped_ratio:.0%} of the groups were dropped as stale, long answers first: "
-                "lower replay.run_ahead, raise replay.max_staleness, or set replay.on_stale=wait"
-            )
-
-    def _times(self, learner: dict[str, float], replay: dict[str, float]) -> dict[str, float]:
-        """Clocks, and what each side did in the wall time since the last line. They go on where a former launch of the
-        run was stopped."""
-        now = time.monotonic()
-        step_s, self.line_at = now - self.line_at, now
-        times = self.clock.take()
-        return {
-            "time/wall_s": self.wall_before + now - self.began,
-            "time/total_s": self.total_before + now - self.started,
-            "time/step_s": step_s,
-            "rollout/tokens_per_s": replay["rollout/arrived_tokens"] / step_s,
-            "learner/tokens_per_s": learner["learner/tokens"] / step_s,
-            "learner/waiting_ratio": times["wait"] / step_s,
-            **{f"controller/{state}_s": seconds for state, seconds in times.items()},
-        }
