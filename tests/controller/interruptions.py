@@ -39,9 +39,10 @@ class Interruption:
 
 
 def interrupt(run_dir: Path, sent: signal.Signals, after_s: float, *overrides: str) -> Interruption:
-    """Launch, interrupt so long after step 1, and wait until nothing is left."""
+    """Launch, interrupt so long after its first step, and wait until nothing is left."""
+    launched_at_s = time.time()
     with started(run_dir, *SHORT, "run.steps=100000", *overrides) as process:
-        wait_for_batch(run_dir, 1, process)
+        wait_until(lambda: last_trained_at_s(run_dir) > launched_at_s, process)
         time.sleep(after_s)
         process.send_signal(sent)
         output, _ = process.communicate(timeout=40)
@@ -105,8 +106,17 @@ def wait_for_batch(run_dir: Path, step: int, process: subprocess.Popen[str], tim
 
 
 def trained_steps(run_dir: Path) -> int:
+    return _of_batches(run_dir, "MAX(step)")
+
+
+def last_trained_at_s(run_dir: Path) -> float:
+    """When the last batch was trained, in seconds since 1970."""
+    return _of_batches(run_dir, "MAX(trained_at_s)")
+
+
+def _of_batches(run_dir: Path, what: str) -> Any:
     try:
-        return query(run_dir, "SELECT COALESCE(MAX(step), 0) FROM batches")[0][0]
+        return query(run_dir, f"SELECT COALESCE({what}, 0) FROM batches")[0][0]
     except sqlite3.OperationalError:  # not there yet
         return 0
 

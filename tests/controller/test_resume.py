@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-import re
 import signal
 import time
 from pathlib import Path
@@ -24,15 +22,16 @@ from tests.controller.runs import launch, started
 pytestmark = pytest.mark.timeout(240)
 
 
-def test_stopped_by_ctrl_c_a_run_goes_on_from_the_step_it_finished(tmp_path: Path) -> None:
-    before = interrupt(tmp_path / "run", signal.SIGINT, 1.0)
-    assert before.checkpoint == max(before.trained), "the last step that was done has a checkpoint"
-    go_on(tmp_path / "run", before)
-
-
-def test_a_killed_driver_leaves_nothing_behind_and_a_run_that_goes_on(tmp_path: Path) -> None:
-    before = interrupt(tmp_path / "run", signal.SIGKILL, 2.5)
-    go_on(tmp_path / "run", before)
+def test_stopped_and_then_killed_a_run_goes_on_each_time_and_says_when_it_is_finished(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    stopped = interrupt(run_dir, signal.SIGINT, 1.0)
+    assert stopped.checkpoint == max(stopped.trained), "the last step that was done has a checkpoint"
+    killed = interrupt(run_dir, signal.SIGKILL, 2.5)
+    assert killed.checkpoint >= stopped.checkpoint
+    finished = go_on(run_dir, killed)
+    again = launch(run_dir, *SHORT, f"run.steps={finished.lines[-1]['step']:.0f}")
+    assert again.exit_code == 0, again.output
+    assert "raise run.steps to go on" in again.output
 
 
 @pytest.mark.soak
@@ -43,12 +42,10 @@ def test_a_run_interrupted_at_any_moment_goes_on(tmp_path: Path, sent: signal.Si
     go_on(tmp_path / "run", before)
 
 
-def test_a_finished_run_says_so_and_can_be_extended(tmp_path: Path) -> None:
+@pytest.mark.soak
+def test_a_finished_run_can_be_extended(tmp_path: Path) -> None:
     run = launch(tmp_path / "run", *SHORT, "run.steps=2")
     assert run.exit_code == 0, run.output
-    again = launch(tmp_path / "run", *SHORT, "run.steps=2")
-    assert again.exit_code == 0, again.output
-    assert "raise run.steps" in again.output
     longer = launch(tmp_path / "run", *SHORT, "run.steps=4")
     assert longer.exit_code == 0, longer.output
     assert [line["step"] for line in longer.lines] == [0, 1, 2, 3, 4]
@@ -56,6 +53,7 @@ def test_a_finished_run_says_so_and_can_be_extended(tmp_path: Path) -> None:
     assert "eval/accuracy" in longer.lines[4]
 
 
+@pytest.mark.soak
 def test_ctrl_c_twice_ends_a_run_at_once(tmp_path: Path) -> None:
     with started(tmp_path / "run", *SHORT, "run.steps=100000") as process:
         wait_for_batch(tmp_path / "run", 1, process)
@@ -67,7 +65,17 @@ def test_ctrl_c_twice_ends_a_run_at_once(tmp_path: Path) -> None:
     assert_nothing_lives(tmp_path / "run")
 
 
-def test_synchronous_training_interrupted_and_resumed_gives_the_same_weights_bit_for_bit(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "stops",
+    [
+        [(5, signal.SIGKILL)],
+        pytest.param([(2, signal.SIGINT), (5, signal.SIGKILL), (9, signal.SIGINT)], marks=pytest.mark.soak),
+        pytest.param([(3, signal.SIGKILL), (4, signal.SIGINT), (10, signal.SIGKILL)], marks=pytest.mark.soak),
+    ],
+)
+def test_synchronous_training_interrupted_and_resumed_gives_the_same_weights_bit_for_bit(
+    tmp_path: Path, stops: list[tuple[int, signal.Signals]]
+) -> None:
     small = (
         "replay.run_ahead=0",
         "rollout.deterministic=true",
@@ -81,16 +89,16 @@ def test_synchronous_training_interrupted_and_resumed_gives_the_same_weights_bit
     )
     whole = launch(tmp_path / "whole", *small, "run.steps=12")
     assert whole.exit_code == 0, whole.output
-    stops = sorted(random.Random(3).sample(range(1, 11), 3))
-    for stop in stops:
+    for step, sent in stops:
         with started(tmp_path / "parts", *small, "run.steps=12") as process:
-            wait_for_batch(tmp_path / "parts", stop, process)
-            process.send_signal(signal.SIGINT if stop % 2 else signal.SIGKILL)
+            wait_for_batch(tmp_path / "parts", step, process)
+            process.send_signal(sent)
             output, _ = process.communicate(timeout=40)
-            assert not re.search("Traceback", output), output
+            assert "Traceback" not in output, output
         assert_nothing_lives(tmp_path / "parts")
     parts = launch(tmp_path / "parts", *small, "run.steps=12")
     assert parts.exit_code == 0, parts.output
+    assert "resumes after step" in parts.output
     weights, again = (load_file(run.dir / "checkpoints/step-000012/model.safetensors") for run in (whole, parts))
     assert weights.keys() == again.keys()
     assert all((weights[name] == again[name]).all() for name in weights)

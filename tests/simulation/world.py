@@ -64,16 +64,19 @@ def simulate(seed: int, *, files: bool = False, trace: bool = False) -> Outcome:
     logging.disable(logging.CRITICAL)
     try:
         with disk.mounted(), world.in_place():
-            end = world.loop.run(world.main(), lambda: world.settled_at + PATIENCE_S)
-            world.judge.check_end(world.controller)
-    except Deadline:
-        raise AssertionError(f"no end within {PATIENCE_S:g} s without faults: {world.why_waiting()}") from None
+            try:
+                end = world.loop.run(world.main(), lambda: world.settled_at + PATIENCE_S)
+                world.judge.check_end(world.controller)
+            except Deadline:
+                waits = world.why_waiting()
+                raise AssertionError(f"no end within {PATIENCE_S:g} s without faults: {waits}") from None
+            finally:
+                world.controller.end()
+                world.loop.drain()
     except BaseException as error:
         error.trace = world.lines
         raise
     finally:
-        world.controller.end()
-        world.loop.drain()
         logging.disable(logging.NOTSET)
     return Outcome(world.controller.step, end, world.counts, world.loop.time(), world.lines)
 
