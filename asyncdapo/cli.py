@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from pathlib import Path
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line, run the command, return its exit code."""
     args = _parser().parse_args(argv)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     from asyncdapo.errors import UserError
 
     try:
@@ -22,6 +24,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"asyncdapo: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("asyncdapo: interrupted", file=sys.stderr)
+        return 130
 
 
 def _parser() -> argparse.ArgumentParser:

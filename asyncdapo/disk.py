@@ -1,12 +1,13 @@
-"""What a disk refuses, in one line that names the file and what to do.
+"""Files that are whole or as they were before, and what a disk refuses, in one line with the file and what to do.
 
-In: a block that writes a file of the run. Out: `DiskError`, which ends the run, in place of what the operating system,
-SQLite, or a library that met the operating system's error raises; other errors pass. Does not own: what is written, and
-that a file is whole or absent (its writer).
+In: the content of a file; a block that writes one. Out: the file, replaced at once; `DiskError`, which ends the run, in
+place of what the operating system, SQLite, or a library that met such an error raises; other errors
+pass. Does not own: what is written.
 """
 
 from __future__ import annotations
 
+import os
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,6 +29,16 @@ def disk_errors(path: Path) -> Iterator[None]:
             fix = "make room on this disk, or mend it, and launch the run again"
             raise DiskError(f"{path}: can't be written: {problem} ({fix})") from error
         raise
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """The file has this content, or what it had before; nothing between, whatever dies when."""
+    unfinished = path.with_name(f".{path.name}.new")
+    with unfinished.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.replace(path)
 
 
 def _problem(error: BaseException | None) -> str:

@@ -29,6 +29,7 @@ from asyncdapo.config import Config, find_config, load_config, to_yaml
 from asyncdapo.controller.identity import IDENTITY_FILE, Identity, check_same_run, identify, to_json
 from asyncdapo.controller.resume import Resume, survey
 from asyncdapo.controller.roster import end_survivors
+from asyncdapo.disk import replace_file
 from asyncdapo.errors import ConfigError, RunError, UserError
 from asyncdapo.learner.model_path import check_model_path, local_directory
 from asyncdapo.metrics.wandb_log import choose_mode
@@ -151,8 +152,8 @@ def _open_run_dir(config: Config, identity: Identity) -> Resume:
     """Begin a run in the directory, or find out where the one in it goes on. Nobody else works there by now."""
     run_dir = Path(config.run.dir)
     if not holds_run(config.run.dir):
-        _replace(run_dir / IDENTITY_FILE, to_json(identity))
-        _replace(run_dir / CONFIG_FILE, to_yaml(config).encode())
+        replace_file(run_dir / IDENTITY_FILE, to_json(identity))
+        replace_file(run_dir / CONFIG_FILE, to_yaml(config).encode())
         return Resume(new=True)
     recorded = check_same_run(run_dir, config, identity)
     try:
@@ -162,7 +163,7 @@ def _open_run_dir(config: Config, identity: Identity) -> Resume:
     resume = survey(run_dir, config)
     if recorded != config and not resume.finished:
         _keep_config(run_dir)
-        _replace(run_dir / CONFIG_FILE, to_yaml(config).encode())
+        replace_file(run_dir / CONFIG_FILE, to_yaml(config).encode())
     return resume
 
 
@@ -170,14 +171,4 @@ def _keep_config(run_dir: Path) -> None:
     """The values until now stay as config.1.yaml, config.2.yaml, …"""
     names = (f"config.{number}.yaml" for number in itertools.count(1))
     free = next(run_dir / name for name in names if not (run_dir / name).exists())
-    _replace(free, (run_dir / CONFIG_FILE).read_bytes())
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """The file has this content, or what it had before; nothing between."""
-    unfinished = path.with_name(f".{path.name}.new")
-    with unfinished.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)
+    replace_file(free, (run_dir / CONFIG_FILE).read_bytes())

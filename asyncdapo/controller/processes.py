@@ -28,6 +28,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from asyncdapo.config import Config
 from asyncdapo.controller.roster import Entry, is_running
+from asyncdapo.controller.warden import adopt_orphans
 from asyncdapo.errors import RunError, UserError
 
 CPUS_PER_PROCESS = 0.1
@@ -57,13 +58,16 @@ def ray_session(config: Config) -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
-    if config.controller.ray_address:
-        ray.init(address=config.controller.ray_address, **quiet)
-    else:
-        ray.init(address="local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **quiet)
     try:
+        adopt_orphans(True)
+        if config.controller.ray_address:
+            ray.init(address=config.controller.ray_address, **quiet)
+        else:
+            ray.init(address="local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **quiet)
+        adopt_orphans(False)
         yield
     finally:
+        adopt_orphans(True)
         ray.shutdown()
 
 

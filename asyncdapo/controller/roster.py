@@ -24,6 +24,7 @@ from pathlib import Path
 import msgspec
 
 from asyncdapo.controller.procfs import read_stat
+from asyncdapo.disk import replace_file
 from asyncdapo.errors import RunError, UserError
 
 FILE_NAME = "processes.json"
@@ -100,12 +101,7 @@ class Roster:
         text = "[\n" + ",\n".join(msgspec.json.encode(entry).decode() for entry in self.entries()) + "\n]\n"
         if text == self._written:
             return
-        unfinished = self._path.with_name(f".{FILE_NAME}.new")
-        with unfinished.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.rename(self._path)
+        replace_file(self._path, text.encode())
         self._written = text
 
 

@@ -70,7 +70,7 @@ def _launch(controller: Controller) -> int:
     try:
         reporter.status("starting Ray")
         with warden(), ray_session(controller.config):
-            signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C; Ray has set its own by now
+            signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray has set its own by now
             asyncio.run(controller.run())
         return EXIT_STOPPED if controller.stopped else 0
     except RunError as error:
@@ -79,7 +79,7 @@ def _launch(controller: Controller) -> int:
         reporter.status(f"the run ended: {error}")
         print(f"asyncdapo: the run ended: {error}", file=sys.stderr)
         return 1
-    except (KeyboardInterrupt, asyncio.CancelledError):
+    except (KeyboardInterrupt, asyncio.CancelledError, SystemExit):  # Ray heeds SIGTERM by the last, while it starts
         reporter.status("interrupted: what came after the last checkpoint will be done again")
         return EXIT_STOPPED
 

@@ -10,6 +10,7 @@ Where there is no /proc it does nothing; the processes then end when Ray ends th
 
 from __future__ import annotations
 
+import ctypes
 import os
 import select
 import signal
@@ -20,7 +21,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-LOOK_S = 0.5
+PR_SET_CHILD_SUBREAPER = 36
+LOOK_S = 0.2
 GRACE_S = 3.0
 SWEEP_S = 3.0
 
@@ -38,30 +40,42 @@ def warden() -> Iterator[None]:
             process.stdin.close()
 
 
+def adopt_orphans(adopt: bool) -> None:
+    """Whether processes below this one whose parent has died become its own children, so that the warden sees them.
+    Not for long: it would have to bury them, too."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, ctypes.c_ulong(adopt))
+
+
 def main() -> None:
     """Watch the parent until standard input ends, then clean up."""
     for heeded in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(heeded, signal.SIG_IGN)
     driver, known = os.getppid(), set()
     while not select.select([sys.stdin], [], [], LOOK_S)[0]:
-        known = {process for process in known | descendants(driver) if is_alive(process)}
+        known = still_there(known | descendants(driver))
+    known |= descendants(driver)
     known.discard((os.getpid(), start_time(os.getpid())))
-    wait_for(known, GRACE_S)
+    known = wait_for(known, GRACE_S)
     deadline = time.monotonic() + SWEEP_S
-    while (left := {process for process in known if is_alive(process)}) and time.monotonic() < deadline:
-        for pid, _ in left:  # what they started since goes with them
-            known |= descendants(pid)
-        for pid, _ in left:
+    while known and time.monotonic() < deadline:
+        for pid, _ in known:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        wait_for(left, LOOK_S)
+        known = wait_for(known, LOOK_S)
 
 
-def wait_for(processes: set[Known], seconds: float) -> None:
-    """Until all of them are gone, or the time is up."""
+def wait_for(processes: set[Known], seconds: float) -> set[Known]:
+    """Until all of them are gone, or the time is up. Returns those that aren't, with what they started meanwhile."""
     deadline = time.monotonic() + seconds
-    while any(map(is_alive, processes)) and time.monotonic() < deadline:
+    while (processes := still_there(processes)) and time.monotonic() < deadline:
+        processes |= {process for pid, _ in processes for process in descendants(pid)}
         time.sleep(0.05)
+    return processes
+
+
+def still_there(processes: set[Known]) -> set[Known]:
+    return {process for process in processes if is_alive(process)}
 
 
 def descendants(pid: int) -> set[Known]:

@@ -15,9 +15,10 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+
+from asyncdapo.disk import replace_file
 
 FILE_NAME = "metrics.jsonl"
 UNDONE_NAME = "metrics.undone.jsonl"
@@ -82,7 +83,7 @@ class MetricsFile:
     def _rewrite(self, lines: list[dict]) -> None:
         """The file holds just these lines, and is open for more."""
         self._file.close()
-        _replace(self._path, _to_text(lines))
+        replace_file(self._path, _to_text(lines).encode())
         self._file = self._path.open("a", encoding="utf-8")
         self.last_line = _to_metrics(lines[-1]) if lines else {}
 
@@ -115,17 +116,7 @@ def _add_undone(run_dir: Path, lines: list[dict], undone_by: int) -> None:
     there, _ = whole_lines(run_dir, UNDONE_NAME)
     known = {_to_text([{name: value for name, value in line.items() if name != UNDONE_BY}]) for line in there}
     new = [line | {UNDONE_BY: undone_by} for line in lines if _to_text([line]) not in known]
-    _replace(run_dir / UNDONE_NAME, _to_text([*there, *new]))
-
-
-def _replace(path: Path, text: str) -> None:
-    """The file has this text, or what it had before; nothing between."""
-    unfinished = path.with_name(f".{path.name}.new")
-    with unfinished.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)
+    replace_file(run_dir / UNDONE_NAME, _to_text([*there, *new]).encode())
 
 
 def _to_record(metrics: Mapping[str, float]) -> dict[str, float | int | None]:

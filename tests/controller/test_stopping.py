@@ -98,3 +98,14 @@ def test_a_step_that_takes_longer_than_that_is_given_up(tmp_path: Path) -> None:
     assert "what came after the last checkpoint will be done again" in output
     assert not survivors(run_dir)
     go_on(run_dir, survey(run_dir))
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("after_s", [0.3, 0.6, 1.0, 1.6, 2.4, 3.2, 4.0, 5.0, 7.0])
+def test_at_any_moment_of_its_start_it_leaves_nothing_behind(
+    tmp_path: Path, sent: signal.Signals, after_s: float
+) -> None:
+    with started(tmp_path / "run", *SHORT, "run.steps=100000") as process:
+        time.sleep(after_s)
+        stop(process, sent, within_s=END_S)

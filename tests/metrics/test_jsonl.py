@@ -156,16 +156,16 @@ def test_a_process_that_dies_between_the_two_files_loses_no_line_and_doubles_non
     file = write_steps(tmp_path, 0, 1, 2, 3, 4)
     file.roll_back(3, undone_by=1)
     file.log({"step": 4})
-    replace, calls = jsonl._replace, []
+    replace, calls = jsonl.replace_file, []
 
-    def die(path: Path, text: str) -> None:
+    def die(path: Path, content: bytes) -> None:
         calls.append(path)
         if len(calls) > num_replaced:
             raise KeyboardInterrupt
-        replace(path, text)
+        replace(path, content)
 
     with monkeypatch.context() as patched:
-        patched.setattr(jsonl, "_replace", die)
+        patched.setattr(jsonl, "replace_file", die)
         with pytest.raises(KeyboardInterrupt):
             file.roll_back(2, undone_by=2)
     assert {0, 1, 2, 3, 4} <= {*steps_of(tmp_path), *(step for step, _ in undone(tmp_path))}

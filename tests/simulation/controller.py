@@ -38,7 +38,7 @@ class Slot:
         """Raises Killed when the process dies while it is made."""
         self.process = make()
         self.life, self.since = self.life + 1, self.process.world.loop.time()
-        self.process.dead.add_done_callback(lambda _: self.up.clear())
+        self.process.on_death = self.up.clear
         self.up.set()
 
     async def call(self, make: Callable[[Any], Coroutine[Any, Any, Any]]) -> Any:

@@ -16,6 +16,9 @@ from itertools import count
 from typing import Any
 
 
+MAX_STEPS = 1_000_000
+
+
 class Handle:
     """A callback to come. Cancelled ones stay where they are and do nothing."""
 
@@ -69,6 +72,7 @@ class VirtualLoop(asyncio.AbstractEventLoop):
                 if not self._ready:
                     self._jump(deadline())
                 self.num_steps += 1
+                assert self.num_steps < MAX_STEPS, "steps without an end"
                 self._ready.popleft().run()
             return main.result()
         finally:

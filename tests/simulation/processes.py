@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextvars import ContextVar, copy_context
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -59,6 +59,7 @@ class Process:
         self.world, self.name, self.alive = world, name, True
         self.sockets: list = []
         self.dead: asyncio.Future[None] = world.loop.create_future()
+        self.on_death: Callable[[], None] = lambda: None
         self._tasks: set[asyncio.Task] = set()
         self._answers: set[asyncio.Future] = set()
         self._context = copy_context()
@@ -109,7 +110,7 @@ class Process:
         if not self.alive:
             return
         self.alive = False
-        self.world.note("kills " + self.role, f"{self.name} dies: {why}")
+        self.world.note(f"{self.role} deaths", f"{self.name} dies: {why}")
         for socket in self.sockets:
             socket.close()
         for task in self._tasks:
@@ -117,6 +118,7 @@ class Process:
         for answer in self._answers:
             if not answer.done():
                 answer.set_exception(ProcessDied(self.name))
+        self.on_death()
         self.dead.set_result(None)
 
 

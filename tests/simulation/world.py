@@ -71,6 +71,7 @@ def simulate(seed: int, *, files: bool = False, trace: bool = False) -> Outcome:
                 waits = world.why_waiting()
                 raise AssertionError(f"no end within {PATIENCE_S:g} s without faults: {waits}") from None
             finally:
+                world.over = True
                 world.controller.end()
                 world.loop.drain()
     except BaseException as error:
@@ -92,7 +93,7 @@ class World:
         self.counts: Counter[str] = Counter()
         self.lines: list[str] = []
         self.traced = trace
-        self.launched = self.settled = False
+        self.launched = self.settled = self.over = False
         self.settled_at = plan.settles_at
         self._rng = random.Random(f"{plan.seed} world")
         self._weights, self._requests, self._sessions = count(1), count(1), count(1)
@@ -217,7 +218,7 @@ class World:
     crash = fail
 
     def note(self, kind: str, line: str) -> None:
-        if kind:
+        if kind and not self.over:
             self.counts[kind] += 1
         if self.traced:
             self.lines.append(f"{self.loop.time():8.3f}  {line}")
