@@ -57,6 +57,8 @@ class Main(Member):
             self.waits.stand(
                 NOBODY, f"{num_running} sequences run or wait for a slot, {gauges['tokens']:.0f} tokens so far"
             )
+        elif num_running := self.worker.num_running:
+            self.waits.stand(NOBODY, f"the verifier judges {num_running} groups")
         else:
             self.waits.stand("replay", "a lease")
         first = self.index * self.config.reward.processes

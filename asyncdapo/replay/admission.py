@@ -56,9 +56,10 @@ class PromptStream:
 
     A prompt's place in the stream is its `prompt_id`, so one that came back stands before every fresh one. Only the
     prompt of a lost lease goes behind the next `prompts_per_step` fresh ones: if it is what kills workers or makes them
-    stall, the others are not held up by it. And those in flight at a rollback go first, so that long ones are not put
-    off by every rollback anew. At the barrier (no delay) all keep their own place, because leases go out there in
-    rising `prompt_id`.
+    stall, the others are not held up by it. Of several, each goes as many behind the one before: what a worker held
+    together when it died comes back apart, so that the prompt that kills uses up its own attempts and not those of its
+    neighbours. And those in flight at a rollback go first, so that long ones are not put off by every rollback anew. At
+    the barrier (no delay) all keep their own place, because leases go out there in rising `prompt_id`.
     """
 
     def __init__(
@@ -103,8 +104,10 @@ class PromptStream:
         return self._put(prompt_id, prompt_id)
 
     def put_behind(self, prompt_id: int) -> int:
-        """Behind the next `delay` fresh prompts; to its own place if there is no delay. Returns the place."""
-        return self._put(prompt_id, self.num_fresh + self._delay if self._delay else prompt_id)
+        """Behind the next `delay` fresh prompts, and as many behind any other that is there; to its own place if there
+        is no delay. Returns the place."""
+        last = max((place for place, _ in self._returned), default=0)
+        return self._put(prompt_id, max(self.num_fresh, last) + self._delay if self._delay else prompt_id)
 
     def _put(self, prompt_id: int, place: int) -> int:
         heapq.heappush(self._returned, (place, prompt_id))

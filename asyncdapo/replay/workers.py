@@ -197,9 +197,11 @@ class Workers:
 
     def _note_weights(self, session: Session, version: int, branch: int) -> None:
         """The worker is there and generates with these weights: it joins, for the first time or again, if they are of
-        the run's branch; those of another are worth nothing."""
+        the run's branch; those of another are worth nothing. Versions only rise: a lower one was overtaken."""
         if branch != self._exchange.branch or not self._exists(version):
             return
+        if branch == session.branch and self._exists(session.loaded_version):
+            version = max(version, session.loaded_version)
         before, session.loaded_version, session.branch = session.loaded_version, version, branch
         if not session.alive:
             session.alive = True

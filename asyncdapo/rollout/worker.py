@@ -138,6 +138,11 @@ class RolloutWorker:
         self._branch = branch
         self._wake.set()
 
+    @property
+    def num_running(self) -> int:
+        """Leases and evaluation requests that are sampled or judged; their answers aren't there yet."""
+        return len(self._running)
+
     def gauges(self) -> dict[str, float]:
         """Cumulative since the session began: the engine's and the jobs' counters, and how leases and messages went."""
         own = {key: self._counts[key] for key in ("rejected_groups", "withdrawn_groups", "malformed")}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,8 @@ from asyncdapo.replay.ledger import read_group
 from tests.controller.interruptions import SHORT, assert_nothing_lives, query
 from tests.controller.runs import FinishedRun, launch
 
-VERIFIER = '''
+pytestmark = pytest.mark.timeout(240)
+VERIFIER = """
 import os, signal, time
 from pathlib import Path
 
@@ -28,14 +28,14 @@ def verify(text, answer):
     if "poison" in answer:
         os.kill(os.getppid(), signal.SIGKILL)
         time.sleep(60)
-    if "hang" in answer and (not HUNG.exists() or HUNG.read_text() == text):
-        HUNG.write_text(text)
+    if "hang" in answer and len(HUNG.read_text()) < 2:
+        HUNG.write_text(HUNG.read_text() + "x")
         time.sleep(60)
     return float(text.rpartition("Answer: ")[2].strip() == answer.split()[0])
 
 def always(text, answer):
     raise LookupError("no such answer")
-'''
+"""
 
 
 def write_data(folder: Path, odd: list[str]) -> list[str]:
@@ -51,6 +51,7 @@ def write_data(folder: Path, odd: list[str]) -> list[str]:
         lines = [json.dumps({"prompt": question, "answer": answer}) + "\n" for question, answer in rows]
         (folder / f"{name}.jsonl").write_text("".join(lines))
     (folder / "verifiers.py").write_text(VERIFIER)
+    (folder / "hung").touch()
     return [
         "prompts.task=file",
         f"prompts.path={folder / 'train.jsonl'}",
@@ -61,29 +62,49 @@ def write_data(folder: Path, odd: list[str]) -> list[str]:
     ]
 
 
-def ends(run: FinishedRun, row: int) -> list[tuple[str, int, str]]:
-    """State, attempts and reason of the prompts of a row."""
-    return query(run.dir, "SELECT state, attempts, reason FROM prompts WHERE row = ?", row)
-
-
-@pytest.mark.timeout(200)
 def test_a_verifier_that_fails_on_some_prompts_costs_these_and_no_others(tmp_path: Path) -> None:
-    odd = ["raise", "exit", "hang", "poison"]
     run = launch(
         tmp_path / "run",
         *SHORT,
-        *write_data(tmp_path, odd),
+        *write_data(tmp_path, ["raise", "exit", "hang", "poison"]),
         f"reward.verifier={tmp_path / 'verifiers.py'}:verify",
         "reward.timeout_s=1",
-        "prompts.max_attempts=2",
         "filter.enabled=false",
         "replay.keep_payloads=true",
         timeout_s=180,
     )
     assert run.exit_code == 0, run.output
+    ends = dict(query(run.dir, "SELECT row, state || ' ' || attempts || ' ' || reason FROM prompts"))
+    assert [ends[row] for row in range(4)] == [
+        "failed 0 reward",
+        "failed 0 reward",
+        "trained 0 ",
+        "failed 3 worker lost",
+    ]
+    assert sum(end.startswith("failed") for end in ends.values()) == 3, "nobody else failed"
+    assert sum(end.startswith("trained") for end in ends.values()) > 140
+    details = [detail for (detail,) in query(run.dir, "SELECT detail FROM events WHERE kind = 'failed' ORDER BY pos")]
+    assert any("LookupError: no such answer" in detail for detail in details), details
+    assert any("ended with exit code 3" in detail for detail in details), details
+    ((hung,),) = query(run.dir, "SELECT group_id FROM groups JOIN prompts USING (prompt_id) WHERE row = 2")
+    group, _ = read_group(run.dir, hung)
+    assert [completion.metrics["timed_out"] for completion in group.completions] == [1.0] + [0.0] * 15
+    assert group.completions[0].reward == -1.0
+    assert (tmp_path / "hung").read_text() == "xx", "tried twice, each time in a process of its own"
     assert audit(run.dir) == []
     assert_nothing_lives(run.dir)
-    print(query(run.dir, "SELECT state, attempts, reason, COUNT(*) FROM prompts GROUP BY 1,2,3"))
-    for row in range(5):
-        print(row, ends(run, row), query(run.dir, "SELECT attempt, outcome, reason FROM leases JOIN prompts USING (prompt_id) WHERE row = ?", row))
-    assert 0
+
+
+@pytest.mark.soak
+def test_a_verifier_that_always_raises_ends_the_run_with_its_words(tmp_path: Path) -> None:
+    run = launch(
+        tmp_path / "run", *SHORT, *write_data(tmp_path, []), f"reward.verifier={tmp_path / 'verifiers.py'}:always"
+    )
+    assert run.exit_code == 1
+    assert re.search(r"the run ended: .*reward.max_failure_ratio: .*LookupError: no such answer", last_line(run)), run
+    assert "Traceback" not in run.output, run.output
+    assert_nothing_lives(run.dir)
+
+
+def last_line(run: FinishedRun) -> str:
+    return run.output.splitlines()[-1]

@@ -122,6 +122,14 @@ def test_prompts_that_came_back_go_first_and_those_of_lost_leases_behind_a_batch
     assert [stream.take() for _ in range(6)] == [2, 3, 4, 5, 1, 6]
 
 
+def test_prompts_of_leases_lost_together_come_back_apart() -> None:
+    stream = PromptStream(num_prompts=None, delay=2)
+    assert [stream.take() for _ in range(3)] == [0, 1, 2]
+    for prompt_id in (0, 1, 2):
+        stream.put_behind(prompt_id)
+    assert [stream.take() for _ in range(9)] == [3, 4, 0, 5, 6, 1, 7, 8, 2]
+
+
 def test_when_the_stream_ends_what_came_back_is_still_leased() -> None:
     stream = PromptStream(num_prompts=2, delay=5)
     assert [stream.take(), stream.take(), stream.next] == [0, 1, None]

@@ -135,7 +135,8 @@ class Truth(Account):
         if action.state == "waiting":
             assert not used_up
             behind = prompt_id in self.lost and not self.barrier
-            self.places[prompt_id] = self.num_fresh + self.size if behind else prompt_id
+            last = max([self.num_fresh, *(self.places[p] for p, s in self.prompts.items() if s == "waiting")])
+            self.places[prompt_id] = last + self.size if behind else prompt_id
         if action.state == "failed":
             assert used_up or isinstance(event, core.LeaseFailed)
         if action.state == "expired":

@@ -183,7 +183,7 @@ class Controller(Process):
         self.leasing = True
         await self.replay.ask(lambda replay: replay.server.begin())
         while self.step < self.steps:
-            if self.step + 2 >= self.steps:
+            if self.step + 1 == self.steps and not self.plan.ends_wildly:
                 self.world.settle()
             if await self.learner.call(lambda learner: learner.take_batch(self.step + 1)):
                 break

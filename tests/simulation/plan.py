@@ -58,7 +58,9 @@ class Plan:
     """Share of groups without variance."""
     links: LinkFaults
     settles_at: float
-    """When all faults end, at the latest; they also end when the run comes near its last step."""
+    """When all faults end, at the latest."""
+    ends_wildly: bool
+    """Faults don't end before the last step."""
     kills_at: list[tuple[float, str]] = field(default_factory=list)
     """Who is killed at which time."""
     kills_in: dict[tuple[str, str, int], str] = field(default_factory=dict)
@@ -116,6 +118,7 @@ def draw(seed: int) -> Plan:
         "train_s": rng.choice((0.2, 1.0, 3.0)),
         "constant": rng.choice((0.0, 0.2, 0.5)),
         "settles_at": settles_at,
+        "ends_wildly": rng.random() < 0.3,
         "links": _links(rng, seed, wild),
     }
     return Plan(**plan, **(_faults(rng, settles_at) if wild else {}))
@@ -167,7 +170,7 @@ def _faults(rng: random.Random, settles_at: float) -> dict[str, object]:
         else:
             point = rng.choice(list(POINTS[role]))
             often = point in ("before_commit", "after_commit", "after_send")
-            kills_in[role, point, rng.randint(1, 60 if often else 4)] = role
+            kills_in[role, point, rng.randint(1, rng.choice((10, 30, 60)) if often else 3)] = role
     return {
         "kills_at": kills_at,
         "kills_in": kills_in,

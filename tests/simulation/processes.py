@@ -111,6 +111,7 @@ class Process:
             return
         self.alive = False
         self.world.note(f"{self.role} deaths", f"{self.name} dies: {why}")
+        self.world.note(f"{self.role} {why}", "")
         for socket in self.sockets:
             socket.close()
         for task in self._tasks:

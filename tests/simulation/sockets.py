@@ -52,7 +52,7 @@ class _Socket:
 
     def __init__(self, network: Network, process: Process, accepts: type | UnionType) -> None:
         self._network, self.process, self._accepts = network, process, accepts
-        self._link = network.link(process)
+        self._link, self._last_at = network.link(process), 0.0
         self._arrived: deque = deque()
         self._waiter: asyncio.Future[None] | None = None
         self.closed = False
@@ -63,7 +63,9 @@ class _Socket:
         if not network.reaches(self.process, other.process):
             return
         now = network.loop.time()
-        for at, faulty in [(now, encoded)] if network.perfect else self._link.pass_on(encoded, now):
+        passed = [(max(now, self._last_at), encoded)] if network.perfect else self._link.pass_on(encoded, now)
+        for at, faulty in passed:
+            self._last_at = max(self._last_at, at)
             network.loop.call_at(at, other._deliver, self, sender, faulty)
 
     def _deliver(self, source: _Socket, sender: bytes, frames: Sequence[Buffer]) -> None:

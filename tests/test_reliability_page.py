@@ -1,0 +1,22 @@
+"""docs/reliability.md names tests that exist, and says of those left out by default that they are."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = (ROOT / "docs" / "reliability.md").read_text()
+NAMED = re.findall(r"`(tests/[\w/]+\.py)`( \(soak\))?", PAGE)
+
+
+@pytest.mark.parametrize(("path", "soak"), sorted(set(NAMED)))
+def test_every_test_that_the_page_names_is_there(path: str, soak: str) -> None:
+    text = (ROOT / path).read_text()
+    assert "def test_" in text
+    if soak:
+        assert "pytest.mark.soak" in text
+
+
+def test_the_page_names_tests() -> None:
+    assert len(NAMED) > 30
