@@ -259,12 +259,14 @@ class Progress(Struct, frozen=True, array_like=True, forbid_unknown_fields=True)
 
 
 class Heartbeat(Message):
-    """rollout -> replay, every 2 s. `progress`: every lease that the worker holds, by `lease_id`."""
+    """rollout -> replay, every 2 s. `progress`: every lease that the worker holds, by `lease_id`. `evaluations`: the
+    `request_id` of every evaluation request."""
 
     asked: int
     loaded_version: int
     branch: int
     progress: dict[int, Progress]
+    evaluations: list[int]
     gauges: dict[str, float]
     """The worker's own counters (`rollout/…`), cumulative since the session began."""
 

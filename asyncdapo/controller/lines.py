@@ -39,6 +39,7 @@ class Lines:
         """Leases are granted from now on: for the first time in this launch, or again after a learner's death."""
         self._line_at = time.monotonic()
         self._began = self._began or self._line_at
+        self.clock.take()  # of a step that is undone
 
     def log_first(self, evaluated: Mapping[str, float]) -> None:
         """Write the line of step 0."""

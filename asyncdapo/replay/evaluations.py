@@ -5,6 +5,7 @@ answers of an evaluation once they are there. Promises:
 
     ahead of leases   a worker with room gets a request before it gets a lease, while there is room for one
     share             together the requests under way hold at most `share × total_slots` slots (one may always go)
+    not listed        a request of which its worker's heartbeats don't know was lost on its way, and is sent again
     answered once     a request comes back to the table when its worker is lost or silent for long; whichever answer
                       comes first counts, later ones are dropped
     asked twice       whoever asks for an evaluation that goes on joins it; it is forgotten when nobody waits for it
@@ -17,11 +18,12 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from asyncdapo.errors import RunError
 from asyncdapo.messages import EvalAnswer, EvalDone, EvalRequest
+from asyncdapo.replay.sessions import MAX_UNLISTED
 
 MAX_ISSUES = 5
 
@@ -49,6 +51,8 @@ class _UnderWay:
     worker: int
     num_slots: int
     since: int
+    num_unlisted: int = 0
+    """Heartbeats of its worker in a row that didn't list it."""
 
 
 class Evaluations:
@@ -105,8 +109,22 @@ class Evaluations:
             return None
         self._waiting.popleft()
         self._under_way[request.request_id] = _UnderWay(worker, len(request.prompts), tick)
-        self._issues[request.request_id] = self._issues.get(request.request_id, 0) + 1
+        self._count_issue(request.request_id)
         return request
+
+    def note_listed(self, worker: int, listed: Collection[int]) -> list[EvalRequest]:
+        """A heartbeat says what this worker holds. Returns what is to be sent to it again. Raises RunError after
+        `MAX_ISSUES`."""
+        lost = []
+        for request_id, under_way in self._under_way.items():
+            if under_way.worker == worker:
+                under_way.num_unlisted = 0 if request_id in listed else under_way.num_unlisted + 1
+                if under_way.num_unlisted == MAX_UNLISTED:
+                    under_way.num_unlisted = 0
+                    self._check_issues(request_id)
+                    self._count_issue(request_id)
+                    lost.append(self._evaluation_of(request_id).requests[request_id])
+        return lost
 
     def answer(self, done: EvalDone) -> Evaluation | None:
         """Take an answer in. Returns its evaluation; None when it has this answer already, or is over.
@@ -144,10 +162,16 @@ class Evaluations:
 
     def _reissue(self, request_ids: list[int]) -> None:
         for request_id in request_ids:
-            if self._issues[request_id] >= MAX_ISSUES:
-                raise RunError(f"evaluation request {request_id} was given out {MAX_ISSUES} times and never answered")
+            self._check_issues(request_id)
             del self._under_way[request_id]
             self._waiting.appendleft(request_id)
+
+    def _count_issue(self, request_id: int) -> None:
+        self._issues[request_id] = self._issues.get(request_id, 0) + 1
+
+    def _check_issues(self, request_id: int) -> None:
+        if self._issues[request_id] >= MAX_ISSUES:
+            raise RunError(f"evaluation request {request_id} was given out {MAX_ISSUES} times and never answered")
 
     def _evaluation_of(self, request_id: int) -> Evaluation | None:
         return next((evaluation for evaluation in self._evaluations if request_id in evaluation.requests), None)

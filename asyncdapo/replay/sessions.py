@@ -34,7 +34,7 @@ LOST_TICKS = 15
 DESERTED_TICKS = 2 * LOST_TICKS
 """Silence of every worker after which none is expected to come back by itself."""
 MAX_UNLISTED = 2
-"""One heartbeat may have crossed the lease on its way."""
+"""One heartbeat may have crossed the lease or the evaluation request on its way."""
 GAUGES = ("tokens", "busy_s", "idle_s")
 """Counters of a worker that are summed over all workers and their lives."""
 

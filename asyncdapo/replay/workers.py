@@ -11,7 +11,7 @@ nothing that it sends ends the server.
                  for `lease_stall_s` is lost alone
     late groups  are acknowledged and dropped; repeated ones, whose acknowledgement was lost, too
     over         leases that a heartbeat reports and that are over are withdrawn (again)
-    unknown      leases that heartbeats don't report are sent again
+    unknown      leases and evaluation requests that heartbeats don't report are sent again
 
 Memory: a session per worker, the leases that run, the evaluations that somebody waits for.
 Does not own: sockets, sessions as records (`sessions`), what follows from an event (`state`).
@@ -220,6 +220,8 @@ class Workers:
             self._exchange.send(session, Withdraw(lease_ids=found.over))
         for lease_id in found.unlisted:
             self._exchange.send_again(lease_id)
+        for request in self.evaluations.note_listed(session.worker, heartbeat.evaluations):
+            self._exchange.send(session, replace(request, number=session.granted))
         for lease_id, version in found.started:
             self._note_started(session, lease_id, version)
         self._note_weights(session, heartbeat.loaded_version, heartbeat.branch)

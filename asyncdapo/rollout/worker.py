@@ -303,6 +303,7 @@ class RolloutWorker:
             loaded_version=version,
             branch=branch,
             progress={lease_id: job.progress for lease_id, job in self._held.items()},
+            evaluations=[number for kind, number in (*self._running, *self._outbox) if kind == "eval"],
             gauges=self.gauges(),
         )
 

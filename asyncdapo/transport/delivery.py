@@ -7,7 +7,7 @@ Does not own: sockets, a clock, tasks.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
 from asyncdapo.messages import Message
@@ -35,6 +35,9 @@ class Outbox:
 
     def __contains__(self, key: Hashable) -> bool:
         return key in self._entries
+
+    def __iter__(self) -> Iterator[Hashable]:
+        return iter(self._entries)
 
     def put(self, key: Hashable, message: Message, frames: Sequence[Buffer] = ()) -> None:
         """Keep a message; it is due at once. A message already kept under the key is replaced."""

@@ -157,7 +157,7 @@ class FakeWorker:
     async def send_group(self, header, payload):
         await self.client.send(GroupDone(group=header), payload.frames())
 
-    async def beat(self, progress=None, tokens=0.0, phase="sampling", started_version=None):
+    async def beat(self, progress=None, tokens=0.0, phase="sampling", started_version=None, evaluations=()):
         """`progress`: sampled tokens by lease."""
         held = {
             lease_id: Progress(num_tokens=num_tokens, phase=phase, started_version=started_version)
@@ -169,6 +169,7 @@ class FakeWorker:
                 loaded_version=self.version,
                 branch=self.branch,
                 progress=held,
+                evaluations=evaluations,
                 gauges={"tokens": tokens},
             )
         )

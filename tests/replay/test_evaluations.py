@@ -79,6 +79,18 @@ def test_a_request_that_is_silent_for_long_is_given_out_again():
     assert table.next_for(0, tick=4).request_id == 1
 
 
+def test_a_request_that_its_workers_heartbeats_dont_know_is_sent_again():
+    table = Evaluations(total_slots=8)
+    table.start([request(1), request(2), request(3)], share=1.0)
+    assert [table.next_for(0, tick=0).request_id for _ in range(2)] == [1, 2]
+    table.next_for(1, tick=0)
+    assert table.note_listed(0, [2]) == []
+    assert [lost.request_id for lost in table.note_listed(0, [2])] == [1]
+    assert table.note_listed(0, [2]) == []
+    assert table.note_listed(0, [1, 2]) == []
+    assert table.note_listed(0, [2]) == []
+
+
 def test_the_first_answer_counts_and_later_ones_are_dropped():
     table = Evaluations(total_slots=8)
     evaluation = table.start([request(1), request(2)], share=1.0)
@@ -216,6 +228,24 @@ async def test_an_evaluation_request_that_a_live_worker_never_answers_is_given_o
         evaluating = asyncio.create_task(server.evaluate([eval_request(1)], share=1.0))
         await worker.take(EvalRequest)
         await worker.evaluate(await worker.take(EvalRequest))
+        assert len(await evaluating) == 2
+
+
+@scenario
+async def test_an_evaluation_request_that_was_lost_is_sent_again_and_takes_no_second_credit(tmp_path):
+    async with serving(tmp_path) as server:
+        worker = FakeWorker(server)
+        await worker.join()
+        await worker.ask(1)
+        evaluating = asyncio.create_task(server.evaluate([eval_request(1)], share=1.0))
+        lost = await worker.take(EvalRequest)
+        await worker.beat()
+        await worker.beat()
+        assert await worker.take(EvalRequest) == lost
+        for _ in range(3):
+            await worker.beat(evaluations=[1])
+        assert await worker.unread() == []
+        await worker.evaluate(lost)
         assert len(await evaluating) == 2
 
 

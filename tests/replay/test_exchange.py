@@ -110,7 +110,7 @@ def test_every_sampled_token_is_accounted_for(tmp_path):
     [slow], [lost] = run.ready(1, 1), run.ready(2, 1)
     for worker, progress in ((1, {slow: 5}), (2, {lost: 3})):
         held = {lease_id: Progress(num_tokens=tokens, phase="sampling") for lease_id, tokens in progress.items()}
-        beat = Heartbeat(asked=1, loaded_version=0, branch=0, progress=held, gauges={"tokens": 50.0})
+        beat = Heartbeat(asked=1, loaded_version=0, branch=0, progress=held, evaluations=[], gauges={"tokens": 50.0})
         run.sessions.note_heartbeat(run.sessions.of_worker(worker), beat)
     run.exchange.apply(core.Started(lease_id=slow, version=0))
     run.exchange.apply(core.WorkerLost(worker=2))
@@ -138,7 +138,7 @@ def test_every_sampled_token_is_accounted_for(tmp_path):
 def test_tokens_of_a_former_session_stay_counted(tmp_path):
     run = SmallRun(tmp_path)
     run.join(0, session="old")
-    beat = Heartbeat(asked=0, loaded_version=0, branch=0, progress={}, gauges={"tokens": 30.0})
+    beat = Heartbeat(asked=0, loaded_version=0, branch=0, progress={}, evaluations=[], gauges={"tokens": 30.0})
     run.sessions.note_heartbeat(run.sessions.of_worker(0), beat)
     run.exchange.apply(core.WorkerLost(worker=0))
     run.join(0, session="new")

@@ -27,7 +27,9 @@ def beat(sessions, progress, tokens=0.0, asked=0):
     sessions.tick += 1
     session = sessions.of_worker(0)
     session.heard_tick = sessions.tick
-    heartbeat = Heartbeat(asked=asked, loaded_version=0, branch=0, progress=progress, gauges={"tokens": tokens})
+    heartbeat = Heartbeat(
+        asked=asked, loaded_version=0, branch=0, progress=progress, evaluations=[], gauges={"tokens": tokens}
+    )
     return sessions.note_heartbeat(session, heartbeat)
 
 

@@ -172,8 +172,9 @@ async def test_an_evaluation_is_urgent_and_answered_until_acknowledged() -> None
             (True, [seed]) for seed in seeds
         ]
         assert await replay.expect(EvalDone) == done
+        await replay.expect(Heartbeat, lambda heartbeat: heartbeat.evaluations == [5])
         await replay.send(EvalAck(request_id=5))
-        await replay.listen(1)
+        await replay.expect(Heartbeat, lambda heartbeat: heartbeat.evaluations == [])
         assert not any(isinstance(message, EvalDone) for message in await replay.listen(6))
 
 

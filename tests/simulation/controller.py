@@ -15,8 +15,11 @@ from asyncdapo import faults
 from asyncdapo.errors import RunError
 from asyncdapo.messages import EvalRequest, Sampling
 from tests.simulation.disk import Checkpoint
-from tests.simulation.plan import HEARTBEAT_S
-from tests.simulation.processes import Killed, Learner, Process, ProcessDied, Replay, Rollout, held_out
+from tests.simulation.learner import Learner
+from tests.simulation.plan import EVAL_ID, HEARTBEAT_S
+from tests.simulation.process import Killed, Process, ProcessDied
+from tests.simulation.replay import Replay, prompt_at
+from tests.simulation.rollout import Rollout
 
 if TYPE_CHECKING:
     from tests.simulation.world import World
@@ -74,7 +77,7 @@ class Controller(Process):
         self.step = self.saved = self.version = self.branch = 0
         self.loaded: dict[int, tuple[int, int, int]] = {}
         """Life, branch and version of what each worker generates with."""
-        self.leasing = False
+        self.leasing, self.no_batch = False, ""
         self.evaluating: asyncio.Task | None = None
 
     async def run(self) -> None:
@@ -185,7 +188,8 @@ class Controller(Process):
         while self.step < self.steps:
             if self.step + 1 == self.steps and not self.plan.ends_wildly:
                 self.world.settle()
-            if await self.learner.call(lambda learner: learner.take_batch(self.step + 1)):
+            self.no_batch = await self.learner.call(lambda learner: learner.take_batch(self.step + 1))
+            if self.no_batch:
                 break
             await self._train_step(self.step + 1)
         if self.step == 0:
@@ -228,7 +232,7 @@ class Controller(Process):
             await self._evaluate(share=1.0)
 
     async def _evaluate(self, share: float) -> None:
-        prompts = held_out(3)
+        prompts = [prompt_at(EVAL_ID + index) for index in range(3)]
         requests = [
             EvalRequest(
                 request_id=self.world.new_request(), seed=1, sampling=Sampling(), prompts=prompts[first : first + 2]

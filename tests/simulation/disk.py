@@ -3,7 +3,7 @@
 In: the product's own journal, opened by one life of the replay server after the other. Out: the same rows and records
 to the next life. The ledger is real SQL by the real `Journal`; only its file is memory, since opening one takes longer
 than a whole simulated run. `FileDisk` has real files, too, for a share of the runs.
-Does not own: who writes when, and who dies of it (`processes`).
+Does not own: who writes when, and who dies of it (`process`).
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from pathlib import Path
 from asyncdapo.messages import Group, Payload
 from asyncdapo.replay import journal as journal_module
 from asyncdapo.replay.journal import Journal
-from asyncdapo.replay.ledger import open_for_writing, open_ledger
-from asyncdapo.replay.payloads import Place, Segments
+from asyncdapo.replay.ledger import open_ledger
+from asyncdapo.replay.payloads import Place
+from asyncdapo.replay.schema import TABLES, UNDONE_TABLES
 
 SHM = Path("/dev/shm")
 
@@ -85,10 +86,19 @@ class _MemorySegments:
 
 
 @cache
-def _empty_ledger() -> bytes:
-    with tempfile.TemporaryDirectory() as folder, closing(open_for_writing(Path(folder) / "ledger.db")) as ledger:
-        ledger.execute("PRAGMA journal_mode = DELETE")
-        return ledger.serialize()
+def _connection() -> _Connection:
+    """The one ledger in memory, which every run begins by emptying: so its statements are prepared only once."""
+    connection = sqlite3.connect(":memory:", isolation_level=None, factory=_Connection, cached_statements=512)
+    connection.executescript(TABLES + UNDONE_TABLES)
+    return connection
+
+
+def _emptied() -> _Connection:
+    connection = _connection()
+    for (table,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall():
+        connection.execute(f"DELETE FROM {table}")
+    connection.execute("INSERT INTO branches VALUES (0, 0, 0, 0, 'the run began', 0)")
+    return connection
 
 
 class MemoryDisk:
@@ -99,22 +109,21 @@ class MemoryDisk:
         self._segment_bytes = segment_bytes
         self._folder = Path(tempfile.gettempdir())
         self._records: dict[int, list[tuple[Group, Payload]]] = {}
-        self._db = sqlite3.connect(":memory:", isolation_level=None, factory=_Connection)
-        self._db.deserialize(_empty_ledger())
 
     @contextmanager
     def mounted(self) -> Iterator[None]:
         """While this disk is the one that journals open."""
         before = {name: getattr(journal_module, name) for name in ("open_for_writing", "WriterLock", "Segments")}
+        self._db = _emptied()
         journal_module.open_for_writing = lambda path: self._db
         journal_module.WriterLock = _NoLock
         journal_module.Segments = lambda folder, segment_bytes: _MemorySegments(self._records, segment_bytes)
         try:
             yield
         finally:
+            self._db.close()
             for name, part in before.items():
                 setattr(journal_module, name, part)
-            sqlite3.Connection.close(self._db)
 
     def open_journal(self, kind: type[Journal]) -> Journal:
         return kind(self._folder, segment_bytes=self._segment_bytes)

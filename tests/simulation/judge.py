@@ -1,32 +1,50 @@
 """What must hold, from what the processes did and from what is on the disk. It believes none of them alone.
 
+In: what happens, as it happens. Out: AssertionError at the first breach.
+
     every committed event     `Truth` of the property tests: admission, staleness, exactly once, batch membership
     every new server          the state is the one before the death
+    every grant               the worker has asked for it
     every batch               nothing is trained twice; no token is newer than the bound allows, or of weights that a
                               rollback undid; after a rollback batch k + 1 is what it was
     every request             the engine has room for it, as long as no message can be lost
     the end                   audit's invariants; the learner's own record is what the ledger says
+
+Does not own: what happens, and when the run must be over (`world`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from asyncdapo.messages import Batch, Payload
+from asyncdapo.messages import Batch, EvalRequest, Lease, Payload
+from asyncdapo.replay import events as core
 from asyncdapo.replay.invariants import INVARIANTS
+from asyncdapo.replay.sessions import Session
 from tests.replay.past import TruthWithPast
 from tests.replay.restarts import snapshot
 from tests.simulation.plan import GROUP_SIZE
 
 if TYPE_CHECKING:
     from tests.simulation.controller import Controller
-    from tests.simulation.processes import Learner
+    from tests.simulation.learner import Learner
     from tests.simulation.world import World
 
 
 class Truth(TruthWithPast):
     """Messages may overtake each other here: what weights a lease began with may be told when it is too late. Then its
     group will be stale when it comes."""
+
+    def observe(self, event: core.Event, actions: Sequence[core.Action]) -> None:
+        """Most events say again what credits there are, and change nothing."""
+        if actions or not isinstance(event, core.Ready) or self.credits[event.worker] != event.credits:
+            super().observe(event, actions)
+
+    def _check_exactly_once(self) -> None:
+        """Goes through everything there is, which takes longer than all else, so now and then must do."""
+        if self.num_events % 8 == 0 or self.over:
+            super()._check_exactly_once()
 
     def _check_staleness(self) -> None:
         leases = self.leases
@@ -81,7 +99,7 @@ class Judge:
         self.state_before = state
 
     def reloaded(self, state: Any) -> None:
-        self.world.note("reloads", "another replay server goes on")
+        self.world.note("reloads" if self.state_before else "", "a replay server goes on from the ledger")
         if self.state_before is not None:
             assert snapshot(state) == self.state_before, "the state after a reload isn't the one before"
         if self.truth:
@@ -90,27 +108,33 @@ class Judge:
 
     # ------------------------------------------------------------------------------------------------ learner, engine
 
+    def sent(self, session: Session | None, message: Lease | EvalRequest) -> None:
+        """A worker gets no more than it has asked for."""
+        assert session is None or message.number <= session.asked, "granted without a credit"
+
     def batch_arrived(self, learner: Learner, batch: Batch, payload: Payload) -> None:
         plan, step = self.world.plan, batch.step
         self.world.note("batches", f"batch {step} of prompts {[group.prompt_id for group in batch.groups]}")
-        assert batch.branch == self.branch
+        assert batch.branch == self.branch, "a batch of another branch"
         assert step == len(learner.lineage), "not the batch that the learner asked for"
         members = [(group.prompt_id, group.lease_id) for group in batch.groups]
         assert self.known.setdefault(step, members) == members, "a batch that was cut is another one now"
         before = {prompt_id for batch in learner.trained.values() for prompt_id, _ in batch}
         prompt_ids = [prompt_id for prompt_id, _ in members]
         assert not before & set(prompt_ids), "a prompt is trained twice"
-        assert prompt_ids == sorted(set(prompt_ids))
+        assert prompt_ids == sorted(set(prompt_ids)), "members in rising prompt_id, none twice"
         size = plan.replay.prompts_per_step
-        assert len(members) == size or (len(members) < size and plan.filter.on_limit != "raise")
+        assert len(members) == size or (len(members) < size and plan.filter.on_limit != "raise"), "a short batch"
         for group, part in zip(batch.groups, payload.split(batch.groups), strict=True):
-            assert part.prompt_ids.tolist() == [group.prompt_id]
+            assert part.prompt_ids.tolist() == [group.prompt_id], "tokens of another group"
             versions = [v for c in group.completions for version, num in c.versions for v in [version] * num]
             assert part.token_ids.tolist() == [learner.lineage[version] for version in versions], "undone weights"
-            assert 0 <= step - 1 - min(versions) <= plan.replay.staleness_bound
+            assert step - 1 - min(versions) <= plan.replay.staleness_bound, "too stale"
 
     def step_done(self, step: int, metrics: dict[str, float]) -> None:
-        assert metrics["replay/trained_groups"] == len(self.known[step])
+        """Asked once or, since a server died, twice: the metrics are those of the batch."""
+        if step in self.known:
+            assert metrics["replay/trained_groups"] == len(self.known[step]), "metrics of another batch"
         assert metrics["replay/staleness_max"] <= self.world.plan.replay.staleness_bound
 
     def engine_takes(self, num_outstanding: int, num: int, num_slots: int) -> None:
@@ -119,6 +143,11 @@ class Judge:
             assert num_outstanding < num_slots or num < GROUP_SIZE, "a worker has more to do than it asked for"
 
     # ------------------------------------------------------------------------------------------------------------ end
+
+    def check_ended_well(self, controller: Controller) -> None:
+        """The launch has come to its end by itself."""
+        assert self.world.disk.query("SELECT 1 FROM events WHERE kind = 'run_ended'"), "the stream was not closed"
+        assert controller.step == controller.steps or controller.no_batch, "steps are missing"
 
     def check_end(self, controller: Controller) -> None:
         self.check_ledger()

@@ -15,37 +15,26 @@ from contextvars import Context, copy_context
 from itertools import count
 from typing import Any
 
-
 MAX_STEPS = 1_000_000
 
 
 class Handle:
     """A callback to come. Cancelled ones stay where they are and do nothing."""
 
-    __slots__ = ("at", "number", "_callback", "_args", "_context")
+    __slots__ = ("_at", "callback", "args", "context")
 
-    def __init__(
-        self, at: float, number: int, callback: Callable[..., object], args: tuple, context: Context | None
-    ) -> None:
-        self.at, self.number = at, number
-        self._callback, self._args = callback, args
-        self._context = copy_context() if context is None else context
-
-    def __lt__(self, other: Handle) -> bool:
-        return (self.at, self.number) < (other.at, other.number)
-
-    def run(self) -> None:
-        if self._callback is not None:
-            self._context.run(self._callback, *self._args)
+    def __init__(self, at: float, callback: Callable[..., object], args: tuple, context: Context | None) -> None:
+        self._at, self.callback, self.args = at, callback, args
+        self.context = copy_context() if context is None else context
 
     def cancel(self) -> None:
-        self._callback = None
+        self.callback = None
 
     def cancelled(self) -> bool:
-        return self._callback is None
+        return self.callback is None
 
     def when(self) -> float:
-        return self.at
+        return self._at
 
 
 class Deadline(Exception):  # noqa: N818 - says when, not what went wrong
@@ -58,7 +47,7 @@ class VirtualLoop(asyncio.AbstractEventLoop):
     def __init__(self) -> None:
         self._now = 0.0
         self._ready: deque[Handle] = deque()
-        self._timers: list[Handle] = []
+        self._timers: list[tuple[float, int, Handle]] = []
         self._numbers = count()
         self.num_steps = 0
 
@@ -71,9 +60,7 @@ class VirtualLoop(asyncio.AbstractEventLoop):
             while not main.done():
                 if not self._ready:
                     self._jump(deadline())
-                self.num_steps += 1
-                assert self.num_steps < MAX_STEPS, "steps without an end"
-                self._ready.popleft().run()
+                self._step()
             return main.result()
         finally:
             asyncio._set_running_loop(before)
@@ -84,19 +71,27 @@ class VirtualLoop(asyncio.AbstractEventLoop):
         asyncio._set_running_loop(self)
         try:
             while self._ready:
-                self._ready.popleft().run()
+                self._step()
         finally:
             asyncio._set_running_loop(before)
 
+    def _step(self) -> None:
+        self.num_steps += 1
+        assert self.num_steps < MAX_STEPS, "steps without an end"
+        handle = self._ready.popleft()
+        if handle.callback is not None:
+            handle.context.run(handle.callback, *handle.args)
+
     def _jump(self, deadline: float) -> None:
         """To the next timer that wasn't cancelled."""
-        while self._timers and self._timers[0].cancelled():
-            heapq.heappop(self._timers)
-        if not self._timers or self._timers[0].at > deadline:
+        timers = self._timers
+        while timers and timers[0][2].cancelled():
+            heapq.heappop(timers)
+        if not timers or timers[0][0] > deadline:
             raise Deadline
-        self._now = max(self._now, self._timers[0].at)
-        while self._timers and self._timers[0].at <= self._now:
-            self._ready.append(heapq.heappop(self._timers))
+        self._now = max(self._now, timers[0][0])
+        while timers and timers[0][0] <= self._now:
+            self._ready.append(heapq.heappop(timers)[2])
 
     # ------------------------------------------------------------------------------------------- what asyncio calls
 
@@ -104,7 +99,7 @@ class VirtualLoop(asyncio.AbstractEventLoop):
         return self._now
 
     def call_soon(self, callback: Callable[..., object], *args: Any, context: Context | None = None) -> Handle:
-        handle = Handle(0.0, 0, callback, args, context)
+        handle = Handle(0.0, callback, args, context)
         self._ready.append(handle)
         return handle
 
@@ -113,9 +108,11 @@ class VirtualLoop(asyncio.AbstractEventLoop):
     ) -> Handle:
         return self.call_at(self._now + delay, callback, *args, context=context)
 
-    def call_at(self, when: float, callback: Callable[..., object], *args: Any, context: Context | None = None) -> Handle:
-        handle = Handle(when, next(self._numbers), callback, args, context)
-        heapq.heappush(self._timers, handle)
+    def call_at(
+        self, when: float, callback: Callable[..., object], *args: Any, context: Context | None = None
+    ) -> Handle:
+        handle = Handle(when, callback, args, context)
+        heapq.heappush(self._timers, (when, next(self._numbers), handle))
         return handle
 
     def create_future(self) -> asyncio.Future[Any]:
@@ -136,4 +133,4 @@ class VirtualLoop(asyncio.AbstractEventLoop):
         return False
 
     def call_exception_handler(self, context: dict[str, Any]) -> None:
-        """What nobody waits for: `processes` look at every task of theirs."""
+        """What nobody waits for: a `Process` looks at every task of its own."""

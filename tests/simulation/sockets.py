@@ -6,7 +6,7 @@ becomes of each is decided by the product's own `faults.Link` from the seed. As 
     a client waits while its server is gone, and is connected again a moment after the next one is there
     messages under way to a process that dies are lost, and those to a peer that was never heard are dropped
 
-Does not own: who is alive (`processes`).
+Does not own: who is alive (`process`).
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from types import UnionType
 from typing import TYPE_CHECKING
 
 from asyncdapo import faults
-from asyncdapo.messages import Message
+from asyncdapo.messages import EvalRequest, Lease, Message
 from asyncdapo.transport.codec import Buffer, Malformed, decode, encode
 
 if TYPE_CHECKING:
-    from tests.simulation.processes import Process
+    from tests.simulation.process import Process
 
 RECONNECT_S = 0.1
 
@@ -101,6 +101,8 @@ class Server(_Socket):
             return peer, malformed, []
 
     async def send(self, peer: bytes, message: Message, frames: Sequence[Buffer] = ()) -> None:
+        if isinstance(message, Lease | EvalRequest):
+            self.process.note_grant(peer, message)
         if client := self.peers.get(peer):
             self._send(client, b"", message, frames)
 

@@ -15,7 +15,6 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from itertools import count
 from types import SimpleNamespace
 from typing import Any
@@ -32,15 +31,16 @@ from tests.simulation.disk import FileDisk, MemoryDisk
 from tests.simulation.judge import Judge
 from tests.simulation.loop import Deadline, VirtualLoop
 from tests.simulation.plan import Plan, draw
-from tests.simulation.processes import CURRENT, LEARNER_ADDRESS, ROLLOUT_ADDRESS, Killed, Process, ProcessDied
+from tests.simulation.process import CURRENT, Killed, ProcessDied
+from tests.simulation.replay import LEARNER_ADDRESS, ROLLOUT_ADDRESS
 from tests.simulation.sockets import Client, Network, Server
 
 PATIENCE_S = 300.0
 """Simulated seconds without any fault in which a run must come to its end."""
-LAUNCHES = 6
+RELAUNCH_S = 1.0
 BAD_LUCK = ("damaged", "nothing has been heard", "and never answered", "can't be written")
 """Ends that faults can bring about and that say so; whoever launches again goes on."""
-GOOD_REASONS = ("filter.max_gen_batches", "no batch was ever full")
+LAWFUL_ENDS = ("filter.max_gen_batches", "no batch was ever full")
 """Ends that the configuration and the prompts bring about."""
 
 
@@ -98,32 +98,35 @@ class World:
         self._rng = random.Random(f"{plan.seed} world")
         self._weights, self._requests, self._sessions = count(1), count(1), count(1)
         self._passed: Counter[tuple[str, str]] = Counter()
-        self._num_writes = 0
+        self._num_writes = self._num_lawful = 0
 
     async def main(self) -> str:
         """Launch until the run is over. Returns what it said at its end."""
-        self.failure: asyncio.Future[None] = self.loop.create_future()
         self._arm()
-        steps, end = self.plan.steps, ""
-        for launch in range(LAUNCHES):
+        steps = self.plan.steps
+        while True:
+            self.failure: asyncio.Future[None] = self.loop.create_future()
             self.controller = Controller(self, steps)
             try:
                 await self._launch()
+                self.judge.check_ended_well(self.controller)
                 if steps > self.plan.steps or not self.plan.more_steps:
                     return ""
                 steps += self.plan.more_steps
             except ProcessDied:
                 self._cut_power()
             except RunError as error:
-                end = str(error)
-                lucky = self.settled or any(reason in end for reason in GOOD_REASONS)
-                assert any(reason in end for reason in (GOOD_REASONS if lucky else BAD_LUCK)), end
-                if lucky and (self.settled or launch):
-                    return end
+                if self._is_final(str(error)):
+                    return str(error)
             self.controller.end()
-            self.failure = self.loop.create_future()
-            await asyncio.sleep(1.0)
-        return end
+            await asyncio.sleep(RELAUNCH_S)
+
+    def _is_final(self, end: str) -> bool:
+        """Whether it makes no sense to launch again. Without faults no run ends by bad luck."""
+        lawful = any(words in end for words in LAWFUL_ENDS)
+        assert lawful or (not self.settled and any(words in end for words in BAD_LUCK)), end
+        self._num_lawful += lawful
+        return lawful and (self.settled or self._num_lawful > 1)
 
     async def _launch(self) -> None:
         running = self.loop.create_task(self.controller.call(self.controller.run()))
@@ -215,12 +218,10 @@ class World:
         if not self.failure.done():
             self.failure.set_exception(error)
 
-    crash = fail
-
     def note(self, kind: str, line: str) -> None:
         if kind and not self.over:
             self.counts[kind] += 1
-        if self.traced:
+        if self.traced and line:
             self.lines.append(f"{self.loop.time():8.3f}  {line}")
 
     def why_waiting(self) -> str:

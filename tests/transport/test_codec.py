@@ -58,6 +58,7 @@ MESSAGES = [
         loaded_version=1,
         branch=2,
         progress={9: Progress(num_tokens=12, phase="sampling")},
+        evaluations=[5],
         gauges={"tokens": 12.0},
     ),
     EvalRequest(request_id=0, seed=1, sampling=Sampling(temperature=0.0), prompts=[PROMPT]),

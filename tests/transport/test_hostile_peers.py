@@ -137,7 +137,7 @@ def damaged_messages(server: ReplayServer, noisy: FakeWorker, leases) -> list[At
         EvalDone(request_id=1, answers=[]),
     ]
     progress = {leases[0].lease_id: Progress(num_tokens=3, phase="sampling")}
-    beat = Heartbeat(asked=4, loaded_version=0, branch=0, progress=progress, gauges={"tokens": 1.0})
+    beat = Heartbeat(asked=4, loaded_version=0, branch=0, progress=progress, evaluations=[], gauges={"tokens": 1.0})
     as_worker = groups * 2 + [encode(message) for message in joined]
     return [
         Attacker(server.rollout_address, b"stranger", [*as_worker, encode(Ask(asked=4)), encode(beat)]),

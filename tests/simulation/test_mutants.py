@@ -1,0 +1,134 @@
+"""Bugs planted in the product, each of which some seeds must bring to light: a judge that passes all judges nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import get_args
+
+import pytest
+
+from asyncdapo.replay import lifecycle
+from asyncdapo.replay.admission import Admission
+from asyncdapo.replay.events import EndLease, PromptState
+from asyncdapo.replay.exchange import Exchange
+from asyncdapo.replay.leases import Lease, Leases
+from asyncdapo.replay.rollback import Rollback
+from asyncdapo.replay.sessions import Sessions
+from tests.simulation.world import simulate
+
+NUM_SEEDS = 150
+"""Seeds within which a bug must show; every mutant shows in far fewer."""
+Plant = Callable[[pytest.MonkeyPatch], None]
+
+
+def admission_ignores_what_is_in_training(patch: pytest.MonkeyPatch) -> None:
+    rule = Admission.admits
+    patch.setattr(Admission, "admits", lambda self, *, in_training, **rest: rule(self, in_training=0, **rest))
+
+
+def admission_is_off_by_a_batch(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Admission, "capacity", property(lambda self: (self.run_ahead + 2) * self.prompts_per_step))
+
+
+def admission_holds_back_the_last_lease(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Admission, "capacity", property(lambda self: (self.run_ahead + 1) * self.prompts_per_step - 1))
+
+
+def _accept_again(patch: pytest.MonkeyPatch, outcome: str) -> None:
+    """A group passes although its lease has ended with `outcome`, at every place that would notice."""
+    end, end_session, over = Leases.end, Exchange._end_lease, {}
+
+    def end_and_remember(self: Leases, lease: Lease, how: str, reason: str = "") -> None:
+        end(self, lease, how, reason)
+        if how == outcome:
+            over[self, lease.lease_id] = lease
+
+    def end_if_running(self: Leases, lease_id: int, how: str, reason: str = "") -> Lease | None:
+        if lease := over.get((self, lease_id)):
+            self.running[lease_id] = lease
+        return real(self, lease_id, how, reason)
+
+    def keep(self: Exchange, action: EndLease, detail: str) -> None:
+        held = self._sessions.leases.get(action.lease_id)
+        end_session(self, action, detail)
+        if action.outcome == outcome and held:
+            self._sessions.leases[action.lease_id] = held
+
+    real = Leases.end_if_running
+    patch.setattr(Leases, "end", end_and_remember)
+    patch.setattr(Leases, "end_if_running", end_if_running)
+    patch.setattr(Exchange, "_end_lease", keep)
+    anything = frozenset(get_args(PromptState))
+    patch.setattr(lifecycle, "MOVES", dict.fromkeys(lifecycle.MOVES, anything))
+
+
+def a_repeated_group_is_taken_again(patch: pytest.MonkeyPatch) -> None:
+    _accept_again(patch, "done")
+
+
+def a_late_group_is_taken(patch: pytest.MonkeyPatch) -> None:
+    _accept_again(patch, "lost")
+
+
+def groups_of_undone_weights_survive(patch: pytest.MonkeyPatch) -> None:
+    fate = Rollback._fate
+
+    def spared(self: Rollback, group: object, next_step: int, *, followed: bool) -> object:
+        return fate(self, group._replace(max_version=min(group.max_version, self.step)), next_step, followed=followed)
+
+    patch.setattr(Rollback, "_fate", spared)
+
+
+def a_rollback_charges_attempts(patch: pytest.MonkeyPatch) -> None:
+    """Leases that it ends count as lost."""
+
+    def undo_leases(self: Rollback) -> None:
+        self.db.execute("UPDATE leases SET outcome = 'lost', ended_pos = ? WHERE outcome IS NULL", (self.pos,))
+        real(self)
+
+    real = Rollback._undo_leases
+    patch.setattr(Rollback, "_undo_leases", undo_leases)
+
+
+def a_cut_batch_is_forgotten(patch: pytest.MonkeyPatch) -> None:
+    """Batch k + 1 gets other members."""
+    patch.setattr(Rollback, "_can_restore", lambda self, members: False)
+
+
+def a_worker_gets_more_than_it_asked_for(patch: pytest.MonkeyPatch) -> None:
+    begin = Sessions.begin
+
+    def generous(self: Sessions, peer: bytes, hello: object) -> object:
+        session = begin(self, peer, hello)
+        session.granted = -1
+        return session
+
+    patch.setattr(Sessions, "begin", generous)
+
+
+MUTANTS = [
+    admission_ignores_what_is_in_training,
+    admission_is_off_by_a_batch,
+    admission_holds_back_the_last_lease,
+    a_repeated_group_is_taken_again,
+    a_late_group_is_taken,
+    groups_of_undone_weights_survive,
+    a_rollback_charges_attempts,
+    a_cut_batch_is_forgotten,
+    a_worker_gets_more_than_it_asked_for,
+]
+
+
+def first_seed_that_fails() -> int | None:
+    for seed in range(NUM_SEEDS):
+        try:
+            simulate(seed)
+        except Exception:  # noqa: BLE001 - a bug may show as anything
+            return seed
+    return None
+
+
+@pytest.mark.parametrize("plant", MUTANTS, ids=lambda plant: plant.__name__)
+def test_a_planted_bug_is_caught(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
+    plant(monkeypatch)
+    assert first_seed_that_fails() is not None
