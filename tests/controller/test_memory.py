@@ -66,13 +66,12 @@ def test_memory_is_flat_over_many_steps(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     sizes = []
     with started(run_dir, *SHORT, "run.steps=100000", "filter.enabled=false", "learner.checkpoint_every=10") as process:
-        for step in (100, 200, 300, 400, 500):
+        for step in (60, 120, 180, 240, 300):  # more lines than that and the pipe of its output is full
             wait_for_batch(run_dir, step, process, timeout_s=300)
             sizes.append(memory(run_dir))
         process.send_signal(signal.SIGINT)
         output, _ = process.communicate(timeout=60)
         assert process.returncode == 130, output
-    print(sizes)
     growth = {role: sizes[-1][role] - sizes[0][role] for role in OTHERS}
     assert max(growth.values()) < MAX_GROWTH_MIB, sizes
     assert audit(run_dir) == []
