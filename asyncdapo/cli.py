@@ -26,7 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         print("asyncdapo: interrupted", file=sys.stderr)
-        return 130
+        sys.stdout.flush()
+        os._exit(130)  # what was interrupted in its import may not even end well
 
 
 def _parser() -> argparse.ArgumentParser:

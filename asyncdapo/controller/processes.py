@@ -60,15 +60,37 @@ def ray_session(config: Config) -> Iterator[None]:
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     try:
         adopt_orphans(True)
-        if config.controller.ray_address:
-            ray.init(address=config.controller.ray_address, **quiet)
-        else:
-            ray.init(address="local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **quiet)
+        with _signals_held():
+            if config.controller.ray_address:
+                ray.init(address=config.controller.ray_address, **quiet)
+            else:
+                ray.init(address="local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **quiet)
         adopt_orphans(False)
         yield
     finally:
         adopt_orphans(True)
         ray.shutdown()
+
+
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """Ctrl-C and SIGTERM count when the body is done: a Ray that is interrupted while it starts may crash. The second
+    one doesn't wait. Afterwards they are heeded as before, not as Ray does."""
+    received: list[int] = []
+
+    def hold(sent: int, frame: object) -> None:
+        received.append(sent)
+        if len(received) > 1:
+            raise KeyboardInterrupt
+
+    before = {sent: signal.signal(sent, hold) for sent in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for sent, handler in before.items():
+            signal.signal(sent, handler)
+    if received:
+        raise KeyboardInterrupt
 
 
 def gpu_shares(config: Config, num_gpus: float) -> list[float]:

@@ -70,7 +70,6 @@ def _launch(controller: Controller) -> int:
     try:
         reporter.status("starting Ray")
         with warden(), ray_session(controller.config):
-            signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray has set its own by now
             asyncio.run(controller.run())
         return EXIT_STOPPED if controller.stopped else 0
     except RunError as error:
