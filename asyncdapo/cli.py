@@ -12,6 +12,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+EXIT_INTERRUPTED = 130
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line, run the command, return its exit code."""
@@ -20,14 +22,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     from asyncdapo.errors import UserError
 
     try:
-        return args.command(args)
+        code = args.command(args)
     except UserError as error:
         print(f"asyncdapo: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("asyncdapo: interrupted", file=sys.stderr)
+        code = EXIT_INTERRUPTED
+    if code == EXIT_INTERRUPTED:
         sys.stdout.flush()
-        os._exit(130)  # what was interrupted in its import may not even end well
+        os._exit(code)  # an import, or a Ray, that was interrupted may crash at the end of the interpreter
+    return code
 
 
 def _parser() -> argparse.ArgumentParser:

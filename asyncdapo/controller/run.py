@@ -49,6 +49,11 @@ EXIT_STOPPED = 130
 
 def launch(config: Config, resume: Resume) -> int:
     """Run to the end. Returns the exit code: 0, 1 with the cause in the last lines, or 130 after Ctrl-C."""
+    with warden():  # its sweep is the last thing, when the metrics are uploaded
+        return _launch_watched(config, resume)
+
+
+def _launch_watched(config: Config, resume: Resume) -> int:
     started, run_dir = time.monotonic(), Path(config.run.dir)
     reporter = Reporter(
         run_dir, config.metrics, config.run.name, config.run.steps, go_on=not resume.new, settings=to_dict(config)
@@ -69,7 +74,7 @@ def _launch(controller: Controller) -> int:
     reporter = controller.reporter
     try:
         reporter.status("starting Ray")
-        with warden(), ray_session(controller.config):
+        with ray_session(controller.config):
             asyncio.run(controller.run())
         return EXIT_STOPPED if controller.stopped else 0
     except RunError as error:

@@ -119,6 +119,7 @@ class WandbLog:
         for line in iter(self._lines.get, None):
             run.log(line)
         run.finish()
+        wandb.teardown()  # its process ends here, and not when this one does
 
 
 def run_id(run_dir: Path) -> str:

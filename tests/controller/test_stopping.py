@@ -58,12 +58,14 @@ def test_stopped_during_its_start_and_by_sigterm_in_the_middle_a_run_keeps_the_s
     with started(run_dir, *SHORT, "run.steps=100000") as process:
         wait_for_line(run_dir, "starting processes", process)
         stop(process, signal.SIGINT)
-    with started(run_dir, *SHORT, "run.steps=100000", "learner.checkpoint_every=1000") as process:
+    rare = ("learner.checkpoint_every=1000", "metrics.wandb=offline")
+    with started(run_dir, *SHORT, *rare, "run.steps=100000") as process:
         wait_for_batch(run_dir, 2, process)
         output = stop(process, signal.SIGTERM)
     before = survey(run_dir)
     assert before.checkpoint == max(before.trained) >= 2
     assert f"stopped after step {before.checkpoint}: the same command goes on from there" in output
+    assert list(run_dir.glob("wandb/offline-run-*/run-*.wandb")), "W&B was left to finish"
     assert_nothing_lives(run_dir)
     assert audit(run_dir) == []
 
