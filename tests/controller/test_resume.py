@@ -65,12 +65,13 @@ def test_ctrl_c_twice_ends_a_run_at_once(tmp_path: Path) -> None:
     assert_nothing_lives(tmp_path / "run")
 
 
+@pytest.mark.soak
+@pytest.mark.timeout(400)
 @pytest.mark.parametrize(
     "stops",
     [
-        [(5, signal.SIGKILL)],
-        pytest.param([(2, signal.SIGINT), (5, signal.SIGKILL), (9, signal.SIGINT)], marks=pytest.mark.soak),
-        pytest.param([(3, signal.SIGKILL), (4, signal.SIGINT), (10, signal.SIGKILL)], marks=pytest.mark.soak),
+        [(2, signal.SIGINT), (5, signal.SIGKILL), (9, signal.SIGINT)],
+        [(3, signal.SIGKILL), (4, signal.SIGINT), (10, signal.SIGKILL)],
     ],
 )
 def test_synchronous_training_interrupted_and_resumed_gives_the_same_weights_bit_for_bit(
