@@ -42,6 +42,7 @@ def died(run_dir: Path) -> set[str]:
     return {path.name for path in (run_dir / "faults").iterdir()}
 
 
+@pytest.mark.soak
 def test_a_run_trains_over_bad_links_while_its_processes_die_at_the_worst_moments(tmp_path: Path) -> None:
     kills = ("rollout-0.before_send_group:9", "replay.after_commit:60", "learner.in_checkpoint:2")
     run = launch(
