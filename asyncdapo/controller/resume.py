@@ -22,7 +22,7 @@ from pathlib import Path
 from asyncdapo.config import Config
 from asyncdapo.errors import UserError
 from asyncdapo.learner.checkpoint import find_checkpoint
-from asyncdapo.metrics.jsonl import whole_lines
+from asyncdapo.metrics.jsonl import to_metrics, whole_lines
 from asyncdapo.replay.ledger import LEDGER_FILE, last_trained, open_ledger
 
 
@@ -109,8 +109,7 @@ def _line_of(batch: sqlite3.Row, before: sqlite3.Row | None, line_before: Mappin
 
 def _lines_until(run_dir: Path, step: int) -> dict[int, dict[str, float]]:
     records, _ = whole_lines(run_dir)
-    numbers = [{name: math.nan if value is None else value for name, value in record.items()} for record in records]
-    return {int(line["step"]): line for line in numbers if line["step"] <= step}
+    return {int(line["step"]): line for line in map(to_metrics, records) if line["step"] <= step}
 
 
 def _batches_until(run_dir: Path, step: int) -> list[sqlite3.Row]:

@@ -219,7 +219,7 @@ class Controller:
 
     async def _publish_again(self, step: int) -> None:
         """Give the workers the weights that the run goes on from."""
-        await self.patience.wait(self.fleet.publishing.publish(), whom="rollout", what=f"version {step} to be loaded")
+        await self._publish(step)
         await self._replay("published", f"the end of publishing version {step}", step)
 
     # --------------------------------------------------------------------------------------------------------- loop
@@ -261,9 +261,7 @@ class Controller:
         replay = await self._replay("trained", f"the account of step {step}", step, learner)
         faults.point("after_trained")
         clock.enter("publish")
-        weights = await self.patience.wait(
-            fleet.publishing.publish(), whom="rollout", what=f"version {step} to be loaded"
-        )
+        weights = await self._publish(step)
         faults.point("after_publish")
         await self._replay("published", f"the end of publishing version {step}", step)
         self.step = step
@@ -272,6 +270,12 @@ class Controller:
             await self._checkpoint(step)
         clock.enter("report")
         self.lines.hold(step, learner, replay, **weights, **self._evaluate_in_the_middle(step))
+
+    async def _publish(self, step: int) -> dict[str, float]:
+        """Send what the learner has, version `step`, to the workers. Returns the metrics of it."""
+        return await self.patience.wait(
+            self.fleet.publishing.publish(), whom="rollout", what=f"version {step} to be loaded"
+        )
 
     async def _take_batch(self, step: int) -> str:
         """Wait for batch `step`. Returns why there is none, once the data is used up; else nothing."""

@@ -21,6 +21,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from asyncdapo.controller.procfs import read_stat
+
 PR_SET_CHILD_SUBREAPER = 36
 LOOK_S = 0.2
 GRACE_S = 3.0
@@ -96,12 +98,9 @@ def is_alive(process: Known) -> bool:
 
 
 def start_time(pid: int) -> str:
-    """In clock ticks since boot; empty for one that is gone or a zombie."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return ""
-    return "" if fields[0] == "Z" else fields[19]
+    """As the kernel says it; empty for one that is gone or a zombie."""
+    stat = read_stat(pid)
+    return "" if stat is None or stat.dead else str(stat.started)
 
 
 if __name__ == "__main__":

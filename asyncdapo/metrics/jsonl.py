@@ -55,7 +55,7 @@ class MetricsFile:
     def amend(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """Add metrics to the last line, which is written already. Returns the whole of it."""
         lines, _ = whole_lines(self._run_dir)
-        lines[-1] = _to_record(_to_metrics(lines[-1]) | dict(metrics) | {"step": lines[-1]["step"]})
+        lines[-1] = _to_record(to_metrics(lines[-1]) | dict(metrics) | {"step": lines[-1]["step"]})
         self._rewrite(lines)
         return self.last_line
 
@@ -85,13 +85,13 @@ class MetricsFile:
         self._file.close()
         replace_file(self._path, _to_text(lines).encode())
         self._file = self._path.open("a", encoding="utf-8")
-        self.last_line = _to_metrics(lines[-1]) if lines else {}
+        self.last_line = to_metrics(lines[-1]) if lines else {}
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, float]]:
     """All lines, null as NaN. A last line without its end (the writer died in it) is left out."""
     lines = (run_dir / FILE_NAME).read_text(encoding="utf-8").split("\n")[:-1]
-    return [_to_metrics(json.loads(line)) for line in lines]
+    return [to_metrics(json.loads(line)) for line in lines]
 
 
 def whole_lines(run_dir: Path, name: str = FILE_NAME) -> tuple[list[dict], int]:
@@ -124,7 +124,8 @@ def _to_record(metrics: Mapping[str, float]) -> dict[str, float | int | None]:
     return {name: _number(metrics[name]) for name in names}
 
 
-def _to_metrics(record: Mapping[str, float | None]) -> dict[str, float]:
+def to_metrics(record: Mapping[str, float | None]) -> dict[str, float]:
+    """A line as JSON has it, null as NaN."""
     return {name: math.nan if value is None else value for name, value in record.items()}
 
 

@@ -22,7 +22,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 from asyncdapo.messages import EvalAnswer, Group
-from asyncdapo.replay.events import EndLease, GroupState, MoveGroup
+from asyncdapo.replay.events import LEASE_ENDS, VERDICT_STATES, EndLease, GroupState, MoveGroup
 from asyncdapo.replay.recovery import GroupFacts, Recovered
 
 GROUP_ENDS = ("trained", "filtered", "expired", "surplus", "undone")
@@ -30,9 +30,6 @@ GROUP_ENDS = ("trained", "filtered", "expired", "surplus", "undone")
 UNGROUPED_ENDS = ("failed", "withdrawn", "lost", "evaluation")
 """Tokens that never were in a group of the ledger."""
 TOKEN_ENDS = (*GROUP_ENDS, *UNGROUPED_ENDS)
-LEASE_ENDS = ("late", "withdrawn", "lost", "rejected", "failed")
-VERDICTS: tuple[GroupState, ...] = ("queued", "spare", "filtered")
-"""States that a group gets with its verdict; `queued` means kept."""
 MEANS = (
     "reward/mean",
     "filter/kept_ratio",
@@ -122,7 +119,7 @@ class Accounts:
         for name, number in {
             "groups": 1,
             "reward": reward_mean,
-            "verdicts": state in VERDICTS,
+            "verdicts": state in VERDICT_STATES,
             "kept": state == "queued",
             "all_correct": all(acc == 1 for acc in accs),
             "all_wrong": all(acc == 0 for acc in accs),

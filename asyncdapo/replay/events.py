@@ -18,6 +18,10 @@ PromptState = Literal[
     "waiting", "leased", "queued", "spare", "cut", "trained", "filtered", "expired", "failed", "unused"
 ]
 GroupState = Literal["queued", "spare", "cut", "trained", "filtered", "expired", "surplus", "failed"]
+VERDICT_STATES: tuple[GroupState, ...] = ("queued", "spare", "filtered")
+"""States that a group enters with its verdict; `queued` means kept. One that was stale when it came enters none."""
+LEASE_ENDS = ("late", "withdrawn", "lost", "rejected", "failed")
+"""Ends of a lease without a group of the ledger, as `EndLease` explains them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

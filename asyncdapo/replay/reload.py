@@ -13,13 +13,11 @@ from bisect import bisect_left
 
 from asyncdapo.replay import events as core
 from asyncdapo.replay.batch import HeldGroup
+from asyncdapo.replay.events import LEASE_ENDS, VERDICT_STATES
 from asyncdapo.replay.recovery import GroupFacts, KnownWorker, OpenLease, Recovered, Totals
 from asyncdapo.replay.schema import HELD_STATES
 
-VERDICT_STATES = ("queued", "spare", "filtered")
-"""States that a group enters with its verdict; one that was stale when it came is not counted."""
 GROUP_ENDS = ("trained", "filtered", "expired", "surplus", "failed")
-LEASE_ENDS = ("late", "withdrawn", "lost", "rejected", "failed")
 NUM_VERDICTS = 1 << 16
 """The keep rate looks back over fewer verdicts than this."""
 
