@@ -62,6 +62,12 @@ class Config:
                 self.rollout.group_size,
                 "use 2 or more, or filter.enabled=false",
             )
+        if self.reward.overlong_buffer > self.rollout.max_response_length:
+            raise ConfigError(
+                "reward.overlong_buffer",
+                f"must be at most rollout.max_response_length ({self.rollout.max_response_length})",
+                self.reward.overlong_buffer,
+            )
         if self.replay.prompts_per_step % self.learner.updates_per_step:
             raise ConfigError(
                 "learner.updates_per_step",

@@ -23,7 +23,7 @@ from typing import Literal
 import numpy as np
 from msgspec import Struct
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 """Goes up when a record changes its meaning; peers of another version are refused at `Hello`."""
 
 TOKEN_DTYPE = np.dtype("<i4")
@@ -341,13 +341,19 @@ class EvalAck(Message):
 
 
 class CutWanted(Message):
-    """learner -> replay. Ask for batch `step`; asking again for a batch that was cut returns the same one."""
+    """learner -> replay. One rank asks for its share of batch `step`; asking again for a batch that was cut returns the
+    same one."""
 
     step: int
+    rank: int = 0
+    num_ranks: int = 1
+    num_updates: int = 1
+    """Optimizer updates in an epoch: every rank has a part of each (`shares.deal`)."""
 
 
 class Batch(Message):
-    """replay -> learner, with the frames of one `Payload` over all groups in order: batch `step`, immutable.
+    """replay -> learner: batch `step`, immutable, with the frames of one `Payload` over the groups of the rank's share
+    (`shares.share_of`) in order.
 
     Sorted by `prompt_id`. Staleness of each group is `(step − 1) − min_version` ≤ `max_staleness`.
     """
@@ -356,6 +362,8 @@ class Batch(Message):
     branch: int
     max_staleness: int
     groups: list[Group]
+    copies: list[int] = []
+    """How many more times each group stands in the batch (`filter.mode: replace`); empty when none does."""
 
 
 class NoBatch(Message):

@@ -15,8 +15,11 @@ import json
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from asyncdapo.metrics.jsonl import read_metrics
 
 ASYNC: tuple[str, ...] = ()
 SYNC = ("replay.run_ahead=0",)
@@ -46,12 +49,8 @@ def main() -> None:
 
 
 def measure(run_dir: Path, mode: str, seed: int, overrides: list[str]) -> dict[str, Any]:
-    """Launch, audit, and read the figures off metrics.jsonl. Raises CalledProcessError when either fails."""
-    asyncdapo = [sys.executable, "-m", "asyncdapo.cli"]
-    keys = [f"run.dir={run_dir}", f"run.seed={seed}", "metrics.wandb=disabled", *overrides]
-    subprocess.run([*asyncdapo, "launch", "quickstart", *keys], check=True, stdout=subprocess.DEVNULL)
-    subprocess.run([*asyncdapo, "audit", str(run_dir)], check=True, stdout=subprocess.DEVNULL)
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    """The figures of one run. Raises CalledProcessError when the launch or the audit fails."""
+    lines = run_quickstart(run_dir, seed, overrides)
     steps, evaluated = lines[1:], [line for line in lines if "eval/accuracy" in line]
     reached = [line["time/wall_s"] for line in evaluated if line["eval/accuracy"] >= 0.9]
     return {
@@ -69,6 +68,15 @@ def measure(run_dir: Path, mode: str, seed: int, overrides: list[str]) -> dict[s
         "generate_s": round(steps[-1]["rollout/busy_s"], 1),
         **{f"{state}_s": round(sum(line[f"controller/{state}_s"] for line in steps), 1) for state in STATES},
     }
+
+
+def run_quickstart(run_dir: Path, seed: int, overrides: Sequence[str]) -> list[dict[str, Any]]:
+    """Launch and audit. Returns the metrics lines. Raises CalledProcessError when either fails."""
+    asyncdapo = [sys.executable, "-m", "asyncdapo.cli"]
+    keys = [f"run.dir={run_dir}", f"run.seed={seed}", "metrics.wandb=disabled", *overrides]
+    subprocess.run([*asyncdapo, "launch", "quickstart", *keys], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([*asyncdapo, "audit", str(run_dir)], check=True, stdout=subprocess.DEVNULL)
+    return read_metrics(run_dir)
 
 
 def table(rows: list[dict[str, Any]]) -> str:

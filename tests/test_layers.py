@@ -11,7 +11,18 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "asyncdapo"
 STAGES = {"prompts", "rollout", "reward", "replay", "learner", "weights", "metrics"}
-LOWER = {"messages", "errors", "disk", "faults", "transport", "tokens", "dapo"}
+LOWER = {
+    "messages",
+    "errors",
+    "disk",
+    "faults",
+    "transport",
+    "tokens",
+    "shares",
+    "dapo",
+    "dapo_variants",
+    "corrections",
+}
 IMPURE = {"time", "random", "asyncio", "threading", "os", "sqlite3", "socket", "zmq", "torch", "numpy", "pathlib"}
 MODULES = sorted(PACKAGE.rglob("*.py"))
 

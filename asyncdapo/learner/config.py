@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from asyncdapo.errors import ConfigError
 
@@ -14,6 +15,9 @@ class ModelConfig:
     path: str
     """Hugging Face id, or a directory with safetensors and tokenizer.json (relative to here or to the config file)."""
 
+    reference: str | None = None
+    """Model of the KL penalty (`loss.kl_coef`), as `path`; the model itself as it was at first unless given."""
+
     def __post_init__(self) -> None:
         if not self.path:
             raise ConfigError("model.path", "is empty", fix="a Hugging Face id or a directory")
@@ -21,22 +25,89 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """The DAPO loss: clipped importance ratio on the rollout log-probs, token mean, no KL."""
+    """The loss: DAPO by default (clipped ratio on the rollout log-probs, token mean, no KL), and what others use."""
 
-    clip_low: float = 0.2
-    """ε_low: the ratio is clipped below at 1 − ε_low."""
-    clip_high: float = 0.28
-    """ε_high: the ratio is clipped above at 1 + ε_high (clip-higher, DAPO §3.1)."""
+    variant: Literal["ppo", "gspo", "cispo"] = "ppo"
+    """What the clipped ratio is: `ppo` of each token, `gspo` of the whole response, `cispo` a constant weight."""
+    anchor: Literal["behavior", "proximal"] = "behavior"
+    """Policy that the ratio is taken against: `behavior`, which sampled the tokens, or `proximal`, that of the start of
+    the train step, with the distance between the two as a weight (`loss.correction`)."""
+    clip_low: float | None = None
+    """ε_low: the ratio is clipped below at 1 − ε_low; 0.2, for `gspo` it has to be given."""
+    clip_high: float | None = None
+    """ε_high: the ratio is clipped above at 1 + ε_high (clip-higher, DAPO §3.1); 0.28, for `gspo` it has to be given."""
     dual_clip: float | None = None
     """Upper bound of the loss, in units of |advantage|, where the advantage is negative; none by default."""
+    agg: Literal[
+        "token-mean",
+        "token-sum",
+        "seq-mean-token-sum",
+        "seq-mean-token-mean",
+        "seq-mean-token-sum-norm",
+        "prompt-mean",
+    ] = "token-mean"
+    """How the losses of an update's tokens become one number (DAPO §3.3: token-mean)."""
+    advantage: Literal["grpo", "dr_grpo", "rloo"] = "grpo"
+    """`grpo` centred and divided by the group's standard deviation, `dr_grpo` centred, `rloo` against the others."""
+    correction: Literal["none", "token", "sequence", "geometric"] | None = None
+    """Weight of π_proximal / μ under `anchor: proximal`: of each token, of the response as a product, as a geometric
+    mean, or none; `token` by default. Under `anchor: behavior` the ratio itself holds it, so there is none."""
+    correction_mode: Literal["truncate", "mask"] = "truncate"
+    """Weights above the band are cut to its end (TIS), or what lies outside the band is masked (IcePop)."""
+    correction_band: tuple[float, float] = (0.0, 2.0)
+    """Smallest and largest weight, both included; `truncate` has no smallest one. IcePop's own are 0.5 and 5."""
+    outlier_band: tuple[float, float] | None = None
+    """Tokens whose π / μ at the start of the train step lies outside are masked; none by default."""
+    outlier_scope: Literal["token", "sequence"] = "token"
+    """What such a token masks: itself, or its whole response."""
+    kl_coef: float = 0.0
+    """Weight of the KL penalty against `model.reference`; 0 needs no reference model."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    """Of the penalty at each token (Schulman, 2020)."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus."""
 
     def __post_init__(self) -> None:
+        self._settle_defaults()
         if not 0 <= self.clip_low <= 1:
             raise ConfigError("loss.clip_low", "must be between 0 and 1", self.clip_low)
         if self.clip_high < 0:
             raise ConfigError("loss.clip_high", "must be at least 0", self.clip_high)
         if self.dual_clip is not None and self.dual_clip <= 1:
             raise ConfigError("loss.dual_clip", "must be above 1 (or null)", self.dual_clip)
+        if self.dual_clip is not None and self.variant == "cispo":
+            raise ConfigError("loss.dual_clip", "has no meaning for loss.variant cispo", self.dual_clip, "use null")
+        if self.anchor == "behavior" and self.correction != "none":
+            problem = "would weigh by the ratio that loss.anchor behavior clips already"
+            raise ConfigError("loss.correction", problem, self.correction, "use none, or loss.anchor=proximal")
+        if self.correction_mode == "truncate" and self.correction_band[0] != 0:
+            fix = "begin it with 0, or loss.correction_mode=mask"
+            raise ConfigError(
+                "loss.correction_band", "has no lower end where weights are cut", self.correction_band, fix
+            )
+        for key in ("correction_band", "outlier_band"):
+            band = getattr(self, key)
+            if band is not None and not 0 <= band[0] < band[1]:
+                raise ConfigError(f"loss.{key}", "must be two rising numbers, at least 0", band)
+        for key in ("kl_coef", "entropy_coef"):
+            if getattr(self, key) < 0:
+                raise ConfigError(f"loss.{key}", "must be at least 0", getattr(self, key))
+
+    def _settle_defaults(self) -> None:
+        """Defaults that depend on other keys of this section, so that the effective values are on record."""
+        for key, default in (("clip_low", 0.2), ("clip_high", 0.28)):
+            if getattr(self, key) is None:
+                if self.variant == "gspo":
+                    fix = "its ratio moves far less than a token's: 3e-4 and 4e-4 in its paper"
+                    raise ConfigError(f"loss.{key}", "must be given for loss.variant gspo", fix=fix)
+                object.__setattr__(self, key, default)
+        if self.correction is None:
+            object.__setattr__(self, "correction", "token" if self.anchor == "proximal" else "none")
+
+    @property
+    def masks_by_policy(self) -> bool:
+        """Whether some masks depend on the learner's log-probs at the start of the train step."""
+        return self.outlier_band is not None or (self.correction != "none" and self.correction_mode == "mask")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +127,11 @@ class LearnerConfig:
     grad_clip: float = 1.0
     """Largest global gradient norm; larger ones are scaled down to it."""
     updates_per_step: int = 1
-    """Optimizer updates in a train step, each on an equal share of the batch's groups."""
+    """Optimizer updates of an epoch, each on an equal share of the batch's groups."""
+    epochs: int = 1
+    """Times that a train step goes over its batch."""
+    ranks: int = 1
+    """Processes that share every update's groups; each holds all weights and its own optimizer states."""
     tokens_per_microbatch: int = 4096
     """Padded tokens in one forward pass: the memory knob; results don't depend on it."""
     max_bad_updates: int = 3
@@ -71,7 +146,15 @@ class LearnerConfig:
     """CPU threads of the learner."""
 
     def __post_init__(self) -> None:
-        for key in ("updates_per_step", "tokens_per_microbatch", "max_bad_updates", "checkpoint_every", "threads"):
+        for key in (
+            "updates_per_step",
+            "epochs",
+            "ranks",
+            "tokens_per_microbatch",
+            "max_bad_updates",
+            "checkpoint_every",
+            "threads",
+        ):
             if getattr(self, key) < 1:
                 raise ConfigError(f"learner.{key}", "must be at least 1", getattr(self, key))
         for key in ("warmup_steps", "weight_decay", "keep_checkpoints"):

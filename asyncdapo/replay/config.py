@@ -14,6 +14,9 @@ class FilterConfig:
 
     enabled: bool = True
     """Drop zero-variance groups (DAPO §3.2); off: every group is trained on."""
+    mode: Literal["filter", "replace"] = "filter"
+    """`filter`: sample until the batch is full of groups worth training on. `replace`: take the first
+    `replay.prompts_per_step` groups and put copies of those worth training on in the place of the others."""
     metric: str = "acc"
     """Number compared within a group: `acc`, or `score`, `seq_reward`, `seq_final_reward` (the reward, three names)."""
     max_gen_batches: int = 0

@@ -18,6 +18,13 @@ class RewardConfig:
     """Reward of a right answer."""
     incorrect: float = -1.0
     """Reward of a wrong answer."""
+    overlong_buffer: int = 0
+    """Tokens before `rollout.max_response_length` over which the punishment of long responses rises (DAPO §3.4); 0 is
+    no punishment."""
+    overlong_penalty: float = 1.0
+    """What is taken off the reward at `rollout.max_response_length`."""
+    overlong_filter: bool = False
+    """Leave responses that were cut off at the length limit out of the loss; they still count in their group's mean."""
     shuffle: bool = False
     """Control experiment: shuffle the verdicts within each group, so that there is nothing to learn."""
 
@@ -31,6 +38,9 @@ class RewardConfig:
     def __post_init__(self) -> None:
         if not self.correct > self.incorrect:
             raise ConfigError("reward.correct", f"must be above reward.incorrect ({self.incorrect})", self.correct)
+        for key in ("overlong_buffer", "overlong_penalty"):
+            if getattr(self, key) < 0:
+                raise ConfigError(f"reward.{key}", "must be at least 0", getattr(self, key))
         if self.processes < 1:
             raise ConfigError("reward.processes", "must be at least 1", self.processes)
         if not self.timeout_s > 0:

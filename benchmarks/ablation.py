@@ -1,0 +1,154 @@
+"""What each part of DAPO does on the quickstart, one change at a time.
+
+    python benchmarks/ablation.py run [--only NAME …]     the runs, one after the other, but for those that are there
+    python benchmarks/ablation.py report                  the table and the picture of docs/dapo.md, from the runs
+
+Every run is a whole `asyncdapo launch quickstart` with a few keys changed, and is audited. A change has three seeds;
+the two anchors have one for each `replay.run_ahead`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quickstart import run_quickstart
+
+from asyncdapo.metrics.jsonl import read_metrics
+
+SEEDS = (0, 1, 2)
+SHORT = "rollout.max_response_length=64"
+COLUMNS = (0, 4, 8, 12, 16, 20, 24, 28, 32, 36)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One line of the table."""
+
+    name: str
+    panel: str
+    """Arms of a panel are compared with each other."""
+    overrides: tuple[str, ...] = ()
+    seeds: Sequence[int] = SEEDS
+
+
+def anchored(anchor: str, run_ahead: int) -> Arm:
+    keys = (f"loss.anchor={anchor}", f"replay.run_ahead={run_ahead}", f"replay.max_staleness={run_ahead + 1}")
+    return Arm(f"{anchor}-{run_ahead}", "anchors", keys, seeds=(0,))
+
+
+ARMS = (
+    Arm("dapo", "parts"),
+    Arm("no-clip-higher", "parts", ("loss.clip_high=0.2",)),
+    Arm("no-dynamic-sampling", "parts", ("filter.enabled=false",)),
+    Arm("seq-mean", "parts", ("loss.agg=seq-mean-token-mean",)),
+    Arm("64-tokens", "overlong", (SHORT,)),
+    Arm("64-tokens-shaping", "overlong", (SHORT, "reward.overlong_buffer=16")),
+    *(anchored(anchor, run_ahead) for run_ahead in (1, 2, 4) for anchor in ("behavior", "proximal")),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["run", "report"])
+    parser.add_argument("--only", nargs="*", default=[arm.name for arm in ARMS], metavar="NAME")
+    parser.add_argument("--out", type=Path, default=Path("runs/ablation"), help="folder of the run directories")
+    parser.add_argument("--picture", type=Path, default=Path("docs/dapo.png"))
+    args = parser.parse_args()
+    arms = [arm for arm in ARMS if arm.name in args.only]
+    if args.what == "run":
+        for seed in SEEDS:
+            for arm in arms:
+                if seed in arm.seeds:
+                    run(args.out, arm, seed)
+    else:
+        runs = {arm: list(read(args.out, arm)) for arm in arms}
+        print(table(runs))
+        draw(runs, args.picture)
+
+
+def run(out: Path, arm: Arm, seed: int) -> None:
+    run_dir = out / f"{arm.name}-{seed}"
+    if not (run_dir / "curve.png").exists():  # the last thing that a run writes
+        run_quickstart(run_dir, seed, arm.overrides)
+    last = read_metrics(run_dir)[-1]
+    print(f"{run_dir.name}: {last['eval/accuracy']:.3f} after {last['time/wall_s']:.0f} s", flush=True)
+
+
+def read(out: Path, arm: Arm) -> Iterator[list[dict[str, Any]]]:
+    for seed in arm.seeds:
+        yield read_metrics(out / f"{arm.name}-{seed}")
+
+
+def table(runs: Mapping[Arm, list[list[dict[str, Any]]]]) -> str:
+    """Means over the seeds. An evaluation stands under the newest weights that answered it, rounded to a column."""
+    head = ["arm", *map(str, COLUMNS), "greedy", "entropy 1 / last", "kept", "truncated", "staleness mean / max"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for arm, seeds in runs.items():
+        curve = [mean(at(lines, step) for lines in seeds) for step in COLUMNS]
+        steps = [line for lines in seeds for line in lines[1:]]
+        cells = [
+            arm.name,
+            *(f"{value:.3f}".removeprefix("0") for value in curve),
+            f"{mean(lines[-1]['eval/greedy_accuracy'] for lines in seeds):.3f}",
+            f"{mean(lines[1]['learner/entropy'] for lines in seeds):.2f} / "
+            f"{mean(lines[-1]['learner/entropy'] for lines in seeds):.2f}",
+            f"{mean(kept_ratio(line) for line in steps):.2f}",
+            f"{mean(line['rollout/truncated_ratio'] for line in steps):.3f}",
+            f"{mean(line['replay/staleness_mean'] for line in steps):.2f} / "
+            f"{max(line['replay/staleness_max'] for line in steps):.0f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def at(lines: Sequence[Mapping[str, Any]], step: int) -> float:
+    """Accuracy of the evaluation whose newest weights are nearest to `step`, at most two steps away; else NaN."""
+    near = [line for line in lines if abs(line.get("eval/version_max", math.inf) - step) <= 2]
+    return min(near, key=lambda line: abs(line["eval/version_max"] - step))["eval/accuracy"] if near else math.nan
+
+
+def kept_ratio(line: Mapping[str, Any]) -> float:
+    """Share of the groups whose completions are not all right or all wrong, whether the filter is on or off."""
+    return 1 - line["filter/all_correct_ratio"] - line["filter/all_wrong_ratio"]
+
+
+def mean(values: Iterator[float]) -> float:
+    known = [value for value in values if not math.isnan(value)]
+    return statistics.mean(known) if known else math.nan
+
+
+def draw(runs: Mapping[Arm, list[list[dict[str, Any]]]], path: Path) -> None:
+    """Accuracy by step: a thin line a seed, a thick one for their mean; a panel for arms that belong together."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels = list(dict.fromkeys(arm.panel for arm in runs))
+    figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 4), sharey=True, squeeze=False)
+    for panel, axis in zip(panels, axes[0], strict=True):
+        axis.set(title=panel, xlabel="train step", ylim=(0.3, 1.0))
+        axis.grid(alpha=0.3)
+        for number, (arm, seeds) in enumerate((arm, runs[arm]) for arm in runs if arm.panel == panel):
+            color = f"C{number}"
+            for lines in seeds:
+                points = [
+                    (line["eval/version_max"], line["eval/accuracy"]) for line in lines if "eval/accuracy" in line
+                ]
+                axis.plot(*zip(*points, strict=True), color=color, lw=0.6, alpha=0.5)
+            means = [mean(at(lines, step) for lines in seeds) for step in COLUMNS]
+            axis.plot(COLUMNS, means, color=color, lw=2, label=arm.name)
+        axis.legend(fontsize=8)
+    axes[0][0].set_ylabel("accuracy on held-out prompts, sampled")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""How a batch is dealt to optimizer updates and ranks."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from asyncdapo.messages import Completion, Group
+from asyncdapo.shares import deal, share_of
+
+
+def group(lengths, masked=()):
+    completions = [
+        Completion(
+            num_tokens=length,
+            finish_reason="stop",
+            versions=[(0, length)],
+            loss_mask=[(int(index not in masked), length)],
+            reward=0.0,
+            metrics={},
+        )
+        for index, length in enumerate(lengths)
+    ]
+    return Group(
+        prompt_id=0,
+        lease_id=0,
+        branch=0,
+        attempt=1,
+        worker=0,
+        num_prompt_tokens=3,
+        completions=completions,
+        generate_s=0.0,
+    )
+
+
+groups_of = st.lists(
+    st.tuples(st.lists(st.integers(1, 50), min_size=2, max_size=2), st.booleans()).map(
+        lambda drawn: group(drawn[0], masked={0, 1} if drawn[1] else {0})
+    ),
+    max_size=12,
+)
+
+
+@given(groups=groups_of, num_updates=st.integers(1, 5), num_ranks=st.integers(1, 5))
+def test_every_group_with_a_loss_token_is_dealt_once_and_no_other(groups, num_updates, num_ranks):
+    dealt = deal(groups, num_updates=num_updates, num_ranks=num_ranks)
+    flat = [index for by_rank in dealt for share in by_rank for index in share]
+    assert sorted(flat) == [index for index, one in enumerate(groups) if one.num_loss_tokens]
+    shares = [share_of(groups, rank=rank, num_ranks=num_ranks, num_updates=num_updates) for rank in range(num_ranks)]
+    assert sorted(sum(shares, [])) == sorted(flat)
+
+
+@given(groups=groups_of, num_updates=st.integers(1, 5), num_ranks=st.integers(1, 5))
+def test_which_groups_an_update_holds_does_not_depend_on_the_ranks(groups, num_updates, num_ranks):
+    alone = deal(groups, num_updates=num_updates, num_ranks=1)
+    dealt = deal(groups, num_updates=num_updates, num_ranks=num_ranks)
+    assert [sorted(sum(by_rank, [])) for by_rank in dealt] == [share for [share] in alone]
+
+
+def test_ranks_get_nearly_equal_numbers_of_tokens():
+    groups = [group([length, length]) for length in (40, 1, 2, 30, 3, 29, 38, 4)]
+    [by_rank] = deal(groups, num_updates=1, num_ranks=2)
+    loads = [sum(groups[index].num_tokens for index in share) for share in by_rank]
+    assert abs(loads[0] - loads[1]) <= 8
+
+
+def test_with_fewer_groups_than_ranks_some_have_none():
+    assert deal([group([5, 5])], num_updates=1, num_ranks=3) == [[[0], [], []]]
