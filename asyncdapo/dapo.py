@@ -1,5 +1,6 @@
 """The DAPO loss as the paper states it (Yu et al., 2025, arXiv 2503.14476). Pure torch, no state, no I/O.
 
+    reward      R = R_correct + R_length                               soft overlong punishment, eq. 13
     advantage   Â_i = (R_i − mean(R)) / std(R)                         within the group of one prompt, eq. 9
     ratio       r_t = π_θ(o_t | q, o_<t) / π_old(o_t | q, o_<t)        eq. 9
     objective   J = 1/N Σ_t min(r_t Â, clip(r_t, 1 − ε_low, 1 + ε_high) Â)                 over N tokens, eq. 8
@@ -9,16 +10,19 @@ update. `π_old` is the policy the ratio is taken against: the learner passes th
 (Ye et al., 2020, arXiv 1912.09729) is optional and not part of the paper.
 
     rewards_G = torch.tensor([1.0, -1.0, -1.0, 1.0])
+    rewards_G += soft_overlong_punishment(mask_BT.sum(-1), max_length=20480, buffer=4096, penalty=1.0)
     advantages_BT = group_advantage(rewards_G)[:, None]
     ratio_BT = importance_ratio(logp_BT, old_logp_BT, mask_BT)
     clipped = clipped_loss(ratio_BT, advantages_BT, mask_BT)
-    loss = token_mean(clipped.loss_BT, num_tokens=int(mask_BT.sum()))
+    weights_B = token_mean_weights(mask_BT.sum(-1))
+    loss = (weights_B[:, None] * clipped.loss_BT).sum()
 
 Invariant: a position outside the mask may hold any finite value; it adds nothing to a loss, a gradient or a count.
 
-Shapes: G completions of one prompt, B completions, T tokens. Any shape that broadcasts with the log-probs does for the
-advantages, so the same functions take flat tokens. Log-probs are natural logarithms. Does not own: masks, weights of
-off-policy corrections, other ratios and other averages; each of the four functions can be replaced alone.
+Shapes: G completions of one prompt, B completions of a forward pass, N completions of an optimizer update, T tokens.
+Any shape that broadcasts with the log-probs does for the advantages, so ratio and loss also take flat tokens. Log-probs
+are natural logarithms, lengths are in tokens. Does not own: masks, corrections for stale tokens (`corrections.py`),
+other ratios, advantages and averages (`dapo_variants.py`); each function can be replaced alone.
 """
 
 from __future__ import annotations
@@ -43,6 +47,16 @@ class ClippedLoss:
     """Positive advantage and ratio above 1 + ε_high: no gradient."""
     clipped_dual_BT: Tensor
     """Negative advantage and loss above the dual bound: no gradient."""
+
+
+def soft_overlong_punishment(lengths_N: Tensor, *, max_length: int, buffer: int, penalty: float) -> Tensor:
+    """What is added to the reward of a response of so many tokens, float64 [N] (eq. 13).
+
+    0 up to `max_length − buffer`, falling linearly to `−penalty` at `max_length`, and `−penalty` beyond. Without a
+    buffer there is no ramp: only what is longer than `max_length` is punished.
+    """
+    left_N = (max_length - buffer) - lengths_N.double()
+    return penalty * (left_N / max(buffer, 1)).clamp(-1, 0)
 
 
 def group_advantage(rewards_G: Tensor, eps: float = 1e-6) -> Tensor:
@@ -95,10 +109,11 @@ def clipped_loss(
     )
 
 
-def token_mean(loss_BT: Tensor, *, num_tokens: int) -> Tensor:
-    """Mean over the tokens of a whole optimizer update, scalar (eq. 8; §3.3 says why not per sequence).
+def token_mean_weights(num_tokens_N: Tensor) -> Tensor:
+    """What each token of a completion counts in the loss of its update, float64 [N]: 1 / Σ tokens, whatever the length
+    of its completion (eq. 8; §3.3 says why not per sequence).
 
-    `loss_BT` may be a part of the update (a micro-batch, a rank): parts divided by the same `num_tokens`, the number of
-    masked-in tokens of the whole update, add up to its loss. Without any token the loss is 0.
+    `num_tokens_N`: masked-in tokens of every completion of the whole update, on all ranks and in all micro-batches,
+    which therefore add up to one mean: `loss = Σ_i weights_i Σ_t loss_it`. Without any token the loss is 0.
     """
-    return loss_BT.sum() / max(num_tokens, 1)
+    return torch.full_like(num_tokens_N, 1 / max(1, int(num_tokens_N.sum())), dtype=torch.float64)

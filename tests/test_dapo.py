@@ -5,7 +5,13 @@ import math
 import pytest
 import torch
 
-from asyncdapo.dapo import clipped_loss, group_advantage, importance_ratio, token_mean
+from asyncdapo.dapo import (
+    clipped_loss,
+    group_advantage,
+    importance_ratio,
+    soft_overlong_punishment,
+    token_mean_weights,
+)
 
 
 def naive_token_loss(logp, old_logp, advantage, clip_low, clip_high, dual_clip):
@@ -42,8 +48,8 @@ def test_the_loss_agrees_with_a_naive_loop_over_tokens(seed, dual_clip):
 def test_parts_of_an_update_add_up_to_its_token_mean():
     logp_BT, old_logp_BT, advantages_BT, mask_BT = random_tokens(seed=3)
     loss_BT = clipped_loss(importance_ratio(logp_BT, old_logp_BT, mask_BT), advantages_BT, mask_BT).loss_BT
-    num_tokens = int(mask_BT.sum())
-    parts = sum(token_mean(loss_BT[row], num_tokens=num_tokens) for row in range(len(loss_BT)))
+    weights_N = token_mean_weights(mask_BT.sum(-1))
+    parts = sum(weights_N[row] * loss_BT[row].sum() for row in range(len(loss_BT)))
     torch.testing.assert_close(parts, loss_BT[mask_BT].mean())
 
 
@@ -62,7 +68,7 @@ def test_garbage_outside_the_mask_reaches_neither_loss_nor_gradient():
     old_logp_BT = torch.tensor([[-1.5, -3e38, 3e38]])
     advantages_BT = torch.tensor([[0.5, 3e38, -3e38]])
     clipped = clipped_loss(importance_ratio(logp_BT, old_logp_BT, mask_BT), advantages_BT, mask_BT, dual_clip=3.0)
-    token_mean(clipped.loss_BT, num_tokens=1).backward()
+    clipped.loss_BT.sum().backward()
     assert clipped.loss_BT[0].tolist() == pytest.approx([-0.64, 0.0, 0.0])
     assert torch.isfinite(logp_BT.grad).all()
     assert not logp_BT.grad[0, 1:].any()
@@ -75,7 +81,8 @@ def test_an_update_without_any_token_has_loss_and_gradient_zero():
     mask_BT = torch.zeros(2, 3, dtype=torch.bool)
     logp_BT = torch.full((2, 3), -1.0, requires_grad=True)
     ratio_BT = importance_ratio(logp_BT, torch.zeros(2, 3), mask_BT)
-    loss = token_mean(clipped_loss(ratio_BT, torch.ones(2, 1), mask_BT).loss_BT, num_tokens=0)
+    weights_B = token_mean_weights(mask_BT.sum(-1))
+    loss = (weights_B[:, None] * clipped_loss(ratio_BT, torch.ones(2, 1), mask_BT).loss_BT).sum()
     loss.backward()
     assert loss.item() == 0.0
     assert not logp_BT.grad.any()
@@ -86,8 +93,13 @@ def test_on_policy_the_gradient_of_a_token_is_minus_its_advantage():
     mask_BT = torch.ones(1, 2, dtype=torch.bool)
     advantages_BT = torch.tensor([[0.7, -1.2]], dtype=torch.float64)
     ratio_BT = importance_ratio(logp_BT, logp_BT.detach(), mask_BT)
-    token_mean(clipped_loss(ratio_BT, advantages_BT, mask_BT).loss_BT, num_tokens=2).backward()
-    assert logp_BT.grad[0].tolist() == pytest.approx([-0.35, 0.6])
+    clipped_loss(ratio_BT, advantages_BT, mask_BT).loss_BT.sum().backward()
+    assert logp_BT.grad[0].tolist() == pytest.approx([-0.7, 1.2])
+
+
+def test_a_token_counts_the_same_in_a_short_and_a_long_completion():
+    assert token_mean_weights(torch.tensor([1, 7, 0])).tolist() == [0.125] * 3
+    assert token_mean_weights(torch.tensor([0, 0])).tolist() == [1.0, 1.0]
 
 
 @pytest.mark.parametrize("rewards", [[0.1, 0.1, 0.1], [-1.0], [1e8, 1e8]])
@@ -104,3 +116,26 @@ def test_a_large_offset_leaves_the_advantage_as_it_is():
 def test_the_advantage_divides_by_the_unbiased_standard_deviation():
     rewards_G = torch.tensor([3.0, 0.0, 0.0], dtype=torch.float64)
     assert group_advantage(rewards_G, eps=0.0).tolist() == pytest.approx([2 / 3**0.5, -1 / 3**0.5, -1 / 3**0.5])
+
+
+def naive_punishment(length, max_length, buffer):
+    """Eq. 13, line by line."""
+    if length <= max_length - buffer:
+        return 0.0
+    if length <= max_length:
+        return ((max_length - buffer) - length) / buffer
+    return -1.0
+
+
+@pytest.mark.parametrize("buffer", [0, 1, 4, 16])
+def test_the_punishment_has_the_three_stages_of_the_paper(buffer):
+    lengths_N = torch.arange(20)
+    punishments = soft_overlong_punishment(lengths_N, max_length=16, buffer=buffer, penalty=0.3)
+    naive = [0.3 * naive_punishment(length, 16, buffer) for length in lengths_N.tolist()]
+    assert punishments.tolist() == pytest.approx(naive, abs=1e-15)
+
+
+def test_no_punishment_is_a_plain_zero():
+    assert str(soft_overlong_punishment(torch.tensor([3, 12]), max_length=16, buffer=4, penalty=1.0).tolist()) == (
+        "[0.0, 0.0]"
+    )

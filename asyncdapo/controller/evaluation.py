@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Awaitable, Callable, Sequence
+from statistics import fmean
 
 from asyncdapo.controller.config import EvalConfig
+from asyncdapo.controller.sampled import avg_at_k
 from asyncdapo.messages import EvalAnswer, EvalRequest, Prompt, Sampling, sample_seed
 
 EVAL_SEED = 0xE7A1
@@ -63,7 +65,7 @@ def summarise(answers: Sequence[EvalAnswer]) -> dict[str, float]:
     """Means over the answers, and the versions that produced them."""
     num = len(answers)
     return {
-        "eval/accuracy": sum(answer.acc for answer in answers) / num,
+        "eval/accuracy": fmean(avg_at_k([[answer.acc] for answer in answers], k=1)),
         "eval/num_prompts": num,
         "eval/response_tokens_mean": sum(answer.num_tokens for answer in answers) / num,
         "eval/truncated_ratio": sum(answer.finish_reason == "length" for answer in answers) / num,

@@ -14,25 +14,34 @@ from asyncdapo.messages import (
     TOKEN_DTYPE,
     Completion,
     EvalAnswer,
+    FinishReason,
     Group,
     Lease,
     Payload,
     Prompt,
+    Runs,
     Score,
 )
 from asyncdapo.rollout.engine import Sample
 
 
 def build_group(
-    lease: Lease, worker: int, samples: Sequence[Sample], scores: Sequence[Score], generate_s: float
+    lease: Lease,
+    worker: int,
+    samples: Sequence[Sample],
+    scores: Sequence[Score],
+    generate_s: float,
+    *,
+    overlong_filter: bool = False,
 ) -> tuple[Group, Payload]:
-    """The scored group of a lease and its token buffers. Every sampled token bears loss (a single turn)."""
+    """The scored group of a lease and its token buffers. Every sampled token bears loss (a single turn), but for those
+    of a completion that overlong filtering leaves out."""
     completions = [
         Completion(
             num_tokens=len(sample.token_ids),
             finish_reason=sample.finish_reason,
             versions=sample.versions,
-            loss_mask=[(1, len(sample.token_ids))],
+            loss_mask=loss_mask(len(sample.token_ids), sample.finish_reason, overlong_filter),
             reward=score.reward,
             metrics=score.metrics,
         )
@@ -54,6 +63,12 @@ def build_group(
         np.concatenate([sample.logprobs for sample in samples], dtype=LOGPROB_DTYPE),
     )
     return group, payload
+
+
+def loss_mask(num_tokens: int, finish_reason: FinishReason, overlong_filter: bool) -> Runs:
+    """Which of a completion's tokens bear loss, as run lengths: all, or none when `overlong_filter` is on and it was
+    cut off at the length limit (overlong filtering, DAPO §3.4). One that stopped by itself on its last token stays."""
+    return [(int(not (overlong_filter and finish_reason == "length")), num_tokens)]
 
 
 def build_answer(prompt: Prompt, sample: Sample, acc: float) -> EvalAnswer:
