@@ -5,6 +5,7 @@
     RunError                  ends a run with its cause in the last lines and exit code 1
       StalenessError          a group past `replay.max_staleness` reached the learner; never trained
       WeightsError            a weight transfer failed, timed out, or arrived changed
+      RanksError              a rank of the learner lost the others; the controller starts all of them again
       EngineError             the inference engine can't go on
       RewardError             the reward function raised, or its process died of it; the worker turns it into a
                               failed group
@@ -46,6 +47,10 @@ class StalenessError(RunError):
 
 class WeightsError(RunError):
     """A weight transfer failed, timed out, or arrived changed."""
+
+
+class RanksError(RunError):
+    """A rank of the learner waited for others that are gone, or too slow."""
 
 
 class EngineError(RunError):

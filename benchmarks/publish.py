@@ -18,7 +18,8 @@ from multiprocessing.connection import Connection
 
 import torch
 
-from asyncdapo.weights.group import Deadline, WeightGroup
+from asyncdapo.transport.process_group import Deadline
+from asyncdapo.weights.group import WeightGroup
 from asyncdapo.weights.layout import Manifest
 from asyncdapo.weights.receiver import WeightReceiver
 from asyncdapo.weights.sender import WeightSender

@@ -51,6 +51,15 @@ def test_overrides_change_keys_and_interpolations_follow() -> None:
         ("learner.betas=[0.9,1.5]", "learner.betas: must both be at least 0 and below 1"),
         ("replay.run_ahead=.nan", "replay.run_ahead: must be a finite number"),
         ("replay.lease_stall_s=0.1", "replay.lease_stall_s: must be at least two heartbeats"),
+        ("loss.variant=gspo", "loss.clip_low: must be given for loss.variant gspo (its ratio moves far less"),
+        ("loss.correction=token", "loss.correction: would weigh by the ratio that loss.anchor behavior clips already"),
+        ("loss.correction_band=[0.5,2]", "loss.correction_band: has no lower end where weights are cut"),
+        ("loss.outlier_band=[2,1]", "loss.outlier_band: must be two rising numbers"),
+        ("loss.kl_coef=-1", "loss.kl_coef: must be at least 0, got -1"),
+        ("loss.agg=mean", "loss.agg: must be one of token-mean, token-sum,"),
+        ("learner.ranks=0", "learner.ranks: must be at least 1, got 0"),
+        ("reward.overlong_buffer=129", "reward.overlong_buffer: must be at most rollout.max_response_length (128)"),
+        ("reward.overlong_penalty=-1", "reward.overlong_penalty: must be at least 0, got -1"),
         ("prompts.eval_path=held.jsonl", "prompts.eval_path: belongs to the task 'file'"),
         ("faults.drop=2", "faults.drop: must be from 0 to 1, got 2"),
         ("faults.kill=[learner.sometimes]", "learner has no such point, got 'learner.sometimes' (it has before_train,"),
@@ -86,10 +95,21 @@ def test_broken_yaml_and_missing_files_are_named(tmp_path: Path) -> None:
 
 
 def test_the_printed_yaml_reads_back_as_the_same_config(tmp_path: Path) -> None:
-    config = load_config(QUICKSTART, ["rollout.temperature=0.7", "loss.dual_clip=3.0"])
+    config = load_config(QUICKSTART, ["rollout.temperature=0.7", "loss.dual_clip=3.0", "loss.outlier_band=[1e-4,100]"])
     printed = tmp_path / "printed.yaml"
     printed.write_text(to_yaml(config))
     assert load_config(printed) == config
+
+
+def test_defaults_that_depend_on_other_keys_are_on_record() -> None:
+    def loss_of(*overrides: str) -> tuple[object, ...]:
+        loss = load_config(QUICKSTART, overrides).loss
+        return loss.clip_low, loss.clip_high, loss.correction
+
+    assert loss_of() == (0.2, 0.28, "none")
+    assert loss_of("loss.anchor=proximal") == (0.2, 0.28, "token")
+    assert loss_of("loss.anchor=proximal", "loss.correction=none") == (0.2, 0.28, "none")
+    assert loss_of("loss.variant=gspo", "loss.clip_low=3e-4", "loss.clip_high=4e-4") == (3e-4, 4e-4, "none")
 
 
 def test_every_key_has_a_doc_line_and_appears_in_the_printed_yaml() -> None:

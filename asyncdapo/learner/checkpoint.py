@@ -47,6 +47,9 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     branch: int
     """Branch in which batch `step` was trained."""
     files: dict[str, FileFacts]
+    counters: dict[str, int] = {}
+    """What the run had used up when it was written (`gen_batches`, `prompts_consumed`, `train_steps`), for people: a
+    run that goes on counts from its ledger. Empty in checkpoints of before."""
 
 
 class Found(NamedTuple):
@@ -67,9 +70,11 @@ def checkpoint_dir(run_dir: Path, step: int) -> Path:
 # ------------------------------------------------------------------------------------------------------------- writing
 
 
-def write_checkpoint(run_dir: Path, step: int, branch: int, write: Callable[[Path], None]) -> Path:
-    """Fill a directory with `write` and give it the checkpoint's name; one of the same step is replaced. Raises
-    DiskError; then those that were there are there."""
+def write_checkpoint(
+    run_dir: Path, step: int, branch: int, write: Callable[[Path], None], counters: Mapping[str, int] | None = None
+) -> Path:
+    """Fill a directory with `write` and give it the checkpoint's name; one of the same step is replaced. `counters`
+    stand in its manifest. Raises DiskError; then those that were there are there."""
     final = checkpoint_dir(run_dir, step)
     with disk_errors(final):
         final.parent.mkdir(parents=True, exist_ok=True)
@@ -77,7 +82,7 @@ def write_checkpoint(run_dir: Path, step: int, branch: int, write: Callable[[Pat
         unfinished = final.with_name(f".{final.name}.new")
         unfinished.mkdir()
         write(unfinished)
-        _write_manifest(unfinished, step, branch)
+        _write_manifest(unfinished, step, branch, counters or {})
         _sync_tree(unfinished)
         faults.disk_write(sum(path.stat().st_size for path in unfinished.rglob("*")))
         faults.point("in_checkpoint")
@@ -186,13 +191,13 @@ def _read_manifest(path: Path) -> Manifest:
     return msgspec.json.decode((path / MANIFEST).read_bytes(), type=Manifest)
 
 
-def _write_manifest(directory: Path, step: int, branch: int) -> None:
+def _write_manifest(directory: Path, step: int, branch: int, counters: Mapping[str, int]) -> None:
     files = {
         path.relative_to(directory).as_posix(): FileFacts(path.stat().st_size, sha256_of(path))
         for path in sorted(directory.rglob("*"))
         if path.is_file()
     }
-    manifest = Manifest(schema=MANIFEST_SCHEMA, step=step, branch=branch, files=files)
+    manifest = Manifest(schema=MANIFEST_SCHEMA, step=step, branch=branch, files=files, counters=dict(counters))
     (directory / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n")
 
 

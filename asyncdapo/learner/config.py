@@ -35,7 +35,7 @@ class LossConfig:
     clip_low: float | None = None
     """ε_low: the ratio is clipped below at 1 − ε_low; 0.2, for `gspo` it has to be given."""
     clip_high: float | None = None
-    """ε_high: the ratio is clipped above at 1 + ε_high (clip-higher, DAPO §3.1); 0.28, for `gspo` it has to be given."""
+    """ε_high: the ratio is clipped above at 1 + ε_high (clip-higher, DAPO §3.1); 0.28, for `gspo` has to be given."""
     dual_clip: float | None = None
     """Upper bound of the loss, in units of |advantage|, where the advantage is negative; none by default."""
     agg: Literal[

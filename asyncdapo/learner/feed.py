@@ -1,8 +1,8 @@
 """Where the learner's batches come from: asks the replay server until batch k is there.
 
-In goes a step, out comes its `Batch` and `Payload`, or nothing when the data is used up. Asking is idempotent: the
-server answers a repeated `CutWanted` with the same batch, so a lost or damaged message costs one more question. Does
-not own: when a batch is cut, and why it is not yet (the server names the wait).
+In goes a step, out comes its `Batch` with the `Payload` of this rank's share, or nothing when the data is used up.
+Asking is idempotent: the server answers a repeated `CutWanted` with the same batch, so a lost or damaged message costs
+one more question. Does not own: when a batch is cut, and why it is not yet (the server names the wait).
 
 waits for: a full batch   unblocked by: rollout, replay
 """
@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Sequence
 
 from asyncdapo.errors import RunError
 from asyncdapo.messages import Batch, CutWanted, NoBatch, Payload
+from asyncdapo.shares import share_of
 from asyncdapo.transport.codec import Malformed
 from asyncdapo.transport.keys import ClientKeys
 from asyncdapo.transport.sockets import Client
@@ -24,15 +26,26 @@ MAX_DAMAGED = 3
 
 
 class BatchFeed:
-    """A connection to the replay server's learner address. Use it in one task at a time."""
+    """One rank's connection to the replay server's learner address. Use it in one task at a time."""
 
-    def __init__(self, address: str, ask_again_s: float = ASK_AGAIN_S, *, curve: ClientKeys | None = None) -> None:
+    def __init__(
+        self,
+        address: str,
+        rank: int = 0,
+        num_ranks: int = 1,
+        num_updates: int = 1,
+        *,
+        ask_again_s: float = ASK_AGAIN_S,
+        curve: ClientKeys | None = None,
+    ) -> None:
+        """`num_updates`: `learner.updates_per_step`, which with the ranks decides what this rank's share is."""
         self._client = Client(address, Batch | NoBatch, identity=b"learner-" + os.urandom(8), curve=curve)
+        self._rank, self._num_ranks, self._num_updates = rank, num_ranks, num_updates
         self._ask_again_s = ask_again_s
 
     async def take(self, step: int) -> tuple[Batch, Payload] | NoBatch:
-        """Batch `step`, as soon as it is cut, or the news that there is none; waits without a limit. Raises RunError
-        after `MAX_DAMAGED` answers that can't be decoded."""
+        """Batch `step` and this rank's share of it, as soon as it is cut, or the news that there is none; waits without
+        a limit. Raises RunError after `MAX_DAMAGED` answers that can't be decoded."""
         for _ in range(MAX_DAMAGED):
             try:
                 return await self._ask_until_answered(step)
@@ -44,8 +57,9 @@ class BatchFeed:
         self._client.close()
 
     async def _ask_until_answered(self, step: int) -> tuple[Batch, Payload] | NoBatch:
+        question = CutWanted(step=step, rank=self._rank, num_ranks=self._num_ranks, num_updates=self._num_updates)
         while True:
-            await self._client.send(CutWanted(step=step))
+            await self._client.send(question)
             try:
                 async with asyncio.timeout(self._ask_again_s):
                     return await self._receive(step)
@@ -57,4 +71,9 @@ class BatchFeed:
         while True:
             answer, frames = await self._client.receive()
             if answer.step == step:
-                return answer if isinstance(answer, NoBatch) else (answer, Payload.from_frames(frames, answer.groups))
+                return answer if isinstance(answer, NoBatch) else (answer, self._share(answer, frames))
+
+    def _share(self, batch: Batch, frames: Sequence[memoryview]) -> Payload:
+        groups = batch.groups
+        share = share_of(groups, rank=self._rank, num_ranks=self._num_ranks, num_updates=self._num_updates)
+        return Payload.from_frames(frames, [groups[place] for place in share])

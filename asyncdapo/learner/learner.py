@@ -1,13 +1,15 @@
 """Learner: turns batch k into the weights of version k.
 
-    batch k ── staleness check ─▶ rows with advantages ─▶ mini-batches of whole groups ─▶ micro-batches
-                                                                   │ one optimizer update each
-                                                                   ▼
-                                                          weights of version k
+    batch k ── staleness check ─▶ rows with advantages ── first pass ─▶ updates of whole groups ─▶ micro-batches
+                                                          masks, other      × epochs    │ gradients summed over ranks,
+                                                          log-probs                     ▼ one optimizer step each
+                                                                                  weights of version k
 
-The anchor of the ratio is the behaviour policy: the recorded rollout log-probs μ. Invariants: no group staler than the
-bound is trained; batches come in order; the same batches give the same weights, bit for bit on a CPU. One process. Does
-not own: fetching batches (`feed`), sending weights, when a checkpoint is due.
+The anchor of the ratio is the behaviour policy, whose log-probs μ were recorded, or the policy at the start of the step
+(`loss.anchor`). Invariants: no group staler than the bound is trained; batches come in order; every denominator of a
+step is known before its first backward pass, so the gradient depends neither on micro-batches nor on ranks; the same
+batches give the same weights, bit for bit on a CPU. Each rank holds all weights and runs this code on its share. Does
+not own: fetching batches (`feed`), sending weights, when a checkpoint is due, how ranks talk (`group`).
 """
 
 from __future__ import annotations
@@ -15,8 +17,8 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -24,31 +26,32 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
+from asyncdapo.dapo_variants import ADVANTAGES, aggregation_weights
 from asyncdapo.errors import ConfigError, RunError, StalenessError
 from asyncdapo.learner.checkpoint import check_checkpoint, remove_old_checkpoints, write_checkpoint
-from asyncdapo.learner.config import LearnerConfig, LossConfig
+from asyncdapo.learner.config import LearnerConfig, LossConfig, ModelConfig
+from asyncdapo.learner.diagnostics import Sums
+from asyncdapo.learner.first_pass import FirstPass
+from asyncdapo.learner.group import ALONE, Ranks
 from asyncdapo.learner.model import load_model, named_weights
 from asyncdapo.learner.model_path import TOKENIZER_FILES, model_directory
 from asyncdapo.learner.optimizer import Optimizer
-from asyncdapo.learner.packing import Row, group_rows, micro_batches, mini_batches
-from asyncdapo.learner.step import TokenSums, accumulate_gradient
+from asyncdapo.learner.packing import Columns, Row, columns, group_rows, weighted
+from asyncdapo.learner.step import Part, accumulate_gradient
 from asyncdapo.messages import Batch, Payload
+from asyncdapo.shares import deal, share_of
 
 STATE_FILE = "learner.pt"
 
 
 @dataclass(frozen=True)
 class Update:
-    """What one optimizer update came to."""
+    """What one optimizer update came to, over all ranks."""
 
-    sums: TokenSums
+    part: Part
     lr: float
     grad_norm: float | None
     """Global norm before clipping; none for an update that was skipped."""
-    num_tokens: int
-    """Prompt and response tokens."""
-    num_padded_tokens: int
-    """Tokens of the forward passes."""
 
 
 class Learner:
@@ -56,26 +59,34 @@ class Learner:
 
     def __init__(
         self,
-        model_path: str,
+        model: ModelConfig,
         loss: LossConfig,
         config: LearnerConfig,
         *,
         temperature: float,
         staleness_bound: int,
+        max_response_length: int,
         seed: int,
+        ranks: Ranks = ALONE,
     ) -> None:
-        """Loads the model. Sets the process's thread count and torch seed, and switches Hugging Face's progress bars
-        off. Raises ConfigError for a model or device that can't be used."""
+        """Loads the model, and the reference model if the loss has a KL penalty. Sets the process's thread count and
+        torch seed, and switches Hugging Face's progress bars off. Raises ConfigError for a model or device that can't
+        be used."""
         disable_progress_bar()
         torch.set_num_threads(config.threads)
         torch.manual_seed(seed)
-        self._source = model_directory(model_path)
-        self._loss = loss
-        self._config = config
+        device = _device(config.device)
+        self._source = model_directory(model.path)
+        self._loss, self._config, self.ranks = loss, config, ranks
         self._temperature = temperature
         self._staleness_bound = staleness_bound
-        self._model = load_model(self._source, _device(config.device))
+        self._max_response_length = max_response_length
+        self._model = load_model(self._source, device)
         self._optimizer = Optimizer(self._model.parameters(), config)
+        reference = load_model(model_directory(model.reference or model.path), device) if loss.kl_coef else None
+        if reference is not None:
+            reference.requires_grad_(False)
+        self._first_pass = FirstPass(self._model, reference, loss, temperature, config.tokens_per_microbatch)
         self.version = 0
 
     @property
@@ -84,18 +95,29 @@ class Learner:
         return self._model.device
 
     def train(self, batch: Batch, payload: Payload) -> dict[str, float]:
-        """One train step: `updates_per_step` optimizer updates on whole groups; afterwards `version` is `batch.step`.
+        """One train step: `epochs` times `updates_per_step` optimizer updates on whole groups; afterwards `version` is
+        `batch.step`. `payload` holds this rank's share of the groups. Every rank has to call it.
 
-        Returns the `learner/…` metrics; means over tokens leave out skipped updates and are NaN when all were skipped.
-        Raises StalenessError for a group past the bound, RunError for a batch out of order or too many bad updates.
+        Returns the `learner/…` metrics, the same at every rank; means leave out skipped updates and are NaN when all
+        were skipped. Raises StalenessError for a group past the bound, RunError for a batch out of order, too many bad
+        updates, or a rank that is gone.
         """
         started, version = time.perf_counter(), self.version
         self._check(batch)
-        groups = group_rows(batch, payload)
-        updates = [self._update(rows) for rows in mini_batches(groups, self._config.updates_per_step)]
+        updates = deal(batch.groups, num_updates=self._config.updates_per_step, num_ranks=self.ranks.num_ranks)
+        rows, before = self._rows(batch, payload), columns(batch)
+        groups, counted = self._pass_before(rows, before, len(updates) * self._config.epochs)
+        done = [
+            self._update([row for place in by_rank[self.ranks.rank] for row in groups[place]], by_rank, counted)
+            for _ in range(self._config.epochs)
+            for by_rank in updates
+        ]
         self.version = batch.step
+        if batch.step % self._config.checkpoint_every == 0:
+            self.ranks.check_same(_digest(self._model), f"weights after step {batch.step}")
         return {
-            **_metrics(updates),
+            **_metrics(done, self._loss),
+            **self._masked(before, counted),
             "learner/version": float(version),
             "learner/bad_updates": float(self._optimizer.num_bad),
             "learner/train_s": time.perf_counter() - started,
@@ -144,17 +166,60 @@ class Learner:
                     f"{group.max_version}, which does not exist yet"
                 )
 
-    def _update(self, rows: Sequence[Row]) -> Update:
-        packed = micro_batches(rows, self._config.tokens_per_microbatch)
-        sums = accumulate_gradient(self._model, packed, self._loss, self._temperature)
-        lr = self._optimizer.lr
-        return Update(
-            sums=sums,
-            lr=lr,
-            grad_norm=self._optimizer.update(sums.loss / sums.num_tokens),
-            num_tokens=sum(row.num_tokens for row in rows),
-            num_padded_tokens=sum(micro_batch.num_padded_tokens for micro_batch in packed),
+    def _rows(self, batch: Batch, payload: Payload) -> dict[int, list[Row]]:
+        """Of this rank's share, by the group's place in the batch."""
+        share = share_of(
+            batch.groups,
+            rank=self.ranks.rank,
+            num_ranks=self.ranks.num_ranks,
+            num_updates=self._config.updates_per_step,
         )
+        return group_rows(batch, payload, share, ADVANTAGES[self._loss.advantage])
+
+    def _pass_before(
+        self, groups: Mapping[int, list[Row]], counted: Columns, num_updates: int
+    ) -> tuple[dict[int, list[Row]], Columns]:
+        """The rows with what is fixed before the first backward pass, and the columns that count the masks made there
+        by any rank."""
+        rows = self._first_pass([row for rows in groups.values() for row in rows], num_updates)
+        by_index = {row.index: row for row in rows}
+        passed = {place: [by_index[row.index] for row in rows] for place, rows in groups.items()}
+        if not self._loss.masks_by_policy:
+            return passed, counted
+        num_tokens_N = torch.zeros_like(counted.num_tokens_N)
+        for row in rows:
+            num_tokens_N[row.index] = row.num_loss_tokens
+        return passed, replace(counted, num_tokens_N=self.ranks.sum(num_tokens_N))
+
+    def _masked(self, before: Columns, counted: Columns) -> dict[str, float]:
+        """Share of the tokens that the first pass masked, where the loss has such masks."""
+        num_before, num_left = (int(one.num_tokens_N.sum()) for one in (before, counted))
+        return {"learner/masked_ratio": _ratio(num_before - num_left, num_before)} if self._loss.masks_by_policy else {}
+
+    def _update(self, rows: Sequence[Row], by_rank: Sequence[Sequence[int]], counted: Columns) -> Update:
+        """One optimizer update on the groups of `by_rank`, of which this rank has `rows`."""
+        indices_N = counted.of_groups(group for groups in by_rank for group in groups)
+        num_tokens_N = counted.num_tokens_N[indices_N]
+        weights_N = aggregation_weights(
+            self._loss.agg,
+            num_tokens_N,
+            counted.group_N[indices_N],
+            counted.copies_N[indices_N],
+            max_response_length=self._max_response_length,
+        )
+        part = accumulate_gradient(
+            self._model,
+            weighted(rows, indices_N, weights_N),
+            self._loss,
+            temperature=self._temperature,
+            max_tokens=self._config.tokens_per_microbatch,
+        )
+        self.ranks.sum_gradients(self._model.parameters())
+        part = part.summed(self.ranks)
+        if not num_tokens_N.any():  # its gradient is zero: averages of the optimizer and the warm-up stay as they are
+            return Update(part, lr=0.0, grad_norm=None)
+        lr = self._optimizer.lr
+        return Update(part, lr, grad_norm=self._optimizer.update(part.loss))
 
     def _write(self, directory: Path) -> None:
         try:
@@ -175,29 +240,28 @@ class Learner:
             torch.save(state, file)
 
 
-def _metrics(updates: Sequence[Update]) -> dict[str, float]:
-    """The step's `learner/…` metrics: means over the tokens of all applied updates, and over those updates."""
+def _metrics(updates: Sequence[Update], loss: LossConfig) -> dict[str, float]:
+    """The step's `learner/…` metrics: over the tokens of all applied updates, and over those updates. What the loss
+    doesn't have is left out."""
     applied = [update for update in updates if update.grad_norm is not None]
-    num_applied_tokens = sum(update.sums.num_tokens for update in applied)
-
-    def token_mean(name: str) -> float:
-        return _ratio(sum(getattr(update.sums, name) for update in applied), num_applied_tokens)
-
-    num_padded = sum(update.num_padded_tokens for update in updates)
+    metrics = sum((update.part.sums for update in applied), start=Sums.zeros()).metrics()
+    unused = {"correction_mean": loss.correction == "none", "kl": not loss.kl_coef}
+    num_padded = sum(update.part.num_padded_tokens for update in updates)
+    num_tokens = sum(update.part.num_tokens for update in updates)
     return {
-        "learner/loss": token_mean("loss"),
+        **{name: value for name, value in metrics.items() if not unused.get(name.rpartition("/")[2])},
+        "learner/loss": _ratio(sum(update.part.loss for update in applied), len(applied)),
         "learner/grad_norm": _ratio(sum(update.grad_norm for update in applied), len(applied)),
-        "learner/entropy": token_mean("entropy"),
-        "learner/ratio_mean": token_mean("ratio"),
-        "learner/k3": token_mean("k3"),
-        "learner/clip_low_ratio": token_mean("clipped_low"),
-        "learner/clip_high_ratio": token_mean("clipped_high"),
-        "learner/clip_dual_ratio": token_mean("clipped_dual"),
         "learner/lr": applied[-1].lr if applied else 0.0,
-        "learner/tokens": float(sum(update.sums.num_tokens for update in updates)),
         "learner/forward_tokens": float(num_padded),
-        "learner/padding_ratio": _ratio(num_padded - sum(update.num_tokens for update in updates), num_padded),
+        "learner/padding_ratio": _ratio(num_padded - num_tokens, num_padded),
     }
+
+
+def _digest(model: torch.nn.Module) -> bytes:
+    """Of weights that are equal bit for bit it is the same; of others almost never."""
+    sums = torch.stack([parameter.detach().double().sum() for parameter in model.parameters()])
+    return sums.cpu().numpy().tobytes()
 
 
 def _ratio(part: float, whole: float) -> float:

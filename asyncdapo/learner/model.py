@@ -35,10 +35,15 @@ def load_model(directory: Path, device: torch.device) -> PreTrainedModel:
 
 
 def token_logprobs(
-    model: PreTrainedModel, tokens_BT: Tensor, mask_BT: Tensor, temperature: float
+    model: PreTrainedModel,
+    tokens_BT: Tensor,
+    mask_BT: Tensor,
+    temperature: float,
+    *,
+    entropy_gradient: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Log-prob of each token under `mask_BT` given the tokens before it, and the entropy (nats, no gradient) of the
-    distribution it was drawn from; both [B, T] and 0 outside the mask. `mask_BT[:, 0]` must be false.
+    """Log-prob of each token under `mask_BT` given the tokens before it, and the entropy (nats, without gradient unless
+    asked for) of the distribution it was drawn from; both [B, T] and 0 outside the mask. `mask_BT[:, 0]` must be false.
 
     No attention mask: padding stands on the right, where causal attention can't see it from any token that counts.
     """
@@ -49,7 +54,8 @@ def token_logprobs(
     logprobs_N = logprobs_NV.gather(-1, tokens_BT[mask_BT][:, None])[:, 0]
     zeros_BT = logprobs_N.new_zeros(mask_BT.shape)
     logp_BT = zeros_BT.masked_scatter(mask_BT, logprobs_N)
-    entropy_BT = zeros_BT.masked_scatter(mask_BT, entropy(logprobs_NV.detach()))
+    entropy_N = entropy(logprobs_NV if entropy_gradient else logprobs_NV.detach())
+    entropy_BT = zeros_BT.masked_scatter(mask_BT, entropy_N)
     return logp_BT, entropy_BT
 
 

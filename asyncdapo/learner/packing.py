@@ -1,32 +1,40 @@
-"""From a batch to padded micro-batches: a deterministic function of the batch and a token budget.
+"""From a batch to padded micro-batches: a deterministic function of the batch, the rank and a token budget.
 
-In comes a `Batch` with its `Payload` (numpy views), out come `MicroBatch`es of torch tensors. A group is never cut: an
-optimizer update trains whole groups. Completions that bear no loss are left out of every forward pass, after they have
-counted in their group's mean and standard deviation. Does not own: the model, the loss, devices.
+    Batch, Payload ──group_rows──▶ a Row for each completion of this rank ──chunks──▶ rows of one forward pass ──pad──▶
+    Batch ──columns──▶ what every rank knows of every completion ──aggregation──▶ weight of each row in its update
 
-Shapes: B completions of a micro-batch, T tokens of its longest one (prompt and response; padded on the right).
+A group is never cut: an optimizer update trains whole groups, and so does a rank in it. Completions that bear no loss
+are left out of every forward pass, after they have counted in their group's mean and standard deviation. Does not own:
+the model, the loss, devices, who trains on what (`shares`).
+
+Shapes: N completions of the batch, B completions of a micro-batch, T tokens of its longest one (prompt and response;
+padded on the right).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from asyncdapo.dapo import group_advantage
-from asyncdapo.messages import LOGPROB_DTYPE, Batch, Payload, Runs
+from asyncdapo.messages import Batch, Payload, Runs
 
 PAD_ID = 0
 """Any valid token id: with causal attention what stands on the right changes nothing on the left."""
+
+Advantage = Callable[[Tensor], Tensor]
+"""Rewards of a group [G] -> advantages [G]."""
 
 
 @dataclass(frozen=True)
 class Row:
     """One completion to train on. Arrays are views on the payload: P prompt tokens, R response tokens."""
 
+    index: int
+    """Its place among the N completions of the batch."""
     prompt_ids: np.ndarray
     """int32 [P]"""
     token_ids: np.ndarray
@@ -36,6 +44,17 @@ class Row:
     loss_mask: np.ndarray
     """bool [R]"""
     advantage: float
+    staleness: int
+    """Of its group, in train steps."""
+    start_logprobs: np.ndarray | None = None
+    """[R]: of the policy at the start of the train step; none where the loss needs none, or takes it from its own
+    forward pass."""
+    correction: np.ndarray | None = None
+    """[R]: constant weight of each token's loss; none as with `start_logprobs`."""
+    reference_logprobs: np.ndarray | None = None
+    """[R]: of the reference model; none without a KL penalty."""
+    weight: float = 1.0
+    """What each of its tokens counts in the loss of its update."""
 
     @property
     def num_tokens(self) -> int:
@@ -44,6 +63,27 @@ class Row:
     @property
     def num_loss_tokens(self) -> int:
         return int(self.loss_mask.sum())
+
+    @property
+    def response(self) -> slice:
+        """Where its response stands in its line of a micro-batch."""
+        return slice(len(self.prompt_ids), self.num_tokens)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What every rank knows of every completion of the batch, int64 [N]: it makes the denominators of the loss."""
+
+    group_N: Tensor
+    """Its group's place in the batch."""
+    num_tokens_N: Tensor
+    """Its loss-bearing tokens."""
+    copies_N: Tensor
+    """How many times it stands in the batch."""
+
+    def of_groups(self, groups: Iterable[int]) -> Tensor:
+        """Indices of the completions of these groups, rising."""
+        return torch.isin(self.group_N, torch.tensor(list(groups), dtype=torch.int64)).nonzero()[:, 0]
 
 
 @dataclass(frozen=True)
@@ -55,37 +95,55 @@ class MicroBatch:
     loss_mask_BT: Tensor
     """bool; true at the response tokens that bear loss."""
     rollout_logprobs_BT: Tensor
-    """float32; 0 at the prompt and the padding."""
+    """As the following ones: 0 at the prompt and the padding."""
+    start_logprobs_BT: Tensor | None
+    correction_BT: Tensor | None
+    reference_logprobs_BT: Tensor | None
     advantages_B: Tensor
-    """float32"""
+    weights_B: Tensor
+    staleness_B: Tensor
+    """int64"""
 
     @property
     def num_padded_tokens(self) -> int:
         return self.tokens_BT.numel()
 
-    def to(self, device: torch.device) -> MicroBatch:
-        return MicroBatch(
-            tokens_BT=self.tokens_BT.to(device),
-            loss_mask_BT=self.loss_mask_BT.to(device),
-            rollout_logprobs_BT=self.rollout_logprobs_BT.to(device),
-            advantages_B=self.advantages_B.to(device),
-        )
 
-
-def group_rows(batch: Batch, payload: Payload) -> list[list[Row]]:
-    """The loss-bearing completions of each group of the batch, with their advantages, in the batch's order."""
-    groups = []
-    for group, part in zip(batch.groups, payload.split(batch.groups), strict=True):
+def group_rows(batch: Batch, payload: Payload, share: Sequence[int], advantage: Advantage) -> dict[int, list[Row]]:
+    """The loss-bearing completions of each group of the share, with their advantages. `payload` holds those groups in
+    that order, `share` their indices."""
+    first_of_group = np.cumsum([0, *(len(group.completions) for group in batch.groups)]).tolist()
+    groups = [batch.groups[index] for index in share]
+    rows: dict[int, list[Row]] = {}
+    for place, group, part in zip(share, groups, payload.split(groups), strict=True):
         rewards_G = torch.tensor([completion.reward for completion in group.completions], dtype=torch.float64)
-        rows, end = [], 0
-        for completion, advantage in zip(group.completions, group_advantage(rewards_G).tolist(), strict=True):
-            start, end = end, end + completion.num_tokens
-            loss_mask = expand_mask(completion.loss_mask)
-            if loss_mask.any():
-                tokens, logprobs = part.token_ids[start:end], part.logprobs[start:end]
-                rows.append(Row(part.prompt_ids, tokens, logprobs, loss_mask, advantage))
-        groups.append(rows)
-    return groups
+        scored = zip(group.completions, advantage(rewards_G).tolist(), strict=True)
+        rows[place], end = [], 0
+        for index, (completion, its_advantage) in enumerate(scored, first_of_group[place]):
+            tokens = slice(end, end := end + completion.num_tokens)
+            row = Row(
+                index,
+                part.prompt_ids,
+                part.token_ids[tokens],
+                part.logprobs[tokens],
+                expand_mask(completion.loss_mask),
+                its_advantage,
+                staleness=batch.step - 1 - group.min_version,
+            )
+            if row.num_loss_tokens:
+                rows[place].append(row)
+    return rows
+
+
+def columns(batch: Batch) -> Columns:
+    """From the headers alone."""
+    copies = batch.copies or [0] * len(batch.groups)
+    completions = [
+        (place, sum(count for value, count in completion.loss_mask if value), 1 + more)
+        for place, (group, more) in enumerate(zip(batch.groups, copies, strict=True))
+        for completion in group.completions
+    ]
+    return Columns(*torch.tensor(completions, dtype=torch.int64).reshape(-1, 3).T)
 
 
 def expand_mask(runs: Runs) -> np.ndarray:
@@ -94,47 +152,49 @@ def expand_mask(runs: Runs) -> np.ndarray:
     return np.repeat(values, [count for _, count in runs])
 
 
-def mini_batches(groups: Sequence[list[Row]], num_updates: int) -> list[list[Row]]:
-    """One list of rows per optimizer update: consecutive whole groups, equally many or one more in the first updates.
-
-    Fewer lists than `num_updates` where there are fewer groups with rows than that.
-    """
-    groups = [rows for rows in groups if rows]
-    size, extra = divmod(len(groups), num_updates)
-    updates, end = [], 0
-    for index in range(min(num_updates, len(groups))):
-        start, end = end, end + size + (index < extra)
-        updates.append([row for rows in groups[start:end] for row in rows])
-    return updates
+def weighted(rows: Iterable[Row], indices_N: Tensor, weights_N: Tensor) -> list[Row]:
+    """The rows with the weights that their update gives them: `weights_N[i]` is that of completion `indices_N[i]`."""
+    weights = dict(zip(indices_N.tolist(), weights_N.tolist(), strict=True))
+    return [replace(row, weight=weights[row.index]) for row in rows]
 
 
-def micro_batches(rows: Sequence[Row], max_tokens: int) -> list[MicroBatch]:
+def chunks(rows: Sequence[Row], max_tokens: int) -> Iterator[list[Row]]:
     """Rows sorted by length, longest first, in as few padded rectangles of at most `max_tokens` tokens as that order
     allows; a row longer than that has a rectangle of its own."""
     rows = sorted(rows, key=lambda row: -row.num_tokens)
-    packed, start = [], 0
+    start = 0
     while start < len(rows):
         num_rows = max(1, max_tokens // rows[start].num_tokens)
-        packed.append(pad(rows[start : start + num_rows]))
+        yield rows[start : start + num_rows]
         start += num_rows
-    return packed
 
 
-def pad(rows: Sequence[Row]) -> MicroBatch:
+def pad(rows: Sequence[Row], device: torch.device) -> MicroBatch:
     """Rows as the tensors of one forward pass."""
     shape = (len(rows), max(row.num_tokens for row in rows))
     tokens_BT = np.full(shape, PAD_ID, dtype=np.int64)
     loss_mask_BT = np.zeros(shape, dtype=bool)
-    rollout_logprobs_BT = np.zeros(shape, dtype=LOGPROB_DTYPE)
     for index, row in enumerate(rows):
-        response = slice(len(row.prompt_ids), row.num_tokens)
         tokens_BT[index, : len(row.prompt_ids)] = row.prompt_ids
-        tokens_BT[index, response] = row.token_ids
-        loss_mask_BT[index, response] = row.loss_mask
-        rollout_logprobs_BT[index, response] = row.rollout_logprobs
+        tokens_BT[index, row.response] = row.token_ids
+        loss_mask_BT[index, row.response] = row.loss_mask
+
+    def responses(values: Sequence[np.ndarray | None]) -> Tensor | None:
+        if values[0] is None:
+            return None
+        padded_BT = np.zeros(shape, dtype=values[0].dtype)
+        for index, (row, of_row) in enumerate(zip(rows, values, strict=True)):
+            padded_BT[index, row.response] = of_row
+        return torch.from_numpy(padded_BT).to(device)
+
     return MicroBatch(
-        tokens_BT=torch.from_numpy(tokens_BT),
-        loss_mask_BT=torch.from_numpy(loss_mask_BT),
-        rollout_logprobs_BT=torch.from_numpy(rollout_logprobs_BT),
-        advantages_B=torch.tensor([row.advantage for row in rows], dtype=torch.float32),
+        tokens_BT=torch.from_numpy(tokens_BT).to(device),
+        loss_mask_BT=torch.from_numpy(loss_mask_BT).to(device),
+        rollout_logprobs_BT=responses([row.rollout_logprobs for row in rows]),
+        start_logprobs_BT=responses([row.start_logprobs for row in rows]),
+        correction_BT=responses([row.correction for row in rows]),
+        reference_logprobs_BT=responses([row.reference_logprobs for row in rows]),
+        advantages_B=torch.tensor([row.advantage for row in rows], dtype=torch.float32, device=device),
+        weights_B=torch.tensor([row.weight for row in rows], dtype=torch.float64, device=device),
+        staleness_B=torch.tensor([row.staleness for row in rows], dtype=torch.int64, device=device),
     )

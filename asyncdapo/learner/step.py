@@ -1,8 +1,10 @@
 """The gradient of one optimizer update, and what is measured on the way.
 
-In come the micro-batches of one update, out goes d loss / d θ added to `.grad`. Invariant: every micro-batch is divided
-by the same number, the loss-bearing tokens of the whole update, known before the first backward pass; so the gradient
-does not depend on how the update was cut into micro-batches. Does not own: the optimizer, the staleness check.
+    logp ──ratio to the anchor, clip──▶ policy loss of each token ──× correction──▶ + KL − entropy ──× row weight──▶ Σ
+
+In come the rows of one update that this rank has, out goes their part of d loss / d θ, added to `.grad`. Invariant:
+every row carries what its tokens count in the whole update, known before the first backward pass; so parts add up, and
+the gradient depends neither on the micro-batches nor on the ranks. Does not own: the optimizer, the sum of gradients.
 
 Shapes: B completions of a micro-batch, T tokens.
 """
@@ -16,63 +18,86 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from asyncdapo.dapo import clipped_loss, importance_ratio, token_mean
+from asyncdapo.corrections import kl_penalty
+from asyncdapo.dapo_variants import policy_loss
 from asyncdapo.learner.config import LossConfig
+from asyncdapo.learner.diagnostics import Sums, measure
+from asyncdapo.learner.first_pass import correct
+from asyncdapo.learner.group import Ranks
 from asyncdapo.learner.model import token_logprobs
-from asyncdapo.learner.packing import MicroBatch
+from asyncdapo.learner.packing import MicroBatch, Row, chunks, pad
 
 
 @dataclass(frozen=True)
-class TokenSums:
-    """Sums over the loss-bearing tokens of an update; divided by `num_tokens` they are the step's metrics."""
+class Part:
+    """What one rank's part of an update came to; parts add over ranks."""
 
-    num_tokens: int
     loss: float
-    entropy: float
-    """Nats, at the sampling temperature."""
-    ratio: float
-    """π_θ / μ."""
-    k3: float
-    """r − 1 − log r with r = π_θ / μ, tokens drawn from μ: estimates KL(μ ‖ π_θ) in nats (Schulman's k3)."""
-    clipped_low: float
-    clipped_high: float
-    clipped_dual: float
+    sums: Sums
+    num_tokens: int
+    """Prompt and response tokens."""
+    num_padded_tokens: int
+    """Tokens of the forward passes."""
+
+    def summed(self, ranks: Ranks) -> Part:
+        """Over all ranks, the same at each."""
+        own = torch.tensor([self.loss, self.num_tokens, self.num_padded_tokens], dtype=torch.float64)
+        packed = ranks.sum(torch.cat([own, self.sums.packed]))
+        loss, num_tokens, num_padded_tokens = packed[:3].tolist()
+        return Part(loss, Sums(packed[3:]), int(num_tokens), int(num_padded_tokens))
 
 
 def accumulate_gradient(
-    model: PreTrainedModel, micro_batches: Sequence[MicroBatch], loss: LossConfig, temperature: float
-) -> TokenSums:
-    """Add the gradient of the update's loss to `.grad`. One forward and one backward pass per micro-batch."""
-    num_tokens = sum(int(micro_batch.loss_mask_BT.sum()) for micro_batch in micro_batches)
-    sums = [_backward(model, micro.to(model.device), num_tokens, loss, temperature) for micro in micro_batches]
-    return TokenSums(num_tokens, *torch.stack(sums).sum(0).tolist())
+    model: PreTrainedModel, rows: Sequence[Row], loss: LossConfig, *, temperature: float, max_tokens: int
+) -> Part:
+    """Add the gradient of these rows to `.grad`. One forward and one backward pass for each micro-batch of at most
+    `max_tokens` padded tokens."""
+    total, sums, num_padded = 0.0, Sums.zeros(), 0
+    rows = [row for row in rows if row.num_loss_tokens]
+    for chunk in chunks(rows, max_tokens):
+        micro_batch = pad(chunk, model.device)
+        loss_of_part, measured = _backward(model, micro_batch, loss, temperature)
+        total, sums = total + loss_of_part.item(), sums + measured
+        num_padded += micro_batch.num_padded_tokens
+    return Part(total, sums, sum(row.num_tokens for row in rows), num_padded)
 
 
 def _backward(
-    model: PreTrainedModel, micro_batch: MicroBatch, num_tokens: int, loss: LossConfig, temperature: float
-) -> Tensor:
-    """Back-propagate this micro-batch's part of the loss; returns its token sums in the order of `TokenSums`."""
+    model: PreTrainedModel, micro_batch: MicroBatch, loss: LossConfig, temperature: float
+) -> tuple[Tensor, Sums]:
+    """Back-propagate this micro-batch's part of the loss; returns the part and its sums."""
     mask_BT = micro_batch.loss_mask_BT
-    logp_BT, entropy_BT = token_logprobs(model, micro_batch.tokens_BT, mask_BT, temperature)
-    ratio_BT = importance_ratio(logp_BT, micro_batch.rollout_logprobs_BT, mask_BT)
-    clipped = clipped_loss(
-        ratio_BT,
+    logp_BT, entropy_BT = token_logprobs(
+        model, micro_batch.tokens_BT, mask_BT, temperature, entropy_gradient=loss.entropy_coef > 0
+    )
+    # Without a first pass the policy at the start of the step is the one of this very forward pass.
+    start_BT = logp_BT.detach() if micro_batch.start_logprobs_BT is None else micro_batch.start_logprobs_BT
+    policy = policy_loss(
+        loss.variant,
+        logp_BT,
+        start_BT if loss.anchor == "proximal" else micro_batch.rollout_logprobs_BT,
         micro_batch.advantages_B[:, None],
         mask_BT,
         clip_low=loss.clip_low,
         clip_high=loss.clip_high,
         dual_clip=loss.dual_clip,
     )
-    token_mean(clipped.loss_BT, num_tokens=num_tokens).backward()
-    with torch.no_grad():
-        k3_BT = torch.where(mask_BT, ratio_BT - 1 - (logp_BT - micro_batch.rollout_logprobs_BT), 0.0)
-        measured = (
-            clipped.loss_BT,
-            entropy_BT,
-            ratio_BT,
-            k3_BT,
-            clipped.clipped_low_BT,
-            clipped.clipped_high_BT,
-            clipped.clipped_dual_BT,
-        )
-        return torch.stack([values_BT.sum(dtype=torch.float64) for values_BT in measured])
+    correction_BT, kl_BT = _correction(loss, start_BT, micro_batch), logp_BT.new_zeros(())
+    loss_BT = policy.loss_BT * correction_BT
+    if loss.kl_coef:
+        kl_BT = kl_penalty(logp_BT, micro_batch.reference_logprobs_BT, mask_BT, loss.kl_estimator)
+        loss_BT = loss_BT + loss.kl_coef * kl_BT
+    if loss.entropy_coef:
+        loss_BT = loss_BT - loss.entropy_coef * entropy_BT
+    part = (loss_BT.sum(-1) * micro_batch.weights_B).sum()
+    part.backward()
+    return part.detach(), measure(micro_batch, policy, logp_BT, entropy_BT, correction_BT, kl_BT)
+
+
+def _correction(loss: LossConfig, start_logp_BT: Tensor, micro_batch: MicroBatch) -> Tensor:
+    """Constant weight of each token's policy loss; 1 without a correction."""
+    if loss.correction == "none":
+        return start_logp_BT.new_ones(())
+    if micro_batch.correction_BT is not None:
+        return micro_batch.correction_BT
+    return correct(loss, start_logp_BT, micro_batch).weights_BT

@@ -16,7 +16,8 @@ from enum import IntEnum
 import torch
 
 from asyncdapo.errors import WeightsError
-from asyncdapo.weights.group import Deadline, WeightGroup
+from asyncdapo.transport.process_group import Deadline
+from asyncdapo.weights.group import WeightGroup
 
 MAGIC = 0x41444150_57474854
 """First word of a header: `ADAPWGHT` in ASCII."""

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 
 import torch
 
+from asyncdapo.transport.process_group import Broadcast, Deadline
 from asyncdapo.weights.checksum import NUM_WORDS as NUM_CHECKSUM_WORDS
 from asyncdapo.weights.checksum import Checksum
-from asyncdapo.weights.group import Broadcast, Deadline, WeightGroup
+from asyncdapo.weights.group import WeightGroup
 from asyncdapo.weights.header import NUM_WORDS as NUM_HEADER_WORDS
 from asyncdapo.weights.header import Header, Verdict, settle
 from asyncdapo.weights.layout import Bucket, Manifest, plan_buckets

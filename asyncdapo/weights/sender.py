@@ -15,8 +15,9 @@ from dataclasses import dataclass
 
 import torch
 
+from asyncdapo.transport.process_group import Broadcast, Deadline
 from asyncdapo.weights.checksum import Checksum
-from asyncdapo.weights.group import Broadcast, Deadline, WeightGroup
+from asyncdapo.weights.group import WeightGroup
 from asyncdapo.weights.header import Header, Verdict, settle
 from asyncdapo.weights.layout import Bucket, Manifest, plan_buckets
 

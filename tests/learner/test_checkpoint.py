@@ -1,5 +1,6 @@
 """Checkpoints on disk: whole or absent, the newest kept, damage named, and which one a run goes on from."""
 
+import json
 import os
 import random
 import subprocess
@@ -55,6 +56,21 @@ def test_a_checkpoint_has_no_name_while_it_is_written(tmp_path):
     write_checkpoint(tmp_path, 4, lambda directory: seen.extend(names(tmp_path)))
     assert [name for name in seen if not name.startswith(".")] == []
     assert names(tmp_path) == ["step-000004"]
+
+
+def test_the_manifest_says_what_the_run_had_used_up(tmp_path):
+    counters = {"gen_batches": 9, "prompts_consumed": 150, "train_steps": 4}
+    path = checkpoint.write_checkpoint(tmp_path, 4, 0, write_note("four"), counters)
+    assert json.loads((path / "checkpoint.json").read_text())["counters"] == counters
+    assert check_checkpoint(path) == []
+
+
+def test_a_checkpoint_without_counters_can_still_be_gone_on_from(tmp_path):
+    path = write_checkpoint(tmp_path, 4, write_note("four"))
+    manifest = json.loads((path / "checkpoint.json").read_text())
+    del manifest["counters"]
+    (path / "checkpoint.json").write_text(json.dumps(manifest))
+    assert find_checkpoint(tmp_path, {4: 0}).step == 4
 
 
 def test_writing_the_same_step_again_replaces_it(tmp_path):

@@ -7,29 +7,32 @@ import pytest
 
 from asyncdapo.errors import RunError
 from asyncdapo.learner.feed import MAX_DAMAGED, BatchFeed
-from asyncdapo.messages import CutWanted, NoBatch, Welcome
+from asyncdapo.messages import CutWanted, NoBatch, Payload, Welcome
+from asyncdapo.shares import share_of
 from asyncdapo.transport.sockets import Server
 from tests.learner.tiny import make_batch
 
 
-def serve(answer, step=1, ask_again_s=0.1):
+def serve(answer, step=1, ask_again_s=0.1, **rank):
     """Take `step` from a server that calls `answer(server, peer, number of the question)` for each question."""
 
     async def run():
         server = Server(CutWanted)
-        feed = BatchFeed(server.address, ask_again_s)
+        feed = BatchFeed(server.address, **rank, ask_again_s=ask_again_s)
         questions = []
 
         async def answer_all():
             while True:
                 peer, message, _ = await server.receive()
-                questions.append(message.step)
+                questions.append(message)
                 await answer(server, peer, len(questions))
 
         answering = asyncio.create_task(answer_all())
         try:
             async with asyncio.timeout(20):
-                return await feed.take(step), questions
+                taken = await feed.take(step)
+                assert all(question == CutWanted(step=question.step, **rank) for question in questions)
+                return taken, [question.step for question in questions]
         finally:
             answering.cancel()
             feed.close()
@@ -50,6 +53,33 @@ def test_a_batch_arrives_as_it_was_sent():
     assert np.array_equal(got_payload.token_ids, payload.token_ids)
     assert np.array_equal(got_payload.logprobs, payload.logprobs)
     assert questions == [1]
+
+
+def test_a_rank_asks_for_its_share_and_has_all_headers_with_the_payload_of_its_groups():
+    batch, payload = make_batch(step=1, num_groups=7)
+    parts = payload.split(batch.groups)
+    for rank in range(3):
+        share = share_of(batch.groups, rank=rank, num_ranks=3, num_updates=2)
+        sent = Payload.join([parts[place] for place in share])
+
+        async def answer(server, peer, nth, sent=sent):
+            await server.send(peer, batch, sent.frames())
+
+        (got, got_payload), _ = serve(answer, ask_again_s=20, rank=rank, num_ranks=3, num_updates=2)
+        assert got == batch
+        assert got_payload.frames() == sent.frames()
+
+
+def test_a_rank_without_a_group_has_an_empty_share():
+    batch, _ = make_batch(step=1, num_groups=1)
+    assert share_of(batch.groups, rank=1, num_ranks=2, num_updates=1) == []
+
+    async def answer(server, peer, nth):
+        await server.send(peer, batch, Payload.join([]).frames())
+
+    (got, got_payload), _ = serve(answer, ask_again_s=20, rank=1, num_ranks=2)
+    assert got == batch
+    assert got_payload.num_bytes == 0
 
 
 def test_it_asks_again_until_there_is_an_answer():

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from asyncdapo.dapo import group_advantage
 from asyncdapo.errors import ConfigError, RunError, StalenessError
 from asyncdapo.learner.config import LossConfig
 from asyncdapo.learner.model import token_logprobs
@@ -76,7 +77,8 @@ def test_rewarded_responses_become_likelier(path):
     def logprobs(batch):
         model = tiny_llama()
         model.load_state_dict(learner.weights(), strict=False)
-        packed = pad([row for rows in group_rows(batch, payload) for row in rows])
+        rows = group_rows(batch, payload, [0], group_advantage)[0]
+        packed = pad(rows, model.device)
         with torch.no_grad():
             logp_BT, _ = token_logprobs(model, packed.tokens_BT, packed.loss_mask_BT, 1.0)
         return logp_BT[packed.loss_mask_BT].numpy()
@@ -141,6 +143,64 @@ def test_a_bad_update_is_skipped_counted_and_left_out_of_the_means(path):
     other_metrics = other.train(msgspec.structs.replace(batch, groups=batch.groups[2:]), good_half)
     assert torch.equal(weights_of(other), after_one_good_update)
     assert other_metrics["learner/loss"] == metrics["learner/loss"]
+
+
+def test_a_second_epoch_goes_over_the_same_batch_again(path):
+    twice, once = make_learner(path, epochs=2), make_learner(path)
+    metrics = twice.train(*make_batch(seed=8))
+    batch, payload = make_batch(seed=8)
+    once.train(batch, payload)
+    assert metrics["learner/tokens"] == 2 * sum(group.num_tokens for group in batch.groups)
+    after_one = weights_of(once)
+    once.version = 0
+    once.train(batch, payload)
+    assert torch.equal(weights_of(twice), weights_of(once))
+    assert not torch.equal(weights_of(once), after_one)
+
+
+def test_the_proximal_policy_is_that_of_the_start_of_the_step_in_every_update(path):
+    """In the first update the ratio to it is 1, in the second no more: with clip widths of 0 that one is all clipped."""
+    loss = LossConfig(anchor="proximal", clip_low=0.0, clip_high=0.0)
+    single = make_learner(path, loss=loss).train(*make_batch(seed=9))
+    double = make_learner(path, loss=loss, epochs=2, lr=1e-2).train(*make_batch(seed=9))
+
+    def clipped(metrics):
+        return metrics["learner/clip_low_ratio"] + metrics["learner/clip_high_ratio"]
+
+    assert clipped(single) == 0
+    assert 0.1 < clipped(double) < 0.5
+    assert single["learner/correction_mean"] == pytest.approx(double["learner/correction_mean"], rel=1e-5)
+
+
+def test_the_reference_model_is_the_initial_one_unless_another_is_given(path, tmp_path):
+    loss = LossConfig(kl_coef=0.1)
+    learner = make_learner(path, loss=loss)
+    assert learner.train(*make_batch(step=1))["learner/kl"] == pytest.approx(0, abs=1e-6)
+    assert learner.train(*make_batch(step=2))["learner/kl"] > 1e-5
+    other = make_learner(path, loss=loss, reference=save_tiny_llama(tmp_path, seed=1))
+    assert other.train(*make_batch(step=1))["learner/kl"] > 0.1
+
+
+def test_tokens_outside_the_outlier_band_are_masked_and_counted(path):
+    batch, payload = make_batch(seed=10)
+    logprobs = payload.logprobs.copy()
+    logprobs[:5] = -40.0
+    learner = make_learner(path, loss=LossConfig(outlier_band=(1e-6, 1e6)))
+    metrics = learner.train(batch, with_logprobs(payload, logprobs))
+    assert metrics["learner/masked_ratio"] == pytest.approx(5 / len(logprobs))
+    assert metrics["learner/tokens"] == len(logprobs) - 5
+    assert "learner/masked_ratio" not in make_learner(path).train(batch, payload)
+
+
+@pytest.mark.parametrize("variant", ["ppo", "gspo", "cispo"])
+@pytest.mark.parametrize("anchor", ["behavior", "proximal"])
+def test_every_variant_trains_around_either_anchor(path, variant, anchor):
+    loss = LossConfig(variant=variant, anchor=anchor, clip_low=0.2, clip_high=0.28)
+    learner = make_learner(path, loss=loss, updates_per_step=2)
+    before = weights_of(learner)
+    metrics = learner.train(*make_batch(seed=12))
+    assert all(math.isfinite(value) for value in metrics.values())
+    assert not torch.equal(weights_of(learner), before)
 
 
 def test_a_step_whose_updates_are_all_skipped_has_no_means(path):

@@ -13,12 +13,17 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from asyncdapo.dapo import group_advantage
 from asyncdapo.errors import ConfigError
 from asyncdapo.learner.model import load_model, named_weights, token_logprobs
 from asyncdapo.learner.packing import group_rows, pad
 from tests.learner.tiny import SHAPE, VOCAB_SIZE, make_batch, save_tiny_llama, tiny_llama
 
 CPU = torch.device("cpu")
+
+
+def random_rows(seed):
+    return sum(group_rows(*make_batch(seed=seed), range(4), group_advantage).values(), [])
 
 
 def qwen2():
@@ -34,8 +39,8 @@ def qwen3():
 def test_logprobs_and_entropy_agree_with_the_hugging_face_forward_of_each_row_alone(make_model, temperature):
     torch.manual_seed(0)
     model = make_model().double()
-    rows = [row for rows in group_rows(*make_batch(seed=2)) for row in rows]
-    packed = pad(rows)
+    rows = random_rows(seed=2)
+    packed = pad(rows, CPU)
     logp_BT, entropy_BT = token_logprobs(model, packed.tokens_BT, packed.loss_mask_BT, temperature)
     for index, row in enumerate(rows):
         tokens_T = packed.tokens_BT[index, : row.num_tokens]
@@ -50,7 +55,7 @@ def test_logprobs_and_entropy_agree_with_the_hugging_face_forward_of_each_row_al
 
 def test_vocabulary_logits_are_computed_for_loss_bearing_tokens_only():
     model = tiny_llama()
-    packed = pad([row for rows in group_rows(*make_batch(seed=3)) for row in rows])
+    packed = pad(random_rows(seed=3), CPU)
     shapes = []
     model.lm_head.register_forward_hook(lambda module, args, output: shapes.append(tuple(output.shape)))
     token_logprobs(model, packed.tokens_BT, packed.loss_mask_BT, 1.0)
@@ -95,6 +100,6 @@ def test_dropout_is_off(tmp_path):
     save_tiny_llama(tmp_path, attention_dropout=0.5)
     model = load_model(tmp_path, CPU)
     assert isinstance(model, LlamaForCausalLM)
-    packed = pad([row for rows in group_rows(*make_batch()) for row in rows])
+    packed = pad(random_rows(seed=0), CPU)
     first, second = (token_logprobs(model, packed.tokens_BT, packed.loss_mask_BT, 1.0)[0] for _ in range(2))
     assert torch.equal(first, second)

@@ -1,21 +1,29 @@
 """From a batch to micro-batches: which rows, in which rectangles, with which numbers in them."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
-from asyncdapo.learner.packing import Row, expand_mask, group_rows, micro_batches, mini_batches, pad
+from asyncdapo.dapo import group_advantage
+from asyncdapo.learner.packing import Row, chunks, columns, expand_mask, group_rows, pad, weighted
 from asyncdapo.messages import Batch, Payload
 from tests.learner.tiny import make_batch, make_group
 
+CPU = torch.device("cpu")
 
-def make_row(num_prompt_tokens, num_tokens, advantage=1.0):
+
+def make_row(num_prompt_tokens, num_tokens, advantage=1.0, **columns):
     return Row(
+        index=0,
         prompt_ids=np.arange(num_prompt_tokens, dtype=np.int32),
         token_ids=np.arange(num_tokens, dtype=np.int32),
         rollout_logprobs=-np.ones(num_tokens, dtype=np.float32),
         loss_mask=np.ones(num_tokens, dtype=bool),
         advantage=advantage,
+        staleness=0,
+        **columns,
     )
 
 
@@ -26,7 +34,9 @@ def test_every_row_gets_its_own_part_of_the_payload():
         token_ids=np.arange(8, dtype=np.int32),
         logprobs=-np.arange(8, dtype=np.float32),
     )
-    first, second = group_rows(Batch(step=1, branch=0, max_staleness=0, groups=groups), payload)
+    batch = Batch(step=1, branch=0, max_staleness=0, groups=groups)
+    first, second = group_rows(batch, payload, [0, 1], group_advantage).values()
+    assert [row.index for row in first + second] == [0, 1, 2, 3]
     assert [row.prompt_ids.tolist() for row in first + second] == [[20, 21], [20, 21], [22], [22]]
     assert [row.token_ids.tolist() for row in first + second] == [[0, 1, 2], [3], [4, 5], [6, 7]]
     assert [row.rollout_logprobs.tolist() for row in first + second] == [[0, -1, -2], [-3], [-4, -5], [-6, -7]]
@@ -37,7 +47,9 @@ def test_a_completion_without_loss_counts_in_the_mean_and_is_not_trained():
     masks = [[(1, 2)], [(0, 2)], [(1, 1), (0, 1)]]
     group = make_group(0, 1, [2, 2, 2], [1.0, 0.0, 0.5], loss_masks=masks)
     payload = Payload(np.zeros(1, np.int32), np.arange(6, dtype=np.int32), np.zeros(6, np.float32))
-    (rows,) = group_rows(Batch(step=1, branch=0, max_staleness=0, groups=[group]), payload)
+    batch = Batch(step=1, branch=0, max_staleness=0, groups=[group])
+    (rows,) = group_rows(batch, payload, [0], group_advantage).values()
+    assert [row.index for row in rows] == [0, 2]
     assert [row.token_ids.tolist() for row in rows] == [[0, 1], [4, 5]]
     assert [row.loss_mask.tolist() for row in rows] == [[True, True], [True, False]]
     assert [row.advantage for row in rows] == pytest.approx([1.0, 0.0], abs=1e-5)  # mean 0.5, std 0.5 of all three
@@ -48,18 +60,58 @@ def test_run_lengths_become_a_mask():
 
 
 def test_a_micro_batch_puts_prompt_and_response_in_front_and_padding_behind():
-    packed = pad([make_row(2, 3, advantage=0.5), make_row(1, 2, advantage=-2.0)])
+    packed = pad([make_row(2, 3, advantage=0.5), make_row(1, 2, advantage=-2.0, weight=0.1)], CPU)
     assert packed.tokens_BT.tolist() == [[0, 1, 0, 1, 2], [0, 0, 1, 0, 0]]
     assert packed.loss_mask_BT.long().tolist() == [[0, 0, 1, 1, 1], [0, 1, 1, 0, 0]]
     assert packed.rollout_logprobs_BT.tolist() == [[0, 0, -1, -1, -1], [0, -1, -1, 0, 0]]
     assert packed.advantages_B.tolist() == [0.5, -2.0]
+    assert packed.weights_B.tolist() == [1.0, 0.1]
+    assert (packed.start_logprobs_BT, packed.correction_BT, packed.reference_logprobs_BT) == (None, None, None)
+
+
+def test_what_a_first_pass_found_stands_at_the_tokens_it_belongs_to():
+    found = {"start_logprobs": np.array([-1.0, -2.0]), "correction": np.array([0.5, 2.0])}
+    packed = pad([make_row(2, 2, **found), make_row(1, 2, **found)], CPU)
+    assert packed.start_logprobs_BT.tolist() == [[0, 0, -1, -2], [0, -1, -2, 0]]
+    assert packed.correction_BT.tolist() == [[0, 0, 0.5, 2], [0, 0.5, 2, 0]]
+
+
+def test_a_share_has_the_payload_of_its_groups_and_the_indices_of_the_whole_batch():
+    batch, payload = make_batch(num_groups=4)
+    whole = group_rows(batch, payload, [0, 1, 2, 3], group_advantage)
+    parts = payload.split(batch.groups)
+    share = group_rows(batch, Payload.join([parts[1], parts[3]]), [1, 3], group_advantage)
+    assert list(share) == [1, 3]
+    for place, rows in share.items():
+        assert [row.index for row in rows] == [row.index for row in whole[place]]
+        for row, same in zip(rows, whole[place], strict=True):
+            assert row.token_ids.tolist() == same.token_ids.tolist()
+            assert row.advantage == same.advantage
+
+
+def test_the_columns_of_a_batch_count_masks_and_copies():
+    groups = [
+        make_group(0, 1, [2, 3], [0.0, 1.0], loss_masks=[[(0, 2)], [(1, 2), (0, 1)]]),
+        make_group(1, 1, [4, 1], [0, 1]),
+    ]
+    counted = columns(Batch(step=1, branch=0, max_staleness=0, groups=groups, copies=[0, 2]))
+    assert counted.group_N.tolist() == [0, 0, 1, 1]
+    assert counted.num_tokens_N.tolist() == [0, 2, 4, 1]
+    assert counted.copies_N.tolist() == [1, 1, 3, 3]
+    assert counted.of_groups([1]).tolist() == [2, 3]
+
+
+def test_rows_get_the_weight_of_their_completion():
+    rows = [make_row(1, 1), replace(make_row(1, 1), index=5)]
+    assert [row.weight for row in weighted(rows, torch.tensor([0, 5]), torch.tensor([0.5, 0.25]))] == [0.5, 0.25]
 
 
 @pytest.mark.parametrize("max_tokens", [1, 16, 40, 10_000])
 def test_micro_batches_hold_every_row_once_within_the_budget(max_tokens):
     batch, payload = make_batch(num_groups=6, seed=1)
-    rows = [row for rows in group_rows(batch, payload) for row in rows]
-    packed = micro_batches(rows, max_tokens)
+    groups = group_rows(batch, payload, range(6), group_advantage)
+    rows = [row for rows in groups.values() for row in rows]
+    packed = [pad(chunk, CPU) for chunk in chunks(rows, max_tokens)]
     assert sum(len(micro_batch.tokens_BT) for micro_batch in packed) == len(rows)
     assert sum(int(micro_batch.loss_mask_BT.sum()) for micro_batch in packed) == sum(
         row.num_loss_tokens for row in rows
@@ -67,18 +119,4 @@ def test_micro_batches_hold_every_row_once_within_the_budget(max_tokens):
     assert all(micro.num_padded_tokens <= max_tokens or len(micro.tokens_BT) == 1 for micro in packed)
     widths = [micro_batch.tokens_BT.shape[1] for micro_batch in packed]
     assert widths == sorted(widths, reverse=True)
-    first = micro_batches(rows, max_tokens)[0]
-    assert torch.equal(first.tokens_BT, packed[0].tokens_BT)
-
-
-def test_mini_batches_never_cut_a_group_and_differ_by_one_group_at_most():
-    groups = [[make_row(1, index + 1)] * 3 for index in range(7)]
-    updates = mini_batches(groups, 3)
-    assert [[row.num_loss_tokens for row in rows][::3] for rows in updates] == [[1, 2, 3], [4, 5], [6, 7]]
-    assert all(len(rows) % 3 == 0 for rows in updates)
-
-
-def test_groups_without_rows_make_no_update_of_their_own():
-    rows = [make_row(1, 2)]
-    assert mini_batches([rows, [], []], 2) == [rows]
-    assert mini_batches([[], []], 2) == []
+    assert torch.equal(pad(next(chunks(rows, max_tokens)), CPU).tokens_BT, packed[0].tokens_BT)

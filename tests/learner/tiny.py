@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from asyncdapo.learner.config import LearnerConfig, LossConfig
+from asyncdapo.learner.config import LearnerConfig, LossConfig, ModelConfig
+from asyncdapo.learner.group import ALONE, Ranks
 from asyncdapo.learner.learner import Learner
 from asyncdapo.messages import Batch, Completion, Group, Payload
 
@@ -35,15 +36,24 @@ def save_tiny_llama(directory: Path, **changes) -> str:
 
 
 def make_learner(
-    path: str, *, loss: LossConfig | None = None, temperature: float = 1.0, staleness_bound: int = 0, **config
+    path: str,
+    *,
+    loss: LossConfig | None = None,
+    reference: str | None = None,
+    temperature: float = 1.0,
+    staleness_bound: int = 0,
+    ranks: Ranks = ALONE,
+    **config,
 ) -> Learner:
     return Learner(
-        path,
+        ModelConfig(path=path, reference=reference),
         loss or LossConfig(),
-        LearnerConfig(**{"lr": 1e-3, "device": "cpu", **config}),
+        LearnerConfig(**{"lr": 1e-3, "device": "cpu", "ranks": ranks.num_ranks, **config}),
         temperature=temperature,
         staleness_bound=staleness_bound,
+        max_response_length=16,
         seed=0,
+        ranks=ranks,
     )
 
 

@@ -20,8 +20,9 @@ from threading import Thread
 import torch
 
 from asyncdapo.errors import WeightsError
-from asyncdapo.weights.backend import Backend
-from asyncdapo.weights.group import Broadcast, Deadline, WeightGroup
+from asyncdapo.transport.backend import Backend
+from asyncdapo.transport.process_group import Broadcast, Deadline
+from asyncdapo.weights.group import WeightGroup
 from asyncdapo.weights.header import NUM_WORDS, Verdict, settle
 from asyncdapo.weights.layout import Manifest
 from asyncdapo.weights.receiver import WeightReceiver

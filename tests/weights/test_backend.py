@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from asyncdapo.errors import ConfigError
+from asyncdapo.transport.process_group import device_name
 from asyncdapo.weights.backend import choose_backend
 from asyncdapo.weights.config import WeightsConfig
-from asyncdapo.weights.group import device_name
 
 OWN_GPUS = {"learner": "cuda A", "rollout 0": "cuda B", "rollout 1": "cuda C"}
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from asyncdapo.errors import WeightsError
-from asyncdapo.weights.group import device_name
+from asyncdapo.transport.process_group import device_name
 from asyncdapo.weights.layout import Manifest
 from asyncdapo.weights.sender import WeightSender
 from tests.weights.members import Failed, fingerprint, form_group, members

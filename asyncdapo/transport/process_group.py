@@ -1,0 +1,251 @@
+"""Process group: tensors between processes, apart from torch.distributed's default group.
+
+So it can be closed and made anew when the membership changes or a collective has failed, and it can't clash with what
+an engine or a trainer sets up in its process. One brings weights to the rollout workers (`weights/group`), another sums
+gradients over the learner's ranks (`learner/group`); each names its purpose and the error that it raises.
+
+In: an address that rank 0 hands out. Out: broadcasts from rank 0, sums over all ranks, and verdicts that every rank
+learns of every other. Does not own: what the bytes mean.
+
+Invariants: every call ends within its deadline, by returning or by the group's error; calls release the GIL while they
+wait; a group in which a collective failed is closed, which lets the other ranks fail at once where the backend notices
+(Gloo), instead of at their deadlines.
+
+Shape: W ranks.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Self
+
+import torch
+import torch.distributed as dist
+
+from asyncdapo.errors import RunError
+from asyncdapo.transport.backend import CPU, Backend
+
+ROOT = 0
+"""The rank that hosts the store and sends broadcasts."""
+JOIN_POLL_S = 0.02
+
+
+class Deadline:
+    """A moment after which something has failed, shared by all its steps."""
+
+    def __init__(self, timeout_s: float) -> None:
+        self.timeout_s = timeout_s
+        self._end_s = time.monotonic() + timeout_s
+
+    def left(self) -> timedelta:
+        """Time left, at least a millisecond (torch reads 0 as no limit in places)."""
+        return timedelta(seconds=max(self._end_s - time.monotonic(), 0.001))
+
+    @property
+    def passed(self) -> bool:
+        return time.monotonic() >= self._end_s
+
+
+class ProcessGroup:
+    """One membership's process group, made by `create_master` and `join`.
+
+    `device` is where tensors have to be. `closed` tells whether the group can still be used.
+    """
+
+    purpose = "a process group"
+    """What travels through it, for its errors: "the weights"."""
+    error: type[RunError] = RunError
+    """What its calls raise."""
+
+    def __init__(self, address: str, rank: int, world_size: int, backend: Backend, timeout_s: float) -> None:
+        if world_size < 2 or not 0 <= rank < world_size:
+            raise ValueError(f"rank {rank} of {world_size} is no member of a group of two or more")
+        self.rank, self.world_size, self.backend, self.timeout_s = rank, world_size, backend, timeout_s
+        self.device = torch.device("cuda", torch.cuda.current_device()) if backend == "nccl" else torch.device("cpu")
+        self._host, port = address.rsplit(":", 1)
+        self._group: dist.Backend | None = None
+        self._left = False
+        with self._translated("open the store", Deadline(timeout_s)):
+            self._store: dist.Store | None = dist.TCPStore(
+                self._host,
+                int(port),
+                is_master=rank == ROOT,
+                timeout=timedelta(seconds=timeout_s / 2),  # it tries twice where nobody listens
+                wait_for_workers=False,
+            )
+            self.address = f"{self._host}:{self._store.port}"
+
+    @classmethod
+    def create_master(cls, host: str, world_size: int, backend: Backend, timeout_s: float) -> Self:
+        """The end of rank 0. Returns at once with an `address` for the others, who reach this machine as `host`;
+        `connect` then waits for them."""
+        return cls(f"{host}:0", ROOT, world_size, backend, timeout_s)
+
+    @classmethod
+    def join(cls, address: str, rank: int, world_size: int, backend: Backend, timeout_s: float) -> Self:
+        """The end of another rank: blocks until every rank is there. Raises the group's error after `timeout_s`."""
+        deadline = Deadline(timeout_s)
+        group = cls(address, rank, world_size, backend, timeout_s)
+        group.connect(deadline)
+        return group
+
+    @property
+    def closed(self) -> bool:
+        return self._store is None
+
+    def connect(self, deadline: Deadline | None = None) -> None:
+        """Wait for every rank, then connect with them. Raises an error that names who is missing at the deadline,
+        `timeout_s` from now unless it is given, or at once when another thread closes the group meanwhile: a rank that
+        has died will not join."""
+        store = self._open_store()
+        deadline = deadline or Deadline(self.timeout_s)
+        with self._translated("join", deadline):
+            store.set(_joined(self.rank), "")
+            while not store.check([_joined(rank) for rank in range(self.world_size)]):
+                self._open_store()
+                if deadline.passed:
+                    missing = self._missing_ranks(store)
+                    self.close()
+                    raise self.error(f"no group for {self.purpose} within {deadline.timeout_s:g} s: {missing}")
+                time.sleep(JOIN_POLL_S)
+        with self._translated("connect", deadline):
+            self._group = _process_group(dist.PrefixStore("group", store), self, deadline)
+
+    def broadcast(self, tensor: torch.Tensor, deadline: Deadline) -> Broadcast:
+        """Start to send `tensor` from rank 0, or to receive it in place elsewhere; at most two may be under way.
+        The tensor must stay as it is until `Broadcast.wait` returns."""
+        options = dist.BroadcastOptions()
+        options.rootRank = ROOT
+        options.timeout = deadline.left()
+        with self._translated("start a broadcast", deadline):
+            return Broadcast(self, self._open_group().broadcast([tensor], options), deadline)
+
+    def all_reduce(self, tensor: torch.Tensor, deadline: Deadline) -> None:
+        """Put the sum of all ranks' tensors in the place of each, the same bits at every rank. Contiguous, on `device`,
+        of one shape and dtype at all ranks (none that Gloo can't add: no bool)."""
+        options = dist.AllreduceOptions()
+        options.timeout = deadline.left()
+        with self._translated("start a sum", deadline):
+            work = self._open_group().allreduce([tensor], options)
+        self.wait(work, deadline)
+
+    def exchange(self, verdict: int, deadline: Deadline) -> list[int]:
+        """Every rank's verdict (an int64), in the order of ranks, at every rank."""
+        verdicts_W = torch.zeros(self.world_size, dtype=torch.int64, device=self.device)
+        verdicts_W[self.rank] = verdict
+        self.all_reduce(verdicts_W, deadline)
+        return verdicts_W.tolist()
+
+    def wait(self, work: dist.Work, deadline: Deadline) -> None:
+        """Wait for a collective. Raises the group's error, and closes it, when it fails or the deadline passes.
+
+        Gloo has the deadline from the collective's options as well; NCCL only from here."""
+        with self._translated("transfer", deadline):
+            work.wait(deadline.left())
+
+    def close(self) -> None:
+        """Leave the group; collectives under way fail, here and at the other ranks."""
+        group, self._group, self._store, self._left = self._group, None, None, True
+        if group is not None:
+            group.abort()
+
+    def _open_store(self) -> dist.Store:
+        if self._store is None:
+            raise self.error(f"the group of {self.purpose} is closed")
+        return self._store
+
+    def _open_group(self) -> dist.Backend:
+        if self._group is None:
+            state = "is closed" if self.closed else "isn't connected yet"
+            raise self.error(f"the group of {self.purpose} {state}")
+        return self._group
+
+    def _missing_ranks(self, store: dist.Store) -> str:
+        try:
+            missing = [rank for rank in range(self.world_size) if not store.check([_joined(rank)])]
+        except dist.DistError:
+            return "rank 0, which keeps its store, is gone"
+        return f"ranks {missing} of {self.world_size} did not join" if missing else "the last rank joined too late"
+
+    @contextmanager
+    def _translated(self, doing: str, deadline: Deadline) -> Iterator[None]:
+        """The one place where errors of torch.distributed (all are RuntimeError) become ours."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self._left:
+                raise self.error(f"the group of {self.purpose} is closed") from error
+            self.close()
+            reason = f"no end within {deadline.timeout_s:g} s" if deadline.passed else str(error).partition("\n")[0]
+            raise self.error(f"rank {self.rank} of {self.world_size} could not {doing}: {reason}") from error
+
+
+@dataclass(frozen=True)
+class Broadcast:
+    """A broadcast under way."""
+
+    group: ProcessGroup
+    work: dist.Work
+    deadline: Deadline
+
+    def wait(self) -> None:
+        """Block until the tensor may be read or written again. Raises the group's error."""
+        self.group.wait(self.work, self.deadline)
+
+
+def device_name(device: torch.device) -> str:
+    """`cpu`, or a name of the GPU that is the same in every process and unlike any other GPU's."""
+    if device.type == "cpu":
+        return CPU
+    return f"cuda {torch.cuda.get_device_properties(device).uuid}"
+
+
+def _joined(rank: int) -> str:
+    return f"joined/{rank}"
+
+
+def _process_group(store: dist.Store, group: ProcessGroup, deadline: Deadline) -> dist.Backend:
+    if group.backend == "nccl":
+        options = dist.ProcessGroupNCCL.Options()
+        options._timeout = deadline.left()
+        with _blocking_waits():
+            return dist.ProcessGroupNCCL(store, group.rank, group.world_size, options)
+    options = dist.ProcessGroupGloo._Options()
+    options._timeout = deadline.left()
+    options._devices = [_gloo_device(group.address)]
+    return dist.ProcessGroupGloo(store, group.rank, group.world_size, options)
+
+
+@contextmanager
+def _blocking_waits() -> Iterator[None]:
+    """NCCL's watchdog thread ends the whole process when a collective fails. A group made with blocking waits has none:
+    the failure is raised where it is waited for. The variable is read when a group is made; those of a trainer keep
+    what the user set."""
+    key = "TORCH_NCCL_BLOCKING_WAIT"
+    before = os.environ.get(key)
+    os.environ[key] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[key]
+        else:
+            os.environ[key] = before
+
+
+def _gloo_device(address: str) -> dist.ProcessGroupGloo.Device:
+    """The network interface that leads to rank 0. By itself Gloo takes the address that the machine's name
+    resolves to, on many machines a loopback address that no other can reach. GLOO_SOCKET_IFNAME overrules both."""
+    if "GLOO_SOCKET_IFNAME" in os.environ:
+        return dist.ProcessGroupGloo.create_default_device()
+    host, port = address.rsplit(":", 1)
+    family, _, _, _, target = socket.getaddrinfo(host, int(port), type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect(target)
+        return dist.ProcessGroupGloo.create_device(hostname=probe.getsockname()[0])
