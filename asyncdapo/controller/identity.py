@@ -26,6 +26,7 @@ IDENTITY_SCHEMA = 1
 FIXED_SECTIONS = ("prompts", "reward", "filter", "loss")
 FIXED_KEYS = {
     "run.seed",
+    "model.reference",
     "rollout.group_size",
     "rollout.max_response_length",
     "rollout.temperature",
@@ -37,6 +38,8 @@ FREE_KEYS = {
     "prompts.eval_path",
     "prompts.epochs",
     "reward.processes",
+    "reward.concurrency",
+    "reward.retries",
     "reward.timeout_s",
     "reward.max_failure_ratio",
 }

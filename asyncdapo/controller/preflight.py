@@ -36,7 +36,7 @@ from asyncdapo.metrics.wandb_log import choose_mode
 from asyncdapo.prompts.registry import open_task
 from asyncdapo.replay.audit import CONFIG_FILE
 from asyncdapo.reward.registry import absolute_verifier, make_verifier
-from asyncdapo.reward.scorer import METRICS
+from asyncdapo.reward.wire import METRICS
 from asyncdapo.rollout.config import MODEL_TYPES
 
 LOCK_FILE = "launch.lock"
@@ -69,7 +69,8 @@ def prepare_run(name_or_path: str, overrides: Sequence[str]) -> Iterator[tuple[C
 def check_config(config: Config) -> None:
     """What can be checked without the run directory, and without torch."""
     make_verifier(config.reward.verifier)
-    if config.filter.enabled and config.filter.metric not in METRICS:
+    own = ":" in config.reward.verifier  # a function of the user's has numbers of its own: the filter will see them
+    if config.filter.enabled and config.filter.metric not in METRICS and not own:
         raise ConfigError("filter.metric", "is no metric of the scorer", config.filter.metric, ", ".join(METRICS))
     choose_mode(config.metrics)
     open_task(config.prompts, num_eval=config.eval.num_held_out, seed=config.run.seed)

@@ -14,8 +14,9 @@ from asyncdapo.reward.scorer import Scorer
 from asyncdapo.rollout.torch_engine.engine import TorchEngine
 from asyncdapo.rollout.worker import RolloutWorker
 from asyncdapo.tokens import load_tokenizer
-from asyncdapo.weights.backend import Backend
-from asyncdapo.weights.group import WeightGroup, device_name
+from asyncdapo.transport.backend import Backend
+from asyncdapo.transport.process_group import device_name
+from asyncdapo.weights.group import WeightGroup
 from asyncdapo.weights.layout import Manifest
 from asyncdapo.weights.receiver import WeightReceiver
 
@@ -33,8 +34,16 @@ class Main(Member):
         config = self.config
         self.engine = TorchEngine(config.model.path, config.rollout, max_prompt_length=config.prompts.max_prompt_length)
         await self.engine.start()
-        pool = ScorerPool(config.reward.verifier, config.reward.processes, config.reward.timeout_s)
-        self.scorer = Scorer(config.reward, pool, load_tokenizer(config.model.path).decode)
+        reward = config.reward
+        pool = ScorerPool(
+            reward.verifier,
+            reward.processes,
+            reward.timeout_s,
+            concurrency=reward.concurrency,
+            retries=reward.retries,
+        )
+        decode = load_tokenizer(config.model.path).decode
+        self.scorer = Scorer(reward, pool, decode, config.rollout.max_response_length)
         await self.scorer.start()
         self.worker = RolloutWorker(
             self.index,
@@ -44,6 +53,7 @@ class Main(Member):
             self.scorer,
             replay_address,
             curve=self.keys.client,
+            overlong_filter=reward.overlong_filter,
         )
         self.num_received = 0
 

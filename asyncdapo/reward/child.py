@@ -98,7 +98,7 @@ class VerifierProcess(asyncio.Protocol):
         self._exit: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
     @classmethod
-    async def start(cls, verifier: str, on_verdict: Callable[[], None]) -> Self:
+    async def start(cls, verifier: str, setup: Setup, on_verdict: Callable[[], None]) -> Self:
         """A process that has loaded the verifier. Raises RunError, with its last lines, for one that can't.
 
         `on_verdict` is called at every verdict, as it comes in.
@@ -110,7 +110,7 @@ class VerifierProcess(asyncio.Protocol):
         try:
             await loop.create_unix_connection(lambda: process, sock=ours)
             await loop.connect_read_pipe(lambda: process._output, process._popen.stdout)
-            said = await process.ask(Setup([os.path.abspath(path) for path in sys.path]), 1, START_TIMEOUT_S)
+            said = await process.ask(setup, 1, START_TIMEOUT_S)
         except BaseException:
             process.kill()
             raise

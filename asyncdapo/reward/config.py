@@ -1,4 +1,4 @@
-"""Configuration of the reward: verdict and scale."""
+"""Configuration of the reward: verdict, scale and shape."""
 
 from __future__ import annotations
 
@@ -6,14 +6,18 @@ from dataclasses import dataclass
 
 from asyncdapo.errors import ConfigError
 
+MAX_RETRIES = 6
+"""Whose pauses come to half a minute."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RewardConfig:
     """How a completion's text becomes a number."""
 
     verifier: str = "answer"
-    """`answer` (exact match of what follows the last `Answer: `), or a function of yours that is given the response's
-    text and the expected answer and returns 0 to 1: `package.module:function`, `path/to/file.py:function`."""
+    """`answer` (what follows the last `Answer: `, exactly), `dapo` (the same, normalised), `exact`, `gsm8k` (`####`),
+    `math_verify`, `reasoning_gym`; or a function of yours, async or not, that is given the response's text and the
+    expected answer and returns 0 to 1, or numbers with `acc`: `package.module:function`, `path/to/file.py:function`."""
     correct: float = 1.0
     """Reward of a right answer."""
     incorrect: float = -1.0
@@ -30,8 +34,13 @@ class RewardConfig:
 
     processes: int = 1
     """Verifier processes of each rollout worker; each judges the completions of one group at a time."""
+    concurrency: int = 1
+    """Completions of a group that a process awaits at a time; only an async function gains by it."""
+    retries: int = 0
+    """Further tries after the verifier raised, 0.5, 1, 2, … s apart."""
     timeout_s: float = 10.0
-    """Seconds a verifier may take over one completion; at the second try in a fresh process it counts as wrong."""
+    """Seconds a verifier may take over one completion, all tries together and without the pauses between them; at the
+    second time over it, in a fresh process, the completion counts as wrong."""
     max_failure_ratio: float = 0.5
     """Share of groups on which the verifier raised; above it the run ends."""
 
@@ -41,8 +50,11 @@ class RewardConfig:
         for key in ("overlong_buffer", "overlong_penalty"):
             if getattr(self, key) < 0:
                 raise ConfigError(f"reward.{key}", "must be at least 0", getattr(self, key))
-        if self.processes < 1:
-            raise ConfigError("reward.processes", "must be at least 1", self.processes)
+        for key in ("processes", "concurrency"):
+            if getattr(self, key) < 1:
+                raise ConfigError(f"reward.{key}", "must be at least 1", getattr(self, key))
+        if not 0 <= self.retries <= MAX_RETRIES:
+            raise ConfigError("reward.retries", f"must be from 0 to {MAX_RETRIES}", self.retries)
         if not self.timeout_s > 0:
             raise ConfigError("reward.timeout_s", "must be above 0", self.timeout_s)
         if not 0 <= self.max_failure_ratio <= 1:

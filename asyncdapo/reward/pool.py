@@ -2,8 +2,9 @@
 
     verify(texts, answer) ──waits for a free process──▶ one request for all texts ──▶ a verdict for each
 
-    takes over `timeout_s` over one text    killed, the text judged once more in a fresh process; then 0, `timed_out`
-    dies (signal, exit, no memory)          replaced, the text judged once more; then RewardError
+    takes over `timeout_s` over one text    killed, the text judged once more, alone, in a fresh process; then 0,
+      (and the pauses between its tries)    `timed_out`
+    dies (signal, exit, no memory)          replaced, the text judged once more, alone; then RewardError
     raises, or returns no verdict           RewardError; the process goes on
     can't even start                        tried `MAX_STARTS` times in a row; then RunError, which ends the worker
     the caller is cancelled                 its process is killed, so that no answer reaches the next request
@@ -17,11 +18,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import sys
 from collections import Counter
 
 from asyncdapo.errors import RewardError, RunError
 from asyncdapo.reward.child import VerifierProcess
-from asyncdapo.reward.wire import Raised, Request, Verdict
+from asyncdapo.reward.judging import pauses_s
+from asyncdapo.reward.wire import Raised, Request, Setup, Verdict
 
 MAX_TRIES = 2
 """Processes that may fail on one text."""
@@ -36,10 +40,13 @@ log = logging.getLogger("reward")
 class ScorerPool:
     """A fixed number of places, in each of them a verifier process, replaced when it is gone."""
 
-    def __init__(self, verifier: str, num_processes: int, timeout_s: float) -> None:
-        self._verifier, self._timeout_s = verifier, timeout_s
+    def __init__(
+        self, verifier: str, num_processes: int, timeout_s: float, *, concurrency: int = 1, retries: int = 0
+    ) -> None:
+        """`timeout_s` is for all tries of one text together; the pauses between them come on top."""
+        self._timeout_s = timeout_s + sum(pauses_s(retries))
         self._counts: Counter[str] = Counter()
-        self._places = [_Place(verifier, self._counts) for _ in range(num_processes)]
+        self._places = [_Place(verifier, concurrency, retries, self._counts) for _ in range(num_processes)]
         self._free: asyncio.Queue[_Place] = asyncio.Queue()
 
     async def start(self) -> None:
@@ -80,19 +87,23 @@ class ScorerPool:
 
     async def _verify(self, place: _Place, texts: list[str], answer: str) -> list[Verdict]:
         verdicts: list[Verdict] = []
+        texts, answer = [_encodable(text) for text in texts], _encodable(answer)
         num_tries = 0
         """Of the text at which the last process failed."""
         while left := texts[len(verdicts) :]:
+            asked = left[:1] if num_tries else left  # once more, and alone: then no other text can be to blame
             process = await place.process()
-            said = await process.ask(Request(left, answer), len(left), self._timeout_s)
+            said = await process.ask(Request(asked, answer), len(asked), self._timeout_s)
             if said and isinstance(said[-1], Raised):
                 raise RewardError(said[-1].problem)
             verdicts += said
-            if len(said) < len(left):
-                num_tries = 1 if said else num_tries + 1
-                if num_tries == MAX_TRIES:
-                    verdicts.append(await self._give_up(process))
-                    num_tries = 0
+            if len(said) == len(asked):
+                num_tries = 0
+                continue
+            num_tries = 1 if said else num_tries + 1
+            if num_tries == MAX_TRIES:
+                verdicts.append(await self._give_up(process))
+                num_tries = 0
         return verdicts
 
     async def _give_up(self, process: VerifierProcess) -> Verdict:
@@ -104,11 +115,16 @@ class ScorerPool:
         return Verdict(0.0, timed_out=True)
 
 
+def _encodable(text: str) -> str:
+    """Half a surrogate pair stands for no character, and can't be sent: it becomes a question mark."""
+    return text if text.isascii() else text.encode(errors="replace").decode()
+
+
 class _Place:
     """One process after another."""
 
-    def __init__(self, verifier: str, counts: Counter[str]) -> None:
-        self._verifier, self._counts = verifier, counts
+    def __init__(self, verifier: str, concurrency: int, retries: int, counts: Counter[str]) -> None:
+        self._verifier, self._concurrency, self._retries, self._counts = verifier, concurrency, retries, counts
         self.current: VerifierProcess | None = None
         self._num_failed = 0
         """Processes in a row that ended, or didn't start, without a verdict."""
@@ -125,7 +141,8 @@ class _Place:
             if self._closed:
                 raise RunError("the scorer pool has been stopped")
             try:
-                self.current = await VerifierProcess.start(self._verifier, self._note_verdict)
+                setup = Setup([os.path.abspath(path) for path in sys.path], self._concurrency, self._retries)
+                self.current = await VerifierProcess.start(self._verifier, setup, self._note_verdict)
                 return self.current
             except RunError as error:
                 problem = f"no process of verifier {self._verifier!r} can be started: {error}"

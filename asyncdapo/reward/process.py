@@ -3,9 +3,10 @@
 In: requests on standard input, which is a socket. Out: a verdict for each text, on the same socket. The verifier is the
 user's code and may do what it likes: it finds /dev/null at its standard input, its output goes to the worker's log,
 processes that it forks don't hold the socket, and Ctrl-C is the worker's to heed. The process ends when the socket
-does, and on Linux at its parent's death in any case, even in the middle of a verifier that never returns.
+does, and on Linux at its parent's death in any case, even in the middle of a verifier that never returns; where memory
+runs out, it is the first that the kernel ends.
 
-Imports nothing heavy. Does not own: time-outs and retries (the pool's).
+Imports nothing heavy. Does not own: what a verifier says (`judging`), time-outs (the pool's).
 """
 
 from __future__ import annotations
@@ -13,19 +14,20 @@ from __future__ import annotations
 import ctypes
 import faulthandler
 import os
-import reprlib
 import signal
 import socket
 import sys
-from traceback import TracebackException
+from contextlib import suppress
 
 from asyncdapo.errors import ConfigError
-from asyncdapo.reward.registry import Verify, make_verifier
+from asyncdapo.reward.judging import make_judge
+from asyncdapo.reward.registry import make_verifier
 from asyncdapo.reward.wire import Broken, FromPool, Raised, Ready, Request, Setup, Unpacker, Verdict, pack
 
 PR_SET_PDEATHSIG = 1
 READ_BYTES = 1 << 16
-MAX_PROBLEM_CHARS = 1000
+FIRST_TO_GO = "1000"
+"""The highest score that the kernel's out-of-memory killer goes by."""
 
 
 class Channel:
@@ -55,23 +57,20 @@ def main(verifier: str, parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     faulthandler.enable()
     end_with(parent)
+    go_first_without_memory()
     channel = take_over_stdin()
     setup = channel.receive()
     if setup is None:
         return
     sys.path[:] = setup.import_path
     try:
-        verify = make_verifier(verifier)
+        judge = make_judge(make_verifier(verifier), setup.concurrency, setup.retries)
     except ConfigError as error:
         channel.send(Broken(str(error)))
         return
     channel.send(Ready())
     while (request := channel.receive()) is not None:
-        for text in request.texts:
-            said = judge(verify, text, request.answer)
-            channel.send(said)
-            if isinstance(said, Raised):
-                break
+        judge(request.texts, request.answer, channel.send)
 
 
 def end_with(parent: int) -> None:
@@ -82,6 +81,12 @@ def end_with(parent: int) -> None:
         sys.exit(f"process {parent}, which started this verifier process, is gone")
 
 
+def go_first_without_memory() -> None:
+    """A verifier that eats all memory must not cost the worker or the learner theirs."""
+    with suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:  # not there, or not ours to write
+        file.write(FIRST_TO_GO)
+
+
 def take_over_stdin() -> Channel:
     """The socket at standard input, moved to a descriptor that no child inherits."""
     channel = Channel(socket.socket(fileno=os.dup(0)))
@@ -90,29 +95,6 @@ def take_over_stdin() -> Channel:
     os.dup2(devnull, 0)
     os.close(devnull)
     return channel
-
-
-def judge(verify: Verify, text: str, answer: str) -> Verdict | Raised:
-    """The verdict, or what is wrong with the verifier."""
-    try:
-        said = verify(text, answer)
-    except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever the user's function raises ends its group only
-        return Raised(describe(error))
-    try:
-        value = float(said)
-    except Exception:  # noqa: BLE001 - what it returned may raise anything in a `__float__` of its own
-        value = float("nan")
-    if not 0 <= value <= 1:
-        return Raised(f"a verdict is a number from 0 to 1, got {reprlib.repr(said)}")
-    return Verdict(value)
-
-
-def describe(error: BaseException) -> str:
-    """Type and message of an error, and the last line of its traceback."""
-    report = TracebackException.from_exception(error)
-    problem = f"{type(error).__name__}: {report}"[:MAX_PROBLEM_CHARS]
-    last = report.stack[-1]
-    return f"{problem} (in {last.name}, {last.filename}:{last.lineno})"
 
 
 if __name__ == "__main__":

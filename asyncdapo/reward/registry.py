@@ -1,8 +1,8 @@
 """Verifiers by name, or by where the user's function is.
 
-A name is one of VERIFIERS: a module in `verifiers/` with a function, and a line there. Anything with a colon is a
-function of the user's: `package.module:function`, `path/to/file.py:function`. A file finds its neighbours: its folder
-is searched for modules, after all others.
+A name is one of VERIFIERS: a module in `verifiers/` with a function `verify`, imported when it is asked for. Anything
+with a colon is a function of the user's: `package.module:function`, `path/to/file.py:function`. A file finds its
+neighbours: its folder is searched for modules, after all others.
 """
 
 from __future__ import annotations
@@ -11,18 +11,21 @@ import difflib
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from traceback import TracebackException
 from types import ModuleType
 
 from asyncdapo.errors import ConfigError
-from asyncdapo.reward.verifiers import answer
 
-Verify = Callable[[str, str], float]
-"""(text of the response, expected answer) -> verdict: 1 right, 0 wrong, between them part of the credit."""
+Said = float | Mapping[str, float]
+Verify = Callable[[str, str], Said | Awaitable[Said]]
+"""(text of the response, expected answer) -> verdict: 1 right, 0 wrong, between them part of the credit; or numbers by
+name, of which `acc` is the verdict. The user's may be an async function."""
 
-VERIFIERS: dict[str, Verify] = {"answer": answer.verify}
+VERIFIERS = ("answer", "dapo", "exact", "gsm8k", "math_verify", "reasoning_gym")
+EXTRAS = {"math_verify": "math", "reasoning_gym": "reasoning-gym"}
+"""Of the package's optional dependencies, those that a verifier needs."""
 
 KEY = "reward.verifier"
 
@@ -60,7 +63,13 @@ def _known(name: str) -> Verify:
         nearest = difflib.get_close_matches(name, VERIFIERS, n=1, cutoff=0.0)[0]
         fix = f"try {nearest}, or a function of yours as package.module:function or path/to/file.py:function"
         raise ConfigError(KEY, f"unknown, there are {', '.join(VERIFIERS)}", name, fix)
-    return VERIFIERS[name]
+    try:
+        return importlib.import_module(f"asyncdapo.reward.verifiers.{name}").verify
+    except ModuleNotFoundError as error:
+        if name not in EXTRAS:
+            raise
+        fix = f"pip install 'asyncdapo[{EXTRAS[name]}]'"
+        raise ConfigError(KEY, f"needs the module {error.name}, which is not installed", name, fix) from error
 
 
 def _load_file(path: Path) -> ModuleType:

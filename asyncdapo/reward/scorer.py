@@ -1,9 +1,16 @@
 """Reward: the completions of one prompt in, one Score each out.
 
-    token ids ──decode──▶ text ──pool──▶ verdict (acc) ──scale──▶ score ══▶ reward
+    token ids ──decode──▶ text ──pool──▶ verdict ──scale──▶ score ──overlong──▶ seq_reward ══▶ reward
+
+    acc                           the verdict, 0 to 1
+    score                         the verdict scaled to `reward.incorrect` … `reward.correct`
+    overlong                      what the soft overlong punishment adds: 0 to −`reward.overlong_penalty` (DAPO eq. 13)
+    seq_reward, seq_final_reward  score + overlong: the reward, from which advantages are computed
+    timed_out                     1 where the verifier took too long, so that the verdict is 0
+    any other                     the verifier's own numbers, as it returned them
 
 Owns: the order of these steps and the names of the metrics; starts and stops its pool. Does not own: tokens (decode is
-given), what is right (the pool's verifier), the advantage (the learner's).
+given), what is right (the pool's verifier), which tokens bear loss (rollout's), the advantage (the learner's).
 """
 
 from __future__ import annotations
@@ -12,29 +19,30 @@ import random
 from collections.abc import Callable, Sequence
 
 import numpy as np
+import torch
 
+from asyncdapo.dapo import soft_overlong_punishment
 from asyncdapo.errors import RewardError
 from asyncdapo.messages import FinishReason, Prompt, Score
 from asyncdapo.reward.config import RewardConfig
 from asyncdapo.reward.pool import ScorerPool
-from asyncdapo.reward.wire import Verdict
+from asyncdapo.reward.wire import METRICS, Verdict
 
 Decode = Callable[[np.ndarray], str]
 """Token ids int32 [T] -> text without special tokens (no stop token at its end)."""
 
 
-METRICS = ("acc", "score", "seq_reward", "seq_final_reward", "timed_out")
-"""Numbers of every score: the verdict, the verdict scaled, and twice the final reward, which is the scaled one; and
-whether the verifier took too long, so that the verdict is 0."""
-
-
 class Scorer:
     """Scores the completions of a prompt together, as the control experiment needs the whole group."""
 
-    def __init__(self, config: RewardConfig, pool: ScorerPool, decode: Decode) -> None:
+    def __init__(self, config: RewardConfig, pool: ScorerPool, decode: Decode, max_response_length: int) -> None:
+        """`max_response_length` in tokens: where the overlong punishment ends its rise."""
         self._config = config
         self._pool = pool
         self._decode = decode
+        self._max_response_length = max_response_length
+        self._own_names: dict[str, None] = {}
+        """Of the verifier's own numbers, as far as it has returned any."""
 
     async def start(self) -> None:
         """Start the verifier processes. Raises RunError when they can't be."""
@@ -61,7 +69,7 @@ class Scorer:
         self, prompt: Prompt, token_ids: Sequence[np.ndarray], finish_reasons: Sequence[FinishReason], seed: int
     ) -> list[Score]:
         """One Score per completion, in order. `seed` is the group's; only `reward.shuffle` draws from it, and what it
-        shuffles are whole verdicts: one that timed out is still 0.
+        shuffles are whole scores: one that timed out is still 0, and lengths teach no more than verdicts.
 
         A completion cut off at the length limit is judged by its text like any other. Raises RewardError when the
         verifier fails on one, RunError when there is no process to run it in.
@@ -72,14 +80,31 @@ class Scorer:
         except RewardError as error:
             where = f"{prompt.source} row {prompt.row} (prompt {prompt.prompt_id})"
             raise RewardError(f"verifier {self._config.verifier!r} failed on {where}: {error}") from error
+        for verdict in verdicts:
+            self._own_names |= dict.fromkeys(verdict.metrics)
+        punishments = self._punish([len(ids) for ids in token_ids])
+        scores = [self._score(verdict, overlong) for verdict, overlong in zip(verdicts, punishments, strict=True)]
         if self._config.shuffle:
-            random.Random(seed).shuffle(verdicts)
-        return [self._score(verdict) for verdict in verdicts]
+            random.Random(seed).shuffle(scores)
+        return scores
 
-    def _score(self, verdict: Verdict) -> Score:
+    def _punish(self, lengths: list[int]) -> list[float]:
+        """What the length of each completion adds to its score: 0, or less."""
+        config = self._config
+        return soft_overlong_punishment(
+            torch.tensor(lengths),
+            max_length=self._max_response_length,
+            buffer=config.overlong_buffer,
+            penalty=config.overlong_penalty,
+        ).tolist()
+
+    def _score(self, verdict: Verdict, overlong: float) -> Score:
         score = scale(verdict.value, self._config)
-        numbers = (verdict.value, score, score, score, float(verdict.timed_out))
-        return Score(reward=score, metrics=dict(zip(METRICS, numbers, strict=True)))
+        reward = score + overlong
+        numbers = (verdict.value, score, reward, reward, float(verdict.timed_out), overlong)
+        # A text that took too long has no number of the verifier's own; the filter needs what the others have.
+        own = dict.fromkeys(self._own_names, 0.0) if verdict.timed_out else verdict.metrics
+        return Score(reward=reward, metrics=dict(zip(METRICS, numbers, strict=True)) | own)
 
 
 def scale(acc: float, config: RewardConfig) -> float:

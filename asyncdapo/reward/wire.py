@@ -17,12 +17,17 @@ from msgspec import Struct
 
 LENGTH = struct.Struct("<I")
 
+METRICS = ("acc", "score", "seq_reward", "seq_final_reward", "timed_out", "overlong")
+"""Numbers of every score (the scorer says what they are). A verifier's own have other names."""
+
 
 class Setup(Struct, tag=True):
     """pool -> process. First of all."""
 
     import_path: list[str]
     """Where the worker finds its modules, so that the verifier finds the same ones."""
+    concurrency: int = 1
+    retries: int = 0
 
 
 class Request(Struct, tag=True):
@@ -49,6 +54,8 @@ class Verdict(Struct, tag=True, frozen=True):
     """1 right, 0 wrong, between them part of the credit."""
     timed_out: bool = False
     """The pool's own word: the verifier took too long, twice."""
+    metrics: dict[str, float] = {}
+    """Numbers of the verifier's own."""
 
 
 class Raised(Struct, tag=True):

@@ -77,10 +77,18 @@ class Jobs:
     """Makes jobs and completes them with an engine and a scorer."""
 
     def __init__(
-        self, worker: int, config: RolloutConfig, engine: Engine, score: Scorer, on_room: Callable[[], None]
+        self,
+        worker: int,
+        config: RolloutConfig,
+        engine: Engine,
+        score: Scorer,
+        on_room: Callable[[], None],
+        *,
+        overlong_filter: bool = False,
     ) -> None:
-        """`on_room` is called whenever a sequence has finished."""
+        """`on_room` is called whenever a sequence has finished. `overlong_filter`: see `groups.loss_mask`."""
         self._worker, self._engine, self._score, self._on_room = worker, engine, score, on_room
+        self._overlong_filter = overlong_filter
         self._sampling = Sampling(temperature=config.temperature, max_tokens=config.max_response_length)
         self._turn = asyncio.Lock() if config.deterministic else nullcontext()
         self._counts: Counter[str] = Counter()
@@ -139,7 +147,9 @@ class Jobs:
             self._counts["failed_groups"] += 1
             return GroupFailed(lease_id=lease.lease_id, reason=str(error)), ()
         self._counts["scored_groups"] += 1
-        group, payload = build_group(lease, self._worker, samples, scores, generate_s)
+        group, payload = build_group(
+            lease, self._worker, samples, scores, generate_s, overlong_filter=self._overlong_filter
+        )
         return GroupDone(group=group), payload.frames()
 
     async def _complete_evaluation(self, job: Job, evaluation: EvalRequest) -> Outgoing:

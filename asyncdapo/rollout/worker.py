@@ -89,14 +89,16 @@ class RolloutWorker:
         address: str,
         *,
         curve: ClientKeys | None = None,
+        overlong_filter: bool = False,
     ) -> None:
-        """`index` names the worker in records; `address` is the replay server's, "tcp://host:port"."""
+        """`index` names the worker in records; `address` is the replay server's, "tcp://host:port"; `overlong_filter`:
+        completions cut off at the length limit bear no loss."""
         self._index, self._config, self._heartbeat_s = index, config, heartbeat_s
         self._engine, self._address, self._curve = engine, address, curve
         self._session = secrets.token_hex(8)
         self._wake = asyncio.Event()
 
-        self._jobs = Jobs(index, config, engine, score, on_room=self._wake.set)
+        self._jobs = Jobs(index, config, engine, score, self._wake.set, overlong_filter=overlong_filter)
         self._held: dict[int, Job] = {}
         """Leases that aren't over, by `lease_id`."""
         self._over: dict[int, None] = {}

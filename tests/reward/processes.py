@@ -6,13 +6,16 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from asyncdapo.reward.pool import ScorerPool
+from asyncdapo.reward.registry import VERIFIERS
 
 FILE = Path(__file__).with_name("verifiers.py")
 
 
 @asynccontextmanager
-async def running(function="obey", num_processes=1, timeout_s=20.0):
-    pool = ScorerPool(f"{FILE}:{function}", num_processes, timeout_s)
+async def running(function="obey", num_processes=1, timeout_s=20.0, **keys):
+    """`function` is a verifier of ours, or one of those in `verifiers.py`."""
+    verifier = function if function in VERIFIERS else f"{FILE}:{function}"
+    pool = ScorerPool(verifier, num_processes, timeout_s, **keys)
     await pool.start()
     pids = pool.pids()
     try:

@@ -1,12 +1,13 @@
 """Verifiers of the user's own: found by module or file, and what is said of those that can't be."""
 
+import re
 import sys
 from pathlib import Path
 
 import pytest
 
 from asyncdapo.errors import ConfigError
-from asyncdapo.reward.registry import absolute_verifier, make_verifier
+from asyncdapo.reward.registry import VERIFIERS, absolute_verifier, make_verifier
 
 
 def written(path: Path, text: str) -> Path:
@@ -17,6 +18,26 @@ def written(path: Path, text: str) -> Path:
 @pytest.fixture(autouse=True)
 def _import_path(monkeypatch):
     monkeypatch.setattr(sys, "path", [*sys.path])
+
+
+@pytest.mark.parametrize("name", VERIFIERS)
+def test_every_verifier_of_ours_is_a_function_of_its_module(name):
+    verify = make_verifier(name)
+    assert (verify.__name__, verify.__module__) == ("verify", f"asyncdapo.reward.verifiers.{name}")
+
+
+def test_an_unknown_verifier_is_refused_with_the_nearest():
+    with pytest.raises(ConfigError, match=r"reward.verifier: unknown, there are answer, .*'anwser' \(try answer, or"):
+        make_verifier("anwser")
+
+
+@pytest.mark.parametrize(("name", "extra"), [("math_verify", "math"), ("reasoning_gym", "reasoning-gym")])
+def test_a_verifier_whose_library_is_missing_names_the_extra(monkeypatch, name, extra):
+    monkeypatch.setitem(sys.modules, name, None)  # as if it were not installed
+    monkeypatch.delitem(sys.modules, f"asyncdapo.reward.verifiers.{name}", raising=False)
+    said = f"needs the module {name}, which is not installed, got {name!r} (pip install 'asyncdapo[{extra}]')"
+    with pytest.raises(ConfigError, match=f"^{re.escape(f'reward.verifier: {said}')}$"):
+        make_verifier(name)
 
 
 def test_a_function_in_a_module_is_found_by_its_dotted_name():

@@ -1,8 +1,7 @@
-"""The scorer: verdict, scale, metrics, the shuffled control experiment, a verifier that fails; its configuration."""
+"""The scorer: verdict, scale, overlong punishment, metrics, the shuffled control experiment, a verifier that fails; its
+configuration."""
 
 import asyncio
-import json
-from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -14,12 +13,12 @@ from asyncdapo.errors import ConfigError, RewardError
 from asyncdapo.messages import Prompt
 from asyncdapo.reward.config import RewardConfig
 from asyncdapo.reward.pool import ScorerPool
-from asyncdapo.reward.scorer import METRICS, Scorer, scale
-from asyncdapo.reward.wire import Verdict
+from asyncdapo.reward.scorer import Scorer
+from asyncdapo.reward.wire import METRICS, Verdict
 from tests.reward.processes import is_alive
 
 PROMPT = Prompt(prompt_id=7, epoch=0, source="table", row=3, token_ids=[1], answer="yes")
-VECTORS = json.loads((Path(__file__).parents[1] / "vectors" / "dapo_vectors.json").read_text())["vectors"]
+MAX_LENGTH = 16
 
 
 def verify(text, answer):
@@ -33,26 +32,32 @@ def decode(token_ids):
 class FakePool:
     """Judges in this process; `slow` texts time out."""
 
-    def __init__(self, verify, slow=()):
+    def __init__(self, verify=verify, slow=()):
         self._verify, self._slow = verify, slow
 
     async def verify(self, texts, answer):
-        return [
-            Verdict(0.0, timed_out=True) if text in self._slow else Verdict(float(self._verify(text, answer)))
-            for text in texts
-        ]
+        return [Verdict(0.0, timed_out=True) if text in self._slow else self._judge(text, answer) for text in texts]
+
+    def _judge(self, text, answer):
+        said = self._verify(text, answer)
+        return said if isinstance(said, Verdict) else Verdict(float(said))
 
 
-def score(verdicts, seed=0, verify=verify, slow=(), **keys):
-    scorer = Scorer(RewardConfig(**keys), FakePool(verify, slow), decode)
-    token_ids = [np.array([verdict, 5], np.int32) for verdict in verdicts]
-    return asyncio.run(scorer(PROMPT, token_ids, ["stop"] * len(verdicts), seed))
+def make_scorer(pool, **keys):
+    return Scorer(RewardConfig(**keys), pool, decode, MAX_LENGTH)
+
+
+def score(verdicts, seed=0, verify=verify, slow=(), lengths=None, **keys):
+    lengths = lengths or [2] * len(verdicts)
+    token_ids = [np.full(length, verdict, np.int32) for verdict, length in zip(verdicts, lengths, strict=True)]
+    return asyncio.run(make_scorer(FakePool(verify, slow), **keys)(PROMPT, token_ids, ["stop"] * len(verdicts), seed))
 
 
 def test_each_completion_gets_its_verdict_scaled():
     right, wrong = score([1, 0])
-    assert right.metrics == {"acc": 1.0, "score": 1.0, "seq_reward": 1.0, "seq_final_reward": 1.0, "timed_out": 0.0}
-    assert wrong.metrics == {"acc": 0.0, "score": -1.0, "seq_reward": -1.0, "seq_final_reward": -1.0, "timed_out": 0.0}
+    others = {"timed_out": 0.0, "overlong": 0.0}
+    assert right.metrics == {"acc": 1.0, "score": 1.0, "seq_reward": 1.0, "seq_final_reward": 1.0} | others
+    assert wrong.metrics == {"acc": 0.0, "score": -1.0, "seq_reward": -1.0, "seq_final_reward": -1.0} | others
     assert (right.reward, wrong.reward) == (1.0, -1.0)
 
 
@@ -62,12 +67,40 @@ def test_the_scale_is_the_users():
     assert (right.metrics["acc"], wrong.metrics["acc"]) == (1.0, 0.0)
 
 
-@pytest.mark.parametrize("vector", [v for v in VECTORS if v["group"] == "reward_scaling"], ids=lambda v: v["name"])
-def test_scaling_agrees_with_the_vectors(vector):
-    inputs = vector["inputs"]
-    config = RewardConfig(correct=inputs["correct"], incorrect=inputs["incorrect"])
-    scaled = [scale(source, config) for source in inputs["source"]]
-    assert scaled == pytest.approx(vector["expected"]["rewards"], abs=max(vector["tolerance"], 1e-12))
+def test_responses_that_come_near_the_longest_length_are_punished_after_the_scale():
+    """A buffer of 4 before 16 tokens: the punishment falls from 0 at 12 to -0.5 at 16 (eq. 13)."""
+    lengths = [2, 12, 13, 14, 16, 16]
+    scores = score([1, 1, 1, 1, 1, 0], lengths=lengths, overlong_buffer=4, overlong_penalty=0.5, incorrect=-3.0)
+    assert [s.metrics["overlong"] for s in scores] == [0.0, 0.0, -0.125, -0.25, -0.5, -0.5]
+    assert [s.metrics["acc"] for s in scores] == [1.0] * 5 + [0.0]
+    assert [s.metrics["score"] for s in scores] == [1.0] * 5 + [-3.0]
+    assert [s.reward for s in scores] == [1.0, 1.0, 0.875, 0.75, 0.5, -3.5]
+    assert all(s.metrics["seq_reward"] == s.metrics["seq_final_reward"] == s.reward for s in scores)
+
+
+def test_without_a_buffer_length_costs_nothing():
+    assert [s.metrics["overlong"] for s in score([1, 1], lengths=[2, MAX_LENGTH])] == [0.0, 0.0]
+
+
+def test_a_verifiers_own_numbers_stand_beside_ours():
+    def style(text, answer):
+        return Verdict(1.0, metrics={"style": float(len(text))})
+
+    [only] = score([1], verify=style)
+    assert only.metrics == {"style": 3.0} | dict.fromkeys(METRICS, 1.0) | {"timed_out": 0.0, "overlong": 0.0}
+
+
+def test_a_completion_that_took_too_long_has_the_same_names_with_zeros():
+    """The filter may compare a number of the verifier's own, which every completion of a group has to have."""
+
+    def style(text, answer):
+        return Verdict(1.0, metrics={"style": 0.5, "facts": 2.0})
+
+    scorer = make_scorer(FakePool(style, slow=["no"]))
+    for tokens in ([1, 0], [0, 0]):
+        scores = asyncio.run(scorer(PROMPT, [np.array([token]) for token in tokens], ["stop"] * 2, 0))
+        assert {frozenset(s.metrics) for s in scores} == {frozenset({*METRICS, "style", "facts"})}
+        assert (scores[1].metrics["style"], scores[1].metrics["facts"]) == (0.0, 0.0)
 
 
 @given(verdicts=st.lists(st.integers(0, 1), min_size=1, max_size=32), seed=st.integers(0, 2**62))
@@ -87,6 +120,14 @@ def test_shuffled_verdicts_have_nothing_to_do_with_the_completions():
 def test_shuffling_follows_from_the_seed():
     verdicts = [1, 0, 0, 1, 0, 1, 1, 0]
     assert score(verdicts, 3, shuffle=True) == score(verdicts, 3, shuffle=True)
+
+
+def test_shuffling_leaves_nothing_to_learn_from_lengths_either():
+    """The long completion is punished in one place of the group after another."""
+    keys = {"overlong_buffer": 4, "shuffle": True, "lengths": [16, 2, 2, 2]}
+    places = [[s.metrics["overlong"] for s in score([1] * 4, seed, **keys)].index(-1.0) for seed in range(40)]
+    assert set(places) == {0, 1, 2, 3}
+    assert all(sorted(s.reward for s in score([1] * 4, seed, **keys)) == [0.0, 1.0, 1.0, 1.0] for seed in range(5))
 
 
 def test_shuffling_leaves_a_single_completion_alone():
@@ -126,9 +167,8 @@ def test_a_verifier_that_fails_ends_the_prompt_with_its_cause():
 def test_a_scorer_starts_and_stops_its_processes():
     async def lives():
         config = RewardConfig(processes=2)
-        scorer = Scorer(
-            config, ScorerPool(config.verifier, config.processes, config.timeout_s), lambda ids: "Answer: 6"
-        )
+        pool = ScorerPool(config.verifier, config.processes, config.timeout_s)
+        scorer = Scorer(config, pool, lambda ids: "Answer: 6", MAX_LENGTH)
         await scorer.start()
         pids = scorer.pids()
         assert len(pids) == 2
@@ -146,7 +186,15 @@ def test_a_scorer_starts_and_stops_its_processes():
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("processes", 0), ("timeout_s", 0.0), ("timeout_s", float("nan")), ("max_failure_ratio", -0.1)]
+    [
+        ("processes", 0),
+        ("concurrency", 0),
+        ("retries", -1),
+        ("retries", 7),
+        ("timeout_s", 0.0),
+        ("timeout_s", float("nan")),
+        ("max_failure_ratio", -0.1),
+    ]
     + [("max_failure_ratio", 1.1), ("incorrect", 1.0)],
 )
 def test_a_value_that_cannot_work_is_refused(key, value):

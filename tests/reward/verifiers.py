@@ -1,9 +1,12 @@
 """Verifiers that misbehave when the text tells them to; in files of their own, as a user's are."""
 
+import asyncio
 import ctypes
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 
 
@@ -12,7 +15,7 @@ def equal(text, answer):
 
 
 def obey(text, answer):
-    """`sleep 5`, `wait FILE`, `raise`, `exit 3`, `segfault`, `print …`, `return nan`; else equality."""
+    """`sleep 5`, `loop`, `raise`, `exit 3`, `segfault`, `print …`, `return nan` and the like; else equality."""
     command, _, rest = text.partition(" ")
     match command:
         case "sleep":
@@ -50,6 +53,50 @@ def obey(text, answer):
             with open(rest, "w") as file:
                 file.write(str(child.pid))
             time.sleep(600)
+        case "hog":
+            bytearray(os.urandom(1 << 16)) * (1 << 12)
+        case "threads":  # which would keep a process from its end
+            for _ in range(8):
+                threading.Thread(target=time.sleep, args=(600,)).start()
+        case "deaf":
+            signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        case "recurse":
+            return obey(text, answer)
+        case "freeze":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        case "close":
+            os.closerange(0, 64)
         case "return":
             return {"nan": float("nan"), "none": None, "two": 2, "half": 0.5, "list": [1]}[rest]
+    return text == answer
+
+
+async def obey_async(text, answer):
+    """`sleep 5`, `hang`, `block`, `raise`, `raise_once FILE`; else the time of day, as a number of its own."""
+    command, _, rest = text.partition(" ")
+    match command:
+        case "sleep":
+            await asyncio.sleep(float(rest))
+        case "hang":
+            await asyncio.get_running_loop().create_future()
+        case "block":
+            time.sleep(60)
+        case "raise":
+            raise ConnectionError("the judge is busy")
+        case "raise_once":
+            if not os.path.exists(rest):
+                open(rest, "w").close()
+                raise ConnectionError("the judge is busy")
+    return {"acc": text == answer, "at_s": time.monotonic()}
+
+
+def describe(text, answer):
+    return {"acc": text == answer, "num_chars": len(text), "shouts": text.isupper()}
+
+
+def busy_once(text, answer):
+    """Raises until the file that the text names is there, and makes it."""
+    if not os.path.exists(text):
+        open(text, "w").close()
+        raise ConnectionError("busy")
     return text == answer

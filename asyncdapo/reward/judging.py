@@ -1,0 +1,102 @@
+"""What a verifier says of the texts of a request, in a process of its own.
+
+In: texts, the expected answer. Out: a `Verdict` for each text, told as it is known and in the order of the texts, or a
+`Raised` for the first text that has none, after which nothing more is told. What raises is tried again, with a pause
+before it that doubles each time. Does not own: texts that are judged at the same time (`awaiting`), time-outs (the
+pool's).
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import re
+import reprlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from traceback import TracebackException
+from typing import Any
+
+from asyncdapo.reward.registry import Verify
+from asyncdapo.reward.wire import METRICS, Raised, Verdict
+
+FIRST_PAUSE_S = 0.5
+MAX_PROBLEM_CHARS = 1000
+METRIC_NAME = re.compile(r"[\w./-]{1,100}")
+
+Tell = Callable[[Verdict | Raised], None]
+Judge = Callable[[Sequence[str], str, Tell], None]
+"""(texts, expected answer, what is called with each verdict)."""
+
+
+def pauses_s(retries: int) -> list[float]:
+    """Seconds before each further try."""
+    return [FIRST_PAUSE_S * 2**number for number in range(retries)]
+
+
+def make_judge(verify: Verify, concurrency: int, retries: int) -> Judge:
+    """What judges with `verify`, whichever kind of function it is."""
+    if inspect.iscoroutinefunction(verify) or inspect.iscoroutinefunction(type(verify).__call__):
+        from asyncdapo.reward.awaiting import AsyncJudge  # asyncio takes its time, and most verifiers do without
+
+        return AsyncJudge(verify, concurrency, retries)
+    return partial(judge, verify, pauses_s(retries))
+
+
+def judge(verify: Verify, pauses: Sequence[float], texts: Sequence[str], answer: str, tell: Tell) -> None:
+    """Judge one text after the other. `pauses`: seconds before each further try."""
+    for text in texts:
+        said = _judge_one(verify, pauses, text, answer)
+        tell(said)
+        if isinstance(said, Raised):
+            break
+
+
+def _judge_one(verify: Verify, pauses: Sequence[float], text: str, answer: str) -> Verdict | Raised:
+    for pause_s in (*pauses, None):
+        try:
+            return read_verdict(verify(text, answer))
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever the function raises ends its group only
+            raised = Raised(describe(error))
+        if pause_s is not None:
+            time.sleep(pause_s)
+    return raised
+
+
+def read_verdict(said: Any) -> Verdict | Raised:
+    """What the verifier returned, as a verdict; `Raised` for what is none."""
+    numbers = dict(said) if isinstance(said, Mapping) else {"acc": said}
+    if "acc" not in numbers:
+        return Raised(f"a dict of numbers needs `acc`, the verdict from 0 to 1, got {reprlib.repr(said)}")
+    acc = _number(numbers.pop("acc"))
+    if not 0 <= acc <= 1:
+        return Raised(f"a verdict is a number from 0 to 1, got {reprlib.repr(said)}")
+    for name, number in numbers.items():
+        if not (isinstance(name, str) and METRIC_NAME.fullmatch(name)):
+            return Raised(
+                f"a metric's name is made of letters, digits, `_`, `.`, `/` and `-`, got {reprlib.repr(name)}"
+            )
+        if name in METRICS:
+            return Raised(f"{name!r} is a number of every score ({', '.join(METRICS)}); name yours differently")
+        numbers[name] = _number(number)
+        if not math.isfinite(numbers[name]):
+            return Raised(f"metric {name!r} is no finite number, got {reprlib.repr(number)}")
+    return Verdict(acc, metrics=numbers)
+
+
+def _number(value: Any) -> float:
+    """NaN for what is no number."""
+    try:
+        return float(value)
+    except Exception:  # noqa: BLE001 - what it returned may raise anything in a `__float__` of its own
+        return math.nan
+
+
+def describe(error: BaseException) -> str:
+    """Type and message of an error, and the last line of its traceback."""
+    report = TracebackException.from_exception(error)
+    problem = f"{type(error).__name__}: {report}"[:MAX_PROBLEM_CHARS]
+    last = report.stack[-1]
+    said = f"{problem} (in {last.name}, {last.filename}:{last.lineno})"
+    return said.encode(errors="backslashreplace").decode()

@@ -1,0 +1,27 @@
+"""Verifier `gsm8k`: the number behind the last `####` is the expected one (Cobbe et al., 2021, arXiv 2110.14168).
+
+Commas and dollar signs are left out, what follows the number does not count, and `72.0` is `72`. The expected answer is
+a number, or a whole solution of the data set, whose number stands behind `####` too.
+"""
+
+from __future__ import annotations
+
+import re
+from decimal import Decimal
+
+MARK = "####"
+NUMBER = re.compile(r"\s*([-+]?[0-9]*\.?[0-9]+)")
+
+
+def verify(text: str, answer: str) -> float:
+    """1.0 for a right text, 0.0 for a wrong one. Raises ValueError for an expected answer without a number."""
+    expected = _number(answer.rpartition(MARK)[2])
+    if expected is None:
+        raise ValueError(f"no number in the expected answer {answer[-80:]!r}")
+    _, mark, given = text.rpartition(MARK)
+    return float(bool(mark) and _number(given) == expected)
+
+
+def _number(text: str) -> Decimal | None:
+    found = NUMBER.match(text.replace(",", "").replace("$", ""))
+    return Decimal(found[1]) if found else None
