@@ -54,7 +54,7 @@ POINTS = {
     },
 }
 """Where `faults.kill` can kill: the points that each kind of process passes."""
-KILL = re.compile(r"(controller|replay|learner|rollout-\d+)\.(\w+)(?::([1-9]\d*))?")
+KILL = re.compile(r"(controller|replay|learner(?:-[1-9]\d*)?|rollout-\d+)\.(\w+)(?::([1-9]\d*))?")
 HOLD_S = 0.1
 """How long a message is held back so that those behind it overtake it."""
 SLOW_WORKER = "rollout-0"

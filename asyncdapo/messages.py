@@ -153,6 +153,9 @@ class Payload:
 
     @staticmethod
     def join(payloads: Sequence[Payload]) -> Payload:
+        """In order; of none, an empty one."""
+        if not payloads:
+            return Payload(np.empty(0, TOKEN_DTYPE), np.empty(0, TOKEN_DTYPE), np.empty(0, LOGPROB_DTYPE))
         columns = zip(*((part.prompt_ids, part.token_ids, part.logprobs) for part in payloads), strict=True)
         return Payload(*map(np.concatenate, columns))
 

@@ -91,6 +91,7 @@ def test_the_deaths_of_others_are_not_this_process_own(tmp_path: Path) -> None:
         ("after_train", "an entry is process.point"),
         ("learner.after_train:0", "an entry is process.point"),
         ("rollout.after_lease", "an entry is process.point"),
+        ("learner-0.after_train", "an entry is process.point"),
         ("replay.after_train", r"replay has no such point, got 'replay.after_train' \(it has before_commit, "),
     ],
 )
@@ -101,6 +102,7 @@ def test_an_entry_that_could_never_kill_is_refused(entry: str, words: str) -> No
 
 def test_an_entry_names_process_point_and_time() -> None:
     assert parse_kill("rollout-12.before_send_group:7") == ("rollout-12", "before_send_group", 7)
+    assert parse_kill("learner-1.before_train") == ("learner-1", "before_train", 1)
 
 
 def test_every_point_that_the_code_passes_can_be_named() -> None:

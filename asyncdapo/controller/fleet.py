@@ -2,8 +2,8 @@
 
     replay server   its next life goes on from the ledger, on the same ports: peers reconnect and deliver again
     rollout worker  its leases are lost at once; the next life joins with the model's own weights, then catches up
-    learner         the next life goes on from a checkpoint in a new branch: `revive_learner`, called by the train loop,
-                    which has to go back with it
+    learner         all of its ranks: the next life goes on from a checkpoint in a new branch: `revive_learner`, called
+                    by the train loop, which has to go back with it
 
 In: where to begin (`Resume`). Out: processes to call. Invariant: a process is `up` only when it was started completely;
 deaths are counted against a budget (`restarts`), past which the run ends with the cause of the last one. What a process
@@ -25,11 +25,12 @@ import ray
 
 from asyncdapo.config import Config
 from asyncdapo.controller.actors import LearnerActor, Opened, ReplayActor, RolloutActor, Start, log_path
+from asyncdapo.controller.learners import Learners, together
 from asyncdapo.controller.processes import Process, ProcessDied, Watch, gpu_shares, reserve
 from asyncdapo.controller.publishing import Publishing
 from asyncdapo.controller.pulse import Pulse
 from asyncdapo.controller.restarts import Restarts
-from asyncdapo.controller.roster import Roster, this_process
+from asyncdapo.controller.roster import Roster, process_name, this_process
 from asyncdapo.controller.roster import end as end_entries
 from asyncdapo.controller.waits import Stall
 from asyncdapo.errors import RunError, UserError
@@ -76,17 +77,23 @@ class Fleet:
         shares = gpu_shares(config, ray.cluster_resources().get("GPU", 0.0))
         room = await reserve([0.0, *shares], config.controller.place_timeout_s)
         placed = partial(Process.placed, room=room)
+        num_ranks, num_workers = config.learner.ranks, config.rollout.num_workers
+        names = [process_name("learner", rank) for rank in range(num_ranks)]
         self.replay = placed(ReplayActor, "replay", config, self.keys, place=0, threads=1)
-        self.learner = placed(LearnerActor, "learner", config, self.keys, place=1, threads=config.learner.threads)
-        self.workers = [
-            placed(RolloutActor, f"rollout-{i}", config, self.keys, i, place=2 + i, threads=config.rollout.threads)
-            for i in range(config.rollout.num_workers)
+        ranks = [
+            placed(LearnerActor, name, config, self.keys, rank, place=1 + rank, threads=config.learner.threads)
+            for rank, name in enumerate(names)
         ]
-        self.processes = [self.replay, self.learner, *self.workers]
-        self.publishing = Publishing(config.weights, self.learner, self.workers)
+        self.workers = [
+            placed(RolloutActor, f"rollout-{i}", config, self.keys, i, place=place, threads=config.rollout.threads)
+            for i, place in enumerate(range(1 + num_ranks, 1 + num_ranks + num_workers))
+        ]
+        self.learners = Learners(ranks)
+        self.processes = [self.replay, *ranks, *self.workers]
+        self.publishing = Publishing(config.weights, self.learners.first, self.workers)
         self.opened: Opened = await self._bring_up(self.replay, start)
         await asyncio.gather(
-            self._bring_up(self.learner, self.opened.learner_address, checkpoint),
+            self._bring_up_learner(checkpoint),
             *(self._bring_up(worker, self.opened.rollout_address) for worker in self.workers),
         )
         self.publishing.learner_has(start.roll_back_to or 0, self.opened.branch)
@@ -101,8 +108,8 @@ class Fleet:
 
     async def revive_learner(self, death: Exception, checkpoint: Path | None) -> None:
         """Start the learner again from a checkpoint (none: the initial model). It has yet to be rolled back to."""
-        await self._pause(self.learner, death)
-        await self._bring_up(self.learner, self.opened.learner_address, checkpoint)
+        await self._pause_learner(death)
+        await self._bring_up_learner(checkpoint)
 
     def note_progress(self) -> None:
         """Something has happened that no counter shows."""
@@ -153,9 +160,21 @@ class Fleet:
         process.end()
         delay_s = self.restarts.delay_s(process.name, death)
         log.warning("%s; it is started again", death)
+        await self._clear(process)
+        await asyncio.sleep(delay_s)
+
+    async def _pause_learner(self, death: Exception) -> None:
+        """As `_pause`: whichever rank died, all of them end, and it is one death."""
+        self.learners.end()
+        delay_s = self.restarts.delay_s(self.learners.first.name, death)
+        log.warning("%s; the learner is started again", death)
+        await asyncio.gather(*map(self._clear, self.learners.ranks))
+        await asyncio.sleep(delay_s)
+
+    async def _clear(self, process: Process) -> None:
+        """Wait for what a dead process had started, and strike it from the roster."""
         await asyncio.to_thread(end_entries, self.roster.of(process.name), CHILDREN_S)
         self.roster.remove(process.name)
-        await asyncio.sleep(delay_s)
 
     async def _look(self) -> None:
         """Keep the roster, notice when nothing moves, and put workers to death that the replay server has lost though
@@ -190,11 +209,8 @@ class Fleet:
     async def _bring_up(self, process: Process, *args: Any, leasing: bool = False) -> Any:
         """Start it until it is up. Returns what its `start` says."""
         while True:
-            process.spawn()
             try:
-                process.entry = await self._within_start_timeout(process, process.call("entry"))
-                self.roster.set(process.name, [process.entry])
-                answer = await self._within_start_timeout(process, process.call("start", *args))
+                answer = await self._spawn(process, *args)
                 if leasing:
                     await process.call("begin")
             except ProcessDied as death:
@@ -203,6 +219,31 @@ class Fleet:
             process.up.set()
             self.note_progress()
             return answer
+
+    async def _bring_up_learner(self, checkpoint: Path | None) -> None:
+        """Start every rank, and join them, until all are up."""
+        learners = self.learners
+        while True:
+            try:
+                starts = (self._spawn(rank, self.opened.learner_address, checkpoint) for rank in learners.ranks)
+                await together(*starts)
+                await self._within_start_timeout(learners.first, learners.connect())
+            except RunError as error:
+                if not learners.ended_by(error):
+                    raise
+                await self._pause_learner(error)
+                continue
+            for rank in learners.ranks:
+                rank.up.set()
+            self.note_progress()
+            return
+
+    async def _spawn(self, process: Process, *args: Any) -> Any:
+        """Begin its next life. Returns what its `start` says."""
+        process.spawn()
+        process.entry = await self._within_start_timeout(process, process.call("entry"))
+        self.roster.set(process.name, [process.entry])
+        return await self._within_start_timeout(process, process.call("start", *args))
 
     async def _within_start_timeout(self, process: Process, call: Coroutine[Any, Any, Any]) -> Any:
         """The answer of a process that loads a model or opens data."""

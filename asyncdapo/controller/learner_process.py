@@ -1,9 +1,10 @@
-"""The learner process: batch feed + learner + weight sender."""
+"""A process of the learner: batch feed + learner, and in rank 0 the weight sender."""
 
 from __future__ import annotations
 
 import asyncio
 import resource
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -12,12 +13,15 @@ import torch
 from asyncdapo import faults
 from asyncdapo.controller.member import Member
 from asyncdapo.controller.pulse import Pulse
-from asyncdapo.controller.waits import NOBODY
+from asyncdapo.controller.waits import NOBODY, Wait
 from asyncdapo.learner.feed import BatchFeed
+from asyncdapo.learner.group import GradientGroup, Ranks
 from asyncdapo.learner.learner import Learner
 from asyncdapo.messages import NoBatch
-from asyncdapo.weights.backend import Backend
-from asyncdapo.weights.group import WeightGroup, device_name
+from asyncdapo.transport.backend import Backend
+from asyncdapo.transport.process_group import device_name
+from asyncdapo.weights.checksum import Checksum
+from asyncdapo.weights.group import WeightGroup
 from asyncdapo.weights.layout import Manifest
 from asyncdapo.weights.sender import WeightSender
 
@@ -27,30 +31,36 @@ WRITTEN_BLOCKS = 16_384
 
 
 class Main(Member):
-    """The learner: one batch in, one version out."""
+    """One rank of the learner: its share of a batch in, one version out, the same at every rank."""
 
     role = "learner"
 
     group: WeightGroup | None = None
+    rank_group: GradientGroup | None = None
 
     async def start(self, replay_address: str, checkpoint: Path | None) -> None:
         """Load the model, go on from the checkpoint if there is one, and connect to the replay server."""
         config = self.config
         torch.set_num_threads(config.learner.threads)
+        self.ranks = Ranks(self.index, config.learner.ranks)
         self.learner = await self.blocking(self._load, checkpoint)
-        self.feed = BatchFeed(replay_address, curve=self.keys.client)
+        self.feed = BatchFeed(
+            replay_address, self.index, config.learner.ranks, config.learner.updates_per_step, curve=self.keys.client
+        )
         self.num_sent = 0
         self.stopped = asyncio.Event()
 
     def _load(self, checkpoint: Path | None) -> Learner:
         config = self.config
         learner = Learner(
-            config.model.path,
+            config.model,
             config.loss,
             config.learner,
             temperature=config.rollout.temperature,
             staleness_bound=config.replay.staleness_bound,
+            max_response_length=config.rollout.max_response_length,
             seed=config.run.seed,
+            ranks=self.ranks,
         )
         if checkpoint:
             learner.restore(checkpoint)
@@ -64,7 +74,7 @@ class Main(Member):
         usage = resource.getrusage(resource.RUSAGE_SELF)
         return Pulse(
             entries=[await self.entry()],
-            waits=self.waits.open(),
+            waits=self.waits.open() or self._idle(),
             progress={
                 "version": self.learner.version,
                 "sent": self.num_sent,
@@ -73,8 +83,37 @@ class Main(Member):
             },
         )
 
+    def _idle(self) -> list[Wait]:
+        """Rank 0 sends weights and writes checkpoints while the others wait for the next batch."""
+        return [Wait(who=self.name, whom="controller", what="a command")] if self.index else []
+
     async def device(self) -> str:
         return device_name(self.learner.device)
+
+    # ------------------------------------------------------------------------------------------------------- ranks
+
+    async def host_ranks(self, backend: Backend) -> str:
+        """Open the store of the group in which the ranks sum. Returns its address."""
+        timeout_s = self.config.weights.timeout_s
+        self.rank_group = GradientGroup.create_master(self.host(), self.ranks.num_ranks, backend, timeout_s)
+        return self.rank_group.address
+
+    async def join_ranks(self, address: str, backend: Backend) -> None:
+        """Join the group at `address`; rank 0 waits for the others. Raises RunError when the ranks' weights differ."""
+        with self.waits.on("learner", "the group of the ranks", self.config.weights.timeout_s):
+            await self.blocking(self._join_ranks, address, backend)
+
+    def _join_ranks(self, address: str, backend: Backend) -> None:
+        rank, num_ranks, timeout_s = self.index, self.ranks.num_ranks, self.config.weights.timeout_s
+        digest = _digest(self.learner.weights())  # before the others wait for it
+        if self.rank_group:
+            self.rank_group.connect()
+        else:
+            self.rank_group = GradientGroup.join(address, rank, num_ranks, backend, timeout_s)
+        self.ranks.join(self.rank_group)
+        self.ranks.check_same(digest, "weights")
+
+    # ----------------------------------------------------------------------------------------------------- weights
 
     async def host_weights(self, world_size: int, backend: Backend) -> tuple[str, Manifest]:
         """Open the store of a new process group. Returns its address, and what will be sent."""
@@ -105,6 +144,8 @@ class Main(Member):
         self.num_sent += 1
         return {"bytes": report.num_bytes, "seconds": report.seconds}
 
+    # ------------------------------------------------------------------------------------------------------- steps
+
     async def take_batch(self, step: int) -> str:
         """Wait for batch `step` and keep it for `train_step`. Returns why there is none, once the data is used up."""
         with self.waits.on("replay", f"batch {step}"):
@@ -122,8 +163,17 @@ class Main(Member):
         faults.point("after_train")
         return metrics
 
-    async def save(self, step: int, branch: int) -> None:
+    async def save(self, step: int, branch: int, counters: dict[str, int]) -> None:
         """Write the checkpoint of `step`."""
         with self.waits.on(NOBODY, f"writes the checkpoint of step {step}"):
-            await self.blocking(self.learner.save, Path(self.config.run.dir), step, branch)
+            await self.blocking(self.learner.save, Path(self.config.run.dir), step, branch, counters)
         faults.point("after_checkpoint")
+
+
+def _digest(weights: Mapping[str, torch.Tensor]) -> bytes:
+    """Of all their bytes, in order."""
+    checksum = Checksum()
+    for tensor in weights.values():
+        bytes_U = tensor.reshape(-1).view(torch.uint8)
+        checksum.update(torch.nn.functional.pad(bytes_U, (0, -len(bytes_U) % 8)))
+    return checksum.digest().numpy().tobytes()

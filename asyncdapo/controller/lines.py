@@ -1,9 +1,9 @@
 """The metrics line of each train step: clocks and rates added, written when it is complete.
 
-In: what learner, replay server and publishing report of a step. Out: lines, through the reporter. A line that may turn
-out to be the run's last is held back until that is known, since the final evaluation belongs into it. Clocks go on
-where a former launch of the run was stopped. Does not own: files and terminal (`reporter`), what the numbers mean
-(docs/metrics.md).
+In: what learner, replay server and publishing report of a step. Out: lines and their alarms, through the reporter. A
+line that may turn out to be the run's last is held back until that is known, since the final evaluation belongs into
+it. Clocks go on where a former launch of the run was stopped. Does not own: files and terminal (`reporter`), what the
+numbers mean (docs/metrics.md), which of them alarm (`alarms`).
 """
 
 from __future__ import annotations
@@ -12,24 +12,32 @@ import time
 from collections.abc import Mapping
 
 from asyncdapo.metrics.accounting import StateClock
+from asyncdapo.metrics.alarms import Alarms
 from asyncdapo.metrics.reporter import Reporter
 
-MAX_DROPPED_RATIO = 0.02
-"""Share of groups dropped as stale above which a run says so."""
+COUNTERS = {
+    "gen_batches": "filter/gen_batches",
+    "prompts_consumed": "filter/prompts_consumed",
+    "train_steps": "replay/train_steps",
+}
+"""What a run has used up so far, as its checkpoints call it and as its lines do."""
 
 
 class Lines:
     """The lines of one launch."""
 
-    def __init__(self, reporter: Reporter, last_line: Mapping[str, float], started: float) -> None:
-        """`last_line`: of the launch before; empty for a new run. `started`: when this one was, `time.monotonic`."""
+    def __init__(
+        self, reporter: Reporter, first_line: Mapping[str, float], last_line: Mapping[str, float], started: float
+    ) -> None:
+        """`first_line`, `last_line`: of the first train step and of the launch before; empty for a new run. `started`:
+        when this launch was, `time.monotonic`."""
         self._reporter, self._started = reporter, started
+        self._alarms = Alarms(first_line, last_line)
         self._wall_before = last_line.get("time/wall_s", 0.0)
         self._total_before = last_line.get("time/total_s", 0.0)
         self._began: float | None = None
         self._line_at = started
         self._held: dict[str, float] = {}
-        self._alarmed = False
         self.last = dict(last_line)
         """The newest line that is written."""
         self.clock = StateClock(time.monotonic)
@@ -48,8 +56,9 @@ class Lines:
 
     def hold(self, step: int, learner: Mapping[str, float], replay: Mapping[str, float], **others: float) -> None:
         """Keep the line of a step until `write`."""
-        self._alarm_about_drops(replay["replay/dropped_ratio"])
         self._held = {"step": step, **self._times(learner, replay), **replay, **learner, **others}
+        for alarm in self._alarms.heed(self._held):
+            self._reporter.note(alarm)
 
     def write(self) -> None:
         """Write the line that is held, if there is one."""
@@ -84,11 +93,7 @@ class Lines:
             **{f"controller/{state}_s": seconds for state, seconds in times.items()},
         }
 
-    def _alarm_about_drops(self, dropped_ratio: float) -> None:
-        """Say it when many groups are dropped for their age: those that take long are the long answers."""
-        if dropped_ratio > MAX_DROPPED_RATIO and not self._alarmed:
-            self._alarmed = True
-            self._reporter.note(
-                f"replay warning: {dropped_ratio:.0%} of the groups were dropped as stale, long answers first: "
-                "lower replay.run_ahead, raise replay.max_staleness, or set replay.on_stale=wait"
-            )
+
+def counters_of(replay: Mapping[str, float]) -> dict[str, int]:
+    """The counters of a checkpoint, from replay's metrics of its step, or from a line. All 0 before the first step."""
+    return {name: int(replay.get(metric, 0)) for name, metric in COUNTERS.items()}

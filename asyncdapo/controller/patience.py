@@ -20,7 +20,7 @@ from asyncdapo.controller.fleet import ANSWER_S, LOOK_S, Fleet
 from asyncdapo.controller.processes import Process
 from asyncdapo.controller.pulse import Pulse
 from asyncdapo.controller.stacks import ask
-from asyncdapo.controller.waits import NOBODY, Wait, Waits, chain, processes_in, render
+from asyncdapo.controller.waits import NOBODY, UNKNOWN, Wait, Waits, chain, processes_in, render
 from asyncdapo.errors import RunError
 from asyncdapo.metrics.reporter import Reporter
 
@@ -62,9 +62,10 @@ class Patience:
             task.cancel()
 
     async def _report(self) -> None:
-        """Say what is waited for, and the root of it."""
+        """Say what is waited for, and the root of it; of several, one that does not answer."""
         links, _ = await self._chain()
-        first, *others = render(links).splitlines()
+        roots = sorted((wait for wait in links[1:] if wait.is_root), key=lambda wait: wait.whom == UNKNOWN)
+        first, *others = render([links[0], roots[-1]] if roots else links).splitlines()
         self._reporter.status(f"{first}; {others[-1]}" if others else first)
 
     async def _chain(self) -> tuple[list[Wait], Mapping[str, Pulse | None]]:

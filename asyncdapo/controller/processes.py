@@ -94,9 +94,10 @@ def _signals_held() -> Iterator[None]:
 
 
 def gpu_shares(config: Config, num_gpus: float) -> list[float]:
-    """GPUs of the learner and of each rollout worker: one each where there are enough. Else as many processes as need
-    be share a GPU in equal parts; a part never spans two GPUs."""
-    wanting = [config.learner.device != "cpu"] + [config.rollout.device != "cpu"] * config.rollout.num_workers
+    """GPUs of each rank of the learner and of each rollout worker: one each where there are enough. Else as many
+    processes as need be share a GPU in equal parts; a part never spans two GPUs."""
+    wanting = [config.learner.device != "cpu"] * config.learner.ranks
+    wanting += [config.rollout.device != "cpu"] * config.rollout.num_workers
     if not num_gpus:
         return [0.0] * len(wanting)
     share = 1 / math.ceil(max(1, sum(wanting)) / num_gpus)

@@ -38,6 +38,8 @@ class Resume:
     """Weights, optimizer and random state to go on from; None is the initial model."""
     problems: tuple[str, ...] = ()
     """Newer checkpoints that can't be used, and why."""
+    first_line: dict[str, float] = field(default_factory=dict)
+    """Metrics line of the first train step that has one; empty when there is none."""
     last_line: dict[str, float] = field(default_factory=dict)
     """Metrics line of `step`, or of the last one before it that has one; empty when there is none."""
     missing_lines: tuple[dict[str, float], ...] = ()
@@ -70,6 +72,7 @@ def survey(run_dir: Path, config: Config) -> Resume:
         step=found.step,
         checkpoint=found.path,
         problems=tuple(found.problems),
+        first_line=min((line for line in lines if line["step"] > 0), key=lambda line: line["step"], default={}),
         last_line=last_line,
         missing_lines=tuple(missing),
         finished=ended and steps_are_done and not missing and _was_evaluated(last_line, config),
@@ -101,7 +104,9 @@ def _line_of(batch: sqlite3.Row, before: sqlite3.Row | None, line_before: Mappin
         **{clock: line_before.get(clock, math.nan) + step_s for clock in clocks},
         **learner,
         "reward/filtered_mean": batch["reward_mean"],
+        "replay/train_steps": batch["step"],
         "replay/trained_groups": batch["groups"],
+        "replay/copies": sum(json.loads(batch["copies"]).values()),
         "replay/staleness_max": batch["staleness_max"],
         "replay/staleness_mean": batch["staleness_mean"],
     }

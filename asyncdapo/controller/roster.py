@@ -52,7 +52,13 @@ class Entry:
     @property
     def name(self) -> str:
         """As in logs and errors: `learner`, `rollout-1`."""
-        return f"{self.role}-{self.index}" if self.role in ("rollout", "engine", "scorer") else self.role
+        return process_name(self.role, self.index)
+
+
+def process_name(role: str, index: int = 0) -> str:
+    """The name of a process: `replay`, `rollout-1`, `learner` (its rank 0), `learner-1`."""
+    numbered = role in ("rollout", "engine", "scorer") or (role == "learner" and index)
+    return f"{role}-{index}" if numbered else role
 
 
 def this_process(role: str, index: int = 0) -> Entry:

@@ -3,9 +3,9 @@
     ZeroMQ carries rollouts, Ray carries commands, NCCL (Gloo on CPU) carries weights.
 
          leases           scored groups      kept groups           batch k
-    prompts ──▶ RolloutActor × N ──▶ filter ──▶ replay ──▶ LearnerActor
+    prompts ──▶ RolloutActor × N ──▶ filter ──▶ replay ──▶ LearnerActor × M ranks
        ▲         ▲   (ZeroMQ, acked)   [ReplayActor]  (ZeroMQ)   │
-       │         └──────── weights of version k (process group) ─┤
+       │         └──────── weights of version k (process group) ─┤ rank 0
        └──────── lost, requeued, surplus prompts come back       │
                          Controller: train_step, publish, evaluate (Ray calls), metrics.jsonl
 
@@ -25,6 +25,7 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Awaitable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,9 +35,9 @@ from asyncdapo.config import Config, to_dict
 from asyncdapo.controller.actors import Start
 from asyncdapo.controller.evaluation import Evaluation
 from asyncdapo.controller.fleet import Fleet
-from asyncdapo.controller.lines import Lines
+from asyncdapo.controller.lines import Lines, counters_of
 from asyncdapo.controller.patience import Patience, Stopped
-from asyncdapo.controller.processes import ProcessDied, Watch, ray_session
+from asyncdapo.controller.processes import Watch, ray_session
 from asyncdapo.controller.resume import Resume, survey
 from asyncdapo.controller.waits import NOBODY
 from asyncdapo.controller.warden import warden
@@ -105,13 +106,15 @@ class Controller:
         self.config, self.resume = config, resume
         self.run_dir = Path(self.config.run.dir)
         self.reporter = reporter
-        self.lines = Lines(reporter, resume.last_line, started)
+        self.lines = Lines(reporter, resume.first_line, resume.last_line, started)
         self.fleet = Fleet(self.config)
         self.patience = Patience(self.config.controller, self.fleet, reporter)
         self.watch = Watch()
         self.evaluating: asyncio.Task[dict[str, float]] | None = None
         self.step = self.saved = resume.step
         """Last train step that is done, and last one with a checkpoint."""
+        self.counters = counters_of(resume.last_line)
+        """What the run has used up by `step`, for its checkpoints."""
         self.stopped = self.leasing = False
         """`leasing`: prompts are leased, or have been: from then on the run directory holds somebody's work."""
 
@@ -184,7 +187,7 @@ class Controller:
 
     async def _outlive_learners(self) -> None:
         """Train to the end; after each death of the learner again from its checkpoint."""
-        death: ProcessDied | None = None
+        death: RunError | None = None
         while True:
             life = Watch()
             try:
@@ -192,14 +195,16 @@ class Controller:
                     await self._go_back(death)
                 elif not self.resume.new:
                     await self._publish_again(self.resume.step)
-                life.add("learner", self.fleet.learner.call("serve"))
+                for rank in self.fleet.learners.ranks:
+                    life.add(rank.name, rank.call("serve"))
                 return await life.guard(self._train())
-            except ProcessDied as error:
-                if error.name != self.fleet.learner.name:
+            except RunError as error:
+                if not self.fleet.learners.ended_by(error):
                     raise
+                self.fleet.learners.end()
                 death = error
 
-    async def _go_back(self, death: ProcessDied) -> None:
+    async def _go_back(self, death: RunError) -> None:
         """The learner is gone, and with it all that came after its last checkpoint."""
         if self.evaluating:
             self.evaluating.cancel()
@@ -210,6 +215,7 @@ class Controller:
             self.reporter.note(line)
         set_aside(self.run_dir, resume.step)
         self.step = self.saved = resume.step
+        self.counters = counters_of(resume.last_line)
         revival = self.fleet.revive_learner(death, resume.checkpoint)
         await self.patience.wait(revival, whom=NOBODY, what="starts the learner again")
         branch = await self._replay("roll_back", f"the rollback to step {resume.step}", resume.step, str(death))
@@ -255,7 +261,7 @@ class Controller:
         fleet, clock = self.fleet, self.lines.clock
         clock.enter("train")
         async with fleet.publishing.turn:
-            learner = await self._learner("train_step", f"train step {step}")
+            learner = await self._learners("train_step", f"train step {step}")
             fleet.publishing.learner_has(step, fleet.publishing.branch)
         faults.point("after_train")
         replay = await self._replay("trained", f"the account of step {step}", step, learner)
@@ -264,7 +270,7 @@ class Controller:
         weights = await self._publish(step)
         faults.point("after_publish")
         await self._replay("published", f"the end of publishing version {step}", step)
-        self.step = step
+        self.step, self.counters = step, counters_of(replay)
         clock.enter("checkpoint")
         if step % self.config.learner.checkpoint_every == 0:
             await self._checkpoint(step)
@@ -280,10 +286,11 @@ class Controller:
     async def _take_batch(self, step: int) -> str:
         """Wait for batch `step`. Returns why there is none, once the data is used up; else nothing."""
         self.lines.clock.enter("wait")
-        return await self._learner("take_batch", f"batch {step}", step, until_stopped=True)
+        return await self._learners("take_batch", f"batch {step}", step, until_stopped=True)
 
     async def _checkpoint(self, step: int) -> None:
-        await self._learner("save", f"checkpoint of step {step}", step, self.fleet.publishing.branch)
+        save = self.fleet.learners.call("save", step, self.fleet.publishing.branch, self.counters)
+        await self._wait_for_learner(save, f"checkpoint of step {step}")
         self.saved = step
         faults.point("after_checkpoint")
         await self._replay("covered", f"the end of checkpoint {step}", oldest_kept(self.run_dir))
@@ -304,13 +311,15 @@ class Controller:
             self.evaluation.run(greedy=True, share=1.0), whom="replay", what=what, until_stopped=True
         )
 
-    async def _learner(self, command: str, what: str, *args: Any, until_stopped: bool = False) -> Any:
-        """Wait for the learner's answer; an evaluation that fails meanwhile is raised here."""
+    async def _learners(self, command: str, what: str, *args: Any, until_stopped: bool = False) -> Any:
+        """Wait for every rank of the learner. Returns what rank 0 answers."""
+        return await self._wait_for_learner(self.fleet.learners.call_all(command, *args), what, until_stopped)
+
+    async def _wait_for_learner(self, work: Awaitable[Any], what: str, until_stopped: bool = False) -> Any:
+        """Wait for the learner; an evaluation that failed meanwhile is raised here."""
         if self.evaluating and self.evaluating.done():
             self.evaluating.result()
-        return await self.patience.wait(
-            self.fleet.learner.call(command, *args), whom="learner", what=what, until_stopped=until_stopped
-        )
+        return await self.patience.wait(work, whom="learner", what=what, until_stopped=until_stopped)
 
     async def _replay(self, command: str, what: str, *args: Any) -> Any:
         """Wait for the replay server's answer; its next life is asked again."""

@@ -149,9 +149,8 @@ def _waits_of(who: str, waits_by_process: Mapping[str, Sequence[Wait] | None]) -
 def _processes(whom: str, names: Mapping[str, object]) -> list[str]:
     """The processes that a name stands for, by their numbers."""
     members = [name for name in names if re.fullmatch(rf"{re.escape(whom)}-\d+", name)]
-    if whom in names or not members:
-        return [whom]
-    return sorted(members, key=lambda name: int(name.rpartition("-")[2]))
+    alone = [whom] if whom in names or not members else []  # `learner`, rank 0 of the processes of this name
+    return alone + sorted(members, key=lambda name: int(name.rpartition("-")[2]))
 
 
 def render(links: Sequence[Wait]) -> str:

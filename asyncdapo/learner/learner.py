@@ -128,11 +128,11 @@ class Learner:
         next `train`."""
         return named_weights(self._model)
 
-    def save(self, run_dir: str | Path, step: int, branch: int) -> Path:
+    def save(self, run_dir: str | Path, step: int, branch: int, counters: Mapping[str, int] | None = None) -> Path:
         """Write `RUN_DIR/checkpoints/step-…`: the model in Hugging Face format with its tokenizer, and the learner's
-        own state. It appears whole or not at all. `branch` is that in which batch `step` was trained. Removes those
-        past `keep_checkpoints`. Returns its path."""
-        path = write_checkpoint(Path(run_dir), step, branch, self._write)
+        own state. It appears whole or not at all. `branch` is that in which batch `step` was trained; `counters`
+        stand in the manifest. Removes those past `keep_checkpoints`. Returns its path."""
+        path = write_checkpoint(Path(run_dir), step, branch, self._write, counters)
         remove_old_checkpoints(Path(run_dir), self._config.keep_checkpoints)
         return path
 

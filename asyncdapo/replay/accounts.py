@@ -63,6 +63,7 @@ class Accounts:
         self._completions = Counter(recovered.totals.completions)
         self._groups = Counter(recovered.totals.groups)
         self._lease_ends = Counter(recovered.totals.lease_ends)
+        self._num_verdicts, self._num_gen_batches = recovered.totals.verdicts, recovered.totals.gen_batches
         self._last_step = 0
 
     def move_group(self, action: MoveGroup, arrived: Group | None) -> None:
@@ -92,7 +93,10 @@ class Accounts:
     def count_evaluation(self, answers: Sequence[EvalAnswer]) -> None:
         self._ungrouped["evaluation"] += sum(answer.num_tokens for answer in answers)
 
-    def trained(self, step: int, batch: Iterable[GroupFacts]) -> dict[str, float]:
+    def close_gen_batch(self) -> None:
+        self._num_gen_batches += 1
+
+    def trained(self, step: int, batch: Iterable[GroupFacts], num_copies: int) -> dict[str, float]:
         """Metrics of a step, once its groups have moved to `trained`. Opens the next interval, unless it is asked for
         again."""
         if step > self._last_step:
@@ -104,7 +108,11 @@ class Accounts:
             **self._means,
             "rollout/arrived_tokens": self._arrived_tokens,
             "reward/filtered_mean": sum(facts.reward_mean for facts in batch) / len(batch),
+            "filter/gen_batches": self._num_gen_batches,
+            "filter/prompts_consumed": self._num_verdicts,
+            "replay/train_steps": step,
             "replay/trained_groups": len(batch),
+            "replay/copies": num_copies,
             "replay/staleness_mean": sum(staleness) / len(staleness),
             "replay/staleness_max": max(staleness),
             **{f"rollout/{end}_leases": self._lease_ends[end] for end in LEASE_ENDS},
@@ -114,6 +122,7 @@ class Accounts:
 
     def _arrive(self, group: Group, state: GroupState) -> GroupFacts:
         completions = group.completions
+        self._num_verdicts += state in VERDICT_STATES
         reward_mean = sum(completion.reward for completion in completions) / len(completions)
         accs = [completion.metrics.get("acc") for completion in completions]
         for name, number in {

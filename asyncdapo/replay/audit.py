@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from asyncdapo.replay.invariants import INVARIANTS
+from asyncdapo.replay.invariants import INVARIANTS, NUM_COPIES
 from asyncdapo.replay.ledger import LEDGER_FILE, PAYLOAD_FOLDER, open_ledger
 from asyncdapo.replay.payloads import segment_path
 from asyncdapo.replay.schema import HELD_STATES, LEDGER_SCHEMA
@@ -76,6 +76,7 @@ def _limits(path: Path) -> dict[str, int]:
             "batch_max": batch_max,
             "group_size": group_size,
             "max_attempts": int(config.prompts.max_attempts),
+            "replaces": int(config.filter.mode == "replace"),
         }
     except (OmegaConfBaseException, YAMLError, AttributeError, TypeError, ValueError) as error:
         raise _Unreadable(f"{path.name}: can't be read ({str(error).splitlines()[0]})") from error
@@ -129,20 +130,25 @@ def _metrics_breaches(ledger: sqlite3.Connection, path: Path, finished: bool) ->
     except _Unreadable as error:
         yield str(error)
         return
-    batches = {row["step"]: row for row in ledger.execute("SELECT * FROM batches ORDER BY step")}
+    rows = ledger.execute(f"SELECT *, {NUM_COPIES} AS num_copies FROM batches b ORDER BY step")
+    batches = {row["step"]: row for row in rows}
     steps, expected = [line.get("step") for line in lines if line.get("step") != 0], list(batches)
     if not finished:
         steps = steps[: len(expected)]
     if steps not in (expected, expected[:-1]):
         yield f"{path.name} has one line for each batch: {_difference(steps, expected)}"
-    for key, column in (("replay/trained_groups", "groups"), ("replay/staleness_max", "staleness_max")):
+    for key, column in (
+        ("replay/trained_groups", "groups"),
+        ("replay/copies", "num_copies"),
+        ("replay/staleness_max", "staleness_max"),
+    ):
         different = [
-            {"step": line["step"], path.name: line.get(key), "batches": batches[line["step"]][column]}
+            {"step": line["step"], path.name: line.get(key), "ledger": batches[line["step"]][column]}
             for line in lines
             if line.get("step") in batches and line.get(key) != batches[line["step"]][column]
         ]
         if different:
-            yield f"{key} is what batches.{column} says: {_show(different)}"
+            yield f"{key} is what the ledger says of the batch: {_show(different)}"
 
 
 def _metrics(path: Path, finished: bool) -> list[dict]:
@@ -204,10 +210,11 @@ def _rollbacks(ledger: sqlite3.Connection) -> Iterator[str]:
 
 
 def _batches(ledger: sqlite3.Connection) -> str:
-    num, groups, tokens, worst, mean = ledger.execute(
-        "SELECT COUNT(*), SUM(groups), SUM(tokens), MAX(staleness_max), SUM(staleness_mean * groups) / SUM(groups)"
-        " FROM batches"
+    num, groups, copies, tokens, worst, mean = ledger.execute(
+        f"SELECT COUNT(*), SUM(groups), SUM({NUM_COPIES}), SUM(tokens), MAX(staleness_max),"
+        " SUM(staleness_mean * groups) / SUM(groups) FROM batches b"
     ).fetchone()
     if num == 0:
         return f"{'batches':<8} none"
-    return f"{'batches':<8} {num:,} of {groups:,} groups, {tokens:,} tokens · staleness max {worst}, mean {mean:.2f}"
+    groups_text = f"{groups:,} groups" + (f" and {copies:,} copies" if copies else "")
+    return f"{'batches':<8} {num:,} of {groups_text}, {tokens:,} tokens · staleness max {worst}, mean {mean:.2f}"

@@ -20,7 +20,7 @@ class FilterConfig:
     metric: str = "acc"
     """Number compared within a group: `acc`, or `score`, `seq_reward`, `seq_final_reward` (the reward, three names)."""
     max_gen_batches: int = 0
-    """Generation batches one train step may open; 0 is no limit."""
+    """Generation batches one train step may open; 0 or less is no limit."""
     gen_batch_multiplier: int = 1
     """Verdicts in a generation batch, as a multiple of `replay.prompts_per_step`."""
     on_limit: Literal["raise", "partial", "unfiltered"] = "raise"
@@ -29,6 +29,11 @@ class FilterConfig:
     def __post_init__(self) -> None:
         if self.gen_batch_multiplier < 1:
             raise ConfigError("filter.gen_batch_multiplier", "must be at least 1", self.gen_batch_multiplier)
+
+    @property
+    def replaces(self) -> bool:
+        """Whether copies stand in the places of groups that aren't worth training on. Without the filter all are."""
+        return self.enabled and self.mode == "replace"
 
 
 @dataclass(frozen=True, kw_only=True)

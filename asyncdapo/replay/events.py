@@ -198,6 +198,8 @@ class CutBatch(Action):
 
     step: int
     group_ids: tuple[int, ...]
+    copies: tuple[int, ...] = ()
+    """How many more times each member stands in the batch (`filter.mode: replace`); empty when none does."""
     staleness: tuple[int, ...]
 
 

@@ -7,10 +7,10 @@ commit. So a group is acknowledged after the journal has it, and a batch is sent
 It begins where the ledger ends, be it a new one, that of a server that was killed, or one rolled back just now. What
 the ledger doesn't know (credits, peers, the learner's wish) the peers tell again.
 
-Owns: the core's state, which a rollback replaces; the leases that run (as sessions hold them); the learner that waits
-for a batch. Does not own: sockets, what messages mean (`workers`), what follows from an event (`state`).
-Memory: a batch is read from its segments whenever it is wanted. `outgoing` is emptied as fast as the socket takes
-messages, which is at once; what a peer is sent answers what it sent or asked for.
+Owns: the core's state, which a rollback replaces; the leases that run (as sessions hold them); the learner's ranks that
+wait for a batch. Does not own: sockets, what messages mean (`workers`), what follows from an event (`state`).
+Memory: a rank's share is read from its segments whenever it is wanted. `outgoing` is emptied as fast as the socket
+takes messages, which is at once; what a peer is sent answers what it sent or asked for.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from asyncdapo.errors import RunError
 from asyncdapo.messages import (
     Ack,
     Batch,
+    CutWanted,
     Group,
     Lease,
     Message,
@@ -41,6 +42,7 @@ from asyncdapo.replay.journal import Journal
 from asyncdapo.replay.recovery import Recovered
 from asyncdapo.replay.sessions import HeldLease, Session, Sessions
 from asyncdapo.replay.state import ReplayState
+from asyncdapo.shares import share_of
 
 MakeState = Callable[[Recovered], ReplayState]
 
@@ -122,6 +124,8 @@ class Exchange:
                     self.accounts.move_group(action, arrived[0] if arrived else None)
                 case core.CutBatch():
                     self._answer_learner()
+                case core.GenBatchClosed():
+                    self.accounts.close_gen_batch()
                 case core.StopRun():
                     self._stop(action)
 
@@ -147,7 +151,7 @@ class Exchange:
     def _take_over(self, recovered: Recovered) -> None:
         """Go on from what the ledger says."""
         self.state = self._make_state(recovered)
-        self._learner: tuple[bytes, int] | None = None
+        self._wanted: dict[int, tuple[bytes, CutWanted]] = {}
         self._no_batch = "the run is over" if recovered.over else None
         self._finished = recovered.over and recovered.stop is None
         if recovered.stop:
@@ -165,11 +169,11 @@ class Exchange:
 
     # ------------------------------------------------------------------------------------------------------ learner
 
-    def want_batch(self, peer: bytes, step: int) -> None:
-        """The learner asks, perhaps again or as another peer: a batch that was cut is sent as it is."""
-        self._learner = peer, step
-        if step not in self.state.untrained and not self._no_batch:
-            self.apply(core.CutWanted(step=step))
+    def want_batch(self, peer: bytes, wanted: CutWanted) -> None:
+        """A rank of the learner asks, perhaps again or as another peer: a batch that was cut is sent as it is."""
+        self._wanted[wanted.rank] = peer, wanted
+        if wanted.step not in self.state.untrained and not self._no_batch:
+            self.apply(core.CutWanted(step=wanted.step))
         self._answer_learner()
 
     def trained(self, step: int, summary: Mapping[str, float]) -> dict[str, float]:
@@ -178,7 +182,7 @@ class Exchange:
             self.apply(core.Trained(step=step), summary=summary)
         elif step >= self.state.next_step:
             raise RunError(f"step {step} is said to be trained, but batch {step} was never cut in branch {self.branch}")
-        return self.accounts.trained(step, self._journal.batch_facts(step))
+        return self.accounts.trained(step, self._journal.batch_facts(step), self._journal.num_copies(step))
 
     def published(self, version: int) -> None:
         """The send of `version` is over; told again it changes nothing."""
@@ -192,22 +196,25 @@ class Exchange:
             self.apply(core.RunEnded())
 
     def _answer_learner(self) -> None:
-        if self._learner is None:
-            return
-        peer, step = self._learner
-        if step in self.state.untrained:
-            self.outgoing.put_nowait(Letter(peer, *self._read_batch(step), to_learner=True))
-        elif self._no_batch:
-            self.outgoing.put_nowait(Letter(peer, NoBatch(step=step, reason=self._no_batch), to_learner=True))
-        else:
-            return
-        self._learner = None
+        for rank, (peer, wanted) in list(self._wanted.items()):
+            if wanted.step in self.state.untrained:
+                message, frames = self._read_batch(wanted)
+            elif self._no_batch:
+                message, frames = NoBatch(step=wanted.step, reason=self._no_batch), ()
+            else:
+                continue
+            self.outgoing.put_nowait(Letter(peer, message, frames, to_learner=True))
+            del self._wanted[rank]
 
-    def _read_batch(self, step: int) -> tuple[Batch, Sequence[bytes]]:
-        members = [self._journal.read(group.group_id) for group in self.state.untrained[step]]
-        groups, payloads = zip(*members, strict=True)
+    def _read_batch(self, wanted: CutWanted) -> tuple[Batch, Sequence[bytes]]:
+        """All headers, and the payload of the rank's share."""
+        step, ids = wanted.step, [group.group_id for group in self.state.untrained[wanted.step]]
+        groups = [self._journal.read_header(group_id) for group_id in ids]
         bound = self.state.bound.max_staleness
-        batch = Batch(step=step, branch=self.branch, max_staleness=bound, groups=list(groups))
+        copies = list(self.state.copies.get(step, ()))
+        batch = Batch(step=step, branch=self.branch, max_staleness=bound, groups=groups, copies=copies)
+        share = share_of(groups, rank=wanted.rank, num_ranks=wanted.num_ranks, num_updates=wanted.num_updates)
+        payloads = [self._journal.read(ids[place])[1] for place in share]
         return batch, Payload.join(payloads).frames()
 
     def _stop(self, stop: core.StopRun) -> None:

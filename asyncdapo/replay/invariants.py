@@ -1,8 +1,9 @@
 """What must hold in a ledger, as SQL that finds the rows in which it doesn't.
 
 Each query returns no row in a sound ledger; the columns of a row that it does return say what is wrong. Parameters come
-from the run's own config.yaml: `:bound` (staleness in force), `:batch_min`, `:batch_max` (groups in a batch),
-`:group_size`, `:max_attempts`; and from the ledger: `:finished` (1 once the run has ended).
+from the run's own config.yaml: `:bound` (staleness in force), `:batch_min`, `:batch_max` (groups in a batch, copies
+counted), `:group_size`, `:max_attempts`, `:replaces` (1 under `filter.mode: replace`); and from the ledger: `:finished`
+(1 once the run has ended).
 
 The tables hold the surviving history, so all but the last section read as if nothing had ever been undone. That section
 would catch a wrong rollback: something of an abandoned future that is still there.
@@ -14,6 +15,8 @@ _GROUP_STATES = "'queued','spare','cut','trained','filtered','expired','surplus'
 _LEASE_OUTCOMES = "'done','withdrawn','lost','rejected','failed'"
 _SHARED_STATES = "'queued','spare','cut','trained','filtered'"
 """States that a prompt has because its one live group has them."""
+NUM_COPIES = "(SELECT COALESCE(SUM(value), 0) FROM json_each(b.copies))"
+"""Copies of members in a row `b` of `batches`."""
 
 INVARIANTS = {
     # ------------------------------------------------------------------------------------------------------- prompts
@@ -106,8 +109,20 @@ INVARIANTS = {
         WHERE step <> expected LIMIT 1""",
     "batch k is trained on the weights of version k - 1": """
         SELECT step, learner_version FROM batches WHERE learner_version IS NOT step - 1""",
-    "a batch has prompts_per_step groups": """
-        SELECT step, groups FROM batches WHERE groups NOT BETWEEN :batch_min AND :batch_max""",
+    "a batch has prompts_per_step groups, copies counted": f"""
+        SELECT step, groups, {NUM_COPIES} AS num_copies FROM batches b
+        WHERE groups + {NUM_COPIES} NOT BETWEEN :batch_min AND :batch_max""",
+    "copies are of the batch's own groups": """
+        SELECT b.step, c.key AS group_id, c.value AS copies FROM batches b, json_each(b.copies) c
+        WHERE c.type <> 'integer' OR c.value < 1 OR NOT EXISTS (SELECT 1 FROM groups g
+            WHERE g.group_id = CAST(c.key AS INTEGER) AND g.step = b.step AND g.state = 'trained')""",
+    "there are copies under filter.mode: replace only, and they fill the batch": f"""
+        SELECT b.step, b.groups, {NUM_COPIES} AS num_copies FROM batches b
+        WHERE {NUM_COPIES} > 0 AND (NOT :replaces OR b.groups + {NUM_COPIES} <> :batch_max)
+        UNION ALL SELECT step, NULL, number FROM events WHERE kind = 'cut' AND number > 0 AND NOT :replaces""",
+    "a batch has as many copies as were cut": f"""
+        SELECT b.step, {NUM_COPIES} AS num_copies, e.number AS num_cut
+        FROM batches b JOIN events e ON e.kind = 'cut' AND e.step = b.step WHERE e.number IS NOT {NUM_COPIES}""",
     "a batch's counts are those of its trained groups": """
         SELECT b.step, b.groups, COUNT(g.group_id) AS trained_groups, b.tokens, SUM(g.tokens) AS trained_tokens
         FROM batches b LEFT JOIN groups g ON g.step = b.step AND g.state = 'trained'

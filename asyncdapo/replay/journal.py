@@ -33,6 +33,7 @@ from asyncdapo.replay.lock import LOCK_WAIT_S, WriterLock
 from asyncdapo.replay.payloads import SEGMENT_BYTES, Segments
 from asyncdapo.replay.recovery import GroupFacts, Recovered
 from asyncdapo.replay.rollback import Rollback
+from asyncdapo.replay.rows import group_row
 from asyncdapo.replay.schema import HELD_STATES
 
 RECORDED_EVENTS = (core.WorkerJoined, core.WorkerLost, core.Loaded, core.Started, core.Published, core.RunEnded)
@@ -101,6 +102,10 @@ class Journal:
         """Members of a batch that is trained; empty when there is none."""
         return reload.batch_facts(self._db, step)
 
+    def num_copies(self, step: int) -> int:
+        """Copies of members that stand in a batch that was cut."""
+        return sum(reload.batch_copies(self._db, step).values())
+
     def write(
         self,
         event: core.Event,
@@ -139,6 +144,10 @@ class Journal:
     def read(self, group_id: int) -> tuple[Group, Payload]:
         """A group whose payload was kept. Raises LookupError when it wasn't, or not any longer."""
         return self._segments.read(place_of(self._db, group_id))
+
+    def read_header(self, group_id: int) -> Group:
+        """The same without its payload's bytes."""
+        return self._segments.read_header(place_of(self._db, group_id))
 
     def outcome(self, lease_id: int) -> str | None:
         """How a lease ended; None while it runs, `undone` when a rollback undid it. Raises LookupError when it was
@@ -219,8 +228,8 @@ class Journal:
                 self._move_group(action, arrived)
             case core.EndLease():
                 self._end_lease(action, detail)
-            case core.CutBatch(step=step):
-                self._insert_event("cut", step=step)
+            case core.CutBatch(step=step, copies=copies):
+                self._insert_event("cut", step=step, number=sum(copies))
             case core.GenBatchClosed(step=step, number=number, limit_reached=reached):
                 self._insert_event(
                     "gen_batch_closed", step=step, number=number, detail="limit reached" if reached else ""
@@ -306,48 +315,22 @@ class Journal:
     def _insert_group(self, action: core.MoveGroup, group: Group, payload: Payload) -> None:
         held = action.state in HELD_STATES or self._keep_payloads
         place = self._segments.append(group, payload) if held else None
-        completions = group.completions
-        accs = [completion.metrics["acc"] for completion in completions if "acc" in completion.metrics]
-        row = {
-            "group_id": action.group_id,
-            "prompt_id": action.prompt_id,
-            "lease_id": group.lease_id,
-            "branch": group.branch,
-            "attempt": group.attempt,
-            "worker": group.worker,
-            "min_version": group.min_version,
-            "max_version": group.max_version,
-            "verdict": action.verdict,
-            "entered": action.state,
-            "state": action.state,
-            "step": action.step,
-            "reason": action.reason,
-            "completions": len(completions),
-            "tokens": group.num_tokens,
-            "truncated": sum(completion.finish_reason == "length" for completion in completions),
-            "reward_mean": sum(completion.reward for completion in completions) / len(completions),
-            "acc_mean": sum(accs) / len(accs) if accs else None,
-            "generate_s": group.generate_s,
-            "segment": place.segment if place else None,
-            "offset": place.offset if place else None,
-            "bytes": place.num_bytes if place else None,
-            "arrived_pos": self._position,
-            "changed_pos": self._position,
-            "arrived_at_s": self._now,
-        }
+        row = group_row(action, group, place, position=self._position, now_s=self._now)
         columns, values = ", ".join(row), ", ".join(f":{column}" for column in row)
         self._db.execute(f"INSERT INTO groups ({columns}) VALUES ({values})", row)
 
     def _insert_batch(self, step: int, summary: Mapping[str, float]) -> None:
         """The batch as its groups say it was: they became `trained` in this same transaction."""
+        copies = {group_id: num for group_id, num in reload.batch_copies(self._db, step).items() if num}
         self._db.execute(
-            "INSERT INTO batches SELECT :step, :branch, :version, COUNT(*), SUM(tokens), MAX(:version - min_version),"
-            " AVG(:version - min_version), AVG(reward_mean), :summary, :pos, :at_s"
+            "INSERT INTO batches SELECT :step, :branch, :version, COUNT(*), :copies, SUM(tokens),"
+            " MAX(:version - min_version), AVG(:version - min_version), AVG(reward_mean), :summary, :pos, :at_s"
             " FROM groups WHERE step = :step AND state = 'trained'",
             {
                 "step": step,
                 "branch": self.branch,
                 "version": summary.get("learner/version", step - 1),
+                "copies": json.dumps(copies),
                 "summary": json.dumps({name: float(number) for name, number in summary.items()}),
                 "pos": self._position,
                 "at_s": self._now,

@@ -30,7 +30,7 @@ MOVES: dict[PromptState, frozenset[PromptState]] = {
     "waiting": frozenset({"leased", "unused"}),
     "leased": frozenset({"queued", "spare", "filtered", "expired", "failed", "waiting", "unused"}),
     "queued": frozenset({"cut", "expired", "failed", "waiting", "unused"}),
-    "spare": frozenset({"cut", "filtered", "waiting", "unused"}),
+    "spare": frozenset({"cut", "filtered", "expired", "failed", "waiting", "unused"}),
     "cut": frozenset({"trained", "unused"}),
 }
 """What may follow a state; the states that are not listed are ends."""

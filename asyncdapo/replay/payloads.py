@@ -76,6 +76,15 @@ class Segments:
         """The group that `append` placed there."""
         return read_record(self._folder, place)
 
+    def read_header(self, place: Place) -> Group:
+        """Its header alone. Raises OSError or ValueError when it isn't there."""
+        with segment_path(self._folder, place.segment).open("rb") as file:
+            file.seek(place.offset)
+            size = file.read(_HEADER_SIZE.size)
+            if len(size) < _HEADER_SIZE.size:
+                raise ValueError(f"segment {place.segment} ends before offset {place.offset}")
+            return _decoder.decode(file.read(*_HEADER_SIZE.unpack(size)))
+
     def delete(self, segment: int) -> None:
         """Free a segment that is no longer written to."""
         segment_path(self._folder, segment).unlink(missing_ok=True)

@@ -62,6 +62,10 @@ class Totals:
     """Groups, by the same words, and `withdrawn_stale`: leases withdrawn since they would miss the bound."""
     lease_ends: dict[str, int] = field(default_factory=dict)
     """Leases by the kind of their end: `withdrawn lost rejected failed`, and `late` groups."""
+    verdicts: int = 0
+    """Groups that got a verdict of the filter."""
+    gen_batches: int = 0
+    """Generation batches that are closed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,8 +92,10 @@ class Recovered:
     spare: list[HeldGroup] = field(default_factory=list)
     batches: dict[int, list[HeldGroup]] = field(default_factory=dict)
     """Members of every batch that is cut and not trained, by rising step, in rising `prompt_id`."""
+    copies: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    """How many more times each of them stands in the batch, of those that have copies."""
     in_training: dict[int, int] = field(default_factory=dict)
-    """Number of groups of every batch that is cut and whose version is not published."""
+    """Number of groups of every batch, copies among them, that is cut and whose version is not published."""
     facts: dict[int, GroupFacts] = field(default_factory=dict)
     """Of all held groups (`queued`, `spare`, in `batches`), by `group_id`."""
 

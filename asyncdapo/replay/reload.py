@@ -12,7 +12,7 @@ import sqlite3
 from bisect import bisect_left
 
 from asyncdapo.replay import events as core
-from asyncdapo.replay.batch import HeldGroup
+from asyncdapo.replay.batch import HeldGroup, draw_copies
 from asyncdapo.replay.events import LEASE_ENDS, VERDICT_STATES
 from asyncdapo.replay.recovery import GroupFacts, KnownWorker, OpenLease, Recovered, Totals
 from asyncdapo.replay.schema import HELD_STATES
@@ -32,7 +32,7 @@ def recover(db: sqlite3.Connection) -> Recovered:
         branch_step=branch_step,
         published=published,
         next_step=1 + (_one(db, "SELECT MAX(step) FROM events WHERE kind = 'cut'") or 0),
-        in_training=dict(db.execute("SELECT step, COUNT(*) FROM groups WHERE step > ? GROUP BY step", (published,))),
+        in_training=_in_training(db, published),
         leases=_open_leases(db),
         num_leases=_one(
             db, "SELECT MAX(id) FROM (SELECT lease_id AS id FROM leases UNION ALL SELECT lease_id FROM undone_leases)"
@@ -62,6 +62,18 @@ def batch_facts(db: sqlite3.Connection, step: int) -> list[GroupFacts]:
         (step,),
     )
     return [_facts(*row) for row in rows]
+
+
+def batch_copies(db: sqlite3.Connection, step: int) -> dict[int, int]:
+    """How many more times each member of a batch that was cut stands in it, by `group_id`, in rising `prompt_id`; empty
+    when none does. The ledger has their number, who they are is drawn again."""
+    number = db.execute("SELECT number FROM events WHERE kind = 'cut' AND step = ?", (step,)).fetchone()
+    members = db.execute(
+        "SELECT group_id, prompt_id FROM groups WHERE step = ? AND state IN ('cut', 'trained') ORDER BY prompt_id",
+        (step,),
+    ).fetchall()
+    copies = draw_copies(step, [prompt_id for _, prompt_id in members], number[0]) if number else ()
+    return dict(zip([group_id for group_id, _ in members], copies, strict=False))
 
 
 def last_position(db: sqlite3.Connection) -> int:
@@ -127,7 +139,23 @@ def _held_groups(db: sqlite3.Connection) -> dict[str, object]:
         fact = facts[fields[0]] = _facts(*fields)
         group = HeldGroup(min_version=fact.min_version, prompt_id=prompt_id, group_id=fact.group_id, verdict=verdict)
         (batches.setdefault(step, []) if state == "cut" else held[state]).append(group)
-    return {"queued": sorted(held["queued"]), "spare": sorted(held["spare"]), "batches": batches, "facts": facts}
+    copies = {step: tuple(batch_copies(db, step).values()) for step in batches}
+    return {
+        "queued": sorted(held["queued"]),
+        "spare": sorted(held["spare"]),
+        "batches": batches,
+        "copies": {step: counts for step, counts in copies.items() if counts},
+        "facts": facts,
+    }
+
+
+def _in_training(db: sqlite3.Connection, published: int) -> dict[int, int]:
+    rows = db.execute(
+        "SELECT g.step, COUNT(*), (SELECT number FROM events WHERE kind = 'cut' AND step = g.step)"
+        " FROM groups g WHERE g.step > ? GROUP BY g.step",
+        (published,),
+    )
+    return {step: members + (copies or 0) for step, members, copies in rows}
 
 
 def _open_leases(db: sqlite3.Connection) -> list[OpenLease]:
@@ -207,5 +235,7 @@ def _totals(db: sqlite3.Connection) -> Totals:
         groups={end: groups for end, groups, _, _ in ends} | {"withdrawn_stale": withdrawn_stale},
         tokens={end: tokens or 0 for end, _, tokens, _ in ends},
         completions={end: completions or 0 for end, _, _, completions in ends},
+        verdicts=_one(db, f"SELECT COUNT(*) FROM groups WHERE entered IN {VERDICT_STATES}"),
+        gen_batches=_one(db, "SELECT COUNT(*) FROM events WHERE kind = 'gen_batch_closed'"),
         lease_ends=dict(db.execute(f"SELECT kind, COUNT(*) FROM events WHERE kind IN {LEASE_ENDS} GROUP BY kind")),
     )

@@ -6,7 +6,7 @@ which batch k was trained:
 
     groups    one with a token newer than version k goes. Every other one keeps its verdict, whenever it arrived: to
               sample only one kind anew would bias what is trained on
-                batch k + 1, if it was cut, stands again as cut, with the same members
+                batch k + 1, if it was cut, stands again as cut, with the same members and copies
                 other kept ones return to the queue, or end `expired` when the batch to be filled is too late for them
                 constant and masked ones stay `filtered`; a spare one stays spare while its batch isn't cut
                 one that was stale when it came goes if it came after p; surplus of the barrier stays surplus
@@ -95,14 +95,15 @@ class Rollback:
             "INSERT INTO branches VALUES (?, ?, ?, ?, ?, ?)",
             (self.branch, self.step, self.pos, self.opened_pos, reason, self.at_s),
         )
-        in_flight = self._in_flight()
+        in_flight, num_copies = self._in_flight(), self._num_copies()
         restored = self._decide_groups()
         self._undo_leases()
         self._undo_rest()
         if restored:
             self.db.execute(
-                "INSERT INTO events (kind, branch, step, detail, pos, at_s) VALUES ('cut', ?, ?, 'restored', ?, ?)",
-                (self.branch, self.step + 1, self.opened_pos, self.at_s),
+                "INSERT INTO events (kind, branch, step, number, detail, pos, at_s)"
+                " VALUES ('cut', ?, ?, ?, 'restored', ?, ?)",
+                (self.branch, self.step + 1, num_copies, self.opened_pos, self.at_s),
             )
         self._settle_prompts(in_flight)
 
@@ -112,6 +113,11 @@ class Rollback:
             f"INSERT INTO undone_{table} SELECT *, {self.branch} FROM {table} WHERE {condition}", parameters
         )
         self.db.execute(f"DELETE FROM {table} WHERE {condition}", parameters)
+
+    def _num_copies(self) -> int:
+        """Of batch k + 1, if it was cut."""
+        row = self.db.execute("SELECT number FROM events WHERE kind = 'cut' AND step = ?", (self.step + 1,)).fetchone()
+        return row[0] if row else 0
 
     # ------------------------------------------------------------------------------------------------------ groups
 
@@ -134,7 +140,8 @@ class Rollback:
                 fate = self._fate(group, next_step, followed=group.prompt_id in followed)
             if fate is None:
                 self._undo("groups", "group_id = ?", group.group_id)
-                num_lost += group.max_version <= self.step and not self._has_payload(group)
+                had_payload = group.segment is not None
+                num_lost += group.max_version <= self.step and had_payload and not self._has_payload(group)
                 continue
             followed.add(group.prompt_id)
             if fate != group.fate:
@@ -161,10 +168,11 @@ class Rollback:
             return group.fate
         if followed:  # it expired under `requeue`, and its prompt was sampled again: one of the two can stand
             return None
-        if group.verdict != "kept":
-            stays = next_step == self.step + 1 and self._fits(group, next_step) and self._has_payload(group)
+        fits = self._fits(group, next_step)
+        if group.verdict != "kept" and (fits or group.state != "expired"):
+            stays = next_step == self.step + 1 and fits and self._has_payload(group)
             return _Fate("spare", None, "") if stays else _Fate("filtered", None, group.verdict)
-        if not self._fits(group, next_step):
+        if not fits:
             return None if self.config.on_stale == "requeue" else _Fate("expired", None, "stale")
         return _Fate("queued", None, "") if self._has_payload(group) else None
 

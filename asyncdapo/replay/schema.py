@@ -9,7 +9,7 @@ The tables hold the surviving history alone. What a rollback undoes is moved to 
 `undone_*`, with the branch that undid it as the last column.
 """
 
-LEDGER_SCHEMA = 2
+LEDGER_SCHEMA = 3
 """Goes up when a column changes its meaning or goes away."""
 
 HELD_STATES = ("queued", "spare", "cut")
@@ -88,6 +88,7 @@ CREATE TABLE batches (
     branch INTEGER NOT NULL,
     learner_version INTEGER NOT NULL,
     groups INTEGER NOT NULL,
+    copies TEXT NOT NULL,
     tokens INTEGER NOT NULL,
     staleness_max INTEGER NOT NULL,
     staleness_mean REAL NOT NULL,

@@ -34,6 +34,9 @@ from asyncdapo.replay.workers import FromWorker, Workers
 from asyncdapo.transport.keys import ServerKeys
 from asyncdapo.transport.sockets import Server
 
+MAX_RANKS = 1024
+"""Of a learner; a question that claims more is damaged."""
+
 log = logging.getLogger("replay")
 
 
@@ -179,7 +182,7 @@ class ReplayServer:
             "why_waiting": self._why_waiting(),
             "branch": self.branch,
             "filling_step": state.next_step,
-            "kept": state.num_kept(),
+            "ready": state.num_ready(),
             "first_lease_at_s": self._exchange.first_lease_at_s,
             "known_workers": {session.worker: self._describe(session) for session in self._sessions.known},
             "suspected_workers": self._sessions.suspected,
@@ -222,11 +225,16 @@ class ReplayServer:
     async def _serve_learner(self) -> None:
         while True:
             peer, message, _ = await self._learner_socket.receive()
-            if isinstance(message, CutWanted) and message.step <= self._exchange.state.next_step:
-                self._exchange.want_batch(peer, message.step)
+            if isinstance(message, CutWanted) and self._can_be(message):
+                self._exchange.want_batch(peer, message)
             else:
                 self._workers.dropped["malformed"] += 1
                 log.warning("on the learner's socket: %s", message)
+
+    def _can_be(self, wanted: CutWanted) -> bool:
+        """Whether a rank of a learner may ask this, or it is damaged."""
+        known, ranks = wanted.step <= self._exchange.state.next_step, wanted.num_ranks
+        return known and 0 <= wanted.rank < ranks <= MAX_RANKS and wanted.num_updates >= 1
 
     async def _send(self) -> None:
         while True:

@@ -6,15 +6,16 @@ state in which a former process or a rollback left the run.
 
     Ready, Loaded ──▶ lease ──▶ GroupDone ──▶ verdict ──▶ queue ──▶ cut ──▶ Trained ──▶ Published
                         ▲         filter.py     │                    │ sweep: what misses batch k + 1 is over
-                  admission.py             lifecycle.py           batch.py, staleness.py
+                  admission.py             lifecycle.py      held.py, batch.py, staleness.py
 
 Every event is taken in, and then the state goes as far as it can: cut the batch if it is due, lease while the rule
 admits, stop when the data is used up. Nothing polls. After every event hold
 
     exactly once   a prompt is in one state and ends once; a lease yields at most one group (`lifecycle.py`)
-    staleness      every queued group fits the next batch, so every member fits its batch (`staleness.py`)
+    staleness      every held group fits the next batch, so every member fits its batch (`staleness.py`)
     admission      no lease was granted against the rule or without a credit of its worker (`admission.py`, `leases.py`)
-    batch size     `prompts_per_step`, but for `filter.on_limit: partial | unfiltered` at the limit or the data's end
+    batch size     `prompts_per_step`, copies counted (`filter.mode: replace`), but for `filter.on_limit: partial |
+                   unfiltered` at the limit or the data's end
     no silence     an action is possible, or `why_waiting` (`waits.py`) names who is waited for
 
 `run_ahead: 0` runs the same code. Three things make it a barrier: leases go out in rising `prompt_id`, the cut waits
@@ -29,7 +30,7 @@ from __future__ import annotations
 import math
 
 from asyncdapo.replay.admission import Admission, PromptStream
-from asyncdapo.replay.batch import HeldGroup, cut, cut_at_barrier
+from asyncdapo.replay.batch import HeldGroup
 from asyncdapo.replay.config import FilterConfig, ReplayConfig
 from asyncdapo.replay.events import (
     Action,
@@ -52,6 +53,7 @@ from asyncdapo.replay.events import (
     WorkerLost,
 )
 from asyncdapo.replay.filter import GenBatches, KeepRate, judge
+from asyncdapo.replay.held import Held
 from asyncdapo.replay.leases import Leases
 from asyncdapo.replay.lifecycle import Lifecycle
 from asyncdapo.replay.recovery import Recovered
@@ -82,7 +84,7 @@ class ReplayState:
         self._do = self._actions.append
 
         self.bound = StalenessBound(config.staleness_bound)
-        self.keep_rate = KeepRate(size, was.verdicts)
+        self.keep_rate = KeepRate(size, () if filter.replaces else was.verdicts)
         self.gen_batches = GenBatches(filter.gen_batch_multiplier * size)
         self.gen_batches.recount(was.next_step, was.gen_batches, was.open_verdicts)
         limited = barrier and filter.max_gen_batches > 0
@@ -98,13 +100,13 @@ class ReplayState:
         self.leases = Leases(
             self.bound, do=self._do, workers=was.workers, running=was.leases, num_granted=was.num_leases
         )
-        self.queued, self.spare = list(was.queued), list(was.spare)
-        """Kept groups, of which the cut takes the first in queue order; and groups that the filter doesn't keep and
-        that may still become members or surplus of the next batch."""
+        self.held = Held(config, filter, was.queued, was.spare)
         self.untrained = dict(was.batches)
         """Members of each batch that is cut and not trained."""
+        self.copies = dict(was.copies)
+        """How many more times each of them stands in the batch, of batches that have copies."""
         self.in_training = dict(was.in_training)
-        """Number of groups of each batch that is cut and whose version is not published."""
+        """Number of groups of each batch, copies among them, that is cut and whose version is not published."""
 
         self.next_step, self.over = was.next_step, was.over
         """The train step whose batch is filled now; whether none is, for good."""
@@ -119,6 +121,7 @@ class ReplayState:
         if not self.over:
             self._cut_if_due()
         if not self.over:
+            self._drop_barren()
             self._grant_leases()
         return list(self._actions)
 
@@ -130,8 +133,8 @@ class ReplayState:
         """Numbers of the moment, in groups unless they say otherwise."""
         return {
             "in_training": sum(self.in_training.values()),
-            "queued": len(self.queued),
-            "spare": len(self.spare),
+            "queued": len(self.held.queued),
+            "spare": len(self.held.spare),
             "running": len(self.leases.running),
             "keep_rate": self.keep_rate.value,
             "workers": len(self.leases.workers),
@@ -165,6 +168,7 @@ class ReplayState:
                 assert event.step <= self.next_step, f"batch {event.step} wanted before batch {self.next_step}"
                 self.cut_wanted |= event.step == self.next_step
             case Trained():
+                self.copies.pop(event.step, None)
                 for group in self.untrained.pop(event.step):
                     self.prompts.move_both(group, "trained", step=event.step)
             case Published():
@@ -176,25 +180,18 @@ class ReplayState:
 
     # ------------------------------------------------------------------------------------------------------ leases
 
-    def num_kept(self) -> int:
-        """Kept groups that the next batch can count on.
-
-        At the barrier a group with a waiting prompt before it is not counted: the batch takes the first kept ones by
-        `prompt_id`, and that prompt (its lease was lost) may be one of them.
-        """
-        before = self.stream.next
-        if not self.config.synchronous or before is None:
-            return len(self.queued)
-        return sum(group.prompt_id < before for group in self.queued)
+    def num_ready(self) -> int:
+        """Groups that the next batch can count on."""
+        return self.held.num_ready(self.stream.next)
 
     def admits(self) -> bool:
         """Whether one more lease is admitted."""
         return self.admission.admits(
             in_training=sum(self.in_training.values()),
-            queued=self.num_kept(),
+            queued=self.num_ready(),
             running=len(self.leases.running),
             keep_rate=self.keep_rate.value,
-            verdicts=len(self.queued) + len(self.spare),
+            verdicts=len(self.held.queued) + len(self.held.spare),
         )
 
     def _grant_leases(self) -> None:
@@ -228,22 +225,13 @@ class ReplayState:
         if not self.bound.fits(group.min_version, self.next_step):
             self._expire_group(group)
             return
-        self._hold_or_filter(group)
-        self.keep_rate.count(group.verdict)
+        state = self.held.add(group)
+        self.prompts.move_both(group, state, reason=group.verdict if state == "filtered" else "")
+        if not self.filter.replaces:  # then every group has its place in a batch
+            self.keep_rate.count(group.verdict)
         self.gen_batches.count(self.next_step)
         if self.gen_batches.is_full:
             self._close_gen_batch()
-
-    def _hold_or_filter(self, group: HeldGroup) -> None:
-        fills = self.filter.max_gen_batches > 0 and self.filter.on_limit == "unfiltered"
-        if group.verdict == "kept":
-            self.queued.append(group)
-            self.prompts.move_both(group, "queued")
-        elif self.config.synchronous or (fills and group.verdict == "constant"):
-            self.spare.append(group)
-            self.prompts.move_both(group, "spare")
-        else:
-            self.prompts.move_both(group, "filtered", reason=group.verdict)
 
     def _expire_group(self, group: HeldGroup) -> None:
         self.prompts.move_group(group, "expired", reason="stale")
@@ -252,7 +240,7 @@ class ReplayState:
     def _close_gen_batch(self) -> None:
         """A generation batch is complete. Judge the step: is it short and out of generation batches?"""
         step, number = self.gen_batches.close()
-        short = not self.over and self.num_kept() < self.config.prompts_per_step
+        short = not self.over and self.num_ready() < self.config.prompts_per_step
         reached = short and self._out_of_gen_batches()
         self._do(GenBatchClosed(step=step, number=number, limit_reached=reached))
         self.limit_reached |= reached
@@ -273,7 +261,7 @@ class ReplayState:
 
     def _cut_is_due(self) -> bool:
         """When the learner wants the batch and it is full; at the limit at once, whatever it has."""
-        return self.limit_reached or (self.cut_wanted and self.num_kept() >= self.config.prompts_per_step)
+        return self.limit_reached or (self.cut_wanted and self.num_ready() >= self.config.prompts_per_step)
 
     def _leases_before_cut(self) -> bool:
         """Whether a due cut is held back: at the barrier by every lease, under `on_stale: wait` by those that it would
@@ -284,24 +272,31 @@ class ReplayState:
 
     def _cut(self, *, last: bool = False) -> None:
         """Cut the next batch. `last`: no other follows, so nothing goes back to the stream."""
-        rule = cut_at_barrier if self.config.synchronous and not last else cut
-        fill = self.limit_reached and self.filter.on_limit == "unfiltered"
-        chosen = rule(self.queued, self.spare, self.config.prompts_per_step, fill=fill)
+        chosen = self.held.cut(self.next_step, self.stream.next, at_limit=self.limit_reached, last=last)
         if not chosen.members:
             self._stop_at_limit()
             return
         step, members = self.next_step, chosen.members
         staleness = tuple(self.bound.check(step, group.min_version, group.group_id) for group in members)
-        self._do(CutBatch(step=step, group_ids=tuple(group.group_id for group in members), staleness=staleness))
+        group_ids = tuple(group.group_id for group in members)
+        self._do(CutBatch(step=step, group_ids=group_ids, copies=chosen.copies, staleness=staleness))
         for group in members:
             self.prompts.move_both(group, "cut", step=step)
-        for group in chosen.filtered:
-            self.prompts.move_both(group, "filtered", reason=group.verdict)
+        self._filter(chosen.filtered)
         for group in chosen.surplus:
             self.prompts.give_back(group, "behind the last member")
-        self.untrained[step], self.in_training[step] = members, len(members)
-        self.queued, self.spare = chosen.queued, []
+        self.untrained[step], self.in_training[step] = members, len(members) + sum(chosen.copies)
+        if chosen.copies:
+            self.copies[step] = chosen.copies
         self._begin_step(step + 1)
+
+    def _filter(self, groups: list[HeldGroup]) -> None:
+        for group in groups:
+            self.prompts.move_both(group, "filtered", reason=group.verdict)
+
+    def _drop_barren(self) -> None:
+        """Under `replace`: a batch's worth of groups of which none is kept has nothing to copy."""
+        self._filter(self.held.take_barren(self.stream.next))
 
     def _begin_step(self, step: int) -> None:
         """Fill the batch of `step` from now on, without what would miss the bound in it."""
@@ -313,24 +308,22 @@ class ReplayState:
         for lease in self.leases.overdue(step):
             self.leases.end(lease, "withdrawn", "stale")
             self.prompts.expire(lease.prompt_id, "stale")
-        stale = [group for group in self.queued if not self.bound.fits(group.min_version, step)]
-        self.queued = [group for group in self.queued if self.bound.fits(group.min_version, step)]
-        for group in stale:
+        for group in self.held.take_stale(self.bound, step):
             self._expire_group(group)
 
     # --------------------------------------------------------------------------------------------------------- end
 
     def _finish_data(self) -> None:
         """Nothing waits, nothing runs, and the batch isn't full: a last short one, or the end of the run."""
-        if self.filter.on_limit == "partial" and self.queued:
+        if self.filter.on_limit == "partial" and self.held.queued:
             self._cut(last=True)
         elif not self.untrained:
-            self._stop(f"the data is used up: {len(self.queued)} kept groups are left", error=False)
+            self._stop(f"the data is used up: {len(self.held.queued)} kept groups are left", error=False)
 
     def _stop_at_limit(self) -> None:
-        limit, size = self.filter.max_gen_batches, self.config.prompts_per_step
+        limit, size, num_ready = self.filter.max_gen_batches, self.config.prompts_per_step, self.num_ready()
         self._stop(
-            f"filter.max_gen_batches: {limit} generation batches gave {self.num_kept()} of the {size} groups that step "
+            f"filter.max_gen_batches: {limit} generation batches gave {num_ready} of the {size} groups that step "
             f"{self.next_step} needs (easier or harder prompts, a higher limit, or filter.on_limit)",
             error=True,
         )
@@ -344,9 +337,9 @@ class ReplayState:
         self.over = True
         for lease in list(self.leases.running.values()):
             self.leases.end(lease, "withdrawn", "run ended")
-        for step, groups in [(None, self.queued), (None, self.spare), *self.untrained.items()]:
+        for step, groups in [(None, self.held.take_all()), *self.untrained.items()]:
             for group in groups:
                 self.prompts.move_group(group, "surplus", step=step, reason="run ended")
         for prompt_id in self.prompts.unended:
             self.prompts.move(prompt_id, "unused", reason="run ended")
-        self.queued, self.spare, self.untrained = [], [], {}
+        self.untrained, self.copies = {}, {}

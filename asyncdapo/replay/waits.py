@@ -26,7 +26,7 @@ def name_the_wait(state: ReplayState) -> str:
         return _name_training(state) if state.in_training else f"learner: has not asked for batch {state.next_step}"
     leases, size = state.leases, state.config.prompts_per_step
     if leases.running:
-        return f"rollout: {len(leases.running)} running, {state.num_kept()} of {size} kept"
+        return f"rollout: {len(leases.running)} running, {state.num_ready()} of {size} ready"
     oldest = state.bound.oldest_version(state.next_step)
     if state.in_training and (oldest in state.in_training or state.stream.next is None or not state.admits()):
         return _name_training(state)
@@ -34,7 +34,7 @@ def name_the_wait(state: ReplayState) -> str:
         return "no live worker"
     if all(worker.loaded_version < oldest for worker in leases.workers.values()):
         return f"weights: no worker has loaded version {oldest}, the oldest that fits batch {state.next_step}"
-    return f"rollout: no free slot, {state.num_kept()} of {size} kept"
+    return f"rollout: no free slot, {state.num_ready()} of {size} ready"
 
 
 def _name_training(state: ReplayState) -> str:

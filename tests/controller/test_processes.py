@@ -87,23 +87,26 @@ def test_what_finds_no_room_says_what_was_asked_and_what_there_is(process: Proce
 
 
 @pytest.mark.parametrize(
-    ("learner", "rollout", "num_workers", "num_gpus", "shares"),
+    ("learner", "num_ranks", "rollout", "num_workers", "num_gpus", "shares"),
     [
-        ("auto", "auto", 1, 0, [0.0, 0.0]),
-        ("auto", "auto", 1, 2, [1.0, 1.0]),
-        ("auto", "auto", 3, 8, [1.0] * 4),
-        ("auto", "auto", 3, 1, [0.25] * 4),
-        ("auto", "auto", 2, 2, [0.5] * 3),
-        ("cpu", "auto", 1, 1, [0.0, 1.0]),
-        ("cpu", "cpu", 1, 8, [0.0, 0.0]),
+        ("auto", 1, "auto", 1, 0, [0.0, 0.0]),
+        ("auto", 1, "auto", 1, 2, [1.0, 1.0]),
+        ("auto", 1, "auto", 3, 8, [1.0] * 4),
+        ("auto", 1, "auto", 3, 1, [0.25] * 4),
+        ("auto", 1, "auto", 2, 2, [0.5] * 3),
+        ("auto", 4, "auto", 3, 8, [1.0] * 7),
+        ("auto", 4, "auto", 4, 4, [0.5] * 8),
+        ("cpu", 1, "auto", 1, 1, [0.0, 1.0]),
+        ("cpu", 2, "auto", 1, 1, [0.0, 0.0, 1.0]),
+        ("cpu", 1, "cpu", 1, 8, [0.0, 0.0]),
     ],
 )
 def test_gpus_are_whole_where_there_are_enough_and_shared_in_parts_of_one_where_not(
-    learner: str, rollout: str, num_workers: int, num_gpus: int, shares: list[float]
+    learner: str, num_ranks: int, rollout: str, num_workers: int, num_gpus: int, shares: list[float]
 ) -> None:
     config = dataclasses.replace(
         CONFIG,
-        learner=LearnerConfig(device=learner),
+        learner=LearnerConfig(device=learner, ranks=num_ranks),
         rollout=RolloutConfig(device=rollout, num_workers=num_workers),
     )
     assert gpu_shares(config, num_gpus) == shares

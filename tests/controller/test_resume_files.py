@@ -43,8 +43,8 @@ def train(run_dir: Path, *steps: int, branch: int = 0, ended: bool = False) -> N
     with sqlite3.connect(run_dir / "ledger.db") as ledger:
         for step in steps:
             summary = json.dumps({"learner/loss": 0.125 * step, "learner/k3": math.nan, "learner/train_s": 0.5})
-            row = (step, branch, step - 1, 16, 4000, 1, 0.5, -0.25, summary, 10 * step, 1000.0 + 2 * step)
-            ledger.execute("INSERT INTO batches VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
+            row = (step, branch, step - 1, 16, "{}", 4000, 1, 0.5, -0.25, summary, 10 * step, 1000.0 + 2 * step)
+            ledger.execute("INSERT INTO batches VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
         if ended:
             ledger.execute("INSERT INTO events (kind, branch, detail, pos, at_s) VALUES ('run_ended', 0, '', 9999, 0)")
     ledger.close()
@@ -300,7 +300,9 @@ def test_a_line_that_was_never_written_is_made_from_the_ledger(config: Config, r
         "learner/loss": 0.375,
         "learner/train_s": 0.5,
         "reward/filtered_mean": -0.25,
+        "replay/train_steps": 3,
         "replay/trained_groups": 16,
+        "replay/copies": 0,
         "replay/staleness_max": 1,
         "replay/staleness_mean": 0.5,
     }
@@ -329,7 +331,7 @@ import os, signal, sqlite3
 from asyncdapo.replay.journal import Journal
 Journal(__import__("pathlib").Path({str(run_dir)!r})).close()
 ledger = sqlite3.connect({str(run_dir / "ledger.db")!r}, isolation_level=None)
-ledger.execute("INSERT INTO batches VALUES (1, 0, 0, 16, 4000, 0, 0.0, 0.0, '{{}}', 10, 1.0)")
+ledger.execute("INSERT INTO batches VALUES (1, 0, 0, 16, '{{}}', 4000, 0, 0.0, 0.0, '{{}}', 10, 1.0)")
 os.kill(os.getpid(), signal.SIGKILL)
 """
     subprocess.run([sys.executable, "-c", code], check=False)

@@ -33,6 +33,7 @@ def write_former(run_dir: Path, *entries: Entry) -> None:
 def test_the_file_lists_every_process_by_role_and_index(tmp_path: Path) -> None:
     entries = Roster(tmp_path)
     entries.set("rollout-1", [entry("rollout", 1), entry("scorer", 1)])
+    entries.set("learner-1", [entry("learner", 1)])
     entries.set("learner", [entry("learner")])
     entries.set("rollout-0", [entry("rollout", 0), entry("scorer", 0)])
     entries.set("controller", [this_process("controller")])
@@ -40,7 +41,9 @@ def test_the_file_lists_every_process_by_role_and_index(tmp_path: Path) -> None:
     written = json.loads((tmp_path / "processes.json").read_text())
     assert [(one["role"], one["index"]) for one in written] == [
         ("controller", 0), ("rollout", 0), ("rollout", 1), ("scorer", 0), ("scorer", 1), ("learner", 0),
+        ("learner", 1),
     ]  # fmt: skip
+    assert [one.name for one in entries.entries()[-2:]] == ["learner", "learner-1"]
     assert all(one.keys() == {"role", "index", "pid", "host", "started"} for one in written)
     assert (written[0]["pid"], written[0]["host"]) == (os.getpid(), socket.gethostname())
     assert roster.read(tmp_path) == entries.entries()

@@ -126,6 +126,18 @@ def test_a_role_stands_for_all_its_processes_in_the_order_of_their_numbers() -> 
     assert processes_in(chain(waits, "replay")) == ["replay", "rollout-0", "rollout-9", "rollout-10"]
 
 
+def test_the_learner_stands_for_all_its_ranks_the_first_of_which_has_its_name() -> None:
+    waits = {
+        "controller": [wait("controller", "learner")],
+        "learner": [wait("learner", NOBODY, what="trains step 5")],
+        "learner-1": None,
+    }
+    assert render(chain(waits, "controller")).splitlines()[1:] == [
+        "learner: trains step 5",
+        "learner-1: does not answer",
+    ]
+
+
 def test_a_process_that_doesnt_answer_or_doesnt_exist_is_a_root_that_is_named() -> None:
     waits = {"controller": [wait("controller", "learner"), wait("controller", "replay")], "learner": None}
     assert render(chain(waits, "controller")).splitlines()[1::2] == [

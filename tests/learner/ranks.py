@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import signal
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -67,7 +68,7 @@ class RankProcess:
 
     def result(self) -> Any:
         """What the work returned, or the RunError that it raised. Raises EOFError when the process died."""
-        return self._pipe.recv()
+        return pickle.loads(self._pipe.recv_bytes())
 
     def stop(self) -> None:
         self.process.kill()
@@ -111,9 +112,10 @@ def _serve(pipe: Connection, rank: int, num_ranks: int, work: Callable[..., Any]
         group = GradientGroup.join(pipe.recv(), rank, num_ranks, "gloo", JOIN_TIMEOUT_S)
     else:
         group = GradientGroup.create_master("127.0.0.1", num_ranks, "gloo", JOIN_TIMEOUT_S)
-        pipe.send(group.address)
+        pipe.send_bytes(pickle.dumps(group.address))
         group.connect()
     try:
-        pipe.send(work(_joined(group), *args))
+        outcome = work(_joined(group), *args)
     except RunError as error:
-        pipe.send(error)
+        outcome = error
+    pipe.send_bytes(pickle.dumps(outcome))  # a pipe's own way leaves tensors in memory that ends with this process

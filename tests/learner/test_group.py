@@ -167,3 +167,19 @@ def test_a_rank_sums_only_through_a_group_of_its_place() -> None:
     host.close()
     with pytest.raises(ValueError, match="rank 2 is none of 2"):
         Ranks(2, 2)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_gradients_on_a_gpu_are_summed_through_host_memory_where_ranks_share_it() -> None:
+    def work(ranks: Ranks) -> list[torch.Tensor]:
+        parameters = [torch.nn.Parameter(torch.zeros(shape, device="cuda")) for shape in SHAPES]
+        for parameter, gradient in zip(parameters, gradients_of(ranks.rank), strict=True):
+            parameter.grad = gradient.to("cuda")
+        ranks.sum_gradients(parameters)
+        assert ranks.sum(torch.ones(2, device="cuda")).tolist() == [2.0, 2.0]
+        return [parameter.grad for parameter in parameters]
+
+    wanted = [sum(parts) for parts in zip(*map(gradients_of, range(2)), strict=True)]
+    for gradients in in_threads(2, work):
+        for got, want in zip(gradients, wanted, strict=True):
+            torch.testing.assert_close(got.cpu(), want, rtol=1e-6, atol=1e-6)

@@ -47,6 +47,8 @@ class Account:
         self.config, self.filter = config, filter
         self.size = config.prompts_per_step
         self.barrier = config.run_ahead == 0
+        self.replaces = filter.enabled and filter.mode == "replace"
+        self.limited = filter.max_gen_batches > 0
         self.bound = 0 if self.barrier else config.max_staleness
         self.max_attempts, self.num_prompts = max_attempts, num_prompts
 
@@ -67,6 +69,8 @@ class Account:
 
         self.num_cut = 0
         self.batches: dict[int, list[int]] = {}
+        self.copies: dict[int, tuple[int, ...]] = {}
+        """Of the batches that have some: how many more times each member stands in it."""
         self.trained: set[int] = set()
         self.published = 0
         self.wanted = 0
@@ -99,17 +103,40 @@ class Account:
             candidates.append((self.num_fresh, self.num_fresh))
         return min(candidates)[1] if candidates else None
 
+    def in_queue_order(self, group_ids: list[int]) -> list[int]:
+        return sorted(group_ids, key=lambda i: (self.groups[i].min_version, self.groups[i].prompt_id))
+
+    def barren(self) -> list[int]:
+        """Under `replace` groups at the head of the queue, as many as make a batch or several, of which none is
+        kept."""
+        held, barren = self._ahead(), []
+        while len(held) >= self.size and not any(self.groups[i].verdict == "kept" for i in held[: self.size]):
+            barren, held = barren + held[: self.size], held[self.size :]
+        return barren
+
+    def ready(self) -> list[int]:
+        """Groups that the next batch can count on, in queue order: kept ones, under `replace` all but barren ones."""
+        return self._ahead()[len(self.barren()) :] if self.replaces else self._ahead()
+
     def num_ready(self) -> int:
-        """Kept groups of the next batch; at the barrier only those before the next prompt of the stream."""
-        queued, before = self.in_state("queued"), self.next_prompt()
+        return len(self.ready())
+
+    def _ahead(self) -> list[int]:
+        """At the barrier only groups before the next prompt of the stream."""
+        held, before = self.in_state("queued") + self.replaces * self.in_state("spare"), self.next_prompt()
         if self.barrier and before is not None:
-            queued = [group_id for group_id in queued if self.groups[group_id].prompt_id < before]
-        return len(queued)
+            held = [group_id for group_id in held if self.groups[group_id].prompt_id < before]
+        return self.in_queue_order(held)
 
     def in_training(self) -> int:
-        return sum(len(members) for step, members in self.batches.items() if step > self.published)
+        return sum(len(self.batches[step]) + sum(self.copies.get(step, ())) for step in self.unpublished())
+
+    def unpublished(self) -> list[int]:
+        return [step for step in self.batches if step > self.published]
 
     def keep_rate(self) -> float:
+        if self.replaces:
+            return 1.0
         latest = self.verdicts[-4 * self.size :]
         kept = [group_id for group_id in latest if self.groups[group_id].verdict == "kept"]
         return max(0.1, (4 + len(kept)) / (4 + len(latest)))
@@ -118,7 +145,7 @@ class Account:
         ahead = self.in_training() + self.num_ready() + self.keep_rate() * len(self.leases)
         verdicts = len(self.in_state("queued")) + len(self.in_state("spare"))
         limit = self.filter.max_gen_batches * self.filter.gen_batch_multiplier * self.size
-        if self.barrier and limit and verdicts + len(self.leases) >= limit:
+        if self.barrier and self.limited and verdicts + len(self.leases) >= limit:
             return False
         return ahead < (self.config.run_ahead + 1) * self.size
 

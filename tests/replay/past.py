@@ -57,6 +57,7 @@ class TruthWithPast(Truth):
         self.leases, self.loaded, self.credits = {}, {}, {}
         self.num_cut, self.published, self.wanted, self.over = step + was_cut, step, 0, False
         self.batches = {k: members for k, members in self.batches.items() if k <= step + was_cut}
+        self.copies = {k: copies for k, copies in self.copies.items() if k <= step + was_cut}
         self.trained = set(range(1, step + 1))
         self._settle_groups(step, mark, was_cut)
         for prompt_id in self.prompts:
@@ -102,7 +103,8 @@ class TruthWithPast(Truth):
 
     def _held_again(self, group: TrueGroup, was_cut: bool) -> str:
         fits = self.fits(group.min_version, self.next_step)
-        if group.verdict != "kept":
+        had_expired = group.state == "expired" and not fits
+        if group.verdict != "kept" and not had_expired:
             return "spare" if fits and not was_cut else "filtered"
         if fits:
             return "queued"

@@ -27,9 +27,10 @@ def snapshot(state: ReplayState) -> dict[str, object]:
     """All that a state remembers, but for what its peers tell it again: credits and the wish for a batch."""
     gen_batches = state.gen_batches
     return {
-        "queued": sorted(state.queued),
-        "spare": sorted(state.spare),
+        "queued": sorted(state.held.queued),
+        "spare": sorted(state.held.spare),
         "untrained": state.untrained,
+        "copies": state.copies,
         "in_training": state.in_training,
         "next_step": state.next_step,
         "over": state.over,
@@ -165,7 +166,9 @@ class Restarts(Simulation):
             assert {group.group_id for group in state[held]} == set(truth.in_state(held)), held
         members = {step: set(ids) for step, ids in truth.batches.items() if step not in truth.trained}
         assert {step: {group.group_id for group in ids} for step, ids in state["untrained"].items()} == members
-        assert state["in_training"] == {step: len(ids) for step, ids in members.items()}
+        copies = {step: truth.copies[step] for step in members if step in truth.copies}
+        assert state["copies"] == copies
+        assert state["in_training"] == {step: len(ids) + sum(copies.get(step, ())) for step, ids in members.items()}
         assert not state["running"]
         assert not state["loaded"]
         assert state["num_granted"] == max(truth.ended_leases, default=0)
@@ -185,6 +188,7 @@ class Restarts(Simulation):
             "batch_max": size,
             "group_size": 1,
             "max_attempts": self.world.max_attempts,
+            "replaces": self.truth.replaces,
             "finished": 0,
         }
         with closing(open_ledger(self.run_dir)) as ledger:

@@ -211,8 +211,8 @@ class FakeLearner:
     def __init__(self, server, name=b"learner"):
         self.client = Client(server.learner_address, Batch | NoBatch, name)
 
-    async def want(self, step):
-        await self.client.send(CutWanted(step=step))
+    async def want(self, step, **question):
+        await self.client.send(CutWanted(step=step, **question))
 
     async def receive(self):
         return await self.client.receive()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from asyncdapo.messages import Completion, Group, Hello, Lease, Payload, Prompt
+from asyncdapo.messages import Completion, CutWanted, Group, Hello, Lease, Payload, Prompt
 from asyncdapo.replay import events as core
 from asyncdapo.replay.config import FilterConfig, ReplayConfig
 from asyncdapo.replay.exchange import Exchange
@@ -25,7 +25,7 @@ CONFIG = """
 replay: {prompts_per_step: 2, run_ahead: 1.0, max_staleness: 1}
 rollout: {group_size: 2}
 prompts: {max_attempts: 3}
-filter: {on_limit: raise}
+filter: {mode: MODE, on_limit: raise}
 """
 
 
@@ -40,19 +40,23 @@ def prompt_at(prompt_id):
     )
 
 
-def make_group(lease: Lease, *, worker=0, accs=(1.0, 0.0), versions=((0, 4),)) -> tuple[Group, Payload]:
-    """A sound answer to a lease: each completion has these versions, its reward is ±1."""
+def make_group(
+    lease: Lease, *, worker=0, accs=(1.0, 0.0), versions=((0, 4),), finish="stop", **own
+) -> tuple[Group, Payload]:
+    """A sound answer to a lease: each completion has these versions, its reward is ±1. `own`: further metrics, a number
+    for each completion."""
     num_tokens = sum(count for _, count in versions)
     completions = [
         Completion(
             num_tokens=num_tokens,
-            finish_reason="stop",
+            finish_reason=finish,
             versions=[tuple(run) for run in versions],
             loss_mask=[(1, num_tokens)],
             reward=2 * acc - 1,
-            metrics={"acc": acc, "score": 2 * acc - 1, "seq_reward": 2 * acc - 1},
+            metrics={"acc": acc, "score": 2 * acc - 1, "seq_reward": 2 * acc - 1}
+            | {name: numbers[index] for name, numbers in own.items()},
         )
-        for acc in accs
+        for index, acc in enumerate(accs)
     ]
     group = Group(
         prompt_id=lease.prompt.prompt_id,
@@ -140,7 +144,7 @@ class SmallRun:
     def fill(self, worker, **group):
         """Answer the worker's leases, oldest first, until a batch is full."""
         self.ready(worker, 4)
-        while self.state.num_kept() < 2:
+        while self.state.num_ready() < 2:
             self.answer(self.running(worker)[0], **group)
             self.ready(worker, 4)
 
@@ -149,7 +153,7 @@ class SmallRun:
         return sorted(lease_id for lease_id, lease in self.sessions.leases.items() if lease.worker == worker)
 
     def train(self, step):
-        self.exchange.want_batch(b"learner", step)
+        self.exchange.want_batch(b"learner", CutWanted(step=step))
         metrics = self.exchange.trained(step, {"learner/loss": 0.25})
         self.exchange.apply(core.Published(version=step))
         for worker in self.state.leases.workers:
@@ -158,8 +162,8 @@ class SmallRun:
         self.lines.append({"step": step, **metrics})
 
 
-def write_files(run_dir: Path, lines):
-    (run_dir / "config.yaml").write_text(CONFIG)
+def write_files(run_dir: Path, lines, *, mode="filter"):
+    (run_dir / "config.yaml").write_text(CONFIG.replace("MODE", mode))
     records = [{"step": 0, "eval/accuracy": 0.4}, *lines]
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
 
@@ -211,8 +215,27 @@ def resumed_run(run_dir: Path) -> Path:
     return end(run, run_dir)
 
 
-def end(run: SmallRun, run_dir: Path) -> Path:
+def replaced_run(run_dir: Path) -> Path:
+    """Three steps under `filter.mode: replace`: a batch of two kept groups, one of a kept group and its copy; then back
+    to step 1, where the second is restored, and a third of a kept group and its copy."""
+    run = SmallRun(run_dir, filter=FilterConfig(mode="replace"))
+    run.join(0)
+    run.fill(0)
+    run.train(1)
+    for step in (2, 3):
+        run.ready(0, 4)
+        kept, solved = run.running(0)[:2]
+        run.answer(solved, accs=(1.0, 1.0), versions=((step - 1, 4),))
+        run.answer(kept, versions=((step - 1, 4),))
+        run.train(step)
+        if step == 2:
+            run.roll_back(1)
+            run.train(2)
+    return end(run, run_dir, mode="replace")
+
+
+def end(run: SmallRun, run_dir: Path, *, mode="filter") -> Path:
     run.exchange.apply(core.RunEnded())
     run.journal.close()
-    write_files(run_dir, run.lines)
+    write_files(run_dir, run.lines, mode=mode)
     return run_dir

@@ -85,7 +85,7 @@ def test_a_worker_is_granted_no_more_than_its_credits() -> None:
     assert scenario.state.why_waiting() == "learner: has not asked for batch 1"
     scenario.tell(core.CutWanted(step=1))
     scenario.finish(0, 1, 2)
-    assert scenario.state.why_waiting() == "rollout: no free slot, 3 of 8 kept"
+    assert scenario.state.why_waiting() == "rollout: no free slot, 3 of 8 ready"
 
 
 def test_leases_are_spread_over_the_workers_with_most_room() -> None:

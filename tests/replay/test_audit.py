@@ -8,7 +8,7 @@ import pytest
 
 from asyncdapo.replay.audit import audit, run_audit
 from asyncdapo.replay.invariants import INVARIANTS
-from tests.replay.small_run import SmallRun, finished_run, resumed_run, write_files
+from tests.replay.small_run import SmallRun, finished_run, replaced_run, resumed_run, write_files
 
 TRAINED = "(SELECT MIN(group_id) FROM groups WHERE state = 'trained')"
 TRAINED_LAST = "(SELECT MAX(group_id) FROM groups WHERE state = 'trained')"
@@ -68,7 +68,12 @@ PLANTS = {
     "there is a batch": "DELETE FROM batches",
     "batches are steps 1, 2, 3, … without a gap": "DELETE FROM batches WHERE step = 2",
     "batch k is trained on the weights of version k - 1": "UPDATE batches SET learner_version = 2 WHERE step = 2",
-    "a batch has prompts_per_step groups": "UPDATE batches SET groups = 1 WHERE step = 2",
+    "a batch has prompts_per_step groups, copies counted": "UPDATE batches SET groups = 1 WHERE step = 2",
+    "copies are of the batch's own groups": """UPDATE batches SET copies = '{"777": 1}' WHERE step = 2""",
+    "there are copies under filter.mode: replace only, and they fill the batch": (
+        f"UPDATE batches SET copies = json_object({TRAINED} || '', 1) WHERE step = 1"
+    ),
+    "a batch has as many copies as were cut": "UPDATE events SET number = 1 WHERE kind = 'cut' AND step = 2",
     "a batch's counts are those of its trained groups": "UPDATE batches SET tokens = tokens + 1 WHERE step = 2",
     "a batch's staleness is that of its trained groups": "UPDATE batches SET staleness_max = 0 WHERE step = 2",
     "a waiting prompt has its place in the stream, any other none": (
@@ -141,6 +146,39 @@ def test_a_run_of_several_branches_is_sound(tmp_path, capsys):
     assert audit(tmp_path) == []
     assert run_audit(tmp_path) == 0
     assert "rollbacks 3, the last to step 1, 2, 2 · undone: " in capsys.readouterr().out
+
+
+def test_a_run_with_copies_is_sound(tmp_path, capsys):
+    replaced_run(tmp_path)
+    with sqlite3.connect(tmp_path / "ledger.db") as ledger:
+        batches = ledger.execute("SELECT groups, copies FROM batches").fetchall()
+        [(second,), (third,)] = ledger.execute("SELECT group_id FROM groups WHERE state = 'trained' AND step > 1")
+    assert batches == [(2, "{}"), (1, json.dumps({str(second): 1})), (1, json.dumps({str(third): 1}))]
+    assert audit(tmp_path) == []
+    assert run_audit(tmp_path) == 0
+    assert "3 of 4 groups and 2 copies, 32 tokens" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("statement", "invariant"),
+    [
+        ("UPDATE batches SET copies = '{}' WHERE step = 2", "a batch has prompts_per_step groups, copies counted"),
+        ("UPDATE batches SET copies = '{}' WHERE step = 2", "a batch has as many copies as were cut"),
+        (f"UPDATE batches SET copies = json_object({TRAINED} || '', 1) WHERE step = 2", "the batch's own groups"),
+        (f"UPDATE batches SET copies = json_object({TRAINED_LAST} || '', 0) WHERE step = 3", "the batch's own groups"),
+        (f"UPDATE batches SET copies = json_object({TRAINED_LAST} || '', 2) WHERE step = 3", "they fill the batch"),
+    ],
+)
+def test_copies_that_are_not_what_was_cut_are_named(tmp_path, statement, invariant):
+    plant(replaced_run(tmp_path), statement)
+    assert named(tmp_path, invariant)
+
+
+def test_copies_in_a_run_that_filters_are_named(tmp_path):
+    replaced_run(tmp_path)
+    config = tmp_path / "config.yaml"
+    config.write_text(config.read_text().replace("mode: replace", "mode: filter"))
+    assert named(tmp_path, "there are copies under filter.mode: replace only")
 
 
 def test_a_run_that_was_killed_after_a_rollback_is_sound(tmp_path):
@@ -224,12 +262,12 @@ def test_a_repeated_metrics_line_is_named(run_dir):
     assert named(run_dir, "metrics.jsonl has one line for each batch")
 
 
-@pytest.mark.parametrize("key", ["replay/trained_groups", "replay/staleness_max"])
+@pytest.mark.parametrize("key", ["replay/trained_groups", "replay/copies", "replay/staleness_max"])
 def test_a_count_in_metrics_that_differs_from_the_batches_is_named(run_dir, key):
     lines = metrics(run_dir)
     lines[2][key] += 1
     rewrite_metrics(run_dir, lines)
-    assert named(run_dir, f"{key} is what batches.")
+    assert named(run_dir, f"{key} is what ")
 
 
 @pytest.mark.parametrize("file", ["ledger.db", "metrics.jsonl", "config.yaml"])

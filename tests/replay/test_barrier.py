@@ -1,8 +1,8 @@
 """`run_ahead: 0`: the same code is a barrier, with staleness 0 and batches that the order of arrival can't change.
 
 The reference is a few lines: walk the stream in order, take the first B kept prompts, begin the next step right behind
-the last of them. A verdict depends on the prompt and the weights, so a prompt that went back to the stream and was
-sampled again shows.
+the last of them (`mode: replace`: the first B prompts, if one of them is kept). A verdict depends on the prompt and the
+weights, so a prompt that went back to the stream and was sampled again shows.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asyncdapo.replay import events as core
+from asyncdapo.replay.batch import draw_copies
 from asyncdapo.replay.config import FilterConfig, ReplayConfig
 from tests.replay.scenario import Scenario, grants_of, group_done, moves_of, stop_of
 
@@ -26,6 +27,29 @@ def verdict_of(seed: int, prompt_id: int, version: int) -> str:
 
 def reference(seed: int, size: int, filter: FilterConfig) -> list[list[int]]:
     """Members of each batch, without leases, workers or time."""
+    return (replaced if filter.replaces else filtered)(seed, size, filter)
+
+
+def replaced(seed: int, size: int, filter: FilterConfig) -> list[list[int]]:
+    batches, first = [], 0
+    limit = filter.max_gen_batches * filter.gen_batch_multiplier * size
+    for step in range(1, NUM_STEPS + 1):
+        verdicts: dict[int, str] = {}
+        while "kept" not in verdicts.values() and not (limit and len(verdicts) == limit):
+            begin = first + len(verdicts)
+            verdicts |= {p: verdict_of(seed, p, step - 1) for p in range(begin, begin + size)}
+        members, first_after = [p for p in verdicts if verdicts[p] == "kept"], first + len(verdicts)
+        if not members and filter.on_limit == "unfiltered":
+            members = [p for p in verdicts if verdicts[p] == "constant"][:size]
+            first_after = 1 + max(members, default=0)
+        if not members:
+            break
+        batches.append(members)
+        first = first_after
+    return batches
+
+
+def filtered(seed: int, size: int, filter: FilterConfig) -> list[list[int]]:
     batches, first = [], 0
     for step in range(1, NUM_STEPS + 1):
         kept, constant, prompt_id = [], [], first
@@ -94,10 +118,13 @@ FILTERS = [
     FilterConfig(max_gen_batches=2, on_limit="partial"),
     FilterConfig(max_gen_batches=2, on_limit="unfiltered"),
     FilterConfig(max_gen_batches=1, gen_batch_multiplier=2, on_limit="unfiltered"),
+    FilterConfig(mode="replace"),
+    FilterConfig(mode="replace", max_gen_batches=2, on_limit="partial"),
+    FilterConfig(mode="replace", max_gen_batches=1, gen_batch_multiplier=2, on_limit="unfiltered"),
 ]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     size=st.integers(1, 5),
     filter=st.sampled_from(FILTERS),
@@ -113,6 +140,10 @@ def test_membership_depends_neither_on_arrival_nor_on_the_workers(
     assert len(batches) == NUM_STEPS or stop_of(workers.scenario.actions).error
     cuts = [action for action in workers.scenario.actions if isinstance(action, core.CutBatch)]
     assert {age for cut in cuts for age in cut.staleness} <= {0}
+    for cut in cuts:
+        members = batches[cut.step - 1]
+        replaced = filter.replaces and verdict_of(verdict_seed, members[0], cut.step - 1) == "kept"
+        assert cut.copies == draw_copies(cut.step, members, size - len(members) if replaced else 0)
     limit = filter.max_gen_batches * filter.gen_batch_multiplier
     closed = [action for action in workers.scenario.actions if isinstance(action, core.GenBatchClosed)]
     assert not limit or all(action.number <= filter.max_gen_batches for action in closed)

@@ -1,6 +1,9 @@
 """The exchange without sockets: commit before send, batches, and what the accounts say."""
 
-from asyncdapo.messages import Ack, Batch, Heartbeat, Lease, Progress
+import pytest
+
+from asyncdapo.errors import ConfigError
+from asyncdapo.messages import Ack, Batch, CutWanted, Heartbeat, Lease, Progress
 from asyncdapo.replay import events as core
 from asyncdapo.replay.accounts import TOKEN_ENDS
 from asyncdapo.replay.config import FilterConfig
@@ -44,7 +47,7 @@ def test_nothing_is_sent_before_its_event_is_committed(tmp_path):
 
     run.answer(leases[1].lease_id)
     outgoing(run)
-    run.exchange.want_batch(b"learner", 1)
+    run.exchange.want_batch(b"learner", CutWanted(step=1))
     assert run.journal.sent_before_commit == 0
     assert [type(message) for message in outgoing(run)] == [Batch]
 
@@ -54,7 +57,7 @@ def test_a_batch_that_is_trained_is_forgotten(tmp_path):
     run.join(0)
     run.fill(0)
     run.train(1)
-    run.exchange.want_batch(b"learner", 1)
+    run.exchange.want_batch(b"learner", CutWanted(step=1))
     assert outgoing(run) == []
 
 
@@ -62,7 +65,7 @@ def test_a_batch_cut_at_the_limit_is_sent_when_it_is_wanted_and_not_before(tmp_p
     run = SmallRun(tmp_path, filter=FilterConfig(max_gen_batches=1, on_limit="partial"))
     run.join(0)
     run.fill(0)
-    run.exchange.want_batch(b"learner", 1)
+    run.exchange.want_batch(b"learner", CutWanted(step=1))
     run.messages()
     for accs in ((1.0, 0.0), (1.0, 1.0)):
         run.ready(0, 4)
@@ -70,7 +73,7 @@ def test_a_batch_cut_at_the_limit_is_sent_when_it_is_wanted_and_not_before(tmp_p
     assert run.state.next_step == 3
     run.ready(0, 4)
     assert outgoing(run) == []
-    run.exchange.want_batch(b"learner", 2)
+    run.exchange.want_batch(b"learner", CutWanted(step=2))
     [batch] = outgoing(run)
     assert (batch.step, len(batch.groups)) == (2, 1)
 
@@ -143,3 +146,105 @@ def test_tokens_of_a_former_session_stay_counted(tmp_path):
     run.exchange.apply(core.WorkerLost(worker=0))
     run.join(0, session="new")
     assert run.sessions.total("tokens") == 30
+
+
+# ------------------------------------------------------------------------------------------------------------ counters
+
+COUNTERS = ("filter/gen_batches", "filter/prompts_consumed", "replay/train_steps")
+
+
+def counters(run):
+    return tuple(run.lines[-1][name] for name in COUNTERS)
+
+
+def test_counters_say_what_the_run_has_used_up_so_far(tmp_path):
+    run = SmallRun(tmp_path)
+    run.join(0)
+    run.ready(0, 4)
+    run.answer(run.running(0)[0], accs=(1.0, 1.0))
+    run.fill(0)
+    run.train(1)
+    assert counters(run) == (1, 3, 1)
+    run.fill(0, versions=((1, 4),))
+    run.train(2)
+    assert counters(run) == (2, 5, 2)
+
+
+def test_counters_leave_out_a_group_that_came_too_late_for_a_verdict(tmp_path):
+    run = SmallRun(tmp_path)
+    run.join(0)
+    [slow] = run.ready(0, 1)
+    run.join(1)
+    for step in (1, 2):
+        run.fill(1, versions=((step - 1, 4),))
+        run.train(step)
+    run.answer(slow)
+    run.fill(1, versions=((2, 4),))
+    run.train(3)
+    assert counters(run) == (3, 6, 3)
+
+
+def test_counters_go_on_over_a_new_server_and_back_with_a_rollback(tmp_path):
+    run = SmallRun(tmp_path)
+    run.join(0)
+    for step in (1, 2, 3):
+        run.fill(0, versions=((step - 1, 4),))
+        run.train(step)
+    assert counters(run) == (3, 6, 3)
+    run.journal.close()
+    again = SmallRun(tmp_path)
+    again.leases, again.lines = run.leases, run.lines
+    again.roll_back(1)
+    again.train(2)
+    assert counters(again) == (2, 4, 2)
+    again.fill(0, versions=((2, 4),))
+    again.train(3)
+    assert counters(again) == (3, 6, 3)
+
+
+# ------------------------------------------------------------------------------------------------ metric of the filter
+
+
+def test_the_filter_compares_any_number_of_the_reward(tmp_path):
+    run = SmallRun(tmp_path, filter=FilterConfig(metric="bleu"))
+    run.join(0)
+    same, different = run.ready(0, 2)
+    run.answer(same, bleu=(0.25, 0.25))
+    run.answer(different, accs=(0.0, 0.0), bleu=(0.25, 0.5))
+    assert [group.group_id for group in run.state.held.queued] == [different]
+
+
+def test_a_number_that_a_completion_lacks_ends_the_run_with_those_that_all_have(tmp_path):
+    run = SmallRun(tmp_path, filter=FilterConfig(metric="bleu"))
+    run.join(0)
+    [lease_id] = run.ready(0, 1)
+    with pytest.raises(ConfigError) as caught:
+        run.answer(lease_id, style=(0.5, 0.5))
+    assert str(caught.value) == (
+        "filter.metric: a group's completions don't all have this metric, got 'bleu' "
+        "(they have: acc, score, seq_reward, style)"
+    )
+
+
+def test_all_correct_and_all_wrong_go_by_acc_whatever_the_filter_compares(tmp_path):
+    run = SmallRun(tmp_path, filter=FilterConfig(metric="bleu"), run_ahead=2, max_staleness=2)
+    run.join(0)
+    right, wrong, mixed, partly = run.ready(0, 4)
+    run.answer(right, accs=(1.0, 1.0), bleu=(0.25, 0.5))
+    run.answer(wrong, accs=(0.0, 0.0), bleu=(0.25, 0.5))
+    run.answer(mixed, accs=(1.0, 0.0), bleu=(0.25, 0.25))
+    run.answer(partly, accs=(0.5, 0.5), bleu=(0.25, 0.25))
+    run.train(1)
+    [line] = run.lines
+    assert (line["filter/all_correct_ratio"], line["filter/all_wrong_ratio"]) == (0.25, 0.25)
+    assert line["filter/kept_ratio"] == 0.5
+
+
+def test_the_truncated_ratio_counts_completions_that_were_cut_off(tmp_path):
+    run = SmallRun(tmp_path)
+    run.join(0)
+    first, second = run.ready(0, 2)
+    run.answer(first, finish="length")
+    run.answer(second)
+    run.train(1)
+    assert run.lines[0]["rollout/truncated_ratio"] == 0.5

@@ -189,7 +189,7 @@ def test_a_ledger_of_another_layout_is_refused(tmp_path):
     Journal(tmp_path).close()
     with sqlite3.connect(tmp_path / "ledger.db") as ledger:
         ledger.execute("UPDATE meta SET value = 1 WHERE key = 'schema'")
-    with pytest.raises(UserError, match=r"ledger\.db: has schema 1, this program has 2"):
+    with pytest.raises(UserError, match=r"ledger\.db: has schema 1, this program has 3"):
         Journal(tmp_path)
     with pytest.raises(UserError, match="has schema 1"):
         last_trained(tmp_path)

@@ -230,7 +230,7 @@ def test_a_batch_with_a_torn_member_is_not_restored_and_its_others_return_to_the
     [place] = rows(tmp_path, f"SELECT segment FROM groups WHERE group_id = {torn}")
     (tmp_path / "payloads" / f"{place['segment']:06d}.bin").unlink()
     run.roll_back(1)
-    assert [group.group_id for group in run.state.queued] == [whole]
+    assert [group.group_id for group in run.state.held.queued] == [whole]
     assert run.state.next_step == 2
     assert "batch 2 can't be restored" in caplog.text
 

@@ -278,4 +278,4 @@ async def test_status_describes_every_known_worker(tmp_path):
                 "stalled": 0,
             }
         }
-        assert (status["branch"], status["filling_step"], status["kept"], status["sampled_tokens"]) == (0, 1, 0, 12.0)
+        assert (status["branch"], status["filling_step"], status["ready"], status["sampled_tokens"]) == (0, 1, 0, 12.0)

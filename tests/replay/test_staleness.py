@@ -120,7 +120,7 @@ def test_wait_holds_the_cut_until_the_running_group_is_there() -> None:
     scenario = tight("wait")
     two_batches_with_one_group_left(scenario)
     assert scenario.batches == [[0]]
-    assert scenario.state.why_waiting() == "rollout: 1 running, 1 of 1 kept"
+    assert scenario.state.why_waiting() == "rollout: 1 running, 1 of 1 ready"
     scenario.finish(2)
     assert scenario.batches == [[0], [1]]
     assert scenario.state_of(2) == "expired", "both can't be in batch 2, and batch 3 is too late for version 0"
@@ -165,7 +165,7 @@ def test_while_one_worker_has_fresh_weights_the_wait_is_for_its_slots_and_not_fo
     scenario.train(2)
     scenario.join(1, version=2, credits=0)
     scenario.tell(core.CutWanted(step=3))
-    assert scenario.state.why_waiting() == "rollout: no free slot, 0 of 1 kept"
+    assert scenario.state.why_waiting() == "rollout: no free slot, 0 of 1 ready"
 
 
 def test_a_group_with_a_token_older_than_its_lease_let_on_expires_on_arrival() -> None:

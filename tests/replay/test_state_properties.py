@@ -26,7 +26,8 @@ def worlds(draw: st.DrawFn, run_aheads=(0.0, 0.25, 0.5, 1.0, 1.3, 2.0)) -> World
         ),
         filter=FilterConfig(
             enabled=draw(st.sampled_from([True, True, True, False])),
-            max_gen_batches=draw(st.sampled_from([0, 0, 1, 2])),
+            mode=draw(st.sampled_from(["filter", "replace"])),
+            max_gen_batches=draw(st.sampled_from([0, -1, 1, 2])),
             gen_batch_multiplier=draw(st.integers(1, 2)),
             on_limit=draw(st.sampled_from(["partial", "unfiltered", "partial", "unfiltered", "raise"])),
         ),

@@ -15,7 +15,7 @@ LEGAL_MOVES = {
     "waiting": {"leased", "unused"},
     "leased": {"queued", "spare", "filtered", "expired", "failed", "waiting", "unused"},
     "queued": {"cut", "expired", "failed", "waiting", "unused"},
-    "spare": {"cut", "filtered", "waiting", "unused"},
+    "spare": {"cut", "filtered", "expired", "failed", "waiting", "unused"},
     "cut": {"trained", "unused"},
 }
 
@@ -25,6 +25,9 @@ class Truth(Account):
 
     def observe(self, event: core.Event, actions: Sequence[core.Action]) -> None:
         answered = self.see_event(event)
+        self.dropped: set[int] = set()
+        """Spare groups that this event ends as `filtered`."""
+        self.filtered_at_cut: set[int] = set()
         cuts = [action for action in actions if isinstance(action, core.CutBatch)]
         for index, action in enumerate(actions):
             match action:
@@ -44,6 +47,7 @@ class Truth(Account):
                     self._see_stop(action)
                     assert index == len(actions) - 1, "the run stops last"
         assert len(cuts) <= 1
+        self._check_dropped()
         self.check()
 
     def check(self) -> None:
@@ -106,10 +110,12 @@ class Truth(Account):
         else:
             legal = {
                 "queued": {"cut", "expired", "surplus"},
-                "spare": {"cut", "filtered", "surplus"},
+                "spare": {"cut", "filtered", "surplus"} | ({"expired"} if self.replaces else set()),
                 "cut": {"trained", "surplus"},
             }
             assert action.state in legal[group.state], f"{group.state} -> {action.state}"
+            if action.state == "filtered":
+                self.dropped.add(action.group_id)
         if action.state == "surplus":
             assert self.over or self.barrier
             group.reason = action.reason
@@ -123,8 +129,8 @@ class Truth(Account):
             return "expired"
         if group.verdict == "kept":
             return "queued"
-        fills = self.filter.max_gen_batches and self.filter.on_limit == "unfiltered" and group.verdict == "constant"
-        return "spare" if self.barrier or fills else "filtered"
+        fills = self.limited and self.filter.on_limit == "unfiltered" and group.verdict == "constant"
+        return "spare" if self.barrier or self.replaces or fills else "filtered"
 
     def _see_prompt_move(self, action: core.MovePrompt, event: core.Event) -> None:
         prompt_id = action.prompt_id
@@ -161,20 +167,64 @@ class Truth(Account):
         assert ages == action.staleness
         assert all(0 <= age <= self.bound for age in ages), "staleness past the bound"
 
-        in_order = sorted(self.in_state("queued"), key=lambda i: (self.groups[i].min_version, self.groups[i].prompt_id))
-        expected = in_order[: self.size]
-        if self.at_limit and self.filter.on_limit == "unfiltered":
-            constant = [i for i in self.in_state("spare") if self.groups[i].verdict == "constant"]
-            constant.sort(key=lambda i: (self.groups[i].min_version, self.groups[i].prompt_id))
-            expected += constant[: self.size - len(expected)]
+        replaced = self.replaces and self.num_ready() >= self.size
+        expected = self._expect_replaced() if replaced else self._expect_filtered()
         assert set(action.group_ids) == set(expected), "not the first of the queue"
-        if len(members) != self.size:
+        self._see_copies(action, replaced)
+        if len(members) + sum(action.copies) != self.size:
             assert 0 < len(members) < self.size
             used_up = self.next_prompt() is None and not self.leases and self.filter.on_limit == "partial"
             assert used_up or (self.at_limit and self.filter.on_limit in ("partial", "unfiltered")), "a short batch"
         self.num_cut, self.at_limit = action.step, False
         self.batches[action.step] = list(action.group_ids)
         self.gen_batches_of_step = 0
+
+    def _expect_replaced(self) -> list[int]:
+        """The kept ones of the first groups; the others, and those without a kept one before them, are filtered."""
+        taken = self.ready()[: self.size]
+        kept = [i for i in taken if self.groups[i].verdict == "kept"]
+        assert kept, "nothing to copy"
+        self.filtered_at_cut = {*self.barren(), *taken} - set(kept)
+        return kept
+
+    def _expect_filtered(self) -> list[int]:
+        expected = self.in_queue_order(self.in_state("queued"))[: self.size]
+        if self.at_limit and self.filter.on_limit == "unfiltered":
+            constant = [i for i in self.in_state("spare") if self.groups[i].verdict == "constant"]
+            expected += self.in_queue_order(constant)[: self.size - len(expected)]
+        spare = self.in_state("spare")
+        last = max((self.groups[i].prompt_id for i in expected), default=-1)
+        goes_back = self.barrier and not self.is_last_cut()
+        self.filtered_at_cut = {
+            i for i in spare if i not in expected and not (goes_back and self.groups[i].prompt_id > last)
+        }
+        return expected
+
+    def is_last_cut(self) -> bool:
+        """The data is used up, so that no other batch follows."""
+        return not self.at_limit and self.num_ready() < self.size
+
+    def _see_copies(self, action: core.CutBatch, replaced: bool) -> None:
+        if sum(action.copies) == 0:
+            assert action.copies == ()
+        else:
+            assert replaced, "copies though nothing is replaced"
+            assert len(action.copies) == len(action.group_ids)
+            assert min(action.copies) >= 0
+            self.copies[action.step] = action.copies
+        assert not replaced or len(action.group_ids) + sum(action.copies) == self.size, "a place is empty"
+
+    def _check_dropped(self) -> None:
+        """A spare group ends `filtered` with a cut, or as one of a batch's worth of which none is kept."""
+        assert self.filtered_at_cut <= self.dropped
+        barren = self.dropped - self.filtered_at_cut
+        if not barren:
+            return
+        assert self.replaces, "filtered without a cut"
+        assert not self.limited, "on_limit may need it"
+        assert len(barren) % self.size == 0
+        held = self.in_queue_order([*barren, *self.in_state("queued"), *self.in_state("spare")])
+        assert set(held[: len(barren)]) == barren, "a kept group stands before it"
 
     def _see_gen_batch_closed(self, action: core.GenBatchClosed, *, at_cut: bool) -> None:
         size = self.filter.gen_batch_multiplier * self.size
@@ -228,6 +278,7 @@ class Truth(Account):
         if self.over:
             return
         assert self.gen_batch_verdicts < self.filter.gen_batch_multiplier * self.size, "a generation batch is full"
+        assert self.limited or not (self.replaces and self.barren()), "held though there is nothing to copy"
         assert not self.cut_is_due() or self.held_back(), "a due cut was not made"
         could_lease = self.next_prompt() is not None and self.admits() and self.able_workers()
         assert not could_lease, "a lease could be granted"

@@ -79,6 +79,9 @@ class _MemorySegments:
     def read(self, place: Place) -> tuple[Group, Payload]:
         return self._records[place.segment][place.offset]
 
+    def read_header(self, place: Place) -> Group:
+        return self.read(place)[0]
+
     def delete(self, segment: int) -> None:
         self._records.pop(segment, None)
 

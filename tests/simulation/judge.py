@@ -69,11 +69,14 @@ class Judge:
         self.branch = 0
         self.known: dict[int, list[tuple[int, int]]] = {}
         """(prompt_id, group_id) of every batch that a learner got, in the history as it stands."""
+        self.copies: dict[int, list[int]] = {}
+        """Of the same batches."""
         self.state_before: dict[str, Any] | None = None
 
     def forget(self) -> None:
         """Tokens may be gone, so that batch k + 1 need not stand after a rollback."""
         self.known.clear()
+        self.copies.clear()
         self.truth = None
 
     # -------------------------------------------------------------------------------------------------- replay server
@@ -92,6 +95,7 @@ class Judge:
         self.world.note("rollbacks", f"rolled back to step {step}: branch {branch}")
         self.branch, self.state_before = branch, None
         self.known = {k: members for k, members in self.known.items() if k <= step + 1}
+        self.copies = {k: copies for k, copies in self.copies.items() if k <= step + 1}
         if self.truth:
             self.truth.roll_back(step)
 
@@ -123,19 +127,41 @@ class Judge:
         prompt_ids = [prompt_id for prompt_id, _ in members]
         assert not before & set(prompt_ids), "a prompt is trained twice"
         assert prompt_ids == sorted(set(prompt_ids)), "members in rising prompt_id, none twice"
-        size = plan.replay.prompts_per_step
-        assert len(members) == size or (len(members) < size and plan.filter.on_limit != "raise"), "a short batch"
+        self._see_copies(step, batch)
+        size, num = plan.replay.prompts_per_step, len(members) + sum(batch.copies)
+        assert num == size or (num < size and plan.filter.on_limit != "raise"), "a short batch"
         for group, part in zip(batch.groups, payload.split(batch.groups), strict=True):
             assert part.prompt_ids.tolist() == [group.prompt_id], "tokens of another group"
             versions = [v for c in group.completions for version, num in c.versions for v in [version] * num]
             assert part.token_ids.tolist() == [learner.lineage[version] for version in versions], "undone weights"
             assert step - 1 - min(versions) <= plan.replay.staleness_bound, "too stale"
 
+    def _see_copies(self, step: int, batch: Batch) -> None:
+        assert self.copies.setdefault(step, batch.copies) == batch.copies, "a batch that was cut has other copies now"
+        if batch.copies:
+            self.world.counts["batches with copies"] += 1
+            filter, size = self.world.plan.filter, self.world.plan.replay.prompts_per_step
+            assert filter.enabled, "copies though every group is kept"
+            assert filter.mode == "replace", "copies though nothing is replaced"
+            assert len(batch.copies) == len(batch.groups)
+            assert min(batch.copies) >= 0
+            assert len(batch.groups) + sum(batch.copies) == size, "copies that don't fill the batch"
+
     def step_done(self, step: int, metrics: dict[str, float]) -> None:
         """Asked once or, since a server died, twice: the metrics are those of the batch."""
         if step in self.known:
             assert metrics["replay/trained_groups"] == len(self.known[step]), "metrics of another batch"
+            assert metrics["replay/copies"] == sum(self.copies[step]), "metrics of another batch"
+        assert metrics["replay/train_steps"] == step
+        self._check_counters(metrics)
         assert metrics["replay/staleness_max"] <= self.world.plan.replay.staleness_bound
+
+    def _check_counters(self, metrics: dict[str, float]) -> None:
+        """They are what the ledger holds, whatever died since the run began."""
+        query = self.world.disk.query
+        [(verdicts,)] = query("SELECT COUNT(*) FROM groups WHERE entered <> 'expired'")
+        [(closed,)] = query("SELECT COUNT(*) FROM events WHERE kind = 'gen_batch_closed'")
+        assert (metrics["filter/prompts_consumed"], metrics["filter/gen_batches"]) == (verdicts, closed)
 
     def engine_takes(self, num_outstanding: int, num: int, num_slots: int) -> None:
         """A worker never works on more than its free slots can start."""
@@ -166,13 +192,14 @@ class Judge:
         """The invariants of audit, and that no prompt of the stream was passed over."""
         plan, query = self.world.plan, self.world.disk.query
         [(finished,)] = query("SELECT EXISTS (SELECT 1 FROM events WHERE kind = 'run_ended')")
-        may_be_short = plan.filter.on_limit != "raise" and (plan.filter.max_gen_batches or plan.num_prompts)
+        may_be_short = plan.filter.on_limit != "raise" and (plan.filter.max_gen_batches > 0 or plan.num_prompts)
         limits = {
             "bound": plan.replay.staleness_bound,
             "batch_min": 1 if may_be_short else plan.replay.prompts_per_step,
             "batch_max": plan.replay.prompts_per_step,
             "group_size": GROUP_SIZE,
             "max_attempts": plan.max_attempts,
+            "replaces": plan.filter.mode == "replace",
             "finished": finished,
         }
         for invariant, statement in INVARIANTS.items():

@@ -7,6 +7,7 @@ events much sooner than large ones would.
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from dataclasses import dataclass, field
 
@@ -97,7 +98,9 @@ class Plan:
 def draw(seed: int) -> Plan:
     """The plan of a seed."""
     rng = random.Random(seed)
-    replay, filter, steps = _replay(rng), _filter(rng), rng.choice((2, 2, 3))
+    replay, filter, steps = _replay(rng), _filter(rng, seed), rng.choice((2, 2, 3))
+    if filter.replaces:  # there is something to replace only in larger batches
+        replay = dataclasses.replace(replay, prompts_per_step=2 + seed % 3)
     size = replay.prompts_per_step
     ends = rng.random() < 0.25
     settles_at = rng.uniform(5, 30)
@@ -137,9 +140,10 @@ def _replay(rng: random.Random) -> ReplayConfig:
     )
 
 
-def _filter(rng: random.Random) -> FilterConfig:
+def _filter(rng: random.Random, seed: int) -> FilterConfig:
     return FilterConfig(
         enabled=rng.random() < 0.9,
+        mode="replace" if seed % 5 in (1, 3) else "filter",
         max_gen_batches=rng.choice((0, 0, 0, 1, 2, 4)),
         gen_batch_multiplier=rng.choice((1, 1, 2)),
         on_limit=rng.choice(("raise", "partial", "unfiltered")),

@@ -7,13 +7,14 @@ from typing import get_args
 
 import pytest
 
-from asyncdapo.replay import lifecycle
+from asyncdapo.replay import held, lifecycle, reload
 from asyncdapo.replay.admission import Admission
 from asyncdapo.replay.events import EndLease, PromptState
 from asyncdapo.replay.exchange import Exchange
 from asyncdapo.replay.leases import Lease, Leases
 from asyncdapo.replay.rollback import Rollback
 from asyncdapo.replay.sessions import Sessions
+from asyncdapo.replay.state import ReplayState
 from tests.simulation.world import simulate
 
 NUM_SEEDS = 150
@@ -106,6 +107,29 @@ def a_worker_gets_more_than_it_asked_for(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Sessions, "begin", generous)
 
 
+def copies_are_forgotten_at_a_rollback(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Rollback, "_num_copies", lambda self: 0)
+
+
+def copies_are_drawn_anew_by_every_server(patch: pytest.MonkeyPatch) -> None:
+    draw = reload.draw_copies
+    patch.setattr(reload, "draw_copies", lambda step, prompt_ids, num: draw(step + 1, prompt_ids, num))
+
+
+def copies_do_not_count_as_in_training(patch: pytest.MonkeyPatch) -> None:
+    begin = ReplayState._begin_step
+
+    def begin_step(self: ReplayState, step: int) -> None:
+        self.in_training[step - 1] = len(self.untrained[step - 1])
+        begin(self, step)
+
+    patch.setattr(ReplayState, "_begin_step", begin_step)
+
+
+def a_batch_without_a_kept_group_counts_as_full(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(held, "num_barren", lambda kept, spare, size: 0)
+
+
 MUTANTS = [
     admission_ignores_what_is_in_training,
     admission_is_off_by_a_batch,
@@ -116,6 +140,10 @@ MUTANTS = [
     a_rollback_charges_attempts,
     a_cut_batch_is_forgotten,
     a_worker_gets_more_than_it_asked_for,
+    copies_are_forgotten_at_a_rollback,
+    copies_are_drawn_anew_by_every_server,
+    copies_do_not_count_as_in_training,
+    a_batch_without_a_kept_group_counts_as_full,
 ]
 
 

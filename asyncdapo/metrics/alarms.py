@@ -1,0 +1,145 @@
+"""Alarms: what in a step's metrics a person should look at while the run goes on.
+
+In: the metrics line of each train step, in order. Out: sentences; each names the metric, its value, what it means, and
+the keys to turn. An alarm is said when it begins, and again only after it had ended. A line that lacks a metric, or has
+NaN for it, neither begins nor ends one. Does not own: where they are shown (`controller/lines`), what ends a run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+BAD_UPDATES = "learner/bad_updates"
+ENTROPY = "learner/entropy"
+MIN_ENTROPY_SHARE = 0.1
+"""Of the first step's entropy; below it a policy has nearly stopped exploring."""
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A metric that should stay on one side of a number."""
+
+    metric: str
+    alarms: Literal["above", "below"]
+    number: float
+    meaning: str
+    turn: str
+
+    def broken(self, value: float) -> bool:
+        return value > self.number if self.alarms == "above" else value < self.number
+
+    def sentence(self, value: float) -> str:
+        said = f"{self.metric} is {value:.3g}, {self.alarms} {self.number:.3g}"
+        return _sentence(self.metric, said, self.meaning, self.turn)
+
+
+LIMITS = (
+    Limit(
+        "replay/dropped_ratio",
+        "above",
+        0.02,
+        "this share of the groups was dropped as stale, long answers first",
+        "lower replay.run_ahead, raise replay.max_staleness, or set replay.on_stale=wait",
+    ),
+    Limit(
+        "filter/kept_ratio",
+        "below",
+        0.1,
+        "nearly all groups are too easy or too hard to learn from (filter/all_correct_ratio and filter/all_wrong_ratio "
+        "say which), so that nearly all tokens are sampled in vain",
+        "take other prompts (prompts.path), raise rollout.group_size, or compare another filter.metric",
+    ),
+    Limit(
+        "rollout/truncated_ratio",
+        "above",
+        0.5,
+        "most answers are cut off before their end",
+        "raise rollout.max_response_length, or set reward.overlong_buffer with reward.overlong_penalty, or "
+        "reward.overlong_filter",
+    ),
+    Limit(
+        "learner/ess",
+        "below",
+        0.5,
+        "few tokens carry the updates, since the policy is far from the one that sampled them",
+        "lower replay.run_ahead, learner.lr, learner.updates_per_step or learner.epochs, or set loss.anchor=proximal "
+        "or loss.outlier_band",
+    ),
+    Limit(
+        "learner/k3",
+        "above",
+        0.1,
+        "the policy is this many nats from the one that sampled the tokens, or engine and learner disagree about it",
+        "lower replay.run_ahead, learner.lr, learner.updates_per_step or learner.epochs, or set rollout.dtype=float32",
+    ),
+)
+
+
+class Alarms:
+    """Heeds one line after the other."""
+
+    def __init__(self, first: Mapping[str, float], last: Mapping[str, float]) -> None:
+        """Lines of a run that goes on, empty for a new one: of its first train step, and of the last one so far."""
+        self._active: set[str] = set()
+        self._first_entropy = _finite(first, ENTROPY)
+        self._num_bad = _finite(last, BAD_UPDATES) or 0.0
+
+    def heed(self, line: Mapping[str, float]) -> list[str]:
+        """The alarms that begin with this line."""
+        begun = []
+        for metric, sentence in self._judged(line):
+            if sentence is None:
+                self._active.discard(metric)
+            elif metric not in self._active:
+                self._active.add(metric)
+                begun.append(sentence)
+        return begun
+
+    def _judged(self, line: Mapping[str, float]) -> Iterator[tuple[str, str | None]]:
+        """Each metric that the line tells something about, with its alarm if it is on."""
+        for limit in LIMITS:
+            value = _finite(line, limit.metric)
+            if value is not None:
+                yield limit.metric, limit.sentence(value) if limit.broken(value) else None
+        entropy = _finite(line, ENTROPY)
+        if entropy is not None:
+            yield ENTROPY, self._judge_entropy(entropy)
+        num_bad = _finite(line, BAD_UPDATES)
+        if num_bad is not None:
+            yield BAD_UPDATES, self._judge_bad_updates(num_bad)
+
+    def _judge_entropy(self, entropy: float) -> str | None:
+        if self._first_entropy is None:
+            self._first_entropy = entropy
+        if entropy >= MIN_ENTROPY_SHARE * self._first_entropy:
+            return None
+        return _sentence(
+            ENTROPY,
+            f"{ENTROPY} is {entropy:.3g}, below a tenth of the first step's {self._first_entropy:.3g}",
+            "the policy has nearly stopped exploring",
+            "raise loss.clip_high or loss.entropy_coef, or lower learner.lr",
+        )
+
+    def _judge_bad_updates(self, num_bad: float) -> str | None:
+        """It is on in every step that skips an update. A rollback may take some back."""
+        before, self._num_bad = self._num_bad, num_bad
+        if num_bad <= before:
+            return None
+        return _sentence(
+            BAD_UPDATES,
+            f"{BAD_UPDATES} rose from {before:.0f} to {num_bad:.0f}",
+            "a loss or gradient was NaN or infinite, its update was skipped, and learner.max_bad_updates ends the run",
+            "lower learner.lr, learner.grad_clip or replay.run_ahead",
+        )
+
+
+def _sentence(metric: str, said: str, meaning: str, turn: str) -> str:
+    return f"{metric.partition('/')[0]} warning: {said}: {meaning}; {turn}"
+
+
+def _finite(line: Mapping[str, float], metric: str) -> float | None:
+    value = line.get(metric, math.nan)
+    return value if math.isfinite(value) else None

@@ -1,0 +1,121 @@
+"""Whole runs with a learner of several ranks: they train as one, and live and die as one."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from asyncdapo.learner.checkpoint import checkpoint_dir
+from asyncdapo.replay.audit import audit
+from tests.controller.interruptions import (
+    SHORT,
+    assert_nothing_lives,
+    processes,
+    query,
+    trained_steps,
+    wait_for_batch,
+    wait_until,
+)
+from tests.controller.runs import FinishedRun, launch, started
+
+pytestmark = pytest.mark.timeout(240)
+
+TWO = (*SHORT, "learner.ranks=2", "learner.updates_per_step=2")
+
+
+def finish(run_dir: Path, output: str, num_branches: int) -> None:
+    """What holds at the end of every run."""
+    assert query(run_dir, "SELECT branch FROM branches ORDER BY branch") == [(n,) for n in range(num_branches)]
+    assert audit(run_dir) == [], output
+    assert_nothing_lives(run_dir)
+
+
+def test_a_run_of_two_ranks_outlives_the_death_of_one(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    with started(run_dir, *TWO, "run.steps=8") as process:
+        wait_for_batch(run_dir, 4, process)
+        before = processes(run_dir, "learner")
+        assert len(before) == 2
+        os.kill(before[1], signal.SIGKILL)
+        wait_until(lambda: len(processes(run_dir, "learner")) == 2 and processes(run_dir, "learner") != before, process)
+        assert not set(before) & set(processes(run_dir, "learner")), "the other one is started again, too"
+        output, _ = process.communicate(timeout=100)
+        assert process.returncode == 0, output
+    assert "learner-1: the process died" in (run_dir / "run.log").read_text()
+    assert [line["step"] for line in FinishedRun(run_dir, 0, output).lines] == list(range(9))
+    assert (run_dir / "logs" / "learner-1.log").exists()
+    finish(run_dir, output, num_branches=2)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("point", ["learner-1.before_train:2", "learner-1.after_train:3", "learner.in_checkpoint:2"])
+def test_a_death_at_any_point_of_a_step_is_outlived(tmp_path: Path, point: str) -> None:
+    run = launch(tmp_path / "run", *TWO, "run.steps=6", f"faults.kill=[{point}]")
+    assert run.exit_code == 0, run.output
+    assert [line["step"] for line in run.lines] == list(range(7))
+    finish(run.dir, run.output, num_branches=2)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_a_rank_that_hangs_is_found_and_all_of_them_are_started_again(tmp_path: Path, stopped: int) -> None:
+    run_dir, name = tmp_path / "run", ["learner", "learner-1"][stopped]
+    with started(run_dir, *TWO, "controller.report_wait_s=2", "controller.stall_s=6", "run.steps=100000") as process:
+        wait_for_batch(run_dir, 1, process)
+        before, step = processes(run_dir, "learner"), trained_steps(run_dir)
+        os.kill(before[stopped], signal.SIGSTOP)
+        wait_until(lambda: len(processes(run_dir, "learner")) == 2 and processes(run_dir, "learner") != before, process)
+        wait_for_batch(run_dir, step + 4, process)
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=60)
+        assert process.returncode == 130, output
+    assert re.search(rf"controller waits for \S+ since \d+ s: .*; {name}: does not answer\n", output), output
+    assert f"{name} is killed and started again" in output
+    finish(run_dir, output, num_branches=2)
+
+
+@pytest.mark.soak
+def test_a_learner_that_dies_too_often_ends_the_run_with_the_rank_in_its_last_line(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    with started(run_dir, *TWO, "run.steps=100000", "controller.max_restarts=0") as process:
+        wait_for_batch(run_dir, 1, process)
+        os.kill(processes(run_dir, "learner")[1], signal.SIGKILL)
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1, output
+    assert re.search(r"learner-1: the process died.*controller.max_restarts is 0", output.splitlines()[-1]), output
+    assert_nothing_lives(run_dir)
+
+
+@pytest.mark.soak
+def test_synchronous_and_deterministic_two_ranks_make_the_weights_of_one(tmp_path: Path) -> None:
+    same = (*SHORT, "replay.run_ahead=0", "rollout.deterministic=true", "learner.updates_per_step=2", "run.steps=2")
+    members = "SELECT step, prompt_id FROM groups WHERE step IS NOT NULL ORDER BY step, prompt_id"
+    weights, batches = [], []
+    for num_ranks in (1, 2):
+        run = launch(tmp_path / f"run-{num_ranks}", *same, f"learner.ranks={num_ranks}")
+        assert run.exit_code == 0, run.output
+        weights.append(load_file(checkpoint_dir(run.dir, 2) / "model.safetensors"))
+        batches.append(query(run.dir, members))
+    assert batches[0] == batches[1]
+    start = load_file(checkpoint_dir(tmp_path / "run-1", 0) / "model.safetensors")
+    one, two = weights
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        moved, apart = ((tensor - other[name]).abs().max() for other in (start, two))
+        assert moved > 1e-5, name
+        assert apart < 0.01 * moved, name
+
+
+@pytest.mark.soak
+def test_a_run_goes_on_with_another_number_of_ranks(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    assert launch(run_dir, *SHORT, "run.steps=3").exit_code == 0
+    run = launch(run_dir, *SHORT, "run.steps=6", "learner.ranks=3")
+    assert run.exit_code == 0, run.output
+    assert len(processes(run_dir, "learner")) == 3
+    assert audit(run_dir) == []

@@ -1,0 +1,126 @@
+"""Alarms: what is said of a line, when, and that it names what there is."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+
+import pytest
+
+from asyncdapo.metrics.alarms import LIMITS, Alarms
+from tests.metrics.test_metrics_page import DOCUMENTED, METRIC, PAGE
+
+KEYS = (Path(__file__).parents[1] / "config_keys.txt").read_text().split()
+SOUND = {
+    "step": 5,
+    "replay/dropped_ratio": 0.02,
+    "filter/kept_ratio": 0.1,
+    "rollout/truncated_ratio": 0.5,
+    "learner/ess": 0.5,
+    "learner/k3": 0.1,
+    "learner/entropy": 0.5,
+    "learner/bad_updates": 0.0,
+}
+"""Every number at its limit."""
+BROKEN = {
+    "replay/dropped_ratio": 0.021,
+    "filter/kept_ratio": 0.09,
+    "rollout/truncated_ratio": 0.51,
+    "learner/ess": 0.49,
+    "learner/k3": 0.11,
+    "learner/entropy": 0.049,
+    "learner/bad_updates": 1.0,
+}
+
+
+def new_run() -> Alarms:
+    """After a first step in which all was well."""
+    alarms = Alarms({}, {})
+    assert alarms.heed(SOUND) == []
+    return alarms
+
+
+def all_sentences() -> list[str]:
+    return new_run().heed(SOUND | BROKEN)
+
+
+def test_a_line_at_its_limits_raises_nothing() -> None:
+    assert new_run().heed(SOUND) == []
+
+
+@pytest.mark.parametrize("metric", BROKEN)
+def test_a_number_beyond_its_limit_raises_one_alarm_that_names_it(metric: str) -> None:
+    [sentence] = new_run().heed(SOUND | {metric: BROKEN[metric]})
+    assert sentence.startswith(f"{metric.partition('/')[0]} warning: {metric} ")
+
+
+def test_an_alarm_says_value_and_limit() -> None:
+    [sentence] = new_run().heed(SOUND | {"filter/kept_ratio": 0.04})
+    assert "filter/kept_ratio is 0.04, below 0.1: nearly all groups are too easy or too hard" in sentence
+    [sentence] = new_run().heed(SOUND | {"learner/entropy": 0.01})
+    assert "learner/entropy is 0.01, below a tenth of the first step's 0.5: " in sentence
+    [sentence] = new_run().heed(SOUND | {"learner/bad_updates": 2.0})
+    assert "learner/bad_updates rose from 0 to 2: " in sentence
+
+
+@pytest.mark.parametrize("metric", BROKEN.keys() - {"learner/bad_updates"})
+def test_an_alarm_is_said_when_it_begins_and_again_only_after_it_had_ended(metric: str) -> None:
+    alarms, bad = new_run(), SOUND | {metric: BROKEN[metric]}
+    said = [len(alarms.heed(line)) for line in (bad, bad, SOUND, SOUND, bad, bad)]
+    assert said == [1, 0, 0, 0, 1, 0]
+
+
+def test_skipped_updates_are_said_when_they_begin_and_again_after_a_step_without_one() -> None:
+    alarms = new_run()
+    counts = (1.0, 2.0, 2.0, 2.0, 3.0)
+    assert [len(alarms.heed(SOUND | {"learner/bad_updates": count})) for count in counts] == [1, 0, 0, 0, 1]
+
+
+def test_skipped_updates_that_a_rollback_took_back_are_said_when_they_come_again() -> None:
+    alarms = new_run()
+    counts = (1.0, 0.0, 1.0)
+    assert [len(alarms.heed(SOUND | {"learner/bad_updates": count})) for count in counts] == [1, 0, 1]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, None])
+@pytest.mark.parametrize("metric", BROKEN)
+def test_a_number_that_is_none_or_missing_raises_nothing_and_ends_nothing(metric: str, value: float | None) -> None:
+    unknown = {name: number for name, number in SOUND.items() if name != metric}
+    if value is not None:
+        unknown[metric] = value
+    assert new_run().heed(unknown) == []
+    if metric != "learner/bad_updates":
+        alarms, bad = new_run(), SOUND | {metric: BROKEN[metric]}
+        assert [len(alarms.heed(line)) for line in (bad, unknown, bad)] == [1, 0, 0]
+
+
+def test_the_entropy_of_the_first_step_is_the_first_one_that_is_known() -> None:
+    alarms = Alarms({}, {})
+    assert alarms.heed({"learner/entropy": math.nan}) == []
+    assert alarms.heed({"learner/entropy": 2.0}) == []
+    assert len(alarms.heed({"learner/entropy": 0.19})) == 1
+
+
+def test_a_run_that_goes_on_compares_with_its_first_step_and_its_last_line() -> None:
+    alarms = Alarms({"step": 1, "learner/entropy": 2.0}, {"step": 9, "learner/bad_updates": 3.0})
+    assert alarms.heed({"learner/entropy": 0.3, "learner/bad_updates": 3.0}) == []
+    assert len(alarms.heed({"learner/entropy": 0.1, "learner/bad_updates": 4.0})) == 2
+
+
+def test_alarms_name_only_keys_and_metrics_that_exist() -> None:
+    sections = "|".join({key.partition(".")[0] for key in KEYS})
+    for sentence in all_sentences():
+        keys = re.findall(rf"\b(?:{sections})\.[a-z_]+", sentence)
+        assert keys
+        assert set(keys) <= set(KEYS)
+        assert set(METRIC.findall(sentence)) <= DOCUMENTED
+
+
+def test_the_page_lists_every_alarm() -> None:
+    _, _, section = PAGE.partition("## Alarms")
+    listed = set(re.findall(r"^\| `([^`]+)` \| ([a-z]+) ", section, re.MULTILINE))
+    limits = {(limit.metric, limit.alarms) for limit in LIMITS}
+    assert listed == limits | {("learner/entropy", "below"), ("learner/bad_updates", "rises")}
+    for limit in LIMITS:
+        assert re.search(rf"^\| `{limit.metric}` \| {limit.alarms} {limit.number:g} ", section, re.MULTILINE)
