@@ -3,32 +3,13 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asyncdapo.messages import Completion, Group
 from asyncdapo.shares import deal, share_of
+from tests.learner.tiny import make_group
 
 
 def group(lengths, masked=()):
-    completions = [
-        Completion(
-            num_tokens=length,
-            finish_reason="stop",
-            versions=[(0, length)],
-            loss_mask=[(int(index not in masked), length)],
-            reward=0.0,
-            metrics={},
-        )
-        for index, length in enumerate(lengths)
-    ]
-    return Group(
-        prompt_id=0,
-        lease_id=0,
-        branch=0,
-        attempt=1,
-        worker=0,
-        num_prompt_tokens=3,
-        completions=completions,
-        generate_s=0.0,
-    )
+    masks = [[(int(index not in masked), length)] for index, length in enumerate(lengths)]
+    return make_group(0, 3, lengths, [0.0] * len(lengths), loss_masks=masks)
 
 
 groups_of = st.lists(

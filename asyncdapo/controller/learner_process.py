@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import resource
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +19,6 @@ from asyncdapo.learner.learner import Learner
 from asyncdapo.messages import NoBatch
 from asyncdapo.transport.backend import Backend
 from asyncdapo.transport.process_group import device_name
-from asyncdapo.weights.checksum import Checksum
 from asyncdapo.weights.group import WeightGroup
 from asyncdapo.weights.layout import Manifest
 from asyncdapo.weights.sender import WeightSender
@@ -105,7 +103,7 @@ class Main(Member):
 
     def _join_ranks(self, address: str, backend: Backend) -> None:
         rank, num_ranks, timeout_s = self.index, self.ranks.num_ranks, self.config.weights.timeout_s
-        digest = _digest(self.learner.weights())  # before the others wait for it
+        digest = self.learner.digest()  # before the others wait for it
         if self.rank_group:
             self.rank_group.connect()
         else:
@@ -168,12 +166,3 @@ class Main(Member):
         with self.waits.on(NOBODY, f"writes the checkpoint of step {step}"):
             await self.blocking(self.learner.save, Path(self.config.run.dir), step, branch, counters)
         faults.point("after_checkpoint")
-
-
-def _digest(weights: Mapping[str, torch.Tensor]) -> bytes:
-    """Of all their bytes, in order."""
-    checksum = Checksum()
-    for tensor in weights.values():
-        bytes_U = tensor.reshape(-1).view(torch.uint8)
-        checksum.update(torch.nn.functional.pad(bytes_U, (0, -len(bytes_U) % 8)))
-    return checksum.digest().numpy().tobytes()

@@ -57,16 +57,20 @@ REACH = math.asinh(MAX_LOG_RATIO / SCALE)
 
 @dataclass(frozen=True)
 class Sums:
-    """Sums over some tokens. `packed` is all of it in one float64 tensor on the CPU, as it travels between ranks."""
+    """Sums over some tokens. `packed` is all of it in one float64 tensor, as it travels between ranks."""
 
     packed: Tensor
 
     @classmethod
-    def zeros(cls) -> Sums:
-        return cls(torch.zeros(len(BUCKETS) * (len(COLUMNS) + NUM_BINS), dtype=torch.float64))
+    def zeros(cls, device: torch.device | str = "cpu") -> Sums:
+        return cls(torch.zeros(len(BUCKETS) * (len(COLUMNS) + NUM_BINS), dtype=torch.float64, device=device))
 
     def __add__(self, other: Sums) -> Sums:
         return Sums(self.packed + other.packed)
+
+    def cpu(self) -> Sums:
+        """Where numbers are read off it."""
+        return Sums(self.packed.cpu())
 
     @property
     def num_tokens(self) -> int:
@@ -128,7 +132,7 @@ def measure(
     table_SC[:, len(TOKEN_COLUMNS) :].index_add_(0, bucket_B, rows_BC)
     bin_n = bucket_n * NUM_BINS + _bins(log_ratio_BT[mask_BT])
     histogram = torch.bincount(bin_n, minlength=len(BUCKETS) * NUM_BINS)
-    return Sums(torch.cat([table_SC.flatten(), histogram.double()]).cpu())
+    return Sums(torch.cat([table_SC.flatten(), histogram.double()]))
 
 
 def _bins(log_ratio_n: Tensor) -> Tensor:

@@ -49,23 +49,24 @@ class FirstPass:
             if of_policy:
                 chunk = self._of_policy(chunk, micro_batch)
             if self.reference is not None:
-                lines = zip(chunk, self._logprobs(self.reference, micro_batch), strict=True)
-                chunk = [replace(row, reference_logprobs=_response(row, logp_T)) for row, logp_T in lines]
+                logp_BT = _on_host(self._logprobs(self.reference, micro_batch))
+                lines = zip(chunk, logp_BT, strict=True)
+                chunk = [replace(row, reference_logprobs=logp_T[row.response]) for row, logp_T in lines]
             done += chunk
         return done
 
     def _of_policy(self, chunk: Sequence[Row], micro_batch: MicroBatch) -> list[Row]:
         logp_BT = self._logprobs(self.model, micro_batch)
         corrected = correct(self.loss, logp_BT, micro_batch)
-        lines = zip(chunk, logp_BT, corrected.weights_BT, corrected.mask_BT, strict=True)
+        found = map(_on_host, (logp_BT, corrected.weights_BT, corrected.mask_BT))
         return [
             replace(
                 row,
-                start_logprobs=_response(row, logp_T),
-                correction=_response(row, weights_T),
-                loss_mask=_response(row, mask_T),
+                start_logprobs=logp_T[row.response],
+                correction=weights_T[row.response],
+                loss_mask=mask_T[row.response],
             )
-            for row, logp_T, weights_T, mask_T in lines
+            for row, logp_T, weights_T, mask_T in zip(chunk, *found, strict=True)
         ]
 
     @torch.no_grad()
@@ -88,5 +89,5 @@ def correct(loss: LossConfig, start_logp_BT: Tensor, micro_batch: MicroBatch) ->
     )
 
 
-def _response(row: Row, values_T: Tensor) -> np.ndarray:
-    return values_T[row.response].cpu().numpy()
+def _on_host(values_BT: Tensor) -> np.ndarray:
+    return values_BT.cpu().numpy()

@@ -114,7 +114,7 @@ class Learner:
         ]
         self.version = batch.step
         if batch.step % self._config.checkpoint_every == 0:
-            self.ranks.check_same(_digest(self._model), f"weights after step {batch.step}")
+            self.ranks.check_same(self.digest(), f"weights after step {batch.step}")
         return {
             **_metrics(done, self._loss),
             **self._masked(before, counted),
@@ -127,6 +127,11 @@ class Learner:
         """The master weights (float32) by their Hugging Face names, tied ones once. They are no copies: good until the
         next `train`."""
         return named_weights(self._model)
+
+    def digest(self) -> bytes:
+        """Of all weights: the same if they are equal bit for bit, almost never otherwise."""
+        sums = [weight.view(torch.int16).sum(dtype=torch.int64) for weight in self.weights().values()]
+        return torch.stack(sums).cpu().numpy().tobytes()
 
     def save(self, run_dir: str | Path, step: int, branch: int, counters: Mapping[str, int] | None = None) -> Path:
         """Write `RUN_DIR/checkpoints/step-…`: the model in Hugging Face format with its tokenizer, and the learner's
@@ -256,12 +261,6 @@ def _metrics(updates: Sequence[Update], loss: LossConfig) -> dict[str, float]:
         "learner/forward_tokens": float(num_padded),
         "learner/padding_ratio": _ratio(num_padded - num_tokens, num_padded),
     }
-
-
-def _digest(model: torch.nn.Module) -> bytes:
-    """Of weights that are equal bit for bit it is the same; of others almost never."""
-    sums = torch.stack([parameter.detach().double().sum() for parameter in model.parameters()])
-    return sums.cpu().numpy().tobytes()
 
 
 def _ratio(part: float, whole: float) -> float:

@@ -52,20 +52,21 @@ def accumulate_gradient(
 ) -> Part:
     """Add the gradient of these rows to `.grad`. One forward and one backward pass for each micro-batch of at most
     `max_tokens` padded tokens."""
-    total, sums, num_padded = 0.0, Sums.zeros(), 0
+    total, sums, num_padded = torch.zeros((), dtype=torch.float64, device=model.device), Sums.zeros(model.device), 0
     rows = [row for row in rows if row.num_loss_tokens]
     for chunk in chunks(rows, max_tokens):
         micro_batch = pad(chunk, model.device)
         loss_of_part, measured = _backward(model, micro_batch, loss, temperature)
-        total, sums = total + loss_of_part.item(), sums + measured
+        total, sums = total + loss_of_part, sums + measured
         num_padded += micro_batch.num_padded_tokens
-    return Part(total, sums, sum(row.num_tokens for row in rows), num_padded)
+    return Part(total.item(), sums.cpu(), sum(row.num_tokens for row in rows), num_padded)
 
 
 def _backward(
     model: PreTrainedModel, micro_batch: MicroBatch, loss: LossConfig, temperature: float
 ) -> tuple[Tensor, Sums]:
-    """Back-propagate this micro-batch's part of the loss; returns the part and its sums."""
+    """Back-propagate this micro-batch's part of the loss; returns the part and its sums, both on the model's device, so
+    that nothing waits for the GPU before the last micro-batch is under way."""
     mask_BT = micro_batch.loss_mask_BT
     logp_BT, entropy_BT = token_logprobs(
         model, micro_batch.tokens_BT, mask_BT, temperature, entropy_gradient=loss.entropy_coef > 0

@@ -159,7 +159,7 @@ def test_a_second_epoch_goes_over_the_same_batch_again(path):
 
 
 def test_the_proximal_policy_is_that_of_the_start_of_the_step_in_every_update(path):
-    """In the first update the ratio to it is 1, in the second no more: with clip widths of 0 that one is all clipped."""
+    """In the first update the ratio to it is 1, in the second it is not: clip widths of 0 clip the tokens there."""
     loss = LossConfig(anchor="proximal", clip_low=0.0, clip_high=0.0)
     single = make_learner(path, loss=loss).train(*make_batch(seed=9))
     double = make_learner(path, loss=loss, epochs=2, lr=1e-2).train(*make_batch(seed=9))
