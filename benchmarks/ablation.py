@@ -10,20 +10,20 @@ the two anchors have one for each `replay.run_ahead`.
 from __future__ import annotations
 
 import argparse
-import math
-import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
+import numpy as np
 from quickstart import run_quickstart
 
 from asyncdapo.metrics.jsonl import read_metrics
 
 SEEDS = (0, 1, 2)
 SHORT = "rollout.max_response_length=64"
-COLUMNS = (0, 4, 8, 12, 16, 20, 24, 28, 32, 36)
+COLUMNS = (0, 6, 12, 18, 24, 30, 36)
 
 
 @dataclass(frozen=True)
@@ -86,41 +86,51 @@ def read(out: Path, arm: Arm) -> Iterator[list[dict[str, Any]]]:
 
 
 def table(runs: Mapping[Arm, list[list[dict[str, Any]]]]) -> str:
-    """Means over the seeds. An evaluation stands under the newest weights that answered it, rounded to a column."""
-    head = ["arm", *map(str, COLUMNS), "greedy", "entropy 1 / last", "kept", "truncated", "staleness mean / max"]
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    """Means over the seeds; of the last accuracy its range, too."""
+    head = ["arm", *map(str, COLUMNS), "range", "greedy", "entropy", "kept", "truncated", "tokens", "staleness"]
+    out = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for arm, seeds in runs.items():
-        curve = [mean(at(lines, step) for lines in seeds) for step in COLUMNS]
-        steps = [line for lines in seeds for line in lines[1:]]
+        steps, first, last = (
+            [line for lines in seeds for line in lines[1:]],
+            [lines[1] for lines in seeds],
+            [lines[-1] for lines in seeds],
+        )
         cells = [
             arm.name,
-            *(f"{value:.3f}".removeprefix("0") for value in curve),
-            f"{mean(lines[-1]['eval/greedy_accuracy'] for lines in seeds):.3f}",
-            f"{mean(lines[1]['learner/entropy'] for lines in seeds):.2f} / "
-            f"{mean(lines[-1]['learner/entropy'] for lines in seeds):.2f}",
+            *(short(mean(accuracy_at(lines, step) for lines in seeds)) for step in COLUMNS),
+            "–".join(short(pick(line["eval/accuracy"] for line in last)) for pick in (min, max)),
+            short(mean(line["eval/greedy_accuracy"] for line in last)),
+            " → ".join(short(mean(line["learner/entropy"] for line in some)) for some in (first, last)),
             f"{mean(kept_ratio(line) for line in steps):.2f}",
-            f"{mean(line['rollout/truncated_ratio'] for line in steps):.3f}",
+            f"{mean(line['rollout/truncated_ratio'] for line in steps):.2f}",
+            f"{mean(line['rollout/tokens'] for line in last) / 1000:.0f} k",
             f"{mean(line['replay/staleness_mean'] for line in steps):.2f} / "
             f"{max(line['replay/staleness_max'] for line in steps):.0f}",
         ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        out.append(f"| {' | '.join(cells)} |")
+    return "\n".join(out)
 
 
-def at(lines: Sequence[Mapping[str, Any]], step: int) -> float:
-    """Accuracy of the evaluation whose newest weights are nearest to `step`, at most two steps away; else NaN."""
-    near = [line for line in lines if abs(line.get("eval/version_max", math.inf) - step) <= 2]
-    return min(near, key=lambda line: abs(line["eval/version_max"] - step))["eval/accuracy"] if near else math.nan
+def short(number: float) -> str:
+    return f"{number:.3f}".removeprefix("0")
+
+
+def curve(lines: Sequence[Mapping[str, Any]]) -> tuple[list[float], list[float]]:
+    """Train steps and accuracies. An evaluation goes on across updates: it stands at the middle of the versions that
+    answered it."""
+    evaluated = [line for line in lines if "eval/accuracy" in line]
+    middles = [(line["eval/version_min"] + line["eval/version_max"]) / 2 for line in evaluated]
+    return middles, [line["eval/accuracy"] for line in evaluated]
+
+
+def accuracy_at(lines: Sequence[Mapping[str, Any]], step: int) -> float:
+    """Linear between evaluations."""
+    return float(np.interp(step, *curve(lines)))
 
 
 def kept_ratio(line: Mapping[str, Any]) -> float:
     """Share of the groups whose completions are not all right or all wrong, whether the filter is on or off."""
     return 1 - line["filter/all_correct_ratio"] - line["filter/all_wrong_ratio"]
-
-
-def mean(values: Iterator[float]) -> float:
-    known = [value for value in values if not math.isnan(value)]
-    return statistics.mean(known) if known else math.nan
 
 
 def draw(runs: Mapping[Arm, list[list[dict[str, Any]]]], path: Path) -> None:
@@ -138,12 +148,10 @@ def draw(runs: Mapping[Arm, list[list[dict[str, Any]]]], path: Path) -> None:
         for number, (arm, seeds) in enumerate((arm, runs[arm]) for arm in runs if arm.panel == panel):
             color = f"C{number}"
             for lines in seeds:
-                points = [
-                    (line["eval/version_max"], line["eval/accuracy"]) for line in lines if "eval/accuracy" in line
-                ]
-                axis.plot(*zip(*points, strict=True), color=color, lw=0.6, alpha=0.5)
-            means = [mean(at(lines, step) for lines in seeds) for step in COLUMNS]
-            axis.plot(COLUMNS, means, color=color, lw=2, label=arm.name)
+                axis.plot(*curve(lines), color=color, lw=0.6, alpha=0.5)
+            steps = range(COLUMNS[-1] + 1)
+            means = [mean(accuracy_at(lines, step) for lines in seeds) for step in steps]
+            axis.plot(steps, means, color=color, lw=2, label=arm.name)
         axis.legend(fontsize=8)
     axes[0][0].set_ylabel("accuracy on held-out prompts, sampled")
     figure.tight_layout()
