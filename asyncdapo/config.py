@@ -17,7 +17,7 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
 from omegaconf import OmegaConf
@@ -62,11 +62,21 @@ class Config:
                 self.rollout.group_size,
                 "use 2 or more, or filter.enabled=false",
             )
+        if self.model.reference is not None and not self.loss.kl_coef:
+            problem = "does nothing without loss.kl_coef"
+            raise ConfigError("model.reference", problem, self.model.reference, "remove it, or set loss.kl_coef")
         if self.reward.overlong_buffer > self.rollout.max_response_length:
             raise ConfigError(
                 "reward.overlong_buffer",
                 f"must be at most rollout.max_response_length ({self.rollout.max_response_length})",
                 self.reward.overlong_buffer,
+            )
+        if self.controller.stall_s <= self.reward.longest_verdict_s:
+            raise ConfigError(
+                "controller.stall_s",
+                f"must be above the {self.reward.longest_verdict_s:g} s that a verdict may take (two tries of "
+                "reward.timeout_s, with the pauses of reward.retries)",
+                self.controller.stall_s,
             )
         if self.replay.prompts_per_step % self.learner.updates_per_step:
             raise ConfigError(
@@ -82,16 +92,23 @@ SECTIONS: dict[str, type] = {name: hint for name, hint in get_type_hints(Config)
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """Read, merge, resolve and check. Raises ConfigError that names key, value and fix."""
     try:
-        tree = OmegaConf.load(path)
-        for override in overrides:
-            if "=" not in override:
-                raise ConfigError(override, "an override is written key=value", fix="run.steps=10")
-        merged = OmegaConf.merge(tree, OmegaConf.from_dotlist(list(overrides)))
+        merged = OmegaConf.merge(OmegaConf.load(path), *map(_override, overrides))
         return config_from_dict(_resolved(merged))
     except FileNotFoundError:
         raise UserError(f"{path}: no such config file (a path, or a name: {', '.join(config_names())})") from None
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError, TypeError) as error:
         raise UserError(f"{path}: {str(error).splitlines()[0]}") from error
+
+
+def _override(text: str) -> Any:
+    """`key=value` as a tree."""
+    if "=" not in text:
+        raise ConfigError(text, "an override is written key=value", fix="run.steps=10")
+    try:
+        return OmegaConf.from_dotlist([text])
+    except (YAMLError, OmegaConfBaseException) as error:
+        key, _, value = text.partition("=")
+        raise ConfigError(key, f"is not YAML: {' '.join(str(error).split())}", value) from error
 
 
 def _resolved(tree: Any) -> dict[str, Any]:
@@ -155,8 +172,9 @@ def _typed_error(name: str, section: dict[str, Any], error: str) -> ConfigError:
     if "missing required field" in problem:
         return ConfigError(f"{name}.{problem.split('`')[1]}", "is missing")
     key = where.rstrip("`").lstrip(".").split("[")[0]
-    options = get_args(get_type_hints(SECTIONS[name])[key])
-    if "enum" in problem:
+    hint = get_type_hints(SECTIONS[name])[key]
+    options = get_args(hint)
+    if "enum" in problem or get_origin(hint) is Literal:
         expected = f"must be one of {', '.join(map(str, options))}"
     else:
         expected = problem[0].lower() + problem[1:].split(", got")[0]

@@ -91,7 +91,8 @@ def correction_weights(
 
 
 def _inside(ratio_BT: Tensor, band: Band) -> Tensor:
-    return (ratio_BT >= band[0]) & (ratio_BT <= band[1])
+    """NaN counts as inside: it has to reach the loss, where it is noticed, and not vanish as an outlier."""
+    return ~((ratio_BT < band[0]) | (ratio_BT > band[1]))
 
 
 def _correction(weights_BT: Tensor, left_BT: Tensor, cap: float = float("inf")) -> Correction:

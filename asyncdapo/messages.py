@@ -343,6 +343,10 @@ class EvalAck(Message):
 # ------------------------------------------------------------------------------------------------- replay <-> learner
 
 
+MAX_RANKS = 1024
+"""Of a learner; a question that claims more is damaged."""
+
+
 class CutWanted(Message):
     """learner -> replay. One rank asks for its share of batch `step`; asking again for a batch that was cut returns the
     same one."""

@@ -53,9 +53,22 @@ def test_overrides_change_keys_and_interpolations_follow() -> None:
         ("replay.lease_stall_s=0.1", "replay.lease_stall_s: must be at least two heartbeats"),
         ("loss.variant=gspo", "loss.clip_low: must be given for loss.variant gspo (its ratio moves far less"),
         ("loss.correction=token", "loss.correction: would weigh by the ratio that loss.anchor behavior clips already"),
-        ("loss.correction_band=[0.5,2]", "loss.correction_band: has no lower end where weights are cut"),
+        (
+            "loss.correction_mode=mask",
+            "loss.correction_mode: does nothing without loss.correction, got 'mask' (loss.anch",
+        ),
+        ("loss.correction_band=[0,5]", "loss.correction_band: does nothing without loss.correction"),
+        ("loss.outlier_scope=sequence", "loss.outlier_scope: does nothing without loss.outlier_band"),
+        ("loss.kl_estimator=k1", "loss.kl_estimator: does nothing without loss.kl_coef"),
+        ("model.reference=models/other", "model.reference: does nothing without loss.kl_coef"),
+        ("learner.ranks=2000", "learner.ranks: must be at most 1024, got 2000"),
+        ("reward.timeout_s=60", "controller.stall_s: must be above the 120 s that a verdict may take"),
         ("loss.outlier_band=[2,1]", "loss.outlier_band: must be two rising numbers"),
         ("loss.kl_coef=-1", "loss.kl_coef: must be at least 0, got -1"),
+        ("loss.agg=null", "loss.agg: must be one of token-mean, token-sum,"),
+        ("loss.outlier_band=[1.5,3]", "loss.outlier_band: must hold 1, the ratio of tokens that nothing is wrong with"),
+        ("loss.outlier_band=[1", "loss.outlier_band: is not YAML: while parsing a flow sequence"),
+        ("reward.overlong_penalty=0.5", "reward.overlong_penalty: does nothing without reward.overlong_buffer"),
         ("loss.agg=mean", "loss.agg: must be one of token-mean, token-sum,"),
         ("learner.ranks=0", "learner.ranks: must be at least 1, got 0"),
         ("reward.overlong_buffer=129", "reward.overlong_buffer: must be at most rollout.max_response_length (128)"),
@@ -99,6 +112,11 @@ def test_the_printed_yaml_reads_back_as_the_same_config(tmp_path: Path) -> None:
     printed = tmp_path / "printed.yaml"
     printed.write_text(to_yaml(config))
     assert load_config(printed) == config
+
+
+def test_a_truncated_weight_has_no_lower_end() -> None:
+    with pytest.raises(ConfigError, match="loss.correction_band: has no lower end where weights are cut"):
+        load_config(QUICKSTART, ["loss.anchor=proximal", "loss.correction_band=[0.5,2]"])
 
 
 def test_defaults_that_depend_on_other_keys_are_on_record() -> None:

@@ -180,3 +180,17 @@ def test_chi2_is_0_on_policy_and_grows_with_the_spread_of_the_ratios():
     assert chi2(sum_w2=5.0, num=5) == 0.0
     assert chi2(sum_w2=0.25 + 2.25, num=2) == pytest.approx(0.25)
     assert chi2(0.0, 0) == 0.0
+
+
+@pytest.mark.parametrize(
+    "masks",
+    [
+        {"level": "none", "outlier_band": (0.5, 2.0)},
+        {"level": "none", "outlier_band": (0.5, 2.0), "outlier_scope": "sequence"},
+        {"level": "token", "mode": "mask", "band": (0.5, 2.0)},
+    ],
+)
+def test_a_ratio_that_is_no_number_is_no_outlier_but_stays_to_be_noticed(masks):
+    logp_BT = torch.tensor([[math.nan, -1.0, -1.0]])
+    corrected = correction_weights(logp_BT, torch.full((1, 3), -1.0), torch.ones(1, 3, dtype=torch.bool), **masks)
+    assert corrected.mask_BT.all()

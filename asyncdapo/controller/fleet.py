@@ -111,6 +111,11 @@ class Fleet:
         await self._pause_learner(death)
         await self._bring_up_learner(checkpoint)
 
+    async def end_learner(self) -> None:
+        """Kill what is left of it, and wait until no rank can write to a checkpoint any more."""
+        self.learners.end()
+        await asyncio.gather(*map(self._clear, self.learners.ranks))
+
     def note_progress(self) -> None:
         """Something has happened that no counter shows."""
         self._stall.reset(time.monotonic())
@@ -165,10 +170,9 @@ class Fleet:
 
     async def _pause_learner(self, death: Exception) -> None:
         """As `_pause`: whichever rank died, all of them end, and it is one death."""
-        self.learners.end()
         delay_s = self.restarts.delay_s(self.learners.first.name, death)
         log.warning("%s; the learner is started again", death)
-        await asyncio.gather(*map(self._clear, self.learners.ranks))
+        await self.end_learner()
         await asyncio.sleep(delay_s)
 
     async def _clear(self, process: Process) -> None:

@@ -26,7 +26,6 @@ IDENTITY_SCHEMA = 1
 FIXED_SECTIONS = ("prompts", "reward", "filter", "loss")
 FIXED_KEYS = {
     "run.seed",
-    "model.reference",
     "rollout.group_size",
     "rollout.max_response_length",
     "rollout.temperature",
@@ -53,19 +52,21 @@ class Identity(msgspec.Struct, frozen=True, kw_only=True):
     schema: int = IDENTITY_SCHEMA
     model: dict[str, str]
     """Digest of each file; of a model that is still to be downloaded its id on the hub."""
+    reference: dict[str, str] = {}
+    """The same of the reference model; empty without one."""
     data: dict[str, str]
     """Digest of each file that a key of `prompts` names; none for a task that makes its questions."""
 
 
 def identify(config: Config) -> Identity:
     """Reads the files that `config` names. Raises ConfigError for one that can't be read."""
-    try:
-        directory = local_directory(config.model.path)
-        model = model_digests(directory) if directory else {"id": config.model.path}
-    except OSError as error:
-        raise ConfigError("model.path", f"can't be read ({error.strerror})", config.model.path) from error
+    reference = config.model.reference
     paths = {"prompts.path": config.prompts.path, "prompts.eval_path": config.prompts.eval_path}
-    return Identity(model=model, data={key: _data_digest(key, path) for key, path in paths.items() if path})
+    return Identity(
+        model=_model_digests("model.path", config.model.path),
+        reference=_model_digests("model.reference", reference) if reference else {},
+        data={key: _data_digest(key, path) for key, path in paths.items() if path},
+    )
 
 
 def to_json(identity: Identity) -> bytes:
@@ -89,9 +90,13 @@ def check_same_run(run_dir: Path, config: Config, identity: Identity) -> Config:
 
 def _different_files(known: Identity, identity: Identity, config: Config) -> Iterator[str]:
     """A model that was not yet downloaded at the first launch is known by its id."""
-    now = {"id": config.model.path} if "id" in known.model else identity.model
-    if changed := _different(known.model, now):
-        yield f"model.path (other {', '.join(changed)})"
+    models = (
+        ("model.path", config.model.path, known.model, identity.model),
+        ("model.reference", config.model.reference, known.reference, identity.reference),
+    )
+    for key, path, there, now in models:
+        if changed := _different(there, {"id": path} if "id" in there else now):
+            yield f"{key} (other {', '.join(changed)})"
     for key in _different(known.data, identity.data):
         yield f"{key} (other data)"
 
@@ -118,6 +123,14 @@ def _fixed_values(config: Config) -> dict[str, object]:
 
 def _different(there: Mapping[str, object], now: Mapping[str, object]) -> list[str]:
     return [key for key in there | now if there.get(key) != now.get(key)]
+
+
+def _model_digests(key: str, path: str) -> dict[str, str]:
+    try:
+        directory = local_directory(path)
+        return model_digests(directory) if directory else {"id": path}
+    except OSError as error:
+        raise ConfigError(key, f"can't be read ({error.strerror})", path) from error
 
 
 def _data_digest(key: str, path: str) -> str:

@@ -18,7 +18,7 @@ from collections.abc import Coroutine, Sequence
 from typing import Any
 
 from asyncdapo.controller.processes import CAUSE_GRACE_S, Process, ProcessDied
-from asyncdapo.errors import RanksError
+from asyncdapo.errors import RanksError, RunError
 from asyncdapo.transport.backend import fitting_backend
 
 log = logging.getLogger("learner")
@@ -41,7 +41,12 @@ class Learners:
 
     async def call_all(self, command: str, *args: Any) -> Any:
         """What rank 0 answers to a command that every rank gets; the others' answers are the same or nothing."""
-        answers = await together(*(rank.call(command, *args) for rank in self.ranks))
+        try:
+            answers = await together(*(rank.call(command, *args) for rank in self.ranks))
+        except RunError as error:
+            if self.ended_by(error):
+                self.end()  # before anybody may ask rank 0 for weights in the middle of a step
+            raise
         return answers[0]
 
     async def connect(self) -> None:

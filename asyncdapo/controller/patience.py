@@ -62,11 +62,13 @@ class Patience:
             task.cancel()
 
     async def _report(self) -> None:
-        """Say what is waited for, and the root of it; of several, one that does not answer."""
+        """Say what is waited for, what the next batch lacks, and the root of it all; of several, one that does not
+        answer."""
         links, _ = await self._chain()
         roots = sorted((wait for wait in links[1:] if wait.is_root), key=lambda wait: wait.whom == UNKNOWN)
-        first, *others = render([links[0], roots[-1]] if roots else links).splitlines()
-        self._reporter.status(f"{first}; {others[-1]}" if others else first)
+        batch = [wait for wait in links[1:] if wait.who == "replay" and not wait.is_root]
+        first, *others = render([links[0], *batch[:1], roots[-1]] if roots else links).splitlines()
+        self._reporter.status("; ".join([first, *(others[-2:] if roots else others[-1:])]))
 
     async def _chain(self) -> tuple[list[Wait], Mapping[str, Pulse | None]]:
         """From the controller's oldest wait to its roots, and what every process said."""

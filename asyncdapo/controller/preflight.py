@@ -31,7 +31,7 @@ from asyncdapo.controller.resume import Resume, survey
 from asyncdapo.controller.roster import end_survivors
 from asyncdapo.disk import replace_file
 from asyncdapo.errors import ConfigError, RunError, UserError
-from asyncdapo.learner.model_path import check_model_path, local_directory
+from asyncdapo.learner.model_path import check_model_path, local_directory, vocab_size
 from asyncdapo.metrics.wandb_log import choose_mode
 from asyncdapo.prompts.registry import open_task
 from asyncdapo.replay.audit import CONFIG_FILE
@@ -71,9 +71,21 @@ def check_config(config: Config) -> None:
     make_verifier(config.reward.verifier)
     own = ":" in config.reward.verifier  # a function of the user's has numbers of its own: the filter will see them
     if config.filter.enabled and config.filter.metric not in METRICS and not own:
-        raise ConfigError("filter.metric", "is no metric of the scorer", config.filter.metric, ", ".join(METRICS))
+        fix = f"there are {', '.join(METRICS)}, or a number of a function of yours"
+        raise ConfigError("filter.metric", "is no metric of the scorer", config.filter.metric, fix)
+    check_reference(config)
     choose_mode(config.metrics)
     open_task(config.prompts, num_eval=config.eval.num_held_out, seed=config.run.seed)
+
+
+def check_reference(config: Config) -> None:
+    """Whether the reference model knows every token that is sampled, where the files of both are here already."""
+    if config.model.reference is None:
+        return
+    known, sampled = vocab_size(config.model.reference), vocab_size(config.model.path)
+    if known is not None and sampled is not None and known < sampled:
+        problem = f"has a vocabulary of {known}, model.path one of {sampled}: it can't say how likely all tokens are"
+        raise ConfigError("model.reference", problem, config.model.reference, "a model with the same tokenizer")
 
 
 def check_engine(config: Config) -> None:
@@ -97,14 +109,18 @@ def holds_run(run_dir: str) -> bool:
 
 def effective(config: Config, config_dir: Path) -> Config:
     """The configuration with absolute paths and the staleness bound that is in force."""
-    replace = dataclasses.replace
+    replace, where, reference = dataclasses.replace, [Path.cwd(), config_dir], config.model.reference
     bound = config.replay.staleness_bound
     if bound != config.replay.max_staleness:
         print(f"replay.run_ahead is 0: training is synchronous, replay.max_staleness is {bound} in force")
     return replace(
         config,
         run=replace(config.run, dir=str(Path(config.run.dir).absolute())),
-        model=replace(config.model, path=check_model_path(config.model.path, [Path.cwd(), config_dir])),
+        model=replace(
+            config.model,
+            path=check_model_path(config.model.path, where),
+            reference=reference and check_model_path(reference, where, "model.reference"),
+        ),
         prompts=replace(
             config.prompts, path=_absolute(config.prompts.path), eval_path=_absolute(config.prompts.eval_path)
         ),

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from asyncdapo.controller.actors import Opened, Start
 from asyncdapo.controller.member import Member
 from asyncdapo.controller.pulse import Pulse
 from asyncdapo.controller.waits import replay_wait
-from asyncdapo.learner.model_path import local_directory
+from asyncdapo.learner.model_path import vocab_size
 from asyncdapo.messages import EvalAnswer, EvalRequest
 from asyncdapo.prompts.registry import open_task
 from asyncdapo.prompts.stream import PromptStream
@@ -45,7 +44,7 @@ class Main(Member):
             seed=config.run.seed,
             total_slots=config.rollout.num_workers * config.rollout.slots,
             max_failure_ratio=config.reward.max_failure_ratio,
-            vocab_size=_vocab_size(config.model.path),
+            vocab_size=vocab_size(config.model.path),
             totals=start.totals,
             host=self.host(),
             ports=start.ports,
@@ -64,7 +63,8 @@ class Main(Member):
     def _open_journal(self, start: Start) -> Journal:
         journal = Journal(Path(self.config.run.dir), keep_payloads=self.config.replay.keep_payloads)
         if start.roll_back_to is not None:
-            journal.roll_back(start.roll_back_to, start.reason, self.config.replay)
+            config = self.config
+            journal.roll_back(start.roll_back_to, start.reason, config.replay, replaces=config.filter.replaces)
         return journal
 
     def _make_state(self, recovered: Recovered) -> ReplayState:
@@ -130,9 +130,3 @@ class Main(Member):
     async def finish(self) -> None:
         """No further step: leases are withdrawn, open prompts end `unused`."""
         await self.server.finish()
-
-
-def _vocab_size(model_path: str) -> int | None:
-    """As the model's config.json says, where its files are here."""
-    directory = local_directory(model_path)
-    return json.loads((directory / "config.json").read_text(encoding="utf-8")).get("vocab_size") if directory else None

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import math
 import sqlite3
+from bisect import bisect_right
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from asyncdapo.config import Config
 from asyncdapo.errors import UserError
 from asyncdapo.learner.checkpoint import find_checkpoint
 from asyncdapo.metrics.jsonl import to_metrics, whole_lines
+from asyncdapo.replay.events import VERDICT_STATES
 from asyncdapo.replay.ledger import LEDGER_FILE, last_trained, open_ledger
 
 
@@ -84,12 +86,18 @@ def missing_lines(run_dir: Path, step: int) -> list[dict[str, float]]:
     ledger: the learner's metrics and what the batch was. Its clocks go on from the line before by the time between the
     two batches, as far as one launch trained both."""
     lines = _lines_until(run_dir, step)
+    batches = _batches_until(run_dir, step)
+    if all(batch["step"] in lines for batch in batches):
+        return []
+    counters = _counters(run_dir)
     made: list[dict[str, float]] = []
     before: sqlite3.Row | None = None
-    for batch in _batches_until(run_dir, step):
+    for batch in batches:
         if batch["step"] not in lines:
-            lines[batch["step"]] = _line_of(batch, before, lines.get(batch["step"] - 1, {}))
-            made.append(lines[batch["step"]])
+            line = _line_of(batch, before, lines.get(batch["step"] - 1, {}))
+            line |= {name: bisect_right(positions, batch["trained_pos"]) for name, positions in counters.items()}
+            lines[batch["step"]] = line
+            made.append(line)
         before = batch
     return made
 
@@ -122,6 +130,17 @@ def _batches_until(run_dir: Path, step: int) -> list[sqlite3.Row]:
         return []
     with closing(open_ledger(run_dir)) as ledger:
         return ledger.execute("SELECT * FROM batches WHERE step <= ? ORDER BY step", (step,)).fetchall()
+
+
+def _counters(run_dir: Path) -> dict[str, list[int]]:
+    """Positions, in rising order, of what each metric counts."""
+    verdicts = f"SELECT arrived_pos FROM groups WHERE entered IN {VERDICT_STATES} ORDER BY arrived_pos"
+    closed = "SELECT pos FROM events WHERE kind = 'gen_batch_closed' ORDER BY pos"
+    with closing(open_ledger(run_dir)) as ledger:
+        return {
+            name: [position for (position,) in ledger.execute(query)]
+            for name, query in (("filter/gen_batches", closed), ("filter/prompts_consumed", verdicts))
+        }
 
 
 def _has_ended(run_dir: Path) -> bool:

@@ -43,7 +43,13 @@ class Main(Member):
             retries=reward.retries,
         )
         decode = load_tokenizer(config.model.path).decode
-        self.scorer = Scorer(reward, pool, decode, config.rollout.max_response_length)
+        self.scorer = Scorer(
+            reward,
+            pool,
+            decode,
+            config.rollout.max_response_length,
+            filter_metric=config.filter.metric if config.filter.enabled else None,
+        )
         await self.scorer.start()
         self.worker = RolloutWorker(
             self.index,

@@ -25,7 +25,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -201,7 +201,7 @@ class Controller:
             except RunError as error:
                 if not self.fleet.learners.ended_by(error):
                     raise
-                self.fleet.learners.end()
+                await self.fleet.end_learner()
                 death = error
 
     async def _go_back(self, death: RunError) -> None:
@@ -289,7 +289,7 @@ class Controller:
         return await self._learners("take_batch", f"batch {step}", step, until_stopped=True)
 
     async def _checkpoint(self, step: int) -> None:
-        save = self.fleet.learners.call("save", step, self.fleet.publishing.branch, self.counters)
+        save = partial(self.fleet.learners.call, "save", step, self.fleet.publishing.branch, self.counters)
         await self._wait_for_learner(save, f"checkpoint of step {step}")
         self.saved = step
         faults.point("after_checkpoint")
@@ -313,13 +313,15 @@ class Controller:
 
     async def _learners(self, command: str, what: str, *args: Any, until_stopped: bool = False) -> Any:
         """Wait for every rank of the learner. Returns what rank 0 answers."""
-        return await self._wait_for_learner(self.fleet.learners.call_all(command, *args), what, until_stopped)
+        return await self._wait_for_learner(partial(self.fleet.learners.call_all, command, *args), what, until_stopped)
 
-    async def _wait_for_learner(self, work: Awaitable[Any], what: str, until_stopped: bool = False) -> Any:
-        """Wait for the learner; an evaluation that failed meanwhile is raised here."""
+    async def _wait_for_learner(
+        self, work: Callable[[], Awaitable[Any]], what: str, until_stopped: bool = False
+    ) -> Any:
+        """Begin the work and wait for it; an evaluation that failed meanwhile is raised here."""
         if self.evaluating and self.evaluating.done():
             self.evaluating.result()
-        return await self.patience.wait(work, whom="learner", what=what, until_stopped=until_stopped)
+        return await self.patience.wait(work(), whom="learner", what=what, until_stopped=until_stopped)
 
     async def _replay(self, command: str, what: str, *args: Any) -> Any:
         """Wait for the replay server's answer; its next life is asked again."""

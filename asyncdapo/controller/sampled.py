@@ -1,7 +1,8 @@
 """What several samples of each problem say about a model: avg@k, pass@k, maj@k.
 
 In: verdicts (0..1, usually 0 or 1) of the samples of each problem. Out: one number for each problem; the value of the
-evaluation is their mean. Does not own: sampling, verdicts.
+evaluation is their mean. A run samples each held-out problem once, which is avg@1; what takes several samples waits for
+evaluations that have them. Does not own: sampling, verdicts.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from asyncdapo.errors import ConfigError
+from asyncdapo.messages import MAX_RANKS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +81,7 @@ class LossConfig:
         if self.anchor == "behavior" and self.correction != "none":
             problem = "would weigh by the ratio that loss.anchor behavior clips already"
             raise ConfigError("loss.correction", problem, self.correction, "use none, or loss.anchor=proximal")
+        self._check_that_all_keys_act()
         if self.correction_mode == "truncate" and self.correction_band[0] != 0:
             fix = "begin it with 0, or loss.correction_mode=mask"
             raise ConfigError(
@@ -89,6 +91,9 @@ class LossConfig:
             band = getattr(self, key)
             if band is not None and not 0 <= band[0] < band[1]:
                 raise ConfigError(f"loss.{key}", "must be two rising numbers, at least 0", band)
+            if band is not None and not band[0] <= 1 <= band[1]:
+                problem = "must hold 1, the ratio of tokens that nothing is wrong with"
+                raise ConfigError(f"loss.{key}", problem, band)
         for key in ("kl_coef", "entropy_coef"):
             if getattr(self, key) < 0:
                 raise ConfigError(f"loss.{key}", "must be at least 0", getattr(self, key))
@@ -103,6 +108,18 @@ class LossConfig:
                 object.__setattr__(self, key, default)
         if self.correction is None:
             object.__setattr__(self, "correction", "token" if self.anchor == "proximal" else "none")
+
+    def _check_that_all_keys_act(self) -> None:
+        """Whoever sets a key that does nothing believes in a run that they don't have."""
+        acting = {
+            "correction_mode": ("truncate", self.correction != "none", "loss.correction", "loss.anchor=proximal"),
+            "correction_band": ((0.0, 2.0), self.correction != "none", "loss.correction", "loss.anchor=proximal"),
+            "outlier_scope": ("token", self.outlier_band is not None, "loss.outlier_band", ""),
+            "kl_estimator": ("k3", self.kl_coef > 0, "loss.kl_coef", ""),
+        }
+        for key, (default, acts, needed, fix) in acting.items():
+            if getattr(self, key) != default and not acts:
+                raise ConfigError(f"loss.{key}", f"does nothing without {needed}", getattr(self, key), fix)
 
     @property
     def masks_by_policy(self) -> bool:
@@ -143,7 +160,7 @@ class LearnerConfig:
     device: str = "auto"
     """`auto` (a GPU when there is one), `cpu` or `cuda`."""
     threads: int = 1
-    """CPU threads of the learner."""
+    """CPU threads of each rank."""
 
     def __post_init__(self) -> None:
         for key in (
@@ -165,5 +182,7 @@ class LearnerConfig:
                 raise ConfigError(f"learner.{key}", "must be above 0", getattr(self, key))
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError("learner.betas", "must both be at least 0 and below 1", self.betas)
+        if self.ranks > MAX_RANKS:
+            raise ConfigError("learner.ranks", f"must be at most {MAX_RANKS}", self.ranks)
         if self.device not in ("auto", "cpu", "cuda"):
             raise ConfigError("learner.device", "must be auto, cpu or cuda", self.device)

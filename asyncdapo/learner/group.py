@@ -64,13 +64,13 @@ class Ranks:
     def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         """`.grad` of each parameter becomes the sum over all ranks. None counts as zeros, and is zeros afterwards: a
         rank without a share has no gradient, and takes part all the same. Raises RanksError."""
-        if self.num_ranks == 1:
-            return
         gradients = []
         for parameter in parameters:
             grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             parameter.grad = grad.contiguous()
             gradients.append(parameter.grad.view(-1))
+        if self.num_ranks == 1:
+            return
         for pieces in _buckets(gradients):
             flat_U = self.sum(torch.cat(pieces))
             for piece, summed in zip(pieces, flat_U.split([len(piece) for piece in pieces]), strict=True):

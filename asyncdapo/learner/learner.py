@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from asyncdapo.dapo_variants import ADVANTAGES, aggregation_weights
@@ -42,6 +43,8 @@ from asyncdapo.messages import Batch, Payload
 from asyncdapo.shares import deal, share_of
 
 STATE_FILE = "learner.pt"
+DIGEST_ELEMENTS = 1 << 20
+"""A sum in int64 copies what it adds: so many elements at a time."""
 
 
 @dataclass(frozen=True)
@@ -83,9 +86,7 @@ class Learner:
         self._max_response_length = max_response_length
         self._model = load_model(self._source, device)
         self._optimizer = Optimizer(self._model.parameters(), config)
-        reference = load_model(model_directory(model.reference or model.path), device) if loss.kl_coef else None
-        if reference is not None:
-            reference.requires_grad_(False)
+        reference = _load_reference(model, self._model) if loss.kl_coef else None
         self._first_pass = FirstPass(self._model, reference, loss, temperature, config.tokens_per_microbatch)
         self.version = 0
 
@@ -113,7 +114,7 @@ class Learner:
             for by_rank in updates
         ]
         self.version = batch.step
-        if batch.step % self._config.checkpoint_every == 0:
+        if self.ranks.num_ranks > 1 and batch.step % self._config.checkpoint_every == 0:
             self.ranks.check_same(self.digest(), f"weights after step {batch.step}")
         return {
             **_metrics(done, self._loss),
@@ -130,7 +131,8 @@ class Learner:
 
     def digest(self) -> bytes:
         """Of all weights: the same if they are equal bit for bit, almost never otherwise."""
-        sums = [weight.view(torch.int16).sum(dtype=torch.int64) for weight in self.weights().values()]
+        pieces = (piece for weight in self.weights().values() for piece in weight.flatten().split(DIGEST_ELEMENTS))
+        sums = [piece.view(torch.int32).sum(dtype=torch.int64) for piece in pieces]
         return torch.stack(sums).cpu().numpy().tobytes()
 
     def save(self, run_dir: str | Path, step: int, branch: int, counters: Mapping[str, int] | None = None) -> Path:
@@ -261,6 +263,15 @@ def _metrics(updates: Sequence[Update], loss: LossConfig) -> dict[str, float]:
         "learner/forward_tokens": float(num_padded),
         "learner/padding_ratio": _ratio(num_padded - num_tokens, num_padded),
     }
+
+
+def _load_reference(config: ModelConfig, model: PreTrainedModel) -> PreTrainedModel:
+    key = "model.reference"
+    reference = load_model(model_directory(config.reference or config.path, key), model.device, key)
+    known, sampled = (one.get_output_embeddings().weight.shape[0] for one in (reference, model))
+    if known < sampled:
+        raise ConfigError(key, f"has a vocabulary of {known}, the model one of {sampled}", config.reference)
+    return reference.requires_grad_(False)
 
 
 def _ratio(part: float, whole: float) -> float:

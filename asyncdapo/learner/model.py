@@ -15,22 +15,23 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from asyncdapo.errors import ConfigError
+from asyncdapo.learner.model_path import KEY
 
 
-def load_model(directory: Path, device: torch.device) -> PreTrainedModel:
-    """The model of a directory in Hugging Face format, fp32, without dropout. Raises ConfigError when it can't be
-    trained."""
+def load_model(directory: Path, device: torch.device, key: str = KEY) -> PreTrainedModel:
+    """The model of a directory in Hugging Face format, fp32, without dropout. Raises ConfigError, for the config's
+    `key`, when it can't be trained."""
     try:
         model, report = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
     except (OSError, ValueError) as error:
-        raise ConfigError("model.path", f"can't be loaded: {error}", str(directory)) from error
+        raise ConfigError(key, f"can't be loaded: {error}", str(directory)) from error
     if report["missing_keys"]:
         missing = ", ".join(sorted(report["missing_keys"])[:3])
-        raise ConfigError("model.path", f"lacks {len(report['missing_keys'])} weights ({missing}…)", str(directory))
+        raise ConfigError(key, f"lacks {len(report['missing_keys'])} weights ({missing}…)", str(directory))
     model.eval().to(device)
     if not _logits_come_straight_from_the_head(model):
         problem = "scales or caps its logits after the output layer, which the learner doesn't do"
-        raise ConfigError("model.path", problem, str(directory))
+        raise ConfigError(key, problem, str(directory))
     return model
 
 

@@ -8,6 +8,7 @@ files.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from huggingface_hub.errors import HTTPError
 
 from asyncdapo.errors import ConfigError
 from asyncdapo.learner.checkpoint import sha256_of
+
+KEY = "model.path"
 
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 TOKENIZER_FILES = (
@@ -34,21 +37,21 @@ WHOLE_DIGEST_BYTES = 2 * 1000**3
 END_BYTES = 1 << 20
 
 
-def check_model_path(path: str, base_dirs: Iterable[str | Path]) -> str:
+def check_model_path(path: str, base_dirs: Iterable[str | Path], key: str = KEY) -> str:
     """The absolute directory that `path` names relative to one of `base_dirs` (the first that has it), or `path` itself
-    where it is an id on the hub. Raises ConfigError for a directory without config.json or weights, and for an id that
-    is neither on the hub nor in the local cache."""
+    where it is an id on the hub. Raises ConfigError, for the config's `key`, for a directory without config.json or
+    weights, and for an id that is neither on the hub nor in the local cache."""
     base_dirs = [Path(base).absolute() for base in base_dirs]
     for directory in (base / Path(path).expanduser() for base in base_dirs):
         if directory.is_dir():
-            return str(_checked_directory(path, directory))
+            return str(_checked_directory(path, directory, key))
     if path.startswith((".", "/", "~")) or path.count("/") > 1:
         looked_in = ", ".join(str(base) for base in base_dirs)
-        raise ConfigError("model.path", "is not a directory", path, f"relative paths are looked up in {looked_in}")
-    return _checked_hub_id(path)
+        raise ConfigError(key, "is not a directory", path, f"relative paths are looked up in {looked_in}")
+    return _checked_hub_id(path, key)
 
 
-def model_directory(path: str) -> Path:
+def model_directory(path: str, key: str = KEY) -> Path:
     """The local directory with the model's config, weights and tokenizer; an id is downloaded first if need be."""
     if Path(path).is_dir():
         return Path(path)
@@ -56,7 +59,7 @@ def model_directory(path: str) -> Path:
     try:
         return Path(snapshot_download(path, allow_patterns=patterns))
     except (OSError, ValueError, HTTPError) as error:
-        raise ConfigError("model.path", f"can't be downloaded: {_first_line(error)}", path) from error
+        raise ConfigError(key, f"can't be downloaded: {_first_line(error)}", path) from error
 
 
 def local_directory(path: str) -> Path | None:
@@ -66,6 +69,12 @@ def local_directory(path: str) -> Path | None:
     cached = try_to_load_from_cache(path, "config.json")
     directory = Path(cached).parent if isinstance(cached, str) else None
     return directory if directory and _weight_files(directory) else None
+
+
+def vocab_size(path: str) -> int | None:
+    """As the model's config.json says, where its files are here."""
+    directory = local_directory(path)
+    return json.loads((directory / "config.json").read_text(encoding="utf-8")).get("vocab_size") if directory else None
 
 
 def model_digests(directory: Path) -> dict[str, str]:
@@ -93,22 +102,22 @@ def _digest_of_ends(path: Path) -> str:
     return f"{num_bytes} bytes, ends {digest.hexdigest()}"
 
 
-def _checked_directory(path: str, directory: Path) -> Path:
+def _checked_directory(path: str, directory: Path, key: str) -> Path:
     if not (directory / "config.json").is_file():
-        raise ConfigError("model.path", "has no config.json", path, "a directory in Hugging Face format")
+        raise ConfigError(key, "has no config.json", path, "a directory in Hugging Face format")
     if not _weight_files(directory):
-        raise ConfigError("model.path", f"has no weights ({' or '.join(WEIGHT_FILES)})", path)
+        raise ConfigError(key, f"has no weights ({' or '.join(WEIGHT_FILES)})", path)
     return directory
 
 
-def _checked_hub_id(path: str) -> str:
+def _checked_hub_id(path: str, key: str) -> str:
     problem = "is neither a directory nor a model in the local Hugging Face cache or on the hub"
     try:
         if isinstance(try_to_load_from_cache(path, "config.json"), str) or file_exists(path, "config.json"):
             return path
     except (OSError, ValueError, HTTPError) as error:
-        raise ConfigError("model.path", problem, path, f"asked the hub: {_first_line(error)}") from error
-    raise ConfigError("model.path", problem, path)
+        raise ConfigError(key, problem, path, f"asked the hub: {_first_line(error)}") from error
+    raise ConfigError(key, problem, path)
 
 
 def _first_line(error: Exception) -> str:

@@ -31,8 +31,6 @@ class Optimizer:
         self._adamw = torch.optim.AdamW(self._parameters, **self._settings, fused=True)
         self.num_updates = 0
         self.num_bad = 0
-        for parameter in self._parameters:
-            parameter.grad = torch.zeros_like(parameter)
 
     @property
     def lr(self) -> float:
@@ -50,7 +48,7 @@ class Optimizer:
                 group["lr"] = self.lr
             self._adamw.step()
             self.num_updates += 1
-        self._adamw.zero_grad(set_to_none=False)  # a rank without a share has zeros, too
+        self._adamw.zero_grad(set_to_none=True)
         if not good:
             self._count_bad(loss, norm)
         return norm if good else None

@@ -65,8 +65,7 @@ def accumulate_gradient(
 def _backward(
     model: PreTrainedModel, micro_batch: MicroBatch, loss: LossConfig, temperature: float
 ) -> tuple[Tensor, Sums]:
-    """Back-propagate this micro-batch's part of the loss; returns the part and its sums, both on the model's device, so
-    that nothing waits for the GPU before the last micro-batch is under way."""
+    """Back-propagate this micro-batch's part of the loss; returns the part and its sums, both on the model's device."""
     mask_BT = micro_batch.loss_mask_BT
     logp_BT, entropy_BT = token_logprobs(
         model, micro_batch.tokens_BT, mask_BT, temperature, entropy_gradient=loss.entropy_coef > 0

@@ -57,16 +57,21 @@ LIMITS = (
         "above",
         0.5,
         "most answers are cut off before their end",
-        "raise rollout.max_response_length, or set reward.overlong_buffer with reward.overlong_penalty, or "
-        "reward.overlong_filter",
+        "raise rollout.max_response_length, or set reward.overlong_buffer",
     ),
     Limit(
         "learner/ess",
         "below",
         0.5,
         "few tokens carry the updates, since the policy is far from the one that sampled them",
-        "lower replay.run_ahead, learner.lr, learner.updates_per_step or learner.epochs, or set loss.anchor=proximal "
-        "or loss.outlier_band",
+        "lower replay.run_ahead, learner.lr, learner.updates_per_step or learner.epochs, or set loss.outlier_band",
+    ),
+    Limit(
+        "learner/masked_ratio",
+        "above",
+        0.5,
+        "most tokens are masked for their distance from the policy that sampled them, so that little is learned",
+        "widen loss.outlier_band or loss.correction_band, or lower replay.run_ahead or learner.lr",
     ),
     Limit(
         "learner/k3",

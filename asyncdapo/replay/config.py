@@ -18,7 +18,8 @@ class FilterConfig:
     """`filter`: sample until the batch is full of groups worth training on. `replace`: take the first
     `replay.prompts_per_step` groups and put copies of those worth training on in the place of the others."""
     metric: str = "acc"
-    """Number compared within a group: `acc`, or `score`, `seq_reward`, `seq_final_reward` (the reward, three names)."""
+    """Number compared within a group: `acc`, `score` (scaled), `seq_reward` = `seq_final_reward` (with the overlong
+    punishment), or any number your function returns."""
     max_gen_batches: int = 0
     """Generation batches one train step may open; 0 or less is no limit."""
     gen_batch_multiplier: int = 1
@@ -41,7 +42,7 @@ class ReplayConfig:
     """The queue between rollout and learner, and the promise about its staleness."""
 
     prompts_per_step: int = 16
-    """Kept groups in one batch; every batch has exactly this many."""
+    """Groups in one batch, copies counted (`filter.mode: replace`); fewer only where `filter.on_limit` has it so."""
     run_ahead: float = 1.0
     """Batches that generation may be ahead of training; 0 is synchronous, fractions are allowed."""
     max_staleness: int = 2

@@ -20,6 +20,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from msgspec import structs
+
 from asyncdapo.errors import RunError
 from asyncdapo.messages import (
     Ack,
@@ -142,7 +144,7 @@ class Exchange:
             session.alive = False
             if held := self._sessions.held_by(session.worker):
                 self.send(session, Withdraw(lease_ids=list(held)))
-        self._journal.roll_back(step, reason, self.state.config)
+        self._journal.roll_back(step, reason, self.state.config, replaces=self.state.filter.replaces)
         self.accounts.undo_leases(sum(lease.num_tokens for lease in self._sessions.leases.values()))
         recovered = self._journal.recover()
         self.accounts.go_on_from(recovered)
@@ -209,7 +211,7 @@ class Exchange:
     def _read_batch(self, wanted: CutWanted) -> tuple[Batch, Sequence[bytes]]:
         """All headers, and the payload of the rank's share."""
         step, ids = wanted.step, [group.group_id for group in self.state.untrained[wanted.step]]
-        groups = [self._journal.read_header(group_id) for group_id in ids]
+        groups = [without_metrics(self._journal.read_header(group_id)) for group_id in ids]
         bound = self.state.bound.max_staleness
         copies = list(self.state.copies.get(step, ()))
         batch = Batch(step=step, branch=self.branch, max_staleness=bound, groups=groups, copies=copies)
@@ -279,3 +281,9 @@ class Exchange:
                 self.send(session, Withdraw(lease_ids=[action.lease_id]))
             case "rejected":
                 self.send(session, Reject(lease_id=action.lease_id, reason=detail))
+
+
+def without_metrics(group: Group) -> Group:
+    """The group as the learner needs it: the numbers of a user's function, of which there may be many, stay behind."""
+    completions = [structs.replace(completion, metrics={}) for completion in group.completions]
+    return structs.replace(group, completions=completions)

@@ -87,10 +87,14 @@ class GenBatches:
 
     def count(self, step: int) -> None:
         """A verdict fell while the batch of `step` was being filled."""
-        if self._num_verdicts == 0:
+        self.open(step)
+        self._num_verdicts += 1
+
+    def open(self, step: int) -> None:
+        """Have one open; when none is, it belongs to `step`."""
+        if not self.is_open:
             self.num_opened += 1
             self._step, self._number = step, self.num_opened
-        self._num_verdicts += 1
 
     @property
     def is_open(self) -> bool:

@@ -67,8 +67,9 @@ class Journal:
         self._position = reload.last_position(self._db)
         (self.branch,) = self._db.execute("SELECT MAX(branch) FROM branches").fetchone()
 
-    def roll_back(self, step: int, reason: str, config: ReplayConfig) -> None:
+    def roll_back(self, step: int, reason: str, config: ReplayConfig, *, replaces: bool) -> None:
         """Undo what came of weights newer than those of train step `step`, in one transaction, and begin a branch.
+        `replaces`: see `FilterConfig`.
 
         Raises RunError when the ledger holds no batch `step`: it is not of the history that the checkpoint is of.
         """
@@ -81,6 +82,7 @@ class Journal:
         rollback = Rollback(
             db=self._db,
             config=config,
+            replaces=replaces,
             has_payload=self._segments.holds,
             step=step,
             pos=row[0],

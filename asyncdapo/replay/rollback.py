@@ -9,6 +9,8 @@ which batch k was trained:
                 batch k + 1, if it was cut, stands again as cut, with the same members and copies
                 other kept ones return to the queue, or end `expired` when the batch to be filled is too late for them
                 constant and masked ones stay `filtered`; a spare one stays spare while its batch isn't cut
+                where copies replace those (`filter.mode: replace`) they have places in the queue as kept ones have: a
+                spare one stays spare, and one that ended with a cut that is undone is spare again
                 one that was stale when it came goes if it came after p; surplus of the barrier stays surplus
     leases    those without a group that were open or ended after p go, and the attempts that they cost with them
     prompts   follow their group; without one, what had no end at p waits again, those in flight first
@@ -35,6 +37,11 @@ from asyncdapo.replay.staleness import StalenessBound
 
 LIVE_STATES = (*HELD_STATES, "trained", "filtered")
 """States that a prompt has because its one live group has them."""
+
+CUTS = " UNION ALL ".join(
+    f"SELECT pos FROM {table} WHERE kind = 'cut' AND step >= :step" for table in ("events", "undone_events")
+)
+"""Positions at which the batch of a step, or of a later one, was cut in any branch: what ended there remembers it."""
 
 log = logging.getLogger("replay")
 
@@ -78,6 +85,8 @@ class Rollback:
     db: sqlite3.Connection
     config: ReplayConfig
     """Staleness bound, `on_stale`, and whether there is a barrier: those of the run as it goes on."""
+    replaces: bool
+    """Whether copies take the places of groups that aren't kept, in the run as it goes on."""
     has_payload: Callable[[Place], bool]
     step: int
     """The checkpoint's train step, k."""
@@ -125,19 +134,27 @@ class Rollback:
         """Give every group its fate. Returns whether batch k + 1 stands as cut."""
         columns = ", ".join(_Group._fields)
         rows = self.db.execute(
-            f"SELECT {columns} FROM groups WHERE changed_pos > ? OR state IN (?, ?, ?) ORDER BY group_id DESC",
-            (self.pos, *HELD_STATES),
+            f"SELECT {columns} FROM groups WHERE changed_pos > :pos OR state IN {HELD_STATES}"
+            f" OR (state = 'filtered' AND changed_pos IN ({CUTS})) ORDER BY group_id DESC",
+            {"pos": self.pos, "step": self.step + 1},
         )
         groups = [_Group(*row) for row in rows]
         restored = self._can_restore([group for group in groups if group.step == self.step + 1])
         next_step = self.step + 1 + restored
+        undone_cuts = {pos for (pos,) in self.db.execute(CUTS, {"step": next_step})}
         followed: set[int] = set()
         num_lost = 0
         for group in groups:
             if restored and group.step == self.step + 1:
                 fate = _Fate("cut", group.step, "")
             else:
-                fate = self._fate(group, next_step, followed=group.prompt_id in followed)
+                at_undone_cut = group.state == "filtered" and group.changed_pos in undone_cuts
+                fate = self._fate(
+                    group,
+                    next_step,
+                    followed=group.prompt_id in followed,
+                    had_place=self.replaces and at_undone_cut,
+                )
             if fate is None:
                 self._undo("groups", "group_id = ?", group.group_id)
                 had_payload = group.segment is not None
@@ -159,18 +176,19 @@ class Rollback:
         log.warning("batch %d can't be restored: it holds groups that are gone or too stale", self.step + 1)
         return False
 
-    def _fate(self, group: _Group, next_step: int, *, followed: bool) -> _Fate | None:
-        """None: the group goes. `followed`: a later group of its prompt stays."""
+    def _fate(self, group: _Group, next_step: int, *, followed: bool, had_place: bool) -> _Fate | None:
+        """None: the group goes. `followed`: a later group of its prompt stays. `had_place`: it ended with a batch that
+        is no longer cut, in which a copy took its place."""
         if group.max_version > self.step or (group.entered == "expired" and group.arrived_pos > self.pos):
             return None
-        ended = group.state in ("filtered", "surplus") and group.reason != "run ended"
+        ended = group.state in ("filtered", "surplus") and group.reason != "run ended" and not had_place
         if ended or group.entered == "expired":
             return group.fate
         if followed:  # it expired under `requeue`, and its prompt was sampled again: one of the two can stand
             return None
         fits = self._fits(group, next_step)
         if group.verdict != "kept" and (fits or group.state != "expired"):
-            stays = next_step == self.step + 1 and fits and self._has_payload(group)
+            stays = fits and (self.replaces or next_step == self.step + 1) and self._has_payload(group)
             return _Fate("spare", None, "") if stays else _Fate("filtered", None, group.verdict)
         if not fits:
             return None if self.config.on_stale == "requeue" else _Fate("expired", None, "stale")
@@ -218,7 +236,7 @@ class Rollback:
     # ----------------------------------------------------------------------------------------------------- prompts
 
     def _settle_prompts(self, in_flight: set[int]) -> None:
-        """The prompts that had no end at p: each follows its live group, or waits."""
+        """The prompts that had no end at p, or whose group has left it: each follows its live group, or waits."""
         rows = self.db.execute(
             f"""
             SELECT p.prompt_id, p.state, p.step, p.reason, p.attempts, p.place, p.changed_pos,
@@ -230,8 +248,9 @@ class Rollback:
                 + (SELECT COUNT(*) FROM groups e WHERE :requeue
                     AND e.prompt_id = p.prompt_id AND e.state = 'expired' AND e.changed_pos <= :pos)
             FROM prompts p LEFT JOIN groups g ON g.prompt_id = p.prompt_id AND g.state IN {LIVE_STATES}
-            WHERE p.changed_pos > :pos OR p.state IN {("waiting", "leased", *HELD_STATES)}""",
-            {"pos": self.pos, "requeue": self.config.on_stale == "requeue"},
+            WHERE p.changed_pos > :pos OR g.changed_pos = :opened
+                OR p.state IN {("waiting", "leased", *HELD_STATES)}""",
+            {"pos": self.pos, "opened": self.opened_pos, "requeue": self.config.on_stale == "requeue"},
         ).fetchall()
         for prompt_id, *was, place, changed_pos, state, step, reason, expired, charged in rows:
             attempts = charged if changed_pos > self.pos else was[3]

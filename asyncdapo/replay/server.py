@@ -25,7 +25,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from asyncdapo import faults
 from asyncdapo.errors import RunError
-from asyncdapo.messages import CutWanted, EvalAnswer, EvalRequest, Prompt
+from asyncdapo.messages import MAX_RANKS, CutWanted, EvalAnswer, EvalRequest, Prompt
 from asyncdapo.replay.config import ReplayConfig
 from asyncdapo.replay.exchange import Exchange, MakeState
 from asyncdapo.replay.journal import Journal
@@ -33,9 +33,6 @@ from asyncdapo.replay.sessions import GAUGES, Session, Sessions
 from asyncdapo.replay.workers import FromWorker, Workers
 from asyncdapo.transport.keys import ServerKeys
 from asyncdapo.transport.sockets import Server
-
-MAX_RANKS = 1024
-"""Of a learner; a question that claims more is damaged."""
 
 log = logging.getLogger("replay")
 

@@ -162,8 +162,8 @@ class ReplayState:
             case LeaseLost():
                 self._lose_lease(event)
             case CloseGenBatch():
-                if self.gen_batches.is_open:
-                    self._close_gen_batch()
+                self.gen_batches.open(self.next_step)
+                self._close_gen_batch()
             case CutWanted():
                 assert event.step <= self.next_step, f"batch {event.step} wanted before batch {self.next_step}"
                 self.cut_wanted |= event.step == self.next_step
@@ -324,7 +324,8 @@ class ReplayState:
         limit, size, num_ready = self.filter.max_gen_batches, self.config.prompts_per_step, self.num_ready()
         self._stop(
             f"filter.max_gen_batches: {limit} generation batches gave {num_ready} of the {size} groups that step "
-            f"{self.next_step} needs (easier or harder prompts, a higher limit, or filter.on_limit)",
+            f"{self.next_step} needs (prompts of another difficulty, room for longer answers if reward.overlong_filter "
+            "masks them, a higher limit, or filter.on_limit)",
             error=True,
         )
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from asyncdapo.errors import ConfigError
 
+FIRST_PAUSE_S = 0.5
+"""Before the first further try; it doubles each time."""
 MAX_RETRIES = 6
 """Whose pauses come to half a minute."""
 
@@ -50,6 +52,9 @@ class RewardConfig:
         for key in ("overlong_buffer", "overlong_penalty"):
             if getattr(self, key) < 0:
                 raise ConfigError(f"reward.{key}", "must be at least 0", getattr(self, key))
+        if self.overlong_penalty != 1.0 and not self.overlong_buffer:
+            problem = "does nothing without reward.overlong_buffer"
+            raise ConfigError("reward.overlong_penalty", problem, self.overlong_penalty)
         for key in ("processes", "concurrency"):
             if getattr(self, key) < 1:
                 raise ConfigError(f"reward.{key}", "must be at least 1", getattr(self, key))
@@ -61,3 +66,8 @@ class RewardConfig:
             raise ConfigError(
                 "reward.max_failure_ratio", "must be from 0 to 1", self.max_failure_ratio, "1 never ends the run"
             )
+
+    @property
+    def longest_verdict_s(self) -> float:
+        """Most seconds that one completion can hold a verifier process: two tries with all their pauses."""
+        return 2 * (self.timeout_s + FIRST_PAUSE_S * (2**self.retries - 1))

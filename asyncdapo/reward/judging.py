@@ -18,11 +18,13 @@ from functools import partial
 from traceback import TracebackException
 from typing import Any
 
+from asyncdapo.reward.config import FIRST_PAUSE_S
 from asyncdapo.reward.registry import Verify
 from asyncdapo.reward.wire import METRICS, Raised, Verdict
 
-FIRST_PAUSE_S = 0.5
 MAX_PROBLEM_CHARS = 1000
+MAX_METRICS = 100
+"""They travel and are kept with every completion."""
 METRIC_NAME = re.compile(r"[\w./-]{1,100}")
 
 Tell = Callable[[Verdict | Raised], None]
@@ -66,12 +68,18 @@ def _judge_one(verify: Verify, pauses: Sequence[float], text: str, answer: str) 
 
 def read_verdict(said: Any) -> Verdict | Raised:
     """What the verifier returned, as a verdict; `Raised` for what is none."""
+    if inspect.isawaitable(said):
+        if inspect.iscoroutine(said):
+            said.close()  # nobody awaits it, and it would complain of that
+        return Raised("returned an awaitable: make the function itself `async def`")
     numbers = dict(said) if isinstance(said, Mapping) else {"acc": said}
     if "acc" not in numbers:
         return Raised(f"a dict of numbers needs `acc`, the verdict from 0 to 1, got {reprlib.repr(said)}")
     acc = _number(numbers.pop("acc"))
     if not 0 <= acc <= 1:
         return Raised(f"a verdict is a number from 0 to 1, got {reprlib.repr(said)}")
+    if len(numbers) > MAX_METRICS:
+        return Raised(f"a verdict may have {MAX_METRICS} numbers besides `acc`, got {len(numbers)}")
     for name, number in numbers.items():
         if not (isinstance(name, str) and METRIC_NAME.fullmatch(name)):
             return Raised(

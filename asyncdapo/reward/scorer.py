@@ -35,14 +35,24 @@ Decode = Callable[[np.ndarray], str]
 class Scorer:
     """Scores the completions of a prompt together, as the control experiment needs the whole group."""
 
-    def __init__(self, config: RewardConfig, pool: ScorerPool, decode: Decode, max_response_length: int) -> None:
-        """`max_response_length` in tokens: where the overlong punishment ends its rise."""
+    def __init__(
+        self,
+        config: RewardConfig,
+        pool: ScorerPool,
+        decode: Decode,
+        max_response_length: int,
+        *,
+        filter_metric: str | None = None,
+    ) -> None:
+        """`max_response_length` in tokens: where the overlong punishment ends its rise. `filter_metric`: the number
+        that the filter compares, which every completion has to have; None when there is no filter."""
         self._config = config
         self._pool = pool
         self._decode = decode
         self._max_response_length = max_response_length
-        self._own_names: dict[str, None] = {}
-        """Of the verifier's own numbers, as far as it has returned any."""
+        is_own = filter_metric is not None and filter_metric not in METRICS
+        self._own_names: dict[str, None] = {filter_metric: None} if is_own else {}
+        """Of the verifier's own numbers: the filter's, and those that it has returned so far."""
 
     async def start(self) -> None:
         """Start the verifier processes. Raises RunError when they can't be."""
@@ -99,7 +109,7 @@ class Scorer:
         ).tolist()
 
     def _score(self, verdict: Verdict, overlong: float) -> Score:
-        score = scale(verdict.value, self._config)
+        score = scale(verdict.value, correct=self._config.correct, incorrect=self._config.incorrect)
         reward = score + overlong
         numbers = (verdict.value, score, reward, reward, float(verdict.timed_out), overlong)
         # A text that took too long has no number of the verifier's own; the filter needs what the others have.
@@ -107,6 +117,6 @@ class Scorer:
         return Score(reward=reward, metrics=dict(zip(METRICS, numbers, strict=True)) | own)
 
 
-def scale(acc: float, config: RewardConfig) -> float:
+def scale(acc: float, *, correct: float, incorrect: float) -> float:
     """Verdict 0..1 to `reward.incorrect`..`reward.correct`."""
-    return config.incorrect + acc * (config.correct - config.incorrect)
+    return incorrect + acc * (correct - incorrect)

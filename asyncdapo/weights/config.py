@@ -17,7 +17,8 @@ class WeightsConfig:
     bucket_mb: int = 16
     """Largest piece of one broadcast in MiB; the learner holds two, and gathers one while the other is sent."""
     timeout_s: float = 60.0
-    """Seconds after which a transfer has failed; workers then go on with the weights they have."""
+    """Seconds after which a transfer has failed, and workers go on with the weights they have; the learner's ranks have
+    as long to find each other."""
     max_missed: int = 3
     """Transfers of one version that may fail before the run ends."""
 

@@ -20,6 +20,7 @@ from asyncdapo.learner.checkpoint import checkpoint_dir, write_checkpoint
 from asyncdapo.metrics.jsonl import MetricsFile
 from asyncdapo.replay.journal import Journal
 from tests.controller.runs import copy_start_model
+from tests.replay.small_run import resumed_run
 
 DATA = '{"prompt": "1+1", "answer": "2"}\n{"prompt": "2+3", "answer": "5"}\n{"prompt": "4+5", "answer": "9"}\n'
 OWN_DATA = ("prompts.task=file", "eval.num_prompts=1", "eval.num_greedy_prompts=1")
@@ -300,6 +301,8 @@ def test_a_line_that_was_never_written_is_made_from_the_ledger(config: Config, r
         "learner/loss": 0.375,
         "learner/train_s": 0.5,
         "reward/filtered_mean": -0.25,
+        "filter/gen_batches": 0,
+        "filter/prompts_consumed": 0,
         "replay/train_steps": 3,
         "replay/trained_groups": 16,
         "replay/copies": 0,
@@ -307,6 +310,16 @@ def test_a_line_that_was_never_written_is_made_from_the_ledger(config: Config, r
         "replay/staleness_mean": 0.5,
     }
     assert survey(run_dir, config).last_line["step"] == 3
+
+
+def test_counters_of_such_lines_are_those_that_the_lines_had(tmp_path: Path) -> None:
+    """In a run of four branches, whose groups came before and after what was undone."""
+    resumed_run(tmp_path)
+    names = ("step", "filter/gen_batches", "filter/prompts_consumed", "replay/train_steps", "replay/trained_groups")
+    written = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()[1:]]
+    (tmp_path / "metrics.jsonl").write_text("")
+    made = missing_lines(tmp_path, 4)
+    assert [[line[name] for name in names] for line in made] == [[line[name] for name in names] for line in written]
 
 
 def test_clocks_of_such_a_line_leave_out_the_time_between_two_launches(run_dir: Path) -> None:

@@ -1,14 +1,13 @@
 """The gradient of a train step is the same for every micro-batch size and number of ranks, whatever the loss.
 
-Ranks are real processes with a Gloo group. Each case trains one step with everything on that could tell parts apart:
-two epochs of two updates, unequal lengths, copies, masks by the policy, a KL penalty, an entropy bonus. Compared are
-the clipped gradients of every update and the weights at the end, in float64.
+Ranks are real processes with a Gloo group. A case trains one step of two epochs with two updates each, on groups of
+unequal lengths and numbers of copies; under every aggregation with all that could tell parts apart (masks by the
+policy, a KL penalty, an entropy bonus), then under other variants. Compared are the clipped gradients of every update
+and the weights at the end, in float64.
 """
 
 from __future__ import annotations
 
-import multiprocessing
-from collections.abc import Callable
 from typing import get_args, get_type_hints
 
 import msgspec
@@ -16,28 +15,35 @@ import numpy as np
 import pytest
 import torch
 
-from asyncdapo.errors import RunError
 from asyncdapo.learner.config import LossConfig
-from asyncdapo.learner.group import GradientGroup, Ranks
+from asyncdapo.learner.group import ALONE, Ranks
 from asyncdapo.messages import Batch, Payload
 from asyncdapo.shares import deal, share_of
+from tests.learner.ranks import in_processes
 from tests.learner.tiny import make_batch, make_learner, save_tiny_llama
 
-AGGREGATIONS = get_args(get_type_hints(LossConfig)["agg"])
 NUM_UPDATES = 2
-TIMEOUT_S = 60.0
 LONGEST = 23
 """Tokens of the longest prompt and response that `make_batch` can make."""
 NUM_ROWS = 24
 
+OUTLIERS = {"outlier_band": (1e-4, 1e4)}
+EVERYTHING = {"anchor": "proximal", "kl_coef": 0.1, "entropy_coef": 0.01, "dual_clip": 3.0, **OUTLIERS}
+LOSSES = {
+    **{agg: LossConfig(agg=agg, **EVERYTHING) for agg in get_args(get_type_hints(LossConfig)["agg"])},
+    "default": LossConfig(),
+    "gspo": LossConfig(variant="gspo", clip_low=0.1, clip_high=0.2, agg="seq-mean-token-mean", **OUTLIERS),
+    "cispo": LossConfig(variant="cispo", anchor="proximal", outlier_scope="sequence", **OUTLIERS),
+    "icepop": LossConfig(anchor="proximal", correction_mode="mask", correction_band=(0.5, 2.0)),
+    "sequence": LossConfig(anchor="proximal", correction="sequence", **OUTLIERS),
+    "geometric": LossConfig(anchor="proximal", correction="geometric", correction_mode="mask"),
+    "uncorrected": LossConfig(anchor="proximal", correction="none", advantage="rloo", kl_coef=0.1, kl_estimator="k2"),
+}
+
 Result = tuple[list[torch.Tensor], torch.Tensor, dict[str, float]]
 """Clipped gradient of each update, weights at the end, metrics."""
-
-
-def every_kind_of_part(agg: str) -> LossConfig:
-    return LossConfig(
-        agg=agg, anchor="proximal", outlier_band=(1e-4, 1e4), kl_coef=0.1, entropy_coef=0.01, dual_clip=3.0
-    )
+Case = tuple[LossConfig, Batch, Payload, int]
+"""Loss, batch, payload of the whole batch, tokens in a micro-batch."""
 
 
 def a_batch(num_groups: int = 8) -> tuple[Batch, Payload]:
@@ -46,7 +52,7 @@ def a_batch(num_groups: int = 8) -> tuple[Batch, Payload]:
 
 
 def masked_at_rank_1(batch: Batch, payload: Payload) -> Payload:
-    """With two ranks, every token of rank 1 lies outside the outlier band."""
+    """With two ranks, every token of rank 1 lies outside the outlier band, and far from every trust region."""
     masked = {index for by_rank in deal(batch.groups, num_updates=NUM_UPDATES, num_ranks=2) for index in by_rank[1]}
     parts = payload.split(batch.groups)
     far = [part.logprobs - 30 * (index in masked) for index, part in enumerate(parts)]
@@ -56,14 +62,11 @@ def masked_at_rank_1(batch: Batch, payload: Payload) -> Payload:
 def of_share(batch: Batch, payload: Payload, ranks: Ranks) -> Payload:
     share = share_of(batch.groups, rank=ranks.rank, num_ranks=ranks.num_ranks, num_updates=NUM_UPDATES)
     parts = payload.split(batch.groups)
-    return Payload.join([parts[index] for index in share]) if share else payload_of_nothing()
+    return Payload.join([parts[index] for index in share])
 
 
-def payload_of_nothing() -> Payload:
-    return Payload(np.zeros(0, np.int32), np.zeros(0, np.int32), np.zeros(0, np.float32))
-
-
-def train(path: str, loss: LossConfig, batch: Batch, payload: Payload, max_tokens: int, ranks: Ranks) -> Result:
+def train(path: str, case: Case, ranks: Ranks) -> Result:
+    loss, batch, payload, max_tokens = case
     learner = make_learner(
         path, loss=loss, ranks=ranks, tokens_per_microbatch=max_tokens, updates_per_step=NUM_UPDATES, epochs=2
     )
@@ -79,29 +82,17 @@ def train(path: str, loss: LossConfig, batch: Batch, payload: Payload, max_token
     return gradients, torch.cat([parameter.detach().flatten() for parameter in parameters]), metrics
 
 
-Case = tuple[LossConfig, Batch, Payload, int]
+def train_each(ranks: Ranks, path: str, cases: list[Case]) -> list[Result]:
+    return [train(path, case, ranks) for case in cases]
 
 
-def join(ranks: Ranks, addresses) -> None:
-    """Make the group; rank 0 tells the others its address."""
-    if ranks.rank == 0:
-        group = GradientGroup.create_master("127.0.0.1", ranks.num_ranks, "gloo", TIMEOUT_S)
-        for _ in range(ranks.num_ranks - 1):
-            addresses.put(group.address)
-        group.connect()
-    else:
-        group = GradientGroup.join(addresses.get(), ranks.rank, ranks.num_ranks, "gloo", TIMEOUT_S)
-    ranks.join(group)
-
-
-def serve_rank(path: str, ranks: Ranks, addresses, results, cases: list[Case]) -> None:
-    torch.set_num_threads(1)
-    join(ranks, addresses)
-    found = []
-    for loss, batch, payload, max_tokens in cases:
-        gradients, weights, metrics = train(path, loss, batch, payload, max_tokens, ranks)
-        found.append(([gradient.numpy() for gradient in gradients], weights.numpy(), metrics))
-    results.put((ranks.rank, found))
+def train_and_drift(ranks: Ranks, path: str) -> None:
+    learner = make_learner(path, ranks=ranks, updates_per_step=NUM_UPDATES, checkpoint_every=2)
+    for step in (1, 2):
+        with torch.no_grad():
+            next(iter(learner.weights().values()))[0, 0] += 1e-3 * ranks.rank * (step - 1)
+        batch, payload = make_batch(step, num_groups=4)
+        learner.train(batch, of_share(batch, payload, ranks))
 
 
 @pytest.fixture(scope="module")
@@ -109,37 +100,11 @@ def path(tmp_path_factory) -> str:
     return save_tiny_llama(tmp_path_factory.mktemp("model"))
 
 
-@pytest.fixture(scope="module")
-def run_processes(path) -> Callable[..., list]:
-    """Run a function in a process for each rank. Returns what each has put into the queue of results."""
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["asyncdapo.learner.learner"])
-
-    def run(serve: Callable[..., None], num_ranks: int, *args: object) -> list:
-        addresses, results = processes.Queue(), processes.Queue()
-        members = [
-            processes.Process(target=serve, args=(path, Ranks(rank, num_ranks), addresses, results, *args))
-            for rank in range(num_ranks)
-        ]
-        for member in members:
-            member.start()
-        found = dict(results.get(timeout=2 * TIMEOUT_S) for _ in members)
-        for member in members:
-            member.join()
-        return [found[rank] for rank in range(num_ranks)]
-
-    return run
-
-
-def as_tensors(gradients: list[np.ndarray], weights: np.ndarray, metrics: dict[str, float]) -> Result:
-    return [torch.from_numpy(gradient) for gradient in gradients], torch.from_numpy(weights), metrics
-
-
 def assert_equal(got: Result, expected: Result) -> None:
     assert len(got[0]) == len(expected[0])
+    assert any(reference.norm() > 0 for reference in expected[0])
     for gradient, reference in zip(got[0], expected[0], strict=True):
         assert torch.isfinite(gradient).all()
-        assert reference.norm() > 0
         assert (gradient - reference).norm() <= 1e-6 * reference.norm()
     assert torch.isfinite(got[1]).all()
     assert (got[1] - expected[1]).norm() <= 1e-6 * expected[1].norm()
@@ -147,62 +112,45 @@ def assert_equal(got: Result, expected: Result) -> None:
         assert got[2][name] == pytest.approx(expected[2][name], rel=1e-5, abs=1e-9), name
 
 
-@pytest.mark.parametrize("agg", AGGREGATIONS)
-def test_every_micro_batch_size_gives_the_same_gradient(path, agg):
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_micro_batch_size_gives_the_same_gradient(path, loss):
     batch, payload = a_batch()
-    loss, alone = every_kind_of_part(agg), Ranks()
-    whole = train(path, loss, batch, payload, LONGEST * NUM_ROWS, alone)
+    whole = train(path, (LOSSES[loss], batch, payload, LONGEST * NUM_ROWS), ALONE)
     for num_rows in (1, 2, 3, 5, 8, 12, 20):
-        assert_equal(train(path, loss, batch, payload, LONGEST * num_rows, alone), whole)
+        assert_equal(train(path, (LOSSES[loss], batch, payload, LONGEST * num_rows), ALONE), whole)
 
 
 @pytest.mark.parametrize("num_ranks", [2, 4])
-def test_every_number_of_ranks_gives_the_same_gradient(path, run_processes, num_ranks):
+def test_every_number_of_ranks_gives_the_same_gradient(path, num_ranks):
     batch, payload = a_batch()
     one_rank_masked = masked_at_rank_1(batch, payload)
-    few, few_payload = a_batch(num_groups=3)
+    few = a_batch(num_groups=3)
     cases = [
-        (every_kind_of_part(agg), *one, max_tokens)
-        for agg in AGGREGATIONS
-        for one in ((batch, payload), (batch, one_rank_masked), (few, few_payload))
+        (loss, *of_batch, max_tokens)
+        for loss in LOSSES.values()
+        for of_batch in ((batch, payload), (batch, one_rank_masked), few)
         for max_tokens in (LONGEST, 4 * LONGEST)
     ]
-    results = [[as_tensors(*result) for result in found] for found in run_processes(serve_rank, num_ranks, cases)]
-    for number, (loss, one, one_payload, max_tokens) in enumerate(cases):
-        expected = train(path, loss, one, one_payload, max_tokens, Ranks())
+    results = in_processes(num_ranks, train_each, path, cases)
+    for number, case in enumerate(cases):
+        expected = train(path, case, ALONE)
         for of_rank in results:
             assert_equal(of_rank[number], expected)
             assert torch.equal(of_rank[number][1], results[0][number][1]), "ranks differ"
 
 
-@pytest.mark.parametrize("agg", AGGREGATIONS)
-def test_a_step_whose_tokens_are_all_masked_changes_nothing(path, agg):
+@pytest.mark.parametrize("loss", [name for name, loss in LOSSES.items() if loss.outlier_band])
+def test_a_step_whose_tokens_are_all_masked_changes_nothing(path, loss):
     batch, payload = a_batch()
     far = Payload(payload.prompt_ids, payload.token_ids, payload.logprobs - 30)
-    gradients, weights, metrics = train(path, every_kind_of_part(agg), batch, far, 64, Ranks())
+    gradients, weights, metrics = train(path, (LOSSES[loss], batch, far, 64), ALONE)
     assert gradients == []
-    learner = make_learner(path)
-    assert torch.equal(weights.float(), torch.cat([p.detach().flatten() for p in learner._model.parameters()]))
+    initial = torch.cat([weight.flatten() for weight in make_learner(path).weights().values()])
+    assert torch.equal(weights.float(), initial)
     assert metrics["learner/masked_ratio"] == 1.0
     assert metrics["learner/bad_updates"] == 0
 
 
-def serve_drifting_rank(path: str, ranks: Ranks, addresses, results) -> None:
-    torch.set_num_threads(1)
-    join(ranks, addresses)
-    learner = make_learner(path, ranks=ranks, updates_per_step=NUM_UPDATES, checkpoint_every=2)
-    said = []
-    for step in (1, 2):
-        with torch.no_grad():
-            next(iter(learner.weights().values()))[0, 0] += 1e-3 * ranks.rank * (step - 1)
-        batch, payload = make_batch(step, num_groups=4)
-        try:
-            learner.train(batch, of_share(batch, payload, ranks))
-        except RunError as error:
-            said.append(str(error))
-    results.put((ranks.rank, said))
-
-
-def test_ranks_whose_weights_drift_apart_end_the_run_at_the_next_checkpoint(path, run_processes):
-    said = run_processes(serve_drifting_rank, 2)
-    assert said == [["the learner's ranks [1] have other weights after step 2 than rank 0"]] * 2
+def test_ranks_whose_weights_drift_apart_end_the_run_at_the_next_checkpoint(path):
+    said = [str(error) for error in in_processes(2, train_and_drift, path)]
+    assert said == ["the learner's ranks [1] have other weights after step 2 than rank 0"] * 2

@@ -216,6 +216,22 @@ def test_a_step_whose_updates_are_all_skipped_has_no_means(path):
         learner.train(batch, with_logprobs(payload, np.full_like(payload.logprobs, np.nan)))
 
 
+@pytest.mark.parametrize("masks", [{"outlier_band": (0.5, 2.0)}, {"anchor": "proximal", "correction_mode": "mask"}])
+def test_what_is_not_a_number_ends_the_run_where_tokens_are_masked_by_their_ratio_too(path, masks):
+    learner = make_learner(path, loss=LossConfig(**masks), max_bad_updates=1)
+    batch, payload = make_batch(step=1)
+    nothing = np.full_like(payload.logprobs, np.nan)
+    assert learner.train(batch, with_logprobs(payload, nothing))["learner/bad_updates"] == 1
+    with pytest.raises(RunError, match="learner.max_bad_updates is 1"):
+        learner.train(*make_batch(step=2)[:1], with_logprobs(payload, nothing))
+
+
+def test_a_reference_model_with_fewer_tokens_is_refused(path, tmp_path):
+    small = save_tiny_llama(tmp_path, vocab_size=11)
+    with pytest.raises(ConfigError, match="model.reference: has a vocabulary of 11, the model one of 29"):
+        make_learner(path, loss=LossConfig(kl_coef=0.1), reference=small)
+
+
 def test_weights_are_the_live_master_weights_with_tied_ones_once(path):
     learner = make_learner(path)
     weights = learner.weights()

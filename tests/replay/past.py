@@ -36,6 +36,8 @@ class TruthWithPast(Truth):
         self.marks = {0: Mark()}
         self.closings: list[tuple[int, int, int]] = []
         """Of generation batches: number of the event, step, number in that step."""
+        self.cuts: list[tuple[int, int]] = []
+        """In every branch: number of the event, step."""
         self.leased_at_the_end: set[int] = set()
 
     def observe(self, event: core.Event, actions: Sequence[core.Action]) -> None:
@@ -45,6 +47,8 @@ class TruthWithPast(Truth):
         for action in actions:
             if isinstance(action, core.GenBatchClosed):
                 self.closings.append((self.num_events, action.step, action.number))
+            if isinstance(action, core.CutBatch):
+                self.cuts.append((self.num_events, action.step))
         if isinstance(event, core.Trained):
             self.marks[event.step] = Mark(self.num_events, dict(self.prompts), Counter(self.attempts))
 
@@ -59,9 +63,9 @@ class TruthWithPast(Truth):
         self.batches = {k: members for k, members in self.batches.items() if k <= step + was_cut}
         self.copies = {k: copies for k, copies in self.copies.items() if k <= step + was_cut}
         self.trained = set(range(1, step + 1))
-        self._settle_groups(step, mark, was_cut)
+        moved = self._settle_groups(step, mark, was_cut)
         for prompt_id in self.prompts:
-            if mark.prompts.get(prompt_id) not in ENDS:
+            if mark.prompts.get(prompt_id) not in ENDS or prompt_id in moved:
                 self._settle_prompt(prompt_id, mark, prompt_id in in_flight)
         self.lost.clear()
         self.leased_at_the_end.clear()
@@ -72,7 +76,9 @@ class TruthWithPast(Truth):
 
     # ------------------------------------------------------------------------------------------------------ groups
 
-    def _settle_groups(self, step: int, mark: Mark, was_cut: bool) -> None:
+    def _settle_groups(self, step: int, mark: Mark, was_cut: bool) -> set[int]:
+        """Returns the prompts whose group has another state now."""
+        moved: set[int] = set()
         members = set(self.batches[step + 1]) if was_cut else set()
         followed: set[int] = set()
         for group_id in sorted(self.groups, reverse=True):
@@ -94,18 +100,26 @@ class TruthWithPast(Truth):
             followed.add(group.prompt_id)
             if now != group.state:
                 group.state, group.changed, group.reason = now, self.num_events, ""
+                moved.add(group.prompt_id)
+        return moved
 
     def _has_settled(self, group: TrueGroup, mark: Mark) -> bool:
         """It had an end that a rollback doesn't touch."""
-        if group.state == "filtered" or (group.state == "surplus" and group.reason != "run ended"):
+        if group.state == "filtered":
+            return not (self.replaces and self._ended_at_undone_cut(group))
+        if group.state == "surplus" and group.reason != "run ended":
             return True
         return group.state in ("trained", "expired") and group.changed <= mark.num_events
+
+    def _ended_at_undone_cut(self, group: TrueGroup) -> bool:
+        """A copy took its place in a batch that is to be cut anew."""
+        return any(group.changed == event and step >= self.next_step for event, step in self.cuts)
 
     def _held_again(self, group: TrueGroup, was_cut: bool) -> str:
         fits = self.fits(group.min_version, self.next_step)
         had_expired = group.state == "expired" and not fits
         if group.verdict != "kept" and not had_expired:
-            return "spare" if fits and not was_cut else "filtered"
+            return "spare" if fits and (self.replaces or not was_cut) else "filtered"
         if fits:
             return "queued"
         return "gone" if self.config.on_stale == "requeue" else "expired"

@@ -119,7 +119,7 @@ class Restarts(Simulation):
     def roll_back(self, step: int) -> None:
         """The learner, or the whole run, goes back to the checkpoint of `step`; no worker is joined any more."""
         trained = self._trained()
-        self.journal.roll_back(step, "test", self.world.replay)
+        self.journal.roll_back(step, "test", self.world.replay, replaces=self.world.filter.replaces)
         self.truth.roll_back(step)
         self.num_rollbacks += 1
         for worker in self.workers.values():

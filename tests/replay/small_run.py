@@ -41,17 +41,17 @@ def prompt_at(prompt_id):
 
 
 def make_group(
-    lease: Lease, *, worker=0, accs=(1.0, 0.0), versions=((0, 4),), finish="stop", **own
+    lease: Lease, *, worker=0, accs=(1.0, 0.0), versions=((0, 4),), finish="stop", loss=1, **own
 ) -> tuple[Group, Payload]:
-    """A sound answer to a lease: each completion has these versions, its reward is ±1. `own`: further metrics, a number
-    for each completion."""
+    """A sound answer to a lease: each completion has these versions, its reward is ±1. `loss`: whether its tokens bear
+    any. `own`: further metrics, a number for each completion."""
     num_tokens = sum(count for _, count in versions)
     completions = [
         Completion(
             num_tokens=num_tokens,
             finish_reason=finish,
             versions=[tuple(run) for run in versions],
-            loss_mask=[(1, num_tokens)],
+            loss_mask=[(loss, num_tokens)],
             reward=2 * acc - 1,
             metrics={"acc": acc, "score": 2 * acc - 1, "seq_reward": 2 * acc - 1}
             | {name: numbers[index] for name, numbers in own.items()},
@@ -148,6 +148,12 @@ class SmallRun:
             self.answer(self.running(worker)[0], **group)
             self.ready(worker, 4)
 
+    def advance(self, worker, *steps):
+        """Fill and train the batches of these steps, each of groups of the newest weights."""
+        for step in steps:
+            self.fill(worker, versions=((step - 1, 4),))
+            self.train(step)
+
     def running(self, worker):
         """The worker's leases, oldest first."""
         return sorted(lease_id for lease_id, lease in self.sessions.leases.items() if lease.worker == worker)
@@ -198,9 +204,7 @@ def resumed_run(run_dir: Path) -> Path:
     """Four steps in four branches: from step 2 back to 1, later from step 3 back to 2, and at once once more."""
     run = SmallRun(run_dir)
     run.join(0)
-    for step in (1, 2):
-        run.fill(0, versions=((step - 1, 4),))
-        run.train(step)
+    run.advance(0, 1, 2)
     run.ready(0, 4)
     run.answer(run.running(0)[0], versions=((2, 4),))
     run.roll_back(1)

@@ -118,9 +118,7 @@ def test_every_sampled_token_is_accounted_for(tmp_path):
     run.exchange.apply(core.Started(lease_id=slow, version=0))
     run.exchange.apply(core.WorkerLost(worker=2))
     run.answer(run.running(0)[0], accs=(0.0, 0.0))
-    for step in (1, 2, 3):
-        run.fill(0, versions=((step - 1, 4),))
-        run.train(step)
+    run.advance(0, 1, 2, 3)
     last = run.lines[-1]
     assert {end: last[f"replay/tokens_{end}"] for end in TOKEN_ENDS} == {
         "trained": 48,
@@ -165,8 +163,7 @@ def test_counters_say_what_the_run_has_used_up_so_far(tmp_path):
     run.fill(0)
     run.train(1)
     assert counters(run) == (1, 3, 1)
-    run.fill(0, versions=((1, 4),))
-    run.train(2)
+    run.advance(0, 2)
     assert counters(run) == (2, 5, 2)
 
 
@@ -175,21 +172,16 @@ def test_counters_leave_out_a_group_that_came_too_late_for_a_verdict(tmp_path):
     run.join(0)
     [slow] = run.ready(0, 1)
     run.join(1)
-    for step in (1, 2):
-        run.fill(1, versions=((step - 1, 4),))
-        run.train(step)
+    run.advance(1, 1, 2)
     run.answer(slow)
-    run.fill(1, versions=((2, 4),))
-    run.train(3)
+    run.advance(1, 3)
     assert counters(run) == (3, 6, 3)
 
 
 def test_counters_go_on_over_a_new_server_and_back_with_a_rollback(tmp_path):
     run = SmallRun(tmp_path)
     run.join(0)
-    for step in (1, 2, 3):
-        run.fill(0, versions=((step - 1, 4),))
-        run.train(step)
+    run.advance(0, 1, 2, 3)
     assert counters(run) == (3, 6, 3)
     run.journal.close()
     again = SmallRun(tmp_path)
@@ -197,8 +189,7 @@ def test_counters_go_on_over_a_new_server_and_back_with_a_rollback(tmp_path):
     again.roll_back(1)
     again.train(2)
     assert counters(again) == (2, 4, 2)
-    again.fill(0, versions=((2, 4),))
-    again.train(3)
+    again.advance(0, 3)
     assert counters(again) == (3, 6, 3)
 
 

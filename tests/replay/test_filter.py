@@ -1,42 +1,12 @@
-"""The filter: verdicts (with the reference vectors), the keep rate, generation batches."""
+"""The filter: verdicts (more of them in `tests/test_vectors.py`), the keep rate, generation batches."""
 
 from __future__ import annotations
-
-import json
-from pathlib import Path
 
 import pytest
 
 from asyncdapo.errors import ConfigError
 from asyncdapo.replay.config import FilterConfig
 from asyncdapo.replay.filter import MIN_KEEP_RATE, GenBatches, KeepRate, judge
-
-VECTORS = json.loads((Path(__file__).parents[1] / "vectors" / "dapo_vectors.json").read_text())["vectors"]
-FILTER = [vector for vector in VECTORS if vector["group"] == "filter"]
-
-
-def groups_of(samples: list[dict]) -> dict[str, dict[str, list[float]]]:
-    """Metrics of each group, in order of first appearance."""
-    groups: dict[str, dict[str, list[float]]] = {}
-    for sample in samples:
-        metrics = groups.setdefault(sample["group"], {})
-        for name in sample.keys() - {"group"}:
-            metrics.setdefault(name, []).append(sample[name])
-    return groups
-
-
-@pytest.mark.parametrize("vector", FILTER, ids=lambda vector: vector["name"])
-def test_verdicts_agree_with_the_reference(vector: dict) -> None:
-    inputs, expected = vector["inputs"], vector["expected"]
-    config = FilterConfig(metric=inputs["metric"])
-    groups = groups_of(inputs["samples"])
-    if "error" in expected:
-        with pytest.raises(ConfigError, match="filter.metric"):
-            judge(config, groups[expected["group"]], num_loss_tokens=1)
-        return
-    verdicts = {name: judge(config, metrics, num_loss_tokens=1) for name, metrics in groups.items()}
-    assert [name for name, verdict in verdicts.items() if verdict == "kept"] == expected["kept"]
-    assert [name for name, verdict in verdicts.items() if verdict == "constant"] == expected["dropped"]
 
 
 def test_a_missing_metric_is_an_error_that_names_those_the_group_has() -> None:

@@ -257,9 +257,7 @@ def test_with_keep_payloads_every_group_can_be_read_for_ever(tmp_path):
 def test_a_segment_goes_when_a_checkpoint_covers_all_its_groups(tmp_path):
     run = SmallRun(tmp_path, segment_bytes=1)
     run.join(0)
-    for step in (1, 2, 3):
-        run.fill(0, versions=((step - 1, 4),))
-        run.train(step)
+    run.advance(0, 1, 2, 3)
     run.answer(run.running(0)[0], versions=((3, 4),))
     assert segments(tmp_path) == [1, 2, 3, 4, 5, 6, 7]
     run.journal.covered(0)

@@ -19,9 +19,7 @@ def trained_run(run_dir, steps, **replay):
     """`steps` batches trained by worker 0, each on groups of the newest weights."""
     run = SmallRun(run_dir, **replay)
     run.join(0)
-    for step in range(1, steps + 1):
-        run.fill(0, versions=((step - 1, 4),))
-        run.train(step)
+    run.advance(0, *range(1, steps + 1))
     return run
 
 
@@ -206,7 +204,7 @@ def test_lease_ids_of_undone_leases_are_not_used_again(tmp_path):
 
 def test_a_worker_has_joined_again_only_when_it_says_so(tmp_path):
     run = trained_run(tmp_path, 2)
-    run.journal.roll_back(1, "resumed", run.config)
+    run.journal.roll_back(1, "resumed", run.config, replaces=False)
     assert run.journal.recover().workers == {}
     assert run.journal.recover().leases == []
 
@@ -245,7 +243,8 @@ def test_a_run_resumed_with_a_tighter_bound_trains_nothing_beyond_it(tmp_path, o
     run.fill(0)
     run.train(2)
     prompts = [row["prompt_id"] for row in rows(tmp_path, "SELECT prompt_id FROM groups WHERE step = 2")]
-    run.journal.roll_back(1, "resumed", ReplayConfig(run_ahead=0, max_staleness=0, on_stale=on_stale))
+    tighter = ReplayConfig(run_ahead=0, max_staleness=0, on_stale=on_stale)
+    run.journal.roll_back(1, "resumed", tighter, replaces=False)
     assert run.journal.recover().batches == {}
     assert [state_of(tmp_path, prompt_id)[0] for prompt_id in prompts] == [state, state]
     attempts = rows(tmp_path, "SELECT SUM(attempts) AS attempts FROM prompts")
@@ -269,7 +268,7 @@ def test_a_finished_run_goes_on_with_what_its_end_made_unused(tmp_path):
 def test_there_is_no_way_back_to_a_batch_that_the_ledger_does_not_hold(tmp_path):
     run = trained_run(tmp_path, 1)
     with pytest.raises(RunError, match=r"ledger\.db: holds no batch 2 to go back to"):
-        run.journal.roll_back(2, "resumed", run.config)
+        run.journal.roll_back(2, "resumed", run.config, replaces=False)
     assert run.journal.branch == 0
     assert rows(tmp_path, "SELECT branch FROM branches") == [{"branch": 0}]
 
@@ -279,7 +278,7 @@ def test_a_rollback_that_fails_undoes_nothing(tmp_path, monkeypatch):
     before = {table: rows(tmp_path, f"SELECT * FROM {table}") for table in ("prompts", "leases", "groups", "batches")}
     monkeypatch.setattr(run.journal._segments, "holds", lambda place: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        run.journal.roll_back(1, "resumed", run.config)
+        run.journal.roll_back(1, "resumed", run.config, replaces=False)
     assert {table: rows(tmp_path, f"SELECT * FROM {table}") for table in before} == before
     assert run.journal.branch == 0
 

@@ -289,6 +289,57 @@ def test_a_batch_has_the_same_copies_after_a_restart_of_the_server_and_after_a_r
     assert again.state.in_training == {1: 5}
 
 
+@pytest.mark.parametrize("is_cut", [False, True])
+def test_groups_of_the_batch_after_the_restored_one_have_their_places_again_whatever_their_verdict(
+    tmp_path, is_cut
+) -> None:
+    """Of four groups of version 0 two make batch 1, which is restored, and two are for batch 2, cut or not: else it
+    would be made of the kept one and of newer groups, so that difficult prompts came in more often."""
+    run = SmallRun(tmp_path, filter=FilterConfig(mode="replace"), run_ahead=2.0, max_staleness=2)
+    run.join(0)
+    groups = run.ready(0, 4)
+    for group_id, accs in zip(groups, [(1.0, 0.0), (1.0, 0.0), (1.0, 1.0), (1.0, 0.0)], strict=True):
+        run.answer(group_id, accs=accs)
+    run.train(1)
+    if is_cut:
+        cut = batch_sent(run, 2)
+        assert [group.lease_id for group in cut.groups] == groups[3:]
+    run.roll_back(0)
+    assert [group.group_id for group in run.state.untrained[1]] == groups[:2]
+    assert [group.group_id for group in run.state.held.spare] == groups[2:3]
+    assert [group.group_id for group in run.state.held.queued] == groups[3:]
+    run.train(1)
+    again = batch_sent(run, 2)
+    assert [group.lease_id for group in again.groups] == groups[3:]
+    assert again.copies == [1]
+
+
+def test_a_group_that_ended_with_a_batch_cut_at_the_limit_before_the_checkpoint_has_its_place_again(tmp_path) -> None:
+    """Batches 2 and 3 are cut while 1 is trained on; back at the checkpoint of 1, batch 2 stands and 3 does not. Twice,
+    since the second time its cut is one of an earlier branch."""
+    limited = FilterConfig(mode="replace", max_gen_batches=1, on_limit="unfiltered")
+    run = SmallRun(tmp_path, filter=limited, run_ahead=2.0, max_staleness=2)
+    run.join(0)
+    groups = run.ready(0, 6)
+    for group_id in groups[:2]:
+        run.answer(group_id)
+    batch_sent(run, 1)
+    for constant, masked in (groups[2:4], groups[4:6]):
+        run.answer(constant, accs=(1.0, 1.0))
+        run.answer(masked, loss=0)
+    assert {step: [group.group_id for group in members] for step, members in run.state.untrained.items()} == {
+        1: groups[:2],
+        2: groups[2:3],
+        3: groups[4:5],
+    }
+    run.train(1)
+    for _ in range(2):
+        run.roll_back(1)
+        assert [group.group_id for group in run.state.untrained[2]] == groups[2:3]
+        assert {group.group_id for group in run.state.held.spare} == set(groups[4:])
+        assert run.state.prompts.unended[5] == ("spare", 0)
+
+
 def test_metrics_count_groups_and_copies_apart(tmp_path) -> None:
     run = cut_run(tmp_path)
     run.train(1)

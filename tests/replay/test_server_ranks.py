@@ -12,7 +12,8 @@ from tests.replay.small_run import make_group
 
 @scenario
 async def test_every_rank_gets_all_headers_and_the_payload_of_its_share(tmp_path):
-    """One asks before the batch is cut, one after, one for fewer updates and a share without a group."""
+    """One asks before the batch is cut, one after, one for fewer updates and a share without a group. The verifier's
+    numbers, which may be many, don't travel."""
     async with serving(tmp_path, prompts_per_step=3) as server:
         worker = FakeWorker(server)
         first, second, other = (FakeLearner(server, name) for name in (b"one", b"two", b"three"))
@@ -23,6 +24,7 @@ async def test_every_rank_gets_all_headers_and_the_payload_of_its_share(tmp_path
         for lease in leases:
             await worker.answer(lease)
         batch, frames = await first.receive()
+        assert all(completion.metrics == {} for group in batch.groups for completion in group.completions)
         shares = {0: frames}
         await second.want(1, rank=1, num_ranks=2, num_updates=2)
         same, shares[1] = await second.receive()

@@ -1,6 +1,8 @@
 """What counts as a verdict, further tries after an exception, and texts that an async function judges side by side."""
 
 import asyncio
+import gc
+import warnings
 
 import pytest
 
@@ -70,12 +72,30 @@ def test_a_verdict_is_a_number_from_0_to_1_or_numbers_with_acc(said, verdict):
         ({"acc": 1, 7: 0.5}, "a metric's name is made of letters, digits, `_`, `.`, `/` and `-`, got 7"),
         ({"acc": 1, "two words": 0.5}, "a metric's name is made of letters"),
         ({"acc": 1, "\ud800": 0.5}, r"a metric's name is made of letters, digits, `_`, `.`, `/` and `-`, got '\ud800'"),
+        ({"acc": 1, **dict.fromkeys(map(str, range(101)), 0)}, "a verdict may have 100 numbers besides `acc`, got 101"),
         *(({"acc": 1, name: 0.5}, f"'{name}' is a number of every score (acc, ") for name in METRICS[1:]),
     ],
 )
 def test_anything_else_is_none_and_says_why(said, problem):
     assert isinstance(read_verdict(said), Raised)
     assert read_verdict(said).problem.startswith(problem)
+
+
+class Later:
+    """Can be awaited, and is no coroutine."""
+
+    def __await__(self):
+        yield 1.0
+
+
+@pytest.mark.parametrize("later", [lambda text, answer: Slow()(text, answer), lambda text, answer: Later()])
+def test_a_function_that_hands_on_what_another_would_return_later_is_told_to_be_async(later):
+    """Nobody would await it; nor is it complained of that nobody has."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        [raised] = told_by(later, ["6"])
+        gc.collect()
+    assert raised == Raised("returned an awaitable: make the function itself `async def`")
 
 
 def test_what_an_error_says_can_always_be_sent():

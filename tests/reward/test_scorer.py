@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from asyncdapo.errors import ConfigError, RewardError
 from asyncdapo.messages import Prompt
+from asyncdapo.replay.config import FilterConfig
+from asyncdapo.replay.filter import judge
 from asyncdapo.reward.config import RewardConfig
 from asyncdapo.reward.pool import ScorerPool
 from asyncdapo.reward.scorer import Scorer
@@ -101,6 +103,18 @@ def test_a_completion_that_took_too_long_has_the_same_names_with_zeros():
         scores = asyncio.run(scorer(PROMPT, [np.array([token]) for token in tokens], ["stop"] * 2, 0))
         assert {frozenset(s.metrics) for s in scores} == {frozenset({*METRICS, "style", "facts"})}
         assert (scores[1].metrics["style"], scores[1].metrics["facts"]) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("filter_metric", "own"), [("style", {"style"}), ("acc", set()), (METRICS[-1], set()), (None, set())]
+)
+def test_a_group_that_takes_too_long_before_any_other_was_judged_has_the_number_of_the_filter(filter_metric, own):
+    """A worker that has just begun doesn't know what a verifier's own numbers are called, but for this one."""
+    scorer = Scorer(RewardConfig(), FakePool(slow=["no"]), decode, MAX_LENGTH, filter_metric=filter_metric)
+    scores = asyncio.run(scorer(PROMPT, [np.array([0])] * 2, ["stop"] * 2, 0))
+    assert all(s.metrics.keys() == {*METRICS} | own for s in scores)
+    metrics = {name: [s.metrics[name] for s in scores] for name in scores[0].metrics}
+    assert judge(FilterConfig(metric=filter_metric or "acc"), metrics, num_loss_tokens=4) == "constant"
 
 
 @given(verdicts=st.lists(st.integers(0, 1), min_size=1, max_size=32), seed=st.integers(0, 2**62))

@@ -39,9 +39,9 @@ class WatchedJournal(Journal):
             raise
         process.committed(event, actions)
 
-    def roll_back(self, step: int, reason: str, config: Any) -> None:
+    def roll_back(self, step: int, reason: str, config: Any, *, replaces: bool) -> None:
         process = CURRENT.get()
-        super().roll_back(step, reason, config)
+        super().roll_back(step, reason, config, replaces=replaces)
         process.world.judge.rolled_back(step, self.branch)
 
 
@@ -64,7 +64,7 @@ class Replay(Process):
         self.journal = world.disk.open_journal(WatchedJournal)
         try:
             if roll_back_to is not None:
-                self.journal.roll_back(roll_back_to, "resumed", plan.replay)
+                self.journal.roll_back(roll_back_to, "resumed", plan.replay, replaces=plan.filter.replaces)
             return ReplayServer(
                 plan.replay,
                 self._make_state,

@@ -39,6 +39,8 @@ CHECKS = {
 }
 """By the vector's group: Inputs -> what `expected` should be."""
 
+TOP = "expected"
+
 
 def compute(vector: dict[str, Any]) -> dict[str, Any]:
     """What our code makes of the inputs. Raises MisunderstoodError when something about them is unknown."""
@@ -50,9 +52,14 @@ def compute(vector: dict[str, Any]) -> dict[str, Any]:
     return {name: _plain(value) for name, value in computed.items()}
 
 
-def differences(computed: Any, expected: Any, tolerance: float, at: str = "expected") -> Iterator[str]:
-    """Where the two differ, leaf by leaf; every leaf of `expected` is looked at."""
+def differences(computed: Any, expected: Any, tolerance: float, at: str = TOP) -> Iterator[str]:
+    """Where the two differ, leaf by leaf; every leaf of `expected` is looked at. At the top it may leave out what is
+    computed, but not everything; below it has to have every entry of a record."""
     if isinstance(expected, dict):
+        if at == TOP and not expected:
+            yield f"{at}: nothing is expected"
+        if at != TOP and isinstance(computed, dict):
+            yield from (f"{at}.{name}: nothing is expected" for name in computed if name not in expected)
         for name, value in expected.items():
             if not isinstance(computed, dict) or name not in computed:
                 yield f"{at}.{name}: nothing computes it"

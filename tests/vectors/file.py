@@ -43,11 +43,12 @@ class Inputs:
         self._unread.discard(name)
         return self._values.get(name, default)
 
-    def one_of(self, name: str, known: Collection[str]) -> str:
-        """A name that must be known."""
-        if self[name] not in known:
-            raise MisunderstoodError(f"unknown {name} {self[name]!r}, known are {', '.join(known)}")
-        return self[name]
+    def one_of(self, name: str, known: Collection[str], *, default: str | None = None) -> str:
+        """A name that must be known. `default` is for one that is left out or null; without it there must be one."""
+        value = self[name] if default is None else self.get(name) or default
+        if value not in known:
+            raise MisunderstoodError(f"unknown {name} {value!r}, known are {', '.join(known)}")
+        return value
 
     def records(self, name: str, *keys: str) -> list[dict[str, Any]]:
         """A list of records with exactly these keys."""
@@ -56,6 +57,11 @@ class Inputs:
                 raise MisunderstoodError(f"a record of input {name!r} has {sorted(record)}, known are {sorted(keys)}")
         return self[name]
 
+    def number(self, name: str, default: float) -> float:
+        """A number, or the default where it is left out or null."""
+        value = self.get(name)
+        return default if value is None else value
+
     def tensor(self, name: str) -> Tensor:
         return torch.tensor(self[name], dtype=torch.float64)
 
@@ -63,6 +69,6 @@ class Inputs:
         return self.tensor(name).bool()
 
     def finish(self) -> None:
-        """Raises MisunderstoodError when an input was never asked for."""
-        if self._unread:
-            raise MisunderstoodError(f"inputs that nothing reads: {', '.join(sorted(self._unread))}")
+        """Raises MisunderstoodError when an input that is not null was never asked for."""
+        if left := sorted(name for name in self._unread if self._values[name] is not None):
+            raise MisunderstoodError(f"inputs that nothing reads: {', '.join(left)}")

@@ -15,7 +15,6 @@ from asyncdapo.messages import Completion, Group
 from asyncdapo.replay.config import FilterConfig
 from asyncdapo.replay.filter import MIN_SPREAD, judge
 from asyncdapo.replay.intake import arrival
-from asyncdapo.reward.config import RewardConfig
 from asyncdapo.reward.scorer import scale
 from asyncdapo.reward.verifiers import dapo as verifier
 from asyncdapo.rollout.groups import loss_mask
@@ -59,18 +58,21 @@ def _expand(runs: list[tuple[int, int]]) -> Tensor:
 
 
 def check_reward_scaling(inputs: Inputs) -> dict[str, Any]:
-    config = RewardConfig(correct=inputs["correct"], incorrect=inputs["incorrect"])
-    return {"rewards": [scale(source, config) for source in inputs["source"]]}
+    correct, incorrect = inputs["correct"], inputs["incorrect"]
+    return {"rewards": [scale(source, correct=correct, incorrect=incorrect) for source in inputs["source"]]}
 
 
 def check_filter(inputs: Inputs) -> dict[str, Any]:
-    """Each group as it arrives at the replay server, in order of first appearance."""
+    """Each group as it arrives at the replay server, in order of first appearance. A field that is no number (an id, a
+    text) is no metric."""
     if inputs["threshold"] != MIN_SPREAD:
         raise MisunderstoodError(f"threshold is {inputs['threshold']}, the filter's is {MIN_SPREAD}")
     config = FilterConfig(metric=inputs["metric"])
     samples: dict[str, list[dict[str, float]]] = {}
     for sample in inputs["samples"]:
-        metrics = {name: float(value) for name, value in sample.items() if name != "group"}
+        metrics = {
+            name: float(value) for name, value in sample.items() if name != "group" and isinstance(value, int | float)
+        }
         samples.setdefault(sample["group"], []).append(metrics)
     verdicts = {}
     for name, metrics in samples.items():
@@ -109,8 +111,8 @@ def _group(metrics: list[dict[str, float]]) -> Group:
 
 def check_eval(inputs: Inputs) -> dict[str, Any]:
     metric, k = inputs.one_of("metric", ("avg@k", "pass@k", "maj@k")), inputs["k"]
-    if metric == "avg@k":
-        per_problem = avg_at_k(inputs["correct"], k)
+    if metric == "avg@k":  # of all samples that a problem has, however many
+        per_problem = [mean for verdicts in inputs["correct"] for mean in avg_at_k([verdicts], len(verdicts))]
     elif metric == "pass@k":
         per_problem = pass_at_k(inputs["n"], inputs["c"], k)
     else:
@@ -121,5 +123,5 @@ def check_eval(inputs: Inputs) -> dict[str, Any]:
 def check_verifier(inputs: Inputs) -> dict[str, Any]:
     text, answer = inputs["solution"], inputs["ground_truth"]
     acc = verifier.verify(text, answer)
-    score = scale(acc, RewardConfig(correct=1.0, incorrect=-1.0))
+    score = scale(acc, correct=1.0, incorrect=-1.0)
     return {"pred": verifier.extract(text), "acc": acc == 1.0, "score": score}

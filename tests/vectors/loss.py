@@ -5,6 +5,7 @@ Shapes: N or B completions, T tokens.
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
@@ -43,11 +44,11 @@ def check_policy_loss(inputs: Inputs) -> dict[str, Any]:
         mask_BT,
         clip_low=inputs["clip_low"],
         clip_high=inputs["clip_high"],
-        dual_clip=inputs["dual_clip_c"],
+        dual_clip=inputs.get("dual_clip_c"),
     )
     computed, loss_BT = {}, policy.loss_BT
     if decoupled:
-        band = (0.0, inputs["is_cap"])
+        band = (0.0, inputs.number("is_cap", math.inf))
         behaviour_logp_BT = inputs.tensor("behav_logp")
         weights_BT = correction_weights(anchor_logp_BT, behaviour_logp_BT, mask_BT, level="token", band=band).weights_BT
         computed["is_weight"], loss_BT = weights_BT, weights_BT * loss_BT
@@ -87,7 +88,7 @@ def check_agg(inputs: Inputs) -> dict[str, Any]:
 def _weights(inputs: Inputs, agg: str, num_tokens_N: Tensor) -> Tensor:
     """Weight of each completion's tokens in the whole update, where all stand once."""
     needs_length = agg == "seq-mean-token-sum-norm"
-    max_response_length = inputs["max_response_length"] if needs_length else inputs.get("max_response_length", 1)
+    max_response_length = inputs["max_response_length"] if needs_length else inputs.number("max_response_length", 1)
     group_ids_N = _group_ids(inputs, agg, len(num_tokens_N))
     return aggregation_weights(
         agg, num_tokens_N, group_ids_N, torch.ones_like(num_tokens_N), max_response_length=max_response_length
@@ -96,7 +97,7 @@ def _weights(inputs: Inputs, agg: str, num_tokens_N: Tensor) -> Tensor:
 
 def _group_ids(inputs: Inputs, agg: str, num_rows: int) -> Tensor:
     """Numbers in the place of ids of any kind; rows are groups of their own where it doesn't matter."""
-    ids = inputs["group_ids"] if agg == "prompt-mean" else inputs.get("group_ids", range(num_rows))
+    ids = inputs["group_ids"] if agg == "prompt-mean" else inputs.get("group_ids") or range(num_rows)
     number = {group_id: index for index, group_id in enumerate(dict.fromkeys(ids))}
     return torch.tensor([number[group_id] for group_id in ids], dtype=torch.int64)
 
@@ -117,7 +118,7 @@ def _denominator(mode: str, weights_N: Tensor, num_tokens_N: Tensor, group_ids_N
 def check_advantage(inputs: Inputs) -> dict[str, Any]:
     mode = inputs.one_of("mode", ADVANTAGE_MODES)
     of_group = ADVANTAGES[ADVANTAGE_MODES[mode]]
-    eps = inputs["eps"]
+    eps = inputs["eps"] if mode == "grpo" else inputs.get("eps")
     if mode == "grpo":
         of_group = partial(group_advantage, eps=eps)
     rewards_N, ids = inputs.tensor("rewards"), inputs["group_ids"]
@@ -158,16 +159,16 @@ def check_kl(inputs: Inputs) -> dict[str, Any]:
 def check_tis(inputs: Inputs) -> dict[str, Any]:
     mode = inputs.one_of("mode", ("truncate", "mask"))
     logp_BT, rollout_logp_BT, mask_BT = inputs.tensor("train_logp"), inputs.tensor("rollout_logp"), inputs.mask("mask")
-    outlier_band = inputs.get("outlier_band")
+    band = (0.0, inputs.number("cap", math.inf)) if mode == "truncate" else tuple(inputs["band"])
     correction = correction_weights(
         logp_BT,
         rollout_logp_BT,
         mask_BT,
         level=inputs.one_of("level", ("token", "sequence", "geometric")),
         mode=mode,
-        band=(0.0, inputs["cap"]) if mode == "truncate" else tuple(inputs["band"]),
-        outlier_band=outlier_band,
-        outlier_scope=inputs.one_of("outlier_scope", ("token", "sequence")) if outlier_band else "token",
+        band=band,
+        outlier_band=inputs.get("outlier_band"),
+        outlier_scope=inputs.one_of("outlier_scope", ("token", "sequence"), default="token"),
     )
     weights_BT = correction.weights_BT
     ratio_BT = importance_ratio(logp_BT, rollout_logp_BT, mask_BT)
