@@ -116,7 +116,7 @@ def assert_equal(got: Result, expected: Result) -> None:
 def test_every_micro_batch_size_gives_the_same_gradient(path, loss):
     batch, payload = a_batch()
     whole = train(path, (LOSSES[loss], batch, payload, LONGEST * NUM_ROWS), ALONE)
-    for num_rows in (1, 2, 3, 5, 8, 12, 20):
+    for num_rows in (1, 2, 3, 7, 12):
         assert_equal(train(path, (LOSSES[loss], batch, payload, LONGEST * num_rows), ALONE), whole)
 
 
@@ -126,10 +126,9 @@ def test_every_number_of_ranks_gives_the_same_gradient(path, num_ranks):
     one_rank_masked = masked_at_rank_1(batch, payload)
     few = a_batch(num_groups=3)
     cases = [
-        (loss, *of_batch, max_tokens)
-        for loss in LOSSES.values()
+        (loss, *of_batch, 4 * LONGEST)
+        for loss in list(LOSSES.values())[: None if num_ranks == 2 else 7]
         for of_batch in ((batch, payload), (batch, one_rank_masked), few)
-        for max_tokens in (LONGEST, 4 * LONGEST)
     ]
     results = in_processes(num_ranks, train_each, path, cases)
     for number, case in enumerate(cases):
