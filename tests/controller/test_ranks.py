@@ -65,7 +65,9 @@ def test_a_death_at_any_point_of_a_step_is_outlived(tmp_path: Path, point: str) 
 @pytest.mark.parametrize("stopped", [0, 1])
 def test_a_rank_that_hangs_is_found_and_all_of_them_are_started_again(tmp_path: Path, stopped: int) -> None:
     run_dir, name = tmp_path / "run", ["learner", "learner-1"][stopped]
-    with started(run_dir, *TWO, "controller.report_wait_s=2", "controller.stall_s=6", "run.steps=100000") as process:
+    with started(
+        run_dir, *TWO, "controller.report_wait_s=2", "controller.stall_s=6", "reward.timeout_s=2", "run.steps=100000"
+    ) as process:
         wait_for_batch(run_dir, 1, process)
         before, step = processes(run_dir, "learner"), trained_steps(run_dir)
         os.kill(before[stopped], signal.SIGSTOP)

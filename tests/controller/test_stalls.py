@@ -21,7 +21,7 @@ from tests.controller.interruptions import (
 )
 from tests.controller.runs import started
 
-IMPATIENT = ("controller.report_wait_s=2", "controller.stall_s=6")
+IMPATIENT = ("controller.report_wait_s=2", "controller.stall_s=6", "reward.timeout_s=2")
 
 
 def outlive(run_dir: Path, *roles: str) -> None:
