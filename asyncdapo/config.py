@@ -62,6 +62,8 @@ class Config:
                 self.rollout.group_size,
                 "use 2 or more, or filter.enabled=false",
             )
+        if self.filter.mode == "replace" and not self.filter.enabled:
+            raise ConfigError("filter.mode", "does nothing without filter.enabled", self.filter.mode, "use filter")
         if self.model.reference is not None and not self.loss.kl_coef:
             problem = "does nothing without loss.kl_coef"
             raise ConfigError("model.reference", problem, self.model.reference, "remove it, or set loss.kl_coef")

@@ -98,12 +98,12 @@ def table(runs: Mapping[Arm, list[list[dict[str, Any]]]]) -> str:
         cells = [
             arm.name,
             *(short(mean(accuracy_at(lines, step) for lines in seeds)) for step in COLUMNS),
-            "–".join(short(pick(line["eval/accuracy"] for line in last)) for pick in (min, max)),
+            "–".join(short(pick(line["eval/accuracy"] for line in last)) for pick in (min, max)[: len(seeds)]),
             short(mean(line["eval/greedy_accuracy"] for line in last)),
             " → ".join(short(mean(line["learner/entropy"] for line in some)) for some in (first, last)),
             f"{mean(kept_ratio(line) for line in steps):.2f}",
             f"{mean(line['rollout/truncated_ratio'] for line in steps):.2f}",
-            f"{mean(line['rollout/tokens'] for line in last) / 1000:.0f} k",
+            f"{mean(line['rollout/tokens'] - line['replay/tokens_evaluation'] for line in last) / 1000:.0f} k",
             f"{mean(line['replay/staleness_mean'] for line in steps):.2f} / "
             f"{max(line['replay/staleness_max'] for line in steps):.0f}",
         ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from pathlib import Path
 
 import pytest
@@ -114,9 +115,24 @@ def test_the_printed_yaml_reads_back_as_the_same_config(tmp_path: Path) -> None:
     assert load_config(printed) == config
 
 
+def test_copies_need_the_filter() -> None:
+    with pytest.raises(ConfigError, match="filter.mode: does nothing without filter.enabled"):
+        load_config(QUICKSTART, ["filter.enabled=false", "filter.mode=replace"])
+
+
 def test_a_truncated_weight_has_no_lower_end() -> None:
     with pytest.raises(ConfigError, match="loss.correction_band: has no lower end where weights are cut"):
         load_config(QUICKSTART, ["loss.anchor=proximal", "loss.correction_band=[0.5,2]"])
+
+
+RECIPES = (Path(__file__).parents[1] / "docs" / "dapo.md").read_text().split("## Recipes")[1].split("```")[1]
+
+
+@pytest.mark.parametrize("line", RECIPES.strip().splitlines())
+def test_every_recipe_of_the_page_is_a_config(line: str) -> None:
+    keys = [word for word in shlex.split(line) if "=" in word]
+    assert keys
+    load_config(QUICKSTART, ["rollout.max_response_length=20480", *keys])
 
 
 def test_defaults_that_depend_on_other_keys_are_on_record() -> None:
