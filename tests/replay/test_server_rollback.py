@@ -13,7 +13,8 @@ async def train(server, worker, learner, step):
     """Fill, train and publish batch `step`, sampled by the version before it. Returns the batch and the line."""
     await worker.load(step - 1, server.branch)
     await learner.want(step)
-    while server.status()["filling_step"] == step:
+    # no more than a batch: the question travels on a socket of its own, and what is ahead of it must not fill replay
+    while server.status()["filling_step"] == step and server.status()["ready"] < 2:
         await worker.work_off(1, versions=((step - 1, 4),))
     batch, _ = await learner.receive()
     line = {"step": step, **await server.trained(step, {})}
