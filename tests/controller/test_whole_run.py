@@ -37,7 +37,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
         "rollout.num_workers=2",
         "rollout.slots=4",
         "rollout.on_update=recompute",
-        "replay.run_ahead=2",
+        "replay.run_ahead=3",  # else too little runs when weights arrive
         f"replay.max_staleness={STALENESS}",
         "replay.prompts_per_step=4",
         "replay.keep_payloads=true",
