@@ -28,10 +28,9 @@ def deal(groups: Sequence[Group], *, num_updates: int, num_ranks: int) -> list[l
     return updates
 
 
-def share_of(groups: Sequence[Group], *, rank: int, num_ranks: int, num_updates: int) -> list[int]:
-    """Indices of the groups whose payload the rank needs, rising."""
-    updates = deal(groups, num_updates=num_updates, num_ranks=num_ranks)
-    return sorted(index for by_rank in updates for index in by_rank[rank])
+def share_of(dealt: Sequence[Sequence[Sequence[int]]], rank: int) -> list[int]:
+    """Of what was dealt, the indices of the groups whose payload the rank needs, rising."""
+    return sorted(index for by_rank in dealt for index in by_rank[rank])
 
 
 def _by_rank(groups: Sequence[Group], indices: Sequence[int], num_ranks: int) -> list[list[int]]:

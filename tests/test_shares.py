@@ -25,7 +25,7 @@ def test_every_group_with_a_loss_token_is_dealt_once_and_no_other(groups, num_up
     dealt = deal(groups, num_updates=num_updates, num_ranks=num_ranks)
     flat = [index for by_rank in dealt for share in by_rank for index in share]
     assert sorted(flat) == [index for index, one in enumerate(groups) if one.num_loss_tokens]
-    shares = [share_of(groups, rank=rank, num_ranks=num_ranks, num_updates=num_updates) for rank in range(num_ranks)]
+    shares = [share_of(dealt, rank) for rank in range(num_ranks)]
     assert sorted(sum(shares, [])) == sorted(flat)
 
 

@@ -67,8 +67,8 @@ class Patience:
         links, _ = await self._chain()
         roots = sorted((wait for wait in links[1:] if wait.is_root), key=lambda wait: wait.whom == UNKNOWN)
         batch = [wait for wait in links[1:] if wait.who == "replay" and not wait.is_root]
-        first, *others = render([links[0], *batch[:1], roots[-1]] if roots else links).splitlines()
-        self._reporter.status("; ".join([first, *(others[-2:] if roots else others[-1:])]))
+        lines = render([links[0], *batch[:1], roots[-1]] if roots else links).splitlines()
+        self._reporter.status("; ".join(lines if roots else dict.fromkeys((lines[0], lines[-1]))))
 
     async def _chain(self) -> tuple[list[Wait], Mapping[str, Pulse | None]]:
         """From the controller's oldest wait to its roots, and what every process said."""

@@ -113,7 +113,7 @@ class Controller:
         self.evaluating: asyncio.Task[dict[str, float]] | None = None
         self.step = self.saved = resume.step
         """Last train step that is done, and last one with a checkpoint."""
-        self.counters = counters_of(resume.last_line)
+        self.counters = counters_of({})
         """What the run has used up by `step`, for its checkpoints."""
         self.stopped = self.leasing = False
         """`leasing`: prompts are leased, or have been: from then on the run directory holds somebody's work."""
@@ -215,7 +215,6 @@ class Controller:
             self.reporter.note(line)
         set_aside(self.run_dir, resume.step)
         self.step = self.saved = resume.step
-        self.counters = counters_of(resume.last_line)
         revival = self.fleet.revive_learner(death, resume.checkpoint)
         await self.patience.wait(revival, whom=NOBODY, what="starts the learner again")
         branch = await self._replay("roll_back", f"the rollback to step {resume.step}", resume.step, str(death))

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from asyncdapo.errors import RunError
 from asyncdapo.messages import Batch, CutWanted, NoBatch, Payload
-from asyncdapo.shares import share_of
+from asyncdapo.shares import deal, share_of
 from asyncdapo.transport.codec import Malformed
 from asyncdapo.transport.keys import ClientKeys
 from asyncdapo.transport.sockets import Client
@@ -75,5 +75,5 @@ class BatchFeed:
 
     def _share(self, batch: Batch, frames: Sequence[memoryview]) -> Payload:
         groups = batch.groups
-        share = share_of(groups, rank=self._rank, num_ranks=self._num_ranks, num_updates=self._num_updates)
-        return Payload.from_frames(frames, [groups[place] for place in share])
+        dealt = deal(groups, num_updates=self._num_updates, num_ranks=self._num_ranks)
+        return Payload.from_frames(frames, [groups[place] for place in share_of(dealt, self._rank)])

@@ -106,7 +106,8 @@ class Learner:
         started, version = time.perf_counter(), self.version
         self._check(batch)
         updates = deal(batch.groups, num_updates=self._config.updates_per_step, num_ranks=self.ranks.num_ranks)
-        rows, before = self._rows(batch, payload), columns(batch)
+        share = share_of(updates, self.ranks.rank)
+        rows, before = group_rows(batch, payload, share, ADVANTAGES[self._loss.advantage]), columns(batch)
         groups, counted = self._pass_before(rows, before, len(updates) * self._config.epochs)
         done = [
             self._update([row for place in by_rank[self.ranks.rank] for row in groups[place]], by_rank, counted)
@@ -172,16 +173,6 @@ class Learner:
                     f"the group of prompt {group.prompt_id} in batch {batch.step} holds tokens of version "
                     f"{group.max_version}, which does not exist yet"
                 )
-
-    def _rows(self, batch: Batch, payload: Payload) -> dict[int, list[Row]]:
-        """Of this rank's share, by the group's place in the batch."""
-        share = share_of(
-            batch.groups,
-            rank=self.ranks.rank,
-            num_ranks=self.ranks.num_ranks,
-            num_updates=self._config.updates_per_step,
-        )
-        return group_rows(batch, payload, share, ADVANTAGES[self._loss.advantage])
 
     def _pass_before(
         self, groups: Mapping[int, list[Row]], counted: Columns, num_updates: int

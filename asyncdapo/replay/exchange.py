@@ -44,7 +44,7 @@ from asyncdapo.replay.journal import Journal
 from asyncdapo.replay.recovery import Recovered
 from asyncdapo.replay.sessions import HeldLease, Session, Sessions
 from asyncdapo.replay.state import ReplayState
-from asyncdapo.shares import share_of
+from asyncdapo.shares import deal, share_of
 
 MakeState = Callable[[Recovered], ReplayState]
 
@@ -215,8 +215,8 @@ class Exchange:
         bound = self.state.bound.max_staleness
         copies = list(self.state.copies.get(step, ()))
         batch = Batch(step=step, branch=self.branch, max_staleness=bound, groups=groups, copies=copies)
-        share = share_of(groups, rank=wanted.rank, num_ranks=wanted.num_ranks, num_updates=wanted.num_updates)
-        payloads = [self._journal.read(ids[place])[1] for place in share]
+        dealt = deal(groups, num_updates=wanted.num_updates, num_ranks=wanted.num_ranks)
+        payloads = [self._journal.read(ids[place])[1] for place in share_of(dealt, wanted.rank)]
         return batch, Payload.join(payloads).frames()
 
     def _stop(self, stop: core.StopRun) -> None:

@@ -13,7 +13,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
-from asyncdapo.reward.judging import Tell, describe, pauses_s, read_verdict
+from asyncdapo.reward.config import pauses_s
+from asyncdapo.reward.judging import Tell, describe, read_verdict
 from asyncdapo.reward.registry import Verify
 from asyncdapo.reward.wire import Raised, Verdict
 

@@ -12,6 +12,11 @@ MAX_RETRIES = 6
 """Whose pauses come to half a minute."""
 
 
+def pauses_s(retries: int) -> list[float]:
+    """Seconds before each further try."""
+    return [FIRST_PAUSE_S * 2**number for number in range(retries)]
+
+
 @dataclass(frozen=True, kw_only=True)
 class RewardConfig:
     """How a completion's text becomes a number."""
@@ -70,4 +75,4 @@ class RewardConfig:
     @property
     def longest_verdict_s(self) -> float:
         """Most seconds that one completion can hold a verifier process: two tries with all their pauses."""
-        return 2 * (self.timeout_s + FIRST_PAUSE_S * (2**self.retries - 1))
+        return 2 * (self.timeout_s + sum(pauses_s(self.retries)))

@@ -18,7 +18,7 @@ from functools import partial
 from traceback import TracebackException
 from typing import Any
 
-from asyncdapo.reward.config import FIRST_PAUSE_S
+from asyncdapo.reward.config import pauses_s
 from asyncdapo.reward.registry import Verify
 from asyncdapo.reward.wire import METRICS, Raised, Verdict
 
@@ -30,11 +30,6 @@ METRIC_NAME = re.compile(r"[\w./-]{1,100}")
 Tell = Callable[[Verdict | Raised], None]
 Judge = Callable[[Sequence[str], str, Tell], None]
 """(texts, expected answer, what is called with each verdict)."""
-
-
-def pauses_s(retries: int) -> list[float]:
-    """Seconds before each further try."""
-    return [FIRST_PAUSE_S * 2**number for number in range(retries)]
 
 
 def make_judge(verify: Verify, concurrency: int, retries: int) -> Judge:

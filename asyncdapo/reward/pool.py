@@ -24,7 +24,7 @@ from collections import Counter
 
 from asyncdapo.errors import RewardError, RunError
 from asyncdapo.reward.child import VerifierProcess
-from asyncdapo.reward.judging import pauses_s
+from asyncdapo.reward.config import pauses_s
 from asyncdapo.reward.wire import Raised, Request, Setup, Verdict
 
 MAX_TRIES = 2

@@ -60,7 +60,7 @@ def masked_at_rank_1(batch: Batch, payload: Payload) -> Payload:
 
 
 def of_share(batch: Batch, payload: Payload, ranks: Ranks) -> Payload:
-    share = share_of(batch.groups, rank=ranks.rank, num_ranks=ranks.num_ranks, num_updates=NUM_UPDATES)
+    share = share_of(deal(batch.groups, num_updates=NUM_UPDATES, num_ranks=ranks.num_ranks), ranks.rank)
     parts = payload.split(batch.groups)
     return Payload.join([parts[index] for index in share])
 

@@ -8,7 +8,7 @@ import pytest
 from asyncdapo.errors import RunError
 from asyncdapo.learner.feed import MAX_DAMAGED, BatchFeed
 from asyncdapo.messages import CutWanted, NoBatch, Payload, Welcome
-from asyncdapo.shares import share_of
+from asyncdapo.shares import deal, share_of
 from asyncdapo.transport.sockets import Server
 from tests.learner.tiny import make_batch
 
@@ -59,7 +59,7 @@ def test_a_rank_asks_for_its_share_and_has_all_headers_with_the_payload_of_its_g
     batch, payload = make_batch(step=1, num_groups=7)
     parts = payload.split(batch.groups)
     for rank in range(3):
-        share = share_of(batch.groups, rank=rank, num_ranks=3, num_updates=2)
+        share = share_of(deal(batch.groups, num_updates=2, num_ranks=3), rank)
         sent = Payload.join([parts[place] for place in share])
 
         async def answer(server, peer, nth, sent=sent):
@@ -72,7 +72,7 @@ def test_a_rank_asks_for_its_share_and_has_all_headers_with_the_payload_of_its_g
 
 def test_a_rank_without_a_group_has_an_empty_share():
     batch, _ = make_batch(step=1, num_groups=1)
-    assert share_of(batch.groups, rank=1, num_ranks=2, num_updates=1) == []
+    assert share_of(deal(batch.groups, num_updates=1, num_ranks=2), 1) == []
 
     async def answer(server, peer, nth):
         await server.send(peer, batch, Payload.join([]).frames())

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from asyncdapo.messages import NoBatch, Payload
-from asyncdapo.shares import share_of
+from asyncdapo.shares import deal, share_of
 from tests.replay.serving import FakeLearner, FakeWorker, scenario, serving, until
 from tests.replay.small_run import make_group
 
@@ -32,7 +32,7 @@ async def test_every_rank_gets_all_headers_and_the_payload_of_its_share(tmp_path
         by_id = {lease.lease_id: lease for lease in leases}
         trained_on = []
         for rank, payload in shares.items():
-            share = share_of(batch.groups, rank=rank, num_ranks=2, num_updates=2)
+            share = share_of(deal(batch.groups, num_updates=2, num_ranks=2), rank)
             groups = [batch.groups[place] for place in share]
             wanted = [make_group(by_id[group.lease_id])[1] for group in groups]
             assert Payload.from_frames(payload, groups).frames() == Payload.join(wanted).frames()
