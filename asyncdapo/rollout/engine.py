@@ -4,21 +4,19 @@ An engine takes requests at any time, keeps its slots full by itself, and takes 
 generates. Every sampled token comes back with its log-prob under the weights, the KV cache and the temperature that
 sampled it, and with the version of those weights.
 
-Implementations: `torch_engine` (embedded). The tests have one of a few lines.
+Implementations: `torch_engine` (embedded) and `vllm_engine`. The tests have one of a few lines. How new weights reach
+an engine's process is not the engine's: `load_weights` gets them, or finds them where they were received for it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from asyncdapo.messages import FinishReason, Runs, Sampling
-
-if TYPE_CHECKING:
-    import torch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +49,18 @@ class Request:
     """Samples that have a slot now; without one the request waits, and makes no progress of its own."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class LoadTimes:
+    """What new weights cost the requests in flight, in seconds; they go on during whatever isn't counted here."""
+
+    pause_s: float = 0.0
+    """Until nothing was generated any more."""
+    load_s: float
+    """From then (or from the call, where generation goes on) until the weights were in place."""
+    resume_s: float = 0.0
+    """From then until generation went on."""
+
+
 class Engine(Protocol):
     """Samples tokens. All methods are called from one event loop."""
 
@@ -66,10 +76,6 @@ class Engine(Protocol):
     def loaded_version(self) -> int:
         """Version of the weights in use."""
 
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are, once started: new ones are best received there."""
-
     async def start(self) -> None:
         """Load the model. Raises UserError for a checkpoint that can't be used."""
 
@@ -77,9 +83,14 @@ class Engine(Protocol):
         """All samples of the request, in the order of its seeds. Cancelling the task withdraws it and frees its slots.
         Raises EngineError once the engine can't go on."""
 
-    async def load_weights(self, version: int, weights: Mapping[str, torch.Tensor]) -> None:
-        """Use these weights (Hugging Face names, tied ones once) from a boundary between two tokens on; returns then.
-        The tensors are the engine's from the call on."""
+    async def load_weights(self, version: int, weights: Any) -> LoadTimes:
+        """Use these weights from a boundary between two tokens on; returns then. They are the engine's from the call
+        on: tensors by Hugging Face names, tied ones once (torch), or what the engine's own processes hold (vLLM).
+        Raises WeightsError for weights that aren't this model's; another call may then bring others."""
+
+    async def ended(self) -> None:
+        """Lasts as long as the engine can generate. Raises EngineError at once when it can't any more, asked or not;
+        returns after `stop`."""
 
     async def stop(self) -> None:
         """End every request with EngineError and free the memory."""

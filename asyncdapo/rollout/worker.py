@@ -28,9 +28,8 @@ import math
 import secrets
 import time
 from collections import Counter
-from collections.abc import Mapping
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import Any
 
 from asyncdapo import faults
 from asyncdapo.errors import RunError
@@ -52,15 +51,12 @@ from asyncdapo.messages import (
 )
 from asyncdapo.rollout.config import RolloutConfig
 from asyncdapo.rollout.credits import Credits
-from asyncdapo.rollout.engine import Engine
+from asyncdapo.rollout.engine import Engine, LoadTimes
 from asyncdapo.rollout.jobs import Job, Jobs, Outgoing, Scorer
 from asyncdapo.transport.codec import Malformed
 from asyncdapo.transport.delivery import Outbox
 from asyncdapo.transport.keys import ClientKeys
 from asyncdapo.transport.sockets import Client
-
-if TYPE_CHECKING:
-    import torch
 
 QUIET_HEARTBEATS = 3
 RESEND_HEARTBEATS = 2
@@ -131,14 +127,15 @@ class RolloutWorker:
         finally:
             client.close()
 
-    async def load_weights(self, version: int, weights: Mapping[str, torch.Tensor], branch: int = 0) -> None:
+    async def load_weights(self, version: int, weights: Any, branch: int = 0) -> LoadTimes:
         """Generate with these weights from a boundary between two tokens on, and tell the server. Returns then. With
         those of a newer branch everything that the worker holds is over."""
         faults.point("in_load_weights")
-        await self._engine.load_weights(version, weights)
+        times = await self._engine.load_weights(version, weights)
         self._note_branch(branch)
         self._branch = branch
         self._wake.set()
+        return times
 
     @property
     def num_running(self) -> int:

@@ -12,8 +12,9 @@ from asyncdapo.errors import ConfigError
 class WeightsConfig:
     """The broadcast of new weights from the learner to the rollout workers."""
 
-    backend: Literal["auto", "gloo", "nccl"] = "auto"
-    """Process group: `nccl` where every end has a GPU, `gloo` elsewhere; `auto` chooses and says why."""
+    backend: Literal["auto", "gloo", "nccl", "ipc"] = "auto"
+    """How weights travel: `nccl` between GPUs, `ipc` (shared memory) between processes on one GPU or one machine,
+    `gloo` elsewhere; `auto` chooses and says why."""
     bucket_mb: int = 16
     """Largest piece of one broadcast in MiB; the learner holds two, and gathers one while the other is sent."""
     timeout_s: float = 60.0

@@ -31,7 +31,7 @@ from asyncdapo.messages import (
     Welcome,
 )
 from asyncdapo.rollout.config import RolloutConfig
-from asyncdapo.rollout.engine import Request, Sample
+from asyncdapo.rollout.engine import LoadTimes, Request, Sample
 from asyncdapo.rollout.worker import RolloutWorker
 from asyncdapo.transport.sockets import Server
 
@@ -68,8 +68,9 @@ class FakeEngine:
     def gauges(self) -> dict[str, float]:
         return {"tokens": sum(request.num_sampled for request in self.requests)}
 
-    async def load_weights(self, version: int, weights: dict) -> None:
+    async def load_weights(self, version: int, weights: dict) -> LoadTimes:
         self.loaded_version = version
+        return LoadTimes(load_s=0.0)
 
     async def generate(self, request: Request) -> list[Sample]:
         lengths = [self._num_tokens(sample) for sample in range(len(request.seeds))]

@@ -17,7 +17,7 @@ import numpy as np
 from asyncdapo.errors import RewardError
 from asyncdapo.messages import Prompt, Score
 from asyncdapo.rollout.config import RolloutConfig
-from asyncdapo.rollout.engine import Request, Sample
+from asyncdapo.rollout.engine import LoadTimes, Request, Sample
 from asyncdapo.rollout.worker import RolloutWorker
 from tests.simulation.plan import GROUP_SIZE
 from tests.simulation.process import Killed, Process
@@ -36,8 +36,9 @@ class Engine:
         self._num_running = self._num_tokens = 0
         self._freed = asyncio.Event()
 
-    async def load_weights(self, version: int, weights: Mapping[str, int]) -> None:
+    async def load_weights(self, version: int, weights: Mapping[str, int]) -> LoadTimes:
         self.loaded_version, self.weights = version, weights["number"]
+        return LoadTimes(load_s=0.0)
 
     async def generate(self, request: Request) -> list[Sample]:
         num = len(request.seeds)

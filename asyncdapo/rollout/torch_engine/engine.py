@@ -22,7 +22,7 @@ import torch
 
 from asyncdapo.errors import ConfigError, EngineError, WeightsError
 from asyncdapo.rollout.config import RolloutConfig
-from asyncdapo.rollout.engine import Request, Sample
+from asyncdapo.rollout.engine import LoadTimes, Request, Sample
 from asyncdapo.rollout.torch_engine.checkpoint import read_checkpoint
 from asyncdapo.rollout.torch_engine.runner import Counters, Progress, Runner
 from asyncdapo.rollout.torch_engine.scheduler import Job
@@ -98,6 +98,7 @@ class TorchEngine:
         self._loop = asyncio.get_running_loop()
         await self._loop.run_in_executor(self._filler, self._load)
         self._started_s = time.monotonic()
+        self._ended: asyncio.Future[None] = self._loop.create_future()
         self._end_reason = None
         self._thread = threading.Thread(target=self._generate_until_stopped, name="torch-engine", daemon=True)
         self._thread.start()
@@ -116,8 +117,9 @@ class TorchEngine:
             if job.num_unfinished:
                 self._order(lambda: self._runner.withdraw(job))
 
-    async def load_weights(self, version: int, weights: Mapping[str, torch.Tensor]) -> None:
+    async def load_weights(self, version: int, weights: Mapping[str, torch.Tensor]) -> LoadTimes:
         """Raises WeightsError for tensors that aren't this model's; the weights in use are then left as they are."""
+        began_s = time.monotonic()
         async with self._loading:
             if self._swapped is not None:  # an earlier call may have been cancelled before its swap
                 await asyncio.wait([self._swapped])
@@ -130,6 +132,11 @@ class TorchEngine:
             swapped = self._swapped = self._loop.create_future()
             self._order(lambda: self._swap(version, swapped))
             await asyncio.shield(swapped)
+        return LoadTimes(load_s=time.monotonic() - began_s)
+
+    async def ended(self) -> None:
+        self._raise_if_ended()
+        await asyncio.shield(self._ended)
 
     async def stop(self) -> None:
         with self._condition:
@@ -181,6 +188,11 @@ class TorchEngine:
         for waiting in (*self._jobs.values(), self._swapped):
             if waiting is not None and not waiting.done():
                 waiting.set_exception(self._end_error())
+        if cause:
+            self._ended.set_exception(self._end_error())
+            self._ended.exception()  # told here already, if nobody waits for it
+        else:
+            self._ended.set_result(None)
 
     def _raise_if_ended(self) -> None:
         if self._end_reason is not None:
