@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import signal
 import sys
 from collections.abc import Sequence
@@ -42,7 +43,16 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     launch = commands.add_parser("launch", help="train: start every process, run to the last step")
     config = commands.add_parser("config", help="print the resolved configuration with a line on every key")
-    for command, function in ((launch, _launch), (config, _config)):
+    plan = commands.add_parser(
+        "plan",
+        help="print what a launch would start: processes, GPUs, weights, memory, sizes",
+        description="Print what a launch would start, without GPU, network or model: processes and their GPUs, how "
+        "weights travel, memory by formula, the size of a step, the bound on staleness.",
+    )
+    plan.add_argument(
+        "--gpus", metavar="N[,N]", type=_gpus, help="GPUs of each node, such as 8,8; else as many as are asked for"
+    )
+    for command, function in ((launch, _launch), (config, _config), (plan, _plan)):
         command.add_argument("config", metavar="CONFIG", help="a YAML file, or a name in configs/")
         command.add_argument("overrides", metavar="key=value", nargs="*", help="keys to change: run.steps=10")
         command.set_defaults(command=function)
@@ -83,6 +93,20 @@ def _config(args: argparse.Namespace) -> int:
 
     print(to_yaml(load_config(find_config(args.config), args.overrides)), end="")
     return 0
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from asyncdapo.controller.plan import plan
+
+    print(plan(args.config, args.overrides, args.gpus))
+    return 0
+
+
+def _gpus(text: str) -> list[int]:
+    """The type of `--gpus`."""
+    if not re.fullmatch(r"\d+(,\d+)*", text):
+        raise argparse.ArgumentTypeError(f"must be the GPUs of each node, such as 8,8, got {text!r}")
+    return [int(part) for part in text.split(",")]
 
 
 def _audit(args: argparse.Namespace) -> int:

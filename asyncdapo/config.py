@@ -86,6 +86,18 @@ class Config:
                 f"must divide replay.prompts_per_step ({self.replay.prompts_per_step})",
                 self.learner.updates_per_step,
             )
+        if self.controller.placement == "shared":
+            self._check_shared()
+
+    def _check_shared(self) -> None:
+        """Learner and engine on one GPU both need one."""
+        for key, device in (("learner.device", self.learner.device), ("rollout.device", self.rollout.device)):
+            if device == "cpu":
+                problem = "leaves nothing to share a GPU with: controller.placement is shared"
+                raise ConfigError(key, problem, device, "auto, or controller.placement=auto")
+        if self.rollout.tensor_parallel > 1:
+            problem = "must be 1 where learner and engine share a GPU (controller.placement is shared)"
+            raise ConfigError("rollout.tensor_parallel", problem, self.rollout.tensor_parallel, "use separate")
 
 
 SECTIONS: dict[str, type] = {name: hint for name, hint in get_type_hints(Config).items()}

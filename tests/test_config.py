@@ -77,6 +77,15 @@ def test_overrides_change_keys_and_interpolations_follow() -> None:
         ("prompts.eval_path=held.jsonl", "prompts.eval_path: belongs to the task 'file'"),
         ("faults.drop=2", "faults.drop: must be from 0 to 1, got 2"),
         ("faults.kill=[learner.sometimes]", "learner has no such point, got 'learner.sometimes' (it has before_train,"),
+        (
+            "rollout.tensor_parallel=2",
+            "rollout.tensor_parallel: does nothing without rollout.engine vllm, got 2 (remove",
+        ),
+        ("rollout.memory_fraction=0.5", "rollout.memory_fraction: does nothing without rollout.engine vllm"),
+        ("rollout.engine_args={seed: 1}", "rollout.engine_args: does nothing without rollout.engine vllm"),
+        ("rollout.parity_every=-1", "rollout.parity_every: must be at least 0, got -1"),
+        ("rollout.parity_stop=0", "rollout.parity_stop: must be above 0, got 0"),
+        ("controller.placement=packed", "controller.placement: must be one of auto, separate, shared, got 'packed'"),
         ("run=3", "run: is a section"),
         ("run.steps=0", "run.steps: must be at least 1, got 0"),
         ("model.path=null", "model.path: expected `str`, got None"),
@@ -89,6 +98,28 @@ def test_a_bad_key_or_value_is_named_with_its_fix(override: str, words: str) -> 
         load_config(QUICKSTART, [override])
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (("controller.placement=shared", "learner.device=cpu"), "learner.device: leaves nothing to share a GPU with"),
+        (("controller.placement=shared", "rollout.device=cpu"), "rollout.device: leaves nothing to share a GPU with"),
+        (
+            ("controller.placement=shared", "rollout.engine=vllm", "rollout.tensor_parallel=2"),
+            "rollout.tensor_parallel: must be 1 where learner and engine share a GPU (controller.placement is shared)",
+        ),
+        (
+            ("rollout.engine=vllm", "rollout.memory_fraction=1.2"),
+            "rollout.memory_fraction: must be above 0 and at most",
+        ),
+        (("rollout.engine=vllm", "rollout.deterministic=true"), "rollout.deterministic: is a mode of the torch engine"),
+    ],
+)
+def test_keys_that_exclude_each_other_are_named(overrides: tuple[str, ...], words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(QUICKSTART, overrides)
+    assert words in str(caught.value)
 
 
 def test_a_config_without_a_model_is_refused() -> None:
@@ -144,6 +175,14 @@ def test_defaults_that_depend_on_other_keys_are_on_record() -> None:
     assert loss_of("loss.anchor=proximal") == (0.2, 0.28, "token")
     assert loss_of("loss.anchor=proximal", "loss.correction=none") == (0.2, 0.28, "none")
     assert loss_of("loss.variant=gspo", "loss.clip_low=3e-4", "loss.clip_high=4e-4") == (3e-4, 4e-4, "none")
+
+    def parity_of(*overrides: str) -> tuple[float | None, float | None]:
+        rollout = load_config(QUICKSTART, overrides).rollout
+        return rollout.parity_warn, rollout.parity_stop
+
+    assert parity_of() == (1e-3, 0.05)
+    assert parity_of("rollout.dtype=bfloat16") == (0.1, 0.5)
+    assert parity_of("rollout.dtype=bfloat16", "rollout.parity_stop=2") == (0.1, 2)
 
 
 def test_every_key_has_a_doc_line_and_appears_in_the_printed_yaml() -> None:

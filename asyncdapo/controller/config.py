@@ -40,8 +40,8 @@ class ControllerConfig:
     ray_address: str | None = None
     """Address of a running Ray cluster; none starts a local one."""
     placement: Literal["auto", "separate", "shared"] = "auto"
-    """GPUs: `separate` (every learner rank and engine has its own), `shared` (learner rank r and worker r share one),
-    `auto` (separate where there are enough, else in equal parts)."""
+    """GPUs: `separate` (every learner rank and engine has its own), `shared` (learner rank r and worker r are on the
+    same one), `auto` (separate where there are enough, else in equal parts; without any, on the CPU)."""
     place_timeout_s: float = 30.0
     """Seconds an actor may wait for its resources before the run ends, naming them."""
     start_timeout_s: float = 600.0

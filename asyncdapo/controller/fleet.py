@@ -21,16 +21,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import ray
-
 from asyncdapo.config import Config
 from asyncdapo.controller.actors import LearnerActor, Opened, ReplayActor, RolloutActor, Start, log_path
 from asyncdapo.controller.learners import Learners, together
-from asyncdapo.controller.processes import Process, ProcessDied, Watch, gpu_shares, reserve
+from asyncdapo.controller.placement import learner_names, place, worker_names
+from asyncdapo.controller.processes import Process, ProcessDied, Watch, gpus_of_nodes, reserve
 from asyncdapo.controller.publishing import Publishing
 from asyncdapo.controller.pulse import Pulse
 from asyncdapo.controller.restarts import Restarts
-from asyncdapo.controller.roster import Roster, process_name, this_process
+from asyncdapo.controller.roster import Roster, this_process
 from asyncdapo.controller.roster import end as end_entries
 from asyncdapo.controller.waits import Stall
 from asyncdapo.errors import RunError, UserError
@@ -74,19 +73,19 @@ class Fleet:
         """Place and start everything, then make the first weight group. `checkpoint`: what the learner goes on from,
         none for the initial model."""
         config = self.config
-        shares = gpu_shares(config, ray.cluster_resources().get("GPU", 0.0))
-        room = await reserve([0.0, *shares], config.controller.place_timeout_s)
-        placed = partial(Process.placed, room=room)
-        num_ranks, num_workers = config.learner.ranks, config.rollout.num_workers
-        names = [process_name("learner", rank) for rank in range(num_ranks)]
-        self.replay = placed(ReplayActor, "replay", config, self.keys, place=0, threads=1)
+        self.placement = place(config, gpus_of_nodes())
+        if self.placement.num_gpus:
+            log.info("placement: %s", self.placement.reason)
+        room = await reserve(self.placement, config.controller.place_timeout_s)
+        placed = partial(Process.placed, room=room, placement=self.placement)
+        self.replay = placed(ReplayActor, "replay", config, self.keys, threads=1)
         ranks = [
-            placed(LearnerActor, name, config, self.keys, rank, place=1 + rank, threads=config.learner.threads)
-            for rank, name in enumerate(names)
+            placed(LearnerActor, name, config, self.keys, rank, threads=config.learner.threads)
+            for rank, name in enumerate(learner_names(config))
         ]
         self.workers = [
-            placed(RolloutActor, f"rollout-{i}", config, self.keys, i, place=place, threads=config.rollout.threads)
-            for i, place in enumerate(range(1 + num_ranks, 1 + num_ranks + num_workers))
+            placed(RolloutActor, name, config, self.keys, index, threads=config.rollout.threads)
+            for index, name in enumerate(worker_names(config))
         ]
         self.learners = Learners(ranks)
         self.processes = [self.replay, *ranks, *self.workers]
@@ -94,7 +93,7 @@ class Fleet:
         self.opened: Opened = await self._bring_up(self.replay, start)
         await asyncio.gather(
             self._bring_up_learner(checkpoint),
-            *(self._bring_up(worker, self.opened.rollout_address) for worker in self.workers),
+            *map(self._bring_up_worker, self.workers),
         )
         self.publishing.learner_has(start.roll_back_to or 0, self.opened.branch)
         await self.publishing.begin()
@@ -158,7 +157,7 @@ class Fleet:
                 serving.cancel()
             await self.replay.ask("lose_worker", index)
             await self._pause(worker, death)
-            await self._bring_up(worker, self.opened.rollout_address)
+            await self._bring_up_worker(worker)
 
     async def _pause(self, process: Process, death: Exception) -> None:
         """Count the death, say it, wait a little longer after each. Raises RunError past the budget."""
@@ -223,6 +222,10 @@ class Fleet:
             process.up.set()
             self.note_progress()
             return answer
+
+    async def _bring_up_worker(self, worker: Process) -> None:
+        memory_fraction = self.placement.memory_fraction(worker.name, self.config.rollout.memory_fraction)
+        await self._bring_up(worker, self.opened.rollout_address, memory_fraction)
 
     async def _bring_up_learner(self, checkpoint: Path | None) -> None:
         """Start every rank, and join them, until all are up."""

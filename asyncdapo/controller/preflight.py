@@ -18,7 +18,6 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import itertools
-import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,18 +25,18 @@ from pathlib import Path
 from typing import IO
 
 from asyncdapo.config import Config, find_config, load_config, to_yaml
+from asyncdapo.controller.engine_check import check_installed, check_model
 from asyncdapo.controller.identity import IDENTITY_FILE, Identity, check_same_run, identify, to_json
 from asyncdapo.controller.resume import Resume, survey
 from asyncdapo.controller.roster import end_survivors
 from asyncdapo.disk import replace_file
 from asyncdapo.errors import ConfigError, RunError, UserError
-from asyncdapo.learner.model_path import check_model_path, local_directory, vocab_size
+from asyncdapo.learner.model_path import check_model_path, vocab_size
 from asyncdapo.metrics.wandb_log import choose_mode
 from asyncdapo.prompts.registry import open_task
 from asyncdapo.replay.audit import CONFIG_FILE
 from asyncdapo.reward.registry import absolute_verifier, make_verifier
 from asyncdapo.reward.wire import METRICS
-from asyncdapo.rollout.config import MODEL_TYPES
 
 LOCK_FILE = "launch.lock"
 UNFINISHED_START = {LOCK_FILE, IDENTITY_FILE, f".{IDENTITY_FILE}.new", f".{CONFIG_FILE}.new"}
@@ -56,7 +55,7 @@ def prepare_run(name_or_path: str, overrides: Sequence[str]) -> Iterator[tuple[C
     with _usable(config.run.dir):
         new = not holds_run(config.run.dir)
     if new:
-        check_engine(config)
+        check_model(config)
     identity = identify(config)
     with _usable(config.run.dir):
         lock = _lock(config.run.dir)
@@ -68,14 +67,20 @@ def prepare_run(name_or_path: str, overrides: Sequence[str]) -> Iterator[tuple[C
 
 def check_config(config: Config) -> None:
     """What can be checked without the run directory, and without torch."""
+    check_installed(config)
+    check_reward(config)
+    check_reference(config)
+    choose_mode(config.metrics)
+    open_task(config.prompts, num_eval=config.eval.num_held_out, seed=config.run.seed)
+
+
+def check_reward(config: Config) -> None:
+    """Whether there is such a verifier, and whether the filter will see its metric."""
     make_verifier(config.reward.verifier)
     own = ":" in config.reward.verifier  # a function of the user's has numbers of its own: the filter will see them
     if config.filter.enabled and config.filter.metric not in METRICS and not own:
         fix = f"there are {', '.join(METRICS)}, or a number of a function of yours"
         raise ConfigError("filter.metric", "is no metric of the scorer", config.filter.metric, fix)
-    check_reference(config)
-    choose_mode(config.metrics)
-    open_task(config.prompts, num_eval=config.eval.num_held_out, seed=config.run.seed)
 
 
 def check_reference(config: Config) -> None:
@@ -86,16 +91,6 @@ def check_reference(config: Config) -> None:
     if known is not None and sampled is not None and known < sampled:
         problem = f"has a vocabulary of {known}, model.path one of {sampled}: it can't say how likely all tokens are"
         raise ConfigError("model.reference", problem, config.model.reference, "a model with the same tokenizer")
-
-
-def check_engine(config: Config) -> None:
-    """Whether the engine computes this kind of model, where its files are here already; what else it may refuse, it
-    does at its start."""
-    if directory := local_directory(config.model.path):
-        kind = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("model_type")
-        if kind not in MODEL_TYPES:
-            problem = f"the torch engine doesn't know the model type {kind!r}"
-            raise ConfigError("model.path", problem, config.model.path, f"it knows {', '.join(MODEL_TYPES)}")
 
 
 def holds_run(run_dir: str) -> bool:

@@ -17,7 +17,7 @@ import re
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -27,6 +27,7 @@ from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from asyncdapo.config import Config
+from asyncdapo.controller.placement import Placement
 from asyncdapo.controller.roster import Entry, is_running
 from asyncdapo.controller.warden import adopt_orphans
 from asyncdapo.errors import RunError, UserError
@@ -93,28 +94,25 @@ def _signals_held() -> Iterator[None]:
         raise KeyboardInterrupt
 
 
-def gpu_shares(config: Config, num_gpus: float) -> list[float]:
-    """GPUs of each rank of the learner and of each rollout worker: one each where there are enough. Else as many
-    processes as need be share a GPU in equal parts; a part never spans two GPUs."""
-    wanting = [config.learner.device != "cpu"] * config.learner.ranks
-    wanting += [config.rollout.device != "cpu"] * config.rollout.num_workers
-    if not num_gpus:
-        return [0.0] * len(wanting)
-    share = 1 / math.ceil(max(1, sum(wanting)) / num_gpus)
-    return [share if wants else 0.0 for wants in wanting]
+def gpus_of_nodes() -> list[int]:
+    """GPUs of each node of the cluster, those in use included."""
+    return [int(node["Resources"].get("GPU", 0)) for node in ray.nodes() if node["Alive"]]
 
 
-async def reserve(num_gpus: Sequence[float], timeout_s: float) -> PlacementGroup:
-    """Room for one process per entry of `num_gpus`. Raises RunError that names what was asked and what there is."""
-    bundles = [{"CPU": CPUS_PER_PROCESS} | ({"GPU": gpus} if gpus else {}) for gpus in num_gpus]
+async def reserve(placement: Placement, timeout_s: float) -> PlacementGroup:
+    """Room for all of it. Raises RunError that names what was asked and what there is."""
+    bundles = [
+        {"CPU": CPUS_PER_PROCESS * len(bundle.processes)} | ({"GPU": bundle.num_gpus} if bundle.num_gpus else {})
+        for bundle in placement.bundles
+    ]
     room = placement_group(bundles, strategy="PACK")
     if not await asyncio.to_thread(room.wait, timeout_s):
         asked = Counter()
         for bundle in bundles:
             asked.update(bundle)
         raise RunError(
-            f"no room on Ray within controller.place_timeout_s ({timeout_s:g} s): {len(bundles)} processes ask for "
-            f"{_amounts(asked)}, there are {_amounts(ray.cluster_resources())}, "
+            f"no room on Ray within controller.place_timeout_s ({timeout_s:g} s): {placement.num_processes} processes "
+            f"ask for {_amounts(asked)}, there are {_amounts(ray.cluster_resources())}, "
             f"of which {_amounts(ray.available_resources())} are free"
         )
     return room
@@ -136,13 +134,15 @@ class Process:
         self._create, self._actor = create, None
 
     @classmethod
-    def placed(cls, actor: type, name: str, *args: Any, room: PlacementGroup, place: int, threads: int) -> Process:
-        """A process that lives in place number `place` of the reserved room."""
-        bundle = room.bundle_specs[place]
+    def placed(
+        cls, actor: type, name: str, *args: Any, room: PlacementGroup, placement: Placement, threads: int
+    ) -> Process:
+        """A process that lives in its bundle of the placement, for which `room` was reserved."""
+        index = placement.index(name)
         options = {
-            "num_cpus": bundle["CPU"],
-            "num_gpus": bundle.get("GPU", 0),
-            "scheduling_strategy": PlacementGroupSchedulingStrategy(room, placement_group_bundle_index=place),
+            "num_cpus": CPUS_PER_PROCESS,
+            "num_gpus": placement.bundles[index].share,
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(room, placement_group_bundle_index=index),
             "max_concurrency": MAX_CONCURRENCY,
             "runtime_env": {
                 "env_vars": {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"},

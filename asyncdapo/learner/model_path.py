@@ -1,8 +1,8 @@
 """Where the model's files are: a directory in Hugging Face format, or an id on the Hugging Face hub. No torch here.
 
-`check_model_path`, `local_directory` and `model_digests` run before any process starts and download nothing;
-`model_directory` runs in the process that loads the model and downloads what is missing. Does not own: reading the
-files.
+`find_directory` and `model_config` ask nobody; `check_model_path`, `local_directory` and `model_digests` run before any
+process starts and download nothing; `model_directory` runs in the process that loads the model and downloads what is
+missing. Does not own: reading the weights.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import file_exists, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HTTPError
@@ -41,6 +42,11 @@ def check_model_path(path: str, base_dirs: Iterable[str | Path], key: str = KEY)
     """The absolute directory that `path` names relative to one of `base_dirs` (the first that has it), or `path` itself
     where it is an id on the hub. Raises ConfigError, for the config's `key`, for a directory without config.json or
     weights, and for an id that is neither on the hub nor in the local cache."""
+    return find_directory(path, base_dirs, key) or _checked_hub_id(path, key)
+
+
+def find_directory(path: str, base_dirs: Iterable[str | Path], key: str = KEY) -> str | None:
+    """As `check_model_path`, but None for what may be an id on the hub, which isn't asked."""
     base_dirs = [Path(base).absolute() for base in base_dirs]
     for directory in (base / Path(path).expanduser() for base in base_dirs):
         if directory.is_dir():
@@ -48,7 +54,7 @@ def check_model_path(path: str, base_dirs: Iterable[str | Path], key: str = KEY)
     if path.startswith((".", "/", "~")) or path.count("/") > 1:
         looked_in = ", ".join(str(base) for base in base_dirs)
         raise ConfigError(key, "is not a directory", path, f"relative paths are looked up in {looked_in}")
-    return _checked_hub_id(path, key)
+    return None
 
 
 def model_directory(path: str, key: str = KEY) -> Path:
@@ -71,10 +77,20 @@ def local_directory(path: str) -> Path | None:
     return directory if directory and _weight_files(directory) else None
 
 
+def model_config(path: str) -> dict[str, Any] | None:
+    """What the model's config.json says, where that is on this machine already; None for an id that isn't cached.
+    Raises ConfigError for a file that can't be read, and for what can't be an id."""
+    try:
+        file = Path(path) / "config.json" if Path(path).is_dir() else try_to_load_from_cache(path, "config.json")
+        return json.loads(Path(file).read_text(encoding="utf-8")) if isinstance(file, str | Path) else None
+    except (OSError, ValueError) as error:
+        raise ConfigError(KEY, f"config.json can't be read: {_first_line(error)}", path) from error
+
+
 def vocab_size(path: str) -> int | None:
-    """As the model's config.json says, where its files are here."""
-    directory = local_directory(path)
-    return json.loads((directory / "config.json").read_text(encoding="utf-8")).get("vocab_size") if directory else None
+    """As the model's config.json says, where it is here."""
+    config = model_config(path)
+    return config.get("vocab_size") if config else None
 
 
 def model_digests(directory: Path) -> dict[str, str]:

@@ -26,7 +26,8 @@ class RolloutConfig:
     tensor_parallel: int = 1
     """GPUs over which each vLLM engine splits its model."""
     memory_fraction: float | None = None
-    """Share of a GPU that vLLM takes for weights and KV cache; by default 0.9, or 0.4 where others use it too."""
+    """Share of a GPU that vLLM takes for weights and KV cache; by default 0.9, or where n processes are on it 0.8 / n
+    (0.4 beside a learner)."""
     engine_args: dict[str, Any] = field(default_factory=dict)
     """Further arguments of vLLM's engine by vLLM's names, such as {quantization: fp8}."""
     slots: int = 64

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import os
 import signal
 from collections.abc import Iterator
@@ -11,11 +10,11 @@ from collections.abc import Iterator
 import pytest
 
 from asyncdapo.config import Config
-from asyncdapo.controller.processes import Process, ProcessDied, gpu_shares, ray_session, reserve
+from asyncdapo.controller.placement import Bundle, Placement
+from asyncdapo.controller.processes import Process, ProcessDied, ray_session, reserve
 from asyncdapo.controller.roster import Entry, this_process
 from asyncdapo.errors import ConfigError, RunError, StalenessError, UserError
-from asyncdapo.learner.config import LearnerConfig, ModelConfig
-from asyncdapo.rollout.config import RolloutConfig
+from asyncdapo.learner.config import ModelConfig
 
 CONFIG = Config(model=ModelConfig(path="none"))
 
@@ -51,8 +50,9 @@ class Faulty:
 @pytest.fixture(scope="module")
 def process() -> Iterator[Process]:
     with ray_session(CONFIG):
-        room = asyncio.run(reserve([0.0], 30))
-        process = Process.placed(Faulty, "learner", room=room, place=0, threads=2)
+        placement = Placement((Bundle(("learner",)),), "alone")
+        room = asyncio.run(reserve(placement, 30))
+        process = Process.placed(Faulty, "learner", room=room, placement=placement, threads=2)
         process.spawn()
         yield process
 
@@ -82,34 +82,8 @@ def test_a_defect_carries_the_traceback_of_its_process(process: Process) -> None
 
 
 def test_what_finds_no_room_says_what_was_asked_and_what_there_is(process: Process) -> None:
-    with pytest.raises(RunError, match=r"2 processes ask for 0.2 CPU and 1000 GPU, there are \d+ CPU and \d+ GPU"):
-        asyncio.run(reserve([0.0, 1000.0], 0.5))
-
-
-@pytest.mark.parametrize(
-    ("learner", "num_ranks", "rollout", "num_workers", "num_gpus", "shares"),
-    [
-        ("auto", 1, "auto", 1, 0, [0.0, 0.0]),
-        ("auto", 1, "auto", 1, 2, [1.0, 1.0]),
-        ("auto", 1, "auto", 3, 8, [1.0] * 4),
-        ("auto", 1, "auto", 3, 1, [0.25] * 4),
-        ("auto", 1, "auto", 2, 2, [0.5] * 3),
-        ("auto", 4, "auto", 3, 8, [1.0] * 7),
-        ("auto", 4, "auto", 4, 4, [0.5] * 8),
-        ("cpu", 1, "auto", 1, 1, [0.0, 1.0]),
-        ("cpu", 2, "auto", 1, 1, [0.0, 0.0, 1.0]),
-        ("cpu", 1, "cpu", 1, 8, [0.0, 0.0]),
-    ],
-)
-def test_gpus_are_whole_where_there_are_enough_and_shared_in_parts_of_one_where_not(
-    learner: str, num_ranks: int, rollout: str, num_workers: int, num_gpus: int, shares: list[float]
-) -> None:
-    config = dataclasses.replace(
-        CONFIG,
-        learner=LearnerConfig(device=learner, ranks=num_ranks),
-        rollout=RolloutConfig(device=rollout, num_workers=num_workers),
-    )
-    assert gpu_shares(config, num_gpus) == shares
+    with pytest.raises(RunError, match=r"3 processes ask for 0.3 CPU and 1000 GPU, there are \d+ CPU and \d+ GPU"):
+        asyncio.run(reserve(Placement((Bundle(("replay",)), Bundle(("learner", "rollout-0"), 1000)), "rich"), 0.5))
 
 
 def test_a_death_is_named_and_the_next_life_answers_again(process: Process) -> None:

@@ -1,0 +1,173 @@
+"""Placement: which process lives with which, and on how many GPUs. Pure: nothing here asks Ray, or any other machine.
+
+    separate   every rank of the learner has a GPU, every engine `rollout.tensor_parallel` of them, on one node
+    shared     learner rank r and rollout worker r are on the same GPU
+    auto       separate where there are enough GPUs; with fewer, equal parts of each; with none, the CPU
+
+In: the configuration, and the GPUs of each node. Out: bundles, each of which Ray gives whole on a node of its choice
+(as few nodes as it can). Raises ConfigError that says what is asked for and what there is. Invariant: every process is
+in one bundle, and the processes of a bundle get the very same GPUs. Does not own: asking Ray (`processes`), which
+backend the weights take (`weights.backend`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from asyncdapo.config import Config
+from asyncdapo.controller.roster import process_name
+from asyncdapo.errors import ConfigError
+
+ALONE_FRACTION = 0.9
+"""Of a GPU's memory, for an engine that has it to itself."""
+SHARED_FRACTION = 0.8
+"""Of a GPU's memory, for all processes on it together, in equal parts: CUDA itself needs some in each of them."""
+SHARE_STEP = 10_000
+"""Ray counts GPUs in steps of 1 / 10,000; parts are rounded down to them, so that all of them fit."""
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """Room for processes that must be on one node, and on the same GPUs if it has any."""
+
+    processes: tuple[str, ...]
+    num_gpus: int = 0
+
+    @property
+    def share(self) -> float:
+        """GPUs that each of its processes asks Ray for."""
+        return math.floor(SHARE_STEP * self.num_gpus / len(self.processes)) / SHARE_STEP
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where all processes of a run live."""
+
+    bundles: tuple[Bundle, ...]
+    reason: str
+    """Which of the three it is and why, for the log."""
+
+    @property
+    def num_processes(self) -> int:
+        return sum(len(bundle.processes) for bundle in self.bundles)
+
+    @property
+    def num_gpus(self) -> int:
+        return sum(bundle.num_gpus for bundle in self.bundles)
+
+    def index(self, process: str) -> int:
+        """The bundle that this process is in."""
+        return next(index for index, bundle in enumerate(self.bundles) if process in bundle.processes)
+
+    def memory_fraction(self, process: str, given: float | None) -> float:
+        """Share of the memory of its GPUs that an engine may take: what the user says, else what leaves the others on
+        it as much."""
+        num_processes = len(self.bundles[self.index(process)].processes)
+        return given or (ALONE_FRACTION if num_processes == 1 else round(SHARED_FRACTION / num_processes, 4))
+
+
+def learner_names(config: Config) -> list[str]:
+    """The ranks of the learner, rank 0 first."""
+    return [process_name("learner", rank) for rank in range(config.learner.ranks)]
+
+
+def worker_names(config: Config) -> list[str]:
+    """The rollout workers."""
+    return [process_name("rollout", index) for index in range(config.rollout.num_workers)]
+
+
+def gpus_asked(config: Config) -> int:
+    """GPUs with which nobody has less than `controller.placement` promises; for `auto`, than a whole one."""
+    if config.controller.placement == "shared":
+        return max(config.learner.ranks, config.rollout.num_workers)
+    return len(_ranks_on_gpus(config)) + config.rollout.tensor_parallel * len(_workers_on_gpus(config))
+
+
+def place(config: Config, gpus_of_nodes: Sequence[int]) -> Placement:
+    """`gpus_of_nodes`: how many GPUs each node has. Raises ConfigError where they are too few for what is asked."""
+    mode, asked, num_gpus = config.controller.placement, gpus_asked(config), sum(gpus_of_nodes)
+    if mode == "shared":
+        if num_gpus < asked:
+            raise _too_few(config, "shared", gpus_of_nodes, "auto makes do with what there is")
+        return _on_gpus(config, _pairs(config), "shared: learner rank r and rollout worker r are on one GPU")
+    if not asked:
+        return _on_gpus(config, [], "learner and rollout are on the CPU, as learner.device and rollout.device say")
+    if _fits(config, gpus_of_nodes):
+        return _on_gpus(config, _each_its_own(config), "separate: every process has GPUs of its own")
+    if mode == "separate":
+        raise _too_few(config, "separate", gpus_of_nodes, "auto makes do with what there is")
+    if not num_gpus:
+        return _on_gpus(config, [], "there is no GPU: everything is on the CPU")
+    if _workers_on_gpus(config) and config.rollout.tensor_parallel > 1:
+        raise _too_few(config, "auto", gpus_of_nodes, "engines of several GPUs share none: a smaller tensor_parallel")
+    users = [*_ranks_on_gpus(config), *_workers_on_gpus(config)]
+    reason = f"{len(users)} processes are dealt to {_counted(num_gpus)}, in equal parts"
+    return _on_gpus(config, _dealt(users, num_gpus), reason)
+
+
+def _ranks_on_gpus(config: Config) -> list[str]:
+    return [] if config.learner.device == "cpu" else learner_names(config)
+
+
+def _workers_on_gpus(config: Config) -> list[str]:
+    return [] if config.rollout.device == "cpu" else worker_names(config)
+
+
+def _fits(config: Config, gpus_of_nodes: Sequence[int]) -> bool:
+    """Whether everybody finds whole GPUs, an engine all of its own on one node. Engines go first: a rank, which wants
+    one GPU, takes any that they leave."""
+    size = config.rollout.tensor_parallel
+    return gpus_asked(config) <= sum(gpus_of_nodes) and len(_workers_on_gpus(config)) <= sum(
+        num_gpus // size for num_gpus in gpus_of_nodes
+    )
+
+
+def _each_its_own(config: Config) -> list[Bundle]:
+    ranks = [Bundle((name,), 1) for name in _ranks_on_gpus(config)]
+    return ranks + [Bundle((name,), config.rollout.tensor_parallel) for name in _workers_on_gpus(config)]
+
+
+def _pairs(config: Config) -> list[Bundle]:
+    """Rank r with worker r; whoever has no partner has a GPU alone."""
+    ranks, workers = learner_names(config), worker_names(config)
+    return [Bundle((*ranks[r : r + 1], *workers[r : r + 1]), 1) for r in range(gpus_asked(config))]
+
+
+def _dealt(users: Sequence[str], num_gpus: int) -> list[Bundle]:
+    """In turn, so that every rank of the learner is on another GPU than the rank before."""
+    return [Bundle(tuple(users[gpu::num_gpus]), 1) for gpu in range(min(num_gpus, len(users)))]
+
+
+def _on_gpus(config: Config, bundles: Sequence[Bundle], reason: str) -> Placement:
+    """These bundles, and one without a GPU for every other process; the replay server's is the first."""
+    placed = {name for bundle in bundles for name in bundle.processes}
+    others = [name for name in [*learner_names(config), *worker_names(config)] if name not in placed]
+    return Placement((Bundle(("replay",)), *bundles, *(Bundle((name,)) for name in others)), reason)
+
+
+def _too_few(config: Config, mode: str, gpus_of_nodes: Sequence[int], fix: str) -> ConfigError:
+    ranks, workers, size = config.learner.ranks, config.rollout.num_workers, config.rollout.tensor_parallel
+    users = [f"{ranks} {_plural(ranks, 'learner rank')}"] if config.learner.device != "cpu" else []
+    if config.rollout.device != "cpu":
+        on_one_node = f" of {size} GPUs on one node" if size > 1 else ""
+        users.append(f"{workers} {_plural(workers, 'engine')}{on_one_node}")
+    problem = f"asks for {_counted(gpus_asked(config))} ({', '.join(users)}), {_there_are(gpus_of_nodes)}"
+    return ConfigError("controller.placement", problem, mode, fix)
+
+
+def _there_are(gpus_of_nodes: Sequence[int]) -> str:
+    if not sum(gpus_of_nodes):
+        return "there is none"
+    with_gpus = [str(num_gpus) for num_gpus in gpus_of_nodes if num_gpus]
+    nodes = f" on {len(with_gpus)} nodes ({' + '.join(with_gpus)})" if len(with_gpus) > 1 else ""
+    return f"there {'is' if sum(gpus_of_nodes) == 1 else 'are'} {sum(gpus_of_nodes)}{nodes}"
+
+
+def _counted(num_gpus: int) -> str:
+    return f"{num_gpus} {_plural(num_gpus, 'GPU')}"
+
+
+def _plural(number: int, noun: str) -> str:
+    return noun if number == 1 else f"{noun}s"

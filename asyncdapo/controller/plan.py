@@ -1,0 +1,184 @@
+"""The plan: what a launch would start, before it starts anything.
+
+In: a configuration and, if the user says so, the GPUs of each node; else as many as `controller.placement` asks for.
+Out: lines of text. Needs neither GPU nor torch nor network: what depends on files that aren't here yet says so. Raises
+the ConfigErrors of a launch, but for missing data, a model still to be downloaded, and an engine that isn't installed.
+Does not own: the rule (`placement`), the formulas (`sizes`), the choice of the backend (`weights.backend`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from asyncdapo.config import Config, find_config, load_config
+from asyncdapo.controller.engine_check import INSTALL, check_installed, check_model, installed_vllm
+from asyncdapo.controller.placement import Bundle, Placement, gpus_asked, learner_names, place, worker_names
+from asyncdapo.controller.preflight import check_reward
+from asyncdapo.controller.sizes import engine_bytes, learner_bytes, read_shape
+from asyncdapo.learner.model_path import find_directory, model_config
+from asyncdapo.prompts.registry import open_task
+from asyncdapo.transport.backend import CPU, name_device
+from asyncdapo.weights.backend import choose_backend
+
+GIB = 1 << 30
+INDENT = 11
+"""Columns of the words on the left."""
+
+
+def plan(name_or_path: str, overrides: Sequence[str], gpus_of_nodes: Sequence[int] | None = None) -> str:
+    """The plan of this configuration, ready to be printed. Raises UserError."""
+    path = find_config(name_or_path)
+    config = _located(load_config(path, overrides), path.parent)
+    model = model_config(config.model.path)
+    check_reward(config)
+    check_model(config)
+    placement = place(config, [gpus_asked(config)] if gpus_of_nodes is None else gpus_of_nodes)
+    backend, reason = choose_backend(config.weights, _devices(config, placement))
+    sections = {
+        "model": _model_lines(config, model),
+        "data": _data_lines(config),
+        "engine": _engine_lines(config),
+        "placement": _placement_lines(config, placement, supposed=gpus_of_nodes is None),
+        "weights": [f"by {backend}: {reason}"],
+        "a step": _step_lines(config),
+        "staleness": _staleness_lines(config),
+        "memory": _memory_lines(config, model, placement),
+    }
+    lines = [f"{config.run.name} in {config.run.dir}"]
+    for word, texts in sections.items():
+        lines += [f"  {word if first else '':{INDENT}}{text}" for first, text in _marked(texts)]
+    return "\n".join(lines)
+
+
+def _located(config: Config, config_dir: Path) -> Config:
+    """With the model's directory where it is here."""
+    found = find_directory(config.model.path, [Path.cwd(), config_dir])
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, path=found or config.model.path))
+
+
+def _marked(texts: Sequence[str]) -> Iterator[tuple[bool, str]]:
+    return ((index == 0, text) for index, text in enumerate(texts))
+
+
+def _model_lines(config: Config, model: Mapping[str, Any] | None) -> list[str]:
+    if model is None:
+        return [f"{config.model.path}, which isn't here yet: the launch downloads it"]
+    shape = read_shape(model)
+    size = f"{shape.num_parameters:,} parameters, " if shape else ""
+    return [f"{config.model.path} ({size}{model.get('model_type')})"]
+
+
+def _data_lines(config: Config) -> list[str]:
+    prompts = config.prompts
+    missing = [path for path in (prompts.path, prompts.eval_path) if path and not Path(path).exists()]
+    if missing:
+        columns = f"{prompts.prompt_column!r} and {prompts.answer_column!r}"
+        return [f"{path}, which isn't here yet: a file with the columns {columns}" for path in missing]
+    task = open_task(prompts, num_eval=config.eval.num_held_out, seed=config.run.seed)
+    rows = "endless" if task.num_rows is None else f"{task.num_rows:,} questions"
+    return [f"{prompts.path or prompts.task} ({rows}), verifier {config.reward.verifier}"]
+
+
+def _engine_lines(config: Config) -> list[str]:
+    rollout = config.rollout
+    engine = rollout.engine
+    if engine == "vllm" and (installed := installed_vllm()):
+        check_installed(config)
+        engine = f"vllm {installed}"
+    elif engine == "vllm":
+        return [f"vllm, {rollout.dtype}, which isn't installed here", INSTALL]
+    return [f"{engine}, {rollout.dtype}"]
+
+
+# ----------------------------------------------------------------------------------------------------------- placement
+
+
+def _placement_lines(config: Config, placement: Placement, *, supposed: bool) -> list[str]:
+    """`supposed`: the GPUs are those that the configuration asks for."""
+    lines = [f"{_gpus(placement.num_gpus)}, {placement.reason}"]
+    for _, alike in groupby(placement.bundles, key=lambda bundle: (_roles(bundle), bundle.num_gpus)):
+        lines.append(_bundle_line(config, placement, list(alike)))
+    if supposed and config.controller.placement == "auto" and placement.num_gpus:
+        lines.append("these are as many as it asks for; --gpus N shows what it does with others")
+    return lines
+
+
+def _bundle_line(config: Config, placement: Placement, alike: Sequence[Bundle]) -> str:
+    """Bundles that differ only in the numbers of their processes."""
+    first, last = (" + ".join(bundle.processes) for bundle in (alike[0], alike[-1]))
+    who = first if first == last else f"{first} … {last}"
+    if not alike[0].num_gpus:
+        return f"{who}: CPU"
+    each = " each" if len(alike) > 1 else ""
+    line = f"{who}: {_gpus(alike[0].num_gpus)}{each}"
+    engines = [name for name in alike[0].processes if name.startswith("rollout")]
+    if engines and config.rollout.engine == "vllm":
+        fraction = placement.memory_fraction(engines[0], config.rollout.memory_fraction)
+        line += f", of whose memory vLLM takes {fraction:g}"
+    return line
+
+
+def _roles(bundle: Bundle) -> tuple[str, ...]:
+    return tuple(name.partition("-")[0] for name in bundle.processes)
+
+
+def _devices(config: Config, placement: Placement) -> dict[str, str]:
+    """Where every end of the weight group is, rank 0 of the learner first; all on one machine, for all a plan knows."""
+    devices = {}
+    for name in [learner_names(config)[0], *worker_names(config)]:
+        index = placement.index(name)
+        num_gpus = placement.bundles[index].num_gpus
+        for gpu in range(num_gpus):
+            end = name if num_gpus == 1 else f"{name} (GPU {gpu + 1} of {num_gpus})"
+            devices[end] = name_device(f"cuda {index}.{gpu}", "this machine")
+        if not num_gpus:
+            devices[name] = name_device(CPU, "this machine")
+    return devices
+
+
+# --------------------------------------------------------------------------------------------------------------- sizes
+
+
+def _step_lines(config: Config) -> list[str]:
+    rollout, replay = config.rollout, config.replay
+    num_completions = replay.prompts_per_step * rollout.group_size
+    num_updates = config.learner.updates_per_step * config.learner.epochs
+    return [
+        f"{replay.prompts_per_step:,} groups of {rollout.group_size} completions: {num_completions:,}, "
+        f"at most {num_completions * rollout.max_response_length:,} sampled tokens; {num_updates:,} "
+        f"{'update' if num_updates == 1 else 'updates'}",
+        f"{rollout.num_workers * rollout.slots:,} sequences at once, of at most "
+        f"{config.prompts.max_prompt_length:,} + {rollout.max_response_length:,} tokens",
+    ]
+
+
+def _staleness_lines(config: Config) -> list[str]:
+    replay = config.replay
+    if replay.synchronous:
+        return ["0: nothing is sampled while the learner trains (replay.run_ahead is 0)"]
+    ahead = (replay.run_ahead + 1) * replay.prompts_per_step
+    return [f"at most {replay.staleness_bound} train steps; up to {ahead:,.0f} kept groups are ahead of the learner"]
+
+
+def _memory_lines(config: Config, model: Mapping[str, Any] | None, placement: Placement) -> list[str]:
+    shape = read_shape(model) if model is not None else None
+    if shape is None:
+        return ["not known " + ("until the model is here" if model is None else "for this kind of model")]
+    parts = {"learner": learner_bytes(shape, config), "rollout": engine_bytes(shape, config)}
+    words = {"learner": "a rank of the learner", "rollout": "an engine"}
+    totals = {role: sum(of_role.values()) for role, of_role in parts.items()}
+    lines = ["by formula, in GiB, without what CUDA and kernels take for themselves"]
+    for role, of_role in parts.items():
+        listed = ", ".join(f"{what} {num_bytes / GIB:.3g}" for what, num_bytes in of_role.items())
+        lines.append(f"{words[role]}: {totals[role] / GIB:.3g} ({listed})")
+    for roles in sorted({_roles(bundle) for bundle in placement.bundles if len(bundle.processes) > 1}):
+        lines.append(f"{' + '.join(roles)} on one GPU: {sum(totals[role] for role in roles) / GIB:.3g}")
+    return lines
+
+
+def _gpus(number: int) -> str:
+    return f"{number} GPU" if number == 1 else f"{number} GPUs"
