@@ -50,6 +50,30 @@ class Request:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What an engine can take. Anything else is refused before the engine sees it."""
+
+    max_prompt_length: int
+    max_response_length: int
+    vocab_size: int
+
+    def refuse_unfit(self, request: Request) -> None:
+        """Raises ValueError for a request that doesn't fit."""
+        sampling, length = request.sampling, len(request.prompt_ids)
+        if not 1 <= length <= self.max_prompt_length:
+            raise ValueError(f"a prompt has 1 to {self.max_prompt_length} tokens, got {length}")
+        if not 1 <= sampling.max_tokens <= self.max_response_length:
+            raise ValueError(f"max_tokens is 1 to {self.max_response_length}, got {sampling.max_tokens}")
+        if not 0 <= min(request.prompt_ids) <= max(request.prompt_ids) < self.vocab_size:
+            got = f"{min(request.prompt_ids)} to {max(request.prompt_ids)}"
+            raise ValueError(f"a prompt's token ids are 0 to {self.vocab_size - 1}, got {got}")
+        if sampling.temperature < 0 or not 0 < sampling.top_p <= 1 or sampling.top_k < 0:
+            raise ValueError(f"temperature >= 0, 0 < top_p <= 1 and top_k >= 0 are needed, got {sampling}")
+        if not request.seeds:
+            raise ValueError("a request needs a seed for each of its samples, got none")
+
+
+@dataclass(frozen=True, kw_only=True)
 class LoadTimes:
     """What new weights cost the requests in flight, in seconds; they go on during whatever isn't counted here."""
 
@@ -96,5 +120,5 @@ class Engine(Protocol):
         """End every request with EngineError and free the memory."""
 
     def gauges(self) -> dict[str, float]:
-        """Cumulative counters since the start: `tokens`, `prefill_tokens`, `steps`, `busy_s`, `idle_s`, `slot_steps`
-        (sum over steps of slots in use)."""
+        """Cumulative counters since the start: `tokens` sampled, `prefill_tokens` computed, `busy_s`, `idle_s`, and an
+        engine's own."""

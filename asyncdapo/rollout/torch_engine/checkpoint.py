@@ -12,15 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from asyncdapo.errors import ConfigError
 from asyncdapo.rollout.config import MODEL_TYPES
+from asyncdapo.rollout.model_files import locate, read_config, stop_token_ids
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Rotary variants whose frequencies don't depend on the length of the sequence."""
@@ -73,11 +72,8 @@ class Checkpoint:
 
 def read_checkpoint(model_path: str) -> Checkpoint:
     """Raises ConfigError for a directory that isn't there or a model that this engine doesn't compute."""
-    directory = _locate(model_path)
-    try:
-        config = AutoConfig.from_pretrained(directory)
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError("model.path", f"config.json can't be used: {error}", model_path) from error
+    directory = locate(model_path)
+    config = read_config(directory, model_path)
     _refuse_unknown(config, model_path)
     frequencies_P, rotation_scale = _frequencies(config, model_path)
     return Checkpoint(
@@ -85,25 +81,8 @@ def read_checkpoint(model_path: str) -> Checkpoint:
         shape=_shape(config),
         frequencies_P=frequencies_P,
         rotation_scale=rotation_scale,
-        stop_token_ids=_stop_token_ids(directory, config),
+        stop_token_ids=stop_token_ids(directory, config),
     )
-
-
-def _locate(model_path: str) -> Path:
-    """The directory itself, or the local copy of a hub repository (fetched when it isn't there yet)."""
-    directory = Path(model_path)
-    if not directory.is_dir():
-        try:
-            directory = Path(snapshot_download(model_path, allow_patterns=["*.json", "*.safetensors"]))
-        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
-            raise ConfigError(
-                "model.path",
-                f"is neither a directory nor a model that the hub gives out ({type(error).__name__})",
-                model_path,
-            ) from error
-    if not (directory / "config.json").is_file():
-        raise ConfigError("model.path", "has no config.json", model_path)
-    return directory
 
 
 def _weight_files(directory: Path) -> list[Path]:
@@ -177,15 +156,3 @@ def _frequencies(config: PretrainedConfig, model_path: str) -> tuple[torch.Tenso
         return ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
     dims_P = torch.arange(0, _head_dim(config), 2, dtype=torch.float32)
     return 1.0 / rope["rope_theta"] ** (dims_P / _head_dim(config)), 1.0
-
-
-def _stop_token_ids(directory: Path, config: PretrainedConfig) -> frozenset[int]:
-    """End-of-sequence ids of `generation_config.json` and `config.json` together; either may hold a list."""
-    found = [getattr(config, "eos_token_id", None)]
-    generation = directory / "generation_config.json"
-    if generation.is_file():
-        found.append(json.loads(generation.read_text()).get("eos_token_id"))
-    ids: set[int] = set()
-    for value in found:
-        ids.update([value] if isinstance(value, int) else value or [])
-    return frozenset(ids)

@@ -22,7 +22,7 @@ import torch
 
 from asyncdapo.errors import ConfigError, EngineError, WeightsError
 from asyncdapo.rollout.config import RolloutConfig
-from asyncdapo.rollout.engine import LoadTimes, Request, Sample
+from asyncdapo.rollout.engine import Limits, LoadTimes, Request, Sample
 from asyncdapo.rollout.torch_engine.checkpoint import read_checkpoint
 from asyncdapo.rollout.torch_engine.runner import Counters, Progress, Runner
 from asyncdapo.rollout.torch_engine.scheduler import Job
@@ -81,6 +81,7 @@ class TorchEngine:
         return self._runner.device
 
     def gauges(self) -> dict[str, float]:
+        """Also `steps`, and `slot_steps`: the sum over them of slots in use."""
         counters, elapsed_s = self._counters, time.monotonic() - self._started_s
         return {
             "tokens": counters.tokens,
@@ -106,7 +107,7 @@ class TorchEngine:
     async def generate(self, request: Request) -> list[Sample]:
         """Raises ValueError for a request that can't fit, EngineError once the engine can't go on."""
         self._raise_if_ended()
-        self._refuse_unfit(request)
+        self._limits.refuse_unfit(request)
         job = Job(request)
         done = self._jobs[job] = self._loop.create_future()
         self._order(lambda: self._runner.add(job))
@@ -147,20 +148,6 @@ class TorchEngine:
             self._on_end(None)
             del self._runner, self._spare
         self._filler.shutdown()
-
-    def _refuse_unfit(self, request: Request) -> None:
-        sampling, length = request.sampling, len(request.prompt_ids)
-        if not 1 <= length <= self._max_prompt_length:
-            raise ValueError(f"a prompt has 1 to {self._max_prompt_length} tokens, got {length}")
-        if not 1 <= sampling.max_tokens <= self._config.max_response_length:
-            raise ValueError(f"max_tokens is 1 to {self._config.max_response_length}, got {sampling.max_tokens}")
-        if not 0 <= min(request.prompt_ids) <= max(request.prompt_ids) < self._vocab_size:
-            got = f"{min(request.prompt_ids)} to {max(request.prompt_ids)}"
-            raise ValueError(f"a prompt's token ids are 0 to {self._vocab_size - 1}, got {got}")
-        if sampling.temperature < 0 or not 0 < sampling.top_p <= 1 or sampling.top_k < 0:
-            raise ValueError(f"temperature >= 0, 0 < top_p <= 1 and top_k >= 0 are needed, got {sampling}")
-        if not request.seeds:
-            raise ValueError("a request needs a seed for each of its samples, got none")
 
     def _order(self, order: Callable[[], None]) -> None:
         """The engine's thread does this between two tokens."""
@@ -222,7 +209,11 @@ class TorchEngine:
         except ValueError as error:
             raise ConfigError("model.path", str(error), self._model_path) from error
         stop_token_ids = checkpoint.stop_token_ids if self._stop_token_ids is None else frozenset(self._stop_token_ids)
-        self._vocab_size = checkpoint.shape.vocab_size
+        self._limits = Limits(
+            max_prompt_length=self._max_prompt_length,
+            max_response_length=self._config.max_response_length,
+            vocab_size=checkpoint.shape.vocab_size,
+        )
         self._runner = Runner(checkpoint, self._config, self._max_prompt_length, stop_token_ids, weights, device)
         self._counters = self._runner.counters
 

@@ -263,6 +263,38 @@ def test_a_failure_in_the_engines_thread_reaches_every_request_with_its_cause(pa
     running(path, use, slots=2)
 
 
+def test_an_end_that_nobody_asked_for_is_noticed_at_once(path):
+    broken = random_model().state_dict()
+    broken["model.norm.weight"] = broken["model.norm.weight"] * float("nan")
+
+    async def use(engine):
+        ended = asyncio.create_task(engine.ended())
+        generating = asyncio.create_task(engine.generate(request(4, range(200))))
+        await asyncio.sleep(0)
+        assert not ended.done()
+        await engine.load_weights(1, broken)
+        with pytest.raises(EngineError, match="not finite"):
+            await ended
+        with pytest.raises(EngineError, match="not finite"):
+            await engine.ended()
+        await asyncio.wait([generating])
+
+    running(path, use)
+
+
+def test_an_engine_that_was_stopped_has_ended_without_an_error(path):
+    async def use(engine):
+        ended = asyncio.create_task(engine.ended())
+        await asyncio.sleep(0)
+        assert not ended.done()
+        await engine.stop()
+        await ended
+        with pytest.raises(EngineError, match="stopped"):
+            await engine.ended()
+
+    running(path, use)
+
+
 def test_a_model_with_too_few_positions_is_refused_at_the_start(tmp_path):
     path = saved(random_model(max_position_embeddings=64), tmp_path)
     with pytest.raises(ConfigError, match="need 80 positions, the model has 64"):

@@ -1,0 +1,128 @@
+"""Adapter: the one place that speaks to vLLM's AsyncLLM, in the dialects of vLLM 0.25 to 0.32.
+
+In: engine arguments, token ids, sampling parameters, versions. Out: a running AsyncLLM; token ids with log-probs, never
+text. What a release lacks is found out by asking its classes. A process that ended shows as EngineError here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Iterable
+from typing import TYPE_CHECKING, Any
+
+from vllm import SamplingParams
+from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
+
+from asyncdapo.errors import EngineError, RunError, UserError, WeightsError
+from asyncdapo.messages import Sampling
+
+if TYPE_CHECKING:
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.outputs import RequestOutput
+
+NATIVE_VERSIONS = hasattr(AsyncLLM, "update_weight_version")
+"""Whether vLLM labels every token with the version that sampled it (from 0.27 on)."""
+FLAT_LOGPROBS = {"flat_logprobs": True} if hasattr(SamplingParams, "flat_logprobs") else {}
+"""One list for a sequence instead of a dict and an object for each of its tokens."""
+
+
+def launch(arguments: AsyncEngineArgs) -> AsyncLLM:
+    """Starts the engine's processes and blocks until they can generate. Raises UserError for arguments that vLLM
+    refuses, EngineError when its processes fail; their own output has the cause."""
+    try:
+        config = arguments.create_engine_config()
+    except ValueError as error:
+        raise UserError(f"vLLM refuses this model or configuration: {error}") from error
+    try:
+        return AsyncLLM.from_vllm_config(config, disable_log_stats=True)
+    except RuntimeError as error:
+        raise EngineError(f"vLLM could not start: {error}") from error
+
+
+class Adapter:
+    """A running AsyncLLM."""
+
+    def __init__(self, llm: AsyncLLM, stop_token_ids: list[int]) -> None:
+        self._llm, self._stop_token_ids = llm, stop_token_ids
+        self.vocab_size: int = llm.model_config.get_vocab_size()
+
+    async def begin(self, version: int) -> None:
+        """Label what is sampled from now on. Also the first question to vLLM, which every request would wait for."""
+        await self._llm.get_supported_tasks()
+        await self._label(version)
+
+    def params(self, sampling: Sampling, seed: int | None = None) -> SamplingParams:
+        """The end-of-sequence ids of the checkpoint count as stop tokens like any others, or not at all."""
+        return SamplingParams(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            max_tokens=sampling.max_tokens,
+            seed=seed,
+            stop_token_ids=self._stop_token_ids,
+            ignore_eos=True,
+            detokenize=False,
+            logprobs=0,
+            output_kind=RequestOutputKind.DELTA,
+            **FLAT_LOGPROBS,
+        )
+
+    async def generate(
+        self, prompt_ids: list[int], params: SamplingParams, request_id: str, *, salt: int, priority: int
+    ) -> AsyncIterator[RequestOutput]:
+        """What is new of one sequence, until an output has a finish reason. Prompts share a prefix cache with those of
+        the same `salt` only. Raises EngineError."""
+        prompt = {"type": "token", "prompt_token_ids": prompt_ids, "cache_salt": str(salt)}
+        try:
+            async for output in self._llm.generate(prompt, params, request_id, priority=priority):
+                yield output
+        except EngineDeadError as error:
+            raise EngineError("the vLLM engine died") from error
+
+    async def abort(self, request_ids: Iterable[str]) -> None:
+        """Their outputs end with the reason `abort`; unknown ones are passed over."""
+        await self._llm.abort(list(request_ids))
+
+    async def pause(self, *, recompute: bool) -> None:
+        """Nothing is sampled when this returns, and what was sampled has been handed out. `recompute`: every running
+        request computes its keys and values again when it goes on."""
+        await self._call("pausing", self._llm.pause_generation(mode="keep", clear_cache=recompute))
+
+    async def resume(self) -> None:
+        await self._call("resuming", self._llm.resume_generation())
+
+    async def load(self, version: int) -> None:
+        """Put the weights that the workers received as `version` in place, while paused. Raises WeightsError, after
+        which only another complete load makes the engine usable."""
+        request = WeightTransferUpdateRequest(update_info={"version": version})
+        try:
+            await self._llm.start_weight_update()
+            await self._llm.update_weights(request)
+            await self._llm.finish_weight_update()
+            await self._label(version)
+        except EngineDeadError as error:
+            raise EngineError("the vLLM engine died while it loaded weights") from error
+        except Exception as error:
+            raise WeightsError(f"version {version} can't be loaded: {error}") from error
+
+    async def rpc(self, method: str, *args: Any) -> list[Any]:
+        """What `method` of the workers returned, in rank order. Raises RunError when it raised."""
+        return await self._call(method, self._llm.collective_rpc(method, args=args))
+
+    def shut_down(self) -> None:
+        """Blocks until its processes have been told to end, and most of them have."""
+        self._llm.shutdown()
+
+    async def _label(self, version: int) -> None:
+        if NATIVE_VERSIONS:
+            await self._llm.update_weight_version(str(version))
+
+    async def _call(self, what: str, call: Awaitable[Any]) -> Any:
+        try:
+            return await call
+        except EngineDeadError as error:
+            raise EngineError("the vLLM engine died") from error
+        except Exception as error:  # vLLM passes every failure of its processes on as a plain one
+            raise RunError(f"{what} failed in the vLLM engine: {error}") from error

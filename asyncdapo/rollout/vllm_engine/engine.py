@@ -1,0 +1,350 @@
+"""vLLM engine: `Engine` over vLLM's AsyncLLM, whose processes generate without a stop.
+
+    event loop: generate ──token ids──▶ EngineCore (and, with tensor_parallel, a worker process for each GPU)
+                Sample   ◀──outputs──── EngineCore
+    event loop: load_weights ──pause, start, update, finish, resume──▶ workers, which hold the new weights
+
+Every sample of a request is a request of vLLM's own; those of a group are added together and share the prefix cache.
+Its salt changes with every load, and a sample without a token by then is asked anew, so that no prompt is read by the
+weights of two versions. Versions: see `samples.py`; the label changes while generation is paused.
+
+A load that fails half-way leaves the engine paused, with the requests in it: the next complete load resumes them. When
+a process of the engine ends, for whatever reason, every pending and every later call raises EngineError.
+
+The processes are started by a thread that lives as long as the engine: the kernel's parent-death signal (`plugin.py`)
+comes when the *thread* that started a process ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections.abc import AsyncIterator, Coroutine
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from asyncdapo.errors import EngineError
+from asyncdapo.rollout.config import RolloutConfig
+from asyncdapo.rollout.engine import Limits, LoadTimes, Request, Sample
+from asyncdapo.rollout.model_files import locate, read_config, stop_token_ids
+from asyncdapo.rollout.vllm_engine.arguments import engine_args, set_environment
+from asyncdapo.rollout.vllm_engine.meter import Meter
+from asyncdapo.rollout.vllm_engine.processes import Family, child_pids
+from asyncdapo.rollout.vllm_engine.samples import Job, Stream
+
+if TYPE_CHECKING:
+    from vllm import SamplingParams
+    from vllm.outputs import RequestOutput
+
+    from asyncdapo.rollout.vllm_engine.adapter import Adapter
+
+T = TypeVar("T")
+
+END_PATIENCE_S = 5.0
+"""How long a process of a stopped engine may take to end before it is killed."""
+URGENT, ORDINARY = 0, 1
+"""Priorities; vLLM starts the lower one first."""
+
+
+class VllmEngine:
+    """vLLM in processes of its own: continuous batching of whatever model vLLM knows, on GPUs or CPU.
+
+    `max_prompt_length` and `config.max_response_length` bound every sequence. `transfer` names the weight-transfer
+    backend that `worker_extension`, the dotted name of a class mixed into vLLM's worker, registers with vLLM.
+    `memory_fraction` is the share of a GPU for weights and KV cache. `stop_token_ids` replaces the checkpoint's own.
+    """
+
+    def __init__(
+        self,
+        model_path: str,
+        config: RolloutConfig,
+        *,
+        max_prompt_length: int,
+        transfer: str,
+        worker_extension: str,
+        memory_fraction: float = 0.9,
+        stop_token_ids: list[int] | None = None,
+    ) -> None:
+        self._model_path, self._config = model_path, config
+        self._max_prompt_length, self._memory_fraction = max_prompt_length, memory_fraction
+        self._transfer, self._worker_extension = transfer, worker_extension
+        self._stop_token_ids = stop_token_ids
+
+        self._parent = ThreadPoolExecutor(1, "vllm-parent")
+        self._making: Future[tuple[Adapter, Family]] | None = None
+        self._end_reason: str | None = "the vLLM engine has not been started"
+        self._end_cause: BaseException | None = None
+        self._family: Family | None = None
+
+        self._jobs: dict[Job, asyncio.Future[list[Sample]]] = {}
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._request_ids = map(str, itertools.count())
+        self._tokenless: set[str] = set()
+        """Ids of the samples that vLLM has and that have no token yet."""
+
+        self._loading, self._pausing = asyncio.Lock(), asyncio.Lock()
+        self._num_pauses = self._num_loads = self._version = 0
+        self._half_loaded = False
+
+        self._meter = Meter()
+
+    @property
+    def num_slots(self) -> int:
+        return self._config.slots
+
+    @property
+    def num_outstanding(self) -> int:
+        return sum(job.num_unfinished for job in self._jobs)
+
+    @property
+    def loaded_version(self) -> int:
+        return self._version
+
+    def pids(self) -> list[int]:
+        """Of the engine's processes, from its start until it was stopped."""
+        return self._family.pids() if self._family else []
+
+    def gauges(self) -> dict[str, float]:
+        return self._meter.gauges()
+
+    # --------------------------------------------------------------------------------------------------- start and end
+
+    async def start(self) -> None:
+        """Raises UserError for a configuration or checkpoint that vLLM can't use, EngineError when vLLM fails."""
+        self._loop = asyncio.get_running_loop()
+        self._making = self._parent.submit(self._make)
+        self._vllm, self._family = await asyncio.wrap_future(self._making)
+        self._family.watch(self._on_death)
+        self._limits = Limits(
+            max_prompt_length=self._max_prompt_length,
+            max_response_length=self._config.max_response_length,
+            vocab_size=self._vllm.vocab_size,
+        )
+        self._ended: asyncio.Future[None] = self._loop.create_future()
+        self._end_reason = None
+        await self._unless_ended(self._vllm.begin(self._version))
+        self._meter.start()
+
+    def _make(self) -> tuple[Adapter, Family]:
+        """In the thread that stays the parent of the engine's processes: vLLM, and these processes."""
+        set_environment(self._config)
+        from asyncdapo.rollout.vllm_engine.adapter import Adapter, launch
+
+        directory = locate(self._model_path)
+        model = read_config(directory, self._model_path)
+        stop = self._stop_token_ids
+        stop = sorted(stop_token_ids(directory, model)) if stop is None else stop
+        arguments = engine_args(
+            directory,
+            model,
+            self._config,
+            max_prompt_length=self._max_prompt_length,
+            memory_fraction=self._memory_fraction,
+            transfer=self._transfer,
+            worker_extension=self._worker_extension,
+        )
+        others = child_pids()
+        vllm = Adapter(launch(arguments), stop)
+        return vllm, Family(child_pids() - others)
+
+    async def ended(self) -> None:
+        self._raise_if_ended()
+        await asyncio.shield(self._ended)
+
+    async def stop(self) -> None:
+        """Leaves no process behind."""
+        making, self._making = self._making, None
+        if making is not None:
+            await asyncio.wait([asyncio.wrap_future(making)])
+            if making.exception() is None:
+                self._on_end(None)
+                await self._loop.run_in_executor(self._parent, self._shut_down, *making.result())
+        self._parent.shutdown()
+
+    def _shut_down(self, vllm: Adapter, family: Family) -> None:
+        vllm.shut_down()
+        family.end(END_PATIENCE_S)
+
+    def _on_death(self, pid: int) -> None:
+        self._on_end(EngineError(f"its process {pid} ended"))
+
+    def _on_end(self, cause: BaseException | None) -> None:
+        """Nothing is generated any more: tell everyone who waits."""
+        if self._end_reason is not None:
+            return
+        self._end_reason = f"the vLLM engine failed: {cause}" if cause else "the vLLM engine was stopped"
+        self._end_cause = cause
+        self._family.unwatch()
+        for waiting in self._jobs.values():
+            if not waiting.done():
+                waiting.set_exception(self._end_error())
+        if cause:
+            self._ended.set_exception(self._end_error())
+            self._ended.exception()  # told here already, if nobody waits for it
+        else:
+            self._ended.set_result(None)
+        for task in self._tasks:
+            task.cancel()
+
+    def _raise_if_ended(self) -> None:
+        if self._end_reason is not None:
+            raise self._end_error()
+
+    def _end_error(self) -> EngineError:
+        error = EngineError(self._end_reason)
+        error.__cause__ = self._end_cause
+        return error
+
+    def _spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def _unless_ended(self, work: Coroutine[Any, Any, T]) -> T:
+        """The result of the work, which goes on when the caller is cancelled. Raises EngineError when the engine ends
+        first."""
+        task = self._spawn(work)
+        await asyncio.wait([task, self._ended], return_when=asyncio.FIRST_COMPLETED)
+        if self._end_reason is not None:
+            raise self._end_error()
+        return task.result()
+
+    # -------------------------------------------------------------------------------------------------------- generate
+
+    async def generate(self, request: Request) -> list[Sample]:
+        """Raises ValueError for a request that can't fit, EngineError once the engine can't go on."""
+        self._raise_if_ended()
+        self._limits.refuse_unfit(request)
+        job = Job(request)
+        done = self._jobs[job] = self._loop.create_future()
+        self._note_activity()
+        for index, params in enumerate(self._params(request)):
+            self._spawn(self._sample(job, index, params)).add_done_callback(self._note_failure)
+        try:
+            return await done
+        finally:
+            del self._jobs[job]
+            if job.request_ids and self._end_reason is None:
+                self._spawn(self._vllm.abort(job.request_ids))
+            self._note_activity()
+
+    def _params(self, request: Request) -> list[SamplingParams]:
+        """Seeds count for evaluation only: with one of its own a sequence costs a random number generator, and kernels
+        for it at every token."""
+        if request.urgent:
+            return [self._vllm.params(request.sampling, seed) for seed in request.seeds]
+        return [self._vllm.params(request.sampling)] * len(request.seeds)
+
+    async def _sample(self, job: Job, index: int, params: SamplingParams) -> None:
+        """One sample of the job. Ends early when the job is withdrawn."""
+        stream, finish_reason = Stream(), "abort"
+        while finish_reason == "abort" and job in self._jobs:
+            request_id = next(self._request_ids)
+            job.request_ids.add(request_id)
+            self._tokenless.add(request_id)
+            try:
+                finish_reason = await self._follow(job, stream, params, request_id)
+            finally:
+                job.request_ids.discard(request_id)
+                self._tokenless.discard(request_id)
+        if job in self._jobs:
+            self._finish(job, index, stream.finish(finish_reason))
+
+    async def _follow(self, job: Job, stream: Stream, params: SamplingParams, request_id: str) -> str:
+        """Take what vLLM sends for this id; returns the finish reason."""
+        outputs = self._vllm.generate(
+            job.request.prompt_ids,
+            params,
+            request_id,
+            salt=self._num_loads,
+            priority=URGENT if job.request.urgent else ORDINARY,
+        )
+        finish_reason = None
+        async for output in outputs:
+            [completion] = output.outputs
+            num_tokens = stream.add(completion, self._version)
+            if job in self._jobs and num_tokens:
+                if request_id in self._tokenless:
+                    self._tokenless.discard(request_id)
+                    self._note_start(job, output)
+                job.request.num_sampled += num_tokens
+                self._meter.num_tokens += num_tokens
+            finish_reason = completion.finish_reason
+        if finish_reason not in ("stop", "length", "abort"):
+            raise EngineError(f"vLLM ended a sequence with the reason {finish_reason!r}")
+        return finish_reason
+
+    def _note_start(self, job: Job, output: RequestOutput) -> None:
+        self._meter.num_prefill_tokens += len(job.request.prompt_ids) - (output.num_cached_tokens or 0)
+        job.request.num_running += 1
+        if not job.started:
+            job.started = True
+            if job.request.on_started is not None:
+                job.request.on_started(self._version)
+
+    def _finish(self, job: Job, index: int, sample: Sample) -> None:
+        job.finish(index, sample)
+        job.request.num_running -= 1
+        if job.request.on_sample_done is not None:
+            job.request.on_sample_done()
+        if not job.num_unfinished and not self._jobs[job].done():
+            self._jobs[job].set_result(job.samples)
+
+    def _note_failure(self, task: asyncio.Task[None]) -> None:
+        """A sequence that vLLM can't end takes the engine with it: nothing says that others still can."""
+        if not task.cancelled() and task.exception() is not None:
+            self._on_end(task.exception())
+
+    def _note_activity(self) -> None:
+        self._meter.note(busy=bool(self._jobs) and not self._num_pauses)
+
+    # --------------------------------------------------------------------------------------------------------- weights
+
+    async def rpc(self, method: str, *args: Any) -> list[Any]:
+        """What a method of the workers returns, in rank order; nothing is generated while it runs. Raises RunError when
+        it raised, EngineError when the engine ends first."""
+        self._raise_if_ended()
+        return await self._unless_ended(self._vllm.rpc(method, *args))
+
+    async def load_weights(self, version: int, weights: Any) -> LoadTimes:
+        """`weights` is of no use here: they are where the workers received them. Raises WeightsError; generation is
+        then paused until another load succeeds."""
+        self._raise_if_ended()
+        return await self._unless_ended(self._load(version))
+
+    async def _load(self, version: int) -> LoadTimes:
+        """One at a time, and to its end: half of a load would leave nothing to go on with."""
+        async with self._loading:
+            began_s = time.monotonic()
+            async with self.paused():
+                paused_s = time.monotonic()
+                self._num_loads += 1
+                await self._vllm.abort(self._tokenless)
+                self._half_loaded = True
+                await self._vllm.load(version)
+                self._half_loaded = False
+                self._version = version
+                loaded_s = time.monotonic()
+            return LoadTimes(
+                pause_s=paused_s - began_s, load_s=loaded_s - paused_s, resume_s=time.monotonic() - loaded_s
+            )
+
+    @asynccontextmanager
+    async def paused(self) -> AsyncIterator[None]:
+        """Nothing is sampled inside; requests in flight wait, new ones too. Generation goes on at the end of the last
+        of several, unless a load has failed half-way."""
+        self._num_pauses += 1
+        try:
+            async with self._pausing:
+                await self._vllm.pause(recompute=self._config.on_update == "recompute")
+            self._note_activity()
+            yield
+        finally:
+            self._num_pauses -= 1
+            async with self._pausing:
+                if not self._num_pauses and not self._half_loaded and self._end_reason is None:
+                    await self._vllm.resume()
+            self._note_activity()

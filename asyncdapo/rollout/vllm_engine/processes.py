@@ -1,0 +1,91 @@
+"""Processes of an engine: to know at once when one ends, and to end them.
+
+In: the process ids of the engine's own children. Out: a call in the event loop as soon as one of the family has ended,
+by the kernel's own notice (a pidfd becomes readable), without polling and without vLLM's help. A pidfd names its
+process for good, so that no other one that gets its number later is taken for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+import os
+import select
+import signal
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from pathlib import Path
+
+from asyncdapo.errors import EngineError
+
+WORKER_NAMES = (b"VLLM::", b"multiprocessing.spawn")
+
+
+def child_pids() -> set[int]:
+    """Processes that this one started by `multiprocessing`."""
+    return {process.pid for process in multiprocessing.active_children()}
+
+
+class Family:
+    """Children of this process, and what is below them of the same kind: not helpers that come and go."""
+
+    def __init__(self, pids: Iterable[int]) -> None:
+        """Raises EngineError for one that has ended already."""
+        pids = list(pids)
+        try:
+            self._pidfds = {pid: os.pidfd_open(pid) for pid in [*pids, *_workers_below(pids)]}
+        except ProcessLookupError as error:
+            raise EngineError("a process of vLLM's ended as soon as it had started") from error
+
+    def pids(self) -> list[int]:
+        return list(self._pidfds)
+
+    def watch(self, on_end: Callable[[int], None]) -> None:
+        """Call `on_end(pid)` in the running event loop when one ends; at most once for each."""
+        loop = asyncio.get_running_loop()
+
+        def note_end(pid: int) -> None:
+            loop.remove_reader(self._pidfds[pid])
+            on_end(pid)
+
+        for pid, pidfd in self._pidfds.items():
+            loop.add_reader(pidfd, note_end, pid)
+
+    def unwatch(self) -> None:
+        for pidfd in self._pidfds.values():
+            asyncio.get_running_loop().remove_reader(pidfd)
+
+    def end(self, patience_s: float) -> None:
+        """Blocks until all have ended; those that haven't within `patience_s` are killed. After `unwatch`."""
+        for pidfd in self._pidfds.values():
+            ends = select.poll()
+            ends.register(pidfd, select.POLLIN)
+            if not ends.poll(1000 * patience_s):
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+                ends.poll()
+            os.close(pidfd)
+        self._pidfds.clear()
+
+
+def _workers_below(pids: Iterable[int]) -> list[int]:
+    """What these started by `multiprocessing`, and so on; the command line says it, or the title that vLLM gives it."""
+    generation, found, parents = set(pids), [], _parents()
+    while generation := {pid for pid, parent in parents.items() if parent in generation and _is_worker(pid)}:
+        found += sorted(generation)
+    return found
+
+
+def _parents() -> dict[int, int]:
+    """The parent of every process."""
+    parents = {}
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it has gone meanwhile
+            pid, _, rest = file.read_text().partition(" ")
+            parents[int(pid)] = int(rest.rpartition(")")[2].split()[1])  # its name, in brackets, may hold anything
+    return parents
+
+
+def _is_worker(pid: int) -> bool:
+    with suppress(OSError):
+        return any(name in Path(f"/proc/{pid}/cmdline").read_bytes() for name in WORKER_NAMES)
+    return False

@@ -1,0 +1,76 @@
+"""Samples: what vLLM streams of one sequence becomes a `Sample`, and a request's samples come together.
+
+In: vLLM's completion outputs, each with tokens sampled since the last. Out: token ids, log-probs, and the version of
+every token. vLLM stamps versions itself from 0.27 on, where they are sampled; before that the caller's label of each
+output counts, which is right because outputs are drained before a version changes.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from asyncdapo.messages import LOGPROB_DTYPE, TOKEN_DTYPE, Runs
+from asyncdapo.rollout.engine import Request, Sample
+
+if TYPE_CHECKING:
+    from vllm.outputs import CompletionOutput
+
+
+class Job:
+    """A request on its way through the engine."""
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.samples: list[Sample | None] = [None] * len(request.seeds)
+        self.num_unfinished = len(self.samples)
+        self.started = False
+        self.request_ids: set[str] = set()
+        """Ids by which vLLM has its samples that aren't finished."""
+
+    def finish(self, index: int, sample: Sample) -> None:
+        self.samples[index] = sample
+        self.num_unfinished -= 1
+
+
+class Stream:
+    """Tokens of one sequence, as they arrive."""
+
+    def __init__(self) -> None:
+        self.token_ids: list[int] = []
+        self._logprobs: list[float] = []
+        self._versions: Runs = []
+
+    def add(self, output: CompletionOutput, version: int) -> int:
+        """Take the new tokens, sampled by `version` unless the output says otherwise; returns how many they are."""
+        num_tokens = len(output.token_ids)
+        if num_tokens:
+            self.token_ids += output.token_ids
+            self._logprobs += _logprobs_of(output.token_ids, output.logprobs)
+            self._label(version, num_tokens)
+        spans = getattr(output, "weight_versions", None)  # with the last output
+        if spans is not None:
+            self._versions = [(int(span.version), span.end - span.start) for span in spans]
+        return num_tokens
+
+    def finish(self, finish_reason: str) -> Sample:
+        return Sample(
+            token_ids=np.array(self.token_ids, TOKEN_DTYPE),
+            logprobs=np.array(self._logprobs, LOGPROB_DTYPE),
+            versions=self._versions,
+            finish_reason=finish_reason,
+        )
+
+    def _label(self, version: int, num_tokens: int) -> None:
+        if self._versions and self._versions[-1][0] == version:
+            num_tokens += self._versions.pop()[1]
+        self._versions.append((version, num_tokens))
+
+
+def _logprobs_of(token_ids: list[int], logprobs: Any) -> list[float]:
+    """Of the sampled tokens, which are the only ones asked for: a flat list, or a dict for each position."""
+    flat = getattr(logprobs, "logprobs", None)
+    if flat is not None:
+        return flat
+    return [position[token_id].logprob for position, token_id in zip(logprobs, token_ids, strict=True)]
