@@ -69,6 +69,8 @@ def _open_log(path: Path) -> None:
 
 # --------------------------------------------------------------------------------- what travels with `start` of replay
 
+NUM_PROBE_PROMPTS = 8
+
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
@@ -96,3 +98,5 @@ class Opened:
     num_left_out: int
     """Rows whose prompt is too long."""
     eval_prompts: list[Prompt]
+    probe_prompts: list[list[int]]
+    """Token ids of the first prompts of the stream, on which engines and learner are compared."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from asyncdapo.controller.actors import Opened, Start
+from asyncdapo.controller.actors import NUM_PROBE_PROMPTS, Opened, Start
 from asyncdapo.controller.member import Member
 from asyncdapo.controller.pulse import Pulse
 from asyncdapo.controller.waits import replay_wait
@@ -58,7 +58,12 @@ class Main(Member):
             data_ends=self.stream.num_prompts is not None,
             num_left_out=self.stream.num_left_out,
             eval_prompts=self.stream.eval_prompts(config.eval.num_held_out),
+            probe_prompts=self._probe_prompts(),
         )
+
+    def _probe_prompts(self) -> list[list[int]]:
+        first = map(self.stream.prompt_at, range(NUM_PROBE_PROMPTS))
+        return [prompt.token_ids for prompt in first if prompt]
 
     def _open_journal(self, start: Start) -> Journal:
         journal = Journal(Path(self.config.run.dir), keep_payloads=self.config.replay.keep_payloads)

@@ -33,9 +33,11 @@ from typing import Any
 from asyncdapo import faults
 from asyncdapo.config import Config, to_dict
 from asyncdapo.controller.actors import Start
+from asyncdapo.controller.aside import Aside
 from asyncdapo.controller.evaluation import Evaluation
 from asyncdapo.controller.fleet import Fleet
 from asyncdapo.controller.lines import Lines, counters_of
+from asyncdapo.controller.parity import Parity
 from asyncdapo.controller.patience import Patience, Stopped
 from asyncdapo.controller.processes import Watch, ray_session
 from asyncdapo.controller.resume import Resume, survey
@@ -110,7 +112,9 @@ class Controller:
         self.fleet = Fleet(self.config)
         self.patience = Patience(self.config.controller, self.fleet, reporter)
         self.watch = Watch()
-        self.evaluating: asyncio.Task[dict[str, float]] | None = None
+        last_step = config.run.steps
+        self.evaluating = Aside(config.eval.every, last_step)
+        self.comparing = Aside(config.rollout.parity_every, last_step)
         self.step = self.saved = resume.step
         """Last train step that is done, and last one with a checkpoint."""
         self.counters = counters_of({})
@@ -177,6 +181,10 @@ class Controller:
             seed=config.run.seed,
             ask=partial(self.fleet.replay.ask, "evaluate"),
         )
+        fleet = self.fleet
+        self.parity = Parity(
+            config.rollout, fleet.workers, fleet.learners, fleet.publishing, fleet.opened.probe_prompts, config.run.seed
+        )
 
     async def _leave(self) -> None:
         """Keep what is done, so that the same command goes on from here."""
@@ -206,9 +214,8 @@ class Controller:
 
     async def _go_back(self, death: RunError) -> None:
         """The learner is gone, and with it all that came after its last checkpoint."""
-        if self.evaluating:
-            self.evaluating.cancel()
-            self.evaluating = None
+        self.evaluating.cancel()
+        self.comparing.cancel()
         self.lines.write()
         resume = await asyncio.to_thread(survey, self.run_dir, self.config)
         for line in resume.describe():
@@ -230,8 +237,10 @@ class Controller:
     # --------------------------------------------------------------------------------------------------------- loop
 
     async def _train(self) -> None:
-        """Evaluate, train to the last step or the end of the data, evaluate."""
+        """Compare log-probs, evaluate, train to the last step or the end of the data, evaluate."""
         steps, no_batch = self.config.run.steps, ""
+        self.comparing.begin(partial(self.parity.compare, self.step))
+        await self._compared()
         if not self.lines.last:
             await self._evaluate_first()
         self.leasing = self.fleet.leasing = True
@@ -241,6 +250,7 @@ class Controller:
             if no_batch := await self._take_batch(step):
                 self.reporter.note(f"no batch {step}: {no_batch}")
                 break
+            await self._compared()
             self.lines.write()
             await self._train_step(step)
             if step < steps and not self.fleet.opened.data_ends:
@@ -253,7 +263,8 @@ class Controller:
     async def _evaluate_first(self) -> None:
         await self._checkpoint(0)
         self.reporter.status("evaluating the initial model")
-        self.lines.log_first(await self._evaluate_alone("the first evaluation"))
+        evaluated = await self._evaluate_alone("the first evaluation")
+        self.lines.log_first({**self.comparing.take(), **evaluated})
 
     async def _train_step(self, step: int) -> None:
         """Train on the batch taken, mark it trained, publish the new version, keep the step's metrics line."""
@@ -268,13 +279,16 @@ class Controller:
         clock.enter("publish")
         weights = await self._publish(step)
         faults.point("after_publish")
+        compared = self.comparing.after(step, partial(self.parity.compare, step))
         await self._replay("published", f"the end of publishing version {step}", step)
         self.step, self.counters = step, counters_of(replay)
         clock.enter("checkpoint")
         if step % self.config.learner.checkpoint_every == 0:
             await self._checkpoint(step)
         clock.enter("report")
-        self.lines.hold(step, learner, replay, **weights, **self._evaluate_in_the_middle(step))
+        evaluate = partial(self.evaluation.run, greedy=False, share=self.config.eval.max_share)
+        evaluated = self.evaluating.after(step, evaluate)
+        self.lines.hold(step, learner, replay, **weights, **compared, **evaluated)
 
     async def _publish(self, step: int) -> dict[str, float]:
         """Send what the learner has, version `step`, to the workers. Returns the metrics of it."""
@@ -300,10 +314,12 @@ class Controller:
             await self._checkpoint(self.step)
         await self._replay("finish", "the end of the stream")
         self.fleet.leasing = False
-        if self.evaluating:
-            await self.patience.wait(self.evaluating, whom="replay", what="an evaluation", until_stopped=True)
+        await self._compared()
+        if self.evaluating.task:
+            await self.patience.wait(self.evaluating.task, whom="replay", what="an evaluation", until_stopped=True)
         self.reporter.status("evaluating the final model")
-        self.lines.write_last(await self._evaluate_alone("the final evaluation"))
+        evaluated = await self._evaluate_alone("the final evaluation")
+        self.lines.write_last({**self.comparing.take(), **evaluated})
 
     async def _evaluate_alone(self, what: str) -> dict[str, float]:
         return await self.patience.wait(
@@ -318,22 +334,16 @@ class Controller:
         self, work: Callable[[], Awaitable[Any]], what: str, until_stopped: bool = False
     ) -> Any:
         """Begin the work and wait for it; an evaluation that failed meanwhile is raised here."""
-        if self.evaluating and self.evaluating.done():
-            self.evaluating.result()
+        self.evaluating.check()
         return await self.patience.wait(work(), whom="learner", what=what, until_stopped=until_stopped)
 
     async def _replay(self, command: str, what: str, *args: Any) -> Any:
         """Wait for the replay server's answer; its next life is asked again."""
         return await self.patience.wait(self.fleet.replay.ask(command, *args), whom="replay", what=what)
 
-    def _evaluate_in_the_middle(self, step: int) -> dict[str, float]:
-        """Start an evaluation when one is due and none runs; the metrics of one that has finished since."""
-        finished: dict[str, float] = {}
-        if self.evaluating and self.evaluating.done():
-            finished = self.evaluating.result()
-            self.evaluating = None
-        every, last = self.config.eval.every, self.config.run.steps
-        if every and step % every == 0 and step < last and self.evaluating is None:
-            share = self.config.eval.max_share
-            self.evaluating = asyncio.ensure_future(self.evaluation.run(greedy=False, share=share))
-        return finished
+    async def _compared(self) -> None:
+        """Wait until engines and learner are compared, while the learner still has the version."""
+        if self.comparing.task:
+            self.lines.clock.enter("parity")
+            work = self.comparing.task
+            await self.patience.wait(work, whom="rollout", what="log-probs to compare", until_stopped=True)

@@ -21,6 +21,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
@@ -38,6 +39,7 @@ from asyncdapo.learner.model import load_model, named_weights
 from asyncdapo.learner.model_path import TOKENIZER_FILES, model_directory
 from asyncdapo.learner.optimizer import Optimizer
 from asyncdapo.learner.packing import Columns, Row, columns, group_rows, weighted
+from asyncdapo.learner.probe import Pair, response_logprobs
 from asyncdapo.learner.step import Part, accumulate_gradient
 from asyncdapo.messages import Batch, Payload
 from asyncdapo.shares import deal, share_of
@@ -124,6 +126,13 @@ class Learner:
             "learner/bad_updates": float(self._optimizer.num_bad),
             "learner/train_s": time.perf_counter() - started,
         }
+
+    def logprobs(self, version: int, pairs: Sequence[Pair]) -> list[np.ndarray]:
+        """Log-prob of each response token under the master weights, as `train` computes it: float32 [R] for each
+        (prompt, response). Changes nothing. Raises RunError unless the weights are of `version`."""
+        if version != self.version:
+            raise RunError(f"log-probs of version {version} were asked of a learner that has version {self.version}")
+        return response_logprobs(self._model, pairs, self._temperature, self._config.tokens_per_microbatch)
 
     def weights(self) -> dict[str, Tensor]:
         """The master weights (float32) by their Hugging Face names, tied ones once. They are no copies: good until the

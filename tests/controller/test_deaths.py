@@ -38,7 +38,8 @@ def stop_while_it_holds_a_lease(run_dir: Path, worker: int) -> None:
 
 def test_a_run_outlives_a_death_of_each_process_and_ends_with_the_cause_when_one_dies_too_often(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    with started(run_dir, *SHORT, "run.steps=100000", "controller.max_restarts=1") as process:
+    often = "rollout.parity_every=1"  # so that deaths fall into a comparison of log-probs too
+    with started(run_dir, *SHORT, "run.steps=100000", "controller.max_restarts=1", often) as process:
 
         def kill(role: str) -> None:
             """And see the run go on with another process in its place."""

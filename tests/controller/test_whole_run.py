@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import sqlite3
 import subprocess
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from asyncdapo.learner.checkpoint import checkpoint_dir
-from asyncdapo.replay.ledger import read_group
+from tests.controller.recomputed import assert_versions_are_true
 from tests.controller.runs import FinishedRun, command, copy_start_model, started, wait_for_step
 
 STEPS = 18
@@ -95,52 +93,5 @@ def test_staleness_is_there_and_within_the_bound(run: FinishedRun) -> None:
 
 
 def test_log_probs_are_those_of_the_recorded_versions(run: FinishedRun) -> None:
-    """Versions, rollout_logprobs, temperature and broadcast in one: Hugging Face recomputes what was recorded, from the
-    checkpoints of the recorded versions, and finds it false for the versions next to them."""
-    models = [
-        AutoModelForCausalLM.from_pretrained(checkpoint_dir(run.dir, step), dtype=torch.float32)
-        for step in range(STEPS + 1)
-    ]
-    completions = spanning_completions(run.dir, 32)
-    assert len(completions) >= 16  # how many there are depends on how fast the two sides were
-    num_shifted_apart = 0
-    for prompt_ids, token_ids, logprobs, versions in completions:
-        table = np.stack([recomputed(model, prompt_ids, token_ids) for model in models])
-        labels = np.repeat([version for version, _ in versions], [count for _, count in versions])
-        at = np.arange(len(token_ids))
-        assert np.abs(table[labels, at] - logprobs).max() < 1e-3
-        num_shifted_apart += all(np.abs(table[labels + by, at] - logprobs).max() > 1e-2 for by in (-1, 1))
-    assert num_shifted_apart >= len(completions) - 2
-
-
-def spanning_completions(run_dir: Path, num: int) -> list[tuple]:
-    """The longest recorded completions whose tokens are of two versions or more, each with a version before and after.
-
-    The longest, because a short chain without a product is certain: its log-probs are near 0 under every version.
-    """
-    with sqlite3.connect(run_dir / "ledger.db") as ledger:
-        rows = ledger.execute(
-            "SELECT group_id FROM groups WHERE 0 < min_version AND min_version < max_version AND max_version < ?",
-            (STEPS,),
-        ).fetchall()
-    found = []
-    for (group_id,) in rows:
-        group, payload = read_group(run_dir, group_id)
-        at = 0
-        for completion in group.completions:
-            end = at + completion.num_tokens
-            if len(completion.versions) > 1:
-                found.append(
-                    (payload.prompt_ids, payload.token_ids[at:end], payload.logprobs[at:end], completion.versions)
-                )
-            at = end
-    return sorted(found, key=lambda completion: -len(completion[1]))[:num]
-
-
-@torch.inference_mode()
-def recomputed(model: torch.nn.Module, prompt_ids: np.ndarray, token_ids: np.ndarray) -> np.ndarray:
-    """Log-prob of each response token [T] by a plain forward pass."""
-    ids = torch.from_numpy(np.concatenate([prompt_ids, token_ids]).astype(np.int64))
-    logprobs = model(ids[None]).logits[0].log_softmax(-1)
-    positions = torch.arange(len(prompt_ids) - 1, len(ids) - 1)
-    return logprobs[positions, ids[positions + 1]].numpy()
+    """Versions, rollout_logprobs, temperature and broadcast in one."""
+    assert_versions_are_true(run.dir, STEPS, at_least=16)
