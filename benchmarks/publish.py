@@ -1,10 +1,11 @@
-"""Publish bandwidth against a plain broadcast of the same bytes, over Gloo between processes of this machine.
+"""Publish bandwidth against a plain broadcast of the same bytes on the same group, between processes of this machine.
 
-    python benchmarks/publish.py [--receivers 1] [--mb 4 64 512] [--repeats 9] [--dtype float32]
+    python benchmarks/publish.py [--backend gloo|ipc] [--receivers 1 2 4] [--mb 64 256 1024] [--repeats 9]
+                                 [--dtype float32] [--bucket-mb 16] [--threads 1]
 
-One row per size, medians of alternating runs, timed on the sender until every receiver has answered. `plain` is one
-broadcast of one tensor into memory that exists already; `fresh` receives it into new memory, as every publish must
-(the engine still generates with the old weights). A publish adds buckets, conversion, and a checksum on both ends.
+One row per model size and number of receivers: medians of alternating runs, timed on the sender until every receiver
+has answered. `plain` is one broadcast of one tensor by Gloo, into memory that exists already. A publish adds buckets,
+the conversion to the dtype of the wire, and a checksum on every end; its receivers keep their memory, too.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from multiprocessing.connection import Connection
 
 import torch
 
+from asyncdapo.transport.backend import Backend
 from asyncdapo.transport.process_group import Deadline
 from asyncdapo.weights.group import WeightGroup
 from asyncdapo.weights.layout import Manifest
@@ -25,7 +27,6 @@ from asyncdapo.weights.receiver import WeightReceiver
 from asyncdapo.weights.sender import WeightSender
 
 TIMEOUT_S = 60.0
-BUCKET_BYTES = 64 << 20
 
 
 def model_of(num_mb: int) -> dict[str, torch.Tensor]:
@@ -39,16 +40,16 @@ def model_of(num_mb: int) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def receive(pipe: Connection, rank: int) -> None:
-    torch.set_num_threads(1)
-    address, world_size, manifest, repeats = pipe.recv()
-    group = WeightGroup.join(address, rank, world_size, "gloo", TIMEOUT_S)
-    receiver = WeightReceiver(group, manifest, torch.device("cpu"))
+def receive(pipe: Connection, rank: int, threads: int) -> None:
+    torch.set_num_threads(threads)
+    address, world_size, backend, manifest, repeats = pipe.recv()
+    group = WeightGroup.join(address, rank, world_size, backend, TIMEOUT_S)
+    receiver = WeightReceiver(group, manifest, torch.zeros(manifest.offsets[-1], dtype=torch.uint8))
     kept_U = torch.zeros(manifest.num_bytes, dtype=torch.uint8)
     for version in range(repeats):
         plain(group, kept_U)
-        plain(group, torch.empty(manifest.num_bytes, dtype=torch.uint8))
         receiver.receive(version)
+    group.close()
 
 
 def plain(group: WeightGroup, bytes_U: torch.Tensor) -> None:
@@ -63,39 +64,51 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - began_s
 
 
-def measure(num_mb: int, dtype: torch.dtype, num_receivers: int, repeats: int) -> None:
+def measure(num_mb: int, num_receivers: int, backend: Backend, args: argparse.Namespace) -> None:
     tensors = model_of(num_mb)
-    manifest = Manifest.of(tensors, dtype)
-    group = WeightGroup.create_master("127.0.0.1", num_receivers + 1, "gloo", TIMEOUT_S)
+    manifest = Manifest.of(tensors, getattr(torch, args.dtype))
+    group = WeightGroup.create_master("127.0.0.1", num_receivers + 1, backend, TIMEOUT_S)
+    spawn = multiprocessing.get_context("spawn")
+    receivers = []
     for rank in range(1, num_receivers + 1):
-        ours, theirs = multiprocessing.get_context("spawn").Pipe()
-        multiprocessing.get_context("spawn").Process(target=receive, args=(theirs, rank), daemon=True).start()
-        ours.send((group.address, num_receivers + 1, manifest, repeats))
+        ours, theirs = spawn.Pipe()
+        receivers.append(spawn.Process(target=receive, args=(theirs, rank, args.threads), daemon=True))
+        receivers[-1].start()
+        ours.send((group.address, num_receivers + 1, backend, manifest, args.repeats))
     group.connect()
-    sender = WeightSender(group, manifest, BUCKET_BYTES)
-    bytes_U = torch.zeros(manifest.num_bytes, dtype=torch.uint8)
-    timings: dict[str, list[float]] = {"plain": [], "fresh": [], "publish": []}
-    for version in range(repeats):
+    sender = WeightSender(group, manifest, args.bucket_mb << 20)
+    bytes_U = torch.ones(manifest.num_bytes, dtype=torch.uint8)  # zeros would all be one page of memory
+    timings: dict[str, list[float]] = {"plain": [], "publish": []}
+    for version in range(args.repeats):
         timings["plain"].append(seconds(lambda: plain(group, bytes_U)))
-        timings["fresh"].append(seconds(lambda: plain(group, bytes_U)))
         timings["publish"].append(seconds(lambda version=version: sender.send(version, tensors)))
-    medians = {name: statistics.median(values[1:]) for name, values in timings.items()}
-    cells = "".join(f"{manifest.num_bytes / 1e9 / median:14.2f}" for median in medians.values())
-    share = medians["fresh"] / medians["publish"]
-    print(f"{manifest.num_bytes / 2**20:8.1f}{cells}{share:15.2f}", flush=True)
+    group.close()
+    for receiver in receivers:
+        receiver.join()
+    plain_s, publish_s = (statistics.median(values[1:]) for values in timings.values())
+    gb = manifest.num_bytes / 1e9
+    print(
+        f"{manifest.num_bytes / 2**20:8.1f}{num_receivers:11d}{gb / plain_s:13.2f}{gb / publish_s:15.2f}"
+        f"{plain_s / publish_s:16.2f}",
+        flush=True,
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--receivers", type=int, default=1)
-    parser.add_argument("--mb", type=int, nargs="+", default=[4, 64, 512], help="sizes of the learner's fp32 model")
+    parser.add_argument("--backend", choices=["gloo", "ipc"], default="gloo")
+    parser.add_argument("--receivers", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--mb", type=int, nargs="+", default=[64, 256, 1024], help="sizes of the learner's fp32 model")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--dtype", default="float32", help="dtype on the wire")
+    parser.add_argument("--bucket-mb", type=int, default=16)
+    parser.add_argument("--threads", type=int, default=1, help="of PyTorch in each process")
     args = parser.parse_args()
-    torch.set_num_threads(1)
-    print(f"{'MiB':>8}{'plain GB/s':>14}{'fresh GB/s':>14}{'publish GB/s':>14}{'publish/fresh':>15}")
+    torch.set_num_threads(args.threads)
+    print(f"{'MiB':>8}{'receivers':>11}{'plain GB/s':>13}{'publish GB/s':>15}{'publish/plain':>16}")
     for num_mb in args.mb:
-        measure(num_mb, getattr(torch, args.dtype), args.receivers, args.repeats)
+        for num_receivers in args.receivers:
+            measure(num_mb, num_receivers, args.backend, args)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from __future__ import annotations
 import faulthandler
 import importlib
 import logging
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,9 +60,12 @@ class LearnerActor(Actor):
 
 
 def _open_log(path: Path) -> None:
-    """This process's own log; the stacks of a crash in native code go there too."""
+    """This process's own log. What it and its children print goes there too, such as why vLLM could not start, and the
+    stacks of a crash in native code."""
     path.parent.mkdir(exist_ok=True)
     stream = path.open("a", buffering=1)
+    for printed in (1, 2):
+        os.dup2(stream.fileno(), printed)
     logging.basicConfig(stream=stream, level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     faulthandler.enable(stream)
     install_stacks(stream)

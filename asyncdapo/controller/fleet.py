@@ -8,7 +8,8 @@
 In: where to begin (`Resume`). Out: processes to call. Invariant: a process is `up` only when it was started completely;
 deaths are counted against a budget (`restarts`), past which the run ends with the cause of the last one. What a process
 raises on purpose (UserError, RunError) ends the run; only a worker, of which there may be others, is restarted whatever
-ended it. Does not own: the train loop (`run`), transfers of weights (`publishing`).
+RunError ended it, or its next start (a GPU's memory may not be free yet). Does not own: the train loop (`run`),
+transfers of weights (`publishing`).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Coroutine, Mapping
+from collections.abc import Coroutine, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,7 @@ class Fleet:
         """Place and start everything, then make the first weight group. `checkpoint`: what the learner goes on from,
         none for the initial model."""
         config = self.config
-        self.placement = place(config, gpus_of_nodes())
+        self.place(gpus_of_nodes())
         if self.placement.num_gpus:
             log.info("placement: %s", self.placement.reason)
         room = await reserve(self.placement, config.controller.place_timeout_s)
@@ -91,12 +92,17 @@ class Fleet:
         self.processes = [self.replay, *ranks, *self.workers]
         self.publishing = Publishing(config.weights, self.learners.first, self.workers)
         self.opened: Opened = await self._bring_up(self.replay, start)
-        await asyncio.gather(
-            self._bring_up_learner(checkpoint),
-            *map(self._bring_up_worker, self.workers),
-        )
+        learner = asyncio.ensure_future(self._bring_up_learner(checkpoint))
+        if self.placement.shares_gpus:
+            await learner
+        await asyncio.gather(learner, *map(self._bring_up_worker, self.workers))
         self.publishing.learner_has(start.roll_back_to or 0, self.opened.branch)
         await self.publishing.begin()
+
+    def place(self, gpus: Sequence[int]) -> None:
+        """Decide who lives where, from now on. `gpus`: of each node."""
+        self.placement = place(self.config, gpus)
+        self._turns = [asyncio.Lock() for _ in self.placement.bundles]
 
     def watch(self, watch: Watch) -> None:
         """Keep the replay server and the workers alive from now on. The learner's life is the train loop's."""
@@ -209,14 +215,16 @@ class Fleet:
         self._silent.discard(process.name)
         return pulse
 
-    async def _bring_up(self, process: Process, *args: Any, leasing: bool = False) -> Any:
-        """Start it until it is up. Returns what its `start` says."""
+    async def _bring_up(
+        self, process: Process, *args: Any, leasing: bool = False, outlives: type[RunError] = ProcessDied
+    ) -> Any:
+        """Start it until it is up. Returns what its `start` says. `outlives`: what of a start isn't the run's end."""
         while True:
             try:
                 answer = await self._spawn(process, *args)
                 if leasing:
                     await process.call("begin")
-            except ProcessDied as death:
+            except outlives as death:
                 await self._pause(process, death)
                 continue
             process.up.set()
@@ -224,8 +232,12 @@ class Fleet:
             return answer
 
     async def _bring_up_worker(self, worker: Process) -> None:
+        """After the others of its bundle: vLLM measures what is free on a GPU while it starts, and takes what others
+        allocate meanwhile for its own."""
         memory_fraction = self.placement.memory_fraction(worker.name, self.config.rollout.memory_fraction)
-        await self._bring_up(worker, self.opened.rollout_address, memory_fraction)
+        outlives = RunError if worker.life else ProcessDied
+        async with self._turns[self.placement.index(worker.name)]:
+            await self._bring_up(worker, self.opened.rollout_address, memory_fraction, outlives=outlives)
 
     async def _bring_up_learner(self, checkpoint: Path | None) -> None:
         """Start every rank, and join them, until all are up."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import resource
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from asyncdapo import faults
@@ -16,12 +18,15 @@ from asyncdapo.controller.waits import NOBODY, Wait
 from asyncdapo.learner.feed import BatchFeed
 from asyncdapo.learner.group import GradientGroup, Ranks
 from asyncdapo.learner.learner import Learner
+from asyncdapo.learner.probe import Pair
 from asyncdapo.messages import NoBatch
 from asyncdapo.transport.backend import Backend
 from asyncdapo.transport.process_group import device_name
 from asyncdapo.weights.group import WeightGroup
 from asyncdapo.weights.layout import Manifest
 from asyncdapo.weights.sender import WeightSender
+
+log = logging.getLogger("weights")
 
 BUSY_CPU_S = 10.0
 WRITTEN_BLOCKS = 16_384
@@ -113,12 +118,16 @@ class Main(Member):
 
     # ----------------------------------------------------------------------------------------------------- weights
 
+    async def devices(self) -> list[str]:
+        """The device of the one rank that the learner has in the weight group."""
+        return [await self.device()]
+
     async def host_weights(self, world_size: int, backend: Backend) -> tuple[str, Manifest]:
         """Open the store of a new process group. Returns its address, and what will be sent."""
         if self.group:
             self.group.close()
         timeout_s = self.config.weights.timeout_s
-        self.group = WeightGroup.create_master(self.host(), world_size, backend, timeout_s)
+        self.group = WeightGroup.create_master(self.host(), world_size, backend, timeout_s, self.learner.device)
         self.manifest = Manifest.of(self.learner.weights(), getattr(torch, self.config.rollout.dtype))
         return self.group.address, self.manifest
 
@@ -140,6 +149,7 @@ class Main(Member):
             send = partial(self.sender.send, version, self.learner.weights(), branch=branch)
             report = await self.blocking(send)
         self.num_sent += 1
+        log.info("version %d: %.1f MiB sent in %.3f s", version, report.num_bytes / 2**20, report.seconds)
         return {"bytes": report.num_bytes, "seconds": report.seconds}
 
     # ------------------------------------------------------------------------------------------------------- steps
@@ -160,6 +170,11 @@ class Main(Member):
             metrics = await self.blocking(self.learner.train, self.batch, self.payload)
         faults.point("after_train")
         return metrics
+
+    async def probe(self, version: int, pairs: list[Pair]) -> list[np.ndarray]:
+        """What the weights of `version` make of what the engines have sampled with it: see `Learner.logprobs`."""
+        with self.waits.on(NOBODY, f"computes log-probs of version {version}"):
+            return await self.blocking(self.learner.logprobs, version, pairs)
 
     async def save(self, step: int, branch: int, counters: dict[str, int]) -> None:
         """Write the checkpoint of `step`."""

@@ -57,6 +57,11 @@ class Placement:
     def num_gpus(self) -> int:
         return sum(bundle.num_gpus for bundle in self.bundles)
 
+    @property
+    def shares_gpus(self) -> bool:
+        """Whether processes are on the same GPU as others."""
+        return any(bundle.num_gpus and len(bundle.processes) > 1 for bundle in self.bundles)
+
     def index(self, process: str) -> int:
         """The bundle that this process is in."""
         return next(index for index, bundle in enumerate(self.bundles) if process in bundle.processes)

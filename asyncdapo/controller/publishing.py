@@ -17,10 +17,11 @@ import logging
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 from asyncdapo.controller.processes import Process, ProcessDied
-from asyncdapo.errors import RunError, WeightsError
+from asyncdapo.errors import EngineError, RunError, WeightsError
 from asyncdapo.weights.backend import choose_backend
 from asyncdapo.weights.config import WeightsConfig
 
@@ -28,6 +29,9 @@ log = logging.getLogger("weights")
 
 COMMAND_MARGIN_S = 10.0
 """What a command may take beyond the transfer's own timeout before it counts as failed."""
+
+PARTS = ("receive_s", "pause_s", "load_s", "resume_s")
+"""Of what a worker does with a version, in this order; the slowest worker's is reported."""
 
 Life = tuple[str, int]
 """A process in one of its lives."""
@@ -112,7 +116,7 @@ class Publishing:
 
     async def _send_to(self, workers: Sequence[Process]) -> dict[str, float]:
         if not workers:
-            return {"weights/publish_s": 0.0, "weights/bytes": 0, "weights/load_s": 0.0}
+            return {"weights/publish_s": 0.0, "weights/bytes": 0} | {f"weights/{part}": 0.0 for part in PARTS}
         if self._members != _lives([self.learner, *workers]):
             await self._regroup(workers)
         sent, *received = await self._within_deadline(
@@ -121,28 +125,30 @@ class Publishing:
             *((worker, ("receive_weights", self.version, self.branch)) for worker in workers),
         )
         self._loaded |= {worker.name: (worker.life, self.branch, self.version) for worker in workers}
-        return {
-            "weights/publish_s": sent["seconds"],
-            "weights/bytes": sent["bytes"],
-            "weights/load_s": max(report["load_s"] for report in received),
+        slowest = {part: max(report[part] for report in received) for part in PARTS}
+        return {"weights/publish_s": sent["seconds"], "weights/bytes": sent["bytes"]} | {
+            f"weights/{part}": seconds for part, seconds in slowest.items()
         }
 
     async def _regroup(self, workers: Sequence[Process]) -> None:
-        """Make the process group: the learner is rank 0 and hosts the store, the workers follow."""
+        """Make the process group: the learner is rank 0 and hosts the store, the workers follow, with a rank for each
+        device of their engines."""
         ends = [self.learner, *workers]
         self._members = []
         if not workers:
             return
         within = partial(self._within_deadline, "make the weight group")
-        devices = await within(*((end, ("device",)) for end in ends))
-        backend, reason = choose_backend(self.config, dict(zip((end.name for end in ends), devices, strict=True)))
+        devices = await within(*((end, ("devices",)) for end in ends))
+        backend, reason = choose_backend(self.config, _by_rank(ends, devices))
         if backend != self._backend:
             self._backend = backend
             log.info("weights travel by %s: %s", backend, reason)
-        ((address, manifest),) = await within((self.learner, ("host_weights", len(ends), backend)))
+        first_ranks = list(accumulate(map(len, devices)))
+        world_size = first_ranks.pop()
+        ((address, manifest),) = await within((self.learner, ("host_weights", world_size, backend)))
         joins = (
-            (worker, ("join_weights", address, rank, len(ends), backend, manifest))
-            for rank, worker in enumerate(workers, start=1)
+            (worker, ("join_weights", address, first_rank, world_size, backend, manifest))
+            for worker, first_rank in zip(workers, first_ranks, strict=True)
         )
         await within((self.learner, ("accept_workers",)), *joins)
         self._members = _lives(ends)
@@ -151,7 +157,7 @@ class Publishing:
         """All answers, each call waited for to its end, so that none is left behind; then the first error is raised,
         a death before any other. Ends that give no answer in time are put to death."""
         deadline_s = self.config.timeout_s + COMMAND_MARGIN_S
-        tasks = {asyncio.ensure_future(process.call(*command)): process for process, command in calls}
+        tasks = {asyncio.ensure_future(_call(process, *command)): process for process, command in calls}
         try:
             with suppress(TimeoutError):
                 async with asyncio.timeout(deadline_s):
@@ -173,6 +179,27 @@ class Publishing:
         for error in sorted(errors, key=lambda error: not isinstance(error, ProcessDied)):
             raise error
         return answers
+
+
+async def _call(process: Process, *command: Any) -> Any:
+    """What it answers. A worker whose engine can't go on is as good as dead: it is ended, whereupon it is started
+    again. Raises ProcessDied for it."""
+    life = process.life
+    try:
+        return await process.call(*command)
+    except EngineError as error:
+        if process.life == life:
+            process.end()
+        raise ProcessDied(process.name, str(error)) from None
+
+
+def _by_rank(ends: Sequence[Process], devices: Sequence[Sequence[str]]) -> dict[str, str]:
+    """The device of each rank, under a name for messages."""
+    return {
+        end.name if len(own) == 1 else f"{end.name} (GPU {number} of {len(own)})": device
+        for end, own in zip(ends, devices, strict=True)
+        for number, device in enumerate(own, start=1)
+    }
 
 
 def _lives(processes: Sequence[Process]) -> list[Life]:

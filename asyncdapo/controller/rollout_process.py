@@ -1,24 +1,27 @@
-"""A rollout process: engine + scorer + rollout worker + weight receiver."""
+"""A rollout process: engine + scorer + rollout worker + its end of the weight group."""
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import time
-from functools import partial
+from dataclasses import asdict
 
+from asyncdapo.controller.engines import make_engine
 from asyncdapo.controller.member import Member
 from asyncdapo.controller.pulse import Pulse
-from asyncdapo.controller.roster import entry_of
+from asyncdapo.controller.roster import Entry, entry_of
 from asyncdapo.controller.waits import NOBODY
+from asyncdapo.messages import Sampling
 from asyncdapo.reward.pool import ScorerPool
 from asyncdapo.reward.scorer import Scorer
-from asyncdapo.rollout.torch_engine.engine import TorchEngine
+from asyncdapo.rollout.engine import Request, Sample
 from asyncdapo.rollout.worker import RolloutWorker
 from asyncdapo.tokens import load_tokenizer
 from asyncdapo.transport.backend import Backend
-from asyncdapo.transport.process_group import device_name
-from asyncdapo.weights.group import WeightGroup
 from asyncdapo.weights.layout import Manifest
-from asyncdapo.weights.receiver import WeightReceiver
+
+log = logging.getLogger("weights")
 
 
 class Main(Member):
@@ -26,13 +29,12 @@ class Main(Member):
 
     role = "rollout"
 
-    group: WeightGroup | None = None
-
-    async def start(self, replay_address: str) -> None:
+    async def start(self, replay_address: str, memory_fraction: float) -> None:
         """Load the model (the only time a weight file is opened), start the verifiers, and connect to the replay
-        server."""
+        server. `memory_fraction`: share of the GPU's memory that the engine may take."""
         config = self.config
-        self.engine = TorchEngine(config.model.path, config.rollout, max_prompt_length=config.prompts.max_prompt_length)
+        fitted = make_engine(config, memory_fraction)
+        self.engine, self.end, self.engine_pids = fitted.engine, fitted.end, fitted.pids
         await self.engine.start()
         reward = config.reward
         pool = ScorerPool(
@@ -64,8 +66,17 @@ class Main(Member):
         self.num_received = 0
 
     async def serve(self) -> None:
-        """Generate and score; raises what ends the worker."""
-        await self.worker.run()
+        """Generate and score; raises what ends the worker, the engine's own end included."""
+        ends = [asyncio.ensure_future(self.worker.run()), asyncio.ensure_future(self.engine.ended())]
+        try:
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            for end in ends:
+                if end.done():
+                    end.result()
+        finally:
+            for end in ends:
+                end.cancel()
+            await asyncio.gather(*ends, return_exceptions=True)
 
     async def pulse(self) -> Pulse:
         gauges = self.worker.gauges()
@@ -77,10 +88,8 @@ class Main(Member):
             self.waits.stand(NOBODY, f"the verifier judges {num_running} groups")
         else:
             self.waits.stand("replay", "a lease")
-        first = self.index * self.config.reward.processes
-        scorers = [entry_of("scorer", first + place, pid) for place, pid in enumerate(self.scorer.pids())]
         return Pulse(
-            entries=[await self.entry(), *scorers],
+            entries=[await self.entry(), *self._children()],
             waits=self.waits.open(),
             progress={
                 "tokens": gauges["tokens"],
@@ -89,28 +98,50 @@ class Main(Member):
             },
         )
 
-    async def device(self) -> str:
-        return device_name(self.engine.device)
+    def _children(self) -> list[Entry]:
+        """The processes that this one started."""
+        started = (
+            ("engine", self.engine_pids(), 1 + self.config.rollout.tensor_parallel),
+            ("scorer", self.scorer.pids(), self.config.reward.processes),
+        )
+        return [
+            entry_of(role, self.index * most + place, pid)
+            for role, pids, most in started
+            for place, pid in enumerate(pids)
+        ]
+
+    async def probe(self, prompts: list[list[int]], seeds: list[int], sampling: Sampling) -> list[Sample]:
+        """A completion of each prompt, ahead of every lease, for a comparison of log-probs."""
+        requests = [
+            Request(prompt_ids=prompt, seeds=[seed], sampling=sampling, urgent=True)
+            for prompt, seed in zip(prompts, seeds, strict=True)
+        ]
+        with self.waits.on(NOBODY, "samples for a comparison of log-probs"):
+            groups = await asyncio.gather(*map(self.engine.generate, requests))
+        return [sample for [sample] in groups]
+
+    # ----------------------------------------------------------------------------------------------------- weights
+
+    async def devices(self) -> list[str]:
+        """The device of each rank that this worker has in the weight group."""
+        return await self.end.devices()
 
     async def join_weights(
-        self, address: str, rank: int, world_size: int, backend: Backend, manifest: Manifest
+        self, address: str, first_rank: int, world_size: int, backend: Backend, manifest: Manifest
     ) -> None:
         """Join the process group in which the learner sends; leave the one before."""
         with self.waits.on("learner", "the weight group", self.config.weights.timeout_s):
-            await self.blocking(self._join, address, rank, world_size, backend, manifest)
-
-    def _join(self, address: str, rank: int, world_size: int, backend: Backend, manifest: Manifest) -> None:
-        if self.group:
-            self.group.close()
-        self.group = WeightGroup.join(address, rank, world_size, backend, self.config.weights.timeout_s)
-        self.receiver = WeightReceiver(self.group, manifest, self.engine.device)
+            await self.end.join(address, first_rank, world_size, backend, manifest)
 
     async def receive_weights(self, version: int, branch: int) -> dict[str, float]:
-        """Receive while generating, then generate with the new weights from the next token on."""
+        """Receive while generating, then generate with the new weights from the next token on. Returns what of it took
+        how many seconds."""
         began = time.monotonic()
         with self.waits.on("learner", f"the weights of version {version}", self.config.weights.timeout_s):
-            weights = await self.blocking(partial(self.receiver.receive, version, branch=branch))
-        received = time.monotonic()
-        await self.worker.load_weights(version, weights, branch)
+            weights = await self.end.receive(version, branch)
+        receive_s = time.monotonic() - began
+        times = await self.worker.load_weights(version, weights, branch)
         self.num_received += 1
-        return {"receive_s": received - began, "load_s": time.monotonic() - received}
+        parts = {"receive_s": receive_s, **asdict(times)}
+        log.info("version %d: %s", version, ", ".join(f"{part} {seconds:.3f}" for part, seconds in parts.items()))
+        return parts

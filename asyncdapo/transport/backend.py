@@ -1,4 +1,8 @@
-"""Choice of a process group's backend, from where its ends keep their tensors. Imports no torch."""
+"""Choice of a process group's backend, from where its ends keep their tensors. Imports no torch.
+
+A device travels by its name: `cpu on node-1`, or `cuda 1f… on node-1` with the GPU's own id, so that equal names are
+one device in every process (`process_group.device_name`).
+"""
 
 from __future__ import annotations
 
@@ -6,18 +10,31 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Literal
 
-Backend = Literal["gloo", "nccl"]
+Backend = Literal["gloo", "nccl", "ipc"]
 
 CPU = "cpu"
+ON = " on "
+
+
+def name_device(device: str, host: str) -> str:
+    """The name of a device (`cpu`, or `cuda` and the GPU's id) of this host."""
+    return f"{device}{ON}{host}"
+
+
+def is_cpu(device: str) -> bool:
+    """Whether this name is no GPU's."""
+    return device.partition(ON)[0] == CPU
+
+
+def host_of(device: str) -> str:
+    """The host on which the device is."""
+    return device.partition(ON)[2]
 
 
 def fitting_backend(devices: Mapping[str, str]) -> tuple[Backend, str]:
-    """Backend for these ends, and why, for the log: NCCL where every end has a GPU of its own.
-
-    `devices` maps each end (`learner`, `rollout-0`, …) to `cpu` or to a name of its GPU that no other GPU has
-    (`process_group.device_name`).
-    """
-    without_gpu = [end for end, device in devices.items() if device == CPU]
+    """Backend for ends whose tensors are added up or broadcast over a network, and why, for the log: NCCL where every
+    end has a GPU of its own. `devices` maps each end (`learner`, `rollout-0`, …) to the name of its device."""
+    without_gpu = [end for end, device in devices.items() if is_cpu(device)]
     if without_gpu:
         return "gloo", f"{without_gpu[0]} has no GPU"
     shared = [device for device, count in Counter(devices.values()).items() if count > 1]

@@ -11,7 +11,7 @@ Invariants: every call ends within its deadline, by returning or by the group's 
 wait; a group in which a collective failed is closed, which lets the other ranks fail at once where the backend notices
 (Gloo), instead of at their deadlines.
 
-Shape: W ranks.
+Shapes: W ranks, N words.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Self
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
 
 from asyncdapo.errors import RunError
-from asyncdapo.transport.backend import CPU, Backend
+from asyncdapo.transport.backend import CPU, Backend, name_device
 
 ROOT = 0
 """The rank that hosts the store and sends broadcasts."""
@@ -55,7 +55,8 @@ class Deadline:
 class ProcessGroup:
     """One membership's process group, made by `create_master` and `join`.
 
-    `device` is where tensors have to be. `closed` tells whether the group can still be used.
+    `device` is where tensors have to be. `closed` tells whether the group can still be used. Under `ipc` the group is
+    one of Gloo; what goes through shared memory is for a `carrier` to decide.
     """
 
     purpose = "a process group"
@@ -67,7 +68,7 @@ class ProcessGroup:
         if world_size < 2 or not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} of {world_size} is no member of a group of two or more")
         self.rank, self.world_size, self.backend, self.timeout_s = rank, world_size, backend, timeout_s
-        self.device = torch.device("cuda", torch.cuda.current_device()) if backend == "nccl" else torch.device("cpu")
+        self.device = numbered(torch.device("cuda" if backend == "nccl" else "cpu"))
         self._host, port = address.rsplit(":", 1)
         self._group: dist.Backend | None = None
         self._left = False
@@ -82,16 +83,16 @@ class ProcessGroup:
             self.address = f"{self._host}:{self._store.port}"
 
     @classmethod
-    def create_master(cls, host: str, world_size: int, backend: Backend, timeout_s: float) -> Self:
+    def create_master(cls, host: str, world_size: int, backend: Backend, timeout_s: float, *own: Any) -> Self:
         """The end of rank 0. Returns at once with an `address` for the others, who reach this machine as `host`;
-        `connect` then waits for them."""
-        return cls(f"{host}:0", ROOT, world_size, backend, timeout_s)
+        `connect` then waits for them. `own`: what a subclass is made with besides."""
+        return cls(f"{host}:0", ROOT, world_size, backend, timeout_s, *own)
 
     @classmethod
-    def join(cls, address: str, rank: int, world_size: int, backend: Backend, timeout_s: float) -> Self:
+    def join(cls, address: str, rank: int, world_size: int, backend: Backend, timeout_s: float, *own: Any) -> Self:
         """The end of another rank: blocks until every rank is there. Raises the group's error after `timeout_s`."""
         deadline = Deadline(timeout_s)
-        group = cls(address, rank, world_size, backend, timeout_s)
+        group = cls(address, rank, world_size, backend, timeout_s, *own)
         group.connect(deadline)
         return group
 
@@ -117,14 +118,14 @@ class ProcessGroup:
         with self._translated("connect", deadline):
             self._group = _process_group(dist.PrefixStore("group", store), self, deadline)
 
-    def broadcast(self, tensor: torch.Tensor, deadline: Deadline) -> Broadcast:
+    def broadcast(self, tensor: torch.Tensor, deadline: Deadline) -> Collective:
         """Start to send `tensor` from rank 0, or to receive it in place elsewhere; at most two may be under way.
-        The tensor must stay as it is until `Broadcast.wait` returns."""
+        The tensor must stay as it is until `Collective.wait` returns."""
         options = dist.BroadcastOptions()
         options.rootRank = ROOT
         options.timeout = deadline.left()
         with self._translated("start a broadcast", deadline):
-            return Broadcast(self, self._open_group().broadcast([tensor], options), deadline)
+            return Collective(self, self._open_group().broadcast([tensor], options), deadline)
 
     def all_reduce(self, tensor: torch.Tensor, deadline: Deadline) -> None:
         """Put the sum of all ranks' tensors in the place of each, the same bits at every rank. Contiguous, on `device`,
@@ -135,12 +136,26 @@ class ProcessGroup:
             work = self._open_group().allreduce([tensor], options)
         self.wait(work, deadline)
 
+    def roll_call(self, deadline: Deadline) -> Collective:
+        """Start to tell rank 0 that this rank has come so far, or at rank 0 to hear it of every other. Over Gloo."""
+        options = dist.GatherOptions()
+        options.rootRank, options.timeout = ROOT, deadline.left()
+        here = torch.zeros(1)
+        heard = [[torch.zeros(1) for _ in range(self.world_size)]] if self.rank == ROOT else []
+        with self._translated("start a roll call", deadline):
+            return Collective(self, self._open_group().gather(heard, [here], options), deadline)
+
     def exchange(self, verdict: int, deadline: Deadline) -> list[int]:
         """Every rank's verdict (an int64), in the order of ranks, at every rank."""
-        verdicts_W = torch.zeros(self.world_size, dtype=torch.int64, device=self.device)
-        verdicts_W[self.rank] = verdict
-        self.all_reduce(verdicts_W, deadline)
-        return verdicts_W.tolist()
+        return [verdict for [verdict] in self.exchange_rows([verdict], deadline)]
+
+    def exchange_rows(self, words: Sequence[int], deadline: Deadline) -> list[list[int]]:
+        """Every rank's words (int64, as many at all ranks), in the order of ranks, at every rank."""
+        table_WN = torch.zeros(self.world_size, len(words), dtype=torch.int64)
+        table_WN[self.rank] = torch.tensor(words)
+        table_WN = table_WN.to(self.device)
+        self.all_reduce(table_WN, deadline)
+        return table_WN.tolist()
 
     def wait(self, work: dist.Work, deadline: Deadline) -> None:
         """Wait for a collective. Raises the group's error, and closes it, when it fails or the deadline passes.
@@ -148,6 +163,16 @@ class ProcessGroup:
         Gloo has the deadline from the collective's options as well; NCCL only from here."""
         with self._translated("transfer", deadline):
             work.wait(deadline.left())
+
+    def post(self, key: str, value: bytes) -> None:
+        """Rank 0 leaves a note in the group's store, which it hosts."""
+        with self._translated("leave a note", Deadline(self.timeout_s)):
+            self._open_store().set(f"note/{key}", value)
+
+    def read(self, key: str) -> bytes:
+        """A note that rank 0 has left."""
+        with self._translated("read a note", Deadline(self.timeout_s)):
+            return self._open_store().get(f"note/{key}")
 
     def close(self) -> None:
         """Leave the group; collectives under way fail, here and at the other ranks."""
@@ -187,8 +212,8 @@ class ProcessGroup:
 
 
 @dataclass(frozen=True)
-class Broadcast:
-    """A broadcast under way."""
+class Collective:
+    """A broadcast or a roll call under way."""
 
     group: ProcessGroup
     work: dist.Work
@@ -199,11 +224,15 @@ class Broadcast:
         self.group.wait(self.work, self.deadline)
 
 
+def numbered(device: torch.device) -> torch.device:
+    """The same device; a GPU with its number, where `cuda` means the current one."""
+    return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
+
+
 def device_name(device: torch.device) -> str:
-    """`cpu`, or a name of the GPU that is the same in every process and unlike any other GPU's."""
-    if device.type == "cpu":
-        return CPU
-    return f"cuda {torch.cuda.get_device_properties(device).uuid}"
+    """A name that is the same in every process of this host, and unlike any other device's (`backend`)."""
+    kind = CPU if device.type == "cpu" else f"cuda {torch.cuda.get_device_properties(device).uuid}"
+    return name_device(kind, socket.gethostname())
 
 
 def _joined(rank: int) -> str:

@@ -5,18 +5,30 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from asyncdapo.errors import ConfigError
-from asyncdapo.transport.backend import CPU, Backend, fitting_backend
+from asyncdapo.transport.backend import Backend, fitting_backend, host_of, is_cpu
 from asyncdapo.weights.config import WeightsConfig
 
 
 def choose_backend(config: WeightsConfig, devices: Mapping[str, str]) -> tuple[Backend, str]:
-    """Backend for these ends (`fitting_backend`), and why, for the log. Raises ConfigError when `nccl` is demanded and
-    an end has no GPU."""
+    """Backend for these ends, the learner first, and why, for the log. Raises ConfigError when `nccl` is demanded and
+    an end has no GPU, or `ipc` and an end is on another machine."""
     if config.backend == "auto":
+        if len(devices) > 1 and len(set(devices.values())) == 1 and not is_cpu(next(iter(devices.values()))):
+            return "ipc", "all ends are on one GPU"
         return fitting_backend(devices)
-    without_gpu = [end for end, device in devices.items() if device == CPU]
-    if config.backend == "nccl" and without_gpu:
+    _refuse_impossible(config.backend, devices)
+    return config.backend, f"weights.backend is {config.backend}"
+
+
+def _refuse_impossible(backend: Backend, devices: Mapping[str, str]) -> None:
+    without_gpu = [end for end, device in devices.items() if is_cpu(device)]
+    if backend == "nccl" and without_gpu:
         raise ConfigError(
             "weights.backend", f"needs a GPU at every end, {without_gpu[0]} has none", "nccl", "auto chooses"
         )
-    return config.backend, f"weights.backend is {config.backend}"
+    (first, here), *others = ((end, host_of(device)) for end, device in devices.items())
+    elsewhere = [(end, host) for end, host in others if host != here]
+    if backend == "ipc" and elsewhere:
+        end, host = elsewhere[0]
+        problem = f"needs all ends on one machine, {first} is on {here} and {end} on {host}"
+        raise ConfigError("weights.backend", problem, "ipc", "auto chooses")

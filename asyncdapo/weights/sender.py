@@ -10,16 +10,17 @@ Shape: U bytes (uint8).
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from asyncdapo.transport.process_group import Broadcast, Deadline
+from asyncdapo.transport.carrier import Transfer
+from asyncdapo.transport.process_group import Deadline
 from asyncdapo.weights.checksum import Checksum
 from asyncdapo.weights.group import WeightGroup
-from asyncdapo.weights.header import Header, Verdict, settle
-from asyncdapo.weights.layout import Bucket, Manifest, plan_buckets
+from asyncdapo.weights.header import Header, agree, confirm
+from asyncdapo.weights.layout import Bucket, Manifest, Piece, plan_buckets
 
 
 @dataclass(frozen=True)
@@ -37,15 +38,16 @@ class SendReport:
 
 
 class WeightSender:
-    """Sends versions of one manifest through one group. `bucket_bytes` is a multiple of 64; its memory is allocated
-    here, twice."""
+    """Sends versions of one manifest through one connected group, in buckets of at most `bucket_bytes` (a multiple of
+    64). Their memory is allocated here, twice."""
 
     def __init__(self, group: WeightGroup, manifest: Manifest, bucket_bytes: int) -> None:
         self._group, self._manifest = group, manifest
-        self._buckets = plan_buckets(manifest, bucket_bytes)
+        self._digest, self._stream_bytes = manifest.digest, manifest.offsets[-1]
         self._bucket_bytes = bucket_bytes
-        largest = max((bucket.stop - bucket.start for bucket in self._buckets), default=0)
-        self._buffers = [torch.zeros(largest, dtype=torch.uint8, device=group.device) for _ in range(2)]
+        buckets = plan_buckets(manifest, bucket_bytes)
+        buffers = group.carrier.buffers(max((bucket.stop - bucket.start for bucket in buckets), default=0))
+        self._gathers = [Gather.into(buffers[number % 2], bucket, manifest) for number, bucket in enumerate(buckets)]
 
     def send(self, version: int, tensors: Mapping[str, torch.Tensor], *, branch: int = 0) -> SendReport:
         """Send these tensors as the weights of `version`; blocks until every receiver has them.
@@ -56,10 +58,9 @@ class WeightSender:
         began_s = time.monotonic()
         sources = self._sources(tensors)
         deadline = Deadline(self._group.timeout_s)
-        self._announce(version, branch, deadline)
+        agree(self._group, self._header(version, branch), deadline)
         checksum = self._send_buckets(sources, deadline)
-        self._group.broadcast(checksum.digest().to(self._group.device), deadline).wait()
-        settle(self._group, Verdict.GOOD, deadline)
+        confirm(self._group, checksum.words(), deadline)
         return SendReport(version, self._manifest.num_bytes, time.monotonic() - began_s)
 
     def _sources(self, tensors: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
@@ -67,33 +68,55 @@ class WeightSender:
             raise ValueError(f"tensors and manifest differ in {sorted(differing)[:3]}")
         sources = [tensors[spec.name].detach() for spec in self._manifest.tensors]
         for spec, source in zip(self._manifest.tensors, sources, strict=True):
-            if tuple(source.shape) != spec.shape:
+            if source.shape != spec.shape:
                 raise ValueError(f"{spec.name} has shape {tuple(source.shape)}, the manifest says {spec.shape}")
         return sources
 
-    def _announce(self, version: int, branch: int, deadline: Deadline) -> None:
-        header = Header(branch, version, self._manifest.digest, self._manifest.offsets[-1], self._bucket_bytes)
-        self._group.broadcast(header.encode().to(self._group.device), deadline).wait()
-        settle(self._group, Verdict.GOOD, deadline)
+    def _header(self, version: int, branch: int) -> Header:
+        return Header(
+            branch=branch,
+            version=version,
+            manifest_digest=self._digest,
+            stream_bytes=self._stream_bytes,
+            bucket_bytes=self._bucket_bytes,
+        )
 
     def _send_buckets(self, sources: list[torch.Tensor], deadline: Deadline) -> Checksum:
+        """Gather a bucket and add it up while the one before is under way."""
         checksum = Checksum()
-        under_way: Broadcast | None = None
-        for number, bucket in enumerate(self._buckets):
-            buffer_U = self._buffers[number % 2][: bucket.stop - bucket.start]
-            self._gather(bucket, sources, buffer_U)
-            if under_way:
-                under_way.wait()
-            under_way = self._group.broadcast(buffer_U, deadline)
-            checksum.update(buffer_U)
-        if under_way:
-            under_way.wait()
+        before: Transfer | None = None
+        for gather in self._gathers:
+            gather.run(sources)
+            under_way = self._group.carrier.carry(gather.buffer_U, deadline)
+            checksum.update(gather.buffer_U)
+            if before:
+                before.wait()
+            before = under_way
+        if before:
+            before.wait()
         return checksum
 
-    def _gather(self, bucket: Bucket, sources: list[torch.Tensor], buffer_U: torch.Tensor) -> None:
-        """Copy the bucket's pieces into uint8 [U], each converted to its dtype of the manifest."""
+
+@dataclass(frozen=True)
+class Gather:
+    """Copies the pieces of one bucket into uint8 [U], each converted to its dtype of the manifest."""
+
+    buffer_U: torch.Tensor
+    pieces: list[Piece]
+    targets: list[torch.Tensor]
+    """Views of the buffer, one for each piece."""
+
+    @staticmethod
+    def into(buffer_U: torch.Tensor, bucket: Bucket, manifest: Manifest) -> Gather:
+        """Into the beginning of a buffer that may be longer."""
+        targets = []
         for piece in bucket.pieces:
-            spec = self._manifest.tensors[piece.tensor]
+            spec = manifest.tensors[piece.tensor]
             num_bytes = (piece.stop - piece.start) * spec.itemsize
-            target = buffer_U[piece.offset : piece.offset + num_bytes].view(getattr(torch, spec.dtype))
-            target.copy_(sources[piece.tensor].reshape(-1)[piece.start : piece.stop])
+            targets.append(buffer_U[piece.offset : piece.offset + num_bytes].view(getattr(torch, spec.dtype)))
+        return Gather(buffer_U[: bucket.stop - bucket.start], list(bucket.pieces), targets)
+
+    def run(self, sources: Sequence[torch.Tensor]) -> None:
+        """`sources` are the tensors of the manifest, in any dtype, on any device."""
+        pieces = [sources[piece.tensor].reshape(-1)[piece.start : piece.stop] for piece in self.pieces]
+        torch._foreach_copy_(self.targets, pieces)

@@ -11,7 +11,7 @@ import pytest
 from asyncdapo.controller import publishing
 from asyncdapo.controller.processes import ProcessDied
 from asyncdapo.controller.publishing import Publishing
-from asyncdapo.errors import RunError, WeightsError
+from asyncdapo.errors import ConfigError, EngineError, RunError, WeightsError
 from asyncdapo.weights.config import WeightsConfig
 
 Fails = Callable[[str, int], bool]
@@ -24,8 +24,12 @@ def never(command: str, nth: int) -> bool:
 class FakeProcess:
     """A process that answers as told; `fails` and `dies` decide by command and how often it was called."""
 
-    def __init__(self, name: str, *, fails: Fails = never, dies: Fails = never, load_s: float = 0.0) -> None:
-        self.name, self.fails, self.dies, self.load_s, self.calls = name, fails, dies, load_s, []
+    def __init__(
+        self, name: str, *, fails: Fails = never, dies: Fails = never, num_ranks: int = 1, **seconds: float
+    ) -> None:
+        """`seconds` are what parts of a worker's transfer take."""
+        self.name, self.fails, self.dies, self.num_ranks, self.calls = name, fails, dies, num_ranks, []
+        self.seconds = dict.fromkeys(publishing.PARTS, 0.0) | seconds
         self.life, self.up = 1, asyncio.Event()
         self.up.set()
 
@@ -38,10 +42,10 @@ class FakeProcess:
         if self.fails(command, nth):
             raise WeightsError(f"{self.name} lost the connection")
         answers = {
-            "device": "cpu",
+            "devices": [f"cuda {self.name} {rank} on x" for rank in range(self.num_ranks)],
             "host_weights": ("127.0.0.1:1", "manifest"),
             "send_weights": {"seconds": 0.5, "bytes": 100},
-            "receive_weights": {"receive_s": 0.5, "load_s": self.load_s},
+            "receive_weights": self.seconds,
         }
         return answers.get(command)
 
@@ -70,22 +74,55 @@ def connected(learner: FakeProcess, workers: list[FakeProcess], *, version: int 
 def test_every_worker_joins_with_a_rank_of_its_own() -> None:
     learner, workers = FakeProcess("learner"), [FakeProcess("rollout-0"), FakeProcess("rollout-1")]
     connected(learner, workers)
-    assert learner.calls[1] == ("host_weights", 3, "gloo")
+    assert learner.calls[1] == ("host_weights", 3, "nccl")
     joins = [worker.calls[-1] for worker in workers]
-    assert joins == [("join_weights", "127.0.0.1:1", rank, 3, "gloo", "manifest") for rank in (1, 2)]
+    assert joins == [("join_weights", "127.0.0.1:1", rank, 3, "nccl", "manifest") for rank in (1, 2)]
 
 
-def test_a_publish_reports_bytes_and_the_slowest_load() -> None:
-    made = connected(FakeProcess("learner"), [FakeProcess("rollout-0"), FakeProcess("rollout-1", load_s=3.0)])
+def test_an_engine_on_several_devices_has_consecutive_ranks() -> None:
+    learner = FakeProcess("learner")
+    workers = [FakeProcess("rollout-0", num_ranks=2), FakeProcess("rollout-1"), FakeProcess("rollout-2", num_ranks=4)]
+    connected(learner, workers)
+    assert learner.calls[1] == ("host_weights", 8, "nccl")
+    assert [worker.calls[-1][2] for worker in workers] == [1, 3, 4]
+
+
+def test_what_is_wrong_with_one_device_of_an_engine_names_it() -> None:
+    worker = FakeProcess("rollout-0", num_ranks=2)
+    made = Publishing(WeightsConfig(backend="ipc"), FakeProcess("learner"), [worker])
+
+    async def devices_of_two_machines(command: str, *args: Any) -> Any:
+        return ["cuda a on x", "cuda b on y"] if command == "devices" else None
+
+    worker.call = devices_of_two_machines
+    with pytest.raises(ConfigError, match=r"learner is on x and rollout-0 \(GPU 2 of 2\) on y"):
+        asyncio.run(made.begin())
+
+
+def test_a_publish_reports_bytes_and_the_slowest_of_each_part() -> None:
+    made = connected(
+        FakeProcess("learner"),
+        [
+            FakeProcess("rollout-0", receive_s=2.0, pause_s=0.25),
+            FakeProcess("rollout-1", receive_s=1.0, load_s=3.0, resume_s=0.125),
+        ],
+    )
     metrics = asyncio.run(made.publish())
-    assert metrics == {"weights/publish_s": 0.5, "weights/bytes": 100, "weights/load_s": 3.0}
+    assert metrics == {
+        "weights/publish_s": 0.5,
+        "weights/bytes": 100,
+        "weights/receive_s": 2.0,
+        "weights/pause_s": 0.25,
+        "weights/load_s": 3.0,
+        "weights/resume_s": 0.125,
+    }
 
 
 def test_a_failed_transfer_is_sent_again_through_a_new_group() -> None:
     learner = FakeProcess("learner")
     worker = FakeProcess("rollout-0", fails=lambda command, nth: command == "receive_weights" and nth == 1)
     asyncio.run(connected(learner, [worker]).publish())
-    assert worker.commands() == ["device", "join_weights", "receive_weights"] * 2
+    assert worker.commands() == ["devices", "join_weights", "receive_weights"] * 2
     assert [call for call in learner.calls if call[0] == "send_weights"] == [("send_weights", 4, 0)] * 2
 
 
@@ -187,3 +224,22 @@ def test_a_send_waits_until_the_learner_has_trained_and_then_sends_what_is_new()
 
     asyncio.run(train_meanwhile())
     assert worker.received() == [(5, 0)]
+
+
+@pytest.mark.parametrize("command", ["receive_weights", "devices", "join_weights"])
+def test_a_worker_whose_engine_has_ended_is_ended_and_the_others_get_the_version(command: str) -> None:
+    learner, workers = FakeProcess("learner"), [FakeProcess("rollout-0"), FakeProcess("rollout-1")]
+    made = connected(learner, workers)
+    if command != "receive_weights":
+        workers[0].live_again()  # so that there is a new group to make
+    answer = workers[0].call
+
+    async def engine_is_gone(called: str, *args: Any) -> Any:
+        if called == command:
+            raise EngineError("rollout-0: the engine failed: its process ended")
+        return await answer(called, *args)
+
+    workers[0].call = engine_is_gone
+    asyncio.run(made.publish())
+    assert not workers[0].up.is_set()
+    assert (4, 0) in workers[1].received()

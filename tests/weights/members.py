@@ -16,14 +16,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from threading import Thread
+from typing import Any
 
 import torch
 
 from asyncdapo.errors import WeightsError
 from asyncdapo.transport.backend import Backend
-from asyncdapo.transport.process_group import Broadcast, Deadline
+from asyncdapo.transport.carrier import Carrier, Transfer
+from asyncdapo.transport.process_group import Deadline
 from asyncdapo.weights.group import WeightGroup
-from asyncdapo.weights.header import NUM_WORDS, Verdict, settle
+from asyncdapo.weights.header import Header, agree
 from asyncdapo.weights.layout import Manifest
 from asyncdapo.weights.receiver import WeightReceiver
 
@@ -54,20 +56,25 @@ class Failed:
 
 
 class Member:
-    """One receiver's process."""
+    """One end's process: a receiver's, unless it is made for the actions of another class."""
 
-    def __init__(self) -> None:
+    def __init__(self, life: type | None = None) -> None:
         self._pipe, theirs = processes.Pipe()
-        self.process = processes.Process(target=serve, args=(theirs,), daemon=True)
+        self.process = processes.Process(target=serve, args=(theirs, life or Life), daemon=True)
         self.process.start()
         theirs.close()
 
     def start(self, action: str, *args: object) -> None:
         self._pipe.send((action, args))
 
-    def result(self) -> Print | Failed | None:
-        """What the action came to. Raises EOFError when the member died in it."""
+    def result(self) -> Any:
+        """What the action came to, `Failed` if a WeightsError. Raises EOFError when the member died in it."""
         return self._pipe.recv()
+
+    def do(self, action: str, *args: object) -> Any:
+        """As `start` and `result`."""
+        self.start(action, *args)
+        return self.result()
 
     def stop(self) -> None:
         self.process.kill()
@@ -75,8 +82,8 @@ class Member:
 
 
 @contextmanager
-def members(count: int) -> Iterator[list[Member]]:
-    started = [Member() for _ in range(count)]
+def members(count: int, life: type | None = None) -> Iterator[list[Member]]:
+    started = [Member(life) for _ in range(count)]
     try:
         yield started
     finally:
@@ -84,11 +91,14 @@ def members(count: int) -> Iterator[list[Member]]:
             member.stop()
 
 
-def form_group(joining: list[Member], timeout_s: float = 20.0, backend: Backend = "gloo") -> WeightGroup:
-    """A connected group of this process (the learner) and the members, in the order of their ranks."""
-    group = WeightGroup.create_master("127.0.0.1", len(joining) + 1, backend, timeout_s)
+def form_group(
+    joining: list[Member], timeout_s: float = 20.0, backend: Backend = "gloo", device: str = "cpu"
+) -> WeightGroup:
+    """A connected group of this process (the learner) and the members, in the order of their ranks; all keep their
+    weights on `device`."""
+    group = WeightGroup.create_master("127.0.0.1", len(joining) + 1, backend, timeout_s, torch.device(device))
     for rank, member in enumerate(joining, start=1):
-        member.start("join", group.address, rank, len(joining) + 1, backend, timeout_s)
+        member.start("join", group.address, rank, len(joining) + 1, backend, timeout_s, torch.device(device))
     group.connect()
     for member in joining:
         assert member.result() is None
@@ -110,21 +120,27 @@ class Life:
         os.environ.update(variables)
 
     def receive(self, manifest: Manifest, version: int, branch: int = 0, device: str = "cpu") -> Print:
-        weights = WeightReceiver(self.group, manifest, torch.device(device)).receive(version, branch=branch)
+        weights = self.receiver(manifest, device).receive(version, branch=branch)
         assert all(tensor.device.type == device for tensor in weights.values())
         return fingerprint(weights)
 
+    def receiver(self, manifest: Manifest, device: str) -> WeightReceiver:
+        memory_U = torch.empty(manifest.offsets[-1], dtype=torch.uint8, device=device)
+        return WeightReceiver(self.group, manifest, memory_U)
+
     def receive_flipped(self, manifest: Manifest, version: int) -> Print:
         """Receive through a network that turns one bit around."""
-        self.group.__class__ = FlippingGroup
+        self.group.carrier = FlippingCarrier(self.group.carrier)
         return self.receive(manifest, version)
 
-    def die_in_transfer(self) -> None:
+    def die_in_transfer(self, manifest: Manifest, version: int) -> None:
         """Agree to the header, take one bucket, and be killed."""
         deadline = Deadline(self.group.timeout_s)
-        self.group.broadcast(torch.zeros(NUM_WORDS, dtype=torch.int64), deadline).wait()
-        settle(self.group, Verdict.GOOD, deadline)
-        self.group.broadcast(torch.zeros(64, dtype=torch.uint8), deadline).wait()
+        agree(self.group, header_of(manifest, version), deadline)
+        first, second = torch.zeros(2, 64, dtype=torch.uint8)
+        arriving = self.group.carrier.carry(first, deadline)
+        self.group.carrier.carry(second, deadline)
+        arriving.wait()
         os.kill(os.getpid(), signal.SIGKILL)
 
     def count_during_receive(self, manifest: Manifest, version: int) -> Print | int:
@@ -146,27 +162,42 @@ class Life:
         return num_naps
 
 
-class FlippingGroup(WeightGroup):
-    """Turns the lowest bit of each bucket's first byte around after it arrived."""
-
-    def broadcast(self, tensor: torch.Tensor, deadline: Deadline) -> Broadcast:
-        broadcast = super().broadcast(tensor, deadline)
-        return FlippedBroadcast(broadcast, tensor) if tensor.dtype == torch.uint8 else broadcast
+def header_of(manifest: Manifest, version: int, bucket_bytes: int = 0) -> Header:
+    return Header(
+        branch=0,
+        version=version,
+        manifest_digest=manifest.digest,
+        stream_bytes=manifest.offsets[-1],
+        bucket_bytes=bucket_bytes,
+    )
 
 
 @dataclass(frozen=True)
-class FlippedBroadcast:
-    arriving: Broadcast
-    tensor: torch.Tensor
+class FlippingCarrier:
+    """Turns the lowest bit of each bucket's first byte around after it arrived."""
+
+    carrier: Carrier
+
+    def reaches(self, device: torch.device) -> bool:
+        return self.carrier.reaches(device)
+
+    def carry(self, bucket_U: torch.Tensor, deadline: Deadline) -> Transfer:
+        return FlippedTransfer(self.carrier.carry(bucket_U, deadline), bucket_U)
+
+
+@dataclass(frozen=True)
+class FlippedTransfer:
+    arriving: Transfer
+    bucket_U: torch.Tensor
 
     def wait(self) -> None:
         self.arriving.wait()
-        self.tensor[0] ^= 1
+        self.bucket_U[0] ^= 1
 
 
-def serve(pipe: Connection) -> None:
+def serve(pipe: Connection, kind: type) -> None:
     torch.set_num_threads(1)
-    life = Life()
+    life = kind()
     while True:
         action, args = pipe.recv()
         began_s = time.monotonic()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 
@@ -7,11 +8,12 @@ import pytest
 import torch
 
 from asyncdapo.errors import ConfigError
+from asyncdapo.transport.backend import fitting_backend, host_of, is_cpu
 from asyncdapo.transport.process_group import device_name
 from asyncdapo.weights.backend import choose_backend
 from asyncdapo.weights.config import WeightsConfig
 
-OWN_GPUS = {"learner": "cuda A", "rollout 0": "cuda B", "rollout 1": "cuda C"}
+OWN_GPUS = {"learner": "cuda A on x", "rollout 0": "cuda B on x", "rollout 1": "cuda C on y"}
 
 
 def test_auto_takes_nccl_when_every_end_has_a_gpu_of_its_own():
@@ -21,30 +23,59 @@ def test_auto_takes_nccl_when_every_end_has_a_gpu_of_its_own():
 
 
 def test_auto_takes_gloo_and_names_the_end_without_a_gpu():
-    backend, reason = choose_backend(WeightsConfig(), OWN_GPUS | {"rollout 1": "cpu"})
+    backend, reason = choose_backend(WeightsConfig(), OWN_GPUS | {"rollout 1": "cpu on x"})
     assert backend == "gloo"
     assert "rollout 1 has no GPU" in reason
 
 
 def test_auto_takes_gloo_and_names_the_ends_that_share_a_gpu():
-    backend, reason = choose_backend(WeightsConfig(), OWN_GPUS | {"rollout 1": "cuda A"})
+    backend, reason = choose_backend(WeightsConfig(), OWN_GPUS | {"rollout 1": "cuda A on x"})
     assert backend == "gloo"
     assert "learner and rollout 1 share" in reason
 
 
+def test_auto_takes_shared_memory_when_all_ends_are_on_one_gpu():
+    backend, reason = choose_backend(WeightsConfig(), {"learner": "cuda A on x", "rollout 0": "cuda A on x"})
+    assert backend == "ipc"
+    assert "one GPU" in reason
+
+
+def test_auto_takes_gloo_between_processes_without_gpu():
+    assert choose_backend(WeightsConfig(), {"learner": "cpu on x", "rollout 0": "cpu on x"})[0] == "gloo"
+
+
+def test_auto_with_no_worker_has_nothing_to_share():
+    assert choose_backend(WeightsConfig(), {"learner": "cuda A on x"})[0] == "nccl"
+
+
+def test_the_learners_ranks_never_sum_through_shared_memory():
+    backend, reason = fitting_backend({"learner": "cuda A on x", "learner-1": "cuda A on x"})
+    assert backend == "gloo"
+    assert "learner and learner-1 share" in reason
+
+
 def test_what_the_user_names_is_taken():
-    shared = {"learner": "cuda A", "rollout 0": "cuda A"}
+    shared = {"learner": "cuda A on x", "rollout 0": "cuda A on x"}
+    without_gpu = {"learner": "cpu on x", "rollout 0": "cpu on x"}
     assert choose_backend(WeightsConfig(backend="gloo"), OWN_GPUS)[0] == "gloo"
     assert choose_backend(WeightsConfig(backend="nccl"), shared)[0] == "nccl"
+    assert choose_backend(WeightsConfig(backend="ipc"), without_gpu)[0] == "ipc"
+
+
+def test_shared_memory_across_machines_is_a_configuration_error_that_names_both():
+    with pytest.raises(ConfigError, match="weights.backend: needs all ends on one machine, learner is on x and roll"):
+        choose_backend(WeightsConfig(backend="ipc"), OWN_GPUS)
 
 
 def test_nccl_without_a_gpu_is_a_configuration_error_that_names_the_end():
     with pytest.raises(ConfigError, match="weights.backend: needs a GPU at every end, rollout 0 has none"):
-        choose_backend(WeightsConfig(backend="nccl"), {"learner": "cuda A", "rollout 0": "cpu"})
+        choose_backend(WeightsConfig(backend="nccl"), {"learner": "cuda A on x", "rollout 0": "cpu on x"})
 
 
-def test_a_cpu_is_named_cpu():
-    assert device_name(torch.device("cpu")) == "cpu"
+def test_a_cpu_is_named_after_its_machine():
+    name = device_name(torch.device("cpu"))
+    assert is_cpu(name)
+    assert host_of(name) == socket.gethostname()
 
 
 def test_the_controller_can_plan_and_choose_without_torch():

@@ -12,7 +12,7 @@ def digest(*buckets: torch.Tensor) -> list[int]:
     checksum = Checksum()
     for bucket in buckets:
         checksum.update(bucket)
-    return checksum.digest().tolist()
+    return checksum.words()
 
 
 def random_bytes(num_bytes: int = NUM_BYTES) -> torch.Tensor:
@@ -31,8 +31,8 @@ def test_one_flipped_bit_changes_the_digest(place: int, bit: int):
     assert digest(flipped) != digest(random_bytes())
 
 
-@pytest.mark.parametrize(("one", "other"), [(0, 1), (0, 2), (0, ROW_WORDS), (0, 2 * ROW_WORDS), (5, 3 * ROW_WORDS + 1)])
-def test_two_words_that_trade_places_or_lose_the_same_bit_change_the_digest(one: int, other: int):
+@pytest.mark.parametrize(("one", "other"), [(0, ROW_WORDS), (1, 2 * ROW_WORDS), (5, 3 * ROW_WORDS + 1)])
+def test_words_of_two_rows_that_trade_places_or_lose_the_same_bit_change_the_digest(one: int, other: int):
     words = random_bytes().view(torch.int64)
     swapped = words.clone()
     swapped[[one, other]] = words[[other, one]]
@@ -40,6 +40,16 @@ def test_two_words_that_trade_places_or_lose_the_same_bit_change_the_digest(one:
     signs[[one, other]] ^= -(1 << 63)
     assert digest(swapped.view(torch.uint8)) != digest(words.view(torch.uint8))
     assert digest(signs.view(torch.uint8)) != digest(words.view(torch.uint8))
+
+
+@pytest.mark.parametrize(("one", "other"), [(0, 1), (0, 2), (1, 2)])
+def test_rows_that_trade_places_or_come_twice_change_the_digest(one: int, other: int):
+    rows = random_bytes().view(torch.int64)[: 3 * ROW_WORDS].view(3, ROW_WORDS)
+    swapped, repeated = rows.clone(), rows.clone()
+    swapped[[one, other]] = rows[[other, one]]
+    repeated[other] = rows[one]
+    for changed in (swapped, repeated):
+        assert digest(changed.reshape(-1).view(torch.uint8)) != digest(rows.reshape(-1).view(torch.uint8))
 
 
 def test_buckets_that_trade_places_change_the_digest():

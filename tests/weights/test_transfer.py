@@ -1,4 +1,5 @@
-"""Weights travel from a learner (this process) to receivers in processes of their own, over Gloo."""
+"""Weights travel from a learner (this process) to receivers in processes of their own: over Gloo, or through shared
+memory."""
 
 from __future__ import annotations
 
@@ -9,12 +10,16 @@ import pytest
 import torch
 
 from asyncdapo.errors import WeightsError
+from asyncdapo.transport.backend import Backend
+from asyncdapo.transport.process_group import Deadline
 from asyncdapo.weights.group import WeightGroup
 from asyncdapo.weights.layout import Manifest
 from asyncdapo.weights.sender import WeightSender
 from tests.weights.members import Failed, fingerprint, form_group, members
 
 BUCKET_BYTES = 4096
+
+both_ways = pytest.mark.parametrize("backend", ["gloo", "ipc"])
 
 
 def many_tensors() -> dict[str, torch.Tensor]:
@@ -39,12 +44,13 @@ def many_tensors() -> dict[str, torch.Tensor]:
     }
 
 
+@both_ways
 @pytest.mark.parametrize("num_receivers", [1, 2, 3])
-def test_every_receiver_gets_every_tensor_bit_by_bit(num_receivers: int):
+def test_every_receiver_gets_every_tensor_bit_by_bit(num_receivers: int, backend: Backend):
     tensors = many_tensors()
     manifest = Manifest.of(tensors)
     with members(num_receivers) as receivers:
-        group = form_group(receivers)
+        group = form_group(receivers, backend=backend)
         sender = WeightSender(group, manifest, BUCKET_BYTES)
         for version in (1, 2):
             for receiver in receivers:
@@ -67,12 +73,13 @@ def test_the_sender_converts_to_the_dtype_of_the_manifest():
         assert receiver.result() == fingerprint(wanted)
 
 
-def test_another_version_branch_or_manifest_is_refused_by_all_and_the_group_stays_in_step():
+@both_ways
+def test_another_version_branch_or_manifest_is_refused_by_all_and_the_group_stays_in_step(backend: Backend):
     tensors = {"weight": torch.randn(5000)}
     manifest = Manifest.of(tensors)
     other = Manifest.of({"renamed": tensors["weight"]})
     with members(2) as receivers:
-        group = form_group(receivers)
+        group = form_group(receivers, backend=backend)
         sender = WeightSender(group, manifest, BUCKET_BYTES)
         for expected, reason in [
             ((manifest, 4, 1), "rank 1 expects another version"),
@@ -94,11 +101,12 @@ def test_another_version_branch_or_manifest_is_refused_by_all_and_the_group_stay
         assert [receiver.result() for receiver in receivers] == [fingerprint(tensors)] * 2
 
 
-def test_one_flipped_bit_at_one_receiver_is_found_and_nobody_uses_the_weights():
+@both_ways
+def test_one_flipped_bit_at_one_receiver_is_found_and_nobody_uses_the_weights(backend: Backend):
     tensors = {"weight": torch.randn(5000)}
     manifest = Manifest.of(tensors)
     with members(2) as receivers:
-        group = form_group(receivers)
+        group = form_group(receivers, backend=backend)
         receivers[0].start("receive", manifest, 1)
         receivers[1].start("receive_flipped", manifest, 1)
         with pytest.raises(WeightsError, match=r"rank 2 the weights arrived changed \(checksum\)"):
@@ -109,16 +117,17 @@ def test_one_flipped_bit_at_one_receiver_is_found_and_nobody_uses_the_weights():
             assert "rank 2 the weights arrived changed" in outcome.reason
 
 
-def test_a_receiver_killed_in_a_transfer_fails_it_for_all_and_a_new_group_works():
+@both_ways
+def test_a_receiver_killed_in_a_transfer_fails_it_for_all_and_a_new_group_works(backend: Backend):
     tensors = {"weight": torch.randn(1 << 16)}
     manifest = Manifest.of(tensors)
     timeout_s = 20.0
     with members(3) as receivers:
         *survivors, victim = receivers
-        group = form_group(receivers, timeout_s)
+        group = form_group(receivers, timeout_s, backend)
         for receiver in survivors:
             receiver.start("receive", manifest, 1)
-        victim.start("die_in_transfer")
+        victim.start("die_in_transfer", manifest, 1)
         began_s = time.monotonic()
         with pytest.raises(WeightsError):
             WeightSender(group, manifest, 64).send(1, tensors)
@@ -129,17 +138,18 @@ def test_a_receiver_killed_in_a_transfer_fails_it_for_all_and_a_new_group_works(
             assert isinstance(outcome, Failed)
             assert outcome.after_s < timeout_s
 
-        group = form_group(survivors)
+        group = form_group(survivors, backend=backend)
         for receiver in survivors:
             receiver.start("receive", manifest, 1)
         WeightSender(group, manifest, 1 << 20).send(1, tensors)
         assert [receiver.result() for receiver in survivors] == [fingerprint(tensors)] * 2
 
 
-def test_a_silent_sender_fails_the_receivers_at_their_deadline_and_other_threads_run_meanwhile():
+@both_ways
+def test_a_silent_sender_fails_the_receivers_at_their_deadline_and_other_threads_run_meanwhile(backend: Backend):
     manifest = Manifest.of({"weight": torch.randn(10)})
     with members(2) as receivers:
-        group = form_group(receivers, timeout_s=1.0)
+        group = form_group(receivers, timeout_s=1.0, backend=backend)
         receivers[0].start("receive", manifest, 1)
         receivers[1].start("count_during_receive", manifest, 1)
         outcome, num_naps = (receiver.result() for receiver in receivers)
@@ -149,10 +159,11 @@ def test_a_silent_sender_fails_the_receivers_at_their_deadline_and_other_threads
         group.close()
 
 
-def test_a_silent_receiver_fails_the_sender_at_its_deadline_and_other_threads_run_meanwhile():
+@both_ways
+def test_a_silent_receiver_fails_the_sender_at_its_deadline_and_other_threads_run_meanwhile(backend: Backend):
     tensors = {"weight": torch.randn(10)}
     with members(1) as [receiver]:
-        group = form_group([receiver], timeout_s=1.0)
+        group = form_group([receiver], timeout_s=1.0, backend=backend)
         errors: list[WeightsError] = []
 
         def send() -> None:
@@ -192,31 +203,39 @@ def test_joining_where_no_learner_listens_ends_at_the_deadline():
 
 def test_a_closed_group_says_so():
     tensors = {"weight": torch.randn(10)}
+    with members(1) as [receiver]:
+        group = form_group([receiver])
+        sender = WeightSender(group, Manifest.of(tensors), BUCKET_BYTES)
+        group.close()
+        with pytest.raises(WeightsError, match="closed"):
+            sender.send(1, tensors)
+
+
+def test_a_group_that_nobody_has_joined_yet_says_so():
     group = WeightGroup.create_master("127.0.0.1", 2, "gloo", 1.0)
-    sender = WeightSender(group, Manifest.of(tensors), BUCKET_BYTES)
     with pytest.raises(WeightsError, match="isn't connected yet"):
-        sender.send(1, tensors)
+        group.exchange(0, Deadline(1.0))
     group.close()
-    with pytest.raises(WeightsError, match="closed"):
-        sender.send(1, tensors)
 
 
 def test_tensors_that_do_not_fit_the_manifest_are_refused_before_anything_is_sent():
     tensors = {"weight": torch.randn(10)}
-    group = WeightGroup.create_master("127.0.0.1", 2, "gloo", 1.0)
-    sender = WeightSender(group, Manifest.of(tensors), BUCKET_BYTES)
-    with pytest.raises(ValueError, match="differ in.*extra"):
-        sender.send(1, tensors | {"extra": torch.zeros(1)})
-    with pytest.raises(ValueError, match="has shape"):
-        sender.send(1, {"weight": torch.randn(5, 2)})
-    group.close()
+    with members(1) as [receiver]:
+        group = form_group([receiver])
+        sender = WeightSender(group, Manifest.of(tensors), BUCKET_BYTES)
+        with pytest.raises(ValueError, match="differ in.*extra"):
+            sender.send(1, tensors | {"extra": torch.zeros(1)})
+        with pytest.raises(ValueError, match="has shape"):
+            sender.send(1, {"weight": torch.randn(5, 2)})
+        group.close()
 
 
-def test_closing_the_group_fails_the_receivers_that_wait_in_it_before_their_deadline():
+@both_ways
+def test_closing_the_group_fails_the_receivers_that_wait_in_it_before_their_deadline(backend: Backend):
     manifest = Manifest.of({"weight": torch.randn(10)})
     timeout_s = 20.0
     with members(2) as receivers:
-        group = form_group(receivers, timeout_s)
+        group = form_group(receivers, timeout_s, backend)
         for receiver in receivers:
             receiver.start("receive", manifest, 1)
         group.close()

@@ -30,7 +30,7 @@ FLAT_LOGPROBS = {"flat_logprobs": True} if hasattr(SamplingParams, "flat_logprob
 
 def launch(arguments: AsyncEngineArgs) -> AsyncLLM:
     """Starts the engine's processes and blocks until they can generate. Raises UserError for arguments that vLLM
-    refuses, EngineError when its processes fail; their own output has the cause."""
+    refuses, EngineError when its processes fail; what they print has the cause."""
     try:
         config = arguments.create_engine_config()
     except ValueError as error:
@@ -38,7 +38,7 @@ def launch(arguments: AsyncEngineArgs) -> AsyncLLM:
     try:
         return AsyncLLM.from_vllm_config(config, disable_log_stats=True)
     except RuntimeError as error:
-        raise EngineError(f"vLLM could not start: {error}") from error
+        raise EngineError(f"vLLM could not start, its output in the log of this process says why: {error}") from error
 
 
 class Adapter:
@@ -50,8 +50,8 @@ class Adapter:
 
     async def begin(self, version: int) -> None:
         """Label what is sampled from now on. Also the first question to vLLM, which every request would wait for."""
-        await self._llm.get_supported_tasks()
-        await self._label(version)
+        await self._vital("starting", self._llm.get_supported_tasks())
+        await self._vital("starting", self._label(version))
 
     def params(self, sampling: Sampling, seed: int | None = None) -> SamplingParams:
         """The end-of-sequence ids of the checkpoint count as stop tokens like any others, or not at all."""
@@ -83,15 +83,15 @@ class Adapter:
 
     async def abort(self, request_ids: Iterable[str]) -> None:
         """Their outputs end with the reason `abort`; unknown ones are passed over."""
-        await self._llm.abort(list(request_ids))
+        await self._vital("aborting", self._llm.abort(list(request_ids)))
 
     async def pause(self, *, recompute: bool) -> None:
         """Nothing is sampled when this returns, and what was sampled has been handed out. `recompute`: every running
         request computes its keys and values again when it goes on."""
-        await self._call("pausing", self._llm.pause_generation(mode="keep", clear_cache=recompute))
+        await self._vital("pausing", self._llm.pause_generation(mode="keep", clear_cache=recompute))
 
     async def resume(self) -> None:
-        await self._call("resuming", self._llm.resume_generation())
+        await self._vital("resuming", self._llm.resume_generation())
 
     async def load(self, version: int) -> None:
         """Put the weights that the workers received as `version` in place, while paused. Raises WeightsError, after
@@ -109,7 +109,12 @@ class Adapter:
 
     async def rpc(self, method: str, *args: Any) -> list[Any]:
         """What `method` of the workers returned, in rank order. Raises RunError when it raised."""
-        return await self._call(method, self._llm.collective_rpc(method, args=args))
+        try:
+            return await self._llm.collective_rpc(method, args=args)
+        except EngineDeadError as error:
+            raise EngineError("the vLLM engine died") from error
+        except Exception as error:  # vLLM passes every failure of its processes on as a plain one
+            raise RunError(f"{method} failed in the vLLM engine: {error}") from error
 
     def shut_down(self) -> None:
         """Blocks until its processes have been told to end, and most of them have."""
@@ -119,10 +124,11 @@ class Adapter:
         if NATIVE_VERSIONS:
             await self._llm.update_weight_version(str(version))
 
-    async def _call(self, what: str, call: Awaitable[Any]) -> Any:
+    async def _vital(self, what: str, call: Awaitable[Any]) -> None:
+        """What an engine can't go on without. Raises EngineError however it fails."""
         try:
-            return await call
+            await call
         except EngineDeadError as error:
             raise EngineError("the vLLM engine died") from error
-        except Exception as error:  # vLLM passes every failure of its processes on as a plain one
-            raise RunError(f"{what} failed in the vLLM engine: {error}") from error
+        except Exception as error:
+            raise EngineError(f"{what} failed in the vLLM engine: {error}") from error

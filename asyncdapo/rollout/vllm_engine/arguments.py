@@ -17,7 +17,7 @@ from transformers import PretrainedConfig
 
 from asyncdapo.errors import ConfigError
 from asyncdapo.rollout.config import RolloutConfig
-from asyncdapo.rollout.vllm_engine.plugin import PARENT_VARIABLE
+from asyncdapo.rollout.vllm_engine.plugin import PARENT_VARIABLE, PLUGIN
 
 if TYPE_CHECKING:
     from vllm.engine.arg_utils import AsyncEngineArgs
@@ -48,6 +48,7 @@ OWNED = {
     "disable_log_stats": "",
     "weight_transfer_config": "",
     "worker_extension_cls": "",
+    "distributed_executor_backend": "",
     "pipeline_parallel_size": "",
     "data_parallel_size": "",
 }
@@ -62,6 +63,8 @@ def set_environment(config: RolloutConfig) -> None:
         # A fork of a process with threads (Ray's, PyTorch's) may deadlock.
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
     }
+    if "VLLM_PLUGINS" in os.environ:  # the only ones that vLLM calls
+        os.environ["VLLM_PLUGINS"] += f",{PLUGIN}"
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # pinning would override OMP_NUM_THREADS
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # each load warns of layers that have no weights anyway

@@ -239,30 +239,25 @@ class VllmEngine:
         return [self._vllm.params(request.sampling)] * len(request.seeds)
 
     async def _sample(self, job: Job, index: int, params: SamplingParams) -> None:
-        """One sample of the job. Ends early when the job is withdrawn."""
-        stream, finish_reason = Stream(), "abort"
-        while finish_reason == "abort" and job in self._jobs:
+        """One sample of the job, asked anew when a load has aborted it. Ends early when the job is withdrawn."""
+        sample = None
+        while sample is None and job in self._jobs:
             request_id = next(self._request_ids)
             job.request_ids.add(request_id)
             self._tokenless.add(request_id)
             try:
-                finish_reason = await self._follow(job, stream, params, request_id)
+                sample = await self._follow(job, params, request_id)
             finally:
                 job.request_ids.discard(request_id)
                 self._tokenless.discard(request_id)
-        if job in self._jobs:
-            self._finish(job, index, stream.finish(finish_reason))
+        if sample is not None and job in self._jobs:
+            self._finish(job, index, sample)
 
-    async def _follow(self, job: Job, stream: Stream, params: SamplingParams, request_id: str) -> str:
-        """Take what vLLM sends for this id; returns the finish reason."""
-        outputs = self._vllm.generate(
-            job.request.prompt_ids,
-            params,
-            request_id,
-            salt=self._num_loads,
-            priority=URGENT if job.request.urgent else ORDINARY,
-        )
-        finish_reason = None
+    async def _follow(self, job: Job, params: SamplingParams, request_id: str) -> Sample | None:
+        """Take what vLLM sends for this id; returns the sample, none when it was aborted."""
+        prompt_ids, priority = job.request.prompt_ids, URGENT if job.request.urgent else ORDINARY
+        outputs = self._vllm.generate(prompt_ids, params, request_id, salt=self._num_loads, priority=priority)
+        stream, finish_reason = Stream(), None
         async for output in outputs:
             [completion] = output.outputs
             num_tokens = stream.add(completion, self._version)
@@ -273,9 +268,12 @@ class VllmEngine:
                 job.request.num_sampled += num_tokens
                 self._meter.num_tokens += num_tokens
             finish_reason = completion.finish_reason
-        if finish_reason not in ("stop", "length", "abort"):
+        if finish_reason == "abort":  # tokens that came between a load's look and its abort go with the rest
+            job.request.num_running -= bool(stream.token_ids)
+            return None
+        if finish_reason not in ("stop", "length"):
             raise EngineError(f"vLLM ended a sequence with the reason {finish_reason!r}")
-        return finish_reason
+        return stream.finish(finish_reason)
 
     def _note_start(self, job: Job, output: RequestOutput) -> None:
         self._meter.num_prefill_tokens += len(job.request.prompt_ids) - (output.num_cached_tokens or 0)
@@ -299,7 +297,7 @@ class VllmEngine:
             self._on_end(task.exception())
 
     def _note_activity(self) -> None:
-        self._meter.note(busy=bool(self._jobs) and not self._num_pauses)
+        self._meter.note(busy=bool(self._jobs) and not self._num_pauses and not self._half_loaded)
 
     # --------------------------------------------------------------------------------------------------------- weights
 

@@ -12,6 +12,8 @@ import multiprocessing
 import os
 import signal
 
+PLUGIN = "asyncdapo"
+"""Name of the entry point in pyproject.toml."""
 PARENT_VARIABLE = "ASYNCDAPO_VLLM_PARENT"
 """Process id of the parent of our vLLM processes."""
 PR_SET_PDEATHSIG = 1

@@ -7,8 +7,13 @@ import select
 import signal
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
+
+from asyncdapo.rollout.config import RolloutConfig
+from asyncdapo.rollout.vllm_engine.arguments import set_environment
 
 PROGRAM = """
 import multiprocessing, os, sys, time
@@ -50,3 +55,11 @@ def test_the_kill_of_a_process_ends_the_vllm_processes_below_it_where_they_are_i
             if not select.select([pidfd], [], [], 0)[0]:
                 signal.pidfd_send_signal(pidfd, signal.SIGKILL)
             os.close(pidfd)
+
+
+def test_whoever_lists_the_plugins_that_vllm_may_call_still_has_ours(monkeypatch):
+    monkeypatch.setattr(os, "environ", {"VLLM_PLUGINS": "theirs"})
+    set_environment(RolloutConfig())
+    project = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())["project"]
+    [ours] = project["entry-points"]["vllm.general_plugins"]
+    assert os.environ["VLLM_PLUGINS"].split(",") == ["theirs", ours]

@@ -1,0 +1,71 @@
+"""Memory that one process makes and others of the same machine map: on the host, or on a GPU that they share.
+
+In: a size and a device. Out: a block of bytes, and a handle of a few hundred bytes by which others open it. Host memory
+is an anonymous file that the others reach through the maker's file descriptors, so it has no name that could outlive a
+killed process; GPU memory travels by CUDA's own handles. Does not own: when a block may be written or read.
+
+Shape: U bytes (uint8).
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import secrets
+import weakref
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import torch
+
+
+@dataclass(frozen=True)
+class Block:
+    """Shared memory: uint8 [U], and in the process that made it the handle that opens it elsewhere."""
+
+    bytes_U: torch.Tensor
+    handle: bytes = b""
+
+
+def make_block(num_bytes: int, device: torch.device) -> Block:
+    """A block of zeros on this device; it lives until nobody maps it any more."""
+    if device.type == "cpu":
+        return _make_on_host(num_bytes)
+    bytes_U = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+    return Block(bytes_U, msgspec.msgpack.encode(("cuda", *bytes_U.untyped_storage()._share_cuda_())))
+
+
+def open_block(handle: bytes, device: torch.device) -> Block:
+    """The block of another process. `device` is the GPU that both share; for host memory it does not count. Raises
+    OSError when it can't be reached: its maker is gone, or on another machine."""
+    kind, *parts = msgspec.msgpack.decode(handle)
+    if kind == "host":
+        return _open_on_host(*parts)
+    _, *shared = parts  # the maker's number of the GPU, which may be another here
+    storage = torch.UntypedStorage._new_shared_cuda(device.index, *shared)
+    return Block(torch.empty(0, dtype=torch.uint8, device=device).set_(storage))
+
+
+def _make_on_host(num_bytes: int) -> Block:
+    name = f"asyncdapo-{secrets.token_hex(8)}"
+    file = os.memfd_create(name)
+    os.ftruncate(file, max(num_bytes, 1))
+    block = Block(_mapped(file, num_bytes), msgspec.msgpack.encode(("host", os.getpid(), file, name, num_bytes)))
+    weakref.finalize(block, os.close, file)  # until then others reach the memory through it
+    return block
+
+
+def _open_on_host(pid: int, file: int, name: str, num_bytes: int) -> Block:
+    path = Path(f"/proc/{pid}/fd/{file}")
+    if name not in os.readlink(path):
+        raise OSError(f"{path} is another file: the process that made this memory is gone, or on another machine")
+    opened = os.open(path, os.O_RDWR)
+    try:
+        return Block(_mapped(opened, num_bytes))
+    finally:
+        os.close(opened)
+
+
+def _mapped(file: int, num_bytes: int) -> torch.Tensor:
+    return torch.frombuffer(mmap.mmap(file, max(num_bytes, 1)), dtype=torch.uint8)[:num_bytes]

@@ -1,0 +1,203 @@
+"""What of the weights lives in vLLM's worker processes: their end of the group, and how a version gets into the model.
+
+vLLM imports this module in each of its workers because the engine names `WorkerEnd` as a worker extension; the import
+registers the transfer backend `TRANSFER`. The engine's process calls `WorkerEnd` by remote procedure calls, whose
+arguments and answers are plain. vLLM calls `StagedTransfer` between two tokens, when generation is paused.
+
+In: the learner's stream, into `staging` while the model generates; then the number of the version to be loaded. Out:
+the model computes with that version, in vLLM's own layout of it. Invariant: all of a load happens inside of one call
+that either loads every parameter or raises; a model that lacks a tensor is refused before anything is touched. A load
+that raises later has left the model unusable until another one is complete.
+
+Holds for vLLM 0.25 to 0.32.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from safetensors import safe_open
+from vllm.config import set_current_vllm_config
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+from asyncdapo.errors import WeightsError
+from asyncdapo.transport.backend import Backend
+from asyncdapo.transport.process_group import device_name
+from asyncdapo.weights.ends import TRANSFER
+from asyncdapo.weights.layout import Manifest
+from asyncdapo.weights.staging import Staging
+
+DERIVED_SUFFIX = "rotary_emb.inv_freq"
+"""Old checkpoints hold these, which every model computes by itself."""
+PROBE_ROWS = 256
+"""Rows of the identity that are multiplied at once with a packed weight."""
+
+
+@dataclass
+class NoInit(WeightTransferInitInfo):
+    """The group is made by `WorkerEnd.join_weights`, as often as need be, not by vLLM's own call."""
+
+
+@dataclass
+class StagedUpdate(WeightTransferUpdateInfo):
+    """The version to load, which has been received before."""
+
+    version: int
+
+
+class StagedTransfer(WeightTransferEngine[NoInit, StagedUpdate]):
+    """vLLM's seam for new weights: takes them from `staging`."""
+
+    init_info_cls = NoInit
+    update_info_cls = StagedUpdate
+
+    def __init__(self, config: Any, vllm_config: Any, device: torch.device, model: torch.nn.Module) -> None:
+        super().__init__(config, vllm_config, device, model)
+        self.staging = Staging(device)
+
+    def init_transfer_engine(self, init_info: NoInit) -> None:
+        """Nothing: see `NoInit`."""
+
+    def start_weight_update(self) -> None:
+        """Nothing, so that nothing has been begun that could fail between vLLM's calls."""
+
+    def finish_weight_update(self) -> None:
+        """Nothing, as before."""
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        self.receive_weights(self.parse_update_info(update_info))
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize()
+
+    def receive_weights(self, update_info: StagedUpdate) -> None:
+        """Load the staged version. Raises WeightsError with the model as it was when another one is staged, or when it
+        isn't all of the model."""
+        tensors = self.staging.take(update_info.version)
+        self._refuse_unlike(tensors)
+        with torch.no_grad(), set_current_vllm_config(self.vllm_config):
+            initialize_layerwise_reload(self.model)
+            try:
+                self.model.load_weights(tensors.items())
+            finally:  # after an error too: the next load needs layers without half of this one
+                finalize_layerwise_reload(self.model, self.model_config)
+                _renew_tied(self.model)
+
+    def shutdown(self) -> None:
+        self.staging.close()
+
+    @staticmethod
+    def trainer_send_weights(iterator: Any, trainer_args: Any) -> None:
+        """Asked for by vLLM up to 0.27; the learner sends by `WeightSender`."""
+        raise NotImplementedError
+
+    def _refuse_unlike(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Everything that vLLM has read from the model's own files has to come anew, in the same shape."""
+        for name, shape in self._shapes.items():
+            if name not in tensors:
+                raise WeightsError(f"{name} of the model is missing")
+            if tuple(tensors[name].shape) != shape:
+                raise WeightsError(f"{name} has shape {tuple(tensors[name].shape)}, the model needs {shape}")
+
+    @cached_property
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the tensors in the model's files by their names, without those that a tied model has no use for."""
+        unused = {f"{name}.weight" for name, _ in _tied_modules(self.model)}
+        shapes: dict[str, tuple[int, ...]] = {}
+        for file in sorted(Path(self.model_config.model).glob("*.safetensors")):
+            with safe_open(file, "pt") as weights:
+                shapes |= {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
+        return {
+            name: shape for name, shape in shapes.items() if name not in unused and not name.endswith(DERIVED_SUFFIX)
+        }
+
+
+class WorkerEnd:
+    """Methods of vLLM's worker, for `ends.EngineEnd`."""
+
+    def weights_device(self) -> str:
+        """The name of the worker's device."""
+        return device_name(self.device)
+
+    def join_weights(
+        self, address: str, first_rank: int, world_size: int, backend: Backend, manifest: bytes, timeout_s: float
+    ) -> int:
+        """Begin to join. Returns this worker's rank in the group."""
+        rank = first_rank + self.rank
+        layout = msgspec.msgpack.decode(manifest, type=Manifest)
+        self.weight_transfer_engine.staging.join(address, rank, world_size, backend, layout, timeout_s)
+        return rank
+
+    def receive_weights(self, version: int, branch: int) -> None:
+        """Begin to receive."""
+        self.weight_transfer_engine.staging.receive(version, branch)
+
+    def weights_state(self) -> tuple[bool, str]:
+        """Whether what was begun is over, and what it failed of."""
+        try:
+            return self.weight_transfer_engine.staging.settled(), ""
+        except WeightsError as error:
+            return True, str(error)
+
+    def weights_memory(self) -> str:
+        """Where the stream lands."""
+        return self.weight_transfer_engine.staging.memory
+
+    def weights_digest(self) -> str:
+        """Of all parameters of the model, as they are multiplied with: equal where engines of the same shape hold equal
+        weights, bit by bit."""
+        digest = hashlib.sha256()
+        with torch.inference_mode():
+            for name, values in _values(self.weight_transfer_engine.model):
+                digest.update(name.encode())
+                digest.update(values.cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+
+def _tied_modules(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
+    """Output projections that use the weight of the embedding: no checkpoint of such a model has a tensor for them."""
+    text = getattr(model.config, "get_text_config", lambda: model.config)()
+    if getattr(text, "tie_word_embeddings", False):
+        for name, module in model.named_modules():
+            if name.rpartition(".")[2] == "lm_head":
+                yield name, module
+
+
+def _renew_tied(model: torch.nn.Module) -> None:
+    """A tied projection got no tensor of its own, so vLLM has left alone what it had derived from the weight (on CPU a
+    packed copy)."""
+    for _, module in _tied_modules(model):
+        if method := getattr(module, "quant_method", None):
+            method.process_weights_after_loading(module)
+
+
+def _values(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every parameter by its name. The CPU build keeps only packed copies of some: those are read by a product with
+    the identity."""
+    for name, module in model.named_modules():
+        yield from module.named_parameters(name, recurse=False)
+        weight = getattr(module, "weight", None)
+        if weight is not None and weight.numel() == 0 and hasattr(module, "cpu_linear"):
+            yield f"{name} packed", _unpacked(module)
+
+
+def _unpacked(module: torch.nn.Module) -> torch.Tensor:
+    size = module.input_size_per_partition
+    identity = torch.eye(size, dtype=module.weight.dtype)
+    rows = [module.cpu_linear(part, module.weight, None) for part in identity.split(PROBE_ROWS)]
+    return torch.cat(rows)
+
+
+WeightTransferEngineFactory.register_engine(TRANSFER, StagedTransfer)

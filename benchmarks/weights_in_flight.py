@@ -1,0 +1,174 @@
+"""Weights that arrive while vLLM generates: what each part of a publish costs, and that all engines get the same.
+
+    python benchmarks/weights_in_flight.py [--model quickstart] [--workers 3] [--publishes 20] [--slots 32]
+                                           [--backend auto] [--dtype float32] [--on-update keep]
+
+Each worker is an engine that always has `--slots` requests in flight; the learner is this process. A version is the
+model's weights with a little noise. One table: medians and largest over publishes and workers of receive (generation
+goes on), pause, load and resume, and tokens sampled per second while versions arrive and while none does. It fails
+unless the weights of all engines are equal after every publish, and differ from those of the one before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import statistics
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from asyncdapo.messages import Sampling
+from asyncdapo.rollout.config import RolloutConfig
+from asyncdapo.rollout.engine import Request
+from asyncdapo.rollout.vllm_engine.engine import VllmEngine
+from asyncdapo.transport.process_group import device_name
+from asyncdapo.weights.backend import choose_backend
+from asyncdapo.weights.config import WeightsConfig
+from asyncdapo.weights.ends import TRANSFER, WORKER_END, EngineEnd
+from asyncdapo.weights.group import WeightGroup
+from asyncdapo.weights.layout import Manifest
+from asyncdapo.weights.sender import WeightSender
+
+QUICKSTART = Path(__file__).parent.parent / "configs" / "models" / "chain_start"
+TIMEOUT_S = 60.0
+PROMPT_LENGTH, RESPONSE_LENGTH = 16, 128
+NOISE = 0.001
+QUIET_S = 2.0
+"""How long tokens are counted without a publish."""
+PARTS = ("receive_s", "pause_s", "load_s", "resume_s")
+
+
+class Worker:
+    """An engine under constant load, and its end."""
+
+    def __init__(self, model: str, args: argparse.Namespace) -> None:
+        config = RolloutConfig(
+            engine="vllm",
+            slots=args.slots,
+            max_response_length=RESPONSE_LENGTH,
+            dtype=args.dtype,
+            on_update=args.on_update,
+            memory_fraction=args.memory_fraction,
+        )
+        self.engine = VllmEngine(
+            model,
+            config,
+            max_prompt_length=PROMPT_LENGTH,
+            transfer=TRANSFER,
+            worker_extension=WORKER_END,
+            memory_fraction=args.memory_fraction,
+            stop_token_ids=[],
+        )
+        self.end = EngineEnd(self.engine.rpc, TIMEOUT_S, self.engine.paused)
+
+    async def start(self, slots: int) -> None:
+        await self.engine.start()
+        self._load = [asyncio.ensure_future(self._ask(number)) for number in range(slots)]
+
+    async def _ask(self, number: int) -> None:
+        prompt = [1 + (number + place) % 60 for place in range(PROMPT_LENGTH)]
+        sampling = Sampling(max_tokens=RESPONSE_LENGTH)
+        while True:
+            [sample] = await self.engine.generate(Request(prompt_ids=prompt, seeds=[number], sampling=sampling))
+            assert len(sample.token_ids) == RESPONSE_LENGTH
+
+    async def receive(self, version: int) -> dict[str, float]:
+        began_s = time.perf_counter()
+        await self.end.receive(version, 0)
+        receive_s = time.perf_counter() - began_s
+        return {"receive_s": receive_s, **asdict(await self.engine.load_weights(version, None))}
+
+    async def digest(self) -> list[str]:
+        return await self.engine.rpc("weights_digest")
+
+    async def stop(self) -> None:
+        for task in self._load:
+            task.cancel()
+        results = await asyncio.gather(*self._load, return_exceptions=True)
+        await self.engine.stop()
+        if failed := [result for result in results if not isinstance(result, asyncio.CancelledError)]:
+            raise failed[0]
+
+
+async def connect(workers: list[Worker], manifest: Manifest, device: torch.device, args: argparse.Namespace):
+    devices = [await worker.end.devices() for worker in workers]
+    names = [device_name(device), *(name for own in devices for name in own)]
+    config = WeightsConfig(backend=args.backend)
+    backend, reason = choose_backend(config, {f"rank {rank}": name for rank, name in enumerate(names)})
+    group = WeightGroup.create_master("127.0.0.1", len(names), backend, TIMEOUT_S, device)
+    joins, rank = [], 1
+    for worker, own in zip(workers, devices, strict=True):
+        joins.append(worker.end.join(group.address, rank, len(names), backend, manifest))
+        rank += len(own)
+    await asyncio.gather(asyncio.to_thread(group.connect), *joins)
+    print(f"{backend}: {reason}")
+    return WeightSender(group, manifest, config.bucket_mb << 20)
+
+
+async def measure(args: argparse.Namespace) -> None:
+    device = torch.device(args.learner_device)
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(device)
+    weights = {name: weight.detach() for name, weight in model.named_parameters()}
+    manifest = Manifest.of(weights, getattr(torch, args.dtype))
+    workers = [Worker(args.model, args) for _ in range(args.workers)]
+    await asyncio.gather(*(worker.start(args.slots) for worker in workers))
+    try:
+        sender = await connect(workers, manifest, device, args)
+        quiet = await rate(workers, asyncio.sleep(QUIET_S))
+        parts: list[dict[str, float]] = []
+        busy = await rate(workers, publish_all(args.publishes, workers, sender, weights, parts))
+    finally:
+        await asyncio.gather(*(worker.stop() for worker in workers))
+    print(f"{args.workers} workers, {args.publishes} publishes of {manifest.num_bytes / 2**20:.1f} MiB, all equal")
+    print(f"{'':10}{'median ms':>12}{'largest ms':>12}")
+    for part in ("send_s", *PARTS):
+        values = [1000 * report[part] for report in parts if part in report]
+        print(f"{part.removesuffix('_s'):10}{statistics.median(values):12.1f}{max(values):12.1f}")
+    print(f"tokens/s without a publish {quiet:,.0f}, with one after the other {busy:,.0f}")
+
+
+async def publish_all(
+    num: int, workers: list[Worker], sender: WeightSender, weights: dict[str, torch.Tensor], parts: list[dict]
+) -> None:
+    seen: set[str] = set()
+    for version in range(1, num + 1):
+        for weight in weights.values():
+            weight.add_(NOISE * torch.randn_like(weight))
+        receiving = [asyncio.ensure_future(worker.receive(version)) for worker in workers]
+        report = await asyncio.to_thread(sender.send, version, weights)
+        parts += [{"send_s": report.seconds}, *await asyncio.gather(*receiving)]
+        digests = [await worker.digest() for worker in workers]
+        assert all(digest == digests[0] for digest in digests), f"engines differ after version {version}: {digests}"
+        assert digests[0][0] not in seen, f"version {version} changed nothing"
+        seen.add(digests[0][0])
+
+
+async def rate(workers: list[Worker], work) -> float:
+    """Tokens a second of all workers during the work."""
+    before, began_s = [worker.engine.gauges()["tokens"] for worker in workers], time.perf_counter()
+    await work
+    after = [worker.engine.gauges()["tokens"] for worker in workers]
+    return (sum(after) - sum(before)) / (time.perf_counter() - began_s)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=str(QUICKSTART))
+    parser.add_argument("--workers", type=int, default=3)
+    parser.add_argument("--publishes", type=int, default=20)
+    parser.add_argument("--slots", type=int, default=32)
+    parser.add_argument("--backend", choices=["auto", "gloo", "nccl", "ipc"], default="auto")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--on-update", choices=["keep", "recompute"], default="keep")
+    parser.add_argument("--memory-fraction", type=float, default=0.25, help="of the GPU, for each engine")
+    parser.add_argument("--learner-device", default="cuda" if torch.cuda.is_available() else "cpu")
+    torch.set_num_threads(1)
+    asyncio.run(measure(parser.parse_args()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""A small run of the real command with vLLM, whose engine and then whose worker are killed in the middle.
+
+As in `test_whole_run`, few slots make generation the slow side, so that weights arrive in the middle of responses, and
+a checkpoint of every step is kept for what is recomputed afterwards. All tests share the run: engines start slowly.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from asyncdapo.controller.roster import is_running, read
+from asyncdapo.replay.audit import audit
+from tests.controller.interruptions import assert_nothing_lives, processes, query, wait_for_batch, wait_until
+from tests.controller.recomputed import assert_versions_are_true
+from tests.controller.runs import FinishedRun, started
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
+
+STEPS = 10
+OVERRIDES = (
+    "rollout.engine=vllm",
+    f"run.steps={STEPS}",
+    "rollout.slots=8",
+    "rollout.on_update=recompute",
+    "rollout.parity_every=4",
+    "replay.run_ahead=3",  # else too little runs when weights arrive
+    "replay.max_staleness=3",
+    "replay.prompts_per_step=4",
+    "replay.keep_payloads=true",
+    "learner.lr=1e-3",  # so high that neighbouring versions differ visibly on nearly every response
+    "learner.warmup_steps=0",
+    "learner.checkpoint_every=1",
+    "learner.keep_checkpoints=0",
+)
+
+
+def num_lives_trained_on(run_dir: Path) -> int:
+    """In how many of its lives the worker has sampled groups that are trained on by now."""
+    trained = "SELECT COUNT(DISTINCT session) FROM groups JOIN leases USING (lease_id) WHERE state = 'trained'"
+    return query(run_dir, trained)[0][0]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
+    run_dir = tmp_path_factory.mktemp("vllm") / "run"
+    with started(run_dir, *OVERRIDES) as process:
+
+        def kill(role: str) -> None:
+            """And wait until the worker's processes are gone, and a step is trained on groups of its next life."""
+            lives = num_lives_trained_on(run_dir)
+            before = [entry for entry in read(run_dir) if entry.role in ("rollout", "engine", "scorer")]
+            os.kill(processes(run_dir, role)[0], signal.SIGKILL)
+            wait_until(lambda: not any(map(is_running, before)), process)
+            wait_until(lambda: set(processes(run_dir, "engine")) - {entry.pid for entry in before}, process)
+            wait_until(lambda: num_lives_trained_on(run_dir) > lives, process)
+
+        wait_for_batch(run_dir, 2, process)
+        kill("engine")
+        kill("rollout")
+        output, _ = process.communicate(timeout=120)
+    return FinishedRun(run_dir, process.returncode, output)
+
+
+def test_the_run_outlives_the_death_of_its_engine_and_of_its_worker(run: FinishedRun) -> None:
+    assert run.exit_code == 0, run.output
+    assert [line["step"] for line in run.lines] == list(range(STEPS + 1))
+    assert run.output.count("; it is started again") == 2, run.output
+    assert num_lives_trained_on(run.dir) == 3
+    assert audit(run.dir) == []
+    assert_nothing_lives(run.dir)
+
+
+def test_engine_and_learner_agree_on_every_version_that_is_compared(run: FinishedRun) -> None:
+    compared = {line["step"]: line["rollout/parity_max"] for line in run.lines if "rollout/parity_max" in line}
+    assert 0 in compared
+    assert len(compared) >= 2
+    assert all(0 < most < 1e-3 for most in compared.values()), compared
+
+
+def test_log_probs_are_those_of_the_recorded_versions(run: FinishedRun) -> None:
+    assert_versions_are_true(run.dir, STEPS, at_least=8, num=16)

@@ -1,0 +1,57 @@
+"""Memory that one process makes and another one maps."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+
+import msgspec
+import pytest
+import torch
+
+from asyncdapo.transport.shared_memory import make_block, open_block
+
+HOST = torch.device("cpu")
+
+processes = multiprocessing.get_context("forkserver")
+processes.set_forkserver_preload([__name__])
+
+
+def add_one(handle: bytes) -> None:
+    open_block(handle, HOST).bytes_U.add_(1)
+
+
+def test_what_another_process_writes_is_read_here() -> None:
+    block = make_block(1000, HOST)
+    other = processes.Process(target=add_one, args=(block.handle,))
+    other.start()
+    other.join()
+    assert block.bytes_U.tolist() == [1] * 1000
+
+
+def test_memory_stays_mapped_when_its_maker_has_let_go_of_it() -> None:
+    made = make_block(8, HOST)
+    made.bytes_U.fill_(3)
+    opened = open_block(made.handle, HOST)
+    del made
+    assert opened.bytes_U.tolist() == [3] * 8
+
+
+def test_a_handle_of_memory_that_is_gone_is_refused() -> None:
+    handle = make_block(8, HOST).handle
+    with pytest.raises(OSError, match="fd"):
+        open_block(handle, HOST)
+
+
+def test_another_file_under_the_same_number_is_not_taken_for_the_memory() -> None:
+    block = make_block(8, HOST)
+    kind, pid, _, name, size = msgspec.msgpack.decode(block.handle)
+    with open(os.devnull) as other:
+        handle = msgspec.msgpack.encode((kind, pid, other.fileno(), name, size))
+        with pytest.raises(OSError, match="the process that made this memory is gone, or on another machine"):
+            open_block(handle, HOST)
+
+
+def test_an_empty_block_is_a_block() -> None:
+    block = make_block(0, HOST)
+    assert len(open_block(block.handle, HOST).bytes_U) == 0

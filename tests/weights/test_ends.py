@@ -1,0 +1,287 @@
+"""The ends of rollout workers: of an engine in this process, and of one with processes of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator, Coroutine, Iterator
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from asyncdapo.errors import EngineError, WeightsError
+from asyncdapo.transport.backend import Backend
+from asyncdapo.transport.process_group import Deadline
+from asyncdapo.weights.ends import EngineEnd, LocalEnd
+from asyncdapo.weights.group import WeightGroup
+from asyncdapo.weights.header import agree
+from asyncdapo.weights.layout import Manifest
+from asyncdapo.weights.sender import WeightSender
+from asyncdapo.weights.staging import Staging
+from tests.weights.members import Failed, Member, header_of, members
+from tests.weights.trainers import Trainer
+
+HOST = torch.device("cpu")
+BUCKET_BYTES = 4096
+
+both_ways = pytest.mark.parametrize("backend", ["gloo", "ipc"])
+
+
+def tensors_of(seed: int) -> dict[str, torch.Tensor]:
+    draw = torch.Generator().manual_seed(seed)
+    return {"embed": torch.randn(100, 30, generator=draw), "norm": torch.randn(30, generator=draw)}
+
+
+MANIFEST = Manifest.of(tensors_of(0))
+
+OPENED: list[WeightGroup] = []
+
+
+@pytest.fixture(autouse=True)
+def _every_learner_leaves() -> Iterator[None]:
+    """A group that is dropped with a transfer under way holds everything up until the transfer's deadline."""
+    yield
+    for group in OPENED:
+        group.close()
+    OPENED.clear()
+
+
+class Learner:
+    """The sender's side, in threads: `form` opens a group that ends may join, `send` brings them a version."""
+
+    def __init__(self, world_size: int = 2, backend: Backend = "gloo", timeout_s: float = 20.0) -> None:
+        self.group = WeightGroup.create_master("127.0.0.1", world_size, backend, timeout_s)
+        self.address = self.group.address
+        OPENED.append(self.group)
+
+    async def accept(self, *joins: Coroutine[Any, Any, None]) -> None:
+        await asyncio.gather(asyncio.to_thread(self.group.connect), *joins)
+        self.sender = WeightSender(self.group, MANIFEST, BUCKET_BYTES)
+
+    async def send(self, version: int, tensors: dict[str, torch.Tensor], branch: int = 0) -> None:
+        await asyncio.to_thread(self.sender.send, version, tensors, branch=branch)
+
+    def announce(self, version: int) -> None:
+        with suppress(WeightsError):
+            agree(self.group, header_of(MANIFEST, version, BUCKET_BYTES), Deadline(20.0))
+
+
+class Workers:
+    """An engine of `num_ranks` workers that all live in this process, and how often it was paused."""
+
+    def __init__(self, num_ranks: int) -> None:
+        self.stagings = [Staging(HOST) for _ in range(num_ranks)]
+        self.is_paused, self.num_pauses, self.dead = False, 0, False
+        self.received_paused: list[bool] = []
+
+    async def rpc(self, method: str, *args: Any) -> list[Any]:
+        if self.dead:
+            raise EngineError("the engine is gone")
+        return [getattr(self, method)(rank, staging, *args) for rank, staging in enumerate(self.stagings)]
+
+    @asynccontextmanager
+    async def paused(self) -> AsyncIterator[None]:
+        self.is_paused, self.num_pauses = True, self.num_pauses + 1
+        yield
+        self.is_paused = False
+
+    def weights_device(self, rank: int, staging: Staging) -> str:
+        return f"cuda {rank} on x"
+
+    def join_weights(self, rank: int, staging: Staging, address: str, first_rank: int, *args: Any) -> int:
+        world_size, backend, manifest, timeout_s = args
+        layout = msgspec.msgpack.decode(manifest, type=Manifest)
+        backend = "gloo" if backend == "nccl" else backend
+        staging.join(address, first_rank + rank, world_size, backend, layout, timeout_s)
+        return first_rank + rank
+
+    def receive_weights(self, rank: int, staging: Staging, version: int, branch: int) -> None:
+        self.received_paused.append(self.is_paused)
+        staging.receive(version, branch)
+
+    def weights_state(self, rank: int, staging: Staging) -> tuple[bool, str]:
+        try:
+            return staging.settled(), ""
+        except WeightsError as error:
+            return True, str(error)
+
+    def weights_memory(self, rank: int, staging: Staging) -> str:
+        return staging.memory
+
+
+def same(arrived: dict[str, torch.Tensor], sent: dict[str, torch.Tensor]) -> bool:
+    return arrived.keys() == sent.keys() and all(torch.equal(arrived[name], sent[name]) for name in sent)
+
+
+# ----------------------------------------------------------------------------------------------------- in this process
+
+
+@both_ways
+def test_a_local_end_receives_version_after_version(backend: Backend) -> None:
+    async def body() -> None:
+        learner, end = Learner(backend=backend), LocalEnd(lambda: HOST, 20.0)
+        await learner.accept(end.join(learner.address, 1, 2, backend, MANIFEST))
+        for version in (1, 2, 3):
+            arriving = asyncio.ensure_future(end.receive(version, 0))
+            await learner.send(version, tensors_of(version))
+            assert same(await arriving, tensors_of(version))
+        end.close()
+
+    asyncio.run(body())
+
+
+@both_ways
+@pytest.mark.parametrize("end_of_trainer", ["fall_silent", "die"])
+def test_a_trainer_that_ends_in_the_middle_fails_a_local_end_and_the_next_group_works(
+    tmp_path: Path, backend: Backend, end_of_trainer: str
+) -> None:
+    weights = str(tmp_path / "weights.safetensors")
+    save_file({"embed": torch.randn(100, 300), "norm": torch.randn(30)}, weights)
+
+    async def joined(trainer: Member, end: LocalEnd) -> None:
+        address, manifest = trainer.do("host", 2, backend, 20.0, weights)
+        trainer.start("accept")
+        await end.join(address, 1, 2, backend, manifest)
+        assert trainer.result() is None
+
+    async def body() -> None:
+        end = LocalEnd(lambda: HOST, 1.0)
+        with members(2, Trainer) as [lost, trainer]:
+            await joined(lost, end)
+            lost.start(end_of_trainer, 1)
+            with pytest.raises(WeightsError):
+                await end.receive(1, 0)
+            await joined(trainer, end)
+            trainer.start("send", 1, weights)
+            assert same(await end.receive(1, 0), load_file(weights))
+            assert not isinstance(trainer.result(), Failed)
+        end.close()
+
+    asyncio.run(body())
+
+
+def test_a_learner_that_leaves_the_group_fails_an_end_at_once_and_the_next_group_works() -> None:
+    async def body() -> None:
+        first, second, end = Learner(), Learner(), LocalEnd(lambda: HOST, 20.0)
+        await first.accept(end.join(first.address, 1, 2, "gloo", MANIFEST))
+        arriving = asyncio.ensure_future(end.receive(1, 0))
+        began_s = time.monotonic()
+        first.group.close()
+        with pytest.raises(WeightsError):
+            await arriving
+        await second.accept(end.join(second.address, 1, 2, "gloo", MANIFEST))
+        assert time.monotonic() - began_s < 20.0
+        end.close()
+
+    asyncio.run(body())
+
+
+def test_an_end_without_a_group_says_so() -> None:
+    with pytest.raises(WeightsError, match="joined no group"):
+        asyncio.run(LocalEnd(lambda: HOST, 1.0).receive(1, 0))
+
+
+# --------------------------------------------------------------------------------------------- in an engine's processes
+
+
+@both_ways
+def test_every_worker_of_an_engine_stages_the_version(backend: Backend) -> None:
+    async def body() -> None:
+        learner, workers = Learner(3, backend), Workers(2)
+        end = EngineEnd(workers.rpc, 20.0, workers.paused)
+        assert await end.devices() == ["cuda 0 on x", "cuda 1 on x"]
+        await learner.accept(end.join(learner.address, 1, 3, backend, MANIFEST))
+        arriving = asyncio.ensure_future(end.receive(7, 0))
+        await learner.send(7, tensors_of(7))
+        assert await arriving is None
+        assert all(same(staging.take(7), tensors_of(7)) for staging in workers.stagings)
+        assert workers.num_pauses == 0
+
+    asyncio.run(body())
+
+
+def test_nccl_among_several_gpus_of_one_engine_pauses_it_for_the_transfer() -> None:
+    async def body() -> None:
+        learner, workers = Learner(3), Workers(2)
+        end = EngineEnd(workers.rpc, 20.0, workers.paused)
+        await learner.accept(end.join(learner.address, 1, 3, "nccl", MANIFEST))
+        arriving = asyncio.ensure_future(end.receive(1, 0))
+        await learner.send(1, tensors_of(1))
+        await arriving
+        assert workers.received_paused == [True, True]
+        assert not workers.is_paused
+
+    asyncio.run(body())
+
+
+def test_what_fails_in_one_worker_fails_the_end() -> None:
+    async def body() -> None:
+        learner, workers = Learner(3), Workers(2)
+        end = EngineEnd(workers.rpc, 1.0, workers.paused)
+        await learner.accept(end.join(learner.address, 1, 3, "gloo", MANIFEST))
+        arriving = asyncio.ensure_future(end.receive(1, 0))
+        await asyncio.to_thread(learner.announce, 2)
+        with pytest.raises(WeightsError, match="expects another version"):
+            await arriving
+        with pytest.raises(WeightsError, match="version 1 has not arrived here: nothing is staged"):
+            workers.stagings[0].take(1)
+
+    asyncio.run(body())
+
+
+def test_an_engine_that_dies_meanwhile_ends_the_wait() -> None:
+    async def body() -> None:
+        learner, workers = Learner(), Workers(1)
+        end = EngineEnd(workers.rpc, 20.0, workers.paused)
+        await learner.accept(end.join(learner.address, 1, 2, "gloo", MANIFEST))
+        arriving = asyncio.ensure_future(end.receive(1, 0))
+        await asyncio.sleep(0)
+        workers.dead = True
+        with pytest.raises(EngineError, match="the engine is gone"):
+            await arriving
+
+    asyncio.run(body())
+
+
+# ------------------------------------------------------------------------------------------------------------- staging
+
+
+def test_only_the_version_that_has_arrived_is_given_out() -> None:
+    async def body() -> None:
+        learner, staging = Learner(), Staging(HOST)
+        joining = asyncio.wrap_future(staging.join(learner.address, 1, 2, "gloo", MANIFEST, 20.0))
+        await learner.accept(_finished(joining))
+        receiving = staging.receive(3, 0)
+        assert not staging.settled()
+        await learner.send(3, tensors_of(3))
+        await asyncio.wrap_future(receiving)
+        assert staging.settled()
+        with pytest.raises(WeightsError, match="version 4 has not arrived here: version 3 is staged"):
+            staging.take(4)
+        assert same(staging.take(3), tensors_of(3))
+        staging.close()
+
+    asyncio.run(body())
+
+
+def test_the_thread_that_receives_leaves_the_caller_free() -> None:
+    """A worker of an engine answers while it waits for a learner that says nothing."""
+    staging = Staging(HOST)
+    learner = Learner()
+    joining = staging.join(learner.address, 1, 2, "gloo", MANIFEST, 20.0)
+    assert not staging.settled()
+    assert threading.current_thread().name != "weights"
+    learner.group.connect()
+    joining.result()
+    assert staging.settled()
+    staging.close()
+
+
+async def _finished(future: asyncio.Future[None]) -> None:
+    await future

@@ -1,0 +1,269 @@
+"""Weights on their way into vLLM engines that generate: two engines, and a learner in a process of its own.
+
+The model is a tied one: what vLLM has derived from the embedding for the output projection has to change with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+pytest.importorskip("vllm")
+
+from asyncdapo.errors import WeightsError
+from asyncdapo.rollout.config import RolloutConfig
+from asyncdapo.rollout.engine import Sample
+from asyncdapo.rollout.vllm_engine.engine import VllmEngine
+from asyncdapo.transport.backend import Backend
+from asyncdapo.weights.ends import TRANSFER, WORKER_END, EngineEnd
+from tests.rollout.torch_engine.models import largest_difference, random_model, request, saved
+from tests.weights.members import Failed, Member, members
+from tests.weights.trainers import Trainer
+
+pytestmark = pytest.mark.vllm
+
+PARITY = 1e-3
+TIMEOUT_S = 20.0
+SHORT_TIMEOUT_S = 1.5
+NUM_VERSIONS = 4
+NUM_IN_FLIGHT = 8
+RESPONSE_LENGTH = 200
+
+
+def model_of(version: int) -> torch.nn.Module:
+    sizes = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
+    return random_model("llama", seed=version, tie_word_embeddings=True, **sizes)
+
+
+def tensors_of(version: int) -> dict[str, torch.Tensor]:
+    """As a learner names them, tied ones once."""
+    return {name: weight.detach() for name, weight in model_of(version).named_parameters()}
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint, versions as files, and files that aren't versions of it."""
+    directory = tmp_path_factory.mktemp("weights")
+    saved(model_of(0), directory / "checkpoint")
+    for version in range(NUM_VERSIONS):
+        save_file(tensors_of(version), directory / f"{version}.safetensors")
+    tensors = tensors_of(1)
+    first = next(name for name in tensors if "q_proj" in name)
+    save_file({name: t for name, t in tensors.items() if name != first}, directory / "gap.safetensors")
+    save_file(tensors | {first: tensors[first][:-1].clone()}, directory / "misshapen.safetensors")
+    in_the_middle = "model.layers.0.self_attn.l_unheard_of.weight"  # when a part of a fused projection has been taken
+    save_file(tensors | {in_the_middle: torch.zeros(3)}, directory / "unknown.safetensors")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def loop() -> Iterator[object]:
+    with asyncio.Runner() as runner:
+        yield lambda work: runner.run(asyncio.wait_for(work, 60))
+
+
+@pytest.fixture(scope="module")
+def engines(directory: Path, loop) -> Iterator[list[VllmEngine]]:
+    config = RolloutConfig(engine="vllm", slots=NUM_IN_FLIGHT, max_response_length=RESPONSE_LENGTH)
+    engines = [
+        VllmEngine(
+            str(directory / "checkpoint"),
+            config,
+            max_prompt_length=16,
+            transfer=TRANSFER,
+            worker_extension=WORKER_END,
+            stop_token_ids=[],
+        )
+        for _ in range(2)
+    ]
+
+    async def start() -> None:
+        await asyncio.gather(*(engine.start() for engine in engines))
+
+    async def stop() -> None:
+        await asyncio.gather(*(engine.stop() for engine in engines))
+
+    loop(start())
+    yield engines
+    loop(stop())
+
+
+@pytest.fixture
+def trainer() -> Iterator[Member]:
+    with members(1, Trainer) as [trainer]:
+        yield trainer
+
+
+class Traffic:
+    """Requests that are always in flight: whenever one has finished, the next begins."""
+
+    def __init__(self, engine: VllmEngine) -> None:
+        self.engine, self.samples = engine, []
+        self._tasks = [asyncio.ensure_future(self._ask(number)) for number in range(NUM_IN_FLIGHT)]
+
+    async def _ask(self, number: int) -> None:
+        self._stopping = False
+        while not self._stopping:
+            asked = request(9, [number], number, max_tokens=RESPONSE_LENGTH)
+            self.samples += await self.engine.generate(asked)
+
+    async def finish(self) -> list[Sample]:
+        """All that was sampled, the last ones to their ends."""
+        self._stopping = True
+        await asyncio.gather(*self._tasks)
+        return self.samples
+
+
+@asynccontextmanager
+async def traffic(engines: list[VllmEngine]) -> object:
+    yield (flows := [Traffic(engine) for engine in engines])
+    for flow in flows:
+        samples = await flow.finish()
+        assert {len(sample.token_ids) for sample in samples} == {RESPONSE_LENGTH}
+
+
+def ends_of(engines: list[VllmEngine], timeout_s: float) -> list[EngineEnd]:
+    return [EngineEnd(engine.rpc, timeout_s, engine.paused) for engine in engines]
+
+
+async def joined(
+    trainer: Member, engines: list[VllmEngine], weights: Path, backend: Backend = "gloo", timeout_s: float = TIMEOUT_S
+) -> list[EngineEnd]:
+    """Ends that are in a group with the trainer."""
+    ends, world_size = ends_of(engines, timeout_s), len(engines) + 1
+    address, manifest = trainer.do("host", world_size, backend, TIMEOUT_S, str(weights))
+    trainer.start("accept")
+    await asyncio.gather(
+        *(end.join(address, rank, world_size, backend, manifest) for rank, end in enumerate(ends, start=1))
+    )
+    assert trainer.result() is None
+    return ends
+
+
+async def publish(trainer: Member, engines: list[VllmEngine], ends: list[EngineEnd], version: int, file: Path) -> None:
+    trainer.start("send", version, str(file))
+    await asyncio.gather(*(end.receive(version, 0) for end in ends))
+    assert not isinstance(trainer.result(), Failed)
+    await asyncio.gather(*(engine.load_weights(version, None) for engine in engines))
+
+
+async def digests(engines: list[VllmEngine]) -> set[str]:
+    """Of all engines' weights: one where they are equal."""
+    return {digest for engine in engines for digest in await engine.rpc("weights_digest")}
+
+
+async def assert_computes_with(engine: VllmEngine, version: int) -> None:
+    asked = request(12, [1, 2], max_tokens=40)
+    samples = await engine.generate(asked)
+    assert max(largest_difference(model_of(version), asked, sample) for sample in samples) < PARITY
+
+
+@pytest.mark.parametrize("backend", ["gloo", "ipc"])
+def test_published_weights_are_equal_on_all_engines_and_are_what_samples(engines, loop, trainer, directory, backend):
+    async def body() -> None:
+        ends = await joined(trainer, engines, directory / "0.safetensors", backend)
+        seen = set()
+        async with traffic(engines):
+            for version in range(1, 6):
+                await publish(trainer, engines, ends, version, directory / f"{version % NUM_VERSIONS}.safetensors")
+                [digest] = await digests(engines)
+                seen.add(digest)
+        assert len(seen) == NUM_VERSIONS
+        await assert_computes_with(engines[0], 1)
+        trainer.do("leave")
+
+    loop(body())
+
+
+def test_tokens_sampled_while_versions_arrive_carry_their_versions_in_order(engines, loop, trainer, directory):
+    async def body() -> list[Sample]:
+        ends = await joined(trainer, engines, directory / "0.safetensors")
+        async with traffic(engines) as flows:
+            for version in (11, 12, 13):
+                await publish(trainer, engines, ends, version, directory / f"{version % 10}.safetensors")
+        trainer.do("leave")
+        return [sample for flow in flows for sample in flow.samples]
+
+    samples = loop(body())
+    found = [[version for version, _ in sample.versions] for sample in samples]
+    assert all(versions == sorted(versions) for versions in found)
+    assert any(len(versions) > 1 for versions in found)
+    assert {versions[-1] for versions in found} >= {13}
+
+
+@pytest.mark.parametrize("end", ["fall_silent", "die"])
+@pytest.mark.parametrize("backend", ["gloo", "ipc"])
+def test_without_the_trainer_generation_goes_on_and_a_new_group_works(engines, loop, directory, end, backend):
+    async def body() -> None:
+        before = await digests(engines)
+        with members(1, Trainer) as [trainer]:
+            ends = await joined(trainer, engines, directory / "0.safetensors", backend, SHORT_TIMEOUT_S)
+            async with traffic(engines):
+                trainer.start(end, 21)
+                arriving = [asyncio.ensure_future(an_end.receive(21, 0)) for an_end in ends]
+                await asyncio.sleep(0)
+                counts = [engine.gauges()["tokens"] for engine in engines]
+                results = await asyncio.gather(*arriving, return_exceptions=True)
+                assert [type(result) for result in results] == [WeightsError] * 2
+                sampled = [engine.gauges()["tokens"] - count for engine, count in zip(engines, counts, strict=True)]
+                assert end == "die" or min(sampled) > NUM_IN_FLIGHT, "tokens were sampled during the whole wait"
+                assert await digests(engines) == before
+        with members(1, Trainer) as [trainer]:
+            ends = await joined(trainer, engines, directory / "0.safetensors", backend)
+            await publish(trainer, engines, ends, 22, directory / "2.safetensors")
+            await assert_computes_with(engines[1], 2)
+            await publish(trainer, engines, ends, 23, directory / "3.safetensors")
+            await assert_computes_with(engines[0], 3)
+            trainer.do("leave")
+
+    loop(body())
+
+
+@pytest.mark.parametrize(
+    ("file", "problem"),
+    [
+        ("gap", "q_proj.weight of the model is missing"),
+        ("misshapen", r"q_proj.weight has shape \(63, 64\), the model needs \(64, 64\)"),
+        ("unknown", "unheard_of"),
+    ],
+)
+def test_weights_of_another_model_are_refused_and_the_next_load_resumes(
+    engines, loop, trainer, directory, file, problem
+):
+    engine = engines[:1]
+
+    async def body() -> None:
+        ends = await joined(trainer, engine, directory / f"{file}.safetensors")
+        async with traffic(engine):
+            with pytest.raises(WeightsError, match=problem):
+                await publish(trainer, engine, ends, 31, directory / f"{file}.safetensors")
+            trainer.do("leave")
+            ends = await joined(trainer, engine, directory / "0.safetensors")
+            await publish(trainer, engine, ends, 32, directory / "1.safetensors")
+        await assert_computes_with(engine[0], 1)
+        trainer.do("leave")
+
+    loop(body())
+
+
+def test_a_version_that_has_not_arrived_is_not_loaded(engines, loop, trainer, directory):
+    engine = engines[:1]
+
+    async def body() -> None:
+        ends = await joined(trainer, engine, directory / "0.safetensors")
+        await publish(trainer, engine, ends, 41, directory / "1.safetensors")
+        before = await digests(engine)
+        with pytest.raises(WeightsError, match="version 42 has not arrived here: version 41 is staged"):
+            await engine[0].load_weights(42, None)
+        assert await digests(engine) == before
+        await engine[0].load_weights(41, None)
+        await assert_computes_with(engine[0], 1)
+        trainer.do("leave")
+
+    loop(body())
