@@ -230,9 +230,10 @@ def numbered(device: torch.device) -> torch.device:
 
 
 def device_name(device: torch.device) -> str:
-    """A name that is the same in every process of this host, and unlike any other device's (`backend`)."""
+    """A name that is the same in every process of this host, and unlike any other device's (`backend`). Containers that
+    can't reach each other's processes count as hosts of their own."""
     kind = CPU if device.type == "cpu" else f"cuda {torch.cuda.get_device_properties(device).uuid}"
-    return name_device(kind, socket.gethostname())
+    return name_device(kind, f"{socket.gethostname()}/{os.stat('/proc/self/ns/pid').st_ino}")
 
 
 def _joined(rank: int) -> str:

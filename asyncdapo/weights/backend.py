@@ -13,11 +13,19 @@ def choose_backend(config: WeightsConfig, devices: Mapping[str, str]) -> tuple[B
     """Backend for these ends, the learner first, and why, for the log. Raises ConfigError when `nccl` is demanded and
     an end has no GPU, or `ipc` and an end is on another machine."""
     if config.backend == "auto":
-        if len(devices) > 1 and len(set(devices.values())) == 1 and not is_cpu(next(iter(devices.values()))):
-            return "ipc", "all ends are on one GPU"
-        return fitting_backend(devices)
+        return _fitting(devices)
     _refuse_impossible(config.backend, devices)
     return config.backend, f"weights.backend is {config.backend}"
+
+
+def _fitting(devices: Mapping[str, str]) -> tuple[Backend, str]:
+    """As `fitting_backend`, but ends on one machine for which NCCL is nothing need no network."""
+    backend, reason = fitting_backend(devices)
+    if backend == "nccl" or len({host_of(device) for device in devices.values()}) > 1:
+        return backend, reason
+    if len(set(devices.values())) == 1 and not any(map(is_cpu, devices.values())):
+        return "ipc", "all ends are on one GPU"
+    return "ipc", f"all ends are on one machine, and {reason}"
 
 
 def _refuse_impossible(backend: Backend, devices: Mapping[str, str]) -> None:

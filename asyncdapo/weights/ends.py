@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import msgspec
 import torch
 
-from asyncdapo.errors import WeightsError
+from asyncdapo.errors import EngineError, RunError, WeightsError
 from asyncdapo.transport.backend import Backend
 from asyncdapo.transport.process_group import device_name
 from asyncdapo.weights.layout import Manifest
@@ -94,31 +94,40 @@ class EngineEnd:
         self._memory = ""
 
     async def devices(self) -> list[str]:
-        return await self._rpc("weights_device")
+        return await self._ask("weights_device")
 
     async def join(self, address: str, first_rank: int, world_size: int, backend: Backend, manifest: Manifest) -> None:
         packed = msgspec.msgpack.encode(manifest)
-        ranks = await self._rpc("join_weights", address, first_rank, world_size, backend, packed, self._timeout_s)
+        ranks = await self._ask("join_weights", address, first_rank, world_size, backend, packed, self._timeout_s)
         await self._settled()
         self._pauses = backend == "nccl" and len(ranks) > 1
-        memory = ", ".join(await self._rpc("weights_memory"))
+        memory = ", ".join(await self._ask("weights_memory"))
         if memory != self._memory:
             self._memory = memory
             log.info("weights are staged: %s", memory)
 
     async def receive(self, version: int, branch: int) -> None:
         async with self._paused() if self._pauses else nullcontext():
-            await self._rpc("receive_weights", version, branch)
+            await self._ask("receive_weights", version, branch)
             await self._settled()
 
     def close(self) -> None:
         """The group ends with the engine's processes."""
 
+    async def _ask(self, method: str, *args: Any) -> list[Any]:
+        """The answers of all its processes. Raises WeightsError when one has none, EngineError when the engine died."""
+        try:
+            return await self._rpc(method, *args)
+        except EngineError:
+            raise
+        except RunError as error:
+            raise WeightsError(str(error)) from error
+
     async def _settled(self) -> None:
         """Wait until what was begun is over in every process. Raises WeightsError as soon as it has failed in one."""
         poll_s = FIRST_POLL_S
         while True:
-            answers = await self._rpc("weights_state")
+            answers = await self._ask("weights_state")
             if problems := [problem for _, problem in answers if problem]:
                 raise WeightsError(problems[0])
             if all(over for over, _ in answers):

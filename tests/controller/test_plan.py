@@ -63,7 +63,7 @@ def test_other_gpus_make_another_plan() -> None:
         "learner: CPU",
         "rollout-0: CPU",
     ]
-    assert on_cpu["weights"] == ["by gloo: learner has no GPU"]
+    assert on_cpu["weights"] == ["by ipc: all ends are on one machine, and learner has no GPU"]
     on_one = sections_of(plan("quickstart", ["rollout.num_workers=3", "rollout.engine=vllm"], [1]))
     assert "learner + rollout-0 + rollout-1 + rollout-2: 1 GPU, of whose memory vLLM takes 0.2" in (on_one["placement"])
 

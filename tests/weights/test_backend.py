@@ -23,15 +23,15 @@ def test_auto_takes_nccl_when_every_end_has_a_gpu_of_its_own():
 
 
 def test_auto_takes_gloo_and_names_the_end_without_a_gpu():
-    backend, reason = choose_backend(WeightsConfig(), OWN_GPUS | {"rollout 1": "cpu on x"})
+    backend, reason = choose_backend(WeightsConfig(), OWN_GPUS | {"rollout 1": "cpu on y"})
     assert backend == "gloo"
     assert "rollout 1 has no GPU" in reason
 
 
 def test_auto_takes_gloo_and_names_the_ends_that_share_a_gpu():
-    backend, reason = choose_backend(WeightsConfig(), OWN_GPUS | {"rollout 1": "cuda A on x"})
+    backend, reason = choose_backend(WeightsConfig(), OWN_GPUS | {"rollout 2": "cuda A on x"})
     assert backend == "gloo"
-    assert "learner and rollout 1 share" in reason
+    assert "learner and rollout 2 share" in reason
 
 
 def test_auto_takes_shared_memory_when_all_ends_are_on_one_gpu():
@@ -40,8 +40,16 @@ def test_auto_takes_shared_memory_when_all_ends_are_on_one_gpu():
     assert "one GPU" in reason
 
 
-def test_auto_takes_gloo_between_processes_without_gpu():
-    assert choose_backend(WeightsConfig(), {"learner": "cpu on x", "rollout 0": "cpu on x"})[0] == "gloo"
+@pytest.mark.parametrize("device", ["cpu on x", "cuda A on x"])
+def test_auto_takes_shared_memory_on_one_machine_where_nccl_can_not_be(device: str):
+    ends = {"learner": "cuda A on x", "rollout 0": device, "rollout 1": "cuda B on x"}
+    backend, reason = choose_backend(WeightsConfig(), ends)
+    assert backend == "ipc"
+    assert "one machine, and" in reason
+
+
+def test_auto_takes_gloo_between_machines_without_gpu():
+    assert choose_backend(WeightsConfig(), {"learner": "cpu on x", "rollout 0": "cpu on y"})[0] == "gloo"
 
 
 def test_auto_with_no_worker_has_nothing_to_share():
@@ -75,7 +83,7 @@ def test_nccl_without_a_gpu_is_a_configuration_error_that_names_the_end():
 def test_a_cpu_is_named_after_its_machine():
     name = device_name(torch.device("cpu"))
     assert is_cpu(name)
-    assert host_of(name) == socket.gethostname()
+    assert host_of(name).startswith(socket.gethostname())
 
 
 def test_the_controller_can_plan_and_choose_without_torch():
