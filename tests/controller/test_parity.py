@@ -292,16 +292,20 @@ def test_differences_are_taken_without_regard_to_sign():
 # ------------------------------------------------------------------------------------------------------- whole runs
 
 
-@pytest.mark.timeout(200)
-def test_a_run_past_the_limit_ends_before_it_trains_and_goes_on_once_the_limit_is_mended(tmp_path: Path) -> None:
-    run_dir = tmp_path / "run"
-    refused = launch(run_dir, "run.steps=3", "rollout.parity_stop=1e-15", "rollout.num_workers=2")
+def test_a_run_past_the_limit_ends_before_it_trains(tmp_path: Path) -> None:
+    refused = launch(tmp_path / "run", "run.steps=3", "rollout.parity_stop=1e-15")
     assert refused.exit_code == 1, refused.output
     last = refused.output.splitlines()[-1]
     assert "the run ended: log-probs of version 0, rollout-" in last
     assert "above rollout.parity_stop 1e-15" in last
     assert refused.lines == []
 
+
+@pytest.mark.soak
+@pytest.mark.timeout(200)
+def test_once_the_limit_is_mended_the_run_goes_on_and_compares_every_worker_at_every_step(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    assert launch(run_dir, "run.steps=3", "rollout.parity_stop=1e-15", "rollout.num_workers=2").exit_code == 1
     run = launch(run_dir, "run.steps=4", "rollout.parity_every=1", "rollout.num_workers=2")
     assert run.exit_code == 0, run.output
     compared = {line["step"]: line["rollout/parity_max"] for line in run.lines if "rollout/parity_max" in line}
