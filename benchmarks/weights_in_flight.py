@@ -1,25 +1,31 @@
 """Weights that arrive while vLLM generates: what each part of a publish costs, and that all engines get the same.
 
-    python benchmarks/weights_in_flight.py [--model quickstart] [--workers 3] [--publishes 20] [--slots 32]
+    python benchmarks/weights_in_flight.py [--model DIR | --shape 0.5b] [--workers 3] [--publishes 20] [--slots 32]
                                            [--backend auto] [--dtype float32] [--on-update keep]
 
 Each worker is an engine that always has `--slots` requests in flight; the learner is this process. A version is the
-model's weights with a little noise. One table: medians and largest over publishes and workers of receive (generation
-goes on), pause, load and resume, and tokens sampled per second while versions arrive and while none does. It fails
-unless the weights of all engines are equal after every publish, and differ from those of the one before.
+model's weights with a little noise; `--shape` makes random ones in the shape of a Qwen2.5. One table: medians and
+largest over publishes and workers of receive (generation goes on), pause, load and resume, and tokens sampled per
+second while versions arrive and while none does. It fails unless the weights of all engines are equal after every
+publish, and differ from those of the one before.
+
+On a single GPU `--backend nccl` tells NCCL that every process is on a host of its own: it proves the path, and says
+nothing about its speed.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import statistics
+import tempfile
 import time
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from asyncdapo.messages import Sampling
 from asyncdapo.rollout.config import RolloutConfig
@@ -40,6 +46,11 @@ NOISE = 0.001
 QUIET_S = 2.0
 """How long tokens are counted without a publish."""
 PARTS = ("receive_s", "pause_s", "load_s", "resume_s")
+SHAPES = {
+    "0.5b": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14},
+    "1.5b": {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12},
+}
+"""Of Qwen2.5 (its config.json); both have 2 key-value heads, 151,936 words and tied embeddings."""
 
 
 class Worker:
@@ -64,6 +75,7 @@ class Worker:
             stop_token_ids=[],
         )
         self.end = EngineEnd(self.engine.rpc, TIMEOUT_S, self.engine.paused)
+        self._load: list[asyncio.Future] = []
 
     async def start(self, slots: int) -> None:
         await self.engine.start()
@@ -109,14 +121,38 @@ async def connect(workers: list[Worker], manifest: Manifest, device: torch.devic
     return WeightSender(group, manifest, config.bucket_mb << 20)
 
 
+def made(shape: str, folder: str) -> str:
+    """A model of random weights in this shape."""
+    config = Qwen2Config(vocab_size=151_936, num_key_value_heads=2, tie_word_embeddings=True, **SHAPES[shape])
+    Qwen2ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+async def start(workers: list[Worker], args: argparse.Namespace) -> None:
+    """On a GPU one after the other: vLLM takes what others allocate meanwhile for its own."""
+    if args.learner_device == "cpu":
+        await asyncio.gather(*(worker.start(args.slots) for worker in workers))
+        return
+    for number, worker in enumerate(workers):
+        _pretend_host(args, f"engine-{number}")
+        await worker.start(args.slots)
+    _pretend_host(args, "learner")
+
+
+def _pretend_host(args: argparse.Namespace, name: str) -> None:
+    """NCCL refuses two processes on one GPU unless they are on different hosts."""
+    if args.backend == "nccl":
+        os.environ |= {"NCCL_HOSTID": name, "NCCL_SOCKET_IFNAME": "lo", "NCCL_IB_DISABLE": "1"}
+
+
 async def measure(args: argparse.Namespace) -> None:
     device = torch.device(args.learner_device)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(device)
     weights = {name: weight.detach() for name, weight in model.named_parameters()}
     manifest = Manifest.of(weights, getattr(torch, args.dtype))
     workers = [Worker(args.model, args) for _ in range(args.workers)]
-    await asyncio.gather(*(worker.start(args.slots) for worker in workers))
     try:
+        await start(workers, args)
         sender = await connect(workers, manifest, device, args)
         quiet = await rate(workers, asyncio.sleep(QUIET_S))
         parts: list[dict[str, float]] = []
@@ -158,6 +194,7 @@ async def rate(workers: list[Worker], work) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(QUICKSTART))
+    parser.add_argument("--shape", choices=SHAPES, help="instead of --model")
     parser.add_argument("--workers", type=int, default=3)
     parser.add_argument("--publishes", type=int, default=20)
     parser.add_argument("--slots", type=int, default=32)
@@ -167,7 +204,11 @@ def main() -> None:
     parser.add_argument("--memory-fraction", type=float, default=0.25, help="of the GPU, for each engine")
     parser.add_argument("--learner-device", default="cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(1)
-    asyncio.run(measure(parser.parse_args()))
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        if args.shape:
+            args.model = made(args.shape, folder)
+        asyncio.run(measure(args))
 
 
 if __name__ == "__main__":
