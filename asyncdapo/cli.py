@@ -18,7 +18,12 @@ EXIT_INTERRUPTED = 130
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line, run the command, return its exit code."""
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args, others = parser.parse_known_args(argv)
+    if others:  # overrides that stand behind an option
+        if not hasattr(args, "overrides") or any(other.startswith("-") for other in others):
+            parser.error(f"unrecognized arguments: {' '.join(others)}")
+        args.overrides += others
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     from asyncdapo.errors import UserError
 

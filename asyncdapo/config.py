@@ -246,7 +246,7 @@ def to_yaml(config: Config) -> str:
         docs = field_docs(SECTIONS[name])
         lines.append(f"{name}:")
         for key, value in section.items():
-            lines += [f"  # {line}" for line in textwrap.wrap(" ".join(docs[key].split()), 110)]
+            lines += [f"  # {line}" for line in textwrap.wrap(" ".join(docs[key].split()), 110, break_on_hyphens=False)]
             lines.append("  " + OmegaConf.to_yaml({key: value}).strip().replace("\n", "\n  "))
         lines.append("")
     return "\n".join(lines)

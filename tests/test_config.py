@@ -77,6 +77,7 @@ def test_overrides_change_keys_and_interpolations_follow() -> None:
         ("prompts.eval_path=held.jsonl", "prompts.eval_path: belongs to the task 'file'"),
         ("faults.drop=2", "faults.drop: must be from 0 to 1, got 2"),
         ("faults.kill=[learner.sometimes]", "learner has no such point, got 'learner.sometimes' (it has before_train,"),
+        ("rollout.engine_args={max_model_len: 8}", "rollout.engine_args: does nothing without rollout.engine vllm"),
         (
             "rollout.tensor_parallel=2",
             "rollout.tensor_parallel: does nothing without rollout.engine vllm, got 2 (remove",
@@ -120,6 +121,20 @@ def test_keys_that_exclude_each_other_are_named(overrides: tuple[str, ...], word
     with pytest.raises(ConfigError) as caught:
         load_config(QUICKSTART, overrides)
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("argument", "fix"),
+    [
+        ("max_model_len: 8", "set prompts.max_prompt_length and rollout.max_response_length"),
+        ("logprobs_mode: raw_logprobs", "remove it"),
+        ("distributed_executor_backend: ray", "remove it"),
+    ],
+)
+def test_arguments_of_vllm_that_are_not_the_users_are_refused_with_the_key_that_is(argument: str, fix: str) -> None:
+    with pytest.raises(ConfigError, match=r"rollout.engine_args: holds an argument that isn't yours") as caught:
+        load_config(QUICKSTART, ["rollout.engine=vllm", f"rollout.engine_args={{{argument}}}"])
+    assert fix in str(caught.value)
 
 
 def test_a_config_without_a_model_is_refused() -> None:

@@ -73,8 +73,11 @@ def _check_length(config: Config, model: Mapping[str, Any]) -> None:
     known = model.get("max_position_embeddings")
     scaled = "factor" in (model.get("rope_parameters") or model.get("rope_scaling") or {})
     if known and needed > known and not scaled:
-        problem = f"prompt and response need {needed} positions, the model has {known}"
-        raise ConfigError("rollout.max_response_length", problem, config.rollout.max_response_length)
+        prompt = config.prompts.max_prompt_length
+        problem = f"with prompts.max_prompt_length {prompt} needs {needed} positions, the model has {known}"
+        raise ConfigError(
+            "rollout.max_response_length", problem, config.rollout.max_response_length, "lower one of the two"
+        )
 
 
 def installed_vllm() -> str | None:

@@ -104,12 +104,19 @@ def place(config: Config, gpus_of_nodes: Sequence[int]) -> Placement:
     if mode == "separate":
         raise _too_few(config, "separate", gpus_of_nodes, "auto makes do with what there is")
     if not num_gpus:
+        _refuse_cuda(config)
         return _on_gpus(config, [], "there is no GPU: everything is on the CPU")
     if _workers_on_gpus(config) and config.rollout.tensor_parallel > 1:
         raise _too_few(config, "auto", gpus_of_nodes, "engines of several GPUs share none: a smaller tensor_parallel")
     users = [*_ranks_on_gpus(config), *_workers_on_gpus(config)]
     reason = f"{len(users)} processes are dealt to {_counted(num_gpus)}, in equal parts"
     return _on_gpus(config, _dealt(users, num_gpus), reason)
+
+
+def _refuse_cuda(config: Config) -> None:
+    for key, device in (("learner.device", config.learner.device), ("rollout.device", config.rollout.device)):
+        if device == "cuda":
+            raise ConfigError(key, "there is no GPU", device, "use auto or cpu")
 
 
 def _ranks_on_gpus(config: Config) -> list[str]:

@@ -13,6 +13,30 @@ PARITY_WARN = {"float32": 1e-3, "bfloat16": 0.1}
 PARITY_STOP = {"float32": 0.05, "bfloat16": 0.5}
 """By number format, in nats. Two fp32 engines differ by 1e-5 in the mean, two bf16 ones by 0.05."""
 
+ENGINE_OWNED = {
+    "model": "model.path",
+    "tokenizer": "model.path",
+    "dtype": "rollout.dtype",
+    "max_num_seqs": "rollout.slots",
+    "max_model_len": "prompts.max_prompt_length and rollout.max_response_length",
+    "tensor_parallel_size": "rollout.tensor_parallel",
+    "gpu_memory_utilization": "rollout.memory_fraction",
+    "logprobs_mode": "",
+    "skip_tokenizer_init": "",
+    "generation_config": "",
+    "override_generation_config": "",
+    "scheduling_policy": "",
+    "stream_interval": "",
+    "seed": "",
+    "disable_log_stats": "",
+    "weight_transfer_config": "",
+    "worker_extension_cls": "",
+    "distributed_executor_backend": "",
+    "pipeline_parallel_size": "",
+    "data_parallel_size": "",
+}
+"""What `rollout.engine_args` can't set, and the key that does (none: the engine depends on it)."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutConfig:
@@ -78,6 +102,11 @@ class RolloutConfig:
                 raise ConfigError(
                     f"rollout.{key}", "does nothing without rollout.engine vllm", getattr(self, key), "remove it"
                 )
+        for name in self.engine_args:
+            if name in ENGINE_OWNED:
+                key = ENGINE_OWNED[name]
+                fix = f"set {key}" if key else "remove it: the engine depends on its value"
+                raise ConfigError("rollout.engine_args", "holds an argument that isn't yours to set", name, fix)
         if self.engine == "vllm" and self.deterministic:
             raise ConfigError("rollout.deterministic", "is a mode of the torch engine", fix="rollout.engine=torch")
         if self.memory_fraction is not None and not 0 < self.memory_fraction <= 1:

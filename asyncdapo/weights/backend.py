@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 
 from asyncdapo.errors import ConfigError
 from asyncdapo.transport.backend import Backend, fitting_backend, host_of, is_cpu
 from asyncdapo.weights.config import WeightsConfig
 
+HOST_ID = "NCCL_HOSTID"
+"""NCCL takes processes in which this variable differs for ones on different hosts, and lets them share a GPU."""
+
 
 def choose_backend(config: WeightsConfig, devices: Mapping[str, str]) -> tuple[Backend, str]:
     """Backend for these ends, the learner first, and why, for the log. Raises ConfigError when `nccl` is demanded and
-    an end has no GPU, or `ipc` and an end is on another machine."""
+    an end has no GPU of its own, or `ipc` and an end is on another machine."""
     if config.backend == "auto":
         return _fitting(devices)
     _refuse_impossible(config.backend, devices)
@@ -34,6 +38,9 @@ def _refuse_impossible(backend: Backend, devices: Mapping[str, str]) -> None:
         raise ConfigError(
             "weights.backend", f"needs a GPU at every end, {without_gpu[0]} has none", "nccl", "auto chooses"
         )
+    if backend == "nccl" and len(set(devices.values())) < len(devices) and HOST_ID not in os.environ:
+        problem = f"needs a GPU of its own at every end: {fitting_backend(devices)[1]}"
+        raise ConfigError("weights.backend", problem, "nccl", "auto chooses")
     (first, here), *others = ((end, host_of(device)) for end, device in devices.items())
     elsewhere = [(end, host) for end, host in others if host != here]
     if backend == "ipc" and elsewhere:

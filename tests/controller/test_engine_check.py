@@ -113,7 +113,9 @@ def test_sequences_longer_than_the_model_knows_are_refused_unless_its_rotation_i
     model_dir(tmp_path, **kind, max_position_embeddings=2024)
     check_model(config)
     model_dir(tmp_path, **kind, max_position_embeddings=2023)
-    with pytest.raises(ConfigError, match="rollout.max_response_length: prompt and response need 2024 positions"):
+    with pytest.raises(
+        ConfigError, match="rollout.max_response_length: with prompts.max_prompt_length 1024 needs 2024 positions"
+    ):
         check_model(config)
     model_dir(tmp_path, **kind, max_position_embeddings=2023, rope_scaling={"rope_type": "yarn", "factor": 4.0})
     check_model(config)

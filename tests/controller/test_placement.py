@@ -11,7 +11,7 @@ import ray
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from asyncdapo.config import Config
+from asyncdapo.config import Config, find_config, load_config
 from asyncdapo.controller.config import ControllerConfig
 from asyncdapo.controller.placement import Placement, gpus_asked, learner_names, place, worker_names
 from asyncdapo.controller.processes import Process, gpus_of_nodes, reserve
@@ -113,6 +113,10 @@ def test_only_too_few_gpus_are_refused_and_the_words_name_what_there_is(case) ->
     size = config.rollout.tensor_parallel
     engines = config.rollout.num_workers if config.rollout.device != "cpu" else 0
     assert sum(nodes) < gpus_asked(config) or sum(gpus // size for gpus in nodes) < engines
+    if "there is no GPU" in str(caught.value):
+        assert sum(nodes) == 0
+        assert "cuda" in (config.learner.device, config.rollout.device)
+        return
     assert f"asks for {gpus_asked(config)} GPU" in str(caught.value)
     assert "there is none" in str(caught.value) or str(sum(nodes)) in str(caught.value)
 
@@ -171,6 +175,13 @@ def test_too_few_gpus_are_named_with_what_was_asked(config: Config, nodes: list[
     with pytest.raises(ConfigError) as caught:
         place(config, nodes)
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("section", ["learner", "rollout"])
+def test_a_gpu_that_is_demanded_and_is_not_there_is_refused_by_its_key(section: str) -> None:
+    config = load_config(find_config("quickstart"), [f"{section}.device=cuda"])
+    with pytest.raises(ConfigError, match=f"{section}.device: there is no GPU, got 'cuda'"):
+        place(config, [0])
 
 
 def test_an_engine_takes_most_of_a_gpu_alone_less_than_half_with_the_learner_and_what_the_user_says() -> None:

@@ -153,6 +153,13 @@ def test_the_command_prints_the_plan_or_one_line_and_exit_code_2(capsys: pytest.
     assert captured.out == ""
 
 
+def test_overrides_may_stand_behind_an_option(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "quickstart", "--gpus", "1", "run.name=behind"]) == 0
+    assert "behind in runs/behind" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["plan", "quickstart", "--gpu", "1", "--no-such-option"])
+
+
 @pytest.mark.parametrize("gpus", ["x", "-1", "1,,2", ""])
 def test_gpus_are_numbers(gpus: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):

@@ -62,10 +62,12 @@ def test_the_learners_ranks_never_sum_through_shared_memory():
     assert "learner and learner-1 share" in reason
 
 
-def test_what_the_user_names_is_taken():
+def test_what_the_user_names_is_taken(monkeypatch):
     shared = {"learner": "cuda A on x", "rollout 0": "cuda A on x"}
     without_gpu = {"learner": "cpu on x", "rollout 0": "cpu on x"}
     assert choose_backend(WeightsConfig(backend="gloo"), OWN_GPUS)[0] == "gloo"
+    assert choose_backend(WeightsConfig(backend="nccl"), OWN_GPUS)[0] == "nccl"
+    monkeypatch.setenv("NCCL_HOSTID", "learner")
     assert choose_backend(WeightsConfig(backend="nccl"), shared)[0] == "nccl"
     assert choose_backend(WeightsConfig(backend="ipc"), without_gpu)[0] == "ipc"
 
@@ -78,6 +80,12 @@ def test_shared_memory_across_machines_is_a_configuration_error_that_names_both(
 def test_nccl_without_a_gpu_is_a_configuration_error_that_names_the_end():
     with pytest.raises(ConfigError, match="weights.backend: needs a GPU at every end, rollout 0 has none"):
         choose_backend(WeightsConfig(backend="nccl"), {"learner": "cuda A on x", "rollout 0": "cpu on x"})
+
+
+def test_nccl_on_a_shared_gpu_is_a_configuration_error_that_names_who_shares_it(monkeypatch):
+    monkeypatch.delenv("NCCL_HOSTID", raising=False)
+    with pytest.raises(ConfigError, match="weights.backend: needs a GPU of its own .* learner and rollout 0 share"):
+        choose_backend(WeightsConfig(backend="nccl"), {"learner": "cuda A on x", "rollout 0": "cuda A on x"})
 
 
 def test_a_cpu_is_named_after_its_machine():

@@ -34,7 +34,7 @@ def launch(arguments: AsyncEngineArgs) -> AsyncLLM:
     try:
         config = arguments.create_engine_config()
     except ValueError as error:
-        raise UserError(f"vLLM refuses this model or configuration: {error}") from error
+        raise UserError(f"vLLM refuses this model or rollout.engine_args: {_in_a_line(error)}") from error
     try:
         return AsyncLLM.from_vllm_config(config, disable_log_stats=True)
     except RuntimeError as error:
@@ -132,3 +132,11 @@ class Adapter:
             raise EngineError("the vLLM engine died") from error
         except Exception as error:
             raise EngineError(f"{what} failed in the vLLM engine: {error}") from error
+
+
+def _in_a_line(error: ValueError) -> str:
+    """What vLLM says; of pydantic's pages only what is wrong with what."""
+    if not hasattr(error, "errors"):
+        return " ".join(str(error).split())
+    found = [(".".join(map(str, problem["loc"])), problem["msg"]) for problem in error.errors()]
+    return "; ".join(f"{where}: {what}" if where else what for where, what in found)

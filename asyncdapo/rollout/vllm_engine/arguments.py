@@ -7,6 +7,7 @@ slot) isn't the user's to change and is refused by name. vLLM is imported here, 
 
 from __future__ import annotations
 
+import difflib
 import os
 import secrets
 from dataclasses import fields
@@ -29,30 +30,6 @@ CPU_BLOCK = 128
 CPU_CACHE_ROOM = 1.25
 """KV cache of the CPU build as a multiple of what full slots hold: the rest keeps prompts for the next request."""
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
-
-OWNED = {
-    "model": "model.path",
-    "tokenizer": "model.path",
-    "dtype": "rollout.dtype",
-    "max_num_seqs": "rollout.slots",
-    "max_model_len": "prompts.max_prompt_length and rollout.max_response_length",
-    "tensor_parallel_size": "rollout.tensor_parallel",
-    "gpu_memory_utilization": "rollout.memory_fraction",
-    "logprobs_mode": "",
-    "skip_tokenizer_init": "",
-    "generation_config": "",
-    "override_generation_config": "",
-    "scheduling_policy": "",
-    "stream_interval": "",
-    "seed": "",
-    "disable_log_stats": "",
-    "weight_transfer_config": "",
-    "worker_extension_cls": "",
-    "distributed_executor_backend": "",
-    "pipeline_parallel_size": "",
-    "data_parallel_size": "",
-}
-"""What `rollout.engine_args` can't set, and the key that does (none: the engine depends on it)."""
 
 
 def set_environment(config: RolloutConfig) -> None:
@@ -132,10 +109,9 @@ def _check_device(device: str, found: str) -> None:
 def _refuse_unknown(given: dict[str, Any], known: set[str]) -> None:
     for name in given:
         if name not in known:
-            raise ConfigError("rollout.engine_args", "the installed vLLM has no such argument", name)
-        if name in OWNED:
-            fix = f"set {OWNED[name]}" if OWNED[name] else "remove it: the engine depends on its value"
-            raise ConfigError("rollout.engine_args", "holds an argument that isn't yours to set", name, fix)
+            near = difflib.get_close_matches(str(name), known, n=1)
+            fix = f"did you mean {near[0]}?" if near else ""
+            raise ConfigError("rollout.engine_args", "the installed vLLM has no such argument", name, fix)
 
 
 def _one_node(config: RolloutConfig) -> dict[str, Any]:
