@@ -100,8 +100,9 @@ class Main(Member):
 
     def _children(self) -> list[Entry]:
         """The processes that this one started."""
+        num_parts = self.config.rollout.tensor_parallel
         started = (
-            ("engine", self.engine_pids(), 1 + self.config.rollout.tensor_parallel),
+            ("engine", self.engine_pids(), 1 if num_parts == 1 else 1 + num_parts),  # several have one above them
             ("scorer", self.scorer.pids(), self.config.reward.processes),
         )
         return [
