@@ -86,6 +86,8 @@ class Config:
                 f"must divide replay.prompts_per_step ({self.replay.prompts_per_step})",
                 self.learner.updates_per_step,
             )
+        if self.eval.temperature:  # 0 is greedy for every engine
+            self.rollout.check_temperature("eval.temperature", self.eval.temperature)
         if self.controller.placement == "shared":
             self._check_shared()
 

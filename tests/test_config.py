@@ -114,6 +114,11 @@ def test_a_bad_key_or_value_is_named_with_its_fix(override: str, words: str) -> 
             ("rollout.engine=vllm", "rollout.memory_fraction=1.2"),
             "rollout.memory_fraction: must be above 0 and at most",
         ),
+        (
+            ("rollout.engine=vllm", "rollout.temperature=3"),
+            "rollout.temperature: must be 0.01 to 2 with rollout.engine vllm, got 3",
+        ),
+        (("rollout.engine=vllm", "eval.temperature=0.001"), "eval.temperature: must be 0.01 to 2 with rollout.engine"),
         (("rollout.engine=vllm", "rollout.deterministic=true"), "rollout.deterministic: is a mode of the torch engine"),
     ],
 )

@@ -12,6 +12,8 @@ MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 PARITY_WARN = {"float32": 1e-3, "bfloat16": 0.1}
 PARITY_STOP = {"float32": 0.05, "bfloat16": 0.5}
 """By number format, in nats. Two fp32 engines differ by 1e-5 in the mean, two bf16 ones by 0.05."""
+VLLM_TEMPERATURES = 0.01, 2.0
+"""vLLM raises a lower temperature to the first without a word to the caller, and refuses one above the second."""
 
 ENGINE_OWNED = {
     "model": "model.path",
@@ -109,8 +111,20 @@ class RolloutConfig:
                 raise ConfigError("rollout.engine_args", "holds an argument that isn't yours to set", name, fix)
         if self.engine == "vllm" and self.deterministic:
             raise ConfigError("rollout.deterministic", "is a mode of the torch engine", fix="rollout.engine=torch")
+        self.check_temperature("rollout.temperature", self.temperature)
         if self.memory_fraction is not None and not 0 < self.memory_fraction <= 1:
             raise ConfigError("rollout.memory_fraction", "must be above 0 and at most 1", self.memory_fraction)
+
+    def check_temperature(self, key: str, temperature: float) -> None:
+        """Raises ConfigError, in the name of this key, for one at which vLLM doesn't sample."""
+        lowest, highest = VLLM_TEMPERATURES
+        if self.engine == "vllm" and not lowest <= temperature <= highest:
+            raise ConfigError(
+                key,
+                f"must be {lowest:g} to {highest:g} with rollout.engine vllm",
+                temperature,
+                "or use rollout.engine=torch",
+            )
 
     def _settle_parity(self) -> None:
         """Defaults that depend on the number format, so that the effective values are on record."""

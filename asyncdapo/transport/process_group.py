@@ -19,11 +19,14 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Self
+from functools import partial
+from threading import Thread
+from typing import Any, Self, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -34,6 +37,10 @@ from asyncdapo.transport.backend import CPU, Backend, name_device
 ROOT = 0
 """The rank that hosts the store and sends broadcasts."""
 JOIN_POLL_S = 0.02
+NAMES_S = 1.0
+"""Time beyond a deadline for the store to say who is missing."""
+
+T = TypeVar("T")
 
 
 class Deadline:
@@ -72,14 +79,17 @@ class ProcessGroup:
         self._host, port = address.rsplit(":", 1)
         self._group: dist.Backend | None = None
         self._left = False
-        with self._translated("open the store", Deadline(timeout_s)):
-            self._store: dist.Store | None = dist.TCPStore(
-                self._host,
-                int(port),
-                is_master=rank == ROOT,
-                timeout=timedelta(seconds=timeout_s / 2),  # it tries twice where nobody listens
-                wait_for_workers=False,
-            )
+        deadline = Deadline(timeout_s)
+        opening = partial(
+            dist.TCPStore,
+            self._host,
+            int(port),
+            is_master=rank == ROOT,
+            timeout=timedelta(seconds=timeout_s / 2),  # it tries twice where nobody listens
+            wait_for_workers=False,
+        )
+        with self._translated("open the store", deadline):
+            self._store: dist.Store | None = _answered(opening, deadline)
             self.address = f"{self._host}:{self._store.port}"
 
     @classmethod
@@ -107,8 +117,10 @@ class ProcessGroup:
         store = self._open_store()
         deadline = deadline or Deadline(self.timeout_s)
         with self._translated("join", deadline):
-            store.set(_joined(self.rank), "")
-            while not store.check([_joined(rank) for rank in range(self.world_size)]):
+            _answered(partial(store.set, _joined(self.rank), ""), deadline)
+            everyone = partial(store.check, [_joined(rank) for rank in range(self.world_size)])
+            patience = Deadline(deadline.left().total_seconds() + NAMES_S)
+            while not _answered(everyone, patience):
                 self._open_store()
                 if deadline.passed:
                     missing = self._missing_ranks(store)
@@ -166,13 +178,15 @@ class ProcessGroup:
 
     def post(self, key: str, value: bytes) -> None:
         """Rank 0 leaves a note in the group's store, which it hosts."""
-        with self._translated("leave a note", Deadline(self.timeout_s)):
-            self._open_store().set(f"note/{key}", value)
+        deadline = Deadline(self.timeout_s)
+        with self._translated("leave a note", deadline):
+            _answered(partial(self._open_store().set, f"note/{key}", value), deadline)
 
     def read(self, key: str) -> bytes:
         """A note that rank 0 has left."""
-        with self._translated("read a note", Deadline(self.timeout_s)):
-            return self._open_store().get(f"note/{key}")
+        deadline = Deadline(self.timeout_s)
+        with self._translated("read a note", deadline):
+            return _answered(partial(self._open_store().get, f"note/{key}"), deadline)
 
     def close(self) -> None:
         """Leave the group; collectives under way fail, here and at the other ranks."""
@@ -192,8 +206,10 @@ class ProcessGroup:
         return self._group
 
     def _missing_ranks(self, store: dist.Store) -> str:
+        deadline = Deadline(NAMES_S)
         try:
-            missing = [rank for rank in range(self.world_size) if not store.check([_joined(rank)])]
+            joined = (_answered(partial(store.check, [_joined(rank)]), deadline) for rank in range(self.world_size))
+            missing = [rank for rank, has_joined in enumerate(joined) if not has_joined]
         except dist.DistError:
             return "rank 0, which keeps its store, is gone"
         return f"ranks {missing} of {self.world_size} did not join" if missing else "the last rank joined too late"
@@ -249,7 +265,30 @@ def _process_group(store: dist.Store, group: ProcessGroup, deadline: Deadline) -
     options = dist.ProcessGroupGloo._Options()
     options._timeout = deadline.left()
     options._devices = [_gloo_device(group.address)]
-    return dist.ProcessGroupGloo(store, group.rank, group.world_size, options)
+    return _answered(partial(dist.ProcessGroupGloo, store, group.rank, group.world_size, options), deadline)
+
+
+def _answered(call: Callable[[], T], deadline: Deadline) -> T:
+    """What a call that talks to the store returns. Raises DistStoreError at the deadline: where the host of the store
+    takes connections and says nothing (its process is stopped, the network is cut) the store's client waits for ever.
+    It then goes on waiting in a thread of its own, which ends with the connection."""
+    answer: Future[T] = Future()
+    Thread(target=_run, args=(call, answer), name="store", daemon=True).start()
+    try:
+        return answer.result(deadline.left().total_seconds())
+    except TimeoutError:
+        raise dist.DistStoreError("rank 0, which keeps the store, gives no answer") from None
+    finally:
+        del answer  # what it failed with refers to this frame
+
+
+def _run(call: Callable[[], T], answer: Future[T]) -> None:
+    try:
+        answer.set_result(call())
+    except Exception as error:  # noqa: BLE001  (whoever waits for the answer gets it)
+        answer.set_exception(error)
+    finally:
+        del answer  # as above
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from hashlib import blake2b
 
 import torch
@@ -36,11 +37,13 @@ class WeightGroup(ProcessGroup):
         self._own_device = numbered(device)
 
     def connect(self, deadline: Deadline | None = None) -> None:
+        deadline = deadline or Deadline(self.timeout_s)
         super().connect(deadline)
-        self.carrier = SharedCarrier(self, self._common_device()) if self.backend == "ipc" else GroupCarrier(self)
+        own = weakref.proxy(self)  # in a cycle the buffers and threads of an old group would last until some collection
+        self.carrier = SharedCarrier(own, self._common_device(deadline)) if self.backend == "ipc" else GroupCarrier(own)
 
-    def _common_device(self) -> torch.device:
+    def _common_device(self, deadline: Deadline) -> torch.device:
         """The GPU of all ends, or the host: every end comes to the same."""
         name = device_name(self._own_device).encode()
-        words = self.exchange(int.from_bytes(blake2b(name, digest_size=7).digest()), Deadline(self.timeout_s))
+        words = self.exchange(int.from_bytes(blake2b(name, digest_size=7).digest()), deadline)
         return self._own_device if len(set(words)) == 1 else HOST

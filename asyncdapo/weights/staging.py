@@ -26,7 +26,7 @@ import torch
 
 from asyncdapo.errors import WeightsError
 from asyncdapo.transport.backend import Backend
-from asyncdapo.transport.process_group import numbered
+from asyncdapo.transport.process_group import Deadline, numbered
 from asyncdapo.weights.group import WeightGroup
 from asyncdapo.weights.layout import Manifest
 from asyncdapo.weights.receiver import WeightReceiver
@@ -108,9 +108,10 @@ class Staging:
     def _join(
         self, address: str, rank: int, world_size: int, backend: Backend, manifest: Manifest, timeout_s: float
     ) -> None:
+        deadline = Deadline(timeout_s)
         with self._stream:
             self._group = WeightGroup(address, rank, world_size, backend, timeout_s, self._device)
-            self._group.connect()
+            self._group.connect(deadline)
             self._make_room(manifest.offsets[-1])
             self._receiver = WeightReceiver(self._group, manifest, self._memory_U)
 

@@ -113,6 +113,11 @@ class Life:
 
     group: WeightGroup
 
+    def open(self, world_size: int, timeout_s: float) -> str:
+        """Host a group's store, as the learner does."""
+        self.group = WeightGroup.create_master("127.0.0.1", world_size, "gloo", timeout_s)
+        return self.group.address
+
     def join(self, *args: object) -> None:
         self.group = WeightGroup.join(*args)
 

@@ -3,7 +3,12 @@ memory."""
 
 from __future__ import annotations
 
+import gc
+import os
+import signal
+import socket
 import time
+import weakref
 from threading import Thread
 
 import pytest
@@ -199,6 +204,45 @@ def test_joining_where_no_learner_listens_ends_at_the_deadline():
     with pytest.raises(WeightsError, match="rank 1 of 2 could not open the store"):
         WeightGroup.join("127.0.0.1:1", 1, 2, "gloo", timeout_s)
     assert time.monotonic() - began_s < 2 * timeout_s
+
+
+def test_joining_a_learner_that_takes_connections_and_never_answers_ends_at_the_deadline():
+    timeout_s = 1.0
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        began_s = time.monotonic()
+        with pytest.raises(WeightsError, match="rank 1 of 2 could not open the store: no end within 1 s"):
+            WeightGroup.join(f"127.0.0.1:{silent.getsockname()[1]}", 1, 2, "gloo", timeout_s)
+        assert time.monotonic() - began_s < 2 * timeout_s
+
+
+def test_a_learner_that_is_stopped_while_others_join_fails_them_at_the_deadline():
+    timeout_s = 1.0
+    with members(2) as [learner, receiver]:
+        address = learner.do("open", 3, timeout_s)
+        receiver.start("join", address, 1, 3, "gloo", timeout_s)
+        os.kill(learner.process.pid, signal.SIGSTOP)
+        assert isinstance(failed := receiver.result(), Failed)
+        assert failed.after_s < 3 * timeout_s
+
+
+@both_ways
+def test_a_group_goes_with_its_last_user_and_not_at_the_next_garbage_collection(backend: Backend):
+    """Its buffers are large, perhaps on a GPU, and it has threads and file descriptors."""
+    tensors = {"weight": torch.randn(10)}
+    gc.disable()
+    try:
+        with members(1) as [receiver]:
+            group = form_group([receiver], backend=backend)
+            manifest = Manifest.of(tensors)
+            sender = WeightSender(group, manifest, BUCKET_BYTES)
+            receiver.start("receive", manifest, 1)
+            sender.send(1, tensors)
+            group.close()
+            watched = weakref.ref(group)
+            del group, sender
+            assert watched() is None
+    finally:
+        gc.enable()
 
 
 def test_a_closed_group_says_so():

@@ -218,10 +218,11 @@ class VllmEngine:
         """Raises ValueError for a request that can't fit, EngineError once the engine can't go on."""
         self._raise_if_ended()
         self._limits.refuse_unfit(request)
+        params_of_samples = self._params(request)
         job = Job(request)
         done = self._jobs[job] = self._loop.create_future()
         self._note_activity()
-        for index, params in enumerate(self._params(request)):
+        for index, params in enumerate(params_of_samples):
             self._spawn(self._sample(job, index, params)).add_done_callback(self._note_failure)
         try:
             return await done
