@@ -20,9 +20,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from asyncdapo.errors import ConfigError, EngineError, WeightsError
+from asyncdapo.errors import ConfigError, WeightsError
 from asyncdapo.rollout.config import RolloutConfig
 from asyncdapo.rollout.engine import Limits, LoadTimes, Request, Sample
+from asyncdapo.rollout.life import Life
 from asyncdapo.rollout.torch_engine.checkpoint import read_checkpoint
 from asyncdapo.rollout.torch_engine.runner import Counters, Progress, Runner
 from asyncdapo.rollout.torch_engine.scheduler import Job
@@ -57,8 +58,7 @@ class TorchEngine:
         self._loading = asyncio.Lock()
         self._filler = ThreadPoolExecutor(1, "weights", torch.set_num_threads, (config.threads,))
         self._stopping = False
-        self._end_reason: str | None = "the torch engine has not been started"
-        self._end_cause: BaseException | None = None
+        self._life = Life("the torch engine")
         self._version = 0
         self._counters = Counters()
         self._busy_s = 0.0
@@ -99,14 +99,13 @@ class TorchEngine:
         self._loop = asyncio.get_running_loop()
         await self._loop.run_in_executor(self._filler, self._load)
         self._started_s = time.monotonic()
-        self._ended: asyncio.Future[None] = self._loop.create_future()
-        self._end_reason = None
+        self._life.begin()
         self._thread = threading.Thread(target=self._generate_until_stopped, name="torch-engine", daemon=True)
         self._thread.start()
 
     async def generate(self, request: Request) -> list[Sample]:
         """Raises ValueError for a request that can't fit, EngineError once the engine can't go on."""
-        self._raise_if_ended()
+        self._life.require()
         self._limits.refuse_unfit(request)
         job = Job(request)
         done = self._jobs[job] = self._loop.create_future()
@@ -124,26 +123,25 @@ class TorchEngine:
         async with self._loading:
             if self._swapped is not None:  # an earlier call may have been cancelled before its swap
                 await asyncio.wait([self._swapped])
-            self._raise_if_ended()
+            self._life.require()
             try:
                 await self._loop.run_in_executor(self._filler, self._spare.fill, weights)
             except ValueError as error:
                 raise WeightsError(f"version {version} can't be loaded: {error}") from error
-            self._raise_if_ended()
+            self._life.require()
             swapped = self._swapped = self._loop.create_future()
             self._order(lambda: self._swap(version, swapped))
             await asyncio.shield(swapped)
         return LoadTimes(load_s=time.monotonic() - began_s)
 
     async def ended(self) -> None:
-        self._raise_if_ended()
-        await asyncio.shield(self._ended)
+        await self._life.over()
 
     async def stop(self) -> None:
         with self._condition:
             self._stopping = True
             self._condition.notify()
-        if self._end_reason is None:
+        if self._life.alive:
             await self._loop.run_in_executor(None, self._thread.join)
             self._on_end(None)
             del self._runner, self._spare
@@ -168,27 +166,8 @@ class TorchEngine:
 
     def _on_end(self, cause: BaseException | None) -> None:
         """Nothing generates any more: tell everyone who waits."""
-        if self._end_reason is not None:
-            return
-        self._end_reason = f"the torch engine failed: {cause}" if cause else "the torch engine was stopped"
-        self._end_cause = cause
-        for waiting in (*self._jobs.values(), self._swapped):
-            if waiting is not None and not waiting.done():
-                waiting.set_exception(self._end_error())
-        if cause:
-            self._ended.set_exception(self._end_error())
-            self._ended.exception()  # told here already, if nobody waits for it
-        else:
-            self._ended.set_result(None)
-
-    def _raise_if_ended(self) -> None:
-        if self._end_reason is not None:
-            raise self._end_error()
-
-    def _end_error(self) -> EngineError:
-        error = EngineError(self._end_reason)
-        error.__cause__ = self._end_cause
-        return error
+        if self._life.alive:
+            self._life.end(cause, (*self._jobs.values(), self._swapped))
 
     # ----------------------------------------------------------------------------------------- in the filler's thread
 

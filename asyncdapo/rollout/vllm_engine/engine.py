@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from asyncdapo.errors import EngineError
 from asyncdapo.rollout.config import RolloutConfig
 from asyncdapo.rollout.engine import Limits, LoadTimes, Request, Sample
+from asyncdapo.rollout.life import Life
 from asyncdapo.rollout.model_files import locate, read_config, stop_token_ids
 from asyncdapo.rollout.vllm_engine.arguments import engine_args, set_environment
 from asyncdapo.rollout.vllm_engine.meter import Meter
@@ -74,8 +75,7 @@ class VllmEngine:
 
         self._parent = ThreadPoolExecutor(1, "vllm-parent")
         self._making: Future[tuple[Adapter, Family]] | None = None
-        self._end_reason: str | None = "the vLLM engine has not been started"
-        self._end_cause: BaseException | None = None
+        self._life = Life("the vLLM engine")
         self._family: Family | None = None
 
         self._jobs: dict[Job, asyncio.Future[list[Sample]]] = {}
@@ -122,8 +122,7 @@ class VllmEngine:
             max_response_length=self._config.max_response_length,
             vocab_size=self._vllm.vocab_size,
         )
-        self._ended: asyncio.Future[None] = self._loop.create_future()
-        self._end_reason = None
+        self._life.begin()
         await self._unless_ended(self._vllm.begin(self._version))
         self._meter.start()
 
@@ -150,8 +149,7 @@ class VllmEngine:
         return vllm, Family(child_pids() - others)
 
     async def ended(self) -> None:
-        self._raise_if_ended()
-        await asyncio.shield(self._ended)
+        await self._life.over()
 
     async def stop(self) -> None:
         """Leaves no process behind."""
@@ -172,30 +170,12 @@ class VllmEngine:
 
     def _on_end(self, cause: BaseException | None) -> None:
         """Nothing is generated any more: tell everyone who waits."""
-        if self._end_reason is not None:
+        if not self._life.alive:
             return
-        self._end_reason = f"the vLLM engine failed: {cause}" if cause else "the vLLM engine was stopped"
-        self._end_cause = cause
         self._family.unwatch()
-        for waiting in self._jobs.values():
-            if not waiting.done():
-                waiting.set_exception(self._end_error())
-        if cause:
-            self._ended.set_exception(self._end_error())
-            self._ended.exception()  # told here already, if nobody waits for it
-        else:
-            self._ended.set_result(None)
+        self._life.end(cause, self._jobs.values())
         for task in self._tasks:
             task.cancel()
-
-    def _raise_if_ended(self) -> None:
-        if self._end_reason is not None:
-            raise self._end_error()
-
-    def _end_error(self) -> EngineError:
-        error = EngineError(self._end_reason)
-        error.__cause__ = self._end_cause
-        return error
 
     def _spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         task = self._loop.create_task(work)
@@ -207,16 +187,15 @@ class VllmEngine:
         """The result of the work, which goes on when the caller is cancelled. Raises EngineError when the engine ends
         first."""
         task = self._spawn(work)
-        await asyncio.wait([task, self._ended], return_when=asyncio.FIRST_COMPLETED)
-        if self._end_reason is not None:
-            raise self._end_error()
+        await asyncio.wait([task, self._life.ended], return_when=asyncio.FIRST_COMPLETED)
+        self._life.require()
         return task.result()
 
     # -------------------------------------------------------------------------------------------------------- generate
 
     async def generate(self, request: Request) -> list[Sample]:
         """Raises ValueError for a request that can't fit, EngineError once the engine can't go on."""
-        self._raise_if_ended()
+        self._life.require()
         self._limits.refuse_unfit(request)
         params_of_samples = self._params(request)
         job = Job(request)
@@ -228,7 +207,7 @@ class VllmEngine:
             return await done
         finally:
             del self._jobs[job]
-            if job.request_ids and self._end_reason is None:
+            if job.request_ids and self._life.alive:
                 self._spawn(self._vllm.abort(job.request_ids))
             self._note_activity()
 
@@ -305,13 +284,13 @@ class VllmEngine:
     async def rpc(self, method: str, *args: Any) -> list[Any]:
         """What a method of the workers returns, in rank order; nothing is generated while it runs. Raises RunError when
         it raised, EngineError when the engine ends first."""
-        self._raise_if_ended()
+        self._life.require()
         return await self._unless_ended(self._vllm.rpc(method, *args))
 
     async def load_weights(self, version: int, weights: Any) -> LoadTimes:
         """`weights` is of no use here: they are where the workers received them. Raises WeightsError; generation is
         then paused until another load succeeds."""
-        self._raise_if_ended()
+        self._life.require()
         return await self._unless_ended(self._load(version))
 
     async def _load(self, version: int) -> LoadTimes:
@@ -344,6 +323,6 @@ class VllmEngine:
         finally:
             self._num_pauses -= 1
             async with self._pausing:
-                if not self._num_pauses and not self._half_loaded and self._end_reason is None:
+                if not self._num_pauses and not self._half_loaded and self._life.alive:
                     await self._vllm.resume()
             self._note_activity()

@@ -1,0 +1,60 @@
+"""Life of an engine: not started, alive, over; whoever waits for it hears of its end at once.
+
+In: that it has begun, and how it ended. Out: an EngineError with the cause for every pending and every later call.
+Invariant: the first end counts, and no future that was handed in at the end stays pending.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+from typing import Any
+
+from asyncdapo.errors import EngineError
+
+
+class Life:
+    """Of one engine, in one event loop."""
+
+    def __init__(self, engine: str) -> None:
+        """`engine`: its name in errors, "the torch engine"."""
+        self._engine = engine
+        self._problem: str | None = f"{engine} has not been started"
+        self._cause: BaseException | None = None
+
+    def begin(self) -> None:
+        """Alive from now on. Called in the event loop."""
+        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._problem = None
+
+    @property
+    def alive(self) -> bool:
+        return self._problem is None
+
+    def require(self) -> None:
+        """Raises EngineError unless it is alive."""
+        if not self.alive:
+            raise self._error()
+
+    def end(self, cause: BaseException | None, waiting: Iterable[asyncio.Future[Any] | None]) -> None:
+        """Over, by this cause or because it was stopped: an EngineError for all who wait. Once."""
+        self._problem = f"{self._engine} failed: {cause}" if cause else f"{self._engine} was stopped"
+        self._cause = cause
+        for future in waiting:
+            if future is not None and not future.done():
+                future.set_exception(self._error())
+        if cause:
+            self.ended.set_exception(self._error())
+            self.ended.exception()  # told here already, if nobody waits for it
+        else:
+            self.ended.set_result(None)
+
+    async def over(self) -> None:
+        """Lasts as long as it is alive: see `Engine.ended`."""
+        self.require()
+        await asyncio.shield(self.ended)
+
+    def _error(self) -> EngineError:
+        error = EngineError(self._problem)
+        error.__cause__ = self._cause
+        return error
