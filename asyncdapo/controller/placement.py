@@ -109,7 +109,7 @@ def place(config: Config, gpus_of_nodes: Sequence[int]) -> Placement:
     if _workers_on_gpus(config) and config.rollout.tensor_parallel > 1:
         raise _too_few(config, "auto", gpus_of_nodes, "engines of several GPUs share none: a smaller tensor_parallel")
     users = [*_ranks_on_gpus(config), *_workers_on_gpus(config)]
-    reason = f"{len(users)} processes are dealt to {_counted(num_gpus)}, in equal parts"
+    reason = f"{len(users)} processes are dealt to {count_gpus(num_gpus)}, in equal parts"
     return _on_gpus(config, _dealt(users, num_gpus), reason)
 
 
@@ -165,7 +165,7 @@ def _too_few(config: Config, mode: str, gpus_of_nodes: Sequence[int], fix: str) 
     if config.rollout.device != "cpu":
         on_one_node = f" of {size} GPUs on one node" if size > 1 else ""
         users.append(f"{workers} {_plural(workers, 'engine')}{on_one_node}")
-    problem = f"asks for {_counted(gpus_asked(config))} ({', '.join(users)}), {_there_are(gpus_of_nodes)}"
+    problem = f"asks for {count_gpus(gpus_asked(config))} ({', '.join(users)}), {_there_are(gpus_of_nodes)}"
     return ConfigError("controller.placement", problem, mode, fix)
 
 
@@ -177,7 +177,8 @@ def _there_are(gpus_of_nodes: Sequence[int]) -> str:
     return f"there {'is' if sum(gpus_of_nodes) == 1 else 'are'} {sum(gpus_of_nodes)}{nodes}"
 
 
-def _counted(num_gpus: int) -> str:
+def count_gpus(num_gpus: int) -> str:
+    """In words: 1 GPU, 2 GPUs."""
     return f"{num_gpus} {_plural(num_gpus, 'GPU')}"
 
 

@@ -9,20 +9,20 @@ Does not own: the rule (`placement`), the formulas (`sizes`), the choice of the 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from asyncdapo.config import Config, find_config, load_config
 from asyncdapo.controller.engine_check import INSTALL, check_installed, check_model, installed_vllm
-from asyncdapo.controller.placement import Bundle, Placement, gpus_asked, learner_names, place, worker_names
+from asyncdapo.controller.placement import Bundle, Placement, count_gpus, gpus_asked, learner_names, place, worker_names
 from asyncdapo.controller.preflight import check_reward
 from asyncdapo.controller.sizes import engine_bytes, learner_bytes, read_shape
 from asyncdapo.learner.model_path import find_directory, model_config
 from asyncdapo.prompts.registry import open_task
 from asyncdapo.transport.backend import CPU, name_device
-from asyncdapo.weights.backend import choose_backend
+from asyncdapo.weights.backend import choose_backend, device_of_ranks
 
 GIB = 1 << 30
 INDENT = 11
@@ -37,7 +37,7 @@ def plan(name_or_path: str, overrides: Sequence[str], gpus_of_nodes: Sequence[in
     check_reward(config)
     check_model(config)
     placement = place(config, [gpus_asked(config)] if gpus_of_nodes is None else gpus_of_nodes)
-    backend, reason = choose_backend(config.weights, _devices(config, placement))
+    backend, reason = choose_backend(config.weights, device_of_ranks(_devices(config, placement)))
     sections = {
         "model": _model_lines(config, model),
         "data": _data_lines(config),
@@ -50,7 +50,7 @@ def plan(name_or_path: str, overrides: Sequence[str], gpus_of_nodes: Sequence[in
     }
     lines = [f"{config.run.name} in {config.run.dir}"]
     for word, texts in sections.items():
-        lines += [f"  {word if first else '':{INDENT}}{text}" for first, text in _marked(texts)]
+        lines += [f"  {'' if index else word:{INDENT}}{text}" for index, text in enumerate(texts)]
     return "\n".join(lines)
 
 
@@ -58,10 +58,6 @@ def _located(config: Config, config_dir: Path) -> Config:
     """With the model's directory where it is here."""
     found = find_directory(config.model.path, [Path.cwd(), config_dir])
     return dataclasses.replace(config, model=dataclasses.replace(config.model, path=found or config.model.path))
-
-
-def _marked(texts: Sequence[str]) -> Iterator[tuple[bool, str]]:
-    return ((index == 0, text) for index, text in enumerate(texts))
 
 
 def _model_lines(config: Config, model: Mapping[str, Any] | None) -> list[str]:
@@ -99,7 +95,7 @@ def _engine_lines(config: Config) -> list[str]:
 
 def _placement_lines(config: Config, placement: Placement, *, supposed: bool) -> list[str]:
     """`supposed`: the GPUs are those that the configuration asks for."""
-    lines = [f"{_gpus(placement.num_gpus)}, {placement.reason}"]
+    lines = [f"{count_gpus(placement.num_gpus)}, {placement.reason}"]
     for _, alike in groupby(placement.bundles, key=lambda bundle: (_roles(bundle), bundle.num_gpus)):
         lines.append(_bundle_line(config, placement, list(alike)))
     if supposed and config.controller.placement == "auto" and placement.num_gpus:
@@ -114,7 +110,7 @@ def _bundle_line(config: Config, placement: Placement, alike: Sequence[Bundle]) 
     if not alike[0].num_gpus:
         return f"{who}: CPU"
     each = " each" if len(alike) > 1 else ""
-    line = f"{who}: {_gpus(alike[0].num_gpus)}{each}"
+    line = f"{who}: {count_gpus(alike[0].num_gpus)}{each}"
     engines = [name for name in alike[0].processes if name.startswith("rollout")]
     if engines and config.rollout.engine == "vllm":
         fraction = placement.memory_fraction(engines[0], config.rollout.memory_fraction)
@@ -126,17 +122,13 @@ def _roles(bundle: Bundle) -> tuple[str, ...]:
     return tuple(name.partition("-")[0] for name in bundle.processes)
 
 
-def _devices(config: Config, placement: Placement) -> dict[str, str]:
-    """Where every end of the weight group is, rank 0 of the learner first; all on one machine, for all a plan knows."""
+def _devices(config: Config, placement: Placement) -> dict[str, list[str]]:
+    """Of every end of the weight group, rank 0 of the learner first; all on one machine, for all a plan knows."""
     devices = {}
     for name in [learner_names(config)[0], *worker_names(config)]:
         index = placement.index(name)
-        num_gpus = placement.bundles[index].num_gpus
-        for gpu in range(num_gpus):
-            end = name if num_gpus == 1 else f"{name} (GPU {gpu + 1} of {num_gpus})"
-            devices[end] = name_device(f"cuda {index}.{gpu}", "this machine")
-        if not num_gpus:
-            devices[name] = name_device(CPU, "this machine")
+        gpus = [f"cuda {index}.{gpu}" for gpu in range(placement.bundles[index].num_gpus)]
+        devices[name] = [name_device(device, "this machine") for device in gpus or [CPU]]
     return devices
 
 
@@ -178,7 +170,3 @@ def _memory_lines(config: Config, model: Mapping[str, Any] | None, placement: Pl
     for roles in sorted({_roles(bundle) for bundle in placement.bundles if len(bundle.processes) > 1}):
         lines.append(f"{' + '.join(roles)} on one GPU: {sum(totals[role] for role in roles) / GIB:.3g}")
     return lines
-
-
-def _gpus(number: int) -> str:
-    return f"{number} GPU" if number == 1 else f"{number} GPUs"

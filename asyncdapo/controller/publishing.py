@@ -22,7 +22,7 @@ from typing import Any
 
 from asyncdapo.controller.processes import Process, ProcessDied
 from asyncdapo.errors import EngineError, RunError, WeightsError
-from asyncdapo.weights.backend import choose_backend
+from asyncdapo.weights.backend import choose_backend, device_of_ranks
 from asyncdapo.weights.config import WeightsConfig
 
 log = logging.getLogger("weights")
@@ -139,7 +139,9 @@ class Publishing:
             return
         within = partial(self._within_deadline, "make the weight group")
         devices = await within(*((end, ("devices",)) for end in ends))
-        backend, reason = choose_backend(self.config, _by_rank(ends, devices))
+        names = (end.name for end in ends)
+        ranks = device_of_ranks(dict(zip(names, devices, strict=True)))
+        backend, reason = choose_backend(self.config, ranks)
         if backend != self._backend:
             self._backend = backend
             log.info("weights travel by %s: %s", backend, reason)
@@ -191,15 +193,6 @@ async def _call(process: Process, *command: Any) -> Any:
         if process.life == life:
             process.end()
         raise ProcessDied(process.name, str(error)) from None
-
-
-def _by_rank(ends: Sequence[Process], devices: Sequence[Sequence[str]]) -> dict[str, str]:
-    """The device of each rank, under a name for messages."""
-    return {
-        end.name if len(own) == 1 else f"{end.name} (GPU {number} of {len(own)})": device
-        for end, own in zip(ends, devices, strict=True)
-        for number, device in enumerate(own, start=1)
-    }
 
 
 def _lives(processes: Sequence[Process]) -> list[Life]:

@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from asyncdapo.config import Config
-from asyncdapo.rollout.config import MODEL_TYPES
+from asyncdapo.rollout.config import DTYPE_BYTES, MODEL_TYPES
 
-FLOAT32_BYTES = 4
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
+FLOAT32_BYTES = DTYPE_BYTES["float32"]
 SIZES = {"num_attention_heads", "num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size"}
 LOGIT_COPIES = 4
 """Of a token's logits at the peak of a forward pass: themselves, their log-softmax, and two on the way to entropy."""

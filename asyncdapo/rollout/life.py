@@ -37,7 +37,9 @@ class Life:
             raise self._error()
 
     def end(self, cause: BaseException | None, waiting: Iterable[asyncio.Future[Any] | None]) -> None:
-        """Over, by this cause or because it was stopped: an EngineError for all who wait. Once."""
+        """Over, by this cause or because it was stopped: an EngineError for all who wait. Nothing when it is over."""
+        if not self.alive:
+            return
         self._problem = f"{self._engine} failed: {cause}" if cause else f"{self._engine} was stopped"
         self._cause = cause
         for future in waiting:

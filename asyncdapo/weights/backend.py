@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from asyncdapo.errors import ConfigError
 from asyncdapo.transport.backend import Backend, fitting_backend, host_of, is_cpu
@@ -13,9 +13,18 @@ HOST_ID = "NCCL_HOSTID"
 """NCCL takes processes in which this variable differs for ones on different hosts, and lets them share a GPU."""
 
 
+def device_of_ranks(ends: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """The device of each rank, under a name for messages. `ends`: of each end, the devices of its ranks in order."""
+    return {
+        end if len(devices) == 1 else f"{end} (GPU {number} of {len(devices)})": device
+        for end, devices in ends.items()
+        for number, device in enumerate(devices, start=1)
+    }
+
+
 def choose_backend(config: WeightsConfig, devices: Mapping[str, str]) -> tuple[Backend, str]:
-    """Backend for these ends, the learner first, and why, for the log. Raises ConfigError when `nccl` is demanded and
-    an end has no GPU of its own, or `ipc` and an end is on another machine."""
+    """Backend for these ranks (`device_of_ranks`), the learner first, and why, for the log. Raises ConfigError when
+    `nccl` is demanded and an end has no GPU of its own, or `ipc` and an end is on another machine."""
     if config.backend == "auto":
         return _fitting(devices)
     _refuse_impossible(config.backend, devices)

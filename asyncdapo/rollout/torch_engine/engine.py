@@ -166,8 +166,7 @@ class TorchEngine:
 
     def _on_end(self, cause: BaseException | None) -> None:
         """Nothing generates any more: tell everyone who waits."""
-        if self._life.alive:
-            self._life.end(cause, (*self._jobs.values(), self._swapped))
+        self._life.end(cause, (*self._jobs.values(), self._swapped))
 
     # ----------------------------------------------------------------------------------------- in the filler's thread
 

@@ -1,8 +1,8 @@
 """Arguments: a rollout configuration and a checkpoint become vLLM's engine arguments and environment.
 
 In: `RolloutConfig`, the model's directory, what the weight transfer is called. Out: `AsyncEngineArgs` with the user's
-`engine_args` on top. What the engine relies on (token ids only, log-probs at the sampling temperature, room for every
-slot) isn't the user's to change and is refused by name. vLLM is imported here, by whoever calls these functions.
+`engine_args` on top; what the engine relies on isn't among them, which the configuration has checked. vLLM is imported
+here, by whoever calls these functions.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import PretrainedConfig
 
 from asyncdapo.errors import ConfigError
-from asyncdapo.rollout.config import RolloutConfig
+from asyncdapo.rollout.config import DTYPE_BYTES, RolloutConfig
 from asyncdapo.rollout.vllm_engine.plugin import PARENT_VARIABLE, PLUGIN
 
 if TYPE_CHECKING:
@@ -29,7 +29,6 @@ CPU_BLOCK = 128
 """Tokens in one block of vLLM's KV cache on CPU; a sequence takes whole ones."""
 CPU_CACHE_ROOM = 1.25
 """KV cache of the CPU build as a multiple of what full slots hold: the rest keeps prompts for the next request."""
-ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 
 
 def set_environment(config: RolloutConfig) -> None:
@@ -57,7 +56,7 @@ def engine_args(
     transfer: str,
     worker_extension: str,
 ) -> AsyncEngineArgs:
-    """Raises ConfigError for `engine_args` that vLLM doesn't have, or that aren't the user's to set."""
+    """Raises ConfigError for `engine_args` that the installed vLLM doesn't have, and a device that it doesn't use."""
     from vllm.config import WeightTransferConfig
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.platforms import current_platform
@@ -139,6 +138,6 @@ def _kv_cache_bytes(model: PretrainedConfig, config: RolloutConfig, num_position
     num_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     num_heads_here = -(-num_heads // config.tensor_parallel)
-    block_bytes = 2 * text.num_hidden_layers * num_heads_here * head_dim * CPU_BLOCK * ITEM_BYTES[config.dtype]
+    block_bytes = 2 * text.num_hidden_layers * num_heads_here * head_dim * CPU_BLOCK * DTYPE_BYTES[config.dtype]
     num_blocks = config.slots * -(-num_positions // CPU_BLOCK)
     return int((CPU_CACHE_ROOM * num_blocks + 2) * block_bytes)
