@@ -1,34 +1,44 @@
 """The commands. Parses first and imports after, so that `--help` and a typing error answer at once.
 
-Exit codes: 0 done · 1 the run failed, or audit found a breach · 2 something the user can mend · 130 interrupted.
+Exit codes: 0 done · 1 the run failed, or audit found a breach · 2 something the user can mend · 130 interrupted
+· 141 nobody reads on.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import re
+import select
 import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-EXIT_INTERRUPTED = 130
+from asyncdapo.errors import EXIT_INTERRUPTED, UserError
+
+EXIT_READER_GONE = 141
+"""As the shell reports a program that writes to `head` when it has read enough."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line, run the command, return its exit code."""
     parser = _parser()
-    args, others = parser.parse_known_args(argv)
+    args, others = parser.parse_known_args(_own_options_first(sys.argv[1:] if argv is None else argv))
     if others:  # overrides that stand behind an option
         if not hasattr(args, "overrides") or any(other.startswith("-") for other in others):
             parser.error(f"unrecognized arguments: {' '.join(others)}")
         args.overrides += others
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
-    from asyncdapo.errors import UserError
 
     try:
         code = args.command(args)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if not _reader_is_gone():
+            raise
+        return EXIT_READER_GONE
     except UserError as error:
         print(f"asyncdapo: {error}", file=sys.stderr)
         return 2
@@ -39,6 +49,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         os._exit(code)  # an import, or a Ray, that was interrupted may crash at the end of the interpreter
     return code
+
+
+def _reader_is_gone() -> bool:
+    """Whether nobody reads standard output. If so, what is left to write goes nowhere, without a word."""
+    output = select.poll()
+    output.register(sys.stdout.fileno(), 0)
+    if not output.poll(0):  # POLLERR is told unasked
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -64,6 +84,9 @@ def _parser() -> argparse.ArgumentParser:
     audit = commands.add_parser("audit", help="check every promise of a run from its files alone")
     audit.add_argument("run_dir", metavar="RUN_DIR", type=Path)
     audit.set_defaults(command=_audit)
+    _add_data(commands)
+    _add_eval(commands)
+    _add_convert(commands)
     ps = commands.add_parser(
         "ps",
         help="show every process of a run: state, lag, memory",
@@ -77,6 +100,82 @@ def _parser() -> argparse.ArgumentParser:
     ps.add_argument("--json", action="store_true", help="a list of objects instead of a table")
     ps.set_defaults(command=_ps)
     return parser
+
+
+def _add_data(commands: argparse._SubParsersAction) -> None:
+    data = commands.add_parser("data", help="prepare a data set for a run")
+    actions = data.add_subparsers(required=True, metavar="ACTION")
+    prepare = actions.add_parser(
+        "prepare",
+        help="read a data set, leave out what is repeated or can't be used, write parquet and a manifest",
+    )
+    prepare.add_argument(
+        "source",
+        metavar="SOURCE",
+        help="dapo-math-17k, aime-2024, gsm8k, a .jsonl or .parquet file, a directory of them, or ORG/NAME on the hub",
+    )
+    prepare.add_argument("--out", metavar="DIR", type=Path, required=True, help="directory to write to")
+    prepare.add_argument("--split", metavar="NAME", help="read this split only; of a file: what it is written as")
+    prepare.add_argument("--hold-out", metavar="N", type=int, help="write N of the rows as the test split instead")
+    prepare.add_argument("--subset", metavar="NAME", help="the folder to read, where a data set has several")
+    prepare.add_argument("--prompt-column", metavar="NAME", help="the question, text or messages; a.b is b inside a")
+    prepare.add_argument("--answer-column", metavar="NAME", help="the expected answer (reward_model.ground_truth)")
+    prepare.add_argument("--template", help="what a question goes into, as {prompt}; else what the verifier needs")
+    prepare.add_argument("--verifier", metavar="NAME", help="reward.verifier of the run; else that of the data set")
+    prepare.add_argument("--model", metavar="MODEL", help="leave out prompts that are too long for this tokenizer")
+    prepare.add_argument("--max-prompt-length", metavar="N", type=int, help="in tokens of --model")
+    prepare.add_argument("--chat-template", action="store_true", help="count with the chat template of --model")
+    prepare.add_argument("--system-prompt", metavar="TEXT", help="system message of every prompt")
+    prepare.add_argument("--force", action="store_true", help="replace what an earlier `data prepare` wrote to DIR")
+    prepare.set_defaults(command=_data_prepare)
+
+
+def _add_eval(commands: argparse._SubParsersAction) -> None:
+    evaluate = commands.add_parser("eval", help="evaluate a checkpoint: avg@k, pass@k, maj@k, every answer to read")
+    evaluate.add_argument(
+        "checkpoint", metavar="CHECKPOINT", help="a run, a checkpoint of it, a model directory, or ORG/NAME on the hub"
+    )
+    evaluate.add_argument("--data", metavar="PATH", type=Path, help="data to evaluate on; else the run's held-out data")
+    evaluate.add_argument("--samples", metavar="N", type=int, help="completions of each prompt (eval.num_samples)")
+    evaluate.add_argument("--config", metavar="CONFIG", help="configuration; else that of the checkpoint's run")
+    evaluate.add_argument("--out", metavar="DIR", type=Path, help="directory to write to")
+    evaluate.add_argument("overrides", metavar="key=value", nargs="*", help="keys to change: eval.top_p=0.7")
+    evaluate.set_defaults(command=_eval)
+
+
+def _add_convert(commands: argparse._SubParsersAction) -> None:
+    convert = commands.add_parser(
+        "convert",
+        help="make a config of another framework's script, config or arguments",
+        usage="asyncdapo convert --from PEER [--out FILE [--force]] (SCRIPT | CONFIG) [ARGUMENT ...]\n"
+        "       asyncdapo convert --from PEER [--out FILE [--force]] ARGUMENT ...",
+        description="Print a config made of another framework's shell script, YAML or arguments. Nothing of a script "
+        "is run. Each line names the key it was made of; what has no counterpart is listed with the reason. Arguments "
+        "behind a file win over it.",
+    )
+    peers = ("verl", "skyrl", "nemo-rl", "ms-swift", "siirl")
+    convert.add_argument("--from", dest="peer", required=True, choices=peers, metavar="PEER", help=", ".join(peers))
+    convert.add_argument("--out", metavar="FILE", type=Path, help="file to write to; else it is printed")
+    convert.add_argument("--force", action="store_true", help="replace FILE where it says something else")
+    convert.add_argument("source", metavar="ARGUMENT", nargs=argparse.REMAINDER, help="a file, or arguments of theirs")
+    convert.set_defaults(command=_convert)
+
+
+def _own_options_first(argv: Sequence[str]) -> Sequence[str]:
+    """`convert` takes arguments of others, which begin with -- as well: its own are put in front of a bare --."""
+    if argv[:1] != ["convert"] or "--" in argv:
+        return argv
+    own: list[str] = []
+    others: list[str] = []
+    rest = iter(argv[1:])
+    for word in rest:
+        if word in ("--from", "--out"):
+            own += [word, *itertools.islice(rest, 1)]
+        elif word in ("-h", "--help", "--force") or word.startswith(("--from=", "--out=")):
+            own.append(word)
+        else:
+            others.append(word)
+    return ["convert", *own, "--", *others]
 
 
 def _launch(args: argparse.Namespace) -> int:
@@ -118,6 +217,24 @@ def _audit(args: argparse.Namespace) -> int:
     from asyncdapo.replay.audit import run_audit
 
     return run_audit(args.run_dir)
+
+
+def _data_prepare(args: argparse.Namespace) -> int:
+    from asyncdapo.prompts.prepare.command import command
+
+    return command(args)
+
+
+def _eval(args: argparse.Namespace) -> int:
+    from asyncdapo.controller.eval.command import command
+
+    return command(args)
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from asyncdapo.convert.command import command
+
+    return command(args)
 
 
 def _ps(args: argparse.Namespace) -> int:

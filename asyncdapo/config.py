@@ -1,9 +1,9 @@
 """The configuration of a run: YAML and `key=value` overrides in, one frozen, checked `Config` out.
 
 Each stage's dataclass lives in its own folder, under whose name its section, metrics and log go; this file only
-composes them. OmegaConf merges and interpolates; msgspec converts and checks types; the dataclasses check
-values. Unknown keys are errors that suggest the nearest. Nothing here imports torch: `--help` and a typing error
-answer at once.
+composes them. A file that begins with `base: other.yaml` says what differs from that one. OmegaConf merges and
+interpolates; msgspec converts and checks types; the dataclasses check values. Unknown keys are errors that suggest the
+nearest. Nothing here imports torch: `--help` and a typing error answer at once.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
@@ -62,6 +62,13 @@ class Config:
                 self.rollout.group_size,
                 "use 2 or more, or filter.enabled=false",
             )
+        if self.rollout.group_size == 1:
+            raise ConfigError(
+                "rollout.group_size",
+                f"a group of one has no baseline: every advantage of loss.advantage={self.loss.advantage} would be 0",
+                self.rollout.group_size,
+                "use 2 or more",
+            )
         if self.filter.mode == "replace" and not self.filter.enabled:
             raise ConfigError("filter.mode", "does nothing without filter.enabled", self.filter.mode, "use filter")
         if self.model.reference is not None and not self.loss.kl_coef:
@@ -102,18 +109,47 @@ class Config:
             raise ConfigError("rollout.tensor_parallel", problem, self.rollout.tensor_parallel, "use separate")
 
 
+BASE = "base"
+"""Key of a file that gives only what differs from another one."""
 SECTIONS: dict[str, type] = {name: hint for name, hint in get_type_hints(Config).items()}
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """Read, merge, resolve and check. Raises ConfigError that names key, value and fix."""
     try:
-        merged = OmegaConf.merge(OmegaConf.load(path), *map(_override, overrides))
+        merged = OmegaConf.merge(_read(path), *map(_override, overrides))
         return config_from_dict(_resolved(merged))
     except FileNotFoundError:
         raise UserError(f"{path}: no such config file (a path, or a name: {', '.join(config_names())})") from None
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError, TypeError) as error:
         raise UserError(f"{path}: {str(error).splitlines()[0]}") from error
+
+
+def _read(path: Path, above: tuple[Path, ...] = ()) -> Any:
+    """The tree of a file, laid over that of its `base` if it names one. `above`: the files whose base it is."""
+    tree = OmegaConf.load(path)
+    if not (isinstance(tree, DictConfig) and BASE in tree):
+        return tree
+    name = tree.pop(BASE)
+    base = path.parent / str(name)
+    if base.resolve() in [file.resolve() for file in (path, *above)]:
+        raise ConfigError(BASE, f"of {path} leads back to itself", name)
+    if not base.is_file():
+        raise ConfigError(BASE, f"of {path} is no file", name, "a YAML file, relative to this one")
+    below = _read(base, (path, *above))
+    return OmegaConf.merge(below, _models_beside(base, below), tree)
+
+
+def _models_beside(path: Path, tree: Any) -> DictConfig:
+    """What the file's models are called from elsewhere: those that lie beside it and not in the working directory."""
+    section = OmegaConf.to_container(tree, resolve=False).get("model") if isinstance(tree, DictConfig) else None
+    names = section if isinstance(section, dict) else {}
+    beside = {
+        key: str((path.parent / name).absolute())
+        for key, name in names.items()
+        if isinstance(name, str) and (path.parent / name).is_dir() and not Path(name).is_dir()
+    }
+    return OmegaConf.create({"model": beside} if beside else {})
 
 
 def _override(text: str) -> Any:
@@ -213,7 +249,7 @@ def config_names() -> list[str]:
 def find_config(name_or_path: str) -> Path:
     """A path as it is, or a name looked up in `configs/`. Raises UserError that lists the names there are."""
     path = Path(name_or_path)
-    if path.suffix in (".yaml", ".yml") or path.exists():
+    if path.suffix in (".yaml", ".yml") or path.is_file():
         return path
     for folder in config_dirs():
         if (folder / f"{name_or_path}.yaml").is_file():

@@ -16,6 +16,9 @@ Anything else that escapes is a defect of ours and keeps its traceback.
 
 from __future__ import annotations
 
+EXIT_INTERRUPTED = 130
+"""Exit code of a command that Ctrl-C or SIGTERM ended."""
+
 
 class UserError(Exception):
     """Something outside the code is wrong, and the message tells the user how to put it right."""

@@ -1,7 +1,7 @@
-"""Every record on a wire or in the journal. msgspec and numpy, no torch.
+"""Every record on a wire or in the journal. msgspec, no numpy and no torch.
 
 A wire message is one msgpack header frame (a tagged `Struct` below) and, where tokens travel, raw little-endian buffers
-in frames of their own (`Payload`): 8.1 bytes a token against 14.1 as lists. Nothing on a socket is ever pickled.
+in frames of their own (`payload`). Nothing on a socket is ever pickled.
 
     prompt      one position of the endless seeded stream; it ends exactly once
     completion  one sampled response
@@ -16,18 +16,15 @@ the middle of a response. `loss_mask` are run lengths `[(0 or 1, num_tokens), â€
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from typing import Literal
 
-import numpy as np
-from msgspec import Struct
+from msgspec import Struct, field
+from msgspec.structs import replace
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 """Goes up when a record changes its meaning; peers of another version are refused at `Hello`."""
-
-TOKEN_DTYPE = np.dtype("<i4")
-LOGPROB_DTYPE = np.dtype("<f4")
 
 FinishReason = Literal["stop", "length"]
 Phase = Literal["waiting", "sampling", "sampled"]
@@ -68,10 +65,12 @@ class Completion(Struct, frozen=True, kw_only=True):
 
 
 class Score(Struct, frozen=True, kw_only=True):
-    """What the scorer says of one response; it becomes part of the `Completion`."""
+    """What the scorer says of one response. Reward and metrics become part of the `Completion`."""
 
     reward: float
     metrics: dict[str, float]
+    pred: str | None = None
+    """What the verifier took for the response's answer; None where it found none or doesn't say."""
 
 
 class Group(Struct, frozen=True, kw_only=True):
@@ -105,74 +104,6 @@ class Group(Struct, frozen=True, kw_only=True):
     def num_loss_tokens(self) -> int:
         """Tokens that bear loss; a group without any ends `filtered` with reason `masked`."""
         return sum(count for completion in self.completions for value, count in completion.loss_mask if value)
-
-
-@dataclass(frozen=True)
-class Payload:
-    """Token buffers of one group, or of several joined in order.
-
-    prompt_ids  int32 [sum of num_prompt_tokens]
-    token_ids   int32 [sum of num_tokens], completion after completion
-    logprobs    float32 [sum of num_tokens], rollout_logprobs (Î¼) at the sampling temperature
-    """
-
-    prompt_ids: np.ndarray
-    token_ids: np.ndarray
-    logprobs: np.ndarray
-
-    @property
-    def num_bytes(self) -> int:
-        return self.prompt_ids.nbytes + self.token_ids.nbytes + self.logprobs.nbytes
-
-    def frames(self) -> tuple[bytes, bytes, bytes]:
-        """The three raw little-endian buffers, in the order of the fields."""
-        return (
-            np.ascontiguousarray(self.prompt_ids, TOKEN_DTYPE).tobytes(),
-            np.ascontiguousarray(self.token_ids, TOKEN_DTYPE).tobytes(),
-            np.ascontiguousarray(self.logprobs, LOGPROB_DTYPE).tobytes(),
-        )
-
-    @staticmethod
-    def from_frames(frames: Sequence[bytes | memoryview], groups: Iterable[Group]) -> Payload:
-        """Views on the frames, without a copy. Raises ValueError when sizes and headers disagree."""
-        groups = list(groups)
-        num_prompt = sum(group.num_prompt_tokens for group in groups)
-        num_tokens = sum(group.num_tokens for group in groups)
-        if len(frames) != 3:
-            raise ValueError(f"a payload has 3 frames, got {len(frames)}")
-        sizes = tuple(memoryview(frame).nbytes for frame in frames)
-        if sizes != (4 * num_prompt, 4 * num_tokens, 4 * num_tokens):
-            raise ValueError(
-                f"payload frames of {sizes} bytes don't hold {num_prompt} prompt and {num_tokens} sampled tokens"
-            )
-        return Payload(
-            np.frombuffer(frames[0], TOKEN_DTYPE),
-            np.frombuffer(frames[1], TOKEN_DTYPE),
-            np.frombuffer(frames[2], LOGPROB_DTYPE),
-        )
-
-    @staticmethod
-    def join(payloads: Sequence[Payload]) -> Payload:
-        """In order; of none, an empty one."""
-        if not payloads:
-            return Payload(np.empty(0, TOKEN_DTYPE), np.empty(0, TOKEN_DTYPE), np.empty(0, LOGPROB_DTYPE))
-        columns = zip(*((part.prompt_ids, part.token_ids, part.logprobs) for part in payloads), strict=True)
-        return Payload(*map(np.concatenate, columns))
-
-    def split(self, groups: Iterable[Group]) -> list[Payload]:
-        """One payload per group, views on the joined buffers."""
-        parts, prompt_at, token_at = [], 0, 0
-        for group in groups:
-            prompt_end, token_end = prompt_at + group.num_prompt_tokens, token_at + group.num_tokens
-            parts.append(
-                Payload(
-                    self.prompt_ids[prompt_at:prompt_end],
-                    self.token_ids[token_at:token_end],
-                    self.logprobs[token_at:token_end],
-                )
-            )
-            prompt_at, token_at = prompt_end, token_end
-        return parts
 
 
 # ------------------------------------------------------------------------------------------------- rollout <-> replay
@@ -306,32 +237,74 @@ class Sampling(Struct, frozen=True, kw_only=True):
 
 
 class EvalRequest(Message):
-    """replay -> rollout. One completion of each of these prompts; not a lease, never trained on."""
+    """replay -> rollout. Completions of these prompts, at most `group_size` together; not a lease, never trained on."""
 
     request_id: int
     seed: int
+    """Of the evaluation; a completion uses `eval_seed(seed, prompt_id, sample)`, whatever else is in the request."""
     sampling: Sampling
     prompts: list[Prompt]
+    samples: list[int] = field(default_factory=lambda: [0])
+    """Numbers of the completions to sample of each prompt."""
     number: int = 0
     """As in `Lease`; 0 until it is given out."""
+
+    @property
+    def num_sequences(self) -> int:
+        """Completions asked for."""
+        return len(self.prompts) * len(self.samples)
 
 
 class EvalAnswer(Struct, frozen=True, kw_only=True):
     """What one evaluated completion came to."""
 
     prompt_id: int
+    sample: int = 0
+    """Which of the prompt's completions."""
     acc: float
+    failure: str = ""
+    """Why there is no verdict: what the reward function raised. `acc` is 0 then, since nothing is known."""
+    pred: str | None = None
+    """As in `Score`: what maj@k counts."""
     num_tokens: int
     finish_reason: FinishReason
     version_min: int
     version_max: int
+    response: str = ""
+    """Its text without special tokens."""
+
+    @property
+    def failed(self) -> bool:
+        """Whether it could not be judged."""
+        return bool(self.failure)
 
 
 class EvalDone(Message):
-    """rollout -> replay. Sent again until acknowledged."""
+    """rollout -> replay, with one frame: the responses as UTF-8, one behind the other (a header has room for 8 MiB,
+    and a long response takes 80 kB). Sent again until acknowledged."""
 
     request_id: int
     answers: list[EvalAnswer]
+    """Prompt after prompt, each with the samples asked for; without their responses."""
+    response_bytes: list[int]
+
+    @staticmethod
+    def pack(request_id: int, answers: Sequence[EvalAnswer]) -> tuple[EvalDone, list[bytes]]:
+        """The message and its frame."""
+        texts = [answer.response.encode(errors="replace") for answer in answers]
+        bare = [replace(answer, response="") for answer in answers]
+        return EvalDone(request_id=request_id, answers=bare, response_bytes=list(map(len, texts))), [b"".join(texts)]
+
+    def unpack(self, frames: Sequence[bytes | memoryview]) -> list[EvalAnswer]:
+        """The answers with their responses. Raises ValueError when header and frame disagree."""
+        ends = list(accumulate(self.response_bytes, initial=0))
+        sizes = [memoryview(frame).nbytes for frame in frames]
+        if len(self.answers) != len(self.response_bytes) or min(self.response_bytes, default=0) < 0:
+            raise ValueError(f"{len(self.answers)} answers with {len(self.response_bytes)} responses")
+        if sizes != ends[-1:]:
+            raise ValueError(f"frames of {sizes} bytes don't hold responses of {ends[-1]} bytes")
+        texts = [str(frames[0][begin:end], "utf-8") for begin, end in pairwise(ends)]
+        return [replace(answer, response=text) for answer, text in zip(self.answers, texts, strict=True)]
 
 
 class EvalAck(Message):
@@ -378,6 +351,12 @@ class NoBatch(Message):
 
     step: int
     reason: str
+
+
+def eval_seed(seed: int, prompt_id: int, sample: int) -> int:
+    """Seed of a held-out prompt's completion, however prompts and samples are spread over requests. That of the first
+    doesn't know of others."""
+    return sample_seed(seed, prompt_id, sample) if sample else sample_seed(seed, prompt_id)
 
 
 def sample_seed(*parts: int) -> int:

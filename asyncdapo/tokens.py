@@ -6,7 +6,7 @@ less than through the Python layer above it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,30 +28,72 @@ class TextTokenizer:
         """Ids of a plain text, with the special tokens that the tokenizer puts around it (usually bos in front)."""
         return self._backend.encode(text).ids
 
-    def encode_chat(self, question: str) -> list[int]:
-        """Ids of the question as the user's turn in the chat template, up to where the assistant's turn begins."""
-        turns = [{"role": "user", "content": question}]
+    def encode_chat(self, question: str, system_prompt: str | None = None) -> list[int]:
+        """Ids of the question as the user's turn in the chat template, behind the system prompt if there is one, up to
+        where the assistant's turn begins."""
+        turns = _turns(question, system_prompt)
         return self._tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
 
-    def prompt_encoder(self, chat_template: bool) -> Callable[[str], list[int]]:
-        """`encode_chat` or `encode`. Raises ConfigError for a chat template that the tokenizer hasn't got."""
-        if chat_template and self._tokenizer.chat_template is None:
+    def prompt_encoder(
+        self, chat_template: bool, system_prompt: str | None = None, vocab_size: int | None = None
+    ) -> Callable[[str], list[int]]:
+        """`encode_chat` or `encode`. Raises ConfigError for a chat template that the tokenizer hasn't got, or that has
+        no place for the system prompt; and so does what it returns, for a token outside the model's vocabulary."""
+        if chat_template:
+            self._check_chat(system_prompt)
+
+        def encode(text: str) -> list[int]:
+            token_ids = self.encode_chat(text, system_prompt) if chat_template else self.encode(text)
+            if vocab_size is not None and token_ids and max(token_ids) >= vocab_size:
+                raise self._unknown_token(max(token_ids), vocab_size)
+            return token_ids
+
+        encode("1 + 1 = ?")
+        return encode
+
+    def _check_chat(self, system_prompt: str | None) -> None:
+        if self._tokenizer.chat_template is None:
             raise ConfigError("prompts.chat_template", "the model's tokenizer has none", True, "use prompts.template")
-        return self.encode_chat if chat_template else self.encode
+        key, value = ("prompts.system_prompt", system_prompt) if system_prompt else ("prompts.chat_template", True)
+        fix = "put its words into prompts.template" if system_prompt else "use prompts.template"
+        try:
+            turns = _turns("1 + 1 = ?", system_prompt)
+            text = self._tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        except Exception as error:  # noqa: BLE001 - a template is code, which may raise anything
+            raise ConfigError(key, f"the model's chat template refuses it ({error})", value, fix) from error
+        if system_prompt and system_prompt.strip() not in text:
+            raise ConfigError(key, "the model's chat template leaves it out", value, fix)
+
+    def _unknown_token(self, token_id: int, vocab_size: int) -> ConfigError:
+        token = self._tokenizer.convert_ids_to_tokens(token_id)
+        problem = (
+            f"a prompt holds the token {token!r}, whose id {token_id} is outside the model's vocabulary of {vocab_size}"
+        )
+        return ConfigError("model.tokenizer", problem, None, "take the tokenizer that the model was trained with")
 
     def decode(self, token_ids: np.ndarray) -> str:
         """Text of int token ids [T] without special tokens."""
         return self._backend.decode(token_ids.tolist(), skip_special_tokens=True)
 
+    def spell(self, token_ids: Sequence[int]) -> str:
+        """Text of token ids as the model reads them, special tokens written out."""
+        return self._backend.decode(list(token_ids), skip_special_tokens=False)
 
-def load_tokenizer(path: str) -> TextTokenizer:
-    """The tokenizer of a Hugging Face id or directory. Raises ConfigError when it has no readable `tokenizer.json`."""
+
+def load_tokenizer(path: str, key: str = "model.path") -> TextTokenizer:
+    """The tokenizer of a Hugging Face id or directory. Raises ConfigError, for the config's `key`, when it has no
+    readable `tokenizer.json`."""
     local = Path(path)
     if local.is_dir() and not (local / "tokenizer.json").is_file():
         fix = "save it with AutoTokenizer.from_pretrained(path).save_pretrained(path)"
-        raise ConfigError("model.path", "the directory has no tokenizer.json", path, fix)
+        raise ConfigError(key, "the directory has no tokenizer.json", path, fix)
     try:
         return TextTokenizer(PreTrainedTokenizerFast.from_pretrained(path))
-    except (OSError, ValueError) as error:
+    except Exception as error:  # noqa: BLE001 - of a broken tokenizer.json the library raises KeyError, or its own
         what = "its tokenizer" if local.is_dir() else "no such directory, and as a Hugging Face id it"
-        raise ConfigError("model.path", f"{what} can't be loaded: {str(error).splitlines()[0]}", path) from error
+        raise ConfigError(key, f"{what} can't be loaded: {(str(error).splitlines() or [''])[0]}", path) from error
+
+
+def _turns(question: str, system_prompt: str | None) -> list[dict[str, str]]:
+    system = [{"role": "system", "content": system_prompt}] if system_prompt else []
+    return [*system, {"role": "user", "content": question}]

@@ -38,7 +38,7 @@ def measure(checkpoint: Path, num: int, seed: int, greedy: bool) -> dict[str, ob
         prompts_BS, mask_BS = inputs["input_ids"], inputs["attention_mask"]
         tokens_BS = model.generate(prompts_BS, attention_mask=mask_BS, max_new_tokens=MAX_NEW_TOKENS, **sampling)
         texts = tokenizer.batch_decode(tokens_BS[:, prompts_BS.shape[1] :], skip_special_tokens=True)
-        num_right += sum(verify(text, chain.answer) for text, chain in zip(texts, part, strict=True))
+        num_right += sum(verify(text, chain.answer)["acc"] for text, chain in zip(texts, part, strict=True))
     accuracy = num_right / num
     return {
         "checkpoint": str(checkpoint),

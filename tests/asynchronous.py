@@ -1,4 +1,5 @@
-"""Tests that are coroutines: each in an event loop of its own, ended after `TEST_TIMEOUT_S`."""
+"""Tests that are coroutines: each in an event loop of its own, ended after `TEST_TIMEOUT_S`. What other tasks are still
+going to do is waited for."""
 
 from __future__ import annotations
 
@@ -15,3 +16,10 @@ def asynchronous(test: Callable[..., Awaitable[None]]) -> Callable[..., None]:
         asyncio.run(asyncio.wait_for(test(*args, **kwargs), TEST_TIMEOUT_S))
 
     return run
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Lets other tasks, threads and processes run until it holds; raises TimeoutError when it doesn't come to."""
+    async with asyncio.timeout(TEST_TIMEOUT_S / 2):
+        while not condition():
+            await asyncio.sleep(0.001)

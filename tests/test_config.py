@@ -25,6 +25,12 @@ def test_the_quickstart_is_the_measured_recipe() -> None:
     assert (config.loss.clip_low, config.loss.clip_high, config.loss.dual_clip) == (0.2, 0.28, None)
 
 
+def test_a_group_of_one_is_refused_without_the_filter_too() -> None:
+    for advantage in ("grpo", "dr_grpo", "rloo"):
+        with pytest.raises(ConfigError, match="rollout.group_size: a group of one has no baseline"):
+            load_config(QUICKSTART, ["rollout.group_size=1", "filter.enabled=false", f"loss.advantage={advantage}"])
+
+
 def test_overrides_change_keys_and_interpolations_follow() -> None:
     config = load_config(QUICKSTART, ["run.name=mine", "replay.run_ahead=0.5", "learner.betas=[0.8,0.9]"])
     assert config.run.dir == "runs/mine"

@@ -101,6 +101,10 @@ class Opened:
     """Whether the prompts can be used up before the last step."""
     num_left_out: int
     """Rows whose prompt is too long."""
+    num_eval_left_out: int
+    """Of those for evaluation."""
     eval_prompts: list[Prompt]
+    eval_texts: list[str]
+    """Of these prompts, as the model reads them: special tokens are written out."""
     probe_prompts: list[list[int]]
     """Token ids of the first prompts of the stream, on which engines and learner are compared."""

@@ -68,7 +68,9 @@ class EvalConfig:
     every: int = 0
     """Train steps between evaluations; the first (step 0) and the last always run; 0 runs only those."""
     num_prompts: int = 512
-    """Held-out prompts sampled once each at `eval.temperature`; 0 leaves this out."""
+    """Held-out prompts sampled at `eval.temperature`; 0 leaves this out."""
+    num_samples: int = 1
+    """Completions sampled of each of them: avg@k, pass@k and maj@k with k this number."""
     num_greedy_prompts: int = 256
     """Held-out prompts decoded greedily in the first and the last evaluation; 0 leaves this out."""
     temperature: float = 1.0
@@ -79,11 +81,20 @@ class EvalConfig:
     """Most likely tokens considered in `eval/accuracy`; 0 is all."""
     max_share: float = 0.5
     """Largest share of the slots that an evaluation in the middle of the run may take."""
+    keep_answers: bool = True
+    """Write every answer with its verdict to RUN_DIR/eval/step-NNNNNN: answers.jsonl, and page.html to read them."""
 
     def __post_init__(self) -> None:
         for key in ("every", "num_prompts", "num_greedy_prompts", "temperature", "top_k"):
             if getattr(self, key) < 0:
                 raise ConfigError(f"eval.{key}", "must be at least 0", getattr(self, key))
+        if self.num_samples < 1:
+            raise ConfigError("eval.num_samples", "must be at least 1", self.num_samples)
+        if self.num_samples > 1 and self.temperature == 0:
+            fix = "eval.temperature=1, or eval.num_samples=1"
+            raise ConfigError(
+                "eval.num_samples", "more than one are all the same at temperature 0", self.num_samples, fix
+            )
         for key in ("top_p", "max_share"):
             if not 0 < getattr(self, key) <= 1:
                 raise ConfigError(f"eval.{key}", "must be above 0 and at most 1", getattr(self, key))

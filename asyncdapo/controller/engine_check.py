@@ -75,9 +75,9 @@ def _check_length(config: Config, model: Mapping[str, Any]) -> None:
     if known and needed > known and not scaled:
         prompt = config.prompts.max_prompt_length
         problem = f"with prompts.max_prompt_length {prompt} needs {needed} positions, the model has {known}"
-        raise ConfigError(
-            "rollout.max_response_length", problem, config.rollout.max_response_length, "lower one of the two"
-        )
+        prompt = prompt if prompt < known else known // 2
+        fix = f"such as prompts.max_prompt_length={prompt} rollout.max_response_length={known - prompt}"
+        raise ConfigError("rollout.max_response_length", problem, config.rollout.max_response_length, fix)
 
 
 def installed_vllm() -> str | None:

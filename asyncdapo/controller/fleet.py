@@ -1,15 +1,15 @@
-"""The fleet: every process of the run, started, kept alive, and started again after a death.
+"""The fleet: the processes that generate, started, kept alive, and started again after a death.
 
     replay server   its next life goes on from the ledger, on the same ports: peers reconnect and deliver again
-    rollout worker  its leases are lost at once; the next life joins with the model's own weights, then catches up
-    learner         all of its ranks: the next life goes on from a checkpoint in a new branch: `revive_learner`, called
-                    by the train loop, which has to go back with it
+    rollout worker  its leases are lost at once; the next life joins with the model's own weights
 
-In: where to begin (`Resume`). Out: processes to call. Invariant: a process is `up` only when it was started completely;
+This is all that an evaluation needs. A run has a learner beside it, from which workers catch up: `training_fleet`.
+
+In: where to begin (`Start`). Out: processes to call. Invariant: a process is `up` only when it was started completely;
 deaths are counted against a budget (`restarts`), past which the run ends with the cause of the last one. What a process
 raises on purpose (UserError, RunError) ends the run; only a worker, of which there may be others, is restarted whatever
-RunError ended it, or its next start (a GPU's memory may not be free yet). Does not own: the train loop (`run`),
-transfers of weights (`publishing`).
+RunError ended it, or its next start (a GPU's memory may not be free yet). Does not own: what the processes are told to
+do (`run`, `eval.alone`).
 """
 
 from __future__ import annotations
@@ -17,17 +17,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from asyncdapo.config import Config
-from asyncdapo.controller.actors import LearnerActor, Opened, ReplayActor, RolloutActor, Start, log_path
-from asyncdapo.controller.learners import Learners, together
-from asyncdapo.controller.placement import learner_names, place, worker_names
+from asyncdapo.controller.actors import Opened, ReplayActor, RolloutActor, Start, log_path
+from asyncdapo.controller.placement import place, worker_names
 from asyncdapo.controller.processes import Process, ProcessDied, Watch, gpus_of_nodes, reserve
-from asyncdapo.controller.publishing import Publishing
 from asyncdapo.controller.pulse import Pulse
 from asyncdapo.controller.restarts import Restarts
 from asyncdapo.controller.roster import Roster, this_process
@@ -52,7 +50,10 @@ log = logging.getLogger("controller")
 
 
 class Fleet:
-    """The processes of one run."""
+    """A replay server and its rollout workers."""
+
+    ranks: Sequence[str] = ()
+    """Of the learner, which have a place too where there is one."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -70,9 +71,14 @@ class Fleet:
         self.leasing = False
         """Whether a replay server that is started again grants leases at once."""
 
-    async def start(self, start: Start, checkpoint: Path | None) -> None:
-        """Place and start everything, then make the first weight group. `checkpoint`: what the learner goes on from,
-        none for the initial model."""
+    async def start(self, start: Start) -> None:
+        """Place and start everything."""
+        await self.make()
+        self.opened: Opened = await self._bring_up(self.replay, start)
+        await asyncio.gather(*map(self._bring_up_worker, self.workers))
+
+    async def make(self) -> Callable[..., Process]:
+        """Every process, with room to live in; none is started yet. Returns what makes others that have a place."""
         config = self.config
         self.place(gpus_of_nodes())
         if self.placement.num_gpus:
@@ -80,46 +86,24 @@ class Fleet:
         room = await reserve(self.placement, config.controller.place_timeout_s)
         placed = partial(Process.placed, room=room, placement=self.placement)
         self.replay = placed(ReplayActor, "replay", config, self.keys, threads=1)
-        ranks = [
-            placed(LearnerActor, name, config, self.keys, rank, threads=config.learner.threads)
-            for rank, name in enumerate(learner_names(config))
-        ]
         self.workers = [
             placed(RolloutActor, name, config, self.keys, index, threads=config.rollout.threads)
             for index, name in enumerate(worker_names(config))
         ]
-        self.learners = Learners(ranks)
-        self.processes = [self.replay, *ranks, *self.workers]
-        self.publishing = Publishing(config.weights, self.learners.first, self.workers)
-        self.opened: Opened = await self._bring_up(self.replay, start)
-        learner = asyncio.ensure_future(self._bring_up_learner(checkpoint))
-        if self.placement.shares_gpus:
-            await learner
-        await asyncio.gather(learner, *map(self._bring_up_worker, self.workers))
-        self.publishing.learner_has(start.roll_back_to or 0, self.opened.branch)
-        await self.publishing.begin()
+        self.processes = [self.replay, *self.workers]
+        return placed
 
     def place(self, gpus: Sequence[int]) -> None:
         """Decide who lives where, from now on. `gpus`: of each node."""
-        self.placement = place(self.config, gpus)
+        self.placement = place(self.config, gpus, self.ranks)
         self._turns = [asyncio.Lock() for _ in self.placement.bundles]
 
     def watch(self, watch: Watch) -> None:
-        """Keep the replay server and the workers alive from now on. The learner's life is the train loop's."""
+        """Keep the replay server and the workers alive from now on."""
         watch.add("the look at all processes", self._look())
         watch.add("replay", self._keep_replay())
         for index, worker in enumerate(self.workers):
             watch.add(worker.name, self._keep_worker(index, worker))
-
-    async def revive_learner(self, death: Exception, checkpoint: Path | None) -> None:
-        """Start the learner again from a checkpoint (none: the initial model). It has yet to be rolled back to."""
-        await self._pause_learner(death)
-        await self._bring_up_learner(checkpoint)
-
-    async def end_learner(self) -> None:
-        """Kill what is left of it, and wait until no rank can write to a checkpoint any more."""
-        self.learners.end()
-        await asyncio.gather(*map(self._clear, self.learners.ranks))
 
     def note_progress(self) -> None:
         """Something has happened that no counter shows."""
@@ -134,6 +118,9 @@ class Fleet:
     def log_path(self, process: Process) -> Path:
         """The process's own log."""
         return log_path(self.config, process.name)
+
+    async def catch_up(self, worker: Process) -> None:
+        """Give a worker that was started again the weights in force: here the model's own, which it has loaded."""
 
     # ---------------------------------------------------------------------------------------------------------- lives
 
@@ -152,7 +139,7 @@ class Fleet:
             try:
                 serving = asyncio.ensure_future(worker.call("serve"))
                 if worker.life > 1:
-                    await self.publishing.catch_up(worker)
+                    await self.catch_up(worker)
                 await serving
                 death: Exception = RunError(f"{worker.name} ended before the run did")
             except UserError:
@@ -171,13 +158,6 @@ class Fleet:
         delay_s = self.restarts.delay_s(process.name, death)
         log.warning("%s; it is started again", death)
         await self._clear(process)
-        await asyncio.sleep(delay_s)
-
-    async def _pause_learner(self, death: Exception) -> None:
-        """As `_pause`: whichever rank died, all of them end, and it is one death."""
-        delay_s = self.restarts.delay_s(self.learners.first.name, death)
-        log.warning("%s; the learner is started again", death)
-        await self.end_learner()
         await asyncio.sleep(delay_s)
 
     async def _clear(self, process: Process) -> None:
@@ -238,24 +218,6 @@ class Fleet:
         outlives = RunError if worker.life else ProcessDied
         async with self._turns[self.placement.index(worker.name)]:
             await self._bring_up(worker, self.opened.rollout_address, memory_fraction, outlives=outlives)
-
-    async def _bring_up_learner(self, checkpoint: Path | None) -> None:
-        """Start every rank, and join them, until all are up."""
-        learners = self.learners
-        while True:
-            try:
-                starts = (self._spawn(rank, self.opened.learner_address, checkpoint) for rank in learners.ranks)
-                await together(*starts)
-                await self._within_start_timeout(learners.first, learners.connect())
-            except RunError as error:
-                if not learners.ended_by(error):
-                    raise
-                await self._pause_learner(error)
-                continue
-            for rank in learners.ranks:
-                rank.up.set()
-            self.note_progress()
-            return
 
     async def _spawn(self, process: Process, *args: Any) -> Any:
         """Begin its next life. Returns what its `start` says."""

@@ -17,7 +17,8 @@ import msgspec
 from asyncdapo.config import Config, load_config, to_dict
 from asyncdapo.errors import ConfigError, UserError
 from asyncdapo.learner.checkpoint import sha256_of
-from asyncdapo.learner.model_path import local_directory, model_digests
+from asyncdapo.learner.model_path import local_directory, local_tokenizer, model_digests, tokenizer_digests
+from asyncdapo.prompts.mixture import whole_numbers
 from asyncdapo.replay.audit import CONFIG_FILE
 
 IDENTITY_FILE = "identity.json"
@@ -54,6 +55,9 @@ class Identity(msgspec.Struct, frozen=True, kw_only=True):
     """Digest of each file; of a model that is still to be downloaded its id on the hub."""
     reference: dict[str, str] = {}
     """The same of the reference model; empty without one."""
+    tokenizer: dict[str, str] = {}
+    """The same of `model.tokenizer`, or of the model's own where its chat template counts; else the model's digest has
+    to do. Empty in runs of before."""
     data: dict[str, str]
     """Digest of each file that a key of `prompts` names; none for a task that makes its questions."""
 
@@ -61,11 +65,11 @@ class Identity(msgspec.Struct, frozen=True, kw_only=True):
 def identify(config: Config) -> Identity:
     """Reads the files that `config` names. Raises ConfigError for one that can't be read."""
     reference = config.model.reference
-    paths = {"prompts.path": config.prompts.path, "prompts.eval_path": config.prompts.eval_path}
     return Identity(
         model=_model_digests("model.path", config.model.path),
         reference=_model_digests("model.reference", reference) if reference else {},
-        data={key: _data_digest(key, path) for key, path in paths.items() if path},
+        tokenizer=_tokenizer_digests(config),
+        data={name: _data_digest(key, path) for name, (key, path) in _data_files(config).items()},
     )
 
 
@@ -81,15 +85,16 @@ def check_same_run(run_dir: Path, config: Config, identity: Identity) -> Config:
     except (UserError, OSError, msgspec.DecodeError) as error:
         problem = f"holds a run that can't be gone on with: {error}"
         raise ConfigError("run.dir", problem, str(run_dir), "choose another run.dir") from error
-    different = [*_different_files(known, identity, config), *_different_values(recorded, config)]
+    different = [*different_files(known, identity, config), *_different_values(recorded, config)]
     if different:
         problem = f"holds a run that differs in {', '.join(different)}"
         raise ConfigError("run.dir", problem, str(run_dir), "choose another run.dir, or the values of that run")
     return recorded
 
 
-def _different_files(known: Identity, identity: Identity, config: Config) -> Iterator[str]:
-    """A model that was not yet downloaded at the first launch is known by its id."""
+def different_files(known: Identity, identity: Identity, config: Config) -> Iterator[str]:
+    """Which key's files are others than they were. A model that was not yet downloaded at the first launch is known by
+    its id."""
     models = (
         ("model.path", config.model.path, known.model, identity.model),
         ("model.reference", config.model.reference, known.reference, identity.reference),
@@ -97,6 +102,9 @@ def _different_files(known: Identity, identity: Identity, config: Config) -> Ite
     for key, path, there, now in models:
         if changed := _different(there, {"id": path} if "id" in there else now):
             yield f"{key} (other {', '.join(changed)})"
+    there, now = known.tokenizer, identity.tokenizer
+    if there and (changed := _different(there, {"id": config.model.tokenizer_path} if "id" in there else now)):
+        yield f"{config.model.tokenizer_key} (other {', '.join(changed)})"
     for key in _different(known.data, identity.data):
         yield f"{key} (other data)"
 
@@ -116,6 +124,9 @@ def _fixed_values(config: Config) -> dict[str, object]:
     }
     if config.prompts.path and not config.prompts.eval_path:  # they say which rows are left for training
         values["the larger of eval.num_prompts and eval.num_greedy_prompts"] = config.eval.num_held_out
+    values["model.tokenizer"] = "the model's own" if config.model.tokenizer is None else "another"
+    if len(config.prompts.weights) > 1:
+        values["the weights of prompts.path"] = whole_numbers(list(config.prompts.weights.values()))
     where, colon, function = config.reward.verifier.rpartition(":")
     values["reward.verifier"] = f"{Path(where).name}{colon}{function}"  # its file may move, and be mended
     return {key: value for key, value in values.items() if key not in FREE_KEYS}
@@ -131,6 +142,28 @@ def _model_digests(key: str, path: str) -> dict[str, str]:
         return model_digests(directory) if directory else {"id": path}
     except OSError as error:
         raise ConfigError(key, f"can't be read ({error.strerror})", path) from error
+
+
+def _tokenizer_digests(config: Config) -> dict[str, str]:
+    if config.model.tokenizer is None and not config.prompts.chat_template:
+        return {}
+    key, path = config.model.tokenizer_key, config.model.tokenizer_path
+    try:
+        directory = local_tokenizer(path)
+        return tokenizer_digests(directory) if directory else {"id": path}
+    except OSError as error:
+        raise ConfigError(key, f"can't be read ({error.strerror})", path) from error
+
+
+def _data_files(config: Config) -> dict[str, tuple[str, str]]:
+    """Key and path of each data file, by what a message calls it. Those of a mixture go by their number, since they may
+    move."""
+    paths = list(config.prompts.weights)
+    names = ["prompts.path", *(f"prompts.path, file {number}" for number in range(2, len(paths) + 1))]
+    files = {name: ("prompts.path", path) for name, path in zip(names, paths, strict=False)}
+    if config.prompts.eval_path:
+        files["prompts.eval_path"] = ("prompts.eval_path", config.prompts.eval_path)
+    return files
 
 
 def _data_digest(key: str, path: str) -> str:

@@ -22,7 +22,7 @@ from asyncdapo.controller.pulse import Pulse
 from asyncdapo.controller.stacks import ask
 from asyncdapo.controller.waits import NOBODY, UNKNOWN, Wait, Waits, chain, processes_in, render
 from asyncdapo.errors import RunError
-from asyncdapo.metrics.reporter import Reporter
+from asyncdapo.metrics.reporter import View
 
 T = TypeVar("T")
 
@@ -34,8 +34,8 @@ class Stopped(Exception):  # noqa: N818 - a wish, not an error
 class Patience:
     """The waits of the controller."""
 
-    def __init__(self, config: ControllerConfig, fleet: Fleet, reporter: Reporter) -> None:
-        self._config, self._fleet, self._reporter = config, fleet, reporter
+    def __init__(self, config: ControllerConfig, fleet: Fleet, view: View) -> None:
+        self._config, self._fleet, self._view = config, fleet, view
         self._waits = Waits("controller")
         self.stopping = asyncio.Event()
         """The run was asked to stop."""
@@ -68,7 +68,7 @@ class Patience:
         roots = sorted((wait for wait in links[1:] if wait.is_root), key=lambda wait: wait.whom == UNKNOWN)
         batch = [wait for wait in links[1:] if wait.who == "replay" and not wait.is_root]
         lines = render([links[0], *batch[:1], roots[-1]] if roots else links).splitlines()
-        self._reporter.status("; ".join(lines if roots else dict.fromkeys((lines[0], lines[-1]))))
+        self._view.status("; ".join(lines if roots else dict.fromkeys((lines[0], lines[-1]))))
 
     async def _chain(self) -> tuple[list[Wait], Mapping[str, Pulse | None]]:
         """From the controller's oldest wait to its roots, and what every process said."""
@@ -84,16 +84,16 @@ class Patience:
         no process that could be started again."""
         still_s = self._fleet.still_s
         links, pulses = await self._chain()
-        self._reporter.note(f"stalled: nothing has moved for {still_s:.0f} s\n{render(links)}")
+        self._view.note(f"stalled: nothing has moved for {still_s:.0f} s\n{render(links)}")
         by_name = {process.name: process for process in self._fleet.processes}
         for name in processes_in(links):
             if name in by_name:
-                self._reporter.note(f"stacks of {name}:\n{await self._stacks(by_name[name], pulses[name])}")
+                self._view.note(f"stacks of {name}:\n{await self._stacks(by_name[name], pulses[name])}")
         roots = [by_name[wait.who] for wait in links if wait.is_root and wait.who in by_name]
         if not roots:
             raise RunError(f"nothing has moved for {still_s:.0f} s: {render(links)}")
         for process in roots:
-            self._reporter.note(f"{process.name} is killed and started again: it is what the others wait for")
+            self._view.note(f"{process.name} is killed and started again: it is what the others wait for")
             process.end()
         self._fleet.note_progress()
 

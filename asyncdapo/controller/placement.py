@@ -4,10 +4,10 @@
     shared     learner rank r and rollout worker r are on the same GPU
     auto       separate where there are enough GPUs; with fewer, equal parts of each; with none, the CPU
 
-In: the configuration, and the GPUs of each node. Out: bundles, each of which Ray gives whole on a node of its choice
-(as few nodes as it can). Raises ConfigError that says what is asked for and what there is. Invariant: every process is
-in one bundle, and the processes of a bundle get the very same GPUs. Does not own: asking Ray (`processes`), which
-backend the weights take (`weights.backend`).
+In: the configuration, the GPUs of each node, and the learner's ranks (none where nothing is trained). Out: bundles,
+each of which Ray gives whole on a node of its choice (as few nodes as it can). Raises ConfigError that says what is
+asked for and what there is. Invariant: every process is in one bundle, and the processes of a bundle get the very same
+GPUs. Does not own: asking Ray (`processes`), which backend the weights take (`weights.backend`).
 """
 
 from __future__ import annotations
@@ -83,68 +83,91 @@ def worker_names(config: Config) -> list[str]:
     return [process_name("rollout", index) for index in range(config.rollout.num_workers)]
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """What a configuration asks for: these ranks of the learner, and its workers."""
+
+    config: Config
+    ranks: Sequence[str]
+
+    @property
+    def workers(self) -> list[str]:
+        return worker_names(self.config)
+
+    @property
+    def ranks_on_gpus(self) -> Sequence[str]:
+        return [] if self.config.learner.device == "cpu" else self.ranks
+
+    @property
+    def workers_on_gpus(self) -> Sequence[str]:
+        return [] if self.config.rollout.device == "cpu" else self.workers
+
+    @property
+    def num_gpus(self) -> int:
+        """With which nobody has less than `controller.placement` promises; for `auto`, than a whole one."""
+        if self.config.controller.placement == "shared":
+            return max(len(self.ranks), len(self.workers))
+        return len(self.ranks_on_gpus) + self.config.rollout.tensor_parallel * len(self.workers_on_gpus)
+
+
 def gpus_asked(config: Config) -> int:
-    """GPUs with which nobody has less than `controller.placement` promises; for `auto`, than a whole one."""
-    if config.controller.placement == "shared":
-        return max(config.learner.ranks, config.rollout.num_workers)
-    return len(_ranks_on_gpus(config)) + config.rollout.tensor_parallel * len(_workers_on_gpus(config))
+    """GPUs with which no process of a run has less than `controller.placement` promises."""
+    return _Asked(config, learner_names(config)).num_gpus
 
 
-def place(config: Config, gpus_of_nodes: Sequence[int]) -> Placement:
-    """`gpus_of_nodes`: how many GPUs each node has. Raises ConfigError where they are too few for what is asked."""
-    mode, asked, num_gpus = config.controller.placement, gpus_asked(config), sum(gpus_of_nodes)
+def place(config: Config, gpus_of_nodes: Sequence[int], ranks: Sequence[str] | None = None) -> Placement:
+    """`gpus_of_nodes`: how many GPUs each node has. `ranks`: of the learner, all that the configuration names unless
+    given. Raises ConfigError where the GPUs are too few for what is asked."""
+    asked = _Asked(config, learner_names(config) if ranks is None else ranks)
+    mode, num_gpus = config.controller.placement, sum(gpus_of_nodes)
     if mode == "shared":
-        if num_gpus < asked:
-            raise _too_few(config, "shared", gpus_of_nodes, "auto makes do with what there is")
-        return _on_gpus(config, _pairs(config), "shared: learner rank r and rollout worker r are on one GPU")
-    if not asked:
-        return _on_gpus(config, [], "learner and rollout are on the CPU, as learner.device and rollout.device say")
-    if _fits(config, gpus_of_nodes):
-        return _on_gpus(config, _each_its_own(config), "separate: every process has GPUs of its own")
+        if num_gpus < asked.num_gpus:
+            raise _too_few(asked, "shared", gpus_of_nodes, "auto makes do with what there is")
+        return _on_gpus(asked, _pairs(asked), "shared: learner rank r and rollout worker r are on one GPU")
+    if not asked.num_gpus:
+        devices = "learner and rollout are on the CPU, as learner.device and rollout.device say"
+        return _on_gpus(asked, [], devices if asked.ranks else "rollout is on the CPU, as rollout.device says")
+    if _fits(asked, gpus_of_nodes):
+        return _on_gpus(asked, _each_its_own(asked), "separate: every process has GPUs of its own")
     if mode == "separate":
-        raise _too_few(config, "separate", gpus_of_nodes, "auto makes do with what there is")
+        raise _too_few(asked, "separate", gpus_of_nodes, "auto makes do with what there is")
     if not num_gpus:
-        _refuse_cuda(config)
-        return _on_gpus(config, [], "there is no GPU: everything is on the CPU")
-    if _workers_on_gpus(config) and config.rollout.tensor_parallel > 1:
-        raise _too_few(config, "auto", gpus_of_nodes, "engines of several GPUs share none: a smaller tensor_parallel")
-    users = [*_ranks_on_gpus(config), *_workers_on_gpus(config)]
+        _refuse_cuda(asked)
+        return _on_gpus(asked, [], "there is no GPU: everything is on the CPU")
+    if asked.workers_on_gpus and config.rollout.tensor_parallel > 1:
+        raise _too_few(asked, "auto", gpus_of_nodes, "engines of several GPUs share none: a smaller tensor_parallel")
+    users = [*asked.ranks_on_gpus, *asked.workers_on_gpus]
     reason = f"{len(users)} processes are dealt to {count_gpus(num_gpus)}, in equal parts"
-    return _on_gpus(config, _dealt(users, num_gpus), reason)
+    return _on_gpus(asked, _dealt(users, num_gpus), reason)
 
 
-def _refuse_cuda(config: Config) -> None:
-    for key, device in (("learner.device", config.learner.device), ("rollout.device", config.rollout.device)):
-        if device == "cuda":
+def _refuse_cuda(asked: _Asked) -> None:
+    learner, rollout = asked.config.learner.device, asked.config.rollout.device
+    for key, device, users in (
+        ("learner.device", learner, asked.ranks),
+        ("rollout.device", rollout, asked.workers),
+    ):
+        if users and device == "cuda":
             raise ConfigError(key, "there is no GPU", device, "use auto or cpu")
 
 
-def _ranks_on_gpus(config: Config) -> list[str]:
-    return [] if config.learner.device == "cpu" else learner_names(config)
-
-
-def _workers_on_gpus(config: Config) -> list[str]:
-    return [] if config.rollout.device == "cpu" else worker_names(config)
-
-
-def _fits(config: Config, gpus_of_nodes: Sequence[int]) -> bool:
+def _fits(asked: _Asked, gpus_of_nodes: Sequence[int]) -> bool:
     """Whether everybody finds whole GPUs, an engine all of its own on one node. Engines go first: a rank, which wants
     one GPU, takes any that they leave."""
-    size = config.rollout.tensor_parallel
-    return gpus_asked(config) <= sum(gpus_of_nodes) and len(_workers_on_gpus(config)) <= sum(
+    size = asked.config.rollout.tensor_parallel
+    return asked.num_gpus <= sum(gpus_of_nodes) and len(asked.workers_on_gpus) <= sum(
         num_gpus // size for num_gpus in gpus_of_nodes
     )
 
 
-def _each_its_own(config: Config) -> list[Bundle]:
-    ranks = [Bundle((name,), 1) for name in _ranks_on_gpus(config)]
-    return ranks + [Bundle((name,), config.rollout.tensor_parallel) for name in _workers_on_gpus(config)]
+def _each_its_own(asked: _Asked) -> list[Bundle]:
+    ranks = [Bundle((name,), 1) for name in asked.ranks_on_gpus]
+    return ranks + [Bundle((name,), asked.config.rollout.tensor_parallel) for name in asked.workers_on_gpus]
 
 
-def _pairs(config: Config) -> list[Bundle]:
+def _pairs(asked: _Asked) -> list[Bundle]:
     """Rank r with worker r; whoever has no partner has a GPU alone."""
-    ranks, workers = learner_names(config), worker_names(config)
-    return [Bundle((*ranks[r : r + 1], *workers[r : r + 1]), 1) for r in range(gpus_asked(config))]
+    return [Bundle((*asked.ranks[r : r + 1], *asked.workers[r : r + 1]), 1) for r in range(asked.num_gpus)]
 
 
 def _dealt(users: Sequence[str], num_gpus: int) -> list[Bundle]:
@@ -152,20 +175,20 @@ def _dealt(users: Sequence[str], num_gpus: int) -> list[Bundle]:
     return [Bundle(tuple(users[gpu::num_gpus]), 1) for gpu in range(min(num_gpus, len(users)))]
 
 
-def _on_gpus(config: Config, bundles: Sequence[Bundle], reason: str) -> Placement:
+def _on_gpus(asked: _Asked, bundles: Sequence[Bundle], reason: str) -> Placement:
     """These bundles, and one without a GPU for every other process; the replay server's is the first."""
     placed = {name for bundle in bundles for name in bundle.processes}
-    others = [name for name in [*learner_names(config), *worker_names(config)] if name not in placed]
+    others = [name for name in [*asked.ranks, *asked.workers] if name not in placed]
     return Placement((Bundle(("replay",)), *bundles, *(Bundle((name,)) for name in others)), reason)
 
 
-def _too_few(config: Config, mode: str, gpus_of_nodes: Sequence[int], fix: str) -> ConfigError:
-    ranks, workers, size = config.learner.ranks, config.rollout.num_workers, config.rollout.tensor_parallel
-    users = [f"{ranks} {_plural(ranks, 'learner rank')}"] if config.learner.device != "cpu" else []
-    if config.rollout.device != "cpu":
+def _too_few(asked: _Asked, mode: str, gpus_of_nodes: Sequence[int], fix: str) -> ConfigError:
+    ranks, workers, size = len(asked.ranks), len(asked.workers), asked.config.rollout.tensor_parallel
+    users = [f"{ranks} {_plural(ranks, 'learner rank')}"] if asked.ranks_on_gpus else []
+    if asked.workers_on_gpus:
         on_one_node = f" of {size} GPUs on one node" if size > 1 else ""
         users.append(f"{workers} {_plural(workers, 'engine')}{on_one_node}")
-    problem = f"asks for {count_gpus(gpus_asked(config))} ({', '.join(users)}), {_there_are(gpus_of_nodes)}"
+    problem = f"asks for {count_gpus(asked.num_gpus)} ({', '.join(users)}), {_there_are(gpus_of_nodes)}"
     return ConfigError("controller.placement", problem, mode, fix)
 
 

@@ -2,7 +2,7 @@
 
 In: a configuration and, if the user says so, the GPUs of each node; else as many as `controller.placement` asks for.
 Out: lines of text. Needs neither GPU nor torch nor network: what depends on files that aren't here yet says so. Raises
-the ConfigErrors of a launch, but for missing data, a model still to be downloaded, and an engine that isn't installed.
+the ConfigErrors of a launch, but for missing data, a model that isn't here, and an engine that isn't installed.
 Does not own: the rule (`placement`), the formulas (`sizes`), the choice of the backend (`weights.backend`).
 """
 
@@ -18,13 +18,15 @@ from asyncdapo.config import Config, find_config, load_config
 from asyncdapo.controller.engine_check import INSTALL, check_installed, check_model, installed_vllm
 from asyncdapo.controller.placement import Bundle, Placement, count_gpus, gpus_asked, learner_names, place, worker_names
 from asyncdapo.controller.preflight import check_reward
-from asyncdapo.controller.sizes import engine_bytes, learner_bytes, read_shape
+from asyncdapo.controller.room import gib, room_lines
+from asyncdapo.controller.sizes import PUBLISHED, Shape, engine_bytes, learner_bytes, read_shape
+from asyncdapo.errors import ConfigError
 from asyncdapo.learner.model_path import find_directory, model_config
+from asyncdapo.prompts.mixture import whole_numbers
 from asyncdapo.prompts.registry import open_task
 from asyncdapo.transport.backend import CPU, name_device
 from asyncdapo.weights.backend import choose_backend, device_of_ranks
 
-GIB = 1 << 30
 INDENT = 11
 """Columns of the words on the left."""
 
@@ -42,7 +44,7 @@ def plan(name_or_path: str, overrides: Sequence[str], gpus_of_nodes: Sequence[in
         "model": _model_lines(config, model),
         "data": _data_lines(config),
         "engine": _engine_lines(config),
-        "placement": _placement_lines(config, placement, supposed=gpus_of_nodes is None),
+        "placement": _placement_lines(config, placement, gpus_of_nodes),
         "weights": [f"by {backend}: {reason}"],
         "a step": _step_lines(config),
         "staleness": _staleness_lines(config),
@@ -56,27 +58,52 @@ def plan(name_or_path: str, overrides: Sequence[str], gpus_of_nodes: Sequence[in
 
 def _located(config: Config, config_dir: Path) -> Config:
     """With the model's directory where it is here."""
+    if _is_elsewhere(config.model.path):
+        return config
     found = find_directory(config.model.path, [Path.cwd(), config_dir])
     return dataclasses.replace(config, model=dataclasses.replace(config.model, path=found or config.model.path))
 
 
+def _is_elsewhere(path: str) -> bool:
+    """An absolute path may be another machine's; a relative one that leads nowhere is a mistake."""
+    directory = Path(path).expanduser()
+    return directory.is_absolute() and not directory.exists()
+
+
 def _model_lines(config: Config, model: Mapping[str, Any] | None) -> list[str]:
-    if model is None:
-        return [f"{config.model.path}, which isn't here yet: the launch downloads it"]
-    shape = read_shape(model)
+    shape = _shape(config, model)
     size = f"{shape.num_parameters:,} parameters, " if shape else ""
+    if _is_elsewhere(config.model.path):
+        return [f"{config.model.path}, which isn't here"]
+    if model is None:
+        return [f"{config.model.path} ({size}which isn't here yet: the launch downloads it)"]
     return [f"{config.model.path} ({size}{model.get('model_type')})"]
+
+
+def _shape(config: Config, model: Mapping[str, Any] | None) -> Shape | None:
+    """As the model's own file says, or as that of its name was published."""
+    return read_shape(model or PUBLISHED.get(config.model.path, {}))
 
 
 def _data_lines(config: Config) -> list[str]:
     prompts = config.prompts
-    missing = [path for path in (prompts.path, prompts.eval_path) if path and not Path(path).exists()]
-    if missing:
+    paths = [*prompts.weights, *([prompts.eval_path] if prompts.eval_path else [])]
+    if missing := [path for path in paths if not Path(path).exists()]:
         columns = f"{prompts.prompt_column!r} and {prompts.answer_column!r}"
         return [f"{path}, which isn't here yet: a file with the columns {columns}" for path in missing]
     task = open_task(prompts, num_eval=config.eval.num_held_out, seed=config.run.seed)
-    rows = "endless" if task.num_rows is None else f"{task.num_rows:,} questions"
-    return [f"{prompts.path or prompts.task} ({rows}), verifier {config.reward.verifier}"]
+    verifier = f"verifier {config.reward.verifier}"
+    if task.parts is None:
+        return [f"{prompts.task} (endless), {verifier}"]
+    counts = [f"{len(part.rows):,} questions" for part in task.parts]
+    if len(counts) == 1:
+        return [f"{paths[0]} ({counts[0]}), {verifier}"]
+    shares = whole_numbers([part.weight for part in task.parts])
+    lines = [
+        f"{path} ({count}), {share} of every {sum(shares):,} prompts"
+        for path, count, share in zip(prompts.weights, counts, shares, strict=True)
+    ]
+    return [*lines, verifier]
 
 
 def _engine_lines(config: Config) -> list[str]:
@@ -93,14 +120,26 @@ def _engine_lines(config: Config) -> list[str]:
 # ----------------------------------------------------------------------------------------------------------- placement
 
 
-def _placement_lines(config: Config, placement: Placement, *, supposed: bool) -> list[str]:
-    """`supposed`: the GPUs are those that the configuration asks for."""
+def _placement_lines(config: Config, placement: Placement, gpus_of_nodes: Sequence[int] | None) -> list[str]:
+    """`gpus_of_nodes`: None where the GPUs are those that the configuration asks for."""
+    supposed, num_gpus = gpus_of_nodes is None, sum(gpus_of_nodes or ())
     lines = [f"{count_gpus(placement.num_gpus)}, {placement.reason}"]
     for _, alike in groupby(placement.bundles, key=lambda bundle: (_roles(bundle), bundle.num_gpus)):
         lines.append(_bundle_line(config, placement, list(alike)))
     if supposed and config.controller.placement == "auto" and placement.num_gpus:
-        lines.append("these are as many as it asks for; --gpus N shows what it does with others")
+        lines.append(f"as many as it asks for{_without_gpus(config)} (--gpus N: what it does with others)")
+    if idle := 0 if supposed else num_gpus - placement.num_gpus:
+        lines.append(f"{idle} of {count_gpus(num_gpus)} {'stays' if idle == 1 else 'stay'} idle")
     return lines
+
+
+def _without_gpus(config: Config) -> str:
+    """What becomes of the run where there is none."""
+    try:
+        place(config, [0])
+    except ConfigError:
+        return ", and it needs one"
+    return "; with none, everything is on the CPU"
 
 
 def _bundle_line(config: Config, placement: Placement, alike: Sequence[Bundle]) -> str:
@@ -157,7 +196,7 @@ def _staleness_lines(config: Config) -> list[str]:
 
 
 def _memory_lines(config: Config, model: Mapping[str, Any] | None, placement: Placement) -> list[str]:
-    shape = read_shape(model) if model is not None else None
+    shape = _shape(config, model)
     if shape is None:
         return ["not known " + ("until the model is here" if model is None else "for this kind of model")]
     parts = {"learner": learner_bytes(shape, config), "rollout": engine_bytes(shape, config)}
@@ -165,8 +204,8 @@ def _memory_lines(config: Config, model: Mapping[str, Any] | None, placement: Pl
     totals = {role: sum(of_role.values()) for role, of_role in parts.items()}
     lines = ["by formula, in GiB, without what CUDA and kernels take for themselves"]
     for role, of_role in parts.items():
-        listed = ", ".join(f"{what} {num_bytes / GIB:.3g}" for what, num_bytes in of_role.items())
-        lines.append(f"{words[role]}: {totals[role] / GIB:.3g} ({listed})")
+        listed = ", ".join(f"{what} {gib(num_bytes)}" for what, num_bytes in of_role.items())
+        lines.append(f"{words[role]}: {gib(totals[role])} ({listed})")
     for roles in sorted({_roles(bundle) for bundle in placement.bundles if len(bundle.processes) > 1}):
-        lines.append(f"{' + '.join(roles)} on one GPU: {sum(totals[role] for role in roles) / GIB:.3g}")
-    return lines
+        lines.append(f"{' + '.join(roles)} on one GPU: {gib(sum(totals[role] for role in roles))}")
+    return lines + room_lines(config, shape, placement)

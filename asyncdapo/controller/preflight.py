@@ -31,9 +31,11 @@ from asyncdapo.controller.resume import Resume, survey
 from asyncdapo.controller.roster import end_survivors
 from asyncdapo.disk import replace_file
 from asyncdapo.errors import ConfigError, RunError, UserError
-from asyncdapo.learner.model_path import check_model_path, vocab_size
+from asyncdapo.learner.model_path import check_model_path, check_tokenizer_path, local_tokenizer, vocab_size
 from asyncdapo.metrics.wandb_log import choose_mode
 from asyncdapo.prompts.registry import open_task
+from asyncdapo.prompts.stream import PromptStream
+from asyncdapo.prompts.task import Task
 from asyncdapo.replay.audit import CONFIG_FILE
 from asyncdapo.reward.registry import absolute_verifier, make_verifier
 from asyncdapo.reward.wire import METRICS
@@ -41,6 +43,8 @@ from asyncdapo.reward.wire import METRICS
 LOCK_FILE = "launch.lock"
 UNFINISHED_START = {LOCK_FILE, IDENTITY_FILE, f".{IDENTITY_FILE}.new", f".{CONFIG_FILE}.new"}
 """What a launch leaves that was killed before it could take the directory."""
+FEW_ROWS = 500
+"""Whose prompts a launch makes before it starts anything."""
 FORMER_LAUNCH_S = 15.0
 """Time for the processes of a launch whose driver was killed to end by themselves, which takes them up to 10 s."""
 
@@ -58,7 +62,7 @@ def prepare_run(name_or_path: str, overrides: Sequence[str]) -> Iterator[tuple[C
         check_model(config)
     identity = identify(config)
     with _usable(config.run.dir):
-        lock = _lock(config.run.dir)
+        lock = lock_directory(config.run.dir)
     with lock:
         with _usable(config.run.dir):
             resume = _open_run_dir(config, identity)
@@ -71,7 +75,23 @@ def check_config(config: Config) -> None:
     check_reward(config)
     check_reference(config)
     choose_mode(config.metrics)
-    open_task(config.prompts, num_eval=config.eval.num_held_out, seed=config.run.seed)
+    check_prompts(config, open_task(config.prompts, num_eval=config.eval.num_held_out, seed=config.run.seed))
+
+
+def check_prompts(config: Config, task: Task) -> None:
+    """Whether the tokenizer that `model.tokenizer` names, or the chat template of the model's own, makes prompts that
+    the model can read, and whether any fits; where its files are here already. Data of many rows, and a model's own
+    tokenizer without a chat template, are left to the process that uses them: that would make every launch slower."""
+    few = task.parts is not None and sum(len(part.rows) for part in task.parts) <= FEW_ROWS
+    if not (few or config.model.tokenizer or config.prompts.chat_template):
+        return
+    if local_tokenizer(config.model.tokenizer_path):
+        from asyncdapo.tokens import load_tokenizer
+
+        tokenizer, prompts = load_tokenizer(config.model.tokenizer_path, config.model.tokenizer_key), config.prompts
+        encode = tokenizer.prompt_encoder(prompts.chat_template, prompts.system_prompt, vocab_size(config.model.path))
+        if few:
+            PromptStream(prompts, task, encode, config.run.seed)
 
 
 def check_reward(config: Config) -> None:
@@ -115,9 +135,10 @@ def effective(config: Config, config_dir: Path) -> Config:
             config.model,
             path=check_model_path(config.model.path, where),
             reference=reference and check_model_path(reference, where, "model.reference"),
+            tokenizer=config.model.tokenizer and check_tokenizer_path(config.model.tokenizer, where),
         ),
         prompts=replace(
-            config.prompts, path=_absolute(config.prompts.path), eval_path=_absolute(config.prompts.eval_path)
+            config.prompts, path=_absolute_data(config.prompts.path), eval_path=_absolute(config.prompts.eval_path)
         ),
         reward=replace(config.reward, verifier=absolute_verifier(config.reward.verifier)),
         replay=replace(config.replay, max_staleness=bound),
@@ -126,6 +147,12 @@ def effective(config: Config, config_dir: Path) -> Config:
 
 def _absolute(path: str | None) -> str | None:
     return None if path is None else str(Path(path).absolute())
+
+
+def _absolute_data(path: str | dict[str, float] | None) -> str | dict[str, float] | None:
+    if isinstance(path, dict):
+        return {str(Path(file).absolute()): weight for file, weight in path.items()}
+    return _absolute(path)
 
 
 # ------------------------------------------------------------------------------------------------------- run directory
@@ -140,9 +167,9 @@ def _usable(run_dir: str) -> Iterator[None]:
         raise ConfigError("run.dir", f"can't be used ({error.strerror})", run_dir) from error
 
 
-def _lock(run_dir: str) -> IO[str]:
+def lock_directory(run_dir: str, key: str = "run.dir") -> IO[str]:
     """Make the directory if need be, and hold it until the file returned is closed, at the latest with this process.
-    Raises ConfigError while another launch holds it."""
+    Raises ConfigError, for `key`, while another launch holds it."""
     Path(run_dir).mkdir(parents=True, exist_ok=True)
     Path(run_dir).chmod(0o700)
     file = (Path(run_dir) / LOCK_FILE).open("a+", encoding="utf-8")
@@ -153,7 +180,7 @@ def _lock(run_dir: str) -> IO[str]:
             file.seek(0)
             holder = file.read().strip() or "unknown"
         problem = f"is in use by another launch that goes on, process {holder}"
-        raise ConfigError("run.dir", problem, run_dir, "end that one, or choose another") from None
+        raise ConfigError(key, problem, run_dir, "end that one, or choose another") from None
     file.truncate(0)
     file.write(f"{os.getpid()}\n")
     file.flush()

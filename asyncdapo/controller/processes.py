@@ -62,8 +62,8 @@ def ray_session(config: Config) -> Iterator[None]:
     try:
         adopt_orphans(True)
         with _signals_held():
-            if config.controller.ray_address:
-                ray.init(address=config.controller.ray_address, **quiet)
+            if address := config.controller.ray_address:
+                _join_cluster(address, quiet)
             else:
                 ray.init(address="local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **quiet)
         adopt_orphans(False)
@@ -71,6 +71,14 @@ def ray_session(config: Config) -> Iterator[None]:
     finally:
         adopt_orphans(True)
         ray.shutdown()
+
+
+def _join_cluster(address: str, options: Mapping[str, Any]) -> None:
+    try:
+        ray.init(address=address, **options)
+    except ConnectionError as error:
+        fix = "`ray start --head` first, or leave controller.ray_address out"
+        raise UserError(f"controller.ray_address: no Ray cluster answers at {address} ({fix})") from error
 
 
 @contextmanager

@@ -144,7 +144,7 @@ class Publishing:
         backend, reason = choose_backend(self.config, ranks)
         if backend != self._backend:
             self._backend = backend
-            log.info("weights travel by %s: %s", backend, reason)
+            log.info("by %s: %s", backend, reason)
         first_ranks = list(accumulate(map(len, devices)))
         world_size = first_ranks.pop()
         ((address, manifest),) = await within((self.learner, ("host_weights", world_size, backend)))

@@ -32,8 +32,9 @@ class Main(Member):
         """Open stream, journal and sockets, and go on from what the ledger says."""
         config = self.config
         task = open_task(config.prompts, num_eval=config.eval.num_held_out, seed=config.run.seed)
-        tokenizer = load_tokenizer(config.model.path)
-        encode = tokenizer.prompt_encoder(config.prompts.chat_template)
+        tokenizer = load_tokenizer(config.model.tokenizer_path, config.model.tokenizer_key)
+        chat_template, system_prompt = config.prompts.chat_template, config.prompts.system_prompt
+        encode = tokenizer.prompt_encoder(chat_template, system_prompt, vocab_size(config.model.path))
         self.stream = PromptStream(config.prompts, task, encode, config.run.seed)
         self.server = ReplayServer(
             config.replay,
@@ -50,6 +51,7 @@ class Main(Member):
             ports=start.ports,
             curve=self.keys.server,
         )
+        eval_prompts = self.stream.eval_prompts(config.eval.num_held_out)
         return Opened(
             branch=self.server.branch,
             rollout_address=self.server.rollout_address,
@@ -57,7 +59,9 @@ class Main(Member):
             ports=self.server.ports,
             data_ends=self.stream.num_prompts is not None,
             num_left_out=self.stream.num_left_out,
-            eval_prompts=self.stream.eval_prompts(config.eval.num_held_out),
+            num_eval_left_out=self.stream.num_eval_left_out,
+            eval_prompts=eval_prompts,
+            eval_texts=[tokenizer.spell(prompt.token_ids) for prompt in eval_prompts],
             probe_prompts=self._probe_prompts(),
         )
 

@@ -44,7 +44,7 @@ class Main(Member):
             concurrency=reward.concurrency,
             retries=reward.retries,
         )
-        decode = load_tokenizer(config.model.path).decode
+        decode = load_tokenizer(config.model.tokenizer_path, config.model.tokenizer_key).decode
         self.scorer = Scorer(
             reward,
             pool,
@@ -59,6 +59,7 @@ class Main(Member):
             config.replay.heartbeat_s,
             self.engine,
             self.scorer,
+            decode,
             replay_address,
             curve=self.keys.client,
             overlong_filter=reward.overlong_filter,

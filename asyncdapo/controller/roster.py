@@ -24,7 +24,7 @@ from pathlib import Path
 import msgspec
 
 from asyncdapo.controller.procfs import read_stat
-from asyncdapo.disk import replace_file
+from asyncdapo.disk import disk_errors, replace_file
 from asyncdapo.errors import RunError, UserError
 
 FILE_NAME = "processes.json"
@@ -103,11 +103,12 @@ class Roster:
         return sorted(every, key=lambda entry: (ROLES.index(entry.role), entry.index))
 
     def _write(self) -> None:
-        """Replace the file in one rename, so that a reader sees the old list or the new one."""
+        """Replace the file in one rename, so that a reader sees the old list or the new one. Raises DiskError."""
         text = "[\n" + ",\n".join(msgspec.json.encode(entry).decode() for entry in self.entries()) + "\n]\n"
         if text == self._written:
             return
-        replace_file(self._path, text.encode())
+        with disk_errors(self._path):
+            replace_file(self._path, text.encode())
         self._written = text
 
 

@@ -20,6 +20,7 @@ Train step k, one line a verb, is `_train_step`: take batch k, train, mark it tr
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
 import signal
 import sys
@@ -34,20 +35,18 @@ from asyncdapo import faults
 from asyncdapo.config import Config, to_dict
 from asyncdapo.controller.actors import Start
 from asyncdapo.controller.aside import Aside
-from asyncdapo.controller.evaluation import Evaluation
-from asyncdapo.controller.fleet import Fleet
+from asyncdapo.controller.eval.in_run import RunEvaluation, set_answers_aside
 from asyncdapo.controller.lines import Lines, counters_of
 from asyncdapo.controller.parity import Parity
 from asyncdapo.controller.patience import Patience, Stopped
 from asyncdapo.controller.processes import Watch, ray_session
 from asyncdapo.controller.resume import Resume, survey
+from asyncdapo.controller.training_fleet import TrainingFleet
 from asyncdapo.controller.waits import NOBODY
 from asyncdapo.controller.warden import warden
-from asyncdapo.errors import RunError, UserError
+from asyncdapo.errors import EXIT_INTERRUPTED, RunError, UserError
 from asyncdapo.learner.checkpoint import oldest_kept, set_aside
 from asyncdapo.metrics.reporter import Reporter
-
-EXIT_STOPPED = 130
 
 
 def launch(config: Config, resume: Resume) -> int:
@@ -79,7 +78,7 @@ def _launch(controller: Controller) -> int:
         reporter.status("starting Ray")
         with ray_session(controller.config):
             asyncio.run(controller.run())
-        return EXIT_STOPPED if controller.stopped else 0
+        return EXIT_INTERRUPTED if controller.stopped else 0
     except RunError as error:
         if error.__cause__ and not isinstance(error.__cause__, RunError):
             traceback.print_exception(error.__cause__)
@@ -88,7 +87,7 @@ def _launch(controller: Controller) -> int:
         return 1
     except (KeyboardInterrupt, asyncio.CancelledError, SystemExit):  # Ray heeds SIGTERM by the last, while it starts
         reporter.status("interrupted: what came after the last checkpoint will be done again")
-        return EXIT_STOPPED
+        return EXIT_INTERRUPTED
 
 
 def _close(reporter: Reporter) -> int:
@@ -109,7 +108,7 @@ class Controller:
         self.run_dir = Path(self.config.run.dir)
         self.reporter = reporter
         self.lines = Lines(reporter, resume.first_line, resume.last_line, started)
-        self.fleet = Fleet(self.config)
+        self.fleet = TrainingFleet(self.config)
         self.patience = Patience(self.config.controller, self.fleet, reporter)
         self.watch = Watch()
         last_step = config.run.steps
@@ -130,7 +129,9 @@ class Controller:
         await self.watch.guard(self._run())
         from asyncdapo.metrics.curve import draw_curve  # matplotlib takes its time
 
-        draw_curve(self.run_dir)
+        curve = os.path.relpath(draw_curve(self.run_dir))
+        if not self.stopped:
+            self.reporter.note(f"the curve: {curve}; to evaluate: asyncdapo eval {os.path.dirname(curve)}")
 
     def _heed_signal(self, main: asyncio.Task[None]) -> None:
         """The first asks the run to stop, the second or `run.stop_s` ends it as it is."""
@@ -161,7 +162,7 @@ class Controller:
         for line in () if resume.new else resume.describe():
             self.reporter.note(line)
         self.reporter.status("starting processes")
-        set_aside(self.run_dir, resume.step)
+        self._set_aside(resume.step)
         start = Start() if resume.new else Start(roll_back_to=resume.step, reason="resumed", totals=resume.last_line)
         await self.patience.wait(
             self.fleet.start(start, resume.checkpoint), whom=NOBODY, what="starts processes", until_stopped=True
@@ -173,15 +174,8 @@ class Controller:
             self.reporter.note(
                 f"prompts: {self.fleet.opened.num_left_out} are longer than prompts.max_prompt_length, left out"
             )
-        self.evaluation = Evaluation(
-            config.eval,
-            self.fleet.opened.eval_prompts,
-            chunk=config.rollout.group_size,
-            max_tokens=config.rollout.max_response_length,
-            seed=config.run.seed,
-            ask=partial(self.fleet.replay.ask, "evaluate"),
-        )
         fleet = self.fleet
+        self.evaluation = RunEvaluation(config, fleet.opened, partial(fleet.replay.ask, "evaluate"))
         self.parity = Parity(
             config.rollout, fleet.workers, fleet.learners, fleet.publishing, fleet.opened.probe_prompts, config.run.seed
         )
@@ -220,7 +214,7 @@ class Controller:
         resume = await asyncio.to_thread(survey, self.run_dir, self.config)
         for line in resume.describe():
             self.reporter.note(line)
-        set_aside(self.run_dir, resume.step)
+        self._set_aside(resume.step)
         self.step = self.saved = resume.step
         revival = self.fleet.revive_learner(death, resume.checkpoint)
         await self.patience.wait(revival, whom=NOBODY, what="starts the learner again")
@@ -228,6 +222,10 @@ class Controller:
         self.fleet.publishing.learner_has(resume.step, branch)
         self.reporter.roll_back(resume.step, branch, resume.missing_lines)
         await self._publish_again(resume.step)
+
+    def _set_aside(self, after_step: int) -> None:
+        set_aside(self.run_dir, after_step)
+        set_answers_aside(self.run_dir, after_step)
 
     async def _publish_again(self, step: int) -> None:
         """Give the workers the weights that the run goes on from."""
@@ -248,7 +246,7 @@ class Controller:
         self.lines.begin()
         for step in range(self.step + 1, steps + 1):
             if no_batch := await self._take_batch(step):
-                self.reporter.note(f"no batch {step}: {no_batch}")
+                self.reporter.note(f"{self.step} of {steps} steps: {no_batch} (prompts.epochs)")
                 break
             await self._compared()
             self.lines.write()
@@ -286,8 +284,9 @@ class Controller:
         if step % self.config.learner.checkpoint_every == 0:
             await self._checkpoint(step)
         clock.enter("report")
-        evaluate = partial(self.evaluation.run, greedy=False, share=self.config.eval.max_share)
-        evaluated = self.evaluating.after(step, evaluate)
+        evaluate = partial(self.evaluation.run, step, greedy=False, share=self.config.eval.max_share)
+        if evaluated := self.evaluating.after(step, evaluate):
+            self.evaluation.belongs_to(step)
         self.lines.hold(step, learner, replay, **weights, **compared, **evaluated)
 
     async def _publish(self, step: int) -> dict[str, float]:
@@ -322,9 +321,10 @@ class Controller:
         self.lines.write_last({**self.comparing.take(), **evaluated})
 
     async def _evaluate_alone(self, what: str) -> dict[str, float]:
-        return await self.patience.wait(
-            self.evaluation.run(greedy=True, share=1.0), whom="replay", what=what, until_stopped=True
-        )
+        evaluation = self.evaluation.run(self.step, greedy=True, share=1.0)
+        evaluated = await self.patience.wait(evaluation, whom="replay", what=what, until_stopped=True)
+        self.evaluation.belongs_to(self.step)
+        return evaluated
 
     async def _learners(self, command: str, what: str, *args: Any, until_stopped: bool = False) -> Any:
         """Wait for every rank of the learner. Returns what rank 0 answers."""

@@ -9,6 +9,7 @@ Shape: Q query heads, K key/value heads, D head_dim.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,21 @@ FLOAT32_BYTES = DTYPE_BYTES["float32"]
 SIZES = {"num_attention_heads", "num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size"}
 LOGIT_COPIES = 4
 """Of a token's logits at the peak of a forward pass: themselves, their log-softmax, and two on the way to entropy."""
+GPU_GIB = {"80 GB": 79, "141 GB": 139}
+"""What a process finds on GPUs of the two common sizes (H100 and H200), by the size in their data sheets."""
+QWEN25 = {"model_type": "qwen2", "tie_word_embeddings": False, "vocab_size": 152064}
+PUBLISHED = {
+    "Qwen/Qwen2.5-0.5B-Instruct": QWEN25
+    | {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24}
+    | {"num_attention_heads": 14, "num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True},
+    "Qwen/Qwen2.5-7B": QWEN25
+    | {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28}
+    | {"num_attention_heads": 28, "num_key_value_heads": 4},
+    "Qwen/Qwen2.5-32B": QWEN25
+    | {"hidden_size": 5120, "intermediate_size": 27648, "num_hidden_layers": 64}
+    | {"num_attention_heads": 40, "num_key_value_heads": 8},
+}
+"""What config.json of the models in configs/ says, so that a plan knows their sizes before they are here."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +112,15 @@ def learner_bytes(shape: Shape, config: Config) -> dict[str, int]:
         f"a micro-batch of {num_tokens:,} tokens": num_tokens * of_a_token,
     }
     return parts | ({"the reference model": weights} if config.loss.kl_coef else {})
+
+
+def sequences_in(shape: Shape, config: Config, num_bytes: float) -> int:
+    """How many full-length sequences an engine has room for in all, where it may take `num_bytes` of each of its GPUs;
+    negative where its weights alone are more. New weights then arrive in memory of the host."""
+    rollout = config.rollout
+    longest = config.prompts.max_prompt_length + rollout.max_response_length
+    left = rollout.tensor_parallel * num_bytes - DTYPE_BYTES[rollout.dtype] * shape.num_parameters
+    return math.floor(left / (longest * shape.kv_bytes(rollout.dtype)))
 
 
 def engine_bytes(shape: Shape, config: Config) -> dict[str, int]:

@@ -16,12 +16,26 @@ class ModelConfig:
     path: str
     """Hugging Face id, or a directory with safetensors and tokenizer.json (relative to here or to the config file)."""
 
+    tokenizer: str | None = None
+    """Hugging Face id or directory of the tokenizer, its chat template included; the model's own unless given."""
+
     reference: str | None = None
     """Model of the KL penalty (`loss.kl_coef`), as `path`; the model itself as it was at first unless given."""
 
     def __post_init__(self) -> None:
         if not self.path:
             raise ConfigError("model.path", "is empty", fix="a Hugging Face id or a directory")
+        if self.tokenizer is not None and not self.tokenizer:
+            raise ConfigError("model.tokenizer", "is empty", fix="null is the model's own")
+
+    @property
+    def tokenizer_path(self) -> str:
+        return self.tokenizer or self.path
+
+    @property
+    def tokenizer_key(self) -> str:
+        """The key that says which tokenizer it is, for messages."""
+        return "model.tokenizer" if self.tokenizer else "model.path"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,8 @@ import os
 from collections.abc import Sequence
 
 from asyncdapo.errors import RunError
-from asyncdapo.messages import Batch, CutWanted, NoBatch, Payload
+from asyncdapo.messages import Batch, CutWanted, NoBatch
+from asyncdapo.payload import Payload
 from asyncdapo.shares import deal, share_of
 from asyncdapo.transport.codec import Malformed
 from asyncdapo.transport.keys import ClientKeys

@@ -36,12 +36,13 @@ from asyncdapo.learner.diagnostics import Sums
 from asyncdapo.learner.first_pass import FirstPass
 from asyncdapo.learner.group import ALONE, Ranks
 from asyncdapo.learner.model import load_model, named_weights
-from asyncdapo.learner.model_path import TOKENIZER_FILES, model_directory
+from asyncdapo.learner.model_path import TOKENIZER_FILES, model_directory, tokenizer_directory
 from asyncdapo.learner.optimizer import Optimizer
 from asyncdapo.learner.packing import Columns, Row, columns, group_rows, weighted
 from asyncdapo.learner.probe import Pair, response_logprobs
 from asyncdapo.learner.step import Part, accumulate_gradient
-from asyncdapo.messages import Batch, Payload
+from asyncdapo.messages import Batch
+from asyncdapo.payload import Payload
 from asyncdapo.shares import deal, share_of
 
 STATE_FILE = "learner.pt"
@@ -81,12 +82,13 @@ class Learner:
         torch.set_num_threads(config.threads)
         torch.manual_seed(seed)
         device = _device(config.device)
-        self._source = model_directory(model.path)
+        source = model_directory(model.path)
+        self._tokenizer_source = tokenizer_directory(model.tokenizer) if model.tokenizer else source
         self._loss, self._config, self.ranks = loss, config, ranks
         self._temperature = temperature
         self._staleness_bound = staleness_bound
         self._max_response_length = max_response_length
-        self._model = load_model(self._source, device)
+        self._model = load_model(source, device)
         self._optimizer = Optimizer(self._model.parameters(), config)
         reference = _load_reference(model, self._model) if loss.kl_coef else None
         self._first_pass = FirstPass(self._model, reference, loss, temperature, config.tokens_per_microbatch)
@@ -234,8 +236,8 @@ class Learner:
         except SafetensorError as error:
             raise OSError(str(error)) from error
         for name in TOKENIZER_FILES:
-            if (self._source / name).is_file():
-                shutil.copyfile(self._source / name, directory / name)
+            if (self._tokenizer_source / name).is_file():
+                shutil.copyfile(self._tokenizer_source / name, directory / name)
         on_gpu = self.device.type == "cuda"
         state = {
             "version": self.version,

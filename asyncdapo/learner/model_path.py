@@ -1,15 +1,15 @@
 """Where the model's files are: a directory in Hugging Face format, or an id on the Hugging Face hub. No torch here.
 
-`find_directory` and `model_config` ask nobody; `check_model_path`, `local_directory` and `model_digests` run before any
-process starts and download nothing; `model_directory` runs in the process that loads the model and downloads what is
-missing. Does not own: reading the weights.
+`find_directory` and `model_config` ask nobody; `check_…`, `local_…` and `…_digests` run before any process starts and
+download nothing; `model_directory` and `tokenizer_directory` run in the process that loads the model and download what
+is missing. Does not own: reading the weights.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from asyncdapo.errors import ConfigError
 from asyncdapo.learner.checkpoint import sha256_of
 
 KEY = "model.path"
+TOKENIZER_KEY = "model.tokenizer"
 
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 TOKENIZER_FILES = (
@@ -45,23 +46,49 @@ def check_model_path(path: str, base_dirs: Iterable[str | Path], key: str = KEY)
     return find_directory(path, base_dirs, key) or _checked_hub_id(path, key)
 
 
-def find_directory(path: str, base_dirs: Iterable[str | Path], key: str = KEY) -> str | None:
+def check_tokenizer_path(path: str, base_dirs: Iterable[str | Path]) -> str:
+    """As `check_model_path`, for `model.tokenizer`: a directory with tokenizer.json, or an id of one on the hub."""
+    found = find_directory(path, base_dirs, TOKENIZER_KEY, _checked_tokenizer)
+    return found or _checked_hub_id(path, TOKENIZER_KEY, "tokenizer.json")
+
+
+def find_directory(
+    path: str,
+    base_dirs: Iterable[str | Path],
+    key: str = KEY,
+    checked: Callable[[str, Path, str], Path] | None = None,
+) -> str | None:
     """As `check_model_path`, but None for what may be an id on the hub, which isn't asked."""
     base_dirs = [Path(base).absolute() for base in base_dirs]
     for directory in (base / Path(path).expanduser() for base in base_dirs):
         if directory.is_dir():
-            return str(_checked_directory(path, directory, key))
-    if path.startswith((".", "/", "~")) or path.count("/") > 1:
-        looked_in = ", ".join(str(base) for base in base_dirs)
-        raise ConfigError(key, "is not a directory", path, f"relative paths are looked up in {looked_in}")
+            return str((checked or _checked_directory)(path, directory, key))
+    if is_path(path):
+        fix = f"give a model directory of this machine, or a hub id: {key}=ORG/NAME"
+        if not Path(path).expanduser().is_absolute():
+            fix += f"; relative paths are looked up in {', '.join(dict.fromkeys(map(str, base_dirs)))}"
+        raise ConfigError(key, "no such directory", path, fix)
     return None
+
+
+def is_path(path: str) -> bool:
+    """Whether it can be nothing but a directory: no id on the hub looks like it."""
+    return path.startswith((".", "/", "~")) or path.count("/") > 1
 
 
 def model_directory(path: str, key: str = KEY) -> Path:
     """The local directory with the model's config, weights and tokenizer; an id is downloaded first if need be."""
+    return _downloaded(path, ["*.json", *WEIGHT_FILES, *TOKENIZER_FILES], key)
+
+
+def tokenizer_directory(path: str) -> Path:
+    """The local directory with the files of `model.tokenizer`; those of an id are downloaded first if need be."""
+    return _downloaded(path, list(TOKENIZER_FILES), TOKENIZER_KEY)
+
+
+def _downloaded(path: str, patterns: list[str], key: str) -> Path:
     if Path(path).is_dir():
         return Path(path)
-    patterns = ["*.json", *WEIGHT_FILES, *TOKENIZER_FILES]
     try:
         return Path(snapshot_download(path, allow_patterns=patterns))
     except (OSError, ValueError, HTTPError) as error:
@@ -77,9 +104,20 @@ def local_directory(path: str) -> Path | None:
     return directory if directory and _weight_files(directory) else None
 
 
+def local_tokenizer(path: str) -> Path | None:
+    """The directory of a tokenizer that is on this machine already; None for an id still to be downloaded."""
+    if Path(path).is_dir():
+        return Path(path)
+    cached = try_to_load_from_cache(path, "tokenizer.json")
+    return Path(cached).parent if isinstance(cached, str) else None
+
+
 def model_config(path: str) -> dict[str, Any] | None:
-    """What the model's config.json says, where that is on this machine already; None for an id that isn't cached.
-    Raises ConfigError for a file that can't be read, and for what can't be an id."""
+    """What the model's config.json says, where that is on this machine already; None for an id that isn't cached,
+    and for a directory that isn't here. Raises ConfigError for a file that can't be read, and for what can't be an id.
+    """
+    if is_path(path) and not Path(path).is_dir():
+        return None
     try:
         file = Path(path) / "config.json" if Path(path).is_dir() else try_to_load_from_cache(path, "config.json")
         return json.loads(Path(file).read_text(encoding="utf-8")) if isinstance(file, str | Path) else None
@@ -104,6 +142,12 @@ def model_digests(directory: Path) -> dict[str, str]:
     }
 
 
+def tokenizer_digests(directory: Path) -> dict[str, str]:
+    """What makes a text tokens: a digest of the tokenizer and of the files that may hold its chat template."""
+    names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+    return {name: sha256_of(directory / name) for name in names if (directory / name).is_file()}
+
+
 def _weight_files(directory: Path) -> list[Path]:
     """Of the first format that is there, since only that one is loaded."""
     return next((files for pattern in WEIGHT_FILES if (files := sorted(directory.glob(pattern)))), [])
@@ -126,10 +170,18 @@ def _checked_directory(path: str, directory: Path, key: str) -> Path:
     return directory
 
 
-def _checked_hub_id(path: str, key: str) -> str:
-    problem = "is neither a directory nor a model in the local Hugging Face cache or on the hub"
+def _checked_tokenizer(path: str, directory: Path, key: str) -> Path:
+    if not (directory / "tokenizer.json").is_file():
+        fix = "save it with AutoTokenizer.from_pretrained(path).save_pretrained(path)"
+        raise ConfigError(key, "has no tokenizer.json", path, fix)
+    return directory
+
+
+def _checked_hub_id(path: str, key: str, file: str = "config.json") -> str:
+    what = "model" if file == "config.json" else "tokenizer"
+    problem = f"is neither a directory nor a {what} in the local Hugging Face cache or on the hub"
     try:
-        if isinstance(try_to_load_from_cache(path, "config.json"), str) or file_exists(path, "config.json"):
+        if isinstance(try_to_load_from_cache(path, file), str) or file_exists(path, file):
             return path
     except (OSError, ValueError, HTTPError) as error:
         raise ConfigError(key, problem, path, f"asked the hub: {_first_line(error)}") from error

@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from asyncdapo.messages import Batch, Payload, Runs
+from asyncdapo.messages import Batch, Runs
+from asyncdapo.payload import Payload
 
 PAD_ID = 0
 """Any valid token id: with causal attention what stands on the right changes nothing on the left."""

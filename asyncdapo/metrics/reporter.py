@@ -17,7 +17,7 @@ import logging
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Protocol, TextIO
 
 from rich.console import Console
 
@@ -56,10 +56,7 @@ class Reporter:
         self._uploads: list[WandbLog] = []
         if mode != "disabled":
             self._uploads.append(WandbLog(run_dir, config, mode, name, settings or {}))
-        self._handler = NoteHandler(self)
-        logging.getLogger().addHandler(self._handler)
-        for stage in STAGES:
-            logging.getLogger(stage).setLevel(logging.INFO)
+        self._handler = listen(self)
         if self._file.num_torn:
             self.note(f"metrics: {self._file.num_torn} lines of metrics.jsonl can't be read and are left out")
 
@@ -105,19 +102,38 @@ class Reporter:
             self._run_log.close()
 
 
+class View(Protocol):
+    """What shows people how it goes on."""
+
+    def status(self, text: str) -> None:
+        """What goes on or is waited for now."""
+
+    def note(self, text: str) -> None:
+        """Something that happened."""
+
+
+def listen(view: View) -> NoteHandler:
+    """Let log records become notes, until the handler is removed from the root logger."""
+    handler = NoteHandler(view)
+    logging.getLogger().addHandler(handler)
+    for stage in STAGES:
+        logging.getLogger(stage).setLevel(logging.INFO)
+    return handler
+
+
 class NoteHandler(logging.Handler):
     """Turns log records into notes: ours from INFO on, those of libraries from WARNING on."""
 
-    def __init__(self, reporter: Reporter) -> None:
+    def __init__(self, view: View) -> None:
         super().__init__(logging.INFO)
-        self._reporter = reporter
+        self._view = view
 
     def filter(self, record: logging.LogRecord) -> bool:
         return record.levelno >= logging.WARNING or record.name in STAGES
 
     def emit(self, record: logging.LogRecord) -> None:
         level = f" {record.levelname.lower()}" if record.levelno >= logging.WARNING else ""
-        self._reporter.note(f"{record.name}{level}: {self.format(record)}")
+        self._view.note(f"{record.name}{level}: {self.format(record)}")
 
 
 def _open_view(stream: TextIO, name: str, total_steps: int) -> ProgressLines | LiveTable:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
+import os
 from dataclasses import dataclass
+from fractions import Fraction
 
 from asyncdapo.errors import ConfigError
+from asyncdapo.prompts.mixture import Mixture
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,8 +17,9 @@ class PromptsConfig:
 
     task: str = "chain"
     """Name of the task: `chain` (arithmetic, made on the fly) or `file` (your own JSONL or parquet)."""
-    path: str | None = None
-    """Data file of the task `file`: .jsonl or .parquet."""
+    path: str | dict[str, float] | None = None
+    """Data file of the task `file`, .jsonl or .parquet, or a mixture of several: `{a.parquet: 3, b.parquet: 1}` draws
+    three prompts of the first for one of the second."""
     eval_path: str | None = None
     """Data file of held-out prompts; without one, `eval.num_prompts` rows are held out of `path`."""
     prompt_column: str = "prompt"
@@ -22,15 +27,18 @@ class PromptsConfig:
     answer_column: str = "answer"
     """Column that holds the expected answer."""
     template: str = "{prompt}"
-    """Text given to the model; `{prompt}` is the row's question. Not used with a chat template."""
+    """The user's text; `{prompt}` is the row's question. What the model is given, or with a chat template the user's
+    message."""
     chat_template: bool = False
-    """Send the question as a user message through the tokenizer's chat template."""
+    """Send the user's text as a message through the tokenizer's chat template."""
+    system_prompt: str | None = None
+    """System message in front of it; the chat template's own, if it has one, unless given."""
     max_prompt_length: int = 1024
     """Longest prompt in tokens; longer ones are left out and counted."""
     max_attempts: int = 3
     """Leases that may end lost or rejected (expired too, if requeued) before a prompt ends `failed`."""
     epochs: int = 0
-    """Passes over the data after which the run ends; 0 is no limit."""
+    """Passes over the data after which the run ends; 0 is no limit. Of a mixture: no row is drawn more often."""
 
     def __post_init__(self) -> None:
         if self.max_prompt_length < 1:
@@ -48,3 +56,29 @@ class PromptsConfig:
                 )
         if "{prompt}" not in self.template:
             raise ConfigError("prompts.template", "must contain {prompt}", self.template)
+        if self.system_prompt is not None and not self.chat_template:
+            problem = "does nothing without prompts.chat_template"
+            fix = "set prompts.chat_template, or put the words into prompts.template"
+            raise ConfigError("prompts.system_prompt", problem, self.system_prompt, fix)
+        if self.system_prompt is not None and not self.system_prompt.strip():
+            fix = "null leaves it to the chat template"
+            raise ConfigError("prompts.system_prompt", "is empty", self.system_prompt, fix)
+        if isinstance(self.path, dict):
+            self._check_mixture(self.path)
+
+    def _check_mixture(self, mixture: dict[str, float]) -> None:
+        places: dict[str, str] = {}
+        for path, weight in mixture.items():
+            if not math.isfinite(weight) or weight <= 0:
+                problem = f"the weight of {path} must be a number above 0"
+                raise ConfigError("prompts.path", problem, weight, "leave the file out, or give it a weight")
+            same = places.setdefault(os.path.abspath(path), path)
+            if same != path:
+                raise ConfigError("prompts.path", "names one file twice", [same, path], "add up the two weights")
+        Mixture(list(self.weights.values()), seed=0)  # refuses weights that would make too long a block
+
+    @property
+    def weights(self) -> dict[str, Fraction]:
+        """Weight of each training file, as it is written in decimal; a single file's is 1. Empty without files."""
+        files = {self.path: 1.0} if isinstance(self.path, str) else self.path or {}
+        return {path: Fraction(repr(float(weight))) for path, weight in files.items()}

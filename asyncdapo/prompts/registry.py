@@ -27,6 +27,6 @@ def open_task(config: PromptsConfig, *, num_eval: int, seed: int) -> Task:
         known = ", ".join(TASKS)
         raise ConfigError("prompts.task", f"unknown, there are {known}", config.task, f"prompts.task={nearest}")
     task = TASKS[config.task](config, num_eval, seed)
-    if config.epochs and task.num_rows is None:
+    if config.epochs and task.parts is None:
         raise ConfigError("prompts.epochs", f"the task {config.task!r} has no end", config.epochs, "prompts.epochs=0")
     return task

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,11 @@ from pyarrow import parquet
 
 from asyncdapo.errors import ConfigError
 
+PROMPT_COLUMNS = ("prompt", "question", "problem")
+ANSWER_COLUMNS = ("reward_model.ground_truth", "answer", "ground_truth", "solution")
+USUAL = {"prompts.prompt_column": PROMPT_COLUMNS, "prompts.answer_column": ANSWER_COLUMNS}
+LEFT_OUT = "`asyncdapo data prepare` leaves such rows out"
+
 
 @dataclass(frozen=True, slots=True)
 class Record:
@@ -24,60 +29,72 @@ class Record:
 
     place: str
     values: tuple[object, ...]
+    optional: object = None
+    """Of the column that a record may lack."""
 
 
-def read_records(key: str, path: str, columns: Mapping[str, str]) -> list[Record]:
+def read_records(key: str, path: str, columns: Mapping[str, str], optional: str | None = None) -> list[Record]:
     """Read a data file whole.
 
     `key` is the configuration key that holds `path`; `columns` maps a configuration key to the column it names, and the
-    values of a record are in its order. Raises ConfigError.
+    values of a record are in its order. `optional` is a column that need not be there. Raises ConfigError.
     """
     try:
         match Path(path).suffix.lower():
             case ".jsonl":
-                records = list(_read_jsonl(key, path, columns))
+                records = list(_read_jsonl(key, path, columns, optional))
             case ".parquet":
-                records = list(_read_parquet(path, columns))
+                records = list(_read_parquet(path, columns, optional))
             case _:
                 raise ConfigError(key, "must end in .jsonl or .parquet", path)
     except FileNotFoundError:
         raise ConfigError(key, "no such file", path) from None
-    except (OSError, pyarrow.ArrowException, UnicodeDecodeError) as error:
+    except (OSError, pyarrow.ArrowException, ValueError, OverflowError) as error:
         raise ConfigError(key, f"can't be read: {str(error).splitlines()[0]}", path) from error
     if not records:
         raise ConfigError(key, "holds no record", path)
     return records
 
 
-def _read_jsonl(key: str, path: str, columns: Mapping[str, str]) -> Iterator[Record]:
+def _read_jsonl(key: str, path: str, columns: Mapping[str, str], optional: str | None) -> Iterator[Record]:
+    checked = False
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if line.strip():
-                yield Record(f"line {number}", _values(_parse(key, path, number, line), columns, f"{path}:{number}"))
+                record = _parse(key, path, number, line)
+                if not checked:
+                    _check_columns(record, columns, f"{path}:{number}")
+                    checked = True
+                if missing := [column for column in columns.values() if column not in record]:
+                    raise ConfigError(key, f"line {number} has no {missing[0]!r}", path, LEFT_OUT)
+                yield Record(f"line {number}", _values(record, columns), record.get(optional))
 
 
 def _parse(key: str, path: str, number: int, line: bytes) -> dict[str, object]:
     try:
         record = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        raise ConfigError(key, f"line {number} isn't UTF-8: {error.reason} at byte {error.start}", path) from error
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ConfigError(key, f"line {number} isn't JSON: {error}", path) from error
+        problem = f"line {number} isn't UTF-8: {error.reason} at byte {error.start}"
+        raise ConfigError(key, problem, path, LEFT_OUT) from error
+    except (ValueError, RecursionError) as error:  # not only of its grammar: numbers may be too long for Python
+        raise ConfigError(key, f"line {number} isn't JSON: {error}", path, LEFT_OUT) from error
     if not isinstance(record, dict):
-        raise ConfigError(key, f"line {number} must be a JSON object, it is a {type(record).__name__}", path)
+        problem = f"line {number} must be a JSON object, it is a {type(record).__name__}"
+        raise ConfigError(key, problem, path, LEFT_OUT)
     return record
 
 
-def _read_parquet(path: str, columns: Mapping[str, str]) -> Iterator[Record]:
+def _read_parquet(path: str, columns: Mapping[str, str], optional: str | None) -> Iterator[Record]:
     with parquet.ParquetFile(path) as file:
-        _check_columns(file.schema_arrow.names, columns, path)
-        table = file.read(columns=list(dict.fromkeys(columns.values())))
+        present = file.schema_arrow.names
+        _check_columns(present, columns, path)
+        wanted = dict.fromkeys([*columns.values(), *({optional} & set(present))])
+        table = file.read(columns=list(wanted))
     for row, record in enumerate(table.to_pylist()):
-        yield Record(f"row {row}", _values(record, columns, path))
+        yield Record(f"row {row}", _values(record, columns), record.get(optional))
 
 
-def _values(record: Mapping[str, object], columns: Mapping[str, str], where: str) -> tuple[object, ...]:
-    _check_columns(record, columns, where)
+def _values(record: Mapping[str, object], columns: Mapping[str, str]) -> tuple[object, ...]:
     return tuple(record[column] for column in columns.values())
 
 
@@ -85,6 +102,19 @@ def _check_columns(present: Iterable[str], columns: Mapping[str, str], where: st
     present = list(present)
     for key, column in columns.items():
         if column not in present:
-            nearest = difflib.get_close_matches(column, present, n=1, cutoff=0.0)
-            fix = f"{key}={nearest[0]}" if nearest else ""
+            of_others = set(columns.values())
+            likely = likely_column(column, [name for name in present if name not in of_others], USUAL[key])
+            fix = f"{key}={likely}" if likely else ""
             raise ConfigError(key, f"no such column in {where}, which has {', '.join(present) or 'none'}", column, fix)
+
+
+def likely_column(named: str, present: Sequence[str], usual: Sequence[str]) -> str | None:
+    """What the user may have meant: a name that is spelled nearly so, else one of the usual names."""
+    near = difflib.get_close_matches(named, present, n=1)
+    return near[0] if near else first_of(present, usual)
+
+
+def first_of(columns: Sequence[str], usual: Sequence[str]) -> str | None:
+    """The first of the usual names that is there, in whatever case."""
+    by_name = {column.lower(): column for column in reversed(columns)}
+    return next((by_name[name] for name in usual if name in by_name), None)

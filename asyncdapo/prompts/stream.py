@@ -2,20 +2,22 @@
 
     task (questions) ──▶ PromptStream ──prompt_at(prompt_id)──▶ replay server ──▶ leases
 
-A position is an epoch and a row. Every epoch visits each row once, in an order of its own that follows from the seed:
-any position can be asked for at any time, and nothing is ever saved. Rows whose prompt is longer than
+A position is a part of the data, an epoch of that part and a row. Every epoch visits each row of its part once, in an
+order of its own that follows from the seed; which part a position is of follows from the weights (`mixture`). Any
+position can be asked for at any time, and nothing is ever saved. Rows whose prompt is longer than
 `prompts.max_prompt_length` are left out when the stream is opened, and counted. Does not own: what was leased or
 trained, which is replay's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 
 from asyncdapo.errors import ConfigError
 from asyncdapo.messages import Prompt, sample_seed
 from asyncdapo.prompts.config import PromptsConfig
+from asyncdapo.prompts.mixture import Mixture
 from asyncdapo.prompts.task import Question, Task
 
 Encode = Callable[[str], list[int]]
@@ -30,18 +32,32 @@ class PromptStream:
     def __init__(self, config: PromptsConfig, task: Task, encode: Encode, seed: int) -> None:
         self._task = task
         self._encode = encode
-        self._seed = seed
         self._max_length = config.max_prompt_length
-        self._rows = self._fitting_rows(task.num_rows, task.question_at)
-        self._eval_rows = self._fitting_rows(task.num_eval_rows, task.eval_question_at)
-        self.num_prompts = len(self._rows) * config.epochs if self._rows is not None and config.epochs else None
+        self._parts: list[EpochOrder] | None = None
+        self.num_prompts: int | None = None
         """Positions in all epochs; None is endless."""
+        if task.parts is not None:
+            rows = [self._fitting_rows(part.rows, task.question_at, part.name) for part in task.parts]
+            self._parts = [EpochOrder(fitting, seed, number) for number, fitting in enumerate(rows)]
+            self._mixture = Mixture([part.weight for part in task.parts], seed)
+            if config.epochs:  # the run ends before a part begins another one
+                ends = (self._mixture.position(part, len(rows) * config.epochs) for part, rows in enumerate(rows))
+                self.num_prompts = min(ends)
+        self._eval_rows: list[int] | None = None
+        if task.num_eval_rows is not None:
+            held_out = range(task.num_eval_rows)
+            self._eval_rows = self._fitting_rows(held_out, task.eval_question_at, "the evaluation")
 
     @property
     def num_left_out(self) -> int:
         """Rows, those for evaluation included, whose prompt is too long."""
-        tables = ((self._task.num_rows, self._rows), (self._task.num_eval_rows, self._eval_rows))
-        return sum(num_rows - len(fitting) for num_rows, fitting in tables if num_rows is not None)
+        num_rows = sum(len(part.rows) for part in self._task.parts or [])
+        return num_rows - sum(part.num_rows for part in self._parts or []) + self.num_eval_left_out
+
+    @property
+    def num_eval_left_out(self) -> int:
+        """Of those for evaluation."""
+        return 0 if self._eval_rows is None else self._task.num_eval_rows - len(self._eval_rows)
 
     def prompt_at(self, prompt_id: int) -> Prompt | None:
         """The prompt at this position, the same at every call; None past the end of the data.
@@ -51,9 +67,9 @@ class PromptStream:
         if self.num_prompts is not None and prompt_id >= self.num_prompts:
             return None
         epoch, row = 0, prompt_id
-        if self._rows is not None:
-            epoch, place = divmod(prompt_id, len(self._rows))
-            row = self._rows[epoch_order(self._seed, epoch, len(self._rows))[place]]
+        if self._parts is not None:
+            part, place = self._mixture.draw(prompt_id)
+            epoch, row = self._parts[part].draw(place)
         return self._prompt(prompt_id, epoch, self._task.question_at(row))
 
     def eval_prompts(self, num: int) -> list[Prompt]:
@@ -61,12 +77,16 @@ class PromptStream:
         rows = range(num) if self._eval_rows is None else self._eval_rows[:num]
         return [self._prompt(prompt_id, 0, self._task.eval_question_at(row)) for prompt_id, row in enumerate(rows)]
 
-    def _fitting_rows(self, num_rows: int | None, question_at: Callable[[int], Question]) -> list[int] | None:
-        if num_rows is None:
-            return None
-        fitting = [row for row in range(num_rows) if len(self._encode(question_at(row).text)) <= self._max_length]
-        if num_rows and not fitting:
-            raise ConfigError("prompts.max_prompt_length", f"all {num_rows} prompts are longer", self._max_length)
+    def _fitting_rows(self, rows: range, question_at: Callable[[int], Question], name: str) -> list[int]:
+        lengths = [len(self._encode(question_at(row).text)) for row in rows]
+        fitting = [row for row, length in zip(rows, lengths, strict=True) if length <= self._max_length]
+        if rows and not fitting:
+            shortest = min(lengths)
+            problem = (
+                f"all {len(rows)} prompts of {name} are longer, template included: the shortest has {shortest} tokens"
+            )
+            fix = f"prompts.max_prompt_length={shortest}"
+            raise ConfigError("prompts.max_prompt_length", problem, self._max_length, fix)
         return fitting
 
     def _prompt(self, prompt_id: int, epoch: int, question: Question) -> Prompt:
@@ -84,7 +104,23 @@ class PromptStream:
         )
 
 
-@lru_cache(maxsize=4)
-def epoch_order(seed: int, epoch: int, num_rows: int) -> Sequence[int]:
-    """A permutation of the rows: sorted by a hash of (seed, epoch, row), which no library version can change."""
-    return sorted(range(num_rows), key=lambda row: sample_seed(seed, epoch, row))
+class EpochOrder:
+    """The rows of one part, each once per epoch. Remembers the order of the latest two epochs that were asked for."""
+
+    def __init__(self, rows: Iterable[int], seed: int, part: int) -> None:
+        self._rows = list(rows)
+        self._seed = sample_seed(seed, part) if part else seed
+        self._order = lru_cache(maxsize=2)(self._order_of)
+
+    @property
+    def num_rows(self) -> int:
+        return len(self._rows)
+
+    def draw(self, place: int) -> tuple[int, int]:
+        """Epoch and row of this draw."""
+        epoch, rank = divmod(place, len(self._rows))
+        return epoch, self._rows[self._order(epoch)[rank]]
+
+    def _order_of(self, epoch: int) -> Sequence[int]:
+        """A permutation: sorted by a hash of (seed, epoch, row), which no library version can change."""
+        return sorted(range(len(self._rows)), key=lambda row: sample_seed(self._seed, epoch, row))

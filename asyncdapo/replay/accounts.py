@@ -96,6 +96,14 @@ class Accounts:
     def close_gen_batch(self) -> None:
         self._num_gen_batches += 1
 
+    def describe_filtered(self, many: int) -> str:
+        """What the filter dropped since the last train step, where it is as much as that; else empty."""
+        now = self._interval
+        if (filtered := now["verdicts"] - now["kept"]) < many:
+            return ""
+        right, wrong = now["all_correct"], now["all_wrong"]
+        return f"{filtered:,} groups filtered since the last batch: {right:,} all right, {wrong:,} all wrong"
+
     def trained(self, step: int, batch: Iterable[GroupFacts], num_copies: int) -> dict[str, float]:
         """Metrics of a step, once its groups have moved to `trained`. Opens the next interval, unless it is asked for
         again."""

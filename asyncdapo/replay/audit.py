@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from asyncdapo.errors import UserError
 from asyncdapo.replay.invariants import INVARIANTS, NUM_COPIES
 from asyncdapo.replay.ledger import LEDGER_FILE, PAYLOAD_FOLDER, open_ledger
 from asyncdapo.replay.payloads import segment_path
@@ -25,6 +26,8 @@ from asyncdapo.replay.schema import HELD_STATES, LEDGER_SCHEMA
 
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
+EVALUATION_FILE = "eval.json"
+"""In the directory of an evaluation (`controller/eval/record.py`)."""
 NUM_SHOWN = 3
 """Rows shown of each breach; the rest is a number."""
 
@@ -34,7 +37,12 @@ class _Unreadable(Exception):  # noqa: N818 - a finding, not a failure
 
 
 def run_audit(run_dir: Path) -> int:
-    """Print what the run came to and what is wrong with it. Returns the exit code: 1 on a breach."""
+    """Print what the run came to and what is wrong with it. Returns the exit code: 1 on a breach. Raises
+    UserError where there is no run."""
+    if not any((run_dir / name).exists() for name in (CONFIG_FILE, LEDGER_FILE)):
+        raise UserError(f"{run_dir}: no run there (give the run.dir of a launch)")
+    if (run_dir / EVALUATION_FILE).exists():
+        raise UserError(f"{run_dir}: is an evaluation, which keeps no ledger: give the run.dir of a launch")
     breaches = audit(run_dir)
     print(run_dir)
     for line in _summary(run_dir):

@@ -16,13 +16,12 @@ Does not own: credits and sending (`server`), what is evaluated and when (the co
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from asyncdapo.errors import RunError
-from asyncdapo.messages import EvalAnswer, EvalDone, EvalRequest
+from asyncdapo.messages import EvalAnswer, EvalRequest
 from asyncdapo.replay.sessions import MAX_UNLISTED
 
 MAX_ISSUES = 5
@@ -105,10 +104,10 @@ class Evaluations:
         evaluation = self._evaluation_of(self._waiting[0])
         request = evaluation.requests[self._waiting[0]]
         in_use = sum(under_way.num_slots for under_way in self._under_way.values())
-        if in_use and in_use + len(request.prompts) > evaluation.max_slots:
+        if in_use and in_use + request.num_sequences > evaluation.max_slots:
             return None
         self._waiting.popleft()
-        self._under_way[request.request_id] = _UnderWay(worker, len(request.prompts), tick)
+        self._under_way[request.request_id] = _UnderWay(worker, request.num_sequences, tick)
         self._count_issue(request.request_id)
         return request
 
@@ -126,22 +125,23 @@ class Evaluations:
                     lost.append(self._evaluation_of(request_id).requests[request_id])
         return lost
 
-    def answer(self, done: EvalDone) -> Evaluation | None:
-        """Take an answer in. Returns its evaluation; None when it has this answer already, or is over.
+    def answer(self, request_id: int, answers: list[EvalAnswer]) -> Evaluation | None:
+        """Take the answers to a request in. Returns its evaluation; None when it has these already, or is over.
 
         Raises ValueError when they are not answers to the request's prompts, or not numbers.
         """
-        evaluation = self._evaluation_of(done.request_id)
-        if evaluation is None or done.request_id in evaluation.answers:
+        evaluation = self._evaluation_of(request_id)
+        if evaluation is None or request_id in evaluation.answers:
             return None
-        prompts = [prompt.prompt_id for prompt in evaluation.requests[done.request_id].prompts]
-        if [answer.prompt_id for answer in done.answers] != prompts:
-            raise ValueError(f"evaluation request {done.request_id} has other prompts than its answer")
-        if not all(math.isfinite(answer.acc) and answer.num_tokens >= 0 for answer in done.answers):
-            raise ValueError(f"evaluation request {done.request_id} has an accuracy or a length that is no number")
-        evaluation.answers[done.request_id] = done.answers
-        if self._under_way.pop(done.request_id, None) is None:
-            self._waiting.remove(done.request_id)
+        request = evaluation.requests[request_id]
+        wanted = [(prompt.prompt_id, sample) for prompt in request.prompts for sample in request.samples]
+        if [(answer.prompt_id, answer.sample) for answer in answers] != wanted:
+            raise ValueError(f"evaluation request {request_id} has other prompts or samples than its answer")
+        if not all(0 <= answer.acc <= 1 and answer.num_tokens >= 0 for answer in answers):
+            raise ValueError(f"evaluation request {request_id} has a verdict or a length that can't be")
+        evaluation.answers[request_id] = answers
+        if self._under_way.pop(request_id, None) is None:
+            self._waiting.remove(request_id)
         return evaluation
 
     def start_again(self) -> None:

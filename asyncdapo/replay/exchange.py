@@ -31,12 +31,12 @@ from asyncdapo.messages import (
     Lease,
     Message,
     NoBatch,
-    Payload,
     Prompt,
     Reject,
     Withdraw,
     sample_seed,
 )
+from asyncdapo.payload import Payload
 from asyncdapo.replay import events as core
 from asyncdapo.replay.accounts import Accounts
 from asyncdapo.replay.failures import Failures

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from asyncdapo.messages import Completion, Group, Payload
+from asyncdapo.messages import Completion, Group
+from asyncdapo.payload import Payload
 from asyncdapo.replay.events import GroupDone
 from asyncdapo.replay.sessions import HeldLease
 

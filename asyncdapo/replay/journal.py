@@ -24,7 +24,8 @@ from pathlib import Path
 from asyncdapo import faults
 from asyncdapo.disk import disk_errors
 from asyncdapo.errors import RunError
-from asyncdapo.messages import Group, Payload, Prompt
+from asyncdapo.messages import Group, Prompt
+from asyncdapo.payload import Payload
 from asyncdapo.replay import events as core
 from asyncdapo.replay import reload
 from asyncdapo.replay.config import ReplayConfig

@@ -13,7 +13,8 @@ from contextlib import closing
 from pathlib import Path
 
 from asyncdapo.errors import UserError
-from asyncdapo.messages import Group, Payload
+from asyncdapo.messages import Group
+from asyncdapo.payload import Payload
 from asyncdapo.replay.payloads import Place, read_record
 from asyncdapo.replay.schema import LEDGER_SCHEMA, TABLES, UNDONE_TABLES
 

@@ -18,7 +18,8 @@ from pathlib import Path
 
 import msgspec
 
-from asyncdapo.messages import Group, Payload
+from asyncdapo.messages import Group
+from asyncdapo.payload import Payload
 
 SEGMENT_BYTES = 64 << 20
 

@@ -204,13 +204,20 @@ class ReplayServer:
         }
 
     def _why_waiting(self) -> str:
-        why, evaluations = self._exchange.state.why_waiting(), self._workers.evaluations
+        state, evaluations = self._exchange.state, self._workers.evaluations
+        why, num_open = state.why_waiting(), evaluations.num_waiting + evaluations.num_under_way
+        if num_open and (state.over or not (state.cut_wanted or state.in_training)):
+            why = "rollout: no batch is wanted"  # an evaluation goes on alone, and its answers are waited for
+        elif why.startswith("rollout") and (
+            filtered := self._exchange.accounts.describe_filtered(2 * state.config.prompts_per_step)
+        ):
+            why += f"; {filtered}"
         if behind := [session.worker for session in self._sessions.known if session.branch != self.branch]:
             why += f"; workers {behind} have no weights of branch {self.branch} yet"
         if suspected := self._sessions.suspected:
             why += f"; nothing heard for long from workers {suspected}"
-        if num := evaluations.num_waiting + evaluations.num_under_way:
-            why += f"; {num} evaluation requests are open"
+        if num_open:
+            why += f"; {num_open} evaluation requests are open"
         return why
 
     # ------------------------------------------------------------------------------------------------------- loops

@@ -172,7 +172,7 @@ class Workers:
             case GroupFailed():
                 self._take_failure(session, message)
             case EvalDone():
-                self._take_answers(session, message)
+                self._take_answers(session, message, frames)
 
     def _greet(self, peer: bytes, hello: Hello) -> None:
         """A new session puts the worker's former one out, with all that it held."""
@@ -296,14 +296,14 @@ class Workers:
         else:
             self._exchange.send(session, Reject(lease_id=lease_id, reason=reason))
 
-    def _take_answers(self, session: Session, done: EvalDone) -> None:
+    def _take_answers(self, session: Session, done: EvalDone, frames: Sequence[memoryview]) -> None:
         """Bad answers are forgotten; their request is given out again when it is due. So are those of a worker whose
         weights are of another branch: it answers what was asked before a rollback."""
         self._exchange.send(session, EvalAck(request_id=done.request_id))
         if session.branch != self._exchange.branch:
             return
         try:
-            evaluation = self.evaluations.answer(done)
+            evaluation = self.evaluations.answer(done.request_id, done.unpack(frames))
         except ValueError as problem:
             self._drop("rejected", session, str(problem))
             return

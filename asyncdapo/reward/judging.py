@@ -25,6 +25,8 @@ from asyncdapo.reward.wire import METRICS, Raised, Verdict
 MAX_PROBLEM_CHARS = 1000
 MAX_METRICS = 100
 """They travel and are kept with every completion."""
+MAX_PRED_CHARS = 1000
+"""Of a longer prediction the beginning stands for the whole."""
 METRIC_NAME = re.compile(r"[\w./-]{1,100}")
 
 Tell = Callable[[Verdict | Raised], None]
@@ -68,6 +70,7 @@ def read_verdict(said: Any) -> Verdict | Raised:
             said.close()  # nobody awaits it, and it would complain of that
         return Raised("returned an awaitable: make the function itself `async def`")
     numbers = dict(said) if isinstance(said, Mapping) else {"acc": said}
+    pred = _text(numbers.pop("pred", None))
     if "acc" not in numbers:
         return Raised(f"a dict of numbers needs `acc`, the verdict from 0 to 1, got {reprlib.repr(said)}")
     acc = _number(numbers.pop("acc"))
@@ -85,7 +88,12 @@ def read_verdict(said: Any) -> Verdict | Raised:
         numbers[name] = _number(number)
         if not math.isfinite(numbers[name]):
             return Raised(f"metric {name!r} is no finite number, got {reprlib.repr(number)}")
-    return Verdict(acc, metrics=numbers)
+    return Verdict(acc, pred=pred, metrics=numbers)
+
+
+def _text(pred: Any) -> str | None:
+    """A prediction as it can be sent and compared: half a surrogate pair becomes a question mark."""
+    return None if pred is None else str(pred)[:MAX_PRED_CHARS].encode(errors="replace").decode()
 
 
 def _number(value: Any) -> float:

@@ -18,10 +18,11 @@ from types import ModuleType
 
 from asyncdapo.errors import ConfigError
 
-Said = float | Mapping[str, float]
+Said = float | Mapping[str, float | str | None]
 Verify = Callable[[str, str], Said | Awaitable[Said]]
 """(text of the response, expected answer) -> verdict: 1 right, 0 wrong, between them part of the credit; or numbers by
-name, of which `acc` is the verdict. The user's may be an async function."""
+name, of which `acc` is the verdict, and `pred`, text: what it took for the response's answer (None: it has none). Ours
+say both. The user's may be an async function."""
 
 VERIFIERS = ("answer", "dapo", "exact", "gsm8k", "math_verify", "reasoning_gym")
 EXTRAS = {"math_verify": "math", "reasoning_gym": "reasoning-gym"}
@@ -68,7 +69,7 @@ def _known(name: str) -> Verify:
     except ModuleNotFoundError as error:
         if name not in EXTRAS:
             raise
-        fix = f"pip install 'asyncdapo[{EXTRAS[name]}]'"
+        fix = f"in the clone: pip install -e '.[{EXTRAS[name]}]'"
         raise ConfigError(KEY, f"needs the module {error.name}, which is not installed", name, fix) from error
 
 

@@ -114,7 +114,7 @@ class Scorer:
         numbers = (verdict.value, score, reward, reward, float(verdict.timed_out), overlong)
         # A text that took too long has no number of the verifier's own; the filter needs what the others have.
         own = dict.fromkeys(self._own_names, 0.0) if verdict.timed_out else verdict.metrics
-        return Score(reward=reward, metrics=dict(zip(METRICS, numbers, strict=True)) | own)
+        return Score(reward=reward, metrics=dict(zip(METRICS, numbers, strict=True)) | own, pred=verdict.pred)
 
 
 def scale(acc: float, *, correct: float, incorrect: float) -> float:

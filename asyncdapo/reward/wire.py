@@ -54,6 +54,8 @@ class Verdict(Struct, tag=True, frozen=True):
     """1 right, 0 wrong, between them part of the credit."""
     timed_out: bool = False
     """The pool's own word: the verifier took too long, twice."""
+    pred: str | None = None
+    """What it took for the answer, if it says so."""
     metrics: dict[str, float] = {}
     """Numbers of the verifier's own."""
 

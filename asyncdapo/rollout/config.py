@@ -56,8 +56,8 @@ class RolloutConfig:
     memory_fraction: float | None = None
     """Share of a GPU that vLLM takes for weights and KV cache; by default 0.9, or where n processes are on it 0.8 / n
     (0.4 beside a learner)."""
-    engine_args: dict[str, Any] = field(default_factory=dict)
-    """Further arguments of vLLM's engine by vLLM's names, such as {quantization: fp8}."""
+    engine_args: dict[str, Any] | None = field(default_factory=dict)
+    """Further arguments of vLLM's engine by vLLM's names, such as {quantization: fp8}; null is none."""
     slots: int = 64
     """Sequences generated at once by one worker."""
     group_size: int = 16
@@ -84,6 +84,8 @@ class RolloutConfig:
     """Mean |engine − learner| of log-probs above which the run ends; by default 0.05 for float32, 0.5 for bfloat16."""
 
     def __post_init__(self) -> None:
+        if self.engine_args is None:
+            object.__setattr__(self, "engine_args", {})
         for key in ("num_workers", "tensor_parallel", "slots", "group_size", "max_response_length", "threads"):
             if getattr(self, key) < 1:
                 raise ConfigError(f"rollout.{key}", "must be at least 1", getattr(self, key))

@@ -9,20 +9,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from asyncdapo.messages import (
-    LOGPROB_DTYPE,
-    TOKEN_DTYPE,
-    Completion,
-    EvalAnswer,
-    FinishReason,
-    Group,
-    Lease,
-    Payload,
-    Prompt,
-    Runs,
-    Score,
-)
+from asyncdapo.errors import RewardError
+from asyncdapo.messages import Completion, EvalAnswer, FinishReason, Group, Lease, Prompt, Runs, Score
+from asyncdapo.payload import LOGPROB_DTYPE, TOKEN_DTYPE, Payload
 from asyncdapo.rollout.engine import Sample
+
+MAX_FAILURE = 500
+"""Characters kept of what a reward function raised: the header has to hold those of many answers."""
 
 
 def build_group(
@@ -71,12 +64,17 @@ def loss_mask(num_tokens: int, finish_reason: FinishReason, overlong_filter: boo
     return [(int(not (overlong_filter and finish_reason == "length")), num_tokens)]
 
 
-def build_answer(prompt: Prompt, sample: Sample, acc: float) -> EvalAnswer:
-    """What one evaluated completion came to."""
+def build_answer(prompt: Prompt, number: int, sample: Sample, score: Score | RewardError, response: str) -> EvalAnswer:
+    """What one evaluated completion came to, the prompt's `number`-th. Without a score it is not a right one."""
     versions = [version for version, _ in sample.versions]
+    failure = str(score)[:MAX_FAILURE] if isinstance(score, RewardError) else ""
     return EvalAnswer(
         prompt_id=prompt.prompt_id,
-        acc=acc,
+        sample=number,
+        acc=0.0 if failure else score.metrics["acc"],
+        failure=failure,
+        pred=None if failure else score.pred,
+        response=response,
         num_tokens=len(sample.token_ids),
         finish_reason=sample.finish_reason,
         version_min=min(versions),

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -32,6 +33,7 @@ from asyncdapo.messages import (
     Prompt,
     Sampling,
     Score,
+    eval_seed,
     sample_seed,
 )
 from asyncdapo.rollout.config import RolloutConfig
@@ -44,6 +46,9 @@ Outgoing = tuple[Message, Sequence[Buffer]]
 Scorer = Callable[[Prompt, Sequence[np.ndarray], Sequence[FinishReason], int], Awaitable[list[Score]]]
 """(prompt, token ids of each completion, finish reasons, seed) -> a score of each, with `acc` among its metrics. Raises
 RewardError when the user's reward function raised."""
+
+Decode = Callable[[np.ndarray], str]
+"""Token ids int32 [T] -> text without special tokens."""
 
 log = logging.getLogger("rollout")
 
@@ -82,12 +87,14 @@ class Jobs:
         config: RolloutConfig,
         engine: Engine,
         score: Scorer,
+        decode: Decode,
         on_room: Callable[[], None],
         *,
         overlong_filter: bool = False,
     ) -> None:
         """`on_room` is called whenever a sequence has finished. `overlong_filter`: see `groups.loss_mask`."""
         self._worker, self._engine, self._score, self._on_room = worker, engine, score, on_room
+        self._decode = decode
         self._overlong_filter = overlong_filter
         self._sampling = Sampling(temperature=config.temperature, max_tokens=config.max_response_length)
         self._turn = asyncio.Lock() if config.deterministic else nullcontext()
@@ -95,7 +102,7 @@ class Jobs:
         self._score_s = 0.0
 
     def gauges(self) -> dict[str, float]:
-        """Cumulative: `scored_groups`, `failed_groups`, `evaluations` (prompts), `score_s` (summed over calls)."""
+        """Cumulative: `scored_groups`, `failed_groups`, `evaluations` (completions), `score_s` (summed over calls)."""
         counts = {key: self._counts[key] for key in ("scored_groups", "failed_groups", "evaluations")}
         return counts | {"score_s": self._score_s}
 
@@ -117,18 +124,18 @@ class Jobs:
         return job
 
     def for_evaluation(self, evaluation: EvalRequest) -> Job:
-        """A prompt's seed is its own, however prompts are spread over requests."""
+        """The samples of a prompt are one request of the engine: they share its prefill."""
         requests = [
             Request(
                 prompt_ids=prompt.token_ids,
-                seeds=[sample_seed(evaluation.seed, prompt.prompt_id)],
+                seeds=[eval_seed(evaluation.seed, prompt.prompt_id, sample) for sample in evaluation.samples],
                 sampling=evaluation.sampling,
                 urgent=True,
                 on_sample_done=self._on_room,
             )
             for prompt in evaluation.prompts
         ]
-        return Job(evaluation, requests, num_starting=len(requests))
+        return Job(evaluation, requests, num_starting=evaluation.num_sequences)
 
     async def complete(self, job: Job) -> Outgoing:
         """The answer to the job. Raises EngineError, RunError."""
@@ -154,22 +161,31 @@ class Jobs:
 
     async def _complete_evaluation(self, job: Job, evaluation: EvalRequest) -> Outgoing:
         async with asyncio.TaskGroup() as prompts:
-            answers = [
-                prompts.create_task(self._answer(job, prompt, request))
+            tasks = [
+                prompts.create_task(self._answer(job, evaluation.samples, prompt, request))
                 for prompt, request in zip(evaluation.prompts, job.requests, strict=True)
             ]
+        answers = [answer for task in tasks for answer in task.result()]
         self._counts["evaluations"] += len(answers)
-        return EvalDone(request_id=evaluation.request_id, answers=[answer.result() for answer in answers]), ()
+        return EvalDone.pack(evaluation.request_id, answers)
 
-    async def _answer(self, job: Job, prompt: Prompt, request: Request) -> EvalAnswer:
-        """A response on which the reward function raises is not a right one."""
-        [sample] = await self._generate(job, request)
+    async def _answer(self, job: Job, numbers: Sequence[int], prompt: Prompt, request: Request) -> list[EvalAnswer]:
+        """Samples of a prompt. Each is scored by itself: one on which the reward function raises is not a right one,
+        and says nothing of the others."""
+        samples = await self._generate(job, request)
+        scores = await asyncio.gather(*map(partial(self._score_answer, prompt), samples, request.seeds))
+        return [
+            build_answer(prompt, number, sample, score, self._decode(sample.token_ids))
+            for number, sample, score in zip(numbers, samples, scores, strict=True)
+        ]
+
+    async def _score_answer(self, prompt: Prompt, sample: Sample, seed: int) -> Score | RewardError:
         try:
-            [score] = await self._score_samples(prompt, [sample], request.seeds[0])
+            [score] = await self._score_samples(prompt, [sample], seed)
         except RewardError as error:
-            log.warning("held-out prompt %d counts as wrong: %s", prompt.prompt_id, error)
-            return build_answer(prompt, sample, 0.0)
-        return build_answer(prompt, sample, score.metrics["acc"])
+            log.warning("an answer to held-out prompt %d counts as wrong: %s", prompt.prompt_id, error)
+            return error
+        return score
 
     async def _generate(self, job: Job, request: Request) -> list[Sample]:
         async with self._turn:

@@ -52,7 +52,7 @@ from asyncdapo.messages import (
 from asyncdapo.rollout.config import RolloutConfig
 from asyncdapo.rollout.credits import Credits
 from asyncdapo.rollout.engine import Engine, LoadTimes
-from asyncdapo.rollout.jobs import Job, Jobs, Outgoing, Scorer
+from asyncdapo.rollout.jobs import Decode, Job, Jobs, Outgoing, Scorer
 from asyncdapo.transport.codec import Malformed
 from asyncdapo.transport.delivery import Outbox
 from asyncdapo.transport.keys import ClientKeys
@@ -82,6 +82,7 @@ class RolloutWorker:
         heartbeat_s: float,
         engine: Engine,
         score: Scorer,
+        decode: Decode,
         address: str,
         *,
         curve: ClientKeys | None = None,
@@ -94,7 +95,7 @@ class RolloutWorker:
         self._session = secrets.token_hex(8)
         self._wake = asyncio.Event()
 
-        self._jobs = Jobs(index, config, engine, score, self._wake.set, overlong_filter=overlong_filter)
+        self._jobs = Jobs(index, config, engine, score, decode, self._wake.set, overlong_filter=overlong_filter)
         self._held: dict[int, Job] = {}
         """Leases that aren't over, by `lease_id`."""
         self._over: dict[int, None] = {}

@@ -40,6 +40,9 @@ JOIN_POLL_S = 0.02
 NAMES_S = 1.0
 """Time beyond a deadline for the store to say who is missing."""
 
+TICK_S = 0.001
+"""torch counts time in whole milliseconds, rounded down: its own limit may come so much before ours."""
+
 T = TypeVar("T")
 
 
@@ -52,11 +55,11 @@ class Deadline:
 
     def left(self) -> timedelta:
         """Time left, at least a millisecond (torch reads 0 as no limit in places)."""
-        return timedelta(seconds=max(self._end_s - time.monotonic(), 0.001))
+        return timedelta(seconds=max(self._end_s - time.monotonic(), TICK_S))
 
     @property
     def passed(self) -> bool:
-        return time.monotonic() >= self._end_s
+        return time.monotonic() >= self._end_s - TICK_S
 
 
 class ProcessGroup:
@@ -220,11 +223,14 @@ class ProcessGroup:
         try:
             yield
         except RuntimeError as error:
+            # From Python 3.12 on a traceback through this generator leads back to the error: the cycle would keep the
+            # connections open, and so the other ranks waiting, until some collection.
+            cause = error.with_traceback(None)
             if self._left:
-                raise self.error(f"the group of {self.purpose} is closed") from error
+                raise self.error(f"the group of {self.purpose} is closed") from cause
             self.close()
             reason = f"no end within {deadline.timeout_s:g} s" if deadline.passed else str(error).partition("\n")[0]
-            raise self.error(f"rank {self.rank} of {self.world_size} could not {doing}: {reason}") from error
+            raise self.error(f"rank {self.rank} of {self.world_size} could not {doing}: {reason}") from cause
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,10 @@ def open_block(handle: bytes, device: torch.device) -> Block:
     if kind == "host":
         return _open_on_host(*parts)
     _, *shared = parts  # the maker's number of the GPU, which may be another here
-    storage = torch.UntypedStorage._new_shared_cuda(device.index, *shared)
+    try:
+        storage = torch.UntypedStorage._new_shared_cuda(device.index, *shared)
+    except RuntimeError as error:  # whatever CUDA says
+        raise OSError(str(error).partition("\n")[0]) from error
     return Block(torch.empty(0, dtype=torch.uint8, device=device).set_(storage))
 
 

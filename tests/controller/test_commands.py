@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -31,7 +33,7 @@ def refused(tmp_path: Path, *overrides: str) -> str:
         ("replay.max_staleness=-1", "replay.max_staleness: must be at least 0, got -1"),
         ("replay.run_ahead=5", "replay.run_ahead: must be at most replay.max_staleness (2)"),
         ("rollout.group_size=1", "rollout.group_size: a group of one has no variance"),
-        ("model.path=/no/such/model", "model.path: is not a directory, got '/no/such/model'"),
+        ("model.path=/no/such/model", "model.path: no such directory, got '/no/such/model'"),
         ("prompts.task=chian", "prompts.task: unknown, there are chain, file"),
         ("reward.verifier=anser", "reward.verifier: unknown"),
         ("filter.metric=reward", "filter.metric: is no metric of the scorer"),
@@ -92,10 +94,30 @@ def test_a_model_of_an_unknown_kind_is_refused_before_any_process_starts(tmp_pat
     assert "model.path: the torch engine doesn't know the model type 'gpt2'" in refused(tmp_path, f"model.path={model}")
 
 
-def test_audit_of_something_that_is_no_run_exits_with_1(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [((), "no run there"), (("config.yaml", "eval.json"), "is an evaluation, which keeps no ledger")],
+)
+def test_audit_of_something_that_is_no_run_exits_with_2(files: tuple[str, ...], words: str, tmp_path: Path) -> None:
+    for name in files:
+        (tmp_path / name).touch()
     result = subprocess.run(command("audit", str(tmp_path)), capture_output=True, text=True, check=False)
-    assert result.returncode == 1
-    assert "breach: config.yaml: missing" in result.stdout
+    assert result.returncode == 2
+    assert f"{tmp_path}: {words}" in result.stderr
+
+
+def test_output_that_nobody_reads_on_ends_the_command_without_a_traceback() -> None:
+    asked = shlex.join(command("config", "quickstart"))
+    piped = ["bash", "-c", f"{asked} | true; echo ${{PIPESTATUS[0]}}"]
+    result = subprocess.run(piped, capture_output=True, text=True, check=True)
+    assert (result.stdout, result.stderr) == ("141\n", "")
+
+
+def test_prompts_that_are_all_too_long_are_found_before_any_process_starts(tmp_path: Path) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"prompt": "1+" * 200 + str(n), "answer": n}) + "\n" for n in range(20)))
+    keys = ["prompts.task=file", f"prompts.path={data}", "eval.num_prompts=2", "eval.num_greedy_prompts=2"]
+    assert "prompts.max_prompt_length" in refused(tmp_path, *keys)
 
 
 def test_config_prints_yaml_that_launch_accepts(tmp_path: Path) -> None:

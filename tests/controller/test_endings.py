@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
-import shlex
 import subprocess
 from pathlib import Path
 
@@ -12,7 +10,6 @@ import pytest
 
 from tests.controller.runs import command, launch
 
-README = Path(__file__).resolve().parents[2] / "README.md"
 pytestmark = pytest.mark.timeout(150)
 
 
@@ -20,23 +17,6 @@ def write_questions(path: Path, num: int = 50) -> None:
     """Question and answer pairs like a user's own, in the words of the start model's task."""
     pairs = [(f"{a}+{b}*{c}", (a + b) * c % 10) for a in range(4) for b in range(4) for c in range(2, 6)]
     path.write_text("".join(json.dumps({"question": q, "answer": a}) + "\n" for q, a in pairs[:num]))
-
-
-def test_the_readmes_command_trains_on_a_users_own_file(tmp_path: Path) -> None:
-    section = README.read_text().split("## Your own data")[1]
-    words = shlex.split(re.search(r"```bash\n(.*?)```", section, re.DOTALL)[1].replace("\\\n", " "))
-    assert words[0] == "asyncdapo"
-    write_questions(tmp_path / "questions.jsonl")
-    result = subprocess.run(
-        command(*words[1:], "metrics.wandb=disabled", "replay.prompts_per_step=4"),
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    lines = [json.loads(line) for line in (tmp_path / "runs/mine/metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [0, 1, 2, 3]
 
 
 def test_synchronous_training_ends_well_at_the_end_of_the_data_with_staleness_0(tmp_path: Path) -> None:

@@ -292,6 +292,7 @@ def test_differences_are_taken_without_regard_to_sign():
 # ------------------------------------------------------------------------------------------------------- whole runs
 
 
+@pytest.mark.soak
 def test_a_run_past_the_limit_ends_before_it_trains(tmp_path: Path) -> None:
     refused = launch(tmp_path / "run", "run.steps=3", "rollout.parity_stop=1e-15")
     assert refused.exit_code == 1, refused.output

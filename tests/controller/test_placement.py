@@ -244,3 +244,20 @@ async def gpus_seen(placement: Placement) -> dict[str, str]:
         process.end()
     ray.util.remove_placement_group(room)
     return dict(zip(names, answers, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("workers", "nodes", "bundles"),
+    [
+        (2, [2], [(("rollout-0",), 1), (("rollout-1",), 1)]),
+        (2, [1], [(("rollout-0", "rollout-1"), 1)]),
+        (2, [0], []),
+    ],
+)
+def test_where_nothing_is_trained_all_gpus_are_for_engines(
+    workers: int, nodes: list[int], bundles: list[tuple[tuple[str, ...], int]]
+) -> None:
+    placement = place(config_of(workers=workers, learner="cuda", ranks=4), nodes, ranks=())
+    assert bundles_on_gpus(placement) == bundles
+    names = [name for bundle in placement.bundles for name in bundle.processes]
+    assert sorted(names) == ["replay", "rollout-0", "rollout-1"]

@@ -48,6 +48,9 @@ def sections_of(text: str) -> dict[str, list[str]]:
 def test_the_quickstart_is_planned_with_as_many_gpus_as_it_asks_for() -> None:
     sections = sections_of(plan("quickstart", []))
     assert sections["placement"][0] == "2 GPUs, separate: every process has GPUs of its own"
+    assert sections["placement"][-1] == (
+        "as many as it asks for; with none, everything is on the CPU (--gpus N: what it does with others)"
+    )
     assert sections["weights"] == ["by nccl: every end has a GPU of its own"]
     assert sections["a step"][0] == "16 groups of 16 completions: 256, at most 32,768 sampled tokens; 1 update"
     assert sections["staleness"] == ["at most 2 train steps; up to 32 kept groups are ahead of the learner"]
@@ -64,6 +67,8 @@ def test_other_gpus_make_another_plan() -> None:
         "rollout-0: CPU",
     ]
     assert on_cpu["weights"] == ["by ipc: all ends are on one machine, and learner has no GPU"]
+    idle = sections_of(plan("quickstart", [], [4]))["placement"]
+    assert idle[-1] == "2 of 4 GPUs stay idle"
     on_one = sections_of(plan("quickstart", ["rollout.num_workers=3", "rollout.engine=vllm"], [1]))
     assert "learner + rollout-0 + rollout-1 + rollout-2: 1 GPU, of whose memory vLLM takes 0.2" in (on_one["placement"])
 
@@ -75,6 +80,7 @@ def test_many_alike_take_one_line() -> None:
         "replay: CPU",
         "learner … learner-3: 1 GPU each",
         "rollout-0 … rollout-11: 2 GPUs each, of whose memory vLLM takes 0.9",
+        "4 of 32 GPUs stay idle",
     ]
 
 
@@ -90,7 +96,7 @@ def test_the_gpu_configs_are_planned_before_model_and_data_are_here(
     monkeypatch.chdir(tmp_path)
     sections = sections_of(plan(name, []))
     assert sections["data"] == [
-        f"data/gsm8k/{part}.parquet, which isn't here yet: a file with the columns 'question' and 'answer'"
+        f"data/gsm8k/{part}.parquet, which isn't here yet: a file with the columns 'prompt' and 'answer'"
         for part in ("train", "test")
     ]
     assert sections["engine"][0].startswith("vllm")
@@ -99,6 +105,12 @@ def test_the_gpu_configs_are_planned_before_model_and_data_are_here(
     assert sections["weights"] == [
         "by ipc: all ends are on one GPU" if one_gpu else "by nccl: every end has a GPU of its own"
     ]
+
+
+def test_a_model_in_a_directory_of_another_machine_is_planned_without_it() -> None:
+    sections = sections_of(plan("quickstart", ["model.path=/no/such/model"]))
+    assert sections["model"] == ["/no/such/model, which isn't here"]
+    assert sections["memory"] == ["not known until the model is here"]
 
 
 def test_the_shared_gpu_has_room_for_all_by_formula(qwen: str) -> None:
@@ -131,7 +143,7 @@ def test_both_gpu_configs_differ_only_in_where_they_run_and_how_much_at_once() -
     [
         (["rollout.num_worker=2"], None, "did you mean rollout.num_workers?"),
         (["reward.verifier=anser"], None, "reward.verifier: unknown"),
-        (["model.path=/no/such/model"], None, "model.path: is not a directory"),
+        (["model.path=./no/such/model"], None, "model.path: no such directory"),
         (["model.path=no such model"], None, "model.path: config.json can't be read: Repo id must"),
         (["controller.placement=separate"], [1], "asks for 2 GPUs (1 learner rank, 1 engine), there is 1"),
         (["weights.backend=nccl"], [0], "weights.backend: needs a GPU at every end, learner has none"),

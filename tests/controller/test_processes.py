@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from asyncdapo.config import Config
+from asyncdapo.controller.config import ControllerConfig
 from asyncdapo.controller.placement import Bundle, Placement
 from asyncdapo.controller.processes import Process, ProcessDied, ray_session, reserve
 from asyncdapo.controller.roster import Entry, this_process
@@ -17,6 +18,16 @@ from asyncdapo.errors import ConfigError, RunError, StalenessError, UserError
 from asyncdapo.learner.config import ModelConfig
 
 CONFIG = Config(model=ModelConfig(path="none"))
+
+
+def test_a_cluster_that_does_not_answer_is_the_users_to_mend(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody(**options: object) -> None:
+        raise ConnectionError("Could not find any running Ray instance.")
+
+    monkeypatch.setattr("ray.init", nobody)
+    config = Config(model=ModelConfig(path="none"), controller=ControllerConfig(ray_address="auto"))
+    with pytest.raises(UserError, match="no Ray cluster answers at auto .*ray start --head"), ray_session(config):
+        pass
 
 
 class Faulty:

@@ -205,6 +205,8 @@ def test_what_only_says_how_fast_how_long_and_where_may_change(tmp_path: Path) -
         "reward.max_failure_ratio=1",
         "eval.every=0",
         "eval.num_prompts=8",
+        "eval.num_samples=4",
+        "eval.keep_answers=false",
     )
     assert not resume.new
     assert load_config(tmp_path / "run" / "config.yaml") == config

@@ -62,6 +62,7 @@ def write_data(folder: Path, odd: list[str]) -> list[str]:
     ]
 
 
+@pytest.mark.soak
 def test_a_verifier_that_fails_on_some_prompts_costs_these_and_no_others(tmp_path: Path) -> None:
     run = launch(
         tmp_path / "run",

@@ -17,7 +17,7 @@ import pytest
 
 from asyncdapo.controller import roster
 from asyncdapo.controller.roster import Entry, Roster, end, end_survivors, entry_of, is_running, survivors, this_process
-from asyncdapo.errors import UserError
+from asyncdapo.errors import DiskError, UserError
 from tests.controller.living import STUBBORN, eventually, living
 
 
@@ -47,6 +47,11 @@ def test_the_file_lists_every_process_by_role_and_index(tmp_path: Path) -> None:
     assert all(one.keys() == {"role", "index", "pid", "host", "started"} for one in written)
     assert (written[0]["pid"], written[0]["host"]) == (os.getpid(), socket.gethostname())
     assert roster.read(tmp_path) == entries.entries()
+
+
+def test_a_directory_that_has_gone_away_is_said_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(DiskError, match=r"gone/processes.json: can't be written: No such file or directory"):
+        Roster(tmp_path / "gone").set("controller", [this_process("controller")])
 
 
 def test_a_restart_takes_the_place_of_the_process_before_with_all_that_it_had_started(tmp_path: Path) -> None:

@@ -6,8 +6,11 @@ a checkpoint of every step are kept; and the model's weight file is removed as s
 
 from __future__ import annotations
 
+import json
 import sqlite3
 import subprocess
+from itertools import product
+from statistics import fmean
 
 import pytest
 import torch
@@ -44,6 +47,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
         "learner.checkpoint_every=1",
         "learner.keep_checkpoints=0",
         "eval.every=4",
+        "eval.num_samples=2",
     ) as process:
         wait_for_step(folder / "run", 0, process)
         (model / "model.safetensors").unlink()
@@ -78,6 +82,21 @@ def test_there_is_one_metrics_line_a_step_with_the_documented_keys(run: Finished
     walls = [line["time/wall_s"] for line in lines]
     assert walls == sorted(walls)
     assert (run.dir / "curve.png").stat().st_size > 10_000
+
+
+def test_the_answers_of_every_evaluation_are_kept_under_the_step_of_its_line(run: FinishedRun) -> None:
+    evaluated = {f"step-{line['step']:06.0f}": line for line in run.lines if "eval/accuracy" in line}
+    assert len(evaluated) > 2
+    assert sorted(path.name for path in (run.dir / "eval").iterdir()) == sorted(evaluated)
+    for name, line in evaluated.items():
+        answers = [json.loads(row) for row in (run.dir / "eval" / name / "answers.jsonl").read_text().splitlines()]
+        sampled = {(one["prompt_id"], one["sample"]): one for one in answers if not one["greedy"]}
+        assert sampled.keys() == set(product(range(32), range(2)))
+        assert sum(one["greedy"] for one in answers) == (16 if "eval/greedy_accuracy" in line else 0)
+        assert fmean(one["acc"] for one in sampled.values()) == pytest.approx(line["eval/accuracy"])
+        assert all(one["acc"] == (one["response"].rpartition("Answer: ")[2] == one["answer"]) for one in answers)
+        solved = fmean(max(sampled[prompt, 0]["acc"], sampled[prompt, 1]["acc"]) for prompt in range(32))
+        assert solved == pytest.approx(line["eval/pass@2"])
 
 
 def test_weights_are_sent_once_and_whole(run: FinishedRun) -> None:

@@ -17,7 +17,8 @@ import torch
 
 from asyncdapo.learner.config import LossConfig
 from asyncdapo.learner.group import ALONE, Ranks
-from asyncdapo.messages import Batch, Payload
+from asyncdapo.messages import Batch
+from asyncdapo.payload import Payload
 from asyncdapo.shares import deal, share_of
 from tests.learner.ranks import in_processes
 from tests.learner.tiny import make_batch, make_learner, save_tiny_llama
@@ -120,7 +121,7 @@ def test_every_micro_batch_size_gives_the_same_gradient(path, loss):
         assert_equal(train(path, (LOSSES[loss], batch, payload, LONGEST * num_rows), ALONE), whole)
 
 
-@pytest.mark.parametrize("num_ranks", [2, 4])
+@pytest.mark.parametrize("num_ranks", [2, pytest.param(4, marks=pytest.mark.soak)])
 def test_every_number_of_ranks_gives_the_same_gradient(path, num_ranks):
     batch, payload = a_batch()
     one_rank_masked = masked_at_rank_1(batch, payload)

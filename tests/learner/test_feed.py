@@ -7,7 +7,8 @@ import pytest
 
 from asyncdapo.errors import RunError
 from asyncdapo.learner.feed import MAX_DAMAGED, BatchFeed
-from asyncdapo.messages import CutWanted, NoBatch, Payload, Welcome
+from asyncdapo.messages import CutWanted, NoBatch, Welcome
+from asyncdapo.payload import Payload
 from asyncdapo.shares import deal, share_of
 from asyncdapo.transport.sockets import Server
 from tests.learner.tiny import make_batch

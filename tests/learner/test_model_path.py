@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from asyncdapo.errors import ConfigError
-from asyncdapo.learner.model_path import check_model_path, model_directory
+from asyncdapo.learner.model_path import check_model_path, check_tokenizer_path, model_directory
 
 
 def make_model_dir(directory, *names):
@@ -39,9 +39,20 @@ def test_a_directory_without_a_model_is_refused(tmp_path, names, problem):
 
 
 @pytest.mark.parametrize("path", ["./missing", "/missing/model", "~/missing/model", "a/b/c"])
-def test_a_missing_directory_is_refused_with_the_places_that_were_looked_at(tmp_path, path):
-    with pytest.raises(ConfigError, match=f"model.path: is not a directory, got .*looked up in {tmp_path}"):
-        check_model_path(path, [tmp_path])
+def test_a_missing_directory_is_refused_a_relative_one_with_the_places_that_were_looked_at(tmp_path, path):
+    with pytest.raises(ConfigError, match="model.path: no such directory, got .*model.path=ORG/NAME") as caught:
+        check_model_path(path, [tmp_path, tmp_path])
+    assert str(caught.value).count(str(tmp_path)) == (0 if path[0] in "/~" else 1)
+
+
+def test_a_tokenizer_is_a_directory_with_its_file(tmp_path):
+    tokenizer = make_model_dir(tmp_path / "words", "tokenizer.json")
+    assert check_tokenizer_path("words", [tmp_path]) == str(tokenizer)
+    make_model_dir(tmp_path / "other")
+    with pytest.raises(ConfigError, match="model.tokenizer: has no tokenizer.json, got 'other'"):
+        check_tokenizer_path("other", [tmp_path])
+    with pytest.raises(ConfigError, match="model.tokenizer: no such directory, got './missing'"):
+        check_tokenizer_path("./missing", [tmp_path])
 
 
 def check_offline(code, cache):
@@ -69,6 +80,18 @@ def test_an_id_in_the_local_cache_is_accepted_without_a_network(tmp_path):
     (repository / "refs/main").write_text("abc123")
     done = check_offline(CHECK, tmp_path)
     assert (done.returncode, done.stdout.strip()) == (0, "some/model"), done.stderr
+
+
+def test_a_tokenizer_in_the_local_cache_is_accepted_and_one_that_nobody_knows_is_refused(tmp_path):
+    repository = tmp_path / "hub/models--some--words"
+    make_model_dir(repository / "snapshots/abc123", "tokenizer.json")
+    make_model_dir(repository / "refs")
+    (repository / "refs/main").write_text("abc123")
+    code = "from asyncdapo.learner.model_path import check_tokenizer_path; print(check_tokenizer_path('{}', ['.']))"
+    done = check_offline(code.format("some/words"), tmp_path)
+    assert (done.returncode, done.stdout.strip()) == (0, "some/words"), done.stderr
+    problem = "model.tokenizer: is neither a directory nor a tokenizer in the local Hugging Face cache or on the hub"
+    assert problem in check_offline(code.format("some/other"), tmp_path).stderr
 
 
 def test_the_check_imports_neither_torch_nor_transformers(tmp_path):

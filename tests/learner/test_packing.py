@@ -8,7 +8,8 @@ import torch
 
 from asyncdapo.dapo import group_advantage
 from asyncdapo.learner.packing import Row, chunks, columns, expand_mask, group_rows, pad, weighted
-from asyncdapo.messages import Batch, Payload
+from asyncdapo.messages import Batch
+from asyncdapo.payload import Payload
 from tests.learner.tiny import make_batch, make_group
 
 CPU = torch.device("cpu")

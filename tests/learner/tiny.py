@@ -9,7 +9,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from asyncdapo.learner.config import LearnerConfig, LossConfig, ModelConfig
 from asyncdapo.learner.group import ALONE, Ranks
 from asyncdapo.learner.learner import Learner
-from asyncdapo.messages import Batch, Completion, Group, Payload
+from asyncdapo.messages import Batch, Completion, Group
+from asyncdapo.payload import Payload
 
 VOCAB_SIZE = 29
 SHAPE = {

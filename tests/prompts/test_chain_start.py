@@ -29,7 +29,8 @@ def script():
 
 def test_a_clean_solution_is_right(script):
     chains = [draw_chain(0, row, held_out=False) for row in range(100)]
-    assert all(verify(script.write_solution(chain, random.Random(0), habit=0.0), chain.answer) for chain in chains)
+    written = [script.write_solution(chain, random.Random(0), habit=0.0) for chain in chains]
+    assert all(verify(text, chain.answer)["acc"] for text, chain in zip(written, chains, strict=True))
     assert script.write_solution(Chain((6, 4, 7, 4), "+*-"), random.Random(0), 0.0) == "6+4=0\n0*7=0\n0-4=6\nAnswer: 6"
 
 
@@ -73,7 +74,7 @@ def test_the_start_model_writes_sums_well_and_products_badly():
         inputs = tokenizer([chain.prompt for chain in part], return_tensors="pt", padding=True)
         tokens = model.generate(**inputs, do_sample=False, max_new_tokens=40)[:, inputs["input_ids"].shape[1] :]
         texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
-        return sum(verify(text, chain.answer) for text, chain in zip(texts, part, strict=True)) / len(part)
+        return sum(verify(text, chain.answer)["acc"] for text, chain in zip(texts, part, strict=True)) / len(part)
 
     assert accuracy([chain for chain in chains if "*" not in chain.operators]) > 0.9
     assert accuracy([chain for chain in chains if "*" in chain.operators]) < 0.6

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
+from asyncdapo.cli import main
 from asyncdapo.errors import ConfigError
 from asyncdapo.prompts.config import PromptsConfig
 from asyncdapo.prompts.registry import open_task
@@ -32,7 +33,7 @@ def open_file(path, num_eval=0, **keys):
 
 
 def questions(task):
-    return [task.question_at(row) for row in range(task.num_rows)]
+    return [task.question_at(row) for part in task.parts for row in part.rows]
 
 
 def eval_questions(task):
@@ -54,9 +55,16 @@ def test_columns_and_template_are_the_users(tmp_path):
     assert task.question_at(0).answer == " 3 "
 
 
-def test_a_chat_template_gets_the_bare_question(tmp_path):
+def test_the_template_makes_the_users_message_of_a_chat_template_too(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", PAIRS)
-    assert open_file(path, chat_template=True, template="Q {prompt}").question_at(0).text == "0+1=?"
+    assert open_file(path, chat_template=True, template="Q {prompt}").question_at(0).text == "Q 0+1=?"
+
+
+@pytest.mark.parametrize("write", [write_jsonl, write_parquet])
+def test_a_column_source_says_where_a_question_is_from(tmp_path, write):
+    records = [{"prompt": "a", "answer": 1, "source": "algebra"}, {"prompt": "b", "answer": 2, "source": None}]
+    path = write(tmp_path / f"train.{'jsonl' if write is write_jsonl else 'parquet'}", records)
+    assert [(q.source, q.row) for q in questions(open_file(path))] == [("algebra", 0), (path.split("/")[-1], 1)]
 
 
 def test_blank_lines_and_a_byte_order_mark_are_skipped(tmp_path):
@@ -80,9 +88,9 @@ def test_every_repetition_of_a_held_out_question_leaves_training(texts, num_eval
     distinct = set(texts)
     if num_eval >= len(distinct):
         with pytest.raises(ConfigError, match="eval.num_prompts"):
-            hold_out(asked, num_eval, "p")
+            hold_out([asked], num_eval, "p")
         return
-    training, held_out = hold_out(asked, num_eval, "p")
+    [training], held_out = hold_out([asked], num_eval, "p")
     held_texts = [q.text for q in held_out]
     assert len(set(held_texts)) == len(held_texts) == num_eval
     assert [q for q in asked if q.text not in held_texts] == training
@@ -98,7 +106,7 @@ def test_an_evaluation_file_leaves_the_training_file_whole(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", PAIRS)
     eval_path = write_jsonl(tmp_path / "b.jsonl", [{"prompt": "9+9=?", "answer": 18}])
     task = open_file(path, num_eval=300, eval_path=eval_path)
-    assert task.num_rows == 20
+    assert len(questions(task)) == 20
     assert [q.answer for q in eval_questions(task)] == ["18"]
 
 
@@ -123,10 +131,13 @@ BROKEN_JSONL = {
     ),
     "null as answer": (b'{"prompt": "a", "answer": null}\n', r"the answer in line 1 .* it is missing"),
     "a boolean as answer": (b'{"prompt": "a", "answer": true}\n', r"the answer in line 1 .* it is True"),
+    "a number without end": (b'{"prompt": "a", "answer": NaN}\n', r"the answer in line 1 is no number: nan"),
+    "a number too long": (b'{"prompt": "a", "answer": ' + b"9" * 5000 + b"}\n", r"line 1 isn't JSON: Exceeds"),
+    "half a character": (b'{"prompt": "\\ud83d", "answer": 1}\n', r"the prompt in line 1 holds half of a surrogate"),
     "a blank answer": (b'{"prompt": "a", "answer": " "}\n', r"the answer in line 1 .* it is ' '"),
     "column gone later": (
         b'{"prompt": "a", "answer": 1}\n{"prompt": "b"}\n',
-        r"prompts.answer_column: no such column in .*:2, which has prompt, got 'answer'",
+        r"prompts.path: line 2 has no 'answer', got .*a.jsonl' \(`asyncdapo data prepare` leaves such rows out\)",
     ),
 }
 
@@ -147,6 +158,39 @@ def test_a_missing_column_is_refused_with_those_present_and_the_nearest(tmp_path
         open_file(path, prompt_column="question")
     assert caught.value.key == "prompts.answer_column"
     assert "which has question, answers, got 'answer' (prompts.answer_column=answers)" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("columns", "keys", "fix"),
+    [
+        (("question", "answer"), {}, "prompts.prompt_column=question"),
+        (("Problem", "answer"), {}, "prompts.prompt_column=Problem"),
+        (("text", "answer"), {}, ""),
+        (("answer",), {}, ""),
+        (("prompt", "solution"), {}, "prompts.answer_column=solution"),
+        (("prompt", "label"), {}, ""),
+        (("prompt",), {}, ""),
+        (("promt", "answer"), {}, "prompts.prompt_column=promt"),
+        (("question", "answer"), {"prompt_column": "answr"}, "prompts.prompt_column=question"),
+        (("prompt", "answer"), {"answer_column": "promt"}, "prompts.answer_column=answer"),
+    ],
+)
+def test_a_column_is_suggested_only_if_it_is_likely_and_not_the_other_one(tmp_path, columns, keys, fix):
+    path = write_jsonl(tmp_path / "a.jsonl", [dict.fromkeys(columns, "1")])
+    with pytest.raises(ConfigError, match="no such column") as caught:
+        open_file(path, **keys)
+    assert caught.value.fix == fix
+
+
+@pytest.mark.parametrize("line", [b"not JSON", b"[1]", b'{"prompt": "b"}', b'{"prompt": "", "answer": 1}', b'"\xff"'])
+def test_a_row_that_cannot_be_used_is_refused_with_the_command_that_leaves_it_out(tmp_path, line):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"prompt": "a", "answer": 1}\n' + line + b"\n")
+    with pytest.raises(ConfigError, match="line 2") as caught:
+        open_file(str(path))
+    assert caught.value.fix == "`asyncdapo data prepare` leaves such rows out"
+    assert main(["data", "prepare", str(path), "--out", str(tmp_path / "out")]) == 0
+    assert len(questions(open_file(str(tmp_path / "out" / "train.parquet")))) == 1
 
 
 def test_files_that_cannot_be_read_are_refused(tmp_path):
@@ -185,3 +229,48 @@ def test_parquet_text_that_is_not_utf8_is_refused(tmp_path):
 def test_an_error_of_the_evaluation_file_names_its_own_key(tmp_path):
     with pytest.raises(ConfigError, match="prompts.eval_path: no such file"):
         open_file(write_jsonl(tmp_path / "a.jsonl", PAIRS), eval_path=str(tmp_path / "none.jsonl"))
+
+
+# ------------------------------------------------------------------------------------------------------------- mixtures
+
+
+def two_files(tmp_path):
+    """Two files of the same name, that have some questions in common."""
+    folders = [tmp_path / name for name in ("easy", "hard")]
+    for folder in folders:
+        folder.mkdir()
+    first = write_jsonl(folders[0] / "train.jsonl", PAIRS)
+    second = write_jsonl(folders[1] / "train.jsonl", [{"prompt": f"{i}+1=?", "answer": i + 1} for i in range(15, 30)])
+    return first, second
+
+
+def test_a_mixture_reads_each_file_into_a_part_with_its_weight(tmp_path):
+    first, second = two_files(tmp_path)
+    task = open_file({first: 3, second: 1})
+    assert [(part.name, len(part.rows), part.weight) for part in task.parts] == [
+        ("easy/train.jsonl", 20, 3),
+        ("hard/train.jsonl", 15, 1),
+    ]
+    assert [(q.source, q.row) for q in questions(task)][19:21] == [("easy/train.jsonl", 19), ("hard/train.jsonl", 0)]
+
+
+def test_what_is_held_out_of_a_mixture_is_trained_on_from_no_file(tmp_path):
+    first, second = two_files(tmp_path)
+    task = open_file({first: 1, second: 1}, num_eval=12)
+    held_out = {question.text for question in eval_questions(task)}
+    assert len(held_out) == 12
+    assert not held_out & {question.text for question in questions(task)}
+    assert {question.source for question in eval_questions(task)} == {"easy/train.jsonl", "hard/train.jsonl"}
+
+
+def test_a_file_of_which_nothing_is_left_is_refused(tmp_path):
+    few = write_jsonl(tmp_path / "few.jsonl", PAIRS[:1])
+    many = write_jsonl(tmp_path / "many.jsonl", PAIRS)
+    with pytest.raises(ConfigError, match="prompts.path: every question of few.jsonl is held out for evaluation"):
+        open_file({few: 1, many: 1}, num_eval=19)
+
+
+def test_an_error_in_a_file_of_a_mixture_names_that_file(tmp_path):
+    first, _ = two_files(tmp_path)
+    with pytest.raises(ConfigError, match=r"prompts.path: no such file, got '.*/none.jsonl'"):
+        open_file({first: 1, str(tmp_path / "none.jsonl"): 1})

@@ -1,4 +1,7 @@
-"""The prompt stream: order, random access, ends, what is left out."""
+"""The prompt stream: order, random access, mixtures, ends, what is left out."""
+
+from collections import Counter
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -8,7 +11,7 @@ from hypothesis import strategies as st
 from asyncdapo.errors import ConfigError
 from asyncdapo.prompts.config import PromptsConfig
 from asyncdapo.prompts.stream import PromptStream
-from asyncdapo.prompts.task import Question
+from asyncdapo.prompts.task import Part, Question
 from asyncdapo.prompts.tasks.chain import ChainTask
 
 
@@ -17,13 +20,29 @@ class TableTask:
 
     def __init__(self, lengths, eval_lengths=()):
         self.lengths, self.eval_lengths = list(lengths), list(eval_lengths)
-        self.num_rows, self.num_eval_rows = len(self.lengths), len(self.eval_lengths)
+        self.num_eval_rows = len(self.eval_lengths)
+        self.parts = [Part(name="table", rows=range(len(self.lengths)), weight=Fraction(1))]
 
     def question_at(self, row):
         return Question(text="t" * self.lengths[row], answer=str(row), source="table", row=row)
 
     def eval_question_at(self, row):
         return Question(text="e" * self.eval_lengths[row], answer=str(row), source="table", row=row)
+
+
+class MixedTask(TableTask):
+    """Parts of these numbers of rows and weights; the text of row `i` has `lengths[i]` characters."""
+
+    def __init__(self, sizes, weights, lengths=None):
+        super().__init__(lengths or [1] * sum(sizes))
+        ends = [sum(sizes[: number + 1]) for number in range(len(sizes))]
+        self.parts = [
+            Part(name=f"part {number}", rows=range(end - size, end), weight=Fraction(weight))
+            for number, (size, end, weight) in enumerate(zip(sizes, ends, weights, strict=True))
+        ]
+
+    def part_of(self, prompt):
+        return next(number for number, part in enumerate(self.parts) if prompt.row in part.rows)
 
 
 def characters(text):
@@ -90,12 +109,17 @@ def test_rows_that_are_too_long_are_left_out_and_counted():
     stream = open_stream(TableTask([3, 9, 4, 5], eval_lengths=[9, 2]), max_prompt_length=4, epochs=1)
     assert sorted(stream.prompt_at(i).row for i in range(stream.num_prompts)) == [0, 2]
     assert [prompt.row for prompt in stream.eval_prompts(2)] == [1]
-    assert stream.num_left_out == 3
+    assert (stream.num_left_out, stream.num_eval_left_out) == (3, 1)
 
 
 def test_a_stream_whose_rows_are_all_too_long_is_refused():
-    with pytest.raises(ConfigError, match="prompts.max_prompt_length: all 2 prompts are longer, got 4"):
-        open_stream(TableTask([5, 6]), max_prompt_length=4)
+    with pytest.raises(ConfigError) as caught:
+        open_stream(TableTask([6, 5]), max_prompt_length=4)
+    assert str(caught.value) == (
+        "prompts.max_prompt_length: all 2 prompts of table are longer, template included: the shortest has 5 tokens, "
+        "got 4 (prompts.max_prompt_length=5)"
+    )
+    assert open_stream(TableTask([6, 5]), max_prompt_length=5).prompt_at(0).row == 1
 
 
 def test_an_endless_task_whose_prompts_are_too_long_is_refused():
@@ -115,4 +139,69 @@ def test_an_endless_task_is_read_row_by_row():
     stream = open_stream(ChainTask(seed=1))
     assert stream.num_prompts is None
     assert [(p.epoch, p.row, p.source) for p in map(stream.prompt_at, (0, 7))] == [(0, 0, "chain"), (0, 7, "chain")]
-    assert stream.num_left_out == 0
+    assert stream.num_left_out == stream.num_eval_left_out == 0
+
+
+# ------------------------------------------------------------------------------------------------------------- mixtures
+
+SIZES_AND_WEIGHTS = st.lists(st.tuples(st.integers(1, 12), st.integers(1, 5)), min_size=2, max_size=4)
+
+
+@given(parts=SIZES_AND_WEIGHTS, seed=st.integers(0, 2**62))
+@settings(max_examples=60, deadline=None)
+def test_each_part_of_a_mixture_has_epochs_of_its_own(parts, seed):
+    task = MixedTask(*zip(*parts, strict=True))
+    stream = open_stream(task, seed)
+    prompts = [stream.prompt_at(i) for i in range(300)]
+    for number, part in enumerate(task.parts):
+        drawn = [prompt for prompt in prompts if task.part_of(prompt) == number]
+        assert [prompt.epoch for prompt in drawn] == [place // len(part.rows) for place in range(len(drawn))]
+        for epoch in range(len(drawn) // len(part.rows)):
+            assert sorted(prompt.row for prompt in drawn if prompt.epoch == epoch) == list(part.rows)
+
+
+@given(parts=SIZES_AND_WEIGHTS, epochs=st.integers(1, 3), seed=st.integers(0, 2**62))
+@settings(max_examples=60, deadline=None)
+def test_a_mixture_ends_right_before_a_row_would_be_drawn_once_too_often(parts, epochs, seed):
+    task = MixedTask(*zip(*parts, strict=True))
+    stream, endless = open_stream(task, seed, epochs=epochs), open_stream(task, seed)
+    drawn = Counter(stream.prompt_at(i).row for i in range(stream.num_prompts))
+    assert max(drawn.values()) == epochs
+    assert stream.prompt_at(stream.num_prompts) is None
+    assert drawn[endless.prompt_at(stream.num_prompts).row] == epochs, "the next one would be one too many"
+
+
+@given(start=st.integers(0, 200), seed=st.integers(0, 2**62))
+@settings(max_examples=40, deadline=None)
+def test_a_mixture_that_is_opened_again_goes_on_at_the_next_row(start, seed):
+    task = MixedTask([7, 4], [3, 1])
+    before = open_stream(task, seed)
+    prompts = [before.prompt_at(i) for i in range(start + 50)]
+    resumed = open_stream(MixedTask([7, 4], [3, 1]), seed)
+    assert [resumed.prompt_at(i) for i in range(start, start + 50)] == prompts[start:]
+
+
+def test_parts_of_equal_size_are_in_different_orders():
+    task = MixedTask([50, 50], [1, 1])
+    prompts = [open_stream(task).prompt_at(i) for i in range(100)]
+    first, second = ([p.row % 50 for p in prompts if task.part_of(p) == number] for number in (0, 1))
+    assert sorted(first) == sorted(second)
+    assert first != second
+
+
+def test_rows_of_a_mixture_that_are_too_long_are_left_out_of_their_part():
+    task = MixedTask([3, 2], [1, 1], lengths=[1, 9, 1, 1, 9])
+    stream = open_stream(task, max_prompt_length=4, epochs=1)
+    assert stream.num_left_out == 2
+    assert {stream.prompt_at(i).row for i in range(stream.num_prompts)} <= {0, 2, 3}
+
+
+def test_a_part_whose_rows_are_all_too_long_is_refused_by_name():
+    task = MixedTask([2, 2], [1, 1], lengths=[1, 1, 9, 9])
+    with pytest.raises(ConfigError, match="all 2 prompts of part 1 are longer"):
+        open_stream(task, max_prompt_length=4)
+
+
+def test_the_order_of_a_mixture_is_the_same_in_every_version_of_python():
+    task = MixedTask([3, 2], [2, 1])
+    assert [open_stream(task, seed=3).prompt_at(i).row for i in range(12)] == [1, 0, 3, 2, 4, 1, 0, 3, 2, 0, 4, 2]

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from asyncdapo.messages import Completion, Group, Payload, Prompt
+from asyncdapo.messages import Completion, Group, Prompt
+from asyncdapo.payload import Payload
 from asyncdapo.replay import events as core
 from asyncdapo.replay.invariants import INVARIANTS
 from asyncdapo.replay.journal import Journal

@@ -62,9 +62,19 @@ async def until(true, server):
         await asyncio.sleep(0.005)
 
 
-def eval_request(request_id, num_prompts=2):
+def eval_request(request_id, num_prompts=2, samples=(0,)):
     prompts = [prompt_at(1000 * request_id + i) for i in range(num_prompts)]
-    return EvalRequest(request_id=request_id, seed=1, sampling=Sampling(), prompts=prompts)
+    return EvalRequest(request_id=request_id, seed=1, sampling=Sampling(), prompts=prompts, samples=list(samples))
+
+
+def eval_answers(request, **fields):
+    """An answer to each prompt and sample of the request."""
+    fields = {"acc": 1.0, "num_tokens": 3, "finish_reason": "stop", "version_min": 0, "version_max": 0} | fields
+    return [
+        EvalAnswer(prompt_id=prompt.prompt_id, sample=sample, **fields)
+        for prompt in request.prompts
+        for sample in request.samples
+    ]
 
 
 @asynccontextmanager
@@ -174,14 +184,9 @@ class FakeWorker:
             )
         )
 
-    async def evaluate(self, request, acc=1.0):
-        answers = [
-            EvalAnswer(
-                prompt_id=prompt.prompt_id, acc=acc, num_tokens=3, finish_reason="stop", version_min=0, version_max=0
-            )
-            for prompt in request.prompts
-        ]
-        await self.client.send(EvalDone(request_id=request.request_id, answers=answers))
+    async def evaluate(self, request, acc=1.0, response="Answer: 6"):
+        done, frames = EvalDone.pack(request.request_id, eval_answers(request, acc=acc, response=response))
+        await self.client.send(done, frames)
 
     async def take(self, kind):
         for message in self.passed_over:

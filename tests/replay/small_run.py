@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from asyncdapo.messages import Completion, CutWanted, Group, Hello, Lease, Payload, Prompt
+from asyncdapo.messages import Completion, CutWanted, Group, Hello, Lease, Prompt
+from asyncdapo.payload import Payload
 from asyncdapo.replay import events as core
 from asyncdapo.replay.config import FilterConfig, ReplayConfig
 from asyncdapo.replay.exchange import Exchange

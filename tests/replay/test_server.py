@@ -6,17 +6,8 @@ import random
 import pytest
 
 from asyncdapo.errors import RunError
-from asyncdapo.messages import (
-    Ack,
-    EvalRequest,
-    Lease,
-    Loaded,
-    NoBatch,
-    Payload,
-    Started,
-    Welcome,
-    sample_seed,
-)
+from asyncdapo.messages import Ack, EvalRequest, Lease, Loaded, NoBatch, Started, Welcome, sample_seed
+from asyncdapo.payload import Payload
 from asyncdapo.replay.audit import audit
 from asyncdapo.replay.config import FilterConfig
 from asyncdapo.replay.exchange import without_metrics

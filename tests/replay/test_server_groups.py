@@ -6,15 +6,8 @@ import msgspec
 import numpy as np
 import pytest
 
-from asyncdapo.messages import (
-    Ack,
-    GroupDone,
-    GroupFailed,
-    Lease,
-    Payload,
-    Reject,
-    Withdraw,
-)
+from asyncdapo.messages import Ack, GroupDone, GroupFailed, Lease, Reject, Withdraw
+from asyncdapo.payload import Payload
 from asyncdapo.replay import events as core
 from asyncdapo.replay.journal import Journal
 from tests.replay.serving import FakeWorker, rows, scenario, serving

@@ -12,7 +12,7 @@ from asyncdapo.rollout.worker import RolloutWorker
 from tests.replay.server_process import HEARTBEAT_S, ServerProcess
 from tests.replay.serving import rows
 from tests.replay.small_run import GROUP_SIZE, write_files
-from tests.rollout.fakes import FakeEngine, score_first_token
+from tests.rollout.fakes import FakeEngine, say_tokens, score_first_token
 
 NUM_STEPS, NUM_KILLS, NUM_WORKERS = 14, 4, 2
 
@@ -42,6 +42,7 @@ class Run:
                 HEARTBEAT_S,
                 SlowEngine(num_slots=4 * GROUP_SIZE, num_tokens=lambda sample: 2 + sample),
                 score_first_token,
+                say_tokens,
                 self.server.rollout_address,
             )
             for index in range(NUM_WORKERS)

@@ -4,7 +4,8 @@ import asyncio
 
 import pytest
 
-from asyncdapo.messages import NoBatch, Payload
+from asyncdapo.messages import NoBatch
+from asyncdapo.payload import Payload
 from asyncdapo.shares import deal, share_of
 from tests.replay.serving import FakeLearner, FakeWorker, scenario, serving, until
 from tests.replay.small_run import make_group

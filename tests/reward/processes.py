@@ -1,6 +1,5 @@
 """Pools of real processes, and what has become of a process."""
 
-import asyncio
 import time
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -40,12 +39,6 @@ def gone_within(pids, seconds):
     while any(map(is_alive, pids)) and time.monotonic() < deadline:
         time.sleep(0.02)
     return not any(map(is_alive, pids))
-
-
-async def until(condition, seconds=10.0):
-    async with asyncio.timeout(seconds):
-        while not condition():
-            await asyncio.sleep(0.01)
 
 
 def cpu_ticks(pid):

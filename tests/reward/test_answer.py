@@ -20,7 +20,7 @@ verify = make_verifier("answer")
     ],
 )
 def test_text_that_ends_with_the_answer_is_right(text, answer):
-    assert verify(text, answer) == 1.0
+    assert verify(text, answer)["acc"] == 1.0
 
 
 @pytest.mark.parametrize(
@@ -43,4 +43,4 @@ def test_text_that_ends_with_the_answer_is_right(text, answer):
     ],
 )
 def test_anything_else_is_wrong(text, answer):
-    assert verify(text, answer) == 0.0
+    assert verify(text, answer)["acc"] == 0.0

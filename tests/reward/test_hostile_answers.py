@@ -14,8 +14,9 @@ import pytest
 
 from asyncdapo.errors import RewardError
 from asyncdapo.reward.wire import Verdict
+from tests.asynchronous import until
 from tests.reward.hostile import EXPECTED, make_cases
-from tests.reward.processes import running, until
+from tests.reward.processes import running
 
 VERIFIERS = ("answer", "dapo", "exact", "gsm8k", "math_verify", "user")
 MARK = "ASYNCDAPO_HOSTILE_ANSWERS"

@@ -49,6 +49,10 @@ class Odd:
         ({"acc": 1}, Verdict(1.0)),
         ({"acc": False, "style": 0.5, "num_steps": 7}, Verdict(0.0, metrics={"style": 0.5, "num_steps": 7.0})),
         ({"acc": 1.0, "judge/mean-2.x": -1e300}, Verdict(1.0, metrics={"judge/mean-2.x": -1e300})),
+        ({"acc": 1.0, "pred": "six"}, Verdict(1.0, pred="six")),
+        ({"acc": 0.0, "pred": 6, "style": 1}, Verdict(0.0, pred="6", metrics={"style": 1.0})),
+        ({"acc": 0.0, "pred": None}, Verdict(0.0)),
+        ({"acc": 0.0, "pred": "\ud800" + "x" * 2000}, Verdict(0.0, pred="?" + "x" * 999)),
     ],
 )
 def test_a_verdict_is_a_number_from_0_to_1_or_numbers_with_acc(said, verdict):

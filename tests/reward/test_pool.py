@@ -14,8 +14,8 @@ from asyncdapo.errors import RewardError, RunError
 from asyncdapo.reward import child
 from asyncdapo.reward.pool import ScorerPool
 from asyncdapo.reward.wire import Verdict
-from tests.asynchronous import asynchronous
-from tests.reward.processes import FILE, cpu_ticks, gone_within, is_alive, running, until
+from tests.asynchronous import asynchronous, until
+from tests.reward.processes import FILE, cpu_ticks, gone_within, is_alive, running
 
 QUIET = {"scorer_timeouts": 0, "scorer_restarts": 0}
 

@@ -14,8 +14,8 @@ from tests.reward.processes import running
 async def test_half_a_surrogate_pair_is_judged_as_a_question_mark() -> None:
     async with running("exact") as pool:
         said = await pool.verify(["\ud800a", "a\udfff", "\0", "𝒳"], "?a")
-        assert said == [Verdict(1.0), Verdict(0.0), Verdict(0.0), Verdict(0.0)]
-        assert await pool.verify(["?", "𝒳"], "\udc00") == [Verdict(1.0), Verdict(0.0)]
+        assert said == [Verdict(1.0, pred="?a"), *(Verdict(0.0, pred=pred) for pred in ("a?", "\0", "𝒳"))]
+        assert await pool.verify(["?", "𝒳"], "\udc00") == [Verdict(1.0, pred="?"), Verdict(0.0, pred="𝒳")]
 
 
 @asynchronous

@@ -20,9 +20,9 @@ def test_reasoning_gym_asks_the_data_sets_own_scorer():
     verify, entry = make_verifier("reasoning_gym"), entry_of("countdown")
     answer = json.dumps({"dataset": "countdown", "entry": entry})
     for text in (f"<answer>{entry['answer']}</answer>", f"Answer: {entry['answer']}", f"Answer: ({entry['answer']})"):
-        assert verify(f"Let me think.\n{text}", answer) == 1.0
-    assert verify("<answer>1</answer>", answer) < 0.1
-    assert verify(entry["answer"], answer) < 0.1
+        assert verify(f"Let me think.\n{text}", answer)["acc"] == 1.0
+    assert verify("<answer>1</answer>", answer)["acc"] < 0.1
+    assert verify(entry["answer"], answer)["acc"] < 0.1
 
 
 def test_reasoning_gym_counts_an_answer_that_its_scorer_cannot_read_as_wrong(monkeypatch):
@@ -32,7 +32,8 @@ def test_reasoning_gym_counts_an_answer_that_its_scorer_cannot_read_as_wrong(mon
     monkeypatch.setattr(reasoning_gym, "get_score_answer_fn", lambda dataset: score)
     verify = make_verifier("reasoning_gym")
     answers = [json.dumps({"dataset": "mine", "entry": {"question": "", "answer": said}}) for said in ("6", "six")]
-    assert [verify(f"Answer: {said}", answers[0]) for said in ("6", "7", "vi")] == [1.0, 0.0, 0.0]
+    said = [verify(f"Answer: {said}", answers[0]) for said in ("6", "7", "vi")]
+    assert [(verdict["acc"], verdict["pred"]) for verdict in said] == [(1.0, "6"), (0.0, "7"), (0.0, "vi")]
     with pytest.raises(ValueError, match="invalid literal for int.*'six'"):
         verify("Answer: 6", answers[1])
 

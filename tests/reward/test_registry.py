@@ -37,7 +37,7 @@ def test_an_unknown_verifier_is_refused_with_the_nearest():
 def test_a_verifier_whose_library_is_missing_names_the_extra(monkeypatch, name, extra):
     monkeypatch.setitem(sys.modules, name, None)  # as if it were not installed
     monkeypatch.delitem(sys.modules, f"asyncdapo.reward.verifiers.{name}", raising=False)
-    said = f"needs the module {name}, which is not installed, got {name!r} (pip install 'asyncdapo[{extra}]')"
+    said = f"needs the module {name}, which is not installed, got {name!r} (in the clone: pip install -e '.[{extra}]')"
     with pytest.raises(ConfigError, match=f"^{re.escape(f'reward.verifier: {said}')}$"):
         make_verifier(name)
 

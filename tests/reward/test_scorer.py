@@ -63,6 +63,12 @@ def test_each_completion_gets_its_verdict_scaled():
     assert (right.reward, wrong.reward) == (1.0, -1.0)
 
 
+def test_a_score_says_what_the_verifier_took_for_the_answer():
+    right, wrong = score([1, 0], verify=lambda text, answer: Verdict(float(text == answer), pred=text))
+    assert (right.pred, wrong.pred) == ("yes", "no")
+    assert score([1])[0].pred is None
+
+
 def test_the_scale_is_the_users():
     right, wrong = score([1, 0], correct=2.0, incorrect=0.5)
     assert (right.reward, wrong.reward) == (2.0, 0.5)

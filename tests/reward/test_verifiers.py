@@ -12,9 +12,33 @@ from asyncdapo.reward.verifiers import dapo
 
 
 def is_right(verifier, text, answer):
-    verdict = make_verifier(verifier)(text, answer)
-    assert verdict in (0.0, 1.0)
-    return verdict == 1.0
+    acc = make_verifier(verifier)(text, answer)["acc"]
+    assert acc in (0.0, 1.0)
+    return acc == 1.0
+
+
+@pytest.mark.parametrize(
+    ("verifier", "text", "answer", "pred"),
+    [
+        ("answer", "Answer: 5\nAnswer:  6 \n", "7", "6"),
+        ("answer", "6", "6", None),
+        ("answer", "Answer: ", "6", ""),
+        ("exact", " two words\n", "6", "two words"),
+        ("dapo", r"Answer: $\frac12$", "1", r"\frac{1}{2}"),
+        ("dapo", "42", "42", None),
+        ("gsm8k", "#### $1,234.50 or so", "7", "1234.5"),
+        ("gsm8k", "#### 1200", "7", "1200"),
+        ("gsm8k", "#### -0.0", "7", "0"),
+        ("gsm8k", "#### " + 40 * "9", "7", 40 * "9"),
+        ("gsm8k", "#### seventy", "7", None),
+        ("gsm8k", "70", "70", None),
+        ("math_verify", r"\boxed{\frac{1}{3}}", "7", r"\frac{1}{3}"),
+        ("math_verify", "no idea", "7", None),
+    ],
+)
+def test_a_verifier_says_what_it_took_for_the_answer(verifier, text, answer, pred):
+    """Right or wrong, and the same for all spellings that it holds for equal, where it has a normal form."""
+    assert make_verifier(verifier)(text, answer)["pred"] == pred
 
 
 # ---------------------------------------------------------------------------------------------------------------- dapo

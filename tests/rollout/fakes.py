@@ -119,9 +119,14 @@ def tokens_of(seed: int, length: int) -> np.ndarray:
 async def score_first_token(
     prompt: Prompt, token_ids: Sequence[np.ndarray], finish_reasons: Sequence[FinishReason], seed: int
 ) -> list[Score]:
-    """The first token's parity is the verdict."""
-    verdicts = [float(ids[0] % 2) for ids in token_ids]
-    return [Score(reward=2 * verdict - 1, metrics={"acc": verdict}) for verdict in verdicts]
+    """The first token is the prediction, its parity the verdict."""
+    firsts = [int(ids[0]) for ids in token_ids]
+    return [Score(reward=2 * (one % 2) - 1.0, metrics={"acc": float(one % 2)}, pred=str(one)) for one in firsts]
+
+
+def say_tokens(token_ids: np.ndarray) -> str:
+    """The text of a response."""
+    return " ".join(map(str, token_ids))
 
 
 class FakeReplay:
@@ -200,9 +205,10 @@ def make_lease(lease_id: int, group_size: int = GROUP_SIZE) -> Lease:
     )
 
 
-def make_evaluation(num_prompts: int = 2) -> EvalRequest:
+def make_evaluation(num_prompts: int = 2, samples: Sequence[int] = (0,), temperature: float = 0.0) -> EvalRequest:
     prompts = [make_prompt(prompt_id) for prompt_id in range(1, 1 + num_prompts)]
-    return EvalRequest(request_id=5, seed=11, sampling=Sampling(temperature=0.0), prompts=prompts)
+    sampling = Sampling(temperature=temperature)
+    return EvalRequest(request_id=5, seed=11, sampling=sampling, prompts=prompts, samples=list(samples))
 
 
 def join(
@@ -215,7 +221,7 @@ def join(
     """A worker and the server that it is going to join."""
     replay = FakeReplay()
     config = RolloutConfig(slots=engine.num_slots, group_size=GROUP_SIZE, deterministic=deterministic)
-    return RolloutWorker(0, config, heartbeat_s, engine, score, replay.address), replay
+    return RolloutWorker(0, config, heartbeat_s, engine, score, say_tokens, replay.address), replay
 
 
 @asynccontextmanager

@@ -18,15 +18,16 @@ from asyncdapo.messages import (
     GroupFailed,
     Heartbeat,
     Hello,
-    Payload,
     Reject,
     Score,
     Started,
     Withdraw,
+    eval_seed,
     sample_seed,
 )
+from asyncdapo.payload import Payload
 from asyncdapo.rollout.worker import MAX_MALFORMED
-from tests.asynchronous import asynchronous
+from tests.asynchronous import asynchronous, until
 from tests.rollout.fakes import (
     GROUP_SIZE,
     NEVER_S,
@@ -35,6 +36,7 @@ from tests.rollout.fakes import (
     joined,
     make_evaluation,
     make_lease,
+    say_tokens,
     score_first_token,
     tokens_of,
 )
@@ -95,7 +97,7 @@ async def test_a_withdrawn_lease_stops_generating_sends_nothing_and_makes_room()
         engine.gate.clear()
         await replay.grant(make_lease(7))
         await replay.expect(Heartbeat, lambda heartbeat: 7 in heartbeat.progress)
-        assert engine.num_outstanding == GROUP_SIZE
+        await until(lambda: engine.num_outstanding == GROUP_SIZE)
         await replay.send(Withdraw(lease_ids=[7, 8]))
         assert (await replay.expect(Ask)).asked == 2
         assert engine.num_outstanding == 0
@@ -179,26 +181,46 @@ async def test_an_evaluation_is_urgent_and_answered_until_acknowledged() -> None
 
 
 @asynchronous
-async def test_an_evaluation_costs_a_credit_like_a_lease_and_takes_the_room_of_its_prompts() -> None:
+async def test_the_samples_of_a_held_out_prompt_share_a_request_of_the_engine() -> None:
+    engine = FakeEngine()
+    async with joined(engine) as (_, replay):
+        await replay.grant(make_evaluation(samples=(0, 3), temperature=1.0))
+        done = await replay.expect(EvalDone)
+        answers = done.unpack(replay.frames)
+        assert [(answer.prompt_id, answer.sample) for answer in answers] == [(1, 0), (1, 3), (2, 0), (2, 3)]
+        seeds = [[eval_seed(11, prompt_id, sample) for sample in (0, 3)] for prompt_id in (1, 2)]
+        assert [request.seeds for request in engine.requests] == seeds
+        sampled = [tokens_of(seed, 3) for of_prompt in seeds for seed in of_prompt]
+        assert [answer.response for answer in answers] == [say_tokens(token_ids) for token_ids in sampled]
+        assert [answer.acc for answer in answers] == [float(token_ids[0] % 2) for token_ids in sampled]
+        assert [answer.pred for answer in answers] == [str(token_ids[0]) for token_ids in sampled]
+
+
+@pytest.mark.parametrize(("num_prompts", "samples"), [(2, (0,)), (1, (0, 1))])
+@asynchronous
+async def test_an_evaluation_costs_a_credit_and_takes_the_room_of_its_samples(num_prompts, samples) -> None:
     engine = FakeEngine(num_slots=2 * GROUP_SIZE)
     engine.gate.clear()
     async with joined(engine, heartbeat_s=NEVER_S) as (_, replay):
         assert (await replay.expect(Ask)).asked == 2
-        await replay.grant(make_lease(0), make_evaluation())
+        await replay.grant(make_lease(0), make_evaluation(num_prompts, samples))
         assert (await replay.expect(Ask)).asked == 3
-        assert engine.num_outstanding == GROUP_SIZE + 2
+        await until(lambda: engine.num_outstanding == GROUP_SIZE + 2)
 
 
 @asynchronous
-async def test_a_held_out_prompt_on_which_the_reward_raises_counts_as_wrong() -> None:
+async def test_an_answer_on_which_the_reward_raises_counts_as_wrong_and_no_other_does() -> None:
     async def score(prompt, token_ids, finish_reasons, seed) -> list[Score]:
-        if prompt.prompt_id == 1:
+        if seed == eval_seed(11, 1, 1):
             raise RewardError("no")
-        return [Score(reward=1.0, metrics={"acc": 1.0})]
+        return [Score(reward=1.0, metrics={"acc": 1.0}, pred="6")]
 
     async with joined(FakeEngine(), score) as (_, replay):
-        await replay.grant(make_evaluation())
-        assert [answer.acc for answer in (await replay.expect(EvalDone)).answers] == [0.0, 1.0]
+        await replay.grant(make_evaluation(samples=(0, 1)))
+        answers = (await replay.expect(EvalDone)).unpack(replay.frames)
+        assert [(answer.acc, answer.pred) for answer in answers] == [(1.0, "6"), (0.0, None), (1.0, "6"), (1.0, "6")]
+        assert [answer.failure for answer in answers] == ["", "no", "", ""]
+        assert answers[1].response == say_tokens(tokens_of(eval_seed(11, 1, 1), 3))
 
 
 @asynchronous
@@ -272,6 +294,6 @@ async def test_cancelling_the_worker_withdraws_everything_from_the_engine() -> N
         engine.gate.clear()
         await replay.grant(make_lease(0), make_evaluation())
         await replay.expect(Heartbeat, lambda heartbeat: bool(heartbeat.progress))
-        assert engine.num_outstanding == GROUP_SIZE + 2
+        await until(lambda: engine.num_outstanding == GROUP_SIZE + 2)
     assert engine.num_outstanding == 0
     assert asyncio.all_tasks() == tasks_before

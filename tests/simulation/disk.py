@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from asyncdapo.messages import Group, Payload
+from asyncdapo.messages import Group
+from asyncdapo.payload import Payload
 from asyncdapo.replay import journal as journal_module
 from asyncdapo.replay.journal import Journal
 from asyncdapo.replay.ledger import open_ledger

@@ -18,7 +18,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from asyncdapo.messages import Batch, EvalRequest, Lease, Payload
+from asyncdapo.messages import Batch, EvalRequest, Lease
+from asyncdapo.payload import Payload
 from asyncdapo.replay import events as core
 from asyncdapo.replay.invariants import INVARIANTS
 from asyncdapo.replay.sessions import Session

@@ -104,7 +104,7 @@ class Rollout(Process):
         config = RolloutConfig(group_size=GROUP_SIZE, slots=world.plan.num_slots)
         self.engine = Engine(world)
         self.worker: RolloutWorker = self.inside(
-            RolloutWorker, index, config, world.plan.replay.heartbeat_s, self.engine, self._score, ROLLOUT_ADDRESS
+            RolloutWorker, index, config, world.plan.replay.heartbeat_s, self.engine, self._score, str, ROLLOUT_ADDRESS
         )
         self.spawn(self.worker.run()).add_done_callback(self._note_failure)
 

@@ -10,12 +10,15 @@ import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from asyncdapo.messages import (
     Ack,
     Ask,
     Batch,
     Completion,
+    EvalAnswer,
+    EvalDone,
     EvalRequest,
     Group,
     GroupDone,
@@ -23,12 +26,12 @@ from asyncdapo.messages import (
     Hello,
     Lease,
     Message,
-    Payload,
     Progress,
     Prompt,
     Sampling,
     Welcome,
 )
+from asyncdapo.payload import Payload
 from asyncdapo.transport.codec import Limits, Malformed, decode, encode
 
 PROMPT = Prompt(prompt_id=3, epoch=0, source="sums", row=7, token_ids=[5, 6, 7], answer="12")
@@ -80,6 +83,38 @@ def test_a_payload_travels_as_raw_buffers_that_are_read_without_a_copy() -> None
     payload = Payload.from_frames(buffers, [message.group])
     np.testing.assert_array_equal(payload.token_ids, [1, 2, 1, 2])
     assert np.shares_memory(payload.token_ids, np.frombuffer(frames[2], "<i4"))
+
+
+ANSWER = EvalAnswer(prompt_id=3, acc=1.0, num_tokens=2, finish_reason="stop", version_min=0, version_max=0)
+
+
+@given(st.lists(st.text(), max_size=5))
+def test_responses_of_an_evaluation_travel_beside_the_header(responses: list[str]) -> None:
+    answers = [replace(ANSWER, sample=sample, response=text) for sample, text in enumerate(responses)]
+    message, buffers = decode(encode(*EvalDone.pack(7, answers)), EvalDone)
+    assert len(encode(message)[0]) < 100 + 150 * len(answers)
+    assert (message.request_id, message.unpack(buffers)) == (7, answers)
+
+
+def test_half_a_surrogate_pair_in_a_response_becomes_a_question_mark() -> None:
+    done, frames = EvalDone.pack(7, [replace(ANSWER, response="a\ud800b")])
+    assert done.unpack(frames)[0].response == "a?b"
+
+
+@pytest.mark.parametrize(
+    ("response_bytes", "frames"),
+    [
+        ([2], [b"ab"]),
+        ([3, 2], [b"abcd"]),
+        ([5, -1], [b"abcd"]),
+        ([2, 2], []),
+        ([2, 2], [b"ab", b"cd"]),
+        ([2, 2], [b"\xffbcd"]),
+    ],
+)
+def test_responses_that_are_not_those_of_the_header_are_refused(response_bytes: list[int], frames: list[bytes]) -> None:
+    with pytest.raises(ValueError, match="responses|utf-8"):
+        EvalDone(request_id=7, answers=[ANSWER, ANSWER], response_bytes=response_bytes).unpack(frames)
 
 
 def test_a_type_that_this_end_does_not_expect_is_malformed() -> None:

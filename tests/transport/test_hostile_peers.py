@@ -37,7 +37,7 @@ from asyncdapo.transport.codec import Malformed, encode
 from asyncdapo.transport.keys import RunKeys
 from asyncdapo.transport.sockets import Client, Server
 from tests.replay import serving as replay_side
-from tests.replay.serving import FakeLearner, FakeWorker, serving
+from tests.replay.serving import FakeLearner, FakeWorker, eval_answers, eval_request, serving
 from tests.replay.small_run import make_group, write_files
 from tests.transport.mutations import Attacker, under_attack
 
@@ -134,11 +134,11 @@ def damaged_messages(server: ReplayServer, noisy: FakeWorker, leases) -> list[At
         Started(lease_id=leases[0].lease_id, version=0),
         Loaded(version=0, branch=0),
         GroupFailed(lease_id=leases[1].lease_id, reason="x"),
-        EvalDone(request_id=1, answers=[]),
     ]
     progress = {leases[0].lease_id: Progress(num_tokens=3, phase="sampling")}
     beat = Heartbeat(asked=4, loaded_version=0, branch=0, progress=progress, evaluations=[], gauges={"tokens": 1.0})
-    as_worker = groups * 2 + [encode(message) for message in joined]
+    answers = encode(*EvalDone.pack(1, eval_answers(eval_request(1), response="Answer: 6")))
+    as_worker = groups * 2 + [encode(message) for message in joined] + [answers]
     return [
         Attacker(server.rollout_address, b"stranger", [*as_worker, encode(Ask(asked=4)), encode(beat)]),
         Attacker(server.rollout_address, b"rollout-1-first", as_worker),

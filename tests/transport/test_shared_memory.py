@@ -52,6 +52,12 @@ def test_another_file_under_the_same_number_is_not_taken_for_the_memory() -> Non
             open_block(handle, HOST)
 
 
+def test_memory_of_a_gpu_that_cuda_does_not_open_is_refused_alike() -> None:
+    handle = msgspec.msgpack.encode(("cuda", 0, b"of nobody", 8, 0, b"nor this", 0, bytes(64), True))
+    with pytest.raises(OSError, match="."):
+        open_block(handle, torch.device("cuda", 0))
+
+
 def test_an_empty_block_is_a_block() -> None:
     block = make_block(0, HOST)
     assert len(open_block(block.handle, HOST).bytes_U) == 0

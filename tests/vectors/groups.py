@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from asyncdapo.controller.sampled import avg_at_k, maj_at_k, pass_at_k
+from asyncdapo.controller.eval.sampled import avg_at_k, maj_at_k, pass_at_k
 from asyncdapo.dapo import soft_overlong_punishment
 from asyncdapo.errors import ConfigError
 from asyncdapo.messages import Completion, Group
@@ -122,6 +122,6 @@ def check_eval(inputs: Inputs) -> dict[str, Any]:
 
 def check_verifier(inputs: Inputs) -> dict[str, Any]:
     text, answer = inputs["solution"], inputs["ground_truth"]
-    acc = verifier.verify(text, answer)
+    acc = verifier.verify(text, answer)["acc"]
     score = scale(acc, correct=1.0, incorrect=-1.0)
     return {"pred": verifier.extract(text), "acc": acc == 1.0, "score": score}

@@ -245,6 +245,33 @@ def test_a_group_goes_with_its_last_user_and_not_at_the_next_garbage_collection(
         gc.enable()
 
 
+@both_ways
+def test_a_group_that_failed_goes_with_its_last_user_too(backend: Backend):
+    """Until then its connections are open, and the other ranks wait for it."""
+    tensors = {"weight": torch.randn(1 << 16)}
+    manifest = Manifest.of(tensors)
+    gc.disable()
+    try:
+        with members(1) as [victim]:
+            group = form_group([victim], backend=backend)
+            watched = weakref.ref(group)
+            victim.start("die_in_transfer", manifest, 1)
+            assert not sent(WeightSender(group, manifest, 64), tensors)
+            del group
+            assert watched() is None
+    finally:
+        gc.enable()
+
+
+def sent(sender: WeightSender, tensors: dict[str, torch.Tensor]) -> bool:
+    """Whether it could be; nothing holds on to the error."""
+    try:
+        sender.send(1, tensors)
+    except WeightsError:
+        return False
+    return True
+
+
 def test_a_closed_group_says_so():
     tensors = {"weight": torch.randn(10)}
     with members(1) as [receiver]:
@@ -287,3 +314,9 @@ def test_closing_the_group_fails_the_receivers_that_wait_in_it_before_their_dead
             outcome = receiver.result()
             assert isinstance(outcome, Failed)
             assert outcome.after_s < timeout_s
+
+
+def test_a_deadline_has_passed_once_torch_may_have_counted_its_whole_milliseconds():
+    """What torch gives up on then is said to be the deadline's doing, and not an error of its own."""
+    assert Deadline(0.001).passed
+    assert not Deadline(1.0).passed

@@ -76,7 +76,7 @@ def _draws(rng: random.Random) -> Iterator[Chain]:
 class ChainTask:
     """Endless questions for training, and an endless table of held-out ones."""
 
-    num_rows = None
+    parts = None
     num_eval_rows = None
 
     def __init__(self, seed: int) -> None:

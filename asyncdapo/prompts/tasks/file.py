@@ -1,41 +1,47 @@
-"""Task `file`: the user's own questions and answers, from a JSONL or parquet file.
+"""Task `file`: the user's own questions and answers, from JSONL or parquet files.
 
     {"prompt": "What is 3 + 4?", "answer": 7}       columns: `prompts.prompt_column`, `prompts.answer_column`
 
-The question goes into `prompts.template`, or as it is to the tokenizer's chat template. Evaluation has rows of its own:
-those of `prompts.eval_path`, or questions held out of `prompts.path`. A held-out question is never trained on, however
-often the file repeats it; which ones are held out depends on the file alone, so that runs can be compared.
+The question goes into `prompts.template`. A column `source`, where there is one, says where a question is from; else it
+is from the file. Evaluation has rows of its own: those of `prompts.eval_path`, or questions held out of all training
+files together. A held-out question is never trained on, however often the files repeat it; which ones are held out
+depends on the files alone, so that runs can be compared.
 """
 
 from __future__ import annotations
 
+import math
 import random
+from collections.abc import Sequence
+from fractions import Fraction
+from itertools import accumulate
 from numbers import Number
 from pathlib import Path
 
 from asyncdapo.errors import ConfigError
 from asyncdapo.prompts.config import PromptsConfig
-from asyncdapo.prompts.sources import Record, read_records
-from asyncdapo.prompts.task import Question
+from asyncdapo.prompts.sources import LEFT_OUT, Record, read_records
+from asyncdapo.prompts.task import Part, Question
 
 SPLIT_SEED = 0
 """Seed of the choice of held-out questions."""
+SOURCE_COLUMN = "source"
 
 
 class FileTask:
-    """Questions of a file, in the order of the file. Reads it at once; raises ConfigError."""
+    """Questions of files, in the order of the files. Reads them at once; raises ConfigError."""
 
     def __init__(self, config: PromptsConfig, num_eval: int) -> None:
         self._config = config
-        questions = self._read("prompts.path", config.path)
+        weights = config.weights
+        names = short_names(list(weights))
+        files = [self._read("prompts.path", path, name) for path, name in zip(weights, names, strict=True)]
         if config.eval_path:
-            self._questions, self._eval_questions = questions, self._read("prompts.eval_path", config.eval_path)
+            self._eval_questions = self._read("prompts.eval_path", config.eval_path, Path(config.eval_path).name)
         else:
-            self._questions, self._eval_questions = hold_out(questions, num_eval, config.path)
-
-    @property
-    def num_rows(self) -> int:
-        return len(self._questions)
+            files, self._eval_questions = hold_out(files, num_eval, ", ".join(names))
+        self._questions = [question for file in files for question in file]
+        self.parts = _parts(names, files, list(weights.values()))
 
     @property
     def num_eval_rows(self) -> int:
@@ -47,41 +53,77 @@ class FileTask:
     def eval_question_at(self, row: int) -> Question:
         return self._eval_questions[row]
 
-    def _read(self, key: str, path: str) -> list[Question]:
+    def _read(self, key: str, path: str, name: str) -> list[Question]:
         config = self._config
         columns = {"prompts.prompt_column": config.prompt_column, "prompts.answer_column": config.answer_column}
-        template = "{prompt}" if config.chat_template else config.template
-        records = read_records(key, path, columns)
-        return [_question(key, path, row, record, template) for row, record in enumerate(records)]
+        records = read_records(key, path, columns, optional=SOURCE_COLUMN)
+        return [_question(key, path, name, row, record, config.template) for row, record in enumerate(records)]
 
 
-def _question(key: str, path: str, row: int, record: Record, template: str) -> Question:
+def _question(key: str, path: str, name: str, row: int, record: Record, template: str) -> Question:
     prompt, answer = record.values
     if not isinstance(prompt, str) or not prompt:
-        raise ConfigError(key, f"the prompt in {record.place} must be text, it is {_shown(prompt)}", path)
+        raise ConfigError(key, f"the prompt in {record.place} must be text, it is {shown(prompt)}", path, LEFT_OUT)
     if not isinstance(answer, (str, Number)) or isinstance(answer, bool) or not str(answer).strip():
-        raise ConfigError(key, f"the answer in {record.place} must be text or a number, it is {_shown(answer)}", path)
-    return Question(text=template.replace("{prompt}", prompt), answer=str(answer), source=Path(path).name, row=row)
+        raise ConfigError(
+            key, f"the answer in {record.place} must be text or a number, it is {shown(answer)}", path, LEFT_OUT
+        )
+    if isinstance(answer, float) and not math.isfinite(answer):
+        raise ConfigError(key, f"the answer in {record.place} is no number: {answer}", path, LEFT_OUT)
+    for what, text in (("prompt", prompt), ("answer", str(answer))):
+        if not is_unicode(text):
+            raise ConfigError(key, f"the {what} in {record.place} holds half of a surrogate pair", path, LEFT_OUT)
+    said = record.optional
+    source = said if isinstance(said, str) and said and is_unicode(said) else name
+    return Question(text=template.replace("{prompt}", prompt), answer=str(answer), source=source, row=row)
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
+    """A value as a message shows it: on one line, short."""
     if value is None:
         return "missing"
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def hold_out(questions: list[Question], num_eval: int, path: str) -> tuple[list[Question], list[Question]]:
-    """Split into (for training, held out): `num_eval` distinct questions, every repetition of which leaves training."""
-    distinct = {question.text: question for question in questions}
+def is_unicode(text: str) -> bool:
+    """JSON may spell half of a surrogate pair, which neither a file nor a tokenizer can hold."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def short_names(paths: Sequence[str]) -> list[str]:
+    """The last parts of each path, as many as it takes to tell the files apart."""
+    for length in range(1, max((len(Path(path).parts) for path in paths), default=1)):
+        names = ["/".join(Path(path).parts[-length:]) for path in paths]
+        if len(set(names)) == len(names):
+            return names
+    return list(paths)
+
+
+def hold_out(files: list[list[Question]], num_eval: int, names: str) -> tuple[list[list[Question]], list[Question]]:
+    """Split into (for training, held out): `num_eval` distinct questions of all files together, every repetition of
+    which leaves training."""
+    distinct = {question.text: question for file in files for question in file}
     if num_eval >= len(distinct):
         few = max(1, len(distinct) // 10)
         raise ConfigError(
             "eval.num_prompts, eval.num_greedy_prompts",
-            f"{path} has {len(distinct)} distinct questions, so holding out as many leaves nothing to train on",
+            f"{names} has {len(distinct)} distinct questions, so holding out as many leaves nothing to train on",
             num_eval,
             f"eval.num_prompts={few} eval.num_greedy_prompts={few}, or prompts.eval_path=held_out.jsonl",
         )
     held_out = set(random.Random(SPLIT_SEED).sample(list(distinct), num_eval))
-    training = [question for question in questions if question.text not in held_out]
+    training = [[question for question in file if question.text not in held_out] for file in files]
     return training, [question for text, question in distinct.items() if text in held_out]
+
+
+def _parts(names: Sequence[str], files: Sequence[Sequence[Question]], weights: Sequence[Fraction]) -> list[Part]:
+    """Raises ConfigError for a file of which nothing is left."""
+    ends = list(accumulate(map(len, files)))
+    parts = []
+    for name, questions, end, weight in zip(names, files, ends, weights, strict=True):
+        if not questions:
+            fix = "remove it from the mixture, or give prompts.eval_path"
+            raise ConfigError("prompts.path", f"every question of {name} is held out for evaluation", name, fix)
+        parts.append(Part(name=name, rows=range(end - len(questions), end), weight=weight))
+    return parts

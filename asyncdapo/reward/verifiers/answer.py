@@ -9,7 +9,8 @@ from __future__ import annotations
 MARK = "Answer: "
 
 
-def verify(text: str, answer: str) -> float:
-    """1.0 for a right text, 0.0 for a wrong one."""
+def verify(text: str, answer: str) -> dict[str, float | str | None]:
+    """`acc` 1.0 for a right text, 0.0 for a wrong one; `pred`, what it answers."""
     _, mark, given = text.rpartition(MARK)
-    return float(bool(mark) and given.strip() == answer.strip())
+    pred = given.strip() if mark else None
+    return {"acc": float(pred == answer.strip()), "pred": pred}

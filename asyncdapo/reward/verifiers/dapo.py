@@ -57,9 +57,10 @@ FRAC = re.compile(r"frac([^{])(.)")
 SQRT = re.compile(r"sqrt([^{])")
 
 
-def verify(text: str, answer: str) -> float:
-    """1.0 for a right text, 0.0 for a wrong one."""
-    return float(extract(text) == normalise(answer))
+def verify(text: str, answer: str) -> dict[str, float | str | None]:
+    """`acc` 1.0 for a right text, 0.0 for a wrong one; `pred`, what it answers."""
+    given = extract(text)
+    return {"acc": float(given == normalise(answer)), "pred": None if given == INVALID else given}
 
 
 def extract(text: str) -> str:

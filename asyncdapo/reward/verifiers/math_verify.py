@@ -23,13 +23,15 @@ NUM_CHARS = 4000
 logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its alarms are off
 
 
-def verify(text: str, answer: str) -> float:
-    """1.0 for a right text, 0.0 for a wrong one. Raises ValueError for an expected answer that has no value."""
+def verify(text: str, answer: str) -> dict[str, float | str | None]:
+    """`acc` 1.0 for a right text, 0.0 for a wrong one; `pred`, the formula as it is written, so that `0.5` and `1/2`
+    are two. Raises ValueError for an expected answer that has no value."""
     expected = _expected(answer)
     if not expected:
         raise ValueError(f"no formula in the expected answer {answer[:80]!r}")
     given = math_verify.parse(text[-NUM_CHARS:], parsing_timeout=None)
-    return float(math_verify.verify(expected, given, timeout_seconds=None))
+    acc = float(math_verify.verify(expected, given, timeout_seconds=None))
+    return {"acc": acc, "pred": given[-1] if given else None}  # the library puts the text behind the values it may have
 
 
 @lru_cache(maxsize=1)

@@ -20,14 +20,16 @@ import reasoning_gym
 Score = Callable[[str | None, dict[str, Any]], float]
 
 
-def verify(text: str, answer: str) -> float:
-    """0.0 to 1.0. Raises ValueError for an expected answer that isn't as described, and what a scorer raises at it."""
+def verify(text: str, answer: str) -> dict[str, float | str | None]:
+    """`acc` 0.0 to 1.0; `pred`, what the text answers. Raises ValueError for an expected answer that isn't as
+    described, and what a scorer raises at it."""
     score, entry = _expected(answer)
+    pred = extract(text)
     try:
-        return score(extract(text), entry)
+        return {"acc": score(pred, entry), "pred": pred}
     except Exception:  # noqa: BLE001 - a scorer may raise anything at what a model wrote
         score(entry["answer"], entry)
-        return 0.0
+        return {"acc": 0.0, "pred": pred}
 
 
 def extract(text: str) -> str | None:

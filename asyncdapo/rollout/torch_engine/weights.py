@@ -79,6 +79,8 @@ class Weights:
         for index, layer in enumerate(self.layers):
             self._fill_layer(unread, f"model.layers.{index}.", layer)
         unread.refuse_rest()
+        if self.norm.is_cuda:  # a GPU copies later; what it reads is overwritten by the next version
+            torch.cuda.current_stream(self.norm.device).synchronize()
 
     def _fill_layer(self, unread: _Unread, prefix: str, layer: LayerWeights) -> None:
         attention, mlp, head_dim = prefix + "self_attn.", prefix + "mlp.", self._shape.head_dim

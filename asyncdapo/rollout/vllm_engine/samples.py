@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from asyncdapo.messages import LOGPROB_DTYPE, TOKEN_DTYPE, Runs
+from asyncdapo.messages import Runs
+from asyncdapo.payload import LOGPROB_DTYPE, TOKEN_DTYPE
 from asyncdapo.rollout.engine import Request, Sample
 
 if TYPE_CHECKING:

@@ -1,12 +1,15 @@
 """What a checkpoint directory must hold, and how the engine says what it lacks."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from asyncdapo.errors import ConfigError
+from asyncdapo.rollout.model_files import read_config, stop_token_ids
 from asyncdapo.rollout.torch_engine.checkpoint import read_checkpoint
 from asyncdapo.rollout.torch_engine.weights import Weights
 
@@ -27,6 +30,37 @@ def test_stop_ids_come_from_both_config_files_and_may_be_lists(tmp_path):
     assert read_checkpoint(path).stop_token_ids == {3}
     changed(path, "generation_config.json", eos_token_id=[5, 7])
     assert read_checkpoint(path).stop_token_ids == {3, 5, 7}
+
+
+START = Path(__file__).parents[3] / "configs" / "models" / "chain_start"
+
+
+def test_the_end_token_of_the_tokenizer_stops_too(tmp_path):
+    """Chat models often name the end of a turn only there."""
+    path = saved(random_model(eos_token_id=3), tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(START / name, path)
+    assert read_checkpoint(path).stop_token_ids == {2, 3}
+    changed(path, "tokenizer_config.json", eos_token={"content": "<pad>", "lstrip": False})
+    assert read_checkpoint(path).stop_token_ids == {0, 3}
+
+
+def test_another_tokenizer_says_its_own_end(tmp_path):
+    path = Path(saved(random_model(eos_token_id=3), tmp_path))
+    assert stop_token_ids(path, read_config(path, str(path)), str(START)) == {2, 3}
+    with pytest.raises(ConfigError, match="model.tokenizer: is neither a directory nor a tokenizer that the hub"):
+        stop_token_ids(path, read_config(path, str(path)), "../no/such")
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "tokenizer_config.json", "tokenizer.json"])
+@pytest.mark.parametrize("content", ["", "[]", '{"eos'])
+def test_a_file_of_stop_ids_that_cannot_be_read_is_named(tmp_path, name, content):
+    path = Path(saved(random_model(), tmp_path))
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(START / file, tmp_path)
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ConfigError, match=f"model.path: {name}"):
+        stop_token_ids(path, read_config(path, str(path)))
 
 
 def test_a_model_without_stop_ids_has_none(tmp_path):

@@ -16,6 +16,7 @@ from asyncdapo.errors import ConfigError, EngineError, RunError, UserError, Weig
 from asyncdapo.messages import Sampling
 from asyncdapo.rollout.engine import Request
 
+from ...asynchronous import until
 from ..torch_engine.models import VOCAB_SIZE, largest_difference, request
 from .models import (
     MAX_PROMPT_LENGTH,
@@ -64,11 +65,6 @@ def alive(pid: int) -> bool:
 def endless(num_samples: int = 5 * SLOTS, prompt_seed: int = 0) -> Request:
     """More samples than slots, so that some wait until the rest is nearly done."""
     return request(9, range(num_samples), prompt_seed, max_tokens=MAX_RESPONSE_LENGTH)
-
-
-async def until(condition) -> None:
-    while not condition():
-        await asyncio.sleep(0.001)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])

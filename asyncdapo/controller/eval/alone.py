@@ -1,0 +1,175 @@
+"""One evaluation as a run of its own: replay server and rollout workers, no learner.
+
+         requests                    responses, verdicts
+    eval ────────▶ replay ──▶ rollout[N] ──▶ replay ──▶ answers.jsonl, as they arrive
+                                                             └─▶ at the end metrics.json, page.html
+
+In: the configuration of an evaluation, and OUT, which this process holds. Out: the files of `answers`. Processes live,
+die, are started again and are said to hang as in any run (`fleet`, `patience`). The ledger of the replay server holds
+nothing that anybody could miss: it goes away at the end, and one that a killed command left before the start.
+Invariant: an answer that has arrived is on disk, so the same command goes on with what is missing.
+Does not own: what is asked (`evaluation`), whether this is the same evaluation (`record`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import signal
+import sys
+import traceback
+from collections.abc import Coroutine, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from msgspec.structs import replace
+
+from asyncdapo import faults
+from asyncdapo.config import Config
+from asyncdapo.controller.actors import Opened, Start
+from asyncdapo.controller.eval.answers import AnswerFiles
+from asyncdapo.controller.eval.evaluation import Answered, Evaluation, unjudged
+from asyncdapo.controller.eval.progress import EvalProgress
+from asyncdapo.controller.fleet import Fleet
+from asyncdapo.controller.patience import Patience
+from asyncdapo.controller.processes import Watch, ray_session
+from asyncdapo.controller.waits import NOBODY
+from asyncdapo.controller.warden import warden
+from asyncdapo.errors import EXIT_INTERRUPTED, RunError
+from asyncdapo.messages import EvalAnswer, EvalRequest
+from asyncdapo.replay.failures import MIN_FAILED
+from asyncdapo.replay.ledger import LEDGER_FILE, PAYLOAD_FOLDER
+
+CONTROLLER_LOG = "controller.log"
+
+
+def evaluate(config: Config, step: int) -> int:
+    """Ask for what is missing, to the end. `step`: version of the weights. Returns the exit code: 0, 1 with the cause
+    in the last line, or 130 after Ctrl-C."""
+    out = Path(config.run.dir)
+    _remove_ledger(out)
+    faults.install("controller", config.faults, out)
+    with warden():
+        progress = EvalProgress(out / "logs" / CONTROLLER_LOG)
+        try:
+            return _evaluate(config, step, progress)
+        finally:
+            progress.close()
+            _remove_ledger(out)
+
+
+def _evaluate(config: Config, step: int, progress: EvalProgress) -> int:
+    try:
+        progress.status("starting Ray")
+        with ray_session(config):
+            asyncio.run(EvalRun(config, step, progress).run())
+        return 0
+    except RunError as error:
+        if error.__cause__ and not isinstance(error.__cause__, RunError):
+            traceback.print_exception(error.__cause__)
+        progress.note(f"the evaluation ended: {error}")
+        print(f"asyncdapo: the evaluation ended: {error} (the same command goes on)", file=sys.stderr)
+        return 1
+    except (KeyboardInterrupt, asyncio.CancelledError, SystemExit):  # Ray heeds SIGTERM by the last, while it starts
+        progress.note("interrupted: the same command goes on with what is missing")
+        return EXIT_INTERRUPTED
+
+
+class EvalRun:
+    """Its processes, and the answers that they give."""
+
+    def __init__(self, config: Config, step: int, progress: EvalProgress) -> None:
+        self._config, self._step, self._progress = config, step, progress
+        self._fleet = Fleet(config)
+        self._patience = Patience(config.controller, self._fleet, progress)
+
+    async def run(self) -> None:
+        """Start, ask, write, stop."""
+        loop, main = asyncio.get_running_loop(), asyncio.current_task()
+        for sent in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(sent, main.cancel)
+        watch = Watch()
+        await watch.guard(self._run(watch))
+
+    async def _run(self, watch: Watch) -> None:
+        self._progress.status("starting processes")
+        await self._patience.wait(self._fleet.start(Start()), whom=NOBODY, what="starts processes")
+        self._fleet.watch(watch)
+        opened = self._fleet.opened
+        self._say_what_is_missing(opened)
+        answers = AnswerFiles(
+            Path(self._config.run.dir), opened.eval_prompts, opened.eval_texts, title=self._config.run.name
+        )
+        known = answers.open(keep=True)
+        try:
+            await answers.close(await self._ask_for(opened, answers, known))
+        except BaseException:
+            answers.give_up()
+            raise
+
+    async def _ask_for(self, opened: Opened, answers: AnswerFiles, known: list[Answered]) -> dict[str, float]:
+        evaluation = Evaluation.of(self._config, opened.eval_prompts, self._ask)
+        total = evaluation.total(greedy=True)
+        if known:
+            self._progress.note(f"goes on: {len(known):,} of {total:,} answers are there")
+        self._progress.status("evaluating")
+        self._progress.begin(total, known)
+
+        arrived = asyncio.Event()
+        here = [one.answer for one in known]
+
+        def take(answered: Sequence[Answered]) -> None:
+            answers.append(answered)
+            self._progress.answered(answered)
+            here.extend(replace(one.answer, response="") for one in answered)
+            fails_now = len(here) < total and any(one.answer.failed for one in answered)
+            if fails_now and sum(answer.failed for answer in here) >= MIN_FAILED:
+                self._check_judged(here)
+            arrived.set()
+
+        work = evaluation.run(greedy=True, share=1.0, known=known, on_answers=take)
+        metrics = await self._while_answers_arrive(work, arrived)
+        self._check_judged(here)
+        return metrics
+
+    def _check_judged(self, answers: Sequence[EvalAnswer]) -> None:
+        """A judge that is down gives no numbers. Those that weren't judged are asked for again."""
+        allowed = self._config.reward.max_failure_ratio
+        if sum(answer.failed for answer in answers) > allowed * len(answers):
+            raise RunError(f"reward.max_failure_ratio allows {allowed:.0%}, and {unjudged(answers)}")
+
+    async def _while_answers_arrive(self, work: Coroutine[Any, Any, dict[str, float]], arrived: asyncio.Event) -> Any:
+        """The result of `work`. Every answer begins a wait of its own: as long as they come, nobody has to be told who
+        waits for whom."""
+        task = asyncio.ensure_future(work)
+        try:
+            while not task.done():
+                arrived.clear()
+                one = asyncio.ensure_future(arrived.wait())
+                either = asyncio.wait({task, one}, return_when=asyncio.FIRST_COMPLETED)
+                try:
+                    await self._patience.wait(either, whom="replay", what="the next answers")
+                finally:
+                    one.cancel()
+            return task.result()
+        finally:
+            task.cancel()
+
+    async def _ask(self, requests: list[EvalRequest], share: float) -> list[EvalAnswer]:
+        """What the workers answer. They have loaded a model and know of no step: its version is the checkpoint's."""
+        answers = await self._fleet.replay.ask("evaluate", requests, share)
+        of_step = partial(replace, version_min=self._step, version_max=self._step)
+        return [of_step(answer) for answer in answers]
+
+    def _say_what_is_missing(self, opened: Opened) -> None:
+        """Rows whose prompt is too long are asked nowhere, and so count neither as right nor as wrong."""
+        if num := opened.num_eval_left_out:
+            limit = self._config.prompts.max_prompt_length
+            self._progress.note(f"left out: {num:,} rows, longer than prompts.max_prompt_length ({limit} tokens)")
+
+
+def _remove_ledger(out: Path) -> None:
+    for path in out.glob(f"{Path(LEDGER_FILE).stem}.*"):
+        path.unlink()
+    shutil.rmtree(out / PAYLOAD_FOLDER, ignore_errors=True)

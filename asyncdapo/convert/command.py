@@ -1,0 +1,160 @@
+"""`asyncdapo convert`: another framework's script, config or arguments in, our YAML out.
+
+Each line names what it was made of, the end lists what has no line. Our own loader checks the result before it is
+shown, and its errors name their key.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import tempfile
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from asyncdapo import config
+from asyncdapo.convert import ms_swift, nemo_rl, siirl, skyrl, verl
+from asyncdapo.convert.rules import Converted, Peer, convert
+from asyncdapo.convert.settings import Settings, read_settings
+from asyncdapo.errors import ConfigError, UserError
+
+PEERS = {
+    "verl": verl.PEER,
+    "skyrl": skyrl.PEER,
+    "nemo-rl": nemo_rl.PEER,
+    "ms-swift": ms_swift.PEER,
+    "siirl": siirl.PEER,
+}
+WIDTH = 118
+STAND_IN = "model:\n  path: named-at-launch\n"
+
+
+def command(args: argparse.Namespace) -> int:
+    """Print or write the YAML, and say on stderr what was left. Raises UserError."""
+    words = args.source[1:] if args.source[:1] == ["--"] else args.source
+    text, made = converted(args.peer, words)
+    if args.out:
+        _write(args.out, text, force=args.force)
+    else:
+        print(text, end="")
+    for said in made.loud:
+        print(f"asyncdapo: {said}", file=sys.stderr)
+    left = len(made.left)
+    if left:
+        where = f"at the end of {args.out}" if args.out else "at its end"
+        keys = "1 key" if left == 1 else f"{left} keys"
+        print(f"asyncdapo: {keys} without a line, listed with the reason {where}", file=sys.stderr)
+    return 0
+
+
+def _write(path: Path, text: str, *, force: bool) -> None:
+    """Over nothing but the same text, unless it is forced: the file may have been edited."""
+    try:
+        if path.exists() and not force and path.read_bytes() != text.encode():
+            raise UserError(f"{path}: is there already and says something else; --force replaces it")
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from error
+
+
+def converted(peer_name: str, words: list[str]) -> tuple[str, Converted]:
+    """The YAML, and what it was made of. Raises UserError."""
+    peer = PEERS[peer_name]
+    settings = read_settings(words, flags=peer.flags)
+    made = convert(peer, settings, _our_defaults())
+    text = _rendered(peer, settings, made)
+    _check(text, made)
+    return text, made
+
+
+def _our_defaults() -> dict[str, Any]:
+    defaults = {}
+    for section, cls in config.SECTIONS.items():
+        for entry in dataclasses.fields(cls):
+            if entry.default is not dataclasses.MISSING:
+                defaults[f"{section}.{entry.name}"] = entry.default
+    return defaults
+
+
+def _check(text: str, made: Converted) -> None:
+    """By the loader that a launch uses."""
+    if not any(line.ours == "model.path" for line in made.lines):
+        text += STAND_IN
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "converted.yaml")
+        path.write_text(text)
+        try:
+            config.load_config(path)
+        except ConfigError as error:
+            line = next((line for line in made.lines if line.ours.startswith(error.key)), None)
+            made_of = f" [made of {', '.join(line.shown)}]" if line and line.shown else ""
+            raise UserError(f"{error}{made_of}") from error
+
+
+# ------------------------------------------------------------------------------------------------------------- printing
+
+
+def _rendered(peer: Peer, settings: Settings, made: Converted) -> str:
+    parts = [_comment(f"Converted from {peer.title} ({peer.source}) by asyncdapo convert.")]
+    for note in [*made.loud, *made.notes]:
+        parts.append("#\n" + _comment(note))
+    if made.before:
+        parts.append("#\n# Run first:\n" + "".join(f"#   {_printable(line)}\n" for line in made.before))
+    if not any(line.ours == "model.path" for line in made.lines):
+        parts.append("#\n# No model was named: add model.path, or give it at launch as model.path=…\n")
+    if not any(line.ours == "prompts.path" for line in made.lines):
+        parts.append("#\n# No data were named that are known here, so the task chain (arithmetic) stands: add\n")
+        parts.append("# prompts.task=file prompts.path=… (asyncdapo data prepare).\n")
+    for section in config.SECTIONS:
+        lines = [line for line in made.lines if line.ours.startswith(f"{section}.")]
+        if lines:
+            parts.append(f"\n{section}:\n")
+        inside = ""
+        for line in lines:
+            keys = line.ours.split(".")[1:]
+            if keys[:-1] and keys[0] != inside:
+                inside = keys[0]
+                parts.append(f"  {inside}:\n")
+            indent = "    " if keys[:-1] else "  "
+            origin = ", ".join(line.shown)
+            note = "; ".join(part for part in (origin, line.why) if part)
+            parts.append(_comment(note, indent) + f"{indent}{keys[-1]}: {_value(line.value)}\n")
+    if made.left:
+        parts.append("\n# Without a line here:\n")
+        for reason in dict.fromkeys(why for _, why in made.left):
+            parts.append(_comment(f"{reason}:", begin="#   "))
+            parts += [_comment(what, begin="#       ") for what, why in made.left if why == reason]
+    inherited = sum(bool(setting.inherited) for setting in settings.table.values())
+    if inherited:
+        parts.append(
+            _comment(f"{inherited} keys of the files that this one builds on are read, and listed only if used")
+        )
+    if settings.warnings:
+        parts.append("\n# Note:\n")
+        parts += [_comment(warning, hang="    ", begin="#   ") for warning in dict.fromkeys(settings.warnings)]
+    parts.append(f"\n# What {peer.title} does otherwise, whatever the keys:\n")
+    parts += [_comment(note, hang="    ", begin="#   ") for note in peer.differs]
+    return "".join(parts)
+
+
+def _comment(text: str, indent: str = "", hang: str = "", begin: str = "# ") -> str:
+    lines = textwrap.wrap(_printable(text), WIDTH - len(indent), break_on_hyphens=False, break_long_words=False)
+    return "".join(f"{indent}{begin}{hang if index else ''}{line}\n" for index, line in enumerate(lines))
+
+
+def _printable(text: str) -> str:
+    """On one line: what begins as a comment stays one."""
+    return "".join(char if char.isprintable() else "?" for char in text)
+
+
+def _value(value: Any) -> str:
+    """As YAML on one line, in a form that every YAML reader takes for the same value."""
+    if isinstance(value, float):
+        return repr(value) if "." in repr(value) else repr(value).replace("e", ".0e")
+    style = '"' if isinstance(value, str) and not value.isprintable() else None
+    text = yaml.safe_dump(value, default_flow_style=True, default_style=style, width=10_000, allow_unicode=True)
+    return text.removesuffix("\n...\n").strip()

@@ -1,0 +1,92 @@
+"""Which GPUs do what: those of a peer's training in, our workers, ranks and placement out.
+
+Here a learner rank holds the whole model on one GPU, and an engine shares a GPU only if it takes a single one. GPUs
+that larger engines and the learner share there are halved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from asyncdapo.convert.rules import Left, Made, Rule, whole
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpus:
+    """Of one training."""
+
+    total: int
+    """Those of the learner; with those of the engines, unless `engines` says that they have their own."""
+    parallel: int
+    """GPUs that an engine takes."""
+    groups: int
+    """In an update; a rank takes at least one."""
+    together: bool
+    """Whether learner and engines share each GPU."""
+    engines: int | Left | None = None
+    """On GPUs of their own."""
+
+    @property
+    def shared(self) -> bool:
+        """Whether they can share here too."""
+        return self.together and self.parallel == 1
+
+
+def rules(keys: tuple[str, ...], step: tuple[str, ...], read: Callable[..., Gpus | None]) -> tuple[Rule, ...]:
+    """`read` is called with the values of `keys`, then of `step`, the keys of a train step's size; it returns None
+    where they don't say how many GPUs there are."""
+
+    def made(answer: Callable[[Gpus], Any]) -> Callable[..., Any]:
+        def value(*values: Any) -> Any:
+            gpus = read(*values, *[None] * (len(keys) + len(step) - len(values)))
+            return None if gpus is None else answer(gpus)
+
+        return value
+
+    return (
+        Rule("rollout.num_workers", (*keys, *step), made(workers)),
+        Rule("learner.ranks", (*keys, *step), made(ranks)),
+        Rule("controller.placement", keys, made(placement)),
+    )
+
+
+def number_of(nodes: Any, each: Any) -> int:
+    """GPUs of all nodes."""
+    return whole(1 if nodes is None else nodes) * whole(1 if each is None else each)
+
+
+def workers(gpus: Gpus) -> Any:
+    """Rollout workers."""
+    if gpus.engines is not None:
+        return gpus.engines
+    if gpus.shared:
+        return Made(max(1, min(gpus.total, gpus.groups)), f"one on each of {gpus.total} GPUs" if gpus.total > 1 else "")
+    why = f"on half of {gpus.total} GPUs, which engines and learner share there"
+    return Made(_engines_of_half(gpus), why if gpus.together else f"on half of {gpus.total} GPUs")
+
+
+def ranks(gpus: Gpus) -> Any:
+    """Learner ranks."""
+    if gpus.engines is not None:
+        fewer = gpus.total > gpus.groups
+        why = f"of {gpus.total} GPUs, no more than groups in an update" if fewer else ""
+        return Made(min(gpus.total, gpus.groups), why)
+    if gpus.shared:
+        return Made(max(1, min(gpus.total, gpus.groups)), "each on a GPU with a worker")
+    left = gpus.total - _engines_of_half(gpus) * gpus.parallel
+    if left > gpus.groups:
+        return Made(max(1, gpus.groups), f"of {left} GPUs, no more than groups in an update")
+    return Made(max(1, left), f"what the engines leave of {gpus.total} GPUs" if gpus.total > 1 else "")
+
+
+def placement(gpus: Gpus) -> Any:
+    """Whether they share GPUs."""
+    if gpus.shared:
+        return "shared"
+    return Made("separate", "an engine on several GPUs shares none here" if gpus.together else "")
+
+
+def _engines_of_half(gpus: Gpus) -> int:
+    return max(1, gpus.total // 2 // gpus.parallel)

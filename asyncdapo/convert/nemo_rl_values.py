@@ -1,0 +1,196 @@
+"""Functions from NeMo RL's values to ours, for the table of rules in nemo_rl.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from asyncdapo.convert import meanings as mean
+from asyncdapo.convert.gpus import Gpus, number_of
+from asyncdapo.convert.rules import Left, Made, either, flag, number, plain, whole
+
+KNOWN_DATA = {"DAPOMath17K": "dapo-math-17k", "DAPOMathAIME2024": "aime-2024", "AIME2024": "aime-2024"}
+VERIFIERS = {"dapo_math_verify": "dapo", "hf_math_verify": "math_verify"}
+
+
+def updates_per_step(prompts: Any, group: Any, update: Any) -> Any:
+    """Their batch of an update counts completions."""
+    if None in (prompts, group, update):
+        return None
+    made = mean.ceil_of(max(1, whole(prompts) * whole(group) / whole(update)), "whole mini-batches")
+    most = whole(prompts)
+    return made if plain(made) <= most else Made(most, "less than a group in an update there, a group here")
+
+
+def _per_step(*step: Any) -> int:
+    return plain(updates_per_step(*step)) or 1
+
+
+def groups_per_update(*step: Any) -> int:
+    return max(1, whole(step[0] or 1) // _per_step(*step))
+
+
+def response_length(new: Any, total: Any, prompt: Any) -> Any:
+    """A response ends at the first of two limits: its own, and what the longest prompt leaves of the sequence."""
+    left = whole(total) - whole(prompt) if total and prompt and prompt < total else None
+    if left is not None and (new is None or left < new):
+        return Made(left, "what max_total_sequence_length leaves behind the longest prompt")
+    return None if new is None else whole(new)
+
+
+def _overlong(enabled: Any, buffer: Any, penalty: Any, limit: Any, properly: Any, *lengths: Any) -> tuple[int, float]:
+    """Buffer and penalty before our limit that punish every length as theirs do before their own limit."""
+    response = plain(response_length(*lengths))
+    if not flag(enabled) or properly is not None or buffer is None:
+        return 0, 1.0
+    begin = whole(limit if limit is not None else lengths[1]) - whole(buffer)
+    ours = (response if response is not None else whole(limit)) - begin
+    return (ours, number(1 if penalty is None else penalty) * ours / whole(buffer)) if ours > 0 else (0, 1.0)
+
+
+def overlong_buffer(buffer: Any, enabled: Any, *others: Any) -> Any:
+    made, _ = _overlong(enabled, buffer, *others)
+    if flag(enabled) and buffer is not None and made != buffer:
+        return Made(made, "from where their punishment begins to rollout.max_response_length")
+    return made
+
+
+def overlong_penalty(penalty: Any, enabled: Any, buffer: Any, *others: Any) -> Any:
+    length, made = _overlong(enabled, buffer, penalty, *others)
+    if not length:
+        return Left("reward_shaping punishes no length here") if penalty is not None else None
+    return made
+
+
+def scaled(at: float, *scaling: Any) -> Any:
+    """Their linear map of a verdict of 0 or 1."""
+    enabled, source_min, source_max, target_min, target_max = (
+        given if given is not None else default for given, default in zip(scaling, (False, 0, 1, 0, 1), strict=True)
+    )
+    if not flag(enabled):
+        return at
+    inside = min(max(at, number(source_min)), number(source_max)) - source_min
+    return number(target_min) + inside / (source_max - source_min) * (target_max - target_min)
+
+
+def multiplier(factor: Any, enabled: Any) -> Any:
+    if factor is None or not flag(enabled):
+        return Left("use_dynamic_sampling is false") if factor is not None else None
+    return mean.ceil_of(number(factor), "a whole multiple")
+
+
+def gen_batches(limit: Any, enabled: Any) -> Any:
+    """They raise when one more than the limit was not enough."""
+    if not flag(enabled):
+        return Left("use_dynamic_sampling is false")
+    return None if limit is None else Made(whole(limit) + 1, "their limit is checked after one more batch")
+
+
+def advantage(normalize: Any, leave_one_out: Any) -> Any:
+    if flag(normalize):
+        why = (
+            "they leave a completion out of its own mean and deviation, which scales it" if flag(leave_one_out) else ""
+        )
+        return Made("grpo", why)
+    return "rloo" if flag(leave_one_out) else "dr_grpo"
+
+
+def variant(sequence: Any, cispo: Any) -> Any:
+    return "cispo" if flag(cispo) else "gspo" if flag(sequence) else None
+
+
+def correction(use: Any, kind: Any) -> Any:
+    if not flag(use):
+        return Left("use_importance_sampling_correction is false") if kind else None
+    return "geometric" if kind == "seq-mask-tis" else "token"
+
+
+def correction_mode(kind: Any, use: Any) -> Any:
+    return "mask" if flag(use) and kind in ("icepop", "seq-mask-tis") else None
+
+
+def band(high: Any, low: Any, use: Any, kind: Any) -> Any:
+    if not flag(use):
+        return Left("use_importance_sampling_correction is false") if high is not None else None
+    if kind is None or high is None:
+        return Made([0.0, 1e9], "theirs has no bound")
+    return [0.0 if kind == "tis" else number(low or 0), number(high)]
+
+
+def warmup(scheduler: Any, *step: Any) -> Any:
+    """A LinearLR in front is the warm-up; it moves once a train step."""
+    parts = scheduler if isinstance(scheduler, list) else []
+    linear = [part for part in parts if isinstance(part, dict) and str(part.get("name", "")).endswith("LinearLR")]
+    if len(linear) != 1:
+        return Left("only a warm-up by LinearLR, constant after it, has a counterpart")
+    return mean.warmup((linear[0].get("kwargs") or {}).get("total_iters"), _per_step(*step))
+
+
+def megatron(value: Any, enabled: Any) -> Any:
+    return number(value) if flag(enabled) and value is not None else None
+
+
+def epochs(passes: Any, name: Any, path: Any) -> Any:
+    return mean.epochs(passes, KNOWN_DATA.get(name), path)
+
+
+def eval_samples(count: Any, name: Any, repeat: Any, path: Any) -> Any:
+    """Their AIME2024 holds 30 rows, and repeats them if told to."""
+    if name == "AIME2024":
+        times = whole(repeat or 1)
+        return None if count is None and times == 1 else mean.repeated(whole(count or 1), times)
+    return mean.samples(count, KNOWN_DATA.get(name) or path)
+
+
+def verifier(name: Any, own: Any, default: Any, *data: Any) -> Any:
+    """Of the environment `math`; without data of theirs only if it is named."""
+    if (own or default or "math") != "math":
+        return Made(mean.OWN_FUNCTION, "name your own here")
+    if name is None:
+        return Made("math_verify", "theirs unless another is named") if any(data) else None
+    return either(name, VERIFIERS, "a verifier of theirs: see docs/reward.md")
+
+
+def own_environment(name: Any) -> Any:
+    return mean.not_carried_over(f"ENVIRONMENT {name}") if name not in (None, "math") else None
+
+
+def data(name: Any, known: Any = KNOWN_DATA) -> Any:
+    if name not in known:
+        return None
+    split = "test" if known[name] == "aime-2024" else "train"
+    folder = f"data/{known[name]}"
+    return Made(f"{folder}/{split}.parquet", before=(f"asyncdapo data prepare {known[name]} --out {folder}",))
+
+
+def eval_data(name: Any, train: Any, path: Any) -> Any:
+    """Held-out data of a task that isn't known are of no use."""
+    if train not in KNOWN_DATA and not path:
+        return Left("the training data are not known here")
+    return data(name) or Left("a data set of theirs: asyncdapo data prepare takes its id on the hub")
+
+
+def held_out(files: Any, name: Any, path: Any) -> Any:
+    return mean.held_out(files, path or (name in KNOWN_DATA))
+
+
+def tokenizer(name: Any, model: Any) -> Any:
+    return name if name != model else Left("the model's own, as it is here without a word")
+
+
+def microbatch(completions: Any, total: Any, packing: Any, packed: Any) -> Any:
+    if flag(packing) and isinstance(packed, int):
+        return packed
+    if completions is None or total is None:
+        return None
+    return Made(whole(completions) * whole(total), "completions there, padded tokens here")
+
+
+def gpus_of(nodes: Any, each: Any, parallel: Any, together: Any, *step: Any) -> Gpus | None:
+    if each is None:
+        return None
+    total, groups = number_of(nodes, each), groups_per_update(*step)
+    return Gpus(total=total, parallel=whole(parallel or 1), groups=groups, together=flag(together))
+
+
+def when_async(value: Any, enabled: Any) -> Any:
+    return whole(value) if flag(enabled) and value is not None else Left("async_grpo.enabled is false")

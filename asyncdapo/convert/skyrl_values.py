@@ -1,0 +1,134 @@
+"""Functions from SkyRL's values to ours, for the table of rules in skyrl.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from asyncdapo.convert import meanings as mean
+from asyncdapo.convert.gpus import Gpus, number_of
+from asyncdapo.convert.rules import Left, Made, either, flag, number, plain, whole
+
+VERIFIERS = {"gsm8k": "gsm8k", "aime": "dapo"}
+REDUCTIONS = {
+    "token_mean": "token-mean",
+    "token_mean_legacy": "token-mean",
+    "sequence_mean": "seq-mean-token-mean",
+    "seq_mean_token_sum_norm": "seq-mean-token-sum-norm",
+    "prompt_mean": "prompt-mean",
+}
+
+
+def prompts_per_step(train: Any, mini: Any, is_async: Any) -> Any:
+    if flag(is_async):
+        return Made(whole(mini), "every mini-batch is a step in their asynchronous training")
+    return None if train is None else whole(train)
+
+
+def updates_per_step(train: Any, mini: Any, is_async: Any) -> Any:
+    return 1 if flag(is_async) else mean.updates(train, mini)
+
+
+def groups_per_update(train: Any, mini: Any, is_async: Any) -> int:
+    return whole(min(train, mini)) if train and mini else 1
+
+
+def gpus_of(nodes: Any, each: Any, parallel: Any, together: Any, engines: Any, *step: Any) -> Gpus | None:
+    """The number of engines counts where they have GPUs of their own."""
+    if each is None and (flag(together) or engines is None):
+        return None
+    own = whole(engines or 1) if not flag(together) else None
+    total, groups = number_of(nodes, each), groups_per_update(*step)
+    return Gpus(total=total, parallel=whole(parallel or 1), groups=groups, together=flag(together), engines=own)
+
+
+def reduction(name: Any, variant: Any) -> Any:
+    if name == "token_mean_legacy":
+        return Made("token-mean", "the legacy one is the mean of the micro-batches' means")
+    if name == "seq_mean_token_sum_norm":
+        return Made(REDUCTIONS[name], "normalised by rollout.max_response_length here, by max_seq_len there")
+    return either(name, REDUCTIONS, "no such reduction here")
+
+
+def clip(bound: Any, variant: Any, cispo: Any) -> Any:
+    """CISPO has bounds of its own."""
+    bound = cispo if variant == "cispo" else bound
+    return None if bound is None else number(bound)
+
+
+def dual_clip(bound: Any, loss: Any) -> Any:
+    if loss != "dual_clip":
+        return Left(f"policy_loss_type {loss} has none") if bound is not None else None
+    return None if bound is None else number(bound)
+
+
+def advantage(name: Any, by_std: Any) -> Any:
+    if name == "grpo" and by_std is not None and not flag(by_std):
+        return "dr_grpo"
+    return None if name is None else mean.advantage_of(name, {"grpo": "grpo", "rloo": "rloo"})
+
+
+def dynamic(kind: Any, whole_batch: Any) -> Any:
+    if kind not in (None, "filter", "replace"):
+        return Left("no such dynamic sampling here: filter, replace")
+    return kind is not None or flag(whole_batch)
+
+
+def gen_batches(limit: Any, kind: Any) -> Any:
+    if kind != "filter":
+        return Left(f"dynamic_sampling.type is {kind}")
+    return max(0, whole(limit))
+
+
+def correction(tis: Any, mask: Any) -> Any:
+    table = {"token": "token", "sequence": "sequence", "product": "sequence", "geometric": "geometric"}
+    return either(tis or mask, table, "no such correction here") if tis or mask else None
+
+
+def mask_too(mask: Any, tis: Any) -> Any:
+    if mask and tis:
+        return Left("one correction only here: the weight of tis_ratio_type")
+    return "mask" if mask else None
+
+
+def anchor(*corrections: Any) -> Any:
+    return "proximal" if any(corrections) else None
+
+
+def band(high: Any, low: Any, kind: Any, tis: Any, wanted: str) -> Any:
+    """The band of the weight or of the mask, whichever is on."""
+    if kind != wanted or (tis is not None and tis != kind):
+        return Left("its correction is off") if high is not None else None
+    return [number(low or 0), number(high)]
+
+
+def outliers(low: Any, high: Any) -> Any:
+    if low is None and high is None:
+        return None
+    return [number(low or 0), number(high if high is not None else 1e9)]
+
+
+def verifier(environment: Any) -> Any:
+    return VERIFIERS.get(str(environment)) or Made(mean.OWN_FUNCTION, "name your own here")
+
+
+def own_environment(name: Any) -> Any:
+    return None if name in VERIFIERS else mean.not_carried_over(f"ENVIRONMENT {name}")
+
+
+def eval_temperature(value: Any, top_p: Any, longest: Any) -> Any:
+    """Their evaluation is greedy unless any of its parameters is given; then its temperature is 1."""
+    if value is None:
+        return Made(1.0 if top_p is not None or longest is not None else 0.0, "theirs, where none is named")
+    return number(value)
+
+
+def eval_samples(count: Any, temperature: Any, top_p: Any, longest: Any, files: Any) -> Any:
+    if not plain(eval_temperature(temperature, top_p, longest)):
+        return Left("their evaluation is greedy, so all would be the same") if count not in (None, 1) else count
+    return mean.samples(count, files)
+
+
+def microbatch(completions: Any, prompt: Any, response: Any) -> Any:
+    if completions is None:
+        return None
+    return Made(whole(completions) * (whole(prompt) + whole(response)), "completions there, padded tokens here")

@@ -1,0 +1,70 @@
+"""Mixture: which part of the data each position of the stream is drawn from. Pure.
+
+    weights 3 and 1      blocks of 4 positions, of which exactly 3 are of part 0 and 1 of part 1
+    block 0   0 1 0 0    in an order of its own for each block, by a hash of the seed
+    block 1   0 0 0 1
+    place     0 0 1 2 │ 3 4 5 1     how many of its part were drawn before
+
+In: weights, seed, a position. Out: the part and the place in it, so that each part has epochs of its own; and back.
+Any position can be asked for at any time, and nothing is ever saved. Does not own: which row a place is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+from functools import lru_cache
+
+from asyncdapo.errors import ConfigError
+from asyncdapo.messages import sample_seed
+
+MAX_BLOCK = 10_000
+"""Positions in a block: within each, the weights hold exactly."""
+BLOCK_SALT = 0xB10C
+"""Keeps the order of a block apart from that of an epoch, which is made of the same numbers."""
+
+
+class Mixture:
+    """Positions dealt to parts by weight. With a single part every position is its place."""
+
+    def __init__(self, weights: Sequence[Fraction], seed: int) -> None:
+        """Raises ConfigError for weights whose smallest whole numbers add up to more than MAX_BLOCK."""
+        self._counts = whole_numbers(weights)
+        self._size = sum(self._counts)
+        self._seed = seed
+        if self._size > MAX_BLOCK:
+            ratio = " : ".join(f"{count:,}" for count in self._counts)
+            problem = f"the weights are in the ratio {ratio}, of more than {MAX_BLOCK:,} parts"
+            raise ConfigError("prompts.path", problem, [float(weight) for weight in weights], "round them")
+
+    def draw(self, position: int) -> tuple[int, int]:
+        """The part that this position is of, and how many positions before it are of the same part."""
+        block, offset = divmod(position, self._size)
+        part, rank = block_order(self._counts, self._seed, block)[offset]
+        return part, block * self._counts[part] + rank
+
+    def position(self, part: int, place: int) -> int:
+        """The inverse of `draw`: where this part is drawn from for the time after `place` others."""
+        block, rank = divmod(place, self._counts[part])
+        return block * self._size + block_order(self._counts, self._seed, block).index((part, rank))
+
+
+def whole_numbers(weights: Sequence[Fraction]) -> tuple[int, ...]:
+    """The smallest whole numbers in the ratio of the weights."""
+    scale = math.lcm(*(weight.denominator for weight in weights))
+    numbers = [int(weight * scale) for weight in weights]
+    return tuple(number // math.gcd(*numbers) for number in numbers)
+
+
+@lru_cache(maxsize=8)
+def block_order(counts: tuple[int, ...], seed: int, block: int) -> tuple[tuple[int, int], ...]:
+    """(part, rank within the block) of each position of a block: sorted by a hash, ranks rising within a part."""
+    parts = [part for part, count in enumerate(counts) for _ in range(count)]
+    order = sorted(range(len(parts)), key=lambda index: sample_seed(seed, BLOCK_SALT, block, index))
+    drawn = [0] * len(counts)
+    places = []
+    for part in (parts[index] for index in order):
+        places.append((part, drawn[part]))
+        drawn[part] += 1
+    return tuple(places)

@@ -1,0 +1,156 @@
+"""Rows: the records of JSONL and parquet files one after the other, each readable or with the reason why it isn't.
+
+In: a file. Out: `RawRow`s in the order of the file, of which at most a batch is in memory. A row that can't be read is
+a row with a problem; a file that can't is a UserError. Does not own: what the values mean.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from hashlib import blake2b
+from itertools import islice
+from pathlib import Path
+
+import msgspec
+import pyarrow
+from pyarrow import parquet
+
+from asyncdapo.errors import UserError
+
+BATCH = 4096
+"""Rows of parquet in memory at once."""
+SAMPLE = 10_000
+"""Rows of JSONL that are looked at for the names of columns."""
+BEYOND_PYTHON = (ValueError, OverflowError, LookupError)
+"""Broken UTF-8, nanoseconds, a year after 9999, a time zone that isn't known here."""
+
+
+@dataclass(frozen=True, slots=True)
+class RawRow:
+    """One record. `place` is "line 3" or "row 2"; `digest` is the same for identical rows."""
+
+    place: str
+    digest: bytes
+    read: Callable[[], object]
+    """The record; raises ValueError, whose words are the reason why it can't be used."""
+    line: bytes = b""
+    """As it stands in the file, of JSONL."""
+
+
+def read_rows(path: Path) -> Iterator[RawRow]:
+    """All rows of a file. Raises UserError for a file that can't be read."""
+    try:
+        yield from _parquet_rows(path) if path.suffix.lower() == ".parquet" else _jsonl_rows(path)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise UserError(f"{path}: can't be read: {str(error).splitlines()[0]}") from error
+
+
+def num_rows(path: Path) -> int | None:
+    """As a parquet file says itself; None for JSONL."""
+    return parquet.read_metadata(path).num_rows if path.suffix.lower() == ".parquet" else None
+
+
+def column_names(path: Path) -> list[str]:
+    """Names of columns, those inside of objects with dots: of a parquet file all, of JSONL those of the first rows."""
+    names: dict[str, None] = {}
+    try:
+        if path.suffix.lower() == ".parquet":
+            for field in parquet.read_schema(path):
+                names |= dict.fromkeys(_nested_names(field))
+            return list(names)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise UserError(f"{path}: can't be read: {str(error).splitlines()[0]}") from error
+    for row in islice(read_rows(path), SAMPLE):
+        try:
+            names |= dict.fromkeys(_keys(row.read()))
+        except ValueError:
+            continue
+    return list(names)
+
+
+def _nested_names(field: pyarrow.Field) -> Iterator[str]:
+    yield field.name
+    if pyarrow.types.is_struct(field.type):
+        yield from (f"{field.name}.{name}" for inner in field.type for name in _nested_names(inner))
+
+
+def _keys(record: Mapping[str, object]) -> Iterator[str]:
+    for name, value in record.items():
+        yield name
+        if isinstance(value, dict):
+            yield from (f"{name}.{inner}" for inner in _keys(value))
+
+
+# ---------------------------------------------------------------------------------------------------------------- JSONL
+
+
+def _jsonl_rows(path: Path) -> Iterator[RawRow]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            line = line.removeprefix(b"\xef\xbb\xbf").strip() if number == 1 else line.strip()
+            if line:
+                yield RawRow(f"line {number}", _digest(line), lambda line=line: _parse(line), line)
+
+
+def _parse(line: bytes) -> dict[str, object]:
+    try:
+        record = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"isn't UTF-8: {error.reason} at byte {error.start}") from error
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"isn't JSON: {error}") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"must be a JSON object, it is a {type(record).__name__}")
+    return record
+
+
+# -------------------------------------------------------------------------------------------------------------- parquet
+
+
+def _parquet_rows(path: Path) -> Iterator[RawRow]:
+    first = 0
+    with parquet.ParquetFile(path) as file:
+        for batch in file.iter_batches(batch_size=BATCH):
+            for offset, record in enumerate(_records(batch)):
+                place = f"row {first + offset}"
+                if isinstance(record, dict):
+                    yield RawRow(
+                        place, _digest(msgspec.msgpack.encode(record, enc_hook=repr)), lambda record=record: record
+                    )
+                else:
+                    yield RawRow(place, _digest(f"{path} {place}".encode()), lambda reason=record: _refuse(reason))
+            first += len(batch)
+
+
+def _records(batch: pyarrow.RecordBatch) -> Iterator[dict[str, object] | str]:
+    """Each record of a batch, or the reason why it can't be read: text of parquet may be broken UTF-8."""
+    try:
+        yield from batch.to_pylist()
+        return
+    except BEYOND_PYTHON:  # one value or more, so they are taken one by one
+        pass
+    for row in range(len(batch)):
+        try:
+            yield {name: _value(column[row]) for name, column in zip(batch.schema.names, batch.columns, strict=True)}
+        except UnicodeDecodeError as error:
+            yield f"isn't UTF-8: {error.reason} at byte {error.start}"
+
+
+def _value(scalar: pyarrow.Scalar) -> object:
+    """As Python has it. What Python has no equal for, such as nanoseconds of a date, is its type and what is stored."""
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError:
+        raise
+    except BEYOND_PYTHON:
+        return str(scalar.type), getattr(scalar, "value", None)
+
+
+def _refuse(reason: str) -> object:
+    raise ValueError(reason)
+
+
+def _digest(content: bytes) -> bytes:
+    return blake2b(content, digest_size=16).digest()

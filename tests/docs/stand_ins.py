@@ -1,0 +1,100 @@
+"""What stands in for the commands of a page: `asyncdapo`, `python`, `pip`, `ray` and a few more, found first on PATH.
+
+In: the words of a command, `DOCS_RUNS` (real: whole runs, on the quickstart's model; plan: everything but runs, whose
+configuration and data are checked by `asyncdapo plan`). Out: its exit code and output. Whatever a table here doesn't
+name ends with an error, so that a new command on a page is a decision. Run as a program, by `scratch`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+REAL = "real"
+MODEL = ROOT / "configs" / "models" / "chain_start"
+
+NOT_RUN = {
+    "pip install": "installs packages: .ci/run does that with the README's three commands, in a fresh environment",
+    "python3 -m venv": "as pip",
+    "python -m pytest": "is these tests",
+    "ray start": "tests/launchers does it, on ports and in a directory of its own",
+    "ray stop": "would end every Ray of this machine",
+    "ray job": "tests/launchers does it",
+    "python launchers/submit.py": "tests/launchers does it",
+}
+"""Commands by their first words, and why they are not run."""
+
+SMALL = [
+    "run.steps=2",
+    "eval.num_prompts=4",
+    "eval.num_greedy_prompts=4",
+    "replay.prompts_per_step=4",
+    "metrics.wandb=disabled",
+    "filter.enabled=false",  # two steps, whatever the model knows
+]
+"""Of every run."""
+ON_A_CPU = [
+    f"model.path={MODEL}",
+    "prompts.chat_template=false",
+    "prompts.max_prompt_length=160",
+    "rollout.engine=torch",
+    "rollout.dtype=float32",
+    "rollout.num_workers=1",
+    "rollout.tensor_parallel=1",
+    "rollout.slots=16",
+    "rollout.group_size=4",
+    "rollout.max_response_length=32",
+    "reward.overlong_buffer=8",
+    "learner.ranks=1",
+    "learner.updates_per_step=2",
+    "eval.num_samples=2",
+    "controller.placement=auto",
+    "weights.backend=auto",
+]
+"""Of a run that the page has on GPUs: the same config and data, with the quickstart's model."""
+
+
+def main(words: list[str]) -> int:
+    name = Path(words[0]).name
+    listed = next((why for start, why in NOT_RUN.items() if " ".join([name, *words[1:]]).startswith(start)), None)
+    if listed is not None:
+        print(f"not run: {words}: {listed}")
+        return 0
+    if name in ("python", "python3"):
+        os.execv(sys.executable, [sys.executable, *words[1:]])
+    if name == "asyncdapo":
+        return _asyncdapo(words[1:])
+    print(f"{words}: no stand-in for this command; give it one, or a line in NOT_RUN", file=sys.stderr)
+    return 97
+
+
+def _asyncdapo(words: list[str]) -> int:
+    real = os.environ["DOCS_RUNS"] == REAL
+    if words[0] == "launch":
+        changes = [*SMALL, *(ON_A_CPU if _is_for_gpus(words[1]) else [])]
+        words = ["launch" if real else "plan", *words[1:], *changes]
+    elif words[0] == "eval":
+        if not real:
+            print(f"not run: {words}: there is no checkpoint where nothing has run")
+            return 0
+        words += ["metrics.wandb=disabled"]
+    elif words[0] in ("audit", "ps") and not real:
+        print(f"not run: {words}: there is no run where nothing has run")
+        return 0
+    from asyncdapo.cli import main as asyncdapo
+
+    return asyncdapo(words)
+
+
+def _is_for_gpus(config: str) -> bool:
+    """Whether it names a config of ours that wants another model than the shipped one."""
+    from asyncdapo.config import find_config, load_config
+
+    path = find_config(config)
+    return path.is_relative_to("configs") and load_config(path).model.path != "models/chain_start"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
