@@ -24,7 +24,8 @@ from transformers import PreTrainedModel
 from asyncdapo.corrections import Correction, correction_weights
 from asyncdapo.learner.config import LossConfig
 from asyncdapo.learner.model import token_logprobs
-from asyncdapo.learner.packing import MicroBatch, Row, chunks, pad
+from asyncdapo.learner.packing import MicroBatch, chunks, pad
+from asyncdapo.learner.rows import Row
 
 
 @dataclass(frozen=True)

@@ -38,8 +38,8 @@ from asyncdapo.learner.group import ALONE, Ranks
 from asyncdapo.learner.model import load_model, named_weights
 from asyncdapo.learner.model_path import TOKENIZER_FILES, model_directory, tokenizer_directory
 from asyncdapo.learner.optimizer import Optimizer
-from asyncdapo.learner.packing import Columns, Row, columns, group_rows, weighted
 from asyncdapo.learner.probe import Pair, response_logprobs
+from asyncdapo.learner.rows import Columns, Row, columns, group_rows, weighted
 from asyncdapo.learner.step import Part, accumulate_gradient
 from asyncdapo.messages import Batch
 from asyncdapo.payload import Payload

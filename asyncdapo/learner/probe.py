@@ -16,7 +16,8 @@ import torch
 from transformers import PreTrainedModel
 
 from asyncdapo.learner.model import token_logprobs
-from asyncdapo.learner.packing import Row, chunks, pad
+from asyncdapo.learner.packing import chunks, pad
+from asyncdapo.learner.rows import Row
 
 Pair = tuple[Sequence[int], np.ndarray]
 """Prompt ids [P] and response ids int32 [R]."""

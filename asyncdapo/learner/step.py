@@ -25,7 +25,8 @@ from asyncdapo.learner.diagnostics import Sums, measure
 from asyncdapo.learner.first_pass import correct
 from asyncdapo.learner.group import Ranks
 from asyncdapo.learner.model import token_logprobs
-from asyncdapo.learner.packing import MicroBatch, Row, chunks, pad
+from asyncdapo.learner.packing import MicroBatch, chunks, pad
+from asyncdapo.learner.rows import Row
 
 
 @dataclass(frozen=True)

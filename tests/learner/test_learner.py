@@ -12,7 +12,8 @@ from asyncdapo.dapo import group_advantage
 from asyncdapo.errors import ConfigError, RunError, StalenessError
 from asyncdapo.learner.config import LossConfig
 from asyncdapo.learner.model import token_logprobs
-from asyncdapo.learner.packing import group_rows, pad
+from asyncdapo.learner.packing import pad
+from asyncdapo.learner.rows import group_rows
 from asyncdapo.messages import Batch
 from asyncdapo.payload import Payload
 from tests.learner.tiny import make_batch, make_group, make_learner, save_tiny_llama, tiny_llama

@@ -16,7 +16,8 @@ from transformers import (
 from asyncdapo.dapo import group_advantage
 from asyncdapo.errors import ConfigError
 from asyncdapo.learner.model import load_model, named_weights, token_logprobs
-from asyncdapo.learner.packing import group_rows, pad
+from asyncdapo.learner.packing import pad
+from asyncdapo.learner.rows import group_rows
 from tests.learner.tiny import SHAPE, VOCAB_SIZE, make_batch, save_tiny_llama, tiny_llama
 
 CPU = torch.device("cpu")

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from asyncdapo.dapo import group_advantage
-from asyncdapo.learner.packing import Row, chunks, columns, expand_mask, group_rows, pad, weighted
+from asyncdapo.learner.packing import chunks, pad
+from asyncdapo.learner.rows import Row, columns, expand_mask, group_rows, weighted
 from asyncdapo.messages import Batch
 from asyncdapo.payload import Payload
 from tests.learner.tiny import make_batch, make_group

@@ -8,7 +8,7 @@ import torch
 
 from asyncdapo.dapo import group_advantage
 from asyncdapo.learner.config import LossConfig
-from asyncdapo.learner.packing import group_rows
+from asyncdapo.learner.rows import group_rows
 from asyncdapo.learner.step import accumulate_gradient
 from tests.learner.tiny import make_batch, tiny_llama
 
