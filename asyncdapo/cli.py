@@ -187,7 +187,7 @@ def _launch(args: argparse.Namespace) -> int:
             return 0
         # Ray's own report of a death, which ours says in a line; read when Ray is imported.
         os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "A worker died or was killed")
-        from asyncdapo.controller.run import launch
+        from asyncdapo.controller.launch import launch
 
         return launch(config, resume)
 

@@ -48,7 +48,7 @@ POINTS = {
     },
     "controller": {
         "after_train": "the learner has trained and the ledger doesn't know",
-        "after_trained": "the ledger has the step and the workers not its weights",
+        "after_trained": "the ledger has the step and the workers perhaps not its weights",
         "after_publish": "the workers have the weights and the ledger doesn't know",
         "after_checkpoint": "a checkpoint is whole and the ledger doesn't know",
     },

@@ -14,7 +14,7 @@ import pytest
 from asyncdapo.disk import disk_errors
 from asyncdapo.errors import DiskError
 from asyncdapo.learner.checkpoint import kept_steps
-from tests.learner.tiny import make_batch, make_learner, save_tiny_llama
+from tests.learner.tiny import make_batch, make_learner, save_tiny_llama, train
 
 
 @contextmanager
@@ -32,7 +32,7 @@ def files_end_at(num_bytes: int) -> Iterator[None]:
 @pytest.mark.parametrize("num_bytes", [50_000, 100_000], ids=["the model doesn't fit", "the optimizer doesn't fit"])
 def test_a_checkpoint_that_finds_no_room_is_one_line_and_leaves_those_before(tmp_path: Path, num_bytes: int) -> None:
     learner = make_learner(save_tiny_llama(tmp_path / "model"))
-    learner.train(*make_batch())
+    train(learner, *make_batch())
     learner.save(tmp_path, 1, branch=0)
     sizes = {path.name: path.stat().st_size for path in (tmp_path / "checkpoints/step-000001").iterdir()}
     assert 50_000 < sizes["model.safetensors"] < 100_000 < sizes["learner.pt"], sizes

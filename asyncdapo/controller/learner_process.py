@@ -1,10 +1,21 @@
-"""A process of the learner: batch feed + learner, and in rank 0 the weight sender."""
+"""A process of the learner: batch feed + learner, and in rank 0 the weight sender.
+
+    task and thread of their own    ask for batch k + 1 ── receive ── prepare ┐ (`batches`)
+    the thread for blocking work    train step k ── send version k ── save    ├─ train step k + 1 ── …
+
+In: commands of the controller, batches of the replay server. Out: metrics, weights, checkpoints. While it trains it
+waits for nobody, whatever is on its way; only `take_batch` waits for the batch. Invariant: the states of
+`learner.times` in the metrics of a step sum to the wall time since the train step before ended, and in the first step
+of a life to that since its batch was wanted.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import resource
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -12,14 +23,17 @@ import numpy as np
 import torch
 
 from asyncdapo import faults
-from asyncdapo.controller.member import Member
+from asyncdapo.controller.member import Member, T
 from asyncdapo.controller.pulse import Pulse
 from asyncdapo.controller.waits import NOBODY, Wait
+from asyncdapo.learner.batches import Batches
 from asyncdapo.learner.feed import BatchFeed
 from asyncdapo.learner.group import GradientGroup, Ranks
 from asyncdapo.learner.learner import Learner
+from asyncdapo.learner.prepared import Prepared
 from asyncdapo.learner.probe import Pair
-from asyncdapo.messages import NoBatch
+from asyncdapo.messages import Batch, NoBatch
+from asyncdapo.payload import Payload
 from asyncdapo.transport.backend import Backend
 from asyncdapo.transport.process_group import device_name
 from asyncdapo.weights.group import WeightGroup
@@ -47,9 +61,11 @@ class Main(Member):
         torch.set_num_threads(config.learner.threads)
         self.ranks = Ranks(self.index, config.learner.ranks)
         self.learner = await self.blocking(self._load, checkpoint)
-        self.feed = BatchFeed(
+        feed = BatchFeed(
             replay_address, self.index, config.learner.ranks, config.learner.updates_per_step, curve=self.keys.client
         )
+        self.beside = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"{self.name} prepares")
+        self.batches = Batches(feed, self._prepare)
         self.num_sent = 0
         self.stopped = asyncio.Event()
 
@@ -147,7 +163,7 @@ class Main(Member):
         faults.point("in_send_weights")
         with self.waits.on("rollout", f"version {version} to arrive", self.config.weights.timeout_s):
             send = partial(self.sender.send, version, self.learner.weights(), branch=branch)
-            report = await self.blocking(send)
+            report = await self.blocking(self._in, "publish", send)
         self.num_sent += 1
         log.info("version %d: %.1f MiB sent in %.3f s", version, report.num_bytes / 2**20, report.seconds)
         return {"bytes": report.num_bytes, "seconds": report.seconds}
@@ -156,28 +172,50 @@ class Main(Member):
 
     async def take_batch(self, step: int) -> str:
         """Wait for batch `step` and keep it for `train_step`. Returns why there is none, once the data is used up."""
-        with self.waits.on("replay", f"batch {step}"):
-            taken = await self.feed.take(step)
-        if isinstance(taken, NoBatch):
-            return taken.reason
-        self.batch, self.payload = taken
+        times = self.learner.times
+        times.begin()
+        with times.on("wait"), self.waits.on("replay", f"batch {step}"):
+            preparing = await self.batches.receive(step)
+        if isinstance(preparing, NoBatch):
+            return preparing.reason
+        with times.on("prepare"), self.waits.on(NOBODY, f"prepares batch {step}"):
+            self.prepared = await preparing
         return ""
 
+    async def _prepare(self, batch: Batch, payload: Payload) -> Prepared:
+        return await asyncio.get_running_loop().run_in_executor(self.beside, self.learner.prepare, batch, payload)
+
     async def train_step(self) -> dict[str, float]:
-        """Train on the batch taken. Returns the learner's metrics."""
+        """Train on the batch taken, and bring the next one meanwhile. Returns the learner's metrics."""
         faults.point("before_train")
-        with self.waits.on(NOBODY, f"trains step {self.batch.step}"):
-            metrics = await self.blocking(self.learner.train, self.batch, self.payload)
+        step = self.prepared.batch.step
+        if step < self.config.run.steps:
+            self.batches.ask(step + 1)
+        with self.waits.on(NOBODY, f"trains step {step}"):
+            metrics = await self.blocking(self.learner.train, self.prepared)
+        del self.prepared  # the next one may be here: two batches are what there is memory for
         faults.point("after_train")
-        return metrics
+        times = self.learner.times.take()
+        return metrics | {f"learner/time/{state}_s": seconds for state, seconds in times.items()}
 
     async def probe(self, version: int, pairs: list[Pair]) -> list[np.ndarray]:
         """What the weights of `version` make of what the engines have sampled with it: see `Learner.logprobs`."""
         with self.waits.on(NOBODY, f"computes log-probs of version {version}"):
             return await self.blocking(self.learner.logprobs, version, pairs)
 
+    async def check_ranks(self) -> None:
+        """Raises RunError unless every rank has the same weights."""
+        with self.waits.on(NOBODY, "compares its weights with the other ranks'"):
+            await self.blocking(self._in, "checkpoint", self.learner.check_ranks)
+
     async def save(self, step: int, branch: int, counters: dict[str, int]) -> None:
         """Write the checkpoint of `step`."""
         with self.waits.on(NOBODY, f"writes the checkpoint of step {step}"):
-            await self.blocking(self.learner.save, Path(self.config.run.dir), step, branch, counters)
+            save = partial(self.learner.save, Path(self.config.run.dir), step, branch, counters)
+            await self.blocking(self._in, "checkpoint", save)
         faults.point("after_checkpoint")
+
+    def _in(self, state: str, work: Callable[[], T]) -> T:
+        """Do blocking work, whose time belongs to `state`."""
+        with self.learner.times.on(state):
+            return work()

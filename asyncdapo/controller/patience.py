@@ -37,6 +37,8 @@ class Patience:
     def __init__(self, config: ControllerConfig, fleet: Fleet, view: View) -> None:
         self._config, self._fleet, self._view = config, fleet, view
         self._waits = Waits("controller")
+        self._breaking = asyncio.Lock()
+        """Two waits that go on at once see the same stall, and one of them breaks it."""
         self.stopping = asyncio.Event()
         """The run was asked to stop."""
 
@@ -52,7 +54,9 @@ class Patience:
                     if stop in done and not task.done():
                         raise Stopped
                     if self._fleet.still_s >= self._config.stall_s:
-                        await self._break_stall()
+                        async with self._breaking:
+                            if self._fleet.still_s >= self._config.stall_s:
+                                await self._break_stall()
                     elif not done and time.monotonic() >= report_at:
                         report_at += self._config.report_wait_s
                         await self._report()

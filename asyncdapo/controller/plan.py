@@ -16,14 +16,16 @@ from typing import Any
 
 from asyncdapo.config import Config, find_config, load_config
 from asyncdapo.controller.engine_check import INSTALL, check_installed, check_model, installed_vllm
+from asyncdapo.controller.forecast import learner_on_gpu
 from asyncdapo.controller.placement import Bundle, Placement, count_gpus, gpus_asked, learner_names, place, worker_names
 from asyncdapo.controller.preflight import check_reward
-from asyncdapo.controller.room import gib, room_lines
-from asyncdapo.controller.sizes import PUBLISHED, Shape, engine_bytes, learner_bytes, read_shape
+from asyncdapo.controller.room import room_lines
+from asyncdapo.controller.sizes import PUBLISHED, engine_bytes, flop, gib, learner_bytes, listed, step_flops
 from asyncdapo.errors import ConfigError
 from asyncdapo.learner.model_path import find_directory, model_config
 from asyncdapo.prompts.mixture import whole_numbers
 from asyncdapo.prompts.registry import open_task
+from asyncdapo.shape import Shape, read_shape
 from asyncdapo.transport.backend import CPU, name_device
 from asyncdapo.weights.backend import choose_backend, device_of_ranks
 
@@ -46,7 +48,7 @@ def plan(name_or_path: str, overrides: Sequence[str], gpus_of_nodes: Sequence[in
         "engine": _engine_lines(config),
         "placement": _placement_lines(config, placement, gpus_of_nodes),
         "weights": [f"by {backend}: {reason}"],
-        "a step": _step_lines(config),
+        "a step": _step_lines(config, _shape(config, model)),
         "staleness": _staleness_lines(config),
         "memory": _memory_lines(config, model, placement),
     }
@@ -174,17 +176,20 @@ def _devices(config: Config, placement: Placement) -> dict[str, list[str]]:
 # --------------------------------------------------------------------------------------------------------------- sizes
 
 
-def _step_lines(config: Config) -> list[str]:
+def _step_lines(config: Config, shape: Shape | None) -> list[str]:
     rollout, replay = config.rollout, config.replay
     num_completions = replay.prompts_per_step * rollout.group_size
     num_updates = config.learner.updates_per_step * config.learner.epochs
-    return [
+    lines = [
         f"{replay.prompts_per_step:,} groups of {rollout.group_size} completions: {num_completions:,}, "
         f"at most {num_completions * rollout.max_response_length:,} sampled tokens; {num_updates:,} "
         f"{'update' if num_updates == 1 else 'updates'}",
         f"{rollout.num_workers * rollout.slots:,} sequences at once, of at most "
         f"{config.prompts.max_prompt_length:,} + {rollout.max_response_length:,} tokens",
     ]
+    if shape:
+        lines.append(f"at most {flop(step_flops(shape, config))} in the learner, if all are of that length")
+    return lines
 
 
 def _staleness_lines(config: Config) -> list[str]:
@@ -199,13 +204,13 @@ def _memory_lines(config: Config, model: Mapping[str, Any] | None, placement: Pl
     shape = _shape(config, model)
     if shape is None:
         return ["not known " + ("until the model is here" if model is None else "for this kind of model")]
-    parts = {"learner": learner_bytes(shape, config), "rollout": engine_bytes(shape, config)}
+    of_learner = learner_bytes(shape, config, on_gpu=learner_on_gpu(config, placement))
+    parts = {"learner": of_learner, "rollout": engine_bytes(shape, config)}
     words = {"learner": "a rank of the learner", "rollout": "an engine"}
     totals = {role: sum(of_role.values()) for role, of_role in parts.items()}
     lines = ["by formula, in GiB, without what CUDA and kernels take for themselves"]
     for role, of_role in parts.items():
-        listed = ", ".join(f"{what} {gib(num_bytes)}" for what, num_bytes in of_role.items())
-        lines.append(f"{words[role]}: {gib(totals[role])} ({listed})")
+        lines.append(f"{words[role]}: {gib(totals[role])} ({listed(of_role)})")
     for roles in sorted({_roles(bundle) for bundle in placement.bundles if len(bundle.processes) > 1}):
         lines.append(f"{' + '.join(roles)} on one GPU: {gib(sum(totals[role] for role in roles))}")
     return lines + room_lines(config, shape, placement)

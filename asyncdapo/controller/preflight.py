@@ -31,6 +31,7 @@ from asyncdapo.controller.resume import Resume, survey
 from asyncdapo.controller.roster import end_survivors
 from asyncdapo.disk import replace_file
 from asyncdapo.errors import ConfigError, RunError, UserError
+from asyncdapo.learner.compiler import check_compiler
 from asyncdapo.learner.model_path import check_model_path, check_tokenizer_path, local_tokenizer, vocab_size
 from asyncdapo.metrics.wandb_log import choose_mode
 from asyncdapo.prompts.registry import open_task
@@ -72,6 +73,8 @@ def prepare_run(name_or_path: str, overrides: Sequence[str]) -> Iterator[tuple[C
 def check_config(config: Config) -> None:
     """What can be checked without the run directory, and without torch."""
     check_installed(config)
+    if config.learner.compile:  # null depends on what the learner finds, and is checked there
+        check_compiler(config.learner.device, config.learner.compile)
     check_reward(config)
     check_reference(config)
     choose_mode(config.metrics)

@@ -8,14 +8,8 @@ from __future__ import annotations
 
 from asyncdapo.config import Config
 from asyncdapo.controller.placement import Bundle, Placement
-from asyncdapo.controller.sizes import GPU_GIB, Shape, engine_bytes, learner_bytes, sequences_in
-
-GIB = 1 << 30
-
-
-def gib(num_bytes: float) -> str:
-    """To three digits, without an exponent."""
-    return f"{num_bytes / GIB:.3g}" if num_bytes < 999.5 * GIB else f"{num_bytes / GIB:,.0f}"
+from asyncdapo.controller.sizes import GIB, GPU_GIB, engine_bytes, gib, learner_bytes, sequences_in
+from asyncdapo.shape import Shape
 
 
 def room_lines(config: Config, shape: Shape, placement: Placement) -> list[str]:
@@ -56,7 +50,7 @@ def _verdicts(config: Config, shape: Shape, placement: Placement, bundle: Bundle
         verdicts["rollout"] = "an engine fits" if needed <= left / len(engines) else "an engine doesn't fit"
         left -= len(engines) * needed
     if ranks:
-        needed = sum(learner_bytes(shape, config).values())
+        needed = sum(learner_bytes(shape, config, on_gpu=True).values())
         each = max(0, left / len(ranks))
         verdicts["learner"] = (
             "a rank of the learner fits"

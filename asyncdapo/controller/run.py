@@ -9,7 +9,7 @@
        └──────── lost, requeued, surplus prompts come back       │
                          Controller: train_step, publish, evaluate (Ray calls), metrics.jsonl
 
-Train step k, one line a verb, is `_train_step`: take batch k, train, mark it trained, publish version k, tell replay.
+Train step k is `_train_step`: train on the batch taken, mark it trained while version k is published, tell replay.
     begins with  the initial model, or the checkpoint that `resume` found
     consumes     reports of the three kinds of processes
     produces     RUN_DIR/metrics.jsonl (one line a step), run.log, curve.png, checkpoints (by the learner)
@@ -21,83 +21,29 @@ from __future__ import annotations
 
 import asyncio
 import os
-import shutil
 import signal
-import sys
-import time
-import traceback
 from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from asyncdapo import faults
-from asyncdapo.config import Config, to_dict
+from asyncdapo.config import Config
 from asyncdapo.controller.actors import Start
 from asyncdapo.controller.aside import Aside
 from asyncdapo.controller.eval.in_run import RunEvaluation, set_answers_aside
+from asyncdapo.controller.forecast import Forecast
+from asyncdapo.controller.learners import together
 from asyncdapo.controller.lines import Lines, counters_of
 from asyncdapo.controller.parity import Parity
 from asyncdapo.controller.patience import Patience, Stopped
-from asyncdapo.controller.processes import Watch, ray_session
+from asyncdapo.controller.processes import Watch
 from asyncdapo.controller.resume import Resume, survey
 from asyncdapo.controller.training_fleet import TrainingFleet
 from asyncdapo.controller.waits import NOBODY
-from asyncdapo.controller.warden import warden
-from asyncdapo.errors import EXIT_INTERRUPTED, RunError, UserError
+from asyncdapo.errors import RunError
 from asyncdapo.learner.checkpoint import oldest_kept, set_aside
 from asyncdapo.metrics.reporter import Reporter
-
-
-def launch(config: Config, resume: Resume) -> int:
-    """Run to the end. Returns the exit code: 0, 1 with the cause in the last lines, or 130 after Ctrl-C."""
-    with warden():  # its sweep is the last thing, when the metrics are uploaded
-        return _launch_watched(config, resume)
-
-
-def _launch_watched(config: Config, resume: Resume) -> int:
-    started, run_dir = time.monotonic(), Path(config.run.dir)
-    reporter = Reporter(
-        run_dir, config.metrics, config.run.name, config.run.steps, go_on=not resume.new, settings=to_dict(config)
-    )
-    faults.install("controller", config.faults, run_dir)
-    controller = Controller(config, resume, reporter, started)
-    try:
-        code = _launch(controller)
-    except UserError:
-        _close(reporter)
-        if resume.new and not controller.leasing:
-            shutil.rmtree(run_dir)  # nothing was sampled: the corrected command may have the directory
-        raise
-    return _close(reporter) or code
-
-
-def _launch(controller: Controller) -> int:
-    reporter = controller.reporter
-    try:
-        reporter.status("starting Ray")
-        with ray_session(controller.config):
-            asyncio.run(controller.run())
-        return EXIT_INTERRUPTED if controller.stopped else 0
-    except RunError as error:
-        if error.__cause__ and not isinstance(error.__cause__, RunError):
-            traceback.print_exception(error.__cause__)
-        reporter.status(f"the run ended: {error}")
-        print(f"asyncdapo: the run ended: {error}", file=sys.stderr)
-        return 1
-    except (KeyboardInterrupt, asyncio.CancelledError, SystemExit):  # Ray heeds SIGTERM by the last, while it starts
-        reporter.status("interrupted: what came after the last checkpoint will be done again")
-        return EXIT_INTERRUPTED
-
-
-def _close(reporter: Reporter) -> int:
-    """Finish the files. Returns the exit code: 1 when the upload of the metrics has failed."""
-    try:
-        reporter.close()
-    except RunError as error:
-        print(f"asyncdapo: {error}", file=sys.stderr)
-        return 1
-    return 0
 
 
 class Controller:
@@ -175,6 +121,9 @@ class Controller:
                 f"prompts: {self.fleet.opened.num_left_out} are longer than prompts.max_prompt_length, left out"
             )
         fleet = self.fleet
+        self.forecast = Forecast(config, fleet.placement)
+        for line in self.forecast.lines():
+            self.reporter.note(line)
         self.evaluation = RunEvaluation(config, fleet.opened, partial(fleet.replay.ask, "evaluate"))
         self.parity = Parity(
             config.rollout, fleet.workers, fleet.learners, fleet.publishing, fleet.opened.probe_prompts, config.run.seed
@@ -265,17 +214,19 @@ class Controller:
         self.lines.log_first({**self.comparing.take(), **evaluated})
 
     async def _train_step(self, step: int) -> None:
-        """Train on the batch taken, mark it trained, publish the new version, keep the step's metrics line."""
+        """Train on the batch taken, mark it trained and publish the new version, keep the step's metrics line.
+
+        Neither of the two in the middle needs the other: whatever dies between them, the newest checkpoint is of an
+        earlier step, and the rollback to it undoes both. Whatever reads both, the checkpoint first, comes after them.
+        """
         fleet, clock = self.fleet, self.lines.clock
         clock.enter("train")
         async with fleet.publishing.turn:
             learner = await self._learners("train_step", f"train step {step}")
             fleet.publishing.learner_has(step, fleet.publishing.branch)
         faults.point("after_train")
-        replay = await self._replay("trained", f"the account of step {step}", step, learner)
-        faults.point("after_trained")
         clock.enter("publish")
-        weights = await self._publish(step)
+        weights, replay = await together(self._publish(step), self._account(step, learner))
         faults.point("after_publish")
         compared = self.comparing.after(step, partial(self.parity.compare, step))
         await self._replay("published", f"the end of publishing version {step}", step)
@@ -288,6 +239,14 @@ class Controller:
         if evaluated := self.evaluating.after(step, evaluate):
             self.evaluation.belongs_to(step)
         self.lines.hold(step, learner, replay, **weights, **compared, **evaluated)
+        for line in self.forecast.compare(learner):
+            self.reporter.note(line)
+
+    async def _account(self, step: int, learner: dict[str, float]) -> dict[str, float]:
+        """Have the replay server write that the step is done. Returns its metrics of it."""
+        replay = await self._replay("trained", f"the account of step {step}", step, learner)
+        faults.point("after_trained")
+        return replay
 
     async def _publish(self, step: int) -> dict[str, float]:
         """Send what the learner has, version `step`, to the workers. Returns the metrics of it."""
@@ -301,6 +260,7 @@ class Controller:
         return await self._learners("take_batch", f"batch {step}", step, until_stopped=True)
 
     async def _checkpoint(self, step: int) -> None:
+        await self._learners("check_ranks", "the ranks' weights to be compared")
         save = partial(self.fleet.learners.call, "save", step, self.fleet.publishing.branch, self.counters)
         await self._wait_for_learner(save, f"checkpoint of step {step}")
         self.saved = step

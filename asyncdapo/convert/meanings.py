@@ -236,6 +236,11 @@ def saves(value: Any) -> Any:
     return whole(value)
 
 
+def checkpointing(on: Any) -> str:
+    """Theirs is that of whole blocks."""
+    return "full" if flag(on) else "none"
+
+
 def kept_checkpoints(value: Any) -> Any:
     """How many; null and negative are all."""
     return 0 if value is None or whole(value) < 1 else whole(value)

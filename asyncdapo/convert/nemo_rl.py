@@ -165,6 +165,7 @@ RULES = (
         ),
         its.microbatch,
     ),
+    Rule("learner.activation_checkpointing", ("policy.dtensor_cfg.activation_checkpointing",), mean.checkpointing),
     Rule("learner.checkpoint_every", ("checkpointing.save_period",), mean.saves),
     Rule(
         "learner.keep_checkpoints",

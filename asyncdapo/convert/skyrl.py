@@ -174,6 +174,7 @@ RULES = (
         ("trainer.micro_train_batch_size_per_gpu", "trainer.max_prompt_length", f"{SAMPLING}max_generate_length"),
         its.microbatch,
     ),
+    Rule("learner.activation_checkpointing", ("trainer.gradient_checkpointing",), mean.checkpointing),
     Rule("learner.checkpoint_every", ("trainer.ckpt_interval",), mean.saves),
     Rule("learner.keep_checkpoints", ("trainer.max_ckpts_to_keep",), mean.kept_checkpoints),
     Rule("eval.every", ("trainer.eval_interval",), mean.every),

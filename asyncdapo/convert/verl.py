@@ -159,6 +159,11 @@ RULES = (
         ),
         its.microbatch,
     ),
+    Rule(
+        "learner.activation_checkpointing",
+        ("actor_rollout_ref.model.enable_gradient_checkpointing",),
+        mean.checkpointing,
+    ),
     Rule("learner.checkpoint_every", ("trainer.save_freq",), mean.saves),
     Rule("learner.keep_checkpoints", ("trainer.max_actor_ckpt_to_keep",), mean.kept_checkpoints),
     Rule("eval.every", ("rollout.test_freq",), mean.every),  # asynchronous training reads no other

@@ -173,6 +173,14 @@ class LearnerConfig:
     """Newest checkpoints kept besides the first; 0 keeps all."""
     device: str = "auto"
     """`auto` (a GPU when there is one), `cpu` or `cuda`."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """What forward and backward passes compute in; `auto`: bfloat16 on a GPU, float32 on a CPU. Weights, gradients and
+    optimizer states are float32 whatever it is."""
+    compile: bool | None = None
+    """torch.compile for each block of the model; null: on a GPU."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """What the backward pass computes again instead of keeping it: nothing, the MLP of each block (about 70 % of the
+    activations, 20 % more time), or the whole block (nearly all of them, 33 % more time)."""
     threads: int = 1
     """CPU threads of each rank."""
 

@@ -105,15 +105,10 @@ def measure(
     kl_BT: Tensor,
 ) -> Sums:
     """Sums over the tokens of a micro-batch. `correction_BT` and `kl_BT` may be of any shape that broadcasts."""
-    mask_BT = micro_batch.loss_mask_BT
-    log_ratio_BT = (logp_BT - micro_batch.rollout_logprobs_BT).double().where(mask_BT, 0.0)
-    log_ratio_BT = log_ratio_BT.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    ratio_BT = log_ratio_BT.exp()
-    values = (
-        torch.ones_like(ratio_BT),
-        ratio_BT,
-        ratio_BT**2,
-        ratio_BT - 1 - log_ratio_BT,
+    log_ratio_n = micro_batch.flat(logp_BT - micro_batch.rollout_logprobs_BT).double()
+    log_ratio_n = log_ratio_n.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    ratio_n = log_ratio_n.exp()
+    others = (
         entropy_BT,
         policy.clipped_low_BT,
         policy.clipped_high_BT,
@@ -121,18 +116,20 @@ def measure(
         correction_BT,
         kl_BT,
     )
-    tokens_nC = torch.stack([value.expand(mask_BT.shape)[mask_BT].double() for value in values], dim=-1)
+    columns = (torch.ones_like(ratio_n), ratio_n, ratio_n**2, ratio_n - 1 - log_ratio_n, *map(micro_batch.flat, others))
+    tokens_nC = torch.stack([column_n.double() for column_n in columns], dim=-1)
+    mask_BT = micro_batch.loss_mask_BT
     response_ratio_B = response_ratio(logp_BT, micro_batch.rollout_logprobs_BT, mask_BT, geometric=False)[:, 0].double()
     rows_BC = torch.stack([torch.ones_like(response_ratio_B), response_ratio_B**2], dim=-1)
 
     bucket_B = torch.bucketize(micro_batch.staleness_B, torch.tensor(BUCKET_ENDS, device=mask_BT.device))
-    bucket_n = bucket_B[:, None].expand(mask_BT.shape)[mask_BT]
+    bucket_n = micro_batch.flat(bucket_B[:, None])
     table_SC = rows_BC.new_zeros(len(BUCKETS), len(COLUMNS))
     table_SC[:, : len(TOKEN_COLUMNS)].index_add_(0, bucket_n, tokens_nC)
     table_SC[:, len(TOKEN_COLUMNS) :].index_add_(0, bucket_B, rows_BC)
-    bin_n = bucket_n * NUM_BINS + _bins(log_ratio_BT[mask_BT])
-    histogram = torch.bincount(bin_n, minlength=len(BUCKETS) * NUM_BINS)
-    return Sums(torch.cat([table_SC.flatten(), histogram.double()]))
+    bin_n = bucket_n * NUM_BINS + _bins(log_ratio_n)
+    histogram = rows_BC.new_zeros(len(BUCKETS) * NUM_BINS).index_add_(0, bin_n, torch.ones_like(ratio_n))
+    return Sums(torch.cat([table_SC.flatten(), histogram]))
 
 
 def _bins(log_ratio_n: Tensor) -> Tensor:

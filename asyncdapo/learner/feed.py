@@ -2,7 +2,9 @@
 
 In goes a step, out comes its `Batch` with the `Payload` of this rank's share, or nothing when the data is used up.
 Asking is idempotent: the server answers a repeated `CutWanted` with the same batch, so a lost or damaged message costs
-one more question. Does not own: when a batch is cut, and why it is not yet (the server names the wait).
+one more question. A batch may be asked for while the one before it is trained (`batches`): the bound on staleness holds
+all the same, since it is counted from the number of the step. Does not own: when a batch is cut, and why it is not yet
+(the server names the wait).
 
 waits for: a full batch   unblocked by: rollout, replay
 """

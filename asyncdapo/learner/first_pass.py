@@ -8,7 +8,7 @@ Invariant: a mask is final before the first backward pass, so every denominator 
 masks, and with a single update, π_start is the policy of that update's own forward pass: then no pass is spent on it.
 Does not own: the formulas (`corrections`), the gradient (`step`).
 
-Shapes: B completions of a micro-batch, T tokens.
+Shapes: B completions of a micro-batch, T tokens of its longest response.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from transformers import PreTrainedModel
 from asyncdapo.corrections import Correction, correction_weights
 from asyncdapo.learner.config import LossConfig
 from asyncdapo.learner.model import token_logprobs
-from asyncdapo.learner.packing import MicroBatch, chunks, pad
+from asyncdapo.learner.packing import MicroBatch, micro_batches, pack
 from asyncdapo.learner.rows import Row
 
 
 @dataclass(frozen=True)
 class FirstPass:
-    """The passes of one learner. `max_tokens`: padded tokens in one forward pass."""
+    """The passes of one learner. `max_tokens`: computed tokens in one forward pass."""
 
     model: PreTrainedModel
     reference: PreTrainedModel | None
@@ -45,8 +45,8 @@ class FirstPass:
         if not of_policy and self.reference is None:
             return list(rows)
         done: list[Row] = []
-        for chunk in chunks(rows, self.max_tokens):
-            micro_batch = pad(chunk, self.model.device)
+        for chunk in micro_batches(rows, self.max_tokens):
+            micro_batch = pack(chunk, self.model.device)
             if of_policy:
                 chunk = self._of_policy(chunk, micro_batch)
             if self.reference is not None:
@@ -72,7 +72,7 @@ class FirstPass:
 
     @torch.no_grad()
     def _logprobs(self, model: PreTrainedModel, micro_batch: MicroBatch) -> Tensor:
-        logp_BT, _ = token_logprobs(model, micro_batch.tokens_BT, micro_batch.loss_mask_BT, self.temperature)
+        logp_BT, _ = token_logprobs(model, micro_batch, self.temperature)
         return logp_BT
 
 

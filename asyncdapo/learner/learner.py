@@ -30,19 +30,26 @@ from transformers.utils.logging import disable_progress_bar
 
 from asyncdapo.dapo_variants import ADVANTAGES, aggregation_weights
 from asyncdapo.errors import ConfigError, RunError, StalenessError
+from asyncdapo.learner.blocks import compiles, settle_blocks
 from asyncdapo.learner.checkpoint import check_checkpoint, remove_old_checkpoints, write_checkpoint
 from asyncdapo.learner.config import LearnerConfig, LossConfig, ModelConfig
 from asyncdapo.learner.diagnostics import Sums
 from asyncdapo.learner.first_pass import FirstPass
 from asyncdapo.learner.group import ALONE, Ranks
-from asyncdapo.learner.model import load_model, named_weights
+from asyncdapo.learner.masters import Masters, compute_in
+from asyncdapo.learner.measured import Measured
+from asyncdapo.learner.model import check_packing, load_model
 from asyncdapo.learner.model_path import TOKENIZER_FILES, model_directory, tokenizer_directory
 from asyncdapo.learner.optimizer import Optimizer
+from asyncdapo.learner.packing import Work
+from asyncdapo.learner.prepared import Prepared
 from asyncdapo.learner.probe import Pair, response_logprobs
 from asyncdapo.learner.rows import Columns, Row, columns, group_rows, weighted
 from asyncdapo.learner.step import Part, accumulate_gradient
+from asyncdapo.learner.times import Times
 from asyncdapo.messages import Batch
 from asyncdapo.payload import Payload
+from asyncdapo.shape import read_shape
 from asyncdapo.shares import deal, share_of
 
 STATE_FILE = "learner.pt"
@@ -88,49 +95,71 @@ class Learner:
         self._temperature = temperature
         self._staleness_bound = staleness_bound
         self._max_response_length = max_response_length
+        self._measured = Measured(device)
+        compiled = compiles(config.compile, device)
         self._model = load_model(source, device)
-        self._optimizer = Optimizer(self._model.parameters(), config)
-        reference = _load_reference(model, self._model) if loss.kl_coef else None
+        self._shape = read_shape(self._model.config.to_dict())
+        self._masters = Masters(self._model, _dtype(config.dtype, device))
+        check_packing(self._model)  # in the dtype that it computes in from now on, which may have other kernels
+        settle_blocks(self._model, compile=compiled, checkpointing=config.activation_checkpointing)
+        self._optimizer = Optimizer(self._masters.parameters, config)
+        reference = _load_reference(model, self._model, compiled) if loss.kl_coef else None
         self._first_pass = FirstPass(self._model, reference, loss, temperature, config.tokens_per_microbatch)
         self.version = 0
+        self.times = Times()
+        """What the time of the learner's process goes into; a train step enters its own states."""
 
     @property
     def device(self) -> torch.device:
         """Where the master weights are."""
         return self._model.device
 
-    def train(self, batch: Batch, payload: Payload) -> dict[str, float]:
-        """One train step: `epochs` times `updates_per_step` optimizer updates on whole groups; afterwards `version` is
-        `batch.step`. `payload` holds this rank's share of the groups. Every rank has to call it.
-
-        Returns the `learner/…` metrics, the same at every rank; means leave out skipped updates and are NaN when all
-        were skipped. Raises StalenessError for a group past the bound, RunError for a batch out of order, too many bad
-        updates, or a rank that is gone.
-        """
-        started, version = time.perf_counter(), self.version
-        self._check(batch)
+    def prepare(self, batch: Batch, payload: Payload) -> Prepared:
+        """All work on a batch that needs no weights; `payload` holds this rank's share of the groups. May be called in
+        any thread, while another batch is trained."""
         updates = deal(batch.groups, num_updates=self._config.updates_per_step, num_ranks=self.ranks.num_ranks)
         share = share_of(updates, self.ranks.rank)
-        rows, before = group_rows(batch, payload, share, ADVANTAGES[self._loss.advantage]), columns(batch)
-        groups, counted = self._pass_before(rows, before, len(updates) * self._config.epochs)
+        rows = group_rows(batch, payload, share, ADVANTAGES[self._loss.advantage])
+        return Prepared(batch, updates, rows, columns(batch))
+
+    def train(self, prepared: Prepared) -> dict[str, float]:
+        """One train step: `epochs` times `updates_per_step` optimizer updates on whole groups; afterwards `version` is
+        that of the batch's step. Every rank has to call it.
+
+        Returns the `learner/…` metrics, the same at every rank but for its own memory and time; means leave out skipped
+        updates and are NaN when all were skipped. Raises StalenessError for a group past the bound, RunError for a
+        batch out of order, too many bad updates, or a rank that is gone.
+        """
+        started, version = time.perf_counter(), self.version
+        batch, updates, before = prepared.batch, prepared.updates, prepared.columns
+        self._check(batch)
+        with self.times.on("first_pass"):
+            groups, counted = self._pass_before(prepared.rows, before, len(updates) * self._config.epochs)
         done = [
             self._update([row for place in by_rank[self.ranks.rank] for row in groups[place]], by_rank, counted)
             for _ in range(self._config.epochs)
             for by_rank in updates
         ]
-        self.version = batch.step
-        if self.ranks.num_ranks > 1 and batch.step % self._config.checkpoint_every == 0:
-            self.ranks.check_same(self.digest(), f"weights after step {batch.step}")
+        self.version, seconds = batch.step, time.perf_counter() - started
+        work = sum((update.part.work for update in done), start=Work())
         return {
             **_metrics(done, self._loss),
             **self._masked(before, counted),
+            **self._measured.metrics(self._shape, work, seconds, self.ranks.num_ranks),
             "learner/version": float(version),
             "learner/bad_updates": float(self._optimizer.num_bad),
-            "learner/train_s": time.perf_counter() - started,
+            "learner/forward_tokens": float(work.num_computed_tokens),
+            "learner/shared_ratio": _ratio(work.num_tokens - work.num_computed_tokens, work.num_tokens),
+            "learner/train_s": seconds,
         }
 
+    def check_ranks(self) -> None:
+        """Raises RunError at every rank unless all have the same weights. Every rank has to call it."""
+        if self.ranks.num_ranks > 1:
+            self.ranks.check_same(self.digest(), f"weights after step {self.version}")
+
     def logprobs(self, version: int, pairs: Sequence[Pair]) -> list[np.ndarray]:
-        """Log-prob of each response token under the master weights, as `train` computes it: float32 [R] for each
+        """Log-prob of each response token under the weights, as `train` computes it: float32 [R] for each
         (prompt, response). Changes nothing. Raises RunError unless the weights are of `version`."""
         if version != self.version:
             raise RunError(f"log-probs of version {version} were asked of a learner that has version {self.version}")
@@ -139,7 +168,7 @@ class Learner:
     def weights(self) -> dict[str, Tensor]:
         """The master weights (float32) by their Hugging Face names, tied ones once. They are no copies: good until the
         next `train`."""
-        return named_weights(self._model)
+        return self._masters.named()
 
     def digest(self) -> bytes:
         """Of all weights: the same if they are equal bit for bit, almost never otherwise."""
@@ -162,7 +191,7 @@ class Learner:
         if wrong := check_checkpoint(path):
             raise RunError(f"checkpoint {path} can't be used: {'; '.join(wrong)}")
         state = torch.load(path / STATE_FILE, weights_only=True, map_location="cpu")
-        self._model.load_state_dict(load_model(path, torch.device("cpu")).state_dict())
+        self._masters.load_state_dict(load_model(path, torch.device("cpu")).state_dict())
         self._optimizer.load_state_dict(state["optimizer"])
         self.version = state["version"]
         torch.set_rng_state(state["rng"])
@@ -198,7 +227,8 @@ class Learner:
         num_tokens_N = torch.zeros_like(counted.num_tokens_N)
         for row in rows:
             num_tokens_N[row.index] = row.num_loss_tokens
-        return passed, replace(counted, num_tokens_N=self.ranks.sum(num_tokens_N))
+        with self.times.on("sum"):
+            return passed, replace(counted, num_tokens_N=self.ranks.sum(num_tokens_N))
 
     def _masked(self, before: Columns, counted: Columns) -> dict[str, float]:
         """Share of the tokens that the first pass masked, where the loss has such masks."""
@@ -216,23 +246,30 @@ class Learner:
             counted.copies_N[indices_N],
             max_response_length=self._max_response_length,
         )
-        part = accumulate_gradient(
-            self._model,
-            weighted(rows, indices_N, weights_N),
-            self._loss,
-            temperature=self._temperature,
-            max_tokens=self._config.tokens_per_microbatch,
-        )
-        self.ranks.sum_gradients(self._model.parameters())
-        part = part.summed(self.ranks)
+        with self.times.on("gradient"):
+            part = accumulate_gradient(
+                self._model,
+                weighted(rows, indices_N, weights_N),
+                self._loss,
+                temperature=self._temperature,
+                max_tokens=self._config.tokens_per_microbatch,
+            )
+        with self.times.on("sum"):
+            self.ranks.sum_gradients(self._masters.parameters)
+            part = part.summed(self.ranks)
         if not num_tokens_N.any():  # its gradient is zero: averages of the optimizer and the warm-up stay as they are
             return Update(part, lr=0.0, grad_norm=None)
         lr = self._optimizer.lr
-        return Update(part, lr, grad_norm=self._optimizer.update(part.loss))
+        with self.times.on("optimizer"):
+            grad_norm = self._optimizer.update(part.loss)
+            self._masters.refresh()
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)  # else the next update, or the publish, would be charged with it
+        return Update(part, lr, grad_norm)
 
     def _write(self, directory: Path) -> None:
         try:
-            self._model.save_pretrained(directory)
+            self._masters.save(directory)
         except SafetensorError as error:
             raise OSError(str(error)) from error
         for name in TOKENIZER_FILES:
@@ -255,24 +292,23 @@ def _metrics(updates: Sequence[Update], loss: LossConfig) -> dict[str, float]:
     applied = [update for update in updates if update.grad_norm is not None]
     metrics = sum((update.part.sums for update in applied), start=Sums.zeros()).metrics()
     unused = {"correction_mean": loss.correction == "none", "kl": not loss.kl_coef}
-    num_padded = sum(update.part.num_padded_tokens for update in updates)
-    num_tokens = sum(update.part.num_tokens for update in updates)
     return {
         **{name: value for name, value in metrics.items() if not unused.get(name.rpartition("/")[2])},
         "learner/loss": _ratio(sum(update.part.loss for update in applied), len(applied)),
         "learner/grad_norm": _ratio(sum(update.grad_norm for update in applied), len(applied)),
         "learner/lr": applied[-1].lr if applied else 0.0,
-        "learner/forward_tokens": float(num_padded),
-        "learner/padding_ratio": _ratio(num_padded - num_tokens, num_padded),
     }
 
 
-def _load_reference(config: ModelConfig, model: PreTrainedModel) -> PreTrainedModel:
+def _load_reference(config: ModelConfig, model: PreTrainedModel, compiled: bool) -> PreTrainedModel:
+    """It computes as the model does."""
     key = "model.reference"
     reference = load_model(model_directory(config.reference or config.path, key), model.device, key)
     known, sampled = (one.get_output_embeddings().weight.shape[0] for one in (reference, model))
     if known < sampled:
         raise ConfigError(key, f"has a vocabulary of {known}, the model one of {sampled}", config.reference)
+    compute_in(reference, model.dtype)
+    settle_blocks(reference, compile=compiled, checkpointing="none")
     return reference.requires_grad_(False)
 
 
@@ -285,3 +321,9 @@ def _device(name: str) -> torch.device:
     if name == "cuda" and not has_gpu:
         raise ConfigError("learner.device", "there is no GPU here", name, "use auto or cpu")
     return torch.device("cuda" if has_gpu and name != "cpu" else "cpu")
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return getattr(torch, name)

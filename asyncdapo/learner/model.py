@@ -1,28 +1,41 @@
-"""The policy: a Hugging Face causal LM in fp32, its log-probs of given tokens, and its weights by name.
+"""The policy: a Hugging Face causal LM, as it is loaded, and its log-probs of given tokens.
 
 Log-probs are taken at the sampling temperature, as the rollout engine took its own, and without dropout. Vocabulary
-logits are computed only at positions whose token bears loss. Does not own: gradients, optimizer, files of a checkpoint.
+logits are computed only for tokens that bear loss, a part of them at a time (`logprobs`). Attention is our own
+(`attention`), and whether a model does with it what it did before is checked when it is loaded. Does not own:
+gradients, optimizer, files of a checkpoint.
 
-Shapes: B sequences, T tokens, N loss-bearing tokens of all sequences, H hidden size, V vocabulary.
+Shapes: B completions, T tokens of the longest response, S computed tokens, n loss-bearing ones, H hidden size, V
+vocabulary.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from asyncdapo.errors import ConfigError
+from asyncdapo.learner.attention import NAME
+from asyncdapo.learner.layout import Layout
+from asyncdapo.learner.logprobs import linear_logprobs
 from asyncdapo.learner.model_path import KEY
+from asyncdapo.learner.packing import MicroBatch
+
+TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
+"""Of outputs, relative: what kernels may differ by, TF32 included. A wrong layout is off by about 1."""
 
 
 def load_model(directory: Path, device: torch.device, key: str = KEY) -> PreTrainedModel:
     """The model of a directory in Hugging Face format, fp32, without dropout. Raises ConfigError, for the config's
     `key`, when it can't be trained."""
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=torch.float32, attn_implementation=NAME, output_loading_info=True
+        )
     except (OSError, ValueError) as error:
         raise ConfigError(key, f"can't be loaded: {error}", str(directory)) from error
     if report["missing_keys"]:
@@ -32,47 +45,56 @@ def load_model(directory: Path, device: torch.device, key: str = KEY) -> PreTrai
     if not _logits_come_straight_from_the_head(model):
         problem = "scales or caps its logits after the output layer, which the learner doesn't do"
         raise ConfigError(key, problem, str(directory))
+    check_packing(model, key)
     return model
 
 
 def token_logprobs(
-    model: PreTrainedModel,
-    tokens_BT: Tensor,
-    mask_BT: Tensor,
-    temperature: float,
-    *,
-    entropy_gradient: bool = False,
+    model: PreTrainedModel, micro_batch: MicroBatch, temperature: float, *, entropy_gradient: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Log-prob of each token under `mask_BT` given the tokens before it, and the entropy (nats, without gradient unless
-    asked for) of the distribution it was drawn from; both [B, T] and 0 outside the mask. `mask_BT[:, 0]` must be false.
-
-    No attention mask: padding stands on the right, where causal attention can't see it from any token that counts.
-    """
-    hidden_BTH = model.base_model(tokens_BT, use_cache=False).last_hidden_state
-    hidden_NH = hidden_BTH[:, :-1][mask_BT[:, 1:]]
-    logits_NV = model.get_output_embeddings()(hidden_NH) / temperature
-    logprobs_NV = logits_NV.log_softmax(-1)
-    logprobs_N = logprobs_NV.gather(-1, tokens_BT[mask_BT][:, None])[:, 0]
-    zeros_BT = logprobs_N.new_zeros(mask_BT.shape)
-    logp_BT = zeros_BT.masked_scatter(mask_BT, logprobs_N)
-    entropy_N = entropy(logprobs_NV if entropy_gradient else logprobs_NV.detach())
-    entropy_BT = zeros_BT.masked_scatter(mask_BT, entropy_N)
-    return logp_BT, entropy_BT
+    """Log-prob of each loss-bearing response token given the tokens before it, and the entropy (nats, without gradient
+    unless asked for) of the distribution it was drawn from; both [B, T] and 0 outside the mask."""
+    hidden_SH = outputs(model, micro_batch.tokens_S, micro_batch.positions_S, micro_batch.layout)
+    head = model.get_output_embeddings()
+    logp_n, entropy_n = linear_logprobs(
+        hidden_SH[micro_batch.sources_n],
+        head.weight,
+        micro_batch.targets_n,
+        temperature=temperature,
+        bias_V=head.bias,
+        entropy_gradient=entropy_gradient,
+    )
+    return micro_batch.rectangle(logp_n), micro_batch.rectangle(entropy_n)
 
 
-def entropy(logprobs_NV: Tensor) -> Tensor:
-    """Entropy in nats of each row of log-probs, [N]."""
-    return -(logprobs_NV.exp() * logprobs_NV).sum(-1)
+def outputs(model: PreTrainedModel, tokens_S: Tensor, positions_S: Tensor, layout: Layout) -> Tensor:
+    """The last block's outputs for packed tokens, normalised as the head takes them, [S, H]."""
+    assert model.config._attn_implementation == NAME, "the model's own attention would pass over the layout"
+    packed = model.base_model(tokens_S[None], position_ids=positions_S[None], use_cache=False, layout=layout)
+    return packed.last_hidden_state[0]
 
 
-def named_weights(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Detached views of the live weights by their Hugging Face names, tied ones once: what a safetensors file has."""
-    seen, weights = set(), {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
-            weights[name] = tensor.detach()
-    return weights
+@torch.no_grad()
+def check_packing(model: PreTrainedModel, key: str = KEY) -> None:
+    """Compares the outputs for packed tokens with those of each sequence alone, in the dtype and on the device that the
+    model has now. Raises ConfigError for the config's `key` where they differ: a model that mixes tokens in other ways
+    than by attention, or by attention that can't be replaced."""
+    prompt_starts, num_prompt = np.array([0, 0, 8]), np.array([3, 3, 4])
+    starts, num_behind = np.array([3, 6, 12]), np.array([3, 2, 1])
+    layout = Layout(prompt_starts, num_prompt, starts, num_behind, model.device)
+    tokens_S = torch.arange(layout.num_tokens, device=model.device) % model.get_input_embeddings().weight.shape[0]
+    try:
+        packed_SH = outputs(model, tokens_S, torch.from_numpy(layout.positions()).to(model.device), layout)
+    except TypeError as error:
+        raise ConfigError(key, f"can't be trained packed: {error}", model.name_or_path) from error
+    for row in range(len(starts)):
+        places = np.r_[prompt_starts[row] + np.arange(num_prompt[row]), starts[row] + np.arange(num_behind[row])]
+        places = torch.from_numpy(places).to(model.device)
+        alone_TH = model.base_model(tokens_S[places][None], use_cache=False).last_hidden_state[0]
+        difference = ((packed_SH[places] - alone_TH).norm() / alone_TH.norm()).item()
+        if not difference < TOLERANCE[model.dtype]:
+            problem = f"can't be trained packed: outputs differ by {difference:.1g} from those of single sequences"
+            raise ConfigError(key, problem, model.name_or_path)
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """Probe: what the policy makes of tokens that an engine has sampled, for a comparison of the two.
 
-In: prompts with their responses. Out: the log-prob of each response token, through the forward pass of training: fp32
-master weights, the sampling temperature, padded rectangles of a micro-batch. Invariant: weights and random state stay
+In: prompts with their responses. Out: the log-prob of each response token, through the forward pass of training: the
+same dtype, the sampling temperature, packed micro-batches. Invariant: weights and random state stay
 as they are, so that a run with probes trains as one without. Does not own: who sampled, what a difference means.
 
 Shapes: B sequences, T tokens (prompt and response), P prompt tokens, R response tokens.
@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from asyncdapo.learner.model import token_logprobs
-from asyncdapo.learner.packing import chunks, pad
+from asyncdapo.learner.packing import micro_batches, pack
 from asyncdapo.learner.rows import Row
 
 Pair = tuple[Sequence[int], np.ndarray]
@@ -27,11 +27,10 @@ Pair = tuple[Sequence[int], np.ndarray]
 def response_logprobs(
     model: PreTrainedModel, pairs: Sequence[Pair], temperature: float, max_tokens: int
 ) -> list[np.ndarray]:
-    """float32 [R] for each pair, in their order. `max_tokens`: padded tokens in one forward pass."""
+    """float32 [R] for each pair, in their order. `max_tokens`: computed tokens in one forward pass."""
     found: dict[int, np.ndarray] = {}
-    for chunk in chunks([_row(index, *pair) for index, pair in enumerate(pairs)], max_tokens):
-        micro_batch = pad(chunk, model.device)
-        logp_BT, _ = token_logprobs(model, micro_batch.tokens_BT, micro_batch.loss_mask_BT, temperature)
+    for chunk in micro_batches([_row(index, *pair) for index, pair in enumerate(pairs)], max_tokens):
+        logp_BT, _ = token_logprobs(model, pack(chunk, model.device), temperature)
         lines = zip(chunk, logp_BT.cpu().numpy(), strict=True)
         found |= {row.index: logp_T[row.response] for row, logp_T in lines}
     return [found[index] for index in range(len(pairs))]
@@ -40,6 +39,7 @@ def response_logprobs(
 def _row(index: int, prompt_ids: Sequence[int], token_ids: np.ndarray) -> Row:
     """A completion whose tokens all count."""
     return Row(
+        index,
         index,
         np.asarray(prompt_ids, np.int32),
         token_ids,

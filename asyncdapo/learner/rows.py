@@ -32,6 +32,8 @@ class Row:
 
     index: int
     """Its place among the N completions of the batch."""
+    group: int
+    """Its group's place in the batch: rows of one group have the same prompt."""
     prompt_ids: np.ndarray
     """int32 [P]"""
     token_ids: np.ndarray
@@ -63,8 +65,8 @@ class Row:
 
     @property
     def response(self) -> slice:
-        """Where its response stands in its line of a micro-batch."""
-        return slice(len(self.prompt_ids), self.num_tokens)
+        """Where its response stands in its line of a rectangle."""
+        return slice(len(self.token_ids))
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,7 @@ def group_rows(batch: Batch, payload: Payload, share: Sequence[int], advantage: 
             tokens = slice(end, end := end + completion.num_tokens)
             row = Row(
                 index,
+                place,
                 part.prompt_ids,
                 part.token_ids[tokens],
                 part.logprobs[tokens],

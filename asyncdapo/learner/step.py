@@ -6,7 +6,7 @@ In come the rows of one update that this rank has, out goes their part of d loss
 every row carries what its tokens count in the whole update, known before the first backward pass; so parts add up, and
 the gradient depends neither on the micro-batches nor on the ranks. Does not own: the optimizer, the sum of gradients.
 
-Shapes: B completions of a micro-batch, T tokens.
+Shapes: B completions of a micro-batch, T tokens of its longest response.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from asyncdapo.learner.diagnostics import Sums, measure
 from asyncdapo.learner.first_pass import correct
 from asyncdapo.learner.group import Ranks
 from asyncdapo.learner.model import token_logprobs
-from asyncdapo.learner.packing import MicroBatch, chunks, pad
+from asyncdapo.learner.packing import MicroBatch, Work, micro_batches, pack
 from asyncdapo.learner.rows import Row
 
 
@@ -35,32 +35,27 @@ class Part:
 
     loss: float
     sums: Sums
-    num_tokens: int
-    """Prompt and response tokens."""
-    num_padded_tokens: int
-    """Tokens of the forward passes."""
+    work: Work
 
     def summed(self, ranks: Ranks) -> Part:
         """Over all ranks, the same at each."""
-        own = torch.tensor([self.loss, self.num_tokens, self.num_padded_tokens], dtype=torch.float64)
+        own = torch.tensor([self.loss, *self.work.counts], dtype=torch.float64)
         packed = ranks.sum(torch.cat([own, self.sums.packed]))
-        loss, num_tokens, num_padded_tokens = packed[:3].tolist()
-        return Part(loss, Sums(packed[3:]), int(num_tokens), int(num_padded_tokens))
+        loss, *counts = packed[: len(own)].tolist()
+        return Part(loss, Sums(packed[len(own) :]), Work(*map(int, counts)))
 
 
 def accumulate_gradient(
     model: PreTrainedModel, rows: Sequence[Row], loss: LossConfig, *, temperature: float, max_tokens: int
 ) -> Part:
     """Add the gradient of these rows to `.grad`. One forward and one backward pass for each micro-batch of at most
-    `max_tokens` padded tokens."""
-    total, sums, num_padded = torch.zeros((), dtype=torch.float64, device=model.device), Sums.zeros(model.device), 0
-    rows = [row for row in rows if row.num_loss_tokens]
-    for chunk in chunks(rows, max_tokens):
-        micro_batch = pad(chunk, model.device)
+    `max_tokens` computed tokens."""
+    total, sums, work = torch.zeros((), dtype=torch.float64, device=model.device), Sums.zeros(model.device), Work()
+    for chunk in micro_batches([row for row in rows if row.num_loss_tokens], max_tokens):
+        micro_batch = pack(chunk, model.device)
         loss_of_part, measured = _backward(model, micro_batch, loss, temperature)
-        total, sums = total + loss_of_part, sums + measured
-        num_padded += micro_batch.num_padded_tokens
-    return Part(total.item(), sums.cpu(), sum(row.num_tokens for row in rows), num_padded)
+        total, sums, work = total + loss_of_part, sums + measured, work + micro_batch.work
+    return Part(total.item(), sums.cpu(), work)
 
 
 def _backward(
@@ -68,9 +63,7 @@ def _backward(
 ) -> tuple[Tensor, Sums]:
     """Back-propagate this micro-batch's part of the loss; returns the part and its sums, both on the model's device."""
     mask_BT = micro_batch.loss_mask_BT
-    logp_BT, entropy_BT = token_logprobs(
-        model, micro_batch.tokens_BT, mask_BT, temperature, entropy_gradient=loss.entropy_coef > 0
-    )
+    logp_BT, entropy_BT = token_logprobs(model, micro_batch, temperature, entropy_gradient=loss.entropy_coef > 0)
     # Without a first pass the policy at the start of the step is the one of this very forward pass.
     start_BT = logp_BT.detach() if micro_batch.start_logprobs_BT is None else micro_batch.start_logprobs_BT
     policy = policy_loss(

@@ -264,11 +264,12 @@ class ReplayState:
         return self.limit_reached or (self.cut_wanted and self.num_ready() >= self.config.prompts_per_step)
 
     def _leases_before_cut(self) -> bool:
-        """Whether a due cut is held back: at the barrier by every lease, under `on_stale: wait` by those that it would
-        end."""
+        """Whether a due cut is held back: at the barrier by every lease; by those that it would end under `on_stale:
+        wait`, and while the learner, which still has the batch before, doesn't wait for this one."""
         if self.config.synchronous:
             return bool(self.leases.running)
-        return self.config.on_stale == "wait" and bool(self.leases.overdue(self.next_step + 1))
+        early = self.next_step - 1 in self.in_training and not self.limit_reached
+        return (early or self.config.on_stale == "wait") and bool(self.leases.overdue(self.next_step + 1))
 
     def _cut(self, *, last: bool = False) -> None:
         """Cut the next batch. `last`: no other follows, so nothing goes back to the stream."""

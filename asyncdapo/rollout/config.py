@@ -7,10 +7,6 @@ from typing import Any, Literal
 
 from asyncdapo.errors import ConfigError
 
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
-"""What the torch engine computes, as `config.json` of a model names it."""
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
-"""Bytes of one number, by `rollout.dtype`."""
 PARITY_WARN = {"float32": 1e-3, "bfloat16": 0.1}
 PARITY_STOP = {"float32": 0.05, "bfloat16": 0.5}
 """By number format, in nats. Two fp32 engines differ by 1e-5 in the mean, two bf16 ones by 0.05."""

@@ -25,7 +25,7 @@ from asyncdapo.rollout.config import RolloutConfig
 from asyncdapo.rollout.engine import Request, Sample
 from asyncdapo.rollout.torch_engine.engine import TorchEngine
 from tests.controller.runs import launch
-from tests.learner.tiny import VOCAB_SIZE, make_batch, make_learner, save_tiny_llama
+from tests.learner.tiny import VOCAB_SIZE, make_batch, make_learner, save_tiny_llama, train
 
 CONFIG = RolloutConfig(slots=4, max_response_length=16, temperature=0.7, device="cpu")
 PROMPTS = [np.random.default_rng(index).integers(3, VOCAB_SIZE, 3 + index).tolist() for index in range(6)]
@@ -70,7 +70,7 @@ def path(tmp_path_factory) -> str:
 def trained_learner(path: str) -> Learner:
     """With version 1, which is visibly another policy than version 0."""
     learner = make_learner(path, temperature=CONFIG.temperature, lr=1e-2)
-    learner.train(*make_batch(1))
+    train(learner, *make_batch(1))
     return learner
 
 

@@ -116,7 +116,7 @@ def test_a_model_in_a_directory_of_another_machine_is_planned_without_it() -> No
 def test_the_shared_gpu_has_room_for_all_by_formula(qwen: str) -> None:
     lines = sections_of(plan(GSM8K[0], [qwen]))["memory"]
     assert lines[1].startswith("a rank of the learner: ")
-    assert "weights 1.84, gradients 1.84, AdamW 3.68" in lines[1]
+    assert "weights 1.84, their bfloat16 0.92, gradients 1.84, AdamW 3.68" in lines[1]
     assert "KV cache of 256 x 1,536 tokens 4.5" in lines[2]
     together = float(lines[3].removeprefix("learner + rollout on one GPU: "))
     parts = [float(line.split(": ")[1].split(" ")[0]) for line in lines[1:3]]

@@ -8,8 +8,9 @@ import pytest
 
 from asyncdapo.config import Config, config_from_dict
 from asyncdapo.controller.placement import place
-from asyncdapo.controller.room import GIB, gib, room_lines
-from asyncdapo.controller.sizes import PUBLISHED, Shape, engine_bytes, learner_bytes, read_shape, sequences_in
+from asyncdapo.controller.room import room_lines
+from asyncdapo.controller.sizes import GIB, PUBLISHED, engine_bytes, gib, learner_bytes, sequences_in
+from asyncdapo.shape import Shape, read_shape
 
 SHAPE = read_shape(PUBLISHED["Qwen/Qwen2.5-0.5B-Instruct"])
 
@@ -20,9 +21,9 @@ def config_of(**sections: dict[str, object]) -> Config:
 
 def with_layers(num_bytes: int, config: Config) -> Shape:
     """The deepest shape of which a rank of the learner takes at most so many bytes."""
-    shape = SHAPE
-    while sum(learner_bytes(deeper := replace(shape, num_layers=shape.num_layers + 1), config).values()) <= num_bytes:
-        shape = deeper
+    shape = deeper = SHAPE
+    while sum(learner_bytes(deeper, config, on_gpu=True).values()) <= num_bytes:
+        shape, deeper = deeper, replace(deeper, num_layers=deeper.num_layers + 1)
     return shape
 
 
@@ -93,6 +94,7 @@ def test_sizes_are_written_without_exponents(num_gib: float, text: str) -> None:
     ("name", "num_parameters"),
     [
         ("Qwen/Qwen2.5-0.5B-Instruct", 494_032_768),
+        ("Qwen/Qwen2.5-1.5B", 1_543_714_304),
         ("Qwen/Qwen2.5-7B", 7_615_616_512),
         ("Qwen/Qwen2.5-32B", 32_763_876_352),
     ],

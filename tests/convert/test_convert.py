@@ -272,6 +272,15 @@ def test_every_key_of_a_snippet_is_named_in_what_comes_out(snippet: Path) -> Non
             {"reward.overlong_buffer": 128, "reward.overlong_penalty": 2.0},
         ),
         ("ms-swift", "--soft_cache_length 64 --temperature 0.7", {"rollout.temperature": 0.7}),
+        (
+            "verl",
+            "actor_rollout_ref.model.enable_gradient_checkpointing=True",
+            {"learner.activation_checkpointing": "full"},
+        ),
+        ("skyrl", "trainer.gradient_checkpointing=true", {"learner.activation_checkpointing": "full"}),
+        ("nemo-rl", "policy.dtensor_cfg.activation_checkpointing=true", {"learner.activation_checkpointing": "full"}),
+        ("ms-swift", "--gradient_checkpointing true", {"learner.activation_checkpointing": "full"}),
+        ("ms-swift", "--gradient_checkpointing false", {"learner.activation_checkpointing": "none"}),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )

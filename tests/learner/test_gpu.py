@@ -10,7 +10,7 @@ import torch
 from asyncdapo.learner.group import GradientGroup, Ranks
 from tests.learner.ranks import JOIN_TIMEOUT_S, spawned
 from tests.learner.test_equal_gradients import LOSSES, a_batch
-from tests.learner.tiny import make_batch, make_learner, save_tiny_llama
+from tests.learner.tiny import MEASURED, make_batch, make_learner, save_tiny_llama, train
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -18,10 +18,10 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 @pytest.mark.parametrize("loss", LOSSES)
 def test_a_train_step_on_a_gpu_is_that_of_a_cpu(tmp_path, loss):
     path, case = save_tiny_llama(tmp_path), a_batch()
-    settings = {"loss": LOSSES[loss], "tokens_per_microbatch": 64, "epochs": 2}
+    settings = {"loss": LOSSES[loss], "tokens_per_microbatch": 64, "epochs": 2, "dtype": "float32", "compile": False}
     on_gpu, on_cpu = (make_learner(path, device=device, **settings) for device in ("cuda", "cpu"))
-    got, expected = on_gpu.train(*case), on_cpu.train(*case)
-    for name in expected.keys() - {"learner/train_s"}:
+    got, expected = train(on_gpu, *case), train(on_cpu, *case)
+    for name in expected.keys() - MEASURED:
         assert got[name] == pytest.approx(expected[name], rel=1e-2, abs=1e-4), name
     for name, weight in on_cpu.weights().items():
         torch.testing.assert_close(on_gpu.weights()[name].cpu(), weight, atol=1e-3, rtol=1e-2)
@@ -30,7 +30,7 @@ def test_a_train_step_on_a_gpu_is_that_of_a_cpu(tmp_path, loss):
 def test_a_checkpoint_of_a_gpu_goes_on_bit_for_bit(tmp_path):
     path = save_tiny_llama(tmp_path / "model")
     straight, restored = (make_learner(path, device="cuda", staleness_bound=2) for _ in range(2))
-    straight.train(*make_batch(step=1))
+    train(straight, *make_batch(step=1))
     restored.restore(straight.save(tmp_path / "run", 1, branch=0))
     assert restored.digest() == straight.digest()
 
@@ -66,3 +66,15 @@ def test_two_ranks_sum_gradients_and_numbers_over_nccl(monkeypatch):
     assert ours.recv() == [[1.0, 2.0, 3.0], [2.0, 2.0]]
     other.join()
     group.close()
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_step_in_bfloat16_with_the_flash_kernel_is_near_that_of_a_cpu(tmp_path, compile, checkpointing):
+    path, case = save_tiny_llama(tmp_path), make_batch(num_groups=8, seed=11)
+    settings = {"tokens_per_microbatch": 64, "activation_checkpointing": checkpointing, "compile": compile}
+    on_gpu, on_cpu = make_learner(path, device="cuda", **settings), make_learner(path)
+    assert on_gpu._model.dtype == torch.bfloat16
+    got, expected = train(on_gpu, *case), train(on_cpu, *case)
+    for name in ("learner/loss", "learner/entropy", "learner/ratio_mean", "learner/grad_norm"):
+        assert got[name] == pytest.approx(expected[name], rel=0.05, abs=0.01), name

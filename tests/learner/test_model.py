@@ -15,10 +15,12 @@ from transformers import (
 
 from asyncdapo.dapo import group_advantage
 from asyncdapo.errors import ConfigError
-from asyncdapo.learner.model import load_model, named_weights, token_logprobs
-from asyncdapo.learner.packing import pad
+from asyncdapo.learner.attention import NAME
+from asyncdapo.learner.masters import Masters
+from asyncdapo.learner.model import load_model, token_logprobs
+from asyncdapo.learner.packing import pack
 from asyncdapo.learner.rows import group_rows
-from tests.learner.tiny import SHAPE, VOCAB_SIZE, make_batch, save_tiny_llama, tiny_llama
+from tests.learner.tiny import SHAPE, make_batch, save_tiny_llama, tiny_llama
 
 CPU = torch.device("cpu")
 
@@ -28,11 +30,11 @@ def random_rows(seed):
 
 
 def qwen2():
-    return Qwen2ForCausalLM(Qwen2Config(**SHAPE)).eval()
+    return Qwen2ForCausalLM(Qwen2Config(**SHAPE, attn_implementation=NAME)).eval()
 
 
 def qwen3():
-    return Qwen3ForCausalLM(Qwen3Config(**SHAPE, head_dim=16)).eval()
+    return Qwen3ForCausalLM(Qwen3Config(**SHAPE, head_dim=16, attn_implementation=NAME)).eval()
 
 
 @pytest.mark.parametrize("make_model", [tiny_llama, qwen2, qwen3])
@@ -41,32 +43,24 @@ def test_logprobs_and_entropy_agree_with_the_hugging_face_forward_of_each_row_al
     torch.manual_seed(0)
     model = make_model().double()
     rows = random_rows(seed=2)
-    packed = pad(rows, CPU)
-    logp_BT, entropy_BT = token_logprobs(model, packed.tokens_BT, packed.loss_mask_BT, temperature)
+    packed = pack(rows, CPU)
+    logp_BT, entropy_BT = token_logprobs(model, packed, temperature)
     for index, row in enumerate(rows):
-        tokens_T = packed.tokens_BT[index, : row.num_tokens]
+        tokens_T = torch.tensor([*row.prompt_ids, *row.token_ids])
         logits_TV = model(tokens_T[None]).logits[0, :-1] / temperature
         policy = torch.distributions.Categorical(logits=logits_TV[len(row.prompt_ids) - 1 :])
-        response = slice(len(row.prompt_ids), row.num_tokens)
-        torch.testing.assert_close(logp_BT[index, response], policy.log_prob(tokens_T[response]))
-        torch.testing.assert_close(entropy_BT[index, response], policy.entropy())
+        responses_T = tokens_T[len(row.prompt_ids) :]
+        torch.testing.assert_close(logp_BT[index, row.response], policy.log_prob(responses_T))
+        torch.testing.assert_close(entropy_BT[index, row.response], policy.entropy())
     assert not logp_BT[~packed.loss_mask_BT].any()
     assert not entropy_BT[~packed.loss_mask_BT].any()
-
-
-def test_vocabulary_logits_are_computed_for_loss_bearing_tokens_only():
-    model = tiny_llama()
-    packed = pad(random_rows(seed=3), CPU)
-    shapes = []
-    model.lm_head.register_forward_hook(lambda module, args, output: shapes.append(tuple(output.shape)))
-    token_logprobs(model, packed.tokens_BT, packed.loss_mask_BT, 1.0)
-    assert shapes == [(int(packed.loss_mask_BT.sum()), VOCAB_SIZE)]
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_weights_have_the_names_and_values_of_the_safetensors_file(tmp_path, tied):
     path = save_tiny_llama(tmp_path, tie_word_embeddings=tied)
-    weights, saved = named_weights(load_model(tmp_path, CPU)), load_file(f"{path}/model.safetensors")
+    masters, saved = Masters(load_model(tmp_path, CPU), torch.float32), load_file(f"{path}/model.safetensors")
+    weights = masters.named()
     assert set(weights) == set(saved)
     assert all(torch.equal(weights[name], saved[name]) for name in saved)
     assert ("lm_head.weight" in weights) is not tied
@@ -74,7 +68,7 @@ def test_weights_have_the_names_and_values_of_the_safetensors_file(tmp_path, tie
 
 def test_a_bfloat16_checkpoint_is_trained_in_float32(tmp_path):
     tiny_llama().to(torch.bfloat16).save_pretrained(tmp_path)
-    assert {weight.dtype for weight in named_weights(load_model(tmp_path, CPU)).values()} == {torch.float32}
+    assert {weight.dtype for weight in load_model(tmp_path, CPU).parameters()} == {torch.float32}
 
 
 def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path):
@@ -101,6 +95,6 @@ def test_dropout_is_off(tmp_path):
     save_tiny_llama(tmp_path, attention_dropout=0.5)
     model = load_model(tmp_path, CPU)
     assert isinstance(model, LlamaForCausalLM)
-    packed = pad(random_rows(seed=0), CPU)
-    first, second = (token_logprobs(model, packed.tokens_BT, packed.loss_mask_BT, 1.0)[0] for _ in range(2))
+    packed = pack(random_rows(seed=0), CPU)
+    first, second = (token_logprobs(model, packed, 1.0)[0] for _ in range(2))
     assert torch.equal(first, second)

@@ -1,124 +1,104 @@
-"""From a batch to micro-batches: which rows, in which rectangles, with which numbers in them."""
-
-from dataclasses import replace
+"""From rows to packed micro-batches: which rows, in which order, with which numbers in them."""
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from asyncdapo.dapo import group_advantage
-from asyncdapo.learner.packing import chunks, pad
-from asyncdapo.learner.rows import Row, columns, expand_mask, group_rows, weighted
-from asyncdapo.messages import Batch
-from asyncdapo.payload import Payload
-from tests.learner.tiny import make_batch, make_group
+from asyncdapo.learner.packing import Work, micro_batches, num_computed, pack
+from tests.learner.tiny import make_row
 
 CPU = torch.device("cpu")
 
 
-def make_row(num_prompt_tokens, num_tokens, advantage=1.0, **columns):
-    return Row(
-        index=0,
-        prompt_ids=np.arange(num_prompt_tokens, dtype=np.int32),
-        token_ids=np.arange(num_tokens, dtype=np.int32),
-        rollout_logprobs=-np.ones(num_tokens, dtype=np.float32),
-        loss_mask=np.ones(num_tokens, dtype=bool),
-        advantage=advantage,
-        staleness=0,
-        **columns,
-    )
+def test_a_prompt_stands_once_before_the_responses_of_its_group():
+    packed = pack([make_row(2, 3, group=4), make_row(2, 4, group=4), make_row(3, 2, group=5)], CPU)
+    assert packed.tokens_S.tolist() == [0, 1, 0, 1, 0, 1, 2, 0, 1, 2, 0]
+    assert packed.positions_S.tolist() == [0, 1, 2, 3, 2, 3, 4, 0, 1, 2, 3]
 
 
-def test_every_row_gets_its_own_part_of_the_payload():
-    groups = [make_group(7, 2, [3, 1], [1.0, -1.0]), make_group(9, 1, [2, 2], [0.0, 3.0])]
-    payload = Payload(
-        prompt_ids=np.array([20, 21, 22], dtype=np.int32),
-        token_ids=np.arange(8, dtype=np.int32),
-        logprobs=-np.arange(8, dtype=np.float32),
-    )
-    batch = Batch(step=1, branch=0, max_staleness=0, groups=groups)
-    first, second = group_rows(batch, payload, [0, 1], group_advantage).values()
-    assert [row.index for row in first + second] == [0, 1, 2, 3]
-    assert [row.prompt_ids.tolist() for row in first + second] == [[20, 21], [20, 21], [22], [22]]
-    assert [row.token_ids.tolist() for row in first + second] == [[0, 1, 2], [3], [4, 5], [6, 7]]
-    assert [row.rollout_logprobs.tolist() for row in first + second] == [[0, -1, -2], [-3], [-4, -5], [-6, -7]]
-    assert [np.sign(row.advantage) for row in first + second] == [1, -1, -1, 1]
+def test_a_token_is_predicted_from_the_output_before_it_the_first_one_from_its_prompts_last():
+    packed = pack([make_row(2, 3, group=4), make_row(2, 2, group=4), make_row(3, 1, group=5)], CPU)
+    assert packed.sources_n.tolist() == [1, 2, 3, 1, 4, 7]
+    assert packed.targets_n.tolist() == [0, 1, 2, 0, 1, 0]
 
 
-def test_a_completion_without_loss_counts_in_the_mean_and_is_not_trained():
-    masks = [[(1, 2)], [(0, 2)], [(1, 1), (0, 1)]]
-    group = make_group(0, 1, [2, 2, 2], [1.0, 0.0, 0.5], loss_masks=masks)
-    payload = Payload(np.zeros(1, np.int32), np.arange(6, dtype=np.int32), np.zeros(6, np.float32))
-    batch = Batch(step=1, branch=0, max_staleness=0, groups=[group])
-    (rows,) = group_rows(batch, payload, [0], group_advantage).values()
-    assert [row.index for row in rows] == [0, 2]
-    assert [row.token_ids.tolist() for row in rows] == [[0, 1], [4, 5]]
-    assert [row.loss_mask.tolist() for row in rows] == [[True, True], [True, False]]
-    assert [row.advantage for row in rows] == pytest.approx([1.0, 0.0], abs=1e-5)  # mean 0.5, std 0.5 of all three
-
-
-def test_run_lengths_become_a_mask():
-    assert expand_mask([(1, 2), (0, 3), (1, 1)]).tolist() == [True, True, False, False, False, True]
-
-
-def test_a_micro_batch_puts_prompt_and_response_in_front_and_padding_behind():
-    packed = pad([make_row(2, 3, advantage=0.5), make_row(1, 2, advantage=-2.0, weight=0.1)], CPU)
-    assert packed.tokens_BT.tolist() == [[0, 1, 0, 1, 2], [0, 0, 1, 0, 0]]
-    assert packed.loss_mask_BT.long().tolist() == [[0, 0, 1, 1, 1], [0, 1, 1, 0, 0]]
-    assert packed.rollout_logprobs_BT.tolist() == [[0, 0, -1, -1, -1], [0, -1, -1, 0, 0]]
+def test_columns_stand_at_the_tokens_of_the_responses_and_are_zero_behind_them():
+    found = {"start_logprobs": np.array([-1.0, -2.0]), "correction": np.array([0.5, 2.0])}
+    packed = pack([make_row(2, 2, 0.5, **found), make_row(1, 2, -2.0, weight=0.1, group=1, **found)], CPU)
+    assert packed.start_logprobs_BT.tolist() == [[-1, -2], [-1, -2]]
+    assert packed.correction_BT.tolist() == [[0.5, 2], [0.5, 2]]
+    assert packed.reference_logprobs_BT is None
     assert packed.advantages_B.tolist() == [0.5, -2.0]
     assert packed.weights_B.tolist() == [1.0, 0.1]
-    assert (packed.start_logprobs_BT, packed.correction_BT, packed.reference_logprobs_BT) == (None, None, None)
+    uneven = pack([make_row(2, 3), make_row(2, 1)], CPU)
+    assert uneven.rollout_logprobs_BT.tolist() == [[-1, -1, -1], [-1, 0, 0]]
+    assert uneven.loss_mask_BT.tolist() == [[True, True, True], [True, False, False]]
 
 
-def test_what_a_first_pass_found_stands_at_the_tokens_it_belongs_to():
-    found = {"start_logprobs": np.array([-1.0, -2.0]), "correction": np.array([0.5, 2.0])}
-    packed = pad([make_row(2, 2, **found), make_row(1, 2, **found)], CPU)
-    assert packed.start_logprobs_BT.tolist() == [[0, 0, -1, -2], [0, -1, -2, 0]]
-    assert packed.correction_BT.tolist() == [[0, 0, 0.5, 2], [0, 0.5, 2, 0]]
+def test_logits_are_computed_for_loss_bearing_tokens_only_and_come_back_to_their_cells():
+    packed = pack([make_row(2, 3, loss_mask=np.array([True, False, True])), make_row(2, 2)], CPU)
+    assert packed.targets_n.tolist() == [0, 2, 0, 1]
+    assert packed.rectangle(torch.tensor([5.0, 6.0, 7.0, 8.0])).tolist() == [[5, 0, 6], [7, 8, 0]]
+    assert packed.flat(torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])).tolist() == [1, 3, 4, 5]
+    assert packed.flat(torch.tensor([[1.0], [2.0]])).tolist() == [1, 1, 2, 2]
 
 
-def test_a_share_has_the_payload_of_its_groups_and_the_indices_of_the_whole_batch():
-    batch, payload = make_batch(num_groups=4)
-    whole = group_rows(batch, payload, [0, 1, 2, 3], group_advantage)
-    parts = payload.split(batch.groups)
-    share = group_rows(batch, Payload.join([parts[1], parts[3]]), [1, 3], group_advantage)
-    assert list(share) == [1, 3]
-    for place, rows in share.items():
-        assert [row.index for row in rows] == [row.index for row in whole[place]]
-        for row, same in zip(rows, whole[place], strict=True):
-            assert row.token_ids.tolist() == same.token_ids.tolist()
-            assert row.advantage == same.advantage
+def test_work_counts_what_was_delivered_computed_and_attended_to():
+    work = pack([make_row(3, 3), make_row(3, 1), make_row(2, 2, group=1)], CPU).work
+    assert work.num_tokens == 6 + 4 + 4
+    assert work.num_computed_tokens == 3 + 2 + 0 + 2 + 1
+    assert work.num_loss_tokens == 6
+    assert work.num_pairs == (1 + 2 + 3) + (4 + 5) + (1 + 2) + 3
+    assert work + Work(1, 2, 3, 4) == Work(*(a + b for a, b in zip(work.counts, (1, 2, 3, 4), strict=True)))
 
 
-def test_the_columns_of_a_batch_count_masks_and_copies():
-    groups = [
-        make_group(0, 1, [2, 3], [0.0, 1.0], loss_masks=[[(0, 2)], [(1, 2), (0, 1)]]),
-        make_group(1, 1, [4, 1], [0, 1]),
+GROUPS = st.lists(st.tuples(st.integers(1, 20), st.lists(st.integers(1, 60), min_size=1, max_size=6)), max_size=8)
+
+
+def rows_of(groups):
+    return [
+        make_row(num_prompt, num_tokens, group=group)
+        for group, (num_prompt, responses) in enumerate(groups)
+        for num_tokens in responses
     ]
-    counted = columns(Batch(step=1, branch=0, max_staleness=0, groups=groups, copies=[0, 2]))
-    assert counted.group_N.tolist() == [0, 0, 1, 1]
-    assert counted.num_tokens_N.tolist() == [0, 2, 4, 1]
-    assert counted.copies_N.tolist() == [1, 1, 3, 3]
-    assert counted.of_groups([1]).tolist() == [2, 3]
 
 
-def test_rows_get_the_weight_of_their_completion():
-    rows = [make_row(1, 1), replace(make_row(1, 1), index=5)]
-    assert [row.weight for row in weighted(rows, torch.tensor([0, 5]), torch.tensor([0.5, 0.25]))] == [0.5, 0.25]
+def bundles_of(chunk):
+    groups = dict.fromkeys(row.group for row in chunk)
+    return [[row for row in chunk if row.group == group] for group in groups]
 
 
-@pytest.mark.parametrize("max_tokens", [1, 16, 40, 10_000])
-def test_micro_batches_hold_every_row_once_within_the_budget(max_tokens):
-    batch, payload = make_batch(num_groups=6, seed=1)
-    groups = group_rows(batch, payload, range(6), group_advantage)
-    rows = [row for rows in groups.values() for row in rows]
-    packed = [pad(chunk, CPU) for chunk in chunks(rows, max_tokens)]
-    assert sum(len(micro_batch.tokens_BT) for micro_batch in packed) == len(rows)
-    assert sum(int(micro_batch.loss_mask_BT.sum()) for micro_batch in packed) == sum(
-        row.num_loss_tokens for row in rows
-    )
-    assert all(micro.num_padded_tokens <= max_tokens or len(micro.tokens_BT) == 1 for micro in packed)
-    widths = [micro_batch.tokens_BT.shape[1] for micro_batch in packed]
-    assert widths == sorted(widths, reverse=True)
-    assert torch.equal(pad(next(chunks(rows, max_tokens)), CPU).tokens_BT, packed[0].tokens_BT)
+@given(GROUPS, st.integers(1, 300))
+def test_micro_batches_hold_every_row_once_within_the_budget_and_groups_side_by_side(groups, max_tokens):
+    rows = rows_of(groups)
+    chunks = micro_batches(rows, max_tokens)
+    assert sorted(id(row) for chunk in chunks for row in chunk) == sorted(map(id, rows))
+    for chunk in chunks:
+        assert [row.group for row in chunk] == [row.group for bundle in bundles_of(chunk) for row in bundle]
+        assert sum(map(num_computed, bundles_of(chunk))) <= max_tokens or len(chunk) == 1
+        assert pack(chunk, CPU).work.num_computed_tokens == sum(map(num_computed, bundles_of(chunk)))
+
+
+@given(GROUPS, st.integers(1, 300))
+def test_micro_batches_follow_from_groups_and_lengths_alone(groups, max_tokens):
+    again = micro_batches(rows_of(groups), max_tokens)
+    for chunk, same in zip(micro_batches(rows_of(groups), max_tokens), again, strict=True):
+        assert [(row.group, row.num_tokens) for row in chunk] == [(row.group, row.num_tokens) for row in same]
+
+
+def test_micro_batches_are_about_equally_large():
+    rng = np.random.default_rng(0)
+    rows = [make_row(10, int(num), group=group) for group in range(64) for num in rng.integers(20, 60, 8)]
+    sizes = [pack(chunk, CPU).work.num_computed_tokens for chunk in micro_batches(rows, 2048)]
+    assert max(sizes) <= 2048
+    assert min(sizes) > 0.8 * max(sizes)
+
+
+@pytest.mark.parametrize("max_tokens", [1, 70, 10_000])
+def test_a_group_larger_than_the_budget_is_spread_and_each_part_has_the_prompt(max_tokens):
+    rows = [make_row(20, 30) for _ in range(5)]
+    sizes = [pack(chunk, CPU).work.num_computed_tokens for chunk in micro_batches(rows, max_tokens)]
+    assert sum(sizes) == 5 * 29 + 20 * len(sizes)
+    assert len(sizes) == {1: 5, 70: 5, 10_000: 1}[max_tokens]

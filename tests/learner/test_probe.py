@@ -8,7 +8,7 @@ import torch
 
 from asyncdapo.errors import RunError
 from asyncdapo.learner.probe import Pair
-from tests.learner.tiny import VOCAB_SIZE, make_batch, make_learner, save_tiny_llama, tiny_llama
+from tests.learner.tiny import VOCAB_SIZE, make_batch, make_learner, save_tiny_llama, tiny_llama, train
 
 TEMPERATURE = 0.7
 
@@ -51,13 +51,13 @@ def test_a_run_with_probes_trains_as_one_without(path):
     for step in (1, 2):
         with_probes.logprobs(step - 1, pairs((3, 5), (8, 14)))
         for learner in (with_probes, without):
-            learner.train(*make_batch(step))
+            train(learner, *make_batch(step))
     assert with_probes.digest() == without.digest()
     assert with_probes.digest() != make_learner(path).digest()
 
 
 def test_a_version_that_the_learner_does_not_have_is_refused(path):
     learner = make_learner(path)
-    learner.train(*make_batch(1))
+    train(learner, *make_batch(1))
     with pytest.raises(RunError, match=r"version 0 were asked of a learner that has version 1"):
         learner.logprobs(0, pairs((3, 5)))

@@ -8,6 +8,7 @@ import torch
 
 from asyncdapo.dapo import group_advantage
 from asyncdapo.learner.config import LossConfig
+from asyncdapo.learner.packing import Work
 from asyncdapo.learner.rows import group_rows
 from asyncdapo.learner.step import accumulate_gradient
 from tests.learner.tiny import make_batch, tiny_llama
@@ -44,7 +45,7 @@ def test_every_micro_batch_size_gives_the_same_gradient_and_sums(max_tokens):
 
     whole, whole_part = gradient_and_part(10_000)
     parts, parts_part = gradient_and_part(max_tokens)
-    assert parts_part.num_padded_tokens < whole_part.num_padded_tokens
+    assert parts_part.work.num_computed_tokens >= whole_part.work.num_computed_tokens
     assert (parts - whole).norm() <= 1e-6 * whole.norm()
     assert whole.norm() > 0
     assert parts_part.loss == pytest.approx(whole_part.loss, rel=1e-9)
@@ -133,7 +134,7 @@ def test_without_a_loss_bearing_token_there_is_no_forward_pass_and_no_loss():
     for row in rows:
         row.loss_mask[:] = False
     part = accumulate(tiny_llama(), rows)
-    assert (part.loss, part.sums.num_tokens, part.num_padded_tokens) == (0.0, 0, 0)
+    assert (part.loss, part.sums.num_tokens, part.work) == (0.0, 0, Work())
 
 
 def test_sums_describe_ratio_divergence_and_clipping():

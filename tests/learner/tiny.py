@@ -6,13 +6,19 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from asyncdapo.learner.attention import NAME
 from asyncdapo.learner.config import LearnerConfig, LossConfig, ModelConfig
 from asyncdapo.learner.group import ALONE, Ranks
 from asyncdapo.learner.learner import Learner
+from asyncdapo.learner.rows import Row
 from asyncdapo.messages import Batch, Completion, Group
 from asyncdapo.payload import Payload
 
 VOCAB_SIZE = 29
+MEASURED = {"learner/train_s", "learner/tflops", "learner/mfu", "learner/peak_gib"}
+"""Metrics that no two runs of the same step have alike."""
+CUT = {"learner/forward_tokens", "learner/shared_ratio"}
+"""Metrics that depend on how an update is cut into micro-batches and ranks."""
 SHAPE = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 32,
@@ -27,7 +33,9 @@ SHAPE = {
 
 def tiny_llama(seed: int = 0, **changes) -> LlamaForCausalLM:
     torch.manual_seed(seed)
-    return LlamaForCausalLM(LlamaConfig(**{**SHAPE, "tie_word_embeddings": True, **changes})).eval()
+    return LlamaForCausalLM(
+        LlamaConfig(**{**SHAPE, "tie_word_embeddings": True, "attn_implementation": NAME, **changes})
+    ).eval()
 
 
 def save_tiny_llama(directory: Path, **changes) -> str:
@@ -109,4 +117,23 @@ def make_group(
         num_prompt_tokens=num_prompt_tokens,
         completions=completions,
         generate_s=0.1,
+    )
+
+
+def train(learner: Learner, batch: Batch, payload: Payload) -> dict[str, float]:
+    """One train step on a batch that nobody prepared before."""
+    return learner.train(learner.prepare(batch, payload))
+
+
+def make_row(num_prompt_tokens: int, num_tokens: int, advantage: float = 1.0, *, group: int = 0, **columns) -> Row:
+    """Tokens are numbered within prompt and response."""
+    return Row(
+        index=0,
+        group=group,
+        prompt_ids=np.arange(num_prompt_tokens, dtype=np.int32),
+        token_ids=np.arange(num_tokens, dtype=np.int32),
+        rollout_logprobs=-np.ones(num_tokens, dtype=np.float32),
+        advantage=advantage,
+        staleness=0,
+        **{"loss_mask": np.ones(num_tokens, dtype=bool), **columns},
     )

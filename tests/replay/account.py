@@ -156,8 +156,9 @@ class Account:
         """Whether a cut would have to wait for running leases."""
         if self.barrier:
             return bool(self.leases)
+        early = self.num_cut > self.published and not self.at_limit
         late = [lease for lease in self.leases.values() if not self.fits(self.lease_version(lease), self.next_step + 1)]
-        return self.config.on_stale == "wait" and bool(late)
+        return (early or self.config.on_stale == "wait") and bool(late)
 
     def cut_is_due(self) -> bool:
         return self.at_limit or (self.wanted == self.next_step and self.num_ready() >= self.size)

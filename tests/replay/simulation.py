@@ -140,11 +140,14 @@ class Simulation:
         self.tell(core.Ready(worker=index, credits=credits))
 
     def _load(self) -> None:
-        """Some version that was published since; a publish that is never loaded is one that was lost."""
+        """Some version that was sent since; a publish that is never loaded is one that was lost. It is sent while the
+        account of its step is on its way, so a worker may have it first."""
         index = self._one_of(list(self.workers))
         worker = self.workers[index]
-        if worker.loaded < self.num_published:
-            worker.loaded += 1 + self._pick(self.num_published - worker.loaded)
+        has_batch = self.num_trained < min(self.num_asked, self.truth.num_cut)
+        sent = min(self.num_trained + has_batch, self.num_published + 1)
+        if worker.loaded < sent:
+            worker.loaded += 1 + self._pick(sent - worker.loaded)
             self.tell(core.Loaded(worker=index, version=worker.loaded))
 
     def _die(self) -> None:
@@ -196,9 +199,10 @@ class Simulation:
         self.tell(self._one_of(self.echoes))
 
     def _learner_steps(self) -> list[Callable[[], None]]:
-        """Ask for the next batch (again), train the batch, publish the weights; asking need not wait for publishing."""
+        """Ask for the next batch (again), train the batch, publish the weights; asking waits neither for publishing nor
+        for training, but at most one batch is ahead of the one that is trained."""
         steps = [self._want_old] if self.num_trained else []
-        if self.num_asked == self.num_trained or self.num_asked > self.truth.num_cut:
+        if self.num_asked <= self.num_trained + 1 or self.num_asked > self.truth.num_cut:
             steps.append(self._want)
         if self.num_trained < min(self.num_asked, self.truth.num_cut):
             steps.append(self._train)
@@ -207,7 +211,8 @@ class Simulation:
         return steps
 
     def _want(self) -> None:
-        self.num_asked = self.num_trained + 1
+        if self.num_asked <= self.truth.num_cut:
+            self.num_asked += 1
         self.tell(core.CutWanted(step=self.num_asked))
 
     def _want_old(self) -> None:

@@ -90,7 +90,8 @@ class ManyWorkers:
                 self.trained += 1
                 scenario.train(self.trained)
             else:
-                scenario.tell(core.CutWanted(step=self.trained + 1))
+                early = self.schedule.random() < 0.5  # asked for while the batch before is trained
+                scenario.tell(core.CutWanted(step=len(scenario.batches) + 1 if early else self.trained + 1))
         return scenario.batches
 
     def _anything(self) -> None:

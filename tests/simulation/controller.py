@@ -104,7 +104,7 @@ class Controller(Process):
         self.world.launched = True
         checkpoint = self._survey()
         await self._bring_up(self.replay, partial(Replay, self.world, None if new else self.step))
-        await self._bring_up(self.learner, partial(Learner, self.world, checkpoint))
+        await self._bring_up(self.learner, partial(Learner, self.world, checkpoint, self.steps))
         for index, slot in enumerate(self.workers):
             await self._bring_up(slot, partial(Rollout, self.world, index))
         self.version, self.branch = self.step, self.replay.process.server.branch
@@ -173,7 +173,7 @@ class Controller(Process):
             self.evaluating = None
         await asyncio.sleep(RESTART_S)
         checkpoint = self._survey()
-        await self._bring_up(self.learner, partial(Learner, self.world, checkpoint))
+        await self._bring_up(self.learner, partial(Learner, self.world, checkpoint, self.steps))
         self.branch = await self.replay.ask(lambda replay: replay.server.roll_back(self.step, "the learner died"))
         self.version = self.step
         await self._publish_again()
@@ -201,10 +201,12 @@ class Controller(Process):
             summary = await self.learner.call(lambda learner: learner.train_step())
             self.version = step
         faults.point("after_train")
-        metrics = await self.replay.ask(lambda replay: replay.server.trained(step, summary))
-        self.world.judge.step_done(step, metrics)
-        faults.point("after_trained")
-        await self._publish()
+        both = [self.spawn(self._account(step, summary)), self.spawn(self._publish())]
+        try:
+            await asyncio.gather(*both)
+        finally:
+            for task in both:
+                task.cancel()
         faults.point("after_publish")
         await self.replay.ask(lambda replay: replay.server.published(step))
         self.step = step
@@ -212,6 +214,11 @@ class Controller(Process):
             await self._checkpoint()
         if self.plan.evaluates and self.evaluating is None:
             self.evaluating = self.spawn(self._evaluate(share=0.5))
+
+    async def _account(self, step: int, summary: dict[str, float]) -> None:
+        metrics = await self.replay.ask(lambda replay: replay.server.trained(step, summary))
+        self.world.judge.step_done(step, metrics)
+        faults.point("after_trained")
 
     async def _checkpoint(self) -> None:
         await self.learner.call(lambda learner: learner.save(self.step))

@@ -117,6 +117,14 @@ class Judge:
         """A worker gets no more than it has asked for."""
         assert session is None or message.number <= session.asked, "granted without a credit"
 
+    def batch_cut(self, batch: Batch, *, early: bool) -> None:
+        """A batch has come, perhaps to a learner that still trains the one before. It is this batch for good."""
+        self.world.note("early batches" if early else "", f"batch {batch.step} has come")
+        assert batch.branch == self.branch, "a batch of another branch"
+        members = [(group.prompt_id, group.lease_id) for group in batch.groups]
+        assert self.known.setdefault(batch.step, members) == members, "a batch that was cut is another one now"
+        assert self.copies.setdefault(batch.step, batch.copies) == batch.copies, "it has other copies now"
+
     def batch_arrived(self, learner: Learner, batch: Batch, payload: Payload) -> None:
         plan, step = self.world.plan, batch.step
         self.world.note("batches", f"batch {step} of prompts {[group.prompt_id for group in batch.groups]}")

@@ -9,8 +9,10 @@ import asyncio
 from typing import TYPE_CHECKING
 
 from asyncdapo import faults
+from asyncdapo.learner.batches import Batches
 from asyncdapo.learner.feed import BatchFeed
-from asyncdapo.messages import NoBatch
+from asyncdapo.messages import Batch, NoBatch
+from asyncdapo.payload import Payload
 from tests.simulation.disk import Checkpoint
 from tests.simulation.process import Process
 from tests.simulation.replay import LEARNER_ADDRESS
@@ -27,27 +29,36 @@ class Learner(Process):
 
     role = "learner"
 
-    def __init__(self, world: World, checkpoint: Checkpoint | None) -> None:
+    def __init__(self, world: World, checkpoint: Checkpoint | None, last_step: int) -> None:
         super().__init__(world, "learner")
         self.lineage = list(checkpoint.lineage) if checkpoint else [0]
         """Number of the weights of each version, the initial ones first; no two are ever the same."""
         self.trained = dict(checkpoint.trained) if checkpoint else {}
         """(prompt_id, group_id) of the groups of each batch."""
-        self._feed: BatchFeed = self.inside(BatchFeed, LEARNER_ADDRESS)
+        feed = self.inside(BatchFeed, LEARNER_ADDRESS)
+        self._batches: Batches[tuple[Batch, Payload]] = Batches(feed, self._prepare, spawn=self.spawn)
+        self._last_step = last_step
 
     async def take_batch(self, step: int) -> str:
         """Returns why there is none, once the data is used up."""
-        answer = await self._feed.take(step)
-        if isinstance(answer, NoBatch):
-            return answer.reason
-        self._batch, payload = answer
+        preparing = await self._batches.receive(step)
+        if isinstance(preparing, NoBatch):
+            return preparing.reason
+        self._batch, payload = await preparing
         self.world.judge.batch_arrived(self, self._batch, payload)
         return ""
 
+    async def _prepare(self, batch: Batch, payload: Payload) -> tuple[Batch, Payload]:
+        """Perhaps while another batch is trained."""
+        self.world.judge.batch_cut(batch, early=batch.step > len(self.lineage))
+        return batch, payload
+
     async def train_step(self) -> dict[str, float]:
         faults.point("before_train")
-        await asyncio.sleep(self.world.plan.train_s)
         step = self._batch.step
+        if step < self._last_step:
+            self._batches.ask(step + 1)
+        await asyncio.sleep(self.world.plan.train_s)
         self.lineage.append(self.world.new_weights())
         self.trained[step] = [(group.prompt_id, group.lease_id) for group in self._batch.groups]
         faults.point("after_train")

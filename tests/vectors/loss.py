@@ -21,7 +21,7 @@ from asyncdapo.dapo_variants import (
     policy_loss,
     response_ratio,
 )
-from asyncdapo.learner.model import entropy
+from asyncdapo.learner.logprobs import linear_logprobs
 from tests.vectors.file import Inputs
 
 VARIANTS = {"ppo": "ppo", "gspo": "gspo", "cispo": "cispo", "decoupled": "ppo"}
@@ -186,7 +186,9 @@ def check_tis(inputs: Inputs) -> dict[str, Any]:
 
 
 def check_entropy(inputs: Inputs) -> dict[str, Any]:
-    entropy_N = entropy((inputs.tensor("logits") / inputs["temperature"]).log_softmax(-1))
+    logits_NV = inputs.tensor("logits")
+    identity_VV, any_N = torch.eye(logits_NV.shape[-1], dtype=logits_NV.dtype), torch.zeros(len(logits_NV)).long()
+    _, entropy_N = linear_logprobs(logits_NV, identity_VV, any_N, temperature=inputs["temperature"])
     mask_N = inputs.mask("mask")
     return {"entropy": entropy_N, "mean_entropy": _share(torch.where(mask_N, entropy_N, 0.0), mask_N)}
 

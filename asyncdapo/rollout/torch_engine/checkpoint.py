@@ -8,7 +8,7 @@ Does not own: the layout in which weights are computed with (`weights.py`).
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -18,33 +18,19 @@ from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from asyncdapo.errors import ConfigError
-from asyncdapo.rollout.config import MODEL_TYPES
 from asyncdapo.rollout.model_files import locate, read_config, stop_token_ids
+from asyncdapo.shape import MODEL_TYPES, Shape, read_shape
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Rotary variants whose frequencies don't depend on the length of the sequence."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelShape:
-    """Sizes and switches of a llama-family decoder."""
+class ModelShape(Shape):
+    """What the engine needs to know besides the sizes."""
 
-    num_layers: int
-    hidden_size: int
-    intermediate_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    vocab_size: int
     max_positions: int
     norm_eps: float
-    tied_embeddings: bool
-    """The output projection is the embedding, and a checkpoint has it once."""
-    qkv_bias: bool
-    out_bias: bool
-    mlp_bias: bool
-    qk_norm: bool
-    """RMS norm of every query and key head before the rotation (Qwen3)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,23 +104,8 @@ def _sliding_window(config: PretrainedConfig) -> int | None:
 
 
 def _shape(config: PretrainedConfig) -> ModelShape:
-    biases = getattr(config, "attention_bias", False)
-    return ModelShape(
-        num_layers=config.num_hidden_layers,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_heads=config.num_attention_heads,
-        num_kv_heads=config.num_key_value_heads,
-        head_dim=_head_dim(config),
-        vocab_size=config.vocab_size,
-        max_positions=config.max_position_embeddings,
-        norm_eps=config.rms_norm_eps,
-        tied_embeddings=config.tie_word_embeddings,
-        qkv_bias=biases or config.model_type == "qwen2",
-        out_bias=biases,
-        mlp_bias=getattr(config, "mlp_bias", False),
-        qk_norm=config.model_type == "qwen3",
-    )
+    sizes = asdict(read_shape(config.to_dict()))
+    return ModelShape(**sizes, max_positions=config.max_position_embeddings, norm_eps=config.rms_norm_eps)
 
 
 def _head_dim(config: PretrainedConfig) -> int:

@@ -1,0 +1,184 @@
+"""Shape: sizes of a decoder of the llama family, and what follows from them by formula. Pure.
+
+In: what a config.json says. Out: parameters, floating point operations, bytes of keys and values, bytes that a forward
+pass keeps for the backward pass. Nothing of it is measured; tests hold it against models of such shapes.
+
+Operations are those that the mathematics of the model needs, 2 for a multiplication and an addition: matrix products of
+the blocks, logits, attention over the (query, key) pairs that attend. Norms, activation functions and the softmax are
+left out, below 1 %. A backward pass takes twice a forward pass: the gradients of both factors of every product. What is
+computed a second time to save memory (`learner.activation_checkpointing`, log-probs) isn't counted: it is no progress.
+MFU is then operations / seconds / the peak of the hardware (Chowdhery et al. 2022, PaLM, appendix B).
+
+Does not own: how much memory there is, what a configuration makes of it (`controller.sizes`).
+
+Letters in comments: H hidden size, I intermediate size, Q query heads, K key/value heads, D numbers of a head, V
+vocabulary, n bytes of a number.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+"""`model_type`s whose formulas are known; those that the torch engine computes."""
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
+FLOAT32_BYTES = DTYPE_BYTES["float32"]
+TOKEN_BYTES = 8
+SIZES = {"num_attention_heads", "num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size"}
+
+PEAK_FLOPS = {
+    "GB200": 2500e12,
+    "B200": 2250e12,
+    "GH200": 989e12,
+    "H200 NVL": 835e12,
+    "H200": 989e12,
+    "H100 NVL": 835e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "A40": 150e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "L4": 121e12,
+}
+"""Operations a second in bfloat16 as the makers' data sheets have them, dense: theirs with sparsity are twice as many.
+By the words of the GPU's name as torch gives it."""
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Of the GPU of this name, such as `NVIDIA H100 80GB HBM3`; None for one that isn't known, or a part of one."""
+    words = set(re.split(r"[^A-Za-z0-9]+", device_name))
+    known = [name for name in PEAK_FLOPS if words >= set(name.split())]
+    return PEAK_FLOPS[max(known, key=len)] if known and "MIG" not in words else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """Sizes and switches of a decoder of the llama family."""
+
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    tied_embeddings: bool
+    """The output projection is the embedding, and a checkpoint has it once."""
+    qkv_bias: bool
+    out_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    """RMS norm of every query and key head before the rotation (Qwen3)."""
+
+    @property
+    def num_parameters(self) -> int:
+        hidden, inner, queries = self.hidden_size, self.intermediate_size, self.num_heads * self.head_dim
+        qkv = queries + 2 * self.num_kv_heads * self.head_dim
+        biases = self.qkv_bias * qkv + self.out_bias * hidden + self.mlp_bias * (2 * inner + hidden)
+        norms = 2 * hidden + self.qk_norm * 2 * self.head_dim
+        embeddings = (1 if self.tied_embeddings else 2) * self.vocab_size * hidden
+        return embeddings + self.num_layers * (self.num_block_products + biases + norms) + hidden
+
+    @property
+    def num_block_products(self) -> int:
+        """Parameters of the matrices of a block: queries, keys, values, output; gate, up, down."""
+        queries, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        return self.hidden_size * (2 * queries + 2 * keys) + 3 * self.hidden_size * self.intermediate_size
+
+    # -------------------------------------------------------------------------------------------------- operations
+
+    def forward_flops(self, num_tokens: int, num_logit_tokens: int, num_pairs: int) -> int:
+        """Of a forward pass: `num_tokens` that go through the blocks, of which `num_logit_tokens` have their logits
+        computed; `num_pairs` of a query and a key that attend, each counted once, whatever the heads."""
+        blocks = 2 * self.num_layers * self.num_block_products * num_tokens
+        logits = 2 * self.hidden_size * self.vocab_size * num_logit_tokens
+        attention = 4 * self.num_layers * self.num_heads * self.head_dim * num_pairs  # scores, then a sum of values
+        return blocks + logits + attention
+
+    def train_flops(self, num_tokens: int, num_logit_tokens: int, num_pairs: int) -> int:
+        """Of a forward and a backward pass over the same."""
+        return 3 * self.forward_flops(num_tokens, num_logit_tokens, num_pairs)
+
+    # ------------------------------------------------------------------------------------------------------ memory
+
+    def kv_bytes(self, dtype: str) -> int:
+        """Bytes of a token's keys and values."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * DTYPE_BYTES[dtype]
+
+    def attention_bytes(self, dtype: str, *, flash: bool) -> int:
+        """Bytes that a token leaves in a block for the backward pass, but for those inside of the MLP.
+
+        A norm keeps its input in float32 (n + 4 with the normalised values, and the reciprocal root); the products
+        behind it keep its output. Attention keeps queries, keys, values, its result and a number a head for its
+        softmax. With `flash`, the kernel of half precision on a GPU, keys and values are repeated for all query heads;
+        without, the result is put in order again, which is a copy.
+        """
+        size, hidden = DTYPE_BYTES[dtype], self.hidden_size
+        queries, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        norms = 2 * (_norm_bytes(hidden, size) + size * hidden)
+        if self.qk_norm:
+            norms += (self.num_heads + self.num_kv_heads) * _norm_bytes(self.head_dim, size)
+        numbers = 4 * queries if flash else 3 * queries + 2 * keys
+        return norms + size * numbers + FLOAT32_BYTES * self.num_heads
+
+    def mlp_bytes(self, dtype: str) -> int:
+        """Bytes that a token leaves inside of an MLP: gate, its activation, up, their product."""
+        return 4 * self.intermediate_size * DTYPE_BYTES[dtype]
+
+    def kept_bytes(self, dtype: str, checkpointing: str, *, flash: bool) -> int:
+        """Bytes that a token leaves behind in a forward pass for the backward pass, up to the hidden states that logits
+        are made of, under this `learner.activation_checkpointing`. torch.compile keeps less."""
+        size = DTYPE_BYTES[dtype]
+        of_a_block = {
+            "none": self.attention_bytes(dtype, flash=flash) + self.mlp_bytes(dtype),
+            "selective": self.attention_bytes(dtype, flash=flash),
+            "full": size * self.hidden_size,
+        }[checkpointing]
+        last_norm = _norm_bytes(self.hidden_size, size) + size * self.hidden_size
+        rotation = 2 * size * self.head_dim
+        return self.num_layers * of_a_block + last_norm + rotation + TOKEN_BYTES
+
+    def work_bytes(self, dtype: str, checkpointing: str, *, flash: bool) -> int:
+        """Bytes that the backward pass has for a token at its peak, besides those kept: in a block what it computes
+        again, the gradients of two tensors inside of the MLP, and those of its output and its input; or in the last
+        norm its output's gradient and four float32 tensors on the way to its input's."""
+        size, hidden = DTYPE_BYTES[dtype], self.hidden_size
+        again = {
+            "none": 0,
+            "selective": self.mlp_bytes(dtype),
+            "full": self.attention_bytes(dtype, flash=flash) + self.mlp_bytes(dtype),
+        }[checkpointing]
+        of_a_block = again + size * (2 * self.intermediate_size + 2 * hidden)
+        return max(of_a_block, (size + 4 * FLOAT32_BYTES) * hidden)
+
+
+def _norm_bytes(width: int, size: int) -> int:
+    """Of an RMS norm of one token (or head): input in float32, normalised input, reciprocal root; not its output."""
+    return (FLOAT32_BYTES + size) * width + FLOAT32_BYTES
+
+
+def read_shape(config: Mapping[str, Any]) -> Shape | None:
+    """The shape that a config.json describes; None for a kind of model whose formula isn't known here."""
+    kind = config.get("model_type")
+    if kind not in MODEL_TYPES or not config.keys() >= SIZES:
+        return None
+    heads, biases = config["num_attention_heads"], config.get("attention_bias", False)
+    return Shape(
+        num_layers=config["num_hidden_layers"],
+        hidden_size=config["hidden_size"],
+        intermediate_size=config["intermediate_size"],
+        num_heads=heads,
+        num_kv_heads=config.get("num_key_value_heads") or heads,
+        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+        vocab_size=config["vocab_size"],
+        tied_embeddings=config.get("tie_word_embeddings", False),
+        qkv_bias=biases or kind == "qwen2",
+        out_bias=biases,
+        mlp_bias=config.get("mlp_bias", False),
+        qk_norm=kind == "qwen3",
+    )
