@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -11,7 +12,8 @@ from asyncdapo.errors import RunError, UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse the command line, measure, return the exit code: 1 for a wrong result, 2 for what can't be measured."""
+    """Parse the command line, measure, return the exit code: 1 for a wrong result, 2 for what can't be measured, 130
+    when it is interrupted."""
     parser = argparse.ArgumentParser(prog="python -m asyncdapo.bench", description="Measure a stage of asyncdapo.")
     benches = parser.add_subparsers(required=True, metavar="NAME")
     options.add_to(
@@ -33,7 +35,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RunError as error:
         print(f"asyncdapo.bench: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("asyncdapo.bench: interrupted", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: processes and files of the bench go
     sys.exit(main())

@@ -59,6 +59,12 @@ class Peaks:
     """Best product of large matrices, for each dtype."""
     data_sheet: float | None
     """Of a GPU that is known: dense, bfloat16."""
+    on_gpu: bool
+
+    def of(self, dtype: str) -> float:
+        """What MFU is measured against: on a GPU the dtype's own; on a CPU the best of all, since one without bfloat16
+        instructions multiplies such matrices far slower than a model in it is trained."""
+        return self.measured[dtype] if self.on_gpu else max(self.measured.values())
 
 
 def batch_lines(name: str, groups: Sequence[GroupLengths]) -> str:
@@ -80,7 +86,8 @@ def peak_lines(peaks: Peaks, threads: int, gpu: str | None) -> str:
     where = gpu or f"{threads} CPU threads"
     rates = ", ".join(f"{dtype} {rate / 1e12:,.3g}" for dtype, rate in peaks.measured.items())
     sheet = f"; data sheet, dense bfloat16: {peaks.data_sheet / 1e12:,.0f}" if peaks.data_sheet else ""
-    return f"peak, TFLOP/s: products of large matrices on {where} in this run: {rates}{sheet}"
+    best = "" if peaks.on_gpu or len(peaks.measured) == 1 else " (the fastest counts)"
+    return f"peak, TFLOP/s: products of large matrices on {where} in this run: {rates}{best}{sheet}"
 
 
 def table_lines(rows: Sequence[Measured], peaks: Peaks, num_tokens: int) -> str:
@@ -97,7 +104,7 @@ def table_lines(rows: Sequence[Measured], peaks: Peaks, num_tokens: int) -> str:
         rates = [num_tokens / seconds for seconds in row.seconds]
         line = [row.variant.name, f"{num_tokens / row.step_s:,.0f}", f"({min(rates):,.0f}-{max(rates):,.0f})"]
         line += [f"{other.step_s / row.step_s:.2f}" if other else "-" for other in (best_trl, padded)]
-        line += [_share(row, peaks.measured[row.variant.dtype])]
+        line += [_share(row, peaks.of(row.variant.dtype))]
         line += [_share(row, peaks.data_sheet)] if peaks.data_sheet else []
         lines.append([*line, f"{row.peak_bytes / MIB:,.0f}", f"{row.loss:.6f}", f"{row.grad_norm:.6f}"])
     return _aligned(lines)

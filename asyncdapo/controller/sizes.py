@@ -106,7 +106,9 @@ def learner_measured(forecast_bytes: int, metrics: Mapping[str, float]) -> str:
 
 def _dtype(config: Config, on_gpu: bool) -> str:
     dtype = config.learner.dtype
-    return {True: "bfloat16", False: "float32"}[on_gpu] if dtype == "auto" else dtype
+    if dtype == "auto":
+        return config.rollout.dtype if on_gpu else "float32"
+    return dtype
 
 
 def _longest(config: Config) -> int:

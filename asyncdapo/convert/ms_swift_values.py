@@ -85,7 +85,7 @@ def warmup(updates: Any, steps: Any) -> Any:
 def microbatch(per_device: Any, response: Any, prompt: Any) -> Any:
     if per_device is None or prompt is None:
         return None
-    return Made(whole(per_device) * (whole(response) + whole(prompt)), "completions there, padded tokens here")
+    return Made(whole(per_device) * (whole(response) + whole(prompt)), "completions there, computed tokens here")
 
 
 def gpus_of(processes: Any, nodes: Any, parallel: Any, mode: Any, *sizes: Any) -> Gpus | None:

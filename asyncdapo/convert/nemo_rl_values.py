@@ -182,7 +182,7 @@ def microbatch(completions: Any, total: Any, packing: Any, packed: Any) -> Any:
         return packed
     if completions is None or total is None:
         return None
-    return Made(whole(completions) * whole(total), "completions there, padded tokens here")
+    return Made(whole(completions) * whole(total), "completions there, computed tokens here")
 
 
 def gpus_of(nodes: Any, each: Any, parallel: Any, together: Any, *step: Any) -> Gpus | None:

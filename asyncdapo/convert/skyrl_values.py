@@ -131,4 +131,4 @@ def eval_samples(count: Any, temperature: Any, top_p: Any, longest: Any, files: 
 def microbatch(completions: Any, prompt: Any, response: Any) -> Any:
     if completions is None:
         return None
-    return Made(whole(completions) * (whole(prompt) + whole(response)), "completions there, padded tokens here")
+    return Made(whole(completions) * (whole(prompt) + whole(response)), "completions there, computed tokens here")

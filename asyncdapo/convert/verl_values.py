@@ -62,7 +62,7 @@ def microbatch(tokens: Any, dynamic: Any, completions: Any, prompt: Any, respons
         return None if tokens is None else whole(tokens)
     if completions is None:
         return None
-    return Made(whole(completions) * (whole(prompt) + whole(response)), "completions there, padded tokens here")
+    return Made(whole(completions) * (whole(prompt) + whole(response)), "completions there, computed tokens here")
 
 
 def groups_per_update(*step: Any) -> int:

@@ -4,7 +4,8 @@ In: queries, keys and values of a block, and the `layout` of the micro-batch, wh
 a keyword. Out: what plain causal attention over every single sequence gives. Without a layout it is plain causal
 attention over right-padded rows, as the model's own.
 
-    half precision on a GPU   the variable-length flash kernel of `torch.nn.attention.varlen`: no padding, no repetition
+    half precision on a GPU   the variable-length flash kernel of `torch.nn.attention.varlen`: no padding, for
+                              heads that it takes
     everything else           `scaled_dot_product_attention` over a few padded rectangles: on a CPU it measures best
 
 `torch.compile` leaves it out (one break in each block's graph), so that no length or layout is compiled in.
@@ -27,6 +28,8 @@ from asyncdapo.learner.model_path import KEY
 
 NAME = "packed"
 HALF = (torch.bfloat16, torch.float16)
+MAX_HEAD_DIM = 256
+"""Of the flash kernel, which also wants multiples of 8."""
 UNSUPPORTED = ("softcap", "s_aux", "attention_bias", "position_bias")
 """What some models ask of attention beyond a causal softmax."""
 
@@ -52,7 +55,7 @@ def packed_attention(
     if layout is None:
         return _causal(query_1NSD, key_1MSD, value_1MSD, scaling, sliding_window).transpose(1, 2), None
     flat = [tensor[0].transpose(0, 1) for tensor in (query_1NSD, key_1MSD, value_1MSD)]
-    if _has_kernel(query_1NSD):
+    if _has_kernel(query_1NSD, value_1MSD):
         return _by_segments(*flat, layout.segments, scaling, sliding_window)[None], None
     return _by_rectangles(*flat, layout.rectangles, scaling, sliding_window)[None], None
 
@@ -60,9 +63,11 @@ def packed_attention(
 AttentionInterface.register(NAME, packed_attention)
 
 
-def _has_kernel(query: Tensor) -> bool:
-    """Whether there is a variable-length kernel for it."""
-    return query.is_cuda and query.dtype in HALF
+def _has_kernel(query: Tensor, value: Tensor) -> bool:
+    """Whether there is a variable-length kernel for them."""
+    head_dim = query.shape[-1]
+    fits = head_dim == value.shape[-1] and head_dim % 8 == 0 and head_dim <= MAX_HEAD_DIM
+    return query.is_cuda and query.dtype in HALF and fits
 
 
 def _by_rectangles(
@@ -87,12 +92,15 @@ def _causal(
     query_BNTD: Tensor, key_BMTD: Tensor, value_BMTD: Tensor, scaling: float | None, window: int | None
 ) -> Tensor:
     """Over rows that begin together; [B, N, T, D]."""
+    if query_BNTD.is_cuda:  # no kernel but flash's has grouped heads: others would make a [B, N, T, T] tensor
+        key_BMTD, value_BMTD = (_for_each_query_head(heads, query_BNTD) for heads in (key_BMTD, value_BMTD))
     num_tokens = query_BNTD.shape[2]
     options: dict[str, Any] = {"is_causal": True}
     if window is not None and window < num_tokens:
         near_TT = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=query_BNTD.device)
         options = {"attn_mask": near_TT.tril() & near_TT.triu(1 - window)}
-    return scaled_dot_product_attention(query_BNTD, key_BMTD, value_BMTD, scale=scaling, enable_gqa=True, **options)
+    options["enable_gqa"] = query_BNTD.shape[1] != key_BMTD.shape[1]
+    return scaled_dot_product_attention(query_BNTD, key_BMTD, value_BMTD, scale=scaling, **options)
 
 
 def _by_segments(
@@ -103,9 +111,8 @@ def _by_segments(
 
     if segments.keys_K is not None:
         key_SMD, value_SMD = (gather_rows(flat, segments.keys_K) for flat in (key_SMD, value_SMD))
-    num_repeats = query_SND.shape[1] // key_SMD.shape[1]
-    if num_repeats > 1:  # torch 2.11 has no `enable_gqa`
-        key_SMD, value_SMD = (flat.repeat_interleave(num_repeats, dim=1) for flat in (key_SMD, value_SMD))
+    # torch 2.11 has no `enable_gqa`
+    key_SMD, value_SMD = (_for_each_query_head(flat, query_SND) for flat in (key_SMD, value_SMD))
     return varlen_attn(
         query_SND.contiguous(),
         key_SMD.contiguous(),
@@ -117,6 +124,12 @@ def _by_segments(
         scale=scaling,
         window_size=(-1 if window is None else window - 1, 0),
     )
+
+
+def _for_each_query_head(heads: Tensor, query: Tensor) -> Tensor:
+    """Keys or values, their heads in the second dimension, repeated where several query heads share one."""
+    num_repeats = query.shape[1] // heads.shape[1]
+    return heads.repeat_interleave(num_repeats, dim=1) if num_repeats > 1 else heads
 
 
 class _GatherRows(torch.autograd.Function):

@@ -164,7 +164,7 @@ class LearnerConfig:
     ranks: int = 1
     """Processes that share every update's groups; each holds all weights and its own optimizer states."""
     tokens_per_microbatch: int = 4096
-    """Padded tokens in one forward pass: the memory knob; results don't depend on it."""
+    """Computed tokens of a forward pass: the memory knob; results don't depend on it."""
     max_bad_updates: int = 3
     """Updates skipped for a NaN or Inf loss or gradient before the run ends."""
     checkpoint_every: int = 50
@@ -174,13 +174,13 @@ class LearnerConfig:
     device: str = "auto"
     """`auto` (a GPU when there is one), `cpu` or `cuda`."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """What forward and backward passes compute in; `auto`: bfloat16 on a GPU, float32 on a CPU. Weights, gradients and
-    optimizer states are float32 whatever it is."""
+    """What forward and backward passes compute in; `auto`: on a GPU as the engine (`rollout.dtype`), so that the
+    two round alike, float32 on a CPU. Weights, gradients and optimizer states are float32 whatever it is."""
     compile: bool | None = None
     """torch.compile for each block of the model; null: on a GPU."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
-    """What the backward pass computes again instead of keeping it: nothing, the MLP of each block (about 70 % of the
-    activations, 20 % more time), or the whole block (nearly all of them, 33 % more time)."""
+    """What the backward pass computes again instead of keeping it: nothing, the MLP of each block (two thirds of the
+    activations, 10 to 28 % more operations), or the whole block (nearly all of them, some 30 % more)."""
     threads: int = 1
     """CPU threads of each rank."""
 

@@ -122,7 +122,8 @@ def measure(
     response_ratio_B = response_ratio(logp_BT, micro_batch.rollout_logprobs_BT, mask_BT, geometric=False)[:, 0].double()
     rows_BC = torch.stack([torch.ones_like(response_ratio_B), response_ratio_B**2], dim=-1)
 
-    bucket_B = torch.bucketize(micro_batch.staleness_B, torch.tensor(BUCKET_ENDS, device=mask_BT.device))
+    # No `bucketize`: its bounds would be a copy to the GPU, for which the host waits until the backward pass is done.
+    bucket_B = torch.stack([micro_batch.staleness_B > end for end in BUCKET_ENDS]).sum(0)
     bucket_n = micro_batch.flat(bucket_B[:, None])
     table_SC = rows_BC.new_zeros(len(BUCKETS), len(COLUMNS))
     table_SC[:, : len(TOKEN_COLUMNS)].index_add_(0, bucket_n, tokens_nC)

@@ -28,6 +28,12 @@ RECTANGLE_PAIRS = 1 << 15
 """(query, key) pairs of padding that cost as much as a rectangle of its own, measured on a CPU core."""
 
 
+def on_device(values: np.ndarray, device: torch.device) -> Tensor:
+    """Copied to a GPU without waiting for what it is at: that takes pinned memory."""
+    tensor = torch.from_numpy(values)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 @dataclass(frozen=True, eq=False)
 class Rectangles:
     """`gathers`: of each rectangle the flat tokens of its cells, int64 [lines, T]. `back_S`: of each flat token the
@@ -92,9 +98,9 @@ class Layout:
                 tokens = np.r_[self._prompt(row), self._response(row)]
                 gather[line, : len(tokens)] = tokens
                 back_S[tokens] = num_cells + line * width + np.arange(len(tokens))
-            gathers.append(torch.from_numpy(gather).to(self.device))
+            gathers.append(on_device(gather, self.device))
             num_cells += gather.size
-        return Rectangles(gathers, torch.from_numpy(back_S).to(self.device))
+        return Rectangles(gathers, on_device(back_S, self.device))
 
     @cached_property
     def segments(self) -> Segments:
@@ -103,10 +109,10 @@ class Layout:
         num_queries, num_keys = (np.array([len(part) for part in parts]) for parts in (queries, keys))
         ends = [np.r_[0, lengths.cumsum()].astype(np.int32) for lengths in (num_queries, num_keys)]
         return Segments(
-            *(torch.from_numpy(end).to(self.device) for end in ends),
+            *(on_device(end, self.device) for end in ends),
             max_queries=int(num_queries.max()),
             max_keys=int(num_keys.max()),
-            keys_K=torch.from_numpy(np.concatenate(keys)).to(self.device) if shares else None,
+            keys_K=on_device(np.concatenate(keys), self.device) if shares else None,
         )
 
     def _separate(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -79,10 +79,13 @@ class Learner:
         temperature: float,
         staleness_bound: int,
         max_response_length: int,
+        engine_dtype: str = "bfloat16",
         seed: int,
         ranks: Ranks = ALONE,
     ) -> None:
-        """Loads the model, and the reference model if the loss has a KL penalty. Sets the process's thread count and
+        """`engine_dtype`: `rollout.dtype`, which `learner.dtype: auto` follows on a GPU.
+
+        Loads the model, and the reference model if the loss has a KL penalty. Sets the process's thread count and
         torch seed, and switches Hugging Face's progress bars off. Raises ConfigError for a model or device that can't
         be used."""
         disable_progress_bar()
@@ -99,7 +102,7 @@ class Learner:
         compiled = compiles(config.compile, device)
         self._model = load_model(source, device)
         self._shape = read_shape(self._model.config.to_dict())
-        self._masters = Masters(self._model, _dtype(config.dtype, device))
+        self._masters = Masters(self._model, _dtype(config.dtype, device, engine_dtype))
         check_packing(self._model)  # in the dtype that it computes in from now on, which may have other kernels
         settle_blocks(self._model, compile=compiled, checkpointing=config.activation_checkpointing)
         self._optimizer = Optimizer(self._masters.parameters, config)
@@ -308,6 +311,7 @@ def _load_reference(config: ModelConfig, model: PreTrainedModel, compiled: bool)
     if known < sampled:
         raise ConfigError(key, f"has a vocabulary of {known}, the model one of {sampled}", config.reference)
     compute_in(reference, model.dtype)
+    check_packing(reference, key)
     settle_blocks(reference, compile=compiled, checkpointing="none")
     return reference.requires_grad_(False)
 
@@ -323,7 +327,7 @@ def _device(name: str) -> torch.device:
     return torch.device("cuda" if has_gpu and name != "cpu" else "cpu")
 
 
-def _dtype(name: str, device: torch.device) -> torch.dtype:
+def _dtype(name: str, device: torch.device, engine_dtype: str) -> torch.dtype:
     if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
+        name = engine_dtype if device.type == "cuda" else "float32"
     return getattr(torch, name)

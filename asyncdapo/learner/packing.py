@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from asyncdapo.learner.layout import Layout
+from asyncdapo.learner.layout import Layout, on_device
 from asyncdapo.learner.rows import Row
 
 
@@ -103,7 +103,8 @@ def micro_batches(rows: Sequence[Row], max_tokens: int) -> list[list[Row]]:
     even = _fill(bundles, max_tokens, num_bins=len(few))
     bins = even if len(even) == len(few) else few
     bins.sort(key=lambda members: -sum(map(num_computed, members)))
-    return [[row for bundle in members for row in bundle] for members in bins]
+    # Two parts of a group may meet in one: then they share the prompt after all.
+    return [sorted(sum(members, start=[]), key=lambda row: row.group) for members in bins]
 
 
 def num_computed(bundle: Sequence[Row]) -> int:
@@ -141,7 +142,7 @@ def _fill(bundles: Sequence[list[Row]], max_tokens: int, num_bins: int) -> list[
     loads = [(0, index) for index in range(num_bins)]
     for bundle in bundles:
         num_tokens = num_computed(bundle)
-        if loads and loads[0][0] + num_tokens <= max_tokens:
+        if loads and (loads[0][0] == 0 or loads[0][0] + num_tokens <= max_tokens):
             load, index = heapq.heappop(loads)
         else:
             load, index = 0, len(bins)
@@ -171,28 +172,25 @@ def pack(rows: Sequence[Row], device: torch.device) -> MicroBatch:
     )
     cells_n = loss_mask_BT.reshape(-1).nonzero()[0]
 
-    def on_device(values: np.ndarray) -> Tensor:
-        return torch.from_numpy(values).to(device, non_blocking=True)
-
     def column(values: Sequence[np.ndarray | None]) -> Tensor | None:
-        return None if values[0] is None else on_device(_rectangle(values, shape))
+        return None if values[0] is None else on_device(_rectangle(values, shape), device)
 
     pieces = [piece for bundle in bundles for piece in _tokens(bundle)]
     return MicroBatch(
-        tokens_S=on_device(np.concatenate(pieces).astype(np.int64)),
-        positions_S=on_device(layout.positions()),
+        tokens_S=on_device(np.concatenate(pieces).astype(np.int64), device),
+        positions_S=on_device(layout.positions(), device),
         layout=layout,
-        sources_n=on_device(sources_BT.reshape(-1)[cells_n]),
-        targets_n=on_device(targets_BT.reshape(-1)[cells_n].astype(np.int64)),
-        cells_n=on_device(cells_n),
-        loss_mask_BT=on_device(loss_mask_BT),
+        sources_n=on_device(sources_BT.reshape(-1)[cells_n], device),
+        targets_n=on_device(targets_BT.reshape(-1)[cells_n].astype(np.int64), device),
+        cells_n=on_device(cells_n, device),
+        loss_mask_BT=on_device(loss_mask_BT, device),
         rollout_logprobs_BT=column([row.rollout_logprobs for row in rows]),
         start_logprobs_BT=column([row.start_logprobs for row in rows]),
         correction_BT=column([row.correction for row in rows]),
         reference_logprobs_BT=column([row.reference_logprobs for row in rows]),
-        advantages_B=on_device(np.array([row.advantage for row in rows], np.float32)),
-        weights_B=on_device(np.array([row.weight for row in rows], np.float64)),
-        staleness_B=on_device(np.array([row.staleness for row in rows], np.int64)),
+        advantages_B=on_device(np.array([row.advantage for row in rows], np.float32), device),
+        weights_B=on_device(np.array([row.weight for row in rows], np.float64), device),
+        staleness_B=on_device(np.array([row.staleness for row in rows], np.int64), device),
         work=Work(sum(row.num_tokens for row in rows), layout.num_tokens, len(cells_n), layout.num_pairs),
     )
 

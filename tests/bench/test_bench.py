@@ -63,9 +63,25 @@ def row(kind: str, seconds: float, *, loss: float = 0.5, norm: float = 2.0, dtyp
 def test_ratios_are_against_the_fastest_row_of_the_others() -> None:
     slow = row("trl", 8.0)
     lines = table_lines(
-        [row("ours", 1.0), row("padded", 2.0), slow, row("trl", 4.0)], Peaks({"float32": 1e10}, None), 100
+        [row("ours", 1.0), row("padded", 2.0), slow, row("trl", 4.0)], Peaks({"float32": 1e10}, None, False), 100
     )
     assert lines.splitlines()[1].split()[:7] == ["ours", "100", "(100-100)", "4.00", "2.00", "10.0", "%"]
+
+
+def test_on_a_cpu_mfu_is_against_the_fastest_products_and_on_a_gpu_against_those_of_the_dtype() -> None:
+    rates = {"float32": 1e12, "bfloat16": 1e9}
+    assert Peaks(rates, None, on_gpu=False).of("bfloat16") == 1e12
+    assert Peaks(rates, None, on_gpu=True).of("bfloat16") == 1e9
+
+
+def test_an_end_by_a_signal_leaves_no_folder_behind(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "asyncdapo.bench", "learner", "--shape", "tiny", "--groups", "1"]
+    with subprocess.Popen(command, env={**os.environ, "TMPDIR": str(tmp_path)}, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()  # the folder is there now
+        assert list(tmp_path.iterdir())
+        process.terminate()
+        assert process.wait(20) == 130
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_float32_row_with_another_loss_or_gradient_is_wrong_and_a_bfloat16_one_is_not() -> None:

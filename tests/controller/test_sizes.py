@@ -64,9 +64,11 @@ def test_a_learner_in_bfloat16_holds_rounded_weights_besides_and_leaves_half_as_
     assert 0.5 < rounded / whole < 0.6  # norms keep float32
 
 
-def test_auto_is_bfloat16_on_a_gpu_only() -> None:
-    assert "their bfloat16" in learner_bytes(SHAPE, config_of(), on_gpu=True)
-    assert "their bfloat16" not in learner_bytes(SHAPE, config_of(), on_gpu=False)
+def test_auto_is_the_dtype_of_the_engine_on_a_gpu_and_float32_on_a_cpu() -> None:
+    rounding = config_of(rollout={"dtype": "bfloat16"})
+    assert "their bfloat16" in learner_bytes(SHAPE, rounding, on_gpu=True)
+    assert "their bfloat16" not in learner_bytes(SHAPE, config_of(), on_gpu=True)
+    assert "their bfloat16" not in learner_bytes(SHAPE, rounding, on_gpu=False)
     assert "their bfloat16" not in learner_bytes(SHAPE, config_of(learner={"dtype": "float32"}), on_gpu=True)
 
 
@@ -80,7 +82,9 @@ def test_a_micro_batch_has_room_for_the_longest_sequence(max_tokens: int, has_ro
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
 def test_at_long_answers_the_vocabulary_is_in_weights_and_their_gradients_only(name: str, checkpointing: str) -> None:
     """Of 20,480 tokens, whose logits of 152,064 words in float32 would take 11.6 GiB."""
-    config = config_of(rollout={"max_response_length": 20480}, learner={"activation_checkpointing": checkpointing})
+    config = config_of(
+        rollout={"max_response_length": 20480, "dtype": "bfloat16"}, learner={"activation_checkpointing": checkpointing}
+    )
     large = read_shape(PUBLISHED[name])
     assert large is not None
     small = replace(large, vocab_size=32_000)
@@ -106,8 +110,9 @@ def test_the_work_of_a_step_grows_with_completions_epochs_and_lengths() -> None:
 def test_what_is_said_before_the_start_is_the_sum_of_the_formulas() -> None:
     shape = read_shape(PUBLISHED["Qwen/Qwen2.5-1.5B"])
     assert shape is not None
-    memory, work = learner_forecast(shape, config_of(), on_gpu=True)
-    total = sum(learner_bytes(shape, config_of(), on_gpu=True).values()) / GIB
+    config = config_of(rollout={"dtype": "bfloat16"})
+    memory, work = learner_forecast(shape, config, on_gpu=True)
+    total = sum(learner_bytes(shape, config, on_gpu=True).values()) / GIB
     assert memory.startswith(f"learner: at most {total:.3g} GiB a rank by formula (weights 5.75, their bfloat16 2.88, ")
     assert work == f"learner: at most {flop(step_flops(shape, config_of()))} a step"
 

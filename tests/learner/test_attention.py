@@ -4,7 +4,17 @@ import math
 
 import pytest
 import torch
-from transformers import Gemma2Config, Gemma2ForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPTJConfig,
+    MistralConfig,
+    MistralForCausalLM,
+    MptConfig,
+    PhimoeConfig,
+    PhimoeForCausalLM,
+)
 
 from asyncdapo.dapo import group_advantage
 from asyncdapo.errors import ConfigError
@@ -45,7 +55,7 @@ def by_segments(monkeypatch):
     import torch.nn.attention.varlen as varlen
 
     monkeypatch.setattr(varlen, "varlen_attn", in_plain_torch)
-    monkeypatch.setattr(attention, "_has_kernel", lambda query: True)
+    monkeypatch.setattr(attention, "_has_kernel", lambda query, value: True)
 
 
 def logprobs_and_gradient(model, rows):
@@ -106,6 +116,22 @@ def test_gathered_rows_get_the_sum_of_their_gradients_in_float32():
 def test_a_model_whose_attention_is_more_than_causal_is_refused(tmp_path):
     Gemma2ForCausalLM(Gemma2Config(**SHAPE, head_dim=8, final_logit_softcapping=None)).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="asks its attention for softcap"):
+        load_model(tmp_path, CPU)
+
+
+def test_a_model_whose_attention_looks_nowhere_but_at_its_mask_is_refused(tmp_path):
+    """Its window is in the mask that Hugging Face makes for it, and is not told to attention."""
+    torch.manual_seed(0)
+    PhimoeForCausalLM(PhimoeConfig(**SHAPE, num_local_experts=2, sliding_window=3)).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="can't be trained packed: outputs differ"):
+        load_model(tmp_path, CPU)
+
+
+@pytest.mark.parametrize("config", [GPTJConfig(n_embd=32, n_layer=1, n_head=4, rotary_dim=4), MptConfig(d_model=32)])
+def test_a_model_whose_attention_cannot_be_replaced_is_refused(tmp_path, config):
+    config.vocab_size, config.n_layers = SHAPE["vocab_size"], 1
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="can't be trained packed"):
         load_model(tmp_path, CPU)
 
 

@@ -14,7 +14,15 @@ from asyncdapo.learner.blocks import compiles, settle_blocks
 from asyncdapo.learner.compiler import check_compiler
 from asyncdapo.learner.model import outputs
 from asyncdapo.learner.packing import pack
-from tests.learner.tiny import VOCAB_SIZE, make_batch, make_learner, make_row, save_tiny_llama, tiny_llama
+from tests.learner.tiny import (
+    VOCAB_SIZE,
+    make_batch,
+    make_learner,
+    make_row,
+    needs_compiler,
+    save_tiny_llama,
+    tiny_llama,
+)
 
 CPU = torch.device("cpu")
 CHECKPOINTING = ["none", "selective", "full"]
@@ -71,6 +79,7 @@ def test_checkpointing_leaves_gradients_as_they_are(checkpointing: str) -> None:
         assert (gradient(model, num_tokens) - expected).norm() <= 1e-12 * expected.norm()
 
 
+@needs_compiler
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     "checkpointing",
@@ -92,6 +101,7 @@ def test_compiled_blocks_leave_gradients_as_they_are_and_share_graphs_among_all_
     assert 1 <= num_graphs.pop() <= 5
 
 
+@needs_compiler
 @pytest.mark.soak
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)
@@ -154,11 +164,13 @@ def test_a_model_whose_blocks_or_mlps_cannot_be_told_is_refused() -> None:
     settle_blocks(opt, compile=False, checkpointing="full")
 
 
+@needs_compiler
 def test_blocks_are_compiled_on_a_gpu_unless_asked_otherwise() -> None:
     asked = [(asked, device) for asked in (None, True, False) for device in ("cpu", "cuda")]
     assert [compiles(asked, torch.device(device)) for asked, device in asked] == [False, True, True, True, False, False]
 
 
+@needs_compiler
 def test_a_missing_compiler_is_found_out_before_the_run_and_by_the_learner(monkeypatch, tmp_path) -> None:
     check_compiler("cpu", True)
     monkeypatch.setenv("CXX", "no-such-compiler")

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from asyncdapo.learner import logprobs
 from asyncdapo.learner.logprobs import linear_logprobs
+from tests.learner.tiny import needs_compiler
 
 
 def plain(hidden_NH, weight_VH, targets_N, *, temperature, bias_V=None, entropy_gradient=False):
@@ -282,6 +283,7 @@ def test_nothing_but_the_inputs_and_three_numbers_a_token_waits_for_backward():
     assert [tensor.shape for tensor in extra] == [targets_N.shape] * 3
 
 
+@needs_compiler
 @pytest.mark.soak
 @pytest.mark.parametrize("entropy_gradient", [False, True])
 def test_compiled_chunks_give_the_same_results(cut, monkeypatch, entropy_gradient):

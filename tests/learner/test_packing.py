@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asyncdapo.learner.packing import Work, micro_batches, num_computed, pack
@@ -70,6 +70,7 @@ def bundles_of(chunk):
     return [[row for row in chunk if row.group == group] for group in groups]
 
 
+@settings(deadline=None)
 @given(GROUPS, st.integers(1, 300))
 def test_micro_batches_hold_every_row_once_within_the_budget_and_groups_side_by_side(groups, max_tokens):
     rows = rows_of(groups)
@@ -81,6 +82,14 @@ def test_micro_batches_hold_every_row_once_within_the_budget_and_groups_side_by_
         assert pack(chunk, CPU).work.num_computed_tokens == sum(map(num_computed, bundles_of(chunk)))
 
 
+def test_parts_of_a_group_that_meet_in_a_micro_batch_share_the_prompt():
+    rows = rows_of([(1, [61, 56, 41, 11]), (1, [15])])
+    chunks = micro_batches(rows, 100)
+    assert [[row.num_tokens - 1 for row in chunk] for chunk in chunks] == [[56, 41], [61, 11, 15]]
+    assert pack(chunks[1], CPU).work.num_computed_tokens == (1 + 60 + 10) + (1 + 14)
+
+
+@settings(deadline=None)
 @given(GROUPS, st.integers(1, 300))
 def test_micro_batches_follow_from_groups_and_lengths_alone(groups, max_tokens):
     again = micro_batches(rows_of(groups), max_tokens)
@@ -94,6 +103,12 @@ def test_micro_batches_are_about_equally_large():
     sizes = [pack(chunk, CPU).work.num_computed_tokens for chunk in micro_batches(rows, 2048)]
     assert max(sizes) <= 2048
     assert min(sizes) > 0.8 * max(sizes)
+
+
+def test_the_others_are_equally_large_where_a_row_is_longer_than_the_budget():
+    groups = [(1, [num]) for num in (300, 20, 20, 20, 20, 20, 20)]
+    sizes = [pack(chunk, CPU).work.num_computed_tokens for chunk in micro_batches(rows_of(groups), 100)]
+    assert sizes == [300, 60, 60]
 
 
 @pytest.mark.parametrize("max_tokens", [1, 70, 10_000])

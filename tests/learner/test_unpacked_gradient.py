@@ -19,7 +19,7 @@ from asyncdapo.learner.blocks import settle_blocks
 from asyncdapo.learner.config import LossConfig
 from asyncdapo.learner.rows import group_rows
 from asyncdapo.learner.step import accumulate_gradient
-from tests.learner.tiny import SHAPE, make_batch, tiny_llama
+from tests.learner.tiny import SHAPE, make_batch, needs_compiler, tiny_llama
 
 TEMPERATURE = 0.8
 ENTROPY_COEF = 0.01
@@ -95,6 +95,7 @@ def test_other_models_have_their_own_gradient_too(make_model):
     assert_equal_gradient(make_model, max_tokens=64, checkpointing="selective", compile=False)
 
 
+@needs_compiler
 @pytest.mark.soak
 @pytest.mark.usefixtures("scores")
 @pytest.mark.parametrize("max_tokens", [10_000, 40])

@@ -1,12 +1,16 @@
 """A causal LM of a few thousand parameters and random batches for it."""
 
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from asyncdapo.learner.attention import NAME
+from asyncdapo.learner.compiler import COMPILERS
 from asyncdapo.learner.config import LearnerConfig, LossConfig, ModelConfig
 from asyncdapo.learner.group import ALONE, Ranks
 from asyncdapo.learner.learner import Learner
@@ -15,6 +19,9 @@ from asyncdapo.messages import Batch, Completion, Group
 from asyncdapo.payload import Payload
 
 VOCAB_SIZE = 29
+needs_compiler = pytest.mark.skipif(
+    not shutil.which(os.environ.get("CXX", COMPILERS["cpu"][1][0])), reason="needs a C++ compiler"
+)
 MEASURED = {"learner/train_s", "learner/tflops", "learner/mfu", "learner/peak_gib"}
 """Metrics that no two runs of the same step have alike."""
 CUT = {"learner/forward_tokens", "learner/shared_ratio"}
