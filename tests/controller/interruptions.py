@@ -45,7 +45,7 @@ def interrupt(run_dir: Path, sent: signal.Signals, after_s: float, *overrides: s
         wait_until(lambda: last_trained_at_s(run_dir) > launched_at_s, process)
         time.sleep(after_s)
         process.send_signal(sent)
-        output, _ = process.communicate(timeout=40)
+        output, _ = process.communicate(timeout=120)
         assert process.returncode == (130 if sent == signal.SIGINT else -sent), output
         assert "Traceback" not in output, output
     assert_nothing_lives(run_dir)
@@ -100,7 +100,7 @@ def query(run_dir: Path, sql: str, *parameters: Any) -> list[tuple]:
         return ledger.execute(sql, parameters).fetchall()
 
 
-def wait_for_batch(run_dir: Path, step: int, process: subprocess.Popen[str], timeout_s: float = 90) -> None:
+def wait_for_batch(run_dir: Path, step: int, process: subprocess.Popen[str], timeout_s: float = 240) -> None:
     """Until batch `step` is trained, as the ledger says."""
     wait_until(lambda: trained_steps(run_dir) >= step, process, timeout_s)
 
@@ -121,7 +121,7 @@ def _of_batches(run_dir: Path, what: str) -> Any:
         return 0
 
 
-def wait_until(true, process: subprocess.Popen[str], timeout_s: float = 90) -> None:
+def wait_until(true, process: subprocess.Popen[str], timeout_s: float = 240) -> None:
     deadline = time.monotonic() + timeout_s
     while not true():
         assert process.poll() is None, f"the run ended early: {process.stdout.read()}"

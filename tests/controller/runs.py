@@ -66,7 +66,7 @@ def started(run_dir: Path, *overrides: str, config: str = "quickstart") -> Itera
         process.wait()
 
 
-def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen[str], timeout_s: float = 90) -> None:
+def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen[str], timeout_s: float = 240) -> None:
     """Until the metrics line of `step` is written."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:

@@ -22,7 +22,7 @@ from tests.controller.interruptions import (
 )
 from tests.controller.runs import started
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(600)
 
 
 def stop_while_it_holds_a_lease(run_dir: Path, worker: int) -> None:
@@ -61,7 +61,7 @@ def test_a_run_outlives_a_death_of_each_process_and_ends_with_the_cause_when_one
         kill("replay")
         kill("learner")
         os.kill(*processes(run_dir, "rollout"), signal.SIGKILL)
-        output, _ = process.communicate(timeout=60)
+        output, _ = process.communicate(timeout=180)
         assert process.returncode == 1, output
     assert re.search(r"rollout-0: the process died.*controller.max_restarts is 1", output.splitlines()[-1]), output
     again = query(run_dir, "SELECT prompt_id FROM leases WHERE attempt = 2 AND outcome = 'done'")

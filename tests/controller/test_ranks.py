@@ -23,7 +23,7 @@ from tests.controller.interruptions import (
 )
 from tests.controller.runs import FinishedRun, launch, started
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(600)
 
 TWO = (*SHORT, "learner.ranks=2", "learner.updates_per_step=2")
 
@@ -44,7 +44,7 @@ def test_a_run_of_two_ranks_outlives_the_death_of_one(tmp_path: Path) -> None:
         os.kill(before[1], signal.SIGKILL)
         wait_until(lambda: len(processes(run_dir, "learner")) == 2 and processes(run_dir, "learner") != before, process)
         assert not set(before) & set(processes(run_dir, "learner")), "the other one is started again, too"
-        output, _ = process.communicate(timeout=100)
+        output, _ = process.communicate(timeout=300)
         assert process.returncode == 0, output
     assert "learner-1: the process died" in (run_dir / "run.log").read_text()
     assert [line["step"] for line in FinishedRun(run_dir, 0, output).lines] == list(range(9))
@@ -74,7 +74,7 @@ def test_a_rank_that_hangs_is_found_and_all_of_them_are_started_again(tmp_path: 
         wait_until(lambda: len(processes(run_dir, "learner")) == 2 and processes(run_dir, "learner") != before, process)
         wait_for_batch(run_dir, step + 4, process)
         process.send_signal(signal.SIGINT)
-        output, _ = process.communicate(timeout=60)
+        output, _ = process.communicate(timeout=180)
         assert process.returncode == 130, output
     assert re.search(rf"controller waits for \S+ since \d+ s: .*; {name}: does not answer\n", output), output
     assert f"{name} is killed and started again" in output
@@ -87,7 +87,7 @@ def test_a_learner_that_dies_too_often_ends_the_run_with_the_rank_in_its_last_li
     with started(run_dir, *TWO, "run.steps=100000", "controller.max_restarts=0") as process:
         wait_for_batch(run_dir, 1, process)
         os.kill(processes(run_dir, "learner")[1], signal.SIGKILL)
-        output, _ = process.communicate(timeout=60)
+        output, _ = process.communicate(timeout=180)
     assert process.returncode == 1, output
     assert re.search(r"learner-1: the process died.*controller.max_restarts is 0", output.splitlines()[-1]), output
     assert_nothing_lives(run_dir)

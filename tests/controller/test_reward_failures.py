@@ -13,7 +13,7 @@ from asyncdapo.replay.ledger import read_group
 from tests.controller.interruptions import SHORT, assert_nothing_lives, query
 from tests.controller.runs import FinishedRun, launch
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(600)
 VERIFIER = """
 import os, signal, time
 from pathlib import Path

@@ -52,7 +52,7 @@ def wait_for_line(run_dir: Path, words: str, process: subprocess.Popen[str]) -> 
     wait_until(lambda: log.exists() and words in log.read_text(), process)
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(600)
 def test_stopped_during_its_start_and_by_sigterm_in_the_middle_a_run_keeps_the_step_it_finished(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     with started(run_dir, *SHORT, "run.steps=100000") as process:
@@ -90,7 +90,7 @@ def test_evaluations_are_given_up_for_it_and_made_up_for(tmp_path: Path) -> None
 
 
 @pytest.mark.soak
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(600)
 def test_a_step_that_takes_longer_than_that_is_given_up(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     with started(run_dir, *SHORT, "run.steps=100000", "run.stop_s=3") as process:

@@ -51,11 +51,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
     ) as process:
         wait_for_step(folder / "run", 0, process)
         (model / "model.safetensors").unlink()
-        output, _ = process.communicate(timeout=100)
+        output, _ = process.communicate(timeout=300)
     return FinishedRun(folder / "run", process.returncode, output)
 
 
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(500)
 def test_the_run_ends_well_and_its_audit_is_clean(run: FinishedRun) -> None:
     assert run.exit_code == 0, run.output
     audit = subprocess.run(command("audit", str(run.dir)), capture_output=True, text=True, check=False)

@@ -66,8 +66,8 @@ def test_a_worker_of_another_schema_or_with_weights_of_another_run_is_not_welcom
             stranger = FakeWorker(server)
             with pytest.raises(TimeoutError):
                 await asyncio.wait_for(stranger.join(**hello), 0.2)
+            await until(lambda: server.status()["dropped"]["malformed"] == 1, server)
             assert server.status()["workers"] == 0
-            assert server.status()["dropped"]["malformed"] == 1
 
     asyncio.run(run())
 
