@@ -39,7 +39,7 @@ class FinishedRun:
         return read_metrics(self.dir)
 
 
-def launch(run_dir: Path, *overrides: str, config: str = "quickstart", timeout_s: float = 110) -> FinishedRun:
+def launch(run_dir: Path, *overrides: str, config: str = "quickstart", timeout_s: float = 300) -> FinishedRun:
     """Run to the end."""
     with started(run_dir, *overrides, config=config) as process:
         output, _ = process.communicate(timeout=timeout_s)

@@ -20,7 +20,7 @@ from tests.controller.interruptions import assert_nothing_lives, processes, quer
 from tests.controller.recomputed import assert_versions_are_true
 from tests.controller.runs import FinishedRun, started
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
 STEPS = 10
 OVERRIDES = (
@@ -63,7 +63,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
         wait_for_batch(run_dir, 2, process)
         kill("engine")
         kill("rollout")
-        output, _ = process.communicate(timeout=120)
+        output, _ = process.communicate(timeout=300)
     return FinishedRun(run_dir, process.returncode, output)
 
 
