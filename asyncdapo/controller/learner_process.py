@@ -142,7 +142,7 @@ class Main(Member):
     async def host_weights(self, world_size: int, backend: Backend) -> tuple[str, Manifest]:
         """Open the store of a new process group. Returns its address, and what will be sent."""
         if self.group:
-            self.group.close()
+            await self._leave(self.group)
         timeout_s = self.config.weights.timeout_s
         self.group = WeightGroup.create_master(self.host(), world_size, backend, timeout_s, self.learner.device)
         self.manifest = Manifest.of(self.learner.weights(), getattr(torch, self.config.rollout.dtype))
@@ -151,7 +151,13 @@ class Main(Member):
     async def abandon_workers(self) -> None:
         """One of them has died: whoever waits for it to join fails now, not at the deadline."""
         if self.group:
-            self.group.close()
+            await self._leave(self.group)
+
+    @staticmethod
+    async def _leave(group: WeightGroup) -> None:
+        """Beside the thread for blocking work, which may be waiting in this very group. NCCL's abort waits for the GPU,
+        and the pulse must not."""
+        await asyncio.to_thread(group.close)
 
     async def accept_workers(self) -> None:
         """Wait for every worker to join."""

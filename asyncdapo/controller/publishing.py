@@ -30,6 +30,9 @@ log = logging.getLogger("weights")
 COMMAND_MARGIN_S = 10.0
 """What a command may take beyond the transfer's own timeout before it counts as failed."""
 
+ROOM_S = 900.0
+"""What workers may take to make room for the weights: pinning 64 GiB in each of eight processes takes minutes."""
+
 PARTS = ("receive_s", "pause_s", "load_s", "resume_s")
 """Of what a worker does with a version, in this order; the slowest worker's is reported."""
 
@@ -148,6 +151,8 @@ class Publishing:
         first_ranks = list(accumulate(map(len, devices)))
         world_size = first_ranks.pop()
         ((address, manifest),) = await within((self.learner, ("host_weights", world_size, backend)))
+        rooms = ((worker, ("make_weights_room", manifest)) for worker in workers)
+        await self._within_deadline("make room for the weights", *rooms, deadline_s=ROOM_S)
         joins = (
             (worker, ("join_weights", address, first_rank, world_size, backend, manifest))
             for worker, first_rank in zip(workers, first_ranks, strict=True)
@@ -155,10 +160,12 @@ class Publishing:
         await within((self.learner, ("accept_workers",)), *joins)
         self._members = _lives(ends)
 
-    async def _within_deadline(self, what: str, *calls: tuple[Process, tuple[Any, ...]]) -> list[Any]:
+    async def _within_deadline(
+        self, what: str, *calls: tuple[Process, tuple[Any, ...]], deadline_s: float | None = None
+    ) -> list[Any]:
         """All answers, each call waited for to its end, so that none is left behind; then the first error is raised,
-        a death before any other. Ends that give no answer in time are put to death."""
-        deadline_s = self.config.timeout_s + COMMAND_MARGIN_S
+        a death before any other. Ends that give no answer in time, a transfer's unless said, are put to death."""
+        deadline_s = deadline_s or self.config.timeout_s + COMMAND_MARGIN_S
         tasks = {asyncio.ensure_future(_call(process, *command)): process for process, command in calls}
         try:
             with suppress(TimeoutError):

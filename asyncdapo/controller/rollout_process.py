@@ -128,6 +128,11 @@ class Main(Member):
         """The device of each rank that this worker has in the weight group."""
         return await self.end.devices()
 
+    async def make_weights_room(self, manifest: Manifest) -> None:
+        """Have memory for these tensors."""
+        with self.waits.on(NOBODY, "memory for new weights"):
+            await self.end.make_room(manifest)
+
     async def join_weights(
         self, address: str, first_rank: int, world_size: int, backend: Backend, manifest: Manifest
     ) -> None:

@@ -83,7 +83,10 @@ class SharedCarrier:
         self._group, self._device = group, device
 
     def buffers(self, num_bytes: int) -> list[torch.Tensor]:
-        self._made = [make_block(num_bytes, self._device) for _ in range(2)]
+        try:
+            self._made = [make_block(num_bytes, self._device) for _ in range(2)]
+        except OSError as error:
+            raise self._group.error(f"the memory of rank 0 can't be shared: {error}") from error
         self._group.post(NOTE, msgspec.msgpack.encode([block.handle for block in self._made]))
         return [block.bytes_U for block in self._made]
 

@@ -19,6 +19,10 @@ from pathlib import Path
 import msgspec
 import torch
 
+EXPANDABLE = "expandable_segments:True"
+ALLOCATOR_SETTINGS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+"""Variables in which a user may ask torch for memory that grows in place."""
+
 
 @dataclass(frozen=True)
 class Block:
@@ -29,11 +33,16 @@ class Block:
 
 
 def make_block(num_bytes: int, device: torch.device) -> Block:
-    """A block of zeros on this device; it lives until nobody maps it any more."""
+    """A block of zeros on this device; it lives until nobody maps it any more. Raises OSError where the memory of a GPU
+    can't be shared."""
     if device.type == "cpu":
         return _make_on_host(num_bytes)
     bytes_U = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
-    return Block(bytes_U, msgspec.msgpack.encode(("cuda", *bytes_U.untyped_storage()._share_cuda_())))
+    try:
+        shared = bytes_U.untyped_storage()._share_cuda_()
+    except RuntimeError as error:
+        raise _not_shared(error) from error
+    return Block(bytes_U, msgspec.msgpack.encode(("cuda", *shared)))
 
 
 def open_block(handle: bytes, device: torch.device) -> Block:
@@ -45,9 +54,18 @@ def open_block(handle: bytes, device: torch.device) -> Block:
     _, *shared = parts  # the maker's number of the GPU, which may be another here
     try:
         storage = torch.UntypedStorage._new_shared_cuda(device.index, *shared)
-    except RuntimeError as error:  # whatever CUDA says
-        raise OSError(str(error).partition("\n")[0]) from error
+    except RuntimeError as error:
+        raise _not_shared(error) from error
     return Block(torch.empty(0, dtype=torch.uint8, device=device).set_(storage))
+
+
+def _not_shared(error: RuntimeError) -> OSError:
+    """What CUDA says, and what is most likely the cause: expandable segments are shared in another way, which asks the
+    system for another process's files."""
+    settings = next((name for name in ALLOCATOR_SETTINGS if EXPANDABLE in os.environ.get(name, "")), None)
+    fix = f"leave {EXPANDABLE} out of {settings}, or " if settings else ""
+    said = str(error).partition("\n")[0]
+    return OSError(f"{said}; {fix}use weights.backend=gloo")
 
 
 def _make_on_host(num_bytes: int) -> Block:

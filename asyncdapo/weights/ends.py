@@ -43,6 +43,9 @@ class End(Protocol):
     async def devices(self) -> list[str]:
         """The device of each rank, by its name."""
 
+    async def make_room(self, manifest: Manifest) -> None:
+        """Leave the group, and have memory for these tensors; however long that takes."""
+
     async def join(self, address: str, first_rank: int, world_size: int, backend: Backend, manifest: Manifest) -> None:
         """Join the group at `address` and leave the one before."""
 
@@ -63,10 +66,16 @@ class LocalEnd:
     async def devices(self) -> list[str]:
         return [device_name(self._device())]
 
+    async def make_room(self, manifest: Manifest) -> None:
+        self._staging = self._staging or Staging(self._device())
+        # in a thread: what NCCL does on the GPU is waited for where a group is left
+        await asyncio.wrap_future(await asyncio.to_thread(self._staging.make_room, manifest))
+
     async def join(self, address: str, first_rank: int, world_size: int, backend: Backend, manifest: Manifest) -> None:
         self._staging = self._staging or Staging(self._device())
-        joining = self._staging.join(address, first_rank, world_size, backend, manifest, self._timeout_s)
-        await asyncio.wrap_future(joining)
+        join = self._staging.join
+        joining = asyncio.to_thread(join, address, first_rank, world_size, backend, manifest, self._timeout_s)
+        await asyncio.wrap_future(await joining)
 
     async def receive(self, version: int, branch: int) -> dict[str, torch.Tensor]:
         if self._staging is None:
@@ -95,6 +104,10 @@ class EngineEnd:
 
     async def devices(self) -> list[str]:
         return await self._ask("weights_device")
+
+    async def make_room(self, manifest: Manifest) -> None:
+        await self._ask("make_weights_room", msgspec.msgpack.encode(manifest))
+        await self._settled()
 
     async def join(self, address: str, first_rank: int, world_size: int, backend: Backend, manifest: Manifest) -> None:
         packed = msgspec.msgpack.encode(manifest)

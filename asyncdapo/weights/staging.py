@@ -1,7 +1,8 @@
 """Staging: one rank's end of the weight group, which receives in a thread of its own while something else computes.
 
-    join ──▶ thread: find the others, then lay out memory     settled
-    receive ──▶ thread: the stream into that memory           settled ──▶ take
+    make_room ──▶ thread: memory for the stream              settled
+    join ──▶ thread: find the others                         settled
+    receive ──▶ thread: the stream into that memory          settled ──▶ take
 
 In: what the learner sends. Out: the tensors of a version that arrived whole, at every end. One thing at a time, and
 nothing here waits for it: `settled` says whether the last one is over. What is under way when another group is to be
@@ -9,7 +10,8 @@ joined ends as soon as the learner has left the old one, at its deadline at the 
 version only after its checksum was right at every end, and never another one than it was asked for.
 
 The memory for the stream is the engine's device where that has room to spare, so that loading is a copy on the device;
-else memory of the host from which the device can copy.
+else memory of the host, pinned where that leaves the host as much again, since a device copies faster from there.
+Pinning takes a second for every few GiB, so room is made in a step of its own, outside of a transfer's deadline.
 
 Shape: U bytes (uint8).
 """
@@ -21,6 +23,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -34,20 +37,30 @@ from asyncdapo.weights.receiver import WeightReceiver
 ROOM_FACTOR = 1.2
 ROOM_BYTES = 1 << 30
 """A GPU has room for the stream when so many times its length, and this besides, are free."""
+PIN_FACTOR = 2.0
+"""Memory of the host is pinned where so many times of what is asked for is free: nothing else can have it then."""
+GIB = 1 << 30
 
 log = logging.getLogger("weights")
 
 
 class Staging:
-    """Memory of this process for versions on their way to an engine on `device`."""
+    """Memory of this process for versions on their way to an engine on `device`. `num_alike`: processes of the engine on
+    this machine, each of which has as much."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = numbered(device)
+    def __init__(self, device: torch.device, num_alike: int = 1) -> None:
+        self._device, self._num_alike = numbered(device), num_alike
         self._thread = ThreadPoolExecutor(1, "weights", self._prepare_thread)
         self._under_way: Future[None] | None = None
         self._group: WeightGroup | None = None
         self._memory_U = torch.empty(0, dtype=torch.uint8)
         self._staged: tuple[int, dict[str, torch.Tensor]] | None = None
+
+    def make_room(self, manifest: Manifest) -> Future[None]:
+        """Leave the group, and begin to make room for this stream unless there is. Fails with WeightsError where the
+        machine has none."""
+        self._leave()
+        return self._begin(partial(self._make_room, manifest.offsets[-1]))
 
     def join(
         self, address: str, rank: int, world_size: int, backend: Backend, manifest: Manifest, timeout_s: float
@@ -129,5 +142,18 @@ class Staging:
         self._memory_U = torch.empty(0, dtype=torch.uint8)  # the old memory counts as free
         if on_gpu and torch.cuda.mem_get_info(self._device)[0] > ROOM_FACTOR * num_bytes + ROOM_BYTES:
             self._memory_U = torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
-        else:
-            self._memory_U = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=on_gpu)
+            return
+        wanted, free = self._num_alike * num_bytes, free_host_bytes()
+        if wanted > free:
+            raise WeightsError(
+                f"new weights take {num_bytes / GIB:.3g} GiB of the machine's memory in each of {self._num_alike} "
+                f"processes of an engine, and {free / GIB:.3g} are free; with a smaller rollout.memory_fraction the "
+                "GPU has room for them"
+            )
+        self._memory_U = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=on_gpu and PIN_FACTOR * wanted <= free)
+
+
+def free_host_bytes() -> int:
+    """What this machine could still give to processes."""
+    [line] = [line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable:")]
+    return int(line.split()[1]) << 10

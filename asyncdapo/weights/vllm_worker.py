@@ -66,7 +66,7 @@ class StagedTransfer(WeightTransferEngine[NoInit, StagedUpdate]):
 
     def __init__(self, config: Any, vllm_config: Any, device: torch.device, model: torch.nn.Module) -> None:
         super().__init__(config, vllm_config, device, model)
-        self.staging = Staging(device)
+        self.staging = Staging(device, vllm_config.parallel_config.tensor_parallel_size)
 
     def init_transfer_engine(self, init_info: NoInit) -> None:
         """Nothing: see `NoInit`."""
@@ -130,6 +130,10 @@ class WorkerEnd:
     def weights_device(self) -> str:
         """The name of the worker's device."""
         return device_name(self.device)
+
+    def make_weights_room(self, manifest: bytes) -> None:
+        """Begin to make room for these tensors."""
+        self.weight_transfer_engine.staging.make_room(msgspec.msgpack.decode(manifest, type=Manifest))
 
     def join_weights(
         self, address: str, first_rank: int, world_size: int, backend: Backend, manifest: bytes, timeout_s: float

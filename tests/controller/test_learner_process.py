@@ -140,3 +140,23 @@ def test_the_states_of_a_step_sum_to_the_time_since_the_step_before(path, tmp_pa
                 ended_at = taken_at
 
     asyncio.run(run())
+
+
+def test_a_group_that_takes_long_to_leave_holds_up_nothing_else(path, tmp_path) -> None:
+    """As NCCL's does, which waits for the GPU."""
+    left = threading.Event()
+
+    class SlowGroup:
+        def close(self) -> None:
+            left.wait(PATIENCE_S)
+
+    async def body() -> None:
+        async with learner(path, tmp_path, []) as main:
+            main.group = SlowGroup()
+            leaving = asyncio.create_task(main.abandon_workers())
+            assert (await asyncio.wait_for(main.pulse(), PATIENCE_S)).progress
+            assert not leaving.done()
+            left.set()
+            await leaving
+
+    asyncio.run(body())

@@ -122,7 +122,7 @@ def test_a_failed_transfer_is_sent_again_through_a_new_group() -> None:
     learner = FakeProcess("learner")
     worker = FakeProcess("rollout-0", fails=lambda command, nth: command == "receive_weights" and nth == 1)
     asyncio.run(connected(learner, [worker]).publish())
-    assert worker.commands() == ["devices", "join_weights", "receive_weights"] * 2
+    assert worker.commands() == ["devices", "make_weights_room", "join_weights", "receive_weights"] * 2
     assert [call for call in learner.calls if call[0] == "send_weights"] == [("send_weights", 4, 0)] * 2
 
 
@@ -226,7 +226,7 @@ def test_a_send_waits_until_the_learner_has_trained_and_then_sends_what_is_new()
     assert worker.received() == [(5, 0)]
 
 
-@pytest.mark.parametrize("command", ["receive_weights", "devices", "join_weights"])
+@pytest.mark.parametrize("command", ["receive_weights", "devices", "make_weights_room", "join_weights"])
 def test_a_worker_whose_engine_has_ended_is_ended_and_the_others_get_the_version(command: str) -> None:
     learner, workers = FakeProcess("learner"), [FakeProcess("rollout-0"), FakeProcess("rollout-1")]
     made = connected(learner, workers)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sysconfig
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -168,6 +170,15 @@ def test_a_model_whose_blocks_or_mlps_cannot_be_told_is_refused() -> None:
 def test_blocks_are_compiled_on_a_gpu_unless_asked_otherwise() -> None:
     asked = [(asked, device) for asked in (None, True, False) for device in ("cpu", "cuda")]
     assert [compiles(asked, torch.device(device)) for asked, device in asked] == [False, True, True, True, False, False]
+
+
+@needs_compiler
+def test_headers_of_python_that_are_missing_are_found_out_before_anything_is_compiled(monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    with pytest.raises(ConfigError, match=rf"there is no {tmp_path}/Python.h.*python3\.\d+-dev.*learner.compile=false"):
+        check_compiler("cpu", True)
+    (tmp_path / "Python.h").touch()
+    check_compiler("cpu", True)
 
 
 @needs_compiler

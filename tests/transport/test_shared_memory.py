@@ -9,6 +9,7 @@ import msgspec
 import pytest
 import torch
 
+from asyncdapo.transport import shared_memory
 from asyncdapo.transport.shared_memory import make_block, open_block
 
 HOST = torch.device("cpu")
@@ -61,3 +62,14 @@ def test_memory_of_a_gpu_that_cuda_does_not_open_is_refused_alike() -> None:
 def test_an_empty_block_is_a_block() -> None:
     block = make_block(0, HOST)
     assert len(open_block(block.handle, HOST).bytes_U) == 0
+
+
+def test_memory_of_a_gpu_that_can_not_be_shared_names_the_setting_that_may_be_the_cause(monkeypatch) -> None:
+    """Memory of the host in the place of a GPU's: torch refuses to share it as such."""
+    monkeypatch.setattr(shared_memory.torch, "zeros", lambda size, dtype, device: torch.empty(size, dtype=dtype))
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
+    with pytest.raises(OSError, match="; use weights.backend=gloo$"):
+        make_block(8, torch.device("cuda", 0))
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    with pytest.raises(OSError, match="; leave expandable_segments:True out of PYTORCH_CUDA_ALLOC_CONF, or use"):
+        make_block(8, torch.device("cuda", 0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 import time
 from collections.abc import AsyncIterator, Coroutine, Iterator
@@ -18,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from asyncdapo.errors import EngineError, WeightsError
 from asyncdapo.transport.backend import Backend
 from asyncdapo.transport.process_group import Deadline
+from asyncdapo.weights import staging
 from asyncdapo.weights.ends import EngineEnd, LocalEnd
 from asyncdapo.weights.group import WeightGroup
 from asyncdapo.weights.header import agree
@@ -285,3 +287,40 @@ def test_the_thread_that_receives_leaves_the_caller_free() -> None:
 
 async def _finished(future: asyncio.Future[None]) -> None:
     await future
+
+
+# ---------------------------------------------------------------------------------------------------- room for a stream
+
+
+def test_an_end_makes_room_before_it_joins_so_that_no_deadline_of_a_transfer_runs_meanwhile(monkeypatch) -> None:
+    making = Staging._make_room
+
+    def slowly(self: Staging, num_bytes: int) -> None:
+        time.sleep(0.5 if len(self._memory_U) != num_bytes else 0)
+        making(self, num_bytes)
+
+    monkeypatch.setattr(Staging, "_make_room", slowly)
+
+    async def body() -> None:
+        end = LocalEnd(lambda: HOST, 0.3)
+        await end.make_room(MANIFEST)
+        learner = Learner(timeout_s=0.3)
+        await learner.accept(end.join(learner.address, 1, 2, "gloo", MANIFEST))
+        arriving = asyncio.ensure_future(end.receive(1, 0))
+        await learner.send(1, tensors_of(1))
+        assert same(await arriving, tensors_of(1))
+        end.close()
+
+    asyncio.run(body())
+
+
+def test_processes_of_an_engine_that_the_machine_has_no_memory_for_say_how_much_they_are_short_of(monkeypatch) -> None:
+    num_bytes = MANIFEST.offsets[-1]
+    monkeypatch.setattr(staging, "free_host_bytes", lambda: 3 * num_bytes)
+    Staging(HOST, num_alike=3).make_room(MANIFEST).result()
+    with pytest.raises(WeightsError, match=r"GiB of the machine's memory in each of 4 processes .*memory_fraction"):
+        Staging(HOST, num_alike=4).make_room(MANIFEST).result()
+
+
+def test_the_machine_says_how_much_memory_is_free() -> None:
+    assert 0 < staging.free_host_bytes() < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from asyncdapo.errors import WeightsError
+from asyncdapo.transport import carrier
 from asyncdapo.transport.backend import Backend
 from asyncdapo.transport.process_group import Deadline
 from asyncdapo.weights.group import WeightGroup
@@ -320,3 +321,37 @@ def test_a_deadline_has_passed_once_torch_may_have_counted_its_whole_millisecond
     """What torch gives up on then is said to be the deadline's doing, and not an error of its own."""
     assert Deadline(0.001).passed
     assert not Deadline(1.0).passed
+
+
+def test_memory_that_can_not_be_shared_fails_the_sender_in_a_line(monkeypatch) -> None:
+    def refused(num_bytes: int, device: torch.device) -> None:
+        raise OSError("an invalid argument; use weights.backend=gloo")
+
+    monkeypatch.setattr(carrier, "make_block", refused)
+    tensors = {"weight": torch.randn(100)}
+    with members(1) as receivers:
+        group = form_group(receivers, backend="ipc")
+        with pytest.raises(WeightsError, match="the memory of rank 0 can't be shared: an invalid argument; use"):
+            WeightSender(group, Manifest.of(tensors), BUCKET_BYTES)
+        group.close()
+
+
+class Looked:
+    """A collective of NCCL that is over at the third look, and a wait of NCCL's own."""
+
+    num_looks = waited_after = 0
+
+    def is_completed(self) -> bool:
+        self.num_looks += 1
+        return self.num_looks == 3
+
+    def wait(self, timeout: object) -> None:
+        self.waited_after = self.num_looks
+
+
+def test_a_collective_of_nccl_is_looked_at_before_it_is_waited_for() -> None:
+    group, work = WeightGroup.create_master("127.0.0.1", 2, "gloo", 5.0), Looked()
+    group.backend = "nccl"
+    group.wait(work, Deadline(5.0))
+    assert work.waited_after == 3
+    group.close()
