@@ -2,7 +2,8 @@
 
 In: README.md, docs/*.md, launchers/README.md, and the comments of configs/*.yaml, whose commands are indented. Out:
 blocks with their page and line, in order. A comment `<!-- exit code: 2 -->` right above a block says how it ends where
-that isn't 0.
+that isn't 0. Of README.md the commands within a sentence count, too; `asyncdapo data prepare` without an argument is a
+name.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ PAGES = sorted(
 LANGUAGES = ("bash", "sh", "shell", "console")
 IN_A_COMMENT = re.compile(r"^#   (\S.*?)(?:   +.*)?$")
 """A command in a config, and what it does, far to the right."""
+IN_A_SENTENCE = re.compile(r"`((?:\.venv/bin/)?(?:asyncdapo|python) [^`]+)`")
+NAME = re.compile(r"asyncdapo [a-z]+(?: prepare)?")
 EXIT_CODE = re.compile(r"<!-- exit code: (\d+) -->")
 
 
@@ -55,3 +58,5 @@ def _blocks(page: str, lines: list[str]) -> Iterator[Block]:
             start = number + 1
         elif not start:
             above = line
+            commands = IN_A_SENTENCE.findall(line) if page == "README.md" else []
+            yield from (Block(page, number + 1, f"{text}\n", 0) for text in commands if not NAME.fullmatch(text))

@@ -75,14 +75,14 @@ def judge() -> Iterator[str]:
 
 
 def run(
-    block: Block, start: Path, *, real: bool, timeout_s: float, **variables: str
+    block: Block, start: Path, *, runs: str, timeout_s: float, **variables: str
 ) -> subprocess.CompletedProcess[str]:
-    """`variables` of the environment, besides those that every reader has."""
+    """`runs`: see `stand_ins`. `variables` of the environment, besides those that every reader has."""
     environment = {
         **os.environ,
         "PATH": f"{start.parent / 'bin'}{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
-        "DOCS_RUNS": "real" if real else "plan",
+        "DOCS_RUNS": runs,
         "HF_HOME": str(start.parent / "huggingface"),
         "HF_HUB_OFFLINE": "1",
         "WANDB_MODE": "offline",

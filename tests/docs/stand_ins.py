@@ -1,24 +1,32 @@
 """What stands in for the commands of a page: `asyncdapo`, `python`, `pip`, `ray` and a few more, found first on PATH.
 
-In: the words of a command, `DOCS_RUNS` (real: whole runs, on the quickstart's model; plan: everything but runs, whose
-configuration and data are checked by `asyncdapo plan`). Out: its exit code and output. Whatever a table here doesn't
-name ends with an error, so that a new command on a page is a decision. Run as a program, by `scratch`.
+In: the words of a command, `DOCS_RUNS`. Out: its exit code and output. Whatever a table here doesn't name ends with an
+error, so that a new command on a page is a decision. Run as a program, by `scratch`.
+
+    DOCS_RUNS   asyncdapo launch
+    preflight   as printed, up to the moment at which processes would start
+    short       runs, with `SMALL`
+    whole       runs as printed
+
+What is for GPUs takes the quickstart's model (`ON_A_CPU`) in all three.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-REAL = "real"
+PREFLIGHT, SHORT, WHOLE = "preflight", "short", "whole"
 MODEL = ROOT / "configs" / "models" / "chain_start"
 
 NOT_RUN = {
     "pip install": "installs packages: .ci/run does that with the README's three commands, in a fresh environment",
     "python3 -m venv": "as pip",
     "python -m pytest": "is these tests",
+    "python -m asyncdapo.bench learner": "takes minutes: tests/bench runs it on small sizes",
     "ray start": "tests/launchers does it, on ports and in a directory of its own",
     "ray stop": "would end every Ray of this machine",
     "ray job": "tests/launchers does it",
@@ -34,7 +42,7 @@ SMALL = [
     "metrics.wandb=disabled",
     "filter.enabled=false",  # two steps, whatever the model knows
 ]
-"""Of every run."""
+"""Of every short run."""
 ON_A_CPU = [
     f"model.path={MODEL}",
     "prompts.chat_template=false",
@@ -71,21 +79,33 @@ def main(words: list[str]) -> int:
 
 
 def _asyncdapo(words: list[str]) -> int:
-    real = os.environ["DOCS_RUNS"] == REAL
+    runs = os.environ["DOCS_RUNS"]
     if words[0] == "launch":
-        changes = [*SMALL, *(ON_A_CPU if _is_for_gpus(words[1]) else [])]
-        words = ["launch" if real else "plan", *words[1:], *changes]
-    elif words[0] == "eval":
-        if not real:
-            print(f"not run: {words}: there is no checkpoint where nothing has run")
-            return 0
-        words += ["metrics.wandb=disabled"]
-    elif words[0] in ("audit", "ps") and not real:
+        small = SMALL if runs == SHORT else []
+        words = [*words, *small, *(ON_A_CPU if _is_for_gpus(words[1]) else [])]
+        if runs == PREFLIGHT:
+            return _preflight(words[1], words[2:])
+    elif words[0] in ("eval", "audit", "ps") and runs == PREFLIGHT:
         print(f"not run: {words}: there is no run where nothing has run")
         return 0
     from asyncdapo.cli import main as asyncdapo
 
     return asyncdapo(words)
+
+
+def _preflight(config: str, overrides: list[str]) -> int:
+    """Everything that a launch does before it starts a process. The run directory is left to the next command."""
+    from asyncdapo.controller.preflight import prepare_run
+    from asyncdapo.errors import UserError
+
+    try:
+        with prepare_run(config, overrides) as (effective, _):
+            print(f"not run: {config}: would start now")
+            shutil.rmtree(effective.run.dir)
+    except UserError as error:
+        print(f"asyncdapo: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 def _is_for_gpus(config: str) -> bool:

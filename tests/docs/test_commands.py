@@ -1,44 +1,62 @@
-"""Every bash block of every page runs: by default with plans in the place of runs, in the soak with runs.
+"""Every bash block of every page runs: by default launches stop where processes would start, in the soak they run.
 
 What is not run at all, and why, is a table (`stand_ins.NOT_RUN`); what runs on GPUs takes the quickstart's model
-instead (`stand_ins.ON_A_CPU`). The blocks of a page run in their order and in one directory.
+instead (`stand_ins.ON_A_CPU`). The blocks of a page run in their order and in one directory. Those of README.md run as
+they are printed, in the soak from end to end.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from asyncdapo.metrics.jsonl import read_metrics
 from tests.docs import scratch
 from tests.docs.blocks import PAGES, blocks_of
-from tests.docs.stand_ins import NOT_RUN
+from tests.docs.stand_ins import NOT_RUN, PREFLIGHT, SHORT, WHOLE
 
+README = "README.md"
 WITH_COMMANDS = [page for page in PAGES if blocks_of(page)]
 PAGES_PROPER = [page for page in WITH_COMMANDS if not page.endswith(".yaml")]
 """Without the comments of configs, of which tests/test_configs.py makes the plans."""
 
 
-def check(page: str, folder: Path, *, real: bool, timeout_s: float) -> None:
-    start = scratch.make(folder, page)
+def check(page: str, folder: Path, runs: Callable[[str], str], *, timeout_s: float) -> list[str]:
+    """What the blocks printed, in their order. `runs` says for the text of a block how far its launches go."""
+    start, printed = scratch.make(folder, page), []
     with scratch.judge() as url:
         for block in blocks_of(page):
-            done = scratch.run(block, start, real=real, timeout_s=timeout_s, JUDGE_URL=url)
+            done = scratch.run(block, start, runs=runs(block.text), timeout_s=timeout_s, JUDGE_URL=url)
             print(f"{page}:{block.line}\n{block.text}{done.stdout}")
             where = f"{page}:{block.line}: exit code {done.returncode}, expected {block.exit_code}"
             assert done.returncode == block.exit_code, f"{where}\n{block.text}\n{done.stdout}"
+            printed.append(done.stdout)
+    return printed
 
 
-@pytest.mark.parametrize("page", PAGES_PROPER)
+@pytest.mark.parametrize("page", [page for page in PAGES_PROPER if page != README])
 def test_the_commands_of_a_page_work(page: str, tmp_path: Path) -> None:
-    check(page, tmp_path, real=False, timeout_s=60)
+    check(page, tmp_path, lambda text: PREFLIGHT, timeout_s=60)
+
+
+def test_the_readme_works_as_printed_and_prepared_data_is_trained_on(tmp_path: Path) -> None:
+    def runs(text: str) -> str:
+        return WHOLE if "prompts.path=data/mine/" in text else PREFLIGHT
+
+    printed = check(README, tmp_path, runs, timeout_s=120)
+    [keys] = [text.split("use it with\n")[1].split() for text in printed if "prompts.path=data/mine/" in text]
+    [launch] = [block.text for block in blocks_of(README) if runs(block.text) == WHOLE]
+    assert set(keys) <= set(launch.split()), "the launch isn't made of the keys that `data prepare` printed"
+    assert [line["step"] for line in read_metrics(tmp_path / "asyncdapo" / "runs" / "prepared")] == [0, 1, 2, 3]
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("page", WITH_COMMANDS)
 def test_the_runs_of_a_page_come_to_their_end(page: str, tmp_path: Path) -> None:
-    check(page, tmp_path, real=True, timeout_s=300)
+    check(page, tmp_path, lambda text: WHOLE if page == README else SHORT, timeout_s=400)
 
 
 def test_the_pages_hold_commands() -> None:
@@ -51,7 +69,7 @@ def test_a_wrong_command_a_wrong_key_and_an_unknown_program_are_found(tmp_path: 
     for text in ("asyncdapo lunch quickstart", "asyncdapo launch quickstart run.step=3", "ray up cluster.yaml"):
         page.write_text(f"```bash\n{text}\n```\n")
         [block] = blocks_of(str(page))
-        assert scratch.run(block, start, real=False, timeout_s=60).returncode != 0, text
+        assert scratch.run(block, start, runs=PREFLIGHT, timeout_s=60).returncode != 0, text
 
 
 def test_a_block_is_read_wherever_it_stands(tmp_path: Path) -> None:
