@@ -46,7 +46,7 @@ def test_the_readme_works_as_printed_and_prepared_data_is_trained_on(tmp_path: P
         return WHOLE if "prompts.path=data/mine/" in text else PREFLIGHT
 
     printed = check(README, tmp_path, runs, timeout_s=120)
-    [keys] = [text.split("use it with\n")[1].split() for text in printed if "prompts.path=data/mine/" in text]
+    [keys] = [line.split() for text in printed for line in text.splitlines() if "prompts.path=data/mine/" in line]
     [launch] = [block.text for block in blocks_of(README) if runs(block.text) == WHOLE]
     assert set(keys) <= set(launch.split()), "the launch isn't made of the keys that `data prepare` printed"
     assert [line["step"] for line in read_metrics(tmp_path / "asyncdapo" / "runs" / "prepared")] == [0, 1, 2, 3]
