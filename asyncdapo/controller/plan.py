@@ -20,7 +20,17 @@ from asyncdapo.controller.forecast import learner_on_gpu
 from asyncdapo.controller.placement import Bundle, Placement, count_gpus, gpus_asked, learner_names, place, worker_names
 from asyncdapo.controller.preflight import check_reward
 from asyncdapo.controller.room import room_lines
-from asyncdapo.controller.sizes import PUBLISHED, engine_bytes, flop, gib, learner_bytes, listed, step_flops
+from asyncdapo.controller.sizes import (
+    PUBLISHED,
+    RESERVE_BYTES,
+    RESERVE_SHARE,
+    engine_bytes,
+    flop,
+    gib,
+    learner_bytes,
+    listed,
+    step_flops,
+)
 from asyncdapo.errors import ConfigError
 from asyncdapo.learner.model_path import find_directory, model_config
 from asyncdapo.prompts.mixture import whole_numbers
@@ -29,6 +39,7 @@ from asyncdapo.shape import Shape, read_shape
 from asyncdapo.transport.backend import CPU, name_device
 from asyncdapo.weights.backend import choose_backend, device_of_ranks
 
+RESERVED_FOR = "for CUDA, NCCL, cuBLAS and fragmentation, not measured yet"
 INDENT = 11
 """Columns of the words on the left."""
 
@@ -208,7 +219,9 @@ def _memory_lines(config: Config, model: Mapping[str, Any] | None, placement: Pl
     parts = {"learner": of_learner, "rollout": engine_bytes(shape, config)}
     words = {"learner": "a rank of the learner", "rollout": "an engine"}
     totals = {role: sum(of_role.values()) for role, of_role in parts.items()}
-    lines = ["by formula, in GiB, without what CUDA and kernels take for themselves"]
+    lines = [
+        f"by formula, in GiB; on a GPU with a reserve of {gib(RESERVE_BYTES)} and {RESERVE_SHARE:.0%} {RESERVED_FOR}"
+    ]
     for role, of_role in parts.items():
         lines.append(f"{words[role]}: {gib(totals[role])} ({listed(of_role)})")
     for roles in sorted({_roles(bundle) for bundle in placement.bundles if len(bundle.processes) > 1}):

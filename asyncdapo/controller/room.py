@@ -1,15 +1,16 @@
 """Room: whether what a plan puts on a GPU fits on one, by the formulas of `sizes`. Pure.
 
-In: the configuration, the shape of its model, the placement. Out: a line for each of the two common sizes of GPU. Says
-nothing of a model's kinds without a formula, and nothing of what CUDA and kernels take.
+In: the configuration, the shape of its model, the placement. Out: a line for each of the two common sizes of GPU, with
+a reserve for what no formula knows (`sizes.with_reserve`; vLLM measures what its processes need and keeps within its
+share). Says nothing of a model's kinds without a formula.
 """
 
 from __future__ import annotations
 
 from asyncdapo.config import Config
 from asyncdapo.controller.placement import Bundle, Placement
-from asyncdapo.controller.sizes import GIB, GPU_GIB, engine_bytes, gib, learner_bytes, sequences_in
-from asyncdapo.shape import Shape
+from asyncdapo.controller.sizes import GIB, GPU_GIB, engine_bytes, gib, learner_bytes, sequences_in, with_reserve
+from asyncdapo.shape import DTYPE_BYTES, Shape
 
 
 def room_lines(config: Config, shape: Shape, placement: Placement) -> list[str]:
@@ -44,18 +45,19 @@ def _verdicts(config: Config, shape: Shape, placement: Placement, bundle: Bundle
             if room > 0
             else f"an engine doesn't fit into its {gib(claim)}"
         )
-        left -= len(engines) * claim
+        left -= len(engines) * (claim + DTYPE_BYTES[config.rollout.dtype] * shape.num_parameters)  # new ones arrive
     elif engines:
-        needed = sum(engine_bytes(shape, config).values())
+        needed = with_reserve(sum(engine_bytes(shape, config).values()))
         verdicts["rollout"] = "an engine fits" if needed <= left / len(engines) else "an engine doesn't fit"
         left -= len(engines) * needed
     if ranks:
-        needed = sum(learner_bytes(shape, config, on_gpu=True).values())
-        each = max(0, left / len(ranks))
+        tensors = sum(learner_bytes(shape, config, on_gpu=True).values())
+        needed, each = with_reserve(tensors), max(0, left / len(ranks))
         verdicts["learner"] = (
             "a rank of the learner fits"
             if needed <= each
-            else f"a rank of the learner doesn't fit: it has {gib(each)} and takes {gib(needed)}"
+            else f"a rank of the learner doesn't fit: it has {gib(each)} and takes {gib(needed)}, "
+            f"of which {gib(needed - tensors)} are the reserve"
         )
     return verdicts
 

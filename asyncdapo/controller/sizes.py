@@ -2,9 +2,8 @@
 
 In: a shape, the configuration. Out: bytes by what they are for, in a learner's rank and in an engine; operations of a
 train step; the lines that say so. Of a learner they are an upper bound at sequences of full length: torch.compile keeps
-less, and what is packed is shorter. On top come CUDA's own memory (about half a GiB a process), fragmentation, and in
-attention the keys of a prompt for each of its responses, and on a CPU the padding. Does not own: how much there is, the
-formulas of the shape itself (`shape`).
+less, and what is packed is shorter. What no formula knows is in a reserve (`with_reserve`). On a CPU padding comes on
+top. Does not own: how much there is, the formulas of the shape itself (`shape`).
 """
 
 from __future__ import annotations
@@ -24,6 +23,12 @@ CHUNK_COLUMNS = 1 << 15
 """`learner.logprobs.COLUMNS`: the gradient of so many rows of the output layer is summed in float32 at a time."""
 LOGPROB_BYTES = 5 * FLOAT32_BYTES
 """Of each token: four numbers behind its log-prob and entropy, and its id."""
+RESERVE_BYTES = 3 << 29
+"""Of a process on a GPU, whatever the model: half a GiB for CUDA and its kernels, as much for NCCL's buffers, as much
+for cuBLAS, the weights' two buckets, and small things. To be measured."""
+RESERVE_SHARE = 0.05
+"""Of what it holds by formula, besides: gaps in the allocator's memory, and in attention the keys of a prompt for each
+of its responses. To be measured."""
 FLOP_UNITS = {"G": 1e9, "T": 1e12, "P": 1e15, "E": 1e18}
 GPU_GIB = {"80 GB": 79, "141 GB": 139}
 """What a process finds on GPUs of the two common sizes (H100 and H200), by the size in their data sheets."""
@@ -65,6 +70,11 @@ def learner_bytes(shape: Shape, config: Config, *, on_gpu: bool) -> dict[str, in
         "log-probs": _logprob_bytes(shape, dtype, num_tokens, "cuda" if on_gpu else "cpu"),
         **({"the reference model": copies} if config.loss.kl_coef else {}),
     }
+
+
+def with_reserve(num_bytes: int) -> int:
+    """What a process needs of a GPU whose tensors take so many bytes."""
+    return num_bytes + RESERVE_BYTES + int(RESERVE_SHARE * num_bytes)
 
 
 def _logprob_bytes(shape: Shape, dtype: str, num_tokens: int, device: str) -> int:
@@ -128,7 +138,8 @@ def sequences_in(shape: Shape, config: Config, num_bytes: float) -> int:
 
 def engine_bytes(shape: Shape, config: Config) -> dict[str, int]:
     """Of each engine, over all of its GPUs, with a full-length sequence in every slot. vLLM may have less for the KV
-    cache: then sequences wait."""
+    cache: then sequences wait. New weights arrive whole in every process of the engine, where its GPU has no room in
+    memory of the host."""
     rollout = config.rollout
     weights = DTYPE_BYTES[rollout.dtype] * shape.num_parameters
     longest = _longest(config)
@@ -136,8 +147,12 @@ def engine_bytes(shape: Shape, config: Config) -> dict[str, int]:
     return {
         "weights": weights,
         f"KV cache of {rollout.slots} x {longest:,} tokens": cache,
-        "new weights as they arrive": weights,
+        _arriving(rollout.tensor_parallel): rollout.tensor_parallel * weights,
     }
+
+
+def _arriving(num_processes: int) -> str:
+    return "new weights as they arrive" + (f", whole in each of {num_processes} processes" * (num_processes > 1))
 
 
 # --------------------------------------------------------------------------------------------------------------- words

@@ -45,8 +45,8 @@ log = logging.getLogger("weights")
 
 
 class Staging:
-    """Memory of this process for versions on their way to an engine on `device`. `num_alike`: processes of the engine on
-    this machine, each of which has as much."""
+    """Memory of this process for versions on their way to an engine on `device`. `num_alike`: processes of the engine
+    on this machine, each of which has as much."""
 
     def __init__(self, device: torch.device, num_alike: int = 1) -> None:
         self._device, self._num_alike = numbered(device), num_alike

@@ -9,7 +9,7 @@ import pytest
 from asyncdapo.config import Config, config_from_dict
 from asyncdapo.controller.placement import place
 from asyncdapo.controller.room import room_lines
-from asyncdapo.controller.sizes import GIB, PUBLISHED, engine_bytes, gib, learner_bytes, sequences_in
+from asyncdapo.controller.sizes import GIB, PUBLISHED, engine_bytes, gib, learner_bytes, sequences_in, with_reserve
 from asyncdapo.shape import Shape, read_shape
 
 SHAPE = read_shape(PUBLISHED["Qwen/Qwen2.5-0.5B-Instruct"])
@@ -20,9 +20,9 @@ def config_of(**sections: dict[str, object]) -> Config:
 
 
 def with_layers(num_bytes: int, config: Config) -> Shape:
-    """The deepest shape of which a rank of the learner takes at most so many bytes."""
+    """The deepest shape of which a rank of the learner takes at most so many bytes, its reserve among them."""
     shape = deeper = SHAPE
-    while sum(learner_bytes(deeper, config, on_gpu=True).values()) <= num_bytes:
+    while with_reserve(sum(learner_bytes(deeper, config, on_gpu=True).values())) <= num_bytes:
         shape, deeper = deeper, replace(deeper, num_layers=deeper.num_layers + 1)
     return shape
 
@@ -41,12 +41,34 @@ def test_one_layer_too_many_no_longer_fits() -> None:
     assert why.endswith("more ranks don't make it smaller")
 
 
-def test_beside_vllm_a_learner_has_what_that_leaves() -> None:
+def test_beside_vllm_a_learner_has_what_that_and_new_weights_leave() -> None:
     config = config_of(rollout={"engine": "vllm", "memory_fraction": 0.5}, controller={"placement": "shared"})
-    shape = with_layers(39.5 * GIB, config)
+    shape = with_layers(36 * GIB, config)
+    arriving = engine_bytes(shape, config)["new weights as they arrive"]
+    assert 2.5 * GIB < arriving < 3.5 * GIB
     assert "a rank of the learner fits" in lines_of(config, shape, 1)[0]
-    more = config_of(rollout={"engine": "vllm", "memory_fraction": 0.51}, controller={"placement": "shared"})
-    assert "a rank of the learner doesn't fit: it has 38.7" in lines_of(more, shape, 1)[0]
+    more = config_of(rollout={"engine": "vllm", "memory_fraction": 0.56}, controller={"placement": "shared"})
+    left = gib(0.44 * 79 * GIB - arriving)
+    assert f"a rank of the learner doesn't fit: it has {left} and takes " in lines_of(more, shape, 1)[0]
+
+
+def test_7b_whose_tensors_alone_would_fill_a_gpu_of_141_gb_does_not_fit() -> None:
+    config = config_of(
+        prompts={"max_prompt_length": 2048},
+        rollout={"engine": "vllm", "dtype": "bfloat16", "max_response_length": 8192},
+        learner={"activation_checkpointing": "full"},
+    )
+    shape = read_shape(PUBLISHED["Qwen/Qwen2.5-7B"])
+    assert 134 < sum(learner_bytes(shape, config, on_gpu=True).values()) / GIB < 139
+    assert "doesn't fit: it has 139 and takes 144, of which 8.27 are the reserve" in lines_of(config, shape, 2)[1]
+
+
+def test_new_weights_are_counted_once_for_every_process_of_an_engine() -> None:
+    one, four = (
+        engine_bytes(SHAPE, config_of(rollout={"engine": "vllm", "tensor_parallel": parts})) for parts in (1, 4)
+    )
+    arriving = [of_one for what, of_one in four.items() if what.endswith("whole in each of 4 processes")]
+    assert arriving == [4 * one["new weights as they arrive"]]
 
 
 def test_of_gpus_with_more_and_with_fewer_processes_the_fuller_one_counts() -> None:
