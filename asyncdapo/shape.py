@@ -56,6 +56,11 @@ def peak_flops(device_name: str) -> float | None:
     return PEAK_FLOPS[max(known, key=len)] if known and "MIG" not in words else None
 
 
+def settled_dtype(dtype: str, *, on_gpu: bool) -> str:
+    """The number format that `auto` stands for on such a device; any other is as it was named."""
+    return dtype if dtype != "auto" else "bfloat16" if on_gpu else "float32"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Shape:
     """Sizes and switches of a decoder of the llama family."""

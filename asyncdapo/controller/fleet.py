@@ -24,6 +24,7 @@ from typing import Any
 
 from asyncdapo.config import Config
 from asyncdapo.controller.actors import Opened, ReplayActor, RolloutActor, Start, log_path
+from asyncdapo.controller.dtypes import dtype_lines, settle_dtypes
 from asyncdapo.controller.placement import place, worker_names
 from asyncdapo.controller.processes import Process, ProcessDied, Watch, gpus_of_nodes, reserve
 from asyncdapo.controller.pulse import Pulse
@@ -79,10 +80,8 @@ class Fleet:
 
     async def make(self) -> Callable[..., Process]:
         """Every process, with room to live in; none is started yet. Returns what makes others that have a place."""
-        config = self.config
         self.place(gpus_of_nodes())
-        if self.placement.num_gpus:
-            log.info("placement: %s", self.placement.reason)
+        config = self.config
         room = await reserve(self.placement, config.controller.place_timeout_s)
         placed = partial(Process.placed, room=room, placement=self.placement)
         self.replay = placed(ReplayActor, "replay", config, self.keys, threads=1)
@@ -94,8 +93,15 @@ class Fleet:
         return placed
 
     def place(self, gpus: Sequence[int]) -> None:
-        """Decide who lives where, from now on. `gpus`: of each node."""
+        """Decide who lives where and computes in what, from now on. `gpus`: of each node."""
         self.placement = place(self.config, gpus, self.ranks)
+        said, *costs = dtype_lines(self.config, self.placement)
+        self.config = settle_dtypes(self.config, self.placement)
+        if self.placement.num_gpus:
+            log.info("placement: %s", self.placement.reason)
+            log.info("%s", said)
+        for cost in costs:
+            log.warning("%s", cost)
         self._turns = [asyncio.Lock() for _ in self.placement.bundles]
 
     def watch(self, watch: Watch) -> None:

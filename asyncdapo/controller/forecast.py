@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from asyncdapo.config import Config
-from asyncdapo.controller.placement import Placement, learner_names
+from asyncdapo.controller.placement import Placement
 from asyncdapo.controller.sizes import learner_bytes, learner_forecast, learner_measured
 from asyncdapo.learner.model_path import model_config
 from asyncdapo.shape import read_shape
@@ -21,7 +21,7 @@ class Forecast:
 
     def __init__(self, config: Config, placement: Placement) -> None:
         self._shape = read_shape(model_config(config.model.path) or {})
-        self._config, self._on_gpu = config, learner_on_gpu(config, placement)
+        self._config, self._on_gpu = config, placement.on_gpus("learner")
         self._compared = self._shape is None
 
     def lines(self) -> list[str]:
@@ -34,9 +34,3 @@ class Forecast:
             return []
         self._compared = True
         return [learner_measured(sum(learner_bytes(self._shape, self._config, on_gpu=self._on_gpu).values()), metrics)]
-
-
-def learner_on_gpu(config: Config, placement: Placement) -> bool:
-    """Whether the learner has a GPU, and is told to use it."""
-    bundle = placement.bundles[placement.index(learner_names(config)[0])]
-    return bundle.num_gpus > 0 and config.learner.device != "cpu"

@@ -78,7 +78,6 @@ class Main(Member):
             temperature=config.rollout.temperature,
             staleness_bound=config.replay.staleness_bound,
             max_response_length=config.rollout.max_response_length,
-            engine_dtype=config.rollout.dtype,
             seed=config.run.seed,
             ranks=self.ranks,
         )

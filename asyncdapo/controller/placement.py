@@ -62,6 +62,12 @@ class Placement:
         """Whether processes are on the same GPU as others."""
         return any(bundle.num_gpus and len(bundle.processes) > 1 for bundle in self.bundles)
 
+    def on_gpus(self, role: str) -> bool:
+        """Whether the processes of this role, of which there may be none, have GPUs: all of them have, or none has."""
+        return any(
+            bundle.num_gpus and name.partition("-")[0] == role for bundle in self.bundles for name in bundle.processes
+        )
+
     def index(self, process: str) -> int:
         """The bundle that this process is in."""
         return next(index for index, bundle in enumerate(self.bundles) if process in bundle.processes)

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from asyncdapo.config import Config, find_config, load_config
+from asyncdapo.controller.dtypes import dtype_lines, settle_dtypes
 from asyncdapo.controller.engine_check import INSTALL, check_installed, check_model, installed_vllm
-from asyncdapo.controller.forecast import learner_on_gpu
 from asyncdapo.controller.placement import Bundle, Placement, count_gpus, gpus_asked, learner_names, place, worker_names
 from asyncdapo.controller.preflight import check_reward
 from asyncdapo.controller.room import room_lines
@@ -52,11 +52,12 @@ def plan(name_or_path: str, overrides: Sequence[str], gpus_of_nodes: Sequence[in
     check_reward(config)
     check_model(config)
     placement = place(config, [gpus_asked(config)] if gpus_of_nodes is None else gpus_of_nodes)
+    dtypes, config = dtype_lines(config, placement), settle_dtypes(config, placement)
     backend, reason = choose_backend(config.weights, device_of_ranks(_devices(config, placement)))
     sections = {
         "model": _model_lines(config, model),
         "data": _data_lines(config),
-        "engine": _engine_lines(config),
+        "engine": [*_engine_lines(config), *dtypes],
         "placement": _placement_lines(config, placement, gpus_of_nodes),
         "weights": [f"by {backend}: {reason}"],
         "a step": _step_lines(config, _shape(config, model)),
@@ -120,14 +121,13 @@ def _data_lines(config: Config) -> list[str]:
 
 
 def _engine_lines(config: Config) -> list[str]:
-    rollout = config.rollout
-    engine = rollout.engine
+    engine = config.rollout.engine
     if engine == "vllm" and (installed := installed_vllm()):
         check_installed(config)
         engine = f"vllm {installed}"
     elif engine == "vllm":
-        return [f"vllm, {rollout.dtype}, which isn't installed here", INSTALL]
-    return [f"{engine}, {rollout.dtype}"]
+        return ["vllm, which isn't installed here", INSTALL]
+    return [engine]
 
 
 # ----------------------------------------------------------------------------------------------------------- placement
@@ -215,7 +215,7 @@ def _memory_lines(config: Config, model: Mapping[str, Any] | None, placement: Pl
     shape = _shape(config, model)
     if shape is None:
         return ["not known " + ("until the model is here" if model is None else "for this kind of model")]
-    of_learner = learner_bytes(shape, config, on_gpu=learner_on_gpu(config, placement))
+    of_learner = learner_bytes(shape, config, on_gpu=placement.on_gpus("learner"))
     parts = {"learner": of_learner, "rollout": engine_bytes(shape, config)}
     words = {"learner": "a rank of the learner", "rollout": "an engine"}
     totals = {role: sum(of_role.values()) for role, of_role in parts.items()}

@@ -1,9 +1,10 @@
 """Sizes: memory and work of a run by formula, from the shape in the model's config.json. Pure.
 
-In: a shape, the configuration. Out: bytes by what they are for, in a learner's rank and in an engine; operations of a
-train step; the lines that say so. Of a learner they are an upper bound at sequences of full length: torch.compile keeps
-less, and what is packed is shorter. What no formula knows is in a reserve (`with_reserve`). On a CPU padding comes on
-top. Does not own: how much there is, the formulas of the shape itself (`shape`).
+In: a shape, the configuration with its dtypes settled (`dtypes`). Out: bytes by what they are for, in a learner's rank
+and in an engine; operations of a train step; the lines that say so. Of a learner they are an upper bound at sequences
+of full length: torch.compile keeps less, and what is packed is shorter. What no formula knows is in a reserve
+(`with_reserve`). On a CPU padding comes on top. Does not own: how much there is, the formulas of the shape itself
+(`shape`).
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ PUBLISHED = {
 
 def learner_bytes(shape: Shape, config: Config, *, on_gpu: bool) -> dict[str, int]:
     """Of each rank, which holds everything; at the peak of a micro-batch's backward pass."""
-    dtype = _dtype(config, on_gpu)
+    dtype = config.learner.dtype
     masters, copies = (DTYPE_BYTES[one] * shape.num_parameters for one in ("float32", dtype))
     rounded = dtype != "float32"
     num_tokens = max(config.learner.tokens_per_microbatch, _longest(config))
@@ -112,13 +113,6 @@ def learner_measured(forecast_bytes: int, metrics: Mapping[str, float]) -> str:
     if "learner/mfu" in metrics:
         line += f", {metrics['learner/mfu']:.0%} of what the hardware has at most"
     return line
-
-
-def _dtype(config: Config, on_gpu: bool) -> str:
-    dtype = config.learner.dtype
-    if dtype == "auto":
-        return config.rollout.dtype if on_gpu else "float32"
-    return dtype
 
 
 def _longest(config: Config) -> int:

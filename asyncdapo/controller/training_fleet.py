@@ -37,8 +37,8 @@ class TrainingFleet(Fleet):
     async def start(self, start: Start, checkpoint: Path | None = None) -> None:
         """Place and start everything, then make the first weight group. `checkpoint`: what the learner goes on from,
         none for the initial model."""
-        config = self.config
         placed = await self.make()
+        config = self.config
         self.learners = Learners(
             [
                 placed(LearnerActor, name, config, self.keys, rank, threads=config.learner.threads)

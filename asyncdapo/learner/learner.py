@@ -49,7 +49,7 @@ from asyncdapo.learner.step import Part, accumulate_gradient
 from asyncdapo.learner.times import Times
 from asyncdapo.messages import Batch
 from asyncdapo.payload import Payload
-from asyncdapo.shape import read_shape
+from asyncdapo.shape import read_shape, settled_dtype
 from asyncdapo.shares import deal, share_of
 
 STATE_FILE = "learner.pt"
@@ -79,13 +79,10 @@ class Learner:
         temperature: float,
         staleness_bound: int,
         max_response_length: int,
-        engine_dtype: str = "bfloat16",
         seed: int,
         ranks: Ranks = ALONE,
     ) -> None:
-        """`engine_dtype`: `rollout.dtype`, which `learner.dtype: auto` follows on a GPU.
-
-        Loads the model, and the reference model if the loss has a KL penalty. Sets the process's thread count and
+        """Loads the model, and the reference model if the loss has a KL penalty. Sets the process's thread count and
         torch seed, and switches Hugging Face's progress bars off. Raises ConfigError for a model or device that can't
         be used."""
         disable_progress_bar()
@@ -102,7 +99,7 @@ class Learner:
         compiled = compiles(config.compile, device)
         self._model = load_model(source, device)
         self._shape = read_shape(self._model.config.to_dict())
-        self._masters = Masters(self._model, _dtype(config.dtype, device, engine_dtype))
+        self._masters = Masters(self._model, getattr(torch, settled_dtype(config.dtype, on_gpu=device.type == "cuda")))
         check_packing(self._model)  # in the dtype that it computes in from now on, which may have other kernels
         settle_blocks(self._model, compile=compiled, checkpointing=config.activation_checkpointing)
         self._optimizer = Optimizer(self._masters.parameters, config)
@@ -325,9 +322,3 @@ def _device(name: str) -> torch.device:
     if name == "cuda" and not has_gpu:
         raise ConfigError("learner.device", "there is no GPU here", name, "use auto or cpu")
     return torch.device("cuda" if has_gpu and name != "cpu" else "cpu")
-
-
-def _dtype(name: str, device: torch.device, engine_dtype: str) -> torch.dtype:
-    if name == "auto":
-        name = engine_dtype if device.type == "cuda" else "float32"
-    return getattr(torch, name)

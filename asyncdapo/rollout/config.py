@@ -64,8 +64,9 @@ class RolloutConfig:
     """Sampling temperature in training; rollout_logprobs are taken at it."""
     on_update: Literal["keep", "recompute"] = "keep"
     """KV cache of running requests at a weight update: keep it (older keys and values) or recompute it."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Number format of the engine's weights and KV cache, and of the weights sent to it."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Number format of the engine's weights and KV cache, and of the weights sent to it; `auto`: bfloat16 on a GPU,
+    float32 on a CPU."""
     device: str = "auto"
     """`auto` (a GPU when there is one), `cpu` or `cuda`."""
     threads: int = 1
@@ -127,11 +128,11 @@ class RolloutConfig:
             )
 
     def _settle_parity(self) -> None:
-        """Defaults that depend on the number format, so that the effective values are on record."""
+        """Defaults that depend on the number format, once that is known."""
         if self.parity_every < 0:
             raise ConfigError("rollout.parity_every", "must be at least 0", self.parity_every)
         for key, defaults in (("parity_warn", PARITY_WARN), ("parity_stop", PARITY_STOP)):
-            if getattr(self, key) is None:
+            if getattr(self, key) is None and self.dtype != "auto":
                 object.__setattr__(self, key, defaults[self.dtype])
-            if getattr(self, key) <= 0:
+            if getattr(self, key) is not None and getattr(self, key) <= 0:
                 raise ConfigError(f"rollout.{key}", "must be above 0", getattr(self, key))

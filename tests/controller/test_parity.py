@@ -27,7 +27,7 @@ from asyncdapo.rollout.torch_engine.engine import TorchEngine
 from tests.controller.runs import launch
 from tests.learner.tiny import VOCAB_SIZE, make_batch, make_learner, save_tiny_llama, train
 
-CONFIG = RolloutConfig(slots=4, max_response_length=16, temperature=0.7, device="cpu")
+CONFIG = RolloutConfig(slots=4, max_response_length=16, temperature=0.7, device="cpu", dtype="float32")
 PROMPTS = [np.random.default_rng(index).integers(3, VOCAB_SIZE, 3 + index).tolist() for index in range(6)]
 
 Probe = Callable[[list[list[int]], list[int], Sampling], Any]

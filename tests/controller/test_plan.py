@@ -135,7 +135,18 @@ def test_both_gpu_configs_differ_only_in_where_they_run_and_how_much_at_once() -
         two.prompts,
     )
     assert (one.controller.placement, two.controller.placement) == ("shared", "separate")
-    assert one.rollout.dtype == two.rollout.dtype == "bfloat16"
+
+
+def test_a_plan_says_what_engine_and_learner_compute_in_on_the_devices_that_it_supposes() -> None:
+    said = "rollout.dtype bfloat16 (auto, on a GPU), learner.dtype bfloat16 (auto, on a GPU)"
+    for name in GSM8K:
+        assert said in sections_of(plan(name, []))["engine"]
+    on_cpu = sections_of(plan("quickstart", [], [0]))["engine"]
+    assert on_cpu == ["torch", "rollout.dtype float32 (auto, on a CPU), learner.dtype float32 (auto, on a CPU)"]
+    costs = sections_of(plan("quickstart", ["rollout.dtype=float32"]))["engine"][2:]
+    assert [cost.split(":")[0] for cost in costs] == [
+        f"{role}.dtype float32 on a GPU" for role in ("rollout", "learner")
+    ]
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,10 @@ SHAPE = read_shape(PUBLISHED["Qwen/Qwen2.5-0.5B-Instruct"])
 
 
 def config_of(**sections: dict[str, object]) -> Config:
-    return config_from_dict({"model": {"path": "none"}, **sections})
+    """In float32 unless told; a learner computes in its engine's dtype."""
+    rollout = {"dtype": "float32"} | sections.pop("rollout", {})
+    learner = {"dtype": rollout["dtype"]} | sections.pop("learner", {})
+    return config_from_dict({"model": {"path": "none"}, "rollout": rollout, "learner": learner, **sections})
 
 
 def with_layers(num_bytes: int, config: Config) -> Shape:

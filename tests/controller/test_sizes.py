@@ -39,7 +39,10 @@ SHAPE = Shape(
 
 
 def config_of(**sections: dict[str, object]) -> Config:
-    return config_from_dict({"model": {"path": "none"}, **sections})
+    """In float32 unless told; a learner computes in its engine's dtype."""
+    rollout = {"dtype": "float32"} | sections.pop("rollout", {})
+    learner = {"dtype": rollout["dtype"]} | sections.pop("learner", {})
+    return config_from_dict({"model": {"path": "none"}, "rollout": rollout, "learner": learner, **sections})
 
 
 def fixed(parts: dict[str, int]) -> int:
@@ -62,14 +65,6 @@ def test_a_learner_in_bfloat16_holds_rounded_weights_besides_and_leaves_half_as_
     assert parts["their bfloat16"] == 2 * SHAPE.num_parameters
     [rounded], [whole] = ([parts[key] for key in parts if key.startswith("activations")] for parts in (parts, exact))
     assert 0.5 < rounded / whole < 0.6  # norms keep float32
-
-
-def test_auto_is_the_dtype_of_the_engine_on_a_gpu_and_float32_on_a_cpu() -> None:
-    rounding = config_of(rollout={"dtype": "bfloat16"})
-    assert "their bfloat16" in learner_bytes(SHAPE, rounding, on_gpu=True)
-    assert "their bfloat16" not in learner_bytes(SHAPE, config_of(), on_gpu=True)
-    assert "their bfloat16" not in learner_bytes(SHAPE, rounding, on_gpu=False)
-    assert "their bfloat16" not in learner_bytes(SHAPE, config_of(learner={"dtype": "float32"}), on_gpu=True)
 
 
 @pytest.mark.parametrize(("max_tokens", "has_room_for"), [(512, 2024), (4096, 4096)])

@@ -28,6 +28,7 @@ from asyncdapo.rollout.torch_engine.checkpoint import read_checkpoint
 from asyncdapo.rollout.torch_engine.runner import Counters, Progress, Runner
 from asyncdapo.rollout.torch_engine.scheduler import Job
 from asyncdapo.rollout.torch_engine.weights import Weights
+from asyncdapo.shape import settled_dtype
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -180,7 +181,7 @@ class TorchEngine:
                 self._config.max_response_length,
             )
         device = self._device()
-        dtype = DTYPES[self._config.dtype]
+        dtype = DTYPES[settled_dtype(self._config.dtype, on_gpu=device.type == "cuda")]
         weights, self._spare = (Weights(checkpoint.shape, dtype, device) for _ in range(2))
         try:
             weights.fill(checkpoint.tensors())

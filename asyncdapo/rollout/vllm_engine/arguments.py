@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import os
 import secrets
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from transformers import PretrainedConfig
 from asyncdapo.errors import ConfigError
 from asyncdapo.rollout.config import RolloutConfig
 from asyncdapo.rollout.vllm_engine.plugin import PARENT_VARIABLE, PLUGIN
-from asyncdapo.shape import DTYPE_BYTES
+from asyncdapo.shape import DTYPE_BYTES, settled_dtype
 
 if TYPE_CHECKING:
     from vllm.engine.arg_utils import AsyncEngineArgs
@@ -66,6 +66,7 @@ def engine_args(
 
     _check_device(config.device, current_platform.device_type)
     _refuse_unknown(config.engine_args, {field.name for field in fields(AsyncEngineArgs)})
+    config = replace(config, dtype=settled_dtype(config.dtype, on_gpu=not current_platform.is_cpu()))
     num_positions = max_prompt_length + config.max_response_length
     ours = {
         "model": str(directory),
