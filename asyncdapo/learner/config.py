@@ -136,6 +136,12 @@ class LossConfig:
                 raise ConfigError(f"loss.{key}", f"does nothing without {needed}", getattr(self, key), fix)
 
     @property
+    def heeds_without_advantage(self) -> bool:
+        """Whether completions of advantage 0 have more part in an update than in its denominators: in a term that goes
+        by no advantage, or in masks that change what is counted."""
+        return self.kl_coef > 0 or self.entropy_coef > 0 or self.masks_by_policy
+
+    @property
     def masks_by_policy(self) -> bool:
         """Whether some masks depend on the learner's log-probs at the start of the train step."""
         return self.outlier_band is not None or (self.correction != "none" and self.correction_mode == "mask")
@@ -166,7 +172,7 @@ class LearnerConfig:
     tokens_per_microbatch: int = 4096
     """Computed tokens of a forward pass: the memory knob; results don't depend on it."""
     max_bad_updates: int = 3
-    """Updates skipped for a NaN or Inf loss or gradient before the run ends."""
+    """Updates that may be skipped for a NaN or Inf loss or gradient among the last 100; one more ends the run."""
     checkpoint_every: int = 50
     """Train steps between checkpoints; the first (step 0) and the last are always written."""
     keep_checkpoints: int = 2

@@ -62,6 +62,8 @@ class Update:
     """What one optimizer update came to, over all ranks."""
 
     part: Part
+    num_tokens: int
+    """Loss-bearing tokens, those included that weren't computed since their advantage is 0."""
     lr: float
     grad_norm: float | None
     """Global norm before clipping; none for an update that was skipped."""
@@ -119,7 +121,8 @@ class Learner:
         any thread, while another batch is trained."""
         updates = deal(batch.groups, num_updates=self._config.updates_per_step, num_ranks=self.ranks.num_ranks)
         share = share_of(updates, self.ranks.rank)
-        rows = group_rows(batch, payload, share, ADVANTAGES[self._loss.advantage])
+        advantage, with_zeros = ADVANTAGES[self._loss.advantage], self._loss.heeds_without_advantage
+        rows = group_rows(batch, payload, share, advantage, with_zeros=with_zeros)
         return Prepared(batch, updates, rows, columns(batch))
 
     def train(self, prepared: Prepared) -> dict[str, float]:
@@ -257,15 +260,16 @@ class Learner:
         with self.times.on("sum"):
             self.ranks.sum_gradients(self._masters.parameters)
             part = part.summed(self.ranks)
-        if not num_tokens_N.any():  # its gradient is zero: averages of the optimizer and the warm-up stay as they are
-            return Update(part, lr=0.0, grad_norm=None)
+        num_tokens = int(num_tokens_N.sum())
+        if not num_tokens:  # its gradient is zero: averages of the optimizer and the warm-up stay as they are
+            return Update(part, num_tokens, lr=0.0, grad_norm=None)
         lr = self._optimizer.lr
         with self.times.on("optimizer"):
             grad_norm = self._optimizer.update(part.loss)
             self._masters.refresh()
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)  # else the next update, or the publish, would be charged with it
-        return Update(part, lr, grad_norm)
+        return Update(part, num_tokens, lr, grad_norm)
 
     def _write(self, directory: Path) -> None:
         try:
@@ -290,8 +294,18 @@ def _metrics(updates: Sequence[Update], loss: LossConfig) -> dict[str, float]:
     """The step's `learner/…` metrics: over the tokens of all applied updates, and over those updates. What the loss
     doesn't have is left out."""
     applied = [update for update in updates if update.grad_norm is not None]
-    metrics = sum((update.part.sums for update in applied), start=Sums.zeros()).metrics()
-    unused = {"correction_mean": loss.correction == "none", "kl": not loss.kl_coef}
+    sums, num_tokens = Sums.zeros(), sum(update.num_tokens for update in applied)
+    for update in applied:
+        sums += update.part.sums
+    metrics = sums.metrics() | {
+        "learner/tokens": float(num_tokens),
+        "learner/uncomputed_ratio": _ratio(num_tokens - sums.num_tokens, num_tokens),
+    }
+    unused = {
+        "correction_mean": loss.correction == "none",
+        "kl": not loss.kl_coef,
+        "uncomputed_ratio": loss.heeds_without_advantage,
+    }
     return {
         **{name: value for name, value in metrics.items() if not unused.get(name.rpartition("/")[2])},
         "learner/loss": _ratio(sum(update.part.loss for update in applied), len(applied)),

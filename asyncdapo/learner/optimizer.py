@@ -1,7 +1,8 @@
 """AdamW with linear warm-up and gradient clipping, and the budget of updates that may go wrong.
 
 Invariant: an update with a NaN or Inf in its loss or gradient changes neither weights nor optimizer state; it is
-counted, and past the budget the run ends. Does not own: how the gradient came about.
+counted, and where too many of the last `BAD_WINDOW` updates were such ones the run ends. Does not own: how the gradient
+came about.
 """
 
 from __future__ import annotations
@@ -14,6 +15,10 @@ from torch import nn
 
 from asyncdapo.errors import RunError
 from asyncdapo.learner.config import LearnerConfig
+
+BAD_WINDOW = 100
+"""Newest updates of which `max_bad_updates` may be skipped. Over a whole run any number is reached some time; and of
+updates in a row, every second one may be skipped for ever."""
 
 
 class Optimizer:
@@ -31,6 +36,8 @@ class Optimizer:
         self._adamw = torch.optim.AdamW(self._parameters, **self._settings, fused=True)
         self.num_updates = 0
         self.num_bad = 0
+        self._bad_places: list[int] = []
+        """Of the skipped ones among the newest, by their number among all updates, skipped and applied."""
 
     @property
     def lr(self) -> float:
@@ -40,7 +47,7 @@ class Optimizer:
 
     def update(self, loss: float) -> float | None:
         """Apply the accumulated gradient and clear it. Returns its global norm before clipping, None for an update that
-        was skipped. Raises RunError when more than `max_bad_updates` were skipped."""
+        was skipped. Raises RunError when more than `max_bad_updates` of the last `BAD_WINDOW` were skipped."""
         norm = nn.utils.clip_grad_norm_(self._parameters, self._config.grad_clip).item()
         good = math.isfinite(loss) and math.isfinite(norm)
         if good:
@@ -54,7 +61,12 @@ class Optimizer:
         return norm if good else None
 
     def state_dict(self) -> dict:
-        return {"adamw": self._adamw.state_dict(), "num_updates": self.num_updates, "num_bad": self.num_bad}
+        return {
+            "adamw": self._adamw.state_dict(),
+            "num_updates": self.num_updates,
+            "num_bad": self.num_bad,
+            "bad_places": self._bad_places,
+        }
 
     def load_state_dict(self, state: dict) -> None:
         """Averages and counts are those of the state, settings stay those of the config: a resumed run may change
@@ -64,11 +76,15 @@ class Optimizer:
             group.update(self._settings)
         self.num_updates = state["num_updates"]
         self.num_bad = state["num_bad"]
+        self._bad_places = list(state.get("bad_places", ()))  # older checkpoints have none: the window begins anew
 
     def _count_bad(self, loss: float, norm: float) -> None:
         self.num_bad += 1
-        if self.num_bad > self._config.max_bad_updates:
+        place = self.num_updates + self.num_bad
+        self._bad_places = [*(one for one in self._bad_places if one > place - BAD_WINDOW), place]
+        if len(self._bad_places) > self._config.max_bad_updates:
+            many = f"{len(self._bad_places)} of the last {min(place, BAD_WINDOW)} optimizer updates"
             raise RunError(
-                f"{self.num_bad} optimizer updates had a loss or gradient that is not finite (the last: loss {loss}, "
-                f"gradient norm {norm}); learner.max_bad_updates is {self._config.max_bad_updates}"
+                f"{many} had a loss or gradient that is not finite (the last: loss {loss}, gradient norm {norm}); "
+                f"learner.max_bad_updates is {self._config.max_bad_updates}"
             )

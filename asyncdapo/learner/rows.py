@@ -1,11 +1,12 @@
-"""From a batch to rows: what one rank trains on, one row for each completion that bears loss.
+"""From a batch to rows: what one rank trains on, one row for each completion that has a gradient.
 
-    Batch, Payload ──group_rows──▶ a Row for each loss-bearing completion of this rank, with its advantage
+    Batch, Payload ──group_rows──▶ a Row for each completion of this rank that is computed, with its advantage
     Batch ──columns──▶ what every rank knows of every completion ──aggregation──▶ weight of each row in its update
 
 A group is never cut: an optimizer update trains whole groups, and so does a rank in it. Completions that bear no loss
-are left out of every forward pass, after they have counted in their group's mean and standard deviation. Does not own:
-micro-batches (`packing`), the loss, who trains on what (`shares`).
+are left out of every forward pass, after they have counted in their group's mean and standard deviation. So are those
+of advantage 0, whose gradient is exactly 0, unless the loss heeds them: they count in every denominator, which is made
+of `Columns`. Does not own: micro-batches (`packing`), the loss, who trains on what (`shares`).
 
 Shapes: N completions of the batch, G completions of a group.
 """
@@ -85,9 +86,11 @@ class Columns:
         return torch.isin(self.group_N, torch.tensor(list(groups), dtype=torch.int64)).nonzero()[:, 0]
 
 
-def group_rows(batch: Batch, payload: Payload, share: Sequence[int], advantage: Advantage) -> dict[int, list[Row]]:
-    """The loss-bearing completions of each group of the share, with their advantages. `payload` holds those groups in
-    that order, `share` their indices."""
+def group_rows(
+    batch: Batch, payload: Payload, share: Sequence[int], advantage: Advantage, *, with_zeros: bool = True
+) -> dict[int, list[Row]]:
+    """The loss-bearing completions of each group of the share, with their advantages; those of advantage 0 only
+    `with_zeros`. `payload` holds those groups in that order, `share` their indices."""
     first_of_group = np.cumsum([0, *(len(group.completions) for group in batch.groups)]).tolist()
     groups = [batch.groups[index] for index in share]
     rows: dict[int, list[Row]] = {}
@@ -107,7 +110,7 @@ def group_rows(batch: Batch, payload: Payload, share: Sequence[int], advantage: 
                 its_advantage,
                 staleness=batch.step - 1 - group.min_version,
             )
-            if row.num_loss_tokens:
+            if row.num_loss_tokens and (with_zeros or its_advantage):
                 rows[place].append(row)
     return rows
 

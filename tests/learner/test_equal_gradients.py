@@ -21,7 +21,7 @@ from asyncdapo.messages import Batch
 from asyncdapo.payload import Payload
 from asyncdapo.shares import deal, share_of
 from tests.learner.ranks import in_processes
-from tests.learner.tiny import CUT, MEASURED, make_batch, make_learner, save_tiny_llama
+from tests.learner.tiny import CUT, MEASURED, make_batch, make_learner, save_tiny_llama, with_equal_rewards
 from tests.learner.tiny import train as train_step
 
 NUM_UPDATES = 2
@@ -59,6 +59,13 @@ def masked_at_rank_1(batch: Batch, payload: Payload) -> Payload:
     parts = payload.split(batch.groups)
     far = [part.logprobs - 30 * (index in masked) for index, part in enumerate(parts)]
     return Payload(payload.prompt_ids, payload.token_ids, np.concatenate(far).astype(np.float32))
+
+
+def constant_at_rank_1(batch: Batch) -> Batch:
+    """With two ranks, rank 1 has nothing to compute: all of its groups have equal rewards."""
+    constant = {index for by_rank in deal(batch.groups, num_updates=NUM_UPDATES, num_ranks=2) for index in by_rank[1]}
+    groups = [with_equal_rewards(group) if index in constant else group for index, group in enumerate(batch.groups)]
+    return msgspec.structs.replace(batch, groups=groups)
 
 
 def of_share(batch: Batch, payload: Payload, ranks: Ranks) -> Payload:
@@ -133,6 +140,7 @@ def test_every_number_of_ranks_gives_the_same_gradient(path, num_ranks):
         for loss in list(LOSSES.values())[: None if num_ranks == 2 else 7]
         for of_batch in ((batch, payload), (batch, one_rank_masked), few)
     ]
+    cases.append((LOSSES["default"], constant_at_rank_1(batch), payload, 4 * LONGEST))
     results = in_processes(num_ranks, train_each, path, cases)
     for number, case in enumerate(cases):
         expected = train(path, case, ALONE)

@@ -7,7 +7,7 @@ import torch
 
 from asyncdapo.errors import RunError
 from asyncdapo.learner.config import LearnerConfig
-from asyncdapo.learner.optimizer import Optimizer
+from asyncdapo.learner.optimizer import BAD_WINDOW, Optimizer
 
 
 def make_optimizer(**config):
@@ -54,11 +54,38 @@ def test_an_update_that_is_not_finite_changes_nothing_and_is_counted(loss, gradi
     assert not optimizer.state_dict()["adamw"]["state"]
 
 
-def test_more_bad_updates_than_allowed_in_the_whole_run_end_it():
-    weight, optimizer = make_optimizer(max_bad_updates=2)
-    for loss in (math.nan, 0.0, math.nan):
+def feed(weight, optimizer, losses):
+    for loss in losses:
         weight.grad = torch.ones(2)
         optimizer.update(loss)
-    weight.grad = torch.ones(2)
-    with pytest.raises(RunError, match="3 optimizer updates .* learner.max_bad_updates is 2"):
-        optimizer.update(math.nan)
+
+
+def test_more_bad_updates_than_allowed_among_the_last_ones_end_the_run():
+    weight, optimizer = make_optimizer(max_bad_updates=2)
+    feed(weight, optimizer, [math.nan, 0.0, math.nan])
+    with pytest.raises(RunError, match="3 of the last 4 optimizer updates .* learner.max_bad_updates is 2"):
+        feed(weight, optimizer, [math.nan])
+
+
+def test_bad_updates_far_apart_do_not_add_up_over_a_run():
+    weight, optimizer = make_optimizer(max_bad_updates=1)
+    for _ in range(5):
+        feed(weight, optimizer, [math.nan] + [0.0] * (BAD_WINDOW - 1))
+    assert optimizer.num_bad == 5
+    feed(weight, optimizer, [math.nan] + [0.0] * (BAD_WINDOW - 2))
+    with pytest.raises(RunError, match=f"2 of the last {BAD_WINDOW} optimizer updates"):
+        feed(weight, optimizer, [math.nan])
+
+
+def test_the_window_goes_on_after_a_restore_and_begins_anew_from_a_checkpoint_of_before():
+    weight, optimizer = make_optimizer(max_bad_updates=1)
+    feed(weight, optimizer, [math.nan] + [0.0] * 3)
+    state = optimizer.state_dict()
+    weight, restored = make_optimizer(max_bad_updates=1)
+    restored.load_state_dict(state)
+    with pytest.raises(RunError, match="2 of the last 5 optimizer updates"):
+        feed(weight, restored, [math.nan])
+    weight, older = make_optimizer(max_bad_updates=1)
+    older.load_state_dict({key: value for key, value in state.items() if key != "bad_places"})
+    feed(weight, older, [math.nan])
+    assert older.num_bad == 2

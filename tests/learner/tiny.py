@@ -4,6 +4,7 @@ import os
 import shutil
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -125,6 +126,12 @@ def make_group(
         completions=completions,
         generate_s=0.1,
     )
+
+
+def with_equal_rewards(group: Group) -> Group:
+    """No completion of it has an advantage."""
+    completions = [msgspec.structs.replace(completion, reward=1.0) for completion in group.completions]
+    return msgspec.structs.replace(group, completions=completions)
 
 
 def train(learner: Learner, batch: Batch, payload: Payload) -> dict[str, float]:
