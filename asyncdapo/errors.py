@@ -9,12 +9,16 @@
       EngineError             the inference engine can't go on
       RewardError             the reward function raised, or its process died of it; the worker turns it into a
                               failed group
+      VerdictError            the reward function returned what is no verdict: a worker that raises it isn't started
+                              again
       DiskError               the disk is full or broken: what it refused is not done
 
 Anything else that escapes is a defect of ours and keeps its traceback.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 EXIT_INTERRUPTED = 130
 """Exit code of a command that Ctrl-C or SIGTERM ended."""
@@ -30,14 +34,18 @@ class ConfigError(UserError):
     Reads `replay.max_staleness: must be at least 0, got -1 (use 0 for synchronous training)`.
     """
 
-    def __init__(self, key: str, problem: str, value: object = None, fix: str = "") -> None:
-        self.key, self.problem, self.value, self.fix = key, problem, value, fix
+    def __init__(
+        self, key: str, problem: str, value: object = None, fix: str = "", example: Sequence[str] = ()
+    ) -> None:
+        """`example`: lines to be written somewhere, shown below."""
+        self.key, self.problem, self.value, self.fix, self.example = key, problem, value, fix, example
         got = "" if value is None else f", got {value!r}"
-        super().__init__(f"{key}: {problem}{got}" + (f" ({fix})" if fix else ""))
+        said = f"{key}: {problem}{got}" + (f" ({fix})" if fix else "")
+        super().__init__("\n    ".join((said, *example)))
 
-    def __reduce__(self) -> tuple[type[ConfigError], tuple[str, str, object, str]]:
+    def __reduce__(self) -> tuple[type[ConfigError], tuple[str, str, object, str, Sequence[str]]]:
         """Pickled by its parts, since Ray sends errors between processes."""
-        return ConfigError, (self.key, self.problem, self.value, self.fix)
+        return ConfigError, (self.key, self.problem, self.value, self.fix, self.example)
 
 
 class RunError(Exception):
@@ -61,7 +69,11 @@ class EngineError(RunError):
 
 
 class RewardError(RunError):
-    """The reward function raised, or returned no verdict, or its process died of a completion twice."""
+    """The reward function raised, or its process died of a completion twice."""
+
+
+class VerdictError(RunError):
+    """The reward function returned what is no verdict, and would do so again."""
 
 
 class DiskError(RunError):

@@ -8,8 +8,8 @@ This is all that an evaluation needs. A run has a learner beside it, from which 
 In: where to begin (`Start`). Out: processes to call. Invariant: a process is `up` only when it was started completely;
 deaths are counted against a budget (`restarts`), past which the run ends with the cause of the last one. What a process
 raises on purpose (UserError, RunError) ends the run; only a worker, of which there may be others, is restarted whatever
-RunError ended it, or its next start (a GPU's memory may not be free yet). Does not own: what the processes are told to
-do (`run`, `eval.alone`).
+RunError but VerdictError ended it, or its next start (a GPU's memory may not be free yet). Does not own: what the
+processes are told to do (`run`, `eval.alone`).
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from asyncdapo.controller.actors import Opened, ReplayActor, RolloutActor, Start
 from asyncdapo.controller.dtypes import dtype_lines, settle_dtypes
 from asyncdapo.controller.placement import place, worker_names
 from asyncdapo.controller.processes import Process, ProcessDied, Watch, gpus_of_nodes, reserve
-from asyncdapo.controller.pulse import Pulse
+from asyncdapo.controller.pulse import Filling, Pulse
 from asyncdapo.controller.restarts import Restarts
 from asyncdapo.controller.roster import Roster, this_process
 from asyncdapo.controller.roster import end as end_entries
 from asyncdapo.controller.waits import Stall
-from asyncdapo.errors import RunError, UserError
+from asyncdapo.errors import RunError, UserError, VerdictError
 from asyncdapo.transport.keys import RunKeys
 
 LOOK_S = 2.0
@@ -66,6 +66,8 @@ class Fleet:
         self.still_s = 0.0
         """For how long no counter of progress has moved in any process, and none was being started."""
         self._stall = Stall(time.monotonic())
+        self.on_filling: Callable[[Filling], None] = lambda _: None
+        """Told at every look how far the next batch is."""
         self._silent: set[str] = set()
         self.totals: dict[str, float] = {}
         """The latest metrics line: counts of a replay server that is started again go on from it."""
@@ -148,7 +150,7 @@ class Fleet:
                     await self.catch_up(worker)
                 await serving
                 death: Exception = RunError(f"{worker.name} ended before the run did")
-            except UserError:
+            except (UserError, VerdictError):
                 raise
             except RunError as error:
                 death = error
@@ -186,6 +188,8 @@ class Fleet:
                 if pulse and process.up.is_set() and process.entry in pulse.entries:
                     self.roster.set(process.name, pulse.entries)
             replay = pulses[self.replay.name]
+            if replay and replay.filling:
+                self.on_filling(replay.filling)
             for worker in [self.workers[index] for index in (replay.lost if replay else ())]:
                 if worker.up.is_set() and time.monotonic() - worker.since > JOIN_S:
                     log.warning("%s has fallen silent: it is killed", worker.name)

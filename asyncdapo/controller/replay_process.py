@@ -6,7 +6,7 @@ from pathlib import Path
 
 from asyncdapo.controller.actors import NUM_PROBE_PROMPTS, Opened, Start
 from asyncdapo.controller.member import Member
-from asyncdapo.controller.pulse import Pulse
+from asyncdapo.controller.pulse import Filling, Pulse
 from asyncdapo.controller.waits import replay_wait
 from asyncdapo.learner.model_path import vocab_size
 from asyncdapo.messages import EvalAnswer, EvalRequest
@@ -97,6 +97,12 @@ class Main(Member):
             entries=[await self.entry()],
             waits=self.waits.open(),
             progress={key: status[key] for key in ("sampled_tokens", "filling_step", "branch")},
+            filling=Filling(
+                step=status["filling_step"],
+                num_ready=status["ready"],
+                num_failed=status["failed"],
+                last_failure=status["last_failure"],
+            ),
             lost=[
                 index
                 for index, worker in status["known_workers"].items()

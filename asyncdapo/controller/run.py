@@ -33,6 +33,7 @@ from asyncdapo.controller.actors import Start
 from asyncdapo.controller.aside import Aside
 from asyncdapo.controller.eval.in_run import RunEvaluation, set_answers_aside
 from asyncdapo.controller.forecast import Forecast
+from asyncdapo.controller.inside_step import InsideStep
 from asyncdapo.controller.learners import together
 from asyncdapo.controller.lines import Lines, counters_of
 from asyncdapo.controller.parity import Parity
@@ -55,6 +56,7 @@ class Controller:
         self.reporter = reporter
         self.lines = Lines(reporter, resume.first_line, resume.last_line, started)
         self.fleet = TrainingFleet(self.config)
+        self.fleet.on_filling = InsideStep(reporter, config.replay.prompts_per_step, config.run.steps).heed
         self.patience = Patience(self.config.controller, self.fleet, reporter)
         self.watch = Watch()
         last_step = config.run.steps

@@ -2,7 +2,8 @@
 
 In: the metrics line of each train step, in order. Out: sentences; each names the metric, its value, what it means, and
 the keys to turn. An alarm is said when it begins, and again only after it had ended. A line that lacks a metric, or has
-NaN for it, neither begins nor ends one. Does not own: where they are shown (`controller/lines`), what ends a run.
+NaN for it, neither begins nor ends one. A ratio of groups is judged once `MIN_GROUPS` are behind it, over as many steps
+as that takes: 0 of 4 says nothing. Does not own: where they are shown (`controller/lines`), what ends a run.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ BAD_UPDATES = "learner/bad_updates"
 ENTROPY = "learner/entropy"
 MIN_ENTROPY_SHARE = 0.1
 """Of the first step's entropy; below it a policy has nearly stopped exploring."""
+MIN_GROUPS = 100
+ARRIVED = "rollout/arrived_groups"
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,10 @@ class Limit:
     number: float
     meaning: str
     turn: str
+    groups: str = ""
+    """Metric that says how many groups are behind it, of this step as well."""
+    groups_so_far: str = ""
+    """The same, where both are of the run so far."""
 
     def broken(self, value: float) -> bool:
         return value > self.number if self.alarms == "above" else value < self.number
@@ -43,6 +50,16 @@ LIMITS = (
         0.02,
         "this share of the groups was dropped as stale, long answers first",
         "lower replay.run_ahead, raise replay.max_staleness, or set replay.on_stale=wait",
+        groups_so_far="filter/prompts_consumed",
+    ),
+    Limit(
+        "reward/failed_ratio",
+        "above",
+        0.02,
+        "on this share of the groups the reward function raised, so that they can't be trained on",
+        "mend reward.verifier (the ledger's events of kind failed have its words), or raise reward.retries for a judge "
+        "that is busy now and then",
+        groups=ARRIVED,
     ),
     Limit(
         "filter/kept_ratio",
@@ -51,6 +68,7 @@ LIMITS = (
         "nearly all groups are too easy or too hard to learn from (filter/all_correct_ratio and filter/all_wrong_ratio "
         "say which), so that nearly all tokens are sampled in vain",
         "take other prompts (prompts.path), raise rollout.group_size, or compare another filter.metric",
+        groups=ARRIVED,
     ),
     Limit(
         "rollout/truncated_ratio",
@@ -58,6 +76,7 @@ LIMITS = (
         0.5,
         "most answers are cut off before their end",
         "raise rollout.max_response_length, or set reward.overlong_buffer",
+        groups=ARRIVED,
     ),
     Limit(
         "learner/ess",
@@ -89,6 +108,8 @@ class Alarms:
     def __init__(self, first: Mapping[str, float], last: Mapping[str, float]) -> None:
         """Lines of a run that goes on, empty for a new one: of its first train step, and of the last one so far."""
         self._active: set[str] = set()
+        self._gathered: dict[str, tuple[float, float]] = {}
+        """Of ratios that too few groups are behind so far: groups, and how many of them count."""
         self._first_entropy = _finite(first, ENTROPY)
         self._num_bad = _finite(last, BAD_UPDATES) or 0.0
 
@@ -106,7 +127,7 @@ class Alarms:
     def _judged(self, line: Mapping[str, float]) -> Iterator[tuple[str, str | None]]:
         """Each metric that the line tells something about, with its alarm if it is on."""
         for limit in LIMITS:
-            value = _finite(line, limit.metric)
+            value = self._gather(limit, line)
             if value is not None:
                 yield limit.metric, limit.sentence(value) if limit.broken(value) else None
         entropy = _finite(line, ENTROPY)
@@ -115,6 +136,20 @@ class Alarms:
         num_bad = _finite(line, BAD_UPDATES)
         if num_bad is not None:
             yield BAD_UPDATES, self._judge_bad_updates(num_bad)
+
+    def _gather(self, limit: Limit, line: Mapping[str, float]) -> float | None:
+        """The number to judge; None as long as too little is behind it."""
+        value = _finite(line, limit.metric)
+        if limit.groups_so_far:
+            return value if line.get(limit.groups_so_far, 0) >= MIN_GROUPS else None
+        if not limit.groups or value is None:
+            return value
+        num, counting = self._gathered.pop(limit.metric, (0.0, 0.0))
+        num, counting = num + line.get(limit.groups, 0), counting + value * line.get(limit.groups, 0)
+        if num >= MIN_GROUPS:
+            return counting / num
+        self._gathered[limit.metric] = num, counting
+        return None
 
     def _judge_entropy(self, entropy: float) -> str | None:
         if self._first_entropy is None:

@@ -1,18 +1,21 @@
-"""Progress lines: one aligned line a train step, and one for everything worth saying in between.
+"""Progress lines: one short line a train step, and one for everything worth saying in between.
 
 In: metrics, the current status, notes. Out: lines with the time of day, in RUN_DIR/run.log and on a standard output
-that is no terminal. Does not own: the live view of a terminal (`terminal`), which shows the same `cells`.
+that is no terminal. Does not own: the live view of a terminal (`terminal`), which shows the same `COLUMNS`.
 """
 
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from statistics import fmean
 from typing import TextIO
 
-MISSING = "-"
+NUM_RECENT_STEPS = 12
+"""Whose time says how long the others will take."""
 
 
 @dataclass(frozen=True)
@@ -23,8 +26,16 @@ class Column:
     metric: str
     width: int
     show: Callable[[float], str]
-    rare: bool = False
-    """Left out of a line that has no number for it."""
+    label: str | None = ""
+    """Its name in a line, where that isn't the title; None: a line goes without it."""
+    only_above_0: bool = False
+
+    def cell(self, metrics: Mapping[str, float]) -> str:
+        """The number; empty where the step has none, a dash where it isn't finite."""
+        value = metrics.get(self.metric)
+        if value is None or (self.only_above_0 and not value > 0):
+            return ""
+        return self.show(value) if math.isfinite(value) else "-"
 
 
 def _decimals(value: float) -> str:
@@ -35,27 +46,48 @@ def _thousands(value: float) -> str:
     return f"{value:,.0f}"
 
 
+def _percent(value: float) -> str:
+    return f"{value:.0%}"
+
+
+def clock(seconds: float) -> str:
+    """Minutes and seconds, behind hours where there are any."""
+    minutes, hours = round(seconds) // 60, round(seconds) // 3600
+    return (f"{hours}:{minutes % 60:02}" if hours else f"{minutes}") + f":{round(seconds) % 60:02}"
+
+
 COLUMNS = (
     Column("reward", "reward/mean", 6, _decimals),
-    Column("accuracy", "eval/accuracy", 5, _decimals),
-    Column("rollout tok/s", "rollout/tokens_per_s", 7, _thousands),
-    Column("learner tok/s", "learner/tokens_per_s", 7, _thousands),
+    Column("rollout tok/s", "rollout/tokens_per_s", 6, _thousands, label="tok/s"),
+    Column("learner tok/s", "learner/tokens_per_s", 6, _thousands, label="/"),
     Column("staleness", "replay/staleness_mean", 4, lambda value: f"{value:.2f}"),
-    Column("max", "replay/staleness_max", 2, _thousands),
-    Column("queue", "replay/queued", 4, _thousands),
-    Column("waiting", "learner/waiting_ratio", 4, lambda value: f"{value:.0%}"),
-    Column("wall", "time/wall_s", 9, lambda value: f"{value:,.1f} s"),
-    Column("greedy", "eval/greedy_accuracy", 5, _decimals, rare=True),
+    Column("waiting", "learner/waiting_ratio", 4, _percent),
+    Column("wall", "time/wall_s", 5, clock, label=None),
+    Column("accuracy", "eval/accuracy", 5, _decimals),
+    Column("greedy", "eval/greedy_accuracy", 5, _decimals),
+    Column("failed", "reward/failed_ratio", 3, _percent, only_above_0=True),
 )
 """`accuracy` and `greedy` only stand in the line of the step in which an evaluation finished."""
 
 
-def cells(metrics: Mapping[str, float]) -> list[str]:
-    """The number of each column, or a dash where the step has none."""
-    return [
-        column.show(metrics[column.metric]) if math.isfinite(metrics.get(column.metric, math.nan)) else MISSING
-        for column in COLUMNS
-    ]
+class TimeLeft:
+    """How long the rest of a run will take, by its latest steps."""
+
+    def __init__(self, total_steps: int) -> None:
+        self._total_steps = total_steps
+        self._recent_s: deque[float] = deque(maxlen=NUM_RECENT_STEPS)
+        self._step = 0
+
+    def log(self, metrics: Mapping[str, float]) -> None:
+        """A step is over."""
+        self._step = int(metrics["step"])
+        if step_s := metrics.get("time/step_s"):
+            self._recent_s.append(step_s)
+
+    def __str__(self) -> str:
+        """Empty where it isn't known, or nothing is left."""
+        num_left = self._total_steps - self._step
+        return clock(num_left * fmean(self._recent_s)) if self._recent_s and num_left > 0 else ""
 
 
 class ProgressLines:
@@ -63,17 +95,19 @@ class ProgressLines:
 
     def __init__(self, stream: TextIO, total_steps: int, now: Callable[[], datetime] = datetime.now) -> None:
         self._stream, self._total_steps, self._now = stream, total_steps, now
+        self._left = TimeLeft(total_steps)
         self._status = ""
 
     def log(self, metrics: Mapping[str, float]) -> None:
         """The line of one step."""
-        width = len(str(self._total_steps))
-        fields = [
-            f"{column.title} {cell:>{column.width}}"
-            for column, cell in zip(COLUMNS, cells(metrics), strict=True)
-            if cell != MISSING or not column.rare
-        ]
-        self.note("  ".join([f"step {metrics['step']:>{width}.0f}/{self._total_steps}", *fields]))
+        self._left.log(metrics)
+        fields = [f"step {metrics['step']:>{len(str(self._total_steps))}.0f}/{self._total_steps}"]
+        for column in COLUMNS:
+            if column.label is not None and (cell := column.cell(metrics)):
+                fields.append(f"{column.label or column.title} {cell:>{column.width}}")
+        if left := str(self._left):
+            fields.append(f"left {left}")
+        self.note("  ".join(fields))
         self._status = ""
 
     def status(self, text: str) -> None:
@@ -81,6 +115,9 @@ class ProgressLines:
         if text != self._status:
             self._status = text
             self.note(text)
+
+    def progress(self, text: str) -> None:
+        """How far a step is: nothing for lines, since it changes all the time."""
 
     def note(self, text: str) -> None:
         """Something that happened."""

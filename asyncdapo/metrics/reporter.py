@@ -4,7 +4,8 @@
     log(metrics) ────┼▶ W&B                    the same names
                      ├▶ run.log                one line a step
     status(text) ────┤
-    note(text)   ────┴▶ standard output        live on a terminal, lines elsewhere
+    note(text)   ────┤
+    progress(text)   └▶ standard output        live on a terminal, lines elsewhere, without progress
 
 Log records of the stages' loggers, and warnings of any other, become notes. A rollback takes lines out of
 metrics.jsonl and is a note elsewhere: what was shown was so. Invariant: a step is in metrics.jsonl before anything else
@@ -19,12 +20,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
-from rich.console import Console
-
 from asyncdapo.metrics.config import MetricsConfig
 from asyncdapo.metrics.jsonl import MetricsFile
 from asyncdapo.metrics.progress import ProgressLines
-from asyncdapo.metrics.terminal import LiveTable
+from asyncdapo.metrics.terminal import LiveTable, terminal_of
 from asyncdapo.metrics.wandb_log import WandbLog, choose_mode
 
 LOG_FILE = "run.log"
@@ -84,6 +83,11 @@ class Reporter:
         for view in self._views:
             view.status(text)
 
+    def progress(self, text: str) -> None:
+        """How far the next step is."""
+        for view in self._views:
+            view.progress(text)
+
     def note(self, text: str) -> None:
         """Something that happened."""
         for view in self._views:
@@ -137,7 +141,5 @@ class NoteHandler(logging.Handler):
 
 
 def _open_view(stream: TextIO, name: str, total_steps: int) -> ProgressLines | LiveTable:
-    console = Console(file=stream)
-    if console.is_terminal and not console.is_dumb_terminal:
-        return LiveTable(console, name, total_steps)
-    return ProgressLines(stream, total_steps)
+    console = terminal_of(stream)
+    return LiveTable(console, name, total_steps) if console else ProgressLines(stream, total_steps)

@@ -1,4 +1,5 @@
-"""Live view of a run on a terminal: the last steps as a table, and below it what the run waits for, and how long.
+"""Live view of a run on a terminal: the last steps as a table, and below it how far the next one is, how long the rest
+will take, what the run waits for.
 
 In: metrics, the current status, notes. Out: a region of the terminal that is drawn anew four times a second; notes and
 whatever else is printed scroll by above it. Does not own: the lines in run.log (`progress`).
@@ -6,18 +7,30 @@ whatever else is printed scroll by above it. Does not own: the lines in run.log 
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping
+from typing import TextIO
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from asyncdapo.metrics.progress import COLUMNS, cells
+from asyncdapo.metrics.progress import COLUMNS, NUM_RECENT_STEPS, TimeLeft
 
-NUM_RECENT_STEPS = 12
 REFRESHES_PER_S = 4
+FIRST_TO_GO = ("wall", "waiting", "learner tok/s", "staleness", "rollout tok/s", "greedy", "failed")
+"""Columns that a narrow terminal lacks, in this order; they are in metrics.jsonl all the same."""
+
+
+def terminal_of(stream: TextIO, environ: Mapping[str, str] = os.environ) -> Console | None:
+    """The terminal behind a stream, where a picture can be drawn anew: not behind a pipe or a file, whatever colours
+    are asked for, nor behind a cell of Jupyter, which gives `!commands` a terminal that keeps all that is drawn."""
+    if not stream.isatty() or "JPY_PARENT_PID" in environ:
+        return None
+    console = Console(file=stream)
+    return None if console.is_dumb_terminal else console
 
 
 class LiveTable:
@@ -26,15 +39,19 @@ class LiveTable:
     def __init__(
         self, console: Console, name: str, total_steps: int, now: Callable[[], float] = time.monotonic
     ) -> None:
-        self._name, self._total_steps, self._now = name, total_steps, now
-        self._recent: tuple[list[str], ...] = ()
+        self._console, self._title, self._now = console, f"{name}, {total_steps} steps", now
+        self._recent: tuple[dict[str, str], ...] = ()
+        """Cells by their headings."""
+        self._left = TimeLeft(total_steps)
+        self._progress = ""
         self._status, self._status_since_s = "", now()
         self._live = Live(get_renderable=self._picture, console=console, refresh_per_second=REFRESHES_PER_S)
         self._live.start()
 
     def log(self, metrics: Mapping[str, float]) -> None:
         """Add the row of one step."""
-        row = [f"{metrics['step']:.0f}", *cells(metrics)]
+        self._left.log(metrics)
+        row = {"step": f"{metrics['step']:.0f}"} | {column.title: column.cell(metrics) for column in COLUMNS}
         self._recent = (*self._recent, row)[-NUM_RECENT_STEPS:]
         self._status = ""
 
@@ -43,21 +60,40 @@ class LiveTable:
         if text != self._status:
             self._status, self._status_since_s = text, self._now()
 
+    def progress(self, text: str) -> None:
+        """How far the next step is; it stands until it is said anew."""
+        self._progress = text
+
     def note(self, text: str) -> None:
         """Something that happened: a line above the table."""
-        self._live.console.print(Text(text))
+        self._console.print(Text(text))
 
     def close(self) -> None:
+        self._progress = ""
         self._live.stop()
 
     def _picture(self) -> RenderableType:
-        title = f"{self._name}, {self._total_steps} steps"
-        table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 1, 0, 0))
-        table.add_column("step", justify="right", no_wrap=True)
-        for column in COLUMNS:  # on a narrow terminal headings are cut, numbers never
-            heading = column.title.replace(" ", "\n")
-            table.add_column(heading, justify="right", no_wrap=True, min_width=column.width)
+        table = Table(box=None, padding=(0, 1, 0, 0))
+        headings = self._headings(self._console.width)
+        for heading in headings:
+            table.add_column(heading.replace(" ", "\n"), justify="right", no_wrap=True)
         for row in self._recent:
-            table.add_row(*row)
+            table.add_row(*(row[heading] or "-" for heading in headings))
         waited_s = self._now() - self._status_since_s
-        return Group(table, Text.assemble(self._status, (f"  {waited_s:.0f} s" if self._status else "", "dim")))
+        left = f", about {self._left} left" if str(self._left) else ""
+        parts = [Text(self._title, "bold"), *([table] if self._recent else [])]
+        if self._progress:
+            parts.append(Text(self._progress + left))
+        if self._status:
+            parts.append(Text.assemble(self._status, (f"  {waited_s:.0f} s", "dim")))
+        return Group(*parts)
+
+    def _headings(self, width: int) -> list[str]:
+        """Of the columns that hold something, as many as the terminal has room for: none is ever cut."""
+        rows = self._recent
+        shown = ["step", *(column.title for column in COLUMNS if any(row[column.title] for row in rows))]
+        taken = {title: 1 + max(map(len, (*title.split(), *(row[title] for row in rows)))) for title in shown}
+        for title in FIRST_TO_GO:
+            if title in shown and sum(taken[each] for each in shown) > width:
+                shown.remove(title)
+        return shown

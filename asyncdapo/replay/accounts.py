@@ -2,7 +2,7 @@
 
 In: groups as they arrive, the core's actions, evaluation answers, what the ledger says of the time before. Out: one
 dict of metrics per step. Ratios and means are over the groups that arrived since the last step, and so is
-`rollout/arrived_tokens`; all other counts and tokens are totals since the start, so that
+`rollout/arrived_…`; all other counts and tokens are totals since the start, so that
 
     rollout/tokens = replay/tokens_{trained, filtered, expired, surplus, undone, failed, withdrawn, lost, evaluation}
                      + what is queued, running or on its way
@@ -35,10 +35,12 @@ MEANS = (
     "filter/kept_ratio",
     "filter/all_correct_ratio",
     "filter/all_wrong_ratio",
+    "reward/failed_ratio",
     "rollout/truncated_ratio",
     "rollout/response_tokens_mean",
 )
-"""Over the groups that arrived since the last step."""
+"""Over the groups that arrived since the last step, those on which the reward function raised only in the ratio of
+them."""
 
 
 class Accounts:
@@ -49,7 +51,7 @@ class Accounts:
         self._means = {name: totals.get(name, math.nan) for name in MEANS}
         self._interval: Counter[str] = Counter()
         """Sums over the groups that arrived since the last step."""
-        self._arrived_tokens = 0
+        self._arrived_groups = self._arrived_tokens = 0
         self._last_step = 0
         self._ungrouped = Counter({end: int(totals.get(f"replay/tokens_{end}", 0)) for end in UNGROUPED_ENDS})
         self.go_on_from(recovered)
@@ -84,6 +86,7 @@ class Accounts:
             return
         self._lease_ends[action.outcome] += 1
         self._ungrouped["lost" if action.outcome == "rejected" else action.outcome] += num_tokens
+        self._interval["failed"] += action.outcome == "failed"
         self._groups["withdrawn_stale"] += action.outcome == "withdrawn" and action.reason == "stale"
 
     def undo_leases(self, num_tokens: int) -> None:
@@ -96,13 +99,16 @@ class Accounts:
     def close_gen_batch(self) -> None:
         self._num_gen_batches += 1
 
-    def describe_filtered(self, many: int) -> str:
-        """What the filter dropped since the last train step, where it is as much as that; else empty."""
-        now = self._interval
-        if (filtered := now["verdicts"] - now["kept"]) < many:
-            return ""
-        right, wrong = now["all_correct"], now["all_wrong"]
-        return f"{filtered:,} groups filtered since the last batch: {right:,} all right, {wrong:,} all wrong"
+    def describe_unkept(self, many: int) -> str:
+        """What came since the last train step and can't be trained on: groups on which the reward function raised, and
+        what the filter dropped where it is as much as `many`; else empty."""
+        now, said = self._interval, []
+        if (filtered := now["verdicts"] - now["kept"]) >= many:
+            right, wrong = now["all_correct"], now["all_wrong"]
+            said.append(f"{filtered:,} groups filtered since the last batch: {right:,} all right, {wrong:,} all wrong")
+        if failed := now["failed"]:
+            said.append(f"{failed:,} groups failed since the last batch: the reward function raised")
+        return "; ".join(said)
 
     def trained(self, step: int, batch: Iterable[GroupFacts], num_copies: int) -> dict[str, float]:
         """Metrics of a step, once its groups have moved to `trained`. Opens the next interval, unless it is asked for
@@ -114,6 +120,7 @@ class Accounts:
         staleness = [step - 1 - facts.min_version for facts in batch]
         return {
             **self._means,
+            "rollout/arrived_groups": self._arrived_groups,
             "rollout/arrived_tokens": self._arrived_tokens,
             "reward/filtered_mean": sum(facts.reward_mean for facts in batch) / len(batch),
             "filter/gen_batches": self._num_gen_batches,
@@ -156,9 +163,11 @@ class Accounts:
     def _close_interval(self) -> None:
         """The means stay as they are when nothing arrived (all of the batch was queued before)."""
         sums, self._interval = self._interval, Counter()
-        self._arrived_tokens = sums["tokens"]
+        self._arrived_groups, self._arrived_tokens = sums["groups"] + sums["failed"], sums["tokens"]
+        if self._arrived_groups:
+            self._means["reward/failed_ratio"] = sums["failed"] / self._arrived_groups
         if sums["groups"]:
-            self._means = {
+            self._means |= {
                 "reward/mean": sums["reward"] / sums["groups"],
                 "filter/kept_ratio": sums["kept"] / max(1, sums["verdicts"]),
                 "filter/all_correct_ratio": sums["all_correct"] / sums["groups"],

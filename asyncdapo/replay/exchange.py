@@ -78,7 +78,7 @@ class Exchange:
         from."""
         self._make_state, self._journal, self._sessions, self._prompt_at = make_state, journal, sessions, prompt_at
         self._group_size, self._seed = group_size, seed
-        self._failures = Failures(max_failure_ratio)
+        self.failures = Failures(max_failure_ratio)
         self.outgoing: asyncio.Queue[Letter] = asyncio.Queue()
         self.failure: asyncio.Queue[str] = asyncio.Queue()
         """Why the run can't go on."""
@@ -265,7 +265,7 @@ class Exchange:
 
     def _end_lease(self, action: core.EndLease, detail: str) -> None:
         """Tell the worker how its lease ended. Who sent a late group is known to `workers`, not here."""
-        if too_many := self._failures.count(action.outcome, detail):
+        if too_many := self.failures.count(action.outcome, detail):
             self.failure.put_nowait(too_many)
         lease = self._sessions.leases.pop(action.lease_id, None)
         self.accounts.end_lease(action, lease.num_tokens if lease else 0)

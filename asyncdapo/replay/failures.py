@@ -1,7 +1,7 @@
 """Failures of single leases that together are the run's: a verifier or a worker that hardly ever works.
 
-In: how leases end, with the words of what failed. Out: the reason to end the run, if there is one. Without it such a
-run would use up its data in silence.
+In: how leases end, with the words of what failed. Out: the reason to end the run, if there is one, without which such a
+run would use up its data; how many failed so far, and the last words.
 
     failed     the reward function raised. Of the last `WINDOW` leases that ended done or failed more than the allowed
                ratio failed; judged from `MIN_FAILED` failures on, so that a few bad rows at the start end nothing
@@ -28,6 +28,8 @@ class Failures:
         self._max_ratio = max_ratio
         self._failed: deque[bool] = deque(maxlen=WINDOW)
         self._num_rejected = 0
+        self.num_failed, self.last_words = 0, ""
+        """Of this process's life: leases whose reward function raised, and what the last one said."""
 
     def count(self, outcome: str, detail: str) -> str | None:
         """A lease ended. Returns why the run can't go on; `detail` are the last words."""
@@ -38,7 +40,9 @@ class Failures:
         elif outcome in ("done", "failed"):
             self._num_rejected = 0
             self._failed.append(outcome == "failed")
-            return self._judge(detail) if outcome == "failed" else None
+            if outcome == "failed":
+                self.num_failed, self.last_words = self.num_failed + 1, detail
+                return self._judge(detail)
         return None
 
     def _judge(self, detail: str) -> str | None:

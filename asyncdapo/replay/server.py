@@ -180,6 +180,8 @@ class ReplayServer:
             "branch": self.branch,
             "filling_step": state.next_step,
             "ready": state.num_ready(),
+            "failed": self._exchange.failures.num_failed,
+            "last_failure": self._exchange.failures.last_words,
             "first_lease_at_s": self._exchange.first_lease_at_s,
             "known_workers": {session.worker: self._describe(session) for session in self._sessions.known},
             "suspected_workers": self._sessions.suspected,
@@ -209,9 +211,9 @@ class ReplayServer:
         if num_open and (state.over or not (state.cut_wanted or state.in_training)):
             why = "rollout: no batch is wanted"  # an evaluation goes on alone, and its answers are waited for
         elif why.startswith("rollout") and (
-            filtered := self._exchange.accounts.describe_filtered(2 * state.config.prompts_per_step)
+            unkept := self._exchange.accounts.describe_unkept(2 * state.config.prompts_per_step)
         ):
-            why += f"; {filtered}"
+            why += f"; {unkept}"
         if behind := [session.worker for session in self._sessions.known if session.branch != self.branch]:
             why += f"; workers {behind} have no weights of branch {self.branch} yet"
         if suspected := self._sessions.suspected:

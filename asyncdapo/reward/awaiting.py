@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from asyncdapo.reward.config import pauses_s
 from asyncdapo.reward.judging import Tell, describe, read_verdict
 from asyncdapo.reward.registry import Verify
-from asyncdapo.reward.wire import Raised, Verdict
+from asyncdapo.reward.wire import Raised, Said, Verdict
 
 
 class AsyncJudge:
@@ -35,13 +35,13 @@ class AsyncJudge:
         tasks = [asyncio.create_task(self._judge_one(turn, text, answer)) for text in texts]
         for task in tasks:
             said = await task
-            if isinstance(said, Raised):
+            if not isinstance(said, Verdict):
                 await _cancel(tasks)  # before the pool hears of it: the next request has the loop to itself
             tell(said)
-            if isinstance(said, Raised):
+            if not isinstance(said, Verdict):
                 break
 
-    async def _judge_one(self, turn: asyncio.Semaphore, text: str, answer: str) -> Verdict | Raised:
+    async def _judge_one(self, turn: asyncio.Semaphore, text: str, answer: str) -> Said:
         async with turn:
             for pause_s in (*self._pauses_s, None):
                 try:
@@ -55,7 +55,7 @@ class AsyncJudge:
             return raised
 
 
-async def _cancel(tasks: Sequence[asyncio.Task[Verdict | Raised]]) -> None:
+async def _cancel(tasks: Sequence[asyncio.Task[Said]]) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.wait(tasks)

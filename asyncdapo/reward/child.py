@@ -24,7 +24,7 @@ from contextlib import suppress
 from typing import Self
 
 from asyncdapo.errors import RunError
-from asyncdapo.reward.wire import Broken, FromProcess, Raised, Ready, Request, Setup, Unpacker, Verdict, pack
+from asyncdapo.reward.wire import FromProcess, NoVerdict, Raised, Ready, Request, Setup, Unpacker, Verdict, pack
 
 START_TIMEOUT_S = 60.0
 """For the import of the user's modules."""
@@ -35,8 +35,6 @@ POLL_S = 0.002
 OUTPUT_GRACE_S = 0.2
 NUM_LAST_LINES = 5
 MAX_LINE_BYTES = 4096
-
-Said = Ready | Broken | Verdict | Raised
 
 log = logging.getLogger("reward")
 
@@ -93,7 +91,7 @@ class VerifierProcess(asyncio.Protocol):
         self._output = Output(popen.pid)
         self._unpacker = Unpacker(FromProcess)
         self._transport: asyncio.Transport | None = None
-        self._said: list[Said] = []
+        self._said: list[FromProcess] = []
         self._over: asyncio.Future[None] | None = None
         self._exit: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
@@ -128,7 +126,7 @@ class VerifierProcess(asyncio.Protocol):
         """Of its output."""
         return list(self._output.last_lines)
 
-    async def ask(self, message: Setup | Request, num_wanted: int, timeout_s: float) -> list[Said]:
+    async def ask(self, message: Setup | Request, num_wanted: int, timeout_s: float) -> list[FromProcess]:
         """What the process says, in order: fewer than `num_wanted` if it raised or ended before. It is killed when it
         takes longer than `timeout_s` from one answer to the next, and when the caller is cancelled."""
         if not self.alive:
@@ -173,7 +171,7 @@ class VerifierProcess(asyncio.Protocol):
             self._heard_at = asyncio.get_running_loop().time()
             if isinstance(said, Verdict):
                 self._on_verdict()
-            if len(self._said) == self._num_wanted or isinstance(said, Raised):
+            if len(self._said) == self._num_wanted or isinstance(said, Raised | NoVerdict):
                 self._over.set_result(None)
 
     def connection_lost(self, error: Exception | None) -> None:

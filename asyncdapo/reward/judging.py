@@ -1,9 +1,9 @@
 """What a verifier says of the texts of a request, in a process of its own.
 
-In: texts, the expected answer. Out: a `Verdict` for each text, told as it is known and in the order of the texts, or a
-`Raised` for the first text that has none, after which nothing more is told. What raises is tried again, with a pause
-before it that doubles each time. Does not own: texts that are judged at the same time (`awaiting`), time-outs (the
-pool's).
+In: texts, the expected answer. Out: a `Verdict` for each text, told as it is known and in the order of the texts, or,
+for the first text that has none, `Raised` or `NoVerdict`, after which nothing more is told. What raises is tried again,
+with a pause before it that doubles each time. Does not own: texts that are judged at the same time (`awaiting`),
+time-outs (the pool's).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 from asyncdapo.reward.config import pauses_s
 from asyncdapo.reward.registry import Verify
-from asyncdapo.reward.wire import METRICS, Raised, Verdict
+from asyncdapo.reward.wire import METRICS, NoVerdict, Raised, Said, Verdict
 
 MAX_PROBLEM_CHARS = 1000
 MAX_METRICS = 100
@@ -29,7 +29,9 @@ MAX_PRED_CHARS = 1000
 """Of a longer prediction the beginning stands for the whole."""
 METRIC_NAME = re.compile(r"[\w./-]{1,100}")
 
-Tell = Callable[[Verdict | Raised], None]
+FIX = "return 1 for right and 0 for wrong; reward.correct and reward.incorrect are what they are worth"
+
+Tell = Callable[[Said], None]
 Judge = Callable[[Sequence[str], str, Tell], None]
 """(texts, expected answer, what is called with each verdict)."""
 
@@ -48,11 +50,11 @@ def judge(verify: Verify, pauses: Sequence[float], texts: Sequence[str], answer:
     for text in texts:
         said = _judge_one(verify, pauses, text, answer)
         tell(said)
-        if isinstance(said, Raised):
+        if not isinstance(said, Verdict):
             break
 
 
-def _judge_one(verify: Verify, pauses: Sequence[float], text: str, answer: str) -> Verdict | Raised:
+def _judge_one(verify: Verify, pauses: Sequence[float], text: str, answer: str) -> Said:
     for pause_s in (*pauses, None):
         try:
             return read_verdict(verify(text, answer))
@@ -63,31 +65,31 @@ def _judge_one(verify: Verify, pauses: Sequence[float], text: str, answer: str) 
     return raised
 
 
-def read_verdict(said: Any) -> Verdict | Raised:
-    """What the verifier returned, as a verdict; `Raised` for what is none."""
+def read_verdict(said: Any) -> Verdict | NoVerdict:
+    """What the verifier returned, as a verdict; `NoVerdict` for what is none."""
     if inspect.isawaitable(said):
         if inspect.iscoroutine(said):
             said.close()  # nobody awaits it, and it would complain of that
-        return Raised("returned an awaitable: make the function itself `async def`")
+        return NoVerdict("returned an awaitable: make the function itself `async def`")
     numbers = dict(said) if isinstance(said, Mapping) else {"acc": said}
     pred = _text(numbers.pop("pred", None))
     if "acc" not in numbers:
-        return Raised(f"a dict of numbers needs `acc`, the verdict from 0 to 1, got {reprlib.repr(said)}")
+        return NoVerdict(f"a dict of numbers needs `acc`, the verdict from 0 to 1, got {reprlib.repr(said)}")
     acc = _number(numbers.pop("acc"))
     if not 0 <= acc <= 1:
-        return Raised(f"a verdict is a number from 0 to 1, got {reprlib.repr(said)}")
+        return NoVerdict(f"a verdict is a number from 0 to 1, got {reprlib.repr(said)} ({FIX})")
     if len(numbers) > MAX_METRICS:
-        return Raised(f"a verdict may have {MAX_METRICS} numbers besides `acc`, got {len(numbers)}")
+        return NoVerdict(f"a verdict may have {MAX_METRICS} numbers besides `acc`, got {len(numbers)}")
     for name, number in numbers.items():
         if not (isinstance(name, str) and METRIC_NAME.fullmatch(name)):
-            return Raised(
+            return NoVerdict(
                 f"a metric's name is made of letters, digits, `_`, `.`, `/` and `-`, got {reprlib.repr(name)}"
             )
         if name in METRICS:
-            return Raised(f"{name!r} is a number of every score ({', '.join(METRICS)}); name yours differently")
+            return NoVerdict(f"{name!r} is a number of every score ({', '.join(METRICS)}); name yours differently")
         numbers[name] = _number(number)
         if not math.isfinite(numbers[name]):
-            return Raised(f"metric {name!r} is no finite number, got {reprlib.repr(number)}")
+            return NoVerdict(f"metric {name!r} is no finite number, got {reprlib.repr(number)}")
     return Verdict(acc, pred=pred, metrics=numbers)
 
 
@@ -97,7 +99,9 @@ def _text(pred: Any) -> str | None:
 
 
 def _number(value: Any) -> float:
-    """NaN for what is no number."""
+    """NaN for what is no number; a string is none."""
+    if isinstance(value, str | bytes):
+        return math.nan
     try:
         return float(value)
     except Exception:  # noqa: BLE001 - what it returned may raise anything in a `__float__` of its own

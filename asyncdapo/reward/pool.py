@@ -5,7 +5,8 @@
     takes over `timeout_s` over one text    killed, the text judged once more, alone, in a fresh process; then 0,
       (and the pauses between its tries)    `timed_out`
     dies (signal, exit, no memory)          replaced, the text judged once more, alone; then RewardError
-    raises, or returns no verdict           RewardError; the process goes on
+    raises                                  RewardError; the process goes on
+    returns no verdict                      VerdictError
     can't even start                        tried `MAX_STARTS` times in a row; then RunError, which ends the worker
     the caller is cancelled                 its process is killed, so that no answer reaches the next request
 
@@ -22,10 +23,10 @@ import os
 import sys
 from collections import Counter
 
-from asyncdapo.errors import RewardError, RunError
+from asyncdapo.errors import RewardError, RunError, VerdictError
 from asyncdapo.reward.child import VerifierProcess
 from asyncdapo.reward.config import pauses_s
-from asyncdapo.reward.wire import Raised, Request, Setup, Verdict
+from asyncdapo.reward.wire import NoVerdict, Raised, Request, Setup, Verdict
 
 MAX_TRIES = 2
 """Processes that may fail on one text."""
@@ -78,7 +79,8 @@ class ScorerPool:
         return self._counts["verdicts"] + self._counts["scorer_timeouts"]
 
     async def verify(self, texts: list[str], answer: str) -> list[Verdict]:
-        """A verdict for each text. Raises RewardError when the verifier fails, RunError when it can't be started."""
+        """A verdict for each text. Raises RewardError when the verifier fails, VerdictError when it returns
+        none, RunError when it can't be started."""
         place = await self._free.get()
         try:
             return await self._verify(place, texts, answer)
@@ -94,8 +96,11 @@ class ScorerPool:
             asked = left[:1] if num_tries else left  # once more, and alone: then no other text can be to blame
             process = await place.process()
             said = await process.ask(Request(asked, answer), len(asked), self._timeout_s)
-            if said and isinstance(said[-1], Raised):
-                raise RewardError(said[-1].problem)
+            match said[-1:]:
+                case [Raised(problem=problem)]:
+                    raise RewardError(problem)
+                case [NoVerdict(problem=problem)]:
+                    raise VerdictError(problem)
             verdicts += said
             if len(said) == len(asked):
                 num_tries = 0

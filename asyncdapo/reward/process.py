@@ -22,7 +22,7 @@ from contextlib import suppress
 from asyncdapo.errors import ConfigError
 from asyncdapo.reward.judging import make_judge
 from asyncdapo.reward.registry import make_verifier
-from asyncdapo.reward.wire import Broken, FromPool, Raised, Ready, Request, Setup, Unpacker, Verdict, pack
+from asyncdapo.reward.wire import Broken, FromPool, FromProcess, Ready, Request, Setup, Unpacker, pack
 
 PR_SET_PDEATHSIG = 1
 READ_BYTES = 1 << 16
@@ -45,7 +45,7 @@ class Channel:
                 return message
         return None
 
-    def send(self, message: Ready | Broken | Verdict | Raised) -> None:
+    def send(self, message: FromProcess) -> None:
         self._socket.sendall(pack(message))
 
     def close(self) -> None:

@@ -17,6 +17,7 @@ from traceback import TracebackException
 from types import ModuleType
 
 from asyncdapo.errors import ConfigError
+from asyncdapo.reward.signature import check_signature
 
 Said = float | Mapping[str, float | str | None]
 Verify = Callable[[str, str], Said | Awaitable[Said]]
@@ -50,6 +51,7 @@ def make_verifier(name: str) -> Verify:
     verify = getattr(module, function, None)
     if not callable(verify):
         raise ConfigError(KEY, f"{where} has no function {function or '(name it after the colon)'}", name)
+    check_signature(KEY, name, verify)
     return verify
 
 

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from asyncdapo.dapo import soft_overlong_punishment
-from asyncdapo.errors import RewardError
+from asyncdapo.errors import RewardError, VerdictError
 from asyncdapo.messages import FinishReason, Prompt, Score
 from asyncdapo.reward.config import RewardConfig
 from asyncdapo.reward.pool import ScorerPool
@@ -82,14 +82,15 @@ class Scorer:
         shuffles are whole scores: one that timed out is still 0, and lengths teach no more than verdicts.
 
         A completion cut off at the length limit is judged by its text like any other. Raises RewardError when the
-        verifier fails on one, RunError when there is no process to run it in.
+        verifier fails on one, VerdictError when it returns no verdict, RunError when there is no process to run it in.
         """
         texts = [self._decode(ids) for ids in token_ids]
         try:
             verdicts = await self._pool.verify(texts, prompt.answer)
-        except RewardError as error:
+        except (RewardError, VerdictError) as error:
             where = f"{prompt.source} row {prompt.row} (prompt {prompt.prompt_id})"
-            raise RewardError(f"verifier {self._config.verifier!r} failed on {where}: {error}") from error
+            failed = "failed" if isinstance(error, RewardError) else "broke its contract"
+            raise type(error)(f"verifier {self._config.verifier!r} {failed} on {where}: {error}") from error
         for verdict in verdicts:
             self._own_names |= dict.fromkeys(verdict.metrics)
         punishments = self._punish([len(ids) for ids in token_ids])

@@ -1,7 +1,8 @@
 """What the pool and its verifier processes say to each other: msgpack records behind their length, on a socket pair.
 
     pool ──Setup──▶ process ──Ready | Broken──▶ pool          once
-    pool ──Request──▶ process ──Verdict, Verdict, …──▶ pool   one for each text as it is judged; `Raised` ends a request
+    pool ──Request──▶ process ──Verdict, Verdict, …──▶ pool   one for each text as it is judged; `Raised` and
+                                                              `NoVerdict` end a request
 
 A process has one request at a time. Nothing is pickled, and nothing here imports more than msgspec: a verifier process
 has to start fast.
@@ -61,13 +62,21 @@ class Verdict(Struct, tag=True, frozen=True):
 
 
 class Raised(Struct, tag=True):
-    """process -> pool. The verifier raised, or returned no verdict; the texts after this one are not judged."""
+    """process -> pool. The verifier raised; the texts after this one are not judged."""
 
     problem: str
 
 
+class NoVerdict(Struct, tag=True):
+    """process -> pool. The verifier returned what is none; the texts after this one are not judged."""
+
+    problem: str
+
+
+Said = Verdict | Raised | NoVerdict
+"""What a process says of a text."""
 FromPool = Setup | Request
-FromProcess = Ready | Broken | Verdict | Raised
+FromProcess = Ready | Broken | Said
 
 
 def pack(message: Struct) -> bytes:

@@ -45,7 +45,7 @@ Outgoing = tuple[Message, Sequence[Buffer]]
 
 Scorer = Callable[[Prompt, Sequence[np.ndarray], Sequence[FinishReason], int], Awaitable[list[Score]]]
 """(prompt, token ids of each completion, finish reasons, seed) -> a score of each, with `acc` among its metrics. Raises
-RewardError when the user's reward function raised."""
+RewardError when the user's reward function raised, VerdictError when it returned no verdict."""
 
 Decode = Callable[[np.ndarray], str]
 """Token ids int32 [T] -> text without special tokens."""
@@ -138,7 +138,7 @@ class Jobs:
         return Job(evaluation, requests, num_starting=evaluation.num_sequences)
 
     async def complete(self, job: Job) -> Outgoing:
-        """The answer to the job. Raises EngineError, RunError."""
+        """The answer to the job. Raises EngineError, VerdictError, RunError."""
         if isinstance(job.source, Lease):
             return await self._complete_lease(job, job.source)
         return await self._complete_evaluation(job, job.source)

@@ -13,7 +13,7 @@ from asyncdapo.config import Config
 from asyncdapo.controller.config import ControllerConfig, RunConfig
 from asyncdapo.controller.fleet import Fleet
 from asyncdapo.controller.roster import entry_of
-from asyncdapo.errors import EngineError, RunError
+from asyncdapo.errors import EngineError, RunError, VerdictError
 from asyncdapo.learner.config import ModelConfig
 from asyncdapo.rollout.config import RolloutConfig
 
@@ -84,6 +84,27 @@ def test_a_worker_that_was_up_is_started_again_until_its_budget_is_used_up(fleet
     assert worker.life == 3
     with pytest.raises(RunError, match="free yet.*controller.max_restarts is 2"):
         asyncio.run(live_again(FAILURE, FAILURE, FAILURE))
+
+
+def test_a_worker_whose_reward_function_breaks_its_contract_ends_the_run_and_any_other_lives_again(fleet):
+    class Serving(FakeWorker):
+        """Ends as told, one life after the other."""
+
+        async def call(self, command: str, *args):
+            if command == "serve":
+                raise self.ends.pop(0)
+            return await super().call(command, *args)
+
+    class Replay:
+        async def ask(self, command: str, *args) -> None:
+            assert command == "lose_worker"
+
+    worker = Serving(None, None)
+    worker.ends = [FAILURE, VerdictError("score returned -1")]
+    fleet.replay = Replay()
+    with pytest.raises(VerdictError, match="score returned -1"):
+        asyncio.run(fleet._keep_worker(0, worker))
+    assert worker.ends == []
 
 
 @pytest.mark.parametrize(("num_gpus", "at_once"), [(1, False), (3, True)])

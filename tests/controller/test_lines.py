@@ -7,7 +7,12 @@ import math
 from asyncdapo.controller.lines import Lines, counters_of
 
 LEARNER = {"learner/tokens": 10.0, "learner/entropy": 1.0, "learner/bad_updates": 0.0}
-REPLAY = {"rollout/arrived_tokens": 10.0, "replay/dropped_ratio": 0.0, "filter/kept_ratio": 0.5}
+REPLAY = {
+    "rollout/arrived_tokens": 10.0,
+    "replay/dropped_ratio": 0.0,
+    "filter/kept_ratio": 0.5,
+    "rollout/arrived_groups": 200,
+}
 
 
 class NoteTaker:

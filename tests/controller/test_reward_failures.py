@@ -33,6 +33,9 @@ def verify(text, answer):
         time.sleep(60)
     return float(text.rpartition("Answer: ")[2].strip() == answer.split()[0])
 
+def plus_minus_one(text, answer):
+    return 1 if text.rpartition("Answer: ")[2].strip() == answer else -1
+
 def always(text, answer):
     raise LookupError("no such answer")
 """
@@ -60,6 +63,31 @@ def write_data(folder: Path, odd: list[str]) -> list[str]:
         "prompts.epochs=1",
         "run.steps=100",
     ]
+
+
+def test_a_verdict_outside_0_to_1_ends_the_run_at_once(tmp_path: Path) -> None:
+    verifier = f"{tmp_path / 'verifiers.py'}:plus_minus_one"
+    run = launch(tmp_path / "run", *SHORT, *write_data(tmp_path, []), f"reward.verifier={verifier}")
+    assert run.exit_code == 1
+    assert re.fullmatch(
+        rf"asyncdapo: the run ended: rollout-0: verifier '{re.escape(verifier)}' broke its contract on eval.jsonl row "
+        r"\d+ \(prompt \d+\): a verdict is a number from 0 to 1, got -1 \(return 1 for right and 0 for wrong; .*\)",
+        last_line(run),
+    ), run.output
+    assert "Traceback" not in run.output, run.output
+    assert_nothing_lives(run.dir)
+
+
+@pytest.mark.soak
+def test_a_verifier_that_raises_now_and_then_is_said_while_it_happens(tmp_path: Path) -> None:
+    data = write_data(tmp_path, ["raise", "", "raise"])
+    verifier = f"reward.verifier={tmp_path / 'verifiers.py'}:verify"
+    run = launch(tmp_path / "run", *SHORT, *data, verifier, "filter.enabled=false")
+    assert run.exit_code == 0, run.output
+    notes = [line for line in run.output.splitlines() if "reward warning: " in line]
+    assert notes
+    assert all("LookupError: no such answer" in note for note in notes if "can't be trained on" in note)
+    assert sum(line["reward/failed_ratio"] * line["rollout/arrived_groups"] for line in run.lines[1:]) == 2
 
 
 @pytest.mark.soak

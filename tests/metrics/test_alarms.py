@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from asyncdapo.metrics.alarms import LIMITS, Alarms
+from asyncdapo.metrics.alarms import LIMITS, MIN_GROUPS, Alarms
 from tests.metrics.test_metrics_page import DOCUMENTED, METRIC, PAGE
 
 KEYS = (Path(__file__).parents[1] / "config_keys.txt").read_text().split()
@@ -22,6 +22,9 @@ SOUND = {
     "learner/k3": 0.1,
     "learner/entropy": 0.5,
     "learner/bad_updates": 0.0,
+    "reward/failed_ratio": 0.02,
+    "rollout/arrived_groups": MIN_GROUPS,
+    "filter/prompts_consumed": MIN_GROUPS,
 }
 """Every number at its limit."""
 BROKEN = {
@@ -33,6 +36,7 @@ BROKEN = {
     "learner/k3": 0.11,
     "learner/entropy": 0.049,
     "learner/bad_updates": 1.0,
+    "reward/failed_ratio": 0.021,
 }
 
 
@@ -95,6 +99,27 @@ def test_a_number_that_is_none_or_missing_raises_nothing_and_ends_nothing(metric
     if metric != "learner/bad_updates":
         alarms, bad = new_run(), SOUND | {metric: BROKEN[metric]}
         assert [len(alarms.heed(line)) for line in (bad, unknown, bad)] == [1, 0, 0]
+
+
+def test_a_ratio_of_a_few_groups_raises_nothing_until_enough_steps_have_gathered() -> None:
+    """0 of 4 groups were kept, step after step: said once a hundred groups are behind it, whatever the steps' size."""
+    alarms, few = new_run(), SOUND | {"filter/kept_ratio": 0.0, "reward/failed_ratio": 0.0, "rollout/arrived_groups": 4}
+    said = [len(alarms.heed(few)) for _ in range(MIN_GROUPS // 4 + 1)]
+    assert said == [0] * (MIN_GROUPS // 4 - 1) + [1, 0]
+
+
+def test_a_bad_step_of_few_groups_among_good_ones_raises_nothing() -> None:
+    alarms, sound = new_run(), SOUND | {"reward/failed_ratio": 0.0}
+    lines = [sound | {"filter/kept_ratio": kept, "rollout/arrived_groups": 20} for kept in (0.5, 0.0, 0.0, 0.0, 0.5)]
+    assert [alarms.heed(line) for line in lines] == [[]] * 5
+
+
+def test_dropped_groups_raise_nothing_before_the_run_has_enough() -> None:
+    """The ratio is of the run so far, and so is the number of groups."""
+    alarms, bad = Alarms({}, {}), SOUND | {"replay/dropped_ratio": 0.25}
+    assert alarms.heed(bad | {"filter/prompts_consumed": 8}) == []
+    assert alarms.heed(bad | {"filter/prompts_consumed": MIN_GROUPS - 1}) == []
+    assert len(alarms.heed(bad | {"filter/prompts_consumed": MIN_GROUPS})) == 1
 
 
 def test_the_entropy_of_the_first_step_is_the_first_one_that_is_known() -> None:

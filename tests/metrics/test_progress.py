@@ -17,6 +17,7 @@ METRICS = {
     "replay/queued": 3,
     "learner/waiting_ratio": 0.127,
     "time/wall_s": 12.34,
+    "time/step_s": 3.456,
 }
 
 
@@ -24,33 +25,61 @@ def noon() -> datetime:
     return datetime(2000, 1, 1, 12, 0, 0)
 
 
-def test_a_step_is_one_line_that_shows_both_sides():
+def lines_of(*steps: dict[str, float], total_steps: int = 36) -> list[str]:
     stream = StringIO()
-    ProgressLines(stream, 36, noon).log(METRICS)
-    assert stream.getvalue() == (
-        "12:00:00  step  7/36  reward -0.250  accuracy 0.500  rollout tok/s   5,123  learner tok/s   4,100  "
-        "staleness 1.25  max  2  queue    3  waiting  13%  wall    12.3 s\n"
+    lines = ProgressLines(stream, total_steps, noon)
+    for metrics in steps:
+        lines.log(metrics)
+    return stream.getvalue().splitlines()
+
+
+def test_a_step_is_one_short_line_that_shows_both_sides():
+    [line] = lines_of(METRICS)
+    assert len(line) <= 120
+    assert line == (
+        "12:00:00  step  7/36  reward -0.250  tok/s  5,123  /  4,100  staleness 1.25  waiting  13%  accuracy 0.500  "
+        "left 1:40"
     )
 
 
-def test_lines_are_aligned_and_show_a_dash_for_what_is_missing_or_not_a_number():
-    stream = StringIO()
-    lines = ProgressLines(stream, 1000, noon)
-    lines.log(METRICS)
-    lines.log({"step": 1000, "reward/mean": math.nan, "time/wall_s": 1234.5})
-    first, second = stream.getvalue().splitlines()
+def test_a_line_has_at_most_120_columns_also_with_both_evaluations():
+    [line] = lines_of(
+        METRICS
+        | {"step": 36, "rollout/tokens_per_s": 12938, "learner/tokens_per_s": 10505, "learner/waiting_ratio": 1.0}
+        | {"eval/greedy_accuracy": 0.5}
+    )
+    assert line.endswith("accuracy 0.500  greedy 0.500")
+    assert len(line) <= 120
+
+
+def test_lines_are_aligned_and_a_number_that_is_none_is_a_dash():
+    first, second = lines_of(METRICS, METRICS | {"reward/mean": math.nan})
     assert len(first) == len(second)
-    assert "reward      -  accuracy     -" in second
+    assert "reward      -  tok/s" in second
 
 
-def test_greedy_accuracy_stands_only_where_it_was_measured():
+def test_a_line_leaves_out_what_its_step_has_no_number_for():
+    [start] = lines_of({"step": 0, "eval/accuracy": 0.25, "eval/greedy_accuracy": 0.5})
+    assert start == "12:00:00  step  0/36  accuracy 0.250  greedy 0.500"
+
+
+def test_groups_on_which_the_reward_function_raised_stand_in_the_line_of_their_step():
+    well, ill = lines_of(METRICS | {"reward/failed_ratio": 0.0}, METRICS | {"reward/failed_ratio": 0.125})
+    assert "failed" not in well
+    assert "  failed 12%" in ill
+
+
+def test_the_time_left_is_told_by_the_latest_steps():
+    steps = ({"step": 1, "time/step_s": 10.0}, {"step": 2, "time/step_s": 30.0}, {"step": 3}, {"step": 200})
+    lines = lines_of({"step": 0}, *steps, total_steps=200)
+    left = [line.partition("left ")[2].strip() for line in lines]
+    assert left == ["", "33:10", "1:06:00", "1:05:40", ""]
+
+
+def test_how_far_a_step_is_makes_no_lines():
     stream = StringIO()
-    lines = ProgressLines(stream, 36, noon)
-    lines.log(METRICS)
-    lines.log(METRICS | {"eval/greedy_accuracy": 0.75})
-    first, second = stream.getvalue().splitlines()
-    assert "greedy" not in first
-    assert second.endswith("greedy 0.750")
+    ProgressLines(stream, 36, noon).progress("batch 8: 7/16 groups")
+    assert stream.getvalue() == ""
 
 
 def test_a_status_is_said_once_until_it_changes_or_a_step_is_done():

@@ -5,7 +5,8 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from asyncdapo.metrics.terminal import NUM_RECENT_STEPS, LiveTable
+from asyncdapo.metrics.progress import COLUMNS
+from asyncdapo.metrics.terminal import NUM_RECENT_STEPS, LiveTable, terminal_of
 
 
 @pytest.fixture
@@ -54,22 +55,69 @@ def test_a_note_scrolls_by_above_the_table(terminal: StringIO):
     assert "gloo" not in last_picture(terminal)
 
 
-def test_on_80_columns_every_number_is_whole(terminal: StringIO):
-    live = live_table(terminal, [0.0], width=80)
-    line = {
-        "step": 36,
-        "reward/mean": -0.924,
-        "eval/accuracy": 0.953,
-        "rollout/tokens_per_s": 12938,
-        "learner/tokens_per_s": 105059,
-        "replay/staleness_mean": 0.75,
-        "replay/staleness_max": 12,
-        "replay/queued": 1024,
-        "learner/waiting_ratio": 0.25,
-        "time/wall_s": 12345.6,
-        "eval/greedy_accuracy": 0.988,
-    }
+LINE = {
+    "step": 1036,
+    "reward/mean": -0.924,
+    "eval/accuracy": 0.953,
+    "rollout/tokens_per_s": 12938,
+    "learner/tokens_per_s": 105059,
+    "replay/staleness_mean": 0.75,
+    "learner/waiting_ratio": 1.0,
+    "time/wall_s": 123456,
+    "eval/greedy_accuracy": 0.988,
+    "reward/failed_ratio": 0.03,
+}
+
+
+def drawn(terminal: StringIO, width: int, line: dict[str, float]) -> tuple[set[str], list[str]]:
+    """The words of the headings, and of the row."""
+    live = live_table(terminal, [0.0], width)
     live.log(line)
     live.close()
-    for number in ("36", "-0.924", "0.953", "12,938", "105,059", "0.75", "12", "1,024", "25%", "12,345.6 s", "0.988"):
-        assert number in last_picture(terminal).split("\n", 3)[3]
+    *headings, row = last_picture(terminal).replace("\x1b[?25h", "").rstrip().splitlines()[1:]
+    return {word for heading in headings for word in heading.split()}, row.split()
+
+
+def test_on_80_columns_every_heading_and_number_is_whole(terminal: StringIO):
+    headings, row = drawn(terminal, 80, LINE)
+    assert headings == {word for column in COLUMNS for word in column.title.split()} | {"step"}
+    assert row == ["1036", "-0.924", "12,938", "105,059", "0.75", "100%", "34:17:36", "0.953", "0.988", "3%"]
+
+
+def test_a_narrow_terminal_has_fewer_columns_and_cuts_none(terminal: StringIO):
+    headings, row = drawn(terminal, 50, LINE)
+    assert headings == {"step", "reward", "rollout", "tok/s", "accuracy", "greedy", "failed"}
+    assert row == ["1036", "-0.924", "12,938", "0.953", "0.988", "3%"]
+
+
+def test_a_column_that_no_step_has_a_number_for_is_left_out(terminal: StringIO):
+    headings, row = drawn(terminal, 80, {"step": 1, "reward/mean": 0.5, "reward/failed_ratio": 0.0})
+    assert (headings, row) == ({"step", "reward"}, ["1", "0.500"])
+
+
+def test_below_the_table_stands_how_far_the_step_is_and_how_long_the_rest_takes(terminal: StringIO):
+    live = live_table(terminal, [0.0])
+    live.progress("batch 1: 3/16 groups")
+    live._live.refresh()
+    assert last_picture(terminal).endswith("batch 1: 3/16 groups")
+    live.log({"step": 6, "time/step_s": 20.0})
+    live.progress("batch 7: 7/16 groups")
+    live._live.refresh()
+    assert last_picture(terminal).endswith("batch 7: 7/16 groups, about 10:00 left")
+    live.close()
+
+
+@pytest.mark.parametrize(
+    ("is_terminal", "environ", "live"),
+    [
+        (True, {}, True),
+        (True, {"JPY_PARENT_PID": "7"}, False),
+        (False, {}, False),
+        (False, {"FORCE_COLOR": "1"}, False),
+    ],
+)
+def test_a_picture_is_drawn_on_a_terminal_and_nowhere_else(monkeypatch, is_terminal, environ, live):
+    monkeypatch.setenv("TERM", "xterm")
+    stream = StringIO()
+    monkeypatch.setattr(stream, "isatty", lambda: is_terminal, raising=False)
+    assert (terminal_of(stream, environ) is not None) == live

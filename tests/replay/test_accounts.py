@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from asyncdapo.messages import Completion, Group
 from asyncdapo.replay.accounts import Accounts
-from asyncdapo.replay.events import MoveGroup
+from asyncdapo.replay.events import EndLease, MoveGroup
 from asyncdapo.replay.recovery import Recovered
 
 
@@ -40,5 +40,17 @@ def test_what_the_filter_drops_is_said_once_it_is_much() -> None:
         verdict = "kept" if state == "queued" else "constant"
         move = MoveGroup(group_id=number, prompt_id=number, state=state, verdict=verdict)
         accounts.move_group(move, group(number, *accs))
-    assert accounts.describe_filtered(4) == ""
-    assert accounts.describe_filtered(3) == "3 groups filtered since the last batch: 2 all right, 1 all wrong"
+    assert accounts.describe_unkept(4) == ""
+    assert accounts.describe_unkept(3) == "3 groups filtered since the last batch: 2 all right, 1 all wrong"
+
+
+def test_groups_on_which_the_reward_function_raised_are_said_from_the_first_on() -> None:
+    accounts = Accounts({}, Recovered())
+    move = MoveGroup(group_id=1, prompt_id=1, state="filtered", verdict="constant")
+    accounts.move_group(move, group(1, 1.0, 1.0))
+    for number in (2, 3):
+        accounts.end_lease(EndLease(lease_id=number, prompt_id=number, worker=0, outcome="failed"), 5)
+    accounts.end_lease(EndLease(lease_id=4, prompt_id=4, worker=0, outcome="lost"), 5)
+    failed = "2 groups failed since the last batch: the reward function raised"
+    assert accounts.describe_unkept(2) == failed
+    assert accounts.describe_unkept(1) == f"1 groups filtered since the last batch: 1 all right, 0 all wrong; {failed}"

@@ -93,6 +93,22 @@ def test_means_are_over_the_groups_since_the_last_step(tmp_path):
     assert (first["filter/all_correct_ratio"], second["filter/all_correct_ratio"]) == (1 / 3, 0.0)
 
 
+def test_groups_on_which_the_reward_function_raised_have_a_ratio_of_their_own(tmp_path):
+    run = SmallRun(tmp_path)
+    run.join(0)
+    failed, *leases = run.ready(0, 3)
+    run.exchange.apply(core.LeaseFailed(lease_id=failed), detail="LookupError")
+    for lease_id in leases:
+        run.answer(lease_id)
+    run.train(1)
+    run.fill(0, versions=((1, 4),))
+    run.train(2)
+    first, second = run.lines
+    assert (first["reward/failed_ratio"], first["rollout/arrived_groups"]) == (1 / 3, 3)
+    assert first["filter/kept_ratio"] == 1.0
+    assert second["reward/failed_ratio"] == 0.0
+
+
 def test_a_step_whose_batch_had_all_arrived_before_repeats_the_means(tmp_path):
     run = SmallRun(tmp_path, max_staleness=3, run_ahead=2)
     run.join(0)

@@ -34,6 +34,12 @@ def test_only_a_share_above_the_allowed_one_ends_the_run(allowed, share, ends):
     assert (count(Failures(allowed), mixed(share, 1000)) is not None) == ends
 
 
+def test_every_failure_is_counted_and_the_last_words_are_kept():
+    failures = Failures(1.0)
+    count(failures, [*["failed", "done"] * 100, "lost"])
+    assert (failures.num_failed, failures.last_words) == (100, "words 199")
+
+
 def test_what_lies_behind_the_window_is_forgotten():
     failures = Failures(0.5)
     assert count(failures, ["done"] * 10_000) is None

@@ -248,6 +248,22 @@ async def test_a_reward_function_that_fails_too_often_ends_the_run_with_its_last
 
 
 @scenario
+async def test_groups_on_which_the_reward_function_raised_stand_in_the_wait(tmp_path):
+    async with serving(tmp_path) as server:
+        worker, learner = FakeWorker(server), FakeLearner(server)
+        await worker.join()
+        await server.begin()
+        await learner.want(1)
+        for reason in ("no such judge", "no such answer"):
+            (lease,) = await worker.leases(1)
+            await worker.client.send(GroupFailed(lease_id=lease.lease_id, reason=reason))
+        await until(lambda: server.status()["failed"] == 2, server)
+        status = server.status()
+        assert status["why_waiting"].endswith("; 2 groups failed since the last batch: the reward function raised")
+        assert status["last_failure"] == "no such answer"
+
+
+@scenario
 async def test_a_run_whose_workers_are_all_lost_for_long_ends(tmp_path):
     with pytest.raises(RunError, match="no live worker"):
         async with serving(tmp_path, heartbeat_s=0.01, lease_stall_s=60) as server:

@@ -8,7 +8,7 @@ import pytest
 
 from asyncdapo.reward import judging
 from asyncdapo.reward.judging import make_judge, read_verdict
-from asyncdapo.reward.wire import METRICS, Raised, Verdict
+from asyncdapo.reward.wire import METRICS, NoVerdict, Raised, Verdict
 
 
 def told_by(verify, texts, answer="6", concurrency=1, retries=0):
@@ -45,7 +45,6 @@ class Odd:
         (True, Verdict(1.0)),
         (0, Verdict(0.0)),
         (0.25, Verdict(0.25)),
-        ("0.25", Verdict(0.25)),
         ({"acc": 1}, Verdict(1.0)),
         ({"acc": False, "style": 0.5, "num_steps": 7}, Verdict(0.0, metrics={"style": 0.5, "num_steps": 7.0})),
         ({"acc": 1.0, "judge/mean-2.x": -1e300}, Verdict(1.0, metrics={"judge/mean-2.x": -1e300})),
@@ -67,6 +66,8 @@ def test_a_verdict_is_a_number_from_0_to_1_or_numbers_with_acc(said, verdict):
         (float("nan"), "a verdict is a number from 0 to 1, got nan"),
         (-1, "a verdict is a number from 0 to 1, got -1"),
         (Odd(), "a verdict is a number from 0 to 1, got <"),
+        ("1", "a verdict is a number from 0 to 1, got '1'"),
+        ({"acc": b"1"}, "a verdict is a number from 0 to 1, got {'acc': b'1'}"),
         ([1.0], "a verdict is a number from 0 to 1, got [1.0]"),
         ({}, "a dict of numbers needs `acc`, the verdict from 0 to 1, got {}"),
         ({"score": 1.0}, "a dict of numbers needs `acc`"),
@@ -81,7 +82,7 @@ def test_a_verdict_is_a_number_from_0_to_1_or_numbers_with_acc(said, verdict):
     ],
 )
 def test_anything_else_is_none_and_says_why(said, problem):
-    assert isinstance(read_verdict(said), Raised)
+    assert isinstance(read_verdict(said), NoVerdict)
     assert read_verdict(said).problem.startswith(problem)
 
 
@@ -99,7 +100,7 @@ def test_a_function_that_hands_on_what_another_would_return_later_is_told_to_be_
         warnings.simplefilter("error")
         [raised] = told_by(later, ["6"])
         gc.collect()
-    assert raised == Raised("returned an awaitable: make the function itself `async def`")
+    assert raised == NoVerdict("returned an awaitable: make the function itself `async def`")
 
 
 def test_what_an_error_says_can_always_be_sent():

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from asyncdapo.errors import RewardError, RunError
+from asyncdapo.errors import RewardError, RunError, VerdictError
 from asyncdapo.reward import child
 from asyncdapo.reward.pool import ScorerPool
 from asyncdapo.reward.wire import Verdict
@@ -116,7 +116,7 @@ async def test_a_verifier_that_raises_is_told_with_the_line_and_the_process_goes
 @asynchronous
 async def test_what_is_no_share_of_the_credit_is_no_verdict(what, got) -> None:
     async with running() as pool:
-        with pytest.raises(RewardError, match=f"a verdict is a number from 0 to 1, got {got}"):
+        with pytest.raises(VerdictError, match=f"a verdict is a number from 0 to 1, got {got}"):
             await pool.verify([f"return {what}"], "6")
 
 

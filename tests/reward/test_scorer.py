@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asyncdapo.errors import ConfigError, RewardError
+from asyncdapo.errors import ConfigError, RewardError, VerdictError
 from asyncdapo.messages import Prompt
 from asyncdapo.replay.config import FilterConfig
 from asyncdapo.replay.filter import judge
@@ -182,6 +182,15 @@ def test_a_verifier_that_fails_ends_the_prompt_with_its_cause():
     )
     with pytest.raises(RewardError, match=words):
         score([1], verify=divide)
+
+
+def test_a_verifier_that_returns_no_verdict_is_named_with_what_it_returned():
+    def minus_one(text, answer):
+        raise VerdictError("a verdict is a number from 0 to 1, got -1")
+
+    words = "verifier 'answer' broke its contract on table row 3 .prompt 7.: a verdict is a number from 0 to 1, got -1"
+    with pytest.raises(VerdictError, match=words):
+        score([1], verify=minus_one)
 
 
 def test_a_scorer_starts_and_stops_its_processes():

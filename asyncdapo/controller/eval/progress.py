@@ -23,6 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from asyncdapo.controller.eval.evaluation import Answered
 from asyncdapo.metrics.progress import ProgressLines
 from asyncdapo.metrics.reporter import listen
+from asyncdapo.metrics.terminal import terminal_of
 
 LINE_EVERY_S = 10.0
 """Between two lines where there is no terminal."""
@@ -34,8 +35,8 @@ class EvalProgress:
     def __init__(self, log_file: Path, stream: TextIO | None = None) -> None:
         log_file.parent.mkdir(parents=True, exist_ok=True)
         self._log = log_file.open("a", encoding="utf-8")
-        console = Console(file=stream or sys.stdout)
-        self._bar = _bar(console) if console.is_terminal and not console.is_dumb_terminal else None
+        console = terminal_of(stream or sys.stdout)
+        self._bar = _bar(console) if console else None
         lines = ProgressLines(self._log, 0)
         self._lines = [lines] if self._bar else [lines, ProgressLines(stream or sys.stdout, 0)]
         self._handler = listen(self)

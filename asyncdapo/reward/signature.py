@@ -1,0 +1,58 @@
+"""Whether a function can be called as a verifier is: with the response's text and the expected answer.
+
+In: a function of the user's. Raises ConfigError for one that can't, before anything is sampled. One that is written for
+another framework is recognised by the names of its parameters, and the error shows the lines that adapt it. Does not
+own: what it returns (`judging`).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from inspect import Parameter, Signature
+from pathlib import Path
+from typing import Any
+
+from asyncdapo.errors import ConfigError
+
+GIVEN_BY_TRL = {"prompts", "completions", "completion_ids", "trainer_state"}
+"""Parameters of TRL's reward functions that aren't columns of the data set."""
+
+
+def check_signature(key: str, name: str, verify: Callable[..., Any]) -> None:
+    """Raises ConfigError, for `key`, for a function that can't be called with two arguments, or takes them for others
+    than they are."""
+    try:
+        signature = inspect.signature(verify)
+    except ValueError:  # written in C, and says nothing of its parameters
+        return
+    if "completions" in signature.parameters:
+        whose, arguments, which = "TRL's", _arguments_of_trl(signature), "[0]"
+    elif {"data_source", "solution_str"} <= signature.parameters.keys():
+        whose, arguments, which = "verl's", '"your/data_set", text, answer', ""
+    else:
+        whose, arguments, which = "the", "…", ""
+        try:
+            signature.bind("text", "answer")
+            return
+        except TypeError:
+            pass
+    where, _, function = name.rpartition(":")
+    module, place = (Path(where).stem, f" beside {Path(where).name}") if where.endswith(".py") else (where, "")
+    define, call = ("async def", "await ") if inspect.iscoroutinefunction(verify) else ("def", "")
+    returned = f"({call}{function}({arguments}))[0]" if call and which else f"{call}{function}({arguments}){which}"
+    raise ConfigError(
+        key,
+        f"takes {whose} arguments {signature}, and a verifier is given (text, answer)",
+        name,
+        f"these three lines as adapter.py{place}, and {key}=adapter.py:verify; it returns 1 for right and 0 for wrong",
+        [f"from {module} import {function}", f"{define} verify(text, answer):", f"    return {returned}"],
+    )
+
+
+def _arguments_of_trl(signature: Signature) -> str:
+    """Lists of one element, and columns of the data set by their names."""
+    names = [name for name, parameter in signature.parameters.items() if parameter.kind is not Parameter.VAR_KEYWORD]
+    columns = [name for name in names if name not in GIVEN_BY_TRL] or ["answer"]
+    prompts = 'prompts=[""], ' if "prompts" in names else ""
+    return f"{prompts}completions=[text], " + ", ".join(f"{column}=[answer]" for column in columns)
