@@ -18,7 +18,8 @@ import yaml
 
 from asyncdapo import config
 from asyncdapo.convert import ms_swift, nemo_rl, siirl, skyrl, verl
-from asyncdapo.convert.rules import Converted, Peer, convert
+from asyncdapo.convert.applying import Converted, convert
+from asyncdapo.convert.rules import Peer
 from asyncdapo.convert.settings import Settings, read_settings
 from asyncdapo.errors import ConfigError, UserError
 
@@ -41,8 +42,8 @@ def command(args: argparse.Namespace) -> int:
         _write(args.out, text, force=args.force)
     else:
         print(text, end="")
-    for said in made.loud:
-        print(f"asyncdapo: {said}", file=sys.stderr)
+    for line in _numbered(made.loud):
+        print(f"asyncdapo: {line}", file=sys.stderr)
     left = len(made.left)
     if left:
         where = f"at the end of {args.out}" if args.out else "at its end"
@@ -64,7 +65,7 @@ def _write(path: Path, text: str, *, force: bool) -> None:
 def converted(peer_name: str, words: list[str]) -> tuple[str, Converted]:
     """The YAML, and what it was made of. Raises UserError."""
     peer = PEERS[peer_name]
-    settings = read_settings(words, flags=peer.flags)
+    settings = read_settings(words, flags=peer.flags, texts=peer.texts)
     made = convert(peer, settings, _our_defaults())
     text = _rendered(peer, settings, made)
     _check(text, made)
@@ -100,15 +101,14 @@ def _check(text: str, made: Converted) -> None:
 
 def _rendered(peer: Peer, settings: Settings, made: Converted) -> str:
     parts = [_comment(f"Converted from {peer.title} ({peer.source}) by asyncdapo convert.")]
-    for note in [*made.loud, *made.notes]:
+    if made.loud:
+        parts.append("#\n" + "".join(_comment(line, hang="   ") for line in _numbered(made.loud)))
+    for note in made.notes:
         parts.append("#\n" + _comment(note))
     if made.before:
         parts.append("#\n# Run first:\n" + "".join(f"#   {_printable(line)}\n" for line in made.before))
     if not any(line.ours == "model.path" for line in made.lines):
         parts.append("#\n# No model was named: add model.path, or give it at launch as model.path=…\n")
-    if not any(line.ours == "prompts.path" for line in made.lines):
-        parts.append("#\n# No data were named that are known here, so the task chain (arithmetic) stands: add\n")
-        parts.append("# prompts.task=file prompts.path=… (asyncdapo data prepare).\n")
     for section in config.SECTIONS:
         lines = [line for line in made.lines if line.ours.startswith(f"{section}.")]
         if lines:
@@ -136,9 +136,16 @@ def _rendered(peer: Peer, settings: Settings, made: Converted) -> str:
     if settings.warnings:
         parts.append("\n# Note:\n")
         parts += [_comment(warning, hang="    ", begin="#   ") for warning in dict.fromkeys(settings.warnings)]
-    parts.append(f"\n# What {peer.title} does otherwise, whatever the keys:\n")
-    parts += [_comment(note, hang="    ", begin="#   ") for note in peer.differs]
+    if made.besides:
+        parts.append(f"\n# What {peer.title} does otherwise, and trains the same:\n")
+        parts += [_comment(note, hang="    ", begin="#   ") for note in made.besides]
     return "".join(parts)
+
+
+def _numbered(said: list[str]) -> list[str]:
+    """Under a heading; nothing where nothing is said."""
+    heading = "What trains differently here, most consequential first:"
+    return [heading, *(f"{number}. {_printable(text)}" for number, text in enumerate(said, 1))] if said else []
 
 
 def _comment(text: str, indent: str = "", hang: str = "", begin: str = "# ") -> str:

@@ -6,7 +6,7 @@ import re
 from math import ceil
 from typing import Any
 
-from asyncdapo.convert.rules import Left, Made, Rule, either, flag, number, plain, whole
+from asyncdapo.convert.rules import Differs, Left, Made, Rank, Rule, either, flag, number, plain, whole
 
 NO_LIMIT = 1_000_000
 """Of train steps, where only the data end a run."""
@@ -22,21 +22,44 @@ UNREPEATED = (
 )
 REPEATS = {"dapo-math-17k": 100, "aime-2024": 32, "gsm8k": 1}
 """How often the published files hold each of their rows: 1,791,700 are 17,917 x 100, and 960 are 30 x 32."""
+ROWS = {"aime-2024": 30, "gsm8k": 1319}
+"""For evaluation in the published files."""
 OWN_FUNCTION = "path/to/file.py:function"
 """Stands for a verifier that the user has to name; a launch refuses it."""
 OWN_GPUS = "which GPU holds what is settled by controller.placement, learner.ranks and rollout.num_workers"
 ENGINE = "the engine is set up otherwise here; rollout.engine_args passes arguments to vLLM"
 CONSTANT = "the learning rate is constant after warm-up here"
+ALL_WEIGHTS = "LoRA there, all weights are trained here: more memory, and a learning rate for LoRA is too high for them"
+ADVANTAGES = "loss.advantage is grpo here, or dr_grpo, rloo"
+CRITIC = "there is no critic here"
+TURNS = "one turn only here: tools and further turns are left out"
 
 SYNCHRONOUS = (
-    "It samples and trains in turn: replay.run_ahead=0 does so here; by default sampling runs one step ahead.",
-    "Its ratio is against log-probs that the learner computes at the start of a step, as loss.anchor=proximal has it "
-    "here; by default it is against those of the policy that sampled.",
+    Differs(
+        "It samples and trains in turn; here sampling runs one step ahead: replay.run_ahead=0 does as it does",
+        Rank.SAMPLING,
+        lambda made: "replay.run_ahead" not in made,
+    ),
+    Differs(
+        "Its ratio is against log-probs that the learner computes at the start of a step, as loss.anchor=proximal has "
+        "it; here against those of the policy that sampled",
+        Rank.LOSS,
+        lambda made: "loss.anchor" not in made and "replay.run_ahead" not in made,
+    ),
 )
-SURPLUS = "Groups beyond a batch are thrown away there; here they open the next batch."
-WHOLE_FILES = "It evaluates every row of its files; here eval.num_prompts of them."
-MODEL_GPUS = (
-    "It splits a model over GPUs to train it; here each learner rank holds all of it (asyncdapo plan says how much)."
+SURPLUS = Differs(
+    "Groups beyond a batch are thrown away there; here they open the next batch",
+    Rank.DETAIL,
+    lambda made: made.get("filter.enabled", True) and made.get("filter.mode") != "replace",
+)
+WHOLE_FILES = Differs(
+    "It evaluates every row of its files; here eval.num_prompts of them, 512 unless given",
+    Rank.EVAL,
+    lambda made: "prompts.eval_path" in made and "eval.num_prompts" not in made,
+)
+MODEL_GPUS = Differs(
+    "It splits a model over GPUs to train it; here each learner rank holds all of it (asyncdapo plan says how much)",
+    None,
 )
 
 
@@ -48,15 +71,10 @@ def data_rules(train: str, held_out_key: str) -> tuple[Rule, ...]:
     return (
         Rule("prompts.task", (train,), lambda files: "file"),
         Rule("prompts.path", (train,), train_data),
-        Rule("prompts.eval_path", (held_out_key, train), held_out),
+        Rule("prompts.eval_path", (held_out_key,), held_out),
         Rule("prompts.chat_template", (train,), lambda files: Made(True, "they always use it")),
         Rule("eval.num_greedy_prompts", (held_out_key,), lambda files: Made(0, "they have one evaluation, not two")),
     )
-
-
-def epochs_rule(passes: str, *train: str) -> Rule:
-    """Of the key that counts passes, and those that name the data."""
-    return Rule("prompts.epochs", (passes, *train), epochs)
 
 
 def epochs(passes: Any, *train: Any) -> Any:
@@ -64,10 +82,7 @@ def epochs(passes: Any, *train: Any) -> Any:
     if passes is None:
         return None
     named = [files for files in train if files]
-    if not named:
-        return Left("no data are named that are known here, and the task chain has no end", always=True)
-    times = repeats(named[0]) or 1
-    return repeated(whole(passes), times)
+    return repeated(whole(passes), (repeats(named[0]) if named else None) or 1)
 
 
 def repeated(count: int, times: int) -> Any:
@@ -78,9 +93,21 @@ def repeated(count: int, times: int) -> Any:
 
 def repeats(files: Any) -> int | None:
     """How often a file that is known by its name holds each row; None for another, for several, for a part of one."""
+    return REPEATS.get(_place(files)[1])
+
+
+def _place(files: Any) -> tuple[str, str]:
+    """A single file's folder, and its name without its ending."""
     files = files if isinstance(files, list) else [files]
-    stem = re.sub(r"\.(parquet|jsonl?)$", "", str(files[0]).rpartition("/")[2]).lower() if len(files) == 1 else ""
-    return REPEATS.get(stem)
+    folder, _, name = str(files[0]).rpartition("/") if len(files) == 1 else ("", "", "")
+    return folder.rpartition("/")[2].lower(), re.sub(r"\.(parquet|jsonl?)$", "", name).lower()
+
+
+def all_rows(files: Any) -> Any:
+    """Rows of the first file, where it is known."""
+    folder, name = _place(files[:1] if isinstance(files, list) else files)
+    rows = ROWS.get(folder if name in SAME_SPLITS else name)
+    return None if rows is None else Made(rows, "all of its rows, as there")
 
 
 def samples(count: Any, files: Any) -> Any:
@@ -99,14 +126,15 @@ def own_function(*theirs: Any) -> Any:
 
 def not_carried_over(what: str) -> Left:
     """Of what the user has to write anew."""
-    return Left(f"YOUR {what} IS NOT CARRIED OVER: reward.verifier={OWN_FUNCTION} (docs/reward.md)", loud=True)
+    why = f"YOUR {what} IS NOT CARRIED OVER: reward.verifier={OWN_FUNCTION} (docs/reward.md)"
+    return Left(why, loud=Rank.TASK)
 
 
 def advantage_of(name: Any, table: dict[str, str]) -> Any:
     """Ours, else said aloud: another stands in for it."""
     if name == "gae":
-        return Left("IS NOT CARRIED OVER: there is no critic here; loss.advantage is grpo, or dr_grpo, rloo", loud=True)
-    return table.get(str(name)) or Left("IS NOT CARRIED OVER: loss.advantage is grpo, or dr_grpo, rloo", loud=True)
+        return Left(f"IS NOT CARRIED OVER: {CRITIC}; {ADVANTAGES}", loud=Rank.LOSS)
+    return table.get(str(name)) or Left(f"IS NOT CARRIED OVER: {ADVANTAGES}", loud=Rank.LOSS)
 
 
 def train_data(files: Any) -> Any:
@@ -122,24 +150,23 @@ def train_data(files: Any) -> Any:
     return Made({one.value: 1 for one in made}, why, before, UNREPEATED)
 
 
-def held_out(files: Any, train: Any) -> Any:
-    """As `train_data`; only one file can be held out, and of no use without data for training."""
+def held_out(files: Any) -> Any:
+    """As `train_data`; only one file can be held out."""
     if not files:
         return None
     files = files if isinstance(files, list) else [files]
-    if not train:
-        return Left("the training data are not known here")
     if not all(isinstance(file, str) and file for file in files):
         raise ValueError("it takes a file or a list of files")
     made = _prepared(files[0], "test")
-    more = f"the first of {len(files)}: asyncdapo eval takes others with --data" if len(files) > 1 else ""
-    return Made(made.value, more or made.why, made.before, made.note)
+    if len(files) == 1:
+        return made
+    more = f"the first of {len(files)}: asyncdapo eval takes others with --data"
+    return Made(made.value, more, made.before, made.note, Rank.EVAL)
 
 
 def _prepared(source: str, split: str) -> Made:
     """Where `data prepare` puts it; hub ids, files and the names of known sets are its sources."""
     note = "" if repeats(source) else UNREPEATED
-    source, _, rows = source.partition("#")
     is_file = source.endswith(DATA_FILES) or source.startswith(("/", "~", "."))
     stem = re.sub(r"\.(parquet|jsonl?|csv|arrow)$", "", source.rpartition("/")[2])
     if is_file and stem in SAME_SPLITS:
@@ -148,14 +175,8 @@ def _prepared(source: str, split: str) -> Made:
     stem = re.sub(r"[^\w.-]", "-", stem) or "data"
     quoted = source if re.fullmatch(r"[\w@%+=:,./~-]+", source) else "'" + source.replace("'", "'\\''") + "'"
     other = " --split test" if split == "test" and is_file else ""
-    why = f"{rows} of its rows there, all here" if rows else ""
     command = f"asyncdapo data prepare {quoted} --out data/{stem}{other}"
-    return Made(f"data/{stem}/{split}.parquet", why, (command,), note)
-
-
-def verifier_of(name: str) -> str:
-    """By the data set's name: GSM8K's answers stand behind ####, DAPO's behind Answer:."""
-    return "gsm8k" if "gsm8k" in name.lower() else "dapo"
+    return Made(f"data/{stem}/{split}.parquet", "", (command,), note)
 
 
 # ----------------------------------------------------------------------------------------------------------------- loss
@@ -175,19 +196,27 @@ def estimator(name: Any, use: Any, coef: Any, table: dict[str, str]) -> Any:
     return either(name, table, "it isn't one of k1, k2, k3")
 
 
-def none_of_it(here: str) -> Any:
-    """For a thing that is off here always: fine if it is off there, else without counterpart."""
+def otherwise(theirs: str, why: str, rank: Rank, off: tuple[Any, ...] = ()) -> Rule:
+    """For a key that trains something else, unless its value is nothing or one of `off`."""
 
-    def value(theirs: Any) -> Left:
-        return Left("off, as it always is here" if theirs in (False, None, 0) else here)
+    def value(given: Any) -> Left:
+        if not given or given in off:
+            return Left("off, as it always is here" if not given else "as it is here")
+        return Left(why, loud=rank)
 
-    return value
+    return Rule("", (theirs,), value)
+
+
+def known_loss(name: Any, table: dict[str, str]) -> Any:
+    """Ours, else said aloud: another stands in for it."""
+    return table.get(str(name)) or Left("no such loss here: PPO's clipped one stands for it", loud=Rank.LOSS)
 
 
 def whole_distribution(value: Any) -> Left:
     """Nucleus and top-k in training."""
-    off = value in (None, 1, -1, 0)
-    return Left("off, as it always is in training here" if off else "training samples from the whole distribution here")
+    if value in (None, 1, -1, 0):
+        return Left("off, as it always is in training here")
+    return Left("training samples from the whole distribution here", loud=Rank.SAMPLING)
 
 
 # ------------------------------------------------------------------------------------------------------ batch and clock
@@ -202,7 +231,7 @@ def group(completions: Any) -> Any:
     """Completions of a prompt."""
     if completions != 1:
         return None if completions is None else whole(completions)
-    return Left("a group of one has no baseline here: the default of rollout.group_size stands", always=True)
+    return Left("a group of one has no baseline here: rollout.group_size is ours", loud=Rank.LOSS)
 
 
 def updates(prompts: Any, mini: Any) -> Any:
@@ -220,6 +249,11 @@ def warmup(steps: Any, updates_of_step: Any) -> Any:
     per_step = plain(updates_of_step) or 1
     why = f"{steps} train steps there, each of {per_step} updates" if per_step != 1 else ""
     return Made(whole(steps) * per_step, why)
+
+
+def share_of_steps(ours: str) -> Left:
+    """Of a ratio, where the number of steps follows from the data's length."""
+    return Left(f"a share of the steps, whose number isn't known: set {ours}", loud=Rank.SCHEDULE)
 
 
 def every(value: Any) -> Any:

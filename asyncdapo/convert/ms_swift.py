@@ -5,7 +5,7 @@ from __future__ import annotations
 from asyncdapo.convert import gpus
 from asyncdapo.convert import meanings as mean
 from asyncdapo.convert import ms_swift_values as its
-from asyncdapo.convert.rules import Left, Made, Peer, Rule, flag, number, same, text, whole
+from asyncdapo.convert.rules import Differs, Left, Made, Peer, Rank, Rule, flag, number, same, text
 
 BATCH = (
     "generation_batch_size",
@@ -27,6 +27,7 @@ RULES = (
     text("run.dir", "output_dir"),
     same("run.seed", "seed"),
     Rule("run.steps", ("max_steps", *CLOCK), its.in_steps),
+    Rule("run.steps", ("dataset", "num_train_epochs", *BATCH), its.steps_of_rows),
     Rule("run.steps", (), lambda: Made(mean.NO_LIMIT, "theirs ends with its data")),
     text("model.path", "model"),
     Rule(
@@ -34,9 +35,15 @@ RULES = (
         ("ref_model", "beta", "model"),
         lambda path, beta, own: path if beta and path != own else Left("there is no KL penalty, or it is the model"),
     ),
-    *mean.data_rules("dataset", "val_dataset"),
-    Rule("prompts.system_prompt", ("system", "dataset"), lambda text, files: text if files else None),
-    Rule("prompts.max_prompt_length", ("max_length",), lambda tokens: None if tokens is None else whole(tokens)),
+    Rule("prompts.task", ("dataset",), lambda files: "file"),
+    Rule("prompts.path", ("dataset",), its.train_data),
+    Rule("", ("dataset",), its.sampled),
+    Rule("prompts.eval_path", ("val_dataset",), its.eval_data),
+    Rule("prompts.chat_template", ("dataset",), lambda files: Made(True, "they always use it")),
+    Rule("prompts.system_prompt", ("system",), lambda text: None if text is None else text.replace("\\n", "\n")),
+    same("prompts.max_prompt_length", "max_length"),
+    Rule("prompts.max_prompt_length", ("vllm_max_model_len", "max_completion_length"), its.prompt_length),
+    Rule("prompts.max_prompt_length", (), its.any_prompt_length),
     Rule("prompts.epochs", ("num_train_epochs", "max_steps", "dataset"), its.epochs),
     Rule("rollout.engine", ("use_vllm",), lambda on: "vllm" if flag(on) else "torch"),
     *gpus.rules(GPUS, BATCH, its.gpus_of),
@@ -48,6 +55,7 @@ RULES = (
     Rule("rollout.group_size", ("num_generations",), mean.group),
     same("rollout.max_response_length", "max_completion_length"),
     same("rollout.temperature", "temperature"),
+    *(mean.otherwise(key, *why) for key, *why in its.OTHERWISE),
     Rule("", ("top_p",), mean.whole_distribution),
     Rule("", ("top_k",), mean.whole_distribution),
     Rule("rollout.dtype", ("torch_dtype",), mean.dtype),
@@ -83,9 +91,8 @@ RULES = (
     Rule("loss.dual_clip", ("delta", "loss_type"), its.dual_clip),
     Rule("loss.agg", ("loss_type",), its.aggregation),
     Rule("loss.advantage", ("advantage_estimator", "scale_rewards"), its.advantage),
-    Rule("", ("scale_rewards",), its.scale_rewards),
     Rule("loss.kl_coef", ("beta",), number),
-    Rule("", ("kl_in_reward",), mean.none_of_it(mean.IN_LOSS)),
+    Rule("", ("kl_in_reward", "advantage_estimator", "beta"), its.kl_in_reward),
     same("learner.lr", "learning_rate"),
     Rule("learner.warmup_steps", ("warmup_steps", "max_steps"), its.warmup),
     Rule("learner.warmup_steps", ("warmup_ratio", "max_steps"), its.warmup),
@@ -105,11 +112,18 @@ RULES = (
     Rule("learner.keep_checkpoints", ("save_total_limit",), mean.kept_checkpoints),
     Rule("eval.every", ("eval_steps", *CLOCK), its.in_steps),
     Rule("eval.num_samples", ("num_generations_eval", "val_dataset"), mean.samples),
+    Rule("eval.num_prompts", ("val_dataset", "split_dataset_ratio"), its.eval_rows),
+    Rule("eval.num_greedy_prompts", ("val_dataset",), lambda files: Made(0, "they have one evaluation, not two")),
     Rule("eval.temperature", ("temperature",), number),
     Rule("metrics.wandb", ("report_to",), mean.wandb),
 )
 
 DEFAULTS = {
+    "val_dataset": None,
+    "tuner_type": "lora",
+    "lr_scheduler_type": "cosine",
+    "per_device_train_batch_size": 1,
+    "kl_in_reward": None,
     "epsilon": 0.2,
     "loss_type": "grpo",
     "beta": 0.04,
@@ -131,17 +145,13 @@ DEFAULTS = {
     "rollout_importance_sampling_threshold": 2.0,
 }
 
-ALL_WEIGHTS = "all weights are trained here; their default is LoRA, whose learning rate is another"
 WITHOUT = (
     ("rlhf_type", "GRPO's family is what there is here"),
-    ("tuner_type", ALL_WEIGHTS),
-    ("train_type", ALL_WEIGHTS),
-    ("lora_*", ALL_WEIGHTS),
-    ("target_modules", ALL_WEIGHTS),
-    ("lr_scheduler_type", mean.CONSTANT),
-    ("kl_in_reward", mean.IN_LOSS),
+    ("lora_*", "all weights are trained here"),
+    ("target_modules", "all weights are trained here"),
+    ("lr_scheduler_kwargs", mean.CONSTANT),
+    ("chord_*", "of their mixture with supervised training"),
     ("truncation_strategy", "longer prompts are left out and counted here, never cut"),
-    ("sync_ref_model", "the reference model stays as it is here"),
     ("vllm_mode", "controller.placement"),
     ("vllm_server_*", "rollout workers are started with the run here"),
     ("vllm_max_model_len", "is prompts.max_prompt_length + rollout.max_response_length here"),
@@ -191,11 +201,19 @@ PEER = Peer(
     differs=(
         *mean.SYNCHRONOUS,
         mean.SURPLUS,
-        "After its last resampling it takes the first batch unfiltered; here the batch keeps the groups worth training "
-        "on and is filled up with others.",
-        "Its learning rate falls as a cosine unless told otherwise; here it is constant after warm-up.",
-        "It adds 1e-4 to the standard deviation of a group; here 1e-6.",
+        Differs(
+            "After its last resampling it takes the first batch unfiltered; here the batch keeps the groups worth "
+            "training on and is filled up with others",
+            Rank.DETAIL,
+            lambda made: made.get("filter.enabled", True),
+        ),
+        Differs(
+            "It adds 1e-4 to the standard deviation of a group; here 1e-6",
+            Rank.DETAIL,
+            lambda made: made.get("loss.advantage", "grpo") == "grpo",
+        ),
     ),
-    aliases=(("lr", "learning_rate"),),
+    texts=("system",),
+    aliases=(("lr", "learning_rate"), ("train_type", "tuner_type")),
     flags=True,
 )

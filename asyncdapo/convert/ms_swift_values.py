@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
+from math import ceil
 from typing import Any
 
 from asyncdapo.convert import meanings as mean
 from asyncdapo.convert.gpus import Gpus, number_of
-from asyncdapo.convert.rules import Left, Made, either, flag, number, plain, whole
+from asyncdapo.convert.rules import Left, Made, Rank, either, flag, number, plain, whole
 
 LOSSES = {
     "grpo": "seq-mean-token-mean",
@@ -17,6 +20,25 @@ LOSSES = {
 }
 LEVELS = {"token": "ppo", "sequence": "gspo"}
 VERIFIED = {"accuracy": "math_verify"}
+NO_SUCH_LOSS = "no such part of the loss here"
+OTHERWISE: tuple[tuple[str, str, Rank, tuple[Any, ...]], ...] = (
+    ("rlhf_type", "it trains by another method: GRPO's family is what there is here", Rank.TASK, ("grpo",)),
+    ("multi_turn_scheduler", mean.TURNS, Rank.TASK, ()),
+    ("use_gym_env", mean.TURNS, Rank.TASK, ()),
+    ("gym_env", mean.TURNS, Rank.TASK, ()),
+    ("teacher_model", "no distillation here", Rank.TASK, ()),
+    ("teacher_model_server", "no distillation here", Rank.TASK, ()),
+    ("tuner_type", mean.ALL_WEIGHTS, Rank.LOSS, ("full",)),
+    ("chord_sft_dataset", f"{NO_SUCH_LOSS}: CHORD's supervised loss on answers of a data set", Rank.LOSS, ()),
+    ("sdar_loss_coef", NO_SUCH_LOSS, Rank.LOSS, ()),
+    ("advantage_reweight", NO_SUCH_LOSS, Rank.LOSS, ()),
+    ("off_policy_sequence_mask_delta", "no such mask here: loss.outlier_band", Rank.LOSS, ()),
+    ("top_entropy_quantile", "all tokens are trained on here", Rank.LOSS, (1,)),
+    ("sync_ref_model", "the reference model stays as it is here", Rank.LOSS, ()),
+    ("repetition_penalty", "training samples from the whole distribution here", Rank.SAMPLING, (1,)),
+    ("lr_scheduler_type", mean.CONSTANT, Rank.SCHEDULE, ("constant", "constant_with_warmup")),
+)
+"""Keys that train something else unless they have one of the values at the end."""
 MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
 
 
@@ -25,30 +47,26 @@ MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
 
 def _sizes(
     generation: Any, per_device: Any, accumulation: Any, steps: Any, processes: Any, nodes: Any, world: Any, group: Any
-) -> tuple[int, int] | None:
-    """Completions of a generation batch and of an optimizer update; None where the script leaves them open."""
+) -> tuple[int, int]:
+    """Completions of a generation batch and of an optimizer update."""
     if world is not None:  # Megatron's
         return whole(generation if generation is not None else world * (steps or 1)), whole(world)
-    if generation is None and per_device is None:
-        return None
-    accumulated = whole(accumulation or 1)
     forward = whole(per_device or 1) * whole(processes or 1) * whole(nodes or 1)
+    accumulated = whole(accumulation) if accumulation is not None else max(1, ceil(16 / forward))
     batch = whole(generation) if generation is not None else forward * whole(steps or accumulated)
     return batch, forward * accumulated
 
 
 def prompts_per_step(*sizes: Any) -> Any:
     made = _sizes(*sizes)
-    if made is None:
-        return None
     if made[0] % whole(sizes[-1]):
         raise ValueError(f"{made[0]} completions are not whole groups of {sizes[-1]}")
     return Made(made[0] // whole(sizes[-1]), f"{made[0]} completions a generation batch there, prompts here")
 
 
 def updates_per_step(*sizes: Any) -> Any:
-    made = _sizes(*sizes)
-    return None if made is None else mean.ceil_of(made[0] / made[1], "whole mini-batches")
+    batch, update = _sizes(*sizes)
+    return mean.ceil_of(batch / update, "whole mini-batches")
 
 
 def _updates_of_step(*clock: Any) -> int:
@@ -66,9 +84,80 @@ def in_steps(updates: Any, *clock: Any) -> Any:
     return Made(max(1, whole(updates) // per_step), why)
 
 
+def steps_of_rows(files: Any, passes: Any, *sizes: Any) -> Any:
+    """Theirs ends with the rows that it draws, where it says how many."""
+    rows = [_syntax(file)[2] for file in (files if isinstance(files, list) else [files]) if isinstance(file, str)]
+    if not rows or None in rows:
+        return None
+    prompts = plain(prompts_per_step(*sizes))
+    return Made(max(1, ceil(sum(rows) * number(passes) / prompts)), f"{sum(rows)} rows by {prompts}, {passes:g} times")
+
+
 def epochs(passes: Any, steps: Any, files: Any) -> Any:
     """Their number of steps wins over that of epochs."""
-    return Left("max_steps counts") if steps is not None and number(steps) > 0 else mean.epochs(passes, files)
+    if steps is not None and number(steps) > 0:
+        return Left("max_steps counts")
+    return mean.epochs(passes if passes is None else ceil(passes), files)
+
+
+# ---------------------------------------------------------------------------------------------------------------- data
+
+
+def _syntax(name: str) -> tuple[str, str, int | None]:
+    """`hf::id:subset#rows`: id or file, subset, rows drawn of it."""
+    name = re.sub(r"^(hf|ms)::", "", name, flags=re.IGNORECASE)
+    name, _, rows = name.rpartition("#") if re.search(r"#\d+$", name) else (name, "", "")
+    name, _, subset = name.partition(":")
+    return name, subset, int(rows) if rows else None
+
+
+def _names(files: Any) -> list[str]:
+    return [_syntax(str(file))[0] for file in (files if isinstance(files, list) else [files])]
+
+
+def train_data(files: Any) -> Any:
+    """Their notation of a data set's part is taken off."""
+    made = mean.train_data(_names(files))
+    subsets = [_syntax(str(file))[1] for file in (files if isinstance(files, list) else [files])]
+    commands = [
+        f"{command} --subset {subset}" if subset else command
+        for command, subset in zip(made.before, subsets, strict=True)
+    ]
+    note = f"{made.note} An id is looked up at ModelScope there, on the Hugging Face hub here.".strip()
+    return replace(made, before=tuple(commands), note=note)
+
+
+def sampled(files: Any) -> Any:
+    """Rows drawn of each data set."""
+    rows = [_syntax(str(file))[2] for file in (files if isinstance(files, list) else [files])]
+    if not any(rows):
+        return None
+    return Left("only so many rows of it there; here prompts are drawn from all of them", loud=Rank.TASK)
+
+
+def eval_data(files: Any) -> Any:
+    return mean.held_out(_names(files)) if files else None
+
+
+def eval_rows(files: Any, share: Any) -> Any:
+    """Without held-out data there is no evaluation, and all rows are trained on."""
+    if files:
+        rows = _syntax(str(files[0] if isinstance(files, list) else files))[2]
+        return rows or mean.all_rows(_names(files))
+    return None if share else Made(0, "no data are held out there")
+
+
+def prompt_length(context: Any, response: Any) -> Any:
+    """What a response of full length leaves of the context."""
+    if context is None or whole(context) <= whole(response):
+        return None
+    return Made(whole(context) - whole(response), "what vllm_max_model_len leaves; theirs cuts longer ones")
+
+
+def any_prompt_length() -> Made:
+    """Theirs is the model's own limit."""
+    why = "theirs takes prompts as long as the model can, and cuts longer ones; here longer ones are left out"
+    return Made(1024, why, loud=Rank.SAMPLING)
 
 
 def warmup(updates: Any, steps: Any) -> Any:
@@ -78,7 +167,7 @@ def warmup(updates: Any, steps: Any) -> Any:
     if number(updates) >= 1:
         return whole(updates)
     if steps is None or whole(steps) <= 0:
-        return Left("a share of the steps, whose number isn't known: set learner.warmup_steps")
+        return mean.share_of_steps("learner.warmup_steps")
     return Made(int(number(updates) * whole(steps)), f"of {steps} optimizer updates")
 
 
@@ -97,8 +186,7 @@ def gpus_of(processes: Any, nodes: Any, parallel: Any, mode: Any, *sizes: Any) -
 
 
 def _groups_per_update(*sizes: Any) -> int:
-    made = _sizes(*sizes)
-    return max(1, made[1] // whole(sizes[-1])) if made else 1_000_000
+    return max(1, _sizes(*sizes)[1] // whole(sizes[-1])) if sizes[-1] else 1_000_000
 
 
 # ---------------------------------------------------------------------------------------------------------------- loss
@@ -108,13 +196,13 @@ def variant(loss: Any, level: Any) -> Any:
     if loss == "cispo":
         return "cispo"
     if loss not in (None, *LOSSES):
-        return Left(f"no loss {loss} here: {', '.join(LOSSES)}")
-    return None if level is None else either(level, LEVELS, "no such ratio here: token, sequence")
+        return mean.known_loss(loss, {})
+    return None if level is None else mean.known_loss(level, LEVELS)
 
 
 def aggregation(loss: Any) -> Any:
     why = {"bnpo": "over all processes here, as their dapo", "dr_grpo": ""}.get(str(loss), "")
-    made = either(loss, LOSSES, f"no loss {loss} here: {', '.join(LOSSES)}")
+    made = either(loss, LOSSES, "its own")
     return made if isinstance(made, Left) else Made(made, why)
 
 
@@ -140,17 +228,18 @@ def dual_clip(delta: Any, loss: Any) -> Any:
 def advantage(estimator: Any, scale: Any) -> Any:
     if estimator not in (None, "grpo", "rloo"):
         return mean.advantage_of(estimator, {})
-    if scale in ("batch", "gdpo"):
-        return Left(f"scale_rewards {scale} has no counterpart")
     if estimator == "rloo":
         return "rloo"
+    if scale in ("batch", "gdpo"):
+        why = "scaled over the batch there, within a group here, or not at all"
+        return Made("grpo", why, loud=Rank.LOSS)
     return None if scale is None else ("dr_grpo" if scale in ("none", False, None) else "grpo")
 
 
-def scale_rewards(scale: Any) -> Any:
-    if scale in ("batch", "gdpo"):
-        return Left("rewards are scaled within a group here, or not at all")
-    return None
+def kl_in_reward(inside: Any, estimator: Any, beta: Any) -> Any:
+    """By default where the advantage isn't GRPO's."""
+    inside = estimator in ("rloo", "reinforce_plus_plus") if inside is None else flag(inside)
+    return Left(mean.IN_LOSS, loud=Rank.LOSS) if inside and beta else Left("off, as it always is here")
 
 
 def correction(mode: Any) -> Any:
@@ -180,8 +269,13 @@ def verifier(functions: Any) -> Any:
 
 
 def left_functions(functions: Any) -> Any:
-    others = [name for name in _functions(functions, None) if name not in (*VERIFIED, "soft_overlong")]
-    return mean.not_carried_over(f"REWARD FUNCTION {', '.join(others)}") if others else None
+    names = _functions(functions, None)
+    others = ", ".join(name for name in names if name not in (*VERIFIED, "soft_overlong"))
+    if not others:
+        return None
+    if names.keys() & VERIFIED.keys():
+        return Left(f"REWARD FUNCTION {others} IS NOT CARRIED OVER: accuracy alone counts here", loud=Rank.TASK)
+    return mean.not_carried_over(f"REWARD FUNCTION {others}")
 
 
 def correct(functions: Any, weights: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from asyncdapo.convert import gpus
 from asyncdapo.convert import meanings as mean
 from asyncdapo.convert import nemo_rl_values as its
-from asyncdapo.convert.rules import Left, Made, Peer, Rule, flag, number, same, text
+from asyncdapo.convert.rules import Differs, Left, Made, Peer, Rank, Rule, flag, number, same, text
 
 PROMPTS, GROUP, UPDATE = (
     "grpo.num_prompts_per_step",
@@ -21,6 +21,8 @@ GPUS = ("cluster.num_nodes", "cluster.gpus_per_node", f"{VLLM}tensor_parallel_si
 TIS = "loss_fn.truncated_importance_sampling_"
 WEIGHTS = ("loss_fn.use_importance_sampling_correction", f"{TIS}type")
 MEGATRON = "policy.megatron_cfg."
+TEMPLATE = ("data.train.prompt_file", "data.default.prompt_file")
+SYSTEM = ("data.train.system_prompt_file", "data.default.system_prompt_file")
 ENVIRONMENT = ("data.train.env_name", "data.default.env_name")
 
 
@@ -34,30 +36,16 @@ RULES = (
     same("run.steps", "grpo.max_num_steps"),
     text("model.path", "policy.model_name"),
     Rule("model.tokenizer", ("policy.tokenizer.name", "policy.model_name"), its.tokenizer),
-    Rule("prompts.task", ("data.train.dataset_name",), lambda name: "file" if name in its.KNOWN_DATA else None),
+    Rule("prompts.task", ("data.train.dataset_name",), lambda name: "file" if name in its.DATA_SETS else None),
     Rule("prompts.task", ("data.train.data_path",), lambda path: "file"),
-    Rule(
-        "prompts.path",
-        ("data.train.dataset_name",),
-        lambda name: its.data(name) or Left("a data set of theirs: asyncdapo data prepare takes its id on the hub"),
-    ),
     Rule("prompts.path", ("data.train.data_path",), mean.train_data),
-    Rule(
-        "prompts.eval_path",
-        ("data.validation.dataset_name", "data.train.dataset_name", "data.train.data_path"),
-        its.eval_data,
-    ),
-    Rule(
-        "prompts.eval_path",
-        ("data.validation.data_path", "data.train.dataset_name", "data.train.data_path"),
-        its.held_out,
-    ),
-    Rule(
-        "prompts.chat_template",
-        ("data.train.dataset_name",),
-        lambda name: Made(True, "they always use it") if name in its.KNOWN_DATA else None,
-    ),
+    Rule("prompts.path", ("data.train.dataset_name", *TEMPLATE), its.train_data),
+    Rule("prompts.eval_path", ("data.validation.data_path",), mean.held_out),
+    Rule("prompts.eval_path", ("data.validation.dataset_name", *TEMPLATE), its.eval_data),
+    Rule("prompts.chat_template", ("data.train.dataset_name",), lambda name: Made(True, "they always use it")),
     Rule("prompts.chat_template", ("data.train.data_path",), lambda path: Made(True, "they always use it")),
+    Rule("prompts.template", TEMPLATE, its.template),
+    Rule("prompts.system_prompt", SYSTEM, lambda *texts: next((text for text in texts if text), None)),
     same("prompts.max_prompt_length", "data.max_input_seq_length"),
     Rule("prompts.epochs", ("grpo.max_num_epochs", "data.train.dataset_name", "data.train.data_path"), its.epochs),
     Rule("rollout.engine", ("policy.generation.backend",), mean.engine),
@@ -82,6 +70,7 @@ RULES = (
         its.verifier,
     ),
     *(Rule("", (key,), its.own_environment) for key in ENVIRONMENT),
+    *(mean.otherwise(key, *why) for key, *why in its.OTHERWISE),
     Rule("reward.correct", SCALE, lambda *scaling: its.scaled(1.0, *scaling)),
     Rule("reward.incorrect", SCALE, lambda *scaling: its.scaled(0.0, *scaling)),
     Rule(
@@ -127,12 +116,12 @@ RULES = (
         ("loss_fn.token_level_loss",),
         lambda tokens: "token-mean" if flag(tokens) else "seq-mean-token-mean",
     ),
-    Rule("loss.advantage", ("grpo.normalize_rewards", "grpo.use_leave_one_out_baseline"), its.advantage),
     Rule(
         "",
         ("grpo.adv_estimator.name",),
         lambda name: None if name in (None, "grpo") else mean.advantage_of(name, {}),
     ),
+    Rule("loss.advantage", ("grpo.normalize_rewards", "grpo.use_leave_one_out_baseline"), its.advantage),
     Rule("loss.kl_coef", ("loss_fn.reference_policy_kl_penalty",), number),
     Rule(
         "loss.kl_estimator",
@@ -155,6 +144,7 @@ RULES = (
     same("learner.weight_decay", "policy.optimizer.kwargs.weight_decay"),
     same("learner.grad_clip", "policy.max_grad_norm"),
     Rule("learner.updates_per_step", STEP, its.updates_per_step),
+    same("learner.epochs", "grpo.ppo_epochs"),
     Rule(
         "learner.tokens_per_microbatch",
         (
@@ -196,6 +186,8 @@ RULES = (
 )
 
 DEFAULTS = {
+    "data.train.dataset_name": "OpenMathInstruct-2",
+    "policy.model_name": "Qwen/Qwen2.5-1.5B",
     PROMPTS: 32,
     GROUP: 16,
     UPDATE: 512,
@@ -219,6 +211,7 @@ DEFAULTS = {
     "policy.optimizer.kwargs.lr": 5e-6,
     "policy.optimizer.kwargs.weight_decay": 0.01,
     "policy.max_grad_norm": 1.0,
+    "policy.scheduler": [{"name": "torch.optim.lr_scheduler.LinearLR", "kwargs": {"total_iters": 50}}],
     "policy.generation.backend": "vllm",
     "checkpointing.save_period": 10,
     "checkpointing.keep_top_k": 3,
@@ -252,6 +245,8 @@ WITHOUT = (
     ("logger.*", "RUN_DIR/metrics.jsonl and W&B here"),
     ("cluster.*", "controller.ray_address joins a cluster; another has to be started before"),
     ("reward_penalties.*", "a function of yours is reward.verifier (docs/reward.md)"),
+    ("value.*", mean.CRITIC),
+    ("value_loss_fn.*", mean.CRITIC),
     ("data_plane.*", mean.SPEED),
     ("on_policy_distillation*", "no distillation here"),
 )
@@ -265,10 +260,17 @@ PEER = Peer(
     differs=(
         *mean.SYNCHRONOUS,
         mean.SURPLUS,
-        "Its k3 is clamped at 10, and its log ratio at 20; here only the latter.",
+        Differs(
+            "Its k3 is clamped at 10, and its log ratio at 20; here only the latter",
+            Rank.DETAIL,
+            lambda made: bool(made.get("loss.kl_coef")),
+        ),
         mean.MODEL_GPUS,
     ),
+    texts=(*TEMPLATE, *SYSTEM),
     aliases=(
+        ("ppo.async_ppo.", ASYNC),
+        ("ppo.", "grpo."),
         ("grpo.dapo_batch_multiplier", "grpo.batch_multiplier"),
         ("grpo.max_num_gen_batches", "grpo.dynamic_sampling_max_gen_batches"),
     ),

@@ -6,9 +6,44 @@ from typing import Any
 
 from asyncdapo.convert import meanings as mean
 from asyncdapo.convert.gpus import Gpus, number_of
-from asyncdapo.convert.rules import Left, Made, either, flag, number, plain, whole
+from asyncdapo.convert.rules import Left, Made, Rank, either, flag, number, plain, whole
 
 KNOWN_DATA = {"DAPOMath17K": "dapo-math-17k", "DAPOMathAIME2024": "aime-2024", "AIME2024": "aime-2024"}
+DATA_SETS = KNOWN_DATA | {
+    "gsm8k": "gsm8k --verifier math_verify",
+    "GSM8K": "gsm8k --verifier math_verify",
+    "OpenMathInstruct-2": "nvidia/OpenMathInstruct-2 --split train_1M --answer-column expected_answer "
+    "--verifier math_verify",
+    "DeepScaler": "agentica-org/DeepScaleR-Preview-Dataset --verifier math_verify",
+    "NuminaMath-1.5": "AI-MO/NuminaMath-1.5 --verifier math_verify",
+    "OpenR1-Math-220k": "open-r1/OpenR1-Math-220k --verifier math_verify",
+}
+"""What `asyncdapo data prepare` is given for a name of theirs."""
+OTHERWISE: tuple[tuple[str, str, Rank, tuple[Any, ...]], ...] = (
+    ("grpo.max_rollout_turns", mean.TURNS, Rank.TASK, (1,)),
+    ("env.should_use_nemo_gym", mean.TURNS, Rank.TASK, ()),
+    ("on_policy_distillation.enabled", "no distillation here", Rank.TASK, ()),
+    ("policy.dtensor_cfg.lora_cfg.enabled", mean.ALL_WEIGHTS, Rank.LOSS, ()),
+    ("policy.megatron_cfg.peft.enabled", mean.ALL_WEIGHTS, Rank.LOSS, ()),
+    ("loss_fn.use_kl_in_reward", mean.IN_LOSS, Rank.LOSS, ()),
+    ("loss_fn.disable_ppo_ratio", "no loss without a ratio here", Rank.LOSS, ()),
+    ("loss_fn.positive_example_nll_weight", "no likelihood of right answers is added here", Rank.LOSS, ()),
+    ("loss_fn.force_on_policy_ratio", "the ratio is never taken for 1 here", Rank.LOSS, ()),
+    ("loss_fn.use_on_policy_kl_approximation", "the KL estimate has no such weight here", Rank.LOSS, ()),
+    ("grpo.advantage_clip_low", "advantages are not cut here", Rank.LOSS, ()),
+    ("grpo.advantage_clip_high", "advantages are not cut here", Rank.LOSS, ()),
+    ("grpo.seq_logprob_error_threshold", "loss.outlier_band masks here, by a ratio", Rank.LOSS, ()),
+    ("grpo.reward_shaping.stop_properly_penalty_coef", "no such punishment here", Rank.LOSS, ()),
+    *(
+        (f"reward_penalties.{key}", "no such punishment here", Rank.LOSS, ())
+        for key in (
+            *("penalize_duplicated_reasoning", "penalize_empty_final_answer", "penalize_unwanted_tokens"),
+            "penalize_malformed_think_tag",
+        )
+    ),
+    ("policy.draft.enabled", "no draft model is trained here", Rank.DETAIL, ()),
+)
+"""Keys that train something else unless they have one of the values at the end."""
 VERIFIERS = {"dapo_math_verify": "dapo", "hf_math_verify": "math_verify"}
 
 
@@ -87,10 +122,13 @@ def gen_batches(limit: Any, enabled: Any) -> Any:
 
 def advantage(normalize: Any, leave_one_out: Any) -> Any:
     if flag(normalize):
-        why = (
-            "they leave a completion out of its own mean and deviation, which scales it" if flag(leave_one_out) else ""
+        if not flag(leave_one_out):
+            return "grpo"
+        return Made(
+            "grpo",
+            "use_leave_one_out_baseline leaves a completion out of its own mean and deviation there, which scales it",
+            loud=Rank.LOSS,
         )
-        return Made("grpo", why)
     return "rloo" if flag(leave_one_out) else "dr_grpo"
 
 
@@ -121,7 +159,7 @@ def warmup(scheduler: Any, *step: Any) -> Any:
     parts = scheduler if isinstance(scheduler, list) else []
     linear = [part for part in parts if isinstance(part, dict) and str(part.get("name", "")).endswith("LinearLR")]
     if len(linear) != 1:
-        return Left("only a warm-up by LinearLR, constant after it, has a counterpart")
+        return Left("only a warm-up by LinearLR, constant after it, has a counterpart", loud=Rank.SCHEDULE)
     return mean.warmup((linear[0].get("kwargs") or {}).get("total_iters"), _per_step(*step))
 
 
@@ -142,11 +180,11 @@ def eval_samples(count: Any, name: Any, repeat: Any, path: Any) -> Any:
 
 
 def verifier(name: Any, own: Any, default: Any, *data: Any) -> Any:
-    """Of the environment `math`; without data of theirs only if it is named."""
+    """Of the environment `math`."""
     if (own or default or "math") != "math":
         return Made(mean.OWN_FUNCTION, "name your own here")
     if name is None:
-        return Made("math_verify", "theirs unless another is named") if any(data) else None
+        return Made("math_verify", "theirs unless another is named")
     return either(name, VERIFIERS, "a verifier of theirs: see docs/reward.md")
 
 
@@ -154,23 +192,34 @@ def own_environment(name: Any) -> Any:
     return mean.not_carried_over(f"ENVIRONMENT {name}") if name not in (None, "math") else None
 
 
-def data(name: Any, known: Any = KNOWN_DATA) -> Any:
-    if name not in known:
+def train_data(name: Any, *templates: Any) -> Any:
+    if name in DATA_SETS:
+        return _prepared(DATA_SETS[name], "train", templates)
+    return Left("a data set of theirs: asyncdapo data prepare takes its id on the hub", always=True)
+
+
+def eval_data(name: Any, *templates: Any) -> Any:
+    if name in DATA_SETS:
+        return _prepared(DATA_SETS[name], "test", templates)
+    why = "a data set of theirs: asyncdapo data prepare takes its id on the hub"
+    return Left(why, loud=Rank.EVAL) if name else None
+
+
+def _prepared(source: str, split: str, templates: tuple[Any, ...]) -> Made:
+    """Their template is put around each prompt by the run, so `data prepare` puts in none."""
+    folder = f"data/{source.split()[0].rpartition('/')[2]}"
+    bare = " --template '{prompt}'" if any(templates) else ""
+    split = source.partition("--split ")[2].partition(" ")[0] or split
+    return Made(f"{folder}/{split}.parquet", before=(f"asyncdapo data prepare {source}{bare} --out {folder}",))
+
+
+def template(own: Any, default: Any) -> Any:
+    """Of the question, with `{}` in its place."""
+    text = own or default
+    if not text:
         return None
-    split = "test" if known[name] == "aime-2024" else "train"
-    folder = f"data/{known[name]}"
-    return Made(f"{folder}/{split}.parquet", before=(f"asyncdapo data prepare {known[name]} --out {folder}",))
-
-
-def eval_data(name: Any, train: Any, path: Any) -> Any:
-    """Held-out data of a task that isn't known are of no use."""
-    if train not in KNOWN_DATA and not path:
-        return Left("the training data are not known here")
-    return data(name) or Left("a data set of theirs: asyncdapo data prepare takes its id on the hub")
-
-
-def held_out(files: Any, name: Any, path: Any) -> Any:
-    return mean.held_out(files, path or (name in KNOWN_DATA))
+    made = text.format("{prompt}")
+    return made if "{prompt}" in made else Left("a template without a place for the question", loud=Rank.TASK)
 
 
 def tokenizer(name: Any, model: Any) -> Any:

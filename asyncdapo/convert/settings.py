@@ -33,6 +33,8 @@ COLON = re.compile(r"""(?<=[{,])(\s*[A-Za-z_][\w.-]*):(?=[^\s/])""")
 MAX_KEYS = 20_000
 """Aliases of YAML can make a small file endless."""
 MAX_REFERENCES = 20
+MAX_TEXT = 1 << 16
+"""Bytes of a text file that an argument names."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,8 @@ class Setting:
     """Why the value isn't known."""
     inherited: str = ""
     """Where it comes from, if not from the user: the file of defaults that the user's builds on."""
+    named: str = ""
+    """What the user gave, where the value is the text of a file."""
 
 
 @dataclass
@@ -52,10 +56,13 @@ class Settings:
 
     table: dict[str, Setting] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    """Files that a YAML builds on and that aren't here."""
 
 
-def read_settings(words: Sequence[str], *, flags: bool) -> Settings:
-    """A file and arguments, or arguments alone. Raises UserError. `flags`: `--key value`, else `key=value`."""
+def read_settings(words: Sequence[str], *, flags: bool, texts: Sequence[str] = ()) -> Settings:
+    """A file and arguments, or arguments alone. Raises UserError. `flags`: `--key value`, else `key=value`; `texts`:
+    keys whose value may name a text file."""
     settings = Settings()
     first = words[0] if words else ""
     if not first:
@@ -66,7 +73,22 @@ def read_settings(words: Sequence[str], *, flags: bool) -> Settings:
         words = words[1:]
     _read_arguments([Word(word) for word in words], settings, flags)
     _resolve(settings)
+    for key in settings.table.keys() & set(texts):
+        settings.table[key] = _read_text(settings.table[key], Path(first).absolute().parents)
     return settings
+
+
+def _read_text(setting: Setting, folders: Sequence[Path]) -> Setting:
+    """The text of the file that the value names: here, or from any folder above the script, where it was started."""
+    name = setting.value
+    if setting.unknown or not isinstance(name, str) or not name.endswith(".txt"):
+        return setting
+    file = next((file for folder in (Path(), *folders) if (file := folder / name).is_file()), None)
+    if file is None:
+        return replace(setting, unknown="no such file here")
+    if file.stat().st_size > MAX_TEXT:
+        return replace(setting, unknown=f"a text of more than {MAX_TEXT} bytes")
+    return replace(setting, value=_text(file), named=name)
 
 
 def _text(path: Path) -> str:
@@ -216,8 +238,11 @@ def _read_yaml(path: Path, settings: Settings, inherited: str, depth: int = 0) -
         file = path.parent / str(base)
         if depth < MAX_REFERENCES and file.suffix in (".yaml", ".yml") and file.is_file():
             _read_yaml(file, settings, inherited=file.name, depth=depth + 1)
+        elif file.suffix in (".yaml", ".yml"):
+            why = "no such file here, so their own defaults stand for all that it says: convert the file where it lies"
+            settings.missing.append(f"defaults: {base}: {why}")
         elif base != "_self_":
-            settings.warnings.append(f"defaults: {base}: no such file here, so their own defaults stand in for it")
+            settings.warnings.append(f"defaults: {base}: their own defaults stand in for it")
     settings.warnings += [f"{path.name}, {key}: given again behind it, not read" for key in loader.repeated]
     for key, value in _flat(tree):
         settings.table[key] = Setting(value, inherited=inherited)

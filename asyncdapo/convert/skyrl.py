@@ -5,13 +5,12 @@ from __future__ import annotations
 from asyncdapo.convert import gpus
 from asyncdapo.convert import meanings as mean
 from asyncdapo.convert import skyrl_values as its
-from asyncdapo.convert.rules import Left, Made, Peer, Rule, either, flag, same, text, whole
+from asyncdapo.convert.rules import Differs, Left, Made, Peer, Rank, Rule, flag, same, text, whole
+from asyncdapo.convert.skyrl_values import ALGORITHM, POLICY, SAMPLING
 
-ALGORITHM = "trainer.algorithm."
-POLICY = "trainer.policy."
 OPTIMIZER = f"{POLICY}optimizer_config."
 ENGINE = "generator.inference_engine."
-SAMPLING, EVALUATION = "generator.sampling_params.", "generator.eval_sampling_params."
+EVALUATION = "generator.eval_sampling_params."
 DYNAMIC = f"{ALGORITHM}dynamic_sampling."
 CORRECTION = f"{ALGORITHM}off_policy_correction."
 ASYNC = "trainer.fully_async."
@@ -26,7 +25,7 @@ GPUS = (
 )
 
 LOSSES = {"regular": "ppo", "dual_clip": "ppo", "gspo": "gspo", "cispo": "cispo"}
-NO_LOSS = "no such loss here; the clips below are those of the ordinary ratio"
+EVALUATED = tuple(f"{EVALUATION}{key}" for key in ("temperature", "top_p", "max_generate_length", "top_k", "min_p"))
 
 
 RULES = (
@@ -43,7 +42,7 @@ RULES = (
     ),
     *mean.data_rules("data.train_data", "data.val_data"),
     same("prompts.max_prompt_length", "trainer.max_prompt_length"),
-    mean.epochs_rule("trainer.epochs", "data.train_data"),
+    Rule("prompts.epochs", ("trainer.epochs", "data.train_data"), mean.epochs),
     Rule("rollout.engine", (f"{ENGINE}backend",), mean.engine),
     *gpus.rules(GPUS, STEP, its.gpus_of),
     same("rollout.tensor_parallel", f"{ENGINE}tensor_parallel_size"),
@@ -91,7 +90,7 @@ RULES = (
         (f"{ASYNC}max_staleness_steps", f"{ASYNC}enabled"),
         lambda steps, on: whole(steps) if flag(on) and steps is not None else None,
     ),
-    Rule("loss.variant", (f"{ALGORITHM}policy_loss_type",), lambda loss: either(loss, LOSSES, NO_LOSS)),
+    Rule("loss.variant", (f"{ALGORITHM}policy_loss_type",), lambda loss: mean.known_loss(loss, LOSSES)),
     Rule("loss.anchor", (f"{CORRECTION}tis_ratio_type", f"{CORRECTION}sequence_mask_metric"), its.anchor),
     Rule("loss.correction", (f"{CORRECTION}tis_ratio_type", f"{CORRECTION}sequence_mask_metric"), its.correction),
     Rule("loss.correction_mode", (f"{CORRECTION}sequence_mask_metric", f"{CORRECTION}tis_ratio_type"), its.mask_too),
@@ -151,7 +150,7 @@ RULES = (
         (f"{ALGORITHM}kl_estimator_type", f"{ALGORITHM}use_kl_loss", f"{ALGORITHM}kl_loss_coef"),
         lambda name, use, coef: mean.estimator(name, use, coef, {"k1": "k1", "k2": "k2", "k3": "k3"}),
     ),
-    Rule("", (f"{ALGORITHM}use_kl_in_reward",), mean.none_of_it(mean.IN_LOSS)),
+    *(mean.otherwise(key, *why) for key, *why in its.OTHERWISE),
     Rule(
         "loss.entropy_coef",
         (f"{ALGORITHM}entropy_loss_coef", f"{ALGORITHM}use_entropy_loss"),
@@ -180,20 +179,11 @@ RULES = (
     Rule("eval.every", ("trainer.eval_interval",), mean.every),
     Rule(
         "eval.num_samples",
-        (
-            "generator.eval_n_samples_per_prompt",
-            f"{EVALUATION}temperature",
-            f"{EVALUATION}top_p",
-            f"{EVALUATION}max_generate_length",
-            "data.val_data",
-        ),
+        ("generator.eval_n_samples_per_prompt", "data.val_data", *EVALUATED),
         its.eval_samples,
     ),
-    Rule(
-        "eval.temperature",
-        (f"{EVALUATION}temperature", f"{EVALUATION}top_p", f"{EVALUATION}max_generate_length"),
-        its.eval_temperature,
-    ),
+    Rule("eval.num_prompts", ("data.val_data",), mean.all_rows),
+    Rule("eval.temperature", EVALUATED, its.eval_temperature),
     Rule("", (f"{EVALUATION}max_generate_length",), lambda tokens: Left("is rollout.max_response_length here too")),
     same("eval.top_p", f"{EVALUATION}top_p"),
     Rule("eval.top_k", (f"{EVALUATION}top_k",), mean.top_k),
@@ -220,6 +210,16 @@ DEFAULTS = {
     f"{SAMPLING}max_generate_length": 1024,
     f"{ENGINE}backend": "vllm",
     f"{ENGINE}model_dtype": "bfloat16",
+    f"{EVALUATION}temperature": None,
+    f"{CORRECTION}token_tis_ratio_clip_high": 2.0,
+    f"{CORRECTION}sequence_tis_ratio_clip_high": 5.0,
+    f"{CORRECTION}geo_mask_high": 1.01,
+    f"{CORRECTION}geo_mask_low": 0.99,
+    f"{CORRECTION}product_mask_high": 2.0,
+    f"{CORRECTION}product_mask_low": 0.5,
+    f"{ALGORITHM}clip_ratio_c": 3.0,
+    f"{ASYNC}max_staleness_steps": 4,
+    f"{ASYNC}enabled": False,
     "trainer.max_prompt_length": 512,
     "trainer.epochs": 1,
     "trainer.seed": 42,
@@ -231,18 +231,17 @@ DEFAULTS = {
 }
 
 WITHOUT = (
-    ("trainer.critic.*", "there is no critic here"),
-    ("trainer.critic*", "there is no critic here"),
-    (f"{ALGORITHM}lambd", "there is no critic here"),
-    (f"{ALGORITHM}gamma", "there is no critic here"),
-    (f"{ALGORITHM}value*", "there is no critic here"),
+    ("trainer.critic.*", mean.CRITIC),
+    ("trainer.critic*", mean.CRITIC),
+    (f"{ALGORITHM}lambd", mean.CRITIC),
+    (f"{ALGORITHM}gamma", mean.CRITIC),
+    (f"{ALGORITHM}value*", mean.CRITIC),
     (f"{ALGORITHM}kl_ctrl.*", mean.IN_LOSS),
     (f"{ALGORITHM}max_seq_len", "the norm is rollout.max_response_length here"),
     (f"{ALGORITHM}zero_variance_filter*", "they mask such groups; filter.enabled samples others in their place"),
     (f"{ALGORITHM}temperature", "is rollout.temperature"),
     (f"{DYNAMIC}min_replace_ratio", "a batch with few groups to copy is trained on here, and sampled anew there"),
     (f"{ALGORITHM}*", "no such method here"),
-    (f"{OPTIMIZER}scheduler", mean.CONSTANT),
     (f"{OPTIMIZER}*", mean.SPEED),
     (f"{POLICY}model.lora.*", "all weights are trained here"),
     (f"{POLICY}*", mean.SPEED),
@@ -278,7 +277,11 @@ PEER = Peer(
         *mean.SYNCHRONOUS,
         mean.SURPLUS,
         mean.WHOLE_FILES,
-        "Its overlong punishment needs the trainer of its example (main_dapo.py); here the key is enough.",
+        Differs(
+            "Its overlong punishment needs the trainer of its example (main_dapo.py); here the key is enough",
+            Rank.DETAIL,
+            lambda made: bool(made.get("reward.overlong_buffer")),
+        ),
         mean.MODEL_GPUS,
     ),
     aliases=(

@@ -6,9 +6,29 @@ from typing import Any
 
 from asyncdapo.convert import meanings as mean
 from asyncdapo.convert.gpus import Gpus, number_of
-from asyncdapo.convert.rules import Left, Made, either, flag, number, plain, whole
+from asyncdapo.convert.rules import Left, Made, Rank, either, flag, number, plain, whole
 
 VERIFIERS = {"gsm8k": "gsm8k", "aime": "dapo"}
+ALGORITHM, SAMPLING, POLICY = "trainer.algorithm.", "generator.sampling_params.", "trainer.policy."
+OTHERWISE: tuple[tuple[str, str, Rank, tuple[Any, ...]], ...] = (
+    ("generator.max_turns", mean.TURNS, Rank.TASK, (1,)),
+    ("generator.step_wise_trajectories", mean.TURNS, Rank.TASK, ()),
+    ("generator.chat_template_kwargs", "the chat template gets no arguments here", Rank.TASK, ()),
+    ("generator.vision_language_generator", "images are no part of a prompt here", Rank.TASK, ()),
+    (
+        "generator.zero_reward_on_non_stop",
+        "no such reward here: reward.overlong_filter, reward.overlong_buffer",
+        Rank.TASK,
+        (),
+    ),
+    (f"{POLICY}model.lora.rank", mean.ALL_WEIGHTS, Rank.LOSS, ()),
+    (f"{ALGORITHM}use_kl_in_reward", mean.IN_LOSS, Rank.LOSS, ()),
+    (f"{ALGORITHM}advantage_batch_normalize", "advantages are normalised within a group here", Rank.LOSS, ()),
+    ("trainer.update_ref_every_epoch", "the reference model stays as it is here", Rank.LOSS, ()),
+    (f"{SAMPLING}min_p", "training samples from the whole distribution here", Rank.SAMPLING, ()),
+    (f"{POLICY}optimizer_config.scheduler", mean.CONSTANT, Rank.SCHEDULE, ("constant_with_warmup", "constant")),
+)
+"""Keys that train something else unless they have one of the values at the end."""
 REDUCTIONS = {
     "token_mean": "token-mean",
     "token_mean_legacy": "token-mean",
@@ -86,7 +106,7 @@ def correction(tis: Any, mask: Any) -> Any:
 
 def mask_too(mask: Any, tis: Any) -> Any:
     if mask and tis:
-        return Left("one correction only here: the weight of tis_ratio_type")
+        return Left("one correction only here: the weight of tis_ratio_type", loud=Rank.LOSS)
     return "mask" if mask else None
 
 
@@ -115,15 +135,15 @@ def own_environment(name: Any) -> Any:
     return None if name in VERIFIERS else mean.not_carried_over(f"ENVIRONMENT {name}")
 
 
-def eval_temperature(value: Any, top_p: Any, longest: Any) -> Any:
+def eval_temperature(value: Any, *others: Any) -> Any:
     """Their evaluation is greedy unless any of its parameters is given; then its temperature is 1."""
     if value is None:
-        return Made(1.0 if top_p is not None or longest is not None else 0.0, "theirs, where none is named")
+        return Made(1.0 if any(other is not None for other in others) else 0.0, "theirs, where none is named")
     return number(value)
 
 
-def eval_samples(count: Any, temperature: Any, top_p: Any, longest: Any, files: Any) -> Any:
-    if not plain(eval_temperature(temperature, top_p, longest)):
+def eval_samples(count: Any, files: Any, *evaluated: Any) -> Any:
+    if not plain(eval_temperature(*evaluated)):
         return Left("their evaluation is greedy, so all would be the same") if count not in (None, 1) else count
     return mean.samples(count, files)
 

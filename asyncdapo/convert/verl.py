@@ -5,15 +5,13 @@ from __future__ import annotations
 from asyncdapo.convert import gpus
 from asyncdapo.convert import meanings as mean
 from asyncdapo.convert import verl_values as its
-from asyncdapo.convert.rules import Left, Made, Peer, Rule, either, flag, number, same, text, whole
+from asyncdapo.convert.rules import Left, Made, Peer, Rank, Rule, flag, number, same, text, whole
+from asyncdapo.convert.verl_values import ACTOR, CORRECTION, ROLLOUT
 
-ACTOR = "actor_rollout_ref.actor."
-ROLLOUT = "actor_rollout_ref.rollout."
 TRAIN, GEN, MINI = "data.train_batch_size", "data.gen_batch_size", f"{ACTOR}ppo_mini_batch_size"
 FILTER = "algorithm.filter_groups."
 OVERLONG = "reward_model.overlong_buffer."
 ASYNC = "async_training."
-CORRECTION = "algorithm.rollout_correction."
 STEP = (TRAIN, GEN, f"{FILTER}enable", MINI, f"{ASYNC}trigger_parameter_sync_step", f"{ASYNC}require_batches")
 GPUS = (
     "trainer.nnodes",
@@ -39,7 +37,7 @@ RULES = (
     text("model.path", "actor_rollout_ref.model.path"),
     *mean.data_rules("data.train_files", "data.val_files"),
     same("prompts.max_prompt_length", "data.max_prompt_length"),
-    mean.epochs_rule("trainer.total_epochs", "data.train_files"),
+    Rule("prompts.epochs", ("trainer.total_epochs", "rollout.total_epochs", "data.train_files"), its.epochs),
     Rule("rollout.engine", (f"{ROLLOUT}name",), mean.engine),
     *gpus.rules(GPUS, STEP, its.gpus_of),
     same("rollout.tensor_parallel", f"{ROLLOUT}tensor_model_parallel_size"),
@@ -59,7 +57,7 @@ RULES = (
     Rule("", (OWN[0], "custom_reward_function.name"), mean.own_function),
     Rule("", (OWN[1], "reward_manager.name"), mean.own_function),
     Rule("", (OWN[2],), lambda on: mean.not_carried_over("REWARD MODEL") if flag(on) else None),
-    Rule("reward.incorrect", ("data.train_files",), its.incorrect),
+    Rule("reward.incorrect", ("data.train_files", *OWN), its.incorrect),
     Rule(
         "reward.overlong_buffer",
         (f"{OVERLONG}len", f"{OVERLONG}enable"),
@@ -85,7 +83,7 @@ RULES = (
     Rule("replay.prompts_per_step", STEP, its.prompts_per_step),
     Rule("replay.run_ahead", (f"{ASYNC}staleness_threshold",), number),
     Rule("replay.max_staleness", (f"{ASYNC}staleness_threshold", f"{ASYNC}partial_rollout"), its.staleness),
-    Rule("loss.variant", (f"{ACTOR}policy_loss.loss_mode",), lambda mode: either(mode, VARIANTS, "no such loss here")),
+    Rule("loss.variant", (f"{ACTOR}policy_loss.loss_mode",), lambda mode: mean.known_loss(mode, VARIANTS)),
     Rule(
         "loss.anchor",
         (
@@ -101,6 +99,11 @@ RULES = (
         "loss.correction",
         (f"{CORRECTION}rollout_is", f"{CORRECTION}bypass_mode", f"{ACTOR}tis_imp_ratio_cap"),
         its.correction,
+    ),
+    Rule(
+        "loss.correction_mode",
+        (f"{CORRECTION}rollout_is_threshold", f"{CORRECTION}rollout_is", f"{CORRECTION}bypass_mode"),
+        its.correction_mode,
     ),
     Rule(
         "loss.correction_band",
@@ -124,7 +127,7 @@ RULES = (
         (f"{ACTOR}kl_loss_type", f"{ACTOR}use_kl_loss", f"{ACTOR}kl_loss_coef"),
         lambda name, use, coef: mean.estimator(name, use, coef, ESTIMATORS),
     ),
-    Rule("", ("algorithm.use_kl_in_reward",), mean.none_of_it(mean.IN_LOSS)),
+    mean.otherwise("algorithm.use_kl_in_reward", mean.IN_LOSS, Rank.LOSS),
     Rule(
         "",
         ("algorithm.kl_ctrl.kl_coef", "algorithm.use_kl_in_reward"),
@@ -169,9 +172,10 @@ RULES = (
     Rule("eval.every", ("rollout.test_freq",), mean.every),  # asynchronous training reads no other
     Rule("eval.every", ("trainer.test_freq",), mean.every),
     Rule("eval.num_prompts", ("data.val_max_samples",), lambda rows: whole(rows) if rows and rows > 0 else None),
+    Rule("eval.num_prompts", ("data.val_files",), mean.all_rows),
     Rule(
         "eval.num_samples",
-        (f"{ROLLOUT}val_kwargs.n", f"{ROLLOUT}val_kwargs.do_sample", "data.val_files"),
+        tuple(f"{ROLLOUT}val_kwargs.{key}" for key in ("n", "do_sample", "temperature")) + ("data.val_files",),
         its.eval_samples,
     ),
     Rule(
@@ -185,6 +189,8 @@ RULES = (
     ),
     Rule("metrics.wandb", ("trainer.logger",), mean.wandb),
     text("metrics.wandb_project", "trainer.project_name"),
+    Rule("", ("data.truncation", "data.filter_overlong_prompts"), its.truncation),
+    *(mean.otherwise(key, *why) for key, *why in its.OTHERWISE),
 )
 
 DEFAULTS = {
@@ -202,27 +208,26 @@ DEFAULTS = {
     f"{ROLLOUT}temperature": 1.0,
     f"{ROLLOUT}dtype": "bfloat16",
     f"{ROLLOUT}val_kwargs.do_sample": False,
+    f"{ROLLOUT}val_kwargs.temperature": 0.0,
     "data.max_prompt_length": 512,
     "data.max_response_length": 512,
     "data.train_batch_size": 1024,
     f"{FILTER}enable": False,
     f"{OVERLONG}enable": False,
     "algorithm.adv_estimator": "gae",
+    "reward_model.reward_manager": "naive",
     "trainer.total_epochs": 30,
     "trainer.max_actor_ckpt_to_keep": None,
 }
 
-NO_CRITIC = "there is no critic here"
-
 WITHOUT = (
-    ("critic.*", NO_CRITIC),
-    ("trainer.critic_warmup", NO_CRITIC),
-    ("algorithm.gamma", NO_CRITIC),
-    ("algorithm.lam", NO_CRITIC),
+    ("critic.*", mean.CRITIC),
+    ("trainer.critic_warmup", mean.CRITIC),
+    ("algorithm.gamma", mean.CRITIC),
+    ("algorithm.lam", mean.CRITIC),
     ("algorithm.kl_penalty", mean.IN_LOSS),
     ("algorithm.kl_ctrl.*", mean.IN_LOSS),
     (f"{CORRECTION}rollout_rs*", "their rejection has no equal; loss.outlier_band masks tokens or responses"),
-    ("data.truncation", "longer prompts are left out and counted here, never cut"),
     ("data.filter_overlong_prompts*", "longer prompts are always left out and counted here"),
     ("data.prompt_key", "asyncdapo data prepare finds the column; its --prompt-column names another"),
     ("data.reward_fn_key", "reward.verifier is one for all rows; data prepare keeps the source of a row"),
@@ -232,8 +237,6 @@ WITHOUT = (
     ("custom_reward_function.*", "a function of yours is reward.verifier; its arguments are others (docs/reward.md)"),
     ("reward_manager.*", "a function of yours is reward.verifier; its arguments are others (docs/reward.md)"),
     (f"{ACTOR}clip_ratio", "clip_ratio_low and clip_ratio_high count there, which have defaults of their own"),
-    (f"{ACTOR}optim.lr_scheduler_type", mean.CONSTANT),
-    (f"{ACTOR}optim.warmup_style", mean.CONSTANT),
     (f"{ACTOR}optim.*", "the optimizer is AdamW at a constant learning rate here"),
     (f"{ACTOR}shuffle", "mini-batches are dealt by number of tokens here"),
     (f"{ACTOR}*fsdp*", mean.SPEED),
@@ -243,7 +246,7 @@ WITHOUT = (
     (f"{ACTOR}*", mean.SPEED),
     ("actor_rollout_ref.ref.*", "the reference model is model.reference, there only with loss.kl_coef"),
     ("actor_rollout_ref.model.override_config.*", "the model's own config.json counts here: change it there"),
-    ("actor_rollout_ref.model.lora_*", "all weights are trained here"),
+    ("actor_rollout_ref.model.*lora*", "all weights are trained here"),
     ("actor_rollout_ref.model.*", mean.SPEED),
     ("actor_rollout_ref.hybrid_engine", mean.OWN_GPUS),
     ("actor_rollout_ref.nccl_timeout", mean.SPEED),
@@ -251,7 +254,7 @@ WITHOUT = (
     (f"{ROLLOUT}max_model_len", "is prompts.max_prompt_length + rollout.max_response_length here"),
     (f"{ROLLOUT}prompt_length", "is prompts.max_prompt_length"),
     (f"{ROLLOUT}response_length", "is rollout.max_response_length"),
-    (f"{ROLLOUT}multi_turn.*", "one turn only here"),
+    (f"{ROLLOUT}multi_turn.*", mean.TURNS),
     (f"{ROLLOUT}*", mean.ENGINE),
     (f"{OVERLONG}log", "metrics always hold it here"),
     ("reward_model.max_resp_len", "is rollout.max_response_length"),
@@ -263,11 +266,10 @@ WITHOUT = (
     ("trainer.n_gpus_per_node", mean.OWN_GPUS),
     ("trainer.*", "of their trainer"),
     (f"{ASYNC}*", "of their way of running ahead; see replay.run_ahead, replay.max_staleness"),
-    ("rollout.total_epochs", "is read nowhere there: trainer.total_epochs counts"),
     ("rollout.*", "of their way of running ahead; see replay.run_ahead, replay.max_staleness"),
     ("global_profiler.*", "no profiler here"),
     ("ray_kwargs.*", "controller.ray_address joins a cluster; another has to be started before"),
-    ("critic*", NO_CRITIC),
+    ("critic*", mean.CRITIC),
     ("--config-*", "their own configuration file"),
 )
 

@@ -2,16 +2,43 @@
 
 from __future__ import annotations
 
+import re
 from math import ceil
 from typing import Any
 
 from asyncdapo.convert import meanings as mean
 from asyncdapo.convert.gpus import Gpus, number_of
-from asyncdapo.convert.rules import Left, Made, either, flag, number, plain, whole
+from asyncdapo.convert.rules import Left, Made, Rank, either, flag, number, plain, whole
 
 AGGREGATIONS = {
     name: name for name in ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
 }
+MODEL, ACTOR, ROLLOUT = ("actor_rollout_ref.model.", "actor_rollout_ref.actor.", "actor_rollout_ref.rollout.")
+CORRECTION = "algorithm.rollout_correction."
+OTHERWISE: tuple[tuple[str, str, Rank, tuple[Any, ...]], ...] = (
+    ("data.image_key", "images are no part of a prompt here", Rank.TASK, ()),
+    ("data.custom_cls.path", "YOUR DATA SET CLASS IS NOT CARRIED OVER: asyncdapo data prepare", Rank.TASK, ()),
+    ("data.train_max_samples", "only so many rows there, all of them here", Rank.TASK, (-1,)),
+    ("data.apply_chat_template_kwargs", "the chat template gets no arguments here", Rank.TASK, ()),
+    (f"{MODEL}custom_chat_template", "the tokenizer's own chat template is used here", Rank.TASK, ()),
+    (f"{ROLLOUT}multi_turn.enable", mean.TURNS, Rank.TASK, ()),
+    (f"{ROLLOUT}agent.agent_loop_config_path", mean.TURNS, Rank.TASK, ()),
+    (f"{ROLLOUT}agent.default_agent_loop", mean.TURNS, Rank.TASK, ("single_turn_agent",)),
+    ("distillation.enabled", "no distillation here", Rank.TASK, ()),
+    (f"{MODEL}lora_rank", mean.ALL_WEIGHTS, Rank.LOSS, (-1,)),
+    (f"{MODEL}lora.rank", mean.ALL_WEIGHTS, Rank.LOSS, (-1,)),
+    (f"{MODEL}lora_adapter_path", mean.ALL_WEIGHTS, Rank.LOSS, ()),
+    (f"{CORRECTION}rollout_rs", "no such rejection here: loss.outlier_band masks tokens or responses", Rank.LOSS, ()),
+    (f"{CORRECTION}loss_type", "REINFORCE there, PPO's clipped loss here", Rank.LOSS, ("ppo_clip",)),
+    (f"{CORRECTION}rollout_is_batch_normalize", "the weights are not brought to a mean of 1 here", Rank.LOSS, ()),
+    (f"{ACTOR}loss_scale_factor", "the norm is rollout.max_response_length here", Rank.LOSS, ()),
+    ("algorithm.use_pf_ppo", "no such resampling here", Rank.LOSS, ()),
+    (f"{ROLLOUT}repetition_penalty", "training samples from the whole distribution here", Rank.SAMPLING, (1,)),
+    (f"{ACTOR}optim.lr_scheduler_type", mean.CONSTANT, Rank.SCHEDULE, ("constant",)),
+    (f"{ACTOR}optim.warmup_style", mean.CONSTANT, Rank.SCHEDULE, ("constant",)),
+    (f"{ACTOR}optim.optimizer", "AdamW here", Rank.SCHEDULE, ("AdamW",)),
+)
+"""Keys that train something else unless they have one of the values at the end."""
 ADVANTAGES = {"grpo": "grpo", "grpo_vectorized": "grpo", "rloo": "rloo", "rloo_vectorized": "rloo"}
 
 
@@ -42,7 +69,7 @@ def warmup(steps: Any, ratio: Any, total: Any, epochs: Any, *step: Any) -> Any:
         if not ratio:
             return None
         if total is None:
-            return Left("a share of the steps, whose number isn't known: set learner.warmup_steps")
+            return mean.share_of_steps("learner.warmup_steps")
         steps = int(number(ratio) * whole(total))
     *_, sync, require = step
     per_step = plain(updates_per_step(*step)) or 1 if sync is None else whole(require or 1)
@@ -121,11 +148,18 @@ def correction(rollout_is: Any, bypass: Any, cap: Any) -> Any:
     return either(rollout_is, {"token": "token", "sequence": "sequence"}, "no such weight here")
 
 
+def correction_mode(threshold: Any, rollout_is: Any, bypass: Any) -> Any:
+    """A band of two bounds masks, a single bound cuts."""
+    return "mask" if isinstance(threshold, str) and rollout_is and not flag(bypass) else None
+
+
 def band(threshold: Any, rollout_is: Any, bypass: Any, cap: Any) -> Any:
     if cap is not None and cap > 0:
         return [0.0, number(cap)]
     if not rollout_is or flag(bypass):
         return Left("without rollout_is it does nothing") if threshold is not None else None
+    if isinstance(threshold, str):
+        return [float(bound) for bound in threshold.split("_")]
     return None if threshold is None else [0.0, number(threshold)]
 
 
@@ -136,12 +170,37 @@ def verifier(manager: Any, files: Any, *own: Any) -> Any:
     """Theirs goes by each row's data_source."""
     if any(own):
         return Made(mean.OWN_FUNCTION, "name your own here")
-    name = mean.verifier_of(str(files))
-    return Made(name, "they choose by each row's data_source: change it for other data")
+    name, sure = _verifier_of(files)
+    why = f"they choose by each row's data_source; reward.verifier={name} is a guess by the name: change it for yours"
+    return Made(name, "their verdict on this data" if sure else why, loud=None if sure else Rank.TASK)
 
 
-def incorrect(files: Any) -> Any:
-    return 0.0 if mean.verifier_of(str(files)) == "gsm8k" else None
+def _verifier_of(files: Any) -> tuple[str, bool]:
+    """By the data sets' names, and whether these are known: GSM8K's answers stand behind ####, DAPO's behind Answer:,
+    others' in a box."""
+    names = str(files).lower()
+    if "gsm8k" in names:
+        return "gsm8k", True
+    known = re.search(r"dapo|aime", names) is not None
+    return ("dapo" if known or not re.search(r"math|deepscale|numina|orz", names) else "math_verify"), known
+
+
+def incorrect(files: Any, *own: Any) -> Any:
+    """Their verdict of DAPO's data is 1 or -1, and of others 1 or 0."""
+    return None if any(own) or _verifier_of(files)[0] == "dapo" else 0.0
+
+
+def truncation(side: Any, filtered: Any) -> Left:
+    """Where the data loader lets too long a prompt through."""
+    if flag(filtered) or side == "error":
+        return Left("longer prompts are always left out and counted here")
+    return Left("longer prompts are cut there, left out and counted here", loud=Rank.SAMPLING)
+
+
+def epochs(passes: Any, rollout: Any, files: Any) -> Any:
+    """Older versions of their asynchronous trainer end at the lower of two numbers."""
+    both = [count for count in (passes, rollout) if count is not None]
+    return mean.epochs(min(both), files) if both else None
 
 
 def overlong_penalty(factor: Any, enable: Any, length: Any) -> Any:
@@ -160,12 +219,12 @@ def steps_of_prompts(samples: Any, *step: Any) -> Any:
 def eval_temperature(temperature: Any, sample: Any) -> Any:
     if sample is not None and not flag(sample):
         return Made(0.0, "greedy without do_sample")
-    return None if temperature is None else number(temperature)
+    return number(temperature)
 
 
-def eval_samples(count: Any, sample: Any, files: Any) -> Any:
-    if sample is not None and not flag(sample):
-        return 1 if count == 1 else Left("greedy without do_sample, so all would be the same")
+def eval_samples(count: Any, sample: Any, temperature: Any, files: Any) -> Any:
+    if not plain(eval_temperature(temperature, sample)):
+        return 1 if count == 1 else Left("their evaluation is greedy, so all would be the same")
     return mean.samples(count, files)
 
 

@@ -21,6 +21,7 @@ PROMPT_COLUMNS = ("prompt", "question", "problem")
 ANSWER_COLUMNS = ("reward_model.ground_truth", "answer", "ground_truth", "solution")
 USUAL = {"prompts.prompt_column": PROMPT_COLUMNS, "prompts.answer_column": ANSWER_COLUMNS}
 LEFT_OUT = "`asyncdapo data prepare` leaves such rows out"
+MAKES_ONE = "`asyncdapo data prepare` makes one of a data set"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +49,7 @@ def read_records(key: str, path: str, columns: Mapping[str, str], optional: str 
             case _:
                 raise ConfigError(key, "must end in .jsonl or .parquet", path)
     except FileNotFoundError:
-        raise ConfigError(key, "no such file", path) from None
+        raise ConfigError(key, "no such file", path, f"name yours: {key}=train.jsonl; {MAKES_ONE}") from None
     except (OSError, pyarrow.ArrowException, ValueError, OverflowError) as error:
         raise ConfigError(key, f"can't be read: {str(error).splitlines()[0]}", path) from error
     if not records:

@@ -38,7 +38,8 @@ def make_verifier(name: str) -> Verify:
         return _known(name)
     where, _, function = name.rpartition(":")
     if where.endswith(".py") and not Path(where).is_file():
-        raise ConfigError(KEY, f"no such file ({Path(where).absolute()})", name)
+        fix = "name yours as path/to/file.py:function, or one of " + ", ".join(VERIFIERS)
+        raise ConfigError(KEY, f"no such file ({Path(where).absolute()})", name, fix)
     try:
         module = _load_file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
     except ModuleNotFoundError as error:

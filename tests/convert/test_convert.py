@@ -20,8 +20,6 @@ from asyncdapo.errors import UserError
 HERE = Path(__file__).parent
 SNIPPETS = sorted(path for path in (HERE / "snippets").iterdir() if path.stem in PEERS)
 ACTOR = "actor_rollout_ref.actor."
-VERL_FILTER = "algorithm.filter_groups."
-DYNAMIC = "trainer.algorithm.dynamic_sampling."
 
 
 def convert(peer: str, *words: str) -> dict[str, Any]:
@@ -46,258 +44,6 @@ def test_every_key_of_a_snippet_is_named_in_what_comes_out(snippet: Path) -> Non
     given_keys = read_settings([str(snippet)], flags=PEERS[snippet.stem].flags).table
     assert len(given_keys) > 20
     assert [key for key, value in given_keys.items() if f"{key}=" not in text and not value.inherited] == []
-
-
-@pytest.mark.parametrize(
-    ("peer", "words", "expected"),
-    [
-        (
-            "verl",
-            f"{ACTOR}clip_ratio_low=0.1 {ACTOR}clip_ratio_high=0.3",
-            {"loss.clip_low": 0.1, "loss.clip_high": 0.3},
-        ),
-        ("verl", f"{ACTOR}clip_ratio_c=5", {"loss.dual_clip": 5}),
-        ("verl", f"{ACTOR}lr=1", {"loss.dual_clip": 3.0, "loss.clip_high": 0.2, "filter.enabled": False}),
-        ("verl", f"{ACTOR}loss_agg_mode=seq-mean-token-sum", {"loss.agg": "seq-mean-token-sum"}),
-        ("verl", f"{ACTOR}use_token_level_loss=False", {"loss.agg": "seq-mean-token-mean"}),
-        ("verl", f"{ACTOR}use_token_level_loss=True", {"loss.agg": "token-mean"}),
-        (
-            "verl",
-            f"data.gen_batch_size=96 data.train_batch_size=32 {VERL_FILTER}enable=True actor_rollout_ref.rollout.n=4",
-            {"filter.gen_batch_multiplier": 3, "replay.prompts_per_step": 32},
-        ),
-        (
-            "verl",
-            f"data.gen_batch_size=80 data.train_batch_size=32 {VERL_FILTER}enable=True actor_rollout_ref.rollout.n=4",
-            {"filter.gen_batch_multiplier": 3},
-        ),
-        ("verl", "data.gen_batch_size=96 data.train_batch_size=32", {"replay.prompts_per_step": 96}),
-        ("verl", "actor_rollout_ref.rollout.n=4", {"rollout.group_size": 4}),
-        (
-            "verl",
-            f"{VERL_FILTER}enable=True {VERL_FILTER}metric=seq_final_reward {VERL_FILTER}max_num_gen_batches=-1 "
-            "actor_rollout_ref.rollout.n=4",
-            {"filter.enabled": True, "filter.metric": "seq_final_reward", "filter.max_gen_batches": 0},
-        ),
-        (
-            "verl",
-            "reward_model.overlong_buffer.enable=True reward_model.overlong_buffer.len=64 "
-            "reward_model.overlong_buffer.penalty_factor=0.5",
-            {"reward.overlong_buffer": 64, "reward.overlong_penalty": 0.5},
-        ),
-        (
-            "verl",
-            "+reward_model.reward_kwargs.overlong_buffer_cfg.enable=True "
-            "+reward_model.reward_kwargs.overlong_buffer_cfg.len=64",
-            {"reward.overlong_buffer": 64},
-        ),
-        (
-            "verl",
-            "reward_model.overlong_buffer.enable=False reward_model.overlong_buffer.len=64",
-            {"reward.overlong_buffer": 0},
-        ),
-        (
-            "verl",
-            "data.max_prompt_length=100 data.max_response_length=200",
-            {"prompts.max_prompt_length": 100, "rollout.max_response_length": 200},
-        ),
-        (
-            "verl",
-            f"{ACTOR}ppo_epochs=2 {ACTOR}ppo_mini_batch_size=8 data.train_batch_size=32 {ACTOR}optim.lr=3e-6 "
-            f"{ACTOR}optim.lr_warmup_steps=5",
-            {
-                "learner.epochs": 2,
-                "learner.updates_per_step": 4,
-                "learner.lr": 3e-6,
-                "learner.warmup_steps": 40,
-                "replay.prompts_per_step": 32,
-            },
-        ),
-        ("verl", f"{ACTOR}use_kl_loss=False {ACTOR}kl_loss_coef=0.01", {"loss.kl_coef": 0.0}),
-        (
-            "verl",
-            f"{ACTOR}use_kl_loss=True {ACTOR}kl_loss_coef=0.01 {ACTOR}kl_loss_type=mse",
-            {"loss.kl_coef": 0.01, "loss.kl_estimator": "k2"},
-        ),
-        ("verl", f"{ACTOR}policy_loss.loss_mode=gspo", {"loss.variant": "gspo", "loss.agg": "seq-mean-token-mean"}),
-        (
-            "verl",
-            "async_training.staleness_threshold=0.5 async_training.trigger_parameter_sync_step=4 "
-            f"async_training.require_batches=2 {ACTOR}ppo_mini_batch_size=8 async_training.partial_rollout=True "
-            "async_training.use_rollout_log_probs=True rollout.total_rollout_steps=6400",
-            {
-                "replay.run_ahead": 0.5,
-                "replay.max_staleness": 2,
-                "replay.prompts_per_step": 64,
-                "learner.updates_per_step": 8,
-                "loss.anchor": "behavior",
-                "run.steps": 100,
-            },
-        ),
-        (
-            "verl",
-            "async_training.trigger_parameter_sync_step=4 async_training.require_batches=2 "
-            f"{ACTOR}ppo_mini_batch_size=8 {ACTOR}optim.lr_warmup_steps=5 trainer.test_freq=3 rollout.test_freq=7 "
-            "trainer.total_epochs=2 rollout.total_epochs=9 data.train_files=a.parquet",
-            {"learner.warmup_steps": 10, "eval.every": 7, "prompts.epochs": 2},
-        ),
-        ("verl", "trainer.experiment_name=007", {"run.name": "007"}),
-        ("verl", "trainer.experiment_name=12 data.max_prompt_length=12", {"run.name": "12"}),
-        ("verl", "data.val_files=a.parquet", {"prompts.eval_path": None, "prompts.task": None}),
-        (
-            "skyrl",
-            "generator.inference_engine.gpu_memory_utilization=0.7",
-            {"rollout.engine": "vllm", "rollout.memory_fraction": 0.7},
-        ),
-        (
-            "nemo-rl",
-            "grpo.num_prompts_per_step=8 grpo.num_generations_per_prompt=16 policy.train_global_batch_size=8",
-            {"replay.prompts_per_step": 8, "learner.updates_per_step": 8},
-        ),
-        (
-            "nemo-rl",
-            "grpo.num_prompts_per_step=8 grpo.num_generations_per_prompt=16 "
-            "policy.train_global_batch_size=${mul:${grpo.num_prompts_per_step},4}",
-            {"learner.updates_per_step": 4},
-        ),
-        (
-            "ms-swift",
-            "--global_batch_size 16 --generation_batch_size 64 --num_generations 8",
-            {"replay.prompts_per_step": 8, "learner.updates_per_step": 4},
-        ),
-        ("ms-swift", "--warmup_steps 0.1 --max_steps 200", {"learner.warmup_steps": 20}),
-        ("ms-swift", "--reward_funcs accuracy --reward_weights 0.5 1 --reward_model a/b", {"reward.correct": 0.5}),
-        (
-            "siirl",
-            f"{VERL_FILTER}enable=True actor_rollout_ref.rollout.n=8",
-            {"filter.enabled": True, "filter.metric": "acc"},
-        ),
-        ("siirl", f"{ACTOR}tis_imp_ratio_cap=2", {"loss.anchor": "proximal", "loss.correction": "token"}),
-        (
-            "skyrl",
-            "trainer.algorithm.eps_clip_low=0.1 trainer.algorithm.eps_clip_high=0.3",
-            {"loss.clip_low": 0.1, "loss.clip_high": 0.3},
-        ),
-        (
-            "skyrl",
-            f"{DYNAMIC}type=filter {DYNAMIC}max_sample_batches=7",
-            {"filter.enabled": True, "filter.max_gen_batches": 7},
-        ),
-        ("skyrl", f"{DYNAMIC}type=filter {DYNAMIC}max_sample_batches=-1", {"filter.max_gen_batches": 0}),
-        ("skyrl", f"{DYNAMIC}type=replace", {"filter.enabled": True, "filter.mode": "replace"}),
-        ("skyrl", f"{DYNAMIC}type=null", {"filter.enabled": False}),
-        ("skyrl", "trainer.algorithm.loss_reduction=token_mean_legacy", {"loss.agg": "token-mean"}),
-        ("skyrl", "trainer.algorithm.loss_reduction=sequence_mean", {"loss.agg": "seq-mean-token-mean"}),
-        ("skyrl", "trainer.algorithm.loss_reduction=prompt_mean", {"loss.agg": "prompt-mean"}),
-        ("skyrl", "generator.apply_overlong_filtering=true", {"reward.overlong_filter": True, "loss.kl_coef": 0.001}),
-        (
-            "skyrl",
-            "trainer.algorithm.off_policy_correction.sequence_mask_metric=geometric "
-            "trainer.algorithm.off_policy_correction.geo_mask_high=1.1 "
-            "trainer.algorithm.off_policy_correction.geo_mask_low=0.9",
-            {
-                "loss.anchor": "proximal",
-                "loss.correction": "geometric",
-                "loss.correction_mode": "mask",
-                "loss.correction_band": [0.9, 1.1],
-            },
-        ),
-        (
-            "skyrl",
-            "trainer.fully_async.enabled=true trainer.fully_async.max_staleness_steps=3 "
-            "trainer.policy_mini_batch_size=32",
-            {"replay.max_staleness": 3, "replay.run_ahead": 3.0, "replay.prompts_per_step": 32},
-        ),
-        ("nemo-rl", "grpo.use_dynamic_sampling=true", {"filter.enabled": True, "filter.max_gen_batches": 11}),
-        (
-            "nemo-rl",
-            "grpo.num_prompts_per_step=64 grpo.num_generations_per_prompt=8 policy.train_global_batch_size=128",
-            {"replay.prompts_per_step": 64, "rollout.group_size": 8, "learner.updates_per_step": 4},
-        ),
-        (
-            "nemo-rl",
-            "grpo.use_dynamic_sampling=true grpo.dapo_batch_multiplier=2.5 grpo.max_num_gen_batches=4",
-            {"filter.gen_batch_multiplier": 3, "filter.max_gen_batches": 5},
-        ),
-        (
-            "nemo-rl",
-            "grpo.reward_scaling.enabled=true grpo.reward_scaling.target_min=-2 grpo.reward_scaling.target_max=3",
-            {"reward.correct": 3.0, "reward.incorrect": -2.0},
-        ),
-        (
-            "nemo-rl",
-            "grpo.reward_scaling.enabled=true grpo.reward_scaling.source_max=2 grpo.reward_scaling.target_max=10",
-            {"reward.correct": 5.0, "reward.incorrect": 0.0},
-        ),
-        (
-            "nemo-rl",
-            "grpo.reward_shaping.enabled=true grpo.reward_shaping.overlong_buffer_length=100 "
-            "grpo.reward_shaping.overlong_buffer_penalty=0.5 grpo.reward_shaping.max_response_length=800 "
-            "policy.generation.max_new_tokens=800 policy.max_total_sequence_length=1000",
-            {"reward.overlong_buffer": 100, "reward.overlong_penalty": 0.5, "rollout.max_response_length": 800},
-        ),
-        (
-            "nemo-rl",
-            "grpo.reward_shaping.enabled=true grpo.reward_shaping.overlong_buffer_length=100 "
-            "grpo.reward_shaping.max_response_length=800 policy.generation.max_new_tokens=900",
-            {"reward.overlong_buffer": 200, "reward.overlong_penalty": 2.0},
-        ),
-        ("ms-swift", "--epsilon 0.1 --epsilon_high 0.3", {"loss.clip_low": 0.1, "loss.clip_high": 0.3}),
-        ("ms-swift", "--epsilon 0.1", {"loss.clip_low": 0.1, "loss.clip_high": 0.1, "loss.kl_coef": 0.04}),
-        (
-            "ms-swift",
-            "--dynamic_sample true --max_resample_times 5",
-            {"filter.enabled": True, "filter.max_gen_batches": 6, "filter.on_limit": "unfiltered"},
-        ),
-        ("ms-swift", "--dynamic_sample", {"filter.max_gen_batches": 4, "filter.metric": "seq_reward"}),
-        ("ms-swift", "--loss_type grpo", {"loss.agg": "seq-mean-token-mean"}),
-        ("ms-swift", "--loss_type bnpo", {"loss.agg": "token-mean"}),
-        ("ms-swift", "--loss_type=dapo", {"loss.agg": "token-mean"}),
-        ("ms-swift", "--loss_type dr_grpo", {"loss.agg": "seq-mean-token-sum-norm"}),
-        (
-            "ms-swift",
-            "--loss_type cispo --epsilon_high 5",
-            {"loss.variant": "cispo", "loss.clip_low": 1.0, "loss.clip_high": 4.0},
-        ),
-        ("ms-swift", "--overlong_filter true", {"reward.overlong_filter": True}),
-        (
-            "ms-swift",
-            "--reward_funcs accuracy soft_overlong --soft_cache_length 64 --soft_max_length 500 "
-            "--max_completion_length 500",
-            {"reward.overlong_buffer": 64, "reward.overlong_penalty": 1.0, "reward.verifier": "math_verify"},
-        ),
-        (
-            "ms-swift",
-            "--reward_funcs soft_overlong --soft_cache_length 64 --soft_max_length 448 --max_completion_length 512",
-            {"reward.overlong_buffer": 128, "reward.overlong_penalty": 2.0},
-        ),
-        ("ms-swift", "--soft_cache_length 64 --temperature 0.7", {"rollout.temperature": 0.7}),
-        (
-            "verl",
-            "actor_rollout_ref.model.enable_gradient_checkpointing=True",
-            {"learner.activation_checkpointing": "full"},
-        ),
-        ("skyrl", "trainer.gradient_checkpointing=true", {"learner.activation_checkpointing": "full"}),
-        ("nemo-rl", "policy.dtensor_cfg.activation_checkpointing=true", {"learner.activation_checkpointing": "full"}),
-        ("ms-swift", "--gradient_checkpointing true", {"learner.activation_checkpointing": "full"}),
-        ("ms-swift", "--gradient_checkpointing false", {"learner.activation_checkpointing": "none"}),
-    ],
-    ids=lambda value: value if isinstance(value, str) else None,
-)
-def test_a_key_of_theirs_is_our_key(peer: str, words: str, expected: dict[str, Any]) -> None:
-    made = convert(peer, *words.split())
-    assert {key: made.get(key) for key in expected} == expected
-
-
-@pytest.mark.parametrize(("new", "length"), [(512, 300), (700, 700), (1000, 64)])
-def test_a_punishment_with_another_limit_is_the_same_at_every_length(new: int, length: int) -> None:
-    """ms-swift's soft_overlong before soft_max_length, and ours before rollout.max_response_length."""
-    words = f"--reward_funcs soft_overlong --soft_cache_length 100 --soft_max_length 512 --max_completion_length {new}"
-    made = convert("ms-swift", *words.split())
-    theirs = min(-(length - 412) / 100, 0)
-    buffer = made["reward.overlong_buffer"]
-    ours = -made["reward.overlong_penalty"] * max(0, length - (new - buffer)) / buffer
-    assert ours == pytest.approx(theirs)
 
 
 KEYS = {
@@ -504,3 +250,50 @@ def test_arguments_of_other_commands_are_noted(tmp_path: Path) -> None:
     text = converted("verl", [str(script)])[0]
     assert "line 3: trainer.after=1: stands behind the end of a command" in text
     assert "line 4: another command with arguments, not converted" in text
+
+
+@pytest.mark.parametrize("peer", ["verl", "skyrl", "ms-swift", "siirl"])
+def test_without_data_a_placeholder_stands_that_a_launch_refuses(
+    peer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    word = "--beta=0" if PEERS[peer].flags else "made.up=1"
+    assert main(["convert", "--from", peer, "--out", "x.yaml", word]) == 0
+    assert "1. prompts.path=path/to/train.parquet: no data are named" in capsys.readouterr().err
+    model = f"model.path={Path(__file__).parents[2] / 'configs/models/chain_start'}"
+    lengths = ("prompts.max_prompt_length=64", "rollout.max_response_length=64", "prompts.chat_template=false")
+    others = ("rollout.engine=torch", "rollout.dtype=float32", "prompts.system_prompt=null", "loss.kl_coef=0")
+    assert main(["launch", "x.yaml", model, *lengths, *others]) == 2
+    refused = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "prompts.path: no such file, got " in refused
+    assert "path/to/train.parquet" in refused
+    assert "name yours: prompts.path=" in refused
+    assert not (tmp_path / "runs").exists()
+
+
+def test_data_whose_name_is_not_known_are_no_toy_task(tmp_path: Path) -> None:
+    script = tmp_path / "train.sh"
+    script.write_text(
+        "python -m verl.main data.train_files=$DATA data.train_batch_size=$BATCH trainer.project_name=$X\n"
+    )
+    made = converted("verl", [str(script), *VERL])[1]
+    assert made.values["prompts.path"] == "path/to/train.parquet"
+    said = " ".join(made.loud)
+    assert re.search(r"BATCH; our own default stands for [^;]*replay.prompts_per_step", said)
+    assert "metrics.wandb_project" not in said
+
+
+def test_what_trains_differently_is_ranked_at_the_top_and_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    words = "actor_rollout_ref.rollout.top_p=0.9 custom_reward_function.path=m.py algorithm.adv_estimator=gae"
+    assert main(["convert", "--from", "verl", *words.split(), "data.train_files=dapo-math-17k.parquet"]) == 0
+    out, err = capsys.readouterr()
+    top = out.partition("\nrun:\n")[0]
+    for said in (top.replace("\n#    ", " ").replace("# ", ""), err.replace("asyncdapo: ", "")):
+        lines = [line for line in said.splitlines() if re.match(r"\d+\. ", line)]
+        assert [line.split(". ")[0] for line in lines] == [str(number) for number in range(1, len(lines) + 1)]
+        places = [
+            next(at for at, line in enumerate(lines) if what in line)
+            for what in ("custom_reward_function.path", "adv_estimator=gae", "top_p=0.9")
+        ]
+        assert places == sorted(places)
+    assert "What trains differently here" in top

@@ -11,7 +11,7 @@ import pytest
 from asyncdapo.cli import main
 from asyncdapo.controller.plan import plan
 from asyncdapo.convert.command import PEERS, converted
-from tests.convert.test_convert import ACTOR, HERE, SNIPPETS, VERL, VERL_FILTER, convert
+from tests.convert.test_convert import ACTOR, HERE, SNIPPETS, VERL, convert
 
 
 @pytest.mark.parametrize(
@@ -23,7 +23,8 @@ from tests.convert.test_convert import ACTOR, HERE, SNIPPETS, VERL, VERL_FILTER,
         (
             "verl",
             "data.train_files=a.parquet data.val_files=[/x/aime-2024.parquet] trainer.total_epochs=1 "
-            "actor_rollout_ref.rollout.val_kwargs.n=2 actor_rollout_ref.rollout.val_kwargs.do_sample=True",
+            "actor_rollout_ref.rollout.val_kwargs.n=2 actor_rollout_ref.rollout.val_kwargs.do_sample=True "
+            "actor_rollout_ref.rollout.val_kwargs.temperature=1.0",
             1,
             64,
         ),
@@ -82,7 +83,7 @@ def test_a_documented_command_makes_a_config_that_plans(
     Path("train.sh").write_text(re.findall(r"<<'EOF_SCRIPT'\n(.*?)EOF_SCRIPT", DOCUMENT, flags=re.DOTALL)[0])
     out = [] if "--out" in words else ["--out", "dapo.yaml"]
     assert main(["convert", "--from", *words, *out]) == 0
-    assert "chain (endless)" in plan("dapo.yaml", ["model.path=Qwen/Qwen2.5-7B"])
+    assert "train.parquet, which isn't here yet" in plan("dapo.yaml", ["model.path=Qwen/Qwen2.5-7B"]).replace("_1M", "")
 
 
 @pytest.mark.parametrize("snippet", SNIPPETS, ids=lambda path: path.stem)
@@ -92,15 +93,6 @@ def test_a_documented_snippet_plans_before_its_data_are_here(
     monkeypatch.chdir(tmp_path)
     Path("dapo.yaml").write_text(converted(snippet.stem, [str(snippet)])[0])
     assert "train.parquet, which isn't here yet" in plan("dapo.yaml", ["model.path=Qwen/Qwen2.5-32B"])
-
-
-def test_epochs_without_data_are_listed_with_the_reason() -> None:
-    text, made = converted("verl", ["trainer.total_epochs=3"])
-    assert (
-        "trainer.total_epochs=3",
-        "no data are named that are known here, and the task chain has no end",
-    ) in made.left
-    assert "epochs:" not in text
 
 
 @pytest.mark.parametrize(
@@ -151,7 +143,7 @@ def test_a_critic_is_said_aloud_also_where_it_is_their_default(peer: str, capsys
 )
 def test_an_advantage_that_another_stands_in_for_is_said_aloud(peer: str, words: str) -> None:
     text, made = converted(peer, [words])
-    assert "IS NOT CARRIED OVER" in made.loud[0]
+    assert any("IS NOT CARRIED OVER" in line for line in made.loud)
     assert "advantage:" not in text
 
 
@@ -166,7 +158,7 @@ def test_checkpoints_are_kept_as_they_are_by_default_there(peer: str, word: str,
 def test_a_comment_names_the_keys_that_decide_the_value() -> None:
     _, made = converted("verl", [str(HERE / "snippets" / "verl.sh")])
     shown = {line.ours: [text.partition("=")[0] for text in line.shown] for line in made.lines}
-    assert shown["replay.prompts_per_step"] == ["data.train_batch_size", f"{VERL_FILTER}enable"]
+    assert shown["replay.prompts_per_step"] == ["data.train_batch_size", "algorithm.filter_groups.enable"]
     assert shown["learner.ranks"] == ["trainer.nnodes", f"{ACTOR}ppo_mini_batch_size"]
     assert shown["loss.kl_coef"] == [f"{ACTOR}kl_loss_coef", f"{ACTOR}use_kl_loss"]
 
