@@ -1,9 +1,9 @@
 """The configuration of a run: YAML and `key=value` overrides in, one frozen, checked `Config` out.
 
 Each stage's dataclass lives in its own folder, under whose name its section, metrics and log go; this file only
-composes them. A file that begins with `base: other.yaml` says what differs from that one. OmegaConf merges and
-interpolates; msgspec converts and checks types; the dataclasses check values. Unknown keys are errors that suggest the
-nearest. Nothing here imports torch: `--help` and a typing error answer at once.
+composes them. A file that begins with `base: other.yaml` says what differs from that one. `yaml_file` reads, OmegaConf
+merges and interpolates; msgspec converts and checks types; the dataclasses check values. All keys that are wrong are
+told at once, in the words of `config_words`. Nothing here imports torch: `--help` and a typing error answer at once.
 """
 
 from __future__ import annotations
@@ -12,20 +12,19 @@ import ast
 import dataclasses
 import difflib
 import inspect
-import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, get_type_hints
 
-import msgspec
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import OmegaConf
+from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 from yaml import YAMLError
 
+from asyncdapo.config_words import convert_section, unknown_key
 from asyncdapo.controller.config import ControllerConfig, EvalConfig, FaultsConfig, RunConfig
-from asyncdapo.errors import ConfigError, UserError
+from asyncdapo.errors import ConfigError, SeveralKeysError, UserError, raise_all
 from asyncdapo.learner.config import LearnerConfig, LossConfig, ModelConfig
 from asyncdapo.metrics.config import MetricsConfig
 from asyncdapo.prompts.config import PromptsConfig
@@ -33,6 +32,7 @@ from asyncdapo.replay.config import FilterConfig, ReplayConfig
 from asyncdapo.reward.config import RewardConfig
 from asyncdapo.rollout.config import RolloutConfig
 from asyncdapo.weights.config import WeightsConfig
+from asyncdapo.yaml_file import read_yaml, with_colon
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,58 +55,62 @@ class Config:
     faults: FaultsConfig = field(default_factory=FaultsConfig)
 
     def __post_init__(self) -> None:
+        raise_all(list(self._contradictions()))
+
+    def _contradictions(self) -> Iterator[ConfigError]:
+        """Keys of different sections that exclude each other."""
         if self.rollout.group_size == 1 and self.filter.enabled:
-            raise ConfigError(
+            yield ConfigError(
                 "rollout.group_size",
                 "a group of one has no variance, so the filter would drop every group",
                 self.rollout.group_size,
                 "use 2 or more, or filter.enabled=false",
             )
-        if self.rollout.group_size == 1:
-            raise ConfigError(
+        elif self.rollout.group_size == 1:
+            yield ConfigError(
                 "rollout.group_size",
                 f"a group of one has no baseline: every advantage of loss.advantage={self.loss.advantage} would be 0",
                 self.rollout.group_size,
                 "use 2 or more",
             )
         if self.filter.mode == "replace" and not self.filter.enabled:
-            raise ConfigError("filter.mode", "does nothing without filter.enabled", self.filter.mode, "use filter")
+            yield ConfigError("filter.mode", "does nothing without filter.enabled", self.filter.mode, "use filter")
         if self.model.reference is not None and not self.loss.kl_coef:
             problem = "does nothing without loss.kl_coef"
-            raise ConfigError("model.reference", problem, self.model.reference, "remove it, or set loss.kl_coef")
+            yield ConfigError("model.reference", problem, self.model.reference, "remove it, or set loss.kl_coef")
         if self.reward.overlong_buffer > self.rollout.max_response_length:
-            raise ConfigError(
+            yield ConfigError(
                 "reward.overlong_buffer",
                 f"must be at most rollout.max_response_length ({self.rollout.max_response_length})",
                 self.reward.overlong_buffer,
             )
         if self.controller.stall_s <= self.reward.longest_verdict_s:
-            raise ConfigError(
+            yield ConfigError(
                 "controller.stall_s",
                 f"must be above the {self.reward.longest_verdict_s:g} s that a verdict may take (two tries of "
                 "reward.timeout_s, with the pauses of reward.retries)",
                 self.controller.stall_s,
             )
         if self.replay.prompts_per_step % self.learner.updates_per_step:
-            raise ConfigError(
+            yield ConfigError(
                 "learner.updates_per_step",
                 f"must divide replay.prompts_per_step ({self.replay.prompts_per_step})",
                 self.learner.updates_per_step,
             )
+        if self.controller.placement == "shared":
+            yield from self._unshared()
         if self.eval.temperature:  # 0 is greedy for every engine
             self.rollout.check_temperature("eval.temperature", self.eval.temperature)
-        if self.controller.placement == "shared":
-            self._check_shared()
 
-    def _check_shared(self) -> None:
+    def _unshared(self) -> Iterator[ConfigError]:
         """Learner and engine on one GPU both need one."""
         for key, device in (("learner.device", self.learner.device), ("rollout.device", self.rollout.device)):
             if device == "cpu":
                 problem = "leaves nothing to share a GPU with: controller.placement is shared"
-                raise ConfigError(key, problem, device, "auto, or controller.placement=auto")
+                yield ConfigError(key, problem, device, "auto, or controller.placement=auto")
         if self.rollout.tensor_parallel > 1:
             problem = "must be 1 where learner and engine share a GPU (controller.placement is shared)"
-            raise ConfigError("rollout.tensor_parallel", problem, self.rollout.tensor_parallel, "use separate")
+            yield ConfigError("rollout.tensor_parallel", problem, self.rollout.tensor_parallel, "use separate")
 
 
 BASE = "base"
@@ -115,41 +119,66 @@ SECTIONS: dict[str, type] = {name: hint for name, hint in get_type_hints(Config)
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """Read, merge, resolve and check. Raises ConfigError that names key, value and fix."""
+    """Read, merge, resolve and check. Raises UserError that names every key that can't stay, its value and the fix."""
+    return config_from_dict(*_merged(path, overrides))
+
+
+def load_recorded(path: Path, overrides: Sequence[str] = ()) -> tuple[Config, list[str]]:
+    """As `load_config`, of RUN_DIR/config.yaml, which another version may have written: its keys that are gone are left
+    out, and returned."""
+    tree, places = _merged(path, overrides)
+    unknown = [problem.key for name, given in tree.items() for problem in _unknown(name, given)]
+    gone = [key for key in unknown if key in places]
+    for key in gone:
+        section, _, name = key.partition(".")
+        del (tree[section] if name else tree)[name or section]
+    return config_from_dict(tree, places), gone
+
+
+def _merged(path: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Plain values with every `${section.key}` replaced; where in a file each key stands that no override changes."""
     try:
-        merged = OmegaConf.merge(_read(path), *map(_override, overrides))
-        return config_from_dict(_resolved(merged))
+        written, places = _read(path)
+        changes = [_override(text) for text in overrides]
+        tree = _resolved(OmegaConf.merge(written, *changes))
     except FileNotFoundError:
         raise UserError(f"{path}: no such config file (a path, or a name: {', '.join(config_names())})") from None
+    except InterpolationResolutionError as error:
+        raise ConfigError(error.full_key, str(error).splitlines()[0]) from error
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError, TypeError) as error:
         raise UserError(f"{path}: {str(error).splitlines()[0]}") from error
+    changed = {text.partition("=")[0] for text in overrides}
+    return tree, {key: place for key, place in places.items() if key not in changed}
 
 
-def _read(path: Path, above: tuple[Path, ...] = ()) -> Any:
-    """The tree of a file, laid over that of its `base` if it names one. `above`: the files whose base it is."""
-    tree = OmegaConf.load(path)
-    if not (isinstance(tree, DictConfig) and BASE in tree):
-        return tree
-    name = tree.pop(BASE)
-    base = path.parent / str(name)
+def _read(path: Path, above: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dict[str, str]]:
+    """Keys and places of a file, laid over those of its `base` if it names one. `above`: the files whose base it is."""
+    tree, places = read_yaml(path)
+    lists = [name for name, given in tree.items() if name in SECTIONS and isinstance(given, list)]
+    fix = "its keys begin without `- `"
+    raise_all([_placed(ConfigError(name, "is a section, no list", fix=fix), places) for name in lists])
+    if BASE not in tree:
+        return tree, places
+    name = str(tree.pop(BASE))
+    base = find_config(name, beside=path.parent)
     if base.resolve() in [file.resolve() for file in (path, *above)]:
         raise ConfigError(BASE, f"of {path} leads back to itself", name)
     if not base.is_file():
-        raise ConfigError(BASE, f"of {path} is no file", name, "a YAML file, relative to this one")
-    below = _read(base, (path, *above))
-    return OmegaConf.merge(below, _models_beside(base, below), tree)
+        raise ConfigError(BASE, f"of {path} is no file", name, "a YAML file, relative to this one, or a name")
+    below, its_places = _read(base, (path, *above))
+    whole = OmegaConf.merge(below, _models_beside(base, below), tree)
+    return OmegaConf.to_container(whole), its_places | places
 
 
-def _models_beside(path: Path, tree: Any) -> DictConfig:
+def _models_beside(path: Path, tree: Mapping[str, Any]) -> dict[str, Any]:
     """What the file's models are called from elsewhere: those that lie beside it and not in the working directory."""
-    section = OmegaConf.to_container(tree, resolve=False).get("model") if isinstance(tree, DictConfig) else None
-    names = section if isinstance(section, dict) else {}
+    section = tree.get("model")
     beside = {
         key: str((path.parent / name).absolute())
-        for key, name in names.items()
+        for key, name in (section if isinstance(section, dict) else {}).items()
         if isinstance(name, str) and (path.parent / name).is_dir() and not Path(name).is_dir()
     }
-    return OmegaConf.create({"model": beside} if beside else {})
+    return {"model": beside} if beside else {}
 
 
 def _override(text: str) -> Any:
@@ -169,11 +198,7 @@ def _resolved(tree: Any) -> dict[str, Any]:
         name: {f.name: f.default for f in dataclasses.fields(cls) if f.default is not dataclasses.MISSING}
         for name, cls in SECTIONS.items()
     }
-    whole = OmegaConf.merge(OmegaConf.create(_plain(defaults)), tree)
-    resolved = OmegaConf.to_container(whole, resolve=True)
-    if not isinstance(resolved, dict):
-        raise UserError("a config is a mapping of sections")
-    return resolved
+    return OmegaConf.to_container(OmegaConf.merge(_plain(defaults), tree), resolve=True)
 
 
 def _plain(value: Any) -> Any:
@@ -182,55 +207,58 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def config_from_dict(tree: dict[str, Any]) -> Config:
-    """Check a tree of plain values and make the Config. Raises ConfigError."""
-    sections: dict[str, Any] = {}
-    for name, section in tree.items():
-        _known(name, SECTIONS, prefix="")
-        if not isinstance(section, dict):
-            raise ConfigError(name, "is a section: it holds keys", section)
-        for key in section:
-            _known(key, {f.name for f in dataclasses.fields(SECTIONS[name])}, prefix=f"{name}.")
-        sections[name] = _convert(name, section)
-    if "model" not in sections:
-        raise ConfigError("model.path", "is missing", fix="a Hugging Face id or a directory")
-    return Config(**sections)
-
-
-def _known(key: str, names: Any, prefix: str) -> None:
-    if key in names:
-        return
-    near = difflib.get_close_matches(str(key), list(names), n=1, cutoff=0.5)
-    hint = f"did you mean {prefix}{near[0]}?" if near else f"known here: {', '.join(sorted(names))}"
-    raise ConfigError(f"{prefix}{key}", "is not a known key", fix=hint)
-
-
-def _convert(name: str, section: dict[str, Any]) -> Any:
-    for key, value in section.items():
-        for number in value if isinstance(value, list) else [value]:
-            if isinstance(number, float) and not math.isfinite(number):
-                raise ConfigError(f"{name}.{key}", "must be a finite number", number)
+def config_from_dict(tree: dict[str, Any], places: Mapping[str, str] | None = None) -> Config:
+    """Check a tree of plain values and make the Config. Raises ConfigError, or SeveralKeysError with all that is wrong;
+    `places` are where keys stand in files."""
+    problems, sections = [], {}
+    for name, given in tree.items():
+        problems += _unknown(name, given)
+        if name in SECTIONS and isinstance(given, dict):
+            sections[name], wrong = _section(name, given)
+            problems += wrong
+        elif name in SECTIONS:
+            right = with_colon(str(given))
+            problems.append(ConfigError(name, "is a section: it holds keys", given, right and f"write `{right}`"))
+    if "model" not in tree:
+        problems.append(ConfigError("model.path", "is missing", fix="a Hugging Face id or a directory"))
     try:
-        return msgspec.convert(section, SECTIONS[name])
-    except msgspec.ValidationError as error:
-        if isinstance(error.__cause__, ConfigError):
-            raise error.__cause__ from None
-        raise _typed_error(name, section, str(error)) from None
+        raise_all(problems)
+        return Config(**sections)
+    except (ConfigError, SeveralKeysError) as error:
+        for problem in error.problems:
+            _placed(problem, places or {})
+        raise
 
 
-def _typed_error(name: str, section: dict[str, Any], error: str) -> ConfigError:
-    """Say msgspec's words in ours: key, what is expected, value."""
-    problem, _, where = error.partition(" - at `$")
-    if "missing required field" in problem:
-        return ConfigError(f"{name}.{problem.split('`')[1]}", "is missing")
-    key = where.rstrip("`").lstrip(".").split("[")[0]
-    hint = get_type_hints(SECTIONS[name])[key]
-    options = get_args(hint)
-    if "enum" in problem or get_origin(hint) is Literal:
-        expected = f"must be one of {', '.join(map(str, options))}"
-    else:
-        expected = problem[0].lower() + problem[1:].split(", got")[0]
-    return ConfigError(f"{name}.{key}", f"{expected}, got {section[key]!r}")
+def _placed(problem: ConfigError, places: Mapping[str, str]) -> ConfigError:
+    problem.where = places.get(problem.key, "")
+    return problem
+
+
+def _unknown(name: str, given: Any) -> Iterator[ConfigError]:
+    """The section, or its keys, if there are no such ones."""
+    if name not in SECTIONS:
+        yield unknown_key(name, SECTIONS)
+    elif isinstance(given, dict):
+        known = {field.name for field in dataclasses.fields(SECTIONS[name])}
+        yield from (unknown_key(f"{name}.{key}", SECTIONS) for key in given if key not in known)
+
+
+def _section(name: str, given: Mapping[str, Any]) -> tuple[Any, list[ConfigError]]:
+    """The section, and what is wrong with it. A key that is wrong is taken out, so that the others are judged as well;
+    what is then said in the name of that key may follow from its default, and isn't told."""
+    known = {field.name for field in dataclasses.fields(SECTIONS[name])}
+    left, problems = {key: value for key, value in given.items() if key in known}, []
+    while True:
+        try:
+            return convert_section(name, SECTIONS[name], left), problems
+        except ConfigError as error:
+            if not any(problem.key in str(error) for problem in problems):
+                problems.append(error)
+            key = error.key.removeprefix(f"{name}.")
+            if key not in left:
+                return None, problems
+            del left[key]
 
 
 # ---------------------------------------------------------------------------------------------------- where configs are
@@ -246,9 +274,9 @@ def config_names() -> list[str]:
     return sorted({path.stem for folder in config_dirs() if folder.is_dir() for path in folder.glob("*.yaml")})
 
 
-def find_config(name_or_path: str) -> Path:
-    """A path as it is, or a name looked up in `configs/`. Raises UserError that lists the names there are."""
-    path = Path(name_or_path)
+def find_config(name_or_path: str, beside: Path = Path()) -> Path:
+    """A path relative to `beside`, or a name looked up in `configs/`. Raises UserError that lists the names."""
+    path = beside / name_or_path
     if path.suffix in (".yaml", ".yml") or path.is_file():
         return path
     for folder in config_dirs():

@@ -2,6 +2,7 @@
 
     UserError                 ends a command with one line and exit code 2, before anything is sampled if possible
       ConfigError             a key of the configuration
+      SeveralKeysError            several of them, a line each
     RunError                  ends a run with its cause in the last lines and exit code 1
       StalenessError          a group past `replay.max_staleness` reached the learner; never trained
       WeightsError            a weight transfer failed, timed out, or arrived changed
@@ -34,6 +35,9 @@ class ConfigError(UserError):
     Reads `replay.max_staleness: must be at least 0, got -1 (use 0 for synchronous training)`.
     """
 
+    where = ""
+    """Place in a file, such as `mine.yaml, line 4, column 3`; stands in front."""
+
     def __init__(
         self, key: str, problem: str, value: object = None, fix: str = "", example: Sequence[str] = ()
     ) -> None:
@@ -43,9 +47,35 @@ class ConfigError(UserError):
         said = f"{key}: {problem}{got}" + (f" ({fix})" if fix else "")
         super().__init__("\n    ".join((said, *example)))
 
-    def __reduce__(self) -> tuple[type[ConfigError], tuple[str, str, object, str, Sequence[str]]]:
+    @property
+    def problems(self) -> Sequence[ConfigError]:
+        """As of several."""
+        return (self,)
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.args[0]}" if self.where else self.args[0]
+
+    def __reduce__(self) -> tuple[type[ConfigError], tuple[str, str, object, str, Sequence[str]], dict[str, str]]:
         """Pickled by its parts, since Ray sends errors between processes."""
-        return ConfigError, (self.key, self.problem, self.value, self.fix, self.example)
+        return ConfigError, (self.key, self.problem, self.value, self.fix, self.example), {"where": self.where}
+
+
+class SeveralKeysError(UserError):
+    """Several keys that can't stay as they are, a line each."""
+
+    def __init__(self, problems: Sequence[ConfigError]) -> None:
+        super().__init__(problems)
+        self.problems = problems
+
+    def __str__(self) -> str:
+        lines = "\n".join(f"  {problem}" for problem in self.problems)
+        return f"{len(self.problems)} keys can't stay as they are\n{lines}"
+
+
+def raise_all(problems: Sequence[ConfigError]) -> None:
+    """A single one as it is; nothing without any."""
+    if problems:
+        raise problems[0] if len(problems) == 1 else SeveralKeysError(problems)
 
 
 class RunError(Exception):

@@ -120,8 +120,8 @@ def holds_run(run_dir: str) -> bool:
     """Whether there is a run to go on with, or room for a new one. Raises ConfigError for a directory of something
     else."""
     names = {path.name for path in Path(run_dir).iterdir()} if Path(run_dir).exists() else set()
-    if CONFIG_FILE not in names and names - UNFINISHED_START:
-        raise ConfigError("run.dir", "is in use", run_dir, "choose another, or remove the directory")
+    if CONFIG_FILE not in names and (others := sorted(names - UNFINISHED_START)):
+        raise ConfigError("run.dir", f"is in use: it holds {others[0]}, and no run", run_dir, "choose another")
     return CONFIG_FILE in names
 
 

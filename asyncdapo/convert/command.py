@@ -21,7 +21,7 @@ from asyncdapo.convert import ms_swift, nemo_rl, siirl, skyrl, verl
 from asyncdapo.convert.applying import Converted, convert
 from asyncdapo.convert.rules import Peer
 from asyncdapo.convert.settings import Settings, read_settings
-from asyncdapo.errors import ConfigError, UserError
+from asyncdapo.errors import ConfigError, SeveralKeysError, UserError
 
 PEERS = {
     "verl": verl.PEER,
@@ -90,10 +90,14 @@ def _check(text: str, made: Converted) -> None:
         path.write_text(text)
         try:
             config.load_config(path)
-        except ConfigError as error:
-            line = next((line for line in made.lines if line.ours.startswith(error.key)), None)
-            made_of = f" [made of {', '.join(line.shown)}]" if line and line.shown else ""
-            raise UserError(f"{error}{made_of}") from error
+        except (ConfigError, SeveralKeysError) as error:
+            raise UserError("\n".join(_with_source(problem, made) for problem in error.problems)) from error
+
+
+def _with_source(problem: ConfigError, made: Converted) -> str:
+    """Which of their keys it comes from. Its place is in a file that nobody has seen."""
+    line = next((line for line in made.lines if line.ours.startswith(problem.key)), None)
+    return f"{problem.args[0]} [made of {', '.join(line.shown)}]" if line and line.shown else problem.args[0]
 
 
 # ------------------------------------------------------------------------------------------------------------- printing

@@ -70,7 +70,8 @@ def test_a_run_directory_in_use_is_refused_and_left_alone(tmp_path: Path) -> Non
         command("launch", "quickstart", f"run.dir={tmp_path / 'run'}"), capture_output=True, text=True, check=False
     )
     assert result.returncode == 2
-    assert "run.dir: is in use" in result.stderr
+    assert "run.dir: is in use: it holds notes.txt, and no run" in result.stderr
+    assert "remove" not in result.stderr
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["notes.txt"]
 
 

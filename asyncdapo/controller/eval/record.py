@@ -114,7 +114,7 @@ def hold_directory(config: Config, step: int) -> Iterator[bool]:
 def _check_usable(out: Path) -> None:
     names = {path.name for path in out.iterdir()} if out.exists() else set()
     if RECORD_FILE not in names and names - {LOCK_FILE, f".{RECORD_FILE}.new"}:
-        raise ConfigError(KEY, "is in use by something else", str(out), "choose another, or remove the directory")
+        raise ConfigError(KEY, "is in use by something else", str(out), "choose another")
 
 
 def _read(out: Path) -> Record | None:

@@ -1,0 +1,77 @@
+"""What is said of a key that isn't known, and of a value of another kind: what was meant, and how that is written.
+
+In: sections, as their dataclasses. Out: a section, or ConfigError with the right form. Does not own: which sections
+there are, and what values mean.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Mapping
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import msgspec
+
+from asyncdapo.errors import ConfigError
+
+
+def unknown_key(key: str, sections: Mapping[str, type]) -> ConfigError:
+    """Of `key`, a section or `section.key` that isn't there. A key of that name in another section is meant more likely
+    than one that is spelled nearly so."""
+    section, _, name = str(key).partition(".")
+    keys = {other: [field.name for field in dataclasses.fields(cls)] for other, cls in sections.items()}
+    if name in keys.get(section, ()):
+        fix = f"that is for the command line; here write `{section}:`, and below it `  {name}: …`"
+        return ConfigError(key, "is written with a dot in a file", fix=fix)
+    word, names, prefix = (name, keys[section], f"{section}.") if section in keys else (section, list(keys), "")
+    meant = [f"{other}.{word}" for other in keys if word in keys[other]]
+    meant = meant or [prefix + near for near in difflib.get_close_matches(word, names, n=1, cutoff=0.5)]
+    hint = f"did you mean {' or '.join(meant)}?" if meant else f"known here: {', '.join(sorted(names))}"
+    return ConfigError(key, "is not a known key", fix=hint)
+
+
+def convert_section(name: str, cls: type, given: Mapping[str, Any]) -> Any:
+    """The section, checked. Raises ConfigError for the first of its keys that can't be as it is."""
+    for key, value in given.items():
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, float) and not math.isfinite(number):
+                raise ConfigError(f"{name}.{key}", "must be a finite number", number)
+    try:
+        return msgspec.convert(given, cls)
+    except msgspec.ValidationError as error:
+        if isinstance(error.__cause__, ConfigError):
+            raise error.__cause__ from None
+        raise _of_another_kind(name, cls, given, str(error)) from None
+
+
+def _of_another_kind(name: str, cls: type, given: Mapping[str, Any], error: str) -> ConfigError:
+    """Say msgspec's words in ours: key, what is expected, value, an example."""
+    problem, _, where = error.partition(" - at `$")
+    if "missing required field" in problem:
+        return ConfigError(f"{name}.{problem.split('`')[1]}", "is missing")
+    key = where.rstrip("`").lstrip(".").split("[")[0]
+    hint = get_type_hints(cls)[key]
+    options = get_args(hint)
+    if "enum" in problem or get_origin(hint) is Literal:
+        expected = f"must be one of {', '.join(map(str, options))}"
+    else:
+        expected = problem[0].lower() + problem[1:].split(", got")[0]
+    default = {field.name: field.default for field in dataclasses.fields(cls)}[key]
+    example = _example(f"{name}.{key}", hint, given[key], default)
+    return ConfigError(f"{name}.{key}", f"{expected}, got {given[key]!r}", fix=example)
+
+
+def _example(key: str, hint: Any, value: object, default: object) -> str:
+    """How a list or a mapping for this key is written on a command line; nothing for values of other kinds."""
+    kinds = {get_origin(kind) or kind for kind in (hint, *get_args(hint))}
+    if tuple in kinds and isinstance(value, str):
+        return f"{key}='[{', '.join(part.strip() for part in value.split(','))}]'"
+    if tuple in kinds and isinstance(default, tuple):
+        return f"{key}='[{', '.join(map(str, default))}]'"
+    if dict in kinds and isinstance(value, list):
+        return f"{key}='{{{', '.join(f'{part}: 1' for part in value)}}}'"
+    if str in kinds and isinstance(value, dict):
+        return f"text in braces stands in quotes: '{{{', '.join(value)}}}'"
+    return ""
