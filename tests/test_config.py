@@ -22,7 +22,7 @@ def test_the_quickstart_is_the_measured_recipe() -> None:
     assert (config.rollout.num_workers, config.rollout.slots) == (1, 64)
     assert (config.rollout.threads, config.learner.threads) == (1, 1)
     assert (config.learner.lr, config.learner.warmup_steps, config.learner.betas) == (2e-4, 3, (0.9, 0.999))
-    assert (config.loss.clip_low, config.loss.clip_high, config.loss.dual_clip) == (0.2, 0.28, None)
+    assert (config.loss.clip_low, config.loss.clip_high, config.loss.dual_clip) == (0.2, 0.28, 10.0)
 
 
 def test_a_group_of_one_is_refused_without_the_filter_too() -> None:
@@ -201,6 +201,13 @@ def test_defaults_that_depend_on_other_keys_are_on_record() -> None:
     assert loss_of("loss.anchor=proximal") == (0.2, 0.28, "token")
     assert loss_of("loss.anchor=proximal", "loss.correction=none") == (0.2, 0.28, "none")
     assert loss_of("loss.variant=gspo", "loss.clip_low=3e-4", "loss.clip_high=4e-4") == (3e-4, 4e-4, "none")
+
+    def dual_clip_of(*overrides: str) -> float | None:
+        return load_config(QUICKSTART, overrides).loss.dual_clip
+
+    assert dual_clip_of() == dual_clip_of("loss.anchor=proximal") == 10.0
+    assert dual_clip_of("loss.dual_clip=null") is None
+    assert dual_clip_of("loss.variant=cispo") is None
 
     def parity_of(*overrides: str) -> tuple[float | None, float | None]:
         rollout = load_config(QUICKSTART, overrides).rollout

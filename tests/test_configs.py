@@ -35,6 +35,7 @@ def test_the_full_recipe_has_the_papers_values() -> None:
     assert config.rollout.max_response_length == 16_384 + 4_096
     assert (config.reward.overlong_buffer, config.reward.overlong_penalty) == (4_096, 1.0)
     assert (config.loss.clip_low, config.loss.clip_high, config.loss.agg) == (0.2, 0.28, "token-mean")
+    assert config.loss.dual_clip == 10.0  # verl's clip_ratio_c
     assert (config.loss.variant, config.loss.advantage, config.loss.kl_coef) == ("ppo", "grpo", 0)
     assert (config.filter.enabled, config.filter.metric) == (True, "acc")
     assert (config.rollout.temperature, config.eval.temperature, config.eval.top_p) == (1.0, 1.0, 0.7)

@@ -38,6 +38,10 @@ class ModelConfig:
         return "model.tokenizer" if self.tokenizer else "model.path"
 
 
+DUAL_CLIP = 10.0
+"""Without it a single token at log ratio 12 outweighs 100,000 others, and nothing bounds it."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
     """The loss: DAPO by default (clipped ratio on the rollout log-probs, token mean, no KL), and what others use."""
@@ -51,8 +55,9 @@ class LossConfig:
     """ε_low: the ratio is clipped below at 1 − ε_low; 0.2, for `gspo` it has to be given."""
     clip_high: float | None = None
     """ε_high: the ratio is clipped above at 1 + ε_high (clip-higher, DAPO §3.1); 0.28, for `gspo` has to be given."""
-    dual_clip: float | None = None
-    """Upper bound of the loss, in units of |advantage|, where the advantage is negative; none by default."""
+    dual_clip: float | None = DUAL_CLIP
+    """Upper bound of the loss, in units of |advantage|, where the advantage is negative: tokens whose ratio is larger
+    have no gradient. Far above what a healthy run has; null is none, as in the paper and always for `cispo`."""
     agg: Literal[
         "token-mean",
         "token-sum",
@@ -120,6 +125,8 @@ class LossConfig:
                     fix = "its ratio moves far less than a token's: 3e-4 and 4e-4 in its paper"
                     raise ConfigError(f"loss.{key}", "must be given for loss.variant gspo", fix=fix)
                 object.__setattr__(self, key, default)
+        if self.variant == "cispo" and self.dual_clip == DUAL_CLIP:
+            object.__setattr__(self, "dual_clip", None)
         if self.correction is None:
             object.__setattr__(self, "correction", "token" if self.anchor == "proximal" else "none")
 

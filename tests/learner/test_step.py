@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from asyncdapo.dapo import group_advantage
+from asyncdapo.dapo_variants import policy_loss
 from asyncdapo.learner.config import LossConfig
 from asyncdapo.learner.packing import Work
 from asyncdapo.learner.rows import group_rows
@@ -181,3 +182,21 @@ def test_every_staleness_bucket_has_its_own_numbers():
     some = accumulate(tiny_llama().double(), [row for row in rows if row.staleness == 1]).sums.metrics()
     for name in ("ess", "k3", "chi2", "chi2_sequence", "ratio_p99", "clip_low_ratio", "clip_high_ratio"):
         assert metrics[f"learner/staleness_1/{name}"] == pytest.approx(some[f"learner/{name}"])
+
+
+def gradient_shares(loss: LossConfig, log_ratio: float) -> torch.Tensor:
+    """Of each of 100,001 tokens with a negative advantage, of which the first has this log ratio, the others 0."""
+    logp_BT = torch.full((1, 100_001), -1.0, dtype=torch.float64, requires_grad=True)
+    old_logp_BT = torch.full_like(logp_BT, -1.0)
+    old_logp_BT[0, 0] -= log_ratio
+    bounds = {"clip_low": loss.clip_low, "clip_high": loss.clip_high, "dual_clip": loss.dual_clip}
+    mask_BT = torch.ones_like(logp_BT, dtype=torch.bool)
+    policy_loss(loss.variant, logp_BT, old_logp_BT, torch.tensor([[-1.0]]), mask_BT, **bounds).loss_BT.sum().backward()
+    return (logp_BT.grad.abs() / logp_BT.grad.abs().sum())[0]
+
+
+def test_one_token_that_the_policy_has_come_to_love_does_not_outweigh_a_hundred_thousand() -> None:
+    assert gradient_shares(LossConfig(dual_clip=None), log_ratio=12)[0] == pytest.approx(0.62, abs=0.005)
+    assert gradient_shares(LossConfig(), log_ratio=12)[0] == 0
+    largest = gradient_shares(LossConfig(), log_ratio=math.log(9.99))[0]
+    assert 9e-5 < largest < 1e-4
