@@ -299,6 +299,11 @@ def engine(name: Any) -> Any:
     return "vllm" if name == "vllm" else Made("torch" if name == "hf" else "vllm", f"{name} isn't known here")
 
 
+def dual_clip(bound: Any) -> Any:
+    """Ours is on unless it is switched off."""
+    return Made(None, "theirs is off unless it is given") if bound is None else number(bound)
+
+
 def dtype(name: Any) -> Any:
     """Number format of the engine."""
     if name is None:

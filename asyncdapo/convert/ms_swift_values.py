@@ -217,7 +217,7 @@ def clip_high(high: Any, epsilon: Any, loss: Any) -> Any:
 
 def dual_clip(delta: Any, loss: Any) -> Any:
     if delta is None:
-        return None
+        return mean.dual_clip(None)
     return (
         Left("their cispo has none")
         if loss == "cispo"

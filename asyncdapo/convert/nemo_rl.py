@@ -110,7 +110,7 @@ RULES = (
     Rule("loss.correction_band", (f"{TIS}ratio", f"{TIS}ratio_min", *WEIGHTS), its.band),
     same("loss.clip_low", "loss_fn.ratio_clip_min"),
     same("loss.clip_high", "loss_fn.ratio_clip_max"),
-    same("loss.dual_clip", "loss_fn.ratio_clip_c"),
+    Rule("loss.dual_clip", ("loss_fn.ratio_clip_c",), mean.dual_clip),
     Rule(
         "loss.agg",
         ("loss_fn.token_level_loss",),
@@ -204,6 +204,7 @@ DEFAULTS = {
     f"{SHAPING}overlong_buffer_penalty": 1.0,
     "loss_fn.ratio_clip_min": 0.2,
     "loss_fn.ratio_clip_max": 0.2,
+    "loss_fn.ratio_clip_c": None,
     "loss_fn.reference_policy_kl_penalty": 0.01,
     "loss_fn.token_level_loss": True,
     "policy.max_total_sequence_length": 512,

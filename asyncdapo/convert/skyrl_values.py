@@ -76,9 +76,7 @@ def clip(bound: Any, variant: Any, cispo: Any) -> Any:
 
 
 def dual_clip(bound: Any, loss: Any) -> Any:
-    if loss != "dual_clip":
-        return Left(f"policy_loss_type {loss} has none") if bound is not None else None
-    return None if bound is None else number(bound)
+    return mean.dual_clip(bound) if loss == "dual_clip" else Made(None, f"policy_loss_type {loss} has none")
 
 
 def advantage(name: Any, by_std: Any) -> Any:

@@ -122,9 +122,7 @@ def old_aggregation(token_level: Any) -> str:
 
 
 def dual_clip(bound: Any, variant: Any) -> Any:
-    if variant in ("gspo", "cispo"):
-        return Left(f"their {variant} has none")
-    return None if bound is None else number(bound)
+    return Made(None, f"their {variant} has none") if variant in ("gspo", "cispo") else mean.dual_clip(bound)
 
 
 def advantage(name: Any, by_std: Any) -> Any:

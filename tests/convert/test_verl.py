@@ -28,6 +28,7 @@ DATA = "data.train_files=dapo-math-17k.parquet"
             f"{ACTOR}clip_ratio_c=5",
             {"loss.dual_clip": 5},
         ),
+        (f"{ACTOR}policy_loss.loss_mode=cispo", {"loss.dual_clip": None}),
         (
             f"{ACTOR}lr=1",
             {"loss.dual_clip": 3.0, "loss.clip_high": 0.2, "filter.enabled": False},
