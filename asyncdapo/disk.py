@@ -1,4 +1,4 @@
-"""Files that are whole or as they were before, and what a disk refuses, in one line with the file and what to do.
+"""Files that are on disk, whole or as they were before; what a disk refuses, in one line with the file and what to do.
 
 In: the content of a file; a block that writes one. Out: the file, replaced at once; `DiskError`, which ends the run, in
 place of what the operating system, SQLite, or a library that met such an error raises; other errors
@@ -32,13 +32,23 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """The file has this content, or what it had before; nothing between, whatever dies when."""
+    """The file has this content, or what it had before; nothing between, whatever dies when, and be it the power."""
     unfinished = path.with_name(f".{path.name}.new")
     with unfinished.open("wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
     unfinished.replace(path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Wait until the file is on disk; of a directory, the names in it."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _problem(error: BaseException | None) -> str:

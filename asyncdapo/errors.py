@@ -7,6 +7,7 @@
       StalenessError          a group past `replay.max_staleness` reached the learner; never trained
       WeightsError            a weight transfer failed, timed out, or arrived changed
       RanksError              a rank of the learner lost the others; the controller starts all of them again
+      BatchError              a batch that was cut can't be read back; the controller goes back to the checkpoint
       EngineError             the inference engine can't go on
       RewardError             the reward function raised, or its process died of it; the worker turns it into a
                               failed group
@@ -92,6 +93,10 @@ class WeightsError(RunError):
 
 class RanksError(RunError):
     """A rank of the learner waited for others that are gone, or too slow."""
+
+
+class BatchError(RunError):
+    """The payloads of a batch that was cut are damaged. A rollback cuts it anew without them."""
 
 
 class EngineError(RunError):

@@ -351,6 +351,8 @@ class NoBatch(Message):
 
     step: int
     reason: str
+    unreadable: bool = False
+    """There was one, and its payloads are damaged: the run has to go back to its checkpoint."""
 
 
 def eval_seed(seed: int, prompt_id: int, sample: int) -> int:

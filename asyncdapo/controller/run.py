@@ -42,9 +42,10 @@ from asyncdapo.controller.processes import Watch
 from asyncdapo.controller.resume import Resume, survey
 from asyncdapo.controller.training_fleet import TrainingFleet
 from asyncdapo.controller.waits import NOBODY
-from asyncdapo.errors import RunError
+from asyncdapo.errors import BatchError, RunError
 from asyncdapo.learner.checkpoint import oldest_kept, set_aside
 from asyncdapo.metrics.reporter import Reporter
+from asyncdapo.replay.ledger import describe_unreadable
 
 
 class Controller:
@@ -117,7 +118,7 @@ class Controller:
         )
         self.fleet.watch(self.watch)
         if not resume.new:
-            self.reporter.roll_back(resume.step, self.fleet.publishing.branch, resume.missing_lines)
+            self._roll_back_reports(resume, self.fleet.publishing.branch)
         if self.fleet.opened.num_left_out:
             self.reporter.note(
                 f"prompts: {self.fleet.opened.num_left_out} are longer than prompts.max_prompt_length, left out"
@@ -152,7 +153,7 @@ class Controller:
                     life.add(rank.name, rank.call("serve"))
                 return await life.guard(self._train())
             except RunError as error:
-                if not self.fleet.learners.ended_by(error):
+                if not (isinstance(error, BatchError) or self.fleet.learners.ended_by(error)):
                     raise
                 await self.fleet.end_learner()
                 death = error
@@ -171,8 +172,14 @@ class Controller:
         await self.patience.wait(revival, whom=NOBODY, what="starts the learner again")
         branch = await self._replay("roll_back", f"the rollback to step {resume.step}", resume.step, str(death))
         self.fleet.publishing.learner_has(resume.step, branch)
-        self.reporter.roll_back(resume.step, branch, resume.missing_lines)
+        self._roll_back_reports(resume, branch)
         await self._publish_again(resume.step)
+
+    def _roll_back_reports(self, resume: Resume, branch: int) -> None:
+        """The ledger has gone back, and opened `branch`."""
+        if unreadable := describe_unreadable(self.run_dir, branch):
+            self.reporter.note(unreadable)
+        self.reporter.roll_back(resume.step, branch, resume.missing_lines)
 
     def _set_aside(self, after_step: int) -> None:
         set_aside(self.run_dir, after_step)

@@ -14,7 +14,6 @@ an abandoned future, or one that outlived its ledger, is as useless as a damaged
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -24,7 +23,7 @@ from typing import NamedTuple
 import msgspec
 
 from asyncdapo import faults
-from asyncdapo.disk import disk_errors
+from asyncdapo.disk import disk_errors, sync
 from asyncdapo.errors import UserError
 
 MANIFEST = "checkpoint.json"
@@ -89,7 +88,7 @@ def write_checkpoint(
         if final.exists():
             _remove(final)
         unfinished.rename(final)
-        _sync(final.parent)
+        sync(final.parent)
     return final
 
 
@@ -222,14 +221,5 @@ def _remove_unfinished(parent: Path) -> None:
 
 def _sync_tree(directory: Path) -> None:
     for path in directory.rglob("*"):
-        _sync(path)
-    _sync(directory)
-
-
-def _sync(path: Path) -> None:
-    """Wait until the file or directory is on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync(path)
+    sync(directory)

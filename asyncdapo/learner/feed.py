@@ -15,7 +15,7 @@ import asyncio
 import os
 from collections.abc import Sequence
 
-from asyncdapo.errors import RunError
+from asyncdapo.errors import BatchError, RunError
 from asyncdapo.messages import Batch, CutWanted, NoBatch
 from asyncdapo.payload import Payload
 from asyncdapo.shares import deal, share_of
@@ -48,7 +48,8 @@ class BatchFeed:
 
     async def take(self, step: int) -> tuple[Batch, Payload] | NoBatch:
         """Batch `step` and this rank's share of it, as soon as it is cut, or the news that there is none; waits without
-        a limit. Raises RunError after `MAX_DAMAGED` answers that can't be decoded."""
+        a limit. Raises RunError after `MAX_DAMAGED` answers that can't be decoded, BatchError when the server itself
+        can't read the batch."""
         for _ in range(MAX_DAMAGED):
             try:
                 return await self._ask_until_answered(step)
@@ -73,8 +74,13 @@ class BatchFeed:
         """The next answer about batch `step`; those to earlier repeated questions are passed over."""
         while True:
             answer, frames = await self._client.receive()
-            if answer.step == step:
-                return answer if isinstance(answer, NoBatch) else (answer, self._share(answer, frames))
+            if answer.step != step:
+                continue
+            if isinstance(answer, Batch):
+                return answer, self._share(answer, frames)
+            if answer.unreadable:
+                raise BatchError(answer.reason)
+            return answer
 
     def _share(self, batch: Batch, frames: Sequence[memoryview]) -> Payload:
         groups = batch.groups

@@ -46,7 +46,8 @@ class Admission:
         return (self.run_ahead + 1) * self.prompts_per_step
 
     def admits(self, *, in_training: int, queued: int, running: int, keep_rate: float, verdicts: int) -> bool:
-        """Whether one more prompt is leased. `verdicts`: those of the current train step."""
+        """Whether one more prompt is leased. `verdicts`: those of the current train step; at the barrier those before
+        the next prompt, which may have come back after others had theirs."""
         ahead = in_training + queued + keep_rate * running
         return ahead < self.capacity and verdicts + running < self.max_verdicts
 

@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from msgspec import structs
@@ -41,6 +42,7 @@ from asyncdapo.replay import events as core
 from asyncdapo.replay.accounts import Accounts
 from asyncdapo.replay.failures import Failures
 from asyncdapo.replay.journal import Journal
+from asyncdapo.replay.payloads import BadRecord
 from asyncdapo.replay.recovery import Recovered
 from asyncdapo.replay.sessions import HeldLease, Session, Sessions
 from asyncdapo.replay.state import ReplayState
@@ -131,6 +133,18 @@ class Exchange:
                 case core.StopRun():
                     self._stop(action)
 
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """The events of the body are one transaction. What they want sent can only leave after it, since nothing pauses
+        here; when it fails, nothing leaves."""
+        try:
+            with self._journal.together():
+                yield
+        except BaseException:
+            while not self.outgoing.empty():
+                self.outgoing.get_nowait()
+            raise
+
     def send(self, session: Session, message: Message) -> None:
         """Queue a message to a worker, behind all that went before. Dropped for one that has yet to say hello: whatever
         it needs is sent again when it has."""
@@ -208,8 +222,16 @@ class Exchange:
             self.outgoing.put_nowait(Letter(peer, message, frames, to_learner=True))
             del self._wanted[rank]
 
-    def _read_batch(self, wanted: CutWanted) -> tuple[Batch, Sequence[bytes]]:
-        """All headers, and the payload of the rank's share."""
+    def _read_batch(self, wanted: CutWanted) -> tuple[Batch | NoBatch, Sequence[bytes]]:
+        """All headers, and the payload of the rank's share. A batch that can't be read stays cut: only a rollback, with
+        every rank dead, may give it other members."""
+        try:
+            return self._read_share(wanted)
+        except BadRecord as bad:
+            reason = f"batch {wanted.step} can't be read back: {bad}"
+            return NoBatch(step=wanted.step, reason=reason, unreadable=True), ()
+
+    def _read_share(self, wanted: CutWanted) -> tuple[Batch, Sequence[bytes]]:
         step, ids = wanted.step, [group.group_id for group in self.state.untrained[wanted.step]]
         groups = [without_metrics(self._journal.read_header(group_id)) for group_id in ids]
         bound = self.state.bound.max_staleness

@@ -47,20 +47,27 @@ class Held:
             return "spare"
         return "filtered"
 
+    def ahead_of(self, before: int | None) -> tuple[list[HeldGroup], list[HeldGroup]]:
+        """Those queued and those spare, at the barrier only those that stand before the next prompt of the stream."""
+        if not self._barrier or before is None:
+            return self.queued, self.spare
+        kept, spare = ([group for group in groups if group.prompt_id < before] for groups in (self.queued, self.spare))
+        return kept, spare
+
     def num_ready(self, before: int | None) -> int:
         """Groups that the next batch can count on: kept ones, under `replace` all but barren ones.
 
         `before`: the next prompt of the stream. At the barrier what stands behind it is not counted: the batch takes
         the first ones by `prompt_id`, and that prompt (its lease was lost) may be one of them.
         """
-        kept, spare = self._ahead_of(before)
+        kept, spare = self.ahead_of(before)
         return len(kept) + len(spare) - num_barren(kept, spare, self._size) if self._replaces else len(kept)
 
     def take_barren(self, before: int | None) -> list[HeldGroup]:
         """Remove and return what is barren and needn't be held."""
         if not self._replaces or self._limited:
             return []
-        kept, spare = self._ahead_of(before)
+        kept, spare = self.ahead_of(before)
         barren = sorted(spare)[: num_barren(kept, spare, self._size)]
         self._remove(barren)
         return barren
@@ -92,12 +99,6 @@ class Held:
         if chosen.members:
             self.queued, self.spare = chosen.queued, chosen.spare
         return chosen
-
-    def _ahead_of(self, before: int | None) -> tuple[list[HeldGroup], list[HeldGroup]]:
-        if not self._barrier or before is None:
-            return self.queued, self.spare
-        kept, spare = ([group for group in groups if group.prompt_id < before] for groups in (self.queued, self.spare))
-        return kept, spare
 
     def _remove(self, groups: list[HeldGroup]) -> None:
         gone = {group.group_id for group in groups}

@@ -1,24 +1,29 @@
-"""The journal: every event of the core that changed something, as one transaction in `RUN_DIR/ledger.db`.
+"""The journal: every event of the core that changed something, in `RUN_DIR/ledger.db`.
 
 In: a core event, the actions that it caused, and what the core doesn't know of it (the group that arrived, the prompts
 granted). Out: rows that any `sqlite3` can read (docs/ledger.md), the groups again when a batch is cut, and the whole
 state again when another process goes on (`recover`), after a rollback or without one.
 
-    commit, then send   `write` returns when the transaction is committed: whoever acknowledges a group or sends a batch
-                        after it can be killed at once and nothing that a peer was told is forgotten
     bytes, then row     a group's buffers are in their segment before the row that points to them exists
+    disk, then commit   the segment is synced before the transaction is committed, and SQLite (WAL, synchronous FULL)
+                        syncs the commit before it says that it is done: what the ledger says, a power cut leaves there,
+                        with its payloads
+    commit, then send   whoever acknowledges a group or sends a batch after that can be killed at once, or its machine
+                        lose power, and nothing that a peer was told is forgotten
+    one transaction     what comes together (`together`) is synced together: two waits for the disk, however many groups
     one writer          the run directory is locked for as long as the journal is open
 
-SQLite in WAL mode with synchronous NORMAL: what was committed outlives the process; a power cut may cost the last
-moments and leaves the file whole. Does not own: which state follows which (the core), what a rollback undoes
-(`rollback`), sockets.
+The name of a new segment is synced when it is made. Does not own: which state follows which (the core), what a rollback
+undoes (`rollback`), sockets.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 from asyncdapo import faults
@@ -55,8 +60,8 @@ class Journal:
         segment_bytes: int = SEGMENT_BYTES,
         lock_wait_s: float = LOCK_WAIT_S,
     ) -> None:
-        """Opens the run's ledger, or starts it. Raises UserError when it is one of another layout, RunError when
-        another process keeps writing it for `lock_wait_s`."""
+        """Opens the run's ledger, or starts it. Raises UserError when it is one of another layout or damaged, RunError
+        when another process keeps writing it for `lock_wait_s`."""
         run_dir.mkdir(parents=True, exist_ok=True)
         self._path = run_dir / LEDGER_FILE
         self._keep_payloads = keep_payloads
@@ -84,17 +89,18 @@ class Journal:
             db=self._db,
             config=config,
             replaces=replaces,
-            has_payload=self._segments.holds,
+            problem_with=cache(self._segments.problem_with),
             step=step,
             pos=row[0],
             branch=self.branch + 1,
             opened_pos=self._position,
             at_s=time.time(),
         )
-        with disk_errors(self._path), self._db:
-            self._db.execute("BEGIN IMMEDIATE")
+        with self.together():
             rollback.run(reason)
             faults.point("in_roll_back")
+            if rollback.unreadable:
+                self._segments.begin_next()  # what harmed an older record may have taken the file away under its writer
         self.branch += 1
 
     def recover(self) -> Recovered:
@@ -109,6 +115,25 @@ class Journal:
         """Copies of members that stand in a batch that was cut."""
         return sum(reload.batch_copies(self._db, step).values())
 
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What is written in the body is one transaction, and on disk when the body ends; nothing of it is written when
+        the body raises, or the disk does (DiskError). Within another one, it is part of that."""
+        if self._db.in_transaction:
+            yield
+            return
+        num_changes = self._db.total_changes
+        with self._db:
+            self._db.execute("BEGIN")
+            yield
+            if self._db.total_changes == num_changes:
+                return
+            faults.point("before_commit")
+            with disk_errors(self._path):
+                self._segments.sync()
+                self._db.execute("COMMIT")
+        faults.point("after_commit")
+
     def write(
         self,
         event: core.Event,
@@ -119,8 +144,8 @@ class Journal:
         detail: str = "",
         summary: Mapping[str, float] | None = None,
     ) -> None:
-        """One transaction: the event, then its actions in order; none when there is nothing to write down. Raises
-        DiskError; then nothing of it is written.
+        """The event, then its actions in order, in a transaction of their own or `together` with others; nothing when
+        there is nothing to write down. Raises DiskError; then nothing of it is written.
 
         prompts  the prompts of the leases granted in `actions`
         arrived  header and buffers of a `GroupDone`
@@ -131,21 +156,18 @@ class Journal:
             return
         self._position += 1
         self._now = time.time()
-        with disk_errors(self._path):
+        with self.together(), disk_errors(self._path):
             faults.disk_write(arrived[1].num_bytes if arrived else 0)
-            with self._db:
-                self._db.execute("BEGIN")
-                self._write_event(event, detail)
-                self._insert_new_prompts(prompts)
-                for action in actions:
-                    self._write_action(action, arrived, detail)
-                if isinstance(event, core.Trained):
-                    self._insert_batch(event.step, summary or {})
-                faults.point("before_commit")
-        faults.point("after_commit")
+            self._write_event(event, detail)
+            self._insert_new_prompts(prompts)
+            for action in actions:
+                self._write_action(action, arrived, detail)
+            if isinstance(event, core.Trained):
+                self._insert_batch(event.step, summary or {})
 
     def read(self, group_id: int) -> tuple[Group, Payload]:
-        """A group whose payload was kept. Raises LookupError when it wasn't, or not any longer."""
+        """A group whose payload was kept. Raises LookupError when it wasn't, or not any longer, and BadRecord when it
+        can't be read."""
         return self._segments.read(place_of(self._db, group_id))
 
     def read_header(self, group_id: int) -> Group:
@@ -155,17 +177,7 @@ class Journal:
     def outcome(self, lease_id: int) -> str | None:
         """How a lease ended; None while it runs, `undone` when a rollback undid it. Raises LookupError when it was
         never granted."""
-        try:
-            row = self._db.execute(
-                "SELECT outcome FROM leases WHERE lease_id = :id"
-                " UNION ALL SELECT 'undone' FROM undone_leases WHERE lease_id = :id",
-                {"id": lease_id},
-            ).fetchone()
-        except OverflowError:  # a peer may name any number; one beyond 64 bits was never granted
-            row = None
-        if row is None:
-            raise LookupError(f"no lease {lease_id} in the ledger")
-        return row[0]
+        return reload.outcome(self._db, lease_id)
 
     def covered(self, step: int) -> None:
         """`step` is the oldest checkpoint kept: free the segments that no rollback to it or a newer one can ask for.
@@ -182,11 +194,12 @@ class Journal:
             (*HELD_STATES, position or 0),
         ).fetchall()
         done = set(self._segments.numbers()) - {segment for (segment,) in needed} - {self._segments.newest}
-        for table in ("groups", "undone_groups"):
-            self._db.executemany(
-                f"UPDATE {table} SET segment = NULL, offset = NULL, bytes = NULL WHERE segment = ?",
-                [(segment,) for segment in done],
-            )
+        with self.together(), disk_errors(self._path):
+            for table in ("groups", "undone_groups"):
+                self._db.executemany(
+                    f"UPDATE {table} SET segment = NULL, offset = NULL, bytes = NULL WHERE segment = ?",
+                    [(segment,) for segment in done],
+                )
         faults.point("in_covered")
         for segment in done:
             self._segments.delete(segment)

@@ -20,6 +20,7 @@ from asyncdapo.replay.schema import LEDGER_SCHEMA, TABLES, UNDONE_TABLES
 
 LEDGER_FILE = "ledger.db"
 PAYLOAD_FOLDER = "payloads"
+NUM_NAMED = 3
 
 
 def open_for_writing(path: Path) -> sqlite3.Connection:
@@ -29,7 +30,7 @@ def open_for_writing(path: Path) -> sqlite3.Connection:
     """
     ledger = sqlite3.connect(path, isolation_level=None)
     ledger.execute("PRAGMA journal_mode = WAL")
-    ledger.execute("PRAGMA synchronous = NORMAL")
+    ledger.execute("PRAGMA synchronous = FULL")
     if not _has_tables(ledger):
         _start(ledger)
     _check_schema(ledger, path)
@@ -55,10 +56,24 @@ def last_trained(run_dir: Path) -> dict[int, int]:
         return {step: branch for step, branch in ledger.execute("SELECT step, branch FROM batches ORDER BY step")}
 
 
+def describe_unreadable(run_dir: Path, branch: int) -> str:
+    """For people: the groups that the rollback which opened `branch` undid since their payloads can't be read; nothing
+    when there was none."""
+    with closing(open_ledger(run_dir)) as ledger:
+        rows = ledger.execute(
+            "SELECT lease_id, detail FROM events WHERE kind = 'unreadable' AND branch = ? ORDER BY lease_id", (branch,)
+        ).fetchall()
+    if not rows:
+        return ""
+    named = ", ".join(f"group {group_id} ({detail})" for group_id, detail in rows[:NUM_NAMED])
+    more = f", and {len(rows) - NUM_NAMED} more" if len(rows) > NUM_NAMED else ""
+    return f"{len(rows)} groups can't be read back, and their prompts are sampled again: {named}{more}"
+
+
 def read_group(run_dir: Path, group_id: int) -> tuple[Group, Payload]:
     """A group with its tokens and log-probs, from the files of a run (all of them with `replay.keep_payloads`).
 
-    Raises LookupError for a group that isn't there or whose payload is freed.
+    Raises LookupError for a group that isn't there or whose payload is freed, BadRecord for one that can't be read.
     """
     with closing(open_ledger(run_dir)) as ledger:
         place = place_of(ledger, group_id)

@@ -1,31 +1,48 @@
 """Token buffers of groups in append-only segment files, `RUN_DIR/payloads/000001.bin` and so on.
 
-In: a group's header and buffers. Out: the place where they stand, and the same group again. One record is
+In: a group's header and buffers. Out: the place where they stand, and the same group again, or `BadRecord`. One record:
 
-    uint32 header bytes | msgpack `Group` | prompt_ids int32 | token_ids int32 | logprobs float32      (little-endian)
+    "RC2\\xff" | uint32 header bytes, uint32 crc of the buffers, uint32 crc of these two and the header
+    msgpack `Group` | prompt_ids int32 | token_ids int32 | logprobs float32                          (little-endian)
+
+Both are CRC-32: they guard against accidents. The header has one of its own, since it is read alone, too. Records of
+before have no checksum and begin with their header's length, which is never as large as the mark: they are read as they
+are, and whatever their sizes and their msgpack don't betray passes.
 
 Records are never changed. A segment is written by one process: another one that opens the folder starts a new file, so
 that half a record at the end of an old one (its writer was killed) is followed by nothing. The place of a record is in
 the ledger or nowhere: bytes that no row of `groups` points to don't count.
-Does not own: which groups are still needed, and so when a segment may go (`journal`).
+Does not own: which groups are still needed, and so when a segment may go; when records have to be on disk (`journal`).
 """
 
 from __future__ import annotations
 
+import os
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
+from zlib import crc32
 
 import msgspec
 
+from asyncdapo.disk import sync
 from asyncdapo.messages import Group
 from asyncdapo.payload import Payload
 
 SEGMENT_BYTES = 64 << 20
+MARK = b"RC2\xff"
 
 _HEADER_SIZE = struct.Struct("<I")
+_SIZE_AND_CRC = struct.Struct("<II")
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(Group)
+
+
+class BadRecord(Exception):  # noqa: N818 - a finding about a file, which the run outlives
+    """A record that is missing, short, damaged or can't be read; the message names its file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,55 +53,70 @@ class Place:
     offset: int
     num_bytes: int
 
+    @property
+    def end(self) -> int:
+        """Offset behind its last byte."""
+        return self.offset + self.num_bytes
+
 
 class Segments:
     """Writes records to the end of the newest segment; a full one is followed by the next."""
 
     def __init__(self, folder: Path, segment_bytes: int = SEGMENT_BYTES) -> None:
         folder.mkdir(parents=True, exist_ok=True)
+        sync(folder.parent)
         self._folder, self._segment_bytes = folder, segment_bytes
-        self._newest = max(self.numbers(), default=0) + 1
-        self._file = segment_path(folder, self._newest).open("ab")
+        self._begin(max(self.numbers(), default=0) + 1)
 
-    @property
-    def newest(self) -> int:
+    def _begin(self, number: int) -> None:
+        self.newest = number
         """Number of the segment that is written to."""
-        return self._newest
+        self._file = segment_path(self._folder, number).open("ab")
+        self._synced = 0
+        sync(self._folder)
 
     def append(self, group: Group, payload: Payload) -> Place:
         """Write one record. On return the operating system has its bytes, so that killing this process loses none."""
-        header = _encoder.encode(group)
-        record = b"".join((_HEADER_SIZE.pack(len(header)), header, *payload.frames()))
+        record = encode_record(group, payload)
         if self._file.tell() >= self._segment_bytes:
-            self._file.close()
-            self._newest += 1
-            self._file = segment_path(self._folder, self._newest).open("ab")
+            self.begin_next()
         offset = self._file.tell()
         self._file.write(record)
         self._file.flush()
-        return Place(self._newest, offset, len(record))
+        return Place(self.newest, offset, len(record))
 
-    def holds(self, place: Place) -> bool:
-        """Whether all bytes of the record are there; a power cut may have taken the last ones of a file."""
-        path = segment_path(self._folder, place.segment)
-        return path.is_file() and path.stat().st_size >= place.offset + place.num_bytes
+    def begin_next(self) -> None:
+        """Write to a new segment from now on."""
+        self.sync()
+        self.close()
+        self._begin(self.newest + 1)
+
+    def sync(self) -> None:
+        """On return the disk has every record, so that a power cut loses none."""
+        if self._file.tell() > self._synced:
+            os.fsync(self._file.fileno())
+            self._synced = self._file.tell()
 
     def numbers(self) -> list[int]:
         """The segments that are there, oldest first."""
-        return sorted(int(path.stem) for path in self._folder.glob("*.bin"))
+        return sorted(int(path.stem) for path in self._folder.glob("*.bin") if path.stem.isdecimal())
 
     def read(self, place: Place) -> tuple[Group, Payload]:
-        """The group that `append` placed there."""
+        """The group that `append` placed there. Raises BadRecord."""
         return read_record(self._folder, place)
 
     def read_header(self, place: Place) -> Group:
-        """Its header alone. Raises OSError or ValueError when it isn't there."""
-        with segment_path(self._folder, place.segment).open("rb") as file:
-            file.seek(place.offset)
-            size = file.read(_HEADER_SIZE.size)
-            if len(size) < _HEADER_SIZE.size:
-                raise ValueError(f"segment {place.segment} ends before offset {place.offset}")
-            return _decoder.decode(file.read(*_HEADER_SIZE.unpack(size)))
+        """Its header alone. Raises BadRecord."""
+        with _opened(self._folder, place) as file:
+            return _read_header(file, place)[0]
+
+    def problem_with(self, place: Place) -> str:
+        """Why the record there can't be used; nothing when it is as it was written."""
+        try:
+            self.read(place)
+        except BadRecord as bad:
+            return str(bad)
+        return ""
 
     def delete(self, segment: int) -> None:
         """Free a segment that is no longer written to."""
@@ -99,17 +131,58 @@ def segment_path(folder: Path, segment: int) -> Path:
     return folder / f"{segment:06d}.bin"
 
 
+def encode_record(group: Group, payload: Payload) -> bytes:
+    """As it stands in a segment."""
+    header, buffers = _encoder.encode(group), b"".join(payload.frames())
+    sizes = _SIZE_AND_CRC.pack(len(header), crc32(buffers))
+    return b"".join((MARK, sizes, _HEADER_SIZE.pack(crc32(header, crc32(sizes))), header, buffers))
+
+
 def read_record(folder: Path, place: Place) -> tuple[Group, Payload]:
-    """Header and buffers (views on the bytes read) of a group. Raises OSError or ValueError when they aren't there."""
-    with segment_path(folder, place.segment).open("rb") as file:
-        file.seek(place.offset)
-        record = memoryview(file.read(place.num_bytes))
-    if len(record) != place.num_bytes or len(record) < _HEADER_SIZE.size:
-        raise ValueError(f"segment {place.segment} ends before offset {place.offset} + {place.num_bytes} bytes")
-    (header_bytes,) = _HEADER_SIZE.unpack_from(record)
-    header_end = _HEADER_SIZE.size + header_bytes
-    group = _decoder.decode(record[_HEADER_SIZE.size : header_end])
-    prompt_end = header_end + 4 * group.num_prompt_tokens
-    tokens_end = prompt_end + 4 * group.num_tokens
-    frames = (record[header_end:prompt_end], record[prompt_end:tokens_end], record[tokens_end:])
-    return group, Payload.from_frames(frames, [group])
+    """Header and buffers (views on the bytes read) of a group. Raises BadRecord when they aren't as they were written,
+    as far as checksums tell."""
+    with _opened(folder, place) as file:
+        group, crc = _read_header(file, place)
+        buffers = memoryview(_take(file, place, place.end - file.tell()))
+        if crc not in (None, crc32(buffers)):
+            raise ValueError(f"the tokens at offset {place.offset} are damaged (another checksum than was written)")
+        prompt_end = 4 * group.num_prompt_tokens
+        tokens_end = prompt_end + 4 * group.num_tokens
+        frames = (buffers[:prompt_end], buffers[prompt_end:tokens_end], buffers[tokens_end:])
+        return group, Payload.from_frames(frames, [group])
+
+
+@contextmanager
+def _opened(folder: Path, place: Place) -> Iterator[BinaryIO]:
+    """The segment at the beginning of the record, all of whose bytes are there. What goes wrong becomes BadRecord."""
+    path = segment_path(folder, place.segment)
+    try:
+        with path.open("rb") as file:
+            if place.end > os.fstat(file.fileno()).st_size:
+                raise ValueError(f"ends before offset {place.offset} + {place.num_bytes} bytes")
+            file.seek(place.offset)
+            yield file
+    except (OSError, ValueError, msgspec.DecodeError) as error:
+        problem = error.strerror if isinstance(error, OSError) else error
+        raise BadRecord(f"{folder.name}/{path.name}: {problem}") from error
+
+
+def _read_header(file: BinaryIO, place: Place) -> tuple[Group, int | None]:
+    """The header of the record that begins here, and the checksum of its buffers, which one of before has not."""
+    start = _take(file, place, _HEADER_SIZE.size)
+    if start != MARK:
+        return _decoder.decode(_take(file, place, *_HEADER_SIZE.unpack(start))), None
+    sizes = _take(file, place, _SIZE_AND_CRC.size)
+    num_bytes, crc = _SIZE_AND_CRC.unpack(sizes)
+    (expected,) = _HEADER_SIZE.unpack(_take(file, place, _HEADER_SIZE.size))
+    header = _take(file, place, num_bytes)
+    if crc32(header, crc32(sizes)) != expected:
+        raise ValueError(f"the header at offset {place.offset} is damaged (another checksum than was written)")
+    return _decoder.decode(header), crc
+
+
+def _take(file: BinaryIO, place: Place, num_bytes: int) -> bytes:
+    """The next bytes of a record. Raises ValueError when it has no more, whatever a damaged length says."""
+    if not 0 <= num_bytes <= place.end - file.tell():
+        raise ValueError(f"the record at offset {place.offset} is damaged ({place.num_bytes:,} bytes can't hold it)")
+    return file.read(num_bytes)

@@ -76,6 +76,21 @@ def batch_copies(db: sqlite3.Connection, step: int) -> dict[int, int]:
     return dict(zip([group_id for group_id, _ in members], copies, strict=False))
 
 
+def outcome(db: sqlite3.Connection, lease_id: int) -> str | None:
+    """See `Journal.outcome`."""
+    try:
+        row = db.execute(
+            "SELECT outcome FROM leases WHERE lease_id = :id"
+            " UNION ALL SELECT 'undone' FROM undone_leases WHERE lease_id = :id",
+            {"id": lease_id},
+        ).fetchone()
+    except OverflowError:  # a peer may name any number; one beyond 64 bits was never granted
+        row = None
+    if row is None:
+        raise LookupError(f"no lease {lease_id} in the ledger")
+    return row[0]
+
+
 def last_position(db: sqlite3.Connection) -> int:
     """The highest position that a row remembers, so that none is used again."""
     columns = {

@@ -16,17 +16,17 @@ which batch k was trained:
     prompts   follow their group; without one, what had no end at p waits again, those in flight first
     the rest  batches and cuts by step, publishes, loads and events by position
 
-A kept group whose tokens are gone (a power cut) goes too, and its prompt is sampled again. Otherwise neither chance nor
-time has a say: the same ledger and k give the same state, a second time too.
+A kept group whose payload can't be read (it is missing, short or damaged) goes too, its prompt is sampled again, and an
+event `unreadable` says why; batch k + 1 is not restored then, and its other members return to the queue. Otherwise
+neither chance nor time has a say: the same ledger and k give the same state, a second time too.
 Does not own: the transaction, files, and what the core makes of it (`reload`, `state`).
 """
 
 from __future__ import annotations
 
-import logging
 import sqlite3
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from asyncdapo.replay.admission import FIRST
@@ -42,8 +42,6 @@ CUTS = " UNION ALL ".join(
     f"SELECT pos FROM {table} WHERE kind = 'cut' AND step >= :step" for table in ("events", "undone_events")
 )
 """Positions at which the batch of a step, or of a later one, was cut in any branch: what ended there remembers it."""
-
-log = logging.getLogger("replay")
 
 
 class _Fate(NamedTuple):
@@ -87,7 +85,8 @@ class Rollback:
     """Staleness bound, `on_stale`, and whether there is a barrier: those of the run as it goes on."""
     replaces: bool
     """Whether copies take the places of groups that aren't kept, in the run as it goes on."""
-    has_payload: Callable[[Place], bool]
+    problem_with: Callable[[Place], str]
+    """Why a payload can't be read; nothing when it is as it was written."""
     step: int
     """The checkpoint's train step, k."""
     pos: int
@@ -97,6 +96,8 @@ class Rollback:
     opened_pos: int
     """Position of this transaction."""
     at_s: float
+    unreadable: dict[_Group, str] = field(default_factory=dict)
+    """Why, of the groups that are worth training on but for this."""
 
     def run(self, reason: str) -> None:
         """Undo what came after the checkpoint. `reason` is for people."""
@@ -108,13 +109,19 @@ class Rollback:
         restored = self._decide_groups()
         self._undo_leases()
         self._undo_rest()
-        if restored:
-            self.db.execute(
-                "INSERT INTO events (kind, branch, step, number, detail, pos, at_s)"
-                " VALUES ('cut', ?, ?, ?, 'restored', ?, ?)",
-                (self.branch, self.step + 1, num_copies, self.opened_pos, self.at_s),
-            )
+        cut = [(None, None, self.step + 1, num_copies, "restored")] if restored else []
+        self._insert_events("cut", cut)
+        unreadable = [(g.group_id, g.prompt_id, g.step, None, why) for g, why in self.unreadable.items()]
+        self._insert_events("unreadable", unreadable)
         self._settle_prompts(in_flight)
+
+    def _insert_events(self, kind: str, rows: Sequence[tuple[int | str | None, ...]]) -> None:
+        """Rows of this branch: group, prompt, step, number, detail."""
+        self.db.executemany(
+            "INSERT INTO events (kind, branch, pos, at_s, lease_id, prompt_id, step, number, detail)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            [(kind, self.branch, self.opened_pos, self.at_s, *row) for row in rows],
+        )
 
     def _undo(self, table: str, condition: str, *parameters: object) -> None:
         """Move rows to the undone ones."""
@@ -143,7 +150,6 @@ class Rollback:
         next_step = self.step + 1 + restored
         undone_cuts = {pos for (pos,) in self.db.execute(CUTS, {"step": next_step})}
         followed: set[int] = set()
-        num_lost = 0
         for group in groups:
             if restored and group.step == self.step + 1:
                 fate = _Fate("cut", group.step, "")
@@ -157,24 +163,15 @@ class Rollback:
                 )
             if fate is None:
                 self._undo("groups", "group_id = ?", group.group_id)
-                had_payload = group.segment is not None
-                num_lost += group.max_version <= self.step and had_payload and not self._has_payload(group)
                 continue
             followed.add(group.prompt_id)
             if fate != group.fate:
                 self._change_group(group.group_id, fate)
-        if num_lost:
-            log.warning("rollback to step %d: the tokens of %d groups are not there any more", self.step, num_lost)
         return restored
 
     def _can_restore(self, members: Sequence[_Group]) -> bool:
         """Whether batch k + 1 was cut and can be trained as it was."""
-        if not members:
-            return False
-        if all(self._fits(group, self.step + 1) and self._has_payload(group) for group in members):
-            return True
-        log.warning("batch %d can't be restored: it holds groups that are gone or too stale", self.step + 1)
-        return False
+        return bool(members) and all(self._fits(group, self.step + 1) and self._has_payload(group) for group in members)
 
     def _fate(self, group: _Group, next_step: int, *, followed: bool, had_place: bool) -> _Fate | None:
         """None: the group goes. `followed`: a later group of its prompt stays. `had_place`: it ended with a batch that
@@ -198,7 +195,13 @@ class Rollback:
         return StalenessBound(self.config.staleness_bound).fits(group.min_version, step)
 
     def _has_payload(self, group: _Group) -> bool:
-        return group.segment is not None and self.has_payload(Place(group.segment, group.offset, group.bytes))
+        """Whether the group can be trained on. One whose payload is there and can't be read is remembered."""
+        if group.segment is None:
+            return False
+        problem = self.problem_with(Place(group.segment, group.offset, group.bytes))
+        if problem:
+            self.unreadable[group] = problem
+        return not problem
 
     def _change_group(self, group_id: int, fate: _Fate) -> None:
         self.db.execute(

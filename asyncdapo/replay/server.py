@@ -6,7 +6,7 @@
             ◀──Batch, NoBatch──                                                                 │   messages
     controller ──begin, trained, published, evaluate, roll_back, finish (Ray calls)─────────────┘
 
-One event loop and one event at a time; nothing between a message and its transaction waits.
+One event loop and one event at a time; nothing between messages and their transaction waits but for the disk.
 
 Killed and started again on the same files and ports it goes on where the ledger ends, and its peers come back by
 themselves. So that the controller can repeat a call under which a server died, every command may come twice: what is
@@ -33,6 +33,9 @@ from asyncdapo.replay.sessions import GAUGES, Session, Sessions
 from asyncdapo.replay.workers import FromWorker, Workers
 from asyncdapo.transport.keys import ServerKeys
 from asyncdapo.transport.sockets import Server
+
+MAX_TOGETHER = 64
+"""Messages of workers that are one transaction."""
 
 log = logging.getLogger("replay")
 
@@ -125,7 +128,8 @@ class ReplayServer:
     async def begin(self) -> None:
         """Grant leases from now on; until then only evaluation runs."""
         self._workers.leasing = True
-        self._workers.offer_all()
+        with self._exchange.together():
+            self._workers.offer_all()
 
     async def pause(self) -> None:
         """Grant no lease from now on, until `begin`; those that run go on."""
@@ -139,7 +143,8 @@ class ReplayServer:
 
     async def lose_worker(self, worker: int) -> None:
         """The worker's process is dead; to be told before another one is started."""
-        self._workers.lose(worker)
+        with self._exchange.together():
+            self._workers.lose(worker)
 
     async def trained(self, step: int, summary: Mapping[str, float]) -> dict[str, float]:
         """Batch `step` is trained on; `summary` is what the learner says of it. Returns the metrics of the step:
@@ -225,8 +230,13 @@ class ReplayServer:
     # ------------------------------------------------------------------------------------------------------- loops
 
     async def _serve_workers(self) -> None:
+        """What has come meanwhile is one transaction, and waits for the disk once; the answers leave after it, since
+        nothing else runs before its end."""
         while True:
-            self._workers.hear(*await self._rollout_socket.receive())
+            messages = await self._rollout_socket.receive_some(MAX_TOGETHER)
+            with self._exchange.together():
+                for message in messages:
+                    self._workers.hear(*message)
 
     async def _serve_learner(self) -> None:
         while True:
@@ -252,7 +262,8 @@ class ReplayServer:
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(self._heartbeat_s)
-            self._workers.tick()
+            with self._exchange.together():
+                self._workers.tick()
 
     async def _fail(self) -> None:
         raise RunError(await self._exchange.failure.get())

@@ -191,7 +191,7 @@ class ReplayState:
             queued=self.num_ready(),
             running=len(self.leases.running),
             keep_rate=self.keep_rate.value,
-            verdicts=len(self.held.queued) + len(self.held.spare),
+            verdicts=sum(map(len, self.held.ahead_of(self.stream.next))),
         )
 
     def _grant_leases(self) -> None:

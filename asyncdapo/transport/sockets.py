@@ -85,9 +85,19 @@ class Server:
 
     async def receive(self) -> tuple[bytes, Message | Malformed, list[memoryview]]:
         """The next message with its peer's identity and buffers; bad input comes as a `Malformed`, never raised."""
-        peer, *frames = await _next(self._socket)
+        return self._decode(await _next(self._socket))
+
+    async def receive_some(self, most: int) -> list[tuple[bytes, Message | Malformed, list[memoryview]]]:
+        """As `receive`: the next message, and whatever has come behind it, up to `most` in all."""
+        received = [await self.receive()]
+        while len(received) < most and self._socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:
+            received.append(self._decode(await self._socket.recv_multipart(zmq.NOBLOCK, copy=False)))
+        return received
+
+    def _decode(self, frames: list[zmq.Frame]) -> tuple[bytes, Message | Malformed, list[memoryview]]:
+        peer, *parts = frames
         try:
-            message, buffers = decode(_buffers(frames), self._accepts, self._limits)
+            message, buffers = decode(_buffers(parts), self._accepts, self._limits)
         except Malformed as malformed:
             self.num_malformed += 1
             return peer.bytes, malformed, []

@@ -143,7 +143,8 @@ class Account:
 
     def admits(self) -> bool:
         ahead = self.in_training() + self.num_ready() + self.keep_rate() * len(self.leases)
-        verdicts = len(self.in_state("queued")) + len(self.in_state("spare"))
+        held, before = [*self.in_state("queued"), *self.in_state("spare")], self.next_prompt()
+        verdicts = sum(before is None or self.groups[group_id].prompt_id < before for group_id in held)
         limit = self.filter.max_gen_batches * self.filter.gen_batch_multiplier * self.size
         if self.barrier and self.limited and verdicts + len(self.leases) >= limit:
             return False

@@ -23,7 +23,7 @@ from asyncdapo.replay.audit import audit
 from asyncdapo.replay.intake import arrival
 from asyncdapo.replay.journal import Journal
 from asyncdapo.replay.ledger import last_trained, open_ledger, read_group
-from asyncdapo.replay.payloads import Place, Segments, read_record
+from asyncdapo.replay.payloads import BadRecord, Place, Segments, read_record
 from asyncdapo.replay.schema import UNDOABLE
 from tests.replay.small_run import SmallRun, finished_run, make_group, prompt_at, resumed_run
 
@@ -72,7 +72,7 @@ def test_a_new_writer_leaves_the_torn_end_of_an_old_segment_alone(tmp_path):
 def test_a_record_that_ends_too_soon_is_an_error(tmp_path):
     segments = Segments(tmp_path)
     place = segments.append(*make_group(lease(1)))
-    with pytest.raises(ValueError, match="ends before"):
+    with pytest.raises(BadRecord, match="ends before"):
         read_record(tmp_path, Place(place.segment, place.offset, place.num_bytes + 1))
 
 

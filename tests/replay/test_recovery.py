@@ -9,7 +9,7 @@ from asyncdapo.errors import RunError
 from asyncdapo.replay import events as core
 from asyncdapo.replay.config import FilterConfig, ReplayConfig
 from asyncdapo.replay.journal import Journal
-from asyncdapo.replay.ledger import read_group
+from asyncdapo.replay.ledger import describe_unreadable, read_group
 from asyncdapo.replay.recovery import KnownWorker, Recovered, Totals
 from tests.replay.small_run import SmallRun, finished_run
 from tests.replay.test_journal import rows, segments
@@ -209,7 +209,7 @@ def test_a_worker_has_joined_again_only_when_it_says_so(tmp_path):
     assert run.journal.recover().leases == []
 
 
-def test_a_kept_group_whose_tokens_are_gone_is_sampled_again(tmp_path, caplog):
+def test_a_kept_group_whose_tokens_are_gone_is_sampled_again_and_named(tmp_path):
     run = trained_run(tmp_path, 1, segment_bytes=1)
     kept = run.running(0)[0]
     prompt_id = run.leases[kept].prompt.prompt_id
@@ -219,10 +219,12 @@ def test_a_kept_group_whose_tokens_are_gone_is_sampled_again(tmp_path, caplog):
     run.roll_back(1)
     assert state_of(tmp_path, prompt_id)[0] == "waiting"
     assert run.journal.outcome(kept) == "undone"
-    assert "the tokens of 1 groups are not there any more" in caplog.text
+    said = describe_unreadable(tmp_path, branch=1)
+    assert said.startswith(f"1 groups can't be read back, and their prompts are sampled again: group {kept} (payloads/")
+    assert "ends before offset" in said
 
 
-def test_a_batch_with_a_torn_member_is_not_restored_and_its_others_return_to_the_queue(tmp_path, caplog):
+def test_a_batch_with_a_torn_member_is_not_restored_and_its_others_return_to_the_queue(tmp_path):
     run = trained_run(tmp_path, 2, segment_bytes=1)
     torn, whole = members(tmp_path, 2)
     [place] = rows(tmp_path, f"SELECT segment FROM groups WHERE group_id = {torn}")
@@ -230,7 +232,9 @@ def test_a_batch_with_a_torn_member_is_not_restored_and_its_others_return_to_the
     run.roll_back(1)
     assert [group.group_id for group in run.state.held.queued] == [whole]
     assert run.state.next_step == 2
-    assert "batch 2 can't be restored" in caplog.text
+    [event] = rows(tmp_path, "SELECT lease_id, step, detail FROM events WHERE kind = 'unreadable'")
+    assert (event["lease_id"], event["step"]) == (torn, 2)
+    assert "No such file" in event["detail"]
 
 
 @pytest.mark.parametrize(("on_stale", "state"), [("drop", "expired"), ("wait", "expired"), ("requeue", "waiting")])
@@ -276,7 +280,7 @@ def test_there_is_no_way_back_to_a_batch_that_the_ledger_does_not_hold(tmp_path)
 def test_a_rollback_that_fails_undoes_nothing(tmp_path, monkeypatch):
     run = trained_run(tmp_path, 2)
     before = {table: rows(tmp_path, f"SELECT * FROM {table}") for table in ("prompts", "leases", "groups", "batches")}
-    monkeypatch.setattr(run.journal._segments, "holds", lambda place: 1 / 0)
+    monkeypatch.setattr(run.journal._segments, "problem_with", lambda place: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run.journal.roll_back(1, "resumed", run.config, replaces=False)
     assert {table: rows(tmp_path, f"SELECT * FROM {table}") for table in before} == before

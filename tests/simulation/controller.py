@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from asyncdapo import faults
-from asyncdapo.errors import RunError
+from asyncdapo.errors import BatchError, RunError
 from asyncdapo.messages import EvalRequest, Sampling
 from tests.simulation.disk import Checkpoint
 from tests.simulation.learner import Learner
@@ -85,7 +86,10 @@ class Controller(Process):
         while True:
             train = self.spawn(self._train())
             await asyncio.wait([train, self.learner.process.dead], return_when=asyncio.FIRST_COMPLETED)
-            if train.done() and self.learner.process.alive:
+            if train.done() and isinstance(train.exception(), BatchError):
+                self.world.note("unreadable batches", str(train.exception()))
+                self.learner.process.die("its batch can't be read")
+            elif train.done() and self.learner.process.alive:
                 return train.result()
             train.cancel()
             await self._go_back()
@@ -129,7 +133,8 @@ class Controller(Process):
             await asyncio.sleep(RESTART_S)
             await self._bring_up(self.replay, partial(Replay, self.world, None))
             if self.leasing:
-                await self.replay.ask(lambda replay: replay.server.begin())
+                with suppress(ProcessDied):
+                    await self.replay.call(lambda replay: replay.server.begin())
 
     async def _keep_worker(self, index: int, slot: Slot) -> None:
         while True:

@@ -8,6 +8,8 @@ Does not own: who writes when, and who dies of it (`process`).
 
 from __future__ import annotations
 
+import os
+import random
 import shutil
 import sqlite3
 import tempfile
@@ -22,10 +24,12 @@ from asyncdapo.payload import Payload
 from asyncdapo.replay import journal as journal_module
 from asyncdapo.replay.journal import Journal
 from asyncdapo.replay.ledger import open_ledger
-from asyncdapo.replay.payloads import Place
+from asyncdapo.replay.payloads import BadRecord, Place
 from asyncdapo.replay.schema import TABLES, UNDONE_TABLES
 
 SHM = Path("/dev/shm")
+Records = dict[int, dict[int, tuple[Group, Payload]]]
+"""Of each segment by offset."""
 
 
 @dataclass
@@ -56,29 +60,42 @@ class _NoLock:
 class _MemorySegments:
     """As `Segments`, without files: what one life wrote the next can read."""
 
-    def __init__(self, records: dict[int, list[tuple[Group, Payload]]], segment_bytes: int) -> None:
+    def __init__(self, records: Records, segment_bytes: int) -> None:
         self._records, self._segment_bytes = records, segment_bytes
         self._begin(max(records, default=0) + 1)
 
+    def begin_next(self) -> None:
+        self._begin(self.newest + 1)
+
     def _begin(self, number: int) -> None:
         self.newest, self._num_bytes = number, 0
-        self._records[number] = []
+        self._records[number] = {}
 
     def append(self, group: Group, payload: Payload) -> Place:
         if self._num_bytes >= self._segment_bytes:
-            self._begin(self.newest + 1)
-        self._records[self.newest].append((group, payload))
+            self.begin_next()
+        offset = self._num_bytes
+        self._records[self.newest][offset] = group, payload
         self._num_bytes += payload.num_bytes
-        return Place(self.newest, len(self._records[self.newest]) - 1, 1)
+        return Place(self.newest, offset, payload.num_bytes)
 
-    def holds(self, place: Place) -> bool:
-        return place.offset < len(self._records.get(place.segment, ()))
+    def sync(self) -> None: ...
+
+    def problem_with(self, place: Place) -> str:
+        try:
+            self.read(place)
+        except BadRecord as bad:
+            return str(bad)
+        return ""
 
     def numbers(self) -> list[int]:
         return sorted(self._records)
 
     def read(self, place: Place) -> tuple[Group, Payload]:
-        return self._records[place.segment][place.offset]
+        record = self._records.get(place.segment, {}).get(place.offset)
+        if record is None:
+            raise BadRecord(f"segment {place.segment}: record {place.offset} is damaged")
+        return record
 
     def read_header(self, place: Place) -> Group:
         return self.read(place)[0]
@@ -112,7 +129,7 @@ class MemoryDisk:
         self.checkpoints: dict[int, Checkpoint] = {}
         self._segment_bytes = segment_bytes
         self._folder = Path(tempfile.gettempdir())
-        self._records: dict[int, list[tuple[Group, Payload]]] = {}
+        self._records: Records = {}
 
     @contextmanager
     def mounted(self) -> Iterator[None]:
@@ -135,11 +152,16 @@ class MemoryDisk:
     def query(self, query: str, parameters: Sequence | dict = ()) -> list[tuple]:
         return self._db.execute(query, parameters).fetchall()
 
-    def cut_power(self) -> None:
-        """The last record that was written is gone."""
-        records = self._records.get(max(self._records, default=0))
-        if records:
-            records.pop()
+    def damage(self, rng: random.Random) -> bool:
+        """Something befalls one record, whichever; nothing where there is none."""
+        places = [(segment, offset) for segment, records in sorted(self._records.items()) for offset in records]
+        if places:
+            segment, offset = rng.choice(places)
+            self._harm(segment, offset, rng)
+        return bool(places)
+
+    def _harm(self, segment: int, offset: int, rng: random.Random) -> None:
+        del self._records[segment][offset]
 
 
 class FileDisk(MemoryDisk):
@@ -157,9 +179,23 @@ class FileDisk(MemoryDisk):
         with closing(open_ledger(self._folder)) as ledger:
             return [tuple(row) for row in ledger.execute(query, parameters)]
 
-    def cut_power(self) -> None:
+    def damage(self, rng: random.Random) -> bool:
+        """A byte of a segment is another one, or its end is gone, or all of it."""
         folder = self._folder / journal_module.PAYLOAD_FOLDER
-        last = max((path for path in folder.glob("*.bin") if path.stat().st_size), default=None)
-        if last:
-            with last.open("r+b") as file:
-                file.truncate(last.stat().st_size - 1)
+        segments = sorted(path for path in folder.glob("*.bin") if path.stat().st_size)
+        if segments:
+            self._harm(rng.choice(segments), rng)
+        return bool(segments)
+
+    @staticmethod
+    def _harm(path: Path, rng: random.Random) -> None:
+        content = bytearray(path.read_bytes())
+        place = rng.randrange(len(content))
+        match rng.randrange(4):
+            case 0:
+                path.unlink()
+            case 1:
+                os.truncate(path, place)
+            case _:
+                content[place] ^= rng.randrange(1, 256)
+                path.write_bytes(content)

@@ -73,12 +73,14 @@ class Judge:
         self.copies: dict[int, list[int]] = {}
         """Of the same batches."""
         self.state_before: dict[str, Any] | None = None
+        self.restores = True
+        """Batch k + 1 stands after a rollback to step k."""
 
     def forget(self) -> None:
         """Tokens may be gone, so that batch k + 1 need not stand after a rollback."""
         self.known.clear()
         self.copies.clear()
-        self.truth = None
+        self.truth, self.restores = None, False
 
     # -------------------------------------------------------------------------------------------------- replay server
 
@@ -95,8 +97,9 @@ class Judge:
     def rolled_back(self, step: int, branch: int) -> None:
         self.world.note("rollbacks", f"rolled back to step {step}: branch {branch}")
         self.branch, self.state_before = branch, None
-        self.known = {k: members for k, members in self.known.items() if k <= step + 1}
-        self.copies = {k: copies for k, copies in self.copies.items() if k <= step + 1}
+        last = step + self.restores
+        self.known = {k: members for k, members in self.known.items() if k <= last}
+        self.copies = {k: copies for k, copies in self.copies.items() if k <= last}
         if self.truth:
             self.truth.roll_back(step)
 

@@ -76,8 +76,10 @@ class Plan:
     """Workers that the replay server has lost are killed, though they may only be cut off."""
     tears: float = 0.0
     """How likely the newest checkpoint is torn when it is needed."""
-    power_cuts: bool = False
-    """The driver's death takes the last bytes that were written with it."""
+    harmful_deaths: bool = False
+    """The driver's death does harm to a payload."""
+    harms_at: tuple[float, ...] = ()
+    """When something befalls a payload while the run goes on."""
 
     def draws_constant(self, prompt_id: int, weights: int) -> bool:
         """Whether these weights answer the prompt always the same."""
@@ -190,5 +192,6 @@ def _faults(rng: random.Random, settles_at: float) -> dict[str, object]:
         "disk_full_at": rng.randint(1, 60) if rng.random() < 0.03 else 0,
         "kills_silent": rng.random() < 0.5,
         "tears": rng.choice((0.0, 0.0, 0.3)),
-        "power_cuts": rng.random() < 0.1,
+        "harmful_deaths": rng.random() < 0.1,
+        "harms_at": tuple(rng.uniform(0, settles_at) for _ in range(rng.choice((0,) * 9 + (5,)))),
     }

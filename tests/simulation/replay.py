@@ -7,6 +7,8 @@ moment of death and the one with which the next life begins.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from asyncdapo.messages import EvalRequest, Lease, Prompt
@@ -27,22 +29,34 @@ class WatchedJournal(Journal):
     """The product's, which tells the judge what was committed, and which a dead process can't write."""
 
     def write(self, event: Any, actions: Any, **extras: Any) -> None:
+        with self.together():
+            super().write(event, actions, **extras)
+            CURRENT.get().written.append((event, list(actions)))
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
         process = CURRENT.get()
         if not process.alive:
             raise Killed("writes after its death")
+        if process.in_event:
+            yield
+            return
         process.in_event = True
         try:
-            super().write(event, actions, **extras)
+            with super().together():
+                yield
         except Killed as killed:
             if killed.point == "after_commit":
-                process.committed(event, actions)
+                going_back = process.rolled_back_to is not None
+                process.committed()
+                process.in_event = going_back  # the core's state is still that of before
             raise
-        process.committed(event, actions)
+        process.committed()
 
     def roll_back(self, step: int, reason: str, config: Any, *, replaces: bool) -> None:
-        process = CURRENT.get()
-        super().roll_back(step, reason, config, replaces=replaces)
-        process.world.judge.rolled_back(step, self.branch)
+        with self.together():
+            super().roll_back(step, reason, config, replaces=replaces)
+            CURRENT.get().rolled_back_to = step
 
 
 class Replay(Process):
@@ -53,6 +67,10 @@ class Replay(Process):
     def __init__(self, world: World, roll_back_to: int | None) -> None:
         super().__init__(world, "replay")
         self.in_event = False
+        self.written: list[tuple[Any, Any]] = []
+        """Events of the transaction that is not committed yet."""
+        self.rolled_back_to: int | None = None
+        """Where it goes back to, if it does."""
         self.server: ReplayServer = self.inside(self._open, roll_back_to)
         if roll_back_to is None:
             world.judge.reloaded(self.server._exchange.state)
@@ -93,9 +111,14 @@ class Replay(Process):
         if self.alive and not task.cancelled() and task.exception():
             self.world.fail(task.exception())
 
-    def committed(self, event: Any, actions: Any) -> None:
+    def committed(self) -> None:
         self.in_event = False
-        self.world.judge.observe(event, actions)
+        if self.rolled_back_to is not None:
+            self.world.judge.rolled_back(self.rolled_back_to, self.journal.branch)
+            self.rolled_back_to = None
+        for event, actions in self.written:
+            self.world.judge.observe(event, actions)
+        self.written.clear()
 
     def note_grant(self, peer: bytes, message: Lease | EvalRequest) -> None:
         self.world.judge.sent(self.server._sessions.of_peer(peer), message)

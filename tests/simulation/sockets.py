@@ -100,6 +100,12 @@ class Server(_Socket):
         except Malformed as malformed:
             return peer, malformed, []
 
+    async def receive_some(self, most: int) -> list[tuple[bytes, Message | Malformed, list[memoryview]]]:
+        received = [await self.receive()]
+        while self._arrived and len(received) < most:
+            received.append(await self.receive())
+        return received
+
     async def send(self, peer: bytes, message: Message, frames: Sequence[Buffer] = ()) -> None:
         if isinstance(message, Lease | EvalRequest):
             self.process.note_grant(peer, message)

@@ -114,7 +114,8 @@ class World:
                     return ""
                 steps += self.plan.more_steps
             except ProcessDied:
-                self._cut_power()
+                if self.plan.harmful_deaths:
+                    self._do_harm()
             except RunError as error:
                 if self._is_final(str(error)):
                     return str(error)
@@ -145,6 +146,8 @@ class World:
         for at, how_long, index in plan.cuts:
             later(at, self._cut_off, f"rollout-{index}")
             later(at + how_long, self.network.cut_off.discard, f"rollout-{index}")
+        for at in plan.harms_at:
+            later(at, self._do_harm)
         later(plan.settles_at, self.settle)
 
     def _kill(self, role: str) -> None:
@@ -162,10 +165,9 @@ class World:
             self.note("cuts of a link", f"{name} is cut off")
             self.network.cut_off.add(name)
 
-    def _cut_power(self) -> None:
-        if self.plan.power_cuts and not self.settled:
-            self.note("power cuts", "the last bytes are lost")
-            self.disk.cut_power()
+    def _do_harm(self) -> None:
+        if not self.settled and self.disk.damage(self._rng):
+            self.note("harmed payloads", "a payload is damaged")
             self.judge.forget()
 
     def settle(self) -> None:
