@@ -22,6 +22,7 @@ LOWER = {
     "tokens",
     "shares",
     "shape",
+    "tensor_names",
     "dapo",
     "dapo_variants",
     "corrections",

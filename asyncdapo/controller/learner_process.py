@@ -24,6 +24,7 @@ import torch
 
 from asyncdapo import faults
 from asyncdapo.controller.member import Member, T
+from asyncdapo.controller.model_check import check_rotations
 from asyncdapo.controller.pulse import Pulse
 from asyncdapo.controller.waits import NOBODY, Wait
 from asyncdapo.learner.batches import Batches
@@ -81,6 +82,7 @@ class Main(Member):
             seed=config.run.seed,
             ranks=self.ranks,
         )
+        check_rotations(config)  # once more: it may be a model that was downloaded
         if checkpoint:
             learner.restore(checkpoint)
         return learner

@@ -27,6 +27,7 @@ from typing import IO
 from asyncdapo.config import Config, find_config, load_config, to_yaml
 from asyncdapo.controller.engine_check import check_installed, check_model
 from asyncdapo.controller.identity import IDENTITY_FILE, Identity, check_same_run, identify, to_json
+from asyncdapo.controller.model_check import check_learnable
 from asyncdapo.controller.resume import Resume, survey
 from asyncdapo.controller.roster import end_survivors
 from asyncdapo.disk import replace_file
@@ -61,6 +62,7 @@ def prepare_run(name_or_path: str, overrides: Sequence[str]) -> Iterator[tuple[C
         new = not holds_run(config.run.dir)
     if new:
         check_model(config)
+        check_learnable(config)
     identity = identify(config)
     with _usable(config.run.dir):
         lock = lock_directory(config.run.dir)

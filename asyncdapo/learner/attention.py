@@ -21,12 +21,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
 
 from asyncdapo.errors import ConfigError
 from asyncdapo.learner.layout import Layout, Rectangles, Segments
 from asyncdapo.learner.model_path import KEY
 
 NAME = "packed"
+CHECKED = "packed_checked"
+"""The same for a check of the model: under this name Hugging Face asks for masks, which say which window they have."""
 HALF = (torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
 """Of the flash kernel, which also wants multiples of 8."""
@@ -60,7 +63,33 @@ def packed_attention(
     return _by_rectangles(*flat, layout.rectangles, scaling, sliding_window)[None], None
 
 
+def checked_attention(
+    module: nn.Module,
+    query_1NSD: Tensor,
+    key_1MSD: Tensor,
+    value_1MSD: Tensor,
+    attention_mask: Tensor | int | None,
+    *,
+    sliding_window: int | None = None,
+    **asked: Any,
+) -> tuple[Tensor, None]:
+    """`packed_attention` in a model whose masks are from `window_of_mask`. Raises ConfigError where attention is told
+    of another window than the mask has: it computes without masks, and short sequences don't show the difference."""
+    mask = attention_mask if isinstance(attention_mask, Tensor) else None
+    if mask is None and attention_mask != sliding_window:
+        windows = f"a window of {attention_mask} tokens, its attention is told {sliding_window}"
+        raise ConfigError(KEY, f"can't be trained packed, which is without masks: its mask has {windows}")
+    return packed_attention(module, query_1NSD, key_1MSD, value_1MSD, mask, sliding_window=sliding_window, **asked)
+
+
+def window_of_mask(*_: Any, local_size: int | None = None, **__: Any) -> int | None:
+    """In place of a mask: how many tokens its rows see, whether they slide or lie in chunks; none for all."""
+    return local_size
+
+
 AttentionInterface.register(NAME, packed_attention)
+AttentionInterface.register(CHECKED, checked_attention)
+AttentionMaskInterface.register(CHECKED, window_of_mask)
 
 
 def _has_kernel(query: Tensor, value: Tensor) -> bool:

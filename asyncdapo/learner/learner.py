@@ -40,6 +40,7 @@ from asyncdapo.learner.masters import Masters, compute_in
 from asyncdapo.learner.measured import Measured
 from asyncdapo.learner.model import check_packing, load_model
 from asyncdapo.learner.model_path import TOKENIZER_FILES, model_directory, tokenizer_directory
+from asyncdapo.learner.names import check_names
 from asyncdapo.learner.optimizer import Optimizer
 from asyncdapo.learner.packing import Work
 from asyncdapo.learner.prepared import Prepared
@@ -100,6 +101,7 @@ class Learner:
         self._measured = Measured(device)
         compiled = compiles(config.compile, device)
         self._model = load_model(source, device)
+        check_names(self._model, source)
         self._shape = read_shape(self._model.config.to_dict())
         self._masters = Masters(self._model, getattr(torch, settled_dtype(config.dtype, on_gpu=device.type == "cuda")))
         check_packing(self._model)  # in the dtype that it computes in from now on, which may have other kernels

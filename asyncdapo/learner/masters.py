@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from asyncdapo.errors import RunError
+from asyncdapo.learner.names import once
 
 
 class Masters:
@@ -41,12 +42,7 @@ class Masters:
 
     def named(self) -> dict[str, Tensor]:
         """The live masters by their Hugging Face names, detached, tied ones once: what a safetensors file has."""
-        seen, weights = set(), {}
-        for name, tensor in self.state_dict().items():
-            if id(tensor) not in seen:
-                seen.add(id(tensor))
-                weights[name] = tensor.detach()
-        return weights
+        return {name: tensor.detach() for name, tensor in once(self.state_dict()).items()}
 
     @torch.no_grad()
     def refresh(self) -> None:

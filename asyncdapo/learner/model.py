@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from asyncdapo.errors import ConfigError
-from asyncdapo.learner.attention import NAME, gather_rows
+from asyncdapo.learner.attention import CHECKED, NAME, gather_rows
 from asyncdapo.learner.layout import Layout
 from asyncdapo.learner.logprobs import linear_logprobs
 from asyncdapo.learner.model_path import KEY
@@ -73,7 +73,8 @@ def token_logprobs(
 
 def outputs(model: PreTrainedModel, tokens_S: Tensor, positions_S: Tensor, layout: Layout) -> Tensor:
     """The last block's outputs for packed tokens, normalised as the head takes them, [S, H]."""
-    assert model.config._attn_implementation == NAME, "the model's own attention would pass over the layout"
+    known = model.config._attn_implementation in (NAME, CHECKED)
+    assert known, "the model's own attention would pass over the layout"
     packed = model.base_model(tokens_S[None], position_ids=positions_S[None], use_cache=False, layout=layout)
     return packed.last_hidden_state[0]
 
@@ -82,13 +83,15 @@ def outputs(model: PreTrainedModel, tokens_S: Tensor, positions_S: Tensor, layou
 def check_packing(model: PreTrainedModel, key: str = KEY) -> None:
     """Compares the outputs for packed tokens with those that the model's own attention has for each sequence alone, in
     the dtype and on the device that the model has now. Raises ConfigError for the config's `key` where they differ, or
-    can't be had: a model that mixes tokens in other ways than by attention, or by attention that can't be replaced."""
+    can't be had: a model that mixes tokens in other ways than by attention, or by attention that can't be replaced.
+    The sequences are short: of windows it compares what mask and attention are told (`checked_attention`)."""
     prompt_starts, num_prompt = np.array([0, 0, 8]), np.array([3, 3, 4])
     starts, num_behind = np.array([3, 6, 12]), np.array([3, 2, 1])
     layout = Layout(prompt_starts, num_prompt, starts, num_behind, model.device)
     tokens_S = torch.arange(layout.num_tokens, device=model.device) % model.get_input_embeddings().weight.shape[0]
     try:
-        packed_SH = outputs(model, tokens_S, torch.from_numpy(layout.positions()).to(model.device), layout)
+        with _attention(model, CHECKED):
+            packed_SH = outputs(model, tokens_S, torch.from_numpy(layout.positions()).to(model.device), layout)
     except ConfigError as error:
         raise ConfigError(key, error.problem, model.name_or_path) from error
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
@@ -97,7 +100,7 @@ def check_packing(model: PreTrainedModel, key: str = KEY) -> None:
     for row in range(len(starts)):
         places = np.r_[prompt_starts[row] + np.arange(num_prompt[row]), starts[row] + np.arange(num_behind[row])]
         places = torch.from_numpy(places).to(model.device)
-        with _own_attention(model):
+        with _attention(model, "eager"):
             alone_TH = model.base_model(tokens_S[places][None], use_cache=False).last_hidden_state[0]
         difference = ((packed_SH[places] - alone_TH).norm() / alone_TH.norm()).item()
         if not difference < TOLERANCE[model.dtype]:
@@ -106,9 +109,9 @@ def check_packing(model: PreTrainedModel, key: str = KEY) -> None:
 
 
 @contextmanager
-def _own_attention(model: PreTrainedModel) -> Iterator[None]:
-    """As the model's authors wrote it."""
-    model.set_attn_implementation("eager")
+def _attention(model: PreTrainedModel, name: str) -> Iterator[None]:
+    """Hugging Face's of this name; `eager` is as the model's authors wrote it."""
+    model.set_attn_implementation(name)
     try:
         yield
     finally:

@@ -15,6 +15,7 @@ Holds for vLLM 0.25 to 0.32.
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,7 +24,6 @@ from typing import Any
 
 import msgspec
 import torch
-from safetensors import safe_open
 from vllm.config import set_current_vllm_config
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
@@ -34,14 +34,13 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from asyncdapo.errors import WeightsError
+from asyncdapo.tensor_names import read_shapes, weight_names
 from asyncdapo.transport.backend import Backend
 from asyncdapo.transport.process_group import device_name
 from asyncdapo.weights.ends import TRANSFER
 from asyncdapo.weights.layout import Manifest
 from asyncdapo.weights.staging import Staging
 
-DERIVED_SUFFIX = "rotary_emb.inv_freq"
-"""Old checkpoints hold these, which every model computes by itself."""
 PROBE_ROWS = 256
 """Rows of the identity that are multiplied at once with a packed weight."""
 
@@ -93,7 +92,14 @@ class StagedTransfer(WeightTransferEngine[NoInit, StagedUpdate]):
                 self.model.load_weights(tensors.items())
             finally:  # after an error too: the next load needs layers without half of this one
                 finalize_layerwise_reload(self.model, self.model_config)
-                _renew_tied(self.model)
+                self._renew_tied_heads()
+
+    def _renew_tied_heads(self) -> None:
+        """They got no tensor of their own, so vLLM has left alone what it had derived from the weight (on CPU a packed
+        copy)."""
+        for head in self._tied_heads:
+            if method := getattr(head, "quant_method", None):
+                method.process_weights_after_loading(head)
 
     def shutdown(self) -> None:
         self.staging.close()
@@ -113,15 +119,14 @@ class StagedTransfer(WeightTransferEngine[NoInit, StagedUpdate]):
 
     @cached_property
     def _shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of the tensors in the model's files by their names, without those that a tied model has no use for."""
-        unused = {f"{name}.weight" for name, _ in _tied_modules(self.model)}
-        shapes: dict[str, tuple[int, ...]] = {}
-        for file in sorted(Path(self.model_config.model).glob("*.safetensors")):
-            with safe_open(file, "pt") as weights:
-                shapes |= {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
-        return {
-            name: shape for name, shape in shapes.items() if name not in unused and not name.endswith(DERIVED_SUFFIX)
-        }
+        """Of the weights in the model's files, by their names."""
+        shapes = read_shapes(Path(self.model_config.model))
+        return {name: shapes[name] for name in weight_names(shapes, tied=bool(self._tied_heads))}
+
+    @cached_property
+    def _tied_heads(self) -> list[torch.nn.Module]:
+        """First asked for before the first load, when the model is as vLLM has made it."""
+        return _tied_heads(self.model)
 
 
 class WorkerEnd:
@@ -170,21 +175,12 @@ class WorkerEnd:
         return digest.hexdigest()
 
 
-def _tied_modules(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
-    """Output projections that use the weight of the embedding: no checkpoint of such a model has a tensor for them."""
-    text = getattr(model.config, "get_text_config", lambda: model.config)()
-    if getattr(text, "tie_word_embeddings", False):
-        for name, module in model.named_modules():
-            if name.rpartition(".")[2] == "lm_head":
-                yield name, module
-
-
-def _renew_tied(model: torch.nn.Module) -> None:
-    """A tied projection got no tensor of its own, so vLLM has left alone what it had derived from the weight (on CPU a
-    packed copy)."""
-    for _, module in _tied_modules(model):
-        if method := getattr(module, "quant_method", None):
-            method.process_weights_after_loading(module)
+def _tied_heads(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """Output projections whose weight has another name, too: that of the embedding. The config doesn't say: vLLM unties
+    a model whose files hold a head, and ties it again when the two are equal."""
+    names = Counter(id(weight) for _, weight in model.named_parameters(remove_duplicate=False))
+    heads = [module for name, module in model.named_modules(remove_duplicate=False) if name.endswith("lm_head")]
+    return [head for head in heads if names[id(getattr(head, "weight", None))] > 1]
 
 
 def _values(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -5,15 +5,17 @@ import math
 import pytest
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     GPTJConfig,
+    Llama4TextConfig,
     MistralConfig,
     MistralForCausalLM,
     MptConfig,
     PhimoeConfig,
-    PhimoeForCausalLM,
+    Qwen2MoeConfig,
 )
 
 from asyncdapo.dapo import group_advantage
@@ -119,12 +121,40 @@ def test_a_model_whose_attention_is_more_than_causal_is_refused(tmp_path):
         load_model(tmp_path, CPU)
 
 
-def test_a_model_whose_attention_looks_nowhere_but_at_its_mask_is_refused(tmp_path):
-    """Its window is in the mask that Hugging Face makes for it, and is not told to attention."""
+MOE = {"num_experts": 2, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
+WINDOWS = {"use_sliding_window": True, "sliding_window": 4096, "max_window_layers": 1}
+
+
+@pytest.mark.parametrize(
+    ("config", "window"),
+    [
+        (PhimoeConfig(**SHAPE, num_local_experts=2, sliding_window=64), 64),
+        (Qwen2MoeConfig(**SHAPE, **MOE, **WINDOWS), 4096),
+        (Llama4TextConfig(**SHAPE, num_local_experts=2, attention_chunk_size=8192, intermediate_size_mlp=48), 8192),
+    ],
+    ids=lambda value: getattr(value, "model_type", ""),
+)
+def test_a_window_that_is_in_the_mask_alone_is_refused_however_long_it_is(tmp_path, config, window):
     torch.manual_seed(0)
-    PhimoeForCausalLM(PhimoeConfig(**SHAPE, num_local_experts=2, sliding_window=3)).save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match="can't be trained packed: outputs differ"):
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    told = f"its mask has a window of {window} tokens, its attention is told None"
+    with pytest.raises(ConfigError, match=f"can't be trained packed, which is without masks: {told}"):
         load_model(tmp_path, CPU)
+
+
+def test_a_window_that_attention_has_and_the_mask_has_not_is_refused(tmp_path):
+    model = load_model(save_tiny_llama(tmp_path), CPU)
+    own = model.model.layers[1].self_attn.forward
+    model.model.layers[1].self_attn.forward = lambda *args, **kwargs: own(*args, sliding_window=4096, **kwargs)
+    with pytest.raises(ConfigError, match="its mask has a window of None tokens, its attention is told 4096"):
+        check_packing(model)
+
+
+@pytest.mark.parametrize("kind", ["mistral", "qwen2", "qwen3", "gemma3_text", "cohere2", "starcoder2"])
+def test_a_window_that_attention_is_told_of_is_accepted(tmp_path, kind):
+    config = AutoConfig.for_model(kind, **SHAPE, **WINDOWS, head_dim=8, logit_scale=1.0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    assert load_model(tmp_path, CPU).config._attn_implementation == NAME
 
 
 @pytest.mark.parametrize("config", [GPTJConfig(n_embd=32, n_layer=1, n_head=4, rotary_dim=4), MptConfig(d_model=32)])

@@ -7,7 +7,6 @@ Does not own: the layout in which weights are computed with (`weights.py`).
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from asyncdapo.errors import ConfigError
 from asyncdapo.rollout.model_files import locate, read_config, stop_token_ids
 from asyncdapo.shape import MODEL_TYPES, Shape, read_shape
+from asyncdapo.tensor_names import WHOLE, weight_files
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Rotary variants whose frequencies don't depend on the length of the sequence."""
@@ -72,14 +72,10 @@ def read_checkpoint(model_path: str) -> Checkpoint:
 
 
 def _weight_files(directory: Path) -> list[Path]:
-    index = directory / "model.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        return [directory / name for name in names]
-    whole = directory / "model.safetensors"
-    if not whole.is_file():
-        raise ConfigError("model.path", "has no model.safetensors", str(directory), "save the model as safetensors")
-    return [whole]
+    files = weight_files(directory)
+    if not files:
+        raise ConfigError("model.path", f"has no {WHOLE}", str(directory), "save the model as safetensors")
+    return files
 
 
 def _refuse_unknown(config: PretrainedConfig, model_path: str) -> None:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 
 from asyncdapo.rollout.torch_engine.checkpoint import ModelShape
+from asyncdapo.tensor_names import TIED_HEAD, weight_names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,13 +70,12 @@ class Weights:
     @torch.no_grad()
     def fill(self, named: Mapping[str, torch.Tensor]) -> None:
         """Raises ValueError for a missing, unknown or misshapen tensor; the set is then unusable."""
-        unread = _Unread(named)
+        weights = weight_names(named, tied=self._shape.tied_embeddings)
+        unread = _Unread({name: named[name] for name in weights})
         unread.copy("model.embed_tokens.weight", self.embedding)
         unread.copy("model.norm.weight", self.norm)
-        if self._shape.tied_embeddings:
-            unread.discard("lm_head.weight")
-        else:
-            unread.copy("lm_head.weight", self.head)
+        if not self._shape.tied_embeddings:
+            unread.copy(TIED_HEAD, self.head)
         for index, layer in enumerate(self.layers):
             self._fill_layer(unread, f"model.layers.{index}.", layer)
         unread.refuse_rest()
@@ -113,8 +113,8 @@ class Weights:
 class _Unread:
     """The tensors of a mapping that nothing has read yet."""
 
-    def __init__(self, named: Mapping[str, torch.Tensor]) -> None:
-        self._left = {name: tensor for name, tensor in named.items() if not name.endswith("rotary_emb.inv_freq")}
+    def __init__(self, named: dict[str, torch.Tensor]) -> None:
+        self._left = named
 
     def copy(self, name: str, target: torch.Tensor, paired: int = 0) -> None:
         """Into `target`; with `paired` = D the two halves of every D rows are interleaved."""
@@ -127,9 +127,6 @@ class _Unread:
             halves = source.unflatten(0, (-1, 2, paired // 2))
             source = halves.transpose(1, 2).flatten(0, 2)
         target.copy_(source)
-
-    def discard(self, name: str) -> None:
-        self._left.pop(name, None)
 
     def refuse_rest(self) -> None:
         if self._left:
