@@ -185,11 +185,16 @@ def _launch(args: argparse.Namespace) -> int:
         if resume.finished:
             print(f"{config.run.dir} has its {resume.step} steps; raise run.steps to go on")
             return 0
-        # Ray's own report of a death, which ours says in a line; read when Ray is imported.
-        os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "A worker died or was killed")
+        _hush_ray()
         from asyncdapo.controller.launch import launch
 
         return launch(config, resume)
+
+
+def _hush_ray() -> None:
+    """Leave out Ray's own reports of deaths, which ours say in a line. Read when Ray is imported."""
+    deaths = "A worker died or was killed|Raylet is terminated|has been marked dead"
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", deaths)
 
 
 def _config(args: argparse.Namespace) -> int:
@@ -226,6 +231,7 @@ def _data_prepare(args: argparse.Namespace) -> int:
 
 
 def _eval(args: argparse.Namespace) -> int:
+    _hush_ray()
     from asyncdapo.controller.eval.command import command
 
     return command(args)

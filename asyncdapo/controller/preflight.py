@@ -30,6 +30,7 @@ from asyncdapo.controller.identity import IDENTITY_FILE, Identity, check_same_ru
 from asyncdapo.controller.model_check import check_learnable
 from asyncdapo.controller.resume import Resume, survey
 from asyncdapo.controller.roster import end_survivors
+from asyncdapo.controller.surroundings import check_surroundings
 from asyncdapo.disk import replace_file
 from asyncdapo.errors import ConfigError, RunError, UserError
 from asyncdapo.learner.compiler import check_compiler
@@ -74,6 +75,7 @@ def prepare_run(name_or_path: str, overrides: Sequence[str]) -> Iterator[tuple[C
 
 def check_config(config: Config) -> None:
     """What can be checked without the run directory, and without torch."""
+    check_surroundings(config)
     check_installed(config)
     if config.learner.compile:  # null depends on what the learner finds, and is checked there
         check_compiler(config.learner.device, config.learner.compile)

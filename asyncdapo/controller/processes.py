@@ -10,6 +10,7 @@ Does not own: when a process is started again (`fleet`), what the calls do (`act
 from __future__ import annotations
 
 import asyncio
+import atexit
 import logging
 import math
 import os
@@ -18,7 +19,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import ray
@@ -28,15 +29,13 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from asyncdapo.config import Config
 from asyncdapo.controller.placement import Placement
+from asyncdapo.controller.ray_servers import RayDied, close_own, start_own
 from asyncdapo.controller.roster import Entry, is_running
 from asyncdapo.controller.warden import adopt_orphans
 from asyncdapo.errors import RunError, UserError
 
 CPUS_PER_PROCESS = 0.1
 """Asked of Ray: small, so that every process is placed even on one core. Threads are what the config says."""
-
-OBJECT_STORE_BYTES = 100 << 20
-"""Ray's shared memory. Commands are small; neither rollouts nor weights go through it."""
 
 MAX_CONCURRENCY = 64
 """Ray calls that one process serves at a time: commands, besides its `serve`."""
@@ -55,22 +54,27 @@ class ProcessDied(RunError):  # noqa: N818 - what happened to it, not a failure 
 
 @contextmanager
 def ray_session(config: Config) -> Iterator[None]:
-    """Connected to `controller.ray_address`, or to a Ray of our own on this machine; every process ends with it."""
+    """Connected to `controller.ray_address`, or to a Ray of our own on this machine; every process ends with it. A Ray
+    that died is left as it is, with the directory of its logs."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
-    try:
+    with ExitStack() as end:
+        end.callback(ray.shutdown)
         adopt_orphans(True)
         with _signals_held():
             if address := config.controller.ray_address:
                 _join_cluster(address, quiet)
             else:
-                ray.init(address="local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **quiet)
+                end.callback(close_own, start_own(**quiet))
         adopt_orphans(False)
-        yield
-    finally:
-        adopt_orphans(True)
-        ray.shutdown()
+        end.callback(adopt_orphans, True)
+        try:
+            yield
+        except RayDied:
+            end.pop_all()
+            atexit.register(os._exit, 1)  # before Ray's own end, which would wait for its dead
+            raise
 
 
 def _join_cluster(address: str, options: Mapping[str, Any]) -> None:

@@ -46,6 +46,12 @@ def read_stat(pid: int) -> ProcessStat | None:
     return ProcessStat(letter=fields[0], started=round(started, 2))
 
 
+def command_name(pid: int) -> str | None:
+    """Name of its program, the first 15 characters."""
+    text = _read(pid, "comm")
+    return None if text is None else text.rstrip("\n")
+
+
 def memory_mib(pid: int) -> float | None:
     """Resident memory; None for a zombie too, which has none."""
     field = _status_field(pid, "VmRSS")

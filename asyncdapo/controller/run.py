@@ -39,6 +39,7 @@ from asyncdapo.controller.lines import Lines, counters_of
 from asyncdapo.controller.parity import Parity
 from asyncdapo.controller.patience import Patience, Stopped
 from asyncdapo.controller.processes import Watch
+from asyncdapo.controller.ray_servers import death as ray_death
 from asyncdapo.controller.resume import Resume, survey
 from asyncdapo.controller.training_fleet import TrainingFleet
 from asyncdapo.controller.waits import NOBODY
@@ -75,6 +76,7 @@ class Controller:
         loop, main = asyncio.get_running_loop(), asyncio.current_task()
         for sent in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(sent, self._heed_signal, main)
+        self.watch.add("Ray", ray_death(self.config.controller.ray_address))
         await self.watch.guard(self._run())
         from asyncdapo.metrics.curve import draw_curve  # matplotlib takes its time
 

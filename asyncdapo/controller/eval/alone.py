@@ -34,6 +34,7 @@ from asyncdapo.controller.eval.progress import EvalProgress
 from asyncdapo.controller.fleet import Fleet
 from asyncdapo.controller.patience import Patience
 from asyncdapo.controller.processes import Watch, ray_session
+from asyncdapo.controller.ray_servers import death as ray_death
 from asyncdapo.controller.waits import NOBODY
 from asyncdapo.controller.warden import warden
 from asyncdapo.errors import EXIT_INTERRUPTED, RunError
@@ -90,6 +91,7 @@ class EvalRun:
         for sent in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(sent, main.cancel)
         watch = Watch()
+        watch.add("Ray", ray_death(self._config.controller.ray_address))
         await watch.guard(self._run(watch))
 
     async def _run(self, watch: Watch) -> None:
