@@ -3,8 +3,8 @@
 In: the metrics of each step. Out: a W&B run with its files under RUN_DIR/wandb, and RUN_DIR/wandb.id, under which a
 resumed run goes on. W&B keeps what it once got: of a step that was undone and trained again it has both points.
 Everything of W&B happens in a thread of its own (import and start take about two seconds, an upload as long as it
-likes), so `log` costs the run a queue entry. Asks nothing and prints nothing. Does not own: the record of the run,
-which is metrics.jsonl.
+likes), so `log` costs the run a queue entry. Asks nothing, and in place of what W&B prints there is one line: the run's
+address, or the command that uploads it. Does not own: the record of the run, which is metrics.jsonl.
 
 What goes wrong: `auto` that can't reach the server goes on offline, and says so; any other error is raised at the next
 `log` or at `close`, whatever it is.
@@ -114,12 +114,18 @@ class WandbLog:
             return wandb.init(mode=chosen, settings=quiet, **arguments)
 
         run = open_run(start, mode, may_go_offline, wandb.Error)
+        logger.info(describe(None if run.offline else run.url, run.dir))
         run.define_metric("step")
         run.define_metric("*", step_metric="step")
         for line in iter(self._lines.get, None):
             run.log(line)
         run.finish()
         wandb.teardown()  # its process ends here, and not when this one does
+
+
+def describe(url: str | None, files_dir: str) -> str:
+    """Where to see the run: at its address, or after a command when it is offline. `files_dir`: W&B's in its folder."""
+    return f"W&B: {url}" if url else f"W&B is offline: wandb sync {os.path.relpath(Path(files_dir).parent)} uploads it"
 
 
 def run_id(run_dir: Path) -> str:

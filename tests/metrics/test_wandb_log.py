@@ -9,7 +9,7 @@ import pytest
 
 from asyncdapo.errors import ConfigError, RunError
 from asyncdapo.metrics.config import MetricsConfig
-from asyncdapo.metrics.wandb_log import WandbLog, choose_mode, open_run, run_id
+from asyncdapo.metrics.wandb_log import WandbLog, choose_mode, describe, open_run, run_id
 
 
 class NoServerError(Exception):
@@ -59,9 +59,12 @@ def test_an_unreachable_server_takes_auto_offline_and_fails_what_was_said_to_be_
 def log_offline(run_dir: Path, steps: list[int], settings: dict) -> str:
     """A launch that logs these steps, in a process of its own. Returns what it prints."""
     code = f"""
+import logging, sys
 from pathlib import Path
 from asyncdapo.metrics.config import MetricsConfig
 from asyncdapo.metrics.wandb_log import WandbLog
+logging.basicConfig(format="%(name)s: %(message)s", stream=sys.stdout)
+logging.getLogger("metrics").setLevel(logging.INFO)
 log = WandbLog(Path({str(run_dir)!r}), MetricsConfig(), "offline", "name", {settings})
 for step in {steps}:
     log.log({{"step": step, "reward/filtered_mean": step / 2}})
@@ -72,15 +75,22 @@ log.close()
     return done.stdout + done.stderr
 
 
-def test_an_offline_run_holds_the_same_names_and_prints_nothing(tmp_path: Path):
-    assert log_offline(tmp_path, [0, 1, 2], {"run": {"seed": 3}}) == ""
+def test_an_offline_run_holds_the_same_names_and_says_in_one_line_what_uploads_it(tmp_path: Path):
+    [said] = log_offline(tmp_path, [0, 1, 2], {"run": {"seed": 3}}).splitlines()
     [record] = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    assert said == f"metrics: W&B is offline: wandb sync {os.path.relpath(record.parent)} uploads it"
     assert b"reward/filtered_mean" in record.read_bytes()
 
 
+def test_an_online_run_says_its_address():
+    assert describe("https://wandb.ai/me/asyncdapo/runs/1a2b3c4d", "wandb/run-1/files") == (
+        "W&B: https://wandb.ai/me/asyncdapo/runs/1a2b3c4d"
+    )
+
+
 def test_a_resumed_run_goes_on_under_its_id_also_with_other_settings(tmp_path: Path):
-    assert log_offline(tmp_path, [0, 1], {"run": {"steps": 2}}) == ""
-    assert log_offline(tmp_path, [2, 3], {"run": {"steps": 4}}) == ""
+    log_offline(tmp_path, [0, 1], {"run": {"steps": 2}})
+    log_offline(tmp_path, [2, 3], {"run": {"steps": 4}})
     records = list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
     assert {record.name for record in records} == {f"run-{run_id(tmp_path)}.wandb"}
     assert all(b"reward/filtered_mean" in record.read_bytes() for record in records)
