@@ -147,8 +147,10 @@ def _merged(path: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], dict[
         raise ConfigError(error.full_key, str(error).splitlines()[0]) from error
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError, TypeError) as error:
         raise UserError(f"{path}: {str(error).splitlines()[0]}") from error
-    changed = {text.partition("=")[0] for text in overrides}
-    return tree, {key: place for key, place in places.items() if key not in changed}
+    changed = [text.partition("=")[0] for text in overrides]
+    return tree, {
+        key: place for key, place in places.items() if not any(f"{other}.".startswith(f"{key}.") for other in changed)
+    }
 
 
 def _read(path: Path, above: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dict[str, str]]:

@@ -9,12 +9,12 @@ with which step size may. Does not own: reading a configuration, where a run goe
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
 
-from asyncdapo.config import Config, load_config, to_dict
+from asyncdapo.config import Config, load_recorded, to_dict
 from asyncdapo.errors import ConfigError, UserError
 from asyncdapo.learner.checkpoint import sha256_of
 from asyncdapo.learner.model_path import local_directory, local_tokenizer, model_digests, tokenizer_digests
@@ -80,16 +80,23 @@ def to_json(identity: Identity) -> bytes:
 def check_same_run(run_dir: Path, config: Config, identity: Identity) -> Config:
     """The configuration of the run's last launch. Raises ConfigError that lists whatever makes this another run."""
     try:
-        recorded = load_config(run_dir / CONFIG_FILE)
+        recorded, gone = load_recorded(run_dir / CONFIG_FILE)
         known = msgspec.json.decode((run_dir / IDENTITY_FILE).read_bytes(), type=Identity)
     except (UserError, OSError, msgspec.DecodeError) as error:
         problem = f"holds a run that can't be gone on with: {error}"
         raise ConfigError("run.dir", problem, str(run_dir), "choose another run.dir") from error
+    for problem in unknown_keys(run_dir / CONFIG_FILE, gone):
+        print(f"not used: {problem}")
     different = [*different_files(known, identity, config), *_different_values(recorded, config)]
     if different:
         problem = f"holds a run that differs in {', '.join(different)}"
         raise ConfigError("run.dir", problem, str(run_dir), "choose another run.dir, or the values of that run")
     return recorded
+
+
+def unknown_keys(recorded: Path, gone: Sequence[str]) -> list[str]:
+    """What is said of keys that another version has recorded; nothing without any."""
+    return [f"{recorded}: {', '.join(gone)}: unknown to this version of asyncdapo"] if gone else []
 
 
 def different_files(known: Identity, identity: Identity, config: Config) -> Iterator[str]:

@@ -20,6 +20,7 @@ from asyncdapo.errors import ConfigError
 PROMPT_COLUMNS = ("prompt", "question", "problem")
 ANSWER_COLUMNS = ("reward_model.ground_truth", "answer", "ground_truth", "solution")
 USUAL = {"prompts.prompt_column": PROMPT_COLUMNS, "prompts.answer_column": ANSWER_COLUMNS}
+MISSING = object()
 LEFT_OUT = "`asyncdapo data prepare` leaves such rows out"
 MAKES_ONE = "`asyncdapo data prepare` makes one of a data set"
 
@@ -64,9 +65,9 @@ def _read_jsonl(key: str, path: str, columns: Mapping[str, str], optional: str |
             if line.strip():
                 record = _parse(key, path, number, line)
                 if not checked:
-                    _check_columns(record, columns, f"{path}:{number}")
+                    _check_columns(keys_of(record), columns, f"{path}:{number}")
                     checked = True
-                if missing := [column for column in columns.values() if column not in record]:
+                if missing := [column for column in columns.values() if value_at(record, column) is MISSING]:
                     raise ConfigError(key, f"line {number} has no {missing[0]!r}", path, LEFT_OUT)
                 yield Record(f"line {number}", _values(record, columns), record.get(optional))
 
@@ -87,7 +88,7 @@ def _parse(key: str, path: str, number: int, line: bytes) -> dict[str, object]:
 
 def _read_parquet(path: str, columns: Mapping[str, str], optional: str | None) -> Iterator[Record]:
     with parquet.ParquetFile(path) as file:
-        present = file.schema_arrow.names
+        present = [name for field in file.schema_arrow for name in names_of(field)]
         _check_columns(present, columns, path)
         wanted = dict.fromkeys([*columns.values(), *({optional} & set(present))])
         table = file.read(columns=list(wanted))
@@ -96,7 +97,32 @@ def _read_parquet(path: str, columns: Mapping[str, str], optional: str | None) -
 
 
 def _values(record: Mapping[str, object], columns: Mapping[str, str]) -> tuple[object, ...]:
-    return tuple(record[column] for column in columns.values())
+    values = (value_at(record, column) for column in columns.values())
+    return tuple(None if value is MISSING else value for value in values)  # of parquet, inside of a null
+
+
+def value_at(record: Mapping[str, object], column: str) -> object:
+    """The value of a column, or of what is inside of an object by a dotted name; MISSING where there is none."""
+    if column in record:
+        return record[column]
+    outer, dot, inner = column.partition(".")
+    within = record.get(outer) if dot else None
+    return value_at(within, inner) if isinstance(within, Mapping) else MISSING
+
+
+def keys_of(record: Mapping[str, object]) -> Iterator[str]:
+    """Names of columns, those inside of objects with dots."""
+    for name, value in record.items():
+        yield name
+        if isinstance(value, dict):
+            yield from (f"{name}.{inner}" for inner in keys_of(value))
+
+
+def names_of(field: pyarrow.Field) -> Iterator[str]:
+    """As `keys_of`, of a column of parquet."""
+    yield field.name
+    if pyarrow.types.is_struct(field.type):
+        yield from (f"{field.name}.{name}" for inner in field.type for name in names_of(inner))
 
 
 def _check_columns(present: Iterable[str], columns: Mapping[str, str], where: str) -> None:
@@ -110,8 +136,10 @@ def _check_columns(present: Iterable[str], columns: Mapping[str, str], where: st
 
 
 def likely_column(named: str, present: Sequence[str], usual: Sequence[str]) -> str | None:
-    """What the user may have meant: a name that is spelled nearly so, else one of the usual names."""
-    near = difflib.get_close_matches(named, present, n=1)
+    """What the user may have meant: that name inside of an object, one that is spelled nearly so, or a usual one."""
+    inside = [name for name in present if name.endswith(f".{named}")]
+    near = inside or difflib.get_close_matches(named, present, n=1)
+    usual = [*usual, *(name for name in present for last in usual if name.endswith(f".{last}"))]
     return near[0] if near else first_of(present, usual)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shlex
 import subprocess
+import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,12 @@ def refused(tmp_path: Path, *overrides: str) -> str:
     assert not run_dir.exists()
     (line,) = result.stderr.strip().splitlines()
     return line
+
+
+def test_the_module_is_the_command_and_says_its_version() -> None:
+    words = [sys.executable, "-m", "asyncdapo", "--version"]
+    result = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert result.stdout == f"asyncdapo {version('asyncdapo')}\n"
 
 
 @pytest.mark.parametrize(

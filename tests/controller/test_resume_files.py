@@ -105,6 +105,19 @@ def test_values_of_former_launches_are_kept(tmp_path: Path) -> None:
     assert [load_config(tmp_path / "run" / name).run.steps for name in names] == [10, 20, 30]
 
 
+def test_a_run_whose_config_has_keys_that_are_gone_goes_on_and_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = tmp_path / "run"
+    prepare(run_dir)
+    text = (run_dir / "config.yaml").read_text()
+    (run_dir / "config.yaml").write_text(text.replace("replay:\n", "replay:\n  gone_key: 3\n"))
+    _, resume = prepare(run_dir)
+    assert not resume.new
+    said = f"not used: {run_dir}/config.yaml: replay.gone_key: unknown to this version of asyncdapo\n"
+    assert capsys.readouterr().out == said
+
+
 HOLDER = """
 import sys, time
 from asyncdapo.controller.preflight import prepare_run

@@ -182,6 +182,39 @@ def test_a_column_is_suggested_only_if_it_is_likely_and_not_the_other_one(tmp_pa
     assert caught.value.fix == fix
 
 
+NESTED = [{"extra": {"question": f"{i}+1", "meta": {"gold": i + 1}}, "label": i} for i in range(3)]
+
+
+@pytest.mark.parametrize(("write", "name"), [(write_jsonl, "a.jsonl"), (write_parquet, "a.parquet")])
+def test_columns_inside_of_others_are_suggested_and_read(tmp_path, write, name):
+    path = write(tmp_path / name, NESTED)
+    for keys, fix in (
+        ({"prompt_column": "question"}, "prompts.prompt_column=extra.question"),
+        ({}, "prompts.prompt_column=extra.question"),
+        ({"prompt_column": "extra.question", "answer_column": "gold"}, "prompts.answer_column=extra.meta.gold"),
+    ):
+        with pytest.raises(ConfigError, match=r"which has extra, extra.question, extra.meta, extra.meta.gold, label"):
+            open_file(path, **keys)
+        with pytest.raises(ConfigError) as caught:
+            open_file(path, **keys)
+        assert caught.value.fix == fix
+    read = questions(open_file(path, prompt_column="extra.question", answer_column="extra.meta.gold"))
+    assert [(question.text, question.answer) for question in read] == [("0+1", "1"), ("1+1", "2"), ("2+1", "3")]
+
+
+def test_messages_are_refused_with_the_command_and_the_key_that_use_them(tmp_path, capsys):
+    rows = [{"prompt": [{"role": "user", "content": f"{i}+1=?"}], "answer": i + 1} for i in range(20)]
+    path = write_parquet(tmp_path / "chat.parquet", rows)
+    with pytest.raises(ConfigError, match="the prompt in row 0 is a list of messages") as caught:
+        open_file(path)
+    command = f"asyncdapo data prepare {path} --out data/chat"
+    assert caught.value.fix == f"make text of them: `{command}`, whose keys go with prompts.chat_template=true"
+    assert main(["data", "prepare", path, "--out", str(tmp_path / "out")]) == 0
+    assert "prompts.chat_template=true" in capsys.readouterr().out
+    made = open_file(str(tmp_path / "out" / "train.parquet"), chat_template=True)
+    assert [question.text for question in questions(made)] == [f"{i}+1=?" for i in range(20)]
+
+
 @pytest.mark.parametrize("line", [b"not JSON", b"[1]", b'{"prompt": "b"}', b'{"prompt": "", "answer": 1}', b'"\xff"'])
 def test_a_row_that_cannot_be_used_is_refused_with_the_command_that_leaves_it_out(tmp_path, line):
     path = tmp_path / "a.jsonl"

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from asyncdapo.config import Config, find_config, load_config
+from asyncdapo.config import Config, find_config, load_config, load_recorded
 from asyncdapo.controller.engine_check import check_model
 from asyncdapo.controller.eval.subject import Subject
 from asyncdapo.controller.preflight import check_config, effective
@@ -88,7 +88,10 @@ def _load(file: Path | None, subject: Subject, wanted: Wanted) -> Config:
     """The file's values, or the defaults, under the overrides. Defaults say nothing about greedy decoding."""
     given = [f"model.path={json.dumps(subject.model)}", *([] if file else ["eval.num_greedy_prompts=0"])]
     samples = [] if wanted.samples is None else [f"eval.num_samples={wanted.samples}"]
-    return load_config(file or Path(os.devnull), [*given, *wanted.overrides, *samples])
+    changes = [*given, *wanted.overrides, *samples]
+    if file and wanted.config is None:
+        return load_recorded(file, changes)[0]
+    return load_config(file or Path(os.devnull), changes)
 
 
 def _prompts(config: Config, file: Path | None, subject: Subject, wanted: Wanted) -> PromptsConfig:
@@ -109,7 +112,7 @@ def _prompts(config: Config, file: Path | None, subject: Subject, wanted: Wanted
 
 def _check_held_out(config: Config, file: Path, subject: Subject) -> None:
     """Which rows of a training file are held out depends on how many."""
-    known = load_config(file, [f"model.path={json.dumps(subject.model)}"])
+    known = _load(file, subject, Wanted())
     if config.prompts.task == "file" and config.eval.num_held_out != known.eval.num_held_out:
         problem = f"{known.eval.num_held_out} rows are held out of prompts.path, and other numbers hold out other rows"
         fix = "leave both as they are, or give --data"
@@ -147,4 +150,5 @@ def _without_training(config: Config, file: Path | None, subject: Subject, wante
 
 def _default_out(subject: Subject, data: Path | None) -> Path:
     """Answers to other data are other answers."""
-    return Path("evals") / (f"{subject.name}-{data.stem}" if data else subject.name)
+    folder = subject.folder
+    return Path("evals") / (folder.with_name(f"{folder.name}-{data.stem}") if data else folder)

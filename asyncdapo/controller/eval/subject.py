@@ -14,7 +14,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from asyncdapo.config import load_config
+from asyncdapo.config import load_recorded
+from asyncdapo.controller.identity import unknown_keys
 from asyncdapo.errors import UserError
 from asyncdapo.learner.checkpoint import STEP_NAME, check_checkpoint, checkpoint_dir, kept_steps
 from asyncdapo.learner.model_path import check_model_path, is_path
@@ -30,13 +31,15 @@ class Subject:
     model: str
     """Absolute directory, or id on the hub."""
     name: str
-    """For directories and titles."""
+    """For titles."""
+    folder: Path
+    """Where its answers go, below `evals`: of a run by its directory, so that no two share one."""
     config: Path | None = None
     """Configuration of the run that it comes from."""
     step: int = 0
     """Train step after which it was written: the version of its weights."""
     problems: tuple[str, ...] = ()
-    """Newer checkpoints that can't be used, and why."""
+    """Newer checkpoints and recorded keys that can't be used, and why."""
 
 
 def find_subject(checkpoint: str) -> Subject:
@@ -54,7 +57,8 @@ def find_subject(checkpoint: str) -> Subject:
     if not path.exists() and (is_path(checkpoint) or checkpoint.startswith("runs/")):
         raise UserError(f"{checkpoint}: no such run, checkpoint or model directory")
     model = check_model_path(checkpoint, [Path.cwd()], KEY)
-    return Subject(model=model, name=_file_name(Path(model).name))
+    name = _file_name(Path(model).name)
+    return Subject(model=model, name=name, folder=Path(name))
 
 
 def _newest(run_dir: Path) -> Subject:
@@ -70,13 +74,21 @@ def _newest(run_dir: Path) -> Subject:
 
 def _of_run(run_dir: Path, path: Path, problems: list[str] | None = None) -> Subject:
     config = run_dir / CONFIG_FILE
+    recorded, gone = load_recorded(config)
     return Subject(
         model=str(path),
-        name=f"{_file_name(load_config(config).run.name)}-{path.name}",
+        name=f"{_file_name(recorded.run.name)}-{path.name}",
+        folder=_below_here(run_dir) / path.name,
         config=config,
         step=int(STEP_NAME.fullmatch(path.name)[1]),
-        problems=tuple(problems or ()),
+        problems=(*(problems or ()), *unknown_keys(config, gone)),
     )
+
+
+def _below_here(directory: Path) -> Path:
+    """Relative to the working directory, or to the root where it isn't below that."""
+    here = Path.cwd()
+    return directory.relative_to(here if directory.is_relative_to(here) else directory.anchor)
 
 
 def _file_name(name: str) -> str:

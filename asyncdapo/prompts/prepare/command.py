@@ -132,7 +132,7 @@ def _prepare(args: argparse.Namespace, inputs: Inputs, unfinished: Path) -> dict
     verifier = _verifier(args, inputs, shapes)
     system = SystemPrompt(text=args.system_prompt, given=args.system_prompt is not None)
     fits = _length_check(args, system)
-    counts = {}
+    counts, messages = {}, False
     # half of a surrogate pair is no text, but its escape is: backslashreplace writes that of JSON
     with (unfinished / output.UNUSABLE).open("w", encoding="utf-8", errors="backslashreplace") as unusable:
         for split, files in inputs.splits.items():
@@ -141,10 +141,12 @@ def _prepare(args: argparse.Namespace, inputs: Inputs, unfinished: Path) -> dict
             rows = _kept_rows(sieve, split, files, unusable)
             output.write_rows(unfinished / f"{split}.parquet", rows)
             counts[split] = sieve.counts
+            messages |= sieve.from_messages and args.model is None  # else they were counted as what was asked for
             _check_any_kept(args.source, split, sieve.counts, unfinished / output.UNUSABLE, unusable)
             if args.hold_out is not None:
                 _hold_out(args.hold_out, unfinished / f"{split}.parquet", sieve.counts)
-    use = {"verifier": verifier, "chat_template": args.chat_template or system.text is not None}
+    chat_template = args.chat_template or messages or system.text is not None
+    use = {"verifier": verifier, "chat_template": chat_template}
     return {"counts": counts, "use": {**use, "system_prompt": system.text}}
 
 

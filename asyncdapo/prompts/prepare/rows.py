@@ -7,7 +7,7 @@ a row with a problem; a file that can't is a UserError. Does not own: what the v
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import islice
@@ -18,6 +18,7 @@ import pyarrow
 from pyarrow import parquet
 
 from asyncdapo.errors import UserError
+from asyncdapo.prompts.sources import keys_of, names_of
 
 BATCH = 4096
 """Rows of parquet in memory at once."""
@@ -58,29 +59,16 @@ def column_names(path: Path) -> list[str]:
     try:
         if path.suffix.lower() == ".parquet":
             for field in parquet.read_schema(path):
-                names |= dict.fromkeys(_nested_names(field))
+                names |= dict.fromkeys(names_of(field))
             return list(names)
     except (OSError, pyarrow.ArrowException) as error:
         raise UserError(f"{path}: can't be read: {str(error).splitlines()[0]}") from error
     for row in islice(read_rows(path), SAMPLE):
         try:
-            names |= dict.fromkeys(_keys(row.read()))
+            names |= dict.fromkeys(keys_of(row.read()))
         except ValueError:
             continue
     return list(names)
-
-
-def _nested_names(field: pyarrow.Field) -> Iterator[str]:
-    yield field.name
-    if pyarrow.types.is_struct(field.type):
-        yield from (f"{field.name}.{name}" for inner in field.type for name in _nested_names(inner))
-
-
-def _keys(record: Mapping[str, object]) -> Iterator[str]:
-    for name, value in record.items():
-        yield name
-        if isinstance(value, dict):
-            yield from (f"{name}.{inner}" for inner in _keys(value))
 
 
 # ---------------------------------------------------------------------------------------------------------------- JSONL

@@ -14,12 +14,11 @@ from dataclasses import dataclass
 from numbers import Number
 
 from asyncdapo.errors import UserError
-from asyncdapo.prompts.sources import ANSWER_COLUMNS, PROMPT_COLUMNS, first_of, likely_column
+from asyncdapo.prompts.sources import ANSWER_COLUMNS, MISSING, PROMPT_COLUMNS, first_of, likely_column, value_at
 from asyncdapo.prompts.tasks.file import is_unicode, shown
 
 SOURCE_COLUMNS = ("data_source", "source")
 NUMBER = re.compile(r"[-+]?[0-9][0-9,]*(\.[0-9]+)?|[-+]?\.[0-9]+")
-MISSING = object()
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,15 +62,6 @@ def recognise(
         source=first_of(columns, SOURCE_COLUMNS),
         answer_after=answer_after,
     )
-
-
-def value_at(record: Mapping[str, object], column: str) -> object:
-    """The value of a column, or of what is inside of an object by a dotted name; MISSING where there is none."""
-    if column in record:
-        return record[column]
-    outer, dot, inner = column.partition(".")
-    within = record.get(outer) if dot else None
-    return value_at(within, inner) if isinstance(within, Mapping) else MISSING
 
 
 def _column(option: str, columns: Sequence[str], named: str | None, usual: Sequence[str], where: str) -> str:

@@ -68,6 +68,8 @@ class Sieve:
     system: SystemPrompt
     fits: Callable[[str], bool] = lambda prompt: True
     """Whether a prompt is short enough."""
+    from_messages: bool = False
+    """Whether a row that was kept came as messages, which is what a chat template is for."""
     counts: dict[str, int] = field(default_factory=lambda: {"read": 0, **dict.fromkeys(STAGES, 0)})
 
     def __post_init__(self) -> None:
@@ -107,6 +109,7 @@ class Sieve:
         self._prompts[key] = (number, answer)
         if not self.fits(prompt):
             return "too_long", "", None
+        self.from_messages |= item.from_messages
         return "kept", "", KeptRow(prompt, item.answer, item.source, number)
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import random
+import shlex
 from collections.abc import Sequence
 from fractions import Fraction
 from itertools import accumulate
@@ -62,6 +63,9 @@ class FileTask:
 
 def _question(key: str, path: str, name: str, row: int, record: Record, template: str) -> Question:
     prompt, answer = record.values
+    if isinstance(prompt, list) and prompt and isinstance(prompt[0], dict):
+        problem, fix = f"the prompt in {record.place} is a list of messages", f"make text of them: {as_text(path)}"
+        raise ConfigError(key, problem, path, fix)
     if not isinstance(prompt, str) or not prompt:
         raise ConfigError(key, f"the prompt in {record.place} must be text, it is {shown(prompt)}", path, LEFT_OUT)
     if not isinstance(answer, (str, Number)) or isinstance(answer, bool) or not str(answer).strip():
@@ -76,6 +80,12 @@ def _question(key: str, path: str, name: str, row: int, record: Record, template
     said = record.optional
     source = said if isinstance(said, str) and said and is_unicode(said) else name
     return Question(text=template.replace("{prompt}", prompt), answer=str(answer), source=source, row=row)
+
+
+def as_text(path: str) -> str:
+    """The command that does, and the key that makes the user's message of it."""
+    prepare = shlex.join(["asyncdapo", "data", "prepare", path, "--out", f"data/{Path(path).stem}"])
+    return f"`{prepare}`, whose keys go with prompts.chat_template=true"
 
 
 def shown(value: object) -> str:

@@ -56,6 +56,7 @@ def test_a_run_means_its_newest_sound_checkpoint_and_damaged_ones_are_named(run_
     assert find_subject(str(run_dir)) == Subject(
         model=str(run_dir / "checkpoints" / "step-000012"),
         name="mine-step-000012",
+        folder=Path("runs/mine/step-000012"),
         config=run_dir / "config.yaml",
         step=12,
     )
@@ -79,11 +80,33 @@ def test_a_checkpoint_that_is_named_and_damaged_is_refused(run_dir: Path) -> Non
 
 def test_any_other_directory_is_a_model_and_needs_data(run_dir: Path) -> None:
     subject = find_subject(str(START_MODEL))
-    assert subject == Subject(model=str(START_MODEL), name="chain_start")
+    assert subject == Subject(model=str(START_MODEL), name="chain_start", folder=Path("chain_start"))
     with pytest.raises(UserError, match=r"has no held-out prompts of its own \(--data FILE, or --config CONFIG\)"):
         make_config(subject, Wanted())
     with pytest.raises(UserError, match=r"nowhere: no such run, checkpoint or model directory"):
         find_subject("runs/nowhere")
+
+
+def test_two_runs_of_one_name_have_directories_of_their_own(run_dir: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(run_dir, tmp_path / "elsewhere" / "mine")
+    assert not taken(config_of(run_dir, samples=2))
+    assert not taken(config_of(other, samples=4))
+    assert sorted(path.parent for path in tmp_path.rglob("eval.json")) == [
+        tmp_path / "evals" / "elsewhere" / "mine" / "step-000012",
+        tmp_path / "evals" / "runs" / "mine" / "step-000012",
+    ]
+
+
+def test_a_run_whose_config_has_keys_that_are_gone_is_evaluated_and_says_so(run_dir: Path) -> None:
+    with (run_dir / "config.yaml").open("a") as file:
+        file.write("gone:\n  key: 1\n")
+    subject = find_subject(str(run_dir))
+    assert subject.problems == (f"{run_dir}/config.yaml: gone: unknown to this version of asyncdapo",)
+    assert make_config(subject, Wanted()).run.name == "mine-step-000012"
+    with pytest.raises(ConfigError, match="gone: is not a known key"):
+        make_config(subject, Wanted(overrides=("gone.key=1",)))
+    with pytest.raises(ConfigError, match="gone: is not a known key"):  # of a file that the user names
+        make_config(subject, Wanted(config=str(run_dir / "config.yaml")))
 
 
 # ----------------------------------------------------------------------------------------------------------------- data
@@ -95,7 +118,7 @@ def test_without_data_the_runs_own_held_out_prompts_are_asked_as_the_run_asks_th
     assert config.prompts == own.prompts
     assert config.eval == own.eval
     assert config.rollout.max_response_length == own.rollout.max_response_length
-    assert config.run.dir == str(run_dir.parent.parent / "evals" / "mine-step-000012")
+    assert config.run.dir == str(run_dir.parent.parent / "evals" / "runs" / "mine" / "step-000012")
 
 
 def test_every_row_of_the_data_is_asked_unless_the_command_says_how_many(run_dir: Path, tmp_path: Path) -> None:
@@ -103,7 +126,7 @@ def test_every_row_of_the_data_is_asked_unless_the_command_says_how_many(run_dir
     config = config_of(run_dir, data=data, samples=4)
     assert (config.eval.num_prompts, config.eval.num_samples, config.eval.num_greedy_prompts) == (20, 4, 20)
     assert config.prompts.eval_path == str(data)
-    assert config.run.dir.endswith("evals/mine-step-000012-questions")
+    assert config.run.dir.endswith("evals/runs/mine/step-000012-questions")
     assert config_of(run_dir, "eval.num_prompts=5", data=data).eval.num_prompts == 5
 
 
@@ -190,7 +213,7 @@ def taken(config: Config, step: int = 12, answers: str = "{}\n") -> bool:
 def test_the_same_command_goes_on_and_one_that_asks_for_more_as_well(run_dir: Path) -> None:
     assert not taken(config_of(run_dir, samples=2))
     assert not taken(config_of(run_dir, samples=2))
-    (run_dir.parent.parent / "evals" / "mine-step-000012" / "metrics.json").write_text("{}")
+    (run_dir.parent.parent / "evals" / "runs" / "mine" / "step-000012" / "metrics.json").write_text("{}")
     assert taken(config_of(run_dir, samples=2))
     assert not taken(config_of(run_dir, samples=4))
     assert not taken(config_of(run_dir, samples=4))  # that one was interrupted before it asked for anything

@@ -1,0 +1,7 @@
+"""`python -m asyncdapo` is `asyncdapo`."""
+
+import sys
+
+from asyncdapo.cli import main
+
+sys.exit(main())
