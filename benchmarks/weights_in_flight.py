@@ -21,6 +21,7 @@ import os
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -145,7 +146,8 @@ def _pretend_host(args: argparse.Namespace, name: str) -> None:
         os.environ |= {"NCCL_HOSTID": name, "NCCL_SOCKET_IFNAME": "lo", "NCCL_IB_DISABLE": "1"}
 
 
-async def measure(args: argparse.Namespace) -> None:
+async def measure(args: argparse.Namespace) -> dict[str, float]:
+    """What the table shows: medians in milliseconds, and tokens a second."""
     device = torch.device(args.learner_device)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(device)
     weights = {name: weight.detach() for name, weight in model.named_parameters()}
@@ -159,12 +161,15 @@ async def measure(args: argparse.Namespace) -> None:
         busy = await rate(workers, publish_all(args.publishes, workers, sender, weights, parts))
     finally:
         await asyncio.gather(*(worker.stop() for worker in workers))
+    figures = {"tokens_s": quiet, "tokens_s_publishing": busy, "mib": manifest.num_bytes / 2**20}
     print(f"{args.workers} workers, {args.publishes} publishes of {manifest.num_bytes / 2**20:.1f} MiB, all equal")
     print(f"{'':10}{'median ms':>12}{'largest ms':>12}")
     for part in ("send_s", *PARTS):
         values = [1000 * report[part] for report in parts if part in report]
+        figures[part.removesuffix("_s") + "_ms"] = statistics.median(values)
         print(f"{part.removesuffix('_s'):10}{statistics.median(values):12.1f}{max(values):12.1f}")
     print(f"tokens/s without a publish {quiet:,.0f}, with one after the other {busy:,.0f}")
+    return {name: round(value, 1) for name, value in figures.items()}
 
 
 async def publish_all(
@@ -191,7 +196,8 @@ async def rate(workers: list[Worker], work) -> float:
     return (sum(after) - sum(before)) / (time.perf_counter() - began_s)
 
 
-def main() -> None:
+def run(argv: Sequence[str] | None = None) -> dict[str, float]:
+    """As the command line says. Returns the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(QUICKSTART))
     parser.add_argument("--shape", choices=SHAPES, help="instead of --model")
@@ -204,12 +210,12 @@ def main() -> None:
     parser.add_argument("--memory-fraction", type=float, default=0.25, help="of the GPU, for each engine")
     parser.add_argument("--learner-device", default="cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(1)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         if args.shape:
             args.model = made(args.shape, folder)
-        asyncio.run(measure(args))
+        return asyncio.run(measure(args))
 
 
 if __name__ == "__main__":
-    main()
+    run()

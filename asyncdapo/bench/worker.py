@@ -78,7 +78,7 @@ def prepare(spec: dict) -> dict[str, float]:
     """Complete the batch file; returns how far our gradient is from the padded step's, relative to its largest entry,
     over the worst parameter, and the loss and gradient norm that all variants should have."""
     if spec["config"]:
-        _build(spec)
+        build(spec["config"], Path(spec["model"]), Path(spec["tokenizer"]), seed=spec["seed"], device=spec["device"])
     spec = {**spec, **{key: min(spec[key], CHECK_TOKENS) for key in ("tokens_per_microbatch", "padded_tokens")}}
     file = BatchFile.load(spec["batch"])
     padded = _padded(spec, file)
@@ -93,7 +93,7 @@ def prepare(spec: dict) -> dict[str, float]:
     expected = {name: parameter.grad for name, parameter in padded.model.named_parameters()}
     norm = torch.stack([grad.norm() for grad in expected.values()]).norm().item()
     del padded
-    found = _our_gradient(spec, file)
+    found = our_gradient({**spec, "dtype": "float32"}, file)
     if [grad.shape for grad in found] != [grad.shape for grad in expected.values()]:
         raise RunError("the learner's optimizer has other parameters than the model")
     apart = {
@@ -104,25 +104,25 @@ def prepare(spec: dict) -> dict[str, float]:
     return {"gradient_apart": apart[worst], "worst": worst, "loss": loss, "grad_norm": norm}
 
 
-def _build(spec: dict) -> None:
-    """Save a model of `config` with random weights under `model`, in bfloat16, with any tokenizer (TRL wants one)."""
-    torch.manual_seed(spec["seed"])
-    with torch.device(spec["device"]):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**spec["config"]), dtype=torch.bfloat16)
-    model.save_pretrained(spec["model"])
+def build(config: dict, folder: Path, tokenizer: Path, *, seed: int, device: str) -> None:
+    """Save a model of this config.json with random weights, in bfloat16, with any tokenizer (TRL wants one)."""
+    torch.manual_seed(seed)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=torch.bfloat16)
+    model.save_pretrained(folder)
     for name in TOKENIZER_FILES:
-        if (Path(spec["tokenizer"]) / name).is_file():
-            shutil.copyfile(Path(spec["tokenizer"]) / name, Path(spec["model"]) / name)
+        if (tokenizer / name).is_file():
+            shutil.copyfile(tokenizer / name, folder / name)
 
 
-def _our_gradient(spec: dict, file: BatchFile) -> list[torch.Tensor]:
-    """What the real learner hands its optimizer."""
+def our_gradient(spec: dict, file: BatchFile) -> list[torch.Tensor]:
+    """What the real learner hands its optimizer, parameter by parameter."""
     found: list[torch.Tensor] = []
 
     def keep(optimizer: torch.optim.Optimizer, *_: object) -> None:
         found.extend(parameter.grad.clone() for group in optimizer.param_groups for parameter in group["params"])
 
-    step = OurStep({**spec, "dtype": "float32", "shared": True}, file, grad_clip=NO_CLIP)
+    step = OurStep({**spec, "shared": True}, file, grad_clip=NO_CLIP)
     hook = register_optimizer_step_pre_hook(keep)
     step()
     hook.remove()
