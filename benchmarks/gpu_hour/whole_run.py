@@ -26,10 +26,11 @@ ON_GPU = """controller.placement=shared rollout.dtype=bfloat16 rollout.slots=128
 replay.prompts_per_step=32 learner.tokens_per_microbatch=16384 learner.lr=1e-6"""
 ON_CPU = """rollout.dtype=float32 rollout.slots=8 rollout.group_size=4 rollout.max_response_length=24
 replay.prompts_per_step=4 learner.tokens_per_microbatch=1024"""
-STEPS, STEPS_WITH_DEATH = 6, 10
+STEPS, ENDLESS = 6, 1_000_000
 KILL_AT, AFTER_DEATH = 2, 3
 """The step after which a process is killed, and how many more have to be trained."""
 POLL_S = 0.2
+INTERRUPTED = 130
 KEPT = (
     "learner/train_s",
     "learner/peak_gib",
@@ -48,16 +49,17 @@ def measure(figures: Figures, args: Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         shape = SMALL if args.cpu else SHAPES["qwen2.5-0.5b"]
         model, run_dir = made(shape, Path(folder) / "model"), Path(folder) / "run"
-        steps = STEPS_WITH_DEATH if args.kill else STEPS
-        keys = [*COMMON.split(), *(ON_CPU if args.cpu else ON_GPU).split(), f"run.steps={steps}"]
+        keys = [*COMMON.split(), *(ON_CPU if args.cpu else ON_GPU).split()]
+        keys.append(f"run.steps={ENDLESS if args.kill else STEPS}")
         launch = ["launch", "quickstart", f"run.dir={run_dir}", f"model.path={model}", *keys]
         began_s = time.monotonic()
         with subprocess.Popen([sys.executable, "-m", "asyncdapo.cli", *launch]) as process:
             if args.kill:
                 figures.add(**_kill(args.kill, run_dir, process))
+                process.send_signal(signal.SIGINT)
             code = process.wait()
         figures.add(seconds=round(time.monotonic() - began_s, 1), **_trained(run_dir))
-        hold(code == 0, f"the run ended with code {code}")
+        hold(code == (INTERRUPTED if args.kill else 0), f"the run ended with code {code}")
         hold(not (breaches := audit(run_dir)), f"audit: {breaches}")
 
 
@@ -72,7 +74,7 @@ def _trained(run_dir: Path) -> dict[str, object]:
 def _kill(role: str, run_dir: Path, process: subprocess.Popen[bytes]) -> dict[str, float]:
     """Kill the first process of this role in the middle. Returns the seconds until there was another one, and until
     steps were trained with it."""
-    _until(lambda: _step(run_dir) >= KILL_AT, process)
+    _until(lambda: _step(run_dir) >= KILL_AT and _of(role, run_dir), process)
     victim = _of(role, run_dir)[0]
     os.kill(victim.pid, signal.SIGKILL)
     killed_s, step = time.monotonic(), _step(run_dir)
@@ -92,7 +94,7 @@ def _step(run_dir: Path) -> float:
     return read_metrics(run_dir)[-1]["step"] if (run_dir / "metrics.jsonl").exists() else -1
 
 
-def _until(condition: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
+def _until(condition: Callable[[], object], process: subprocess.Popen[bytes]) -> None:
     while not condition():
         hold(process.poll() is None, f"the run ended with code {process.returncode}")
         time.sleep(POLL_S)
