@@ -78,6 +78,8 @@ def convert(peer: Peer, settings: Settings, defaults: dict[str, Any]) -> Convert
     given, names = _canonical(peer, settings)
     known = {key: Setting(value, inherited=f"{peer.title}'s default") for key, value in peer.defaults.items()} | given
     table = _Table(peer, known, names, {key for key, setting in given.items() if not setting.inherited})
+    if other := next((key for key in given if any(fnmatchcase(table.shown(key), one) for one in peer.others)), ""):
+        raise UserError(f"{table.shown(other)}: no training by GRPO, PPO or their like, which is what there is here")
     made = Converted(said=[(Rank.TASK, text) for text in settings.missing])
     for rule in peer.rules:
         if (not rule.theirs or any(key in known for key in rule.theirs)) and rule.ours not in made.values:

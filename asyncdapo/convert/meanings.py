@@ -139,8 +139,10 @@ def advantage_of(name: Any, table: dict[str, str]) -> Any:
 
 def train_data(files: Any) -> Any:
     """Files or data sets to what `data prepare` makes of them; several are drawn from as one."""
-    files = files if isinstance(files, list) else [files]
-    if not files or not all(isinstance(file, str) and file for file in files):
+    files = [file for file in (files if isinstance(files, list) else [files]) if file not in (None, "")]
+    if not files:
+        return Left("it names no file")
+    if not all(isinstance(file, str) for file in files):
         raise ValueError("it takes a file or a list of files")
     if len(files) == 1:
         return _prepared(files[0], "train")
@@ -152,10 +154,10 @@ def train_data(files: Any) -> Any:
 
 def held_out(files: Any) -> Any:
     """As `train_data`; only one file can be held out."""
+    files = [file for file in (files if isinstance(files, list) else [files]) if file not in (None, "")]
     if not files:
         return None
-    files = files if isinstance(files, list) else [files]
-    if not all(isinstance(file, str) and file for file in files):
+    if not all(isinstance(file, str) for file in files):
         raise ValueError("it takes a file or a list of files")
     made = _prepared(files[0], "test")
     if len(files) == 1:
@@ -239,7 +241,14 @@ def updates(prompts: Any, mini: Any) -> Any:
     if prompts is None or mini is None:
         return None
     prompts, mini = whole(prompts), whole(mini)
-    return ceil_of(prompts / mini, "whole mini-batches") if mini < prompts else 1
+    return even(prompts, prompts / mini)
+
+
+def even(prompts: int, at_least: float) -> Any:
+    """Updates of as many prompts each."""
+    at_least = min(max(1, at_least), prompts)
+    made = next(count for count in range(ceil(at_least), prompts + 1) if prompts % count == 0)
+    return made if made == at_least else Made(made, f"{at_least:g} there; even mini-batches here")
 
 
 def warmup(steps: Any, updates_of_step: Any) -> Any:

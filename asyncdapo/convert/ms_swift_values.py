@@ -22,7 +22,9 @@ LEVELS = {"token": "ppo", "sequence": "gspo"}
 VERIFIED = {"accuracy": "math_verify"}
 NO_SUCH_LOSS = "no such part of the loss here"
 OTHERWISE: tuple[tuple[str, str, Rank, tuple[Any, ...]], ...] = (
-    ("rlhf_type", "it trains by another method: GRPO's family is what there is here", Rank.TASK, ("grpo",)),
+    ("enable_thinking", "the chat template gets no arguments here", Rank.TASK, ()),
+    ("stop_words", "a response ends with the tokenizer's own end here", Rank.TASK, ()),
+    ("adapters", "A LoRA is not loaded here: merge it into the model first", Rank.TASK, ()),
     ("multi_turn_scheduler", mean.TURNS, Rank.TASK, ()),
     ("use_gym_env", mean.TURNS, Rank.TASK, ()),
     ("gym_env", mean.TURNS, Rank.TASK, ()),
@@ -66,7 +68,7 @@ def prompts_per_step(*sizes: Any) -> Any:
 
 def updates_per_step(*sizes: Any) -> Any:
     batch, update = _sizes(*sizes)
-    return mean.ceil_of(batch / update, "whole mini-batches")
+    return mean.even(max(1, batch // whole(sizes[-1])), batch / update)
 
 
 def _updates_of_step(*clock: Any) -> int:

@@ -20,6 +20,7 @@ TOGETHER = "policy.generation.colocated.enabled"
 GPUS = ("cluster.num_nodes", "cluster.gpus_per_node", f"{VLLM}tensor_parallel_size", TOGETHER)
 TIS = "loss_fn.truncated_importance_sampling_"
 WEIGHTS = ("loss_fn.use_importance_sampling_correction", f"{TIS}type")
+AHEAD, STALE = "async_rl.sampler.max_lookahead_versions", "async_rl.sampler.max_staleness_versions"
 MEGATRON = "policy.megatron_cfg."
 TEMPLATE = ("data.train.prompt_file", "data.default.prompt_file")
 SYSTEM = ("data.train.system_prompt_file", "data.default.system_prompt_file")
@@ -102,6 +103,10 @@ RULES = (
         (f"{ASYNC}max_trajectory_age_steps", f"{ASYNC}enabled"),
         lambda steps, on: float(steps) if flag(on) and steps is not None else Left("async_grpo.enabled is false"),
     ),
+    Rule("replay.run_ahead", (AHEAD,), lambda versions: None if versions is None else float(versions)),
+    Rule("replay.run_ahead", (STALE,), lambda versions: None if versions is None else float(versions)),
+    same("replay.max_staleness", STALE),
+    same("replay.max_staleness", AHEAD),
     Rule("replay.max_staleness", (f"{ASYNC}max_trajectory_age_steps", f"{ASYNC}enabled"), its.when_async),
     Rule("loss.variant", ("loss_fn.sequence_level_importance_ratios", "loss_fn.use_cispo"), its.variant),
     Rule("loss.anchor", WEIGHTS, lambda use, kind: "proximal" if flag(use) else None),
@@ -246,6 +251,7 @@ WITHOUT = (
     ("logger.*", "RUN_DIR/metrics.jsonl and W&B here"),
     ("cluster.*", "controller.ray_address joins a cluster; another has to be started before"),
     ("reward_penalties.*", "a function of yours is reward.verifier (docs/reward.md)"),
+    ("async_rl.*", "of their way of running ahead; see replay.run_ahead, replay.max_staleness"),
     ("value.*", mean.CRITIC),
     ("value_loss_fn.*", mean.CRITIC),
     ("data_plane.*", mean.SPEED),
@@ -268,6 +274,7 @@ PEER = Peer(
         ),
         mean.MODEL_GPUS,
     ),
+    others=("sft.*", "dpo.*", "rm.*", "distillation.*"),
     texts=(*TEMPLATE, *SYSTEM),
     aliases=(
         ("ppo.async_ppo.", ASYNC),

@@ -51,9 +51,9 @@ def updates_per_step(prompts: Any, group: Any, update: Any) -> Any:
     """Their batch of an update counts completions."""
     if None in (prompts, group, update):
         return None
-    made = mean.ceil_of(max(1, whole(prompts) * whole(group) / whole(update)), "whole mini-batches")
-    most = whole(prompts)
-    return made if plain(made) <= most else Made(most, "less than a group in an update there, a group here")
+    if whole(update) < whole(group):
+        return Made(whole(prompts), "less than a group in an update there, a group here")
+    return mean.even(whole(prompts), whole(prompts) * whole(group) / whole(update))
 
 
 def _per_step(*step: Any) -> int:
@@ -168,7 +168,8 @@ def megatron(value: Any, enabled: Any) -> Any:
 
 
 def epochs(passes: Any, name: Any, path: Any) -> Any:
-    return mean.epochs(passes, KNOWN_DATA.get(name), path)
+    """-1 is no limit."""
+    return mean.epochs(passes if passes is None else max(0, whole(passes)), KNOWN_DATA.get(name), path)
 
 
 def eval_samples(count: Any, name: Any, repeat: Any, path: Any) -> Any:

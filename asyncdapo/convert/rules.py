@@ -98,6 +98,8 @@ class Peer:
     """Beginning of a key in another version, and in the rules."""
     flags: bool = False
     """Arguments are `--key value`, else `key=value`."""
+    others: tuple[str, ...] = ()
+    """Patterns of `key=value` that another kind of training is given, and none of the kind that is converted."""
     texts: tuple[str, ...] = ()
     """Keys whose value may name a text file, which stands for what it holds."""
 
@@ -112,7 +114,7 @@ def same(ours: str, theirs: str) -> Rule:
 
 def text(ours: str, theirs: str) -> Rule:
     """As `same`, of a name or a path, which a number may be too."""
-    return Rule(ours, (theirs,), lambda value: value if value is None else str(value))
+    return Rule(ours, (theirs,), lambda value: None if value in (None, "") else str(value))
 
 
 def flag(value: Any) -> bool:

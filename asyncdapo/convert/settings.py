@@ -245,6 +245,8 @@ def _read_yaml(path: Path, settings: Settings, inherited: str, depth: int = 0) -
             settings.warnings.append(f"defaults: {base}: their own defaults stand in for it")
     settings.warnings += [f"{path.name}, {key}: given again behind it, not read" for key in loader.repeated]
     for key, value in _flat(tree):
+        if value is None:  # in place of a whole section of the file below
+            settings.table = {name: one for name, one in settings.table.items() if not name.startswith(f"{key}.")}
         settings.table[key] = Setting(value, inherited=inherited)
         if len(settings.table) > MAX_KEYS:
             raise UserError(f"{path}: more than {MAX_KEYS} keys")

@@ -265,6 +265,7 @@ WITHOUT = (
     ("generator.*", "one turn only here"),
     ("environment.*", "an environment of theirs: see docs/reward.md"),
     ("data.*", "of their data loader"),
+    ("[A-Z]*", "of the shell"),
 )
 
 PEER = Peer(
@@ -284,6 +285,7 @@ PEER = Peer(
         ),
         mean.MODEL_GPUS,
     ),
+    others=("train_dataset*", "num_steps=*", "dataset_name=*", "max_length=*"),
     aliases=(
         (f"{ALGORITHM}overlong_buffer.len", f"{ALGORITHM}overlong_buffer_len"),
         (f"{ALGORITHM}overlong_buffer.penalty_factor", f"{ALGORITHM}overlong_buffer_penalty_factor"),

@@ -121,6 +121,13 @@ def old_aggregation(token_level: Any) -> str:
     return "token-mean" if flag(token_level) else "seq-mean-token-mean"
 
 
+def clip_low(bound: Any, variant: Any) -> Any:
+    """Their CISPO takes bounds below 0, which are none."""
+    if variant == "cispo" and bound is not None and bound > 1:
+        return Made(1.0, "no lower bound")
+    return None if bound is None else number(bound)
+
+
 def dual_clip(bound: Any, variant: Any) -> Any:
     return Made(None, f"their {variant} has none") if variant in ("gspo", "cispo") else mean.dual_clip(bound)
 

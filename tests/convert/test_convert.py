@@ -297,3 +297,24 @@ def test_what_trains_differently_is_ranked_at_the_top_and_on_stderr(capsys: pyte
         ]
         assert places == sorted(places)
     assert "What trains differently here" in top
+
+
+@pytest.mark.parametrize(
+    ("peer", "words"),
+    [
+        ("verl", "data.train_files=a.parquet optim.lr=1e-5"),
+        ("skyrl", "num_steps=10 max_length=100"),
+        ("nemo-rl", "dpo.max_num_steps=10"),
+        ("ms-swift", "--rlhf_type dpo --dataset a/b"),
+    ],
+)
+def test_a_script_of_another_kind_of_training_is_refused(peer: str, words: str) -> None:
+    with pytest.raises(UserError, match="no training by GRPO, PPO or their like"):
+        converted(peer, words.split())
+
+
+@pytest.mark.parametrize("word", ["actor_rollout_ref.model.path=", "data.train_files=['']"])
+def test_a_name_that_is_left_empty_is_as_good_as_none(word: str) -> None:
+    values = converted("verl", [*VERL, word])[1].values
+    assert "model.path" not in values
+    assert values["prompts.path"] == "path/to/train.parquet"
