@@ -44,7 +44,7 @@ SYNCHRONOUS = (
         "Its ratio is against log-probs that the learner computes at the start of a step, as loss.anchor=proximal has "
         "it; here against those of the policy that sampled",
         Rank.LOSS,
-        lambda made: "loss.anchor" not in made and "replay.run_ahead" not in made,
+        lambda made: "loss.anchor" not in made,
     ),
 )
 SURPLUS = Differs(
@@ -149,7 +149,7 @@ def train_data(files: Any) -> Any:
     made = [_prepared(file, "train") for file in files]
     why = "drawn from alike here, row after row there: make the weights the numbers of rows"
     before = tuple(command for one in made for command in one.before)
-    return Made({one.value: 1 for one in made}, why, before, UNREPEATED)
+    return Made({one.value: 1 for one in made}, why, before, UNREPEATED, Rank.TASK)
 
 
 def held_out(files: Any) -> Any:

@@ -19,6 +19,13 @@ BATCH = (
 )
 GPUS = ("NPROC_PER_NODE", "NNODES", "vllm_tensor_parallel_size", "vllm_mode")
 CLOCK = (*BATCH, "num_iterations")
+MEGATRON = (
+    ("lr_decay_style", "lr_scheduler_type"),
+    ("lr_warmup_iters", "warmup_steps"),
+    ("lr_warmup_fraction", "warmup_ratio"),
+    ("clip_grad", "max_grad_norm"),
+)
+"""What its Megatron trainer calls the same."""
 OVERLONG = ("soft_cache_length", "soft_max_length", "max_completion_length", "reward_funcs", "reward_weights")
 
 
@@ -57,6 +64,7 @@ RULES = (
     same("rollout.max_response_length", "max_completion_length"),
     same("rollout.temperature", "temperature"),
     *(mean.otherwise(key, *why) for key, *why in its.OTHERWISE),
+    Rule("", ("tuner_type", "global_batch_size", "micro_batch_size"), its.tuner),
     Rule("", ("top_p",), mean.whole_distribution),
     Rule("", ("top_k",), mean.whole_distribution),
     Rule("rollout.dtype", ("torch_dtype",), mean.dtype),
@@ -95,8 +103,10 @@ RULES = (
     Rule("loss.kl_coef", ("beta",), number),
     Rule("", ("kl_in_reward", "advantage_estimator", "beta"), its.kl_in_reward),
     same("learner.lr", "learning_rate"),
-    Rule("learner.warmup_steps", ("warmup_steps", "max_steps"), its.warmup),
-    Rule("learner.warmup_steps", ("warmup_ratio", "max_steps"), its.warmup),
+    *(
+        Rule("learner.warmup_steps", (key, "max_steps", "dataset", "num_train_epochs", *CLOCK), its.warmup)
+        for key in ("warmup_steps", "warmup_ratio")
+    ),
     Rule("learner.betas", ("adam_beta1", "adam_beta2"), lambda one, two: [number(one), number(two)]),
     same("learner.eps", "adam_epsilon"),
     same("learner.weight_decay", "weight_decay"),
@@ -121,7 +131,8 @@ RULES = (
 
 DEFAULTS = {
     "val_dataset": None,
-    "tuner_type": "lora",
+    "tuner_type": None,
+    "gradient_checkpointing": True,
     "lr_scheduler_type": "cosine",
     "per_device_train_batch_size": 1,
     "kl_in_reward": None,
@@ -227,6 +238,6 @@ PEER = Peer(
     ),
     others=("rlhf_type=[!g]*", "rlhf_type=gkd*"),
     texts=("system",),
-    aliases=(("lr", "learning_rate"), ("train_type", "tuner_type")),
+    aliases=(("lr", "learning_rate"), ("train_type", "tuner_type"), *MEGATRON),
     flags=True,
 )

@@ -30,7 +30,6 @@ OTHERWISE: tuple[tuple[str, str, Rank, tuple[Any, ...]], ...] = (
     ("gym_env", mean.TURNS, Rank.TASK, ()),
     ("teacher_model", "no distillation here", Rank.TASK, ()),
     ("teacher_model_server", "no distillation here", Rank.TASK, ()),
-    ("tuner_type", mean.ALL_WEIGHTS, Rank.LOSS, ("full",)),
     ("chord_sft_dataset", f"{NO_SUCH_LOSS}: CHORD's supervised loss on answers of a data set", Rank.LOSS, ()),
     ("sdar_loss_coef", NO_SUCH_LOSS, Rank.LOSS, ()),
     ("advantage_reweight", NO_SUCH_LOSS, Rank.LOSS, ()),
@@ -89,7 +88,7 @@ def in_steps(updates: Any, *clock: Any) -> Any:
 def steps_of_rows(files: Any, passes: Any, *sizes: Any) -> Any:
     """Theirs ends with the rows that it draws, where it says how many."""
     rows = [_syntax(file)[2] for file in (files if isinstance(files, list) else [files]) if isinstance(file, str)]
-    if not rows or None in rows:
+    if not rows or None in rows or passes is None:
         return None
     prompts = plain(prompts_per_step(*sizes))
     return Made(max(1, ceil(sum(rows) * number(passes) / prompts)), f"{sum(rows)} rows by {prompts}, {passes:g} times")
@@ -156,20 +155,30 @@ def prompt_length(context: Any, response: Any) -> Any:
     return Made(whole(context) - whole(response), "what vllm_max_model_len leaves; theirs cuts longer ones")
 
 
+def tuner(name: Any, *megatron: Any) -> Any:
+    """LoRA by default, but for the Megatron trainer."""
+    if name == "full" or (name is None and any(megatron)):
+        return Left("as it is here")
+    return Left(mean.ALL_WEIGHTS if name else f"{mean.ALL_WEIGHTS} (their default is LoRA)", loud=Rank.LOSS)
+
+
 def any_prompt_length() -> Made:
     """Theirs is the model's own limit."""
     why = "theirs takes prompts as long as the model can, and cuts longer ones; here longer ones are left out"
     return Made(1024, why, loud=Rank.SAMPLING)
 
 
-def warmup(updates: Any, steps: Any) -> Any:
+def warmup(updates: Any, steps: Any, files: Any, passes: Any, *clock: Any) -> Any:
     """Less than 1 is a share of all."""
     if not updates:
         return None
     if number(updates) >= 1:
         return whole(updates)
     if steps is None or whole(steps) <= 0:
-        return mean.share_of_steps("learner.warmup_steps")
+        of_rows = plain(steps_of_rows(files, passes, *clock[:-1]))
+        if of_rows is None:
+            return mean.share_of_steps("learner.warmup_steps")
+        steps = of_rows * _updates_of_step(*clock)
     return Made(int(number(updates) * whole(steps)), f"of {steps} optimizer updates")
 
 

@@ -22,6 +22,7 @@ TIS = "loss_fn.truncated_importance_sampling_"
 WEIGHTS = ("loss_fn.use_importance_sampling_correction", f"{TIS}type")
 AHEAD, STALE = "async_rl.sampler.max_lookahead_versions", "async_rl.sampler.max_staleness_versions"
 MEGATRON = "policy.megatron_cfg."
+ESTIMATOR = "grpo.adv_estimator."
 TEMPLATE = ("data.train.prompt_file", "data.default.prompt_file")
 SYSTEM = ("data.train.system_prompt_file", "data.default.system_prompt_file")
 ENVIRONMENT = ("data.train.env_name", "data.default.env_name")
@@ -40,9 +41,9 @@ RULES = (
     Rule("prompts.task", ("data.train.dataset_name",), lambda name: "file" if name in its.DATA_SETS else None),
     Rule("prompts.task", ("data.train.data_path",), lambda path: "file"),
     Rule("prompts.path", ("data.train.data_path",), mean.train_data),
-    Rule("prompts.path", ("data.train.dataset_name", *TEMPLATE), its.train_data),
+    Rule("prompts.path", ("data.train.dataset_name", *TEMPLATE, *SYSTEM), its.train_data),
     Rule("prompts.eval_path", ("data.validation.data_path",), mean.held_out),
-    Rule("prompts.eval_path", ("data.validation.dataset_name", *TEMPLATE), its.eval_data),
+    Rule("prompts.eval_path", ("data.validation.dataset_name", *TEMPLATE, *SYSTEM), its.eval_data),
     Rule("prompts.chat_template", ("data.train.dataset_name",), lambda name: Made(True, "they always use it")),
     Rule("prompts.chat_template", ("data.train.data_path",), lambda path: Made(True, "they always use it")),
     Rule("prompts.template", TEMPLATE, its.template),
@@ -72,6 +73,7 @@ RULES = (
     ),
     *(Rule("", (key,), its.own_environment) for key in ENVIRONMENT),
     *(mean.otherwise(key, *why) for key, *why in its.OTHERWISE),
+    Rule("", (f"{SHAPING}stop_properly_penalty_coef", f"{SHAPING}enabled"), its.stop_properly),
     Rule("reward.correct", SCALE, lambda *scaling: its.scaled(1.0, *scaling)),
     Rule("reward.incorrect", SCALE, lambda *scaling: its.scaled(0.0, *scaling)),
     Rule(
@@ -123,10 +125,20 @@ RULES = (
     ),
     Rule(
         "",
-        ("grpo.adv_estimator.name",),
+        (f"{ESTIMATOR}name",),
         lambda name: None if name in (None, "grpo") else mean.advantage_of(name, {}),
     ),
-    Rule("loss.advantage", ("grpo.normalize_rewards", "grpo.use_leave_one_out_baseline"), its.advantage),
+    Rule(
+        "loss.advantage",
+        (
+            "grpo.normalize_rewards",
+            "grpo.use_leave_one_out_baseline",
+            f"{ESTIMATOR}name",
+            f"{ESTIMATOR}normalize_rewards",
+            f"{ESTIMATOR}use_leave_one_out_baseline",
+        ),
+        its.advantage,
+    ),
     Rule("loss.kl_coef", ("loss_fn.reference_policy_kl_penalty",), number),
     Rule(
         "loss.kl_estimator",
@@ -168,7 +180,7 @@ RULES = (
         lambda keep: Made(mean.kept_checkpoints(keep), "the newest here, the best there"),
     ),
     Rule("eval.every", ("grpo.val_period",), mean.every),
-    same("eval.num_prompts", "grpo.max_val_samples"),
+    Rule("eval.num_prompts", ("grpo.max_val_samples", "data.validation.dataset_name"), its.eval_prompts),
     Rule(
         "eval.num_samples",
         (
@@ -225,14 +237,13 @@ DEFAULTS = {
 }
 
 WITHOUT = (
-    (f"{SHAPING}stop_properly_penalty_coef", "reward.overlong_filter or reward.overlong_buffer instead"),
     (f"{SHAPING}*", "reward_shaping punishes no length"),
     (f"{ASYNC}*", "weights always arrive while sequences run here; see replay.run_ahead, replay.max_staleness"),
     ("grpo.max_rollout_turns", "one turn only here"),
     ("grpo.val_batch_size", "evaluation fills whatever slots are free here"),
     ("grpo.val_at_*", "the first and the last evaluation always run here"),
     ("grpo.val_start_at", "the first and the last evaluation always run here"),
-    ("grpo.adv_estimator.*", "loss.advantage: grpo, dr_grpo, rloo"),
+    (f"{ESTIMATOR}*", "loss.advantage: grpo, dr_grpo, rloo"),
     ("grpo.*", "no such method here"),
     ("loss_fn.*", "no such part of the loss here"),
     ("policy.hf_config_overrides.*", "the model's own config.json counts here: change it there"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import ceil
 from typing import Any
 
 from asyncdapo.convert import meanings as mean
@@ -33,7 +34,6 @@ OTHERWISE: tuple[tuple[str, str, Rank, tuple[Any, ...]], ...] = (
     ("grpo.advantage_clip_low", "advantages are not cut here", Rank.LOSS, ()),
     ("grpo.advantage_clip_high", "advantages are not cut here", Rank.LOSS, ()),
     ("grpo.seq_logprob_error_threshold", "loss.outlier_band masks here, by a ratio", Rank.LOSS, ()),
-    ("grpo.reward_shaping.stop_properly_penalty_coef", "no such punishment here", Rank.LOSS, ()),
     *(
         (f"reward_penalties.{key}", "no such punishment here", Rank.LOSS, ())
         for key in (
@@ -120,16 +120,35 @@ def gen_batches(limit: Any, enabled: Any) -> Any:
     return None if limit is None else Made(whole(limit) + 1, "their limit is checked after one more batch")
 
 
-def advantage(normalize: Any, leave_one_out: Any) -> Any:
-    if flag(normalize):
-        if not flag(leave_one_out):
-            return "grpo"
-        return Made(
-            "grpo",
-            "use_leave_one_out_baseline leaves a completion out of its own mean and deviation there, which scales it",
-            loud=Rank.LOSS,
-        )
-    return "rloo" if flag(leave_one_out) else "dr_grpo"
+def advantage(normalize: Any, leave_one_out: Any, name: Any, own_normalize: Any, own_leave_one_out: Any) -> Any:
+    """The estimator's own keys count where they are given."""
+    if name not in (None, "grpo"):
+        return None
+    normalize = normalize if own_normalize is None else own_normalize
+    leave_one_out = leave_one_out if own_leave_one_out is None else own_leave_one_out
+    if not flag(normalize):
+        return "rloo" if flag(leave_one_out) else "dr_grpo"
+    if not flag(leave_one_out):
+        return "grpo"
+    why = "use_leave_one_out_baseline leaves a completion out of its own mean and deviation there, which scales it"
+    return Made("grpo", why, loud=Rank.LOSS)
+
+
+def stop_properly(factor: Any, shaping: Any) -> Left:
+    """The reward of a response that was cut off is multiplied."""
+    if factor in (None, 1) or not flag(shaping):
+        return Left("off, as it always is here")
+    why = f"the reward of a response that is cut off is {factor} of it there: reward.overlong_filter, overlong_buffer"
+    return Left(why, loud=Rank.TASK)
+
+
+def eval_prompts(most: Any, name: Any) -> Any:
+    """Rows that aren't repeated."""
+    known = KNOWN_DATA.get(name)
+    times = mean.REPEATS[known] if known and name != "AIME2024" else 1
+    if most is None or times == 1:
+        return most
+    return Made(ceil(whole(most) / times), f"{most} rows there, each of them {times} times")
 
 
 def variant(sequence: Any, cispo: Any) -> Any:
@@ -157,6 +176,8 @@ def band(high: Any, low: Any, use: Any, kind: Any) -> Any:
 def warmup(scheduler: Any, *step: Any) -> Any:
     """A LinearLR in front is the warm-up; it moves once a train step."""
     parts = scheduler if isinstance(scheduler, list) else []
+    if parts and all(str(part.get("name", "")).endswith("ConstantLR") for part in parts if isinstance(part, dict)):
+        return None
     linear = [part for part in parts if isinstance(part, dict) and str(part.get("name", "")).endswith("LinearLR")]
     if len(linear) != 1:
         return Left("only a warm-up by LinearLR, constant after it, has a counterpart", loud=Rank.SCHEDULE)

@@ -220,6 +220,7 @@ DEFAULTS = {
     f"{ALGORITHM}clip_ratio_c": 3.0,
     f"{ASYNC}max_staleness_steps": 4,
     f"{ASYNC}enabled": False,
+    "trainer.gradient_checkpointing": True,
     "trainer.max_prompt_length": 512,
     "trainer.epochs": 1,
     "trainer.seed": 42,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from asyncdapo.convert import gpus
 from asyncdapo.convert import meanings as mean
 from asyncdapo.convert import verl_values as its
-from asyncdapo.convert.rules import Left, Made, Peer, Rank, Rule, flag, number, same, text, whole
+from asyncdapo.convert.rules import Left, Made, Peer, Rank, Rule, flag, same, text, whole
 from asyncdapo.convert.verl_values import ACTOR, CORRECTION, ROLLOUT
 
 TRAIN, GEN, MINI = "data.train_batch_size", "data.gen_batch_size", f"{ACTOR}ppo_mini_batch_size"
@@ -81,7 +81,7 @@ RULES = (
         its.gen_multiplier,
     ),
     Rule("replay.prompts_per_step", STEP, its.prompts_per_step),
-    Rule("replay.run_ahead", (f"{ASYNC}staleness_threshold",), number),
+    Rule("replay.run_ahead", (f"{ASYNC}staleness_threshold", STEP[-2], GPUS[-1]), its.run_ahead),
     Rule("replay.max_staleness", (f"{ASYNC}staleness_threshold", f"{ASYNC}partial_rollout"), its.staleness),
     Rule("loss.variant", (f"{ACTOR}policy_loss.loss_mode",), lambda mode: mean.known_loss(mode, VARIANTS)),
     Rule(
@@ -92,6 +92,7 @@ RULES = (
             f"{ASYNC}use_rollout_log_probs",
             f"{ASYNC}compute_prox_log_prob",
             f"{ACTOR}tis_imp_ratio_cap",
+            f"{ASYNC}trigger_parameter_sync_step",
         ),
         its.anchor,
     ),
@@ -194,6 +195,7 @@ RULES = (
 )
 
 DEFAULTS = {
+    "actor_rollout_ref.model.enable_gradient_checkpointing": True,
     f"{ACTOR}clip_ratio_low": 0.2,
     f"{ACTOR}clip_ratio_high": 0.2,
     f"{ACTOR}clip_ratio_c": 3.0,

@@ -29,6 +29,7 @@ OTHERWISE: tuple[tuple[str, str, Rank, tuple[Any, ...]], ...] = (
     (f"{MODEL}lora.rank", mean.ALL_WEIGHTS, Rank.LOSS, (-1,)),
     (f"{MODEL}lora_adapter_path", mean.ALL_WEIGHTS, Rank.LOSS, ()),
     (f"{CORRECTION}rollout_rs", "no such rejection here: loss.outlier_band masks tokens or responses", Rank.LOSS, ()),
+    (f"{CORRECTION}rollout_token_veto_threshold", "no such rejection here: loss.outlier_band", Rank.LOSS, ()),
     (f"{CORRECTION}loss_type", "REINFORCE there, PPO's clipped loss here", Rank.LOSS, ("ppo_clip",)),
     (f"{CORRECTION}rollout_is_batch_normalize", "the weights are not brought to a mean of 1 here", Rank.LOSS, ()),
     (f"{ACTOR}loss_scale_factor", "the norm is rollout.max_response_length here", Rank.LOSS, ()),
@@ -138,11 +139,19 @@ def advantage(name: Any, by_std: Any) -> Any:
     return None if name is None else mean.advantage_of(name, ADVANTAGES)
 
 
-def anchor(rollout_is: Any, bypass: Any, use_rollout: Any, proximal: Any, cap: Any) -> Any:
-    """Only where their keys speak of it: without them see `SYNCHRONOUS`."""
+def anchor(rollout_is: Any, bypass: Any, use_rollout: Any, proximal: Any, cap: Any, sync: Any) -> Any:
+    """Only where their keys speak of it: without them see `SYNCHRONOUS`. Their fully asynchronous trainer takes the
+    log-probs of the policy that sampled unless told otherwise."""
     if flag(proximal) or (rollout_is and not flag(bypass)) or (cap is not None and cap > 0):
         return "proximal"
-    return "behavior" if flag(bypass) or flag(use_rollout) else None
+    return "behavior" if flag(bypass) or flag(use_rollout) or sync is not None else None
+
+
+def run_ahead(threshold: Any, sync: Any, rollout_gpus: Any) -> Any:
+    """Engines with GPUs of their own and no asynchronous trainer are one step ahead."""
+    if threshold is not None:
+        return number(threshold)
+    return Made(1.0, "one step off there") if rollout_gpus is not None and sync is None else None
 
 
 def correction(rollout_is: Any, bypass: Any, cap: Any) -> Any:
@@ -176,18 +185,22 @@ def verifier(manager: Any, files: Any, *own: Any) -> Any:
     if any(own):
         return Made(mean.OWN_FUNCTION, "name your own here")
     name, sure = _verifier_of(files)
-    why = f"they choose by each row's data_source; reward.verifier={name} is a guess by the name: change it for yours"
+    why = f"they choose by each row's data_source; reward.verifier={name} for all rows is a guess: change it for yours"
     return Made(name, "their verdict on this data" if sure else why, loud=None if sure else Rank.TASK)
 
 
 def _verifier_of(files: Any) -> tuple[str, bool]:
-    """By the data sets' names, and whether these are known: GSM8K's answers stand behind ####, DAPO's behind Answer:,
-    others' in a box."""
-    names = str(files).lower()
-    if "gsm8k" in names:
+    """By the data sets' names, and whether it is theirs for all of them: GSM8K's answers stand behind ####, DAPO's
+    behind Answer:, others' in a box."""
+    made = [_of_name(str(file).lower()) for file in (files if isinstance(files, list) else [files])]
+    return made[0][0], all(sure for _, sure in made) and len(set(made)) == 1
+
+
+def _of_name(name: str) -> tuple[str, bool]:
+    if re.search(r"gsm8k", name):
         return "gsm8k", True
-    known = re.search(r"dapo|aime", names) is not None
-    return ("dapo" if known or not re.search(r"math|deepscale|numina|orz", names) else "math_verify"), known
+    known = re.search(r"dapo|aime", name) is not None
+    return ("dapo" if known or not re.search(r"math|deepscale|numina|orz", name) else "math_verify"), known
 
 
 def incorrect(files: Any, *own: Any) -> Any:
@@ -199,7 +212,7 @@ def truncation(side: Any, filtered: Any) -> Left:
     """Where the data loader lets too long a prompt through."""
     if flag(filtered) or side == "error":
         return Left("longer prompts are always left out and counted here")
-    return Left("longer prompts are cut there, left out and counted here", loud=Rank.SAMPLING)
+    return Left("longer prompts are cut there, left out and counted here", loud=Rank.DETAIL)
 
 
 def epochs(passes: Any, rollout: Any, files: Any) -> Any:

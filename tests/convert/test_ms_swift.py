@@ -94,6 +94,11 @@ from tests.convert.test_convert import convert
             "--dataset a/b:main#1000 --num_train_epochs 2 --generation_batch_size 80 --num_generations 8",
             {"prompts.path": "data/b/train.parquet", "run.steps": 200, "prompts.epochs": 2},
         ),
+        (
+            "--dataset a/b#800 --num_train_epochs 1 --generation_batch_size 80 --num_generations 8 --warmup_ratio 0.05",
+            {"run.steps": 80, "learner.warmup_steps": 20},
+        ),
+        ("--global_batch_size 16 --lr_decay_style cosine --clip_grad 0.5", {"learner.grad_clip": 0.5}),
         ("--dataset a/b", {"eval.num_prompts": 0, "eval.num_greedy_prompts": 0}),
         (
             "--dataset a/b --val_dataset gsm8k#100",
@@ -156,9 +161,15 @@ def test_what_trains_something_else_is_said_at_the_top(words: str, off: str, sai
 
 def test_lora_and_a_cosine_are_said_where_the_script_leaves_them_to_the_defaults() -> None:
     loud = " ".join(converted("ms-swift", ["--dataset", "a/b"])[1].loud)
-    assert "tuner_type=lora (ms-swift's default)" in loud
+    assert "(their default is LoRA)" in loud
     assert "lr_scheduler_type=cosine (ms-swift's default)" in loud
     assert "prompts.max_prompt_length=1024: theirs takes prompts as long as the model can" in loud
+
+
+def test_their_megatron_trainer_trains_all_weights_unless_told_otherwise() -> None:
+    megatron = ["--dataset", "a/b", "--global_batch_size", "16"]
+    assert "LoRA" not in " ".join(converted("ms-swift", megatron)[1].loud)
+    assert "LoRA" in " ".join(converted("ms-swift", [*megatron, "--tuner_type", "lora"])[1].loud)
 
 
 def test_a_filter_that_is_off_is_not_spoken_of() -> None:

@@ -59,6 +59,16 @@ from tests.convert.test_convert import convert
             "policy.dtensor_cfg.activation_checkpointing=true",
             {"learner.activation_checkpointing": "full"},
         ),
+        ("ppo.max_num_epochs=-1", {"prompts.epochs": 0}),
+        ("grpo.max_num_epochs=2", {"prompts.epochs": 2}),
+        (
+            "data.validation.dataset_name=DAPOMathAIME2024 grpo.max_val_samples=960",
+            {"eval.num_prompts": 30, "eval.num_samples": 32},
+        ),
+        (
+            "async_rl.sampler.name=windowed async_rl.sampler.max_staleness_versions=1",
+            {"replay.run_ahead": 1.0, "replay.max_staleness": 1},
+        ),
         ("ppo.ppo_epochs=4 ppo.num_prompts_per_step=8", {"learner.epochs": 4, "replay.prompts_per_step": 8}),
         ("ppo.reward_scaling.enabled=true ppo.reward_scaling.target_min=-1", {"reward.incorrect": -1.0}),
     ],
@@ -127,9 +137,23 @@ def test_a_template_that_is_not_here_is_said_aloud(recipe: Path) -> None:
         ("loss_fn.disable_ppo_ratio=true", "loss_fn.disable_ppo_ratio=false", "no loss without a ratio"),
         ("ppo.adv_estimator.name=gae", "ppo.adv_estimator.name=grpo", "there is no critic here"),
         ("data.default.env_name=code", "data.default.env_name=math", "YOUR ENVIRONMENT code"),
+        (
+            "grpo.reward_shaping.stop_properly_penalty_coef=0.0 grpo.reward_shaping.enabled=true",
+            "grpo.reward_shaping.stop_properly_penalty_coef=null grpo.reward_shaping.enabled=true",
+            "that is cut off is 0.0 of it",
+        ),
         ("grpo.max_rollout_turns=3", "grpo.max_rollout_turns=1", "one turn only"),
     ],
 )
 def test_what_trains_something_else_is_said_at_the_top(word: str, off: str, said: str) -> None:
-    assert [said in line for line in converted("nemo-rl", [word])[1].loud if line.startswith(word[:16])] == [True]
-    assert not any(said in line for line in converted("nemo-rl", [off])[1].loud)
+    loud = converted("nemo-rl", word.split())[1].loud
+    assert [said in line for line in loud if line.startswith(word.partition("=")[0])] == [True]
+    assert not any(said in line for line in converted("nemo-rl", off.split())[1].loud)
+
+
+def test_a_section_that_a_recipe_sets_to_null_is_gone(recipe: Path) -> None:
+    base = recipe.parent.parent / "base.yaml"
+    base.write_text("grpo:\n  async_grpo: {enabled: true, max_trajectory_age_steps: 3}\n")
+    assert convert("nemo-rl", str(recipe))["replay.run_ahead"] == 3.0
+    recipe.write_text(RECIPE + "grpo: {async_grpo: null}\n")
+    assert "replay.run_ahead" not in convert("nemo-rl", str(recipe))

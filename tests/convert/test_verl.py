@@ -154,6 +154,8 @@ DATA = "data.train_files=dapo-math-17k.parquet"
         (f"data.val_files=/x/gsm8k/test.parquet {DATA}", {"eval.num_prompts": 1319}),
         (f"data.val_files=/x/gsm8k/test.parquet data.val_max_samples=100 {DATA}", {"eval.num_prompts": 100}),
         (f"data.val_files=mine.parquet {DATA}", {"eval.num_prompts": None}),
+        ("trainer.n_gpus_per_node=4 rollout.n_gpus_per_node=4", {"replay.run_ahead": 1.0}),
+        (f"{ACTOR}policy_loss.loss_mode=cispo {ACTOR}clip_ratio_low=10", {"loss.clip_low": 1.0}),
         (f"{ROLLOUT}val_kwargs.do_sample=True", {"eval.temperature": 0.0}),
         ("data.train_files=/x/math/train.parquet", {"reward.verifier": "math_verify", "reward.incorrect": 0.0}),
     ],
@@ -209,8 +211,14 @@ def test_what_trains_something_else_is_said_at_the_top(word: str, off: str, said
 
 def test_a_verdict_that_is_a_guess_is_said_first() -> None:
     loud = converted("verl", [*VERL, "data.train_files=mine.parquet"])[1].loud
-    assert "reward.verifier=dapo is a guess" in loud[0]
+    assert "reward.verifier=dapo for all rows is a guess" in loud[0]
     assert not any("guess" in line for line in converted("verl", [*VERL, DATA])[1].loud)
+
+
+def test_data_sets_with_verdicts_of_their_own_are_said_to_share_one() -> None:
+    loud = converted("verl", [*VERL, "data.train_files=[/d/gsm8k/train.parquet,/d/math/train.parquet]"])[1].loud
+    assert "drawn from alike here, row after row there" in " ".join(loud)
+    assert "reward.verifier=gsm8k for all rows is a guess" in " ".join(loud)
 
 
 def test_what_is_said_of_it_does_not_contradict_the_config() -> None:
