@@ -10,6 +10,7 @@ with which step size may. Does not own: reading a configuration, where a run goe
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
@@ -79,24 +80,35 @@ def to_json(identity: Identity) -> bytes:
 
 def check_same_run(run_dir: Path, config: Config, identity: Identity) -> Config:
     """The configuration of the run's last launch. Raises ConfigError that lists whatever makes this another run."""
-    try:
+    with _needed(run_dir / CONFIG_FILE, "config.1.yaml, if there is one, has the values of a launch before"):
         recorded, gone = load_recorded(run_dir / CONFIG_FILE)
+    with _needed(run_dir / IDENTITY_FILE, "that of any run with the same model and data is the same"):
         known = msgspec.json.decode((run_dir / IDENTITY_FILE).read_bytes(), type=Identity)
-    except (UserError, OSError, msgspec.DecodeError) as error:
-        problem = f"holds a run that can't be gone on with: {error}"
-        raise ConfigError("run.dir", problem, str(run_dir), "choose another run.dir") from error
     for problem in unknown_keys(run_dir / CONFIG_FILE, gone):
         print(f"not used: {problem}")
     different = [*different_files(known, identity, config), *_different_values(recorded, config)]
     if different:
         problem = f"holds a run that differs in {', '.join(different)}"
-        raise ConfigError("run.dir", problem, str(run_dir), "choose another run.dir, or the values of that run")
+        fix = f"choose another run.dir, or the values of that run, as {CONFIG_FILE} and {IDENTITY_FILE} there have them"
+        raise ConfigError("run.dir", problem, str(run_dir), fix)
     return recorded
 
 
 def unknown_keys(recorded: Path, gone: Sequence[str]) -> list[str]:
     """What is said of keys that another version has recorded; nothing without any."""
     return [f"{recorded}: {', '.join(gone)}: unknown to this version of asyncdapo"] if gone else []
+
+
+@contextmanager
+def _needed(path: Path, where_else: str) -> Iterator[None]:
+    """While a file is read without which a run can't be gone on with. `where_else`: what can take its place."""
+    try:
+        yield
+    except (UserError, OSError, msgspec.DecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else " · ".join(str(error).splitlines())
+        problem = f"holds a run that can't be gone on with: {path.name}: {reason}"
+        fix = f"put a sound {path.name} there: {where_else}; or choose another run.dir"
+        raise ConfigError("run.dir", problem, str(path.parent), fix) from error
 
 
 def different_files(known: Identity, identity: Identity, config: Config) -> Iterator[str]:

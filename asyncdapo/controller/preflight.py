@@ -28,7 +28,7 @@ from asyncdapo.config import Config, find_config, load_config, to_yaml
 from asyncdapo.controller.engine_check import check_installed, check_model
 from asyncdapo.controller.identity import IDENTITY_FILE, Identity, check_same_run, identify, to_json
 from asyncdapo.controller.model_check import check_learnable
-from asyncdapo.controller.resume import Resume, survey
+from asyncdapo.controller.resume import Resume, survey, unusable_ledger
 from asyncdapo.controller.roster import end_survivors
 from asyncdapo.controller.surroundings import check_surroundings
 from asyncdapo.disk import replace_file
@@ -39,7 +39,8 @@ from asyncdapo.metrics.wandb_log import choose_mode
 from asyncdapo.prompts.registry import open_task
 from asyncdapo.prompts.stream import PromptStream
 from asyncdapo.prompts.task import Task
-from asyncdapo.replay.audit import CONFIG_FILE
+from asyncdapo.replay.audit import CONFIG_FILE, ledger_breach
+from asyncdapo.replay.ledger import LEDGER_FILE
 from asyncdapo.reward.registry import absolute_verifier, make_verifier
 from asyncdapo.reward.wire import METRICS
 
@@ -125,6 +126,9 @@ def holds_run(run_dir: str) -> bool:
     else."""
     names = {path.name for path in Path(run_dir).iterdir()} if Path(run_dir).exists() else set()
     if CONFIG_FILE not in names and (others := sorted(names - UNFINISHED_START)):
+        if LEDGER_FILE in names:
+            fix = "put it back: config.1.yaml, if there is one, has the values of a launch before; or choose another"
+            raise ConfigError("run.dir", f"holds a run without its {CONFIG_FILE}", run_dir, fix)
         raise ConfigError("run.dir", f"is in use: it holds {others[0]}, and no run", run_dir, "choose another")
     return CONFIG_FILE in names
 
@@ -207,6 +211,8 @@ def _open_run_dir(config: Config, identity: Identity) -> Resume:
     except RunError as error:
         raise UserError(f"{run_dir}: of the launch before: {error}") from error
     resume = survey(run_dir, config)
+    if not resume.finished and (breach := ledger_breach(run_dir)):
+        raise unusable_ledger(run_dir, breach)
     if recorded != config and not resume.finished:
         _keep_config(run_dir)
         replace_file(run_dir / CONFIG_FILE, to_yaml(config).encode())

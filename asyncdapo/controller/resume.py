@@ -22,7 +22,7 @@ from pathlib import Path
 
 from asyncdapo.config import Config
 from asyncdapo.errors import UserError
-from asyncdapo.learner.checkpoint import find_checkpoint
+from asyncdapo.learner.checkpoint import checkpoint_dir, find_checkpoint, kept_steps
 from asyncdapo.metrics.jsonl import to_metrics, whole_lines
 from asyncdapo.replay.events import VERDICT_STATES
 from asyncdapo.replay.ledger import LEDGER_FILE, last_trained, open_ledger
@@ -64,9 +64,10 @@ def survey(run_dir: Path, config: Config) -> Resume:
         found = find_checkpoint(run_dir, trained)
         missing = missing_lines(run_dir, found.step)
         ended = bool(trained) and _has_ended(run_dir)
-    except sqlite3.Error as error:
-        fix = "choose another run.dir, or put a sound copy of it back"
-        raise UserError(f"{run_dir / LEDGER_FILE}: can't be read: {error} ({fix})") from error
+    except (sqlite3.Error, json.JSONDecodeError) as error:
+        raise unusable_ledger(run_dir, str(error)) from error
+    if not trained and any(kept_steps(run_dir)):
+        raise unusable_ledger(run_dir, "it is missing or empty")
     lines = [*_lines_until(run_dir, found.step).values(), *missing]
     last_line = max(lines, key=lambda line: line["step"], default={})
     steps_are_done = config.run.steps <= found.step == max(trained, default=-1)
@@ -79,6 +80,16 @@ def survey(run_dir: Path, config: Config) -> Resume:
         missing_lines=tuple(missing),
         finished=ended and steps_are_done and not missing and _was_evaluated(last_line, config),
     )
+
+
+def unusable_ledger(run_dir: Path, problem: str) -> UserError:
+    """Without its ledger a run can't be gone on with: nothing else says what was trained. Its weights are worth a new
+    run."""
+    newest = max(kept_steps(run_dir), default=0)
+    weights = f" from its weights: model.path={checkpoint_dir(run_dir, newest)}" if newest else ""
+    fix = f"put a sound copy of it back, without {LEDGER_FILE}-wal; or begin another run.dir{weights}"
+    one_line = " ".join(problem.split())  # SQLite quotes statements as they are
+    return UserError(f"{run_dir / LEDGER_FILE}: can't be gone on with: {one_line} ({fix})")
 
 
 def missing_lines(run_dir: Path, step: int) -> list[dict[str, float]]:

@@ -20,8 +20,8 @@ from yaml import YAMLError
 
 from asyncdapo.errors import UserError
 from asyncdapo.replay.invariants import INVARIANTS, NUM_COPIES
-from asyncdapo.replay.ledger import LEDGER_FILE, PAYLOAD_FOLDER, open_ledger
-from asyncdapo.replay.payloads import segment_path
+from asyncdapo.replay.ledger import LEDGER_FILE, PAYLOAD_FOLDER, check_values, is_begun, open_ledger
+from asyncdapo.replay.payloads import BadRecord, Place, read_record
 from asyncdapo.replay.schema import HELD_STATES, LEDGER_SCHEMA
 
 CONFIG_FILE = "config.yaml"
@@ -70,6 +70,19 @@ def audit(run_dir: Path) -> list[str]:
         return [f"{LEDGER_FILE}: {error}" if isinstance(error, sqlite3.Error) else str(error)]
 
 
+def ledger_breach(run_dir: Path) -> str:
+    """What the ledger of a run breaks, the first thing found; nothing for one to go on from."""
+    try:
+        if not is_begun(run_dir):
+            return ""
+        limits = _limits(run_dir / CONFIG_FILE)
+        with closing(_open(run_dir)) as ledger:
+            breaches = _ledger_breaches(ledger, limits | {"finished": 0})
+            return next((breach for breach in breaches if not breach.startswith("there is a batch")), "")
+    except sqlite3.Error as error:
+        return str(error)
+
+
 def _limits(path: Path) -> dict[str, int]:
     """What the run's configuration promises: the parameters of the invariants."""
     if not path.is_file():
@@ -84,7 +97,7 @@ def _limits(path: Path) -> dict[str, int]:
             "batch_max": batch_max,
             "group_size": group_size,
             "max_attempts": int(config.prompts.max_attempts),
-            "replaces": int(config.filter.mode == "replace"),
+            "replaces": int(config.filter.get("mode") == "replace"),
         }
     except (OmegaConfBaseException, YAMLError, AttributeError, TypeError, ValueError) as error:
         raise _Unreadable(f"{path.name}: can't be read ({str(error).splitlines()[0]})") from error
@@ -100,12 +113,14 @@ def _open(run_dir: Path) -> sqlite3.Connection:
     if not (run_dir / LEDGER_FILE).is_file():
         raise _Unreadable(f"{LEDGER_FILE}: missing")
     ledger = open_ledger(run_dir)
-    row = ledger.execute("SELECT value FROM meta WHERE key = 'schema'").fetchone()
-    if row is None or row[0] != LEDGER_SCHEMA:
-        raise _Unreadable(f"{LEDGER_FILE}: schema {row and row[0]}, this program reads {LEDGER_SCHEMA}")
-    damage = ledger.execute("PRAGMA quick_check").fetchone()[0]
-    if damage != "ok":
-        raise _Unreadable(f"{LEDGER_FILE}: damaged ({damage.splitlines()[-1]})")
+    try:
+        row = ledger.execute("SELECT value FROM meta WHERE key = 'schema'").fetchone()
+        if row is None or row[0] != LEDGER_SCHEMA:
+            raise _Unreadable(f"{LEDGER_FILE}: schema {row and row[0]}, this program reads {LEDGER_SCHEMA}")
+        check_values(ledger)
+    except (sqlite3.Error, _Unreadable):
+        ledger.close()
+        raise
     return ledger
 
 
@@ -117,17 +132,27 @@ def _ledger_breaches(ledger: sqlite3.Connection, parameters: dict[str, int]) -> 
 
 
 def _payload_breaches(ledger: sqlite3.Connection, folder: Path) -> Iterator[str]:
-    """Tokens that may still be trained on must be there."""
-    held = ledger.execute(
-        "SELECT group_id, state, segment, offset + bytes AS end FROM groups WHERE state IN (?, ?, ?)", HELD_STATES
-    )
+    """What may still be trained on must be there as it was written."""
+    held = f"state IN {HELD_STATES}"
     lacking = [
-        dict(row)
-        for row in held
-        if row["segment"] is None or _file_bytes(segment_path(folder, row["segment"])) < row["end"]
+        dict(row) for row in ledger.execute(f"SELECT group_id, state FROM groups WHERE {held} AND segment IS NULL")
     ]
-    if lacking:
-        yield f"a group that may still be trained has its payload: {_show(lacking)}"
+    if harmed := [*lacking, *_harmed(ledger, folder, held)]:
+        yield f"a group that may still be trained has its payload: {_show(harmed)}"
+
+
+def _harmed(ledger: sqlite3.Connection, folder: Path, condition: str) -> list[dict]:
+    """Groups whose payload is kept and can't be read back."""
+    rows = ledger.execute(
+        f"SELECT group_id, state, segment, offset, bytes FROM groups WHERE segment IS NOT NULL AND ({condition})"
+    )
+    harmed = []
+    for group_id, state, *place in rows:
+        try:
+            read_record(folder, Place(*place))
+        except BadRecord as bad:
+            harmed.append({"group_id": group_id, "state": state, "file": bad})
+    return harmed
 
 
 def _metrics_breaches(ledger: sqlite3.Connection, path: Path, finished: bool) -> Iterator[str]:
@@ -183,10 +208,6 @@ def _difference(steps: list, expected: list[int]) -> str:
     return f"{len(steps)} lines for {len(expected)} batches, lacking {lacking[:NUM_SHOWN]}, extra {extra[:NUM_SHOWN]}"
 
 
-def _file_bytes(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else 0
-
-
 def _show(rows: list[dict]) -> str:
     shown = "; ".join(", ".join(f"{name} {value}" for name, value in row.items()) for row in rows[:NUM_SHOWN])
     more = len(rows) - NUM_SHOWN
@@ -197,7 +218,8 @@ def _summary(run_dir: Path) -> list[str]:
     """What the ledger counts, for people; nothing when it can't be read."""
     try:
         with closing(_open(run_dir)) as ledger:
-            return [*_counts(ledger), _batches(ledger), *_rollbacks(ledger)]
+            harmed = _harmed(ledger, run_dir / PAYLOAD_FOLDER, f"state NOT IN {HELD_STATES}")
+            return [*_counts(ledger), _batches(ledger), *_rollbacks(ledger), *_unreadable(ledger, harmed)]
     except (_Unreadable, sqlite3.Error):
         return []
 
@@ -215,6 +237,16 @@ def _rollbacks(ledger: sqlite3.Connection) -> Iterator[str]:
         groups, tokens = ledger.execute("SELECT COUNT(*), COALESCE(SUM(tokens), 0) FROM undone_groups").fetchone()
         steps = ", ".join(str(step) for (step,) in rows[-NUM_SHOWN:])
         yield f"rollbacks {len(rows)}, the last to step {steps} · undone: {groups:,} groups, {tokens:,} tokens"
+
+
+def _unreadable(ledger: sqlite3.Connection, harmed: list[dict]) -> Iterator[str]:
+    """Payloads that were lost, and what became of their groups: nothing that was promised is broken by it."""
+    every_event = "SELECT kind FROM events UNION ALL SELECT kind FROM undone_events"
+    again = ledger.execute(f"SELECT COUNT(*) FROM ({every_event}) WHERE kind = 'unreadable'").fetchone()[0]
+    if again:
+        yield f"payloads {again:,} groups couldn't be read back, and their prompts were sampled again"
+    if harmed:
+        yield f"payloads {len(harmed):,} of groups that have ended can't be read back: {_show(harmed)}"
 
 
 def _batches(ledger: sqlite3.Connection) -> str:

@@ -21,6 +21,8 @@ from asyncdapo.replay.schema import LEDGER_SCHEMA, TABLES, UNDONE_TABLES
 LEDGER_FILE = "ledger.db"
 PAYLOAD_FOLDER = "payloads"
 NUM_NAMED = 3
+KINDS = {"INTEGER": "integer", "INT": "integer", "REAL": "real", "TEXT": "text"}
+"""What SQLite calls the values of a column, by how the column was declared."""
 
 
 def open_for_writing(path: Path) -> sqlite3.Connection:
@@ -44,15 +46,22 @@ def open_ledger(run_dir: Path) -> sqlite3.Connection:
     return ledger
 
 
+def is_begun(run_dir: Path) -> bool:
+    """Whether there is a ledger: a process killed while it began one leaves an empty file, or none."""
+    if not (run_dir / LEDGER_FILE).is_file():
+        return False
+    with closing(open_ledger(run_dir)) as ledger:
+        return _has_tables(ledger)
+
+
 def last_trained(run_dir: Path) -> dict[int, int]:
-    """Branch of every batch in the ledger, by step; empty without a ledger. For whoever looks for a checkpoint."""
-    path = run_dir / LEDGER_FILE
-    if not path.is_file():
+    """Branch of every batch in the ledger, by step; empty without a ledger. For whoever looks for a checkpoint. Raises
+    sqlite3.Error for a damaged one."""
+    if not is_begun(run_dir):
         return {}
     with closing(open_ledger(run_dir)) as ledger:
-        if not _has_tables(ledger):
-            return {}
-        _check_schema(ledger, path)
+        _check_schema(ledger, run_dir / LEDGER_FILE)
+        check_values(ledger)
         return {step: branch for step, branch in ledger.execute("SELECT step, branch FROM batches ORDER BY step")}
 
 
@@ -66,8 +75,26 @@ def describe_unreadable(run_dir: Path, branch: int) -> str:
     if not rows:
         return ""
     named = ", ".join(f"group {group_id} ({detail})" for group_id, detail in rows[:NUM_NAMED])
-    more = f", and {len(rows) - NUM_NAMED} more" if len(rows) > NUM_NAMED else ""
-    return f"{len(rows)} groups can't be read back, and their prompts are sampled again: {named}{more}"
+    if len(rows) == 1:
+        return f"1 group can't be read back, its prompt is sampled again: {named}"
+    more = f" and {len(rows) - NUM_NAMED} more" if len(rows) > NUM_NAMED else ""
+    return f"{len(rows)} groups can't be read back, their prompts are sampled again: {named}{more}"
+
+
+def check_values(ledger: sqlite3.Connection) -> None:
+    """Read every page, and every value as what it has to be: SQLite has no checksums, and no types that bind. Raises
+    sqlite3.Error that says what is wrong."""
+    damage = ledger.execute("PRAGMA quick_check").fetchone()[0]
+    if damage != "ok":
+        raise sqlite3.DatabaseError(damage.splitlines()[-1])
+    for (table,) in ledger.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall():
+        for _, column, declared, *_ in ledger.execute(f"PRAGMA table_info({table})").fetchall():
+            kind = KINDS.get(declared)
+            others = f"SELECT COUNT(*) FROM {table} WHERE typeof({column}) NOT IN ('null', ?)"
+            if kind and ledger.execute(others, (kind,)).fetchone()[0]:
+                raise sqlite3.DatabaseError(f"{table}.{column} holds what is no {kind}")
+            if kind == "text":
+                ledger.execute(f"SELECT DISTINCT {column} FROM {table}").fetchall()
 
 
 def read_group(run_dir: Path, group_id: int) -> tuple[Group, Payload]:

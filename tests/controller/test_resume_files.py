@@ -424,7 +424,8 @@ def test_a_finished_run_is_left_as_it_is(tmp_path: Path) -> None:
     after = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
     changed = {path.name for path in before | after if before.get(path) != after.get(path)}
     assert changed <= {"launch.lock", "ledger.db-shm", "ledger.db-wal"}
-    _, resume = prepare(run_dir, *keys, "run.steps=3")
+    overrides = [f"run.dir={run_dir}", *keys, "run.steps=3"]
+    resume = survey(run_dir, load_config(Path("configs/quickstart.yaml").resolve(), overrides))
     assert (resume.step, resume.finished) == (2, False)
 
 
@@ -432,5 +433,5 @@ def test_a_damaged_ledger_is_named(config: Config, run_dir: Path) -> None:
     train(run_dir, 1)
     content = (run_dir / "ledger.db").read_bytes()
     (run_dir / "ledger.db").write_bytes(b"\0" * 4096 + content[4096:])
-    with pytest.raises(UserError, match=r"ledger.db: can't be read: .*choose another run.dir"):
+    with pytest.raises(UserError, match=r"ledger.db: can't be gone on with: .*put a sound copy of it back"):
         survey(run_dir, config)

@@ -220,7 +220,7 @@ def test_a_kept_group_whose_tokens_are_gone_is_sampled_again_and_named(tmp_path)
     assert state_of(tmp_path, prompt_id)[0] == "waiting"
     assert run.journal.outcome(kept) == "undone"
     said = describe_unreadable(tmp_path, branch=1)
-    assert said.startswith(f"1 groups can't be read back, and their prompts are sampled again: group {kept} (payloads/")
+    assert said.startswith(f"1 group can't be read back, its prompt is sampled again: group {kept} (payloads/")
     assert "ends before offset" in said
 
 
