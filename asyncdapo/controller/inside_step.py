@@ -22,11 +22,11 @@ class InsideStep:
 
     def heed(self, filling: Filling) -> None:
         """One look at the replay server."""
-        if filling.step <= self._total_steps:
-            self._reporter.progress(f"batch {filling.step}: {filling.num_ready}/{self._prompts_per_step} groups")
+        groups = f"batch {filling.step}: {filling.num_ready}/{self._prompts_per_step} groups"
+        self._reporter.progress(groups if filling.step <= self._total_steps else "")
         if filling.num_failed < self._num_said:  # the server was started again, and counts anew
             self._num_said = 0
         if filling.num_failed and filling.num_failed >= 2 * self._num_said:
             self._num_said = filling.num_failed
-            groups = "1 group" if filling.num_failed == 1 else f"{filling.num_failed:,} groups so far"
-            self._reporter.note(f"reward warning: {groups} can't be trained on, the last: {filling.last_failure}")
+            raised = f"reward warning: the reward function raised on {filling.num_failed:,} groups so far"
+            self._reporter.note(f"{raised}, the last: {filling.last_failure}")

@@ -35,7 +35,7 @@ def test_the_groups_of_the_next_batch_are_shown(listener: Listener):
     inside = InsideStep(listener, 16, 36)
     for step, num_ready in ((12, 15), (13, 3), (36, 0), (37, 2)):
         inside.heed(look(step, num_ready))
-    assert listener.shown == ["batch 12: 15/16 groups", "batch 13: 3/16 groups", "batch 36: 0/16 groups"]
+    assert listener.shown == ["batch 12: 15/16 groups", "batch 13: 3/16 groups", "batch 36: 0/16 groups", ""]
     assert listener.notes == []
 
 
@@ -44,15 +44,16 @@ def test_failures_are_said_at_once_and_then_whenever_they_have_doubled(listener:
     for num_failed in range(1001):
         inside.heed(look(num_failed=num_failed, words=f"LookupError: no answer {num_failed}"))
     assert len(listener.notes) == 10
-    assert listener.notes[0] == "reward warning: 1 group can't be trained on, the last: LookupError: no answer 1"
-    assert listener.notes[-1].startswith("reward warning: 512 groups so far can't be trained on, the last: Look")
+    raised = "reward warning: the reward function raised on"
+    assert listener.notes[0] == f"{raised} 1 groups so far, the last: LookupError: no answer 1"
+    assert listener.notes[-1] == f"{raised} 512 groups so far, the last: LookupError: no answer 512"
 
 
 def test_a_replay_server_that_was_started_again_counts_anew(listener: Listener):
     inside = InsideStep(listener, 16, 36)
     for num_failed in (0, 40, 40, 0, 1):
         inside.heed(look(num_failed=num_failed, words="no such answer"))
-    assert [note.partition(" can't")[0] for note in listener.notes] == [
-        "reward warning: 40 groups so far",
-        "reward warning: 1 group",
+    assert [note.partition(", ")[0] for note in listener.notes] == [
+        "reward warning: the reward function raised on 40 groups so far",
+        "reward warning: the reward function raised on 1 groups so far",
     ]
