@@ -45,6 +45,7 @@ def anchored(anchor: str, run_ahead: int) -> Arm:
 ARMS = (
     Arm("dapo", "parts"),
     Arm("no-clip-higher", "parts", ("loss.clip_high=0.2",)),
+    Arm("no-dual-clip", "parts", ("loss.dual_clip=null",)),
     Arm("no-dynamic-sampling", "parts", ("filter.enabled=false",)),
     Arm("seq-mean", "parts", ("loss.agg=seq-mean-token-mean",)),
     Arm("64-tokens", "overlong", (SHORT,)),
