@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from typing import Any
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+ROOT = Path(__file__).resolve().parent.parent
 GROUPS = {
     "base": ["msgspec", "pyzmq", "omegaconf>=2.3,<3", "wandb", "math-verify", "pytest-timeout", "hypothesis"],
     "ray": ["ray>=2.50,<3"],
@@ -93,6 +95,18 @@ def fill(folder: Path, pins: Sequence[str]) -> None:
             path.unlink()
 
 
+def register(folder: Path) -> None:
+    """What an installation writes of asyncdapo itself, which runs from its clone there: vLLM finds its plugin by it."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    info = folder / f"{project['name']}-{project['version']}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n")
+    lines = []
+    for group, points in project["entry-points"].items():
+        lines += [f"[{group}]", *(f"{name} = {target}" for name, target in points.items())]
+    (info / "entry_points.txt").write_text("\n".join(lines) + "\n")
+
+
 def pack(folder: Path, name: str, out: Path, chunk_bytes: int) -> list[Path]:
     """The folder's files as `name.tar.xz.00` and so on."""
     with tempfile.TemporaryFile() as packed:
@@ -141,6 +155,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             folder.mkdir()
             pins = resolved(group, read_have(args.have), folder)
             fill(folder, pins)
+            if group == "base":
+                register(folder)
             chunks = pack(folder, group, args.out, args.chunk_mib << 20)
         sizes = ", ".join(f"{chunk.name} {chunk.stat().st_size / 2**20:.1f} MiB" for chunk in chunks)
         print(f"{group}: {len(pins)} packages ({' '.join(pins)}); {sizes}", flush=True)

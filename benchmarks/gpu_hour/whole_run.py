@@ -54,10 +54,14 @@ def measure(figures: Figures, args: Namespace) -> None:
         launch = ["launch", "quickstart", f"run.dir={run_dir}", f"model.path={model}", *keys]
         began_s = time.monotonic()
         with subprocess.Popen([sys.executable, "-m", "asyncdapo.cli", *launch]) as process:
-            if args.kill:
-                figures.add(**_kill(args.kill, run_dir, process))
-                process.send_signal(signal.SIGINT)
-            code = process.wait()
+            try:
+                if args.kill:
+                    figures.add(**_kill(args.kill, run_dir, process))
+                    process.send_signal(signal.SIGINT)
+                code = process.wait()
+            except BaseException:
+                process.kill()  # else its end would be waited for
+                raise
         figures.add(seconds=round(time.monotonic() - began_s, 1), **_trained(run_dir))
         hold(code == (INTERRUPTED if args.kill else 0), f"the run ended with code {code}")
         hold(not (breaches := audit(run_dir)), f"audit: {breaches}")
@@ -78,9 +82,7 @@ def _kill(role: str, run_dir: Path, process: subprocess.Popen[bytes]) -> dict[st
     victim = _of(role, run_dir)[0]
     os.kill(victim.pid, signal.SIGKILL)
     killed_s, step = time.monotonic(), _step(run_dir)
-    _until(
-        lambda: any(one.role == role and one.pid != victim.pid and is_running(one) for one in read(run_dir)), process
-    )
+    _until(lambda: any(is_running(one) for one in _of(role, run_dir) if one.pid != victim.pid), process)
     again_s = time.monotonic() - killed_s
     _until(lambda: _step(run_dir) >= step + AFTER_DEATH, process)
     return {"again_s": round(again_s, 1), "trained_s": round(time.monotonic() - killed_s, 1)}
@@ -91,7 +93,8 @@ def _of(role: str, run_dir: Path) -> list[Entry]:
 
 
 def _step(run_dir: Path) -> float:
-    return read_metrics(run_dir)[-1]["step"] if (run_dir / "metrics.jsonl").exists() else -1
+    lines = read_metrics(run_dir) if (run_dir / "metrics.jsonl").exists() else []
+    return lines[-1]["step"] if lines else -1
 
 
 def _until(condition: Callable[[], object], process: subprocess.Popen[bytes]) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import subprocess
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 
 from benchmarks import pack_for_gpu
-from benchmarks.pack_for_gpu import carried, fill, main, pack, read_have
+from benchmarks.pack_for_gpu import carried, fill, main, pack, read_have, register
+
+PLUGINS = "vllm.general_plugins"
 
 
 def install(name: str, version: str, *requires: str) -> dict[str, object]:
@@ -60,6 +63,15 @@ def test_what_is_unpacked_is_what_was_packed(tmp_path: Path, capsys) -> None:
     assert done.stdout == f"export PYTHONPATH={there}\n"
     assert {file.relative_to(there).as_posix() for file in there.rglob("*") if file.is_file()} == {"a.py", "b/data"}
     assert (there / "b" / "data").read_text() == "x" * 9000
+
+
+def test_vllm_finds_our_plugin_where_asyncdapo_runs_from_its_clone(tmp_path: Path) -> None:
+    register(tmp_path)
+    [ours] = metadata.distributions(path=[str(tmp_path)])
+    installed = metadata.distribution("asyncdapo")
+    assert (ours.metadata["Name"], ours.version) == ("asyncdapo", installed.version)
+    points = [[(one.name, one.value) for one in each.entry_points.select(group=PLUGINS)] for each in (ours, installed)]
+    assert points[0] == points[1] != []
 
 
 def test_the_groups_are_said_without_a_network(capsys) -> None:
