@@ -30,8 +30,8 @@ log = logging.getLogger("weights")
 COMMAND_MARGIN_S = 10.0
 """What a command may take beyond the transfer's own timeout before it counts as failed."""
 
-ROOM_S = 900.0
-"""What workers may take to make room for the weights: pinning 64 GiB in each of eight processes takes minutes."""
+ROOM_S = 300.0
+"""What workers may take to make room for the weights: to pin 64 GiB in each of some processes may take minutes."""
 
 PARTS = ("receive_s", "pause_s", "load_s", "resume_s")
 """Of what a worker does with a version, in this order; the slowest worker's is reported."""
