@@ -122,10 +122,10 @@ class Staging:
         self, address: str, rank: int, world_size: int, backend: Backend, manifest: Manifest, timeout_s: float
     ) -> None:
         deadline = Deadline(timeout_s)
+        self._make_room(manifest.offsets[-1])
         with self._stream:
             self._group = WeightGroup(address, rank, world_size, backend, timeout_s, self._device)
             self._group.connect(deadline)
-            self._make_room(manifest.offsets[-1])
             self._receiver = WeightReceiver(self._group, manifest, self._memory_U)
 
     def _receive(self, version: int, branch: int) -> None:
@@ -141,7 +141,8 @@ class Staging:
         on_gpu = self._device.type == "cuda"
         self._memory_U = torch.empty(0, dtype=torch.uint8)  # the old memory counts as free
         if on_gpu and torch.cuda.mem_get_info(self._device)[0] > ROOM_FACTOR * num_bytes + ROOM_BYTES:
-            self._memory_U = torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
+            with self._stream:
+                self._memory_U = torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
             return
         wanted, free = self._num_alike * num_bytes, free_host_bytes()
         if wanted > free:

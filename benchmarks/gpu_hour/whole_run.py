@@ -62,16 +62,16 @@ def measure(figures: Figures, args: Namespace) -> None:
             except BaseException:
                 process.kill()  # else its end would be waited for
                 raise
-        figures.add(seconds=round(time.monotonic() - began_s, 1), **_trained(run_dir))
+        figures.add(seconds=round(time.monotonic() - began_s, 1), **_trained(run_dir, figures.found))
         hold(code == (INTERRUPTED if args.kill else 0), f"the run ended with code {code}")
         hold(not (breaches := audit(run_dir)), f"audit: {breaches}")
 
 
-def _trained(run_dir: Path) -> dict[str, object]:
-    """What the metrics say: of every kept one the last value."""
+def _trained(run_dir: Path, death: dict[str, float]) -> dict[str, object]:
+    """What the metrics say: of every kept one the last value. `death`: what `_kill` found, if it was called."""
     lines = read_metrics(run_dir)
     last = {name: line[name] for line in lines for name in KEPT if name in line}
-    parts = ", ".join(f"{name} {value:.3g}" for name, value in last.items() if value == value)
+    parts = ", ".join(f"{name} {value:.3g}" for name, value in (death | last).items() if value == value)
     return {"steps": lines[-1]["step"], "last": last, "summary": f"{lines[-1]['step']:.0f} steps, sound; {parts}"}
 
 
