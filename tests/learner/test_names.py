@@ -1,7 +1,9 @@
 """What the learner sends has the names that the model's files have, or the model is refused."""
 
+import asyncio
 import re
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -10,7 +12,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from asyncdapo.errors import ConfigError
 from asyncdapo.learner.learner import Learner
 from asyncdapo.learner.names import check_names_unloaded
-from tests.learner.tiny import SHAPE, make_learner
+from asyncdapo.messages import Sampling
+from asyncdapo.rollout.engine import Request, Sample
+from tests.learner.tiny import SHAPE, make_batch, make_learner, train
+from tests.rollout.torch_engine.models import engine_for
 
 EXPERTS = {"num_experts": 2, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 MIXTURES = {
@@ -65,6 +70,26 @@ def test_a_tied_model_sends_its_embedding_once_whatever_its_file_holds(tmp_path)
     sent = make_learner(path).weights()
     assert sent.keys() == load_file(tmp_path / "model.safetensors").keys() - {"lm_head.weight"}
     check_names_unloaded(tmp_path)
+
+
+def test_an_engine_takes_from_such_a_file_and_such_a_learner_the_same_weights(tmp_path):
+    path = save_with_head(tmp_path, torch.clone)
+    learner = make_learner(path)
+    train(learner, *make_batch())
+
+    async def sample() -> Sample:
+        engine = engine_for(path)
+        await engine.start()
+        await engine.load_weights(1, learner.weights())
+        asked = Request(prompt_ids=[1, 2, 3], seeds=[0], sampling=Sampling(max_tokens=24))
+        [sampled] = await engine.generate(asked)
+        await engine.stop()
+        return sampled
+
+    sampled = asyncio.run(sample())
+    assert sampled.versions == [(1, 24)]
+    [logprobs] = learner.logprobs(1, [(np.array([1, 2, 3]), sampled.token_ids)])
+    np.testing.assert_allclose(sampled.logprobs, logprobs, atol=1e-4)
 
 
 def test_a_tied_model_whose_file_holds_another_output_layer_is_refused(tmp_path):

@@ -265,20 +265,22 @@ def test_a_tied_model_whose_file_also_holds_the_output_layer_takes_versions(loop
     engines = [engine_of(tmp_path / str(version)) for version in range(2)]  # the second had version 1 from the start
 
     async def body() -> None:
-        await asyncio.gather(*(engine.start() for engine in engines))
-        try:
-            ends = await joined(trainer, engines[:1], tmp_path / "1" / "model.safetensors")
-            for version in (1, 2):  # twice the same: a load may leave a model that the next one fails in
-                await publish(trainer, engines[:1], ends, version, tmp_path / "1" / "model.safetensors")
-            assert len(await digests(engines)) == 1
-            asked = request(12, [1, 2], max_tokens=40)
-            for sample in await engines[0].generate(asked):
-                assert largest_difference(models[1], asked, sample) < PARITY
-            trainer.do("leave")
-        finally:
-            await asyncio.gather(*(engine.stop() for engine in engines))
+        ends = await joined(trainer, engines[:1], tmp_path / "1" / "model.safetensors")
+        for version in (1, 2):  # twice the same: a load may leave a model that the next one fails in
+            await publish(trainer, engines[:1], ends, version, tmp_path / "1" / "model.safetensors")
+        assert len(await digests(engines)) == 1
+        asked = request(12, [1, 2], max_tokens=40)
+        for sample in await engines[0].generate(asked):
+            assert largest_difference(models[1], asked, sample) < PARITY
+        trainer.do("leave")
 
-    loop(body())
+    try:
+        for engine in engines:
+            loop(engine.start())
+        loop(body())
+    finally:
+        for engine in engines:
+            loop(engine.stop())
 
 
 def test_a_version_that_has_not_arrived_is_not_loaded(engines, loop, trainer, directory):
