@@ -13,6 +13,8 @@ import pytest
 
 from asyncdapo.config import find_config, load_config
 from asyncdapo.controller.learner_process import Main
+from asyncdapo.errors import ConfigError
+from asyncdapo.learner.group import ALONE
 from asyncdapo.learner.times import STATES, Times
 from asyncdapo.messages import CutWanted, NoBatch
 from asyncdapo.transport.sockets import Server
@@ -160,3 +162,13 @@ def test_a_group_that_takes_long_to_leave_holds_up_nothing_else(path, tmp_path) 
             await leaving
 
     asyncio.run(body())
+
+
+def test_a_model_that_no_preflight_saw_is_checked_when_it_is_loaded(tmp_path):
+    rotation = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    path = save_tiny_llama(tmp_path / "model", rope_parameters=rotation)
+    config = load_config(find_config("quickstart"), [f"run.dir={tmp_path}", f"model.path={path}", "learner.device=cpu"])
+    main = Main("learner", config, SimpleNamespace(client=None), 0)
+    main.ranks = ALONE
+    with pytest.raises(ConfigError, match=r"model\.path: can't be trained: its rope_type is dynamic"):
+        main._load(None)
