@@ -5,7 +5,7 @@ import asyncio
 import numpy as np
 import pytest
 
-from asyncdapo.errors import RunError
+from asyncdapo.errors import BatchError, RunError
 from asyncdapo.learner.feed import MAX_DAMAGED, BatchFeed
 from asyncdapo.messages import CutWanted, NoBatch, Welcome
 from asyncdapo.payload import Payload
@@ -129,6 +129,14 @@ def test_a_damaged_answer_is_asked_for_again():
     (got, _), questions = serve(answer, ask_again_s=20)
     assert got == batch
     assert questions == [1, 1, 1]
+
+
+def test_a_batch_that_the_server_cannot_read_back_is_an_error_of_its_own():
+    async def answer(server, peer, nth):
+        await server.send(peer, NoBatch(step=1, reason="batch 1 can't be read back: why", unreadable=True))
+
+    with pytest.raises(BatchError, match="batch 1 can't be read back: why"):
+        serve(answer, ask_again_s=20)
 
 
 def test_damage_again_and_again_ends_the_run():

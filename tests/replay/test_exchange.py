@@ -1,13 +1,17 @@
 """The exchange without sockets: commit before send, batches, and what the accounts say."""
 
+import errno
+import os
+
 import pytest
 
-from asyncdapo.errors import ConfigError
-from asyncdapo.messages import Ack, Batch, CutWanted, Heartbeat, Lease, Progress
+from asyncdapo.errors import ConfigError, DiskError
+from asyncdapo.messages import Ack, Batch, CutWanted, Heartbeat, Lease, NoBatch, Progress
 from asyncdapo.replay import events as core
 from asyncdapo.replay.accounts import TOKEN_ENDS
 from asyncdapo.replay.config import FilterConfig
 from asyncdapo.replay.journal import Journal
+from asyncdapo.replay.ledger import describe_unreadable, place_of
 from tests.replay.small_run import SmallRun
 
 
@@ -50,6 +54,73 @@ def test_nothing_is_sent_before_its_event_is_committed(tmp_path):
     run.exchange.want_batch(b"learner", CutWanted(step=1))
     assert run.journal.sent_before_commit == 0
     assert [type(message) for message in outgoing(run)] == [Batch]
+
+
+def test_groups_that_come_together_wait_for_the_disk_once_and_are_acknowledged_after_it(tmp_path, monkeypatch):
+    run = SmallRun(tmp_path)
+    run.join(0)
+    leases = run.ready(0, 2)
+    run.messages = lambda: None
+    syncs, commits = [], []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: syncs.append(run.exchange.outgoing.qsize()))
+    run.journal._db.set_trace_callback(lambda statement: commits.append(statement) if statement == "COMMIT" else None)
+    with run.exchange.together():
+        for lease_id in leases:
+            run.answer(lease_id)
+        assert not syncs + commits
+    assert (len(syncs), len(commits)) == (1, 1)
+    assert outgoing(run) == [Ack(lease_id=lease_id) for lease_id in leases]
+    assert run.journal._db.execute("PRAGMA synchronous").fetchone() == (2,)
+
+
+def test_of_events_that_the_disk_refuses_together_none_is_answered_and_none_is_in_the_ledger(tmp_path, monkeypatch):
+    run = SmallRun(tmp_path)
+    run.join(0)
+    leases = run.ready(0, 2)
+    run.messages = lambda: None
+
+    def broken(descriptor):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def answer_both():
+        with run.exchange.together():
+            for lease_id in leases:
+                run.answer(lease_id)
+
+    monkeypatch.setattr(os, "fsync", broken)
+    with pytest.raises(DiskError, match=r"ledger\.db: can't be written: Input/output error"):
+        answer_both()
+    assert outgoing(run) == []
+    assert run.journal.recover().queued == []
+
+
+def test_a_batch_that_cannot_be_read_back_is_said_and_cut_anew_by_a_rollback(tmp_path):
+    """A rank may have it already, so it stays as it was cut while a learner lives."""
+    run = SmallRun(tmp_path)
+    run.join(0)
+    run.fill(0)
+    run.exchange.apply(core.CutWanted(step=1))
+    outgoing(run)
+    harmed, whole = (group.group_id for group in run.state.untrained[1])
+    segment = tmp_path / "payloads" / "000001.bin"
+    place = place_of(run.journal._db, harmed)
+    content = bytearray(segment.read_bytes())
+    content[place.end - 1] ^= 1
+    segment.write_bytes(content)
+    for _ in range(2):
+        run.exchange.want_batch(b"learner", CutWanted(step=1))
+        [answer] = outgoing(run)
+        assert (type(answer), answer.unreadable) == (NoBatch, True)
+        assert answer.reason.startswith("batch 1 can't be read back: payloads/000001.bin: the tokens at offset")
+    run.roll_back(0)
+    assert [group.group_id for group in run.state.held.queued] == [whole]
+    assert f"group {harmed} (payloads/000001.bin: the tokens at offset" in describe_unreadable(tmp_path, branch=1)
+    run.fill(0)
+    run.exchange.want_batch(b"learner", CutWanted(step=1))
+    batch = outgoing(run)[-1]
+    assert isinstance(batch, Batch)
+    assert whole in [group.lease_id for group in batch.groups]
+    assert place_of(run.journal._db, batch.groups[-1].lease_id).segment > 1  # whatever harmed the old one
 
 
 def test_a_batch_that_is_trained_is_forgotten(tmp_path):

@@ -7,6 +7,7 @@ import pytest
 
 from asyncdapo.errors import RunError
 from asyncdapo.replay import events as core
+from asyncdapo.replay.batch import HeldGroup
 from asyncdapo.replay.config import FilterConfig, ReplayConfig
 from asyncdapo.replay.journal import Journal
 from asyncdapo.replay.ledger import describe_unreadable, read_group
@@ -100,6 +101,25 @@ def test_what_was_trained_can_be_told_again(tmp_path):
         (8, 2, 0.0, 0)
     ] * 2
     assert run.journal.batch_facts(2) == []
+
+
+def test_a_prompt_that_comes_back_before_the_verdicts_of_its_step_is_leased_though_they_are_all_there(tmp_path):
+    """A rollback at the barrier lost the group of prompt 0; those of 1 and 2 are held, which is all the limit allows."""
+    run = SmallRun(tmp_path, run_ahead=0.0, filter=FilterConfig(max_gen_batches=1))
+    held = [HeldGroup(min_version=0, prompt_id=p, group_id=p + 1, verdict="kept") for p in (1, 2)]
+    lost = Recovered(
+        num_fresh=3,
+        prompts={0: ("waiting", 0), 1: ("queued", 0), 2: ("queued", 0)},
+        places={0: 0},
+        queued=held,
+        num_leases=3,
+        workers={0: KnownWorker(session="a", loaded_version=0)},
+    )
+    state = run.make_state(lost)
+    assert state.admits()
+    [lease, _] = state.handle(core.Ready(worker=0, credits=2))
+    assert lease.prompt_id == 0
+    assert not state.admits()
 
 
 # ------------------------------------------------------------------------------------------------------------ rollback

@@ -147,6 +147,19 @@ async def test_a_receive_cancelled_as_its_message_arrives_loses_nothing() -> Non
 
 
 @asynchronous
+async def test_what_has_come_meanwhile_is_received_together_in_order_and_no_more_than_asked_for() -> None:
+    server, client = pair()
+    for number in range(5):
+        await client.send(Ask(asked=number))
+    received = await server.receive_some(1)
+    await asyncio.sleep(0.2)
+    received += await server.receive_some(3)
+    assert [message.asked for _, message, _ in received] == [0, 1, 2, 3]
+    assert [message.asked for _, message, _ in await server.receive_some(3)] == [4]
+    close(server, client)
+
+
+@asynchronous
 async def test_a_peer_that_returns_under_its_identity_takes_its_old_place() -> None:
     server, client = pair()
     await client.send(Ask(asked=1))
