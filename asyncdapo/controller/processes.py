@@ -16,6 +16,9 @@ import math
 import os
 import re
 import signal
+import subprocess
+import sys
+import textwrap
 import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator, Mapping
@@ -40,6 +43,9 @@ CPUS_PER_PROCESS = 0.1
 MAX_CONCURRENCY = 64
 """Ray calls that one process serves at a time: commands, besides its `serve`."""
 
+CLUSTER_ANSWERS_S = 20.0
+"""Within which a cluster that is to be joined says that it is there."""
+
 CAUSE_GRACE_S = 2.0
 """Time for a death to become known, when what failed first may be a call to the process that died."""
 
@@ -59,12 +65,15 @@ def ray_session(config: Config) -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+    address = config.controller.ray_address
+    if address:
+        _check_cluster(address)
     with ExitStack() as end:
         end.callback(ray.shutdown)
         adopt_orphans(True)
         with _signals_held():
-            if address := config.controller.ray_address:
-                _join_cluster(address, quiet)
+            if address:
+                ray.init(address=address, **quiet)
             else:
                 end.callback(close_own, start_own(**quiet))
         adopt_orphans(False)
@@ -77,12 +86,23 @@ def ray_session(config: Config) -> Iterator[None]:
             raise
 
 
-def _join_cluster(address: str, options: Mapping[str, Any]) -> None:
+def _check_cluster(address: str) -> None:
+    """Whether a cluster answers. `ray.init` would try for minutes, and print as long, so a process asks that can be
+    ended."""
+    command = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
     try:
-        ray.init(address=address, **options)
-    except ConnectionError as error:
-        fix = "`ray start --head` first, or leave controller.ray_address out"
-        raise UserError(f"controller.ray_address: no Ray cluster answers at {address} ({fix})") from error
+        asked = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, timeout=CLUSTER_ANSWERS_S
+        )
+    except subprocess.TimeoutExpired:
+        said = f"nothing within {CLUSTER_ANSWERS_S:g} s"
+    else:
+        if asked.returncode == 0:
+            return
+        last = (asked.stdout.strip().splitlines() or [f"exit code {asked.returncode}"])[-1]
+        said = textwrap.shorten(last, 160, placeholder=" …")
+    fix = "`ray start --head` first, or leave controller.ray_address out"
+    raise UserError(f"controller.ray_address: no Ray cluster answers at {address} ({fix}; Ray says: {said})")
 
 
 @contextmanager

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 from collections.abc import Iterator
 
 import pytest
 
 from asyncdapo.config import Config
+from asyncdapo.controller import processes
 from asyncdapo.controller.config import ControllerConfig
 from asyncdapo.controller.placement import Bundle, Placement
 from asyncdapo.controller.processes import Process, ProcessDied, ray_session, reserve
@@ -20,14 +22,25 @@ from asyncdapo.learner.config import ModelConfig
 CONFIG = Config(model=ModelConfig(path="none"))
 
 
-def test_a_cluster_that_does_not_answer_is_the_users_to_mend(monkeypatch: pytest.MonkeyPatch) -> None:
-    def nobody(**options: object) -> None:
-        raise ConnectionError("Could not find any running Ray instance.")
-
-    monkeypatch.setattr("ray.init", nobody)
-    config = Config(model=ModelConfig(path="none"), controller=ControllerConfig(ray_address="auto"))
-    with pytest.raises(UserError, match="no Ray cluster answers at auto .*ray start --head"), ray_session(config):
-        pass
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("someone_listens", [False, True])
+def test_a_cluster_that_does_not_answer_is_the_users_to_mend(
+    someone_listens: bool, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Nobody at the port, and one who says nothing. Ray itself tries for minutes, and prints as long."""
+    assert processes.CLUSTER_ANSWERS_S < 30
+    monkeypatch.setattr(processes, "CLUSTER_ANSWERS_S", 6.0)
+    with socket.socket() as port:
+        port.bind(("", 0))
+        if someone_listens:
+            port.listen()
+        address = f"127.0.0.1:{port.getsockname()[1]}"
+        config = Config(model=ModelConfig(path="none"), controller=ControllerConfig(ray_address=address))
+        with pytest.raises(UserError) as caught, ray_session(config):
+            pass
+    assert str(caught.value).startswith(f"controller.ray_address: no Ray cluster answers at {address} (`ray start --he")
+    assert "\n" not in str(caught.value)
+    assert capfd.readouterr() == ("", "")
 
 
 class Faulty:
