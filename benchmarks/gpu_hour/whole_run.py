@@ -28,7 +28,7 @@ ON_CPU = """rollout.dtype=float32 rollout.slots=8 rollout.group_size=4 rollout.m
 replay.prompts_per_step=4 learner.tokens_per_microbatch=1024"""
 STEPS, ENDLESS = 6, 1_000_000
 KILL_AT, AFTER_DEATH = 2, 3
-"""The step after which a process is killed, and how many more have to be trained."""
+"""The step after which a process is killed, and how many more have to be trained once it is back."""
 POLL_S = 0.2
 INTERRUPTED = 130
 KEPT = (
@@ -81,9 +81,9 @@ def _kill(role: str, run_dir: Path, process: subprocess.Popen[bytes]) -> dict[st
     _until(lambda: _step(run_dir) >= KILL_AT and _of(role, run_dir), process)
     victim = _of(role, run_dir)[0]
     os.kill(victim.pid, signal.SIGKILL)
-    killed_s, step = time.monotonic(), _step(run_dir)
+    killed_s = time.monotonic()
     _until(lambda: any(is_running(one) for one in _of(role, run_dir) if one.pid != victim.pid), process)
-    again_s = time.monotonic() - killed_s
+    again_s, step = time.monotonic() - killed_s, _step(run_dir)
     _until(lambda: _step(run_dir) >= step + AFTER_DEATH, process)
     return {"again_s": round(again_s, 1), "trained_s": round(time.monotonic() - killed_s, 1)}
 
