@@ -19,6 +19,7 @@ INDEX = "model.safetensors.index.json"
 WHOLE = "model.safetensors"
 TIED_HEAD = "lm_head.weight"
 """The output layer: where it is tied, a copy of the embedding."""
+FETCH = "fetch the model's files again"
 DERIVED = "rotary_emb.inv_freq"
 """Old files hold these, which every model computes by itself."""
 
@@ -29,21 +30,26 @@ def weight_names(names: Iterable[str], *, tied: bool) -> set[str]:
     return {name for name in names if not name.endswith(passed_over)}
 
 
-def weight_files(directory: Path) -> list[Path]:
-    """The safetensors that make up the model; none where it is in another format. Other ones may lie beside them."""
+def weight_files(directory: Path, key: str = "model.path") -> list[Path]:
+    """The safetensors that make up the model; none where it is in another format. Other ones may lie beside them.
+    Raises ConfigError, for the config's `key`, for an index that can't be read."""
     index = directory / INDEX
-    if index.is_file():
-        return [directory / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-    return [directory / WHOLE] if (directory / WHOLE).is_file() else []
+    if not index.is_file():
+        return [directory / WHOLE] if (directory / WHOLE).is_file() else []
+    try:
+        return [directory / name for name in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ConfigError(key, f"can't read {INDEX}: {error}", str(directory), FETCH) from error
 
 
 def read_shapes(directory: Path, key: str = "model.path") -> dict[str, tuple[int, ...]]:
-    """Of every tensor in the model's files. Raises ConfigError, for the config's `key`, where one can't be read."""
+    """Of every tensor in the model's files. Raises ConfigError, for the config's `key`, where one is missing, cut short
+    or has a damaged header."""
     shapes: dict[str, tuple[int, ...]] = {}
-    for file in weight_files(directory):
+    for file in weight_files(directory, key):
         try:
             with safe_open(file, "np") as tensors:
                 shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
-            raise ConfigError(key, f"can't read {file.name}: {error}", str(directory)) from error
+            raise ConfigError(key, f"can't read {file.name}: {error}", str(directory), FETCH) from error
     return shapes

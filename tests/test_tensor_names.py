@@ -29,7 +29,26 @@ def test_shapes_come_from_the_headers_of_the_model_s_own_files(tmp_path):
     assert read_shapes(tmp_path) == {"a": (2, 3), "b": (5,)}
 
 
-def test_a_file_that_cannot_be_read_is_named(tmp_path):
-    (tmp_path / "model.safetensors").write_bytes(b"\x10")
-    with pytest.raises(ConfigError, match=r"model\.path: can't read model\.safetensors"):
+def test_a_file_that_is_cut_short_is_named(tmp_path):
+    file = tmp_path / "model.safetensors"
+    save_file({"a": torch.zeros(2, 3)}, file)
+    whole = file.read_bytes()
+    for length in (0, 4, 20, len(whole) - 1):
+        file.write_bytes(whole[:length])
+        with pytest.raises(
+            ConfigError, match=r"model\.path: can't read model\.safetensors: .*fetch the model's files again"
+        ):
+            read_shapes(tmp_path)
+
+
+@pytest.mark.parametrize("index", ["", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 3}}'])
+def test_an_index_that_cannot_be_read_is_named(tmp_path, index):
+    (tmp_path / INDEX).write_text(index)
+    with pytest.raises(ConfigError, match=rf"model\.path: can't read {INDEX}"):
+        read_shapes(tmp_path)
+
+
+def test_a_file_of_the_index_that_is_missing_is_named(tmp_path):
+    (tmp_path / INDEX).write_text('{"weight_map": {"a": "model-1-of-1.safetensors"}}')
+    with pytest.raises(ConfigError, match=r"model\.path: can't read model-1-of-1\.safetensors"):
         read_shapes(tmp_path)

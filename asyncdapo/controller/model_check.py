@@ -11,15 +11,18 @@ from asyncdapo.config import Config
 from asyncdapo.learner.model_path import KEY, local_directory, model_config
 from asyncdapo.learner.rotation import check_rotation
 from asyncdapo.shape import MODEL_TYPES
+from asyncdapo.tensor_names import read_shapes
 
 
 def check_learnable(config: Config) -> None:
     """Before any process starts."""
     check_rotations(config)
     model = model_config(config.model.path)
-    if model is None or model.get("model_type") in MODEL_TYPES:
+    directory = local_directory(config.model.path) if model else None
+    if not directory:
         return
-    if directory := local_directory(config.model.path):
+    read_shapes(directory)
+    if model.get("model_type") not in MODEL_TYPES:
         from asyncdapo.learner.names import check_names_unloaded
 
         check_names_unloaded(directory)

@@ -17,7 +17,7 @@ from typing import Any
 from asyncdapo.config import Config, find_config, load_config
 from asyncdapo.controller.dtypes import dtype_lines, settle_dtypes
 from asyncdapo.controller.engine_check import INSTALL, check_installed, check_model, installed_vllm
-from asyncdapo.controller.model_check import check_learnable
+from asyncdapo.controller.model_check import check_rotations
 from asyncdapo.controller.placement import Bundle, Placement, count_gpus, gpus_asked, learner_names, place, worker_names
 from asyncdapo.controller.preflight import check_reward
 from asyncdapo.controller.room import room_lines
@@ -52,7 +52,7 @@ def plan(name_or_path: str, overrides: Sequence[str], gpus_of_nodes: Sequence[in
     model = model_config(config.model.path)
     check_reward(config)
     check_model(config)
-    check_learnable(config)
+    check_rotations(config)
     placement = place(config, [gpus_asked(config)] if gpus_of_nodes is None else gpus_of_nodes)
     dtypes, config = dtype_lines(config, placement), settle_dtypes(config, placement)
     backend, reason = choose_backend(config.weights, device_of_ranks(_devices(config, placement)))

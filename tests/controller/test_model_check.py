@@ -1,13 +1,13 @@
 """Models that can't be trained, or not published, are refused before any process starts."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 from asyncdapo.config import Config, config_from_dict
 from asyncdapo.controller.model_check import check_learnable
-from asyncdapo.controller.plan import plan
 from asyncdapo.controller.preflight import prepare_run
 from asyncdapo.errors import ConfigError
 from tests.learner.test_names import MIXTURES, save_random
@@ -47,6 +47,14 @@ def test_a_reference_is_checked_too(tmp_path: Path) -> None:
         check_learnable(config_of(model, {"kl_coef": 0.1}))
 
 
+def test_a_model_that_is_not_whole_starts_nothing(tmp_path: Path) -> None:
+    path = Path(save_random(tmp_path / "model", "llama"))
+    check_learnable(config_of({"path": str(path)}))
+    os.truncate(path / "model.safetensors", (path / "model.safetensors").stat().st_size - 1)
+    with pytest.raises(ConfigError, match=r"model\.path: can't read model\.safetensors"):
+        check_learnable(config_of({"path": str(path)}))
+
+
 def test_a_mixture_that_could_not_be_published_starts_nothing_and_takes_no_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -57,5 +65,3 @@ def test_a_mixture_that_could_not_be_published_starts_nothing_and_takes_no_direc
     with refused, prepare_run("quickstart", overrides):
         pass
     assert not run_dir.exists()
-    with pytest.raises(ConfigError, match=r"model\.path: can't be sent to an engine"):
-        plan("quickstart", overrides)
