@@ -39,7 +39,7 @@ class ModelConfig:
 
 
 DUAL_CLIP = 10.0
-"""Without it a single token at log ratio 12 outweighs 100,000 others, and nothing bounds it."""
+"""Without it a single token at log ratio 12 outweighs 100,000 others. Healthy runs hardly ever reach it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,7 @@ class LossConfig:
     """ε_high: the ratio is clipped above at 1 + ε_high (clip-higher, DAPO §3.1); 0.28, for `gspo` has to be given."""
     dual_clip: float | None = DUAL_CLIP
     """Upper bound of the loss, in units of |advantage|, where the advantage is negative: tokens whose ratio is larger
-    have no gradient. Far above what a healthy run has; null is none, as in the paper and always for `cispo`."""
+    have no gradient. null is none, as in the paper and always for `cispo`."""
     agg: Literal[
         "token-mean",
         "token-sum",
