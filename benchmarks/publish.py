@@ -20,7 +20,7 @@ from multiprocessing.connection import Connection
 import torch
 
 from asyncdapo.transport.backend import Backend
-from asyncdapo.transport.process_group import Deadline
+from asyncdapo.transport.deadline import Deadline
 from asyncdapo.weights.group import WeightGroup
 from asyncdapo.weights.layout import Manifest
 from asyncdapo.weights.receiver import WeightReceiver

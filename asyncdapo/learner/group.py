@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from asyncdapo.errors import RanksError, RunError
-from asyncdapo.transport.process_group import Deadline, ProcessGroup
+from asyncdapo.transport.deadline import Deadline
+from asyncdapo.transport.process_group import ProcessGroup
 
 SYNC_TIMEOUT_S = 1800.0
 """A rank waits for the slowest share of an update; nothing that a train step does takes longer."""

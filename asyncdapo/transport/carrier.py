@@ -25,7 +25,8 @@ from typing import Protocol
 import msgspec
 import torch
 
-from asyncdapo.transport.process_group import ROOT, Collective, Deadline, ProcessGroup
+from asyncdapo.transport.deadline import Deadline
+from asyncdapo.transport.process_group import ROOT, Collective, ProcessGroup
 from asyncdapo.transport.shared_memory import Block, make_block, open_block
 
 NOTE = "memory"

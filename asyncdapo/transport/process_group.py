@@ -4,8 +4,9 @@ So it can be closed and made anew when the membership changes or a collective ha
 an engine or a trainer sets up in its process. One brings weights to the rollout workers (`weights/group`), another sums
 gradients over the learner's ranks (`learner/group`); each names its purpose and the error that it raises.
 
-In: an address that rank 0 hands out. Out: broadcasts from rank 0, sums over all ranks, and verdicts that every rank
-learns of every other. Does not own: what the bytes mean.
+In: an address that rank 0 hands out, with the keys of the group in it. Out: broadcasts from rank 0, sums over all
+ranks, and verdicts that every rank learns of every other. Does not own: how the ranks find each other (`store`), what
+the bytes mean.
 
 Invariants: every call ends within its deadline, by returning or by the group's error; calls release the GIL while they
 wait; a group in which a collective failed is closed, which lets the other ranks fail at once where the backend notices
@@ -19,50 +20,23 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
-from functools import partial
-from threading import Thread
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
 
 from asyncdapo.errors import RunError
 from asyncdapo.transport.backend import CPU, Backend, name_device
+from asyncdapo.transport.deadline import Deadline
+from asyncdapo.transport.store import POLL_S, DistantStore, GroupStore, HostedStore, split_address
 
 ROOT = 0
 """The rank that hosts the store and sends broadcasts."""
-JOIN_POLL_S = 0.02
-NAMES_S = 1.0
-"""Time beyond a deadline for the store to say who is missing."""
-
 WATCH_S, WATCH_LOOKS = 0.0001, 200
 """Between two looks at a collective of NCCL, and how many there are before its own wait takes over."""
-
-TICK_S = 0.001
-"""torch counts time in whole milliseconds, rounded down: its own limit may come so much before ours."""
-
-T = TypeVar("T")
-
-
-class Deadline:
-    """A moment after which something has failed, shared by all its steps."""
-
-    def __init__(self, timeout_s: float) -> None:
-        self.timeout_s = timeout_s
-        self._end_s = time.monotonic() + timeout_s
-
-    def left(self) -> timedelta:
-        """Time left, at least a millisecond (torch reads 0 as no limit in places)."""
-        return timedelta(seconds=max(self._end_s - time.monotonic(), TICK_S))
-
-    @property
-    def passed(self) -> bool:
-        return time.monotonic() >= self._end_s - TICK_S
 
 
 class ProcessGroup:
@@ -82,27 +56,22 @@ class ProcessGroup:
             raise ValueError(f"rank {rank} of {world_size} is no member of a group of two or more")
         self.rank, self.world_size, self.backend, self.timeout_s = rank, world_size, backend, timeout_s
         self.device = numbered(torch.device("cuda" if backend == "nccl" else "cpu"))
-        self._host, port = address.rsplit(":", 1)
         self._group: dist.Backend | None = None
+        self._store: GroupStore | None = None
         self._left = False
         deadline = Deadline(timeout_s)
-        opening = partial(
-            dist.TCPStore,
-            self._host,
-            int(port),
-            is_master=rank == ROOT,
-            timeout=timedelta(seconds=timeout_s / 2),  # it tries twice where nobody listens
-            wait_for_workers=False,
-        )
         with self._translated("open the store", deadline):
-            self._store: dist.Store | None = _answered(opening, deadline)
-            self.address = f"{self._host}:{self._store.port}"
+            if rank == ROOT:
+                self._store = HostedStore(address, timeout_s)
+            else:
+                self._store = DistantStore(address, timeout_s, deadline)
+        self.address = self._store.address
 
     @classmethod
     def create_master(cls, host: str, world_size: int, backend: Backend, timeout_s: float, *own: Any) -> Self:
         """The end of rank 0. Returns at once with an `address` for the others, who reach this machine as `host`;
         `connect` then waits for them. `own`: what a subclass is made with besides."""
-        return cls(f"{host}:0", ROOT, world_size, backend, timeout_s, *own)
+        return cls(host, ROOT, world_size, backend, timeout_s, *own)
 
     @classmethod
     def join(cls, address: str, rank: int, world_size: int, backend: Backend, timeout_s: float, *own: Any) -> Self:
@@ -123,16 +92,16 @@ class ProcessGroup:
         store = self._open_store()
         deadline = deadline or Deadline(self.timeout_s)
         with self._translated("join", deadline):
-            _answered(partial(store.set, _joined(self.rank), ""), deadline)
-            everyone = partial(store.check, [_joined(rank) for rank in range(self.world_size)])
-            patience = Deadline(deadline.left().total_seconds() + NAMES_S)
-            while not _answered(everyone, patience):
+            store.put(_joined(self.rank), b"", deadline)
+            everyone = [_joined(rank) for rank in range(self.world_size)]
+            while None in (joined := store.look(everyone, deadline)):
                 self._open_store()
                 if deadline.passed:
-                    missing = self._missing_ranks(store)
+                    missing = [rank for rank, answer in enumerate(joined) if answer is None]
                     self.close()
-                    raise self.error(f"no group for {self.purpose} within {deadline.timeout_s:g} s: {missing}")
-                time.sleep(JOIN_POLL_S)
+                    who = f"ranks {missing} of {self.world_size} did not join"
+                    raise self.error(f"no group for {self.purpose} within {deadline.timeout_s:g} s: {who}")
+                time.sleep(POLL_S)
         with self._translated("connect", deadline):
             self._group = _process_group(dist.PrefixStore("group", store), self, deadline)
 
@@ -188,21 +157,24 @@ class ProcessGroup:
         """Rank 0 leaves a note in the group's store, which it hosts."""
         deadline = Deadline(self.timeout_s)
         with self._translated("leave a note", deadline):
-            _answered(partial(self._open_store().set, f"note/{key}", value), deadline)
+            self._open_store().put(f"note/{key}", value, deadline)
 
     def read(self, key: str) -> bytes:
         """A note that rank 0 has left."""
         deadline = Deadline(self.timeout_s)
         with self._translated("read a note", deadline):
-            return _answered(partial(self._open_store().get, f"note/{key}"), deadline)
+            return self._open_store().get_all([f"note/{key}"], deadline)[0]
 
     def close(self) -> None:
         """Leave the group; collectives under way fail, here and at the other ranks."""
-        group, self._group, self._store, self._left = self._group, None, None, True
+        group, store = self._group, self._store
+        self._group, self._store, self._left = None, None, True
         if group is not None:
             group.abort()
+        if store is not None:
+            store.close()
 
-    def _open_store(self) -> dist.Store:
+    def _open_store(self) -> GroupStore:
         if self._store is None:
             raise self.error(f"the group of {self.purpose} is closed")
         return self._store
@@ -212,15 +184,6 @@ class ProcessGroup:
             state = "is closed" if self.closed else "isn't connected yet"
             raise self.error(f"the group of {self.purpose} {state}")
         return self._group
-
-    def _missing_ranks(self, store: dist.Store) -> str:
-        deadline = Deadline(NAMES_S)
-        try:
-            joined = (_answered(partial(store.check, [_joined(rank)]), deadline) for rank in range(self.world_size))
-            missing = [rank for rank, has_joined in enumerate(joined) if not has_joined]
-        except dist.DistError:
-            return "rank 0, which keeps its store, is gone"
-        return f"ranks {missing} of {self.world_size} did not join" if missing else "the last rank joined too late"
 
     @contextmanager
     def _translated(self, doing: str, deadline: Deadline) -> Iterator[None]:
@@ -284,30 +247,7 @@ def _process_group(store: dist.Store, group: ProcessGroup, deadline: Deadline) -
     options = dist.ProcessGroupGloo._Options()
     options._timeout = deadline.left()
     options._devices = [_gloo_device(group.address)]
-    return _answered(partial(dist.ProcessGroupGloo, store, group.rank, group.world_size, options), deadline)
-
-
-def _answered(call: Callable[[], T], deadline: Deadline) -> T:
-    """What a call that talks to the store returns. Raises DistStoreError at the deadline: where the host of the store
-    takes connections and says nothing (its process is stopped, the network is cut) the store's client waits for ever.
-    It then goes on waiting in a thread of its own, which ends with the connection."""
-    answer: Future[T] = Future()
-    Thread(target=_run, args=(call, answer), name="store", daemon=True).start()
-    try:
-        return answer.result(deadline.left().total_seconds())
-    except TimeoutError:
-        raise dist.DistStoreError("rank 0, which keeps the store, gives no answer") from None
-    finally:
-        del answer  # what it failed with refers to this frame
-
-
-def _run(call: Callable[[], T], answer: Future[T]) -> None:
-    try:
-        answer.set_result(call())
-    except Exception as error:  # noqa: BLE001  (whoever waits for the answer gets it)
-        answer.set_exception(error)
-    finally:
-        del answer  # as above
+    return dist.ProcessGroupGloo(store, group.rank, group.world_size, options)
 
 
 @contextmanager
@@ -332,7 +272,7 @@ def _gloo_device(address: str) -> dist.ProcessGroupGloo.Device:
     resolves to, on many machines a loopback address that no other can reach. GLOO_SOCKET_IFNAME overrules both."""
     if "GLOO_SOCKET_IFNAME" in os.environ:
         return dist.ProcessGroupGloo.create_default_device()
-    host, port = address.rsplit(":", 1)
+    host, port = split_address(address)[0].rsplit(":", 1)
     family, _, _, _, target = socket.getaddrinfo(host, int(port), type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
         probe.connect(target)

@@ -10,7 +10,8 @@ import torch
 from asyncdapo.errors import WeightsError
 from asyncdapo.transport.backend import Backend
 from asyncdapo.transport.carrier import Carrier, GroupCarrier, SharedCarrier
-from asyncdapo.transport.process_group import Deadline, ProcessGroup, device_name, numbered
+from asyncdapo.transport.deadline import Deadline
+from asyncdapo.transport.process_group import ProcessGroup, device_name, numbered
 
 HOST = torch.device("cpu")
 

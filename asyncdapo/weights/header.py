@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 
 from asyncdapo.errors import WeightsError
-from asyncdapo.transport.process_group import ROOT, Deadline
+from asyncdapo.transport.deadline import Deadline
+from asyncdapo.transport.process_group import ROOT
 from asyncdapo.weights.group import WeightGroup
 
 MAGIC = 0x41444150_57474854

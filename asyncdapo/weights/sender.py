@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from asyncdapo.transport.carrier import Transfer
-from asyncdapo.transport.process_group import Deadline
+from asyncdapo.transport.deadline import Deadline
 from asyncdapo.weights.checksum import Checksum
 from asyncdapo.weights.group import WeightGroup
 from asyncdapo.weights.header import Header, agree, confirm

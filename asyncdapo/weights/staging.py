@@ -29,7 +29,8 @@ import torch
 
 from asyncdapo.errors import WeightsError
 from asyncdapo.transport.backend import Backend
-from asyncdapo.transport.process_group import Deadline, numbered
+from asyncdapo.transport.deadline import Deadline
+from asyncdapo.transport.process_group import numbered
 from asyncdapo.weights.group import WeightGroup
 from asyncdapo.weights.layout import Manifest
 from asyncdapo.weights.receiver import WeightReceiver

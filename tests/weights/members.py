@@ -23,7 +23,7 @@ import torch
 from asyncdapo.errors import WeightsError
 from asyncdapo.transport.backend import Backend
 from asyncdapo.transport.carrier import Carrier, Transfer
-from asyncdapo.transport.process_group import Deadline
+from asyncdapo.transport.deadline import Deadline
 from asyncdapo.weights.group import WeightGroup
 from asyncdapo.weights.header import Header, agree
 from asyncdapo.weights.layout import Manifest

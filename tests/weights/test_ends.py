@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from asyncdapo.errors import EngineError, WeightsError
 from asyncdapo.transport.backend import Backend
-from asyncdapo.transport.process_group import Deadline
+from asyncdapo.transport.deadline import Deadline
 from asyncdapo.weights import staging
 from asyncdapo.weights.ends import EngineEnd, LocalEnd
 from asyncdapo.weights.group import WeightGroup

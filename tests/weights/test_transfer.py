@@ -17,7 +17,9 @@ import torch
 from asyncdapo.errors import WeightsError
 from asyncdapo.transport import carrier
 from asyncdapo.transport.backend import Backend
-from asyncdapo.transport.process_group import Deadline
+from asyncdapo.transport.deadline import Deadline
+from asyncdapo.transport.keys import RunKeys
+from asyncdapo.transport.store import join_address
 from asyncdapo.weights.group import WeightGroup
 from asyncdapo.weights.layout import Manifest
 from asyncdapo.weights.sender import WeightSender
@@ -199,11 +201,15 @@ def test_a_group_that_stays_incomplete_names_the_missing_ranks():
         assert group.closed
 
 
+def address_at(port: int) -> str:
+    return join_address("127.0.0.1", port, RunKeys.make().client)
+
+
 def test_joining_where_no_learner_listens_ends_at_the_deadline():
     timeout_s = 2.0
     began_s = time.monotonic()
     with pytest.raises(WeightsError, match="rank 1 of 2 could not open the store"):
-        WeightGroup.join("127.0.0.1:1", 1, 2, "gloo", timeout_s)
+        WeightGroup.join(address_at(1), 1, 2, "gloo", timeout_s)
     assert time.monotonic() - began_s < 2 * timeout_s
 
 
@@ -212,7 +218,7 @@ def test_joining_a_learner_that_takes_connections_and_never_answers_ends_at_the_
     with socket.create_server(("127.0.0.1", 0)) as silent:
         began_s = time.monotonic()
         with pytest.raises(WeightsError, match="rank 1 of 2 could not open the store: no end within 1 s"):
-            WeightGroup.join(f"127.0.0.1:{silent.getsockname()[1]}", 1, 2, "gloo", timeout_s)
+            WeightGroup.join(address_at(silent.getsockname()[1]), 1, 2, "gloo", timeout_s)
         assert time.monotonic() - began_s < 2 * timeout_s
 
 

@@ -9,7 +9,7 @@ import signal
 from safetensors.torch import load_file
 
 from asyncdapo.transport.backend import Backend
-from asyncdapo.transport.process_group import Deadline
+from asyncdapo.transport.deadline import Deadline
 from asyncdapo.weights.group import WeightGroup
 from asyncdapo.weights.header import agree
 from asyncdapo.weights.layout import Manifest, plan_buckets

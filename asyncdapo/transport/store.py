@@ -1,0 +1,210 @@
+"""The store of a process group: a few short values by which its ranks find each other, behind a key.
+
+    rank 0      HostedStore   keeps the values, and answers the others in a thread of its own
+    the others  DistantStore  ask it, by ZeroMQ
+
+In: values under names. Out: the same values at every rank, once they are there; torch makes its groups with either end.
+The address tells where rank 0 listens and holds the keys, which are made for this one group: it is a secret.
+Invariants: the port is one of the interface that the address names, and who doesn't have the keys (CURVE, `keys`)
+stores nothing and is told nothing; every call ends at its deadline, and at once when rank 0 has died or the store is
+closed. Does not own: what the values mean.
+
+torch's TCPStore is none of it: it listens on every interface, and keeps whatever anybody sends, 100 MB at a time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import weakref
+from abc import abstractmethod
+from collections.abc import Sequence
+from concurrent.futures import Future
+from datetime import timedelta
+from threading import Event, Lock, Thread
+
+import torch.distributed as dist
+import zmq
+import zmq.asyncio
+
+from asyncdapo.transport.deadline import Deadline
+from asyncdapo.transport.keys import ClientKeys, Door, RunKeys, ServerKeys
+
+POLL_S = 0.02
+ANSWER_S = 1.0
+"""What rank 0 has for an answer at the deadline: it may be the one that says who is missing."""
+MESSAGE_BYTES = 1 << 20
+"""Most bytes of a value: Gloo's are some hundred, handles of shared memory some hundred each."""
+SET, LOOK = b"set", b"look"
+GONE = zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+
+
+class GroupStore(dist.Store):
+    """What both ends have: `put`, `look` and `get_all` for us, and what torch calls. Raises DistStoreError."""
+
+    address: str
+    """For the other ranks; no log may show it."""
+
+    def __init__(self, timeout_s: float) -> None:
+        super().__init__()
+        self._timeout_s = timeout_s
+
+    @abstractmethod
+    def put(self, key: str, value: bytes, deadline: Deadline) -> None:
+        """Keep this value."""
+
+    @abstractmethod
+    def look(self, keys: Sequence[str], deadline: Deadline) -> list[bytes | None]:
+        """The values that are there by now."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Leave the store; calls under way in other threads fail."""
+
+    def get_all(self, keys: Sequence[str], deadline: Deadline) -> list[bytes]:
+        """The values, once all of them are there."""
+        while None in (values := self.look(keys, deadline)):
+            if deadline.passed:
+                raise dist.DistStoreError(f"{keys[values.index(None)]} isn't there after {deadline.timeout_s:g} s")
+            time.sleep(POLL_S)
+        return values
+
+    def set(self, key: str, value: bytes) -> None:
+        self.put(key, value, Deadline(self._timeout_s))
+
+    def get(self, key: str) -> bytes:
+        return self.get_all([key], Deadline(self._timeout_s))[0]
+
+    def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
+        self.get_all(keys, Deadline(timeout.total_seconds() if timeout else self._timeout_s))
+
+    def check(self, keys: list[str]) -> bool:
+        return None not in self.look(keys, Deadline(self._timeout_s))
+
+
+class HostedStore(GroupStore):
+    """The store of rank 0, which others reach at `host`, an address of this machine."""
+
+    def __init__(self, host: str, timeout_s: float) -> None:
+        super().__init__(timeout_s)
+        self._values: dict[str, bytes] = {}
+        self._closing = Event()
+        weakref.finalize(self, self._closing.set)
+        keys, port = RunKeys.make(), Future[int]()
+        serving = _answer(host, keys.server, self._values, port, self._closing)
+        Thread(target=asyncio.run, args=(serving,), name="store", daemon=True).start()
+        try:
+            self.address = join_address(host, port.result(), keys.client)
+        except zmq.ZMQError as error:
+            raise dist.DistStoreError(f"can't listen at {host}: {error}") from error
+
+    def put(self, key: str, value: bytes, deadline: Deadline) -> None:
+        self._check_open()
+        self._values[key] = value
+
+    def look(self, keys: Sequence[str], deadline: Deadline) -> list[bytes | None]:
+        self._check_open()
+        return [self._values.get(key) for key in keys]
+
+    def close(self) -> None:
+        self._closing.set()
+
+    def _check_open(self) -> None:
+        if self._closing.is_set():
+            raise dist.DistStoreError("the store is closed")
+
+
+class DistantStore(GroupStore):
+    """The store at `address`, which rank 0 keeps and answers for by the deadline."""
+
+    def __init__(self, address: str, timeout_s: float, deadline: Deadline) -> None:
+        super().__init__(timeout_s)
+        self.address = address
+        where, keys = split_address(address)
+        self._lock = Lock()
+        """Held by whoever uses the socket."""
+        self._closed = False
+        self._context = zmq.Context()
+        self._socket = _socket(self._context, zmq.REQ, keys)
+        self._gone = self._socket.get_monitor_socket(GONE)
+        self._socket.connect(f"tcp://{where}")
+        self.look([], deadline)
+
+    def put(self, key: str, value: bytes, deadline: Deadline) -> None:
+        self._ask([SET, key.encode(), value], deadline)
+
+    def look(self, keys: Sequence[str], deadline: Deadline) -> list[bytes | None]:
+        answer = self._ask([LOOK, *(key.encode() for key in keys)], deadline)
+        return [frame[1:] if frame else None for frame in answer[1:]]
+
+    def close(self) -> None:
+        self._closed = True
+        with self._lock:
+            self._socket.disable_monitor()
+            self._gone.close()
+            self._socket.close()
+            self._context.term()
+
+    def _ask(self, request: Sequence[bytes], deadline: Deadline) -> list[bytes]:
+        until = time.monotonic() + max(deadline.left().total_seconds(), ANSWER_S * deadline.passed)
+        with self._lock:
+            if not self._closed:
+                self._socket.send_multipart(request)
+            while not self._closed:
+                if self._socket.poll(POLL_S * 1000):
+                    return self._socket.recv_multipart()
+                if self._gone.poll(0):
+                    raise dist.DistStoreError("rank 0, which keeps the store, is gone")
+                if time.monotonic() >= until:
+                    raise dist.DistStoreError("rank 0, which keeps the store, gives no answer")
+        raise dist.DistStoreError("the store is closed")
+
+
+def join_address(host: str, port: int, keys: ClientKeys) -> str:
+    """`HOST:PORT` and the keys, of which none holds a blank."""
+    return b" ".join([f"{host}:{port}".encode(), keys.server, keys.public, keys.secret]).decode()
+
+
+def split_address(address: str) -> tuple[str, ClientKeys]:
+    """`HOST:PORT`, and what opens the store there."""
+    where, server, public, secret = address.encode().split()
+    return where.decode(), ClientKeys(server=server, public=public, secret=secret)
+
+
+async def _answer(host: str, keys: ServerKeys, values: dict[str, bytes], port: Future[int], closing: Event) -> None:
+    """Answer the other ranks until `closing`."""
+    context = zmq.asyncio.Context()
+    door = Door(context, keys.allowed)
+    router = _socket(context, zmq.ROUTER, keys)
+    try:
+        port.set_result(router.bind_to_random_port(f"tcp://{host}"))
+        while not closing.is_set():
+            if await router.poll(POLL_S * 1000):
+                peer, blank, *request = await router.recv_multipart()
+                await router.send_multipart([peer, blank, b"", *_do(request, values)])
+    except zmq.ZMQError as error:
+        if port.done():
+            raise
+        port.set_exception(error)
+    finally:
+        router.close()
+        door.close()
+        context.term()
+
+
+def _do(request: Sequence[bytes], values: dict[str, bytes]) -> list[bytes]:
+    """The frames of the answer: a value begins with a dot, one that isn't there is empty."""
+    command, *rest = request
+    if command == SET:
+        key, value = rest
+        values[key.decode()] = value
+        return []
+    return [b"." + values[key.decode()] if key.decode() in values else b"" for key in rest]
+
+
+def _socket(context: zmq.Context, kind: int, keys: ServerKeys | ClientKeys) -> zmq.Socket:
+    socket = context.socket(kind)
+    socket.set(zmq.LINGER, 0)
+    socket.set(zmq.MAXMSGSIZE, MESSAGE_BYTES)
+    keys.apply(socket)
+    return socket
