@@ -118,7 +118,7 @@ class _Table:
             self.reasons.setdefault(rule.theirs[0], f"{whose} value isn't known: {self.known[unknown].unknown}")
             self.lost.setdefault(unknown, []).append(rule.ours)
             return
-        result = _apply(rule, self.known, self.names)
+        result = _answer(rule, self.known, self.names)
         if isinstance(result, Left):
             key = rule.theirs[0] if rule.theirs[0] in self.known else keys[0]
             self.reasons.setdefault(rule.theirs[0], result.why)
@@ -139,9 +139,7 @@ class _Table:
     def list_left(self, made: Converted) -> None:
         """Whatever was given and is in no line."""
         for line in made.lines:
-            beside = [
-                key for key in line.theirs if key in self.asked - self.settled
-            ]  # without effect beside the others
+            beside = [key for key in line.theirs if key in self.asked - self.settled]  # given, and without effect
             self.settled |= set(beside)
             line.shown = [self.shown(key) for key in line.theirs if key in (*line.shown, *beside)]
         for key in sorted(self.asked - self.settled | (self.asked & set(self.reasons)) | self.listed):
@@ -198,7 +196,7 @@ def _canonical(peer: Peer, settings: Settings) -> tuple[dict[str, Setting], dict
     return table, names
 
 
-def _apply(rule: Rule, known: dict[str, Setting], names: dict[str, str]) -> Any:
+def _answer(rule: Rule, known: dict[str, Setting], names: dict[str, str]) -> Any:
     values = [known[key].value if key in known else None for key in rule.theirs]
     try:
         return rule.value(*values)
