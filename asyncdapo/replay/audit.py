@@ -244,9 +244,9 @@ def _unreadable(ledger: sqlite3.Connection, harmed: list[dict]) -> Iterator[str]
     every_event = "SELECT kind FROM events UNION ALL SELECT kind FROM undone_events"
     again = ledger.execute(f"SELECT COUNT(*) FROM ({every_event}) WHERE kind = 'unreadable'").fetchone()[0]
     if again:
-        yield f"payloads {again:,} groups couldn't be read back, and their prompts were sampled again"
+        yield f"payloads of {again:,} groups that couldn't be read back; their prompts were sampled again"
     if harmed:
-        yield f"payloads {len(harmed):,} of groups that have ended can't be read back: {_show(harmed)}"
+        yield f"payloads of {len(harmed):,} groups that have ended can't be read back: {_show(harmed)}"
 
 
 def _batches(ledger: sqlite3.Connection) -> str:

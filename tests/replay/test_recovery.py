@@ -104,7 +104,7 @@ def test_what_was_trained_can_be_told_again(tmp_path):
 
 
 def test_a_prompt_that_comes_back_before_the_verdicts_of_its_step_is_leased_though_they_are_all_there(tmp_path):
-    """A rollback at the barrier lost the group of prompt 0; those of 1 and 2 are held, which is all the limit allows."""
+    """A rollback at the barrier lost the group of prompt 0; those of 1 and 2 are held: all that the limit allows."""
     run = SmallRun(tmp_path, run_ahead=0.0, filter=FilterConfig(max_gen_batches=1))
     held = [HeldGroup(min_version=0, prompt_id=p, group_id=p + 1, verdict="kept") for p in (1, 2)]
     lost = Recovered(

@@ -96,6 +96,10 @@ def a_cut_batch_is_forgotten(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Rollback, "_can_restore", lambda self, members: False)
 
 
+def a_rollback_believes_every_payload(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Rollback, "_has_payload", lambda self, group: group.segment is not None)
+
+
 def a_worker_gets_more_than_it_asked_for(patch: pytest.MonkeyPatch) -> None:
     begin = Sessions.begin
 
@@ -139,6 +143,7 @@ MUTANTS = [
     groups_of_undone_weights_survive,
     a_rollback_charges_attempts,
     a_cut_batch_is_forgotten,
+    a_rollback_believes_every_payload,
     a_worker_gets_more_than_it_asked_for,
     copies_are_forgotten_at_a_rollback,
     copies_are_drawn_anew_by_every_server,
