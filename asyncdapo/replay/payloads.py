@@ -145,7 +145,7 @@ def read_record(folder: Path, place: Place) -> tuple[Group, Payload]:
         group, crc = _read_header(file, place)
         buffers = memoryview(_take(file, place, place.end - file.tell()))
         if crc not in (None, crc32(buffers)):
-            raise ValueError(f"the tokens at offset {place.offset} are damaged (another checksum than was written)")
+            raise ValueError("its tokens are damaged: another checksum than was written")
         prompt_end = 4 * group.num_prompt_tokens
         tokens_end = prompt_end + 4 * group.num_tokens
         frames = (buffers[:prompt_end], buffers[prompt_end:tokens_end], buffers[tokens_end:])
@@ -159,12 +159,14 @@ def _opened(folder: Path, place: Place) -> Iterator[BinaryIO]:
     try:
         with path.open("rb") as file:
             if place.end > os.fstat(file.fileno()).st_size:
-                raise ValueError(f"ends before offset {place.offset} + {place.num_bytes} bytes")
+                raise ValueError(f"the file ends before its {place.num_bytes:,} bytes do")
             file.seek(place.offset)
             yield file
-    except (OSError, ValueError, msgspec.DecodeError) as error:
-        problem = error.strerror if isinstance(error, OSError) else error
-        raise BadRecord(f"{folder.name}/{path.name}: {problem}") from error
+    except OSError as error:
+        raise BadRecord(f"{folder.name}/{path.name}: {error.strerror}") from error
+    except (ValueError, msgspec.DecodeError) as error:
+        problem = f"its header can't be read: {error}" if isinstance(error, msgspec.DecodeError) else error
+        raise BadRecord(f"{folder.name}/{path.name}, record at {place.offset:,}: {problem}") from error
 
 
 def _read_header(file: BinaryIO, place: Place) -> tuple[Group, int | None]:
@@ -177,12 +179,12 @@ def _read_header(file: BinaryIO, place: Place) -> tuple[Group, int | None]:
     (expected,) = _HEADER_SIZE.unpack(_take(file, place, _HEADER_SIZE.size))
     header = _take(file, place, num_bytes)
     if crc32(header, crc32(sizes)) != expected:
-        raise ValueError(f"the header at offset {place.offset} is damaged (another checksum than was written)")
+        raise ValueError("its header is damaged: another checksum than was written")
     return _decoder.decode(header), crc
 
 
 def _take(file: BinaryIO, place: Place, num_bytes: int) -> bytes:
     """The next bytes of a record. Raises ValueError when it has no more, whatever a damaged length says."""
     if not 0 <= num_bytes <= place.end - file.tell():
-        raise ValueError(f"the record at offset {place.offset} is damaged ({place.num_bytes:,} bytes can't hold it)")
+        raise ValueError(f"its lengths are damaged: {place.num_bytes:,} bytes can't hold them")
     return file.read(num_bytes)

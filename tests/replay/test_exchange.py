@@ -111,10 +111,12 @@ def test_a_batch_that_cannot_be_read_back_is_said_and_cut_anew_by_a_rollback(tmp
         run.exchange.want_batch(b"learner", CutWanted(step=1))
         [answer] = outgoing(run)
         assert (type(answer), answer.unreadable) == (NoBatch, True)
-        assert answer.reason.startswith("batch 1 can't be read back: payloads/000001.bin: the tokens at offset")
+        assert answer.reason.startswith("batch 1 can't be read back: payloads/000001.bin, record at 0: its tokens are")
     run.roll_back(0)
     assert [group.group_id for group in run.state.held.queued] == [whole]
-    assert f"group {harmed} (payloads/000001.bin: the tokens at offset" in describe_unreadable(tmp_path, branch=1)
+    assert f"group {harmed} (payloads/000001.bin, record at 0: its tokens are" in describe_unreadable(
+        tmp_path, branch=1
+    )
     run.fill(0)
     run.exchange.want_batch(b"learner", CutWanted(step=1))
     batch = outgoing(run)[-1]

@@ -72,7 +72,7 @@ def test_a_new_writer_leaves_the_torn_end_of_an_old_segment_alone(tmp_path):
 def test_a_record_that_ends_too_soon_is_an_error(tmp_path):
     segments = Segments(tmp_path)
     place = segments.append(*make_group(lease(1)))
-    with pytest.raises(BadRecord, match="ends before"):
+    with pytest.raises(BadRecord, match="the file ends before"):
         read_record(tmp_path, Place(place.segment, place.offset, place.num_bytes + 1))
 
 

@@ -85,7 +85,7 @@ def test_a_place_that_no_record_has_is_bad_however_large(written: tuple[Path, li
         Place(1, 0, 2),
         Place(9, 0, 10),
     ):
-        with pytest.raises(BadRecord, match=rf"^{folder.name}/00000[19]\.bin: "):
+        with pytest.raises(BadRecord, match=rf"^{folder.name}/00000[19]\.bin[:,] "):
             read_record(folder, place)
 
 
