@@ -27,7 +27,7 @@ from typing import IO
 from asyncdapo.config import Config, find_config, load_config, to_yaml
 from asyncdapo.controller.engine_check import check_installed, check_model
 from asyncdapo.controller.identity import IDENTITY_FILE, Identity, check_same_run, identify, to_json
-from asyncdapo.controller.model_check import check_learnable
+from asyncdapo.controller.model_check import check_files, check_learnable
 from asyncdapo.controller.resume import Resume, survey, unusable_ledger
 from asyncdapo.controller.roster import end_survivors
 from asyncdapo.controller.surroundings import check_surroundings
@@ -82,6 +82,7 @@ def check_config(config: Config) -> None:
         check_compiler(config.learner.device, config.learner.compile)
     check_reward(config)
     check_reference(config)
+    check_files(config)
     choose_mode(config.metrics)
     check_prompts(config, open_task(config.prompts, num_eval=config.eval.num_held_out, seed=config.run.seed))
 

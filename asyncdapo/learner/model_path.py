@@ -43,13 +43,13 @@ def check_model_path(path: str, base_dirs: Iterable[str | Path], key: str = KEY)
     """The absolute directory that `path` names relative to one of `base_dirs` (the first that has it), or `path` itself
     where it is an id on the hub. Raises ConfigError, for the config's `key`, for a directory without config.json or
     weights, and for an id that is neither on the hub nor in the local cache."""
-    return find_directory(path, base_dirs, key) or _checked_hub_id(path, key)
+    return find_directory(path, base_dirs, key) or checked_hub_id(path, key)
 
 
 def check_tokenizer_path(path: str, base_dirs: Iterable[str | Path]) -> str:
     """As `check_model_path`, for `model.tokenizer`: a directory with tokenizer.json, or an id of one on the hub."""
     found = find_directory(path, base_dirs, TOKENIZER_KEY, _checked_tokenizer)
-    return found or _checked_hub_id(path, TOKENIZER_KEY, "tokenizer.json")
+    return found or checked_hub_id(path, TOKENIZER_KEY, "tokenizer.json")
 
 
 def find_directory(
@@ -127,8 +127,23 @@ def model_config(path: str) -> dict[str, Any] | None:
 
 def vocab_size(path: str) -> int | None:
     """As the model's config.json says, where it is here."""
-    config = model_config(path)
-    return config.get("vocab_size") if config else None
+    config = model_config(path) or {}
+    return config.get("vocab_size", (config.get("text_config") or {}).get("vocab_size"))
+
+
+def check_vocabulary(directory: Path, key: str, known: int | None) -> None:
+    """Whether the tokenizer is there, and its vocabulary without added tokens within the `known` tokens of the model;
+    added ones may lie beyond, as long as no prompt has one. Raises ConfigError."""
+    file = _checked_tokenizer(str(directory), directory, key) / "tokenizer.json"
+    try:
+        vocabulary = json.loads(file.read_text(encoding="utf-8"))["model"]["vocab"]
+        num_tokens = max(vocabulary.values()) + 1 if isinstance(vocabulary, dict) else len(vocabulary)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        problem = f"tokenizer.json can't be read: {type(error).__name__}: {_first_line(error)}"
+        raise ConfigError(key, problem, str(directory)) from error
+    if known is not None and num_tokens > known:
+        problem = f"its tokenizer is of another model: it has {num_tokens:,} tokens, the model {known:,}"
+        raise ConfigError(key, problem, str(directory), "take the tokenizer that the model was trained with")
 
 
 def model_digests(directory: Path) -> dict[str, str]:
@@ -177,7 +192,7 @@ def _checked_tokenizer(path: str, directory: Path, key: str) -> Path:
     return directory
 
 
-def _checked_hub_id(path: str, key: str, file: str = "config.json") -> str:
+def checked_hub_id(path: str, key: str, file: str = "config.json") -> str:
     what = "model" if file == "config.json" else "tokenizer"
     problem = f"is neither a directory nor a {what} in the local Hugging Face cache or on the hub"
     try:

@@ -1,7 +1,6 @@
 """Models that can't be trained, or not published, are refused before any process starts."""
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -45,14 +44,6 @@ def test_a_reference_is_checked_too(tmp_path: Path) -> None:
     model = {"path": "none", "reference": with_rotation(tmp_path / "model")}
     with pytest.raises(ConfigError, match=r"model\.reference: can't be trained"):
         check_learnable(config_of(model, {"kl_coef": 0.1}))
-
-
-def test_a_model_that_is_not_whole_starts_nothing(tmp_path: Path) -> None:
-    path = Path(save_random(tmp_path / "model", "llama"))
-    check_learnable(config_of({"path": str(path)}))
-    os.truncate(path / "model.safetensors", (path / "model.safetensors").stat().st_size - 1)
-    with pytest.raises(ConfigError, match=r"model\.path: can't read model\.safetensors"):
-        check_learnable(config_of({"path": str(path)}))
 
 
 def test_a_mixture_that_could_not_be_published_starts_nothing_and_takes_no_directory(
