@@ -28,6 +28,12 @@ class TextTokenizer:
         """Ids of a plain text, with the special tokens that the tokenizer puts around it (usually bos in front)."""
         return self._backend.encode(text).ids
 
+    @property
+    def unknown_id(self) -> int | None:
+        """The token that stands for text outside the vocabulary; None where every text has tokens of its own."""
+        token = getattr(self._backend.model, "unk_token", None)
+        return self._backend.token_to_id(token) if token else None
+
     def encode_chat(self, question: str, system_prompt: str | None = None) -> list[int]:
         """Ids of the question as the user's turn in the chat template, behind the system prompt if there is one, up to
         where the assistant's turn begins."""

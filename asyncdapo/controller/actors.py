@@ -103,6 +103,8 @@ class Opened:
     """Rows whose prompt is too long."""
     num_eval_left_out: int
     """Of those for evaluation."""
+    unknown: str
+    """A line on prompts with text that the tokenizer doesn't know; empty where none has."""
     eval_prompts: list[Prompt]
     eval_texts: list[str]
     """Of these prompts, as the model reads them: special tokens are written out."""

@@ -17,8 +17,10 @@ from asyncdapo.replay.recovery import Recovered
 from asyncdapo.replay.server import ReplayServer
 from asyncdapo.replay.sessions import LOST_TICKS
 from asyncdapo.replay.state import ReplayState
-from asyncdapo.tokens import load_tokenizer
+from asyncdapo.tokens import TextTokenizer, load_tokenizer
 
+EXCERPT = 60
+"""Characters of a prompt, around what the tokenizer doesn't know."""
 MAX_STALLED = 3
 """Leases in a row that may stall at a worker before its engine is taken for hung."""
 
@@ -35,7 +37,7 @@ class Main(Member):
         tokenizer = load_tokenizer(config.model.tokenizer_path, config.model.tokenizer_key)
         chat_template, system_prompt = config.prompts.chat_template, config.prompts.system_prompt
         encode = tokenizer.prompt_encoder(chat_template, system_prompt, vocab_size(config.model.path))
-        self.stream = PromptStream(config.prompts, task, encode, config.run.seed)
+        self.stream = PromptStream(config.prompts, task, encode, config.run.seed, tokenizer.unknown_id)
         self.server = ReplayServer(
             config.replay,
             self._make_state,
@@ -60,6 +62,7 @@ class Main(Member):
             data_ends=self.stream.num_prompts is not None,
             num_left_out=self.stream.num_left_out,
             num_eval_left_out=self.stream.num_eval_left_out,
+            unknown=said_of_unknown(self.stream, tokenizer),
             eval_prompts=eval_prompts,
             eval_texts=[tokenizer.spell(prompt.token_ids) for prompt in eval_prompts],
             probe_prompts=self._probe_prompts(),
@@ -145,3 +148,13 @@ class Main(Member):
     async def finish(self) -> None:
         """No further step: leases are withdrawn, open prompts end `unused`."""
         await self.server.finish()
+
+
+def said_of_unknown(stream: PromptStream, tokenizer: TextTokenizer) -> str:
+    """A line with an example of what the model reads in its place; empty where all prompts are known."""
+    if not stream.num_unknown:
+        return ""
+    word, text = tokenizer.spell([tokenizer.unknown_id]), tokenizer.spell(stream.first_unknown)
+    begin = max(0, text.index(word) - EXCERPT // 2)
+    num, excerpt = stream.num_unknown, text[begin : begin + EXCERPT]
+    return f"prompts: {num:,} hold text that the tokenizer doesn't know, the model reads {word}: …{excerpt!r}…"

@@ -125,6 +125,8 @@ class Controller:
             self.reporter.note(
                 f"prompts: {self.fleet.opened.num_left_out} are longer than prompts.max_prompt_length, left out"
             )
+        if self.fleet.opened.unknown:
+            self.reporter.note(self.fleet.opened.unknown)
         fleet, config = self.fleet, self.fleet.config  # with what follows from who has a GPU
         self.forecast = Forecast(config, fleet.placement)
         for line in self.forecast.lines():

@@ -26,11 +26,19 @@ Encode = Callable[[str], list[int]]
 class PromptStream:
     """Random access to the prompts of a task. Opening encodes every row of a finite task once.
 
-    `encode` turns a question into the token ids that the model continues. Raises ConfigError when no row fits.
+    `encode` turns a question into the token ids that the model continues; `unknown_id` stands for what the tokenizer
+    doesn't know. Raises ConfigError when no row fits.
     """
 
-    def __init__(self, config: PromptsConfig, task: Task, encode: Encode, seed: int) -> None:
+    def __init__(
+        self, config: PromptsConfig, task: Task, encode: Encode, seed: int, unknown_id: int | None = None
+    ) -> None:
         self._task = task
+        self._unknown_id = unknown_id
+        self.num_unknown = 0
+        """Rows that fit and hold `unknown_id`, of a finite task."""
+        self.first_unknown: list[int] = []
+        """Token ids of the first of them."""
         self._encode = encode
         self._max_length = config.max_prompt_length
         self._parts: list[EpochOrder] | None = None
@@ -78,7 +86,7 @@ class PromptStream:
         return [self._prompt(prompt_id, 0, self._task.eval_question_at(row)) for prompt_id, row in enumerate(rows)]
 
     def _fitting_rows(self, rows: range, question_at: Callable[[int], Question], name: str) -> list[int]:
-        lengths = [len(self._encode(question_at(row).text)) for row in rows]
+        lengths = [self._length(question_at(row)) for row in rows]
         fitting = [row for row, length in zip(rows, lengths, strict=True) if length <= self._max_length]
         if rows and not fitting:
             shortest = min(lengths)
@@ -88,6 +96,13 @@ class PromptStream:
             fix = f"prompts.max_prompt_length={shortest}"
             raise ConfigError("prompts.max_prompt_length", problem, self._max_length, fix)
         return fitting
+
+    def _length(self, question: Question) -> int:
+        token_ids = self._encode(question.text)
+        if self._unknown_id in token_ids and len(token_ids) <= self._max_length:
+            self.num_unknown += 1
+            self.first_unknown = self.first_unknown or token_ids
+        return len(token_ids)
 
     def _prompt(self, prompt_id: int, epoch: int, question: Question) -> Prompt:
         token_ids = self._encode(question.text)

@@ -166,6 +166,8 @@ class EvalRun:
 
     def _say_what_is_missing(self, opened: Opened) -> None:
         """Rows whose prompt is too long are asked nowhere, and so count neither as right nor as wrong."""
+        if opened.unknown:
+            self._progress.note(opened.unknown)
         if num := opened.num_eval_left_out:
             limit = self._config.prompts.max_prompt_length
             self._progress.note(f"left out: {num:,} rows, longer than prompts.max_prompt_length ({limit} tokens)")

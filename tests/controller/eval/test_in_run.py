@@ -24,6 +24,7 @@ OPENED = Opened(
     data_ends=False,
     num_left_out=0,
     num_eval_left_out=0,
+    unknown="",
     eval_prompts=PROMPTS,
     eval_texts=[f"<bos>Q: {prompt.row}" for prompt in PROMPTS],
     probe_prompts=[],
