@@ -28,12 +28,14 @@ KEYS = (
     "eval.num_greedy_prompts=0",
 )
 CHECKPOINT = "checkpoints/step-000002/"
+HELD = "payloads/000002.bin"
+"""Batch 3, which the run goes on with, is the first half of it."""
 FILES = (
     "ledger.db",
     "ledger.db-wal",
     "ledger.db-shm",
     "payloads/000001.bin",
-    "payloads/000002.bin",
+    HELD,
     CHECKPOINT + "checkpoint.json",
     CHECKPOINT + "weights",
     "metrics.jsonl",
@@ -133,7 +135,8 @@ def test_the_run_as_it_was_killed_goes_on_soundly(interrupted: Path, tmp_path: P
 def test_a_harmed_file_is_named_with_what_to_do_or_the_run_goes_on_soundly(
     interrupted: Path, tmp_path: Path, name: str, harm: Harm | None
 ) -> None:
-    launch_harmed(shutil.copytree(interrupted, tmp_path / "run"), name, harm, seed=0)
+    for seed in range(5 if name == HELD else 1):
+        launch_harmed(shutil.copytree(interrupted, tmp_path / f"run{seed}"), name, harm, seed)
 
 
 @pytest.mark.soak
