@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from asyncdapo.config import Config, find_config, load_config, to_yaml
+from asyncdapo.config import Config, find_config, load_config, to_dict, to_yaml
 from asyncdapo.controller.engine_check import check_installed, check_model
 from asyncdapo.controller.identity import IDENTITY_FILE, Identity, check_same_run, identify, to_json
 from asyncdapo.controller.model_check import check_files, check_learnable
@@ -212,7 +212,7 @@ def _open_run_dir(config: Config, identity: Identity) -> Resume:
     except RunError as error:
         raise UserError(f"{run_dir}: of the launch before: {error}") from error
     resume = survey(run_dir, config)
-    if not resume.finished and (breach := ledger_breach(run_dir)):
+    if not resume.finished and (breach := ledger_breach(run_dir, to_dict(config))):
         raise unusable_ledger(run_dir, breach)
     if recorded != config and not resume.finished:
         _keep_config(run_dir)

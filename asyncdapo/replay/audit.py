@@ -70,12 +70,12 @@ def audit(run_dir: Path) -> list[str]:
         return [f"{LEDGER_FILE}: {error}" if isinstance(error, sqlite3.Error) else str(error)]
 
 
-def ledger_breach(run_dir: Path) -> str:
-    """What the ledger of a run breaks, the first thing found; nothing for one to go on from."""
+def ledger_breach(run_dir: Path, config: dict[str, object]) -> str:
+    """What of `config` the ledger of a run breaks, the first thing found; nothing for one to go on from."""
     try:
         if not is_begun(run_dir):
             return ""
-        limits = _limits(run_dir / CONFIG_FILE)
+        limits = _limits_of(OmegaConf.create(config))
         with closing(_open(run_dir)) as ledger:
             breaches = _ledger_breaches(ledger, limits | {"finished": 0})
             return next((breach for breach in breaches if not breach.startswith("there is a batch")), "")
@@ -88,19 +88,22 @@ def _limits(path: Path) -> dict[str, int]:
     if not path.is_file():
         raise _Unreadable(f"{path.name}: missing, so there is nothing to hold the run to")
     try:
-        config = OmegaConf.load(path)
-        batch_max, group_size = int(config.replay.prompts_per_step), int(config.rollout.group_size)
-        bound = 0 if float(config.replay.run_ahead) == 0 else int(config.replay.max_staleness)
-        return {
-            "bound": bound,
-            "batch_min": 1 if _may_be_short(config) else batch_max,
-            "batch_max": batch_max,
-            "group_size": group_size,
-            "max_attempts": int(config.prompts.max_attempts),
-            "replaces": int(config.filter.get("mode") == "replace"),
-        }
+        return _limits_of(OmegaConf.load(path))
     except (OmegaConfBaseException, YAMLError, AttributeError, TypeError, ValueError) as error:
         raise _Unreadable(f"{path.name}: can't be read ({str(error).splitlines()[0]})") from error
+
+
+def _limits_of(config: DictConfig) -> dict[str, int]:
+    batch_max, group_size = int(config.replay.prompts_per_step), int(config.rollout.group_size)
+    bound = 0 if float(config.replay.run_ahead) == 0 else int(config.replay.max_staleness)
+    return {
+        "bound": bound,
+        "batch_min": 1 if _may_be_short(config) else batch_max,
+        "batch_max": batch_max,
+        "group_size": group_size,
+        "max_attempts": int(config.prompts.max_attempts),
+        "replaces": int(config.filter.get("mode") == "replace"),
+    }
 
 
 def _may_be_short(config: DictConfig) -> bool:
@@ -244,9 +247,9 @@ def _unreadable(ledger: sqlite3.Connection, harmed: list[dict]) -> Iterator[str]
     every_event = "SELECT kind FROM events UNION ALL SELECT kind FROM undone_events"
     again = ledger.execute(f"SELECT COUNT(*) FROM ({every_event}) WHERE kind = 'unreadable'").fetchone()[0]
     if again:
-        yield f"payloads of {again:,} groups that couldn't be read back; their prompts were sampled again"
+        yield f"payloads {again:,} unreadable, whose prompts were sampled again"
     if harmed:
-        yield f"payloads of {len(harmed):,} groups that have ended can't be read back: {_show(harmed)}"
+        yield f"payloads {len(harmed):,} unreadable, of groups that have ended: {_show(harmed)}"
 
 
 def _batches(ledger: sqlite3.Connection) -> str:

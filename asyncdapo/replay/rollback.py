@@ -165,6 +165,7 @@ class Rollback:
                 self._undo("groups", "group_id = ?", group.group_id)
                 continue
             followed.add(group.prompt_id)
+            self.unreadable.pop(group, None)  # a spare one keeps its verdict, and needs no payload for it
             if fate != group.fate:
                 self._change_group(group.group_id, fate)
         return restored

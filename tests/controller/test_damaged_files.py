@@ -42,8 +42,6 @@ FILES = (
     "identity.json",
     "processes.json",
     "config.yaml",
-    "ledger.lock",
-    "launch.lock",
 )
 
 
