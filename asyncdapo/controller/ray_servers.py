@@ -8,8 +8,8 @@ In: a configuration. Out: Ray started, and RayDied as soon as it can't go on. By
 GCS has died, in its own words, and never one whose raylet has died. Invariant: a Ray that would listen on other
 interfaces, or without the token, is not used. Does not own: the session around it (`processes.ray_session`).
 
-Holds for Ray 2.52 to 2.60, of which it uses two internals: where it looks for this node's address, and how it reads its
-settings again.
+Holds for Ray 2.52 to 2.60, of which it uses internals: whether this machine can be part of a cluster, and how settings
+are read again.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ import os
 import secrets
 import shutil
 import time
-from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
 
 import ray
 from ray._private import ray_constants
+from ray._raylet import AuthenticationTokenLoader
 from ray._raylet import Config as RaySettings
 
 from asyncdapo.controller.procfs import HAS_PROC, command_name
@@ -55,12 +55,11 @@ def start_own(**options: Any) -> Path:
     """Start a Ray for this process alone. Returns the directory of its files. Raises RunError when it can be reached
     from elsewhere."""
     home = Path(mkdtemp(prefix="ray-", dir=ray_parent()))
-    token_file = home / "token"
-    token_file.touch(mode=0o600)
-    token_file.write_text(_token())
-    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token_file)}
+    token = home / "token"
+    token.touch(mode=0o600)
+    token.write_text(secrets.token_hex(32))
     os.environ.pop("RAY_AUTH_TOKEN", None)  # which would win
-    RaySettings.initialize("")
+    _use({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)})
     ray_constants.ENABLE_RAY_CLUSTER = False  # a machine without clusters is what Ray keeps to loopback on
     where = {"_temp_dir": str(home / "r")}  # not `home`, which Ray would open to everybody
     ray.init(address="local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **where, **options)
@@ -73,12 +72,16 @@ def close_own(home: Path) -> None:
     """Shut it down, and remove its files."""
     ray.shutdown()
     shutil.rmtree(home, ignore_errors=True)  # some of its processes may still be writing
+    _use({})
 
 
-@cache
-def _token() -> str:
-    """One for each process: Ray reads it once."""
-    return secrets.token_hex(32)
+def _use(authentication: dict[str, str]) -> None:
+    """Have Ray read these settings, and no others of the kind, from the environment; by itself it reads them once."""
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"):
+        os.environ.pop(name, None)
+    os.environ |= authentication
+    AuthenticationTokenLoader.instance().reset_cache()
+    RaySettings.initialize("")
 
 
 async def death(address: str | None) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from asyncdapo.controller.procfs import command_name, memory_mib
+from asyncdapo.controller.procfs import memory_mib
 from asyncdapo.controller.warden import descendants
 from tests.controller.interruptions import SHORT, assert_nothing_lives, wait_for_batch
 from tests.controller.runs import FinishedRun, launch, started
@@ -33,7 +33,7 @@ LEARNER_OF_TWO = ("learner.ranks=2", "learner.threads=1", "rollout.num_workers=2
 
 
 def pid_of(server: str, driver: int) -> int:
-    return next(pid for pid, _ in descendants(driver) if command_name(pid) == server)
+    return next(pid for pid, _ in descendants(driver) if Path(f"/proc/{pid}/comm").read_text().strip() == server)
 
 
 def gone_on_after(run_dir: Path, step: int) -> FinishedRun:
