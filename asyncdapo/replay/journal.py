@@ -6,15 +6,13 @@ state again when another process goes on (`recover`), after a rollback or withou
 
     bytes, then row     a group's buffers are in their segment before the row that points to them exists
     disk, then commit   the segment is synced before the transaction is committed, and SQLite (WAL, synchronous FULL)
-                        syncs the commit before it says that it is done: what the ledger says, a power cut leaves there,
-                        with its payloads
+                        syncs the commit before it returns: a power cut leaves rows with their payloads
     commit, then send   whoever acknowledges a group or sends a batch after that can be killed at once, or its machine
                         lose power, and nothing that a peer was told is forgotten
     one transaction     what comes together (`together`) is synced together: two waits for the disk, however many groups
     one writer          the run directory is locked for as long as the journal is open
 
-The name of a new segment is synced when it is made. Does not own: which state follows which (the core), what a rollback
-undoes (`rollback`), sockets.
+Does not own: which state follows which (the core), what a rollback undoes (`rollback`), sockets.
 """
 
 from __future__ import annotations
@@ -96,7 +94,7 @@ class Journal:
             opened_pos=self._position,
             at_s=time.time(),
         )
-        with self.together():
+        with self.together(), disk_errors(self._path):
             rollback.run(reason)
             faults.point("in_roll_back")
             if rollback.unreadable:
@@ -166,8 +164,7 @@ class Journal:
                 self._insert_batch(event.step, summary or {})
 
     def read(self, group_id: int) -> tuple[Group, Payload]:
-        """A group whose payload was kept. Raises LookupError when it wasn't, or not any longer, and BadRecord when it
-        can't be read."""
+        """A group whose payload was kept. Raises LookupError when it isn't kept, BadRecord when it can't be read."""
         return self._segments.read(place_of(self._db, group_id))
 
     def read_header(self, group_id: int) -> Group:
@@ -175,8 +172,7 @@ class Journal:
         return self._segments.read_header(place_of(self._db, group_id))
 
     def outcome(self, lease_id: int) -> str | None:
-        """How a lease ended; None while it runs, `undone` when a rollback undid it. Raises LookupError when it was
-        never granted."""
+        """How a lease ended, or `undone`; None while it runs. Raises LookupError when it was never granted."""
         return reload.outcome(self._db, lease_id)
 
     def covered(self, step: int) -> None:
