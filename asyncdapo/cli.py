@@ -188,14 +188,14 @@ def _own_options_first(argv: Sequence[str]) -> Sequence[str]:
 
 
 def _launch(args: argparse.Namespace) -> int:
-    from asyncdapo.controller.preflight import prepare_run
+    from asyncdapo.controller.checks.preflight import prepare_run
 
     with prepare_run(args.config, args.overrides) as (config, resume):
         if resume.finished:
             print(f"{config.run.dir} has its {resume.step} steps; raise run.steps to go on")
             return 0
         _hush_ray()
-        from asyncdapo.controller.launch import launch
+        from asyncdapo.controller.commands.launch import launch
 
         return launch(config, resume)
 
@@ -207,14 +207,14 @@ def _hush_ray() -> None:
 
 
 def _config(args: argparse.Namespace) -> int:
-    from asyncdapo.config import find_config, load_config, to_yaml
+    from asyncdapo.config.config import find_config, load_config, to_yaml
 
     print(to_yaml(load_config(find_config(args.config), args.overrides)), end="")
     return 0
 
 
 def _plan(args: argparse.Namespace) -> int:
-    from asyncdapo.controller.plan import plan
+    from asyncdapo.controller.commands.plan import plan
 
     print(plan(args.config, args.overrides, args.gpus))
     return 0
@@ -228,7 +228,7 @@ def _gpus(text: str) -> list[int]:
 
 
 def _audit(args: argparse.Namespace) -> int:
-    from asyncdapo.replay.audit import run_audit
+    from asyncdapo.replay.ledger.audit import run_audit
 
     return run_audit(args.run_dir)
 
@@ -253,7 +253,7 @@ def _convert(args: argparse.Namespace) -> int:
 
 
 def _ps(args: argparse.Namespace) -> int:
-    from asyncdapo.controller.ps import show
+    from asyncdapo.controller.commands.ps import show
 
     return show(args.run_dir, args.json)
 

@@ -65,7 +65,7 @@ log = logging.getLogger("faults")
 
 
 class Settings(Protocol):
-    """The `faults` section, as asyncdapo/controller/config.py documents it."""
+    """The `faults` section, as asyncdapo/config/run.py documents it."""
 
     seed: int
     drop: float

@@ -21,8 +21,8 @@ import numpy as np
 
 from asyncdapo.messages import Completion, Group, Prompt
 from asyncdapo.payload import Payload
-from asyncdapo.replay import events as core
-from asyncdapo.replay.journal import Journal
+from asyncdapo.replay.core import events as core
+from asyncdapo.replay.ledger.journal import Journal
 
 GROUP_SIZE = 16
 FSYNC = os.fsync

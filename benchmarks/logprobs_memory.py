@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from asyncdapo.learner.logprobs import linear_logprobs
+from asyncdapo.learner.model.logprobs import linear_logprobs
 
 MIB = 1 << 20
 PLAIN_COPIES = 5

@@ -16,7 +16,7 @@ from multiprocessing.connection import Connection
 
 import torch
 
-from asyncdapo.learner.group import GradientGroup, Ranks
+from asyncdapo.learner.step.ranks import GradientGroup, Ranks
 
 TIMEOUT_S = 60.0
 NUM_TENSORS = 48

@@ -22,20 +22,20 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from asyncdapo.config import Config, find_config, load_config
-from asyncdapo.controller.engines import make_engine
-from asyncdapo.learner.feed import BatchFeed
+from asyncdapo.config.config import Config, find_config, load_config
+from asyncdapo.controller.roles.engines import make_engine
+from asyncdapo.learner.batches.feed import BatchFeed
 from asyncdapo.messages import Batch, Prompt
+from asyncdapo.model.tokenizer import load_tokenizer
 from asyncdapo.prompts.registry import open_task
 from asyncdapo.prompts.stream import PromptStream
-from asyncdapo.replay.journal import Journal
-from asyncdapo.replay.server import ReplayServer
-from asyncdapo.replay.state import ReplayState
+from asyncdapo.replay.core.state import ReplayState
+from asyncdapo.replay.ledger.journal import Journal
+from asyncdapo.replay.server.server import ReplayServer
 from asyncdapo.reward.pool import ScorerPool
 from asyncdapo.reward.scorer import Scorer
 from asyncdapo.rollout.engine import Engine
 from asyncdapo.rollout.worker import RolloutWorker
-from asyncdapo.tokens import load_tokenizer
 
 OVERRIDES = (
     "rollout.engine=vllm",

@@ -24,9 +24,9 @@ from collections import Counter
 from contextlib import closing
 from pathlib import Path
 
-from asyncdapo.controller.roster import Entry, read, survivors
+from asyncdapo.controller.process.roster import Entry, read, survivors
 from asyncdapo.metrics.jsonl import read_metrics
-from asyncdapo.replay.audit import audit
+from asyncdapo.replay.ledger.audit import audit
 
 ROLES = ("rollout", "replay", "learner", "scorer", "controller")
 PAUSE_S = (14.0, 24.0)

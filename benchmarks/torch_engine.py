@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from asyncdapo.messages import Sampling
 from asyncdapo.rollout.config import RolloutConfig
 from asyncdapo.rollout.engine import Request
-from asyncdapo.rollout.torch_engine.engine import TorchEngine
+from asyncdapo.rollout.torch_engine.torch_engine import TorchEngine
 
 GROUP_SIZE, MAX_TOKENS, STOP_TOKEN_IDS, PAD = 16, 128, [1, 2, 3], 0
 

@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING
 
 from omegaconf import OmegaConf
 
-from asyncdapo.config import Config, find_config, load_config
-from asyncdapo.controller.plan import plan
+from asyncdapo.config.config import Config, find_config, load_config
+from asyncdapo.controller.commands.plan import plan
 from asyncdapo.errors import UserError
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from asyncdapo.config import load_config
+from asyncdapo.config.config import load_config
 from asyncdapo.errors import UserError
 
 MODEL = "model: {path: tiny}\n"

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from asyncdapo.config import SECTIONS, config_dirs, find_config, load_config, to_dict
-from asyncdapo.controller.plan import plan
+from asyncdapo.config.config import SECTIONS, config_dirs, find_config, load_config, to_dict
+from asyncdapo.controller.commands.plan import plan
 from asyncdapo.errors import ConfigError
 
 FOLDER = config_dirs()[-1]

@@ -13,7 +13,7 @@ import pytest
 
 from asyncdapo.disk import disk_errors
 from asyncdapo.errors import DiskError
-from asyncdapo.learner.checkpoint import kept_steps
+from asyncdapo.learner.step.checkpoint import kept_steps
 from tests.learner.tiny import make_batch, make_learner, save_tiny_llama, train
 
 

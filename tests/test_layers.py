@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -13,20 +14,24 @@ PACKAGE = Path(__file__).resolve().parent.parent / "asyncdapo"
 STAGES = {"prompts", "rollout", "reward", "replay", "learner", "weights", "metrics"}
 LOWER = {
     "accounting",
-    "messages",
-    "payload",
-    "errors",
+    "algorithm",
     "disk",
+    "errors",
     "faults",
-    "transport",
-    "tokens",
+    "messages",
+    "model",
+    "payload",
     "shares",
-    "shape",
-    "tensor_names",
-    "dapo",
-    "dapo_variants",
-    "corrections",
+    "transport",
 }
+ROOMS = {
+    "controller": ("process", "roles", "checks", "fleet", "eval", "loop", "commands"),
+    "learner": ("batches", "model", "step"),
+    "replay": ("core", "ledger", "server"),
+}
+"""The sub-folders of a large stage, the lowest first: none imports one behind it."""
+MOST_FILES = 14
+"""Of a folder, `__init__.py` left out."""
 IMPURE = {"time", "random", "asyncio", "threading", "os", "sqlite3", "socket", "zmq", "torch", "numpy", "pathlib"}
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
@@ -56,7 +61,7 @@ def part_of(path: Path) -> str:
 def test_a_stage_knows_only_itself_and_the_layers_below(path: Path) -> None:
     part = part_of(path)
     allowed = {
-        "config": STAGES | LOWER | {"controller", "config_words", "yaml_file"},
+        "config": STAGES | LOWER | {"config"},
         "cli": None,
         "__main__": {"cli"},
         "controller": None,
@@ -70,16 +75,15 @@ def test_a_stage_knows_only_itself_and_the_layers_below(path: Path) -> None:
 
 
 def test_the_composed_config_is_made_of_the_stages_config_files_only() -> None:
-    names = imports_of(PACKAGE / "config.py") - {
-        f"asyncdapo.{name}" for name in ("errors", "config_words", "yaml_file")
-    }
+    names = imports_of(PACKAGE / "config" / "config.py") - {"asyncdapo.errors"}
+    names = {name for name in names if not name.startswith("asyncdapo.config.")}
     assert names
     assert all(name.endswith(".config") for name in names)
 
 
 def test_the_pure_core_reaches_no_io() -> None:
     """Everything that `replay/state.py` imports, directly or not, is pure too."""
-    reached, todo = set(), ["asyncdapo.replay.state"]
+    reached, todo = set(), ["asyncdapo.replay.core.state"]
     while todo:
         name = todo.pop()
         reached.add(name)
@@ -87,21 +91,53 @@ def test_the_pure_core_reaches_no_io() -> None:
         if name != "asyncdapo.messages":
             assert not {module.split(".")[0] for module in all_imports_of(path)} & IMPURE, name
         todo += imports_of(path) - reached
-    assert reached >= {f"asyncdapo.replay.{name}" for name in "state admission staleness filter batch events".split()}
+    assert reached >= {
+        f"asyncdapo.replay.core.{name}" for name in "state admission staleness filter batch events".split()
+    }
     others = {name for name in reached if not name.startswith("asyncdapo.replay.")}
     assert others <= {"asyncdapo.messages", "asyncdapo.errors"}
 
 
 def test_only_the_command_line_imports_the_controller() -> None:
     importers = {part_of(path) for path in MODULES if any("asyncdapo.controller" in n for n in imports_of(path))}
-    assert importers == {"cli", "config", "controller"}
+    assert importers == {"cli", "controller"}
+
+
+@pytest.mark.parametrize("stage", ROOMS)
+def test_the_rooms_of_a_stage_are_in_order(stage: str) -> None:
+    rooms = ROOMS[stage]
+    assert {path.name for path in (PACKAGE / stage).iterdir() if (path / "__init__.py").exists()} == set(rooms)
+    for path in (PACKAGE / stage).rglob("*.py"):
+        parts = path.relative_to(PACKAGE / stage).parts
+        allowed = rooms[: rooms.index(parts[0]) + 1] if len(parts) > 1 else ()
+        names = [name.split(".") for name in imports_of(path) if name.startswith(f"asyncdapo.{stage}.")]
+        above = {name[2] for name in names if name[2] in rooms} - set(allowed)
+        assert not above, f"{path.relative_to(PACKAGE)} imports {above}"
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    modules = {".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts): path for path in MODULES}
+    arrows = {name: imports_of(path) & modules.keys() for name, path in modules.items()}
+    while free := {name for name, reached in arrows.items() if not reached & arrows.keys()}:
+        arrows = {name: reached for name, reached in arrows.items() if name not in free}
+    assert not arrows, f"in a circle, or behind one: {sorted(arrows)}"
+
+
+def test_a_folder_is_read_at_a_glance() -> None:
+    counts = Counter(path.parent for path in MODULES if path.name != "__init__.py")
+    assert {str(folder): count for folder, count in counts.items() if count > MOST_FILES} == {}
+
+
+def test_a_file_has_a_name_of_its_own_in_its_stage() -> None:
+    names = Counter((part_of(path), path.name) for path in MODULES if path.name not in ("__init__.py", "config.py"))
+    assert [name for name, count in names.items() if count > 1] == []
 
 
 def test_packages_hold_no_code_of_their_own() -> None:
     assert all(path.read_text().strip() == "" for path in MODULES if path.name == "__init__.py")
 
 
-@pytest.mark.parametrize("module", ["asyncdapo.cli", "asyncdapo.config", "asyncdapo.messages"])
+@pytest.mark.parametrize("module", ["asyncdapo.cli", "asyncdapo.config.config", "asyncdapo.messages"])
 def test_nothing_heavy_is_imported_before_arguments_are_parsed(module: str) -> None:
     heavy = ("torch", "ray", "transformers", "wandb", "pyarrow")
     code = f"import sys, {module}; print([name for name in {heavy} if name in sys.modules])"

@@ -33,7 +33,7 @@ from asyncdapo.bench.shapes import SHAPES
 from asyncdapo.bench.table import FORMULA, HOW_TO_GET_TRL, Measured, Peaks, batch_lines, peak_lines, table_lines
 from asyncdapo.bench.variants import Variant, parse_variants
 from asyncdapo.errors import ConfigError, RunError
-from asyncdapo.shape import Shape, peak_flops, read_shape
+from asyncdapo.model.shape import Shape, peak_flops, read_shape
 
 GRADIENT_TOLERANCE = 1e-4
 """Largest difference to the padded gradient, relative to the largest entry of a parameter; also of norms."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from asyncdapo.bench.shapes import SHAPES
 from asyncdapo.bench.variants import CHECKPOINTING, DEFAULT, DTYPES
-from asyncdapo.config import config_dirs, field_docs
+from asyncdapo.config.config import config_dirs, field_docs
 from asyncdapo.errors import ConfigError
 
 QUICKSTART_MODEL = Path("models") / "chain_start"

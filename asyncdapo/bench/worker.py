@@ -25,15 +25,15 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
+from asyncdapo.algorithm.dapo import group_advantage
 from asyncdapo.bench.batch import BatchFile, messages_of
 from asyncdapo.bench.padded import PaddedStep
 from asyncdapo.bench.turns import Turns
-from asyncdapo.dapo import group_advantage
 from asyncdapo.errors import RunError
+from asyncdapo.learner.batches.prepared import Prepared
 from asyncdapo.learner.config import LearnerConfig, LossConfig, ModelConfig
-from asyncdapo.learner.learner import Learner
-from asyncdapo.learner.model_path import TOKENIZER_FILES
-from asyncdapo.learner.prepared import Prepared
+from asyncdapo.learner.step.learner import Learner
+from asyncdapo.model.files import TOKENIZER_FILES
 
 NO_CLIP = 1e30
 CHECK_TOKENS = 4096

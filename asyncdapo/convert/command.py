@@ -16,9 +16,9 @@ from typing import Any
 
 import yaml
 
-from asyncdapo import config
-from asyncdapo.convert import ms_swift, nemo_rl, siirl, skyrl, verl
+from asyncdapo.config import config
 from asyncdapo.convert.applying import Converted, convert
+from asyncdapo.convert.peers import ms_swift, nemo_rl, siirl, skyrl, verl
 from asyncdapo.convert.rules import Peer
 from asyncdapo.convert.settings import Settings, read_settings
 from asyncdapo.errors import ConfigError, SeveralKeysError, UserError

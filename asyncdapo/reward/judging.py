@@ -14,11 +14,9 @@ import re
 import reprlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from traceback import TracebackException
 from typing import Any
 
-from asyncdapo.reward.config import pauses_s
 from asyncdapo.reward.registry import Verify
 from asyncdapo.reward.wire import METRICS, NoVerdict, Raised, Said, Verdict
 
@@ -34,15 +32,6 @@ FIX = "return 1 for right and 0 for wrong; reward.correct and reward.incorrect a
 Tell = Callable[[Said], None]
 Judge = Callable[[Sequence[str], str, Tell], None]
 """(texts, expected answer, what is called with each verdict)."""
-
-
-def make_judge(verify: Verify, concurrency: int, retries: int) -> Judge:
-    """What judges with `verify`, whichever kind of function it is."""
-    if inspect.iscoroutinefunction(verify) or inspect.iscoroutinefunction(type(verify).__call__):
-        from asyncdapo.reward.awaiting import AsyncJudge  # asyncio takes its time, and most verifiers do without
-
-        return AsyncJudge(verify, concurrency, retries)
-    return partial(judge, verify, pauses_s(retries))
 
 
 def judge(verify: Verify, pauses: Sequence[float], texts: Sequence[str], answer: str, tell: Tell) -> None:

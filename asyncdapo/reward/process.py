@@ -13,15 +13,18 @@ from __future__ import annotations
 
 import ctypes
 import faulthandler
+import inspect
 import os
 import signal
 import socket
 import sys
 from contextlib import suppress
+from functools import partial
 
 from asyncdapo.errors import ConfigError
-from asyncdapo.reward.judging import make_judge
-from asyncdapo.reward.registry import make_verifier
+from asyncdapo.reward.config import pauses_s
+from asyncdapo.reward.judging import Judge, judge
+from asyncdapo.reward.registry import Verify, make_verifier
 from asyncdapo.reward.wire import Broken, FromPool, FromProcess, Ready, Request, Setup, Unpacker, pack
 
 PR_SET_PDEATHSIG = 1
@@ -71,6 +74,15 @@ def main(verifier: str, parent: int) -> None:
     channel.send(Ready())
     while (request := channel.receive()) is not None:
         judge(request.texts, request.answer, channel.send)
+
+
+def make_judge(verify: Verify, concurrency: int, retries: int) -> Judge:
+    """What judges with `verify`, whichever kind of function it is."""
+    if inspect.iscoroutinefunction(verify) or inspect.iscoroutinefunction(type(verify).__call__):
+        from asyncdapo.reward.awaiting import AsyncJudge  # asyncio takes its time, and most verifiers do without
+
+        return AsyncJudge(verify, concurrency, retries)
+    return partial(judge, verify, pauses_s(retries))
 
 
 def end_with(parent: int) -> None:

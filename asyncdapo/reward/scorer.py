@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from asyncdapo.dapo import soft_overlong_punishment
+from asyncdapo.algorithm.dapo import soft_overlong_punishment
 from asyncdapo.errors import RewardError, VerdictError
 from asyncdapo.messages import FinishReason, Prompt, Score
 from asyncdapo.reward.config import RewardConfig

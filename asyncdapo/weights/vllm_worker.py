@@ -34,7 +34,7 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from asyncdapo.errors import WeightsError
-from asyncdapo.tensor_names import read_shapes, weight_names
+from asyncdapo.model.tensor_names import read_shapes, weight_names
 from asyncdapo.transport.backend import Backend
 from asyncdapo.transport.process_group import device_name
 from asyncdapo.weights.ends import TRANSFER

@@ -18,7 +18,7 @@ import torch
 
 from asyncdapo.bench.products import Products
 from asyncdapo.errors import ConfigError
-from asyncdapo.learner.compiler import check_compiler
+from asyncdapo.learner.model.compiler import check_compiler
 from benchmarks.gpu_hour.check import Figures, main
 
 GIB = 1 << 30

@@ -14,12 +14,12 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
+from asyncdapo.algorithm.dapo import group_advantage
 from asyncdapo.bench import batch
 from asyncdapo.bench.lengths import draw_lengths
 from asyncdapo.bench.padded import CLIP_HIGH, CLIP_LOW, PaddedStep
 from asyncdapo.bench.shapes import SHAPES
 from asyncdapo.bench.worker import our_gradient
-from asyncdapo.dapo import group_advantage
 from benchmarks.gpu_hour.check import Figures, hold, main
 from benchmarks.gpu_hour.models import SMALL, made
 

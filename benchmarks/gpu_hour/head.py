@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from asyncdapo.learner import logprobs
+from asyncdapo.learner.model import logprobs
 from benchmarks.gpu_hour.check import Figures, hold, main
 
 GIB = 1 << 30

@@ -22,9 +22,9 @@ from asyncdapo.bench import batch
 from asyncdapo.bench.lengths import draw_lengths
 from asyncdapo.bench.shapes import SHAPES
 from asyncdapo.bench.worker import OurStep
-from asyncdapo.config import config_from_dict
-from asyncdapo.controller.sizes import learner_bytes, with_reserve
-from asyncdapo.shape import read_shape
+from asyncdapo.config.config import config_from_dict
+from asyncdapo.controller.fleet.memory import learner_bytes, with_reserve
+from asyncdapo.model.shape import read_shape
 from benchmarks.gpu_hour.check import Figures, hold, main
 from benchmarks.gpu_hour.models import SMALL, made
 

@@ -18,11 +18,11 @@ import torch
 
 from asyncdapo.bench.shapes import SHAPES
 from asyncdapo.learner.config import LearnerConfig, LossConfig, ModelConfig
-from asyncdapo.learner.learner import Learner
+from asyncdapo.learner.step.learner import Learner
 from asyncdapo.messages import Sampling
 from asyncdapo.rollout.config import RolloutConfig
 from asyncdapo.rollout.engine import Request, Sample
-from asyncdapo.rollout.vllm_engine.engine import VllmEngine
+from asyncdapo.rollout.vllm_engine.vllm_engine import VllmEngine
 from asyncdapo.transport.process_group import device_name
 from asyncdapo.weights.backend import choose_backend
 from asyncdapo.weights.config import WeightsConfig

@@ -14,9 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from asyncdapo.bench.shapes import SHAPES
-from asyncdapo.controller.roster import Entry, is_running, read
+from asyncdapo.controller.process.roster import Entry, is_running, read
 from asyncdapo.metrics.jsonl import read_metrics
-from asyncdapo.replay.audit import audit
+from asyncdapo.replay.ledger.audit import audit
 from benchmarks.gpu_hour.check import Figures, hold, main
 from benchmarks.gpu_hour.models import SMALL, made
 

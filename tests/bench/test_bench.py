@@ -15,7 +15,7 @@ from asyncdapo.bench.lengths import GroupLengths
 from asyncdapo.bench.shapes import SHAPES
 from asyncdapo.bench.table import Measured, Peaks, table_lines
 from asyncdapo.bench.variants import Variant
-from asyncdapo.shape import read_shape
+from asyncdapo.model.shape import read_shape
 
 SMALL = "--shape tiny --groups 2 --group-size 2 --threads 1 --repeats 1 --warmup 1 --device cpu".split()
 

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from asyncdapo.controller.roster import survivors
-from asyncdapo.learner.checkpoint import kept_steps
+from asyncdapo.controller.process.roster import survivors
+from asyncdapo.learner.step.checkpoint import kept_steps
 from asyncdapo.metrics.jsonl import read_metrics
-from asyncdapo.replay.audit import audit
+from asyncdapo.replay.ledger.audit import audit
 from tests.controller.runs import FinishedRun, launch, started
 
 SHORT = ("learner.checkpoint_every=3", "replay.prompts_per_step=4", "eval.num_prompts=8", "eval.num_greedy_prompts=4")

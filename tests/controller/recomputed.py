@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from asyncdapo.learner.checkpoint import checkpoint_dir
-from asyncdapo.replay.ledger import read_group
+from asyncdapo.learner.step.checkpoint import checkpoint_dir
+from asyncdapo.replay.ledger.ledger import read_group
 
 
 def assert_versions_are_true(run_dir: Path, last_version: int, *, at_least: int, num: int = 32) -> None:

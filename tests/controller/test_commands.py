@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from asyncdapo.controller.engine_check import installed_vllm
+from asyncdapo.controller.checks.engine_check import installed_vllm
 from tests.controller.runs import START_MODEL, command
 
 

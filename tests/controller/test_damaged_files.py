@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from asyncdapo.controller.preflight import prepare_run
+from asyncdapo.controller.checks.preflight import prepare_run
 from asyncdapo.errors import RunError, UserError
-from asyncdapo.learner.checkpoint import set_aside, write_checkpoint
+from asyncdapo.learner.step.checkpoint import set_aside, write_checkpoint
 from asyncdapo.metrics.jsonl import MetricsFile
-from asyncdapo.replay.audit import audit, run_audit
-from asyncdapo.replay.ledger import describe_unreadable
+from asyncdapo.replay.ledger.audit import audit, run_audit
+from asyncdapo.replay.ledger.ledger import describe_unreadable
 from tests.replay.small_run import SmallRun
 
 KEYS = (

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from asyncdapo.replay.audit import audit
+from asyncdapo.replay.ledger.audit import audit
 from tests.controller.interruptions import (
     SHORT,
     assert_nothing_lives,

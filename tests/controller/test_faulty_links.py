@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from asyncdapo.faults import POINTS
-from asyncdapo.replay.audit import audit
+from asyncdapo.replay.ledger.audit import audit
 from tests.controller.interruptions import SHORT, assert_nothing_lives, query
 from tests.controller.runs import FinishedRun, launch
 

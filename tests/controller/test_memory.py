@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from asyncdapo.controller.procfs import memory_mib
-from asyncdapo.replay.audit import audit
+from asyncdapo.controller.process.procfs import memory_mib
+from asyncdapo.replay.ledger.audit import audit
 from tests.controller.interruptions import (
     SHORT,
     assert_nothing_lives,

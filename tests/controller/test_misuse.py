@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from asyncdapo.controller.roster import is_running, read
-from asyncdapo.controller.warden import descendants
-from asyncdapo.learner.checkpoint import checkpoint_dir, kept_steps
-from asyncdapo.replay.audit import audit
+from asyncdapo.controller.process.reaper import descendants
+from asyncdapo.controller.process.roster import is_running, read
+from asyncdapo.learner.step.checkpoint import checkpoint_dir, kept_steps
+from asyncdapo.replay.ledger.audit import audit
 from tests.controller.interruptions import SHORT, assert_nothing_lives, processes, survey, wait_for_batch
 from tests.controller.runs import START_MODEL, command, copy_start_model, launch, started
 

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from asyncdapo.config import load_config
-from asyncdapo.controller.identity import check_same_run, identify
-from asyncdapo.controller.plan import plan
-from asyncdapo.controller.preflight import prepare_run
+from asyncdapo.config.config import load_config
+from asyncdapo.controller.checks.identity import check_same_run, identify
+from asyncdapo.controller.checks.preflight import prepare_run
+from asyncdapo.controller.commands.plan import plan
 from asyncdapo.errors import ConfigError
+from asyncdapo.model.tokenizer import load_tokenizer
 from asyncdapo.prompts.registry import open_task
 from asyncdapo.prompts.stream import PromptStream
 from asyncdapo.prompts.tasks.chain import draw_chain
-from asyncdapo.tokens import load_tokenizer
 from tests.controller.interruptions import go_on, interrupt, query
 from tests.controller.runs import START_MODEL
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from asyncdapo.config import load_config
-from asyncdapo.controller.preflight import check_config, effective
+from asyncdapo.config.config import load_config
+from asyncdapo.controller.checks.preflight import check_config, effective
 from asyncdapo.errors import ConfigError
-from asyncdapo.tensor_names import INDEX, WHOLE
+from asyncdapo.model.tensor_names import INDEX, WHOLE
 from tests.controller.runs import START_MODEL, copy_start_model
 
 QUICKSTART = START_MODEL.parent.parent / "quickstart.yaml"

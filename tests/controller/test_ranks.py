@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from asyncdapo.learner.checkpoint import checkpoint_dir
-from asyncdapo.replay.audit import audit
+from asyncdapo.learner.step.checkpoint import checkpoint_dir
+from asyncdapo.replay.ledger.audit import audit
 from tests.controller.interruptions import (
     SHORT,
     assert_nothing_lives,

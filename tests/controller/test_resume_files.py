@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from asyncdapo.config import Config, load_config
-from asyncdapo.controller.preflight import prepare_run
-from asyncdapo.controller.resume import Resume, missing_lines, survey
+from asyncdapo.config.config import Config, load_config
+from asyncdapo.controller.checks.preflight import prepare_run
+from asyncdapo.controller.checks.resume import Resume, missing_lines, survey
 from asyncdapo.errors import ConfigError, UserError
-from asyncdapo.learner.checkpoint import checkpoint_dir, write_checkpoint
+from asyncdapo.learner.step.checkpoint import checkpoint_dir, write_checkpoint
 from asyncdapo.metrics.jsonl import MetricsFile
-from asyncdapo.replay.journal import Journal
+from asyncdapo.replay.ledger.journal import Journal
 from tests.controller.runs import copy_start_model
 from tests.replay.small_run import resumed_run
 
@@ -120,7 +120,7 @@ def test_a_run_whose_config_has_keys_that_are_gone_goes_on_and_says_so(
 
 HOLDER = """
 import sys, time
-from asyncdapo.controller.preflight import prepare_run
+from asyncdapo.controller.checks.preflight import prepare_run
 
 with prepare_run("quickstart", [f"run.dir={sys.argv[1]}", "metrics.wandb=disabled"]):
     print("holds it", flush=True)
@@ -146,8 +146,8 @@ def test_two_launches_never_share_a_directory_and_a_killed_one_lets_go_of_it(tmp
 def test_processes_that_outlive_their_driver_are_ended_before_the_run_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from asyncdapo.controller import preflight
-    from asyncdapo.controller.roster import Roster, entry_of
+    from asyncdapo.controller.checks import preflight
+    from asyncdapo.controller.process.roster import Roster, entry_of
 
     monkeypatch.setattr(preflight, "FORMER_LAUNCH_S", 0.2)
     prepare(tmp_path / "run")
@@ -356,7 +356,7 @@ def test_lines_that_a_torn_file_lost_are_made_too(run_dir: Path) -> None:
 def test_what_a_killed_replay_server_had_committed_counts(config: Config, run_dir: Path) -> None:
     code = f"""
 import os, signal, sqlite3
-from asyncdapo.replay.journal import Journal
+from asyncdapo.replay.ledger.journal import Journal
 Journal(__import__("pathlib").Path({str(run_dir)!r})).close()
 ledger = sqlite3.connect({str(run_dir / "ledger.db")!r}, isolation_level=None)
 ledger.execute("INSERT INTO batches VALUES (1, 0, 0, 16, '{{}}', 4000, 0, 0.0, 0.0, '{{}}', 10, 1.0)")

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from asyncdapo.replay.audit import audit
-from asyncdapo.replay.ledger import read_group
+from asyncdapo.replay.ledger.audit import audit
+from asyncdapo.replay.ledger.ledger import read_group
 from tests.controller.interruptions import SHORT, assert_nothing_lives, query
 from tests.controller.runs import FinishedRun, launch
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from asyncdapo.controller.roster import survivors
-from asyncdapo.controller.warden import descendants, is_alive
+from asyncdapo.controller.process.reaper import descendants, is_alive
+from asyncdapo.controller.process.roster import survivors
 from asyncdapo.metrics.jsonl import read_metrics
-from asyncdapo.replay.audit import audit
+from asyncdapo.replay.ledger.audit import audit
 from tests.controller.interruptions import (
     SHORT,
     assert_nothing_lives,

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from asyncdapo.controller.replay_process import said_of_unknown
+from asyncdapo.controller.roles.replay import said_of_unknown
+from asyncdapo.model.tokenizer import load_tokenizer
 from asyncdapo.prompts.config import PromptsConfig
 from asyncdapo.prompts.registry import open_task
 from asyncdapo.prompts.stream import PromptStream
-from asyncdapo.tokens import load_tokenizer
 from tests.controller.runs import START_MODEL, launch
 
 

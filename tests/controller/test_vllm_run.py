@@ -14,8 +14,8 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from asyncdapo.controller.roster import is_running, read
-from asyncdapo.replay.audit import audit
+from asyncdapo.controller.process.roster import is_running, read
+from asyncdapo.replay.ledger.audit import audit
 from tests.controller.interruptions import assert_nothing_lives, processes, query, wait_for_batch, wait_until
 from tests.controller.recomputed import assert_versions_are_true
 from tests.controller.runs import FinishedRun, started

@@ -6,8 +6,8 @@ import asyncio
 
 import pytest
 
-from asyncdapo.controller import processes
-from asyncdapo.controller.processes import Watch
+from asyncdapo.controller.fleet import process as processes
+from asyncdapo.controller.fleet.process import Watch
 from asyncdapo.errors import RunError, StalenessError
 
 

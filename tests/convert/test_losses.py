@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from asyncdapo.cli import main
-from asyncdapo.controller.plan import plan
+from asyncdapo.controller.commands.plan import plan
 from asyncdapo.convert.command import PEERS, converted
 from tests.convert.test_convert import ACTOR, HERE, SNIPPETS, VERL, convert
 

@@ -95,7 +95,7 @@ def _asyncdapo(words: list[str]) -> int:
 
 def _preflight(config: str, overrides: list[str]) -> int:
     """Everything that a launch does before it starts a process. The run directory is left to the next command."""
-    from asyncdapo.controller.preflight import prepare_run
+    from asyncdapo.controller.checks.preflight import prepare_run
     from asyncdapo.errors import UserError
 
     try:
@@ -110,7 +110,7 @@ def _preflight(config: str, overrides: list[str]) -> int:
 
 def _is_for_gpus(config: str) -> bool:
     """Whether it names a config of ours that wants another model than the shipped one."""
-    from asyncdapo.config import find_config, load_config
+    from asyncdapo.config.config import find_config, load_config
 
     path = find_config(config)
     return path.is_relative_to("configs") and load_config(path).model.path != "models/chain_start"

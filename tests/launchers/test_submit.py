@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pytest
 
-from asyncdapo.controller.roster import read, survivors
+from asyncdapo.controller.process.roster import read, survivors
 from asyncdapo.metrics.jsonl import read_metrics
 from tests.docs.blocks import ROOT
 

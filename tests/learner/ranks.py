@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 
 from asyncdapo.errors import RunError
-from asyncdapo.learner.group import GradientGroup, Ranks
+from asyncdapo.learner.step.ranks import GradientGroup, Ranks
 
 T = TypeVar("T")
 JOIN_TIMEOUT_S = 20.0

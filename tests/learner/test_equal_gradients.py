@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from asyncdapo.learner.config import LossConfig
-from asyncdapo.learner.group import ALONE, Ranks
+from asyncdapo.learner.step.ranks import ALONE, Ranks
 from asyncdapo.messages import Batch
 from asyncdapo.payload import Payload
 from asyncdapo.shares import deal, share_of

@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 
-from asyncdapo.learner.group import GradientGroup, Ranks
+from asyncdapo.learner.step.ranks import GradientGroup, Ranks
 from tests.learner.ranks import JOIN_TIMEOUT_S, spawned
 from tests.learner.test_equal_gradients import LOSSES, a_batch
 from tests.learner.tiny import MEASURED, make_batch, make_learner, save_tiny_llama, train

@@ -7,12 +7,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from asyncdapo.learner import logprobs
+from asyncdapo.learner.batches.samples import Row
 from asyncdapo.learner.config import LossConfig
-from asyncdapo.learner.rows import Row
-from asyncdapo.learner.step import accumulate_gradient
+from asyncdapo.learner.model import logprobs
+from asyncdapo.learner.step.gradient import accumulate_gradient
 from tests.learner.tiny import make_row, tiny_llama
-from tests.test_shape import LivingBytes
+from tests.model.test_shape import LivingBytes
 
 NUM_TOKENS = 20_480
 HIDDEN = 8

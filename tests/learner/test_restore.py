@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from asyncdapo.errors import RunError
-from asyncdapo.learner.checkpoint import find_checkpoint
+from asyncdapo.learner.step.checkpoint import find_checkpoint
 from tests.learner.tiny import MEASURED, make_batch, make_learner, save_tiny_llama, train
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, GenerationConfig
 
 from asyncdapo.learner.config import LearnerConfig, LossConfig, ModelConfig
-from asyncdapo.learner.learner import Learner
+from asyncdapo.learner.step.learner import Learner
 from asyncdapo.rollout.model_files import read_config, stop_token_ids
 
 START = Path(__file__).parents[2] / "configs" / "models" / "chain_start"

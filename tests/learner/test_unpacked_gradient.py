@@ -12,13 +12,13 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from asyncdapo.dapo import group_advantage
-from asyncdapo.learner import logprobs
-from asyncdapo.learner.attention import NAME
-from asyncdapo.learner.blocks import settle_blocks
+from asyncdapo.algorithm.dapo import group_advantage
+from asyncdapo.learner.batches.samples import group_rows
 from asyncdapo.learner.config import LossConfig
-from asyncdapo.learner.rows import group_rows
-from asyncdapo.learner.step import accumulate_gradient
+from asyncdapo.learner.model import logprobs
+from asyncdapo.learner.model.attention import NAME
+from asyncdapo.learner.model.blocks import settle_blocks
+from asyncdapo.learner.step.gradient import accumulate_gradient
 from tests.learner.tiny import SHAPE, make_batch, needs_compiler, tiny_llama
 
 TEMPERATURE = 0.8

@@ -8,9 +8,9 @@ import msgspec
 import pytest
 import torch
 
-from asyncdapo.dapo_variants import ADVANTAGES
+from asyncdapo.algorithm.variants import ADVANTAGES
+from asyncdapo.learner.batches.samples import group_rows
 from asyncdapo.learner.config import LossConfig
-from asyncdapo.learner.rows import group_rows
 from asyncdapo.messages import Batch
 from asyncdapo.payload import Payload
 from tests.learner.tiny import make_batch, make_learner, save_tiny_llama, train, with_equal_rewards

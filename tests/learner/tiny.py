@@ -10,12 +10,12 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from asyncdapo.learner.attention import NAME
-from asyncdapo.learner.compiler import COMPILERS
+from asyncdapo.learner.batches.samples import Row
 from asyncdapo.learner.config import LearnerConfig, LossConfig, ModelConfig
-from asyncdapo.learner.group import ALONE, Ranks
-from asyncdapo.learner.learner import Learner
-from asyncdapo.learner.rows import Row
+from asyncdapo.learner.model.attention import NAME
+from asyncdapo.learner.model.compiler import COMPILERS
+from asyncdapo.learner.step.learner import Learner
+from asyncdapo.learner.step.ranks import ALONE, Ranks
 from asyncdapo.messages import Batch, Completion, Group
 from asyncdapo.payload import Payload
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from asyncdapo.replay import events as core
 from asyncdapo.replay.config import FilterConfig, ReplayConfig
+from asyncdapo.replay.core import events as core
 
 
 @dataclass

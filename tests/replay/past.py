@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from asyncdapo.replay import events as core
+from asyncdapo.replay.core import events as core
 from tests.replay.account import TrueGroup
 from tests.replay.truth import Truth
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from asyncdapo.replay import events as core
 from asyncdapo.replay.config import FilterConfig, ReplayConfig
-from asyncdapo.replay.state import ReplayState
+from asyncdapo.replay.core import events as core
+from asyncdapo.replay.core.state import ReplayState
 from tests.replay.truth import Truth
 
 ACC = {"kept": (0.0, 1.0), "constant": (1.0, 1.0), "masked": (0.0, 1.0)}

@@ -13,9 +13,9 @@ from functools import partial
 from pathlib import Path
 
 from asyncdapo.replay.config import FilterConfig, ReplayConfig
-from asyncdapo.replay.journal import Journal
-from asyncdapo.replay.server import ReplayServer
-from asyncdapo.replay.state import ReplayState
+from asyncdapo.replay.core.state import ReplayState
+from asyncdapo.replay.ledger.journal import Journal
+from asyncdapo.replay.server.server import ReplayServer
 from tests.replay.small_run import GROUP_SIZE, prompt_at
 
 HEARTBEAT_S = 0.05

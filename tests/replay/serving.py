@@ -26,10 +26,10 @@ from asyncdapo.messages import (
     Withdraw,
 )
 from asyncdapo.replay.config import FilterConfig, ReplayConfig
-from asyncdapo.replay.journal import Journal
-from asyncdapo.replay.ledger import open_ledger
-from asyncdapo.replay.server import ReplayServer
-from asyncdapo.replay.state import ReplayState
+from asyncdapo.replay.core.state import ReplayState
+from asyncdapo.replay.ledger.journal import Journal
+from asyncdapo.replay.ledger.ledger import open_ledger
+from asyncdapo.replay.server.server import ReplayServer
 from asyncdapo.transport.sockets import Client
 from tests.replay.small_run import GROUP_SIZE, make_group, prompt_at
 

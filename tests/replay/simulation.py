@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from asyncdapo.replay import events as core
 from asyncdapo.replay.config import FilterConfig, ReplayConfig
-from asyncdapo.replay.state import ReplayState
+from asyncdapo.replay.core import events as core
+from asyncdapo.replay.core.state import ReplayState
+from asyncdapo.replay.core.waits import why_waiting
 from tests.replay.scenario import group_done
 from tests.replay.truth import Truth
 
@@ -81,7 +82,7 @@ class Simulation:
 
     def check_wait(self) -> None:
         """Whoever the wait names has something to do."""
-        line = self.state.why_waiting()
+        line = why_waiting(self.state)
         trains = set(self.truth.batches) - self.truth.trained
         unpublished = self.truth.trained - set(range(self.num_published + 1))
         behind = any(worker.loaded < self.num_published for worker in self.workers.values())
@@ -244,7 +245,7 @@ class Simulation:
             if self.truth.over or self.truth.num_cut >= goal:
                 return
             self._round()
-        raise AssertionError(f"no progress: {self.state.why_waiting()}")
+        raise AssertionError(f"no progress: {why_waiting(self.state)}")
 
     def _round(self) -> None:
         for index in set(range(self.world.num_workers)) - self.workers.keys():

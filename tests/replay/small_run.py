@@ -12,14 +12,14 @@ import numpy as np
 
 from asyncdapo.messages import Completion, CutWanted, Group, Hello, Lease, Prompt
 from asyncdapo.payload import Payload
-from asyncdapo.replay import events as core
 from asyncdapo.replay.config import FilterConfig, ReplayConfig
-from asyncdapo.replay.exchange import Exchange
-from asyncdapo.replay.intake import arrival
-from asyncdapo.replay.journal import Journal
-from asyncdapo.replay.recovery import Recovered
-from asyncdapo.replay.sessions import Sessions
-from asyncdapo.replay.state import ReplayState
+from asyncdapo.replay.core import events as core
+from asyncdapo.replay.core.recovery import Recovered
+from asyncdapo.replay.core.state import ReplayState
+from asyncdapo.replay.ledger.journal import Journal
+from asyncdapo.replay.server.dispatch import Exchange
+from asyncdapo.replay.server.sessions import Sessions
+from asyncdapo.replay.server.validate import arrival
 
 GROUP_SIZE = 2
 CONFIG = """

@@ -13,9 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asyncdapo.replay import events as core
-from asyncdapo.replay.batch import draw_copies
 from asyncdapo.replay.config import FilterConfig, ReplayConfig
+from asyncdapo.replay.core import events as core
+from asyncdapo.replay.core.batch import draw_copies
+from asyncdapo.replay.core.waits import why_waiting
 from tests.replay.scenario import Scenario, grants_of, group_done, moves_of, stop_of
 
 NUM_STEPS = 6
@@ -216,13 +217,13 @@ def test_nothing_is_leased_while_the_learner_trains() -> None:
     scenario = barrier()
     scenario.finish(0, 1)
     assert scenario.tell(core.Ready(worker=0, credits=99)) == []
-    assert scenario.state.why_waiting() == "learner: trains step 1"
+    assert why_waiting(scenario.state) == "learner: trains step 1"
     assert scenario.tell(core.CutWanted(step=2)) == []
     scenario.tell(core.Trained(step=1))
-    assert scenario.state.why_waiting() == "weights: version 1 is trained and not published"
+    assert why_waiting(scenario.state) == "weights: version 1 is trained and not published"
     scenario.tell(core.Published(version=1))
     assert scenario.running == []
-    assert scenario.state.why_waiting().startswith("weights: no worker has loaded version 1")
+    assert why_waiting(scenario.state).startswith("weights: no worker has loaded version 1")
 
 
 def test_only_workers_that_have_loaded_the_current_version_get_leases() -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from asyncdapo.messages import Batch, CutWanted
-from asyncdapo.replay import events as core
 from asyncdapo.replay.config import ReplayConfig
+from asyncdapo.replay.core import events as core
 from tests.replay.scenario import Scenario
 from tests.replay.small_run import SmallRun
 

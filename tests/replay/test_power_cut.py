@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 
 from asyncdapo.replay.config import ReplayConfig
-from asyncdapo.replay.invariants import INVARIANTS
-from asyncdapo.replay.journal import Journal
-from asyncdapo.replay.ledger import describe_unreadable, open_ledger, read_group
+from asyncdapo.replay.ledger.invariants import INVARIANTS
+from asyncdapo.replay.ledger.journal import Journal
+from asyncdapo.replay.ledger.ledger import describe_unreadable, open_ledger, read_group
 from tests.replay.small_run import SmallRun
 
 LEDGER_FILES = ("ledger.db", "ledger.db-wal")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from hypothesis import given
 
-from asyncdapo.replay import events as core
+from asyncdapo.replay.core import events as core
 from tests.replay.restarts import Restarts, snapshot
 from tests.replay.simulation import World
 from tests.replay.test_state_properties import CHAOS, chaos, worlds

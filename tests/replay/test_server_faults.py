@@ -21,8 +21,8 @@ from asyncdapo.messages import (
     Welcome,
     Withdraw,
 )
-from asyncdapo.replay.audit import audit
-from asyncdapo.replay.failures import MIN_FAILED
+from asyncdapo.replay.ledger.audit import audit
+from asyncdapo.replay.server.failures import MIN_FAILED
 from asyncdapo.transport.codec import encode
 from tests.replay.serving import TICK_S, FakeLearner, FakeWorker, rows, scenario, serving, until
 from tests.replay.small_run import make_group, write_files

@@ -5,8 +5,8 @@ import random
 
 import pytest
 
-from asyncdapo.learner.feed import BatchFeed
-from asyncdapo.replay.audit import audit
+from asyncdapo.learner.batches.feed import BatchFeed
+from asyncdapo.replay.ledger.audit import audit
 from asyncdapo.rollout.config import RolloutConfig
 from asyncdapo.rollout.worker import RolloutWorker
 from tests.replay.server_process import HEARTBEAT_S, ServerProcess

@@ -6,7 +6,7 @@ import pytest
 
 from asyncdapo.errors import RunError
 from asyncdapo.messages import Ack, EvalRequest, Lease, NoBatch, Welcome, Withdraw
-from asyncdapo.replay.audit import audit
+from asyncdapo.replay.ledger.audit import audit
 from tests.replay.serving import TICK_S, FakeLearner, FakeWorker, eval_request, rows, scenario, serving, until
 from tests.replay.small_run import write_files
 

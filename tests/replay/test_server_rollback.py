@@ -3,8 +3,8 @@
 import asyncio
 
 from asyncdapo.messages import Ack, EvalRequest, Lease, Loaded, Withdraw
-from asyncdapo.replay.audit import audit
-from asyncdapo.replay.sessions import DESERTED_TICKS
+from asyncdapo.replay.ledger.audit import audit
+from asyncdapo.replay.server.sessions import DESERTED_TICKS
 from tests.replay.serving import TICK_S, FakeLearner, FakeWorker, eval_request, rows, scenario, serving, until
 from tests.replay.small_run import write_files
 

@@ -7,8 +7,8 @@ import math
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from asyncdapo.replay import events as core
 from asyncdapo.replay.config import FilterConfig, ReplayConfig
+from asyncdapo.replay.core import events as core
 from tests.replay.simulation import Simulation, World
 
 CHAOS = st.binary(min_size=150, max_size=700)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from asyncdapo.replay import events as core
+from asyncdapo.replay.core import events as core
 from tests.replay.account import Account, TrueGroup, TrueLease
 
 LEGAL_MOVES = {

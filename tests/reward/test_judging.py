@@ -7,7 +7,8 @@ import warnings
 import pytest
 
 from asyncdapo.reward import judging
-from asyncdapo.reward.judging import make_judge, read_verdict
+from asyncdapo.reward.judging import read_verdict
+from asyncdapo.reward.process import make_judge
 from asyncdapo.reward.wire import METRICS, NoVerdict, Raised, Verdict
 
 

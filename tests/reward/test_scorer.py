@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from asyncdapo.errors import ConfigError, RewardError, VerdictError
 from asyncdapo.messages import Prompt
 from asyncdapo.replay.config import FilterConfig
-from asyncdapo.replay.filter import judge
+from asyncdapo.replay.core.filter import judge
 from asyncdapo.reward.config import RewardConfig
 from asyncdapo.reward.pool import ScorerPool
 from asyncdapo.reward.scorer import Scorer

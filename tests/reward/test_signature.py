@@ -6,7 +6,7 @@ import re
 import pytest
 
 from asyncdapo.errors import ConfigError
-from asyncdapo.reward.judging import make_judge
+from asyncdapo.reward.process import make_judge
 from asyncdapo.reward.registry import make_verifier
 from asyncdapo.reward.wire import Verdict
 

@@ -1,6 +1,6 @@
 """`rollout.engine_args`: how a mapping of a file is changed on the command line."""
 
-from asyncdapo.config import load_config, to_yaml
+from asyncdapo.config.config import load_config, to_yaml
 
 
 def test_null_clears_the_mapping_of_the_file(tmp_path):

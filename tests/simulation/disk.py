@@ -21,11 +21,11 @@ from pathlib import Path
 
 from asyncdapo.messages import Group
 from asyncdapo.payload import Payload
-from asyncdapo.replay import journal as journal_module
-from asyncdapo.replay.journal import Journal
-from asyncdapo.replay.ledger import open_ledger
-from asyncdapo.replay.payloads import BadRecord, Place
-from asyncdapo.replay.schema import TABLES, UNDONE_TABLES
+from asyncdapo.replay.ledger import journal as journal_module
+from asyncdapo.replay.ledger.journal import Journal
+from asyncdapo.replay.ledger.ledger import open_ledger
+from asyncdapo.replay.ledger.payloads import BadRecord, Place
+from asyncdapo.replay.ledger.schema import TABLES, UNDONE_TABLES
 
 SHM = Path("/dev/shm")
 Records = dict[int, dict[int, tuple[Group, Payload]]]

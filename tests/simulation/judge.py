@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 from asyncdapo.messages import Batch, EvalRequest, Lease
 from asyncdapo.payload import Payload
-from asyncdapo.replay import events as core
-from asyncdapo.replay.invariants import INVARIANTS
-from asyncdapo.replay.sessions import Session
+from asyncdapo.replay.core import events as core
+from asyncdapo.replay.ledger.invariants import INVARIANTS
+from asyncdapo.replay.server.sessions import Session
 from tests.replay.past import TruthWithPast
 from tests.replay.restarts import snapshot
 from tests.simulation.plan import GROUP_SIZE

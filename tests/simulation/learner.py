@@ -9,8 +9,8 @@ import asyncio
 from typing import TYPE_CHECKING
 
 from asyncdapo import faults
-from asyncdapo.learner.batches import Batches
-from asyncdapo.learner.feed import BatchFeed
+from asyncdapo.learner.batches.batches import Batches
+from asyncdapo.learner.batches.feed import BatchFeed
 from asyncdapo.messages import Batch, NoBatch
 from asyncdapo.payload import Payload
 from tests.simulation.disk import Checkpoint

@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from asyncdapo.messages import EvalRequest, Lease, Prompt
-from asyncdapo.replay.journal import Journal
-from asyncdapo.replay.server import ReplayServer
-from asyncdapo.replay.state import ReplayState
+from asyncdapo.replay.core.state import ReplayState
+from asyncdapo.replay.ledger.journal import Journal
+from asyncdapo.replay.server.server import ReplayServer
 from tests.replay.restarts import snapshot
 from tests.simulation.plan import GROUP_SIZE
 from tests.simulation.process import CURRENT, Killed, Process

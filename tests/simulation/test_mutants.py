@@ -7,14 +7,16 @@ from typing import get_args
 
 import pytest
 
-from asyncdapo.replay import held, lifecycle, reload
-from asyncdapo.replay.admission import Admission
-from asyncdapo.replay.events import EndLease, PromptState
-from asyncdapo.replay.exchange import Exchange
-from asyncdapo.replay.leases import Lease, Leases
-from asyncdapo.replay.rollback import Rollback
-from asyncdapo.replay.sessions import Sessions
-from asyncdapo.replay.state import ReplayState
+from asyncdapo.replay.core import lifecycle
+from asyncdapo.replay.core import queue as held
+from asyncdapo.replay.core.admission import Admission
+from asyncdapo.replay.core.events import EndLease, PromptState
+from asyncdapo.replay.core.leases import Lease, Leases
+from asyncdapo.replay.core.state import ReplayState
+from asyncdapo.replay.ledger import reload
+from asyncdapo.replay.ledger.rollback import Rollback
+from asyncdapo.replay.server.dispatch import Exchange
+from asyncdapo.replay.server.sessions import Sessions
 from tests.simulation.world import simulate
 
 NUM_SEEDS = 150

@@ -21,9 +21,9 @@ from typing import Any
 
 from asyncdapo import faults
 from asyncdapo.errors import RunError
-from asyncdapo.learner import feed as feed_module
-from asyncdapo.replay import server as server_module
-from asyncdapo.replay.workers import FromWorker
+from asyncdapo.learner.batches import feed as feed_module
+from asyncdapo.replay.server import server as server_module
+from asyncdapo.replay.server.workers import FromWorker
 from asyncdapo.rollout import jobs as jobs_module
 from asyncdapo.rollout import worker as worker_module
 from tests.simulation.controller import Controller

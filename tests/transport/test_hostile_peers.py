@@ -31,8 +31,8 @@ from asyncdapo.messages import (
     Progress,
     Started,
 )
-from asyncdapo.replay.audit import audit
-from asyncdapo.replay.server import ReplayServer
+from asyncdapo.replay.ledger.audit import audit
+from asyncdapo.replay.server.server import ReplayServer
 from asyncdapo.transport.codec import Malformed, encode
 from asyncdapo.transport.keys import RunKeys
 from asyncdapo.transport.sockets import Client, Server
@@ -163,7 +163,7 @@ def listen(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
                 heard["keyless"] += peer == KEYLESS
             return peer, message, buffers
 
-    monkeypatch.setattr("asyncdapo.replay.server.Server", ListeningServer)
+    monkeypatch.setattr("asyncdapo.replay.server.server.Server", ListeningServer)
     return heard
 
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from asyncdapo.controller.procfs import memory_mib
-from asyncdapo.learner.group import GradientGroup
+from asyncdapo.controller.process.procfs import memory_mib
+from asyncdapo.learner.step.ranks import GradientGroup
 from asyncdapo.transport.deadline import Deadline
 from asyncdapo.transport.keys import RunKeys
 from asyncdapo.transport.store import DistantStore, HostedStore, join_address, split_address

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from asyncdapo.replay.config import FilterConfig, ReplayConfig
-from asyncdapo.replay.events import (
+from asyncdapo.replay.core.events import (
     VERDICT_STATES,
     Action,
     CloseGenBatch,
@@ -27,8 +27,8 @@ from asyncdapo.replay.events import (
     StopRun,
     WorkerJoined,
 )
-from asyncdapo.replay.filter import Verdict
-from asyncdapo.replay.state import ReplayState
+from asyncdapo.replay.core.filter import Verdict
+from asyncdapo.replay.core.state import ReplayState
 from tests.vectors.file import Inputs, MisunderstoodError
 
 ERRORS = {"filter.max_gen_batches": "max_num_gen_batches"}

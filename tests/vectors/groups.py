@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from asyncdapo.algorithm.dapo import soft_overlong_punishment
 from asyncdapo.controller.eval.sampled import avg_at_k, maj_at_k, pass_at_k
-from asyncdapo.dapo import soft_overlong_punishment
 from asyncdapo.errors import ConfigError
 from asyncdapo.messages import Completion, Group
 from asyncdapo.replay.config import FilterConfig
-from asyncdapo.replay.filter import MIN_SPREAD, judge
-from asyncdapo.replay.intake import arrival
+from asyncdapo.replay.core.filter import MIN_SPREAD, judge
+from asyncdapo.replay.server.validate import arrival
 from asyncdapo.reward.scorer import scale
 from asyncdapo.reward.verifiers import dapo as verifier
 from asyncdapo.rollout.groups import loss_mask

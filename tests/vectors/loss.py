@@ -12,16 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from asyncdapo.corrections import chi2, correction_weights, effective_sample_size, kl_penalty
-from asyncdapo.dapo import group_advantage, importance_ratio
-from asyncdapo.dapo_variants import (
+from asyncdapo.algorithm.corrections import chi2, correction_weights, effective_sample_size, kl_penalty
+from asyncdapo.algorithm.dapo import group_advantage, importance_ratio
+from asyncdapo.algorithm.variants import (
     ADVANTAGES,
     AGGREGATIONS,
     aggregation_weights,
     policy_loss,
     response_ratio,
 )
-from asyncdapo.learner.logprobs import linear_logprobs
+from asyncdapo.learner.model.logprobs import linear_logprobs
 from tests.vectors.file import Inputs
 
 VARIANTS = {"ppo": "ppo", "gspo": "gspo", "cispo": "cispo", "decoupled": "ppo"}

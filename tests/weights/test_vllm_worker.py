@@ -19,7 +19,7 @@ pytest.importorskip("vllm")
 from asyncdapo.errors import WeightsError
 from asyncdapo.rollout.config import RolloutConfig
 from asyncdapo.rollout.engine import Sample
-from asyncdapo.rollout.vllm_engine.engine import VllmEngine
+from asyncdapo.rollout.vllm_engine.vllm_engine import VllmEngine
 from asyncdapo.transport.backend import Backend
 from asyncdapo.weights.ends import TRANSFER, WORKER_END, EngineEnd
 from tests.rollout.torch_engine.models import largest_difference, random_model, request, saved

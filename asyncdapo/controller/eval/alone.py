@@ -26,21 +26,21 @@ from typing import Any
 from msgspec.structs import replace
 
 from asyncdapo import faults
-from asyncdapo.config import Config
-from asyncdapo.controller.actors import Opened, Start
+from asyncdapo.config.config import Config
 from asyncdapo.controller.eval.answers import AnswerFiles
 from asyncdapo.controller.eval.evaluation import Answered, Evaluation, unjudged
 from asyncdapo.controller.eval.progress import EvalProgress
-from asyncdapo.controller.fleet import Fleet
-from asyncdapo.controller.patience import Patience
-from asyncdapo.controller.processes import Watch, ray_session
-from asyncdapo.controller.ray_servers import death as ray_death
-from asyncdapo.controller.waits import NOBODY
-from asyncdapo.controller.warden import warden
+from asyncdapo.controller.fleet.fleet import Fleet
+from asyncdapo.controller.fleet.process import Watch, ray_session
+from asyncdapo.controller.fleet.watchdog import Patience
+from asyncdapo.controller.process.ray_servers import death as ray_death
+from asyncdapo.controller.process.reaper import warden
+from asyncdapo.controller.process.waits import NOBODY
+from asyncdapo.controller.roles.actors import Opened, Start
 from asyncdapo.errors import EXIT_INTERRUPTED, RunError
 from asyncdapo.messages import EvalAnswer, EvalRequest
-from asyncdapo.replay.failures import MIN_FAILED
-from asyncdapo.replay.ledger import LEDGER_FILE, PAYLOAD_FOLDER
+from asyncdapo.replay.ledger.ledger import LEDGER_FILE, PAYLOAD_FOLDER
+from asyncdapo.replay.server.failures import MIN_FAILED
 
 CONTROLLER_LOG = "controller.log"
 

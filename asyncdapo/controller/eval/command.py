@@ -14,7 +14,7 @@ import os
 import sys
 from pathlib import Path
 
-from asyncdapo.config import Config
+from asyncdapo.config.config import Config
 from asyncdapo.controller.eval.answers import ANSWERS_FILE
 from asyncdapo.controller.eval.lines import read_lines
 from asyncdapo.controller.eval.record import hold_directory

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 
 from msgspec.structs import replace
 
-from asyncdapo.config import Config
-from asyncdapo.controller.config import EvalConfig
+from asyncdapo.config.config import Config
+from asyncdapo.config.run import EvalConfig
 from asyncdapo.controller.eval.sampled import summarise
 from asyncdapo.messages import EvalAnswer, EvalRequest, Prompt, Sampling, sample_seed
 

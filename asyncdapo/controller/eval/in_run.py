@@ -15,10 +15,10 @@ import re
 import shutil
 from pathlib import Path
 
-from asyncdapo.config import Config
-from asyncdapo.controller.actors import Opened
+from asyncdapo.config.config import Config
 from asyncdapo.controller.eval.answers import AnswerFiles
 from asyncdapo.controller.eval.evaluation import Ask, Evaluation
+from asyncdapo.controller.roles.actors import Opened
 from asyncdapo.disk import disk_errors
 
 STEP_NAME = re.compile(r"step-(\d{6,})")

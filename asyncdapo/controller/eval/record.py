@@ -18,14 +18,14 @@ from typing import Any
 
 import msgspec
 
-from asyncdapo.config import Config, to_dict, to_yaml
+from asyncdapo.config.config import Config, to_dict, to_yaml
+from asyncdapo.controller.checks.identity import Identity, different_files, identify
+from asyncdapo.controller.checks.preflight import FORMER_LAUNCH_S, LOCK_FILE, lock_directory
 from asyncdapo.controller.eval.answers import ANSWERS_FILE, METRICS_FILE
-from asyncdapo.controller.identity import Identity, different_files, identify
-from asyncdapo.controller.preflight import FORMER_LAUNCH_S, LOCK_FILE, lock_directory
-from asyncdapo.controller.roster import end_survivors
+from asyncdapo.controller.process.roster import end_survivors
 from asyncdapo.disk import disk_errors, replace_file
 from asyncdapo.errors import ConfigError, RunError, UserError
-from asyncdapo.replay.audit import CONFIG_FILE
+from asyncdapo.replay.ledger.audit import CONFIG_FILE
 
 KEY = "--out"
 RECORD_FILE = "eval.json"

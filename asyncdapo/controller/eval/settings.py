@@ -18,10 +18,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from asyncdapo.config import Config, find_config, load_config, load_recorded
-from asyncdapo.controller.engine_check import check_model
+from asyncdapo.config.config import Config, find_config, load_config, load_recorded
+from asyncdapo.controller.checks.engine_check import check_model
+from asyncdapo.controller.checks.preflight import check_config, effective
 from asyncdapo.controller.eval.subject import Subject
-from asyncdapo.controller.preflight import check_config, effective
 from asyncdapo.errors import ConfigError, UserError
 from asyncdapo.metrics.config import MetricsConfig
 from asyncdapo.prompts.config import PromptsConfig

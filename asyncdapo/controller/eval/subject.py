@@ -14,12 +14,12 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from asyncdapo.config import load_recorded
-from asyncdapo.controller.identity import unknown_keys
+from asyncdapo.config.config import load_recorded
+from asyncdapo.controller.checks.identity import unknown_keys
 from asyncdapo.errors import UserError
-from asyncdapo.learner.checkpoint import STEP_NAME, check_checkpoint, checkpoint_dir, kept_steps
-from asyncdapo.learner.model_path import check_model_path, is_path
-from asyncdapo.replay.audit import CONFIG_FILE
+from asyncdapo.learner.step.checkpoint import STEP_NAME, check_checkpoint, checkpoint_dir, kept_steps
+from asyncdapo.model.files import check_model_path, is_path
+from asyncdapo.replay.ledger.audit import CONFIG_FILE
 
 KEY = "CHECKPOINT"
 

@@ -200,7 +200,7 @@ def _length_check(args: argparse.Namespace, system: SystemPrompt) -> Callable[[s
     """Counts tokens as the run will. The encoder is made at the first prompt, which settles the system prompt."""
     if args.model is None:
         return lambda prompt: True
-    from asyncdapo.tokens import load_tokenizer
+    from asyncdapo.model.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(args.model, "--model")
     encoders: list[Callable[[str], list[int]]] = []

@@ -17,9 +17,9 @@ from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from asyncdapo.errors import ConfigError
+from asyncdapo.model.shape import MODEL_TYPES, Shape, read_shape
+from asyncdapo.model.tensor_names import WHOLE, weight_files
 from asyncdapo.rollout.model_files import locate, read_config, stop_token_ids
-from asyncdapo.shape import MODEL_TYPES, Shape, read_shape
-from asyncdapo.tensor_names import WHOLE, weight_files
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Rotary variants whose frequencies don't depend on the length of the sequence."""

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 
 import torch
 
+from asyncdapo.model.tensor_names import TIED_HEAD, weight_names
 from asyncdapo.rollout.torch_engine.checkpoint import ModelShape
-from asyncdapo.tensor_names import TIED_HEAD, weight_names
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 from transformers import PretrainedConfig
 
 from asyncdapo.errors import ConfigError
+from asyncdapo.model.shape import DTYPE_BYTES, settled_dtype
 from asyncdapo.rollout.config import RolloutConfig
 from asyncdapo.rollout.vllm_engine.plugin import PARENT_VARIABLE, PLUGIN
-from asyncdapo.shape import DTYPE_BYTES, settled_dtype
 
 if TYPE_CHECKING:
     from vllm.engine.arg_utils import AsyncEngineArgs

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from asyncdapo.controller.roster import read as read_roster
+from asyncdapo.controller.process.roster import read as read_roster
 from asyncdapo.metrics.jsonl import read_metrics
 from tests.controller.runs import START_MODEL, command
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from asyncdapo.controller.config import EvalConfig
+from asyncdapo.config.run import EvalConfig
 from asyncdapo.controller.eval.evaluation import MAX_CALLS, Answered, Evaluation
 from asyncdapo.errors import ConfigError, RunError
 from asyncdapo.messages import EvalAnswer, EvalRequest, Prompt, eval_seed, sample_seed

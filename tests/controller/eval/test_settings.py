@@ -10,12 +10,12 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from asyncdapo.config import Config, load_config, to_yaml
+from asyncdapo.config.config import Config, load_config, to_yaml
 from asyncdapo.controller.eval.record import hold_directory
 from asyncdapo.controller.eval.settings import Wanted, make_config
 from asyncdapo.controller.eval.subject import Subject, find_subject
 from asyncdapo.errors import ConfigError, UserError
-from asyncdapo.learner.checkpoint import write_checkpoint
+from asyncdapo.learner.step.checkpoint import write_checkpoint
 from tests.controller.runs import START_MODEL
 
 QUICKSTART = START_MODEL.parent.parent / "quickstart.yaml"

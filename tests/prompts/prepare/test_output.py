@@ -10,8 +10,8 @@ import time
 
 import pytest
 
-from asyncdapo.config import load_config
-from asyncdapo.controller.config import EvalConfig
+from asyncdapo.config.config import load_config
+from asyncdapo.config.run import EvalConfig
 from asyncdapo.prompts.prepare import command
 from asyncdapo.prompts.prepare.output import begin
 from asyncdapo.prompts.registry import open_task

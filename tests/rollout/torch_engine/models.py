@@ -10,9 +10,9 @@ from asyncdapo.messages import Sampling
 from asyncdapo.rollout.config import RolloutConfig
 from asyncdapo.rollout.engine import Request, Sample
 from asyncdapo.rollout.torch_engine.checkpoint import read_checkpoint
-from asyncdapo.rollout.torch_engine.engine import TorchEngine
 from asyncdapo.rollout.torch_engine.runner import Runner
 from asyncdapo.rollout.torch_engine.scheduler import Job
+from asyncdapo.rollout.torch_engine.torch_engine import TorchEngine
 from asyncdapo.rollout.torch_engine.weights import Weights
 
 VOCAB_SIZE = 61

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from asyncdapo.rollout.config import RolloutConfig
-from asyncdapo.rollout.vllm_engine.engine import VllmEngine
+from asyncdapo.rollout.vllm_engine.vllm_engine import VllmEngine
 
 from ..torch_engine.models import random_model, saved
 

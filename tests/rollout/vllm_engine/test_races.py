@@ -11,8 +11,8 @@ from asyncdapo.errors import EngineError
 from asyncdapo.messages import Sampling
 from asyncdapo.rollout.config import RolloutConfig
 from asyncdapo.rollout.engine import Request
-from asyncdapo.rollout.vllm_engine.engine import VllmEngine
 from asyncdapo.rollout.vllm_engine.processes import Family
+from asyncdapo.rollout.vllm_engine.vllm_engine import VllmEngine
 
 
 class FakeVllm:

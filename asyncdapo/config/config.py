@@ -1,0 +1,320 @@
+"""The configuration of a run: YAML and `key=value` overrides in, one frozen, checked `Config` out.
+
+Each stage's dataclass lives in its own folder, under whose name its section, metrics and log go; this file only
+composes them. A file that begins with `base: other.yaml` says what differs from that one. `yaml_file` reads, OmegaConf
+merges and interpolates; msgspec converts and checks types; the dataclasses check values. All keys that are wrong are
+told at once, in the words of `config_words`. Nothing here imports torch: `--help` and a typing error answer at once.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import inspect
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from omegaconf import OmegaConf
+from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
+from yaml import YAMLError
+
+from asyncdapo.config.mistakes import convert_section, unknown_key
+from asyncdapo.config.run import ControllerConfig, EvalConfig, FaultsConfig, RunConfig
+from asyncdapo.config.yaml_file import read_yaml, with_colon
+from asyncdapo.errors import ConfigError, SeveralKeysError, UserError, raise_all
+from asyncdapo.learner.config import LearnerConfig, LossConfig, ModelConfig
+from asyncdapo.metrics.config import MetricsConfig
+from asyncdapo.prompts.config import PromptsConfig
+from asyncdapo.replay.config import FilterConfig, ReplayConfig
+from asyncdapo.reward.config import RewardConfig
+from asyncdapo.rollout.config import RolloutConfig
+from asyncdapo.weights.config import WeightsConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Everything a run is made of, one section a stage."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig
+    prompts: PromptsConfig = field(default_factory=PromptsConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    filter: FilterConfig = field(default_factory=FilterConfig)
+    replay: ReplayConfig = field(default_factory=ReplayConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    learner: LearnerConfig = field(default_factory=LearnerConfig)
+    weights: WeightsConfig = field(default_factory=WeightsConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    controller: ControllerConfig = field(default_factory=ControllerConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    faults: FaultsConfig = field(default_factory=FaultsConfig)
+
+    def __post_init__(self) -> None:
+        raise_all(list(self._contradictions()))
+
+    def _contradictions(self) -> Iterator[ConfigError]:
+        """Keys of different sections that exclude each other."""
+        if self.rollout.group_size == 1 and self.filter.enabled:
+            yield ConfigError(
+                "rollout.group_size",
+                "a group of one has no variance, so the filter would drop every group",
+                self.rollout.group_size,
+                "use 2 or more, or filter.enabled=false",
+            )
+        elif self.rollout.group_size == 1:
+            yield ConfigError(
+                "rollout.group_size",
+                f"a group of one has no baseline: every advantage of loss.advantage={self.loss.advantage} would be 0",
+                self.rollout.group_size,
+                "use 2 or more",
+            )
+        if self.filter.mode == "replace" and not self.filter.enabled:
+            yield ConfigError("filter.mode", "does nothing without filter.enabled", self.filter.mode, "use filter")
+        if self.model.reference is not None and not self.loss.kl_coef:
+            problem = "does nothing without loss.kl_coef"
+            yield ConfigError("model.reference", problem, self.model.reference, "remove it, or set loss.kl_coef")
+        if self.reward.overlong_buffer > self.rollout.max_response_length:
+            yield ConfigError(
+                "reward.overlong_buffer",
+                f"must be at most rollout.max_response_length ({self.rollout.max_response_length})",
+                self.reward.overlong_buffer,
+            )
+        if self.controller.stall_s <= self.reward.longest_verdict_s:
+            yield ConfigError(
+                "controller.stall_s",
+                f"must be above the {self.reward.longest_verdict_s:g} s that a verdict may take (two tries of "
+                "reward.timeout_s, with the pauses of reward.retries)",
+                self.controller.stall_s,
+            )
+        if self.replay.prompts_per_step % self.learner.updates_per_step:
+            yield ConfigError(
+                "learner.updates_per_step",
+                f"must divide replay.prompts_per_step ({self.replay.prompts_per_step})",
+                self.learner.updates_per_step,
+            )
+        if self.controller.placement == "shared":
+            yield from self._unshared()
+        if self.eval.temperature:  # 0 is greedy for every engine
+            self.rollout.check_temperature("eval.temperature", self.eval.temperature)
+
+    def _unshared(self) -> Iterator[ConfigError]:
+        """Learner and engine on one GPU both need one."""
+        for key, device in (("learner.device", self.learner.device), ("rollout.device", self.rollout.device)):
+            if device == "cpu":
+                problem = "leaves nothing to share a GPU with: controller.placement is shared"
+                yield ConfigError(key, problem, device, "auto, or controller.placement=auto")
+        if self.rollout.tensor_parallel > 1:
+            problem = "must be 1 where learner and engine share a GPU (controller.placement is shared)"
+            yield ConfigError("rollout.tensor_parallel", problem, self.rollout.tensor_parallel, "use separate")
+
+
+BASE = "base"
+"""Key of a file that gives only what differs from another one."""
+SECTIONS: dict[str, type] = {name: hint for name, hint in get_type_hints(Config).items()}
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Read, merge, resolve and check. Raises UserError that names every key that can't stay, its value and the fix."""
+    return config_from_dict(*_merged(path, overrides))
+
+
+def load_recorded(path: Path, overrides: Sequence[str] = ()) -> tuple[Config, list[str]]:
+    """As `load_config`, of RUN_DIR/config.yaml, which another version may have written: its keys that are gone are left
+    out, and returned."""
+    tree, places = _merged(path, overrides)
+    unknown = [problem.key for name, given in tree.items() for problem in _unknown(name, given)]
+    gone = [key for key in unknown if key in places]
+    for key in gone:
+        section, _, name = key.partition(".")
+        del (tree[section] if name else tree)[name or section]
+    return config_from_dict(tree, places), gone
+
+
+def _merged(path: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Plain values with every `${section.key}` replaced; where in a file each key stands that no override changes."""
+    try:
+        written, places = _read(path)
+        changes = [_override(text) for text in overrides]
+        tree = _resolved(OmegaConf.merge(written, *changes))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such config file (a path, or a name: {', '.join(config_names())})") from None
+    except InterpolationResolutionError as error:
+        raise ConfigError(error.full_key, str(error).splitlines()[0]) from error
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError, TypeError) as error:
+        raise UserError(f"{path}: {str(error).splitlines()[0]}") from error
+    changed = [text.partition("=")[0] for text in overrides]
+    return tree, {
+        key: place for key, place in places.items() if not any(f"{other}.".startswith(f"{key}.") for other in changed)
+    }
+
+
+def _read(path: Path, above: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dict[str, str]]:
+    """Keys and places of a file, laid over those of its `base` if it names one. `above`: the files whose base it is."""
+    tree, places = read_yaml(path)
+    lists = [name for name, given in tree.items() if name in SECTIONS and isinstance(given, list)]
+    fix = "its keys begin without `- `"
+    raise_all([_placed(ConfigError(name, "is a section, no list", fix=fix), places) for name in lists])
+    if BASE not in tree:
+        return tree, places
+    name = str(tree.pop(BASE))
+    base = find_config(name, beside=path.parent)
+    if base.resolve() in [file.resolve() for file in (path, *above)]:
+        raise ConfigError(BASE, f"of {path} leads back to itself", name)
+    if not base.is_file():
+        raise ConfigError(BASE, f"of {path} is no file", name, "a YAML file, relative to this one, or a name")
+    below, its_places = _read(base, (path, *above))
+    whole = OmegaConf.merge(below, _models_beside(base, below), tree)
+    return OmegaConf.to_container(whole), its_places | places
+
+
+def _models_beside(path: Path, tree: Mapping[str, Any]) -> dict[str, Any]:
+    """What the file's models are called from elsewhere: those that lie beside it and not in the working directory."""
+    section = tree.get("model")
+    beside = {
+        key: str((path.parent / name).absolute())
+        for key, name in (section if isinstance(section, dict) else {}).items()
+        if isinstance(name, str) and (path.parent / name).is_dir() and not Path(name).is_dir()
+    }
+    return {"model": beside} if beside else {}
+
+
+def _override(text: str) -> Any:
+    """`key=value` as a tree."""
+    if "=" not in text:
+        raise ConfigError(text, "an override is written key=value", fix="run.steps=10")
+    try:
+        return OmegaConf.from_dotlist([text])
+    except (YAMLError, OmegaConfBaseException) as error:
+        key, _, value = text.partition("=")
+        raise ConfigError(key, f"is not YAML: {' '.join(str(error).split())}", value) from error
+
+
+def _resolved(tree: Any) -> dict[str, Any]:
+    """Plain dictionaries, with every `${section.key}` replaced; defaults may be referred to as well."""
+    defaults = {
+        name: {f.name: f.default for f in dataclasses.fields(cls) if f.default is not dataclasses.MISSING}
+        for name, cls in SECTIONS.items()
+    }
+    return OmegaConf.to_container(OmegaConf.merge(_plain(defaults), tree), resolve=True)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def config_from_dict(tree: dict[str, Any], places: Mapping[str, str] | None = None) -> Config:
+    """Check a tree of plain values and make the Config. Raises ConfigError, or SeveralKeysError with all that is wrong;
+    `places` are where keys stand in files."""
+    problems, sections = [], {}
+    for name, given in tree.items():
+        problems += _unknown(name, given)
+        if name in SECTIONS and isinstance(given, dict):
+            sections[name], wrong = _section(name, given)
+            problems += wrong
+        elif name in SECTIONS:
+            right = with_colon(str(given))
+            problems.append(ConfigError(name, "is a section: it holds keys", given, right and f"write `{right}`"))
+    if "model" not in tree:
+        problems.append(ConfigError("model.path", "is missing", fix="a Hugging Face id or a directory"))
+    try:
+        raise_all(problems)
+        return Config(**sections)
+    except (ConfigError, SeveralKeysError) as error:
+        for problem in error.problems:
+            _placed(problem, places or {})
+        raise
+
+
+def _placed(problem: ConfigError, places: Mapping[str, str]) -> ConfigError:
+    problem.where = places.get(problem.key, "")
+    return problem
+
+
+def _unknown(name: str, given: Any) -> Iterator[ConfigError]:
+    """The section, or its keys, if there are no such ones."""
+    if name not in SECTIONS:
+        yield unknown_key(name, SECTIONS)
+    elif isinstance(given, dict):
+        known = {field.name for field in dataclasses.fields(SECTIONS[name])}
+        yield from (unknown_key(f"{name}.{key}", SECTIONS) for key in given if key not in known)
+
+
+def _section(name: str, given: Mapping[str, Any]) -> tuple[Any, list[ConfigError]]:
+    """The section, and what is wrong with it. A key that is wrong is taken out, so that the others are judged as well;
+    what is then said in the name of that key may follow from its default, and isn't told."""
+    known = {field.name for field in dataclasses.fields(SECTIONS[name])}
+    left, problems = {key: value for key, value in given.items() if key in known}, []
+    while True:
+        try:
+            return convert_section(name, SECTIONS[name], left), problems
+        except ConfigError as error:
+            if not any(problem.key in str(error) for problem in problems):
+                problems.append(error)
+            key = error.key.removeprefix(f"{name}.")
+            if key not in left:
+                return None, problems
+            del left[key]
+
+
+# ---------------------------------------------------------------------------------------------------- where configs are
+
+
+def config_dirs() -> list[Path]:
+    """Folders searched for a config by name: the working directory's, then the ones that come with the package."""
+    package = Path(__file__).resolve().parents[1]
+    return [Path("configs"), package / "configs", package.parent / "configs"]
+
+
+def config_names() -> list[str]:
+    return sorted({path.stem for folder in config_dirs() if folder.is_dir() for path in folder.glob("*.yaml")})
+
+
+def find_config(name_or_path: str, beside: Path = Path()) -> Path:
+    """A path relative to `beside`, or a name looked up in `configs/`. Raises UserError that lists the names."""
+    path = beside / name_or_path
+    if path.suffix in (".yaml", ".yml") or path.is_file():
+        return path
+    for folder in config_dirs():
+        if (folder / f"{name_or_path}.yaml").is_file():
+            return folder / f"{name_or_path}.yaml"
+    near = difflib.get_close_matches(name_or_path, config_names(), n=1)
+    hint = f"did you mean {near[0]}?" if near else f"names: {', '.join(config_names())}"
+    raise UserError(f"{name_or_path}: no such config ({hint})")
+
+
+# ------------------------------------------------------------------------------------------------------------ printing
+
+
+def field_docs(cls: type) -> dict[str, str]:
+    """The doc line under each field of a dataclass, read from its source."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body  # type: ignore[attr-defined]
+    docs = {}
+    for statement, following in zip(body, body[1:], strict=False):
+        if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr):
+            docs[statement.target.id] = inspect.cleandoc(following.value.value)  # type: ignore[union-attr]
+    return docs
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Plain values, ready for YAML."""
+    return _plain(dataclasses.asdict(config))
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved configuration as YAML, each key under its doc line; reading it back gives the same Config."""
+    lines = []
+    for name, section in to_dict(config).items():
+        docs = field_docs(SECTIONS[name])
+        lines.append(f"{name}:")
+        for key, value in section.items():
+            lines += [f"  # {line}" for line in textwrap.wrap(" ".join(docs[key].split()), 110, break_on_hyphens=False)]
+            lines.append("  " + OmegaConf.to_yaml({key: value}).strip().replace("\n", "\n  "))
+        lines.append("")
+    return "\n".join(lines)

@@ -1,0 +1,75 @@
+"""One launch of a run, from the command to its exit code.
+
+In: a config that was checked, and what `resume` found in the run directory. Out: the exit code, with the cause in the
+last lines where there is one. Whatever happens, the files are finished and no process is left (`warden`). Does not own:
+the checks before it (`preflight`), the run itself (`run`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import sys
+import time
+import traceback
+from pathlib import Path
+
+from asyncdapo import faults
+from asyncdapo.config.config import Config, to_dict
+from asyncdapo.controller.checks.resume import Resume
+from asyncdapo.controller.fleet.process import ray_session
+from asyncdapo.controller.loop.run import Controller
+from asyncdapo.controller.process.reaper import warden
+from asyncdapo.errors import EXIT_INTERRUPTED, RunError, UserError
+from asyncdapo.metrics.reporter import Reporter
+
+
+def launch(config: Config, resume: Resume) -> int:
+    """Run to the end. Returns the exit code: 0, 1 with the cause in the last lines, or 130 after Ctrl-C."""
+    with warden():  # its sweep is the last thing, when the metrics are uploaded
+        return _launch_watched(config, resume)
+
+
+def _launch_watched(config: Config, resume: Resume) -> int:
+    started, run_dir = time.monotonic(), Path(config.run.dir)
+    reporter = Reporter(
+        run_dir, config.metrics, config.run.name, config.run.steps, go_on=not resume.new, settings=to_dict(config)
+    )
+    faults.install("controller", config.faults, run_dir)
+    controller = Controller(config, resume, reporter, started)
+    try:
+        code = _launch(controller)
+    except UserError:
+        _close(reporter)
+        if resume.new and not controller.leasing:
+            shutil.rmtree(run_dir)  # nothing was sampled: the corrected command may have the directory
+        raise
+    return _close(reporter) or code
+
+
+def _launch(controller: Controller) -> int:
+    reporter = controller.reporter
+    try:
+        reporter.status("starting Ray")
+        with ray_session(controller.config):
+            asyncio.run(controller.run())
+        return EXIT_INTERRUPTED if controller.stopped else 0
+    except RunError as error:
+        if error.__cause__ and not isinstance(error.__cause__, RunError):
+            traceback.print_exception(error.__cause__)
+        reporter.status(f"the run ended: {error}")
+        print(f"asyncdapo: the run ended: {error}", file=sys.stderr)
+        return 1
+    except (KeyboardInterrupt, asyncio.CancelledError, SystemExit):  # Ray heeds SIGTERM by the last, while it starts
+        reporter.status("interrupted: what came after the last checkpoint will be done again")
+        return EXIT_INTERRUPTED
+
+
+def _close(reporter: Reporter) -> int:
+    """Finish the files. Returns the exit code: 1 when the upload of the metrics has failed."""
+    try:
+        reporter.close()
+    except RunError as error:
+        print(f"asyncdapo: {error}", file=sys.stderr)
+        return 1
+    return 0

@@ -1,0 +1,170 @@
+"""Sizes: memory and work of a run by formula, from the shape in the model's config.json. Pure.
+
+In: a shape, the configuration with its dtypes settled (`dtypes`). Out: bytes by what they are for, in a learner's rank
+and in an engine; operations of a train step; the lines that say so. Of a learner they are an upper bound at sequences
+of full length: torch.compile keeps less, and what is packed is shorter. What no formula knows is in a reserve
+(`with_reserve`). On a CPU padding comes on top. Does not own: how much there is, the formulas of the shape itself
+(`shape`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from asyncdapo.config.config import Config
+from asyncdapo.model.shape import DTYPE_BYTES, FLOAT32_BYTES, TOKEN_BYTES, Shape
+
+GIB = 1 << 30
+CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 25}
+"""As `learner.logprobs` has them: most scores in one tensor, whatever the vocabulary and however many tokens."""
+NUM_CHUNKS = 4
+"""Such tensors at once, in float32."""
+CHUNK_COLUMNS = 1 << 15
+"""`learner.logprobs.COLUMNS`: the gradient of so many rows of the output layer is summed in float32 at a time."""
+LOGPROB_BYTES = 5 * FLOAT32_BYTES
+"""Of each token: four numbers behind its log-prob and entropy, and its id."""
+RESERVE_BYTES = 3 << 29
+"""Of a process on a GPU, whatever the model: half a GiB for CUDA and its kernels, as much for NCCL's buffers, as much
+for cuBLAS, the weights' two buckets, and small things. To be measured."""
+RESERVE_SHARE = 0.05
+"""Of what it holds by formula, besides: gaps in the allocator's memory, and in attention the keys of a prompt for each
+of its responses. To be measured."""
+FLOP_UNITS = {"G": 1e9, "T": 1e12, "P": 1e15, "E": 1e18}
+GPU_GIB = {"80 GB": 79, "141 GB": 139}
+"""What a process finds on GPUs of the two common sizes (H100 and H200), by the size in their data sheets."""
+QWEN25 = {"model_type": "qwen2", "tie_word_embeddings": False, "vocab_size": 152064}
+PUBLISHED = {
+    "Qwen/Qwen2.5-0.5B-Instruct": QWEN25
+    | {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24}
+    | {"num_attention_heads": 14, "num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True},
+    "Qwen/Qwen2.5-1.5B": QWEN25
+    | {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28}
+    | {"num_attention_heads": 12, "num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True},
+    "Qwen/Qwen2.5-7B": QWEN25
+    | {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28}
+    | {"num_attention_heads": 28, "num_key_value_heads": 4},
+    "Qwen/Qwen2.5-32B": QWEN25
+    | {"hidden_size": 5120, "intermediate_size": 27648, "num_hidden_layers": 64}
+    | {"num_attention_heads": 40, "num_key_value_heads": 8},
+}
+"""What config.json of the models in configs/ says, so that a plan knows their sizes before they are here."""
+
+
+# ------------------------------------------------------------------------------------------------------------- learner
+
+
+def learner_bytes(shape: Shape, config: Config, *, on_gpu: bool) -> dict[str, int]:
+    """Of each rank, which holds everything; at the peak of a micro-batch's backward pass."""
+    dtype = config.learner.dtype
+    masters, copies = (DTYPE_BYTES[one] * shape.num_parameters for one in ("float32", dtype))
+    rounded = dtype != "float32"
+    num_tokens = max(config.learner.tokens_per_microbatch, _longest(config))
+    how = {"checkpointing": config.learner.activation_checkpointing, "flash": on_gpu and rounded}
+    of_a_token = shape.kept_bytes(dtype, **how) + shape.work_bytes(dtype, **how)
+    return {
+        "weights": masters,
+        **({f"their {dtype}": copies} if rounded else {}),
+        "gradients": masters,
+        "AdamW": 2 * masters,
+        f"activations of {num_tokens:,} tokens": num_tokens * of_a_token,
+        "log-probs": _logprob_bytes(shape, dtype, num_tokens, "cuda" if on_gpu else "cpu"),
+        **({"the reference model": copies} if config.loss.kl_coef else {}),
+    }
+
+
+def with_reserve(num_bytes: int) -> int:
+    """What a process needs of a GPU whose tensors take so many bytes."""
+    return num_bytes + RESERVE_BYTES + int(RESERVE_SHARE * num_bytes)
+
+
+def _logprob_bytes(shape: Shape, dtype: str, num_tokens: int, device: str) -> int:
+    """The only part but for the weights that the vocabulary is in: the gradient of the output layer, which for tied
+    embeddings waits for that of the first one. Hidden states are there once more, as many as bear loss."""
+    of_a_token = DTYPE_BYTES[dtype] * shape.hidden_size + LOGPROB_BYTES + TOKEN_BYTES
+    gradient = DTYPE_BYTES[dtype] * shape.vocab_size * shape.hidden_size
+    summed = 2 * FLOAT32_BYTES * CHUNK_COLUMNS * shape.hidden_size  # a sum, and a product that is added to it
+    return num_tokens * of_a_token + gradient + summed + NUM_CHUNKS * FLOAT32_BYTES * CHUNK_ELEMENTS[device]
+
+
+def step_flops(shape: Shape, config: Config) -> int:
+    """At most so many in the forward and backward passes of a train step: every completion as long as it may be, no
+    prompt shared. Passes without gradient, which some losses need, come on top."""
+    num_completions = config.replay.prompts_per_step * config.rollout.group_size
+    longest, num_logits = _longest(config), config.rollout.max_response_length
+    num_pairs = longest * (longest + 1) // 2
+    return config.learner.epochs * num_completions * shape.train_flops(longest, num_logits, num_pairs)
+
+
+def learner_forecast(shape: Shape, config: Config, *, on_gpu: bool) -> list[str]:
+    """What is said of the learner before it starts, to be held against `learner/peak_gib` and `learner/tflops`."""
+    parts = learner_bytes(shape, config, on_gpu=on_gpu)
+    return [
+        f"learner: at most {gib(sum(parts.values()))} GiB a rank by formula ({listed(parts)})",
+        f"learner: at most {flop(step_flops(shape, config))} a step",
+    ]
+
+
+def learner_measured(forecast_bytes: int, metrics: Mapping[str, float]) -> str:
+    """One line on a step's metrics, for whoever read the forecast."""
+    line = f"learner: {metrics['learner/peak_gib']:.3g} GiB at its peak so far, {gib(forecast_bytes)} by formula"
+    if "learner/tflops" in metrics:
+        line += f"; {flop(metrics['learner/tflops'] * 1e12)} a second"
+    if "learner/mfu" in metrics:
+        line += f", {metrics['learner/mfu']:.0%} of what the hardware has at most"
+    return line
+
+
+def _longest(config: Config) -> int:
+    return config.prompts.max_prompt_length + config.rollout.max_response_length
+
+
+# -------------------------------------------------------------------------------------------------------------- engine
+
+
+def sequences_in(shape: Shape, config: Config, num_bytes: float) -> int:
+    """How many full-length sequences an engine has room for in all, where it may take `num_bytes` of each of its GPUs;
+    negative where its weights alone are more. New weights then arrive in memory of the host."""
+    rollout = config.rollout
+    left = rollout.tensor_parallel * num_bytes - DTYPE_BYTES[rollout.dtype] * shape.num_parameters
+    return math.floor(left / (_longest(config) * shape.kv_bytes(rollout.dtype)))
+
+
+def engine_bytes(shape: Shape, config: Config) -> dict[str, int]:
+    """Of each engine, over all of its GPUs, with a full-length sequence in every slot. vLLM may have less for the KV
+    cache: then sequences wait. New weights arrive whole in every process of the engine, where its GPU has no room in
+    memory of the host."""
+    rollout = config.rollout
+    weights = DTYPE_BYTES[rollout.dtype] * shape.num_parameters
+    longest = _longest(config)
+    cache = rollout.slots * longest * shape.kv_bytes(rollout.dtype)
+    return {
+        "weights": weights,
+        f"KV cache of {rollout.slots} x {longest:,} tokens": cache,
+        _arriving(rollout.tensor_parallel): rollout.tensor_parallel * weights,
+    }
+
+
+def _arriving(num_processes: int) -> str:
+    return "new weights as they arrive" + (f", whole in each of {num_processes} processes" * (num_processes > 1))
+
+
+# --------------------------------------------------------------------------------------------------------------- words
+
+
+def gib(num_bytes: float) -> str:
+    """To three digits, without an exponent."""
+    return f"{num_bytes / GIB:.3g}" if num_bytes < 999.5 * GIB else f"{num_bytes / GIB:,.0f}"
+
+
+def listed(parts: dict[str, int]) -> str:
+    """Bytes by what they are for, in GiB."""
+    return ", ".join(f"{what} {gib(num_bytes)}" for what, num_bytes in parts.items())
+
+
+def flop(number: float) -> str:
+    """Floating point operations to three digits, in the unit that leaves at most three before the point."""
+    for prefix, scale in FLOP_UNITS.items():
+        if number < 999.5 * scale:
+            return f"{number / scale:.3g} {prefix}FLOP"
+    return f"{number / scale:,.0f} {prefix}FLOP"

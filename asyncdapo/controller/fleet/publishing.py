@@ -1,0 +1,206 @@
+"""Publishing: brings the learner's weights to every rollout worker, and mends the process group when that fails.
+
+In: `publish` after a train step, `catch_up` for a worker that joined, came back or missed a version. Out: the workers
+generate with the version in force; `weights/…` metrics. A transfer that fails leaves the old weights in use everywhere.
+The next one goes through a new process group of the workers that are up. An end that gives no answer is put to death,
+whereupon it is started again and catches up; after `weights.max_missed` failures of one version the run ends.
+
+One turn at a time: the learner trains, or sends to all, or sends to one; so a send never waits for a train step, and
+what is sent is always the newest that the learner has. Nothing here touches a tensor: the controller only tells both
+ends when.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import partial
+from itertools import accumulate
+from typing import Any
+
+from asyncdapo.controller.fleet.process import Process, ProcessDied
+from asyncdapo.errors import EngineError, RunError, WeightsError
+from asyncdapo.weights.backend import choose_backend, device_of_ranks
+from asyncdapo.weights.config import WeightsConfig
+
+log = logging.getLogger("weights")
+
+COMMAND_MARGIN_S = 10.0
+"""What a command may take beyond the transfer's own timeout before it counts as failed."""
+
+ROOM_S = 300.0
+"""What workers may take to make room for the weights: to pin 64 GiB in each of some processes may take minutes."""
+
+PARTS = ("receive_s", "pause_s", "load_s", "resume_s")
+"""Of what a worker does with a version, in this order; the slowest worker's is reported."""
+
+Life = tuple[str, int]
+"""A process in one of its lives."""
+
+
+class Publishing:
+    """One learner, any number of workers, one process group at a time."""
+
+    def __init__(self, config: WeightsConfig, learner: Process, workers: Sequence[Process]) -> None:
+        self.config, self.learner, self.workers = config, learner, workers
+        self.turn = asyncio.Lock()
+        """Held while the learner trains or sends."""
+        self.version, self.branch = 0, 0
+        """What the learner has, and in which branch."""
+        self._members: list[Life] = []
+        """Of the process group, the learner first; none when there is no group."""
+        self._loaded: dict[str, tuple[int, int, int]] = {}
+        """Life, branch and version of what each worker generates with, as far as it came from here."""
+        self._backend = ""
+
+    async def begin(self) -> None:
+        """Make the first group, so that what is wrong with it shows before anything is sampled. An end that dies
+        meanwhile is no such thing: the next transfer makes a group without it."""
+        async with self.turn:
+            try:
+                await self._regroup(self._up())
+            except ProcessDied as death:
+                log.warning("no weight group yet: %s", death)
+
+    def learner_has(self, version: int, branch: int) -> None:
+        """From now on this is what is sent. Called with the turn held, or while nobody may send."""
+        self.version, self.branch = version, branch
+
+    async def publish(self) -> dict[str, float]:
+        """Send what the learner has to every worker that is up; returns when all of them generate with it. Workers that
+        aren't up catch up when they are."""
+        async with self.turn:
+            missed: RunError | None = None
+            for _ in range(self.config.max_missed):
+                try:
+                    return await self._send_to(self._up())
+                except (WeightsError, ProcessDied) as error:
+                    self._note_failure(error)
+                    if not self.learner.up.is_set():
+                        raise
+                    missed = error
+        raise RunError(
+            f"version {self.version} did not arrive {self.config.max_missed} times (weights.max_missed): {missed}"
+        )
+
+    async def catch_up(self, worker: Process) -> None:
+        """Send what the learner has to this worker, unless it has it. After `weights.max_missed` failures the worker is
+        put to death. Returns early when the learner dies: then all workers are sent to when it is back."""
+        for _ in range(self.config.max_missed):
+            async with self.turn:
+                if self._has_current(worker):
+                    return
+                try:
+                    await self._send_to([worker])
+                    log.info("%s caught up with version %d", worker.name, self.version)
+                    return
+                except (WeightsError, ProcessDied) as error:
+                    self._note_failure(error)
+                    if not (self.learner.up.is_set() and worker.up.is_set()):
+                        return
+        log.warning("%s missed version %d %d times", worker.name, self.version, self.config.max_missed)
+        worker.end()
+
+    # ----------------------------------------------------------------------------------------------------- transfers
+
+    def _up(self) -> list[Process]:
+        return [worker for worker in self.workers if worker.up.is_set()]
+
+    def _has_current(self, worker: Process) -> bool:
+        """Version 0 of branch 0 is what every worker loads from the model's own file."""
+        loaded = self._loaded.get(worker.name, (worker.life, 0, 0))
+        return loaded == (worker.life, self.branch, self.version)
+
+    def _note_failure(self, error: RunError) -> None:
+        self._members = []
+        log.warning("version %d did not arrive: %s", self.version, error)
+
+    async def _send_to(self, workers: Sequence[Process]) -> dict[str, float]:
+        if not workers:
+            return {"weights/publish_s": 0.0, "weights/bytes": 0} | {f"weights/{part}": 0.0 for part in PARTS}
+        if self._members != _lives([self.learner, *workers]):
+            await self._regroup(workers)
+        sent, *received = await self._within_deadline(
+            f"send version {self.version}",
+            (self.learner, ("send_weights", self.version, self.branch)),
+            *((worker, ("receive_weights", self.version, self.branch)) for worker in workers),
+        )
+        self._loaded |= {worker.name: (worker.life, self.branch, self.version) for worker in workers}
+        slowest = {part: max(report[part] for report in received) for part in PARTS}
+        return {"weights/publish_s": sent["seconds"], "weights/bytes": sent["bytes"]} | {
+            f"weights/{part}": seconds for part, seconds in slowest.items()
+        }
+
+    async def _regroup(self, workers: Sequence[Process]) -> None:
+        """Make the process group: the learner is rank 0 and hosts the store, the workers follow, with a rank for each
+        device of their engines."""
+        ends = [self.learner, *workers]
+        self._members = []
+        if not workers:
+            return
+        within = partial(self._within_deadline, "make the weight group")
+        devices = await within(*((end, ("devices",)) for end in ends))
+        names = (end.name for end in ends)
+        ranks = device_of_ranks(dict(zip(names, devices, strict=True)))
+        backend, reason = choose_backend(self.config, ranks)
+        if backend != self._backend:
+            self._backend = backend
+            log.info("by %s: %s", backend, reason)
+        first_ranks = list(accumulate(map(len, devices)))
+        world_size = first_ranks.pop()
+        ((address, manifest),) = await within((self.learner, ("host_weights", world_size, backend)))
+        rooms = ((worker, ("make_weights_room", manifest)) for worker in workers)
+        await self._within_deadline("make room for the weights", *rooms, deadline_s=ROOM_S)
+        joins = (
+            (worker, ("join_weights", address, first_rank, world_size, backend, manifest))
+            for worker, first_rank in zip(workers, first_ranks, strict=True)
+        )
+        await within((self.learner, ("accept_workers",)), *joins)
+        self._members = _lives(ends)
+
+    async def _within_deadline(
+        self, what: str, *calls: tuple[Process, tuple[Any, ...]], deadline_s: float | None = None
+    ) -> list[Any]:
+        """All answers, each call waited for to its end, so that none is left behind; then the first error is raised,
+        a death before any other. Ends that give no answer in time, a transfer's unless said, are put to death."""
+        deadline_s = deadline_s or self.config.timeout_s + COMMAND_MARGIN_S
+        tasks = {asyncio.ensure_future(_call(process, *command)): process for process, command in calls}
+        try:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(deadline_s):
+                    await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+                    if not all(task.done() for task in tasks):
+                        with suppress(ProcessDied):
+                            await self.learner.call("abandon_workers")
+                    await asyncio.wait(tasks)
+        finally:
+            pending = [task for task in tasks if not task.done()]
+            for task in pending:
+                task.cancel()
+        answers = await asyncio.gather(*tasks, return_exceptions=True)
+        errors = [answer for answer in answers if isinstance(answer, Exception)]
+        for silent in (tasks[task] for task in pending):
+            log.warning("%s: %s gave no answer in %g s, it is started again", what, silent.name, deadline_s)
+            silent.end()
+            errors.append(ProcessDied(silent.name, f"killed, it gave no answer in {deadline_s:g} s ({what})"))
+        for error in sorted(errors, key=lambda error: not isinstance(error, ProcessDied)):
+            raise error
+        return answers
+
+
+async def _call(process: Process, *command: Any) -> Any:
+    """What it answers. A worker whose engine can't go on is as good as dead: it is ended, whereupon it is started
+    again. Raises ProcessDied for it."""
+    life = process.life
+    try:
+        return await process.call(*command)
+    except EngineError as error:
+        if process.life == life:
+            process.end()
+        raise ProcessDied(process.name, str(error)) from None
+
+
+def _lives(processes: Sequence[Process]) -> list[Life]:
+    return [(process.name, process.life) for process in processes]

@@ -1,0 +1,99 @@
+"""The learner's processes, one per rank, which live and die together.
+
+    rank 0     the process `learner`: also sends weights and writes checkpoints
+    rank r     `learner-r`: trains on its share of every update, and has the same weights
+
+In: commands for one of them or for all. Out: their answers. Invariant: a rank alone is worth nothing, since the others
+wait for it in the next sum: the death of one is the death of all, whether Ray reports it or the others notice that
+their group is broken. All of them are then started again from a checkpoint and make a new group. With one rank there is
+no group, and everything here is about one process. Does not own: when they are started (`fleet`), what a train step
+does (`run`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Coroutine, Sequence
+from typing import Any
+
+from asyncdapo.controller.fleet.process import CAUSE_GRACE_S, Process, ProcessDied
+from asyncdapo.errors import RanksError, RunError
+from asyncdapo.transport.backend import fitting_backend
+
+log = logging.getLogger("learner")
+
+
+class Learners:
+    """The ranks of one learner, rank 0 first."""
+
+    def __init__(self, ranks: Sequence[Process]) -> None:
+        self.ranks = ranks
+
+    @property
+    def first(self) -> Process:
+        """Rank 0, the only one that others talk to."""
+        return self.ranks[0]
+
+    async def call(self, command: str, *args: Any) -> Any:
+        """What rank 0 answers."""
+        return await self.first.call(command, *args)
+
+    async def call_all(self, command: str, *args: Any) -> Any:
+        """What rank 0 answers to a command that every rank gets; the others' answers are the same or nothing."""
+        try:
+            answers = await together(*(rank.call(command, *args) for rank in self.ranks))
+        except RunError as error:
+            if self.ended_by(error):
+                self.end()  # before anybody may ask rank 0 for weights in the middle of a step
+            raise
+        return answers[0]
+
+    async def connect(self) -> None:
+        """Make the group in which the ranks sum: over NCCL where each has a GPU of its own, else over Gloo. All have
+        started; from now on they can train. Raises RunError when their weights differ."""
+        if len(self.ranks) == 1:
+            return
+        devices = await together(*(rank.call("device") for rank in self.ranks))
+        backend, reason = fitting_backend(dict(zip((rank.name for rank in self.ranks), devices, strict=True)))
+        address = await self.call("host_ranks", backend)
+        await self.call_all("join_ranks", address, backend)
+        log.info("%d ranks sum by %s: %s", len(self.ranks), backend, reason)
+
+    def ended_by(self, error: Exception) -> bool:
+        """Whether the error says that a rank is gone."""
+        names = {rank.name for rank in self.ranks}
+        return isinstance(error, RanksError) or (isinstance(error, ProcessDied) and error.name in names)
+
+    def end(self) -> None:
+        """Kill what is left of them."""
+        for rank in self.ranks:
+            rank.end()
+
+
+async def together(*calls: Coroutine[Any, Any, Any]) -> list[Any]:
+    """All answers. The first failure ends the wait for the others: they may wait for the one that failed. What is
+    raised is a death if there is one, which is known a moment after the others notice it, else what a process raised
+    on purpose, else that they lost each other."""
+    tasks = [asyncio.ensure_future(call) for call in calls]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+        if any(isinstance(error, RanksError) for error in _errors(tasks)):
+            await asyncio.wait(tasks, timeout=CAUSE_GRACE_S)
+        for error in sorted(_errors(tasks), key=_rank_of_cause):
+            raise error
+        return [task.result() for task in tasks]
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _errors(tasks: Sequence[asyncio.Task[Any]]) -> list[BaseException]:
+    return [error for task in tasks if task.done() and not task.cancelled() and (error := task.exception())]
+
+
+def _rank_of_cause(error: BaseException) -> int:
+    if isinstance(error, ProcessDied):
+        return 0
+    return 2 if isinstance(error, RanksError) else 1

@@ -1,0 +1,118 @@
+"""Ray's own processes: those of a Ray of ours, which nobody else on the machine can use, and the death of any.
+
+    our own Ray       `start_own`: every port on loopback and behind a token, every socket and log in a directory that
+                      only the user can enter; `death`: its GCS and its raylet are watched by their pids
+    a joined one      as its owner set it up; `death`: its GCS takes no connections, or counts this node as lost
+
+In: a configuration. Out: Ray started, and RayDied as soon as it can't go on. By itself Ray ends a driver 60 s after its
+GCS has died, in its own words, and never one whose raylet has died. Invariant: a Ray that would listen on other
+interfaces, or without the token, is not used. Does not own: the session around it (`processes.ray_session`).
+
+Holds for Ray 2.52 to 2.60, of which it uses internals: whether this machine can be part of a cluster, and how settings
+are read again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import os
+import secrets
+import shutil
+import time
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import ray
+from ray._private import ray_constants
+from ray._raylet import AuthenticationTokenLoader
+from ray._raylet import Config as RaySettings
+
+from asyncdapo.controller.process.procfs import HAS_PROC, command_name
+from asyncdapo.controller.process.reaper import descendants, still_there
+from asyncdapo.controller.process.surroundings import ray_parent
+from asyncdapo.errors import RunError
+
+SERVERS = ("gcs_server", "raylet")
+"""Of a Ray of our own, children of the driver; without either nothing goes on."""
+OBJECT_STORE_BYTES = 100 << 20
+"""Ray's shared memory. Commands are small; neither rollouts nor weights go through it."""
+LOOK_S = 0.5
+"""Between two looks at the servers of a Ray of our own."""
+PROBE_S = 5.0
+"""Between two questions to a joined cluster, and what it has to answer one."""
+SILENT_S = 30.0
+"""A joined cluster that takes no connections for so long is dead. Ray itself would end this process after 60 s."""
+GO_ON = "the same command goes on from the last checkpoint"
+
+
+class RayDied(RunError):  # noqa: N818 - what happened to it, not a failure of ours
+    """Ray can't go on, and neither can it be shut down."""
+
+
+def start_own(**options: Any) -> Path:
+    """Start a Ray for this process alone. Returns the directory of its files. Raises RunError when it can be reached
+    from elsewhere."""
+    home = Path(mkdtemp(prefix="ray-", dir=ray_parent()))
+    token = home / "token"
+    token.touch(mode=0o600)
+    token.write_text(secrets.token_hex(32))
+    os.environ.pop("RAY_AUTH_TOKEN", None)  # which would win
+    _use({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)})
+    ray_constants.ENABLE_RAY_CLUSTER = False  # a machine without clusters is what Ray keeps to loopback on
+    where = {"_temp_dir": str(home / "r")}  # not `home`, which Ray would open to everybody
+    ray.init(address="local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **where, **options)
+    if not ipaddress.ip_address(host := ray.util.get_node_ip_address()).is_loopback:
+        raise RunError(f"Ray {ray.__version__} listens on {host}, for others too: asyncdapo knows Ray 2.52 to 2.60")
+    return home
+
+
+def close_own(home: Path) -> None:
+    """Shut it down, and remove its files."""
+    ray.shutdown()
+    shutil.rmtree(home, ignore_errors=True)  # some of its processes may still be writing
+    _use({})
+
+
+def _use(authentication: dict[str, str]) -> None:
+    """Have Ray read these settings, and no others of the kind, from the environment; by itself it reads them once."""
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"):
+        os.environ.pop(name, None)
+    os.environ |= authentication
+    AuthenticationTokenLoader.instance().reset_cache()
+    RaySettings.initialize("")
+
+
+async def death(address: str | None) -> None:
+    """Raises RayDied when Ray can't go on. `address`: of the cluster that was joined; none for a Ray of our own."""
+    await (_cluster_death(address) if address else _own_death())
+
+
+async def _own_death() -> None:
+    servers = {known: name for known in descendants(os.getpid()) if (name := command_name(known[0])) in SERVERS}
+    gone = [name for name in SERVERS if HAS_PROC and name not in servers.values()]
+    while not gone:
+        await asyncio.sleep(LOOK_S)
+        gone = [servers[known] for known in servers.keys() - still_there(set(servers))]
+    raise RayDied(f"Ray's process {' and '.join(gone)} died; {GO_ON}")
+
+
+async def _cluster_death(address: str) -> None:
+    context = ray.get_runtime_context()
+    host, port = context.gcs_address.rsplit(":", 1)
+    node, heard = context.get_node_id(), time.monotonic()
+    while True:
+        await asyncio.sleep(PROBE_S)
+        try:
+            async with asyncio.timeout(PROBE_S):
+                _, writer = await asyncio.open_connection(host, int(port))
+        except OSError:
+            if time.monotonic() - heard > SILENT_S:
+                raise RayDied(f"the Ray cluster at {address} takes no connections any more; {GO_ON}") from None
+            continue
+        writer.close()
+        heard = time.monotonic()
+        nodes = await asyncio.to_thread(ray.nodes)
+        if not any(known["NodeID"] == node and known["Alive"] for known in nodes):
+            raise RayDied(f"the Ray cluster at {address} has lost the node of this process: its raylet died; {GO_ON}")

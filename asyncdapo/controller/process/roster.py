@@ -1,0 +1,189 @@
+"""Who is who: `RUN_DIR/processes.json`, every process of a run, kept current by the controller.
+
+    [
+    {"role":"controller","index":0,"pid":4711,"host":"node-1","started":1767323045.17},
+    {"role":"rollout","index":1,"pid":4790,"host":"node-1","started":1767323049.02},
+    ...
+
+In: the entries that each process reports of itself and of the processes it started (`this_process`, `entry_of`). Out:
+the file, replaced at once whenever something changed; at the next launch, whoever of the former one still lives.
+Invariant: a process is signalled only if host, pid and start time are those of its entry, so never one that merely
+got the pid of another. Does not own: starting and watching processes (`processes`), how the list is shown (`ps`).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from asyncdapo.controller.process.procfs import read_stat
+from asyncdapo.disk import disk_errors, replace_file
+from asyncdapo.errors import RunError, UserError
+
+FILE_NAME = "processes.json"
+ROLES = ("controller", "replay", "rollout", "engine", "scorer", "learner")
+
+SAME_START_S = 2.0
+"""Start times within this are the same: a leap second moves them all by one."""
+KILLED_S = 10.0
+"""Time for a killed process to be gone: a lot of memory takes a while to be freed."""
+POLL_S = 0.05
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One process of a run."""
+
+    role: str
+    index: int
+    """Counts the processes of a role from 0."""
+    pid: int
+    host: str
+    started: float
+    """Seconds since 1970, as the kernel says it; with `pid` it names one process for good."""
+
+    @property
+    def name(self) -> str:
+        """As in logs and errors: `learner`, `rollout-1`."""
+        return process_name(self.role, self.index)
+
+
+def process_name(role: str, index: int = 0) -> str:
+    """The name of a process: `replay`, `rollout-1`, `learner` (its rank 0), `learner-1`."""
+    numbered = role in ("rollout", "engine", "scorer") or (role == "learner" and index)
+    return f"{role}-{index}" if numbered else role
+
+
+def this_process(role: str, index: int = 0) -> Entry:
+    """The entry of the calling process."""
+    return entry_of(role, index, os.getpid())
+
+
+def entry_of(role: str, index: int, pid: int) -> Entry:
+    """The entry of a process on this host. Where the kernel doesn't tell the start (or the process has ended by now),
+    it is this moment."""
+    stat = read_stat(pid)
+    return Entry(
+        role=role, index=index, pid=pid, host=socket.gethostname(), started=stat.started if stat else time.time()
+    )
+
+
+class Roster:
+    """The processes of a launch; the file is that of the former launch until the first `set`."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._path = run_dir / FILE_NAME
+        self._entries: dict[str, tuple[Entry, ...]] = {}
+        self._written = ""
+
+    def set(self, owner: str, entries: Iterable[Entry]) -> None:
+        """What the process named `owner` reports: itself and those it started, in place of what it reported before."""
+        self._entries[owner] = tuple(entries)
+        self._write()
+
+    def of(self, owner: str) -> list[Entry]:
+        """What `owner` reported last: itself, and the processes it started, which may outlive it (see `end`)."""
+        return list(self._entries.get(owner, ()))
+
+    def remove(self, owner: str) -> None:
+        """`owner` has ended, and all that it started."""
+        self._entries.pop(owner, None)
+        self._write()
+
+    def entries(self) -> list[Entry]:
+        """All of them, by role and index."""
+        every = (entry for entries in self._entries.values() for entry in entries)
+        return sorted(every, key=lambda entry: (ROLES.index(entry.role), entry.index))
+
+    def _write(self) -> None:
+        """Replace the file in one rename, so that a reader sees the old list or the new one. Raises DiskError."""
+        text = "[\n" + ",\n".join(msgspec.json.encode(entry).decode() for entry in self.entries()) + "\n]\n"
+        if text == self._written:
+            return
+        with disk_errors(self._path):
+            replace_file(self._path, text.encode())
+        self._written = text
+
+
+def read(run_dir: Path) -> list[Entry]:
+    """The list as it stands. Raises FileNotFoundError where there is none, UserError for a file of another kind."""
+    path = run_dir / FILE_NAME
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=list[Entry])
+    except msgspec.DecodeError as error:
+        raise UserError(
+            f"{path} is no list of processes: {error} (remove it, once no process of that run lives)"
+        ) from None
+
+
+def is_running(entry: Entry) -> bool:
+    """Whether this very process lives on this host. Stopped ones do, zombies don't."""
+    if entry.host != socket.gethostname():
+        return False
+    stat = read_stat(entry.pid)
+    return stat is not None and not stat.dead and abs(stat.started - entry.started) <= SAME_START_S
+
+
+def survivors(run_dir: Path) -> list[Entry]:
+    """Processes of a former launch that still live on this host."""
+    if not (run_dir / FILE_NAME).exists():
+        return []
+    return [entry for entry in read(run_dir) if entry.pid != os.getpid() and is_running(entry)]
+
+
+def end_survivors(run_dir: Path, wait_s: float) -> list[Entry]:
+    """Before a launch on a used directory: wait for the former launch to be gone, then kill what is left of it.
+
+    Returns whom it killed. Raises UserError, and kills nobody, while the former controller lives: that run goes on.
+    """
+    former = survivors(run_dir)
+    _wait_for_end(former, wait_s)
+    for entry in former:
+        if entry.role == "controller" and is_running(entry):
+            raise UserError(
+                f"run.dir: {run_dir} is in use by a run that goes on, its controller is process {entry.pid} "
+                f"(choose another run.dir, or end that run with `kill {entry.pid}`)"
+            )
+    return end(former)
+
+
+def end(entries: Sequence[Entry], wait_s: float = 0.0) -> list[Entry]:
+    """Wait for processes of this host to end, then kill the others. Returns whom it killed, once they are gone; raises
+    RunError naming those that can't be killed."""
+    killed = []
+    for entry in _wait_for_end(entries, wait_s):
+        if is_running(entry):
+            _kill(entry)
+            killed.append(entry)
+    if left := _wait_for_end(killed, KILLED_S):
+        raise RunError(f"still there {KILLED_S:g} s after SIGKILL: {describe(left)}")
+    return killed
+
+
+def describe(entries: Sequence[Entry]) -> str:
+    """For a line of a log: `rollout-1 (process 4790), learner (process 4802)`."""
+    return ", ".join(f"{entry.name} (process {entry.pid})" for entry in entries)
+
+
+def _wait_for_end(entries: Sequence[Entry], wait_s: float) -> list[Entry]:
+    """Those of `entries` that still run when time is up."""
+    deadline = time.monotonic() + wait_s
+    while (running := [entry for entry in entries if is_running(entry)]) and time.monotonic() < deadline:
+        time.sleep(POLL_S)
+    return running
+
+
+def _kill(entry: Entry) -> None:
+    try:
+        os.kill(entry.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return  # it ended by itself just now
+    except PermissionError:
+        raise RunError(f"{describe([entry])} belongs to another user and still runs: end it there first") from None

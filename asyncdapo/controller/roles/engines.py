@@ -1,0 +1,50 @@
+"""The engine of a rollout worker, and its end of the weight group: the one place that knows which belong together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from asyncdapo.config.config import Config
+from asyncdapo.learner.config import ModelConfig
+from asyncdapo.rollout.engine import Engine
+from asyncdapo.rollout.model_files import locate, read_config, stop_token_ids
+from asyncdapo.rollout.torch_engine.torch_engine import TorchEngine
+from asyncdapo.rollout.vllm_engine.vllm_engine import VllmEngine
+from asyncdapo.weights.ends import TRANSFER, WORKER_END, End, EngineEnd, LocalEnd
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """An engine that isn't started yet, its end, and the processes that it has started by now."""
+
+    engine: Engine
+    end: End
+    pids: Callable[[], list[int]]
+
+
+def make_engine(config: Config, memory_fraction: float) -> Fitted:
+    """What `rollout.engine` names. `memory_fraction`: share of a GPU that it may take."""
+    timeout_s, max_prompt_length = config.weights.timeout_s, config.prompts.max_prompt_length
+    stop = _stop_token_ids(config.model)
+    if config.rollout.engine == "torch":
+        torch = TorchEngine(config.model.path, config.rollout, max_prompt_length=max_prompt_length, stop_token_ids=stop)
+        return Fitted(torch, LocalEnd(lambda: torch.device, timeout_s), list)
+    vllm = VllmEngine(
+        config.model.path,
+        config.rollout,
+        max_prompt_length=max_prompt_length,
+        transfer=TRANSFER,
+        worker_extension=WORKER_END,
+        memory_fraction=memory_fraction,
+        stop_token_ids=stop,
+    )
+    return Fitted(vllm, EngineEnd(vllm.rpc, timeout_s, vllm.paused), vllm.pids)
+
+
+def _stop_token_ids(model: ModelConfig) -> list[int] | None:
+    """None leaves them to the engine, which knows those of the model and of the tokenizer beside it."""
+    if model.tokenizer is None:
+        return None
+    directory = locate(model.path)
+    return sorted(stop_token_ids(directory, read_config(directory, model.path), model.tokenizer))

@@ -1,0 +1,229 @@
+"""A process of the learner: batch feed + learner, and in rank 0 the weight sender.
+
+    task and thread of their own    ask for batch k + 1 ── receive ── prepare ┐ (`batches`)
+    the thread for blocking work    train step k ── send version k ── save    ├─ train step k + 1 ── …
+
+In: commands of the controller, batches of the replay server. Out: metrics, weights, checkpoints. While it trains it
+waits for nobody, whatever is on its way; only `take_batch` waits for the batch. Invariant: the states of
+`learner.times` in the metrics of a step sum to the wall time since the train step before ended, and in the first step
+of a life to that since its batch was wanted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import resource
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from asyncdapo import faults
+from asyncdapo.controller.process.health import Pulse
+from asyncdapo.controller.process.waits import NOBODY, Wait
+from asyncdapo.controller.roles.base import Member, T
+from asyncdapo.controller.roles.model_check import check_rotations
+from asyncdapo.learner.batches.batches import Batches
+from asyncdapo.learner.batches.feed import BatchFeed
+from asyncdapo.learner.batches.prepared import Prepared
+from asyncdapo.learner.step.learner import Learner
+from asyncdapo.learner.step.probe import Pair
+from asyncdapo.learner.step.ranks import GradientGroup, Ranks
+from asyncdapo.messages import Batch, NoBatch
+from asyncdapo.payload import Payload
+from asyncdapo.transport.backend import Backend
+from asyncdapo.transport.process_group import device_name
+from asyncdapo.weights.group import WeightGroup
+from asyncdapo.weights.layout import Manifest
+from asyncdapo.weights.sender import WeightSender
+
+log = logging.getLogger("weights")
+
+BUSY_CPU_S = 10.0
+WRITTEN_BLOCKS = 16_384
+"""Steps in which a learner's CPU time and its blocks written (8 MiB) count as progress; an idle process makes none."""
+
+
+class Main(Member):
+    """One rank of the learner: its share of a batch in, one version out, the same at every rank."""
+
+    role = "learner"
+
+    group: WeightGroup | None = None
+    rank_group: GradientGroup | None = None
+
+    async def start(self, replay_address: str, checkpoint: Path | None) -> None:
+        """Load the model, go on from the checkpoint if there is one, and connect to the replay server."""
+        config = self.config
+        torch.set_num_threads(config.learner.threads)
+        self.ranks = Ranks(self.index, config.learner.ranks)
+        self.learner = await self.blocking(self._load, checkpoint)
+        feed = BatchFeed(
+            replay_address, self.index, config.learner.ranks, config.learner.updates_per_step, curve=self.keys.client
+        )
+        self.beside = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"{self.name} prepares")
+        self.batches = Batches(feed, self._prepare)
+        self.num_sent = 0
+        self.stopped = asyncio.Event()
+
+    def _load(self, checkpoint: Path | None) -> Learner:
+        config = self.config
+        learner = Learner(
+            config.model,
+            config.loss,
+            config.learner,
+            temperature=config.rollout.temperature,
+            staleness_bound=config.replay.staleness_bound,
+            max_response_length=config.rollout.max_response_length,
+            seed=config.run.seed,
+            ranks=self.ranks,
+        )
+        check_rotations(config)  # once more: it may be a model that was downloaded
+        if checkpoint:
+            learner.restore(checkpoint)
+        return learner
+
+    async def serve(self) -> None:
+        """Lasts as long as the process."""
+        await self.stopped.wait()
+
+    async def pulse(self) -> Pulse:
+        usage = resource.getrusage(resource.RUSAGE_SELF)
+        return Pulse(
+            entries=[await self.entry()],
+            waits=self.waits.open() or self._idle(),
+            progress={
+                "version": self.learner.version,
+                "sent": self.num_sent,
+                "cpu": usage.ru_utime // BUSY_CPU_S,  # a long step or a large checkpoint moves no other counter
+                "written": usage.ru_oublock // WRITTEN_BLOCKS,
+            },
+        )
+
+    def _idle(self) -> list[Wait]:
+        """Rank 0 sends weights and writes checkpoints while the others wait for the next batch."""
+        return [Wait(who=self.name, whom="controller", what="a command")] if self.index else []
+
+    async def device(self) -> str:
+        return device_name(self.learner.device)
+
+    # ------------------------------------------------------------------------------------------------------- ranks
+
+    async def host_ranks(self, backend: Backend) -> str:
+        """Open the store of the group in which the ranks sum. Returns its address."""
+        timeout_s = self.config.weights.timeout_s
+        self.rank_group = GradientGroup.create_master(self.host(), self.ranks.num_ranks, backend, timeout_s)
+        return self.rank_group.address
+
+    async def join_ranks(self, address: str, backend: Backend) -> None:
+        """Join the group at `address`; rank 0 waits for the others. Raises RunError when the ranks' weights differ."""
+        with self.waits.on("learner", "the group of the ranks", self.config.weights.timeout_s):
+            await self.blocking(self._join_ranks, address, backend)
+
+    def _join_ranks(self, address: str, backend: Backend) -> None:
+        rank, num_ranks, timeout_s = self.index, self.ranks.num_ranks, self.config.weights.timeout_s
+        digest = self.learner.digest()  # before the others wait for it
+        if self.rank_group:
+            self.rank_group.connect()
+        else:
+            self.rank_group = GradientGroup.join(address, rank, num_ranks, backend, timeout_s)
+        self.ranks.join(self.rank_group)
+        self.ranks.check_same(digest, "weights")
+
+    # ----------------------------------------------------------------------------------------------------- weights
+
+    async def devices(self) -> list[str]:
+        """The device of the one rank that the learner has in the weight group."""
+        return [await self.device()]
+
+    async def host_weights(self, world_size: int, backend: Backend) -> tuple[str, Manifest]:
+        """Open the store of a new process group. Returns its address, and what will be sent."""
+        if self.group:
+            await self._leave(self.group)
+        timeout_s = self.config.weights.timeout_s
+        self.group = WeightGroup.create_master(self.host(), world_size, backend, timeout_s, self.learner.device)
+        self.manifest = Manifest.of(self.learner.weights(), getattr(torch, self.config.rollout.dtype))
+        return self.group.address, self.manifest
+
+    async def abandon_workers(self) -> None:
+        """One of them has died: whoever waits for it to join fails now, not at the deadline."""
+        if self.group:
+            await self._leave(self.group)
+
+    @staticmethod
+    async def _leave(group: WeightGroup) -> None:
+        """Beside the thread for blocking work, which may be waiting in this very group. NCCL's abort waits for the GPU,
+        and the pulse must not."""
+        await asyncio.to_thread(group.close)
+
+    async def accept_workers(self) -> None:
+        """Wait for every worker to join."""
+        with self.waits.on("rollout", "the weight group", self.config.weights.timeout_s):
+            await self.blocking(self.group.connect)
+        self.sender = WeightSender(self.group, self.manifest, self.config.weights.bucket_mb << 20)
+
+    async def send_weights(self, version: int, branch: int) -> dict[str, float]:
+        """Broadcast the weights as those of `version`; over when every worker has checked them."""
+        faults.point("in_send_weights")
+        with self.waits.on("rollout", f"version {version} to arrive", self.config.weights.timeout_s):
+            send = partial(self.sender.send, version, self.learner.weights(), branch=branch)
+            report = await self.blocking(self._in, "publish", send)
+        self.num_sent += 1
+        log.info("version %d: %.1f MiB sent in %.3f s", version, report.num_bytes / 2**20, report.seconds)
+        return {"bytes": report.num_bytes, "seconds": report.seconds}
+
+    # ------------------------------------------------------------------------------------------------------- steps
+
+    async def take_batch(self, step: int) -> str:
+        """Wait for batch `step` and keep it for `train_step`. Returns why there is none, once the data is used up."""
+        times = self.learner.times
+        times.begin()
+        with times.on("wait"), self.waits.on("replay", f"batch {step}"):
+            preparing = await self.batches.receive(step)
+        if isinstance(preparing, NoBatch):
+            return preparing.reason
+        with times.on("prepare"), self.waits.on(NOBODY, f"prepares batch {step}"):
+            self.prepared = await preparing
+        return ""
+
+    async def _prepare(self, batch: Batch, payload: Payload) -> Prepared:
+        return await asyncio.get_running_loop().run_in_executor(self.beside, self.learner.prepare, batch, payload)
+
+    async def train_step(self) -> dict[str, float]:
+        """Train on the batch taken, and bring the next one meanwhile. Returns the learner's metrics."""
+        faults.point("before_train")
+        step = self.prepared.batch.step
+        if step < self.config.run.steps:
+            self.batches.ask(step + 1)
+        with self.waits.on(NOBODY, f"trains step {step}"):
+            metrics = await self.blocking(self.learner.train, self.prepared)
+        del self.prepared  # the next one may be here: two batches are what there is memory for
+        faults.point("after_train")
+        times = self.learner.times.take()
+        return metrics | {f"learner/time/{state}_s": seconds for state, seconds in times.items()}
+
+    async def probe(self, version: int, pairs: list[Pair]) -> list[np.ndarray]:
+        """What the weights of `version` make of what the engines have sampled with it: see `Learner.logprobs`."""
+        with self.waits.on(NOBODY, f"computes log-probs of version {version}"):
+            return await self.blocking(self.learner.logprobs, version, pairs)
+
+    async def check_ranks(self) -> None:
+        """Raises RunError unless every rank has the same weights."""
+        with self.waits.on(NOBODY, "compares its weights with the other ranks'"):
+            await self.blocking(self._in, "checkpoint", self.learner.check_ranks)
+
+    async def save(self, step: int, branch: int, counters: dict[str, int]) -> None:
+        """Write the checkpoint of `step`."""
+        with self.waits.on(NOBODY, f"writes the checkpoint of step {step}"):
+            save = partial(self.learner.save, Path(self.config.run.dir), step, branch, counters)
+            await self.blocking(self._in, "checkpoint", save)
+        faults.point("after_checkpoint")
+
+    def _in(self, state: str, work: Callable[[], T]) -> T:
+        """Do blocking work, whose time belongs to `state`."""
+        with self.learner.times.on(state):
+            return work()

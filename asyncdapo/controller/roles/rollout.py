@@ -1,0 +1,154 @@
+"""A rollout process: engine + scorer + rollout worker + its end of the weight group."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from dataclasses import asdict
+
+from asyncdapo.controller.process.health import Pulse
+from asyncdapo.controller.process.roster import Entry, entry_of
+from asyncdapo.controller.process.waits import NOBODY
+from asyncdapo.controller.roles.base import Member
+from asyncdapo.controller.roles.engines import make_engine
+from asyncdapo.messages import Sampling
+from asyncdapo.model.tokenizer import load_tokenizer
+from asyncdapo.reward.pool import ScorerPool
+from asyncdapo.reward.scorer import Scorer
+from asyncdapo.rollout.engine import Request, Sample
+from asyncdapo.rollout.worker import RolloutWorker
+from asyncdapo.transport.backend import Backend
+from asyncdapo.weights.layout import Manifest
+
+log = logging.getLogger("weights")
+
+
+class Main(Member):
+    """One worker: an engine that never idles while credit is left, a scorer, and a receiver of weights."""
+
+    role = "rollout"
+
+    async def start(self, replay_address: str, memory_fraction: float) -> None:
+        """Load the model (the only time a weight file is opened), start the verifiers, and connect to the replay
+        server. `memory_fraction`: share of the GPU's memory that the engine may take."""
+        config = self.config
+        fitted = make_engine(config, memory_fraction)
+        self.engine, self.end, self.engine_pids = fitted.engine, fitted.end, fitted.pids
+        await self.engine.start()
+        reward = config.reward
+        pool = ScorerPool(
+            reward.verifier,
+            reward.processes,
+            reward.timeout_s,
+            concurrency=reward.concurrency,
+            retries=reward.retries,
+        )
+        decode = load_tokenizer(config.model.tokenizer_path, config.model.tokenizer_key).decode
+        self.scorer = Scorer(
+            reward,
+            pool,
+            decode,
+            config.rollout.max_response_length,
+            filter_metric=config.filter.metric if config.filter.enabled else None,
+        )
+        await self.scorer.start()
+        self.worker = RolloutWorker(
+            self.index,
+            config.rollout,
+            config.replay.heartbeat_s,
+            self.engine,
+            self.scorer,
+            decode,
+            replay_address,
+            curve=self.keys.client,
+            overlong_filter=reward.overlong_filter,
+        )
+        self.num_received = 0
+
+    async def serve(self) -> None:
+        """Generate and score; raises what ends the worker, the engine's own end included."""
+        ends = [asyncio.ensure_future(self.worker.run()), asyncio.ensure_future(self.engine.ended())]
+        try:
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            for end in ends:
+                if end.done():
+                    end.result()
+        finally:
+            for end in ends:
+                end.cancel()
+            await asyncio.gather(*ends, return_exceptions=True)
+
+    async def pulse(self) -> Pulse:
+        gauges = self.worker.gauges()
+        if num_running := self.engine.num_outstanding:
+            self.waits.stand(
+                NOBODY, f"{num_running} sequences run or wait for a slot, {gauges['tokens']:.0f} tokens so far"
+            )
+        elif num_running := self.worker.num_running:
+            self.waits.stand(NOBODY, f"the verifier judges {num_running} groups")
+        else:
+            self.waits.stand("replay", "a lease")
+        return Pulse(
+            entries=[await self.entry(), *self._children()],
+            waits=self.waits.open(),
+            progress={
+                "tokens": gauges["tokens"],
+                "judged": self.scorer.num_judged,
+                "received": self.num_received,
+            },
+        )
+
+    def _children(self) -> list[Entry]:
+        """The processes that this one started."""
+        num_parts = self.config.rollout.tensor_parallel
+        started = (
+            ("engine", self.engine_pids(), 1 if num_parts == 1 else 1 + num_parts),  # several have one above them
+            ("scorer", self.scorer.pids(), self.config.reward.processes),
+        )
+        return [
+            entry_of(role, self.index * most + place, pid)
+            for role, pids, most in started
+            for place, pid in enumerate(pids)
+        ]
+
+    async def probe(self, prompts: list[list[int]], seeds: list[int], sampling: Sampling) -> list[Sample]:
+        """A completion of each prompt, ahead of every lease, for a comparison of log-probs."""
+        requests = [
+            Request(prompt_ids=prompt, seeds=[seed], sampling=sampling, urgent=True)
+            for prompt, seed in zip(prompts, seeds, strict=True)
+        ]
+        with self.waits.on(NOBODY, "samples for a comparison of log-probs"):
+            groups = await asyncio.gather(*map(self.engine.generate, requests))
+        return [sample for [sample] in groups]
+
+    # ----------------------------------------------------------------------------------------------------- weights
+
+    async def devices(self) -> list[str]:
+        """The device of each rank that this worker has in the weight group."""
+        return await self.end.devices()
+
+    async def make_weights_room(self, manifest: Manifest) -> None:
+        """Have memory for these tensors."""
+        with self.waits.on(NOBODY, "memory for new weights"):
+            await self.end.make_room(manifest)
+
+    async def join_weights(
+        self, address: str, first_rank: int, world_size: int, backend: Backend, manifest: Manifest
+    ) -> None:
+        """Join the process group in which the learner sends; leave the one before."""
+        with self.waits.on("learner", "the weight group", self.config.weights.timeout_s):
+            await self.end.join(address, first_rank, world_size, backend, manifest)
+
+    async def receive_weights(self, version: int, branch: int) -> dict[str, float]:
+        """Receive while generating, then generate with the new weights from the next token on. Returns what of it took
+        how many seconds."""
+        began = time.monotonic()
+        with self.waits.on("learner", f"the weights of version {version}", self.config.weights.timeout_s):
+            weights = await self.end.receive(version, branch)
+        receive_s = time.monotonic() - began
+        times = await self.worker.load_weights(version, weights, branch)
+        self.num_received += 1
+        parts = {"receive_s": receive_s, **asdict(times)}
+        log.info("version %d: %s", version, ", ".join(f"{part} {seconds:.3f}" for part, seconds in parts.items()))
+        return parts

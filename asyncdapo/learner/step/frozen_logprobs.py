@@ -1,0 +1,94 @@
+"""What is fixed before the first backward pass of a train step: masks, correction weights, log-probs of other policies.
+
+In: the rows of a rank. Out: the same rows with π_start, the policy at the start of the step (it is the proximal policy
+of `loss.anchor: proximal`), the correction weights and masks that follow from π_start / μ, and the log-probs of the
+reference model. Each is computed by forward passes without gradient, and only where the loss needs it.
+
+Invariant: a mask is final before the first backward pass, so every denominator of the step is known by then. Without
+masks, and with a single update, π_start is the policy of that update's own forward pass: then no pass is spent on it.
+Does not own: the formulas (`corrections`), the gradient (`step`).
+
+Shapes: B completions of a micro-batch, T tokens of its longest response.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from asyncdapo.algorithm.corrections import Correction, correction_weights
+from asyncdapo.learner.batches.samples import Row
+from asyncdapo.learner.config import LossConfig
+from asyncdapo.learner.model.model import token_logprobs
+from asyncdapo.learner.model.packing import MicroBatch, micro_batches, pack
+
+
+@dataclass(frozen=True)
+class FirstPass:
+    """The passes of one learner. `max_tokens`: computed tokens in one forward pass."""
+
+    model: PreTrainedModel
+    reference: PreTrainedModel | None
+    loss: LossConfig
+    temperature: float
+    max_tokens: int
+
+    def __call__(self, rows: Sequence[Row], num_updates: int) -> list[Row]:
+        """The rows in any order, those included whose tokens are all masked now. `num_updates` are still to come in
+        this step."""
+        of_policy = self.loss.masks_by_policy or (self.loss.anchor == "proximal" and num_updates > 1)
+        if not of_policy and self.reference is None:
+            return list(rows)
+        done: list[Row] = []
+        for chunk in micro_batches(rows, self.max_tokens):
+            micro_batch = pack(chunk, self.model.device)
+            if of_policy:
+                chunk = self._of_policy(chunk, micro_batch)
+            if self.reference is not None:
+                logp_BT = _on_host(self._logprobs(self.reference, micro_batch))
+                lines = zip(chunk, logp_BT, strict=True)
+                chunk = [replace(row, reference_logprobs=logp_T[row.response]) for row, logp_T in lines]
+            done += chunk
+        return done
+
+    def _of_policy(self, chunk: Sequence[Row], micro_batch: MicroBatch) -> list[Row]:
+        logp_BT = self._logprobs(self.model, micro_batch)
+        corrected = correct(self.loss, logp_BT, micro_batch)
+        found = map(_on_host, (logp_BT, corrected.weights_BT, corrected.mask_BT))
+        return [
+            replace(
+                row,
+                start_logprobs=logp_T[row.response],
+                correction=weights_T[row.response],
+                loss_mask=mask_T[row.response],
+            )
+            for row, logp_T, weights_T, mask_T in zip(chunk, *found, strict=True)
+        ]
+
+    @torch.no_grad()
+    def _logprobs(self, model: PreTrainedModel, micro_batch: MicroBatch) -> Tensor:
+        logp_BT, _ = token_logprobs(model, micro_batch, self.temperature)
+        return logp_BT
+
+
+def correct(loss: LossConfig, start_logp_BT: Tensor, micro_batch: MicroBatch) -> Correction:
+    """Weights and masks by π_start / μ, as the config has them."""
+    return correction_weights(
+        start_logp_BT,
+        micro_batch.rollout_logprobs_BT,
+        micro_batch.loss_mask_BT,
+        level=loss.correction,
+        mode=loss.correction_mode,
+        band=loss.correction_band,
+        outlier_band=loss.outlier_band,
+        outlier_scope=loss.outlier_scope,
+    )
+
+
+def _on_host(values_BT: Tensor) -> np.ndarray:
+    return values_BT.cpu().numpy()

@@ -1,0 +1,97 @@
+"""The gradient of one optimizer update, and what is measured on the way.
+
+    logp ──ratio to the anchor, clip──▶ policy loss of each token ──× correction──▶ + KL − entropy ──× row weight──▶ Σ
+
+In come the rows of one update that this rank has, out goes their part of d loss / d θ, added to `.grad`. Invariant:
+every row carries what its tokens count in the whole update, known before the first backward pass; so parts add up, and
+the gradient depends neither on the micro-batches nor on the ranks. Does not own: the optimizer, the sum of gradients.
+
+Shapes: B completions of a micro-batch, T tokens of its longest response.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from asyncdapo.algorithm.corrections import kl_penalty
+from asyncdapo.algorithm.variants import policy_loss
+from asyncdapo.learner.batches.samples import Row
+from asyncdapo.learner.config import LossConfig
+from asyncdapo.learner.model.model import token_logprobs
+from asyncdapo.learner.model.packing import MicroBatch, Work, micro_batches, pack
+from asyncdapo.learner.step.diagnostics import Sums, measure
+from asyncdapo.learner.step.frozen_logprobs import correct
+from asyncdapo.learner.step.ranks import Ranks
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one rank's part of an update came to; parts add over ranks."""
+
+    loss: float
+    sums: Sums
+    work: Work
+
+    def summed(self, ranks: Ranks) -> Part:
+        """Over all ranks, the same at each."""
+        own = torch.tensor([self.loss, *self.work.counts], dtype=torch.float64)
+        packed = ranks.sum(torch.cat([own, self.sums.packed]))
+        loss, *counts = packed[: len(own)].tolist()
+        return Part(loss, Sums(packed[len(own) :]), Work(*map(int, counts)))
+
+
+def accumulate_gradient(
+    model: PreTrainedModel, rows: Sequence[Row], loss: LossConfig, *, temperature: float, max_tokens: int
+) -> Part:
+    """Add the gradient of these rows to `.grad`. One forward and one backward pass for each micro-batch of at most
+    `max_tokens` computed tokens."""
+    total, sums, work = torch.zeros((), dtype=torch.float64, device=model.device), Sums.zeros(model.device), Work()
+    for chunk in micro_batches([row for row in rows if row.num_loss_tokens], max_tokens):
+        micro_batch = pack(chunk, model.device)
+        loss_of_part, measured = _backward(model, micro_batch, loss, temperature)
+        total, sums, work = total + loss_of_part, sums + measured, work + micro_batch.work
+    return Part(total.item(), sums.cpu(), work)
+
+
+def _backward(
+    model: PreTrainedModel, micro_batch: MicroBatch, loss: LossConfig, temperature: float
+) -> tuple[Tensor, Sums]:
+    """Back-propagate this micro-batch's part of the loss; returns the part and its sums, both on the model's device."""
+    mask_BT = micro_batch.loss_mask_BT
+    logp_BT, entropy_BT = token_logprobs(model, micro_batch, temperature, entropy_gradient=loss.entropy_coef > 0)
+    # Without a first pass the policy at the start of the step is the one of this very forward pass.
+    start_BT = logp_BT.detach() if micro_batch.start_logprobs_BT is None else micro_batch.start_logprobs_BT
+    policy = policy_loss(
+        loss.variant,
+        logp_BT,
+        start_BT if loss.anchor == "proximal" else micro_batch.rollout_logprobs_BT,
+        micro_batch.advantages_B[:, None],
+        mask_BT,
+        clip_low=loss.clip_low,
+        clip_high=loss.clip_high,
+        dual_clip=loss.dual_clip,
+    )
+    correction_BT, kl_BT = _correction(loss, start_BT, micro_batch), logp_BT.new_zeros(())
+    loss_BT = policy.loss_BT * correction_BT
+    if loss.kl_coef:
+        kl_BT = kl_penalty(logp_BT, micro_batch.reference_logprobs_BT, mask_BT, loss.kl_estimator)
+        loss_BT = loss_BT + loss.kl_coef * kl_BT
+    if loss.entropy_coef:
+        loss_BT = loss_BT - loss.entropy_coef * entropy_BT
+    part = (loss_BT.sum(-1) * micro_batch.weights_B).sum()
+    part.backward()
+    return part.detach(), measure(micro_batch, policy, logp_BT, entropy_BT, correction_BT, kl_BT)
+
+
+def _correction(loss: LossConfig, start_logp_BT: Tensor, micro_batch: MicroBatch) -> Tensor:
+    """Constant weight of each token's policy loss; 1 without a correction."""
+    if loss.correction == "none":
+        return start_logp_BT.new_ones(())
+    if micro_batch.correction_BT is not None:
+        return micro_batch.correction_BT
+    return correct(loss, start_logp_BT, micro_batch).weights_BT

@@ -1,0 +1,340 @@
+"""Learner: turns batch k into the weights of version k.
+
+    batch k ── staleness check ─▶ rows with advantages ── first pass ─▶ updates of whole groups ─▶ micro-batches
+                                                          masks, other      × epochs    │ gradients summed over ranks,
+                                                          log-probs                     ▼ one optimizer step each
+                                                                                  weights of version k
+
+The anchor of the ratio is the behaviour policy, whose log-probs μ were recorded, or the policy at the start of the step
+(`loss.anchor`). Invariants: no group staler than the bound is trained; batches come in order; every denominator of a
+step is known before its first backward pass, so the gradient depends neither on micro-batches nor on ranks; the same
+batches give the same weights, bit for bit on a CPU. Each rank holds all weights and runs this code on its share. Does
+not own: fetching batches (`feed`), sending weights, when a checkpoint is due, how ranks talk (`group`).
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
+
+from asyncdapo.algorithm.variants import ADVANTAGES, aggregation_weights
+from asyncdapo.errors import ConfigError, RunError, StalenessError
+from asyncdapo.learner.batches.prepared import Prepared
+from asyncdapo.learner.batches.samples import Columns, Row, columns, group_rows, weighted
+from asyncdapo.learner.config import LearnerConfig, LossConfig, ModelConfig
+from asyncdapo.learner.model.blocks import compiles, settle_blocks
+from asyncdapo.learner.model.fp32_weights import Masters, compute_in
+from asyncdapo.learner.model.model import check_packing, load_model
+from asyncdapo.learner.model.names import check_names
+from asyncdapo.learner.model.packing import Work
+from asyncdapo.learner.step.checkpoint import check_checkpoint, remove_old_checkpoints, write_checkpoint
+from asyncdapo.learner.step.diagnostics import Sums
+from asyncdapo.learner.step.frozen_logprobs import FirstPass
+from asyncdapo.learner.step.gradient import Part, accumulate_gradient
+from asyncdapo.learner.step.measured import Measured
+from asyncdapo.learner.step.optimizer import Optimizer
+from asyncdapo.learner.step.probe import Pair, response_logprobs
+from asyncdapo.learner.step.ranks import ALONE, Ranks
+from asyncdapo.learner.step.times import Times
+from asyncdapo.messages import Batch
+from asyncdapo.model.files import TOKENIZER_FILES, model_directory, tokenizer_directory
+from asyncdapo.model.shape import read_shape, settled_dtype
+from asyncdapo.payload import Payload
+from asyncdapo.shares import deal, share_of
+
+STATE_FILE = "learner.pt"
+DIGEST_ELEMENTS = 1 << 20
+"""A sum in int64 copies what it adds: so many elements at a time."""
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one optimizer update came to, over all ranks."""
+
+    part: Part
+    num_tokens: int
+    """Loss-bearing tokens, those included that weren't computed since their advantage is 0."""
+    lr: float
+    grad_norm: float | None
+    """Global norm before clipping; none for an update that was skipped."""
+
+
+class Learner:
+    """Trains one causal LM. `version` is the number of the last train step, 0 for the initial model."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        loss: LossConfig,
+        config: LearnerConfig,
+        *,
+        temperature: float,
+        staleness_bound: int,
+        max_response_length: int,
+        seed: int,
+        ranks: Ranks = ALONE,
+    ) -> None:
+        """Loads the model, and the reference model if the loss has a KL penalty. Sets the process's thread count and
+        torch seed, and switches Hugging Face's progress bars off. Raises ConfigError for a model or device that can't
+        be used."""
+        disable_progress_bar()
+        torch.set_num_threads(config.threads)
+        torch.manual_seed(seed)
+        device = _device(config.device)
+        source = model_directory(model.path)
+        self._tokenizer_source = tokenizer_directory(model.tokenizer) if model.tokenizer else source
+        self._loss, self._config, self.ranks = loss, config, ranks
+        self._temperature = temperature
+        self._staleness_bound = staleness_bound
+        self._max_response_length = max_response_length
+        self._measured = Measured(device)
+        compiled = compiles(config.compile, device)
+        self._model = load_model(source, device)
+        check_names(self._model, source)
+        self._shape = read_shape(self._model.config.to_dict())
+        self._masters = Masters(self._model, getattr(torch, settled_dtype(config.dtype, on_gpu=device.type == "cuda")))
+        check_packing(self._model)  # in the dtype that it computes in from now on, which may have other kernels
+        settle_blocks(self._model, compile=compiled, checkpointing=config.activation_checkpointing)
+        self._optimizer = Optimizer(self._masters.parameters, config)
+        reference = _load_reference(model, self._model, compiled) if loss.kl_coef else None
+        self._first_pass = FirstPass(self._model, reference, loss, temperature, config.tokens_per_microbatch)
+        self.version = 0
+        self.times = Times()
+        """What the time of the learner's process goes into; a train step enters its own states."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the master weights are."""
+        return self._model.device
+
+    def prepare(self, batch: Batch, payload: Payload) -> Prepared:
+        """All work on a batch that needs no weights; `payload` holds this rank's share of the groups. May be called in
+        any thread, while another batch is trained."""
+        updates = deal(batch.groups, num_updates=self._config.updates_per_step, num_ranks=self.ranks.num_ranks)
+        share = share_of(updates, self.ranks.rank)
+        advantage, with_zeros = ADVANTAGES[self._loss.advantage], self._loss.heeds_without_advantage
+        rows = group_rows(batch, payload, share, advantage, with_zeros=with_zeros)
+        return Prepared(batch, updates, rows, columns(batch))
+
+    def train(self, prepared: Prepared) -> dict[str, float]:
+        """One train step: `epochs` times `updates_per_step` optimizer updates on whole groups; afterwards `version` is
+        that of the batch's step. Every rank has to call it.
+
+        Returns the `learner/…` metrics, the same at every rank but for its own memory and time; means leave out skipped
+        updates and are NaN when all were skipped. Raises StalenessError for a group past the bound, RunError for a
+        batch out of order, too many bad updates, or a rank that is gone.
+        """
+        started, version = time.perf_counter(), self.version
+        batch, updates, before = prepared.batch, prepared.updates, prepared.columns
+        self._check(batch)
+        with self.times.on("first_pass"):
+            groups, counted = self._pass_before(prepared.rows, before, len(updates) * self._config.epochs)
+        done = [
+            self._update([row for place in by_rank[self.ranks.rank] for row in groups[place]], by_rank, counted)
+            for _ in range(self._config.epochs)
+            for by_rank in updates
+        ]
+        self.version, seconds = batch.step, time.perf_counter() - started
+        work = sum((update.part.work for update in done), start=Work())
+        return {
+            **_metrics(done, self._loss),
+            **self._masked(before, counted),
+            **self._measured.metrics(self._shape, work, seconds, self.ranks.num_ranks),
+            "learner/version": float(version),
+            "learner/bad_updates": float(self._optimizer.num_bad),
+            "learner/forward_tokens": float(work.num_computed_tokens),
+            "learner/shared_ratio": _ratio(work.num_tokens - work.num_computed_tokens, work.num_tokens),
+            "learner/train_s": seconds,
+        }
+
+    def check_ranks(self) -> None:
+        """Raises RunError at every rank unless all have the same weights. Every rank has to call it."""
+        if self.ranks.num_ranks > 1:
+            self.ranks.check_same(self.digest(), f"weights after step {self.version}")
+
+    def logprobs(self, version: int, pairs: Sequence[Pair]) -> list[np.ndarray]:
+        """Log-prob of each response token under the weights, as `train` computes it: float32 [R] for each
+        (prompt, response). Changes nothing. Raises RunError unless the weights are of `version`."""
+        if version != self.version:
+            raise RunError(f"log-probs of version {version} were asked of a learner that has version {self.version}")
+        return response_logprobs(self._model, pairs, self._temperature, self._config.tokens_per_microbatch)
+
+    def weights(self) -> dict[str, Tensor]:
+        """The master weights (float32) by their Hugging Face names, tied ones once. They are no copies: good until the
+        next `train`."""
+        return self._masters.named()
+
+    def digest(self) -> bytes:
+        """Of all weights: the same if they are equal bit for bit, almost never otherwise."""
+        pieces = (piece for weight in self.weights().values() for piece in weight.flatten().split(DIGEST_ELEMENTS))
+        sums = [piece.view(torch.int32).sum(dtype=torch.int64) for piece in pieces]
+        return torch.stack(sums).cpu().numpy().tobytes()
+
+    def save(self, run_dir: str | Path, step: int, branch: int, counters: Mapping[str, int] | None = None) -> Path:
+        """Write `RUN_DIR/checkpoints/step-…`: the model in Hugging Face format with its tokenizer, and the learner's
+        own state. It appears whole or not at all. `branch` is that in which batch `step` was trained; `counters`
+        stand in the manifest. Removes those past `keep_checkpoints`. Returns its path."""
+        path = write_checkpoint(Path(run_dir), step, branch, self._write, counters)
+        remove_old_checkpoints(Path(run_dir), self._config.keep_checkpoints)
+        return path
+
+    def restore(self, path: str | Path) -> None:
+        """Go on from a checkpoint as if the run had never stopped: weights, optimizer, random state, version, skipped
+        updates. Raises RunError, with nothing changed, for one that isn't as it was written."""
+        path = Path(path)
+        if wrong := check_checkpoint(path):
+            raise RunError(f"checkpoint {path} can't be used: {'; '.join(wrong)}")
+        state = torch.load(path / STATE_FILE, weights_only=True, map_location="cpu")
+        self._masters.load_state_dict(load_model(path, torch.device("cpu")).state_dict())
+        self._optimizer.load_state_dict(state["optimizer"])
+        self.version = state["version"]
+        torch.set_rng_state(state["rng"])
+        if self.device.type == "cuda" and state["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(state["cuda_rng"], self.device)
+
+    def _check(self, batch: Batch) -> None:
+        if batch.step != self.version + 1:
+            raise RunError(f"batch {batch.step} reached a learner whose weights are of version {self.version}")
+        for group in batch.groups:
+            staleness = self.version - group.min_version
+            if staleness > self._staleness_bound:
+                raise StalenessError(
+                    f"the group of prompt {group.prompt_id} in batch {batch.step} has staleness {staleness}, "
+                    f"the bound is {self._staleness_bound}"
+                )
+            if group.max_version > self.version:
+                raise RunError(
+                    f"the group of prompt {group.prompt_id} in batch {batch.step} holds tokens of version "
+                    f"{group.max_version}, which does not exist yet"
+                )
+
+    def _pass_before(
+        self, groups: Mapping[int, list[Row]], counted: Columns, num_updates: int
+    ) -> tuple[dict[int, list[Row]], Columns]:
+        """The rows with what is fixed before the first backward pass, and the columns that count the masks made there
+        by any rank."""
+        rows = self._first_pass([row for rows in groups.values() for row in rows], num_updates)
+        by_index = {row.index: row for row in rows}
+        passed = {place: [by_index[row.index] for row in rows] for place, rows in groups.items()}
+        if not self._loss.masks_by_policy:
+            return passed, counted
+        num_tokens_N = torch.zeros_like(counted.num_tokens_N)
+        for row in rows:
+            num_tokens_N[row.index] = row.num_loss_tokens
+        with self.times.on("sum"):
+            return passed, replace(counted, num_tokens_N=self.ranks.sum(num_tokens_N))
+
+    def _masked(self, before: Columns, counted: Columns) -> dict[str, float]:
+        """Share of the tokens that the first pass masked, where the loss has such masks."""
+        num_before, num_left = (int(one.num_tokens_N.sum()) for one in (before, counted))
+        return {"learner/masked_ratio": _ratio(num_before - num_left, num_before)} if self._loss.masks_by_policy else {}
+
+    def _update(self, rows: Sequence[Row], by_rank: Sequence[Sequence[int]], counted: Columns) -> Update:
+        """One optimizer update on the groups of `by_rank`, of which this rank has `rows`."""
+        indices_N = counted.of_groups(group for groups in by_rank for group in groups)
+        num_tokens_N = counted.num_tokens_N[indices_N]
+        weights_N = aggregation_weights(
+            self._loss.agg,
+            num_tokens_N,
+            counted.group_N[indices_N],
+            counted.copies_N[indices_N],
+            max_response_length=self._max_response_length,
+        )
+        with self.times.on("gradient"):
+            part = accumulate_gradient(
+                self._model,
+                weighted(rows, indices_N, weights_N),
+                self._loss,
+                temperature=self._temperature,
+                max_tokens=self._config.tokens_per_microbatch,
+            )
+        with self.times.on("sum"):
+            self.ranks.sum_gradients(self._masters.parameters)
+            part = part.summed(self.ranks)
+        num_tokens = int(num_tokens_N.sum())
+        if not num_tokens:  # its gradient is zero: averages of the optimizer and the warm-up stay as they are
+            return Update(part, num_tokens, lr=0.0, grad_norm=None)
+        lr = self._optimizer.lr
+        with self.times.on("optimizer"):
+            grad_norm = self._optimizer.update(part.loss)
+            self._masters.refresh()
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)  # else the next update, or the publish, would be charged with it
+        return Update(part, num_tokens, lr, grad_norm)
+
+    def _write(self, directory: Path) -> None:
+        try:
+            self._masters.save(directory)
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
+        for name in TOKENIZER_FILES:
+            if (self._tokenizer_source / name).is_file():
+                shutil.copyfile(self._tokenizer_source / name, directory / name)
+        on_gpu = self.device.type == "cuda"
+        state = {
+            "version": self.version,
+            "optimizer": self._optimizer.state_dict(),
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state(self.device) if on_gpu else None,
+        }
+        with (directory / STATE_FILE).open("wb") as file:  # of a full disk torch.save hears only through a file
+            torch.save(state, file)
+
+
+def _metrics(updates: Sequence[Update], loss: LossConfig) -> dict[str, float]:
+    """The step's `learner/…` metrics: over the tokens of all applied updates, and over those updates. What the loss
+    doesn't have is left out."""
+    applied = [update for update in updates if update.grad_norm is not None]
+    sums, num_tokens = Sums.zeros(), sum(update.num_tokens for update in applied)
+    for update in applied:
+        sums += update.part.sums
+    metrics = sums.metrics() | {
+        "learner/tokens": float(num_tokens),
+        "learner/uncomputed_ratio": _ratio(num_tokens - sums.num_tokens, num_tokens),
+    }
+    unused = {
+        "correction_mean": loss.correction == "none",
+        "kl": not loss.kl_coef,
+        "uncomputed_ratio": loss.heeds_without_advantage,
+    }
+    return {
+        **{name: value for name, value in metrics.items() if not unused.get(name.rpartition("/")[2])},
+        "learner/loss": _ratio(sum(update.part.loss for update in applied), len(applied)),
+        "learner/grad_norm": _ratio(sum(update.grad_norm for update in applied), len(applied)),
+        "learner/lr": applied[-1].lr if applied else 0.0,
+    }
+
+
+def _load_reference(config: ModelConfig, model: PreTrainedModel, compiled: bool) -> PreTrainedModel:
+    """It computes as the model does."""
+    key = "model.reference"
+    reference = load_model(model_directory(config.reference or config.path, key), model.device, key)
+    known, sampled = (one.get_output_embeddings().weight.shape[0] for one in (reference, model))
+    if known < sampled:
+        raise ConfigError(key, f"has a vocabulary of {known}, the model one of {sampled}", config.reference)
+    compute_in(reference, model.dtype)
+    check_packing(reference, key)
+    settle_blocks(reference, compile=compiled, checkpointing="none")
+    return reference.requires_grad_(False)
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole else math.nan
+
+
+def _device(name: str) -> torch.device:
+    has_gpu = torch.cuda.is_available()
+    if name == "cuda" and not has_gpu:
+        raise ConfigError("learner.device", "there is no GPU here", name, "use auto or cpu")
+    return torch.device("cuda" if has_gpu and name != "cpu" else "cpu")

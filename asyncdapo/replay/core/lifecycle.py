@@ -1,0 +1,133 @@
+"""The life of a prompt: the states it may go through, and the attempts that it costs. Exactly once is kept here.
+
+In: what happened to a prompt or its group. Out: `MovePrompt` and `MoveGroup` actions.
+
+    waiting ──lease──▶ leased ──group──▶ queued ──cut──▶ cut ──▶ trained
+       ▲                 │  ╲             │              ▲
+       │                 │   ▶ spare ─────┼──────────────┘       ends: trained filtered expired failed unused
+       └───comes back────┴───────┴────────┘
+
+A prompt is in one of these states, and every change goes through `move`, which refuses one that is not in `MOVES`.
+Nothing leads out of an end. A prompt that was never leased is `waiting` without a row anywhere.
+
+An attempt is a lease that ended lost or rejected, or withdrawn or expired under `on_stale: requeue`. A prompt whose
+attempts are used up ends `failed`. Surplus costs none, nor does a rollback.
+
+Does not own: when something is lost, stale or cut (`state.py`).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Literal
+
+from asyncdapo.replay.core.admission import PromptStream
+from asyncdapo.replay.core.batch import HeldGroup
+from asyncdapo.replay.core.events import Action, GroupState, MoveGroup, MovePrompt, PromptState
+
+MOVES: dict[PromptState, frozenset[PromptState]] = {
+    "waiting": frozenset({"leased", "unused"}),
+    "leased": frozenset({"queued", "spare", "filtered", "expired", "failed", "waiting", "unused"}),
+    "queued": frozenset({"cut", "expired", "failed", "waiting", "unused"}),
+    "spare": frozenset({"cut", "filtered", "expired", "failed", "waiting", "unused"}),
+    "cut": frozenset({"trained", "unused"}),
+}
+"""What may follow a state; the states that are not listed are ends."""
+
+
+class Lifecycle:
+    """State and attempts of every prompt that was leased and has not ended."""
+
+    def __init__(
+        self,
+        stream: PromptStream,
+        *,
+        max_attempts: int,
+        on_stale: Literal["drop", "requeue", "wait"],
+        do: Callable[[Action], None],
+        prompts: Mapping[int, tuple[PromptState, int]],
+    ) -> None:
+        """`do` takes the actions. `prompts`: state and attempts of those that were leased before and have not ended."""
+        self._stream = stream
+        self._max_attempts = max_attempts
+        self._on_stale = on_stale
+        self._do = do
+        self._states = {prompt_id: state for prompt_id, (state, _) in prompts.items()}
+        self._attempts = Counter({prompt_id: attempts for prompt_id, (_, attempts) in prompts.items()})
+
+    @property
+    def unended(self) -> dict[int, tuple[PromptState, int]]:
+        """State and attempts of the prompts that were leased and have not ended, in rising `prompt_id`."""
+        return {prompt_id: (self._states[prompt_id], self._attempts[prompt_id]) for prompt_id in sorted(self._states)}
+
+    def next_attempt(self, prompt_id: int) -> int:
+        """The number of the prompt's next lease, from 1; surplus leases count as never granted."""
+        return self._attempts[prompt_id] + 1
+
+    def move(
+        self,
+        prompt_id: int,
+        state: PromptState,
+        *,
+        step: int | None = None,
+        reason: str = "",
+        place: int | None = None,
+    ) -> None:
+        """The prompt is in `state` from now on. Raises AssertionError for a move that is not in `MOVES`."""
+        before = self._states.get(prompt_id, "waiting")
+        assert state in MOVES[before], f"prompt {prompt_id} can't go from {before} to {state}"
+        attempts = self._attempts[prompt_id]
+        self._do(MovePrompt(prompt_id=prompt_id, state=state, attempts=attempts, step=step, reason=reason, place=place))
+        self._states[prompt_id] = state
+        if state not in MOVES:
+            del self._states[prompt_id], self._attempts[prompt_id]
+
+    def move_group(self, group: HeldGroup, state: GroupState, *, step: int | None = None, reason: str = "") -> None:
+        """The group is in `state` from now on; its prompt is moved apart."""
+        self._do(
+            MoveGroup(
+                group_id=group.group_id,
+                prompt_id=group.prompt_id,
+                state=state,
+                verdict=group.verdict,
+                step=step,
+                reason=reason,
+            )
+        )
+
+    def move_both(
+        self,
+        group: HeldGroup,
+        state: Literal["queued", "spare", "cut", "trained", "filtered"],
+        *,
+        step: int | None = None,
+        reason: str = "",
+    ) -> None:
+        """The group and its prompt are in `state` from now on."""
+        self.move_group(group, state, step=step, reason=reason)
+        self.move(group.prompt_id, state, step=step, reason=reason)
+
+    def lose(self, prompt_id: int, reason: str) -> None:
+        """Its lease ended without a group: sample it again, behind others."""
+        self._try_again(prompt_id, reason, self._stream.put_behind)
+
+    def expire(self, prompt_id: int, reason: str) -> None:
+        """Its lease or group would miss the staleness bound: its end, or under `requeue` sample it again at once."""
+        if self._on_stale != "requeue":
+            self.move(prompt_id, "expired", reason=reason)
+        else:
+            self._try_again(prompt_id, reason, self._stream.put_back)
+
+    def give_back(self, group: HeldGroup, reason: str) -> None:
+        """Drop the group and put its prompt back in its place, as if it had never been leased."""
+        self.move_group(group, "surplus", reason=reason)
+        self.move(group.prompt_id, "waiting", reason=reason, place=self._stream.put_back(group.prompt_id))
+
+    def _try_again(self, prompt_id: int, reason: str, put: Callable[[int], int]) -> None:
+        """Charge an attempt; the prompt waits again if it has one left, in the place that `put` gives it."""
+        self._attempts[prompt_id] += 1
+        if self._attempts[prompt_id] < self._max_attempts:
+            self.move(prompt_id, "waiting", reason=reason, place=put(prompt_id))
+        else:
+            self.move(prompt_id, "failed", reason=reason)

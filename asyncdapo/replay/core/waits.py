@@ -1,0 +1,44 @@
+"""Names the wait: who the next batch is waiting for, in one line.
+
+In: the state after an event. Out: a line that starts with one of `WAITS`, for progress lines, for the report when a
+wait takes long, and for the tests, which hold that whoever is named really has something to do.
+
+Does not own: how long a wait may take (`server.py`, `controller/`).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from asyncdapo.replay.core.state import ReplayState
+
+WAITS = ("learner", "rollout", "weights", "no live worker", "run over")
+"""`learner`: it trains, or has not asked for its next batch. `rollout`: groups run, or no slot is free. `weights`: a
+version is trained and not published, or published and not loaded."""
+
+
+def why_waiting(state: ReplayState) -> str:
+    """The party whose next event can bring the next batch nearer."""
+    if state.over:
+        return "run over"
+    if not state.cut_wanted:
+        return _name_training(state) if state.in_training else f"learner: has not asked for batch {state.next_step}"
+    leases, size = state.leases, state.config.prompts_per_step
+    if leases.running:
+        return f"rollout: {len(leases.running)} running, {state.num_ready()} of {size} ready"
+    oldest = state.bound.oldest_version(state.next_step)
+    if state.in_training and (oldest in state.in_training or state.stream.next is None or not state.admits()):
+        return _name_training(state)
+    if not leases.workers:
+        return "no live worker"
+    if all(worker.loaded_version < oldest for worker in leases.workers.values()):
+        return f"weights: no worker has loaded version {oldest}, the oldest that fits batch {state.next_step}"
+    return f"rollout: no free slot, {state.num_ready()} of {size} ready"
+
+
+def _name_training(state: ReplayState) -> str:
+    step = min(state.in_training)
+    if step in state.untrained:
+        return f"learner: trains step {step}"
+    return f"weights: version {step} is trained and not published"

@@ -1,0 +1,263 @@
+"""Audit: does a run directory hold what the run promised? From its files alone, finished or not.
+
+In: `ledger.db`, `payloads/`, `metrics.jsonl`, and `config.yaml`, whose values (the staleness bound first of all) the
+run is held to. Out: the breaches, one line each; none for a sound run.
+Trusts nothing that the run computed about itself: counts and staleness are taken again from the rows of the groups.
+Does not own: the invariants of the ledger (`invariants`).
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from asyncdapo.errors import UserError
+from asyncdapo.replay.ledger.invariants import INVARIANTS, NUM_COPIES
+from asyncdapo.replay.ledger.ledger import LEDGER_FILE, PAYLOAD_FOLDER, check_values, is_begun, open_ledger
+from asyncdapo.replay.ledger.payloads import BadRecord, Place, read_record
+from asyncdapo.replay.ledger.schema import HELD_STATES, LEDGER_SCHEMA
+
+CONFIG_FILE = "config.yaml"
+METRICS_FILE = "metrics.jsonl"
+EVALUATION_FILE = "eval.json"
+"""In the directory of an evaluation (`controller/eval/record.py`)."""
+NUM_SHOWN = 3
+"""Rows shown of each breach; the rest is a number."""
+
+
+class _Unreadable(Exception):  # noqa: N818 - a finding, not a failure
+    """A file that the audit needs is missing, torn or foreign."""
+
+
+def run_audit(run_dir: Path) -> int:
+    """Print what the run came to and what is wrong with it. Returns the exit code: 1 on a breach. Raises
+    UserError where there is no run."""
+    if not any((run_dir / name).exists() for name in (CONFIG_FILE, LEDGER_FILE)):
+        raise UserError(f"{run_dir}: no run there (give the run.dir of a launch)")
+    if (run_dir / EVALUATION_FILE).exists():
+        raise UserError(f"{run_dir}: is an evaluation, which keeps no ledger: give the run.dir of a launch")
+    breaches = audit(run_dir)
+    print(run_dir)
+    for line in _summary(run_dir):
+        print(f"  {line}")
+    for breach in breaches:
+        print(f"breach: {breach}")
+    if not breaches:
+        print(f"sound: all {len(INVARIANTS)} invariants of the ledger hold, metrics and payloads agree with it")
+    return 1 if breaches else 0
+
+
+def audit(run_dir: Path) -> list[str]:
+    """Every breach found, as a sentence and the rows that show it."""
+    try:
+        limits = _limits(run_dir / CONFIG_FILE)
+        with closing(_open(run_dir)) as ledger:
+            ledger.execute("BEGIN")  # one moment of a run that may go on
+            finished = ledger.execute("SELECT EXISTS (SELECT 1 FROM events WHERE kind = 'run_ended')").fetchone()[0]
+            return [
+                *_ledger_breaches(ledger, limits | {"finished": finished}),
+                *_payload_breaches(ledger, run_dir / PAYLOAD_FOLDER),
+                *_metrics_breaches(ledger, run_dir / METRICS_FILE, bool(finished)),
+            ]
+    except (_Unreadable, sqlite3.Error) as error:
+        return [f"{LEDGER_FILE}: {error}" if isinstance(error, sqlite3.Error) else str(error)]
+
+
+def ledger_breach(run_dir: Path, config: dict[str, object]) -> str:
+    """What of `config` the ledger of a run breaks, the first thing found; nothing for one to go on from."""
+    try:
+        if not is_begun(run_dir):
+            return ""
+        limits = _limits_of(OmegaConf.create(config))
+        with closing(_open(run_dir)) as ledger:
+            breaches = _ledger_breaches(ledger, limits | {"finished": 0})
+            return next((breach for breach in breaches if not breach.startswith("there is a batch")), "")
+    except sqlite3.Error as error:
+        return str(error)
+
+
+def _limits(path: Path) -> dict[str, int]:
+    """What the run's configuration promises: the parameters of the invariants."""
+    if not path.is_file():
+        raise _Unreadable(f"{path.name}: missing, so there is nothing to hold the run to")
+    try:
+        return _limits_of(OmegaConf.load(path))
+    except (OmegaConfBaseException, YAMLError, AttributeError, TypeError, ValueError) as error:
+        raise _Unreadable(f"{path.name}: can't be read ({str(error).splitlines()[0]})") from error
+
+
+def _limits_of(config: DictConfig) -> dict[str, int]:
+    batch_max, group_size = int(config.replay.prompts_per_step), int(config.rollout.group_size)
+    bound = 0 if float(config.replay.run_ahead) == 0 else int(config.replay.max_staleness)
+    return {
+        "bound": bound,
+        "batch_min": 1 if _may_be_short(config) else batch_max,
+        "batch_max": batch_max,
+        "group_size": group_size,
+        "max_attempts": int(config.prompts.max_attempts),
+        "replaces": int(config.filter.get("mode") == "replace"),
+    }
+
+
+def _may_be_short(config: DictConfig) -> bool:
+    """Whether a batch may be cut short: at the limit of generation batches, or of what is left when the data ends."""
+    return config.filter.on_limit != "raise" and (config.filter.max_gen_batches > 0 or config.prompts.epochs > 0)
+
+
+def _open(run_dir: Path) -> sqlite3.Connection:
+    """The ledger, once its schema and its pages are known to be right."""
+    if not (run_dir / LEDGER_FILE).is_file():
+        raise _Unreadable(f"{LEDGER_FILE}: missing")
+    ledger = open_ledger(run_dir)
+    try:
+        row = ledger.execute("SELECT value FROM meta WHERE key = 'schema'").fetchone()
+        if row is None or row[0] != LEDGER_SCHEMA:
+            raise _Unreadable(f"{LEDGER_FILE}: schema {row and row[0]}, this program reads {LEDGER_SCHEMA}")
+        check_values(ledger)
+    except (sqlite3.Error, _Unreadable):
+        ledger.close()
+        raise
+    return ledger
+
+
+def _ledger_breaches(ledger: sqlite3.Connection, parameters: dict[str, int]) -> Iterator[str]:
+    for invariant, query in INVARIANTS.items():
+        rows = ledger.execute(query, parameters).fetchall()
+        if rows:
+            yield f"{invariant}: {_show([dict(row) for row in rows])}"
+
+
+def _payload_breaches(ledger: sqlite3.Connection, folder: Path) -> Iterator[str]:
+    """What may still be trained on must be there as it was written."""
+    held = f"state IN {HELD_STATES}"
+    lacking = [
+        dict(row) for row in ledger.execute(f"SELECT group_id, state FROM groups WHERE {held} AND segment IS NULL")
+    ]
+    if harmed := [*lacking, *_harmed(ledger, folder, held)]:
+        yield f"a group that may still be trained has its payload: {_show(harmed)}"
+
+
+def _harmed(ledger: sqlite3.Connection, folder: Path, condition: str) -> list[dict]:
+    """Groups whose payload is kept and can't be read back."""
+    rows = ledger.execute(
+        f"SELECT group_id, state, segment, offset, bytes FROM groups WHERE segment IS NOT NULL AND ({condition})"
+    )
+    harmed = []
+    for group_id, state, *place in rows:
+        try:
+            read_record(folder, Place(*place))
+        except BadRecord as bad:
+            harmed.append({"group_id": group_id, "state": state, "file": bad})
+    return harmed
+
+
+def _metrics_breaches(ledger: sqlite3.Connection, path: Path, finished: bool) -> Iterator[str]:
+    """metrics.jsonl has one line for each batch, and they agree. The line of the last batch may be lacking, since it is
+    written after the final evaluation; while a run goes on it may be ahead of the ledger's moment."""
+    try:
+        lines = _metrics(path, finished)
+    except _Unreadable as error:
+        yield str(error)
+        return
+    rows = ledger.execute(f"SELECT *, {NUM_COPIES} AS num_copies FROM batches b ORDER BY step")
+    batches = {row["step"]: row for row in rows}
+    steps, expected = [line.get("step") for line in lines if line.get("step") != 0], list(batches)
+    if not finished:
+        steps = steps[: len(expected)]
+    if steps not in (expected, expected[:-1]):
+        yield f"{path.name} has one line for each batch: {_difference(steps, expected)}"
+    for key, column in (
+        ("replay/trained_groups", "groups"),
+        ("replay/copies", "num_copies"),
+        ("replay/staleness_max", "staleness_max"),
+    ):
+        different = [
+            {"step": line["step"], path.name: line.get(key), "ledger": batches[line["step"]][column]}
+            for line in lines
+            if line.get("step") in batches and line.get(key) != batches[line["step"]][column]
+        ]
+        if different:
+            yield f"{key} is what the ledger says of the batch: {_show(different)}"
+
+
+def _metrics(path: Path, finished: bool) -> list[dict]:
+    if not path.is_file():
+        raise _Unreadable(f"{path.name}: missing")
+    text = path.read_text(encoding="utf-8", errors="replace")
+    lines = text.splitlines()
+    if not finished and lines and not text.endswith("\n"):
+        lines.pop()  # the writer was stopped in the middle of it
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise _Unreadable(f"{path.name}: line {number} isn't JSON ({error.msg})") from error
+        if not isinstance(record, dict):
+            raise _Unreadable(f"{path.name}: line {number} isn't an object")
+        records.append(record)
+    return records
+
+
+def _difference(steps: list, expected: list[int]) -> str:
+    lacking, extra = sorted(set(expected) - set(steps)), [step for step in steps if step not in expected]
+    return f"{len(steps)} lines for {len(expected)} batches, lacking {lacking[:NUM_SHOWN]}, extra {extra[:NUM_SHOWN]}"
+
+
+def _show(rows: list[dict]) -> str:
+    shown = "; ".join(", ".join(f"{name} {value}" for name, value in row.items()) for row in rows[:NUM_SHOWN])
+    more = len(rows) - NUM_SHOWN
+    return shown + (f"; and {more} more" if more > 0 else "")
+
+
+def _summary(run_dir: Path) -> list[str]:
+    """What the ledger counts, for people; nothing when it can't be read."""
+    try:
+        with closing(_open(run_dir)) as ledger:
+            harmed = _harmed(ledger, run_dir / PAYLOAD_FOLDER, f"state NOT IN {HELD_STATES}")
+            return [*_counts(ledger), _batches(ledger), *_rollbacks(ledger), *_unreadable(ledger, harmed)]
+    except (_Unreadable, sqlite3.Error):
+        return []
+
+
+def _counts(ledger: sqlite3.Connection) -> Iterator[str]:
+    for table, column in (("prompts", "state"), ("groups", "state"), ("leases", "COALESCE(outcome, 'open')")):
+        rows = ledger.execute(f"SELECT {column}, COUNT(*) FROM {table} GROUP BY 1 ORDER BY 2 DESC, 1")
+        counts = " · ".join(f"{state} {count:,}" for state, count in rows)
+        yield f"{table:<8} {counts or 'none'}"
+
+
+def _rollbacks(ledger: sqlite3.Connection) -> Iterator[str]:
+    rows = ledger.execute("SELECT step FROM branches WHERE branch > 0 ORDER BY branch").fetchall()
+    if rows:
+        groups, tokens = ledger.execute("SELECT COUNT(*), COALESCE(SUM(tokens), 0) FROM undone_groups").fetchone()
+        steps = ", ".join(str(step) for (step,) in rows[-NUM_SHOWN:])
+        yield f"rollbacks {len(rows)}, the last to step {steps} · undone: {groups:,} groups, {tokens:,} tokens"
+
+
+def _unreadable(ledger: sqlite3.Connection, harmed: list[dict]) -> Iterator[str]:
+    """Payloads that were lost, and what became of their groups: nothing that was promised is broken by it."""
+    every_event = "SELECT kind FROM events UNION ALL SELECT kind FROM undone_events"
+    again = ledger.execute(f"SELECT COUNT(*) FROM ({every_event}) WHERE kind = 'unreadable'").fetchone()[0]
+    if again:
+        yield f"payloads {again:,} unreadable, whose prompts were sampled again"
+    if harmed:
+        yield f"payloads {len(harmed):,} unreadable, of groups that have ended: {_show(harmed)}"
+
+
+def _batches(ledger: sqlite3.Connection) -> str:
+    num, groups, copies, tokens, worst, mean = ledger.execute(
+        f"SELECT COUNT(*), SUM(groups), SUM({NUM_COPIES}), SUM(tokens), MAX(staleness_max),"
+        " SUM(staleness_mean * groups) / SUM(groups) FROM batches b"
+    ).fetchone()
+    if num == 0:
+        return f"{'batches':<8} none"
+    groups_text = f"{groups:,} groups" + (f" and {copies:,} copies" if copies else "")
+    return f"{'batches':<8} {num:,} of {groups_text}, {tokens:,} tokens · staleness max {worst}, mean {mean:.2f}"

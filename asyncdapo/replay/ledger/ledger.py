@@ -1,0 +1,139 @@
+"""The ledger as a file: how it is started, and how anybody reads it.
+
+In: a run directory. Out: a connection, the branch of every batch, a group with its tokens. Readers need no lock and no
+running process; they see what is committed, also while the run goes on.
+Does not own: writing (`journal`), the tables (`schema`), whether they are sound (`audit`).
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+from contextlib import closing
+from pathlib import Path
+
+from asyncdapo.errors import UserError
+from asyncdapo.messages import Group
+from asyncdapo.payload import Payload
+from asyncdapo.replay.ledger.payloads import Place, read_record
+from asyncdapo.replay.ledger.schema import LEDGER_SCHEMA, TABLES, UNDONE_TABLES
+
+LEDGER_FILE = "ledger.db"
+PAYLOAD_FOLDER = "payloads"
+NUM_NAMED = 3
+KINDS = {"INTEGER": "integer", "INT": "integer", "REAL": "real", "TEXT": "text"}
+"""What SQLite calls the values of a column, by how the column was declared."""
+
+
+def open_for_writing(path: Path) -> sqlite3.Connection:
+    """The ledger at `path`, started if there is none. Whoever calls holds the writer's lock.
+
+    Raises UserError for a ledger of another layout.
+    """
+    ledger = sqlite3.connect(path, isolation_level=None)
+    ledger.execute("PRAGMA journal_mode = WAL")
+    ledger.execute("PRAGMA synchronous = FULL")
+    if not _has_tables(ledger):
+        _start(ledger)
+    _check_schema(ledger, path)
+    return ledger
+
+
+def open_ledger(run_dir: Path) -> sqlite3.Connection:
+    """The ledger for reading, also while the run goes on. Raises sqlite3.OperationalError when there is none."""
+    ledger = sqlite3.connect(f"{(run_dir / LEDGER_FILE).absolute().as_uri()}?mode=ro", uri=True)
+    ledger.row_factory = sqlite3.Row
+    return ledger
+
+
+def is_begun(run_dir: Path) -> bool:
+    """Whether there is a ledger: a process killed while it began one leaves an empty file, or none."""
+    if not (run_dir / LEDGER_FILE).is_file():
+        return False
+    with closing(open_ledger(run_dir)) as ledger:
+        return _has_tables(ledger)
+
+
+def last_trained(run_dir: Path) -> dict[int, int]:
+    """Branch of every batch in the ledger, by step; empty without a ledger. For whoever looks for a checkpoint. Raises
+    sqlite3.Error for a damaged one."""
+    if not is_begun(run_dir):
+        return {}
+    with closing(open_ledger(run_dir)) as ledger:
+        _check_schema(ledger, run_dir / LEDGER_FILE)
+        check_values(ledger)
+        return {step: branch for step, branch in ledger.execute("SELECT step, branch FROM batches ORDER BY step")}
+
+
+def describe_unreadable(run_dir: Path, branch: int) -> str:
+    """For people: the groups that the rollback which opened `branch` undid since their payloads can't be read; nothing
+    when there was none."""
+    with closing(open_ledger(run_dir)) as ledger:
+        rows = ledger.execute(
+            "SELECT lease_id, detail FROM events WHERE kind = 'unreadable' AND branch = ? ORDER BY lease_id", (branch,)
+        ).fetchall()
+    if not rows:
+        return ""
+    named = ", ".join(f"group {group_id} ({detail})" for group_id, detail in rows[:NUM_NAMED])
+    if len(rows) == 1:
+        return f"1 group can't be read back, its prompt is sampled again: {named}"
+    more = f" and {len(rows) - NUM_NAMED} more" if len(rows) > NUM_NAMED else ""
+    return f"{len(rows)} groups can't be read back, their prompts are sampled again: {named}{more}"
+
+
+def check_values(ledger: sqlite3.Connection) -> None:
+    """Read every page, and every value as what it has to be: SQLite has no checksums, and no types that bind. Raises
+    sqlite3.Error that says what is wrong."""
+    damage = ledger.execute("PRAGMA quick_check").fetchone()[0]
+    if damage != "ok":
+        raise sqlite3.DatabaseError(damage.splitlines()[-1])
+    for (table,) in ledger.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall():
+        for _, column, declared, *_ in ledger.execute(f"PRAGMA table_info({table})").fetchall():
+            kind = KINDS.get(declared)
+            others = f"SELECT COUNT(*) FROM {table} WHERE typeof({column}) NOT IN ('null', ?)"
+            if kind and ledger.execute(others, (kind,)).fetchone()[0]:
+                raise sqlite3.DatabaseError(f"{table}.{column} holds what is no {kind}")
+            if kind == "text":
+                ledger.execute(f"SELECT DISTINCT {column} FROM {table}").fetchall()
+
+
+def read_group(run_dir: Path, group_id: int) -> tuple[Group, Payload]:
+    """A group with its tokens and log-probs, from the files of a run (all of them with `replay.keep_payloads`).
+
+    Raises LookupError for a group that isn't there or whose payload is freed, BadRecord for one that can't be read.
+    """
+    with closing(open_ledger(run_dir)) as ledger:
+        place = place_of(ledger, group_id)
+    return read_record(run_dir / PAYLOAD_FOLDER, place)
+
+
+def place_of(ledger: sqlite3.Connection, group_id: int) -> Place:
+    """Where the payload of a group stands. Raises LookupError when it isn't kept, or not any longer."""
+    row = ledger.execute("SELECT segment, offset, bytes FROM groups WHERE group_id = ?", (group_id,)).fetchone()
+    if row is None:
+        raise LookupError(f"no group {group_id} in the ledger")
+    if row[0] is None:
+        raise LookupError(f"the payload of group {group_id} isn't kept (replay.keep_payloads keeps all)")
+    return Place(*row)
+
+
+def _has_tables(ledger: sqlite3.Connection) -> bool:
+    return bool(ledger.execute("SELECT EXISTS (SELECT 1 FROM sqlite_master)").fetchone()[0])
+
+
+def _start(ledger: sqlite3.Connection) -> None:
+    """In one transaction: a process killed in the middle leaves an empty file, which the next one starts anew."""
+    now = time.time()
+    with ledger:
+        ledger.execute("BEGIN")
+        for statement in (TABLES + UNDONE_TABLES).split(";"):
+            ledger.execute(statement)
+        meta = {"schema": LEDGER_SCHEMA, "created_at_s": now, "keep_payloads": 0}
+        ledger.executemany("INSERT INTO meta VALUES (?, ?)", meta.items())
+        ledger.execute("INSERT INTO branches VALUES (0, 0, 0, 0, 'the run began', ?)", (now,))
+
+
+def _check_schema(ledger: sqlite3.Connection, path: Path) -> None:
+    row = ledger.execute("SELECT value FROM meta WHERE key = 'schema'").fetchone()
+    if row is None or row[0] != LEDGER_SCHEMA:
+        raise UserError(f"{path}: has schema {row and row[0]}, this program has {LEDGER_SCHEMA} (use another run.dir)")

@@ -1,0 +1,256 @@
+"""Reload: reads from the ledger what the replay server and its core were about.
+
+In: the tables, as a former process or a rollback left them. Out: a `Recovered`, or the facts of one batch. Nothing is
+written. The core keeps no number that isn't here: what it counts (verdicts, generation batches, places in the stream)
+is counted again from the rows.
+Does not own: the records (`recovery`), what a rollback undoes (`rollback`).
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from bisect import bisect_left
+
+from asyncdapo.replay.core import events as core
+from asyncdapo.replay.core.batch import HeldGroup, draw_copies
+from asyncdapo.replay.core.events import LEASE_ENDS, VERDICT_STATES
+from asyncdapo.replay.core.recovery import GroupFacts, KnownWorker, OpenLease, Recovered, Totals
+from asyncdapo.replay.ledger.schema import HELD_STATES
+
+GROUP_ENDS = ("trained", "filtered", "expired", "surplus", "failed")
+NUM_VERDICTS = 1 << 16
+"""The keep rate looks back over fewer verdicts than this."""
+
+
+def recover(db: sqlite3.Connection) -> Recovered:
+    """What the ledger says now."""
+    branch, branch_step = db.execute("SELECT branch, step FROM branches ORDER BY branch DESC LIMIT 1").fetchone()
+    published = max(branch_step, _one(db, "SELECT MAX(version) FROM publishes") or 0)
+    stop = db.execute("SELECT detail, number FROM events WHERE kind = 'stopped'").fetchone()
+    return Recovered(
+        branch=branch,
+        branch_step=branch_step,
+        published=published,
+        next_step=1 + (_one(db, "SELECT MAX(step) FROM events WHERE kind = 'cut'") or 0),
+        in_training=_in_training(db, published),
+        leases=_open_leases(db),
+        num_leases=_one(
+            db, "SELECT MAX(id) FROM (SELECT lease_id AS id FROM leases UNION ALL SELECT lease_id FROM undone_leases)"
+        )
+        or 0,
+        workers=_known_workers(db, branch),
+        verdicts=_verdicts(db),
+        totals=_totals(db),
+        first_lease_at_s=_one(
+            db,
+            "SELECT MIN(at_s) FROM"
+            " (SELECT granted_at_s AS at_s FROM leases UNION ALL SELECT granted_at_s FROM undone_leases)",
+        ),
+        stop=None if stop is None else core.StopRun(reason=stop[0], error=bool(stop[1])),
+        over=bool(_one(db, "SELECT EXISTS (SELECT 1 FROM events WHERE kind IN ('stopped', 'run_ended'))")),
+        **_prompts(db),
+        **_held_groups(db),
+        **_gen_batches(db),
+    )
+
+
+def batch_facts(db: sqlite3.Connection, step: int) -> list[GroupFacts]:
+    """Members of a batch that is trained, in rising `prompt_id`; empty when there is none."""
+    rows = db.execute(
+        "SELECT group_id, tokens, completions, reward_mean, min_version FROM groups"
+        " WHERE step = ? AND state = 'trained' ORDER BY prompt_id",
+        (step,),
+    )
+    return [_facts(*row) for row in rows]
+
+
+def batch_copies(db: sqlite3.Connection, step: int) -> dict[int, int]:
+    """How many more times each member of a batch that was cut stands in it, by `group_id`, in rising `prompt_id`; empty
+    when none does. The ledger has their number, who they are is drawn again."""
+    number = db.execute("SELECT number FROM events WHERE kind = 'cut' AND step = ?", (step,)).fetchone()
+    members = db.execute(
+        "SELECT group_id, prompt_id FROM groups WHERE step = ? AND state IN ('cut', 'trained') ORDER BY prompt_id",
+        (step,),
+    ).fetchall()
+    copies = draw_copies(step, [prompt_id for _, prompt_id in members], number[0]) if number else ()
+    return dict(zip([group_id for group_id, _ in members], copies, strict=False))
+
+
+def outcome(db: sqlite3.Connection, lease_id: int) -> str | None:
+    """See `Journal.outcome`."""
+    try:
+        row = db.execute(
+            "SELECT outcome FROM leases WHERE lease_id = :id"
+            " UNION ALL SELECT 'undone' FROM undone_leases WHERE lease_id = :id",
+            {"id": lease_id},
+        ).fetchone()
+    except OverflowError:  # a peer may name any number; one beyond 64 bits was never granted
+        row = None
+    if row is None:
+        raise LookupError(f"no lease {lease_id} in the ledger")
+    return row[0]
+
+
+def last_position(db: sqlite3.Connection) -> int:
+    """The highest position that a row remembers, so that none is used again."""
+    columns = {
+        "prompts": ("changed_pos",),
+        "leases": ("granted_pos", "ended_pos"),
+        "groups": ("arrived_pos", "changed_pos"),
+        "batches": ("trained_pos",),
+        "publishes": ("pos",),
+        "loads": ("pos",),
+        "events": ("pos",),
+    }
+    highest = [
+        _one(db, f"SELECT MAX({column}) FROM {prefix}{table}")
+        for table, names in columns.items()
+        for column in names
+        for prefix in ("", "undone_")
+    ]
+    return max(position or 0 for position in [*highest, _one(db, "SELECT MAX(opened_pos) FROM branches")])
+
+
+def sessions(db: sqlite3.Connection) -> dict[int, str]:
+    """The latest session of every worker that ever joined."""
+    rows = db.execute("SELECT worker, detail, MAX(event_id) FROM events WHERE kind = 'worker_joined' GROUP BY worker")
+    return {worker: session for worker, session, _ in rows}
+
+
+def _one(db: sqlite3.Connection, query: str) -> object:
+    return db.execute(query).fetchone()[0]
+
+
+def _facts(group_id: int, num_tokens: int, num_completions: int, reward_mean: float, min_version: int) -> GroupFacts:
+    return GroupFacts(
+        group_id=group_id,
+        num_tokens=num_tokens,
+        num_completions=num_completions,
+        reward_mean=reward_mean,
+        min_version=min_version,
+    )
+
+
+def _prompts(db: sqlite3.Connection) -> dict[str, object]:
+    rows = db.execute(
+        f"SELECT prompt_id, state, attempts, place FROM prompts WHERE state IN {('waiting', 'leased', *HELD_STATES)}"
+    ).fetchall()
+    return {
+        "num_fresh": 1 + (highest if (highest := _one(db, "SELECT MAX(prompt_id) FROM prompts")) is not None else -1),
+        "prompts": {prompt_id: (state, attempts) for prompt_id, state, attempts, _ in rows},
+        "places": {prompt_id: place for prompt_id, state, _, place in rows if state == "waiting"},
+    }
+
+
+def _held_groups(db: sqlite3.Connection) -> dict[str, object]:
+    rows = db.execute(
+        "SELECT group_id, tokens, completions, reward_mean, min_version, prompt_id, verdict, state, step"
+        f" FROM groups WHERE state IN {HELD_STATES} ORDER BY step, prompt_id"
+    )
+    held: dict[str, list[HeldGroup]] = {"queued": [], "spare": []}
+    batches: dict[int, list[HeldGroup]] = {}
+    facts = {}
+    for *fields, prompt_id, verdict, state, step in rows:
+        fact = facts[fields[0]] = _facts(*fields)
+        group = HeldGroup(min_version=fact.min_version, prompt_id=prompt_id, group_id=fact.group_id, verdict=verdict)
+        (batches.setdefault(step, []) if state == "cut" else held[state]).append(group)
+    copies = {step: tuple(batch_copies(db, step).values()) for step in batches}
+    return {
+        "queued": sorted(held["queued"]),
+        "spare": sorted(held["spare"]),
+        "batches": batches,
+        "copies": {step: counts for step, counts in copies.items() if counts},
+        "facts": facts,
+    }
+
+
+def _in_training(db: sqlite3.Connection, published: int) -> dict[int, int]:
+    rows = db.execute(
+        "SELECT g.step, COUNT(*), (SELECT number FROM events WHERE kind = 'cut' AND step = g.step)"
+        " FROM groups g WHERE g.step > ? GROUP BY g.step",
+        (published,),
+    )
+    return {step: members + (copies or 0) for step, members, copies in rows}
+
+
+def _open_leases(db: sqlite3.Connection) -> list[OpenLease]:
+    rows = db.execute(
+        "SELECT lease_id, prompt_id, worker, session, attempt, started_version FROM leases"
+        " WHERE outcome IS NULL ORDER BY lease_id"
+    )
+    return [
+        OpenLease(
+            lease_id=lease_id,
+            prompt_id=prompt_id,
+            worker=worker,
+            session=session,
+            attempt=attempt,
+            started_version=started_version,
+        )
+        for lease_id, prompt_id, worker, session, attempt, started_version in rows
+    ]
+
+
+def _known_workers(db: sqlite3.Connection, branch: int) -> dict[int, KnownWorker]:
+    """The latest word on each worker in this branch is that it joined. (A bare column beside MAX is of that row.)"""
+    latest = db.execute(
+        "SELECT worker, kind, detail, MAX(event_id) FROM events"
+        " WHERE branch = ? AND kind IN ('worker_joined', 'worker_lost') GROUP BY worker",
+        (branch,),
+    )
+    loads = db.execute("SELECT worker, version, MAX(pos) FROM loads WHERE branch = ? GROUP BY worker", (branch,))
+    loaded = {worker: version for worker, version, _ in loads}
+    return {
+        worker: KnownWorker(session=session, loaded_version=loaded[worker])
+        for worker, kind, session, _ in latest
+        if kind == "worker_joined"
+    }
+
+
+def _verdicts(db: sqlite3.Connection) -> list[bool]:
+    rows = db.execute(
+        f"SELECT entered = 'queued' FROM groups WHERE entered IN {VERDICT_STATES}"
+        f" ORDER BY arrived_pos DESC LIMIT {NUM_VERDICTS}"
+    ).fetchall()
+    return [bool(kept) for (kept,) in reversed(rows)]
+
+
+def _gen_batches(db: sqlite3.Connection) -> dict[str, object]:
+    """A verdict fell in the step after the last batch that was cut before it. (A cut comes after the verdict that
+    brings it about, at the same position.)"""
+    cuts = db.execute("SELECT pos, step FROM events WHERE kind = 'cut' ORDER BY pos").fetchall()
+    since = _one(db, "SELECT MAX(pos) FROM events WHERE kind = 'gen_batch_closed'") or 0
+    arrived = db.execute(
+        f"SELECT arrived_pos FROM groups WHERE entered IN {VERDICT_STATES} AND arrived_pos > ? ORDER BY arrived_pos",
+        (since,),
+    )
+    limit = "SELECT MAX(pos) FROM events WHERE kind = 'gen_batch_closed' AND detail = 'limit reached'"
+    last_cut = cuts[-1][0] if cuts else 0
+    return {
+        "gen_batches": dict(
+            db.execute("SELECT step, MAX(number) FROM events WHERE kind = 'gen_batch_closed' GROUP BY step")
+        ),
+        "open_verdicts": [1 + _step_before(cuts, position) for (position,) in arrived],
+        "limit_reached": (_one(db, limit) or 0) > last_cut,
+    }
+
+
+def _step_before(cuts: list[tuple[int, int]], position: int) -> int:
+    index = bisect_left(cuts, (position, 0))
+    return cuts[index - 1][1] if index else 0
+
+
+def _totals(db: sqlite3.Connection) -> Totals:
+    ends = db.execute(
+        f"SELECT state, COUNT(*), SUM(tokens), SUM(completions) FROM groups WHERE state IN {GROUP_ENDS} GROUP BY state"
+        " UNION ALL SELECT 'undone', COUNT(*), SUM(tokens), SUM(completions) FROM undone_groups"
+    ).fetchall()
+    withdrawn_stale = _one(db, "SELECT COUNT(*) FROM leases WHERE outcome = 'withdrawn' AND reason = 'stale'")
+    return Totals(
+        groups={end: groups for end, groups, _, _ in ends} | {"withdrawn_stale": withdrawn_stale},
+        tokens={end: tokens or 0 for end, _, tokens, _ in ends},
+        completions={end: completions or 0 for end, _, _, completions in ends},
+        verdicts=_one(db, f"SELECT COUNT(*) FROM groups WHERE entered IN {VERDICT_STATES}"),
+        gen_batches=_one(db, "SELECT COUNT(*) FROM events WHERE kind = 'gen_batch_closed'"),
+        lease_ends=dict(db.execute(f"SELECT kind, COUNT(*) FROM events WHERE kind IN {LEASE_ENDS} GROUP BY kind")),
+    )

@@ -1,0 +1,281 @@
+"""A rollback: the ledger goes back to the checkpoint of train step k, and a new branch begins.
+
+In: the tables as they stand. Out: the tables without what came of weights newer than version k, in one transaction of
+the caller's; every row that goes, or is written over, is in an `undone_*` table first. With p the journal position at
+which batch k was trained:
+
+    groups    one with a token newer than version k goes. Every other one keeps its verdict, whenever it arrived: to
+              sample only one kind anew would bias what is trained on
+                batch k + 1, if it was cut, stands again as cut, with the same members and copies
+                other kept ones return to the queue, or end `expired` when the batch to be filled is too late for them
+                constant and masked ones stay `filtered`; a spare one stays spare while its batch isn't cut
+                where copies replace those (`filter.mode: replace`) they have places in the queue as kept ones have: a
+                spare one stays spare, and one that ended with a cut that is undone is spare again
+                one that was stale when it came goes if it came after p; surplus of the barrier stays surplus
+    leases    those without a group that were open or ended after p go, and the attempts that they cost with them
+    prompts   follow their group; without one, what had no end at p waits again, those in flight first
+    the rest  batches and cuts by step, publishes, loads and events by position
+
+A kept group whose payload can't be read (it is missing, short or damaged) goes too, its prompt is sampled again, and an
+event `unreadable` says why; batch k + 1 is not restored then, and its other members return to the queue. Otherwise
+neither chance nor time has a say: the same ledger and k give the same state, a second time too.
+Does not own: the transaction, files, and what the core makes of it (`reload`, `state`).
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from asyncdapo.replay.config import ReplayConfig
+from asyncdapo.replay.core.admission import FIRST
+from asyncdapo.replay.core.staleness import StalenessBound
+from asyncdapo.replay.ledger.payloads import Place
+from asyncdapo.replay.ledger.schema import HELD_STATES
+
+LIVE_STATES = (*HELD_STATES, "trained", "filtered")
+"""States that a prompt has because its one live group has them."""
+
+CUTS = " UNION ALL ".join(
+    f"SELECT pos FROM {table} WHERE kind = 'cut' AND step >= :step" for table in ("events", "undone_events")
+)
+"""Positions at which the batch of a step, or of a later one, was cut in any branch: what ended there remembers it."""
+
+
+class _Fate(NamedTuple):
+    """What a group is after the rollback."""
+
+    state: str
+    step: int | None
+    reason: str
+
+
+class _Group(NamedTuple):
+    """A group that the rollback may touch; the columns of `groups` that decide."""
+
+    group_id: int
+    prompt_id: int
+    min_version: int
+    max_version: int
+    verdict: str
+    entered: str
+    state: str
+    step: int | None
+    reason: str
+    segment: int | None
+    offset: int | None
+    bytes: int | None
+    arrived_pos: int
+    changed_pos: int
+
+    @property
+    def fate(self) -> _Fate:
+        """As it is."""
+        return _Fate(self.state, self.step, self.reason)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollback:
+    """`run` is the whole of it."""
+
+    db: sqlite3.Connection
+    config: ReplayConfig
+    """Staleness bound, `on_stale`, and whether there is a barrier: those of the run as it goes on."""
+    replaces: bool
+    """Whether copies take the places of groups that aren't kept, in the run as it goes on."""
+    problem_with: Callable[[Place], str]
+    """Why a payload can't be read; nothing when it is as it was written."""
+    step: int
+    """The checkpoint's train step, k."""
+    pos: int
+    """Position at which batch k was trained, p; 0 for k = 0."""
+    branch: int
+    """Number of the branch that begins."""
+    opened_pos: int
+    """Position of this transaction."""
+    at_s: float
+    unreadable: dict[_Group, str] = field(default_factory=dict)
+    """Why, of the groups that are worth training on but for this."""
+
+    def run(self, reason: str) -> None:
+        """Undo what came after the checkpoint. `reason` is for people."""
+        self.db.execute(
+            "INSERT INTO branches VALUES (?, ?, ?, ?, ?, ?)",
+            (self.branch, self.step, self.pos, self.opened_pos, reason, self.at_s),
+        )
+        in_flight, num_copies = self._in_flight(), self._num_copies()
+        restored = self._decide_groups()
+        self._undo_leases()
+        self._undo_rest()
+        cut = [(None, None, self.step + 1, num_copies, "restored")] if restored else []
+        self._insert_events("cut", cut)
+        unreadable = [(g.group_id, g.prompt_id, g.step, None, why) for g, why in self.unreadable.items()]
+        self._insert_events("unreadable", unreadable)
+        self._settle_prompts(in_flight)
+
+    def _insert_events(self, kind: str, rows: Sequence[tuple[int | str | None, ...]]) -> None:
+        """Rows of this branch: group, prompt, step, number, detail."""
+        self.db.executemany(
+            "INSERT INTO events (kind, branch, pos, at_s, lease_id, prompt_id, step, number, detail)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            [(kind, self.branch, self.opened_pos, self.at_s, *row) for row in rows],
+        )
+
+    def _undo(self, table: str, condition: str, *parameters: object) -> None:
+        """Move rows to the undone ones."""
+        self.db.execute(
+            f"INSERT INTO undone_{table} SELECT *, {self.branch} FROM {table} WHERE {condition}", parameters
+        )
+        self.db.execute(f"DELETE FROM {table} WHERE {condition}", parameters)
+
+    def _num_copies(self) -> int:
+        """Of batch k + 1, if it was cut."""
+        row = self.db.execute("SELECT number FROM events WHERE kind = 'cut' AND step = ?", (self.step + 1,)).fetchone()
+        return row[0] if row else 0
+
+    # ------------------------------------------------------------------------------------------------------ groups
+
+    def _decide_groups(self) -> bool:
+        """Give every group its fate. Returns whether batch k + 1 stands as cut."""
+        columns = ", ".join(_Group._fields)
+        rows = self.db.execute(
+            f"SELECT {columns} FROM groups WHERE changed_pos > :pos OR state IN {HELD_STATES}"
+            f" OR (state = 'filtered' AND changed_pos IN ({CUTS})) ORDER BY group_id DESC",
+            {"pos": self.pos, "step": self.step + 1},
+        )
+        groups = [_Group(*row) for row in rows]
+        restored = self._can_restore([group for group in groups if group.step == self.step + 1])
+        next_step = self.step + 1 + restored
+        undone_cuts = {pos for (pos,) in self.db.execute(CUTS, {"step": next_step})}
+        followed: set[int] = set()
+        for group in groups:
+            if restored and group.step == self.step + 1:
+                fate = _Fate("cut", group.step, "")
+            else:
+                at_undone_cut = group.state == "filtered" and group.changed_pos in undone_cuts
+                fate = self._fate(
+                    group,
+                    next_step,
+                    followed=group.prompt_id in followed,
+                    had_place=self.replaces and at_undone_cut,
+                )
+            if fate is None:
+                self._undo("groups", "group_id = ?", group.group_id)
+                continue
+            followed.add(group.prompt_id)
+            self.unreadable.pop(group, None)  # a spare one keeps its verdict, and needs no payload for it
+            if fate != group.fate:
+                self._change_group(group.group_id, fate)
+        return restored
+
+    def _can_restore(self, members: Sequence[_Group]) -> bool:
+        """Whether batch k + 1 was cut and can be trained as it was."""
+        return bool(members) and all(self._fits(group, self.step + 1) and self._has_payload(group) for group in members)
+
+    def _fate(self, group: _Group, next_step: int, *, followed: bool, had_place: bool) -> _Fate | None:
+        """None: the group goes. `followed`: a later group of its prompt stays. `had_place`: it ended with a batch that
+        is no longer cut, in which a copy took its place."""
+        if group.max_version > self.step or (group.entered == "expired" and group.arrived_pos > self.pos):
+            return None
+        ended = group.state in ("filtered", "surplus") and group.reason != "run ended" and not had_place
+        if ended or group.entered == "expired":
+            return group.fate
+        if followed:  # it expired under `requeue`, and its prompt was sampled again: one of the two can stand
+            return None
+        fits = self._fits(group, next_step)
+        if group.verdict != "kept" and (fits or group.state != "expired"):
+            stays = fits and (self.replaces or next_step == self.step + 1) and self._has_payload(group)
+            return _Fate("spare", None, "") if stays else _Fate("filtered", None, group.verdict)
+        if not fits:
+            return None if self.config.on_stale == "requeue" else _Fate("expired", None, "stale")
+        return _Fate("queued", None, "") if self._has_payload(group) else None
+
+    def _fits(self, group: _Group, step: int) -> bool:
+        return StalenessBound(self.config.staleness_bound).fits(group.min_version, step)
+
+    def _has_payload(self, group: _Group) -> bool:
+        """Whether the group can be trained on. One whose payload is there and can't be read is remembered."""
+        if group.segment is None:
+            return False
+        problem = self.problem_with(Place(group.segment, group.offset, group.bytes))
+        if problem:
+            self.unreadable[group] = problem
+        return not problem
+
+    def _change_group(self, group_id: int, fate: _Fate) -> None:
+        self.db.execute(
+            "UPDATE groups SET state = ?, step = ?, reason = ?, changed_pos = ? WHERE group_id = ?",
+            (*fate, self.opened_pos, group_id),
+        )
+
+    # --------------------------------------------------------------------------------------- leases and single rows
+
+    def _in_flight(self) -> set[int]:
+        """Prompts whose lease runs, or ran when the run ended."""
+        rows = self.db.execute(
+            "SELECT prompt_id FROM leases WHERE outcome IS NULL OR (outcome = 'withdrawn' AND reason = 'run ended')"
+        )
+        return {prompt_id for (prompt_id,) in rows}
+
+    def _undo_leases(self) -> None:
+        self._undo(
+            "leases",
+            "(outcome IS NULL OR outcome = 'done' OR ended_pos > ?)"
+            " AND NOT EXISTS (SELECT 1 FROM groups WHERE group_id = leases.lease_id)",
+            self.pos,
+        )
+
+    def _undo_rest(self) -> None:
+        """Generation batches of the steps up to k + 1 stay closed: what they counted keeps its verdict."""
+        self._undo("batches", "step > ?", self.step)
+        self._undo("publishes", "pos > ?", self.pos)
+        self._undo("loads", "pos > ?", self.pos)
+        self._undo("events", "kind IN ('stopped', 'run_ended')")
+        self._undo("events", "kind = 'cut' AND step > ?", self.step)
+        self._undo("events", "kind = 'gen_batch_closed' AND step > ?", self.step + 1)
+        self._undo("events", "kind NOT IN ('cut', 'gen_batch_closed') AND pos > ?", self.pos)
+
+    # ----------------------------------------------------------------------------------------------------- prompts
+
+    def _settle_prompts(self, in_flight: set[int]) -> None:
+        """The prompts that had no end at p, or whose group has left it: each follows its live group, or waits."""
+        rows = self.db.execute(
+            f"""
+            SELECT p.prompt_id, p.state, p.step, p.reason, p.attempts, p.place, p.changed_pos,
+                g.state, g.step, g.reason,
+                EXISTS (SELECT 1 FROM groups e
+                    WHERE e.prompt_id = p.prompt_id AND e.state = 'expired' AND e.changed_pos > :pos),
+                (SELECT COUNT(*) FROM leases l WHERE l.prompt_id = p.prompt_id
+                    AND (l.outcome IN ('lost', 'rejected') OR (:requeue AND l.outcome = 'withdrawn')))
+                + (SELECT COUNT(*) FROM groups e WHERE :requeue
+                    AND e.prompt_id = p.prompt_id AND e.state = 'expired' AND e.changed_pos <= :pos)
+            FROM prompts p LEFT JOIN groups g ON g.prompt_id = p.prompt_id AND g.state IN {LIVE_STATES}
+            WHERE p.changed_pos > :pos OR g.changed_pos = :opened
+                OR p.state IN {("waiting", "leased", *HELD_STATES)}""",
+            {"pos": self.pos, "opened": self.opened_pos, "requeue": self.config.on_stale == "requeue"},
+        ).fetchall()
+        for prompt_id, *was, place, changed_pos, state, step, reason, expired, charged in rows:
+            attempts = charged if changed_pos > self.pos else was[3]
+            if state is not None:
+                now = [state, step, reason, attempts, None]
+            elif expired:
+                now = ["expired", None, "stale", attempts, None]
+            elif was[0] == "waiting" and changed_pos <= self.pos:
+                continue
+            else:
+                first = place == FIRST or (prompt_id in in_flight and not self.config.synchronous)
+                now = ["waiting", None, "rolled back", attempts, FIRST if first else prompt_id]
+            if now != [*was, place]:
+                self._change_prompt(prompt_id, now)
+
+    def _change_prompt(self, prompt_id: int, now: Sequence[object]) -> None:
+        self.db.execute(
+            f"INSERT INTO undone_prompts SELECT *, {self.branch} FROM prompts WHERE prompt_id = ?", (prompt_id,)
+        )
+        self.db.execute(
+            "UPDATE prompts SET state = ?, step = ?, reason = ?, attempts = ?, place = ?, changed_pos = ?"
+            " WHERE prompt_id = ?",
+            (*now, self.opened_pos, prompt_id),
+        )

@@ -1,0 +1,187 @@
+"""Accounts: what became of every group and every sampled token, as the metrics of a train step.
+
+In: groups as they arrive, the core's actions, evaluation answers, what the ledger says of the time before. Out: one
+dict of metrics per step. Ratios and means are over the groups that arrived since the last step, and so is
+`rollout/arrived_…`; all other counts and tokens are totals since the start, so that
+
+    rollout/tokens = replay/tokens_{trained, filtered, expired, surplus, undone, failed, withdrawn, lost, evaluation}
+                     + what is queued, running or on its way
+
+up to the last heartbeat, and to what a worker samples for a lease after its end. Over a restart of this process totals
+of groups go on from the ledger, exactly; tokens of leases that ended without a group and of evaluations are not in it
+and go on from the last metrics line, so what was sampled for those since then is missing.
+
+Memory: the facts of held groups, as admission bounds them.
+Does not own: the learner's and the engine's numbers; writing (the controller).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+
+from asyncdapo.messages import EvalAnswer, Group
+from asyncdapo.replay.core.events import LEASE_ENDS, VERDICT_STATES, EndLease, GroupState, MoveGroup
+from asyncdapo.replay.core.recovery import GroupFacts, Recovered
+
+GROUP_ENDS = ("trained", "filtered", "expired", "surplus", "undone")
+"""Tokens of groups by how they ended; `undone` by a rollback, running leases included."""
+UNGROUPED_ENDS = ("failed", "withdrawn", "lost", "evaluation")
+"""Tokens that never were in a group of the ledger."""
+TOKEN_ENDS = (*GROUP_ENDS, *UNGROUPED_ENDS)
+MEANS = (
+    "reward/mean",
+    "filter/kept_ratio",
+    "filter/all_correct_ratio",
+    "filter/all_wrong_ratio",
+    "reward/failed_ratio",
+    "rollout/truncated_ratio",
+    "rollout/response_tokens_mean",
+)
+"""Over the groups that arrived since the last step, those on which the reward function raised only in the ratio of
+them."""
+
+
+class Accounts:
+    """Counts what the server handles; `trained` closes a step."""
+
+    def __init__(self, totals: Mapping[str, float], recovered: Recovered) -> None:
+        """`totals`: the metrics of the last line, before this process; empty for a new run."""
+        self._means = {name: totals.get(name, math.nan) for name in MEANS}
+        self._interval: Counter[str] = Counter()
+        """Sums over the groups that arrived since the last step."""
+        self._arrived_groups = self._arrived_tokens = 0
+        self._last_step = 0
+        self._ungrouped = Counter({end: int(totals.get(f"replay/tokens_{end}", 0)) for end in UNGROUPED_ENDS})
+        self.go_on_from(recovered)
+        undone_before = int(totals.get("replay/tokens_undone", 0))
+        self._ungrouped["undone"] = max(0, undone_before - self._tokens["undone"])
+
+    def go_on_from(self, recovered: Recovered) -> None:
+        """Held groups, and those that ended, as the ledger has them: at the start and after a rollback."""
+        self._held: dict[int, GroupFacts] = dict(recovered.facts)
+        self._tokens = Counter(recovered.totals.tokens)
+        self._completions = Counter(recovered.totals.completions)
+        self._groups = Counter(recovered.totals.groups)
+        self._lease_ends = Counter(recovered.totals.lease_ends)
+        self._num_verdicts, self._num_gen_batches = recovered.totals.verdicts, recovered.totals.gen_batches
+        self._last_step = 0
+
+    def move_group(self, action: MoveGroup, arrived: Group | None) -> None:
+        """A group has a new state; its first one comes with the group itself."""
+        facts = self._held.get(action.group_id)
+        if facts is None:
+            assert arrived is not None, f"{action} of a group that never arrived"
+            facts = self._held[action.group_id] = self._arrive(arrived, action.state)
+        if action.state in TOKEN_ENDS:
+            del self._held[action.group_id]
+            self._tokens[action.state] += facts.num_tokens
+            self._completions[action.state] += facts.num_completions
+            self._groups[action.state] += 1
+
+    def end_lease(self, action: EndLease, num_tokens: int) -> None:
+        """A lease is over; `num_tokens`: sampled for it so far, 0 for a late group, which was counted when it ended."""
+        if action.outcome == "done":
+            return
+        self._lease_ends[action.outcome] += 1
+        self._ungrouped["lost" if action.outcome == "rejected" else action.outcome] += num_tokens
+        self._interval["failed"] += action.outcome == "failed"
+        self._groups["withdrawn_stale"] += action.outcome == "withdrawn" and action.reason == "stale"
+
+    def undo_leases(self, num_tokens: int) -> None:
+        """A rollback ended all leases, for which so many tokens were sampled."""
+        self._ungrouped["undone"] += num_tokens
+
+    def count_evaluation(self, answers: Sequence[EvalAnswer]) -> None:
+        self._ungrouped["evaluation"] += sum(answer.num_tokens for answer in answers)
+
+    def close_gen_batch(self) -> None:
+        self._num_gen_batches += 1
+
+    def describe_unkept(self, many: int) -> str:
+        """What came since the last train step and can't be trained on: groups on which the reward function raised, and
+        what the filter dropped where it is as much as `many`; else empty."""
+        now, said = self._interval, []
+        if (filtered := now["verdicts"] - now["kept"]) >= many:
+            right, wrong = now["all_correct"], now["all_wrong"]
+            said.append(f"{filtered:,} groups filtered since the last batch: {right:,} all right, {wrong:,} all wrong")
+        if failed := now["failed"]:
+            said.append(f"{failed:,} groups failed since the last batch: the reward function raised")
+        return "; ".join(said)
+
+    def trained(self, step: int, batch: Iterable[GroupFacts], num_copies: int) -> dict[str, float]:
+        """Metrics of a step, once its groups have moved to `trained`. Opens the next interval, unless it is asked for
+        again."""
+        if step > self._last_step:
+            self._close_interval()
+            self._last_step = step
+        batch = list(batch)
+        staleness = [step - 1 - facts.min_version for facts in batch]
+        return {
+            **self._means,
+            "rollout/arrived_groups": self._arrived_groups,
+            "rollout/arrived_tokens": self._arrived_tokens,
+            "reward/filtered_mean": sum(facts.reward_mean for facts in batch) / len(batch),
+            "filter/gen_batches": self._num_gen_batches,
+            "filter/prompts_consumed": self._num_verdicts,
+            "replay/train_steps": step,
+            "replay/trained_groups": len(batch),
+            "replay/copies": num_copies,
+            "replay/staleness_mean": sum(staleness) / len(staleness),
+            "replay/staleness_max": max(staleness),
+            **{f"rollout/{end}_leases": self._lease_ends[end] for end in LEASE_ENDS},
+            **{f"replay/tokens_{end}": self._tokens[end] + self._ungrouped[end] for end in TOKEN_ENDS},
+            **self._dropped_against_trained(),
+        }
+
+    def _arrive(self, group: Group, state: GroupState) -> GroupFacts:
+        completions = group.completions
+        self._num_verdicts += state in VERDICT_STATES
+        reward_mean = sum(completion.reward for completion in completions) / len(completions)
+        accs = [completion.metrics.get("acc") for completion in completions]
+        for name, number in {
+            "groups": 1,
+            "reward": reward_mean,
+            "verdicts": state in VERDICT_STATES,
+            "kept": state == "queued",
+            "all_correct": all(acc == 1 for acc in accs),
+            "all_wrong": all(acc == 0 for acc in accs),
+            "truncated": sum(completion.finish_reason == "length" for completion in completions),
+            "completions": len(completions),
+            "tokens": group.num_tokens,
+        }.items():
+            self._interval[name] += number
+        return GroupFacts(
+            group_id=group.lease_id,
+            num_tokens=group.num_tokens,
+            num_completions=len(completions),
+            reward_mean=reward_mean,
+            min_version=group.min_version,
+        )
+
+    def _close_interval(self) -> None:
+        """The means stay as they are when nothing arrived (all of the batch was queued before)."""
+        sums, self._interval = self._interval, Counter()
+        self._arrived_groups, self._arrived_tokens = sums["groups"] + sums["failed"], sums["tokens"]
+        if self._arrived_groups:
+            self._means["reward/failed_ratio"] = sums["failed"] / self._arrived_groups
+        if sums["groups"]:
+            self._means |= {
+                "reward/mean": sums["reward"] / sums["groups"],
+                "filter/kept_ratio": sums["kept"] / max(1, sums["verdicts"]),
+                "filter/all_correct_ratio": sums["all_correct"] / sums["groups"],
+                "filter/all_wrong_ratio": sums["all_wrong"] / sums["groups"],
+                "rollout/truncated_ratio": sums["truncated"] / sums["completions"],
+                "rollout/response_tokens_mean": sums["tokens"] / sums["completions"],
+            }
+
+    def _dropped_against_trained(self) -> dict[str, float]:
+        """Dropping stale groups drops long answers; how many, and how much longer they are, shows the bias."""
+        dropped = self._groups["expired"] + self._groups["withdrawn_stale"]
+        ended = dropped + self._groups["trained"] + self._groups["filtered"]
+        return {
+            "replay/dropped_ratio": dropped / ended,
+            "replay/trained_response_tokens_mean": self._tokens["trained"] / self._completions["trained"],
+            "replay/dropped_response_tokens_mean": self._tokens["expired"] / max(1, self._completions["expired"]),
+        }

@@ -1,0 +1,311 @@
+"""One event in, one transaction, then its messages out.
+
+In: events, with what the core doesn't know of them. Out: rows in the journal, then messages to workers and learner, in
+the order of the events. `apply` does not pause, so no two events mix; what it wants sent stands in one queue behind the
+commit. So a group is acknowledged after the journal has it, and a batch is sent after its cut is written.
+
+It begins where the ledger ends, be it a new one, that of a server that was killed, or one rolled back just now. What
+the ledger doesn't know (credits, peers, the learner's wish) the peers tell again.
+
+Owns: the core's state, which a rollback replaces; the leases that run (as sessions hold them); the learner's ranks that
+wait for a batch. Does not own: sockets, what messages mean (`workers`), what follows from an event (`state`).
+Memory: a rank's share is read from its segments whenever it is wanted. `outgoing` is emptied as fast as the socket
+takes messages, which is at once; what a peer is sent answers what it sent or asked for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from msgspec import structs
+
+from asyncdapo.errors import RunError
+from asyncdapo.messages import (
+    Ack,
+    Batch,
+    CutWanted,
+    Group,
+    Lease,
+    Message,
+    NoBatch,
+    Prompt,
+    Reject,
+    Withdraw,
+    sample_seed,
+)
+from asyncdapo.payload import Payload
+from asyncdapo.replay.core import events as core
+from asyncdapo.replay.core.recovery import Recovered
+from asyncdapo.replay.core.state import ReplayState
+from asyncdapo.replay.ledger.journal import Journal
+from asyncdapo.replay.ledger.payloads import BadRecord
+from asyncdapo.replay.server.accounts import Accounts
+from asyncdapo.replay.server.failures import Failures
+from asyncdapo.replay.server.sessions import HeldLease, Session, Sessions
+from asyncdapo.shares import deal, share_of
+
+MakeState = Callable[[Recovered], ReplayState]
+
+
+@dataclass(frozen=True)
+class Letter:
+    """A message on its way out. `to_learner` says by which socket."""
+
+    peer: bytes
+    message: Message
+    frames: Sequence[bytes] = ()
+    to_learner: bool = False
+
+
+class Exchange:
+    """Joins the core to the journal, the accounts and the queue of outgoing messages."""
+
+    def __init__(
+        self,
+        make_state: MakeState,
+        journal: Journal,
+        sessions: Sessions,
+        prompt_at: Callable[[int], Prompt | None],
+        *,
+        group_size: int,
+        seed: int,
+        max_failure_ratio: float = 1.0,
+        totals: Mapping[str, float] | None = None,
+    ) -> None:
+        """`totals`: metrics of the last line before this process, which counts that the ledger doesn't have go on
+        from."""
+        self._make_state, self._journal, self._sessions, self._prompt_at = make_state, journal, sessions, prompt_at
+        self._group_size, self._seed = group_size, seed
+        self.failures = Failures(max_failure_ratio)
+        self.outgoing: asyncio.Queue[Letter] = asyncio.Queue()
+        self.failure: asyncio.Queue[str] = asyncio.Queue()
+        """Why the run can't go on."""
+        recovered = journal.recover()
+        self.accounts = Accounts(totals or {}, recovered)
+        self.first_lease_at_s = recovered.first_lease_at_s
+        self._take_over(recovered)
+        for worker, known in recovered.workers.items():
+            sessions.recover(worker, known.session, known.loaded_version, self.branch)
+
+    @property
+    def branch(self) -> int:
+        return self._journal.branch
+
+    @property
+    def newest_version(self) -> int:
+        """No weights are newer: version k is made of batch k, which was cut."""
+        return self.state.next_step - 1
+
+    def apply(
+        self,
+        event: core.Event,
+        *,
+        arrived: tuple[Group, Payload] | None = None,
+        detail: str = "",
+        summary: Mapping[str, float] | None = None,
+    ) -> None:
+        """Let the core handle the event, commit what follows, then queue its messages. See `Journal.write`."""
+        actions = self.state.handle(event)
+        prompts = {
+            action.prompt_id: self._prompt(action.prompt_id)
+            for action in actions
+            if isinstance(action, core.GrantLease)
+        }
+        self._journal.write(
+            event, actions, prompts=list(prompts.values()), arrived=arrived, detail=detail, summary=summary
+        )
+        for action in actions:
+            match action:
+                case core.GrantLease():
+                    self._grant(action, prompts[action.prompt_id])
+                case core.EndLease():
+                    self._end_lease(action, detail)
+                case core.MoveGroup():
+                    self.accounts.move_group(action, arrived[0] if arrived else None)
+                case core.CutBatch():
+                    self._answer_learner()
+                case core.GenBatchClosed():
+                    self.accounts.close_gen_batch()
+                case core.StopRun():
+                    self._stop(action)
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """The events of the body are one transaction. What they want sent can only leave after it, since nothing pauses
+        here; when it fails, nothing leaves."""
+        try:
+            with self._journal.together():
+                yield
+        except BaseException:
+            while not self.outgoing.empty():
+                self.outgoing.get_nowait()
+            raise
+
+    def send(self, session: Session, message: Message) -> None:
+        """Queue a message to a worker, behind all that went before. Dropped for one that has yet to say hello: whatever
+        it needs is sent again when it has."""
+        if session.peer:
+            self.outgoing.put_nowait(Letter(session.peer, message))
+
+    def roll_back(self, step: int, reason: str) -> None:
+        """The run goes back to the checkpoint of `step` and opens a new branch: every lease is over, and the core goes
+        on from what the ledger keeps. No worker is joined then."""
+        for session in self._sessions.known:
+            session.alive = False
+            if held := self._sessions.held_by(session.worker):
+                self.send(session, Withdraw(lease_ids=list(held)))
+        self._journal.roll_back(step, reason, self.state.config, replaces=self.state.filter.replaces)
+        self.accounts.undo_leases(sum(lease.num_tokens for lease in self._sessions.leases.values()))
+        recovered = self._journal.recover()
+        self.accounts.go_on_from(recovered)
+        self._take_over(recovered)
+
+    def _take_over(self, recovered: Recovered) -> None:
+        """Go on from what the ledger says."""
+        self.state = self._make_state(recovered)
+        self._wanted: dict[int, tuple[bytes, CutWanted]] = {}
+        self._no_batch = "the run is over" if recovered.over else None
+        self._finished = recovered.over and recovered.stop is None
+        if recovered.stop:
+            self._stop(recovered.stop)
+        self._sessions.leases = {
+            lease.lease_id: HeldLease(
+                prompt=self._prompt(lease.prompt_id),
+                worker=lease.worker,
+                attempt=lease.attempt,
+                progress_tick=self._sessions.tick,
+                started=lease.started_version is not None,
+            )
+            for lease in recovered.leases
+        }
+
+    # ------------------------------------------------------------------------------------------------------ learner
+
+    def want_batch(self, peer: bytes, wanted: CutWanted) -> None:
+        """A rank of the learner asks, perhaps again or as another peer: a batch that was cut is sent as it is."""
+        self._wanted[wanted.rank] = peer, wanted
+        if wanted.step not in self.state.untrained and not self._no_batch:
+            self.apply(core.CutWanted(step=wanted.step))
+        self._answer_learner()
+
+    def trained(self, step: int, summary: Mapping[str, float]) -> dict[str, float]:
+        """The batch is trained on. Returns the metrics of its step, also when it is told again."""
+        if step in self.state.untrained:
+            self.apply(core.Trained(step=step), summary=summary)
+        elif step >= self.state.next_step:
+            raise RunError(f"step {step} is said to be trained, but batch {step} was never cut in branch {self.branch}")
+        return self.accounts.trained(step, self._journal.batch_facts(step), self._journal.num_copies(step))
+
+    def published(self, version: int) -> None:
+        """The send of `version` is over; told again it changes nothing."""
+        if any(step <= version for step in self.state.in_training):
+            self.apply(core.Published(version=version))
+
+    def finish(self) -> None:
+        """No further step; said again it changes nothing."""
+        if not self._finished:
+            self._finished = True
+            self.apply(core.RunEnded())
+
+    def _answer_learner(self) -> None:
+        for rank, (peer, wanted) in list(self._wanted.items()):
+            if wanted.step in self.state.untrained:
+                message, frames = self._read_batch(wanted)
+            elif self._no_batch:
+                message, frames = NoBatch(step=wanted.step, reason=self._no_batch), ()
+            else:
+                continue
+            self.outgoing.put_nowait(Letter(peer, message, frames, to_learner=True))
+            del self._wanted[rank]
+
+    def _read_batch(self, wanted: CutWanted) -> tuple[Batch | NoBatch, Sequence[bytes]]:
+        """All headers, and the payload of the rank's share. A batch that can't be read stays cut: only a rollback, with
+        every rank dead, may give it other members."""
+        try:
+            return self._read_share(wanted)
+        except BadRecord as bad:
+            reason = f"batch {wanted.step} can't be read back: {bad}"
+            return NoBatch(step=wanted.step, reason=reason, unreadable=True), ()
+
+    def _read_share(self, wanted: CutWanted) -> tuple[Batch, Sequence[bytes]]:
+        step, ids = wanted.step, [group.group_id for group in self.state.untrained[wanted.step]]
+        groups = [without_metrics(self._journal.read_header(group_id)) for group_id in ids]
+        bound = self.state.bound.max_staleness
+        copies = list(self.state.copies.get(step, ()))
+        batch = Batch(step=step, branch=self.branch, max_staleness=bound, groups=groups, copies=copies)
+        dealt = deal(groups, num_updates=wanted.num_updates, num_ranks=wanted.num_ranks)
+        payloads = [self._journal.read(ids[place])[1] for place in share_of(dealt, wanted.rank)]
+        return batch, Payload.join(payloads).frames()
+
+    def _stop(self, stop: core.StopRun) -> None:
+        if stop.error:
+            self.failure.put_nowait(stop.reason)
+        else:
+            self._no_batch = stop.reason
+            self._answer_learner()
+
+    # ------------------------------------------------------------------------------------------------------- leases
+
+    def send_again(self, lease_id: int) -> None:
+        """The worker does not know of its lease: the message was lost."""
+        self._send_lease(lease_id, self._sessions.leases[lease_id])
+
+    def _prompt(self, prompt_id: int) -> Prompt:
+        prompt = self._prompt_at(prompt_id)
+        assert prompt is not None, f"prompt {prompt_id} is beyond the end of the prompt stream"
+        return prompt
+
+    def _grant(self, action: core.GrantLease, prompt: Prompt) -> None:
+        session = self._sessions.of_worker(action.worker)
+        session.granted += 1
+        if self.first_lease_at_s is None:
+            self.first_lease_at_s = time.time()
+        lease = self._sessions.leases[action.lease_id] = HeldLease(
+            prompt=prompt,
+            worker=action.worker,
+            attempt=action.attempt,
+            number=session.granted,
+            progress_tick=self._sessions.tick,
+        )
+        self._send_lease(action.lease_id, lease)
+
+    def _send_lease(self, lease_id: int, lease: HeldLease) -> None:
+        message = Lease(
+            lease_id=lease_id,
+            branch=self.branch,
+            number=lease.number,
+            attempt=lease.attempt,
+            group_size=self._group_size,
+            seed=sample_seed(self._seed, lease.prompt.prompt_id),
+            prompt=lease.prompt,
+        )
+        self.send(self._sessions.of_worker(lease.worker), message)
+
+    def _end_lease(self, action: core.EndLease, detail: str) -> None:
+        """Tell the worker how its lease ended. Who sent a late group is known to `workers`, not here."""
+        if too_many := self.failures.count(action.outcome, detail):
+            self.failure.put_nowait(too_many)
+        lease = self._sessions.leases.pop(action.lease_id, None)
+        self.accounts.end_lease(action, lease.num_tokens if lease else 0)
+        if lease is None:
+            return
+        session = self._sessions.of_worker(lease.worker)
+        match action.outcome:
+            case "done" | "failed":
+                session.num_stalled = 0
+                self.send(session, Ack(lease_id=action.lease_id))
+            case "withdrawn" | "lost":
+                session.num_stalled += action.reason == "stalled"
+                self.send(session, Withdraw(lease_ids=[action.lease_id]))
+            case "rejected":
+                self.send(session, Reject(lease_id=action.lease_id, reason=detail))
+
+
+def without_metrics(group: Group) -> Group:
+    """The group as the learner needs it: the numbers of a user's function, of which there may be many, stay behind."""
+    completions = [structs.replace(completion, metrics={}) for completion in group.completions]
+    return structs.replace(group, completions=completions)

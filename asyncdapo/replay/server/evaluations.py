@@ -1,0 +1,177 @@
+"""Evaluation requests: a table of their own beside the leases. No sockets, no clock.
+
+In: requests of the controller, workers with room, answers, lost workers. Out: the request a worker gets next, and all
+answers of an evaluation once they are there. Promises:
+
+    ahead of leases   a worker with room gets a request before it gets a lease, while there is room for one
+    share             together the requests under way hold at most `share × total_slots` slots (one may always go)
+    not listed        a request of which its worker's heartbeats don't know was lost on its way, and is sent again
+    answered once     a request comes back to the table when its worker is lost or silent for long; whichever answer
+                      comes first counts, later ones are dropped
+    asked twice       whoever asks for an evaluation that goes on joins it; it is forgotten when nobody waits for it
+    no endless loop   a request that was given out `MAX_ISSUES` times in vain ends the run
+
+Does not own: credits and sending (`server`), what is evaluated and when (the controller).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+
+from asyncdapo.errors import RunError
+from asyncdapo.messages import EvalAnswer, EvalRequest
+from asyncdapo.replay.server.sessions import MAX_UNLISTED
+
+MAX_ISSUES = 5
+
+
+@dataclass(eq=False)
+class Evaluation:
+    """The requests of one `evaluate` call."""
+
+    requests: dict[int, EvalRequest]
+    max_slots: float
+    answers: dict[int, list[EvalAnswer]] = field(default_factory=dict)
+    num_callers: int = 0
+
+    @property
+    def done(self) -> bool:
+        return len(self.answers) == len(self.requests)
+
+    def all_answers(self) -> list[EvalAnswer]:
+        """In the order of the requests."""
+        return [answer for request_id in self.requests for answer in self.answers[request_id]]
+
+
+@dataclass
+class _UnderWay:
+    worker: int
+    num_slots: int
+    since: int
+    num_unlisted: int = 0
+    """Heartbeats of its worker in a row that didn't list it."""
+
+
+class Evaluations:
+    """Which requests wait, which are under way, and where."""
+
+    def __init__(self, total_slots: int) -> None:
+        self._total_slots = total_slots
+        self._evaluations: list[Evaluation] = []
+        self._waiting: deque[int] = deque()
+        self._under_way: dict[int, _UnderWay] = {}
+        self._issues: dict[int, int] = {}
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_under_way(self) -> int:
+        return len(self._under_way)
+
+    def start(self, requests: Sequence[EvalRequest], share: float) -> Evaluation:
+        """Queue the requests, or join the evaluation of the same ones. Raises ValueError for an id of another."""
+        wanted = {request.request_id: request for request in requests}
+        evaluation = next((evaluation for evaluation in self._evaluations if evaluation.requests == wanted), None)
+        if evaluation is None:
+            evaluation = Evaluation(wanted, share * self._total_slots)
+            taken = [request_id for request_id in wanted if self._evaluation_of(request_id)]
+            if taken or len(wanted) != len(requests):
+                raise ValueError(f"evaluation request ids must be new, each used once; in use: {taken}")
+            self._evaluations.append(evaluation)
+            self._waiting.extend(wanted)
+        evaluation.num_callers += 1
+        return evaluation
+
+    def leave(self, evaluation: Evaluation) -> None:
+        """One who waited for it does no longer. The last one's leaving ends it, answered or not."""
+        evaluation.num_callers -= 1
+        if evaluation.num_callers:
+            return
+        self._evaluations.remove(evaluation)
+        self._waiting = deque(request_id for request_id in self._waiting if request_id not in evaluation.requests)
+        for request_id in evaluation.requests:
+            self._under_way.pop(request_id, None)
+            self._issues.pop(request_id, None)
+
+    def next_for(self, worker: int, tick: int) -> EvalRequest | None:
+        """The request that this worker shall run now, if there is one and its share of the slots has room."""
+        if not self._waiting:
+            return None
+        evaluation = self._evaluation_of(self._waiting[0])
+        request = evaluation.requests[self._waiting[0]]
+        in_use = sum(under_way.num_slots for under_way in self._under_way.values())
+        if in_use and in_use + request.num_sequences > evaluation.max_slots:
+            return None
+        self._waiting.popleft()
+        self._under_way[request.request_id] = _UnderWay(worker, request.num_sequences, tick)
+        self._count_issue(request.request_id)
+        return request
+
+    def note_listed(self, worker: int, listed: Collection[int]) -> list[EvalRequest]:
+        """A heartbeat says what this worker holds. Returns what is to be sent to it again. Raises RunError after
+        `MAX_ISSUES`."""
+        lost = []
+        for request_id, under_way in self._under_way.items():
+            if under_way.worker == worker:
+                under_way.num_unlisted = 0 if request_id in listed else under_way.num_unlisted + 1
+                if under_way.num_unlisted == MAX_UNLISTED:
+                    under_way.num_unlisted = 0
+                    self._check_issues(request_id)
+                    self._count_issue(request_id)
+                    lost.append(self._evaluation_of(request_id).requests[request_id])
+        return lost
+
+    def answer(self, request_id: int, answers: list[EvalAnswer]) -> Evaluation | None:
+        """Take the answers to a request in. Returns its evaluation; None when it has these already, or is over.
+
+        Raises ValueError when they are not answers to the request's prompts, or not numbers.
+        """
+        evaluation = self._evaluation_of(request_id)
+        if evaluation is None or request_id in evaluation.answers:
+            return None
+        request = evaluation.requests[request_id]
+        wanted = [(prompt.prompt_id, sample) for prompt in request.prompts for sample in request.samples]
+        if [(answer.prompt_id, answer.sample) for answer in answers] != wanted:
+            raise ValueError(f"evaluation request {request_id} has other prompts or samples than its answer")
+        if not all(0 <= answer.acc <= 1 and answer.num_tokens >= 0 for answer in answers):
+            raise ValueError(f"evaluation request {request_id} has a verdict or a length that can't be")
+        evaluation.answers[request_id] = answers
+        if self._under_way.pop(request_id, None) is None:
+            self._waiting.remove(request_id)
+        return evaluation
+
+    def start_again(self) -> None:
+        """The run was rolled back: answers so far may come of weights that are undone, so all is asked anew."""
+        self._under_way.clear()
+        self._issues.clear()
+        for evaluation in self._evaluations:
+            evaluation.answers.clear()
+        self._waiting = deque(request_id for evaluation in self._evaluations for request_id in evaluation.requests)
+
+    def lose_worker(self, worker: int) -> None:
+        """What this worker had goes to the next one with room. Raises RunError after `MAX_ISSUES`."""
+        self._reissue([request_id for request_id, at in self._under_way.items() if at.worker == worker])
+
+    def lose_silent(self, since: int) -> None:
+        """So do requests that were given out before tick `since`: the message or its answer may be lost."""
+        self._reissue([request_id for request_id, at in self._under_way.items() if at.since < since])
+
+    def _reissue(self, request_ids: list[int]) -> None:
+        for request_id in request_ids:
+            self._check_issues(request_id)
+            del self._under_way[request_id]
+            self._waiting.appendleft(request_id)
+
+    def _count_issue(self, request_id: int) -> None:
+        self._issues[request_id] = self._issues.get(request_id, 0) + 1
+
+    def _check_issues(self, request_id: int) -> None:
+        if self._issues[request_id] >= MAX_ISSUES:
+            raise RunError(f"evaluation request {request_id} was given out {MAX_ISSUES} times and never answered")
+
+    def _evaluation_of(self, request_id: int) -> Evaluation | None:
+        return next((evaluation for evaluation in self._evaluations if request_id in evaluation.requests), None)

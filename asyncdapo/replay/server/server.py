@@ -1,0 +1,270 @@
+"""The replay server: joins rollout workers and the learner to the pure core and the journal.
+
+    workers ──Hello, Ask, Started, Loaded, GroupDone, EvalDone, Heartbeat──▶ ROUTER ─▶ workers ─┐
+            ◀──Welcome, Lease, Ack, Reject, Withdraw, EvalRequest──                             ├─▶ exchange: event ─▶
+    learner ──CutWanted──▶ ROUTER ──────────────────────────────────────────────────────────────┤   core ─▶ journal ─▶
+            ◀──Batch, NoBatch──                                                                 │   messages
+    controller ──begin, trained, published, evaluate, roll_back, finish (Ray calls)─────────────┘
+
+One event loop and one event at a time; nothing between messages and their transaction waits but for the disk.
+
+Killed and started again on the same files and ports it goes on where the ledger ends, and its peers come back by
+themselves. So that the controller can repeat a call under which a server died, every command may come twice: what is
+done already is answered again.
+
+waits for: messages, commands, its own clock   unblocked by: workers, learner, controller
+Owns: the sockets and the clock. Does not own: what messages mean (`workers`), what is sent when (`exchange`), what is
+leased, kept and cut (`state`), rows and payloads (`journal`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping, Sequence
+
+from asyncdapo import faults
+from asyncdapo.errors import RunError
+from asyncdapo.messages import MAX_RANKS, CutWanted, EvalAnswer, EvalRequest, Prompt
+from asyncdapo.replay.config import ReplayConfig
+from asyncdapo.replay.core.waits import why_waiting
+from asyncdapo.replay.ledger.journal import Journal
+from asyncdapo.replay.server.dispatch import Exchange, MakeState
+from asyncdapo.replay.server.sessions import GAUGES, Session, Sessions
+from asyncdapo.replay.server.workers import FromWorker, Workers
+from asyncdapo.transport.keys import ServerKeys
+from asyncdapo.transport.sockets import Server
+
+MAX_TOGETHER = 64
+"""Messages of workers that are one transaction."""
+
+log = logging.getLogger("replay")
+
+
+class ReplayServer:
+    """Serves rollout workers, the learner and the controller. Made and called in one running event loop."""
+
+    def __init__(
+        self,
+        config: ReplayConfig,
+        make_state: MakeState,
+        journal: Journal,
+        prompt_at: Callable[[int], Prompt | None],
+        *,
+        group_size: int,
+        seed: int,
+        total_slots: int,
+        max_failure_ratio: float = 1.0,
+        vocab_size: int | None = None,
+        totals: Mapping[str, float] | None = None,
+        host: str = "127.0.0.1",
+        ports: tuple[int, int] = (0, 0),
+        curve: ServerKeys | None = None,
+    ) -> None:
+        """`make_state` makes the core from what the journal recovers, now and after a rollback.
+
+        prompt_at          the prompt stream by position
+        total_slots        sequences that all workers generate at once, of which an evaluation gets its share
+        max_failure_ratio  `reward.max_failure_ratio`
+        vocab_size         token ids are below it, where it is known
+        totals             the last metrics line of the run before this process: counts that aren't in the ledger go on
+                           from it
+        ports              for workers and for the learner, 0 is any: one that is started again is given the same
+        """
+        self._journal, self._heartbeat_s = journal, config.heartbeat_s
+        self._sessions = Sessions(config.lease_stall_s / config.heartbeat_s, totals)
+        self._exchange = Exchange(
+            make_state,
+            journal,
+            self._sessions,
+            prompt_at,
+            group_size=group_size,
+            seed=seed,
+            max_failure_ratio=max_failure_ratio,
+            totals=totals,
+        )
+        self._workers = Workers(
+            self._exchange,
+            self._sessions,
+            journal,
+            group_size=group_size,
+            total_slots=total_slots,
+            vocab_size=vocab_size,
+            totals=totals,
+        )
+        rollout_port, learner_port = ports
+        self._rollout_socket = Server(FromWorker, host, port=rollout_port, curve=curve)
+        self._learner_socket = Server(CutWanted, host, port=learner_port, curve=curve)
+        self.rollout_address, self.learner_address = self._rollout_socket.address, self._learner_socket.address
+
+    @property
+    def branch(self) -> int:
+        """The run's, which every rollback raises."""
+        return self._exchange.branch
+
+    @property
+    def ports(self) -> tuple[int, int]:
+        """For workers and for the learner."""
+        rollout, learner = (int(address.rpartition(":")[2]) for address in (self.rollout_address, self.learner_address))
+        return rollout, learner
+
+    async def run(self) -> None:
+        """Serve until cancelled, also when the data is used up; then close the sockets. Raises RunError when the run
+        can't go on, ConfigError when groups lack the metric of the filter."""
+        loops = (self._serve_workers(), self._serve_learner(), self._send(), self._tick(), self._fail())
+        tasks = [asyncio.create_task(loop) for loop in loops]
+        try:
+            ended, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in ended:
+                task.result()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            self._rollout_socket.close()
+            self._learner_socket.close()
+
+    # ---------------------------------------------------------------------------------------------------- commands
+
+    async def begin(self) -> None:
+        """Grant leases from now on; until then only evaluation runs."""
+        self._workers.leasing = True
+        with self._exchange.together():
+            self._workers.offer_all()
+
+    async def pause(self) -> None:
+        """Grant no lease from now on, until `begin`; those that run go on."""
+        self._workers.pause()
+
+    async def roll_back(self, step: int, reason: str) -> int:
+        """The run goes back to the checkpoint of `step`: what came after it is undone, every lease is over, and workers
+        count again once they have weights of the new branch, which is returned."""
+        self._workers.roll_back(step, reason)
+        return self.branch
+
+    async def lose_worker(self, worker: int) -> None:
+        """The worker's process is dead; to be told before another one is started."""
+        with self._exchange.together():
+            self._workers.lose(worker)
+
+    async def trained(self, step: int, summary: Mapping[str, float]) -> dict[str, float]:
+        """Batch `step` is trained on; `summary` is what the learner says of it. Returns the metrics of the step:
+        reward/…, filter/…, rollout/…, replay/…, as docs/metrics.md lists them."""
+        return {
+            **self._exchange.trained(step, summary),
+            **{f"rollout/{gauge}": self._sessions.total(gauge) for gauge in GAUGES},
+            **{f"replay/{name}": number for name, number in self._exchange.state.gauges().items()},
+            **{f"replay/{what}": number for what, number in self._workers.dropped.items()},
+        }
+
+    async def published(self, version: int) -> None:
+        """The send of `version` is over."""
+        self._exchange.published(version)
+
+    async def covered(self, step: int) -> None:
+        """A checkpoint of `step` exists: payloads that nothing can ask for any more are freed."""
+        self._journal.covered(step)
+        self._journal.fold()
+
+    async def evaluate(self, requests: Sequence[EvalRequest], share: float) -> list[EvalAnswer]:
+        """All answers, in the order of requests and prompts; `share` of all slots is the most that it takes. Requests
+        of lost workers are given out again. Asked twice, it is done once. Raises ValueError for a request id that
+        another evaluation uses."""
+        return await self._workers.evaluate(requests, share)
+
+    async def finish(self) -> None:
+        """No further step: leases are withdrawn, prompts without an end become `unused`. Evaluation goes on."""
+        self._workers.leasing = False
+        self._exchange.finish()
+        self._journal.fold()
+
+    def status(self) -> dict[str, object]:
+        """For progress lines and the chain of waits: who waits for whom, who there is, and numbers of the moment."""
+        evaluations, state = self._workers.evaluations, self._exchange.state
+        return {
+            "why_waiting": self._why_waiting(),
+            "branch": self.branch,
+            "filling_step": state.next_step,
+            "ready": state.num_ready(),
+            "failed": self._exchange.failures.num_failed,
+            "last_failure": self._exchange.failures.last_words,
+            "first_lease_at_s": self._exchange.first_lease_at_s,
+            "known_workers": {session.worker: self._describe(session) for session in self._sessions.known},
+            "suspected_workers": self._sessions.suspected,
+            "lost_workers": self._sessions.lost,
+            "evaluations_waiting": evaluations.num_waiting,
+            "evaluations_running": evaluations.num_under_way,
+            "sampled_tokens": self._sessions.total("tokens"),
+            "dropped": dict(self._workers.dropped),
+            **state.gauges(),
+        }
+
+    def _describe(self, session: Session) -> dict[str, float]:
+        """A worker as it was heard last. `stalled`: leases in a row that stalled there, so its engine may hang."""
+        return {
+            "joined": session.alive,
+            "loaded_version": session.loaded_version,
+            "branch": session.branch,
+            "leases": len(self._sessions.held_by(session.worker)),
+            "silent_s": (self._sessions.tick - session.heard_tick) * self._heartbeat_s,
+            "tokens": session.gauges.get("tokens", 0.0),
+            "stalled": session.num_stalled,
+        }
+
+    def _why_waiting(self) -> str:
+        state, evaluations = self._exchange.state, self._workers.evaluations
+        why, num_open = why_waiting(state), evaluations.num_waiting + evaluations.num_under_way
+        if num_open and (state.over or not (state.cut_wanted or state.in_training)):
+            why = "rollout: no batch is wanted"  # an evaluation goes on alone, and its answers are waited for
+        elif why.startswith("rollout") and (
+            unkept := self._exchange.accounts.describe_unkept(2 * state.config.prompts_per_step)
+        ):
+            why += f"; {unkept}"
+        if behind := [session.worker for session in self._sessions.known if session.branch != self.branch]:
+            why += f"; workers {behind} have no weights of branch {self.branch} yet"
+        if suspected := self._sessions.suspected:
+            why += f"; nothing heard for long from workers {suspected}"
+        if num_open:
+            why += f"; {num_open} evaluation requests are open"
+        return why
+
+    # ------------------------------------------------------------------------------------------------------- loops
+
+    async def _serve_workers(self) -> None:
+        """What has come meanwhile is one transaction, and waits for the disk once; the answers leave after it, since
+        nothing else runs before its end."""
+        while True:
+            messages = await self._rollout_socket.receive_some(MAX_TOGETHER)
+            with self._exchange.together():
+                for message in messages:
+                    self._workers.hear(*message)
+
+    async def _serve_learner(self) -> None:
+        while True:
+            peer, message, _ = await self._learner_socket.receive()
+            if isinstance(message, CutWanted) and self._can_be(message):
+                self._exchange.want_batch(peer, message)
+            else:
+                self._workers.dropped["malformed"] += 1
+                log.warning("on the learner's socket: %s", message)
+
+    def _can_be(self, wanted: CutWanted) -> bool:
+        """Whether a rank of a learner may ask this, or it is damaged."""
+        known, ranks = wanted.step <= self._exchange.state.next_step, wanted.num_ranks
+        return known and 0 <= wanted.rank < ranks <= MAX_RANKS and wanted.num_updates >= 1
+
+    async def _send(self) -> None:
+        while True:
+            letter = await self._exchange.outgoing.get()
+            socket = self._learner_socket if letter.to_learner else self._rollout_socket
+            await socket.send(letter.peer, letter.message, letter.frames)
+            faults.point("after_send")
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(self._heartbeat_s)
+            with self._exchange.together():
+                self._workers.tick()
+
+    async def _fail(self) -> None:
+        raise RunError(await self._exchange.failure.get())

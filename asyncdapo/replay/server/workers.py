@@ -1,0 +1,326 @@
+"""The conversation with the rollout workers: their messages become events, after a look at each.
+
+In: messages of peers, and ticks. Out: events for the core, evaluation requests, answers that need no event. Peers that
+never said hello are dropped in silence and counted; what a known worker sends is checked before the core sees it, and
+nothing that it sends ends the server.
+
+    joining      a worker counts from the moment it says that it has weights of the run's branch; until then it is
+                 welcome and gets nothing to do. So after a rollback nothing is sampled with weights that were undone
+    credits      a worker is owed `asked − granted`; evaluation requests go first, the core gets the rest as `Ready`
+    lost leases  a worker that fell silent loses its leases; one that speaks again joins again. A lease without progress
+                 for `lease_stall_s` is lost alone
+    late groups  are acknowledged and dropped; repeated ones, whose acknowledgement was lost, too
+    over         leases that a heartbeat reports and that are over are withdrawn (again)
+    unknown      leases and evaluation requests that heartbeats don't report are sent again
+
+Memory: a session per worker, the leases that run, the evaluations that somebody waits for.
+Does not own: sockets, sessions as records (`sessions`), what follows from an event (`state`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from msgspec.structs import replace
+
+from asyncdapo.messages import (
+    SCHEMA_VERSION,
+    Ack,
+    Ask,
+    EvalAck,
+    EvalAnswer,
+    EvalDone,
+    EvalRequest,
+    Group,
+    GroupDone,
+    GroupFailed,
+    Heartbeat,
+    Hello,
+    Loaded,
+    Message,
+    Reject,
+    Started,
+    Welcome,
+    Withdraw,
+)
+from asyncdapo.replay.core import events as core
+from asyncdapo.replay.ledger.journal import Journal
+from asyncdapo.replay.server.dispatch import Exchange
+from asyncdapo.replay.server.evaluations import Evaluation, Evaluations
+from asyncdapo.replay.server.sessions import Session, Sessions
+from asyncdapo.replay.server.validate import BadGroup, arrival, check_group
+from asyncdapo.transport.codec import Malformed
+
+FromWorker = Hello | Ask | Started | Loaded | GroupDone | GroupFailed | EvalDone | Heartbeat
+NUM_WORKERS_MAX = 1 << 16
+DROPPED = ("strangers", "malformed", "rejected", "duplicates")
+EVAL_PATIENCE = 5
+"""An evaluation request without an answer for this many `lease_stall_s` is given out again."""
+
+log = logging.getLogger("replay")
+
+
+class Workers:
+    """All rollout workers, as the replay server sees them."""
+
+    def __init__(
+        self,
+        exchange: Exchange,
+        sessions: Sessions,
+        journal: Journal,
+        *,
+        group_size: int,
+        total_slots: int,
+        vocab_size: int | None = None,
+        totals: Mapping[str, float] | None = None,
+    ) -> None:
+        self._exchange, self._sessions, self._journal = exchange, sessions, journal
+        self._group_size, self._vocab_size = group_size, vocab_size
+        self._answered: dict[Evaluation, asyncio.Event] = {}
+        self.evaluations = Evaluations(total_slots)
+        self.dropped = Counter({what: int((totals or {}).get(f"replay/{what}", 0)) for what in DROPPED})
+        """Messages that led to nothing, by the `replay/` metric that counts them."""
+        self.leasing = False
+        """Whether leases are granted; evaluation runs in any case."""
+
+    def hear(self, peer: bytes, message: Message | Malformed, frames: Sequence[memoryview]) -> None:
+        """One message of a peer, known or not."""
+        session = self._sessions.of_peer(peer)
+        if isinstance(message, Hello):
+            self._greet(peer, message)
+        elif session is None:
+            self.dropped["strangers"] += 1
+        else:
+            session.heard_tick = self._sessions.tick
+            self._listen(session, message, frames)
+
+    def tick(self) -> None:
+        """One heartbeat interval has passed: whoever made no use of it may be lost."""
+        sessions = self._sessions
+        sessions.tick += 1
+        for session in sessions.silent():
+            log.warning("worker %d is lost: nothing heard from it", session.worker)
+            self._lose(session)
+        for lease_id in sessions.stalled():
+            if lease_id in sessions.leases:  # the loss of another may have ended it
+                log.warning("lease %d is lost: no progress", lease_id)
+                self._exchange.apply(core.LeaseLost(lease_id=lease_id, reason="stalled"))
+        if sessions.deserted and self._exchange.failure.empty():
+            self._exchange.failure.put_nowait("no live worker: nothing has been heard from any for long")
+        self.evaluations.lose_silent(sessions.tick - EVAL_PATIENCE * sessions.stall_ticks)
+        self.offer_all()
+
+    def offer_all(self) -> None:
+        """Give every worker with room something to do."""
+        for session in self._sessions.live:
+            self._offer(session)
+
+    def pause(self) -> None:
+        """Grant no further lease, those included that workers have asked for."""
+        self.leasing = False
+        for session in self._sessions.live:
+            self._exchange.apply(core.Ready(worker=session.worker, credits=0))
+
+    def lose(self, worker: int) -> None:
+        """Its process is known to be dead: what it held is free at once, and it is not waited for."""
+        if session := self._sessions.of_worker(worker):
+            if session.alive:
+                self._lose(session)
+            self._sessions.forget(session)
+
+    def roll_back(self, step: int, reason: str) -> None:
+        """See `Exchange.roll_back`. Evaluations that go on begin again with the first worker that joins."""
+        self._exchange.roll_back(step, reason)
+        self.evaluations.start_again()
+
+    async def evaluate(self, requests: Sequence[EvalRequest], share: float) -> list[EvalAnswer]:
+        """All answers, in the order of requests and prompts, whenever they are there."""
+        evaluation = self.evaluations.start(requests, share)
+        answered = self._answered.setdefault(evaluation, asyncio.Event())
+        try:
+            self.offer_all()
+            if not evaluation.done:
+                await answered.wait()
+            return evaluation.all_answers()
+        finally:
+            self.evaluations.leave(evaluation)
+            if not evaluation.num_callers:
+                del self._answered[evaluation]
+            self.offer_all()
+
+    # ----------------------------------------------------------------------------------------------------- sessions
+
+    def _listen(self, session: Session, message: Message | Malformed, frames: Sequence[memoryview]) -> None:
+        match message:
+            case Malformed():
+                self._drop("malformed", session, str(message))
+            case Ask(asked=asked):
+                session.asked = max(session.asked, asked)
+                self._offer(session)
+            case Heartbeat():
+                self._take_heartbeat(session, message)
+            case Loaded(version=version, branch=branch):
+                self._note_weights(session, version, branch)
+                self._offer(session)
+            case Started(lease_id=lease_id, version=version):
+                self._note_started(session, lease_id, version)
+            case GroupDone(group=group):
+                self._take_group(session, group, frames)
+            case GroupFailed():
+                self._take_failure(session, message)
+            case EvalDone():
+                self._take_answers(session, message, frames)
+
+    def _greet(self, peer: bytes, hello: Hello) -> None:
+        """A new session puts the worker's former one out, with all that it held."""
+        if hello.schema != SCHEMA_VERSION or hello.worker not in range(NUM_WORKERS_MAX):
+            self.dropped["malformed"] += 1
+            log.warning("%s is not welcome, this end has schema %d", hello, SCHEMA_VERSION)
+            return
+        if hello.branch == self._exchange.branch and not self._exists(hello.loaded_version):
+            self.dropped["malformed"] += 1
+            log.warning("%s is not welcome, the newest version is %d", hello, self._exchange.newest_version)
+            return
+        session = self._sessions.recognise(peer, hello)
+        if session is None:
+            former = self._sessions.of_worker(hello.worker)
+            if former is not None and former.alive:
+                self._lose(former)
+            session = self._sessions.begin(peer, hello)
+        self._note_weights(session, hello.loaded_version, hello.branch)
+        session.heard_tick = self._sessions.tick
+        self._exchange.send(session, Welcome(branch=self._exchange.branch, granted=session.granted))
+        self.offer_all()
+
+    def _note_weights(self, session: Session, version: int, branch: int) -> None:
+        """The worker is there and generates with these weights: it joins, for the first time or again, if they are of
+        the run's branch; those of another are worth nothing. Versions only rise: a lower one was overtaken."""
+        if branch != self._exchange.branch or not self._exists(version):
+            return
+        if branch == session.branch and self._exists(session.loaded_version):
+            version = max(version, session.loaded_version)
+        before, session.loaded_version, session.branch = session.loaded_version, version, branch
+        if not session.alive:
+            session.alive = True
+            self._exchange.apply(core.WorkerJoined(worker=session.worker, loaded_version=version), detail=session.name)
+        elif version != before:
+            self._exchange.apply(core.Loaded(worker=session.worker, version=version))
+
+    def _lose(self, session: Session) -> None:
+        session.alive = False
+        self._exchange.apply(core.WorkerLost(worker=session.worker))
+        self.evaluations.lose_worker(session.worker)
+
+    def _take_heartbeat(self, session: Session, heartbeat: Heartbeat) -> None:
+        found = self._sessions.note_heartbeat(session, heartbeat)
+        if found.over:
+            self._exchange.send(session, Withdraw(lease_ids=found.over))
+        for lease_id in found.unlisted:
+            self._exchange.send_again(lease_id)
+        for request in self.evaluations.note_listed(session.worker, heartbeat.evaluations):
+            self._exchange.send(session, replace(request, number=session.granted))
+        for lease_id, version in found.started:
+            self._note_started(session, lease_id, version)
+        self._note_weights(session, heartbeat.loaded_version, heartbeat.branch)
+        self._offer(session)
+
+    def _note_started(self, session: Session, lease_id: int, version: int) -> None:
+        if self._holds(session, lease_id) and self._exists(version):
+            self._sessions.leases[lease_id].started = True
+            self._exchange.apply(core.Started(lease_id=lease_id, version=version))
+
+    def _offer(self, session: Session) -> None:
+        if not session.alive:
+            return
+        while session.owed and (request := self.evaluations.next_for(session.worker, self._sessions.tick)):
+            session.granted += 1
+            self._exchange.send(session, replace(request, number=session.granted))
+        if self.leasing:
+            self._exchange.apply(core.Ready(worker=session.worker, credits=session.owed))
+
+    # ------------------------------------------------------------------------------------------------------- groups
+
+    def _take_group(self, session: Session, group: Group, frames: Sequence[memoryview]) -> None:
+        lease = self._sessions.leases.get(group.lease_id)
+        if lease is None:
+            self._settle_late(session, group.lease_id)
+            return
+        exchange = self._exchange
+        try:
+            if lease.worker != session.worker:
+                raise BadGroup(f"the lease is worker {lease.worker}'s")
+            payload = check_group(
+                group,
+                frames,
+                lease,
+                group_size=self._group_size,
+                branch=exchange.branch,
+                newest_version=exchange.newest_version,
+                vocab_size=self._vocab_size,
+            )
+        except BadGroup as problem:
+            self._reject(session, group.lease_id, str(problem))
+            return
+        exchange.apply(arrival(group), arrived=(group, payload))
+
+    def _take_failure(self, session: Session, failure: GroupFailed) -> None:
+        if failure.lease_id not in self._sessions.leases:
+            self._settle_late(session, failure.lease_id)
+        elif self._holds(session, failure.lease_id):
+            self._exchange.apply(core.LeaseFailed(lease_id=failure.lease_id), detail=failure.reason)
+        else:
+            self._reject(session, failure.lease_id, "the lease is another worker's")
+
+    def _settle_late(self, session: Session, lease_id: int) -> None:
+        """The answer to a lease that is over: known (its acknowledgement was lost), late, or to no lease at all."""
+        try:
+            outcome = self._journal.outcome(lease_id)
+        except LookupError as error:
+            self._reject(session, lease_id, str(error))
+            return
+        if outcome == "done":
+            self.dropped["duplicates"] += 1
+        else:
+            late = core.GroupDone(lease_id=lease_id, min_version=0, max_version=0, metrics={}, num_loss_tokens=0)
+            self._exchange.apply(late)
+        self._exchange.send(session, Ack(lease_id=lease_id))
+
+    def _reject(self, session: Session, lease_id: int, reason: str) -> None:
+        """The worker forgets the group; the lease is over if it is this worker's own."""
+        self._drop("rejected", session, f"group of lease {lease_id}: {reason}")
+        if self._holds(session, lease_id):
+            self._exchange.apply(core.LeaseLost(lease_id=lease_id, reason="rejected"), detail=reason)
+        else:
+            self._exchange.send(session, Reject(lease_id=lease_id, reason=reason))
+
+    def _take_answers(self, session: Session, done: EvalDone, frames: Sequence[memoryview]) -> None:
+        """Bad answers are forgotten; their request is given out again when it is due. So are those of a worker whose
+        weights are of another branch: it answers what was asked before a rollback."""
+        self._exchange.send(session, EvalAck(request_id=done.request_id))
+        if session.branch != self._exchange.branch:
+            return
+        try:
+            evaluation = self.evaluations.answer(done.request_id, done.unpack(frames))
+        except ValueError as problem:
+            self._drop("rejected", session, str(problem))
+            return
+        if evaluation is None:
+            return
+        self._exchange.accounts.count_evaluation(done.answers)
+        if evaluation.done:
+            self._answered[evaluation].set()
+        self.offer_all()
+
+    def _holds(self, session: Session, lease_id: int) -> bool:
+        lease = self._sessions.leases.get(lease_id)
+        return lease is not None and lease.worker == session.worker
+
+    def _exists(self, version: int) -> bool:
+        return 0 <= version <= self._exchange.newest_version
+
+    def _drop(self, what: str, session: Session, problem: str) -> None:
+        self.dropped[what] += 1
+        log.warning("worker %d: %s", session.worker, problem)

@@ -1,0 +1,243 @@
+"""Torch engine: `Engine` over a thread of its own that generates without a stop.
+
+    event loop: generate, load_weights, stop ──inbox──▶ thread: Runner.step, again and again
+    event loop: futures, on_started          ◀─call_soon_threadsafe── thread
+
+The thread alone touches the runner. Between two tokens it takes what the inbox holds; with nothing to do it sleeps on
+a condition. New weights are fused in a second thread into the set that doesn't generate, so generation goes on until
+the pointers are swapped. If the engine's thread ends, for whatever reason, every pending and every later call raises
+EngineError with the cause; nothing waits for a thread that is gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from asyncdapo.errors import ConfigError, WeightsError
+from asyncdapo.model.shape import settled_dtype
+from asyncdapo.rollout.config import RolloutConfig
+from asyncdapo.rollout.engine import Limits, LoadTimes, Request, Sample
+from asyncdapo.rollout.life import Life
+from asyncdapo.rollout.torch_engine.checkpoint import read_checkpoint
+from asyncdapo.rollout.torch_engine.runner import Counters, Progress, Runner
+from asyncdapo.rollout.torch_engine.scheduler import Job
+from asyncdapo.rollout.torch_engine.weights import Weights
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class TorchEngine:
+    """The embedded engine: continuous batching of a llama-family checkpoint on CPU or GPU.
+
+    `max_prompt_length` and `config.max_response_length` bound every sequence. `stop_token_ids` replaces the
+    checkpoint's own end-of-sequence ids.
+    """
+
+    def __init__(
+        self,
+        model_path: str,
+        config: RolloutConfig,
+        *,
+        max_prompt_length: int,
+        stop_token_ids: list[int] | None = None,
+    ) -> None:
+        self._model_path = model_path
+        self._config = config
+        self._max_prompt_length = max_prompt_length
+        self._stop_token_ids = stop_token_ids
+        self._condition = threading.Condition()
+        self._inbox: list[Callable[[], None]] = []
+        self._jobs: dict[Job, asyncio.Future[list[Sample]]] = {}
+        self._swapped: asyncio.Future[None] | None = None
+        self._loading = asyncio.Lock()
+        self._filler = ThreadPoolExecutor(1, "weights", torch.set_num_threads, (config.threads,))
+        self._stopping = False
+        self._life = Life("the torch engine")
+        self._version = 0
+        self._counters = Counters()
+        self._busy_s = 0.0
+        self._started_s = 0.0
+
+    @property
+    def num_slots(self) -> int:
+        return self._config.slots
+
+    @property
+    def num_outstanding(self) -> int:
+        return sum(job.num_unfinished for job in self._jobs)
+
+    @property
+    def loaded_version(self) -> int:
+        return self._version
+
+    @property
+    def device(self) -> torch.device:
+        return self._runner.device
+
+    def gauges(self) -> dict[str, float]:
+        """Also `steps`, and `slot_steps`: the sum over them of slots in use."""
+        counters, elapsed_s = self._counters, time.monotonic() - self._started_s
+        return {
+            "tokens": counters.tokens,
+            "prefill_tokens": counters.prefill_tokens,
+            "steps": counters.steps,
+            "slot_steps": counters.slot_steps,
+            "busy_s": self._busy_s,
+            "idle_s": elapsed_s - self._busy_s,
+        }
+
+    # ---------------------------------------------------------------------------------------------- in the event loop
+
+    async def start(self) -> None:
+        """Raises ConfigError for a checkpoint that can't be used. It is read here and never again."""
+        self._loop = asyncio.get_running_loop()
+        await self._loop.run_in_executor(self._filler, self._load)
+        self._started_s = time.monotonic()
+        self._life.begin()
+        self._thread = threading.Thread(target=self._generate_until_stopped, name="torch-engine", daemon=True)
+        self._thread.start()
+
+    async def generate(self, request: Request) -> list[Sample]:
+        """Raises ValueError for a request that can't fit, EngineError once the engine can't go on."""
+        self._life.require()
+        self._limits.refuse_unfit(request)
+        job = Job(request)
+        done = self._jobs[job] = self._loop.create_future()
+        self._order(lambda: self._runner.add(job))
+        try:
+            return await done
+        finally:
+            del self._jobs[job]
+            if job.num_unfinished:
+                self._order(lambda: self._runner.withdraw(job))
+
+    async def load_weights(self, version: int, weights: Mapping[str, torch.Tensor]) -> LoadTimes:
+        """Raises WeightsError for tensors that aren't this model's; the weights in use are then left as they are."""
+        began_s = time.monotonic()
+        async with self._loading:
+            if self._swapped is not None:  # an earlier call may have been cancelled before its swap
+                await asyncio.wait([self._swapped])
+            self._life.require()
+            try:
+                await self._loop.run_in_executor(self._filler, self._spare.fill, weights)
+            except ValueError as error:
+                raise WeightsError(f"version {version} can't be loaded: {error}") from error
+            self._life.require()
+            swapped = self._swapped = self._loop.create_future()
+            self._order(lambda: self._swap(version, swapped))
+            await asyncio.shield(swapped)
+        return LoadTimes(load_s=time.monotonic() - began_s)
+
+    async def ended(self) -> None:
+        await self._life.over()
+
+    async def stop(self) -> None:
+        with self._condition:
+            self._stopping = True
+            self._condition.notify()
+        if self._life.alive:
+            await self._loop.run_in_executor(None, self._thread.join)
+            self._on_end(None)
+            del self._runner, self._spare
+        self._filler.shutdown()
+
+    def _order(self, order: Callable[[], None]) -> None:
+        """The engine's thread does this between two tokens."""
+        with self._condition:
+            self._inbox.append(order)
+            self._condition.notify()
+
+    def _deliver(self, version: int, progress: Progress) -> None:
+        for job in progress.started:
+            if job in self._jobs and job.request.on_started is not None:
+                job.request.on_started(version)
+        for job in progress.ended:
+            if job in self._jobs and job.request.on_sample_done is not None:
+                job.request.on_sample_done()
+        for job in progress.ended:
+            if job in self._jobs and not job.num_unfinished and not self._jobs[job].done():
+                self._jobs[job].set_result(job.samples)
+
+    def _on_end(self, cause: BaseException | None) -> None:
+        """Nothing generates any more: tell everyone who waits."""
+        self._life.end(cause, (*self._jobs.values(), self._swapped))
+
+    # ----------------------------------------------------------------------------------------- in the filler's thread
+
+    def _load(self) -> None:
+        checkpoint = read_checkpoint(self._model_path)
+        num_positions = self._max_prompt_length + self._config.max_response_length
+        if num_positions > checkpoint.shape.max_positions:
+            raise ConfigError(
+                "rollout.max_response_length",
+                f"prompt and response need {num_positions} positions, the model has {checkpoint.shape.max_positions}",
+                self._config.max_response_length,
+            )
+        device = self._device()
+        dtype = DTYPES[settled_dtype(self._config.dtype, on_gpu=device.type == "cuda")]
+        weights, self._spare = (Weights(checkpoint.shape, dtype, device) for _ in range(2))
+        try:
+            weights.fill(checkpoint.tensors())
+        except ValueError as error:
+            raise ConfigError("model.path", str(error), self._model_path) from error
+        stop_token_ids = checkpoint.stop_token_ids if self._stop_token_ids is None else frozenset(self._stop_token_ids)
+        self._limits = Limits(
+            max_prompt_length=self._max_prompt_length,
+            max_response_length=self._config.max_response_length,
+            vocab_size=checkpoint.shape.vocab_size,
+        )
+        self._runner = Runner(checkpoint, self._config, self._max_prompt_length, stop_token_ids, weights, device)
+        self._counters = self._runner.counters
+
+    def _device(self) -> torch.device:
+        if self._config.device == "cuda" and not torch.cuda.is_available():
+            raise ConfigError("rollout.device", "there is no GPU here", self._config.device, "use auto or cpu")
+        auto = "cuda" if torch.cuda.is_available() else "cpu"
+        return torch.device(auto if self._config.device == "auto" else self._config.device)
+
+    # ----------------------------------------------------------------------------------------- in the engine's thread
+
+    def _generate_until_stopped(self) -> None:
+        torch.set_num_threads(self._config.threads)
+        try:
+            with torch.inference_mode():
+                while not self._stopping:
+                    self._turn(self._wait_for_orders())
+        finally:
+            # No handler: the exception keeps its way to the thread's hook, which prints it.
+            self._loop.call_soon_threadsafe(self._on_end, sys.exception())
+
+    def _wait_for_orders(self) -> list[Callable[[], None]]:
+        """Orders since the last turn; returns at once while sequences run or wait."""
+        with self._condition:
+            while not (self._inbox or self._stopping or self._runner.has_work):
+                self._condition.wait()
+            orders, self._inbox = self._inbox, []
+            return orders
+
+    def _turn(self, orders: list[Callable[[], None]]) -> None:
+        """One boundary between two tokens, and the next token of every sequence."""
+        begin_s = time.monotonic()
+        for order in orders:
+            order()
+        progress = self._runner.step()
+        if progress.started or progress.ended:
+            self._loop.call_soon_threadsafe(self._deliver, self._version, progress)
+        self._busy_s += time.monotonic() - begin_s
+
+    def _swap(self, version: int, swapped: asyncio.Future[None]) -> None:
+        self._spare = self._runner.swap(version, self._spare)
+        self._version = version
+        self._loop.call_soon_threadsafe(_resolve, swapped)
+
+
+def _resolve(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)

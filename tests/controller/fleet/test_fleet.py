@@ -1,0 +1,118 @@
+"""What a worker's start that fails means for the run. Processes are a few lines here."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from asyncdapo.config.config import Config
+from asyncdapo.config.run import ControllerConfig, RunConfig
+from asyncdapo.controller.fleet.fleet import Fleet
+from asyncdapo.controller.process.roster import entry_of
+from asyncdapo.errors import EngineError, RunError, VerdictError
+from asyncdapo.learner.config import ModelConfig
+from asyncdapo.rollout.config import RolloutConfig
+
+
+class FakeWorker:
+    """Its starts fail as told, one after another; `starting` are those that start at the moment."""
+
+    def __init__(self, *starts: Exception | None, name: str = "rollout-0", starting: set[str] | None = None) -> None:
+        self.name, self.starts, self.life, self.entry, self.up = name, list(starts), 0, None, asyncio.Event()
+        self.starting, self.beside = set() if starting is None else starting, set()
+
+    def spawn(self) -> None:
+        self.life += 1
+
+    def end(self) -> None:
+        self.up.clear()
+
+    async def call(self, command: str, *args):
+        if command == "entry":
+            return entry_of("rollout", 0, os.getpid())
+        self.starting.add(self.name)
+        await asyncio.sleep(0)
+        self.beside |= self.starting - {self.name}
+        self.starting.remove(self.name)
+        if failure := self.starts.pop(0):
+            raise failure
+        return None
+
+
+def fleet_on(num_gpus: int, run_dir: Path) -> Fleet:
+    """Of two workers."""
+    config = Config(
+        model=ModelConfig(path="none"),
+        rollout=RolloutConfig(num_workers=2),
+        run=RunConfig(dir=str(run_dir)),
+        controller=ControllerConfig(max_restarts=2),
+    )
+    fleet = Fleet(config)
+    fleet.place([num_gpus])
+    fleet.opened = SimpleNamespace(rollout_address="nowhere")
+    return fleet
+
+
+@pytest.fixture
+def fleet(tmp_path, monkeypatch):
+    monkeypatch.setattr("asyncdapo.controller.fleet.fleet.end_entries", lambda entries, patience_s: None)
+    return fleet_on(0, tmp_path)
+
+
+FAILURE = EngineError("its memory isn't free yet")
+
+
+def test_the_first_start_of_a_worker_that_fails_ends_the_run(fleet):
+    with pytest.raises(EngineError, match="free yet"):
+        asyncio.run(fleet._bring_up_worker(FakeWorker(FAILURE, None)))
+
+
+def test_a_worker_that_was_up_is_started_again_until_its_budget_is_used_up(fleet):
+    async def live_again(*starts) -> FakeWorker:
+        worker = FakeWorker(None, *starts)
+        await fleet._bring_up_worker(worker)
+        worker.up.clear()
+        await fleet._bring_up_worker(worker)
+        return worker
+
+    worker = asyncio.run(live_again(FAILURE, None))
+    assert worker.up.is_set()
+    assert worker.life == 3
+    with pytest.raises(RunError, match="free yet.*controller.max_restarts is 2"):
+        asyncio.run(live_again(FAILURE, FAILURE, FAILURE))
+
+
+def test_a_worker_whose_reward_function_breaks_its_contract_ends_the_run_and_any_other_lives_again(fleet):
+    class Serving(FakeWorker):
+        """Ends as told, one life after the other."""
+
+        async def call(self, command: str, *args):
+            if command == "serve":
+                raise self.ends.pop(0)
+            return await super().call(command, *args)
+
+    class Replay:
+        async def ask(self, command: str, *args) -> None:
+            assert command == "lose_worker"
+
+    worker = Serving(None, None)
+    worker.ends = [FAILURE, VerdictError("score returned -1")]
+    fleet.replay = Replay()
+    with pytest.raises(VerdictError, match="score returned -1"):
+        asyncio.run(fleet._keep_worker(0, worker))
+    assert worker.ends == []
+
+
+@pytest.mark.parametrize(("num_gpus", "at_once"), [(1, False), (3, True)])
+def test_engines_start_at_once_unless_they_share_a_gpu(tmp_path, num_gpus, at_once):
+    async def main() -> list[FakeWorker]:
+        fleet, starting = fleet_on(num_gpus, tmp_path), set()
+        workers = [FakeWorker(None, name=name, starting=starting) for name in ("rollout-0", "rollout-1")]
+        await asyncio.gather(*map(fleet._bring_up_worker, workers))
+        return workers
+
+    assert any(worker.beside for worker in asyncio.run(main())) == at_once

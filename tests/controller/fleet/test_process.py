@@ -1,0 +1,138 @@
+"""Room, calls and deaths of processes, on a real Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+from collections.abc import Iterator
+
+import pytest
+
+from asyncdapo.config.config import Config
+from asyncdapo.config.run import ControllerConfig
+from asyncdapo.controller.fleet import process as processes
+from asyncdapo.controller.fleet.placement import Bundle, Placement
+from asyncdapo.controller.fleet.process import Process, ProcessDied, ray_session, reserve
+from asyncdapo.controller.process.roster import Entry, this_process
+from asyncdapo.errors import ConfigError, RunError, StalenessError, UserError
+from asyncdapo.learner.config import ModelConfig
+
+CONFIG = Config(model=ModelConfig(path="none"))
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("someone_listens", [False, True])
+def test_a_cluster_that_does_not_answer_is_the_users_to_mend(
+    someone_listens: bool, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Nobody at the port, and one who says nothing. Ray itself tries for minutes, and prints as long."""
+    assert processes.CLUSTER_ANSWERS_S < 30
+    monkeypatch.setattr(processes, "CLUSTER_ANSWERS_S", 6.0)
+    with socket.socket() as port:
+        port.bind(("", 0))
+        if someone_listens:
+            port.listen()
+        address = f"127.0.0.1:{port.getsockname()[1]}"
+        config = Config(model=ModelConfig(path="none"), controller=ControllerConfig(ray_address=address))
+        with pytest.raises(UserError) as caught, ray_session(config):
+            pass
+    assert str(caught.value).startswith(f"controller.ray_address: no Ray cluster answers at {address} (`ray start --he")
+    assert "\n" not in str(caught.value)
+    assert capfd.readouterr() == ("", "")
+
+
+class Faulty:
+    """An actor that fails in every way."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    async def call(self, command: str, *args: object) -> object:
+        return await getattr(self, command)(*args)
+
+    async def entry(self) -> Entry:
+        return this_process("learner")
+
+    async def answer(self, value: int) -> tuple[str, int, str | None]:
+        return self.name, value, os.environ.get("OMP_NUM_THREADS")
+
+    async def refuse(self) -> None:
+        raise ConfigError("model.path", "has no weights", "there", "another")
+
+    async def break_a_promise(self) -> None:
+        raise StalenessError("too old")
+
+    async def have_a_defect(self) -> None:
+        {}["missing"]  # noqa: B018
+
+    async def die(self) -> None:
+        os._exit(3)
+
+
+@pytest.fixture(scope="module")
+def process() -> Iterator[Process]:
+    with ray_session(CONFIG):
+        placement = Placement((Bundle(("learner",)),), "alone")
+        room = asyncio.run(reserve(placement, 30))
+        process = Process.placed(Faulty, "learner", room=room, placement=placement, threads=2)
+        process.spawn()
+        yield process
+
+
+def call(process: Process, *command) -> object:
+    return asyncio.run(process.call(*command))
+
+
+def test_a_call_is_answered_by_a_process_with_its_own_thread_count(process: Process) -> None:
+    assert call(process, "answer", 7) == ("learner", 7, "2")
+
+
+def test_a_users_error_stays_one_and_names_the_process(process: Process) -> None:
+    with pytest.raises(UserError, match=r"^learner: model.path: has no weights, got 'there' \(another\)$"):
+        call(process, "refuse")
+
+
+def test_an_error_of_the_run_keeps_its_kind(process: Process) -> None:
+    with pytest.raises(StalenessError, match="^learner: too old$"):
+        call(process, "break_a_promise")
+
+
+def test_a_defect_carries_the_traceback_of_its_process(process: Process) -> None:
+    with pytest.raises(RunError, match="^learner: KeyError: 'missing'$") as caught:
+        call(process, "have_a_defect")
+    assert "in have_a_defect" in str(caught.value.__cause__)
+
+
+def test_what_finds_no_room_says_what_was_asked_and_what_there_is(process: Process) -> None:
+    with pytest.raises(RunError, match=r"3 processes ask for 0.3 CPU and 1000 GPU, there are \d+ CPU and \d+ GPU"):
+        asyncio.run(reserve(Placement((Bundle(("replay",)), Bundle(("learner", "rollout-0"), 1000)), "rich"), 0.5))
+
+
+def test_a_death_is_named_and_the_next_life_answers_again(process: Process) -> None:
+    process.up.set()
+    with pytest.raises(ProcessDied, match="^learner: the process died: "):
+        call(process, "die")
+    assert not process.up.is_set()
+    process.spawn()
+    assert process.life == 2
+    assert call(process, "answer", 8) == ("learner", 8, "2")
+
+
+def test_a_question_is_asked_again_in_the_next_life(process: Process) -> None:
+    async def kill_and_start_again() -> object:
+        process.up.set()
+        process.entry = await process.call("entry")
+        asked = asyncio.ensure_future(process.ask("answer", 9))
+        os.kill(process.entry.pid, signal.SIGSTOP)  # a stopped process answers nothing, and must be killed by hand
+        asked_again = asyncio.ensure_future(process.ask("answer", 10))
+        await asyncio.sleep(0.2)
+        process.spawn()
+        process.up.set()
+        return await asyncio.gather(asked, asked_again)
+
+    process.spawn()
+    answers = asyncio.run(kill_and_start_again())
+    assert [answer[1] for answer in answers] == [9, 10]
+    assert process.life == 4

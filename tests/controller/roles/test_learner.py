@@ -1,0 +1,174 @@
+"""The process of the learner, with a real learner and a real socket: the next batch comes while one is trained."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from contextlib import asynccontextmanager
+from itertools import count
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from asyncdapo.config.config import find_config, load_config
+from asyncdapo.controller.roles.learner import Main
+from asyncdapo.errors import ConfigError
+from asyncdapo.learner.step.ranks import ALONE
+from asyncdapo.learner.step.times import STATES, Times
+from asyncdapo.messages import CutWanted, NoBatch
+from asyncdapo.transport.sockets import Server
+from tests.learner.tiny import make_batch, save_tiny_llama
+
+NUM_STEPS = 3
+PATIENCE_S = 20
+
+
+@asynccontextmanager
+async def learner(path: str, run_dir: Path, questions: list[int], last: int = NUM_STEPS):
+    """A process whose replay server has batches up to `last`, and then no more data."""
+    keys = [f"run.dir={run_dir}", f"run.steps={NUM_STEPS}", f"model.path={path}", "learner.device=cpu"]
+    config = load_config(find_config("quickstart"), keys)
+    server = Server(CutWanted)
+
+    async def serve() -> None:
+        while True:
+            peer, wanted, _ = await server.receive()
+            questions.append(wanted.step)
+            if wanted.step > last:
+                await server.send(peer, NoBatch(step=wanted.step, reason="the data is used up"))
+            else:
+                batch, payload = make_batch(wanted.step, seed=wanted.step)
+                await server.send(peer, batch, payload.frames())
+
+    main = Main("learner", config, SimpleNamespace(client=None), 0)
+    await main.start(server.address, None)
+    serving = asyncio.create_task(serve())
+    try:
+        yield main
+    finally:
+        serving.cancel()
+        await main.batches.close()
+        server.close()
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory) -> str:
+    return save_tiny_llama(tmp_path_factory.mktemp("model"))
+
+
+def test_the_next_batch_is_prepared_before_the_train_step_ends_and_none_is_asked_for_past_the_last(path, tmp_path):
+    questions: list[int] = []
+
+    async def run() -> None:
+        async with learner(path, tmp_path, questions) as main:
+            train, prepare = main.learner.train, main.learner.prepare
+            prepared: dict[int, threading.Event] = {step: threading.Event() for step in range(1, NUM_STEPS + 1)}
+
+            def note(batch, payload):
+                made = prepare(batch, payload)
+                prepared[batch.step].set()
+                return made
+
+            def train_when_the_next_one_is_there(one):
+                step = one.batch.step
+                assert step == NUM_STEPS or prepared[step + 1].wait(PATIENCE_S), f"batch {step + 1} doesn't come"
+                return train(one)
+
+            main.learner.prepare, main.learner.train = note, train_when_the_next_one_is_there
+            for step in range(1, NUM_STEPS + 1):
+                assert await main.take_batch(step) == ""
+                if step > 1:
+                    assert questions == list(range(1, step + 1)), "it was here already"
+                await main.train_step()
+            assert main.learner.version == NUM_STEPS
+
+    asyncio.run(run())
+    assert questions == [1, 2, 3]
+
+
+def test_while_it_trains_it_waits_for_nobody_and_then_for_its_batch(path, tmp_path):
+    async def run() -> None:
+        questions: list[int] = []
+        async with learner(path, tmp_path, questions) as main:
+            waits: list[list[tuple[str, str]]] = []
+            train = main.learner.train
+
+            def look(one):
+                waits.append([(wait.whom, wait.what) for wait in main.waits.open()])
+                return train(one)
+
+            main.learner.train = look
+            await main.take_batch(1)
+            await main.train_step()
+            assert waits == [[("", "trains step 1")]]
+
+    asyncio.run(run())
+
+
+def test_the_end_of_the_data_is_said_when_the_batch_is_wanted(path, tmp_path):
+    async def run() -> None:
+        questions: list[int] = []
+        async with learner(path, tmp_path, questions, last=1) as main:
+            assert await main.take_batch(1) == ""
+            await main.train_step()
+            assert await main.take_batch(2) == "the data is used up"
+            assert questions == [1, 2]
+
+    asyncio.run(run())
+
+
+def test_the_states_of_a_step_sum_to_the_time_since_the_step_before(path, tmp_path):
+    async def run() -> None:
+        async with learner(path, tmp_path, []) as main:
+            readings: list[float] = []
+            ticks = count()
+
+            def now() -> float:
+                readings.append(float(next(ticks)))  # time goes on by 1 whenever somebody looks
+                return readings[-1]
+
+            main.learner.times = Times(now)
+            ended_at = 0.0
+            for step in range(1, NUM_STEPS + 1):
+                await main.take_batch(step)
+                metrics = await main.train_step()
+                await main.check_ranks()
+                times = {state: metrics[f"learner/time/{state}_s"] for state in STATES}
+                taken_at = readings[-1] - 2  # when `train_step` looked last; `check_ranks` has looked twice since
+                assert sum(times.values()) == taken_at - ended_at
+                assert all(times[state] > 0 for state in ("gradient", "sum", "optimizer", "first_pass"))
+                assert (times["checkpoint"] > 0) == (step > 1), "that of the step before"
+                ended_at = taken_at
+
+    asyncio.run(run())
+
+
+def test_a_group_that_takes_long_to_leave_holds_up_nothing_else(path, tmp_path) -> None:
+    """As NCCL's does, which waits for the GPU."""
+    left = threading.Event()
+
+    class SlowGroup:
+        def close(self) -> None:
+            left.wait(PATIENCE_S)
+
+    async def body() -> None:
+        async with learner(path, tmp_path, []) as main:
+            main.group = SlowGroup()
+            leaving = asyncio.create_task(main.abandon_workers())
+            assert (await asyncio.wait_for(main.pulse(), PATIENCE_S)).progress
+            assert not leaving.done()
+            left.set()
+            await leaving
+
+    asyncio.run(body())
+
+
+def test_a_model_that_no_preflight_saw_is_checked_when_it_is_loaded(tmp_path):
+    rotation = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    path = save_tiny_llama(tmp_path / "model", rope_parameters=rotation)
+    config = load_config(find_config("quickstart"), [f"run.dir={tmp_path}", f"model.path={path}", "learner.device=cpu"])
+    main = Main("learner", config, SimpleNamespace(client=None), 0)
+    main.ranks = ALONE
+    with pytest.raises(ConfigError, match=r"model\.path: can't be trained: its rope_type is dynamic"):
+        main._load(None)

@@ -1,0 +1,168 @@
+"""The next batch, brought while one is trained: against a real socket that plays the replay server."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import pytest
+
+from asyncdapo.errors import RunError
+from asyncdapo.learner.batches.batches import Batches
+from asyncdapo.learner.batches.feed import MAX_DAMAGED, BatchFeed
+from asyncdapo.messages import CutWanted, NoBatch
+from asyncdapo.transport.sockets import Server
+from tests.learner.tiny import make_batch
+
+
+class Replay:
+    """Answers a question as soon as its step is in `cut`."""
+
+    def __init__(self) -> None:
+        self.server = Server(CutWanted)
+        self.questions: list[int] = []
+        self.cut: dict[int, tuple] = {}
+        self.asked = asyncio.Event()
+
+    async def serve(self) -> None:
+        while True:
+            peer, message, _ = await self.server.receive()
+            self.questions.append(message.step)
+            self.asked.set()
+            if message.step in self.cut:
+                answer, *payload = self.cut[message.step]
+                await self.server.send(peer, answer, payload[0] if payload else ())
+
+
+def play(story: Callable[[Replay, Batches], Awaitable[None]], *, ask_again_s: float = 0.05) -> None:
+    """The story of a replay server and one rank; `Prepared` is the batch's step as text."""
+
+    async def prepare(batch, payload) -> str:
+        return f"prepared {batch.step}"
+
+    async def run() -> None:
+        replay = Replay()
+        batches = Batches(BatchFeed(replay.server.address, ask_again_s=ask_again_s), prepare)
+        serving = asyncio.create_task(replay.serve())
+        try:
+            async with asyncio.timeout(20):
+                await story(replay, batches)
+        finally:
+            await batches.close()
+            serving.cancel()
+            await asyncio.gather(serving, return_exceptions=True)
+            replay.server.close()
+        assert asyncio.all_tasks() == {asyncio.current_task()}, "a task is left behind"
+
+    asyncio.run(run())
+
+
+def batch_of(step: int) -> tuple:
+    batch, payload = make_batch(step)
+    return batch, payload.frames()
+
+
+def test_a_batch_that_was_asked_for_early_is_there_when_it_is_wanted() -> None:
+    async def story(replay: Replay, batches: Batches) -> None:
+        replay.cut[2] = batch_of(2)
+        batches.ask(2)
+        while batches._coming[1].done() is False:
+            await asyncio.sleep(0)
+        num_questions = len(replay.questions)
+        replay.cut.clear()  # nothing is answered any more
+        assert await (await batches.receive(2)) == "prepared 2"
+        assert replay.questions == [2] * num_questions
+
+    play(story)
+
+
+def test_asking_twice_is_asking_once_and_another_step_is_refused() -> None:
+    async def story(replay: Replay, batches: Batches) -> None:
+        batches.ask(2)
+        batches.ask(2)
+        with pytest.raises(RunError, match="batch 3 was asked for, but batch 2 is still to be taken"):
+            batches.ask(3)
+        await replay.asked.wait()
+        assert replay.questions == [2]
+
+    play(story, ask_again_s=20)
+
+
+def test_the_end_of_the_data_is_kept_for_whoever_wants_the_batch() -> None:
+    async def story(replay: Replay, batches: Batches) -> None:
+        replay.cut[2] = (NoBatch(step=2, reason="the data is used up"),)
+        batches.ask(2)
+        for _ in range(2):
+            assert await batches.receive(2) == NoBatch(step=2, reason="the data is used up")
+        assert replay.questions == [2]
+
+    play(story, ask_again_s=20)
+
+
+def test_whoever_gives_up_waiting_gets_the_batch_when_he_comes_again() -> None:
+    async def story(replay: Replay, batches: Batches) -> None:
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.05):
+                await batches.receive(1)
+        replay.cut[1] = batch_of(1)
+        assert await (await batches.receive(1)) == "prepared 1"
+
+    play(story)
+
+
+def test_a_server_that_was_away_is_asked_again() -> None:
+    async def story(replay: Replay, batches: Batches) -> None:
+        batches.ask(2)
+        while len(replay.questions) < 3:
+            await asyncio.sleep(0.01)
+        replay.cut[2] = batch_of(2)
+        assert await (await batches.receive(2)) == "prepared 2"
+
+    play(story)
+
+
+def test_damage_of_an_early_batch_is_raised_where_the_batch_is_wanted() -> None:
+    async def story(replay: Replay, batches: Batches) -> None:
+        batch, frames = batch_of(2)
+        replay.cut[2] = (batch, (b"1234", *frames[1:]))
+        batches.ask(2)
+        while len(replay.questions) < MAX_DAMAGED:
+            await asyncio.sleep(0.01)
+        with pytest.raises(RunError, match="batch 2 arrived damaged"):
+            await batches.receive(2)
+
+    play(story)
+
+
+def test_an_error_of_the_preparation_is_raised_where_the_batch_is_wanted() -> None:
+    async def run() -> None:
+        replay = Replay()
+
+        async def prepare(batch, payload) -> None:
+            raise ValueError("no rows")
+
+        batches = Batches(BatchFeed(replay.server.address), prepare)
+        serving = asyncio.create_task(replay.serve())
+        replay.cut[1] = batch_of(1)
+        try:
+            with pytest.raises(ValueError, match="no rows"):
+                await (await batches.receive(1))
+        finally:
+            serving.cancel()
+            await batches.close()
+            replay.server.close()
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_closing_gives_up_what_is_on_its_way_or_has_come(cut: bool) -> None:
+    async def story(replay: Replay, batches: Batches) -> None:
+        if cut:
+            replay.cut[2] = batch_of(2)
+        batches.ask(2)
+        await replay.asked.wait()
+        while cut and not batches._coming[1].done():
+            await asyncio.sleep(0)
+
+    play(story)

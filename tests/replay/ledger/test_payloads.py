@@ -1,0 +1,100 @@
+"""Records of payload segments: what was written comes back, or is known not to be it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from asyncdapo.messages import Lease
+from asyncdapo.replay.ledger.payloads import BadRecord, Place, Segments, read_record, segment_path
+from tests.replay.small_run import make_group, prompt_at
+
+NUM = 3
+
+
+def arrived(lease_id: int):
+    lease = Lease(lease_id=lease_id, branch=0, attempt=1, group_size=2, seed=1, prompt=prompt_at(lease_id))
+    return make_group(lease, versions=((0, 3), (1, lease_id + 1)))
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Place]]:
+    folder = tmp_path_factory.mktemp("records")
+    segments = Segments(folder)
+    places = [segments.append(*arrived(lease_id)) for lease_id in range(NUM)]
+    segments.close()
+    return folder, places
+
+
+def same(read: tuple, lease_id: int) -> bool:
+    group, payload = arrived(lease_id)
+    return read[0] == group and read[1].frames() == payload.frames()
+
+
+def read_harmed(folder: Path, places: list[Place], content: bytes | bytearray) -> list[bool]:
+    """Which records come back as they were, out of a segment that holds this; the others are bad ones."""
+    segment_path(folder, 1).write_bytes(content)
+    whole = []
+    for lease_id, place in enumerate(places):
+        try:
+            assert same(read_record(folder, place), lease_id), "something else came back"
+            whole.append(True)
+        except BadRecord:
+            whole.append(False)
+    return whole
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_a_record_whose_bytes_changed_is_bad_and_its_neighbours_are_not(
+    written: tuple[Path, list[Place]], data: st.DataObject
+) -> None:
+    folder, places = written
+    copy = Path(shutil.copytree(folder, folder.with_name("harmed"), dirs_exist_ok=True))
+    content = bytearray(segment_path(folder, 1).read_bytes())
+    before = bytes(content)
+    first = data.draw(st.integers(0, len(content) - 1))
+    new = data.draw(st.one_of(st.binary(min_size=1, max_size=40), st.integers(1, 900).map(bytes)))
+    content[first : first + len(new)] = new[: len(content) - first]
+    harmed = [content[place.offset : place.end] != before[place.offset : place.end] for place in places]
+    assert read_harmed(copy, places, content) == [not harm for harm in harmed]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_a_record_that_is_cut_off_anywhere_is_bad(written: tuple[Path, list[Place]], data: st.DataObject) -> None:
+    folder, places = written
+    copy = Path(shutil.copytree(folder, folder.with_name("cut"), dirs_exist_ok=True))
+    content = segment_path(folder, 1).read_bytes()
+    end = data.draw(st.integers(0, len(content)))
+    assert read_harmed(copy, places, content[:end]) == [place.end <= end for place in places]
+
+
+def test_a_place_that_no_record_has_is_bad_however_large(written: tuple[Path, list[Place]]) -> None:
+    folder, (first, *_) = written
+    for place in (
+        Place(1, first.offset + 1, first.num_bytes),
+        Place(1, first.offset, first.num_bytes - 1),
+        Place(1, first.offset, 1 << 60),
+        Place(1, -5, 10),
+        Place(1, 0, 2),
+        Place(9, 0, 10),
+    ):
+        with pytest.raises(BadRecord, match=rf"^{folder.name}/00000[19]\.bin[:,] "):
+            read_record(folder, place)
+
+
+def test_a_record_of_before_which_has_no_checksum_is_read(tmp_path: Path) -> None:
+    group, payload = arrived(1)
+    header = msgspec.msgpack.encode(group)
+    record = b"".join((len(header).to_bytes(4, "little"), header, *payload.frames()))
+    segment_path(tmp_path, 1).write_bytes(record)
+    assert same(read_record(tmp_path, Place(1, 0, len(record))), 1)
+    segment_path(tmp_path, 1).write_bytes(bytes(len(record)))
+    with pytest.raises(BadRecord):
+        read_record(tmp_path, Place(1, 0, len(record)))

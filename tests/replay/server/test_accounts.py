@@ -1,0 +1,56 @@
+"""The accounts: what they say of groups while a batch is waited for."""
+
+from __future__ import annotations
+
+from asyncdapo.messages import Completion, Group
+from asyncdapo.replay.core.events import EndLease, MoveGroup
+from asyncdapo.replay.core.recovery import Recovered
+from asyncdapo.replay.server.accounts import Accounts
+
+
+def group(number: int, *accs: float) -> Group:
+    completions = [
+        Completion(
+            num_tokens=3,
+            finish_reason="stop",
+            versions=[(0, 3)],
+            loss_mask=[(1, 3)],
+            reward=acc,
+            metrics={"acc": acc},
+        )
+        for acc in accs
+    ]
+    return Group(
+        prompt_id=number,
+        lease_id=number,
+        branch=0,
+        attempt=1,
+        worker=0,
+        num_prompt_tokens=4,
+        completions=completions,
+        generate_s=0.1,
+    )
+
+
+def test_what_the_filter_drops_is_said_once_it_is_much() -> None:
+    accounts = Accounts({}, Recovered())
+    for number, (state, *accs) in enumerate(
+        [("filtered", 1.0, 1.0), ("queued", 0.0, 1.0), ("filtered", 0.0, 0.0), ("filtered", 1.0, 1.0)], 1
+    ):
+        verdict = "kept" if state == "queued" else "constant"
+        move = MoveGroup(group_id=number, prompt_id=number, state=state, verdict=verdict)
+        accounts.move_group(move, group(number, *accs))
+    assert accounts.describe_unkept(4) == ""
+    assert accounts.describe_unkept(3) == "3 groups filtered since the last batch: 2 all right, 1 all wrong"
+
+
+def test_groups_on_which_the_reward_function_raised_are_said_from_the_first_on() -> None:
+    accounts = Accounts({}, Recovered())
+    move = MoveGroup(group_id=1, prompt_id=1, state="filtered", verdict="constant")
+    accounts.move_group(move, group(1, 1.0, 1.0))
+    for number in (2, 3):
+        accounts.end_lease(EndLease(lease_id=number, prompt_id=number, worker=0, outcome="failed"), 5)
+    accounts.end_lease(EndLease(lease_id=4, prompt_id=4, worker=0, outcome="lost"), 5)
+    failed = "2 groups failed since the last batch: the reward function raised"
+    assert accounts.describe_unkept(2) == failed
+    assert accounts.describe_unkept(1) == f"1 groups filtered since the last batch: 1 all right, 0 all wrong; {failed}"
