@@ -7,6 +7,7 @@ import warnings
 import pytest
 
 from asyncdapo.reward import judging
+from asyncdapo.reward.config import pauses_s
 from asyncdapo.reward.judging import read_verdict
 from asyncdapo.reward.process import make_judge
 from asyncdapo.reward.wire import METRICS, NoVerdict, Raised, Verdict
@@ -136,7 +137,7 @@ def raising(num_times, error=LookupError):
 def test_what_raises_is_tried_again_after_pauses_that_double(pauses, kind, error):
     assert told_by(raising(3, error)[kind], ["6", "7"], retries=3) == [Verdict(1.0), Verdict(0.0)]
     assert pauses == [0.5, 1.0, 2.0] * 2
-    assert sum(judging.pauses_s(3)) == 3.5
+    assert sum(pauses_s(3)) == 3.5
 
 
 @pytest.mark.parametrize("kind", [0, 1])
