@@ -7,10 +7,10 @@ of the rotation. Nobody sends or asks for those. Imports no torch.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
+import msgspec
 from safetensors import SafetensorError, safe_open
 
 from asyncdapo.errors import ConfigError
@@ -22,6 +22,12 @@ TIED_HEAD = "lm_head.weight"
 FETCH = "fetch the model's files again"
 DERIVED = "rotary_emb.inv_freq"
 """Old files hold these, which every model computes by itself."""
+
+
+class _Index(msgspec.Struct):
+    """What is read of the index."""
+
+    weight_map: dict[str, str]
 
 
 def weight_names(names: Iterable[str], *, tied: bool) -> set[str]:
@@ -41,8 +47,8 @@ def weight_files(directory: Path, key: str = "model.path") -> list[Path]:
 def read_index(directory: Path, key: str = "model.path") -> dict[str, str]:
     """The file of each tensor, of a model in several files. Raises ConfigError."""
     try:
-        return dict(json.loads((directory / INDEX).read_bytes())["weight_map"])
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        return msgspec.json.decode((directory / INDEX).read_bytes(), type=_Index).weight_map
+    except (OSError, msgspec.DecodeError) as error:
         raise ConfigError(key, f"can't read {INDEX}: {error}", str(directory), FETCH) from error
 
 

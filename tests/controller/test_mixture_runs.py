@@ -111,7 +111,7 @@ def test_a_tokenizer_is_checked_before_anything_starts(tmp_path, tokenizer):
     assert words in refused(run_dir, *CHAT, f"model.tokenizer={tokenizer}", "prompts.system_prompt=Be brief.")
     text = (tokenizer / "tokenizer.json").read_text()
     (tokenizer / "tokenizer.json").write_text(text[:-20])
-    assert "model.tokenizer: its tokenizer can't be loaded" in refused(run_dir, *CHAT, f"model.tokenizer={tokenizer}")
+    assert "model.tokenizer: tokenizer.json can't be read" in refused(run_dir, *CHAT, f"model.tokenizer={tokenizer}")
     assert not run_dir.exists()
 
 
