@@ -3,7 +3,7 @@
 Each stage's dataclass lives in its own folder, under whose name its section, metrics and log go; this file only
 composes them. A file that begins with `base: other.yaml` says what differs from that one. `yaml_file` reads, OmegaConf
 merges and interpolates; msgspec converts and checks types; the dataclasses check values. All keys that are wrong are
-told at once, in the words of `config_words`. Nothing here imports torch: `--help` and a typing error answer at once.
+told at once, in the words of `mistakes`. Nothing here imports torch: `--help` and a typing error answer at once.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 So it can be closed and made anew when the membership changes or a collective has failed, and it can't clash with what
 an engine or a trainer sets up in its process. One brings weights to the rollout workers (`weights/group`), another sums
-gradients over the learner's ranks (`learner/group`); each names its purpose and the error that it raises.
+gradients over the learner's ranks (`learner/step/ranks`); each names its purpose and the error that it raises.
 
 In: an address that rank 0 hands out, with the keys of the group in it. Out: broadcasts from rank 0, sums over all
 ranks, and verdicts that every rank learns of every other. Does not own: how the ranks find each other (`store`), what

@@ -1,7 +1,7 @@
 """One launch of a run, from the command to its exit code.
 
 In: a config that was checked, and what `resume` found in the run directory. Out: the exit code, with the cause in the
-last lines where there is one. Whatever happens, the files are finished and no process is left (`warden`). Does not own:
+last lines where there is one. Whatever happens, the files are finished and no process is left (`reaper`). Does not own:
 the checks before it (`preflight`), the run itself (`run`).
 """
 

@@ -3,7 +3,7 @@
 In: a configuration and, if the user says so, the GPUs of each node; else as many as `controller.placement` asks for.
 Out: lines of text. Needs neither GPU nor torch nor network: what depends on files that aren't here yet says so. Raises
 the ConfigErrors of a launch, but for missing data, a model that isn't here, and an engine that isn't installed.
-Does not own: the rule (`placement`), the formulas (`sizes`), the choice of the backend (`weights.backend`).
+Does not own: the rule (`placement`), the formulas (`memory`), the choice of the backend (`weights.backend`).
 """
 
 from __future__ import annotations

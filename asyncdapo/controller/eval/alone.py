@@ -5,7 +5,7 @@
                                                              └─▶ at the end metrics.json, page.html
 
 In: the configuration of an evaluation, and OUT, which this process holds. Out: the files of `answers`. Processes live,
-die, are started again and are said to hang as in any run (`fleet`, `patience`). The ledger of the replay server holds
+die, are started again and are said to hang as in any run (`fleet`, `watchdog`). The ledger of the replay server holds
 nothing that anybody could miss: it goes away at the end, and one that a killed command left before the start.
 Invariant: an answer that has arrived is on disk, so the same command goes on with what is missing.
 Does not own: what is asked (`evaluation`), whether this is the same evaluation (`record`).

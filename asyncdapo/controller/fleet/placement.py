@@ -7,7 +7,7 @@
 In: the configuration, the GPUs of each node, and the learner's ranks (none where nothing is trained). Out: bundles,
 each of which Ray gives whole on a node of its choice (as few nodes as it can). Raises ConfigError that says what is
 asked for and what there is. Invariant: every process is in one bundle, and the processes of a bundle get the very same
-GPUs. Does not own: asking Ray (`processes`), which backend the weights take (`weights.backend`).
+GPUs. Does not own: asking Ray (`process`), which backend the weights take (`weights.backend`).
 """
 
 from __future__ import annotations

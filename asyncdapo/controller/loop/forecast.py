@@ -1,7 +1,7 @@
 """The learner's memory and operations: said by formula before the first step, measured in it, and put side by side.
 
 In: the configuration, where the learner is placed, the metrics of a step. Out: lines for whoever watches the run. Says
-nothing of a kind of model that has no formula. Does not own: the formulas (`sizes`), the measurement
+nothing of a kind of model that has no formula. Does not own: the formulas (`memory`), the measurement
 (`learner/measured`).
 """
 

@@ -13,7 +13,7 @@ Train step k is `_train_step`: train on the batch taken, mark it trained while v
     begins with  the initial model, or the checkpoint that `resume` found
     consumes     reports of the three kinds of processes
     produces     RUN_DIR/metrics.jsonl (one line a step), run.log, curve.png, checkpoints (by the learner)
-    waits for    a full batch (`patience` says who waits for whom), hard deadlines elsewhere
+    waits for    a full batch (`watchdog` says who waits for whom), hard deadlines elsewhere
     ends with    the last step, the end of the data, a request to stop, or the first watched task that ends before
 """
 

@@ -8,7 +8,7 @@
 In: the entries that each process reports of itself and of the processes it started (`this_process`, `entry_of`). Out:
 the file, replaced at once whenever something changed; at the next launch, whoever of the former one still lives.
 Invariant: a process is signalled only if host, pid and start time are those of its entry, so never one that merely
-got the pid of another. Does not own: starting and watching processes (`processes`), how the list is shown (`ps`).
+got the pid of another. Does not own: starting and watching processes (`fleet/process`), how the list is shown (`ps`).
 """
 
 from __future__ import annotations

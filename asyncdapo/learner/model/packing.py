@@ -4,7 +4,7 @@
 
     tokens_S    prompt a │ response a0 │ response a1 │ prompt b │ response b0 │ …
 
-A response attends to its prompt and to itself (`layout`), and its positions go on from its prompt's. The last token of
+A response attends to its prompt and to itself (`attention_layout`), and its positions go on from its prompt's. The last token of
 a response predicts nothing, so it isn't computed. The log-prob of a response's first token comes from the output at the
 prompt's last token, that of each other one from the output at the token before it.
 

@@ -9,7 +9,7 @@ histogram of log ratios, whose bins are 2 % of |log ratio| wide and 0.0002 aroun
     χ²             mean r² − 1; of sequences with the product of r over a response
     k3             mean r − 1 − log r: estimates KL(μ ‖ π_θ) in nats (Schulman, 2020)
 
-Does not own: the gradient (`step`), what is alarming (`metrics/alarms`).
+Does not own: the gradient (`gradient`), what is alarming (`metrics/alarms`).
 
 Shapes: n tokens under the mask, B completions, S staleness buckets, C columns, H bins.
 """

@@ -6,7 +6,7 @@ reference model. Each is computed by forward passes without gradient, and only w
 
 Invariant: a mask is final before the first backward pass, so every denominator of the step is known by then. Without
 masks, and with a single update, π_start is the policy of that update's own forward pass: then no pass is spent on it.
-Does not own: the formulas (`corrections`), the gradient (`step`).
+Does not own: the formulas (`corrections`), the gradient (`gradient`).
 
 Shapes: B completions of a micro-batch, T tokens of its longest response.
 """

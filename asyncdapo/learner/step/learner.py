@@ -9,7 +9,7 @@ The anchor of the ratio is the behaviour policy, whose log-probs μ were recorde
 (`loss.anchor`). Invariants: no group staler than the bound is trained; batches come in order; every denominator of a
 step is known before its first backward pass, so the gradient depends neither on micro-batches nor on ranks; the same
 batches give the same weights, bit for bit on a CPU. Each rank holds all weights and runs this code on its share. Does
-not own: fetching batches (`feed`), sending weights, when a checkpoint is due, how ranks talk (`group`).
+not own: fetching batches (`feed`), sending weights, when a checkpoint is due, how ranks talk (`ranks`).
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ stay equal. `ALONE` is a learner of one rank: everything is the sum already, and
 
 Invariant: every rank makes the same calls in the same order; which they are may depend on a batch's headers and on what
 was summed before, never on a rank's own share. A call waits for the slowest rank, at most `SYNC_TIMEOUT_S`, and raises
-RanksError when one is gone. Does not own: which rank gets what (`shares`), who lives (`controller/learners`).
+RanksError when one is gone. Does not own: which rank gets what (`shares`), who lives (`controller/fleet/ranks`).
 
 Shape: U elements of many gradients.
 """

@@ -9,7 +9,7 @@ are then listed by rising `prompt_id`, so that a batch depends on which groups i
     cut_with_copies    the first verdicts, kept or not; copies of the kept ones stand in the places of the others
     return_behind      at the barrier what stands behind the last one taken goes back to the stream
 
-Does not own: when a batch is cut and by which rule (`held.py`), and what is too stale to be held at all (`state.py`).
+Does not own: when a batch is cut and by which rule (`queue.py`), and what is too stale to be held at all (`state.py`).
 """
 
 from __future__ import annotations

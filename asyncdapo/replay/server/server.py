@@ -13,7 +13,7 @@ themselves. So that the controller can repeat a call under which a server died, 
 done already is answered again.
 
 waits for: messages, commands, its own clock   unblocked by: workers, learner, controller
-Owns: the sockets and the clock. Does not own: what messages mean (`workers`), what is sent when (`exchange`), what is
+Owns: the sockets and the clock. Does not own: what messages mean (`workers`), what is sent when (`dispatch`), what is
 leased, kept and cut (`state`), rows and payloads (`journal`).
 """
 

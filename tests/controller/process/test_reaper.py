@@ -47,7 +47,7 @@ def test_a_killed_driver_takes_processes_along_that_heed_nothing_and_left_its_se
     driver = started_driver()
     below = descendants(driver.pid)
     assert len(below) == 3, "the warden, a child, and a grandchild in a session of its own"
-    (warden,) = [pid for pid, _ in below if "warden" in Path(f"/proc/{pid}/cmdline").read_text()]
+    (warden,) = [pid for pid, _ in below if "reaper" in Path(f"/proc/{pid}/cmdline").read_text()]
     os.kill(warden, signal.SIGINT)  # as a terminal does
     driver.kill()
     driver.wait()
