@@ -3,7 +3,7 @@
 In: the metrics line of each train step, in order. Out: sentences; each names the metric, its value, what it means, and
 the keys to turn. An alarm is said when it begins, and again only after it had ended. A line that lacks a metric, or has
 NaN for it, neither begins nor ends one. A ratio of groups is judged once `MIN_GROUPS` are behind it, over as many steps
-as that takes: 0 of 4 says nothing. Does not own: where they are shown (`controller/loop/step_metrics`), what ends a run.
+as that takes: 0 of 4 says nothing. Does not own: where they are shown (`controller/loop`), what ends a run.
 """
 
 from __future__ import annotations

@@ -19,14 +19,14 @@ from asyncdapo.config.config import Config, to_dict
 from asyncdapo.controller.checks.resume import Resume
 from asyncdapo.controller.fleet.process import ray_session
 from asyncdapo.controller.loop.run import Controller
-from asyncdapo.controller.process.reaper import warden
+from asyncdapo.controller.process.reaper import reaper
 from asyncdapo.errors import EXIT_INTERRUPTED, RunError, UserError
 from asyncdapo.metrics.reporter import Reporter
 
 
 def launch(config: Config, resume: Resume) -> int:
     """Run to the end. Returns the exit code: 0, 1 with the cause in the last lines, or 130 after Ctrl-C."""
-    with warden():  # its sweep is the last thing, when the metrics are uploaded
+    with reaper():  # its sweep is the last thing, when the metrics are uploaded
         return _launch_watched(config, resume)
 
 

@@ -34,7 +34,7 @@ from asyncdapo.controller.fleet.fleet import Fleet
 from asyncdapo.controller.fleet.process import Watch, ray_session
 from asyncdapo.controller.fleet.watchdog import Patience
 from asyncdapo.controller.process.ray_servers import death as ray_death
-from asyncdapo.controller.process.reaper import warden
+from asyncdapo.controller.process.reaper import reaper
 from asyncdapo.controller.process.waits import NOBODY
 from asyncdapo.controller.roles.actors import Opened, Start
 from asyncdapo.errors import EXIT_INTERRUPTED, RunError
@@ -51,7 +51,7 @@ def evaluate(config: Config, step: int) -> int:
     out = Path(config.run.dir)
     _remove_ledger(out)
     faults.install("controller", config.faults, out)
-    with warden():
+    with reaper():
         progress = EvalProgress(out / "logs" / CONTROLLER_LOG)
         try:
             return _evaluate(config, step, progress)

@@ -1,6 +1,6 @@
-"""The warden: a small process that ends all others of a run when the driver is gone, however it went.
+"""The reaper: a small process that ends all others of a run when the driver is gone, however it went.
 
-Ray ends its actors when their driver dies, but its agents wait for a dead server for over a minute first. The warden
+Ray ends its actors when their driver dies, but its agents wait for a dead server for over a minute first. The reaper
 watches the driver's descendants while it lives; at the end of its standard input, which is the driver's death or its
 good end, it grants `GRACE_S` and then kills what is left. A process is known by pid and start time, so that a number
 that was given to another since is left alone. It heeds no Ctrl-C, which a terminal sends to it, too.
@@ -33,8 +33,8 @@ Known = tuple[int, str]
 
 
 @contextmanager
-def warden() -> Iterator[None]:
-    """Watched by a warden. At the end it looks after what is left and goes."""
+def reaper() -> Iterator[None]:
+    """Watched by a reaper. At the end it looks after what is left and goes."""
     with subprocess.Popen([sys.executable, "-m", __name__], stdin=subprocess.PIPE, close_fds=True) as process:
         try:
             yield
@@ -43,7 +43,7 @@ def warden() -> Iterator[None]:
 
 
 def adopt_orphans(adopt: bool) -> None:
-    """Whether processes below this one whose parent has died become its own children, so that the warden sees them.
+    """Whether processes below this one whose parent has died become its own children, so that the reaper sees them.
     Not for long: it would have to bury them, too."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, ctypes.c_ulong(adopt))

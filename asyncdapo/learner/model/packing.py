@@ -4,9 +4,9 @@
 
     tokens_S    prompt a │ response a0 │ response a1 │ prompt b │ response b0 │ …
 
-A response attends to its prompt and to itself (`attention_layout`), and its positions go on from its prompt's. The last token of
-a response predicts nothing, so it isn't computed. The log-prob of a response's first token comes from the output at the
-prompt's last token, that of each other one from the output at the token before it.
+A response attends to its prompt and to itself (`attention_layout`), and its positions follow its prompt's. The last
+token of a response predicts nothing, so it isn't computed. The log-prob of a response's first token comes from the
+output at the prompt's last token, that of each other one from the output at the token before it.
 
 Invariants: which rows share a micro-batch is a deterministic function of their groups and lengths; a row is in exactly
 one; it holds at most the given number of computed tokens, unless it is a single row that is longer. Parts of the loss

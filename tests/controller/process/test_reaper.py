@@ -11,7 +11,7 @@ from asyncdapo.controller.process.reaper import descendants, is_alive, start_tim
 
 DRIVER = """
 import subprocess, sys, time
-from asyncdapo.controller.process.reaper import warden
+from asyncdapo.controller.process.reaper import reaper
 STUBBORN = '''
 import os, signal, subprocess, sys, time
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -20,7 +20,7 @@ if os.fork() == 0:
 print("up", flush=True)
 time.sleep(600)
 '''
-with warden():
+with reaper():
     child = subprocess.Popen([sys.executable, "-c", STUBBORN], stdout=subprocess.PIPE)
     child.stdout.readline(), child.stdout.readline()
     time.sleep(1.5)
@@ -46,9 +46,9 @@ def started_driver(*args):
 def test_a_killed_driver_takes_processes_along_that_heed_nothing_and_left_its_session_even_after_ctrl_c():
     driver = started_driver()
     below = descendants(driver.pid)
-    assert len(below) == 3, "the warden, a child, and a grandchild in a session of its own"
-    (warden,) = [pid for pid, _ in below if "reaper" in Path(f"/proc/{pid}/cmdline").read_text()]
-    os.kill(warden, signal.SIGINT)  # as a terminal does
+    assert len(below) == 3, "the reaper, a child, and a grandchild in a session of its own"
+    (reaper,) = [pid for pid, _ in below if "reaper" in Path(f"/proc/{pid}/cmdline").read_text()]
+    os.kill(reaper, signal.SIGINT)  # as a terminal does
     driver.kill()
     driver.wait()
     gone_within(below, 10)
