@@ -61,7 +61,7 @@ def lease(journal: Journal, num: int) -> None:
 
 
 def arrive(journal: Journal, lease_id: int, arrived: tuple[Group, Payload]) -> None:
-    done = core.GroupDone(lease_id=lease_id, min_version=0, max_version=0, metrics={}, num_loss_tokens=1)
+    done = core.GroupArrived(lease_id=lease_id, min_version=0, max_version=0, metrics={}, num_loss_tokens=1)
     ends = core.EndLease(lease_id=lease_id, prompt_id=lease_id, worker=0, outcome="done", reason="")
     moves = core.MoveGroup(group_id=lease_id, prompt_id=lease_id, state="queued", verdict="kept")
     journal.write(done, [ends, moves], arrived=arrived)

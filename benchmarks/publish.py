@@ -22,7 +22,7 @@ import torch
 from asyncdapo.transport.backend import Backend
 from asyncdapo.transport.deadline import Deadline
 from asyncdapo.weights.group import WeightGroup
-from asyncdapo.weights.layout import Manifest
+from asyncdapo.weights.manifest import Manifest
 from asyncdapo.weights.receiver import WeightReceiver
 from asyncdapo.weights.sender import WeightSender
 

@@ -35,9 +35,9 @@ from asyncdapo.rollout.vllm_engine.vllm_engine import VllmEngine
 from asyncdapo.transport.process_group import device_name
 from asyncdapo.weights.backend import choose_backend
 from asyncdapo.weights.config import WeightsConfig
-from asyncdapo.weights.ends import TRANSFER, WORKER_END, EngineEnd
 from asyncdapo.weights.group import WeightGroup
-from asyncdapo.weights.layout import Manifest
+from asyncdapo.weights.manifest import Manifest
+from asyncdapo.weights.receivers import TRANSFER, WORKER_RECEIVER, EngineReceiver
 from asyncdapo.weights.sender import WeightSender
 
 QUICKSTART = Path(__file__).parent.parent / "configs" / "models" / "chain_start"
@@ -71,11 +71,11 @@ class Worker:
             config,
             max_prompt_length=PROMPT_LENGTH,
             transfer=TRANSFER,
-            worker_extension=WORKER_END,
+            worker_extension=WORKER_RECEIVER,
             memory_fraction=args.memory_fraction,
             stop_token_ids=[],
         )
-        self.end = EngineEnd(self.engine.rpc, TIMEOUT_S, self.engine.paused)
+        self.end = EngineReceiver(self.engine.rpc, TIMEOUT_S, self.engine.paused)
         self._load: list[asyncio.Future] = []
 
     async def start(self, slots: int) -> None:

@@ -24,8 +24,8 @@ import sys
 from collections import Counter
 
 from asyncdapo.errors import RewardError, RunError, VerdictError
-from asyncdapo.reward.child import VerifierProcess
 from asyncdapo.reward.config import pauses_s
+from asyncdapo.reward.verifier_process import VerifierProcess
 from asyncdapo.reward.wire import NoVerdict, Raised, Request, Setup, Verdict
 
 MAX_TRIES = 2

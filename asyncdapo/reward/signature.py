@@ -2,7 +2,7 @@
 
 In: a function of the user's. Raises ConfigError for one that can't, before anything is sampled. One that is written for
 another framework is recognised by the names of its parameters, and the error shows the lines that adapt it. Does not
-own: what it returns (`judging`).
+own: what it returns (`judge`).
 """
 
 from __future__ import annotations

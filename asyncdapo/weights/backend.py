@@ -1,4 +1,4 @@
-"""Choice of the weight group's backend: what the user names, else what fits the ends. Imports no torch."""
+"""Choice of the weight group's backend: the user's, else one that fits the devices. Imports no torch."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from asyncdapo.transport.backend import Backend, fitting_backend, host_of, is_cp
 from asyncdapo.weights.config import WeightsConfig
 
 HOST_ID = "NCCL_HOSTID"
-"""NCCL takes processes in which this variable differs for ones on different hosts, and lets them share a GPU."""
+"""NCCL treats processes with different values of this variable as on different hosts, and lets them share a GPU."""
 
 
 def device_of_ranks(ends: Mapping[str, Sequence[str]]) -> dict[str, str]:
-    """The device of each rank, under a name for messages. `ends`: of each end, the devices of its ranks in order."""
+    """The device of each rank, by a name for messages. `ends`: for each process or engine, its ranks' devices in
+    order."""
     return {
         end if len(devices) == 1 else f"{end} (GPU {number} of {len(devices)})": device
         for end, devices in ends.items()
@@ -23,8 +24,8 @@ def device_of_ranks(ends: Mapping[str, Sequence[str]]) -> dict[str, str]:
 
 
 def choose_backend(config: WeightsConfig, devices: Mapping[str, str]) -> tuple[Backend, str]:
-    """Backend for these ranks (`device_of_ranks`), the learner first, and why, for the log. Raises ConfigError when
-    `nccl` is demanded and an end has no GPU of its own, or `ipc` and an end is on another machine."""
+    """Backend for these ranks (`device_of_ranks`, the learner first), and the reason, for the log. Raises ConfigError
+    if the config says `nccl` and a rank has no GPU of its own, or `ipc` and a rank is on another machine."""
     if config.backend == "auto":
         return _fitting(devices)
     _refuse_impossible(config.backend, devices)
@@ -32,7 +33,7 @@ def choose_backend(config: WeightsConfig, devices: Mapping[str, str]) -> tuple[B
 
 
 def _fitting(devices: Mapping[str, str]) -> tuple[Backend, str]:
-    """As `fitting_backend`, but ends on one machine for which NCCL is nothing need no network."""
+    """As `fitting_backend`, but ranks on one machine that can't use NCCL use shared memory instead of the network."""
     backend, reason = fitting_backend(devices)
     if backend == "nccl" or len({host_of(device) for device in devices.values()}) > 1:
         return backend, reason

@@ -1,11 +1,11 @@
-"""Checksum of the bytes of a transfer, computed where the bytes are (CPU or GPU), alike on both ends.
+"""Checksum of the bytes of a transfer, computed where they are (CPU or GPU), the same way at both ends.
 
-A bucket is read as rows of `ROW_WORDS` 64-bit words. The sum of each row, modulo 2^64, and the words after the
-last full row go into BLAKE2b in their order, bucket after bucket. So every change of one word shows, and so do rows or
-buckets that are lost, come twice or trade places; a change within one row (1 KiB) that leaves its sum alone does not.
-It guards against accidents, not attackers.
+A bucket is read as rows of `ROW_WORDS` 64-bit words. The sum of each row, modulo 2^64, goes into BLAKE2b, and so do the
+words after the last full row, in order, bucket after bucket. So it detects every change of one word, and rows or
+buckets that are lost, repeated or swapped. It misses a change within one row (1 KiB) that keeps the row's sum. It
+guards against accidents, not attackers.
 
-Memory is read once, at its full speed; 0.8 % of it is copied to the host and hashed.
+Memory is read once, at full speed; 0.8 % of it is copied to the host and hashed.
 
 Shape: U bytes (uint8).
 """

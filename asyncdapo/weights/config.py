@@ -16,10 +16,10 @@ class WeightsConfig:
     """How weights travel: `nccl` between GPUs, `ipc` (shared memory) between processes on one GPU or one machine,
     `gloo` elsewhere; `auto` chooses and says why."""
     bucket_mb: int = 16
-    """Largest piece of one broadcast in MiB; the learner holds two, and gathers one while the other is sent."""
+    """Largest piece of one broadcast in MiB. The learner holds two: it fills one while it sends the other."""
     timeout_s: float = 60.0
-    """Seconds after which a transfer has failed, and workers go on with the weights they have; the learner's ranks have
-    as long to find each other."""
+    """Seconds after which a transfer has failed; workers then keep their weights. The learner's ranks have as long to
+    find each other."""
     max_missed: int = 3
     """Transfers of one version that may fail before the run ends."""
 

@@ -17,7 +17,7 @@ HOST = torch.device("cpu")
 
 
 class WeightGroup(ProcessGroup):
-    """One membership's group; its calls raise WeightsError. Connected, it has a `carrier` for the buckets."""
+    """The group of one membership; its calls raise WeightsError. Once connected, it has a `carrier` for the buckets."""
 
     purpose = "the weights"
     error = WeightsError
@@ -33,18 +33,18 @@ class WeightGroup(ProcessGroup):
         timeout_s: float,
         device: torch.device = HOST,
     ) -> None:
-        """`device` is where this end keeps its weights."""
+        """`device`: where this rank keeps its weights."""
         super().__init__(address, rank, world_size, backend, timeout_s)
         self._own_device = numbered(device)
 
     def connect(self, deadline: Deadline | None = None) -> None:
         deadline = deadline or Deadline(self.timeout_s)
         super().connect(deadline)
-        own = weakref.proxy(self)  # in a cycle the buffers and threads of an old group would last until some collection
+        own = weakref.proxy(self)  # no cycle: an old group's buffers and threads must go at once
         self.carrier = SharedCarrier(own, self._common_device(deadline)) if self.backend == "ipc" else GroupCarrier(own)
 
     def _common_device(self, deadline: Deadline) -> torch.device:
-        """The GPU of all ends, or the host: every end comes to the same."""
+        """The GPU that all ranks share, else the host. Every rank finds the same."""
         name = device_name(self._own_device).encode()
         words = self.exchange(int.from_bytes(blake2b(name, digest_size=7).digest()), deadline)
         return self._own_device if len(set(words)) == 1 else HOST

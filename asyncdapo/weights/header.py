@@ -1,12 +1,12 @@
-"""What surrounds the buckets of a transfer: what every end says before them, and after.
+"""The exchanges before and after the buckets of a transfer.
 
     rank 0       version, branch, manifest, bucket size      buckets …      checksum of what it sent
-    the others   what they expect of these                                  checksum of what arrived
+    the others   the values that they expect                                checksum of what arrived
 
-Every rank gets the words of all, in one collective each time, and judges alike. So a transfer succeeds for every rank
-or for none (only a rank that dies within the last exchange leaves the others in doubt), and a refusal leaves the group
-in step: it can be used again. In: promises and expectations. Out: WeightsError that names the ranks which differ, and
-in what.
+Each exchange is one collective: every rank gets the words of all and comes to the same result. So a transfer succeeds
+for every rank or for none. (Only a rank that dies within the last exchange leaves the others in doubt.) After a refusal
+the ranks are still in step, and the group can be used again. Out: WeightsError that names the ranks that differ, and
+how.
 """
 
 from __future__ import annotations
@@ -32,33 +32,33 @@ DIFFERENCES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Header:
-    """One transfer, as rank 0 announces it or another rank expects it; every field is an int64 word after `MAGIC`."""
+    """One transfer, as rank 0 announces it or another rank expects it. Each field is an int64 word after `MAGIC`."""
 
     branch: int
     version: int
     manifest_digest: int
     stream_bytes: int
     bucket_bytes: int = 0
-    """For rank 0 to say."""
+    """Set by rank 0 only."""
 
     def difference(self, other: Header) -> str:
-        """Why the two aren't of one transfer; nothing if they are."""
+        """Why the two don't belong to one transfer; "" if they do."""
         return next((why for key, why in DIFFERENCES.items() if getattr(self, key) != getattr(other, key)), "")
 
 
 def agree(group: WeightGroup, header: Header, deadline: Deadline) -> Header:
-    """Tell every rank this header; returns that of rank 0. Raises WeightsError, at every rank alike, unless all are of
-    one transfer."""
+    """Send this header to every rank; returns rank 0's. Raises WeightsError, at every rank, unless all headers belong
+    to one transfer."""
     rows = group.exchange_rows([MAGIC, *astuple(header)], deadline)
     if any(magic != MAGIC for magic, *_ in rows):
-        raise WeightsError("transfer of weights refused: what a rank said is no header")
+        raise WeightsError("transfer of weights refused: a rank sent something that isn't a header")
     headers = [_header(words) for _, *words in rows]
     _refuse({rank: headers[ROOT].difference(other) for rank, other in enumerate(headers)})
     return headers[ROOT]
 
 
 def confirm(group: WeightGroup, checksum: Sequence[int], deadline: Deadline) -> None:
-    """Tell every rank this checksum. Raises WeightsError, at every rank alike, unless all are that of rank 0."""
+    """Send this checksum to every rank. Raises WeightsError, at every rank, unless all equal rank 0's."""
     rows = group.exchange_rows(checksum, deadline)
     changed = "the weights arrived changed (checksum)"
     _refuse({rank: changed if row != rows[ROOT] else "" for rank, row in enumerate(rows)})

@@ -1,9 +1,8 @@
-"""Receiver of the weights: one rank's end of a transfer.
+"""Receiver of the weights: one rank's side of a transfer.
 
-In: the learner's broadcasts. Out: tensors of a new version, in memory of their own (the engine goes on generating with
-others meanwhile). Invariant: nothing is returned that was not announced as the expected version and did not match the
-checksum at every receiver; after a WeightsError the caller keeps its old weights. Does not own: loading them into an
-engine.
+In: the learner's broadcasts. Out: the tensors of a new version, in separate memory; the engine generates with its old
+ones meanwhile. Invariant: a version is returned only if the learner announced it as the expected one and every receiver
+confirmed its checksum. After a WeightsError the caller keeps its old weights. Does not own: loading into an engine.
 
 Shape: U bytes (uint8).
 """
@@ -20,7 +19,7 @@ from asyncdapo.transport.deadline import Deadline
 from asyncdapo.weights.checksum import Checksum
 from asyncdapo.weights.group import WeightGroup
 from asyncdapo.weights.header import Header, agree, confirm
-from asyncdapo.weights.layout import Bucket, Manifest, plan_buckets
+from asyncdapo.weights.manifest import Bucket, Manifest, plan_buckets
 
 
 class WeightReceiver:
@@ -40,10 +39,10 @@ class WeightReceiver:
         }
 
     def receive(self, expected_version: int, *, branch: int = 0) -> dict[str, torch.Tensor]:
-        """The weights of `expected_version` under their names in the manifest; blocks until they are complete.
+        """The weights of `expected_version` by their names in the manifest; blocks until they are complete.
 
-        The tensors are views of the stream's memory: good until the next call, even one that fails. Raises WeightsError
-        when the transfer fails, is refused by any receiver, or isn't over the group's timeout after this call.
+        The tensors are views of the stream's memory: the next call invalidates them, even if it fails. Raises
+        WeightsError if the transfer fails, if any receiver refuses it, or if it exceeds the group's timeout.
         """
         deadline = Deadline(self._group.timeout_s)
         header = agree(self._group, self._expected(expected_version, branch), deadline)
@@ -55,7 +54,7 @@ class WeightReceiver:
         return Header(branch=branch, version=version, manifest_digest=self._digest, stream_bytes=self._stream_bytes)
 
     def _receive_buckets(self, buckets: list[Bucket], deadline: Deadline) -> Checksum:
-        """Fill the stream bucket by bucket; while one is under way the one before is checked."""
+        """Fill the stream bucket by bucket; check each while the next one arrives."""
         checksum = Checksum()
         landings = self._landings(buckets)
         before: Arrival | None = None
@@ -71,7 +70,7 @@ class WeightReceiver:
         return checksum
 
     def _landings(self, buckets: list[Bucket]) -> list[torch.Tensor]:
-        """Two buckets of memory where the group can write; none when it can write to ours itself."""
+        """Two buckets of memory that the group can write to; none if it can write to the stream directly."""
         carrier = self._group.carrier
         if carrier.reaches(self._stream_U.device):
             return []
@@ -81,14 +80,14 @@ class WeightReceiver:
 
 @dataclass(frozen=True)
 class Arrival:
-    """A bucket under way: uint8 [U] where it lands, and where it belongs."""
+    """A bucket on its way: the memory it arrives in and the memory it belongs to, both uint8 [U]."""
 
     landing_U: torch.Tensor
     target_U: torch.Tensor
     transfer: Transfer
 
     def complete(self) -> torch.Tensor:
-        """Wait for the bucket and return it where it belongs."""
+        """Wait for the bucket and return it in the memory it belongs to."""
         self.transfer.wait()
         if self.landing_U is not self.target_U:
             self.target_U.copy_(self.landing_U)

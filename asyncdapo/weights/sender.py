@@ -1,8 +1,8 @@
-"""Sender of the weights: the learner's end of a transfer.
+"""Sender of the weights: the learner's side of a transfer.
 
-In: the learner's tensors, on any device and in any dtype. Out: the same numbers at every receiver, in the dtypes of the
-manifest. Two buckets of memory are all that it adds: while one is under way the next is gathered and converted.
-Invariant: `send` returns only after every receiver has checked the version's checksum. Owns no weights.
+In: the learner's tensors, on any device and in any dtype. Out: the same numbers at every receiver, in the manifest's
+dtypes. It needs two buckets of memory: while one is sent, the next is filled and converted. Invariant: `send` returns
+only after every receiver has confirmed the version's checksum. Owns no weights.
 
 Shape: U bytes (uint8).
 """
@@ -20,7 +20,7 @@ from asyncdapo.transport.deadline import Deadline
 from asyncdapo.weights.checksum import Checksum
 from asyncdapo.weights.group import WeightGroup
 from asyncdapo.weights.header import Header, agree, confirm
-from asyncdapo.weights.layout import Bucket, Manifest, Piece, plan_buckets
+from asyncdapo.weights.manifest import Bucket, Manifest, Piece, plan_buckets
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class SendReport:
 
     version: int
     num_bytes: int
-    """Bytes of the tensors, counted once however many receivers there are."""
+    """Bytes of the tensors, counted once for any number of receivers."""
     seconds: float
 
     @property
@@ -39,7 +39,7 @@ class SendReport:
 
 class WeightSender:
     """Sends versions of one manifest through one connected group, in buckets of at most `bucket_bytes` (a multiple of
-    64). Their memory is allocated here, twice."""
+    64). It allocates memory for two buckets."""
 
     def __init__(self, group: WeightGroup, manifest: Manifest, bucket_bytes: int) -> None:
         self._group, self._manifest = group, manifest
@@ -52,8 +52,8 @@ class WeightSender:
     def send(self, version: int, tensors: Mapping[str, torch.Tensor], *, branch: int = 0) -> SendReport:
         """Send these tensors as the weights of `version`; blocks until every receiver has them.
 
-        Raises ValueError when they don't fit the manifest, WeightsError when the transfer fails, is refused, or takes
-        longer than the group's timeout; then no receiver uses them. Don't change the tensors meanwhile.
+        Raises ValueError if they don't fit the manifest. Raises WeightsError if the transfer fails, is refused, or
+        exceeds the group's timeout; no receiver uses the version then. Don't change the tensors during the call.
         """
         began_s = time.monotonic()
         sources = self._sources(tensors)
@@ -82,7 +82,7 @@ class WeightSender:
         )
 
     def _send_buckets(self, sources: list[torch.Tensor], deadline: Deadline) -> Checksum:
-        """Gather a bucket and add it up while the one before is under way."""
+        """Fill a bucket and update the checksum while the bucket before it is sent."""
         checksum = Checksum()
         before: Transfer | None = None
         for gather in self._gathers:
@@ -99,7 +99,7 @@ class WeightSender:
 
 @dataclass(frozen=True)
 class Gather:
-    """Copies the pieces of one bucket into uint8 [U], each converted to its dtype of the manifest."""
+    """Copies the pieces of one bucket into uint8 [U], each converted to its dtype in the manifest."""
 
     buffer_U: torch.Tensor
     pieces: list[Piece]
@@ -108,7 +108,7 @@ class Gather:
 
     @staticmethod
     def into(buffer_U: torch.Tensor, bucket: Bucket, manifest: Manifest) -> Gather:
-        """Into the beginning of a buffer that may be longer."""
+        """A gather into the beginning of a buffer, which may be longer than the bucket."""
         targets = []
         for piece in bucket.pieces:
             spec = manifest.tensors[piece.tensor]

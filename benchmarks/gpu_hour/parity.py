@@ -26,9 +26,9 @@ from asyncdapo.rollout.vllm_engine.vllm_engine import VllmEngine
 from asyncdapo.transport.process_group import device_name
 from asyncdapo.weights.backend import choose_backend
 from asyncdapo.weights.config import WeightsConfig
-from asyncdapo.weights.ends import TRANSFER, WORKER_END, EngineEnd
 from asyncdapo.weights.group import WeightGroup
-from asyncdapo.weights.layout import Manifest
+from asyncdapo.weights.manifest import Manifest
+from asyncdapo.weights.receivers import TRANSFER, WORKER_RECEIVER, EngineReceiver
 from asyncdapo.weights.sender import WeightSender
 from benchmarks.gpu_hour.check import Figures, hold, main
 from benchmarks.gpu_hour.models import SMALL, made
@@ -63,7 +63,7 @@ async def _compare(figures: Figures, cpu: bool, folder: Path) -> None:
         config,
         max_prompt_length=NUM_PROMPT,
         transfer=TRANSFER,
-        worker_extension=WORKER_END,
+        worker_extension=WORKER_RECEIVER,
         memory_fraction=MEMORY_FRACTION,
         stop_token_ids=[],
     )
@@ -107,8 +107,8 @@ async def _sampled(engine: VllmEngine, prompts: list[list[int]], num_tokens: int
     return [(prompt, sample) for prompt, [sample] in zip(prompts, answers, strict=True)]
 
 
-async def _connected(engine: VllmEngine, learner: Learner, dtype: str) -> tuple[WeightSender, EngineEnd]:
-    end = EngineEnd(engine.rpc, TIMEOUT_S, engine.paused)
+async def _connected(engine: VllmEngine, learner: Learner, dtype: str) -> tuple[WeightSender, EngineReceiver]:
+    end = EngineReceiver(engine.rpc, TIMEOUT_S, engine.paused)
     names = [device_name(learner.device), *await end.devices()]
     config = WeightsConfig()
     backend, _ = choose_backend(config, {f"rank {rank}": name for rank, name in enumerate(names)})

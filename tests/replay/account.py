@@ -181,11 +181,11 @@ class Account:
                 del self.loaded[event.worker], self.credits[event.worker]
             case core.Ready():
                 self.credits[event.worker] = event.credits
-            case core.Loaded():
+            case core.WeightsLoaded():
                 self.loaded[event.worker] = event.version
-            case core.Started() if event.lease_id in self.leases:
+            case core.SamplingBegan() if event.lease_id in self.leases:
                 self.leases[event.lease_id].started_version = event.version
-            case core.GroupDone() if event.lease_id in self.leases:
+            case core.GroupArrived() if event.lease_id in self.leases:
                 prompt_id = self.leases[event.lease_id].prompt_id
                 self.groups[event.lease_id] = TrueGroup(
                     prompt_id,
@@ -200,7 +200,7 @@ class Account:
                 return True
             case core.LeaseFailed() | core.LeaseLost():
                 return event.lease_id in self.leases
-            case core.CutWanted():
+            case core.BatchWanted():
                 self.wanted = max(self.wanted, event.step)
             case core.Trained():
                 self.trained.add(event.step)
@@ -210,7 +210,7 @@ class Account:
                 self.over = True
         return False
 
-    def _verdict(self, event: core.GroupDone) -> str:
+    def _verdict(self, event: core.GroupArrived) -> str:
         if not self.filter.enabled:
             return "kept"
         if not event.num_loss_tokens:

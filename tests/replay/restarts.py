@@ -68,11 +68,11 @@ class Restarts(Simulation):
             event,
             actions,
             prompts=[prompt(grant.prompt_id) for grant in grants],
-            arrived=self._arrived(event) if isinstance(event, core.GroupDone) else None,
+            arrived=self._arrived(event) if isinstance(event, core.GroupArrived) else None,
             detail="session" if isinstance(event, core.WorkerJoined) else "",
         )
 
-    def _arrived(self, event: core.GroupDone) -> tuple[Group, Payload]:
+    def _arrived(self, event: core.GroupArrived) -> tuple[Group, Payload]:
         branch, grant = self.branch_of[event.lease_id]
         completion = Completion(
             num_tokens=2,
@@ -154,7 +154,7 @@ class Restarts(Simulation):
 
     def _ask_again(self) -> None:
         if self.num_asked > self.truth.num_cut:
-            self.tell(core.CutWanted(step=self.num_asked))
+            self.tell(core.BatchWanted(step=self.num_asked))
 
     def check_against_truth(self) -> None:
         state, truth = snapshot(self.state), self.truth

@@ -12,9 +12,9 @@ from tests.replay.truth import Truth
 ACC = {"kept": (0.0, 1.0), "constant": (1.0, 1.0), "masked": (0.0, 1.0)}
 
 
-def group_done(lease_id: int, verdict: str = "kept", min_version: int = 0, max_version: int = 0) -> core.GroupDone:
+def group_done(lease_id: int, verdict: str = "kept", min_version: int = 0, max_version: int = 0) -> core.GroupArrived:
     """A group of two completions that the filter gives this verdict."""
-    return core.GroupDone(
+    return core.GroupArrived(
         lease_id=lease_id,
         min_version=min_version,
         max_version=max(min_version, max_version),

@@ -149,7 +149,7 @@ class Simulation:
         sent = min(self.num_trained + has_batch, self.num_published + 1)
         if worker.loaded < sent:
             worker.loaded += 1 + self._pick(sent - worker.loaded)
-            self.tell(core.Loaded(worker=index, version=worker.loaded))
+            self.tell(core.WeightsLoaded(worker=index, version=worker.loaded))
 
     def _die(self) -> None:
         index = self._one_of(list(self.workers))
@@ -167,7 +167,7 @@ class Simulation:
         worker, lease_id = self._one_lease()
         if worker.running[lease_id] is None:
             worker.running[lease_id] = worker.loaded
-            self.tell(core.Started(lease_id=lease_id, version=worker.loaded))
+            self.tell(core.SamplingBegan(lease_id=lease_id, version=worker.loaded))
 
     def _finish(self) -> None:
         """Now and then `started` never came, or the group has an older token than its lease let on."""
@@ -214,11 +214,11 @@ class Simulation:
     def _want(self) -> None:
         if self.num_asked <= self.truth.num_cut:
             self.num_asked += 1
-        self.tell(core.CutWanted(step=self.num_asked))
+        self.tell(core.BatchWanted(step=self.num_asked))
 
     def _want_old(self) -> None:
         """Said again though the batch has come."""
-        self.tell(core.CutWanted(step=self.num_trained))
+        self.tell(core.BatchWanted(step=self.num_trained))
 
     def _train(self) -> None:
         self.num_trained += 1
@@ -254,7 +254,7 @@ class Simulation:
         for index, worker in self.workers.items():
             if worker.loaded < self.num_published:
                 worker.loaded = self.num_published
-                self.tell(core.Loaded(worker=index, version=worker.loaded))
+                self.tell(core.WeightsLoaded(worker=index, version=worker.loaded))
             self.tell(core.Ready(worker=index, credits=worker.num_slots - len(worker.running)))
         for worker in self.workers.values():
             for lease_id, started in list(worker.running.items()):

@@ -164,7 +164,7 @@ class SmallRun:
         metrics = self.exchange.trained(step, {"learner/loss": 0.25})
         self.exchange.apply(core.Published(version=step))
         for worker in self.state.leases.workers:
-            self.exchange.apply(core.Loaded(worker=worker, version=step))
+            self.exchange.apply(core.WeightsLoaded(worker=worker, version=step))
         self.messages()
         self.lines.append({"step": step, **metrics})
 
@@ -183,7 +183,7 @@ def finished_run(run_dir: Path) -> Path:
     first, _ = run.ready(0, 2)
     [slow] = run.ready(2, 1)
     broken, *rest = run.ready(1, 3)
-    run.exchange.apply(core.Started(lease_id=slow, version=0))
+    run.exchange.apply(core.SamplingBegan(lease_id=slow, version=0))
     run.exchange.apply(core.LeaseLost(lease_id=broken, reason="rejected"), detail="broken")
     run.ready(1, 3)
     run.answer(first)

@@ -92,7 +92,7 @@ class ManyWorkers:
                 scenario.train(self.trained)
             else:
                 early = self.schedule.random() < 0.5  # asked for while the batch before is trained
-                scenario.tell(core.CutWanted(step=len(scenario.batches) + 1 if early else self.trained + 1))
+                scenario.tell(core.BatchWanted(step=len(scenario.batches) + 1 if early else self.trained + 1))
         return scenario.batches
 
     def _anything(self) -> None:
@@ -109,7 +109,7 @@ class ManyWorkers:
             scenario.tell(core.WorkerLost(worker=worker))
             scenario.join(worker, version=self.trained)
         elif what < 0.6 and loaded[worker] < self.trained:
-            scenario.tell(core.Loaded(worker=worker, version=self.trained))
+            scenario.tell(core.WeightsLoaded(worker=worker, version=self.trained))
         else:
             held = sum(lease.worker == worker for lease in scenario.truth.leases.values())
             scenario.tell(core.Ready(worker=worker, credits=self.num_slots - held))
@@ -154,7 +154,7 @@ def test_membership_depends_neither_on_arrival_nor_on_the_workers(
 def barrier(size: int = 2, **filter: object) -> Scenario:
     scenario = Scenario(ReplayConfig(prompts_per_step=size, run_ahead=0, max_staleness=5), FilterConfig(**filter))
     scenario.join(credits=99)
-    scenario.tell(core.CutWanted(step=1))
+    scenario.tell(core.BatchWanted(step=1))
     return scenario
 
 
@@ -184,7 +184,7 @@ def test_what_lies_behind_the_last_member_goes_back_to_the_stream_and_costs_no_a
     assert moves[-1].attempts == 0
     assert [scenario.state_of(prompt_id) for prompt_id in (0, 1)] == ["filtered", "filtered"]
     scenario.train(1)
-    grants = grants_of(scenario.tell(core.Loaded(worker=0, version=1)))
+    grants = grants_of(scenario.tell(core.WeightsLoaded(worker=0, version=1)))
     assert [(grant.prompt_id, grant.attempt) for grant in grants] == [(4, 1), (5, 1), (6, 1)]
 
 
@@ -218,7 +218,7 @@ def test_nothing_is_leased_while_the_learner_trains() -> None:
     scenario.finish(0, 1)
     assert scenario.tell(core.Ready(worker=0, credits=99)) == []
     assert why_waiting(scenario.state) == "learner: trains step 1"
-    assert scenario.tell(core.CutWanted(step=2)) == []
+    assert scenario.tell(core.BatchWanted(step=2)) == []
     scenario.tell(core.Trained(step=1))
     assert why_waiting(scenario.state) == "weights: version 1 is trained and not published"
     scenario.tell(core.Published(version=1))
@@ -230,9 +230,9 @@ def test_only_workers_that_have_loaded_the_current_version_get_leases() -> None:
     scenario = barrier()
     scenario.join(1, credits=99)
     scenario.finish(0, 1)
-    scenario.tell(core.CutWanted(step=2))
+    scenario.tell(core.BatchWanted(step=2))
     scenario.train(1)
-    scenario.tell(core.Loaded(worker=1, version=1))
+    scenario.tell(core.WeightsLoaded(worker=1, version=1))
     assert scenario.running == [2, 3]
     assert {lease.worker for lease in scenario.truth.leases.values()} == {1}
 
@@ -261,7 +261,7 @@ def test_the_last_short_batch_gives_nothing_back() -> None:
     config = ReplayConfig(prompts_per_step=2, run_ahead=0, max_staleness=0)
     scenario = Scenario(config, FilterConfig(on_limit="partial"), num_prompts=3)
     scenario.join(credits=9)
-    scenario.tell(core.CutWanted(step=1))
+    scenario.tell(core.BatchWanted(step=1))
     scenario.finish(0)
     scenario.finish(1, 2, verdict="constant")
     assert scenario.batches == [[0]]

@@ -18,10 +18,10 @@ def early(*, max_staleness: int, on_stale: str = "drop") -> Scenario:
     scenario.join(credits=4)
     scenario.finish(0, verdict="constant")  # a lower keep rate lets one more run
     scenario.finish(1, verdict="constant")
-    scenario.tell(core.Ready(worker=0, credits=4), core.CutWanted(step=1))
+    scenario.tell(core.Ready(worker=0, credits=4), core.BatchWanted(step=1))
     first, ready, slow = scenario.running[:3]
     for prompt_id in (first, ready, slow):
-        scenario.tell(core.Started(lease_id=scenario.lease_of(prompt_id), version=0))
+        scenario.tell(core.SamplingBegan(lease_id=scenario.lease_of(prompt_id), version=0))
     scenario.finish(first)
     scenario.finish(ready)
     assert scenario.batches == [[first]]
@@ -32,7 +32,7 @@ def early(*, max_staleness: int, on_stale: str = "drop") -> Scenario:
 def test_an_early_batch_is_cut_at_once_when_nothing_ends_by_it() -> None:
     scenario = early(max_staleness=2)
     [slow] = scenario.running
-    scenario.tell(core.CutWanted(step=2))
+    scenario.tell(core.BatchWanted(step=2))
     assert len(scenario.batches) == 2
     assert scenario.running == [slow]
     assert scenario.state.gauges()["in_training"] == 2
@@ -44,7 +44,7 @@ def test_an_early_batch_is_cut_at_once_when_nothing_ends_by_it() -> None:
 def test_an_early_cut_waits_for_what_it_would_end(on_stale: str) -> None:
     scenario = early(max_staleness=1, on_stale=on_stale)
     [slow] = scenario.running
-    scenario.tell(core.CutWanted(step=2))
+    scenario.tell(core.BatchWanted(step=2))
     assert len(scenario.batches) == 1
     assert scenario.running == [slow]
     scenario.finish(slow)
@@ -54,7 +54,7 @@ def test_an_early_cut_waits_for_what_it_would_end(on_stale: str) -> None:
 def test_an_early_cut_waits_no_longer_than_until_the_version_before_is_published() -> None:
     scenario = early(max_staleness=1)
     [slow] = scenario.running
-    scenario.tell(core.CutWanted(step=2), core.Trained(step=1))
+    scenario.tell(core.BatchWanted(step=2), core.Trained(step=1))
     assert len(scenario.batches) == 1
     scenario.tell(core.Published(version=1))
     assert len(scenario.batches) == 2
@@ -66,7 +66,7 @@ def test_a_cut_that_nobody_wants_early_is_made_as_it_was() -> None:
     scenario = early(max_staleness=1)
     [slow] = scenario.running
     scenario.train(1)
-    scenario.tell(core.CutWanted(step=2))
+    scenario.tell(core.BatchWanted(step=2))
     assert len(scenario.batches) == 2
     assert scenario.reasons(slow)[-1] == ("expired", "stale")
 
@@ -74,7 +74,7 @@ def test_a_cut_that_nobody_wants_early_is_made_as_it_was() -> None:
 def test_an_early_cut_admits_as_much_as_the_queue_did() -> None:
     """What was queued is in training then: the left side of the rule stays what it was."""
     cut, waiting = early(max_staleness=2), early(max_staleness=2)
-    cut.tell(core.CutWanted(step=2))
+    cut.tell(core.BatchWanted(step=2))
     for scenario in (cut, waiting):
         scenario.tell(core.Ready(worker=0, credits=4))
     assert cut.running == waiting.running

@@ -20,7 +20,7 @@ def replacing(size: int = 3, *, replay: dict | None = None, num_prompts: int | N
     config = ReplayConfig(prompts_per_step=size, **({"run_ahead": 1, "max_staleness": 1} | (replay or {})))
     scenario = Scenario(config, FilterConfig(mode="replace", **filter), num_prompts=num_prompts)
     scenario.join(credits=99)
-    scenario.tell(core.CutWanted(step=1))
+    scenario.tell(core.BatchWanted(step=1))
     return scenario
 
 
@@ -59,10 +59,10 @@ def test_a_group_that_is_not_kept_gives_its_place_in_the_batch_that_it_would_hav
     scenario.join(credits=9)
     scenario.finish(0, 1, 3)
     scenario.finish(2, verdict="constant")
-    scenario.tell(core.CutWanted(step=1))
+    scenario.tell(core.BatchWanted(step=1))
     assert scenario.batches == [[0, 1]]
     assert scenario.state_of(2) == "spare"
-    scenario.tell(core.CutWanted(step=2))
+    scenario.tell(core.BatchWanted(step=2))
     assert scenario.batches == [[0, 1], [3]]
     assert [cut.copies for cut in cuts_of(scenario)] == [(), (1,)]
     assert scenario.state_of(2) == "filtered"
@@ -85,7 +85,7 @@ def test_a_group_too_many_misses_the_bound_whatever_its_verdict(verdict: str, on
     scenario.train(1)
     scenario.finish(4, 5, verdict=verdict)
     assert {scenario.state_of(prompt_id) for prompt_id in (4, 5)} == {"queued" if verdict == "kept" else "spare"}
-    scenario.tell(core.CutWanted(step=2))
+    scenario.tell(core.BatchWanted(step=2))
     assert scenario.batches == [[0, 1], [2, 3]]
     for prompt_id in (4, 5):
         assert scenario.reasons(prompt_id)[2] == (("expired" if on_stale == "drop" else "waiting"), "stale")
@@ -138,10 +138,10 @@ def test_at_the_limit_no_place_is_copied(on_limit: str, members: list[int]) -> N
     scenario.finish(0, 1)
     scenario.finish(2, 3)
     scenario.train(1)
-    scenario.tell(core.Loaded(worker=0, version=1))
+    scenario.tell(core.WeightsLoaded(worker=0, version=1))
     scenario.finish(4, verdict="constant", version=1)
     scenario.finish(5)
-    scenario.tell(core.CutWanted(step=2))
+    scenario.tell(core.BatchWanted(step=2))
     scenario.train(2)
     scenario.finish(6, verdict="constant", version=1)
     assert scenario.batches == [[0, 1], [2, 3]]

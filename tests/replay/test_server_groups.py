@@ -30,7 +30,7 @@ class FullDisk(Journal):
     """A journal that can't take in groups."""
 
     def write(self, event, actions, **facts):
-        if isinstance(event, core.GroupDone):
+        if isinstance(event, core.GroupArrived):
             raise OSError("no space left on device")
         super().write(event, actions, **facts)
 

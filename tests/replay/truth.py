@@ -69,7 +69,7 @@ class Truth(Account):
 
     def _see_lease_end(self, action: core.EndLease, event: core.Event, answered: bool) -> None:
         if action.outcome == "late":
-            assert isinstance(event, core.GroupDone | core.LeaseFailed)
+            assert isinstance(event, core.GroupArrived | core.LeaseFailed)
             assert not answered
             assert action.lease_id == event.lease_id
             return
@@ -77,7 +77,7 @@ class Truth(Account):
         self.ended_leases.add(action.lease_id)
         assert (action.prompt_id, action.worker) == (lease.prompt_id, lease.worker)
         match event:
-            case core.GroupDone() if action.lease_id == event.lease_id:
+            case core.GroupArrived() if action.lease_id == event.lease_id:
                 assert action.outcome == "done"
                 return
             case core.LeaseFailed() if action.lease_id == event.lease_id:
@@ -104,7 +104,7 @@ class Truth(Account):
         group = self.groups[action.group_id]
         assert action.prompt_id == group.prompt_id
         if group.state == "arrived":
-            assert isinstance(event, core.GroupDone)
+            assert isinstance(event, core.GroupArrived)
             assert action.state == self._first_state(group)
             group.was_stale = action.state == "expired"
         else:

@@ -11,7 +11,7 @@ import time
 import pytest
 
 from asyncdapo.errors import RewardError, RunError, VerdictError
-from asyncdapo.reward import child
+from asyncdapo.reward import verifier_process
 from asyncdapo.reward.pool import ScorerPool
 from asyncdapo.reward.wire import Verdict
 from tests.asynchronous import asynchronous, until
@@ -326,7 +326,7 @@ async def test_a_process_that_dies_at_its_start_is_told_with_its_last_lines(tmp_
 
 @asynchronous
 async def test_a_process_that_never_comes_to_its_verifier_is_given_up(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(child, "START_TIMEOUT_S", 0.7)
+    monkeypatch.setattr(verifier_process, "START_TIMEOUT_S", 0.7)
     path = tmp_path / "slow.py"
     path.write_text("import time\nprint('waiting', flush=True)\ntime.sleep(60)\n")
     with pytest.raises(RunError, match=r"no answer in 0.7 s: waiting"):
@@ -350,6 +350,6 @@ async def test_a_verifier_that_breaks_during_the_run_ends_the_worker_and_not_a_g
 
 
 def test_a_verifier_process_imports_nothing_heavy() -> None:
-    code = "import sys, asyncdapo.reward.process; print(*sys.modules)"
+    code = "import sys, asyncdapo.reward.verifier_main; print(*sys.modules)"
     modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"torch", "ray", "transformers", "numpy", "zmq", "asyncio"} & set(modules)

@@ -6,8 +6,8 @@ import re
 import pytest
 
 from asyncdapo.errors import ConfigError
-from asyncdapo.reward.process import make_judge
 from asyncdapo.reward.registry import make_verifier
+from asyncdapo.reward.verifier_main import make_judge
 from asyncdapo.reward.wire import Verdict
 
 JUDGE = """

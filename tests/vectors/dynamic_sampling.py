@@ -2,7 +2,7 @@
 
 A step takes the first B kept groups in order of arrival, the surplus opens the next step, and the limit of generation
 batches raises, cuts short or fills up. Here prompt ids are the order of arrival, one worker has credits without end,
-`run_ahead` and `max_staleness` are large, and one `CutWanted` is pending at all times. All that is compared is read
+`run_ahead` and `max_staleness` are large, and one `BatchWanted` is pending at all times. All that is compared is read
 from the actions that the state machine answers with.
 """
 
@@ -14,13 +14,13 @@ from asyncdapo.replay.config import FilterConfig, ReplayConfig
 from asyncdapo.replay.core.events import (
     VERDICT_STATES,
     Action,
+    BatchWanted,
     CloseGenBatch,
     CutBatch,
-    CutWanted,
     Event,
     GenBatchClosed,
     GrantLease,
-    GroupDone,
+    GroupArrived,
     GroupState,
     MoveGroup,
     Ready,
@@ -56,14 +56,16 @@ class Replayed:
         self._leases: list[int] = []
         self._tell(WorkerJoined(worker=0, loaded_version=0))
         self._tell(Ready(worker=0, credits=PLENTY))
-        self._tell(CutWanted(step=1))
+        self._tell(BatchWanted(step=1))
 
     def arrive(self, name: str, kept: bool) -> None:
         """The group of the oldest lease is done."""
         lease_id = self._leases.pop(0)
         self._names[lease_id] = name
         acc = (0.0, 1.0) if kept else (1.0, 1.0)
-        self._tell(GroupDone(lease_id=lease_id, min_version=0, max_version=0, metrics={"acc": acc}, num_loss_tokens=1))
+        self._tell(
+            GroupArrived(lease_id=lease_id, min_version=0, max_version=0, metrics={"acc": acc}, num_loss_tokens=1)
+        )
 
     def close_gen_batch(self) -> None:
         self._tell(CloseGenBatch())
@@ -82,7 +84,7 @@ class Replayed:
                 self._verdicts[action.group_id] = action.verdict
             case CutBatch():
                 self._batches.append(action)
-                self._tell(CutWanted(step=action.step + 1))
+                self._tell(BatchWanted(step=action.step + 1))
             case GenBatchClosed():
                 self._gen_batches.append(action)
             case StopRun():

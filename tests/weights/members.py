@@ -26,7 +26,7 @@ from asyncdapo.transport.carrier import Carrier, Transfer
 from asyncdapo.transport.deadline import Deadline
 from asyncdapo.weights.group import WeightGroup
 from asyncdapo.weights.header import Header, agree
-from asyncdapo.weights.layout import Manifest
+from asyncdapo.weights.manifest import Manifest
 from asyncdapo.weights.receiver import WeightReceiver
 
 processes = multiprocessing.get_context("forkserver")

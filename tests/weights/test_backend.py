@@ -95,5 +95,5 @@ def test_a_cpu_is_named_after_its_machine():
 
 
 def test_the_controller_can_plan_and_choose_without_torch():
-    code = "import sys, asyncdapo.weights.backend, asyncdapo.weights.layout; sys.exit('torch' in sys.modules)"
+    code = "import sys, asyncdapo.weights.backend, asyncdapo.weights.manifest; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

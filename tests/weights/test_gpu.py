@@ -8,9 +8,9 @@ import torch
 from asyncdapo.errors import WeightsError
 from asyncdapo.transport.process_group import device_name
 from asyncdapo.weights.group import WeightGroup
-from asyncdapo.weights.layout import Manifest
+from asyncdapo.weights.manifest import Manifest
+from asyncdapo.weights.receive_buffer import ReceiveBuffer
 from asyncdapo.weights.sender import WeightSender
-from asyncdapo.weights.staging import Staging
 from tests.weights.members import Failed, fingerprint, form_group, members
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -120,17 +120,17 @@ def test_a_learner_on_the_gpu_and_a_worker_without_one_share_memory_of_the_host(
 def test_a_gpu_with_room_stages_the_stream_itself(weights: dict[str, torch.Tensor]):
     manifest = Manifest.of(weights)
     group = WeightGroup.create_master("127.0.0.1", 2, "gloo", 60.0, torch.device("cuda"))
-    staging = Staging(torch.device("cuda"))
-    joining = staging.join(group.address, 1, 2, "gloo", manifest, 60.0)
+    buffer = ReceiveBuffer(torch.device("cuda"))
+    joining = buffer.join(group.address, 1, 2, "gloo", manifest, 60.0)
     group.connect()
     joining.result()
-    receiving = staging.receive(1, 0)
+    receiving = buffer.receive(1, 0)
     WeightSender(group, manifest, 1 << 18).send(1, weights)
     receiving.result()
-    assert all(tensor.is_cuda for tensor in staging.take(1).values())
-    assert fingerprint(staging.take(1)) == fingerprint(weights)
-    assert "memory of the GPU" in staging.memory
-    staging.close()
+    assert all(tensor.is_cuda for tensor in buffer.take(1).values())
+    assert fingerprint(buffer.take(1)) == fingerprint(weights)
+    assert "memory of the GPU" in buffer.memory
+    buffer.close()
     group.close()
 
 

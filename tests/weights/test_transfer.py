@@ -21,7 +21,7 @@ from asyncdapo.transport.deadline import Deadline
 from asyncdapo.transport.keys import RunKeys
 from asyncdapo.transport.store import join_address
 from asyncdapo.weights.group import WeightGroup
-from asyncdapo.weights.layout import Manifest
+from asyncdapo.weights.manifest import Manifest
 from asyncdapo.weights.sender import WeightSender
 from tests.weights.members import Failed, fingerprint, form_group, members
 

@@ -21,7 +21,7 @@ from asyncdapo.rollout.config import RolloutConfig
 from asyncdapo.rollout.engine import Sample
 from asyncdapo.rollout.vllm_engine.vllm_engine import VllmEngine
 from asyncdapo.transport.backend import Backend
-from asyncdapo.weights.ends import TRANSFER, WORKER_END, EngineEnd
+from asyncdapo.weights.receivers import TRANSFER, WORKER_RECEIVER, EngineReceiver
 from tests.rollout.torch_engine.models import largest_difference, random_model, request, saved
 from tests.weights.members import Failed, Member, members
 from tests.weights.trainers import Trainer
@@ -75,7 +75,7 @@ def engine_of(path: Path) -> VllmEngine:
         config,
         max_prompt_length=16,
         transfer=TRANSFER,
-        worker_extension=WORKER_END,
+        worker_extension=WORKER_RECEIVER,
         stop_token_ids=[],
     )
 
@@ -129,13 +129,13 @@ async def traffic(engines: list[VllmEngine]) -> object:
         assert {len(sample.token_ids) for sample in samples} == {RESPONSE_LENGTH}
 
 
-def ends_of(engines: list[VllmEngine], timeout_s: float) -> list[EngineEnd]:
-    return [EngineEnd(engine.rpc, timeout_s, engine.paused) for engine in engines]
+def ends_of(engines: list[VllmEngine], timeout_s: float) -> list[EngineReceiver]:
+    return [EngineReceiver(engine.rpc, timeout_s, engine.paused) for engine in engines]
 
 
 async def joined(
     trainer: Member, engines: list[VllmEngine], weights: Path, backend: Backend = "gloo", timeout_s: float = TIMEOUT_S
-) -> list[EngineEnd]:
+) -> list[EngineReceiver]:
     """Ends that are in a group with the trainer."""
     ends, world_size = ends_of(engines, timeout_s), len(engines) + 1
     address, manifest = trainer.do("host", world_size, backend, TIMEOUT_S, str(weights))
@@ -147,7 +147,9 @@ async def joined(
     return ends
 
 
-async def publish(trainer: Member, engines: list[VllmEngine], ends: list[EngineEnd], version: int, file: Path) -> None:
+async def publish(
+    trainer: Member, engines: list[VllmEngine], ends: list[EngineReceiver], version: int, file: Path
+) -> None:
     trainer.start("send", version, str(file))
     await asyncio.gather(*(end.receive(version, 0) for end in ends))
     assert not isinstance(trainer.result(), Failed)

@@ -12,7 +12,7 @@ from asyncdapo.transport.backend import Backend
 from asyncdapo.transport.deadline import Deadline
 from asyncdapo.weights.group import WeightGroup
 from asyncdapo.weights.header import agree
-from asyncdapo.weights.layout import Manifest, plan_buckets
+from asyncdapo.weights.manifest import Manifest, plan_buckets
 from asyncdapo.weights.sender import WeightSender
 from tests.weights.members import header_of
 

@@ -11,7 +11,7 @@ from asyncdapo.rollout.engine import Engine
 from asyncdapo.rollout.model_files import locate, read_config, stop_token_ids
 from asyncdapo.rollout.torch_engine.torch_engine import TorchEngine
 from asyncdapo.rollout.vllm_engine.vllm_engine import VllmEngine
-from asyncdapo.weights.ends import TRANSFER, WORKER_END, End, EngineEnd, LocalEnd
+from asyncdapo.weights.receivers import TRANSFER, WORKER_RECEIVER, EngineReceiver, LocalReceiver, Receiver
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Fitted:
     """An engine that isn't started yet, its end, and the processes that it has started by now."""
 
     engine: Engine
-    end: End
+    end: Receiver
     pids: Callable[[], list[int]]
 
 
@@ -29,17 +29,17 @@ def make_engine(config: Config, memory_fraction: float) -> Fitted:
     stop = _stop_token_ids(config.model)
     if config.rollout.engine == "torch":
         torch = TorchEngine(config.model.path, config.rollout, max_prompt_length=max_prompt_length, stop_token_ids=stop)
-        return Fitted(torch, LocalEnd(lambda: torch.device, timeout_s), list)
+        return Fitted(torch, LocalReceiver(lambda: torch.device, timeout_s), list)
     vllm = VllmEngine(
         config.model.path,
         config.rollout,
         max_prompt_length=max_prompt_length,
         transfer=TRANSFER,
-        worker_extension=WORKER_END,
+        worker_extension=WORKER_RECEIVER,
         memory_fraction=memory_fraction,
         stop_token_ids=stop,
     )
-    return Fitted(vllm, EngineEnd(vllm.rpc, timeout_s, vllm.paused), vllm.pids)
+    return Fitted(vllm, EngineReceiver(vllm.rpc, timeout_s, vllm.paused), vllm.pids)
 
 
 def _stop_token_ids(model: ModelConfig) -> list[int] | None:

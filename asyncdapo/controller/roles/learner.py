@@ -38,7 +38,7 @@ from asyncdapo.payload import Payload
 from asyncdapo.transport.backend import Backend
 from asyncdapo.transport.process_group import device_name
 from asyncdapo.weights.group import WeightGroup
-from asyncdapo.weights.layout import Manifest
+from asyncdapo.weights.manifest import Manifest
 from asyncdapo.weights.sender import WeightSender
 
 log = logging.getLogger("weights")

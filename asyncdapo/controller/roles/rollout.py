@@ -19,7 +19,7 @@ from asyncdapo.reward.scorer import Scorer
 from asyncdapo.rollout.engine import Request, Sample
 from asyncdapo.rollout.worker import RolloutWorker
 from asyncdapo.transport.backend import Backend
-from asyncdapo.weights.layout import Manifest
+from asyncdapo.weights.manifest import Manifest
 
 log = logging.getLogger("weights")
 

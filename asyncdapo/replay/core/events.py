@@ -53,7 +53,7 @@ class Ready(Event):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Started(Event):
+class SamplingBegan(Event):
     """The lease's first token was sampled with the weights of `version`."""
 
     lease_id: int
@@ -61,7 +61,7 @@ class Started(Event):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Loaded(Event):
+class WeightsLoaded(Event):
     """From now on the worker generates with the weights of `version`."""
 
     worker: int
@@ -69,7 +69,7 @@ class Loaded(Event):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class GroupDone(Event):
+class GroupArrived(Event):
     """A well-formed group arrived (its lease may be over by now: then it is late)."""
 
     lease_id: int
@@ -102,7 +102,7 @@ class CloseGenBatch(Event):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class CutWanted(Event):
+class BatchWanted(Event):
     """The learner waits for batch `step`. Asking for one that was cut already changes nothing."""
 
     step: int
@@ -160,7 +160,7 @@ class MovePrompt(Action):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MoveGroup(Action):
-    """Journal: the group is in this state now. The first one of a group follows its `GroupDone` at once."""
+    """Journal: the group is in this state now. The first one of a group follows its `GroupArrived` at once."""
 
     group_id: int
     prompt_id: int

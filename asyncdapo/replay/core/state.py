@@ -4,7 +4,7 @@ In: events. Out: actions. No I/O, no clock, no threads, no chance: the same even
 server and the property tests run this code. It begins with what the ledger says (`recovery.py`): nothing, or the
 state in which a former process or a rollback left the run.
 
-    Ready, Loaded ──▶ lease ──▶ GroupDone ──▶ verdict ──▶ queue ──▶ cut ──▶ Trained ──▶ Published
+    Ready, WeightsLoaded ──▶ lease ──▶ GroupArrived ──▶ verdict ──▶ queue ──▶ cut ──▶ Trained ──▶ Published
                         ▲         filter.py     │                    │ sweep: what misses batch k + 1 is over
                   admission.py             lifecycle.py      held.py, batch.py, staleness.py
 
@@ -34,21 +34,21 @@ from asyncdapo.replay.core.admission import Admission, PromptStream
 from asyncdapo.replay.core.batch import HeldGroup
 from asyncdapo.replay.core.events import (
     Action,
+    BatchWanted,
     CloseGenBatch,
     CutBatch,
-    CutWanted,
     Event,
     GenBatchClosed,
-    GroupDone,
+    GroupArrived,
     LeaseFailed,
     LeaseLost,
-    Loaded,
     Published,
     Ready,
     RunEnded,
-    Started,
+    SamplingBegan,
     StopRun,
     Trained,
+    WeightsLoaded,
     WorkerJoined,
     WorkerLost,
 )
@@ -145,11 +145,11 @@ class ReplayState:
                     self.prompts.lose(lease.prompt_id, "worker lost")
             case Ready():
                 self.leases.workers[event.worker].credits = event.credits
-            case Loaded():
+            case WeightsLoaded():
                 self.leases.workers[event.worker].loaded_version = event.version
-            case Started():
+            case SamplingBegan():
                 self.leases.start(event.lease_id, event.version)
-            case GroupDone():
+            case GroupArrived():
                 self._accept_group(event)
             case LeaseFailed():
                 if lease := self.leases.end_if_running(event.lease_id, "failed", "reward"):
@@ -159,7 +159,7 @@ class ReplayState:
             case CloseGenBatch():
                 self.gen_batches.open(self.next_step)
                 self._close_gen_batch()
-            case CutWanted():
+            case BatchWanted():
                 assert event.step <= self.next_step, f"batch {event.step} wanted before batch {self.next_step}"
                 self.cut_wanted |= event.step == self.next_step
             case Trained():
@@ -207,7 +207,7 @@ class ReplayState:
 
     # ------------------------------------------------------------------------------------------------------ groups
 
-    def _accept_group(self, event: GroupDone) -> None:
+    def _accept_group(self, event: GroupArrived) -> None:
         lease = self.leases.end_if_running(event.lease_id, "done")
         if lease is None:
             return

@@ -40,7 +40,14 @@ from asyncdapo.replay.ledger.rollback import Rollback
 from asyncdapo.replay.ledger.rows import group_row
 from asyncdapo.replay.ledger.schema import HELD_STATES
 
-RECORDED_EVENTS = (core.WorkerJoined, core.WorkerLost, core.Loaded, core.Started, core.Published, core.RunEnded)
+RECORDED_EVENTS = (
+    core.WorkerJoined,
+    core.WorkerLost,
+    core.WeightsLoaded,
+    core.SamplingBegan,
+    core.Published,
+    core.RunEnded,
+)
 """Events that leave a row even when they cause no action."""
 
 
@@ -221,9 +228,9 @@ class Journal:
                 self._insert_load(worker, version)
             case core.WorkerLost(worker=worker):
                 self._insert_event("worker_lost", worker=worker)
-            case core.Loaded(worker=worker, version=version):
+            case core.WeightsLoaded(worker=worker, version=version):
                 self._insert_load(worker, version)
-            case core.Started(lease_id=lease_id, version=version):
+            case core.SamplingBegan(lease_id=lease_id, version=version):
                 self._db.execute("UPDATE leases SET started_version = ? WHERE lease_id = ?", (version, lease_id))
             case core.Published(version=version):
                 self._db.execute("INSERT INTO publishes VALUES (?, ?, ?, ?)", (version, self.branch, *self._stamp))

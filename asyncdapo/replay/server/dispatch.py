@@ -189,7 +189,7 @@ class Exchange:
         """A rank of the learner asks, perhaps again or as another peer: a batch that was cut is sent as it is."""
         self._wanted[wanted.rank] = peer, wanted
         if wanted.step not in self.state.untrained and not self._no_batch:
-            self.apply(core.CutWanted(step=wanted.step))
+            self.apply(core.BatchWanted(step=wanted.step))
         self._answer_learner()
 
     def trained(self, step: int, summary: Mapping[str, float]) -> dict[str, float]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from asyncdapo.messages import Completion, Group
 from asyncdapo.payload import Payload
-from asyncdapo.replay.core.events import GroupDone
+from asyncdapo.replay.core.events import GroupArrived
 from asyncdapo.replay.server.sessions import HeldLease
 
 MAX_LOGPROB = 1e-3
@@ -61,11 +61,11 @@ def check_group(
     return payload
 
 
-def arrival(group: Group) -> GroupDone:
+def arrival(group: Group) -> GroupArrived:
     """What the core is told of a group that passed."""
     shared = set.intersection(*(set(completion.metrics) for completion in group.completions))
     metrics = {name: tuple(completion.metrics[name] for completion in group.completions) for name in sorted(shared)}
-    return GroupDone(
+    return GroupArrived(
         lease_id=group.lease_id,
         min_version=group.min_version,
         max_version=group.max_version,

@@ -207,7 +207,7 @@ class Workers:
             session.alive = True
             self._exchange.apply(core.WorkerJoined(worker=session.worker, loaded_version=version), detail=session.name)
         elif version != before:
-            self._exchange.apply(core.Loaded(worker=session.worker, version=version))
+            self._exchange.apply(core.WeightsLoaded(worker=session.worker, version=version))
 
     def _lose(self, session: Session) -> None:
         session.alive = False
@@ -230,7 +230,7 @@ class Workers:
     def _note_started(self, session: Session, lease_id: int, version: int) -> None:
         if self._holds(session, lease_id) and self._exists(version):
             self._sessions.leases[lease_id].started = True
-            self._exchange.apply(core.Started(lease_id=lease_id, version=version))
+            self._exchange.apply(core.SamplingBegan(lease_id=lease_id, version=version))
 
     def _offer(self, session: Session) -> None:
         if not session.alive:
@@ -284,7 +284,7 @@ class Workers:
         if outcome == "done":
             self.dropped["duplicates"] += 1
         else:
-            late = core.GroupDone(lease_id=lease_id, min_version=0, max_version=0, metrics={}, num_loss_tokens=0)
+            late = core.GroupArrived(lease_id=lease_id, min_version=0, max_version=0, metrics={}, num_loss_tokens=0)
             self._exchange.apply(late)
         self._exchange.send(session, Ack(lease_id=lease_id))
 

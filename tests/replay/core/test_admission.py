@@ -56,7 +56,7 @@ def test_lemma_one_fit_worker_with_one_credit_at_a_time_fills_any_batch(
 ) -> None:
     scenario = Scenario(ReplayConfig(prompts_per_step=size, run_ahead=run_ahead, max_staleness=2))
     scenario.join()
-    scenario.tell(core.CutWanted(step=1))
+    scenario.tell(core.BatchWanted(step=1))
     verdicts = data.draw(st.permutations(["kept"] * size + ["constant"] * 9))
     for verdict in verdicts:
         if not scenario.batches:
@@ -69,7 +69,7 @@ def test_lemma_one_fit_worker_with_one_credit_at_a_time_fills_any_batch(
 def test_what_is_in_training_falls_when_its_weights_are_published() -> None:
     scenario = Scenario(ReplayConfig(prompts_per_step=2, run_ahead=0.5, max_staleness=1))
     scenario.join(credits=9)
-    scenario.tell(core.CutWanted(step=1))
+    scenario.tell(core.BatchWanted(step=1))
     scenario.finish(0, 1)
     assert scenario.batches == [[0, 1]]
     assert scenario.running == [2]
@@ -84,7 +84,7 @@ def test_a_worker_is_granted_no_more_than_its_credits() -> None:
     scenario.join(credits=3)
     assert len(scenario.running) == 3
     assert why_waiting(scenario.state) == "learner: has not asked for batch 1"
-    scenario.tell(core.CutWanted(step=1))
+    scenario.tell(core.BatchWanted(step=1))
     scenario.finish(0, 1, 2)
     assert why_waiting(scenario.state) == "rollout: no free slot, 3 of 8 ready"
 
@@ -173,10 +173,10 @@ def test_a_group_that_comes_twice_counts_once() -> None:
 def test_when_the_data_is_used_up_the_run_stops_after_the_last_batch_is_trained() -> None:
     scenario = Scenario(ReplayConfig(prompts_per_step=2, run_ahead=1, max_staleness=1), num_prompts=3)
     scenario.join(credits=9)
-    scenario.tell(core.CutWanted(step=1))
+    scenario.tell(core.BatchWanted(step=1))
     scenario.finish(0, 1, 2)
     assert scenario.batches == [[0, 1]]
-    assert stop_of(scenario.tell(core.CutWanted(step=2))) is None
+    assert stop_of(scenario.tell(core.BatchWanted(step=2))) is None
     assert why_waiting(scenario.state) == "learner: trains step 1"
     stop = stop_of(scenario.tell(core.Trained(step=1)))
     assert (stop.error, stop.reason) == (False, "the data is used up: 1 kept groups are left")
@@ -189,16 +189,16 @@ def test_when_the_data_is_used_up_partial_trains_on_a_last_short_batch() -> None
     partial = FilterConfig(on_limit="partial")
     scenario = Scenario(ReplayConfig(prompts_per_step=2, run_ahead=1, max_staleness=1), partial, num_prompts=3)
     scenario.join(credits=9)
-    scenario.tell(core.CutWanted(step=1))
+    scenario.tell(core.BatchWanted(step=1))
     scenario.finish(0, 1, 2)
-    scenario.tell(core.CutWanted(step=2))
+    scenario.tell(core.BatchWanted(step=2))
     assert scenario.batches == [[0, 1], [2]]
     scenario.train(1)
     scenario.train(2)
-    assert stop_of(scenario.tell(core.CutWanted(step=3))).error is False
+    assert stop_of(scenario.tell(core.BatchWanted(step=3))).error is False
 
 
 def test_without_any_worker_the_wait_says_so() -> None:
     scenario = Scenario(ReplayConfig(prompts_per_step=2, run_ahead=1, max_staleness=1))
-    scenario.tell(core.CutWanted(step=1))
+    scenario.tell(core.BatchWanted(step=1))
     assert why_waiting(scenario.state) == "no live worker"

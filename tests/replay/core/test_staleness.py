@@ -41,14 +41,14 @@ def test_a_member_past_the_bound_is_an_error_at_the_cut() -> None:
 def two_batches_with_one_group_left(scenario: Scenario) -> list[core.Action]:
     """Prompts 0 and 1 are cut into batches 1 and 2 while prompt 2 runs, started with version 0."""
     scenario.join(credits=2)
-    scenario.tell(core.CutWanted(step=1))
+    scenario.tell(core.BatchWanted(step=1))
     scenario.finish(0)
     scenario.train(1)
     scenario.tell(core.Ready(worker=0, credits=1))
-    scenario.tell(core.Started(lease_id=scenario.lease_of(2), version=0))
+    scenario.tell(core.SamplingBegan(lease_id=scenario.lease_of(2), version=0))
     scenario.finish(1)
     assert scenario.running == [2]
-    return scenario.tell(core.CutWanted(step=2))
+    return scenario.tell(core.BatchWanted(step=2))
 
 
 def test_a_running_group_that_would_miss_the_next_batch_is_withdrawn_and_its_prompt_expires() -> None:
@@ -63,12 +63,12 @@ def test_a_running_group_that_would_miss_the_next_batch_is_withdrawn_and_its_pro
 def test_a_lease_that_has_not_started_counts_with_the_version_its_worker_has_loaded() -> None:
     scenario = tight("drop")
     scenario.join(credits=2)
-    scenario.tell(core.CutWanted(step=1))
+    scenario.tell(core.BatchWanted(step=1))
     scenario.finish(0)
     scenario.train(1)
     scenario.finish(1)
-    scenario.tell(core.Ready(worker=0, credits=1), core.Loaded(worker=0, version=1))
-    scenario.tell(core.CutWanted(step=2))
+    scenario.tell(core.Ready(worker=0, credits=1), core.WeightsLoaded(worker=0, version=1))
+    scenario.tell(core.BatchWanted(step=2))
     assert scenario.running == [2], "granted before the worker loaded version 1, started after"
 
 
@@ -76,12 +76,12 @@ def test_a_queued_group_past_the_bound_expires_right_after_the_cut() -> None:
     scenario = tight("drop")
     scenario.join(credits=2)
     scenario.finish(0, 1)
-    scenario.tell(core.CutWanted(step=1))
+    scenario.tell(core.BatchWanted(step=1))
     scenario.train(1)
     scenario.tell(core.Ready(worker=0, credits=1))
     scenario.finish(2)
     assert scenario.state_of(2) == "queued"
-    scenario.tell(core.CutWanted(step=2))
+    scenario.tell(core.BatchWanted(step=2))
     assert scenario.batches == [[0], [1]]
     assert scenario.reasons(2)[-1] == ("expired", "stale")
 
@@ -89,7 +89,7 @@ def test_a_queued_group_past_the_bound_expires_right_after_the_cut() -> None:
 def test_the_oldest_groups_are_trained_on_first() -> None:
     scenario = Scenario(ReplayConfig(prompts_per_step=1, run_ahead=2, max_staleness=2))
     scenario.join(0, credits=3)
-    scenario.tell(core.CutWanted(step=1))
+    scenario.tell(core.BatchWanted(step=1))
     scenario.finish(0)
     scenario.train(1)
     scenario.join(1, version=1, credits=1)
@@ -97,7 +97,7 @@ def test_the_oldest_groups_are_trained_on_first() -> None:
     scenario.finish(2, version=0)
     scenario.finish(1, version=0)
     for step in (2, 3):
-        scenario.tell(core.CutWanted(step=step))
+        scenario.tell(core.BatchWanted(step=step))
         scenario.train(step)
     assert scenario.batches == [[0], [1], [2]]
 
@@ -107,7 +107,7 @@ def test_requeue_puts_the_prompt_at_the_head_of_the_stream() -> None:
     two_batches_with_one_group_left(scenario)
     assert scenario.reasons(2) == [("leased", ""), ("waiting", "stale")]
     scenario.train(2)
-    scenario.tell(core.Loaded(worker=0, version=2), core.Ready(worker=0, credits=2))
+    scenario.tell(core.WeightsLoaded(worker=0, version=2), core.Ready(worker=0, credits=2))
     assert scenario.running == [2, 3]
 
 
@@ -138,11 +138,11 @@ def test_wait_ends_with_a_lost_lease() -> None:
 def test_a_cut_that_is_held_back_is_not_held_longer_by_leases_to_old_weights() -> None:
     scenario = tight("wait", size=2)
     scenario.join(credits=4)
-    scenario.tell(core.CutWanted(step=1))
+    scenario.tell(core.BatchWanted(step=1))
     scenario.finish(0, 1)
     scenario.train(1)
     scenario.finish(2, 3)
-    scenario.tell(core.Ready(worker=0, credits=1), core.CutWanted(step=2))
+    scenario.tell(core.Ready(worker=0, credits=1), core.BatchWanted(step=2))
     scenario.join(1, version=0, credits=9)
     assert scenario.running == [4]
     scenario.finish(4, verdict="constant")
@@ -153,10 +153,10 @@ def test_a_worker_whose_weights_miss_the_next_batch_gets_no_lease_until_it_has_l
     scenario = tight("drop")
     two_batches_with_one_group_left(scenario)
     scenario.train(2)
-    scenario.tell(core.CutWanted(step=3), core.Ready(worker=0, credits=2))
+    scenario.tell(core.BatchWanted(step=3), core.Ready(worker=0, credits=2))
     assert scenario.running == []
     assert why_waiting(scenario.state) == ("weights: no worker has loaded version 1, the oldest that fits batch 3")
-    scenario.tell(core.Loaded(worker=0, version=2))
+    scenario.tell(core.WeightsLoaded(worker=0, version=2))
     assert scenario.running == [3, 4]
 
 
@@ -165,7 +165,7 @@ def test_while_one_worker_has_fresh_weights_the_wait_is_for_its_slots_and_not_fo
     two_batches_with_one_group_left(scenario)
     scenario.train(2)
     scenario.join(1, version=2, credits=0)
-    scenario.tell(core.CutWanted(step=3))
+    scenario.tell(core.BatchWanted(step=3))
     assert why_waiting(scenario.state) == "rollout: no free slot, 0 of 1 ready"
 
 
@@ -173,7 +173,7 @@ def test_a_group_with_a_token_older_than_its_lease_let_on_expires_on_arrival() -
     scenario = tight("drop")
     two_batches_with_one_group_left(scenario)
     scenario.train(2)
-    scenario.tell(core.Loaded(worker=0, version=2), core.Ready(worker=0, credits=1))
+    scenario.tell(core.WeightsLoaded(worker=0, version=2), core.Ready(worker=0, credits=1))
     scenario.finish(3, version=0)
     assert scenario.reasons(3)[-1] == ("expired", "stale")
 
@@ -182,7 +182,7 @@ def test_spares_end_with_their_step_so_none_grows_stale() -> None:
     fill = FilterConfig(max_gen_batches=4, on_limit="unfiltered")
     scenario = Scenario(ReplayConfig(prompts_per_step=2, run_ahead=1, max_staleness=1), fill)
     scenario.join(credits=4)
-    scenario.tell(core.CutWanted(step=1))
+    scenario.tell(core.BatchWanted(step=1))
     scenario.finish(0, verdict="constant")
     assert scenario.state_of(0) == "spare"
     scenario.finish(1, 2)

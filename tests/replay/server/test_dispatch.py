@@ -99,7 +99,7 @@ def test_a_batch_that_cannot_be_read_back_is_said_and_cut_anew_by_a_rollback(tmp
     run = SmallRun(tmp_path)
     run.join(0)
     run.fill(0)
-    run.exchange.apply(core.CutWanted(step=1))
+    run.exchange.apply(core.BatchWanted(step=1))
     outgoing(run)
     harmed, whole = (group.group_id for group in run.state.untrained[1])
     segment = tmp_path / "payloads" / "000001.bin"
@@ -204,7 +204,7 @@ def test_every_sampled_token_is_accounted_for(tmp_path):
         held = {lease_id: Progress(num_tokens=tokens, phase="sampling") for lease_id, tokens in progress.items()}
         beat = Heartbeat(asked=1, loaded_version=0, branch=0, progress=held, evaluations=[], gauges={"tokens": 50.0})
         run.sessions.note_heartbeat(run.sessions.of_worker(worker), beat)
-    run.exchange.apply(core.Started(lease_id=slow, version=0))
+    run.exchange.apply(core.SamplingBegan(lease_id=slow, version=0))
     run.exchange.apply(core.WorkerLost(worker=2))
     run.answer(run.running(0)[0], accs=(0.0, 0.0))
     run.advance(0, 1, 2, 3)

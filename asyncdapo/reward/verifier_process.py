@@ -1,12 +1,11 @@
-"""A verifier process as its pool sees it: started, asked, and ended by whatever came first.
+"""A verifier process as its pool sees it: start it, ask it, end it.
 
-In: texts to judge. Out: what the process says of them, and how it ended. One request at a time. A process that takes
-too long over one text, or whose request is given up, is killed: so an answer is never taken for that of another
-request. `process` is its main.
+In: texts to judge. Out: the process's verdicts, and how it ended. One request at a time. A process that takes too long
+over one text is killed, and so is one whose request is cancelled: an answer can't be taken for that of another request.
+Its main is `verifier_main`.
 
-Owns: the operating system's process, its socket, its output (to the log, a line at a time). Does not own: what becomes
-of a text that was not judged (the pool's). Linux ends a child when the *thread* that started it ends: here the event
-loop's.
+Owns: the operating system's process, its socket, its output (to the log, line by line). Does not own: texts that were
+not judged (the pool). Linux kills a child when the *thread* that started it ends; here that is the event loop's thread.
 """
 
 from __future__ import annotations
@@ -27,9 +26,9 @@ from asyncdapo.errors import RunError
 from asyncdapo.reward.wire import FromProcess, NoVerdict, Raised, Ready, Request, Setup, Unpacker, Verdict, pack
 
 START_TIMEOUT_S = 60.0
-"""For the import of the user's modules."""
+"""Time to import the user's modules."""
 EXIT_GRACE_S = 1.0
-"""For a process that ends by itself; then it is killed."""
+"""Time for a process to end by itself; then it is killed."""
 KILL_TIMEOUT_S = 10.0
 POLL_S = 0.002
 OUTPUT_GRACE_S = 0.2
@@ -40,7 +39,7 @@ log = logging.getLogger("reward")
 
 
 class Output(asyncio.Protocol):
-    """Standard output and error of a process: lines to the log, the last ones kept."""
+    """Standard output and error of a process: every line is logged, the last ones are kept."""
 
     def __init__(self, pid: int) -> None:
         self._pid = pid
@@ -64,7 +63,7 @@ class Output(asyncio.Protocol):
         self.ended.set()
 
     def close(self) -> None:
-        """Read no further, whoever still holds the other end."""
+        """Stop reading, even if some process still holds the other end."""
         if self._transport is not None:
             self._transport.close()
 
@@ -76,16 +75,16 @@ class Output(asyncio.Protocol):
 
 
 class VerifierProcess(asyncio.Protocol):
-    """One process from its start to its end. Made by `start`."""
+    """One process from its start to its end. Create it with `start`."""
 
     def __init__(self, popen: subprocess.Popen[bytes], on_verdict: Callable[[], None]) -> None:
         self.pid = popen.pid
         self.alive = True
-        """Whether it can be asked."""
+        """Whether it takes requests."""
         self.timed_out = False
         """Killed because it took too long."""
         self.given_up = False
-        """Killed because nobody wanted its answer any more."""
+        """Killed because its request was cancelled."""
         self._popen = popen
         self._on_verdict = on_verdict
         self._output = Output(popen.pid)
@@ -97,9 +96,9 @@ class VerifierProcess(asyncio.Protocol):
 
     @classmethod
     async def start(cls, verifier: str, setup: Setup, on_verdict: Callable[[], None]) -> Self:
-        """A process that has loaded the verifier. Raises RunError, with its last lines, for one that can't.
+        """A process that has loaded the verifier. Raises RunError, with its last lines of output, if it can't.
 
-        `on_verdict` is called at every verdict, as it comes in.
+        `on_verdict` is called at each verdict, as soon as it arrives.
         """
         loop = asyncio.get_running_loop()
         ours, theirs = socket.socketpair()
@@ -123,12 +122,13 @@ class VerifierProcess(asyncio.Protocol):
 
     @property
     def last_lines(self) -> list[str]:
-        """Of its output."""
+        """The last lines of its output."""
         return list(self._output.last_lines)
 
     async def ask(self, message: Setup | Request, num_wanted: int, timeout_s: float) -> list[FromProcess]:
-        """What the process says, in order: fewer than `num_wanted` if it raised or ended before. It is killed when it
-        takes longer than `timeout_s` from one answer to the next, and when the caller is cancelled."""
+        """The process's answers, in order: fewer than `num_wanted` if the verifier raised or the process ended. The
+        process is killed when an answer takes longer than `timeout_s` after the one before, and when the caller is
+        cancelled."""
         if not self.alive:
             return []
         loop = asyncio.get_running_loop()
@@ -148,12 +148,12 @@ class VerifierProcess(asyncio.Protocol):
             self._over = None
 
     def kill(self) -> None:
-        """End it at once, with all that it started; returns before it is gone."""
+        """Kill it and all that it started; returns before it is gone."""
         self._kill_group()
         self._note_end()
 
     async def end(self) -> str:
-        """End it, in good order if it lets us, and wait until it is gone. Returns how it ended."""
+        """End it, gracefully if possible, and wait until it is gone. Returns how it ended."""
         self._note_end()
         return await asyncio.shield(self._exit)
 
@@ -163,7 +163,7 @@ class VerifierProcess(asyncio.Protocol):
         self._transport = transport
 
     def data_received(self, data: bytes) -> None:
-        """Handled here and not in a task, so that a loop that was held up sees answers before it sees time-outs."""
+        """Handled here, not in a task: an event loop that was blocked then handles answers before time-outs."""
         for said in self._unpacker.feed(data):
             if self._over is None or self._over.done():
                 continue
@@ -189,7 +189,7 @@ class VerifierProcess(asyncio.Protocol):
             self.kill()
 
     def _note_end(self) -> None:
-        """However it ends, it ends here, once: nobody waits for an answer any more, and the rest is cleared away."""
+        """Every end passes here, once: release whoever waits for an answer, then clean up."""
         if not self.alive:
             return
         self.alive = False
@@ -206,7 +206,7 @@ class VerifierProcess(asyncio.Protocol):
             if now() >= kill_at:
                 self._kill_group()
             await asyncio.sleep(POLL_S)
-        self._kill_group()  # what the verifier had started itself
+        self._kill_group()  # processes that the verifier started
         with suppress(TimeoutError):
             async with asyncio.timeout(OUTPUT_GRACE_S):
                 await self._output.ended.wait()
@@ -214,10 +214,10 @@ class VerifierProcess(asyncio.Protocol):
         self._exit.set_result(_describe_exit(self._popen.poll()))
 
     def _has_exited(self) -> bool:
-        """Without taking note of it: until then nobody else can get its pid, so the group can be killed by number."""
+        """Whether it has exited. Doesn't reap it: until then its pid isn't reused, so the group can be killed by id."""
         try:
             return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-        except ChildProcessError:  # somebody in this process waits for every child
+        except ChildProcessError:  # something else in this process reaps all children
             return True
 
     def _kill_group(self) -> None:
@@ -227,8 +227,8 @@ class VerifierProcess(asyncio.Protocol):
 
 
 def _popen(verifier: str, standard_input: socket.socket) -> subprocess.Popen[bytes]:
-    """Started without a fork of our own memory and threads. Raises RunError where there is no room for a process."""
-    command = [sys.executable, "-u", "-m", "asyncdapo.reward.process", verifier, str(os.getpid())]
+    """Start it without a fork of our own memory and threads. Raises RunError if the system can't start a process."""
+    command = [sys.executable, "-u", "-m", "asyncdapo.reward.verifier_main", verifier, str(os.getpid())]
     try:
         return subprocess.Popen(
             command, stdin=standard_input, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
@@ -243,4 +243,4 @@ def _describe_exit(code: int | None) -> str:
     if code >= 0:
         return f"ended with exit code {code}"
     name = {number.value: number.name for number in signal.Signals}.get(-code, f"signal {-code}")
-    return f"killed by {name}" + (" (by hand, or for lack of memory)" if name == "SIGKILL" else "")
+    return f"killed by {name}" + (" (by hand, or because memory ran out)" if name == "SIGKILL" else "")

@@ -1,9 +1,8 @@
-"""What a verifier says of the texts of a request, in a process of its own.
+"""Judges the texts of a request, in a verifier process.
 
-In: texts, the expected answer. Out: a `Verdict` for each text, told as it is known and in the order of the texts, or,
-for the first text that has none, `Raised` or `NoVerdict`, after which nothing more is told. What raises is tried again,
-with a pause before it that doubles each time. Does not own: texts that are judged at the same time (`awaiting`),
-time-outs (the pool's).
+In: texts, the expected answer. Out: a `Verdict` for each text, in order, each reported at once. The first text without
+a verdict is reported as `Raised` or `NoVerdict`, and the request ends there. A verifier that raises is called again,
+after a pause that doubles each time. Does not own: async verifiers (`async_judge`), time-outs (the pool).
 """
 
 from __future__ import annotations
@@ -22,20 +21,20 @@ from asyncdapo.reward.wire import METRICS, NoVerdict, Raised, Said, Verdict
 
 MAX_PROBLEM_CHARS = 1000
 MAX_METRICS = 100
-"""They travel and are kept with every completion."""
+"""A limit, since metrics are sent and stored with every completion."""
 MAX_PRED_CHARS = 1000
-"""Of a longer prediction the beginning stands for the whole."""
+"""A longer prediction is cut here."""
 METRIC_NAME = re.compile(r"[\w./-]{1,100}")
 
-FIX = "return 1 for right and 0 for wrong; reward.correct and reward.incorrect are what they are worth"
+FIX = "return 1 for right and 0 for wrong; reward.correct and reward.incorrect set the rewards for these"
 
 Tell = Callable[[Said], None]
 Judge = Callable[[Sequence[str], str, Tell], None]
-"""(texts, expected answer, what is called with each verdict)."""
+"""(texts, expected answer, callback for each verdict)."""
 
 
 def judge(verify: Verify, pauses: Sequence[float], texts: Sequence[str], answer: str, tell: Tell) -> None:
-    """Judge one text after the other. `pauses`: seconds before each further try."""
+    """Judge one text after the other. `pauses`: seconds before each retry."""
     for text in texts:
         said = _judge_one(verify, pauses, text, answer)
         tell(said)
@@ -47,7 +46,7 @@ def _judge_one(verify: Verify, pauses: Sequence[float], text: str, answer: str) 
     for pause_s in (*pauses, None):
         try:
             return read_verdict(verify(text, answer))
-        except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever the function raises ends its group only
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever it raises fails only its group
             raised = Raised(describe(error))
         if pause_s is not None:
             time.sleep(pause_s)
@@ -55,10 +54,10 @@ def _judge_one(verify: Verify, pauses: Sequence[float], text: str, answer: str) 
 
 
 def read_verdict(said: Any) -> Verdict | NoVerdict:
-    """What the verifier returned, as a verdict; `NoVerdict` for what is none."""
+    """The verdict that the verifier returned, or `NoVerdict` with the reason why it isn't one."""
     if inspect.isawaitable(said):
         if inspect.iscoroutine(said):
-            said.close()  # nobody awaits it, and it would complain of that
+            said.close()  # nobody awaits it: Python would warn
         return NoVerdict("returned an awaitable: make the function itself `async def`")
     numbers = dict(said) if isinstance(said, Mapping) else {"acc": said}
     pred = _text(numbers.pop("pred", None))
@@ -72,33 +71,33 @@ def read_verdict(said: Any) -> Verdict | NoVerdict:
     for name, number in numbers.items():
         if not (isinstance(name, str) and METRIC_NAME.fullmatch(name)):
             return NoVerdict(
-                f"a metric's name is made of letters, digits, `_`, `.`, `/` and `-`, got {reprlib.repr(name)}"
+                f"a metric's name may have letters, digits, `_`, `.`, `/` and `-`, got {reprlib.repr(name)}"
             )
         if name in METRICS:
-            return NoVerdict(f"{name!r} is a number of every score ({', '.join(METRICS)}); name yours differently")
+            return NoVerdict(f"{name!r} is reserved ({', '.join(METRICS)}); choose another name for this metric")
         numbers[name] = _number(number)
         if not math.isfinite(numbers[name]):
-            return NoVerdict(f"metric {name!r} is no finite number, got {reprlib.repr(number)}")
+            return NoVerdict(f"metric {name!r} must be a finite number, got {reprlib.repr(number)}")
     return Verdict(acc, pred=pred, metrics=numbers)
 
 
 def _text(pred: Any) -> str | None:
-    """A prediction as it can be sent and compared: half a surrogate pair becomes a question mark."""
+    """The prediction as text that can be sent and compared: a lone surrogate becomes a question mark."""
     return None if pred is None else str(pred)[:MAX_PRED_CHARS].encode(errors="replace").decode()
 
 
 def _number(value: Any) -> float:
-    """NaN for what is no number; a string is none."""
+    """The value as a number; NaN if it isn't one. Strings don't count as numbers."""
     if isinstance(value, str | bytes):
         return math.nan
     try:
         return float(value)
-    except Exception:  # noqa: BLE001 - what it returned may raise anything in a `__float__` of its own
+    except Exception:  # noqa: BLE001 - the `__float__` of the user's class may raise anything
         return math.nan
 
 
 def describe(error: BaseException) -> str:
-    """Type and message of an error, and the last line of its traceback."""
+    """Type and message of an error, and where it was raised."""
     report = TracebackException.from_exception(error)
     problem = f"{type(error).__name__}: {report}"[:MAX_PROBLEM_CHARS]
     last = report.stack[-1]

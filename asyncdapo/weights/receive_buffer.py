@@ -1,17 +1,17 @@
-"""Staging: one rank's end of the weight group, which receives in a thread of its own while something else computes.
+"""Receive buffer: one rank of the weight group. It receives in a thread of its own while the engine generates.
 
     make_room ──▶ thread: memory for the stream              settled
     join ──▶ thread: find the others                         settled
     receive ──▶ thread: the stream into that memory          settled ──▶ take
 
-In: what the learner sends. Out: the tensors of a version that arrived whole, at every end. One thing at a time, and
-nothing here waits for it: `settled` says whether the last one is over. What is under way when another group is to be
-joined ends as soon as the learner has left the old one, at its deadline at the latest. Invariant: `take` gives a
-version only after its checksum was right at every end, and never another one than it was asked for.
+In: the learner's stream. Out: the tensors of a version that is complete at every rank. One operation runs at a time,
+and no method waits for it: `settled` says whether the last one is over. An operation that still runs when another group
+is joined ends as soon as the learner leaves the old group, or at its deadline. Invariant: `take` returns only the
+version that it was asked for, and only after every rank confirmed the checksum.
 
-The memory for the stream is the engine's device where that has room to spare, so that loading is a copy on the device;
-else memory of the host, pinned where that leaves the host as much again, since a device copies faster from there.
-Pinning takes a second for every few GiB, so room is made in a step of its own, outside of a transfer's deadline.
+The stream is stored on the engine's device if it has room to spare; loading is then a copy on the device. Otherwise it
+is stored in host memory, which is pinned if as much again stays free, since a device copies faster from pinned memory.
+Pinning takes a second for every few GiB, so `make_room` is a separate step outside the deadline of a transfer.
 
 Shape: U bytes (uint8).
 """
@@ -32,22 +32,22 @@ from asyncdapo.transport.backend import Backend
 from asyncdapo.transport.deadline import Deadline
 from asyncdapo.transport.process_group import numbered
 from asyncdapo.weights.group import WeightGroup
-from asyncdapo.weights.layout import Manifest
+from asyncdapo.weights.manifest import Manifest
 from asyncdapo.weights.receiver import WeightReceiver
 
 ROOM_FACTOR = 1.2
 ROOM_BYTES = 1 << 30
-"""A GPU has room for the stream when so many times its length, and this besides, are free."""
+"""A GPU has room for the stream if `ROOM_FACTOR` times its length plus `ROOM_BYTES` are free."""
 PIN_FACTOR = 2.0
-"""Memory of the host is pinned where so many times of what is asked for is free: nothing else can have it then."""
+"""Host memory is pinned only if this many times the wanted amount is free, since nothing else can use it then."""
 GIB = 1 << 30
 
 log = logging.getLogger("weights")
 
 
-class Staging:
-    """Memory of this process for versions on their way to an engine on `device`. `num_alike`: processes of the engine
-    on this machine, each of which has as much."""
+class ReceiveBuffer:
+    """This process's memory for versions on their way to an engine on `device`. `num_alike`: the engine's processes on
+    this machine; each needs as much memory."""
 
     def __init__(self, device: torch.device, num_alike: int = 1) -> None:
         self._device, self._num_alike = numbered(device), num_alike
@@ -58,33 +58,33 @@ class Staging:
         self._staged: tuple[int, dict[str, torch.Tensor]] | None = None
 
     def make_room(self, manifest: Manifest) -> Future[None]:
-        """Leave the group, and begin to make room for this stream unless there is. Fails with WeightsError where the
-        machine has none."""
+        """Leave the group, and begin to allocate memory for this stream unless it is there. Fails with WeightsError
+        if the machine has too little."""
         self._leave()
         return self._begin(partial(self._make_room, manifest.offsets[-1]))
 
     def join(
         self, address: str, rank: int, world_size: int, backend: Backend, manifest: Manifest, timeout_s: float
     ) -> Future[None]:
-        """Begin to join the group at `address`, and leave the one before. Fails with WeightsError."""
+        """Leave the old group, and begin to join the one at `address`. Fails with WeightsError."""
         self._leave()
         return self._begin(partial(self._join, address, rank, world_size, backend, manifest, timeout_s))
 
     def receive(self, version: int, branch: int) -> Future[None]:
-        """Begin to receive this version. Fails with WeightsError, and nothing is staged then."""
+        """Begin to receive this version. Fails with WeightsError; the buffer then holds no version."""
         self._staged = None
         return self._begin(partial(self._receive, version, branch))
 
     def settled(self) -> bool:
-        """Whether what was begun last is over. Raises what it failed with."""
+        """Whether the last operation is over. Raises its error if it failed."""
         if self._under_way is None or not self._under_way.done():
             return self._under_way is None
         self._under_way.result()
         return True
 
     def take(self, version: int) -> dict[str, torch.Tensor]:
-        """The tensors of this version by their names, good until the next `receive` or `join`. Raises WeightsError when
-        another version is staged, or none."""
+        """The tensors of this version by name, valid until the next `receive` or `join`. Raises WeightsError if the
+        buffer holds another version or none."""
         if self._staged is None or self._staged[0] != version:
             there = f"version {self._staged[0]} is" if self._staged else "nothing is"
             raise WeightsError(f"version {version} has not arrived here: {there} staged")
@@ -92,12 +92,12 @@ class Staging:
 
     @property
     def memory(self) -> str:
-        """Where the stream lands, for the log."""
+        """Size and kind of the buffer's memory, for the log."""
         kind = "memory of the GPU" if self._memory_U.is_cuda else "memory of the host"
         return f"{len(self._memory_U) / 2**20:.1f} MiB in {kind}"
 
     def close(self) -> None:
-        """Leave the group; what is under way fails."""
+        """Leave the group. A running operation fails."""
         self._leave()
         self._thread.shutdown(wait=False)
 
@@ -113,7 +113,7 @@ class Staging:
     # ------------------------------------------------------------------------------------------------- in the thread
 
     def _prepare_thread(self) -> None:
-        """Copies between GPU and host must not wait for what the engine computes."""
+        """Give the thread a CUDA stream of its own: its copies must not wait for the engine's kernels."""
         self._stream: AbstractContextManager = nullcontext()
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)
@@ -156,6 +156,6 @@ class Staging:
 
 
 def free_host_bytes() -> int:
-    """What this machine could still give to processes."""
+    """Memory that this machine can still give to processes, in bytes."""
     [line] = [line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable:")]
     return int(line.split()[1]) << 10

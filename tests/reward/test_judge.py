@@ -6,10 +6,10 @@ import warnings
 
 import pytest
 
-from asyncdapo.reward import judging
+from asyncdapo.reward import judge as judge_module
 from asyncdapo.reward.config import pauses_s
-from asyncdapo.reward.judging import read_verdict
-from asyncdapo.reward.process import make_judge
+from asyncdapo.reward.judge import read_verdict
+from asyncdapo.reward.verifier_main import make_judge
 from asyncdapo.reward.wire import METRICS, NoVerdict, Raised, Verdict
 
 
@@ -28,8 +28,8 @@ def pauses(monkeypatch):
     async def sleep(seconds):
         slept.append(seconds)
 
-    monkeypatch.setattr(judging.time, "sleep", slept.append)
-    monkeypatch.setattr("asyncdapo.reward.awaiting.asyncio.sleep", sleep)
+    monkeypatch.setattr(judge_module.time, "sleep", slept.append)
+    monkeypatch.setattr("asyncdapo.reward.async_judge.asyncio.sleep", sleep)
     return slept
 
 
@@ -74,13 +74,13 @@ def test_a_verdict_is_a_number_from_0_to_1_or_numbers_with_acc(said, verdict):
         ({}, "a dict of numbers needs `acc`, the verdict from 0 to 1, got {}"),
         ({"score": 1.0}, "a dict of numbers needs `acc`"),
         ({"acc": 2}, "a verdict is a number from 0 to 1, got {'acc': 2}"),
-        ({"acc": 1, "style": float("inf")}, "metric 'style' is no finite number, got inf"),
-        ({"acc": 1, "style": "good"}, "metric 'style' is no finite number, got 'good'"),
-        ({"acc": 1, 7: 0.5}, "a metric's name is made of letters, digits, `_`, `.`, `/` and `-`, got 7"),
-        ({"acc": 1, "two words": 0.5}, "a metric's name is made of letters"),
-        ({"acc": 1, "\ud800": 0.5}, r"a metric's name is made of letters, digits, `_`, `.`, `/` and `-`, got '\ud800'"),
+        ({"acc": 1, "style": float("inf")}, "metric 'style' must be a finite number, got inf"),
+        ({"acc": 1, "style": "good"}, "metric 'style' must be a finite number, got 'good'"),
+        ({"acc": 1, 7: 0.5}, "a metric's name may have letters, digits, `_`, `.`, `/` and `-`, got 7"),
+        ({"acc": 1, "two words": 0.5}, "a metric's name may have letters"),
+        ({"acc": 1, "\ud800": 0.5}, r"a metric's name may have letters, digits, `_`, `.`, `/` and `-`, got '\ud800'"),
         ({"acc": 1, **dict.fromkeys(map(str, range(101)), 0)}, "a verdict may have 100 numbers besides `acc`, got 101"),
-        *(({"acc": 1, name: 0.5}, f"'{name}' is a number of every score (acc, ") for name in METRICS[1:]),
+        *(({"acc": 1, name: 0.5}, f"'{name}' is reserved (acc, ") for name in METRICS[1:]),
     ],
 )
 def test_anything_else_is_none_and_says_why(said, problem):

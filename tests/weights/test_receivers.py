@@ -19,13 +19,13 @@ from safetensors.torch import load_file, save_file
 from asyncdapo.errors import EngineError, WeightsError
 from asyncdapo.transport.backend import Backend
 from asyncdapo.transport.deadline import Deadline
-from asyncdapo.weights import staging
-from asyncdapo.weights.ends import EngineEnd, LocalEnd
+from asyncdapo.weights import receive_buffer
 from asyncdapo.weights.group import WeightGroup
 from asyncdapo.weights.header import agree
-from asyncdapo.weights.layout import Manifest
+from asyncdapo.weights.manifest import Manifest
+from asyncdapo.weights.receive_buffer import ReceiveBuffer
+from asyncdapo.weights.receivers import EngineReceiver, LocalReceiver
 from asyncdapo.weights.sender import WeightSender
-from asyncdapo.weights.staging import Staging
 from tests.weights.members import Failed, Member, header_of, members
 from tests.weights.trainers import Trainer
 
@@ -78,14 +78,14 @@ class Workers:
     """An engine of `num_ranks` workers that all live in this process, and how often it was paused."""
 
     def __init__(self, num_ranks: int) -> None:
-        self.stagings = [Staging(HOST) for _ in range(num_ranks)]
+        self.buffers = [ReceiveBuffer(HOST) for _ in range(num_ranks)]
         self.is_paused, self.num_pauses, self.dead = False, 0, False
         self.received_paused: list[bool] = []
 
     async def rpc(self, method: str, *args: Any) -> list[Any]:
         if self.dead:
             raise EngineError("the engine is gone")
-        return [getattr(self, method)(rank, staging, *args) for rank, staging in enumerate(self.stagings)]
+        return [getattr(self, method)(rank, buffer, *args) for rank, buffer in enumerate(self.buffers)]
 
     @asynccontextmanager
     async def paused(self) -> AsyncIterator[None]:
@@ -93,28 +93,28 @@ class Workers:
         yield
         self.is_paused = False
 
-    def weights_device(self, rank: int, staging: Staging) -> str:
+    def weights_device(self, rank: int, buffer: ReceiveBuffer) -> str:
         return f"cuda {rank} on x"
 
-    def join_weights(self, rank: int, staging: Staging, address: str, first_rank: int, *args: Any) -> int:
+    def join_weights(self, rank: int, buffer: ReceiveBuffer, address: str, first_rank: int, *args: Any) -> int:
         world_size, backend, manifest, timeout_s = args
         layout = msgspec.msgpack.decode(manifest, type=Manifest)
         backend = "gloo" if backend == "nccl" else backend
-        staging.join(address, first_rank + rank, world_size, backend, layout, timeout_s)
+        buffer.join(address, first_rank + rank, world_size, backend, layout, timeout_s)
         return first_rank + rank
 
-    def receive_weights(self, rank: int, staging: Staging, version: int, branch: int) -> None:
+    def receive_weights(self, rank: int, buffer: ReceiveBuffer, version: int, branch: int) -> None:
         self.received_paused.append(self.is_paused)
-        staging.receive(version, branch)
+        buffer.receive(version, branch)
 
-    def weights_state(self, rank: int, staging: Staging) -> tuple[bool, str]:
+    def weights_state(self, rank: int, buffer: ReceiveBuffer) -> tuple[bool, str]:
         try:
-            return staging.settled(), ""
+            return buffer.settled(), ""
         except WeightsError as error:
             return True, str(error)
 
-    def weights_memory(self, rank: int, staging: Staging) -> str:
-        return staging.memory
+    def weights_memory(self, rank: int, buffer: ReceiveBuffer) -> str:
+        return buffer.memory
 
 
 def same(arrived: dict[str, torch.Tensor], sent: dict[str, torch.Tensor]) -> bool:
@@ -127,7 +127,7 @@ def same(arrived: dict[str, torch.Tensor], sent: dict[str, torch.Tensor]) -> boo
 @both_ways
 def test_a_local_end_receives_version_after_version(backend: Backend) -> None:
     async def body() -> None:
-        learner, end = Learner(backend=backend), LocalEnd(lambda: HOST, 20.0)
+        learner, end = Learner(backend=backend), LocalReceiver(lambda: HOST, 20.0)
         await learner.accept(end.join(learner.address, 1, 2, backend, MANIFEST))
         for version in (1, 2, 3):
             arriving = asyncio.ensure_future(end.receive(version, 0))
@@ -146,14 +146,14 @@ def test_a_trainer_that_ends_in_the_middle_fails_a_local_end_and_the_next_group_
     weights = str(tmp_path / "weights.safetensors")
     save_file({"embed": torch.randn(100, 300), "norm": torch.randn(30)}, weights)
 
-    async def joined(trainer: Member, end: LocalEnd) -> None:
+    async def joined(trainer: Member, end: LocalReceiver) -> None:
         address, manifest = trainer.do("host", 2, backend, 20.0, weights)
         trainer.start("accept")
         await end.join(address, 1, 2, backend, manifest)
         assert trainer.result() is None
 
     async def body() -> None:
-        end = LocalEnd(lambda: HOST, 1.0)
+        end = LocalReceiver(lambda: HOST, 1.0)
         with members(2, Trainer) as [lost, trainer]:
             await joined(lost, end)
             lost.start(end_of_trainer, 1)
@@ -170,7 +170,7 @@ def test_a_trainer_that_ends_in_the_middle_fails_a_local_end_and_the_next_group_
 
 def test_a_learner_that_leaves_the_group_fails_an_end_at_once_and_the_next_group_works() -> None:
     async def body() -> None:
-        first, second, end = Learner(), Learner(), LocalEnd(lambda: HOST, 20.0)
+        first, second, end = Learner(), Learner(), LocalReceiver(lambda: HOST, 20.0)
         await first.accept(end.join(first.address, 1, 2, "gloo", MANIFEST))
         arriving = asyncio.ensure_future(end.receive(1, 0))
         began_s = time.monotonic()
@@ -186,7 +186,7 @@ def test_a_learner_that_leaves_the_group_fails_an_end_at_once_and_the_next_group
 
 def test_an_end_without_a_group_says_so() -> None:
     with pytest.raises(WeightsError, match="joined no group"):
-        asyncio.run(LocalEnd(lambda: HOST, 1.0).receive(1, 0))
+        asyncio.run(LocalReceiver(lambda: HOST, 1.0).receive(1, 0))
 
 
 # --------------------------------------------------------------------------------------------- in an engine's processes
@@ -196,13 +196,13 @@ def test_an_end_without_a_group_says_so() -> None:
 def test_every_worker_of_an_engine_stages_the_version(backend: Backend) -> None:
     async def body() -> None:
         learner, workers = Learner(3, backend), Workers(2)
-        end = EngineEnd(workers.rpc, 20.0, workers.paused)
+        end = EngineReceiver(workers.rpc, 20.0, workers.paused)
         assert await end.devices() == ["cuda 0 on x", "cuda 1 on x"]
         await learner.accept(end.join(learner.address, 1, 3, backend, MANIFEST))
         arriving = asyncio.ensure_future(end.receive(7, 0))
         await learner.send(7, tensors_of(7))
         assert await arriving is None
-        assert all(same(staging.take(7), tensors_of(7)) for staging in workers.stagings)
+        assert all(same(buffer.take(7), tensors_of(7)) for buffer in workers.buffers)
         assert workers.num_pauses == 0
 
     asyncio.run(body())
@@ -211,7 +211,7 @@ def test_every_worker_of_an_engine_stages_the_version(backend: Backend) -> None:
 def test_nccl_among_several_gpus_of_one_engine_pauses_it_for_the_transfer() -> None:
     async def body() -> None:
         learner, workers = Learner(3), Workers(2)
-        end = EngineEnd(workers.rpc, 20.0, workers.paused)
+        end = EngineReceiver(workers.rpc, 20.0, workers.paused)
         await learner.accept(end.join(learner.address, 1, 3, "nccl", MANIFEST))
         arriving = asyncio.ensure_future(end.receive(1, 0))
         await learner.send(1, tensors_of(1))
@@ -225,14 +225,14 @@ def test_nccl_among_several_gpus_of_one_engine_pauses_it_for_the_transfer() -> N
 def test_what_fails_in_one_worker_fails_the_end() -> None:
     async def body() -> None:
         learner, workers = Learner(3), Workers(2)
-        end = EngineEnd(workers.rpc, 1.0, workers.paused)
+        end = EngineReceiver(workers.rpc, 1.0, workers.paused)
         await learner.accept(end.join(learner.address, 1, 3, "gloo", MANIFEST))
         arriving = asyncio.ensure_future(end.receive(1, 0))
         await asyncio.to_thread(learner.announce, 2)
         with pytest.raises(WeightsError, match="expects another version"):
             await arriving
         with pytest.raises(WeightsError, match="version 1 has not arrived here: nothing is staged"):
-            workers.stagings[0].take(1)
+            workers.buffers[0].take(1)
 
     asyncio.run(body())
 
@@ -240,7 +240,7 @@ def test_what_fails_in_one_worker_fails_the_end() -> None:
 def test_an_engine_that_dies_meanwhile_ends_the_wait() -> None:
     async def body() -> None:
         learner, workers = Learner(), Workers(1)
-        end = EngineEnd(workers.rpc, 20.0, workers.paused)
+        end = EngineReceiver(workers.rpc, 20.0, workers.paused)
         await learner.accept(end.join(learner.address, 1, 2, "gloo", MANIFEST))
         arriving = asyncio.ensure_future(end.receive(1, 0))
         await asyncio.sleep(0)
@@ -251,38 +251,38 @@ def test_an_engine_that_dies_meanwhile_ends_the_wait() -> None:
     asyncio.run(body())
 
 
-# ------------------------------------------------------------------------------------------------------------- staging
+# ------------------------------------------------------------------------------------------------------------- buffer
 
 
 def test_only_the_version_that_has_arrived_is_given_out() -> None:
     async def body() -> None:
-        learner, staging = Learner(), Staging(HOST)
-        joining = asyncio.wrap_future(staging.join(learner.address, 1, 2, "gloo", MANIFEST, 20.0))
+        learner, buffer = Learner(), ReceiveBuffer(HOST)
+        joining = asyncio.wrap_future(buffer.join(learner.address, 1, 2, "gloo", MANIFEST, 20.0))
         await learner.accept(_finished(joining))
-        receiving = staging.receive(3, 0)
-        assert not staging.settled()
+        receiving = buffer.receive(3, 0)
+        assert not buffer.settled()
         await learner.send(3, tensors_of(3))
         await asyncio.wrap_future(receiving)
-        assert staging.settled()
+        assert buffer.settled()
         with pytest.raises(WeightsError, match="version 4 has not arrived here: version 3 is staged"):
-            staging.take(4)
-        assert same(staging.take(3), tensors_of(3))
-        staging.close()
+            buffer.take(4)
+        assert same(buffer.take(3), tensors_of(3))
+        buffer.close()
 
     asyncio.run(body())
 
 
 def test_the_thread_that_receives_leaves_the_caller_free() -> None:
     """A worker of an engine answers while it waits for a learner that says nothing."""
-    staging = Staging(HOST)
+    buffer = ReceiveBuffer(HOST)
     learner = Learner()
-    joining = staging.join(learner.address, 1, 2, "gloo", MANIFEST, 20.0)
-    assert not staging.settled()
+    joining = buffer.join(learner.address, 1, 2, "gloo", MANIFEST, 20.0)
+    assert not buffer.settled()
     assert threading.current_thread().name != "weights"
     learner.group.connect()
     joining.result()
-    assert staging.settled()
-    staging.close()
+    assert buffer.settled()
+    buffer.close()
 
 
 async def _finished(future: asyncio.Future[None]) -> None:
@@ -293,16 +293,16 @@ async def _finished(future: asyncio.Future[None]) -> None:
 
 
 def test_an_end_makes_room_before_it_joins_so_that_no_deadline_of_a_transfer_runs_meanwhile(monkeypatch) -> None:
-    making = Staging._make_room
+    making = ReceiveBuffer._make_room
 
-    def slowly(self: Staging, num_bytes: int) -> None:
+    def slowly(self: ReceiveBuffer, num_bytes: int) -> None:
         time.sleep(0.5 if len(self._memory_U) != num_bytes else 0)
         making(self, num_bytes)
 
-    monkeypatch.setattr(Staging, "_make_room", slowly)
+    monkeypatch.setattr(ReceiveBuffer, "_make_room", slowly)
 
     async def body() -> None:
-        end = LocalEnd(lambda: HOST, 0.3)
+        end = LocalReceiver(lambda: HOST, 0.3)
         await end.make_room(MANIFEST)
         learner = Learner(timeout_s=0.3)
         await learner.accept(end.join(learner.address, 1, 2, "gloo", MANIFEST))
@@ -316,11 +316,11 @@ def test_an_end_makes_room_before_it_joins_so_that_no_deadline_of_a_transfer_run
 
 def test_processes_of_an_engine_that_the_machine_has_no_memory_for_say_how_much_they_are_short_of(monkeypatch) -> None:
     num_bytes = MANIFEST.offsets[-1]
-    monkeypatch.setattr(staging, "free_host_bytes", lambda: 3 * num_bytes)
-    Staging(HOST, num_alike=3).make_room(MANIFEST).result()
+    monkeypatch.setattr(receive_buffer, "free_host_bytes", lambda: 3 * num_bytes)
+    ReceiveBuffer(HOST, num_alike=3).make_room(MANIFEST).result()
     with pytest.raises(WeightsError, match=r"GiB of the machine's memory in each of 4 processes .*memory_fraction"):
-        Staging(HOST, num_alike=4).make_room(MANIFEST).result()
+        ReceiveBuffer(HOST, num_alike=4).make_room(MANIFEST).result()
 
 
 def test_the_machine_says_how_much_memory_is_free() -> None:
-    assert 0 < staging.free_host_bytes() < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert 0 < receive_buffer.free_host_bytes() < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

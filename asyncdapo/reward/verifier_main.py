@@ -1,12 +1,13 @@
-"""Main of a verifier process: `python -m asyncdapo.reward.process VERIFIER PID`, started by a pool in process PID.
+"""Main of a verifier process: `python -m asyncdapo.reward.verifier_main VERIFIER PID`. PID is the pool's process.
 
-In: requests on standard input, which is a socket. Out: a verdict for each text, on the same socket. The verifier is the
-user's code and may do what it likes: it finds /dev/null at its standard input, its output goes to the worker's log,
-processes that it forks don't hold the socket, and Ctrl-C is the worker's to heed. The process ends when the socket
-does, and on Linux at its parent's death in any case, even in the middle of a verifier that never returns; where memory
-runs out, it is the first that the kernel ends.
+In: requests on standard input, which is a socket. Out: a verdict for each text, on the same socket.
 
-Imports nothing heavy. Does not own: what a verifier says (`judging`), time-outs (the pool's).
+The verifier is the user's code and may do anything. So its standard input is /dev/null, its output goes to the worker's
+log, processes that it forks don't inherit the socket, and only the worker handles Ctrl-C. The process ends when the
+pool closes the socket. On Linux it also dies with its parent, even inside a verifier that never returns. When memory
+runs out, the kernel kills this process first.
+
+Imports nothing heavy. Does not own: verdicts (`judge`), time-outs (the pool).
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ from functools import partial
 
 from asyncdapo.errors import ConfigError
 from asyncdapo.reward.config import pauses_s
-from asyncdapo.reward.judging import Judge, judge
+from asyncdapo.reward.judge import Judge, judge
 from asyncdapo.reward.registry import Verify, make_verifier
 from asyncdapo.reward.wire import Broken, FromPool, FromProcess, Ready, Request, Setup, Unpacker, pack
 
 PR_SET_PDEATHSIG = 1
 READ_BYTES = 1 << 16
 FIRST_TO_GO = "1000"
-"""The highest score that the kernel's out-of-memory killer goes by."""
+"""The highest score for the kernel's out-of-memory killer: it kills this process first."""
 
 
 class Channel:
@@ -41,7 +42,7 @@ class Channel:
         self._unpacker = Unpacker(FromPool)
 
     def receive(self) -> Setup | Request | None:
-        """The next message; None when the pool has closed its end. The pool sends none before the last is answered."""
+        """The next message; None when the pool has closed its end. The pool sends one only after the last answer."""
         while data := self._socket.recv(READ_BYTES):
             if messages := self._unpacker.feed(data):
                 [message] = messages
@@ -77,16 +78,18 @@ def main(verifier: str, parent: int) -> None:
 
 
 def make_judge(verify: Verify, concurrency: int, retries: int) -> Judge:
-    """What judges with `verify`, whichever kind of function it is."""
+    """The judge for `verify`, which may be a plain or an async function."""
     if inspect.iscoroutinefunction(verify) or inspect.iscoroutinefunction(type(verify).__call__):
-        from asyncdapo.reward.awaiting import AsyncJudge  # asyncio takes its time, and most verifiers do without
+        from asyncdapo.reward.async_judge import (
+            AsyncJudge,  # most verifiers don't need asyncio, which is slow to import
+        )
 
         return AsyncJudge(verify, concurrency, retries)
     return partial(judge, verify, pauses_s(retries))
 
 
 def end_with(parent: int) -> None:
-    """From here on the kernel kills this process when the thread that started it is gone."""
+    """Ask the kernel to kill this process as soon as the thread that started it is gone."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL))
     if os.getppid() != parent:
@@ -94,7 +97,8 @@ def end_with(parent: int) -> None:
 
 
 def go_first_without_memory() -> None:
-    """A verifier that eats all memory must not cost the worker or the learner theirs."""
+    """Let the kernel kill this process first, so that a verifier that eats all memory doesn't cost the worker or the
+    learner their lives."""
     with suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:  # not there, or not ours to write
         file.write(FIRST_TO_GO)
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asyncdapo.weights.layout import ALIGN_BYTES, Manifest, TensorSpec, plan_buckets
+from asyncdapo.weights.manifest import ALIGN_BYTES, Manifest, TensorSpec, plan_buckets
 
 specs = st.builds(
     TensorSpec,

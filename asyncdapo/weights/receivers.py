@@ -1,12 +1,13 @@
-"""Ends: what a rollout worker is in the group of the weights, wherever its engine keeps its model.
+"""Receivers: a rollout worker's ranks in the weight group, wherever its engine keeps the model.
 
-    LocalEnd     the engine computes in this process: one rank, and `receive` returns the tensors
-    EngineEnd    the engine has processes of its own (`vllm_worker.WorkerEnd`): a rank each, and the tensors stay there
+    LocalReceiver     the engine computes in this process: one rank, and `receive` returns the tensors
+    EngineReceiver    the engine has processes of its own, one rank each, and the tensors stay there; they run
+                      `vllm_worker.WorkerReceiver`
 
-In: the learner's address and what it sends. Out: a version that has arrived whole at every end of the group, which the
-engine may then load. Generation goes on meanwhile; only NCCL among several GPUs of one engine pauses it, since its two
-communicators could wait for each other on one device. What goes wrong is a WeightsError, and the engine has lost
-nothing. Does not own: loading, and what becomes of a worker that can't be reached.
+In: the learner's address and its stream. Out: a version that is complete at every rank of the group; the engine may
+then load it. Generation continues during a transfer, with one exception: NCCL across several GPUs of one engine pauses
+it, since two communicators on one device could deadlock. Every failure is a WeightsError, and the engine keeps its
+weights. Does not own: loading, and what happens to a worker that can't be reached.
 """
 
 from __future__ import annotations
@@ -23,74 +24,74 @@ import torch
 from asyncdapo.errors import EngineError, RunError, WeightsError
 from asyncdapo.transport.backend import Backend
 from asyncdapo.transport.process_group import device_name
-from asyncdapo.weights.layout import Manifest
-from asyncdapo.weights.staging import Staging
+from asyncdapo.weights.manifest import Manifest
+from asyncdapo.weights.receive_buffer import ReceiveBuffer
 
 TRANSFER = "asyncdapo"
 """The name under which `vllm_worker` registers with vLLM."""
-WORKER_END = "asyncdapo.weights.vllm_worker.WorkerEnd"
+WORKER_RECEIVER = "asyncdapo.weights.vllm_worker.WorkerReceiver"
 """What vLLM mixes into its workers."""
 
 FIRST_POLL_S, LONGEST_POLL_S = 0.001, 0.02
-"""Between two questions to an engine's processes; each takes them a moment between two tokens."""
+"""Seconds between two polls of an engine's processes. A poll costs them a moment between two tokens."""
 
 log = logging.getLogger("weights")
 
 
-class End(Protocol):
-    """A worker's ranks in the group of the weights, consecutive ones."""
+class Receiver(Protocol):
+    """A worker's ranks in the weight group. They are consecutive."""
 
     async def devices(self) -> list[str]:
-        """The device of each rank, by its name."""
+        """The name of each rank's device."""
 
     async def make_room(self, manifest: Manifest) -> None:
-        """Leave the group, and have memory for these tensors; however long that takes."""
+        """Leave the group and allocate memory for these tensors. There is no deadline."""
 
     async def join(self, address: str, first_rank: int, world_size: int, backend: Backend, manifest: Manifest) -> None:
-        """Join the group at `address` and leave the one before."""
+        """Leave the old group and join the one at `address`."""
 
     async def receive(self, version: int, branch: int) -> Any:
-        """Receive this version. Returns what the engine's `load_weights` wants."""
+        """Receive this version. Returns what the engine's `load_weights` takes."""
 
     def close(self) -> None:
         """Leave the group."""
 
 
-class LocalEnd:
-    """The end of an engine in this process, whose device is known once it has started."""
+class LocalReceiver:
+    """The receiver of an engine in this process. Its device is known once the engine has started."""
 
     def __init__(self, device: Callable[[], torch.device], timeout_s: float) -> None:
         self._device, self._timeout_s = device, timeout_s
-        self._staging: Staging | None = None
+        self._buffer: ReceiveBuffer | None = None
 
     async def devices(self) -> list[str]:
         return [device_name(self._device())]
 
     async def make_room(self, manifest: Manifest) -> None:
-        self._staging = self._staging or Staging(self._device())
-        # in a thread: what NCCL does on the GPU is waited for where a group is left
-        await asyncio.wrap_future(await asyncio.to_thread(self._staging.make_room, manifest))
+        self._buffer = self._buffer or ReceiveBuffer(self._device())
+        # in a thread: leaving a group waits for NCCL's work on the GPU
+        await asyncio.wrap_future(await asyncio.to_thread(self._buffer.make_room, manifest))
 
     async def join(self, address: str, first_rank: int, world_size: int, backend: Backend, manifest: Manifest) -> None:
-        self._staging = self._staging or Staging(self._device())
-        join = self._staging.join
+        self._buffer = self._buffer or ReceiveBuffer(self._device())
+        join = self._buffer.join
         joining = asyncio.to_thread(join, address, first_rank, world_size, backend, manifest, self._timeout_s)
         await asyncio.wrap_future(await joining)
 
     async def receive(self, version: int, branch: int) -> dict[str, torch.Tensor]:
-        if self._staging is None:
+        if self._buffer is None:
             raise WeightsError(f"version {version} can't arrive: this worker has joined no group")
-        await asyncio.wrap_future(self._staging.receive(version, branch))
-        return self._staging.take(version)
+        await asyncio.wrap_future(self._buffer.receive(version, branch))
+        return self._buffer.take(version)
 
     def close(self) -> None:
-        if self._staging:
-            self._staging.close()
+        if self._buffer:
+            self._buffer.close()
 
 
-class EngineEnd:
-    """The ends of an engine's processes, reached by `rpc`, which calls a method of `WorkerEnd` in all of them and
-    returns their answers in the order of their ranks. Inside of `paused()` nothing is generated."""
+class EngineReceiver:
+    """The receivers in an engine's processes. `rpc` calls a method of `WorkerReceiver` in all of them and returns their
+    answers by rank. Inside `paused()` the engine generates nothing."""
 
     def __init__(
         self,
@@ -117,7 +118,7 @@ class EngineEnd:
         memory = ", ".join(await self._ask("weights_memory"))
         if memory != self._memory:
             self._memory = memory
-            log.info("weights are staged: %s", memory)
+            log.info("new weights are received into %s", memory)
 
     async def receive(self, version: int, branch: int) -> None:
         async with self._paused() if self._pauses else nullcontext():
@@ -125,10 +126,10 @@ class EngineEnd:
             await self._settled()
 
     def close(self) -> None:
-        """The group ends with the engine's processes."""
+        """Nothing: the engine's processes leave the group when they end."""
 
     async def _ask(self, method: str, *args: Any) -> list[Any]:
-        """The answers of all its processes. Raises WeightsError when one has none, EngineError when the engine died."""
+        """The answers of all its processes. Raises WeightsError if a call fails, EngineError if the engine died."""
         try:
             return await self._rpc(method, *args)
         except EngineError:
@@ -137,7 +138,7 @@ class EngineEnd:
             raise WeightsError(str(error)) from error
 
     async def _settled(self) -> None:
-        """Wait until what was begun is over in every process. Raises WeightsError as soon as it has failed in one."""
+        """Wait until the operation is over in every process. Raises WeightsError as soon as one has failed."""
         poll_s = FIRST_POLL_S
         while True:
             answers = await self._ask("weights_state")

@@ -1,11 +1,10 @@
-"""Texts of a request judged at the same time by an async function.
+"""Judges the texts of a request at the same time, with an async function.
 
-In, out: as in `judging`. Up to `concurrency` texts are under way, and they begin in order. So the text that the pool
-waits for has begun by the time the one before it is told, and no time from one verdict to the next is longer than the
-text's own: the pool's time-out holds for each of them, as it does one after the other. (One that doesn't let the others
-run holds up their verdicts; the pool has whichever it waits for judged again, alone.)
+In, out: as in `judge`. Up to `concurrency` texts run at once and start in order. Verdicts are reported in order, so the
+pool's time-out still applies to each text: when the verdict before it is reported, the text has already started. A text
+that blocks the event loop delays the verdicts of the others. The pool retries alone whichever text is late.
 
-Owns: the event loop, one for the life of the process, so that the function may keep its connections.
+Owns: the event loop, one for the life of the process, so that the function can keep its connections.
 """
 
 from __future__ import annotations
@@ -14,20 +13,20 @@ import asyncio
 from collections.abc import Sequence
 
 from asyncdapo.reward.config import pauses_s
-from asyncdapo.reward.judging import Tell, describe, read_verdict
+from asyncdapo.reward.judge import Tell, describe, read_verdict
 from asyncdapo.reward.registry import Verify
 from asyncdapo.reward.wire import Raised, Said, Verdict
 
 
 class AsyncJudge:
-    """An async function with its event loop."""
+    """An async verifier with its event loop."""
 
     def __init__(self, verify: Verify, concurrency: int, retries: int) -> None:
         self._verify, self._concurrency, self._pauses_s = verify, concurrency, pauses_s(retries)
         self._runner = asyncio.Runner()
 
     def __call__(self, texts: Sequence[str], answer: str, tell: Tell) -> None:
-        """Tell a verdict for each text."""
+        """Report a verdict for each text."""
         self._runner.run(self._judge(texts, answer, tell))
 
     async def _judge(self, texts: Sequence[str], answer: str, tell: Tell) -> None:
@@ -36,7 +35,7 @@ class AsyncJudge:
         for task in tasks:
             said = await task
             if not isinstance(said, Verdict):
-                await _cancel(tasks)  # before the pool hears of it: the next request has the loop to itself
+                await _cancel(tasks)  # before the pool is told, so that none runs during the next request
             tell(said)
             if not isinstance(said, Verdict):
                 break
@@ -46,9 +45,9 @@ class AsyncJudge:
             for pause_s in (*self._pauses_s, None):
                 try:
                     return read_verdict(await self._verify(text, answer))
-                except asyncio.CancelledError as error:  # by the function itself, or the request is over
+                except asyncio.CancelledError as error:  # the function raised it, or the request is over
                     return Raised(describe(error))
-                except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever it raises ends its group only
+                except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever it raises fails only its group
                     raised = Raised(describe(error))
                 if pause_s is not None:
                     await asyncio.sleep(pause_s)

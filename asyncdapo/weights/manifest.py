@@ -1,12 +1,12 @@
-"""Layout of the weights on the wire: which tensors there are, and in which pieces they travel.
+"""Manifest of the weights on the wire: which tensors there are, and in which pieces they travel.
 
-In: the learner's tensors. Out: a `Manifest`, which the learner computes once and every receiver gets when it joins, and
-`Bucket`s, which both ends plan alike from manifest and bucket size. Imports no torch, so that the controller can pass
+In: the learner's tensors. Out: a `Manifest`, which the learner computes once and each receiver gets when it joins; and
+`Bucket`s, which both ends compute from manifest and bucket size. Imports no torch, so that the controller can pass
 manifests on.
 
-All tensors in order form one stream of bytes. Each starts at a multiple of `ALIGN_BYTES`; the gaps travel too, they are
-less than 0.1 % of a real model. A bucket is a contiguous range of the stream: a run of whole tensors, or of one tensor
-that is larger than a bucket as many elements as fit.
+All tensors, in order, form one stream of bytes. Each starts at a multiple of `ALIGN_BYTES`. The gaps are sent too; they
+are less than 0.1 % of a real model. A bucket is a contiguous range of the stream: either whole tensors, or part of one
+tensor that is larger than a bucket.
 
 Invariants: the buckets of a plan cover the stream once, in order, without gaps; no bucket exceeds the bucket size; no
 element is split; a tensor that fits a bucket is never cut.
@@ -45,13 +45,13 @@ class TensorSpec(Struct, frozen=True, kw_only=True):
 
 
 class Manifest(Struct, frozen=True, kw_only=True):
-    """Every tensor of a model, in the order in which they travel; tied ones stand once."""
+    """Every tensor of a model, in the order in which they are sent. Tied tensors are listed once."""
 
     tensors: tuple[TensorSpec, ...]
 
     @staticmethod
     def of(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype | None = None) -> Manifest:
-        """Manifest of these tensors in their order, floating-point ones converted to `dtype` if it is given."""
+        """Manifest of these tensors in their order. If `dtype` is given, floating-point ones are converted to it."""
         specs = []
         for name, tensor in tensors.items():
             sent = dtype if dtype is not None and tensor.dtype.is_floating_point else tensor.dtype
@@ -72,7 +72,7 @@ class Manifest(Struct, frozen=True, kw_only=True):
 
     @property
     def offsets(self) -> list[int]:
-        """Byte in the stream at which each tensor starts, and as a last entry the length of the stream."""
+        """First byte of each tensor in the stream; the last entry is the length of the stream."""
         offsets = [0]
         for spec in self.tensors:
             offsets.append(_align(offsets[-1] + spec.num_bytes))
@@ -80,7 +80,7 @@ class Manifest(Struct, frozen=True, kw_only=True):
 
     @property
     def digest(self) -> int:
-        """63-bit hash, equal exactly where names, dtypes, shapes and order are."""
+        """63-bit hash of names, dtypes, shapes and order."""
         return int.from_bytes(blake2b(msgspec.msgpack.encode(self), digest_size=8).digest(), "little") >> 1
 
 
@@ -124,7 +124,7 @@ def plan_buckets(manifest: Manifest, bucket_bytes: int) -> list[Bucket]:
 
 
 def _cuts(spec: TensorSpec, bucket_bytes: int) -> list[tuple[int, int]]:
-    """Element ranges of one tensor, each of at most a bucket; none for an empty tensor."""
+    """Element ranges of one tensor, each at most a bucket long; none for an empty tensor."""
     num_elements = math.prod(spec.shape)
     most = bucket_bytes // spec.itemsize
     return [(first, min(first + most, num_elements)) for first in range(0, num_elements, most)]
