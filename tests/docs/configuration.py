@@ -1,6 +1,6 @@
 """docs/configuration.md, made of the config dataclasses: every key with type, default and doc line.
 
-    python -m tests.docs.configuration        writes the page; test_pages.py holds it to be the newest
+python -m tests.docs.configuration        writes the page; test_pages.py holds it to be the newest
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ HEAD = """\
 Every key with its type, its default and what it does. This page is made of the dataclasses in `asyncdapo/*/config.py`
 and `asyncdapo/config/run.py`.
 
-A config is a YAML file with one section a stage; `model.path` is the only key without a default. A key is changed on the
-command line by its full name:
+A config is a YAML file with one section a stage; `model.path` is the only key without a default. A key is changed on
+the command line by its full name:
 
 ```bash
 asyncdapo config quickstart learner.lr=1e-5 run.name=mine
 ```
 
-prints a config with all its keys. A file that begins with `base: other.yaml`, or `base:` and the name of a shipped config,
-holds only what differs from it. `${section.key}` stands for the value of another key. Names that end in `_s` are seconds,
-in `_mb` MiB unless the line says MB. `null` is none.
+prints a config with all its keys. A file that begins with `base: other.yaml`, or `base:` and the name of a shipped
+config, holds only what differs from it. `${section.key}` stands for the value of another key. Names that end in `_s`
+are seconds, in `_mb` MiB unless the line says MB. `null` is none.
 """
 NAMES = {str: "text", int: "integer", float: "number", bool: "`true`, `false`", type(None): "`null`", Any: "any"}
 
