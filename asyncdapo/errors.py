@@ -1,4 +1,4 @@
-"""The errors a user can mend: each says which key or file, what value it has, and what to do about it.
+"""The errors that a user can fix: each names the key or file, its value, and the fix.
 
     UserError                 ends a command with one line and exit code 2, before anything is sampled if possible
       ConfigError             a key of the configuration
@@ -6,16 +6,14 @@
     RunError                  ends a run with its cause in the last lines and exit code 1
       StalenessError          a group past `replay.max_staleness` reached the learner; never trained
       WeightsError            a weight transfer failed, timed out, or arrived changed
-      RanksError              a rank of the learner lost the others; the controller starts all of them again
-      BatchError              a batch that was cut can't be read back; the controller goes back to the checkpoint
-      EngineError             the inference engine can't go on
-      RewardError             the reward function raised, or its process died of it; the worker turns it into a
-                              failed group
-      VerdictError            the reward function returned what is no verdict: a worker that raises it isn't started
-                              again
-      DiskError               the disk is full or broken: what it refused is not done
+      RanksError              a rank of the learner lost the others; the controller restarts all ranks
+      BatchError              a batch that was cut can't be read back; the controller rolls back to the checkpoint
+      EngineError             the inference engine failed
+      RewardError             the reward function raised, or killed its process; the worker reports a failed group
+      VerdictError            the reward function returned something that isn't a verdict; the worker isn't restarted
+      DiskError               the disk is full or broken; the write was not done
 
-Anything else that escapes is a defect of ours and keeps its traceback.
+Any other error that escapes is a bug of ours and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -27,7 +25,7 @@ EXIT_INTERRUPTED = 130
 
 
 class UserError(Exception):
-    """Something outside the code is wrong, and the message tells the user how to put it right."""
+    """Something outside the code is wrong. The message tells the user how to fix it."""
 
 
 class ConfigError(UserError):
@@ -37,12 +35,12 @@ class ConfigError(UserError):
     """
 
     where = ""
-    """Place in a file, such as `mine.yaml, line 4, column 3`; stands in front."""
+    """Place in a file, such as `mine.yaml, line 4, column 3`. The message starts with it."""
 
     def __init__(
         self, key: str, problem: str, value: object = None, fix: str = "", example: Sequence[str] = ()
     ) -> None:
-        """`example`: lines to be written somewhere, shown below."""
+        """`example`: lines for the user to copy, shown below the message."""
         self.key, self.problem, self.value, self.fix, self.example = key, problem, value, fix, example
         got = "" if value is None else f", got {value!r}"
         said = f"{key}: {problem}{got}" + (f" ({fix})" if fix else "")
@@ -50,19 +48,19 @@ class ConfigError(UserError):
 
     @property
     def problems(self) -> Sequence[ConfigError]:
-        """As of several."""
+        """This error alone, so that it reads like a `SeveralKeysError`."""
         return (self,)
 
     def __str__(self) -> str:
         return f"{self.where}: {self.args[0]}" if self.where else self.args[0]
 
     def __reduce__(self) -> tuple[type[ConfigError], tuple[str, str, object, str, Sequence[str]], dict[str, str]]:
-        """Pickled by its parts, since Ray sends errors between processes."""
+        """Pickle it by its parts: Ray sends errors between processes."""
         return ConfigError, (self.key, self.problem, self.value, self.fix, self.example), {"where": self.where}
 
 
 class SeveralKeysError(UserError):
-    """Several keys that can't stay as they are, a line each."""
+    """Several keys have problems, a line each."""
 
     def __init__(self, problems: Sequence[ConfigError]) -> None:
         super().__init__(problems)
@@ -74,13 +72,13 @@ class SeveralKeysError(UserError):
 
 
 def raise_all(problems: Sequence[ConfigError]) -> None:
-    """A single one as it is; nothing without any."""
+    """Raise a single problem as it is, several as one error. Do nothing if there are none."""
     if problems:
         raise problems[0] if len(problems) == 1 else SeveralKeysError(problems)
 
 
 class RunError(Exception):
-    """The run can't go on; the message is its cause."""
+    """The run can't continue; the message is the cause."""
 
 
 class StalenessError(RunError):
@@ -92,24 +90,24 @@ class WeightsError(RunError):
 
 
 class RanksError(RunError):
-    """A rank of the learner waited for others that are gone, or too slow."""
+    """A rank of the learner waited for others that are gone or too slow."""
 
 
 class BatchError(RunError):
-    """The payloads of a batch that was cut are damaged. A rollback cuts it anew without them."""
+    """The payloads of a batch that was cut are damaged. After a rollback it is cut again without them."""
 
 
 class EngineError(RunError):
-    """The inference engine can't go on."""
+    """The inference engine failed."""
 
 
 class RewardError(RunError):
-    """The reward function raised, or its process died of a completion twice."""
+    """The reward function raised, or killed its process twice on one completion."""
 
 
 class VerdictError(RunError):
-    """The reward function returned what is no verdict, and would do so again."""
+    """The reward function returned something that isn't a verdict, and would do so again."""
 
 
 class DiskError(RunError):
-    """A file of the run can't be written: the disk is full, or broken."""
+    """A file of the run can't be written: the disk is full or broken."""

@@ -1,17 +1,17 @@
-"""Every record on a wire or in the journal. msgspec, no numpy and no torch.
+"""Every record on a wire or in the journal. Uses msgspec, without numpy and torch.
 
-A wire message is one msgpack header frame (a tagged `Struct` below) and, where tokens travel, raw little-endian buffers
-in frames of their own (`payload`). Nothing on a socket is ever pickled.
+A wire message is one msgpack header frame (a tagged `Struct` below). Tokens follow as raw little-endian buffers, in
+frames of their own (`payload`). Nothing on a socket is ever pickled.
 
-    prompt      one position of the endless seeded stream; it ends exactly once
+    prompt      one position of the seeded prompt stream; it ends exactly once
     completion  one sampled response
     group       the `group_size` scored completions of one prompt: the unit of transport, filter, queue and loss
     lease       permission to generate one prompt's group; `lease_id` is never reused
     version     number of the train step whose weights these are; 0 is the initial model
-    branch      grows at every rollback, so that records of an abandoned future are recognised
+    branch      grows at every rollback, so that records from before the rollback are recognised
 
-Every sampled token has a version: `versions` are run lengths `[(version, num_tokens), …]` since an update may land in
-the middle of a response. `loss_mask` are run lengths `[(0 or 1, num_tokens), …]`, all ones for a single turn.
+Every sampled token has a version. `versions` are run lengths `[(version, num_tokens), …]`, since new weights may be
+loaded in the middle of a response. `loss_mask` are run lengths `[(0 or 1, num_tokens), …]`, all ones for a single turn.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from msgspec import Struct, field
 from msgspec.structs import replace
 
 SCHEMA_VERSION = 4
-"""Goes up when a record changes its meaning; peers of another version are refused at `Hello`."""
+"""Raised when a record changes its meaning. A peer with another version is refused at `Hello`."""
 
 FinishReason = Literal["stop", "length"]
 Phase = Literal["waiting", "sampling", "sampled"]
-"""Of a lease at its worker: no sample of it has a slot; some have; all tokens are there (it is scored, or waits for its
-acknowledgement)."""
+"""Of a lease at its worker. `waiting`: none of its samples has a slot. `sampling`: some have. `sampled`: all tokens are
+there, and it is being scored or waits for its acknowledgement."""
 Runs = list[tuple[int, int]]
 
 
@@ -41,7 +41,7 @@ class Message(Struct, frozen=True, kw_only=True, tag=True, forbid_unknown_fields
 
 
 class Prompt(Struct, frozen=True, kw_only=True):
-    """One position of the prompt stream: what the engine continues and what the verifier compares with."""
+    """One position of the prompt stream: the tokens for the engine, and the answer for the verifier."""
 
     prompt_id: int
     epoch: int
@@ -59,18 +59,19 @@ class Completion(Struct, frozen=True, kw_only=True):
     versions: Runs
     loss_mask: Runs
     reward: float
-    """Final sequence reward (verdict → scale → shaping): what the advantage is computed from."""
+    """Final sequence reward (verdict → scale → shaping). The advantage is computed from it."""
     metrics: dict[str, float]
-    """Numbers of the reward function: `acc` 0/1 verdict, `score` scaled, `seq_reward` shaped, and any of its own."""
+    """Numbers of the reward function: `acc` is the 0/1 verdict, `score` the scaled one, `seq_reward` the shaped one. It
+    may add others."""
 
 
 class Score(Struct, frozen=True, kw_only=True):
-    """What the scorer says of one response. Reward and metrics become part of the `Completion`."""
+    """The scorer's result for one response. Reward and metrics become part of the `Completion`."""
 
     reward: float
     metrics: dict[str, float]
     pred: str | None = None
-    """What the verifier took for the response's answer; None where it found none or doesn't say."""
+    """The answer that the verifier found in the response; None if it found none or doesn't tell."""
 
 
 class Group(Struct, frozen=True, kw_only=True):
@@ -93,7 +94,7 @@ class Group(Struct, frozen=True, kw_only=True):
 
     @property
     def min_version(self) -> int:
-        """Lowest version over all sampled tokens: what staleness is measured from."""
+        """Lowest version over all sampled tokens. Staleness is measured from it."""
         return min(version for completion in self.completions for version, _ in completion.versions)
 
     @property
@@ -102,7 +103,7 @@ class Group(Struct, frozen=True, kw_only=True):
 
     @property
     def num_loss_tokens(self) -> int:
-        """Tokens that bear loss; a group without any ends `filtered` with reason `masked`."""
+        """Tokens that bear loss. A group without any ends `filtered` with reason `masked`."""
         return sum(count for completion in self.completions for value, count in completion.loss_mask if value)
 
 
@@ -110,49 +111,50 @@ class Group(Struct, frozen=True, kw_only=True):
 
 
 class Hello(Message):
-    """rollout -> replay. First message of a worker's session and of every reconnect."""
+    """rollout -> replay. First message of a session, and after every reconnect."""
 
     schema: int
     worker: int
     session: str
-    """Random per process start: a restarted worker is another session, and the old one's leases are lost."""
+    """Random for each process start. A restarted worker has a new session, and the old session's leases are lost."""
     loaded_version: int
     branch: int
-    """Of the loaded weights; 0 for those that the process started with. The worker gets work when it is the run's."""
+    """Of the loaded weights; 0 for those that the process started with. The worker gets work only if it equals the
+    run's branch."""
     granted: int
-    """Leases and evaluation requests that the worker has counted so far: a server that began anew goes on from it."""
+    """Leases and evaluation requests that the worker has counted so far. A restarted server resumes its count here."""
 
 
 class Welcome(Message):
-    """replay -> rollout. The session is known; groups of it are accepted. Answers every `Hello`, repeats included."""
+    """replay -> rollout. The session is known, and its groups are accepted. Answers every `Hello`, repeats included."""
 
     branch: int
-    """The run's. What the worker holds of an earlier one is over."""
+    """The run's branch. Whatever the worker holds of an earlier one is over."""
     granted: int
-    """Leases and evaluation requests given to this session so far, as the server or as the worker counts, whichever is
-    more: both go on from it, so that credits survive messages lost with a connection or with the server."""
+    """Leases and evaluation requests given to this session so far: the larger of the server's count and the worker's.
+    Both resume their count here, so that credits survive lost messages and a restart of the server."""
 
 
 class Ask(Message):
-    """rollout -> replay. Credits: leases and evaluation requests asked for since the session began. Cumulative, so that
-    a lost or repeated message changes nothing: the server owes `asked − granted`."""
+    """rollout -> replay. Credits: the number of leases and evaluation requests asked for since the session began. The
+    number is cumulative, so that a lost or repeated message does no harm: the server owes `asked − granted`."""
 
     asked: int
 
 
 class Lease(Message):
-    """replay -> rollout. Generate this prompt's group. Sent again when the worker's heartbeats don't list it."""
+    """replay -> rollout. Generate this prompt's group. Sent again if the worker's heartbeats don't list it."""
 
     lease_id: int
     branch: int
     attempt: int
     group_size: int
     seed: int
-    """Seed of the group; sample i uses `sample_seed(seed, i)`."""
+    """Seed of the group. Sample i uses `sample_seed(seed, i)`."""
     prompt: Prompt
     number: int = 0
-    """How many grants this session has had, this one included: so a repeated or lost one leaves the count right. 0 in
-    what an earlier server granted and the worker may not have counted: then nobody counts it."""
+    """Grants of this session so far, this one included. It keeps the count right if a grant is repeated or lost. 0 =
+    don't count: granted by an earlier server."""
 
 
 class Started(Message):
@@ -163,7 +165,7 @@ class Started(Message):
 
 
 class Loaded(Message):
-    """rollout -> replay. From now on this worker generates with the weights of `version` of `branch`."""
+    """rollout -> replay. From now on this worker generates with weights `version` of `branch`."""
 
     version: int
     branch: int
@@ -183,18 +185,18 @@ class GroupFailed(Message):
 
 
 class Progress(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """How far a lease is that the worker holds."""
+    """Progress of one lease that the worker holds."""
 
     num_tokens: int
-    """Sampled so far over all completions; never falls."""
+    """Tokens sampled so far over all completions; never falls."""
     phase: Phase
     started_version: int | None = None
-    """As `Started` said, which may have been lost; None until then."""
+    """Repeats `Started`, which may have been lost; None before the first token."""
 
 
 class Heartbeat(Message):
     """rollout -> replay, every 2 s. `progress`: every lease that the worker holds, by `lease_id`. `evaluations`: the
-    `request_id` of every evaluation request."""
+    `request_id` of every evaluation request that it holds."""
 
     asked: int
     loaded_version: int
@@ -202,24 +204,24 @@ class Heartbeat(Message):
     progress: dict[int, Progress]
     evaluations: list[int]
     gauges: dict[str, float]
-    """The worker's own counters (`rollout/…`), cumulative since the session began."""
+    """The worker's counters (`rollout/…`), cumulative since the session began."""
 
 
 class Ack(Message):
-    """replay -> rollout. The journal has it (or it was late, or known already): forget it."""
+    """replay -> rollout. The group is in the journal, or it was late or known already. Forget it."""
 
     lease_id: int
 
 
 class Reject(Message):
-    """replay -> rollout. The group can't be decoded or breaks its lease; the lease is over."""
+    """replay -> rollout. The group can't be decoded or doesn't fit its lease. The lease is over."""
 
     lease_id: int
     reason: str
 
 
 class Withdraw(Message):
-    """replay -> rollout. These leases are over: stop generating them, send nothing for them."""
+    """replay -> rollout. These leases are over. Stop generating them, and send nothing for them."""
 
     lease_ids: list[int]
 
@@ -237,17 +239,18 @@ class Sampling(Struct, frozen=True, kw_only=True):
 
 
 class EvalRequest(Message):
-    """replay -> rollout. Completions of these prompts, at most `group_size` together; not a lease, never trained on."""
+    """replay -> rollout. Sample these prompts, at most `group_size` completions in all. Not a lease; never trained
+    on."""
 
     request_id: int
     seed: int
-    """Of the evaluation; a completion uses `eval_seed(seed, prompt_id, sample)`, whatever else is in the request."""
+    """Seed of the evaluation. A completion uses `eval_seed(seed, prompt_id, sample)`, whatever else is requested."""
     sampling: Sampling
     prompts: list[Prompt]
     samples: list[int] = field(default_factory=lambda: [0])
     """Numbers of the completions to sample of each prompt."""
     number: int = 0
-    """As in `Lease`; 0 until it is given out."""
+    """As in `Lease`; 0 until the request is given to a worker."""
 
     @property
     def num_sequences(self) -> int:
@@ -256,16 +259,16 @@ class EvalRequest(Message):
 
 
 class EvalAnswer(Struct, frozen=True, kw_only=True):
-    """What one evaluated completion came to."""
+    """The result of one evaluated completion."""
 
     prompt_id: int
     sample: int = 0
-    """Which of the prompt's completions."""
+    """Number of the completion among the prompt's."""
     acc: float
     failure: str = ""
-    """Why there is no verdict: what the reward function raised. `acc` is 0 then, since nothing is known."""
+    """Why there is no verdict: the reward function's error. `acc` is 0 then."""
     pred: str | None = None
-    """As in `Score`: what maj@k counts."""
+    """As in `Score`; maj@k counts it."""
     num_tokens: int
     finish_reason: FinishReason
     version_min: int
@@ -280,12 +283,12 @@ class EvalAnswer(Struct, frozen=True, kw_only=True):
 
 
 class EvalDone(Message):
-    """rollout -> replay, with one frame: the responses as UTF-8, one behind the other (a header has room for 8 MiB,
-    and a long response takes 80 kB). Sent again until acknowledged."""
+    """rollout -> replay, with one frame: the responses as UTF-8, one after the other. (They don't fit a header: it has
+    room for 8 MiB, and a long response takes 80 kB.) Sent again until acknowledged."""
 
     request_id: int
     answers: list[EvalAnswer]
-    """Prompt after prompt, each with the samples asked for; without their responses."""
+    """Prompt after prompt, each with its samples in order; without the responses."""
     response_bytes: list[int]
 
     @staticmethod
@@ -296,7 +299,7 @@ class EvalDone(Message):
         return EvalDone(request_id=request_id, answers=bare, response_bytes=list(map(len, texts))), [b"".join(texts)]
 
     def unpack(self, frames: Sequence[bytes | memoryview]) -> list[EvalAnswer]:
-        """The answers with their responses. Raises ValueError when header and frame disagree."""
+        """The answers with their responses. Raises ValueError if header and frame disagree."""
         ends = list(accumulate(self.response_bytes, initial=0))
         sizes = [memoryview(frame).nbytes for frame in frames]
         if len(self.answers) != len(self.response_bytes) or min(self.response_bytes, default=0) < 0:
@@ -317,18 +320,17 @@ class EvalAck(Message):
 
 
 MAX_RANKS = 1024
-"""Of a learner; a question that claims more is damaged."""
+"""Most ranks of a learner. A request that claims more is damaged."""
 
 
 class CutWanted(Message):
-    """learner -> replay. One rank asks for its share of batch `step`; asking again for a batch that was cut returns the
-    same one."""
+    """learner -> replay. One rank asks for its share of batch `step`. A repeated request gets the same batch."""
 
     step: int
     rank: int = 0
     num_ranks: int = 1
     num_updates: int = 1
-    """Optimizer updates in an epoch: every rank has a part of each (`shares.deal`)."""
+    """Optimizer updates in an epoch. Every rank has a part of each (`shares.deal`)."""
 
 
 class Batch(Message):
@@ -343,28 +345,28 @@ class Batch(Message):
     max_staleness: int
     groups: list[Group]
     copies: list[int] = []
-    """How many more times each group stands in the batch (`filter.mode: replace`); empty when none does."""
+    """Extra copies of each group in the batch (`filter.mode: replace`); empty if there are none."""
 
 
 class NoBatch(Message):
-    """replay -> learner. The data is used up: there is no batch `step`, and the run ends well."""
+    """replay -> learner. The data is used up: there is no batch `step`, and the run ends successfully."""
 
     step: int
     reason: str
     unreadable: bool = False
-    """There was one, and its payloads are damaged: the run has to go back to its checkpoint."""
+    """Batch `step` was cut, but its payloads are damaged: the run has to roll back to its checkpoint."""
 
 
 def eval_seed(seed: int, prompt_id: int, sample: int) -> int:
-    """Seed of a held-out prompt's completion, however prompts and samples are spread over requests. That of the first
-    doesn't know of others."""
+    """Seed of a held-out prompt's completion. It doesn't depend on how prompts and samples are spread over requests.
+    The first sample has the seed that a single one would have."""
     return sample_seed(seed, prompt_id, sample) if sample else sample_seed(seed, prompt_id)
 
 
 def sample_seed(*parts: int) -> int:
-    """63-bit seed from integers (run seed, prompt id, sample index); the attempt is left out on purpose.
+    """63-bit seed from integers (run seed, prompt id, sample index). The attempt is left out on purpose.
 
-    SplitMix64 over the parts (Steele, Lea, Flood 2014), so that neighbours share no pattern.
+    SplitMix64 over the parts (Steele, Lea, Flood 2014), so that neighbouring seeds are unrelated.
     """
     state = 0
     for part in parts:

@@ -1,21 +1,21 @@
-"""Admission: when the next prompt is leased, and which one it is.
+"""Admission: when the next prompt is leased, and which prompt it is.
 
 In: how many groups are ahead of the learner. Out: yes or no, and the next prompt of the stream.
 
-The rule, asked again after every event:
+The rule, checked after every event:
 
     in_training + queued + keep_rate × running  <  (run_ahead + 1) × prompts_per_step
 
-The left side is what is ahead of the learner, in groups: members of batches that are cut but whose weights are not
-published yet, kept groups, and running ones at the rate at which the filter keeps them. Staleness is bought with it
-one to one. Nothing is evicted to make room; credits are withheld instead.
+The left side counts the groups ahead of the learner: members of batches that are cut but whose weights aren't published
+yet, kept groups, and running ones times the rate at which the filter keeps groups. Each batch ahead costs one step of
+staleness. Nothing is evicted to make room; credits are withheld instead.
 
-Lemma (no deadlock). With nothing in training, nothing running and fewer than B = prompts_per_step groups queued the
-rule leases, for then the left side is queued < B ≤ (run_ahead + 1) × B; given a prompt, and a worker with a credit
-that has loaded a version fit for the next batch. Hence a learner that waits for a batch waits for something that is
-running, or the wait has another name: weights, no live worker, or the end of the data.
+Lemma (no deadlock). Suppose nothing is in training, nothing runs, and fewer than B = prompts_per_step groups are
+queued. Then the left side is queued < B ≤ (run_ahead + 1) × B, and the rule grants a lease, provided that there is a
+prompt, and a worker with a credit and a version that fits the next batch. Hence a learner that waits for a batch waits
+for something that runs, or the wait has another name: weights, no live worker, or the end of the data.
 
-Does not own: which worker gets the lease, and the staleness that a lease may have (`state.py`, `staleness.py`).
+Does not own: which worker gets the lease (`leases.py`), and how stale a lease may be (`staleness.py`).
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 FIRST = -1
-"""Place of the prompts that were in flight at a rollback: before all others."""
+"""Place of prompts that were in flight at a rollback: before all others."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Admission:
-    """The rule. All numbers are in groups."""
+    """The rule. All numbers count groups."""
 
     prompts_per_step: int
     run_ahead: float
-    """Batches that generation may be ahead of training; 0 is a barrier."""
+    """How many batches generation may be ahead of training; 0 is a barrier."""
     max_verdicts: float = math.inf
-    """Most verdicts of one train step. Only the barrier needs it: there, what runs at the limit could not stay for the
-    next step, whose weights differ."""
+    """Most verdicts of one train step. Only the barrier needs it: groups that still run at the limit could not count
+    for the next step, which has other weights."""
 
     @property
     def capacity(self) -> float:
@@ -46,8 +46,8 @@ class Admission:
         return (self.run_ahead + 1) * self.prompts_per_step
 
     def admits(self, *, in_training: int, queued: int, running: int, keep_rate: float, verdicts: int) -> bool:
-        """Whether one more prompt is leased. `verdicts`: those of the current train step; at the barrier those before
-        the next prompt, which may have come back after others had theirs."""
+        """Whether one more prompt is leased. `verdicts`: those of the current train step. At the barrier: only those of
+        prompts before the next one, which may have come back after later ones had their verdict."""
         ahead = in_training + queued + keep_rate * running
         return ahead < self.capacity and verdicts + running < self.max_verdicts
 
@@ -55,22 +55,25 @@ class Admission:
 class PromptStream:
     """The prompts that wait for a lease: fresh ones from `num_fresh` on, and those that came back.
 
-    A prompt's place in the stream is its `prompt_id`, so one that came back stands before every fresh one. Only the
-    prompt of a lost lease goes behind the next `prompts_per_step` fresh ones: if it is what kills workers or makes them
-    stall, the others are not held up by it. Of several, each goes as many behind the one before: what a worker held
-    together when it died comes back apart, so that the prompt that kills uses up its own attempts and not those of its
-    neighbours. And those in flight at a rollback go first, so that long ones are not put off by every rollback anew. At
-    the barrier (no delay) all keep their own place, because leases go out there in rising `prompt_id`.
+    A prompt's place in the stream is its `prompt_id`, so a prompt that came back is before every fresh one. There are
+    two exceptions.
+
+    - The prompt of a lost lease goes behind the next `prompts_per_step` fresh ones. If it kills or stalls workers, it
+      doesn't hold up the others. Several lost prompts go that far behind each other: prompts that a worker held when it
+      died come back apart, so that the one that kills uses up its own attempts and not those of its neighbours.
+    - Prompts that were in flight at a rollback go first, so that repeated rollbacks don't postpone long ones for ever.
+
+    At the barrier (no delay) all keep their own place, because there leases are granted in rising `prompt_id`.
     """
 
     def __init__(
         self, num_prompts: int | None, delay: int, *, num_fresh: int = 0, places: Mapping[int, int] | None = None
     ) -> None:
-        """`num_prompts`: where the stream ends, None if it doesn't; `delay`: fresh prompts that go before the prompt of
-        a lost lease; `places`: of the prompts that came back before."""
+        """`num_prompts`: where the stream ends; None if it doesn't. `delay`: fresh prompts that go before the prompt of
+        a lost lease. `places`: those of the prompts that came back before."""
         self.num_prompts = num_prompts
         self.num_fresh = num_fresh
-        """Prompts taken from the stream so far, which is the `prompt_id` of the next fresh one."""
+        """Fresh prompts taken so far; also the `prompt_id` of the next one."""
         self._delay = delay
         waiting = (places or {}).items()
         self._returned = [(place if delay else prompt_id, prompt_id) for prompt_id, place in waiting]
@@ -78,7 +81,7 @@ class PromptStream:
 
     @property
     def next(self) -> int | None:
-        """The prompt to lease next; None when the data is used up."""
+        """The prompt to lease next; None if the data is used up."""
         if self._returned and self._returned[0] <= (self.num_fresh, self.num_fresh):
             return self._returned[0][1]
         if self.num_prompts is None or self.num_fresh < self.num_prompts:
@@ -97,16 +100,16 @@ class PromptStream:
 
     @property
     def places(self) -> dict[int, int]:
-        """Place of every prompt that came back."""
+        """Place of each prompt that came back."""
         return {prompt_id: place for place, prompt_id in self._returned}
 
     def put_back(self, prompt_id: int) -> int:
-        """To its own place, ahead of every fresh prompt. Returns the place."""
+        """Put it in its own place, ahead of every fresh prompt. Returns the place."""
         return self._put(prompt_id, prompt_id)
 
     def put_behind(self, prompt_id: int) -> int:
-        """Behind the next `delay` fresh prompts, and as many behind any other that is there; to its own place if there
-        is no delay. Returns the place."""
+        """Put it behind the next `delay` fresh prompts, and as far behind any other that came back. Without a delay it
+        goes to its own place. Returns the place."""
         last = max((place for place, _ in self._returned), default=0)
         return self._put(prompt_id, max(self.num_fresh, last) + self._delay if self._delay else prompt_id)
 

@@ -1,15 +1,15 @@
-"""The cut: which of the groups that replay holds form the next batch, and what becomes of the others.
+"""The cut: which held groups form the next batch, and what happens to the others.
 
-In: the kept groups, the spare ones, and the size of a batch. Out: a `Cut`. A cut is made at once and never changed.
+In: the kept groups, the spare ones, and the size of a batch. Out: a `Cut`. A cut is made at once and never changes.
 
 Queue order is `(min_version, prompt_id)`: oldest weights first, since they are the next to miss the bound. Members
-are then listed by rising `prompt_id`, so that a batch depends on which groups it has and not on when they came.
+are then listed by rising `prompt_id`, so that a batch depends on its groups and not on their order of arrival.
 
-    cut                the first kept groups; `fill` makes up for missing ones with constant spares
-    cut_with_copies    the first verdicts, kept or not; copies of the kept ones stand in the places of the others
-    return_behind      at the barrier what stands behind the last one taken goes back to the stream
+    cut                the first kept groups; `fill` adds constant spares if there are too few
+    cut_with_copies    the first groups, kept or not; copies of the kept ones replace the others
+    return_behind      at the barrier: prompts after the last group taken go back to the stream
 
-Does not own: when a batch is cut and by which rule (`queue.py`), and what is too stale to be held at all (`state.py`).
+Does not own: when a batch is cut and what is too stale for it (`state.py`), and the rule of the cut (`queue.py`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from asyncdapo.replay.core.filter import Verdict
 
 @dataclass(frozen=True, order=True, kw_only=True, slots=True)
 class HeldGroup:
-    """A finished group that has not ended yet: queued, spare or cut. Sorts in queue order."""
+    """A complete group without an end yet: queued, spare or cut. Sorts in queue order."""
 
     min_version: int
     prompt_id: int
@@ -34,27 +34,27 @@ class HeldGroup:
 
 @dataclass(frozen=True, kw_only=True)
 class Cut:
-    """What becomes of every group held when a batch is cut."""
+    """What happens to each held group when a batch is cut."""
 
     members: list[HeldGroup]
     """In rising `prompt_id`."""
     copies: tuple[int, ...] = ()
-    """How many more times each member stands in the batch; empty when none does."""
+    """Extra copies of each member in the batch; empty if there are none."""
     last: int
-    """Highest `prompt_id` that has a place in the batch, or whose place a copy has; −1 when there is none."""
+    """Highest `prompt_id` in the batch, groups replaced by a copy included; −1 if there is none."""
     queued: list[HeldGroup]
-    """Kept, and waiting for the next batch; in queue order."""
+    """Kept; they wait for the next batch, in queue order."""
     spare: list[HeldGroup]
-    """Not kept, and waiting to give their place in the next batch to a copy; in queue order."""
+    """Not kept; in the next batch a copy may replace them. In queue order."""
     filtered: list[HeldGroup]
     surplus: list[HeldGroup]
-    """Dropped without an end: their prompts go back to the stream (the barrier only)."""
+    """Dropped without an end; their prompts go back to the stream (only at the barrier)."""
 
 
 def cut(kept: Sequence[HeldGroup], spare: Sequence[HeldGroup], size: int, *, fill: bool) -> Cut:
     """The first `size` kept groups in queue order; the rest waits for the next batch.
 
-    `fill` makes up for missing ones with constant spares (never with masked ones); the other spares end `filtered`.
+    If there are too few, `fill` adds constant spares (never masked ones). All other spares end `filtered`.
     """
     kept, spare = sorted(kept), sorted(spare)
     members = kept[:size]
@@ -73,9 +73,9 @@ def cut(kept: Sequence[HeldGroup], spare: Sequence[HeldGroup], size: int, *, fil
 
 
 def cut_with_copies(step: int, kept: Sequence[HeldGroup], spare: Sequence[HeldGroup], size: int) -> Cut:
-    """The first `size` groups in queue order, kept or not, after those that are barren; one of them at least is kept.
+    """The first `size` groups in queue order, kept or not, after the barren ones. At least one of them is kept.
 
-    What isn't kept ends `filtered`, and a copy of a member stands in its place. The rest, kept or not, waits for the
+    Each group that isn't kept ends `filtered`, and a copy of a member replaces it. The rest, kept or not, waits for the
     next batch.
     """
     held = sorted([*kept, *spare])
@@ -95,10 +95,10 @@ def cut_with_copies(step: int, kept: Sequence[HeldGroup], spare: Sequence[HeldGr
 
 
 def return_behind(whole: Cut) -> Cut:
-    """The cut at the barrier: every prompt after the last one taken goes back to the stream, whatever its verdict.
+    """The cut at the barrier: every prompt after the last group taken goes back to the stream, whatever its verdict.
 
-    The next step then begins right behind it. So the membership of this step and every later one depends neither on
-    the order of arrival nor on how many prompts were leased ahead. (A prompt that ended `failed` stays so.)
+    The next step then begins right after it. So the members of this step and of every later one depend neither on the
+    order of arrival nor on how many prompts were leased ahead. (A prompt that ended `failed` stays `failed`.)
     """
     return replace(
         whole,
@@ -110,8 +110,8 @@ def return_behind(whole: Cut) -> Cut:
 
 
 def num_barren(kept: Sequence[HeldGroup], spare: Sequence[HeldGroup], size: int) -> int:
-    """How many groups at the head of the queue are barren: whole batches' worth of verdicts, none of them kept, so that
-    there is nothing to copy."""
+    """How many groups at the head of the queue are barren: whole batches' worth of groups of which none is kept, so
+    that there is nothing to copy."""
     if len(spare) < size:
         return 0
     first = min(kept, default=None)
@@ -120,10 +120,10 @@ def num_barren(kept: Sequence[HeldGroup], spare: Sequence[HeldGroup], size: int)
 
 
 def draw_copies(step: int, prompt_ids: Sequence[int], num_copies: int) -> tuple[int, ...]:
-    """How many more times each member stands in the batch: every copy is of a member drawn with equal chance.
+    """Extra copies of each member in the batch: each copy is of a member drawn with equal probability.
 
-    Drawn by a hash of the step and the members, so that a batch has the same copies in every process, after a restart
-    and after a rollback. Another way of drawing would be another ledger: a batch that is cut is drawn again from it.
+    The draw is a hash of the step and the members, so that a batch has the same copies in every process, after a
+    restart and after a rollback. Don't change it: batches in existing ledgers are drawn again with it.
     """
     if not num_copies:
         return ()

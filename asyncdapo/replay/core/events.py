@@ -1,8 +1,8 @@
-"""What the pure core of replay is told (events) and what it wants done (actions).
+"""The input of replay's pure core (events) and its output (actions).
 
 `ReplayState.handle(event) -> list[Action]` is the only way in and out: no I/O, no clock, no threads. The replay server
-translates messages and Ray calls into events, writes all actions of one event to the journal in one transaction, and
-only then sends what is to be sent. The property tests drive the same class.
+translates messages and Ray calls into events. It writes all actions of one event to the journal in one transaction, and
+only then sends messages. The property tests drive the same class.
 
 A group has no id of its own: a lease yields at most one group, so `group_id == lease_id` everywhere.
 """
@@ -19,9 +19,9 @@ PromptState = Literal[
 ]
 GroupState = Literal["queued", "spare", "cut", "trained", "filtered", "expired", "surplus", "failed"]
 VERDICT_STATES: tuple[GroupState, ...] = ("queued", "spare", "filtered")
-"""States that a group enters with its verdict; `queued` means kept. One that was stale when it came enters none."""
+"""States that a group enters with its verdict; `queued` means kept. A group that arrives stale enters none of them."""
 LEASE_ENDS = ("late", "withdrawn", "lost", "rejected", "failed")
-"""Ends of a lease without a group of the ledger, as `EndLease` explains them."""
+"""Ends of a lease without a group in the ledger; see `EndLease`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,7 +31,7 @@ class Event:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WorkerJoined(Event):
-    """A worker's session began. Leases that its former session held are lost (the server sends `WorkerLost` first)."""
+    """A worker's session began. If it had an earlier session, the server sends `WorkerLost` for that first."""
 
     worker: int
     loaded_version: int
@@ -39,14 +39,14 @@ class WorkerJoined(Event):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WorkerLost(Event):
-    """A worker is gone, and with it every lease that it holds."""
+    """A worker is gone. Every lease that it held is lost."""
 
     worker: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ready(Event):
-    """`credits`: leases the worker can start now, all that were granted before this event already taken off."""
+    """`credits`: leases that the worker can start now, beyond all that were granted before this event."""
 
     worker: int
     credits: int
@@ -70,7 +70,7 @@ class WeightsLoaded(Event):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GroupArrived(Event):
-    """A well-formed group arrived (its lease may be over by now: then it is late)."""
+    """A well-formed group arrived. If its lease is already over, it is late."""
 
     lease_id: int
     min_version: int
@@ -89,8 +89,8 @@ class LeaseFailed(Event):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LeaseLost(Event):
-    """The lease ended without a group: no progress for `lease_stall_s` ("stalled"), or its group was undecodable
-    ("rejected"). Costs an attempt."""
+    """The lease ended without a group. It made no progress for `lease_stall_s` ("stalled"), or its group couldn't be
+    decoded ("rejected"). Costs an attempt."""
 
     lease_id: int
     reason: Literal["stalled", "rejected"]
@@ -98,12 +98,12 @@ class LeaseLost(Event):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CloseGenBatch(Event):
-    """The open generation batch ends with the latest verdict, however few it has (the prompts came in one list)."""
+    """The open generation batch ends with the latest verdict, even if it isn't full (the prompts came in one list)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BatchWanted(Event):
-    """The learner waits for batch `step`. Asking for one that was cut already changes nothing."""
+    """The learner waits for batch `step`. Has no effect if the batch was cut already."""
 
     step: int
 
@@ -117,40 +117,40 @@ class Trained(Event):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Published(Event):
-    """The send of version `version` is over; `in_training` falls."""
+    """The workers have been sent `version`, and `in_training` falls."""
 
     version: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunEnded(Event):
-    """No further step: every prompt without an end becomes `unused`."""
+    """No step follows: every prompt without an end becomes `unused`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Action:
-    """Something to be done."""
+    """Something to do."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GrantLease(Action):
-    """Send a lease. The move of its prompt to `leased` follows as an action of its own."""
+    """Send a lease. A separate action moves its prompt to `leased`."""
 
     lease_id: int
     prompt_id: int
     worker: int
     attempt: int
-    """1 for the first; surplus and rollback don't count as one."""
+    """1 for the first. Surplus and rollback don't count as attempts."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MovePrompt(Action):
-    """Journal: the prompt is in this state now. `reason` explains an end that has several causes (`masked`, …)."""
+    """Journal: the prompt is in this state now. `reason` tells apart the causes of an end (`masked`, …)."""
 
     prompt_id: int
     state: PromptState
     attempts: int
-    """Leases that ended lost, rejected, or (under `requeue`) withdrawn or expired, so far."""
+    """Its leases so far that ended lost, rejected, or (under `requeue`) withdrawn or expired."""
     step: int | None = None
     """Batch it was cut into, for `cut` and `trained`."""
     reason: str = ""
@@ -160,7 +160,7 @@ class MovePrompt(Action):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MoveGroup(Action):
-    """Journal: the group is in this state now. The first one of a group follows its `GroupArrived` at once."""
+    """Journal: the group is in this state now. A group's first move is caused by its `GroupArrived`."""
 
     group_id: int
     prompt_id: int
@@ -173,11 +173,11 @@ class MoveGroup(Action):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EndLease(Action):
-    """The lease is over. Journal row in `events` unless `done`; `withdrawn` is also sent to the worker.
+    """The lease is over. Journal: a row in `events`, except for `done`. `withdrawn` is also sent to the worker.
 
-    done       its group was accepted (acknowledge)
-    late       a group of a lease that is over: acknowledge and drop it
-    withdrawn  the worker shall stop: the lease would miss the staleness bound, or the step needs it no more
+    done       its group was accepted: acknowledge it
+    late       a group arrived for a lease that is over: acknowledge and drop it
+    withdrawn  the worker must stop: the lease would miss the staleness bound, or the step no longer needs it
     lost, rejected, failed   as the event said
     """
 
@@ -192,32 +192,33 @@ class EndLease(Action):
 class CutBatch(Action):
     """Batch `step` has these members, in rising `prompt_id`. Journal it, then send it.
 
-    At the limit of generation batches it is cut at once, perhaps before the learner asks for it: then it is sent when
-    the learner does. The moves of its prompts and groups to `cut` follow as actions of their own.
+    At the limit of generation batches it is cut at once. If the learner hasn't asked for it yet, it is sent when the
+    learner does. Separate actions move its prompts and groups to `cut`.
     """
 
     step: int
     group_ids: tuple[int, ...]
     copies: tuple[int, ...] = ()
-    """How many more times each member stands in the batch (`filter.mode: replace`); empty when none does."""
+    """Extra copies of each member in the batch (`filter.mode: replace`); empty if there are none."""
     staleness: tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GenBatchClosed(Action):
-    """A generation batch is complete: journal row in `events`, and a count for the metrics."""
+    """A generation batch is complete. Journal: a row in `events`; the metrics count it."""
 
     step: int
-    """The step it belongs to: in which its first verdict fell."""
+    """The step that it belongs to: the one of its first verdict."""
     number: int
     """1 for the first of this step."""
     limit_reached: bool
-    """It was the last that its step may open, and the step's batch is not full."""
+    """It was the last that its step may open, and the step's batch isn't full."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StopRun(Action):
-    """The run ends. `error` is false when the data is used up, else `reason` is the cause in the last lines."""
+    """The run ends. `error` is false if the data is used up; otherwise the run's last lines show `reason` as the
+    cause."""
 
     reason: str
     error: bool

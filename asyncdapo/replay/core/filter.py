@@ -1,11 +1,11 @@
-"""The filter: a verdict on every group, the rate of kept ones, and generation batches.
+"""The filter: a verdict on every group, the share of kept ones, and generation batches.
 
-In: the metrics and the number of loss-bearing tokens of a finished group. Out: its verdict; `keep_rate`, by which
-admission scales what is running; and the count of verdicts in generation batches, which limits how long one train
-step may look for groups worth training on.
+In: a complete group's metrics and its number of loss-bearing tokens. Out: its verdict; `keep_rate`, by which admission
+scales the running groups; and generation batches, which limit how long one train step may look for groups worth
+training on.
 
-    kept       the metric differs within the group: it is trained on
-    constant   max − min ≤ 1e-6 (zero variance): every advantage is 0, so it would teach nothing (DAPO, §3.2)
+    kept       the metric varies within the group: it is trained on
+    constant   max − min ≤ 1e-6 (zero variance): every advantage is 0, so there is nothing to learn (DAPO, §3.2)
     masked     no token bears loss
 
 Does not own: where a group goes after its verdict (`state.py`).
@@ -23,18 +23,18 @@ from asyncdapo.replay.config import FilterConfig
 Verdict = Literal["kept", "constant", "masked"]
 
 MIN_SPREAD = 1e-6
-"""A metric whose max − min is no larger is constant; float noise of equal rewards stays below."""
+"""A metric is constant if max − min is at most this. Float noise of equal rewards is smaller."""
 KEEP_RATE_BATCHES = 4
-"""The keep rate looks back over this many batches' worth of verdicts."""
+"""The keep rate is taken over the verdicts of this many batches."""
 MIN_KEEP_RATE = 0.1
-"""With nearly everything filtered, admission still counts a tenth of what runs, so that leases stay bounded."""
+"""Even if nearly all groups are filtered, admission counts a tenth of the running ones, so that leases stay bounded."""
 
 
 def judge(config: FilterConfig, metrics: Mapping[str, Sequence[float]], num_loss_tokens: int) -> Verdict:
-    """Verdict on a group; with the filter off every group is kept.
+    """Verdict on a group. With the filter off, every group is kept.
 
     `metrics`: each metric that every completion has, one number per completion. Raises ConfigError if the configured
-    one is not among them.
+    metric isn't one of them.
     """
     if not config.enabled:
         return "kept"
@@ -50,14 +50,14 @@ def judge(config: FilterConfig, metrics: Mapping[str, Sequence[float]], num_loss
 
 
 class KeepRate:
-    """Which share of the running groups the filter will keep, as estimated from the latest verdicts.
+    """Estimates from the latest verdicts which share of the running groups the filter will keep.
 
-    `(4 + kept) / (4 + seen)` over the last 4 batches' worth, at least 0.1: a prior of four kept groups keeps the first
-    few verdicts from swinging it. With the filter off it is 1, since every verdict is `kept`.
+    `(4 + kept) / (4 + seen)` over the verdicts of the last 4 batches, at least 0.1. The prior of four kept groups
+    damps the first few verdicts. With the filter off it is 1, since every verdict is `kept`.
     """
 
     def __init__(self, prompts_per_step: int, verdicts: Iterable[bool] = ()) -> None:
-        """`verdicts`: those so far, oldest first: was the group kept?"""
+        """`verdicts` so far, oldest first: whether each group was kept."""
         self._latest = deque(verdicts, maxlen=KEEP_RATE_BATCHES * prompts_per_step)
         self._num_kept = sum(self._latest)
 
@@ -75,8 +75,8 @@ class KeepRate:
 class GenBatches:
     """Generation batches: verdicts grouped by `size`, in order of arrival.
 
-    One opens with its first verdict and belongs to the train step whose batch was being filled then, even if that
-    batch is cut before it closes. `num_opened` counts those of the current step.
+    A generation batch opens with its first verdict. It belongs to the train step whose batch is being filled then, even
+    if that batch is cut before it closes. `num_opened` counts those of the current step.
     """
 
     def __init__(self, size: int) -> None:
@@ -105,17 +105,17 @@ class GenBatches:
         return self._num_verdicts >= self.size
 
     def close(self) -> tuple[int, int]:
-        """End the open one. Returns the step that it belongs to and its number within that step, from 1."""
+        """Close the open one. Returns the step that it belongs to and its number within that step, from 1."""
         self._num_verdicts = 0
         return self._step, self._number
 
     def next_step(self) -> None:
-        """The batch was cut: from now on verdicts open generation batches of the next step."""
+        """The batch was cut: from now on, new generation batches belong to the next step."""
         self.num_opened = 0
 
     def recount(self, step: int, closed: Mapping[int, int], open_verdicts: Sequence[int]) -> None:
-        """Count again what a former life counted, up to `step`, whose batch is filled now. `closed`: generation batches
-        of each step that are closed; `open_verdicts`: the step of each verdict since, oldest first."""
+        """Restore the counts of a former process. `step`: the one whose batch is being filled. `closed`: number of
+        closed generation batches of each step. `open_verdicts`: the step of each verdict since, oldest first."""
         counted = None
         for verdict_step in open_verdicts:
             if verdict_step != counted:

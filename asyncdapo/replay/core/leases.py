@@ -3,9 +3,9 @@
 In: sessions that begin and end, credits, loaded versions, and the leases that the state grants and ends. Out:
 `GrantLease` and `EndLease` actions, the worker for the next lease, and the leases that the staleness bound would end.
 
-Kept here: a worker holds no lease without a credit, a `lease_id` is never used again, and a lease ends once. What
-comes for a lease that has ended is late. Does not own: when a lease is granted (`admission.py`), and what becomes of
-the prompt whose lease has ended (`lifecycle.py`).
+Invariants: every lease used a credit of its worker, a `lease_id` is never reused, and a lease ends once. A group that
+arrives after its lease has ended is late. Does not own: when a lease is granted (`admission.py`), and what happens to
+the prompt after its lease has ended (`lifecycle.py`).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Worker:
 
 @dataclass(slots=True)
 class Lease:
-    """A lease that is not over."""
+    """A lease that runs."""
 
     lease_id: int
     prompt_id: int
@@ -53,14 +53,15 @@ class Leases:
         running: Iterable[OpenLease],
         num_granted: int,
     ) -> None:
-        """`do` takes the actions. The others are those of a former life; its workers tell their credits again."""
+        """`do` takes the actions. The other arguments come from a former process; workers report their credits
+        again."""
         self.workers = {index: Worker(worker.loaded_version) for index, worker in workers.items()}
         self.running = {
             lease.lease_id: Lease(lease.lease_id, lease.prompt_id, lease.worker, lease.started_version)
             for lease in running
         }
         self.num_granted = num_granted
-        """Leases so far, which is the last `lease_id`."""
+        """Leases so far; also the last `lease_id`."""
         self._bound = bound
         self._do = do
 
@@ -81,8 +82,8 @@ class Leases:
             self.running[lease_id].started_version = version
 
     def worker_for_next(self, step: int) -> int | None:
-        """Of the workers that have a credit and weights that fit batch `step`, the one with most credits; among equal
-        ones that with the newest weights, then the first. None if there is none."""
+        """The worker with most credits, of those whose weights fit batch `step`. Ties go to the newest weights, then to
+        the lowest index. None if no worker has a credit and weights that fit."""
         able = [
             (worker.credits, worker.loaded_version, -index)
             for index, worker in self.workers.items()
@@ -91,7 +92,7 @@ class Leases:
         return -max(able)[2] if able else None
 
     def grant(self, prompt_id: int, worker: int, attempt: int) -> None:
-        """A lease for one credit of the worker."""
+        """Grant a lease for one credit of the worker."""
         self.workers[worker].credits -= 1
         self.num_granted += 1
         lease = Lease(lease_id=self.num_granted, prompt_id=prompt_id, worker=worker)
@@ -107,7 +108,7 @@ class Leases:
         )
 
     def end_if_running(self, lease_id: int, outcome: Outcome, reason: str = "") -> Lease | None:
-        """The answer to a lease: end it, or dismiss the answer as late (withdrawn, lost, or answered before)."""
+        """Apply the answer to a lease: end the lease, or report the answer as late if it has ended already."""
         lease = self.running.get(lease_id)
         if lease is None:
             self._do(EndLease(lease_id=lease_id, prompt_id=None, worker=None, outcome="late"))
@@ -120,7 +121,7 @@ class Leases:
         return [lease for lease in self.running.values() if not self._bound.fits(self._oldest_version(lease), step)]
 
     def _oldest_version(self, lease: Lease) -> int:
-        """Lowest version that a token of the lease can have; before it starts, that of its worker's weights."""
+        """Lowest version that a token of the lease can have. Before its first token: that of the worker's weights."""
         if lease.started_version is not None:
             return lease.started_version
         return self.workers[lease.worker].loaded_version

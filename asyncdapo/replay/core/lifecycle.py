@@ -1,4 +1,4 @@
-"""The life of a prompt: the states it may go through, and the attempts that it costs. Exactly once is kept here.
+"""The life of a prompt: its states, and the attempts that it costs. Ensures that every prompt ends exactly once.
 
 In: what happened to a prompt or its group. Out: `MovePrompt` and `MoveGroup` actions.
 
@@ -7,11 +7,11 @@ In: what happened to a prompt or its group. Out: `MovePrompt` and `MoveGroup` ac
        │                 │   ▶ spare ─────┼──────────────┘       ends: trained filtered expired failed unused
        └───comes back────┴───────┴────────┘
 
-A prompt is in one of these states, and every change goes through `move`, which refuses one that is not in `MOVES`.
-Nothing leads out of an end. A prompt that was never leased is `waiting` without a row anywhere.
+A prompt is in one of these states. Every change goes through `move`, which refuses changes that aren't in `MOVES`.
+Ends are final. A prompt that was never leased is `waiting` and has no row anywhere.
 
-An attempt is a lease that ended lost or rejected, or withdrawn or expired under `on_stale: requeue`. A prompt whose
-attempts are used up ends `failed`. Surplus costs none, nor does a rollback.
+A lease costs an attempt if it ended lost or rejected, or, under `on_stale: requeue`, withdrawn or expired. A prompt
+that has used up its attempts ends `failed`. Surplus and rollback cost no attempt.
 
 Does not own: when something is lost, stale or cut (`state.py`).
 """
@@ -33,11 +33,11 @@ MOVES: dict[PromptState, frozenset[PromptState]] = {
     "spare": frozenset({"cut", "filtered", "expired", "failed", "waiting", "unused"}),
     "cut": frozenset({"trained", "unused"}),
 }
-"""What may follow a state; the states that are not listed are ends."""
+"""The states that may follow each state. States that aren't listed are ends."""
 
 
 class Lifecycle:
-    """State and attempts of every prompt that was leased and has not ended."""
+    """State and attempts of every prompt that was leased and hasn't ended."""
 
     def __init__(
         self,
@@ -48,7 +48,8 @@ class Lifecycle:
         do: Callable[[Action], None],
         prompts: Mapping[int, tuple[PromptState, int]],
     ) -> None:
-        """`do` takes the actions. `prompts`: state and attempts of those that were leased before and have not ended."""
+        """`do` takes the actions. `prompts`: state and attempts of those that a former process leased and that haven't
+        ended."""
         self._stream = stream
         self._max_attempts = max_attempts
         self._on_stale = on_stale
@@ -58,11 +59,11 @@ class Lifecycle:
 
     @property
     def unended(self) -> dict[int, tuple[PromptState, int]]:
-        """State and attempts of the prompts that were leased and have not ended, in rising `prompt_id`."""
+        """State and attempts of the prompts that were leased and haven't ended, in rising `prompt_id`."""
         return {prompt_id: (self._states[prompt_id], self._attempts[prompt_id]) for prompt_id in sorted(self._states)}
 
     def next_attempt(self, prompt_id: int) -> int:
-        """The number of the prompt's next lease, from 1; surplus leases count as never granted."""
+        """The number of the prompt's next lease, from 1. Surplus leases don't count."""
         return self._attempts[prompt_id] + 1
 
     def move(
@@ -84,7 +85,7 @@ class Lifecycle:
             del self._states[prompt_id], self._attempts[prompt_id]
 
     def move_group(self, group: HeldGroup, state: GroupState, *, step: int | None = None, reason: str = "") -> None:
-        """The group is in `state` from now on; its prompt is moved apart."""
+        """The group is in `state` from now on. Its prompt is moved separately."""
         self._do(
             MoveGroup(
                 group_id=group.group_id,
@@ -109,23 +110,23 @@ class Lifecycle:
         self.move(group.prompt_id, state, step=step, reason=reason)
 
     def lose(self, prompt_id: int, reason: str) -> None:
-        """Its lease ended without a group: sample it again, behind others."""
+        """Its lease ended without a group: sample it again, after others."""
         self._try_again(prompt_id, reason, self._stream.put_behind)
 
     def expire(self, prompt_id: int, reason: str) -> None:
-        """Its lease or group would miss the staleness bound: its end, or under `requeue` sample it again at once."""
+        """Its lease or group would miss the staleness bound: end it, or under `requeue` sample it again at once."""
         if self._on_stale != "requeue":
             self.move(prompt_id, "expired", reason=reason)
         else:
             self._try_again(prompt_id, reason, self._stream.put_back)
 
     def give_back(self, group: HeldGroup, reason: str) -> None:
-        """Drop the group and put its prompt back in its place, as if it had never been leased."""
+        """Drop the group and put its prompt back in its own place, as if it had never been leased."""
         self.move_group(group, "surplus", reason=reason)
         self.move(group.prompt_id, "waiting", reason=reason, place=self._stream.put_back(group.prompt_id))
 
     def _try_again(self, prompt_id: int, reason: str, put: Callable[[int], int]) -> None:
-        """Charge an attempt; the prompt waits again if it has one left, in the place that `put` gives it."""
+        """Charge an attempt. If one is left, the prompt waits again, in the place that `put` gives it."""
         self._attempts[prompt_id] += 1
         if self._attempts[prompt_id] < self._max_attempts:
             self.move(prompt_id, "waiting", reason=reason, place=put(prompt_id))

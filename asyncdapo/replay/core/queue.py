@@ -1,18 +1,19 @@
-"""The finished groups that wait for their batch: which are held, how many the next batch can count on, and its cut.
+"""The complete groups that wait for a batch: which are held, how many the next batch can count on, and its cut.
 
-In: groups with a verdict. Out: the state in which each is held, the cut by the rule of `filter.mode`, and what is over.
+In: groups with a verdict. Out: the state in which each is held, the cut by the rule of `filter.mode`, and the groups
+that end.
 
     queued   kept: worth training on
-    spare    not kept, and still good for something: for the batch (`on_limit: unfiltered`), for its place in the batch
-             (`mode: replace`), or, at the barrier, because its prompt may go back to the stream
+    spare    not kept but still of use: the batch may need it (`on_limit: unfiltered`), a copy may replace it
+             (`mode: replace`), or at the barrier its prompt may go back to the stream
 
-`mode: replace`. A batch takes the first `prompts_per_step` groups in queue order, kept or not; copies of its kept ones
-stand in the places of the others. Where none of a batch's worth is kept there is nothing to copy: they are barren, and
-sampling goes on. They end `filtered` at once, or with a limit of generation batches at the cut, for then `on_limit` may
-need them, and the barrier counts its verdicts by what is held. At the limit, and when the data ends, no place is
-copied: `on_limit` acts on the groups that are held as it does in `mode: filter`.
+`mode: replace`. A batch takes the first `prompts_per_step` groups in queue order, kept or not. Copies of its kept
+groups replace the others. If none of a batch's worth of groups is kept, there is nothing to copy: they are barren, and
+sampling continues. They end `filtered` at once. With a limit of generation batches they end at the cut instead, since
+`on_limit` may need them, and since the barrier counts verdicts by the groups held. At the limit, and when the data
+ends, there are no copies: `on_limit` applies to the held groups as in `mode: filter`.
 
-Does not own: when a batch is cut, and what becomes of prompts (`state.py`).
+Does not own: when a batch is cut, and what happens to prompts (`state.py`).
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class Held:
         self._replaces = filter.replaces
 
     def add(self, group: HeldGroup) -> Literal["queued", "spare", "filtered"]:
-        """Hold a group, if it is good for anything. Returns its state."""
+        """Hold a group if it is of use. Returns its state."""
         if group.verdict == "kept":
             self.queued.append(group)
             return "queued"
@@ -48,23 +49,23 @@ class Held:
         return "filtered"
 
     def ahead_of(self, before: int | None) -> tuple[list[HeldGroup], list[HeldGroup]]:
-        """Those queued and those spare, at the barrier only those that stand before the next prompt of the stream."""
+        """The queued and the spare groups. At the barrier: only those before `before`, the stream's next prompt."""
         if not self._barrier or before is None:
             return self.queued, self.spare
         kept, spare = ([group for group in groups if group.prompt_id < before] for groups in (self.queued, self.spare))
         return kept, spare
 
     def num_ready(self, before: int | None) -> int:
-        """Groups that the next batch can count on: kept ones, under `replace` all but barren ones.
+        """Groups that the next batch can count on: the kept ones; under `replace` all but the barren ones.
 
-        `before`: the next prompt of the stream. At the barrier what stands behind it is not counted: the batch takes
-        the first ones by `prompt_id`, and that prompt (its lease was lost) may be one of them.
+        `before`: the stream's next prompt. At the barrier groups after it don't count: the batch takes the first groups
+        by `prompt_id`, and that prompt, whose lease was lost, may be one of them.
         """
         kept, spare = self.ahead_of(before)
         return len(kept) + len(spare) - num_barren(kept, spare, self._size) if self._replaces else len(kept)
 
     def take_barren(self, before: int | None) -> list[HeldGroup]:
-        """Remove and return what is barren and needn't be held."""
+        """Remove and return the barren groups that needn't be held."""
         if not self._replaces or self._limited:
             return []
         kept, spare = self.ahead_of(before)
@@ -73,7 +74,7 @@ class Held:
         return barren
 
     def take_stale(self, bound: StalenessBound, step: int) -> list[HeldGroup]:
-        """Remove and return what would miss the bound in batch `step`."""
+        """Remove and return the groups that would miss the bound in batch `step`."""
         stale = [group for group in (*self.queued, *self.spare) if not bound.fits(group.min_version, step)]
         self._remove(stale)
         return stale
@@ -84,11 +85,11 @@ class Held:
         return held
 
     def cut(self, step: int, before: int | None, *, at_limit: bool, last: bool) -> Cut:
-        """Cut batch `step` by the rule of `filter.mode`, and hold what waits for the next one. Without members nothing
-        is cut, and all is held as it was.
+        """Cut batch `step` by the rule of `filter.mode`, and hold the groups for the next one. If the cut has no
+        members, nothing changes.
 
-        `before` as in `num_ready`. `at_limit`: the step is out of generation batches. `last`: no other batch follows,
-        so nothing goes back to the stream.
+        `before` as in `num_ready`. `at_limit`: the step is out of generation batches. `last`: no batch follows, so
+        nothing goes back to the stream.
         """
         if self._replaces and self.num_ready(before) >= self._size:
             chosen = cut_with_copies(step, self.queued, self.spare, self._size)

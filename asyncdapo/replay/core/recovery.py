@@ -1,12 +1,12 @@
-"""Recovery: what the ledger says of a run, as one record from which the core and the server go on.
+"""Recovery: the ledger's record of a run, from which the core and the server resume.
 
-In: nothing; these are data. `reload.py` fills a `Recovered` from the tables, at a reload as well as after a rollback:
+These are data only. `reload.py` fills a `Recovered` from the tables, after a reload and after a rollback:
 
-    reload     the replay server's process is another one, the run is the same: what the ledger holds is in force, open
-               leases and live workers included. Credits and the learner's wish for a batch are told again by the peers
-    rollback   `rollback.py` has undone what came of weights after a checkpoint: no worker has joined the new branch
+    reload     the replay server is a new process of the same run. Everything in the ledger is valid, open leases and
+               live workers included. The peers report credits and the wanted batch again
+    rollback   `rollback.py` has undone everything after a checkpoint. No worker has joined the new branch yet
 
-`ReplayState(recovered=…)` is then the state that it was, credits and `cut_wanted` apart. A fresh ledger gives
+`ReplayState(recovered=…)` is then the state as it was, except for credits and `cut_wanted`. A fresh ledger gives
 `Recovered()`. Does not own: what a rollback undoes (`rollback`), how the tables are read (`reload`).
 """
 
@@ -26,14 +26,14 @@ class OpenLease:
     prompt_id: int
     worker: int
     session: str
-    """The session of the worker that holds it."""
+    """The worker's session."""
     attempt: int
     started_version: int | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KnownWorker:
-    """A worker that joined in this branch and was not lost since."""
+    """A worker that has joined in this branch and hasn't been lost."""
 
     session: str
     loaded_version: int
@@ -41,7 +41,7 @@ class KnownWorker:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GroupFacts:
-    """What the accounts remember of a group until its end."""
+    """What the accounts keep of a group until its end."""
 
     group_id: int
     num_tokens: int
@@ -52,73 +52,73 @@ class GroupFacts:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Totals:
-    """Counts since the start, in the surviving history: what the accounts go on from."""
+    """Counts since the start, without undone history. The accounts resume from them."""
 
     tokens: dict[str, int] = field(default_factory=dict)
     """Sampled tokens by the end of their group (`trained filtered expired surplus failed`), and `undone`."""
     completions: dict[str, int] = field(default_factory=dict)
-    """Completions, by the same words."""
+    """Completions, by the same keys."""
     groups: dict[str, int] = field(default_factory=dict)
-    """Groups, by the same words, and `withdrawn_stale`: leases withdrawn since they would miss the bound."""
+    """Groups, by the same keys, and `withdrawn_stale`: leases withdrawn because they would miss the bound."""
     lease_ends: dict[str, int] = field(default_factory=dict)
-    """Leases by the kind of their end: `withdrawn lost rejected failed`, and `late` groups."""
+    """Leases by their end (`withdrawn lost rejected failed`), and `late` groups."""
     verdicts: int = 0
-    """Groups that got a verdict of the filter."""
+    """Groups that got a verdict from the filter."""
     gen_batches: int = 0
-    """Generation batches that are closed."""
+    """Closed generation batches."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recovered:
-    """What the ledger says. The defaults are those of a fresh one."""
+    """The ledger's record. The defaults are those of a fresh ledger."""
 
     branch: int = 0
     branch_step: int = 0
-    """Train step that the newest rollback went back to; 0 in branch 0."""
+    """Train step to which the newest rollback went; 0 in branch 0."""
     published: int = 0
-    """Newest version that was published in this branch, or that the branch began with."""
+    """Newest version published in this branch; at first, the one that the branch began with."""
     next_step: int = 1
-    """The train step whose batch is filled now; every batch before it is trained or in `batches`."""
+    """The train step whose batch is being filled. Every batch before it is trained or in `batches`."""
 
     num_fresh: int = 0
     """The `prompt_id` of the next fresh prompt."""
     prompts: dict[int, tuple[PromptState, int]] = field(default_factory=dict)
-    """State and attempts of every prompt that has a row and no end."""
+    """State and attempts of every prompt that has a row but no end."""
     places: dict[int, int] = field(default_factory=dict)
-    """Place in the stream of every prompt among these that waits; `FIRST` for those in flight at a rollback."""
+    """Place in the stream of each of these that waits; `FIRST` for those in flight at a rollback."""
 
     queued: list[HeldGroup] = field(default_factory=list)
     """In queue order."""
     spare: list[HeldGroup] = field(default_factory=list)
     batches: dict[int, list[HeldGroup]] = field(default_factory=dict)
-    """Members of every batch that is cut and not trained, by rising step, in rising `prompt_id`."""
+    """Members of each batch that is cut but not trained, by rising step, in rising `prompt_id`."""
     copies: dict[int, tuple[int, ...]] = field(default_factory=dict)
-    """How many more times each of them stands in the batch, of those that have copies."""
+    """Extra copies of each member, for the batches that have copies."""
     in_training: dict[int, int] = field(default_factory=dict)
-    """Number of groups of every batch, copies among them, that is cut and whose version is not published."""
+    """Groups, copies included, of each batch that is cut but whose version isn't published."""
     facts: dict[int, GroupFacts] = field(default_factory=dict)
-    """Of all held groups (`queued`, `spare`, in `batches`), by `group_id`."""
+    """Facts of all held groups (in `queued`, `spare` and `batches`), by `group_id`."""
 
     leases: list[OpenLease] = field(default_factory=list)
     """In rising `lease_id`; none after a rollback."""
     num_leases: int = 0
-    """The highest `lease_id` so far, undone ones included: ids are never reused."""
+    """The highest `lease_id` so far, undone leases included: ids are never reused."""
     workers: dict[int, KnownWorker] = field(default_factory=dict)
 
     verdicts: list[bool] = field(default_factory=list)
-    """The latest verdicts, oldest first: was the group kept?"""
+    """The latest verdicts, oldest first: whether each group was kept."""
     gen_batches: dict[int, int] = field(default_factory=dict)
-    """Generation batches that are closed, by the step that they belong to."""
+    """Number of closed generation batches, by the step that they belong to."""
     open_verdicts: list[int] = field(default_factory=list)
-    """Verdicts since the last one closed, oldest first: the step in which each fell. A rollback takes the closings of
-    later steps back, so that these may be more than one generation batch's worth."""
+    """The step of each verdict since the last generation batch closed, oldest first. They may fill more than one, since
+    a rollback undoes the closings of later steps."""
     limit_reached: bool = False
-    """The step being filled has used up its generation batches, and its batch is not cut yet."""
+    """The step being filled has used up its generation batches, and its batch isn't cut yet."""
 
     totals: Totals = field(default_factory=Totals)
     first_lease_at_s: float | None = None
-    """When the run granted its first lease (its oldest surviving one, or any that was undone)."""
+    """When the run granted its first lease, undone leases included."""
     over: bool = False
-    """No further step: the run was stopped or has ended."""
+    """No step follows: the run was stopped or has ended."""
     stop: StopRun | None = None
-    """Why it was stopped, when it was."""
+    """Why it was stopped; None if it wasn't."""

@@ -1,20 +1,20 @@
 """The staleness bound: which versions a batch may still train on.
 
-In: a version (of a group, a running lease, or the weights a worker has loaded) and a train step. Out: yes or no.
+In: a version (of a group, of a running lease, or of a worker's weights) and a train step. Out: yes or no.
 
-One predicate serves every place where the bound is kept, so that the proof is short. A version *fits* batch k if a
-group with that `min_version` has staleness `(k − 1) − min_version` ≤ bound in it. `state.py` asks
+One predicate serves every check of the bound, so that the proof is short. A version *fits* batch k if a group with that
+`min_version` has staleness `(k − 1) − min_version` ≤ bound in it. `state.py` asks
 
-    before a lease      does the worker's loaded version fit the next batch?       else the worker gets none
-    when a group comes  does its min_version fit the next batch?                   else it ends `expired`
-    after cut k         does everything running, queued or spare fit batch k + 1?  else it is over
-    before cut k        (`on_stale: wait`) does everything running fit k + 1?      else the cut waits for it
-    at the cut          does every member fit this batch?                          else the run ends
+    before a lease         does the worker's loaded version fit the next batch?       else the worker gets none
+    when a group arrives   does its min_version fit the next batch?                   else it ends `expired`
+    after cut k            does everything running, queued or spare fit batch k + 1?  else it ends
+    before cut k           (`on_stale: wait`) does everything running fit k + 1?      else the cut waits for it
+    at the cut             does every member fit this batch?                          else the run ends
 
-By the second and third line every queued group fits the next batch at all times; the last line checks it. Waiting
-time counts, since staleness is measured against the batch and not against the moment of the cut.
+The second and third check ensure that every queued group always fits the next batch; the last one verifies it. Time in
+the queue counts, since staleness is measured against the batch, not against the arrival.
 
-Does not own: what becomes of a group that is over (`state.py`).
+Does not own: what happens to a group that doesn't fit (`state.py`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from asyncdapo.errors import StalenessError
 
 
 def staleness(step: int, min_version: int) -> int:
-    """Staleness in batch `step` of a group whose oldest sampled token is of `min_version`, in train steps."""
+    """Staleness of a group in batch `step`, in train steps. `min_version`: that of its oldest sampled token."""
     return step - 1 - min_version
 
 
@@ -40,11 +40,12 @@ class StalenessBound:
         return staleness(step, version) <= self.max_staleness
 
     def oldest_version(self, step: int) -> int:
-        """The lowest version that fits batch `step`; 0, the initial model, at least."""
+        """The lowest version that fits batch `step`; at least 0, the initial model."""
         return max(0, step - 1 - self.max_staleness)
 
     def check(self, step: int, min_version: int, group_id: int) -> int:
-        """Staleness of a member of batch `step`. Raises StalenessError past the bound: it is never trained."""
+        """Staleness of a member of batch `step`. Raises StalenessError past the bound: such a group is never
+        trained."""
         age = staleness(step, min_version)
         if age > self.max_staleness:
             raise StalenessError(

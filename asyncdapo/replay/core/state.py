@@ -1,28 +1,28 @@
 """The pure core of replay: which prompt is leased, which groups make the next batch, and when the run is over.
 
-In: events. Out: actions. No I/O, no clock, no threads, no chance: the same events give the same actions. The replay
-server and the property tests run this code. It begins with what the ledger says (`recovery.py`): nothing, or the
-state in which a former process or a rollback left the run.
+In: events. Out: actions. No I/O, no clock, no threads, no randomness: the same events give the same actions. The replay
+server and the property tests run this code. It starts empty, or from the ledger's record of a former process or of a
+rollback (`recovery.py`).
 
     Ready, WeightsLoaded ──▶ lease ──▶ GroupArrived ──▶ verdict ──▶ queue ──▶ cut ──▶ Trained ──▶ Published
-                        ▲         filter.py     │                    │ sweep: what misses batch k + 1 is over
-                  admission.py             lifecycle.py      held.py, batch.py, staleness.py
+                        ▲         filter.py     │                    │ sweep: what misses batch k + 1 ends
+                  admission.py             lifecycle.py      queue.py, batch.py, staleness.py
 
-Every event is taken in, and then the state goes as far as it can: cut the batch if it is due, lease while the rule
-admits, stop when the data is used up. Nothing polls. After every event hold
+After every event the state does all that it can: it cuts the batch if it is due, leases while the rule admits, and
+stops if the data is used up. Nothing polls. Invariants after every event:
 
     exactly once   a prompt is in one state and ends once; a lease yields at most one group (`lifecycle.py`)
     staleness      every held group fits the next batch, so every member fits its batch (`staleness.py`)
     admission      no lease was granted against the rule or without a credit of its worker (`admission.py`, `leases.py`)
-    batch size     `prompts_per_step`, copies counted (`filter.mode: replace`), but for `filter.on_limit: partial |
-                   unfiltered` at the limit or the data's end
+    batch size     `prompts_per_step`, copies included (`filter.mode: replace`); fewer only under `filter.on_limit:
+                   partial | unfiltered`, at the limit or at the data's end
     no silence     an action is possible, or `why_waiting` (`waits.py`) names who is waited for
 
-`run_ahead: 0` runs the same code. Three things make it a barrier: leases go out in rising `prompt_id`, the cut waits
-until nothing runs, and what lies behind the last member goes back to the stream. Until then a group that the filter
-doesn't keep is spare, for its prompt may be among those.
+`run_ahead: 0` runs the same code. Three rules make it a barrier: leases are granted in rising `prompt_id`, the cut
+waits until nothing runs, and prompts after the last member go back to the stream. Until the cut a group that the filter
+doesn't keep is spare, since its prompt may go back too.
 
-Does not own: payloads, the journal, deadlines and seeds (`server.py`, `journal.py`), and the rules named above.
+Does not own: payloads, the journal, deadlines, seeds (`server.py`, `journal.py`), and the rules in the files above.
 """
 
 from __future__ import annotations
@@ -61,10 +61,10 @@ from asyncdapo.replay.core.staleness import StalenessBound
 
 
 class ReplayState:
-    """The state machine. `handle` is the only way in; the attributes are for reading.
+    """The state machine. Only `handle` changes it; the attributes are for reading.
 
-    `handle` raises ConfigError when a group lacks the metric of the filter, and StalenessError if a member of a batch
-    were past the bound, which the invariants rule out.
+    `handle` raises ConfigError if a group doesn't have the filter's metric. It raises StalenessError for a batch member
+    past the bound, which the invariants rule out.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class ReplayState:
         num_prompts: int | None,
         recovered: Recovered | None = None,
     ) -> None:
-        """`num_prompts`: length of the stream, epochs included; None if it is endless. `recovered`: where to go on."""
+        """`num_prompts`: length of the stream, epochs included; None if it is endless. `recovered`: where to resume."""
         self.config, self.filter = config, filter
         size, barrier, was = config.prompts_per_step, config.synchronous, recovered or Recovered()
         self._actions: list[Action] = []
@@ -101,20 +101,20 @@ class ReplayState:
         )
         self.held = Held(config, filter, was.queued, was.spare)
         self.untrained = dict(was.batches)
-        """Members of each batch that is cut and not trained."""
+        """Members of each batch that is cut but not trained."""
         self.copies = dict(was.copies)
-        """How many more times each of them stands in the batch, of batches that have copies."""
+        """Extra copies of each member, for the batches that have copies."""
         self.in_training = dict(was.in_training)
-        """Number of groups of each batch, copies among them, that is cut and whose version is not published."""
+        """Groups, copies included, of each batch that is cut but whose version isn't published."""
 
         self.next_step, self.over = was.next_step, was.over
-        """The train step whose batch is filled now; whether none is, for good."""
+        """The train step whose batch is being filled; whether the run is over."""
         self.cut_wanted = False
         self.limit_reached = was.limit_reached and self._out_of_gen_batches()
-        """The step has used up its generation batches: its batch is cut short, or filled, or the run ends."""
+        """The step has used up its generation batches. Its batch is cut short or filled up, or the run ends."""
 
     def handle(self, event: Event) -> list[Action]:
-        """Take in one event, then go as far as it allows. Returns what is to be done, in order."""
+        """Apply one event, then do all that it makes possible. Returns the actions, in order."""
         self._actions.clear()
         self._take_in(event)
         if not self.over:
@@ -125,7 +125,7 @@ class ReplayState:
         return list(self._actions)
 
     def gauges(self) -> dict[str, float]:
-        """Numbers of the moment, in groups unless they say otherwise."""
+        """Current numbers, in groups unless the name says otherwise."""
         return {
             "in_training": sum(self.in_training.values()),
             "queued": len(self.held.queued),
@@ -190,7 +190,7 @@ class ReplayState:
         )
 
     def _grant_leases(self) -> None:
-        # What starts while a due cut is held back can't be in that batch, and must not hold it back any longer.
+        # A lease granted while a due cut is held can't be in that batch, and must not hold it longer.
         step = self.next_step + self._cut_is_due()
         while self.stream.next is not None and self.admits():
             worker = self.leases.worker_for_next(step)
@@ -222,7 +222,7 @@ class ReplayState:
             return
         state = self.held.add(group)
         self.prompts.move_both(group, state, reason=group.verdict if state == "filtered" else "")
-        if not self.filter.replaces:  # then every group has its place in a batch
+        if not self.filter.replaces:  # under `replace` every group has a place in a batch
             self.keep_rate.count(group.verdict)
         self.gen_batches.count(self.next_step)
         if self.gen_batches.is_full:
@@ -233,7 +233,7 @@ class ReplayState:
         self.prompts.expire(group.prompt_id, "stale")
 
     def _close_gen_batch(self) -> None:
-        """A generation batch is complete. Judge the step: is it short and out of generation batches?"""
+        """Close the generation batch. Check whether the step is short of groups and out of generation batches."""
         step, number = self.gen_batches.close()
         short = not self.over and self.num_ready() < self.config.prompts_per_step
         reached = short and self._out_of_gen_batches()
@@ -255,19 +255,19 @@ class ReplayState:
             self._finish_data()
 
     def _cut_is_due(self) -> bool:
-        """When the learner wants the batch and it is full; at the limit at once, whatever it has."""
+        """Whether to cut: the learner wants the batch and it is full, or the step has reached its limit."""
         return self.limit_reached or (self.cut_wanted and self.num_ready() >= self.config.prompts_per_step)
 
     def _leases_before_cut(self) -> bool:
-        """Whether a due cut is held back: at the barrier by every lease; by those that it would end under `on_stale:
-        wait`, and while the learner, which still has the batch before, doesn't wait for this one."""
+        """Hold a due cut. `run_ahead: 0`: until nothing runs. Otherwise for leases that it would make stale, if
+        `on_stale: wait` or the learner still has the batch before."""
         if self.config.synchronous:
             return bool(self.leases.running)
         early = self.next_step - 1 in self.in_training and not self.limit_reached
         return (early or self.config.on_stale == "wait") and bool(self.leases.overdue(self.next_step + 1))
 
     def _cut(self, *, last: bool = False) -> None:
-        """Cut the next batch. `last`: no other follows, so nothing goes back to the stream."""
+        """Cut the next batch. `last`: no batch follows, so nothing goes back to the stream."""
         chosen = self.held.cut(self.next_step, self.stream.next, at_limit=self.limit_reached, last=last)
         if not chosen.members:
             self._stop_at_limit()
@@ -291,11 +291,11 @@ class ReplayState:
             self.prompts.move_both(group, "filtered", reason=group.verdict)
 
     def _drop_barren(self) -> None:
-        """Under `replace`: a batch's worth of groups of which none is kept has nothing to copy."""
+        """Under `replace`: end a batch's worth of groups if none of them is kept, since there is nothing to copy."""
         self._filter(self.held.take_barren(self.stream.next))
 
     def _begin_step(self, step: int) -> None:
-        """Fill the batch of `step` from now on, without what would miss the bound in it."""
+        """Begin to fill the batch of `step`, and end whatever would miss the bound in it."""
         if self.config.synchronous and self.gen_batches.is_open:
             ended, number = self.gen_batches.close()
             self._do(GenBatchClosed(step=ended, number=number, limit_reached=False))
@@ -310,7 +310,7 @@ class ReplayState:
     # --------------------------------------------------------------------------------------------------------- end
 
     def _finish_data(self) -> None:
-        """Nothing waits, nothing runs, and the batch isn't full: a last short one, or the end of the run."""
+        """No prompt waits, nothing runs, and the batch isn't full: cut a last short one, or end the run."""
         if self.filter.on_limit == "partial" and self.held.queued:
             self._cut(last=True)
         elif not self.untrained:
@@ -330,7 +330,7 @@ class ReplayState:
         self._do(StopRun(reason=reason, error=error))
 
     def _end_run(self) -> None:
-        """Every prompt without an end becomes `unused`; leases that run are withdrawn."""
+        """Every prompt without an end becomes `unused`; running leases are withdrawn."""
         self.over = True
         for lease in list(self.leases.running.values()):
             self.leases.end(lease, "withdrawn", "run ended")

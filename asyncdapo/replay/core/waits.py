@@ -1,7 +1,7 @@
-"""Names the wait: who the next batch is waiting for, in one line.
+"""Names the wait: one line that says who the next batch is waiting for.
 
-In: the state after an event. Out: a line that starts with one of `WAITS`, for progress lines, for the report when a
-wait takes long, and for the tests, which hold that whoever is named really has something to do.
+In: the state after an event. Out: a line that starts with one of `WAITS`. Progress lines show it, and so does the
+report of a long wait. Tests check that whoever is named really has something to do.
 
 Does not own: how long a wait may take (`server.py`, `controller/`).
 """
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 WAITS = ("learner", "rollout", "weights", "no live worker", "run over")
 """`learner`: it trains, or has not asked for its next batch. `rollout`: groups run, or no slot is free. `weights`: a
-version is trained and not published, or published and not loaded."""
+version is trained but not published, or published but not loaded."""
 
 
 def why_waiting(state: ReplayState) -> str:
