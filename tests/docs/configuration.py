@@ -76,9 +76,8 @@ def default(key: dataclasses.Field[Any]) -> str:
         value = key.default_factory()
     else:
         return "required"
-    value = list(value) if isinstance(value, tuple) else value
-    if value in ([], {}):
-        return f"`{value}`"
+    if isinstance(value, tuple | dict):
+        return f"`{list(value) if isinstance(value, tuple) else value}`"
     return f"`{OmegaConf.to_yaml({'_': value}).removeprefix('_:').strip()}`"
 
 
