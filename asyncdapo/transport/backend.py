@@ -1,7 +1,7 @@
-"""Choice of a process group's backend, from where its ends keep their tensors. Imports no torch.
+"""Choice of a process group's backend, from the devices of its ranks. Imports no torch.
 
-A device travels by its name: `cpu on node-1`, or `cuda 1f… on node-1` with the GPU's own id, so that equal names are
-one device in every process (`process_group.device_name`).
+A device is sent by its name: `cpu on node-1`, or `cuda 1f… on node-1` with the GPU's own id. Equal names mean the same
+device in every process (`process_group.device_name`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def name_device(device: str, host: str) -> str:
 
 
 def is_cpu(device: str) -> bool:
-    """Whether this name is no GPU's."""
+    """Whether this device is a CPU."""
     return device.partition(ON)[0] == CPU
 
 
@@ -32,8 +32,8 @@ def host_of(device: str) -> str:
 
 
 def fitting_backend(devices: Mapping[str, str]) -> tuple[Backend, str]:
-    """Backend for ends whose tensors are added up or broadcast over a network, and why, for the log: NCCL where every
-    end has a GPU of its own. `devices` maps each end (`learner`, `rollout-0`, …) to the name of its device."""
+    """Backend for sums or broadcasts over a network, and the reason, for the log: NCCL if every rank has a GPU of its
+    own. `devices` maps each rank's name (`learner`, `rollout-0`, …) to the name of its device."""
     without_gpu = [end for end, device in devices.items() if is_cpu(device)]
     if without_gpu:
         return "gloo", f"{without_gpu[0]} has no GPU"

@@ -1,12 +1,12 @@
 """Carriers: how buckets of bytes get from rank 0 of a connected process group to all others.
 
     GroupCarrier     by broadcasts of the group: over a network, or NCCL
-    SharedCarrier    through two blocks of memory that all ends map; only words travel through the group
+    SharedCarrier    through two blocks of memory that all ranks map; only short notices go through the group
 
-In: buckets, rank 0's from its `buffers`, in turn, and everybody else's to be filled. Out: the same bytes at every end.
-Invariants: at most two buckets are under way, and every end calls `carry` for bucket n + 1 before it waits for bucket
-n, or all of them after; rank 0 has a buffer to itself again when `wait` returns, the others what they asked for. What
-goes wrong is the group's error, within the deadline. Does not own: what the bytes mean.
+In: buckets. Rank 0 sends from its two `buffers`, in turn; the other ranks pass buckets to fill. Out: the same bytes at
+every rank. Invariants: at most two buckets are on their way. Either pipeline (`carry(n+1)` before `wait(n)`) or issue
+all carries first; every rank does the same. When `wait` returns, rank 0 may reuse the buffer, and the others have
+their bytes. Every failure is the group's error, within the deadline. Does not own: what the bytes mean.
 
     rank 0                                   the others
     bucket into block 0, word (0, size) ───▶ word is there: copy block 0
@@ -30,31 +30,32 @@ from asyncdapo.transport.process_group import ROOT, Collective, ProcessGroup
 from asyncdapo.transport.shared_memory import Block, make_block, open_block
 
 NOTE = "memory"
-"""Under this the store of the group tells how the blocks are opened."""
+"""Key in the group's store under which rank 0 leaves the blocks' handles."""
 
 
 class Transfer(Protocol):
-    """A bucket under way."""
+    """A bucket on its way."""
 
     def wait(self) -> None:
-        """Block until it is over. Raises the group's error."""
+        """Block until the transfer is over. Raises the group's error."""
 
 
 class Carrier(Protocol):
-    """One end's way to pass buckets on; made when the group is connected."""
+    """One rank's way to send or receive buckets; made when the group is connected."""
 
     def buffers(self, num_bytes: int) -> list[torch.Tensor]:
-        """At rank 0: two buffers, uint8 [num_bytes], to be filled in turn. Asked for once."""
+        """At rank 0: two buffers, uint8 [num_bytes], to fill in turn. Call it once."""
 
     def reaches(self, device: torch.device) -> bool:
         """Whether `carry` can fill a tensor on this device."""
 
     @property
     def device(self) -> torch.device:
-        """Where it can fill any tensor."""
+        """The device on which it can fill any tensor."""
 
     def carry(self, bucket_U: torch.Tensor, deadline: Deadline) -> Transfer:
-        """Start to pass on `bucket_U`, at rank 0 the beginning of a buffer that isn't under way, or to fill it."""
+        """Rank 0: start to send `bucket_U`, the beginning of a buffer that isn't in use. Elsewhere: start to fill
+        it."""
 
 
 class GroupCarrier:
@@ -78,7 +79,7 @@ class GroupCarrier:
 
 
 class SharedCarrier:
-    """Every bucket is in memory that rank 0 has made on `device`: the host, or the GPU of all ends."""
+    """Every bucket is in memory that rank 0 has made on `device`: the host, or the GPU that all ranks share."""
 
     def __init__(self, group: ProcessGroup, device: torch.device) -> None:
         self._group, self._device = group, device
@@ -109,7 +110,7 @@ class SharedCarrier:
 
     @cached_property
     def opened(self) -> list[Block]:
-        """Both blocks of rank 0; there when the first word is."""
+        """Both blocks of rank 0. They exist once its first notice has arrived."""
         handles = msgspec.msgpack.decode(self._group.read(NOTE))
         try:
             return [open_block(handle, self._device) for handle in handles]
@@ -117,14 +118,14 @@ class SharedCarrier:
             raise self._group.error(f"rank {self._group.rank} can't reach the memory of rank 0: {error}") from error
 
     def settle(self) -> None:
-        """Wait for copies on the GPU, which other processes know nothing of."""
+        """Wait for copies on the GPU: other processes can't see whether they are over."""
         if self._device.type == "cuda":
             torch.cuda.current_stream(self._device).synchronize()
 
 
 @dataclass(frozen=True)
 class Offer:
-    """At rank 0: a bucket that the others copy."""
+    """At rank 0: a bucket for the others to copy."""
 
     group: ProcessGroup
     word: Collective
@@ -137,7 +138,7 @@ class Offer:
 
 @dataclass(frozen=True)
 class Fetch:
-    """Elsewhere: a bucket that is copied when it is waited for."""
+    """At the other ranks: a bucket that `wait` copies."""
 
     carrier: SharedCarrier
     group: ProcessGroup
@@ -153,4 +154,4 @@ class Fetch:
             raise self.group.error(f"a bucket of {num_bytes} bytes where {len(self.bucket_U)} were expected")
         self.bucket_U.copy_(self.carrier.opened[number].bytes_U[:num_bytes])
         self.carrier.settle()
-        self.group.roll_call(self.deadline)  # rank 0 alone waits for it
+        self.group.roll_call(self.deadline)  # only rank 0 waits for it

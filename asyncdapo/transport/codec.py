@@ -1,8 +1,8 @@
-"""Messages to frames and back: one msgpack header frame, then raw buffer frames that are never looked into here.
+"""Messages to frames and back: one msgpack header frame, then raw buffer frames that are not read here.
 
-In: bytes that anybody may have sent. Out: a typed message and views on its buffers, or `Malformed`; no other exception,
-and no allocation in proportion to a size that the bytes only claim (msgspec grows its lists as elements arrive).
-Does not own: sockets, and whether a message makes sense (numbers may be negative, huge or NaN: its reader checks).
+In: bytes from any sender. Out: a typed message and views of its buffers, or `Malformed`, and no other exception. A
+claimed size allocates nothing: msgspec grows its lists as elements arrive. Does not own: sockets, and whether a message
+makes sense (numbers may be negative, huge or NaN: the reader checks).
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from asyncdapo.messages import Message
 Buffer = bytes | bytearray | memoryview
 
 
-class Malformed(Exception):  # noqa: N818 - also handed over as a value that stands for what a peer sent
-    """A frame list that can't be decoded; the text says why."""
+class Malformed(Exception):  # noqa: N818 - also used as a value, in place of a peer's message
+    """A list of frames that can't be decoded; the text says why."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What a peer may send at most; checked before anything is decoded, frame sizes also before they are received."""
+    """The most that a peer may send. Checked before decoding; frame sizes also before they are received."""
 
     header_bytes: int = 8 << 20
-    """Largest header: metadata of one batch of several thousand completions is about 1 MiB."""
+    """Largest header. The metadata of a batch of several thousand completions is about 1 MiB."""
     num_frames: int = 4
-    """Header and the three buffers of a payload."""
+    """The header and the three buffers of a payload."""
     frame_bytes: int = 1 << 30
     """Largest buffer: 256 Mi tokens."""
 
@@ -39,9 +39,9 @@ DEFAULT_LIMITS = Limits()
 
 
 def encode(message: Message, frames: Sequence[Buffer] = (), limits: Limits = DEFAULT_LIMITS) -> list[Buffer]:
-    """The header frame of `message` followed by `frames` as they are.
+    """The header frame of `message`, followed by `frames` unchanged.
 
-    Raises ValueError above the limits: the other end would refuse it, however often it were sent.
+    Raises ValueError above the limits: the other end would always refuse such a message.
     """
     encoded = [_encoder.encode(message), *frames]
     if problem := _problem(encoded, limits):
@@ -52,9 +52,9 @@ def encode(message: Message, frames: Sequence[Buffer] = (), limits: Limits = DEF
 def decode(
     frames: Sequence[Buffer], accepts: type | UnionType, limits: Limits = DEFAULT_LIMITS
 ) -> tuple[Message, list[memoryview]]:
-    """The message and its buffer frames (bytes, without a copy). Raises Malformed and nothing else.
+    """The message and its buffer frames (bytes, not copied). Raises Malformed and nothing else.
 
-    `accepts` is the union of the message types that this end of the wire expects; another type is malformed.
+    `accepts`: the union of the message types that this end expects. Any other type is malformed.
     """
     if problem := _problem(frames, limits):
         raise Malformed(problem)
@@ -68,7 +68,7 @@ def decode(
 
 
 def _problem(frames: Sequence[Buffer], limits: Limits) -> str | None:
-    """Which limit these frames exceed."""
+    """Which limit these frames exceed; None if they don't."""
     if not 1 <= len(frames) <= limits.num_frames:
         return f"{len(frames)} frames, expected 1 to {limits.num_frames}"
     header_bytes, *frames_bytes = (memoryview(frame).nbytes for frame in frames)

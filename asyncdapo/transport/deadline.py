@@ -1,4 +1,4 @@
-"""A deadline: one moment for all steps of something that has to be over by then."""
+"""A deadline: one point in time that all steps of an operation share."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import time
 from datetime import timedelta
 
 TICK_S = 0.001
-"""torch counts time in whole milliseconds, rounded down: its own limit may come so much before ours."""
+"""torch rounds timeouts down to whole milliseconds, so its own limit may come this much earlier than ours."""
 
 
 class Deadline:
-    """A moment after which something has failed, shared by all its steps."""
+    """The time at which an operation has failed."""
 
     def __init__(self, timeout_s: float) -> None:
         self.timeout_s = timeout_s
         self._end_s = time.monotonic() + timeout_s
 
     def left(self) -> timedelta:
-        """Time left, at least a millisecond (torch reads 0 as no limit in places)."""
+        """Time left, at least a millisecond (torch sometimes takes 0 for no limit)."""
         return timedelta(seconds=max(self._end_s - time.monotonic(), TICK_S))
 
     @property

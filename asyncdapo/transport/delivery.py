@@ -1,8 +1,8 @@
-"""At-least-once delivery: messages are kept until the other end has acknowledged them, and sent again when due.
+"""At-least-once delivery: messages are kept until the other end acknowledges them, and sent again when due.
 
-In: messages under a key, acknowledgements of keys, the time. Out: what is to be sent now. The invariant: a message is
-due until its key is acknowledged, whatever is lost on the way; its receiver must expect it more than once.
-Does not own: sockets, a clock, tasks.
+In: messages under a key, acknowledgements of keys, the time. Out: the messages to send now. Invariant: a message is
+sent again until its key is acknowledged, so its receiver must expect it more than once. Does not own: sockets, a clock,
+tasks.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ class Outbox:
         return iter(self._entries)
 
     def put(self, key: Hashable, message: Message, frames: Sequence[Buffer] = ()) -> None:
-        """Keep a message; it is due at once. A message already kept under the key is replaced."""
+        """Keep a message. It is due at once. It replaces an earlier message under the same key."""
         self._entries[key] = _Entry(message, frames)
 
     def acknowledge(self, key: Hashable) -> bool:
-        """Forget a message. False when there is none under the key: acknowledged before, or never kept."""
+        """Forget a message. False if there is none under the key: it was acknowledged before, or never kept."""
         return self._entries.pop(key, None) is not None
 
     def clear(self) -> None:
@@ -52,7 +52,7 @@ class Outbox:
         self._entries.clear()
 
     def due(self, now: float) -> list[tuple[Message, Sequence[Buffer]]]:
-        """Messages to send now, each of which is due again `resend_s` later."""
+        """Messages to send now. Each is due again after `resend_s`."""
         entries = [entry for entry in self._entries.values() if entry.due_at <= now]
         self.num_resent += sum(entry.due_at != float("-inf") for entry in entries)
         for entry in entries:

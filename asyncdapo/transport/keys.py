@@ -1,10 +1,10 @@
-"""Keys of a run and the door of a server: who may speak to it is decided before a message is read.
+"""Keys of a run and the door of a server: peers are authenticated before any message is read.
 
-The controller makes `RunKeys` once per run; sockets take their part. A `Door` answers ZeroMQ's question about every
-peer by the server's allow-list, and CURVE encrypts and signs all that follows. The invariant: a peer without an allowed
-key gets no message to the application, and the door fails closed: while nobody answers for it, nobody enters. A secret
-shows in no repr, so in no log and no config dump.
-Does not own: how keys reach the processes (Ray hands them over), and what a peer with a key may say.
+The controller makes `RunKeys` once per run, and each socket gets its part. ZeroMQ asks a `Door` about every peer; the
+door checks the server's allow-list. CURVE encrypts and signs all that follows. Invariants: no message of a peer without
+an allowed key reaches the application. The door fails closed: if it doesn't answer, no peer gets in. Secrets appear in
+no repr, and so in no log or config dump. Does not own: how keys reach the processes (Ray passes them), and what a peer
+with a key may send.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from zmq.utils import z85
 from asyncdapo.errors import UserError
 
 ZAP_ADDRESS = "inproc://zeromq.zap.01"
-"""Where libzmq asks about peers, one handler per context (ZeroMQ RFC 27)."""
+"""The address at which libzmq asks about peers; one handler per context (ZeroMQ RFC 27)."""
 DOMAIN = b"asyncdapo"
 
 log = logging.getLogger("transport")
@@ -28,14 +28,14 @@ log = logging.getLogger("transport")
 
 @dataclass(frozen=True, kw_only=True)
 class ServerKeys:
-    """What a server needs: its pair, and the public keys of those that may speak to it."""
+    """A server's key pair, and the public keys of the peers that it accepts."""
 
     public: bytes
     secret: bytes = field(repr=False)
     allowed: frozenset[bytes]
 
     def apply(self, socket: zmq.Socket) -> None:
-        """Close the socket's door, before it is bound."""
+        """Make the socket accept only these peers. Call it before the socket is bound."""
         socket.set(zmq.CURVE_SERVER, 1)
         socket.set(zmq.CURVE_SECRETKEY, self.secret)
         socket.set(zmq.ZAP_DOMAIN, DOMAIN)
@@ -44,14 +44,14 @@ class ServerKeys:
 
 @dataclass(frozen=True, kw_only=True)
 class ClientKeys:
-    """What a client needs: its pair, and the public key by which it knows the server."""
+    """A client's key pair, and the server's public key."""
 
     public: bytes
     secret: bytes = field(repr=False)
     server: bytes
 
     def apply(self, socket: zmq.Socket) -> None:
-        """Show these keys, from the next connection on."""
+        """Use these keys, from the next connection on."""
         socket.set(zmq.CURVE_PUBLICKEY, self.public)
         socket.set(zmq.CURVE_SECRETKEY, self.secret)
         socket.set(zmq.CURVE_SERVERKEY, self.server)
@@ -59,14 +59,14 @@ class ClientKeys:
 
 @dataclass(frozen=True, kw_only=True)
 class RunKeys:
-    """The keys of one run: one pair for its servers, one for its clients. Restarted processes get the same."""
+    """The keys of one run: one pair for its servers, one for its clients. Restarted processes get the same keys."""
 
     server: ServerKeys
     client: ClientKeys
 
     @staticmethod
     def make() -> RunKeys:
-        """New keys. Raises UserError when ZeroMQ was built without CURVE."""
+        """New keys. Raises UserError if ZeroMQ was built without CURVE."""
         if not zmq.has("curve"):
             raise UserError(
                 f"pyzmq {zmq.__version__} uses a libzmq {zmq.zmq_version()} built without CURVE, so peers can't be told"
@@ -85,7 +85,7 @@ class Door:
     def __init__(self, context: zmq.asyncio.Context, allowed: frozenset[bytes]) -> None:
         self._allowed = allowed
         self.num_refused = 0
-        """Connections with a key that isn't allowed. Those without a key are dropped by libzmq before it asks."""
+        """Connections with a key that isn't allowed. libzmq drops those without a key before it asks."""
         self._socket = context.socket(zmq.REP)
         self._socket.set(zmq.LINGER, 0)
         self._socket.bind(ZAP_ADDRESS)
@@ -101,7 +101,7 @@ class Door:
             await self._socket.send_multipart([version, request, *verdict, b"", b""])
 
     def _refuse(self, address: bytes) -> None:
-        """Said once: a peer that is refused comes again and again."""
+        """Logged once, since a refused peer keeps reconnecting."""
         self.num_refused += 1
         if self.num_refused == 1:
             log.warning("a peer at %s has a key of another run, and is refused", address.decode(errors="replace"))

@@ -1,7 +1,7 @@
-"""A link on which things go wrong, in place of a socket's plain send, when the `faults` section says so.
+"""A faulty link in place of a socket's send, if the `faults` section asks for one.
 
-In: messages in order. Out: the same late, twice, cut, out of order or not at all, as `faults.Link` decides. At most
-`MAX_HELD` wait here, then the sender does. Does not own: the socket.
+In: messages in order. Out: the same messages, but late, repeated, truncated, reordered or lost, as `faults.Link`
+decides. It holds at most `MAX_HELD` messages; then the sender waits. Does not own: the socket.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class LossyLink:
         self._closed = False
 
     async def carry(self, frames: Frames, transmit: Transmit) -> None:
-        """Take a message over; `transmit` sends it when its time has come, or raises at the next call of this."""
+        """Take a message. `transmit` sends it when it is due. If that fails, the next call of `carry` raises."""
         if self._failure:
             raise self._failure
         for at, faulty in self._link.pass_on(frames, self._loop.time()):
@@ -47,7 +47,7 @@ class LossyLink:
             self._failure = self._failure or task.exception()
 
     def close(self) -> None:
-        """Forget what is held."""
+        """Drop the messages that are held."""
         self._closed = True
         for task in self._sending:
             task.cancel()

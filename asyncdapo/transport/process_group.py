@@ -1,16 +1,15 @@
-"""Process group: tensors between processes, apart from torch.distributed's default group.
+"""Process group: tensors between processes, separate from torch.distributed's default group.
 
-So it can be closed and made anew when the membership changes or a collective has failed, and it can't clash with what
-an engine or a trainer sets up in its process. One brings weights to the rollout workers (`weights/group`), another sums
-gradients over the learner's ranks (`learner/step/ranks`); each names its purpose and the error that it raises.
+So it can be closed and made again when the membership changes or a collective fails, and it can't clash with the groups
+of an engine or a trainer in the same process. One sends weights to the rollout workers (`weights/group`), another sums
+gradients over the learner's ranks (`learner/step/ranks`). Each names its purpose and the error that it raises.
 
-In: an address that rank 0 hands out, with the keys of the group in it. Out: broadcasts from rank 0, sums over all
-ranks, and verdicts that every rank learns of every other. Does not own: how the ranks find each other (`store`), what
-the bytes mean.
+In: an address from rank 0, which contains the group's keys. Out: broadcasts from rank 0, sums over all ranks, and words
+that every rank sends to every other. Does not own: how the ranks find each other (`store`), what the bytes mean.
 
-Invariants: every call ends within its deadline, by returning or by the group's error; calls release the GIL while they
-wait; a group in which a collective failed is closed, which lets the other ranks fail at once where the backend notices
-(Gloo), instead of at their deadlines.
+Invariants: every call ends within its deadline; it returns or raises the group's error. Calls release the GIL while
+they wait. A failed collective closes the group. If the backend notices that (Gloo), the other ranks then fail at once,
+not at their deadlines.
 
 Shapes: W ranks, N words.
 """
@@ -36,24 +35,24 @@ from asyncdapo.transport.store import POLL_S, DistantStore, GroupStore, HostedSt
 ROOT = 0
 """The rank that hosts the store and sends broadcasts."""
 WATCH_S, WATCH_LOOKS = 0.0001, 200
-"""Between two looks at a collective of NCCL, and how many there are before its own wait takes over."""
+"""Pause between two polls of an NCCL collective, and number of polls before NCCL's own wait takes over."""
 
 
 class ProcessGroup:
-    """One membership's process group, made by `create_master` and `join`.
+    """The process group of one membership. Create it with `create_master` or `join`.
 
-    `device` is where tensors have to be. `closed` tells whether the group can still be used. Under `ipc` the group is
-    one of Gloo; what goes through shared memory is for a `carrier` to decide.
+    `device`: where tensors have to be. `closed`: whether the group can no longer be used. Under `ipc` this is a Gloo
+    group, and a `carrier` uses shared memory beside it.
     """
 
     purpose = "a process group"
-    """What travels through it, for its errors: "the weights"."""
+    """What it is for, such as "the weights"; errors name it."""
     error: type[RunError] = RunError
-    """What its calls raise."""
+    """The error that its calls raise."""
 
     def __init__(self, address: str, rank: int, world_size: int, backend: Backend, timeout_s: float) -> None:
         if world_size < 2 or not 0 <= rank < world_size:
-            raise ValueError(f"rank {rank} of {world_size} is no member of a group of two or more")
+            raise ValueError(f"a group has two ranks or more, counted from 0, got rank {rank} of {world_size}")
         self.rank, self.world_size, self.backend, self.timeout_s = rank, world_size, backend, timeout_s
         self.device = numbered(torch.device("cuda" if backend == "nccl" else "cpu"))
         self._group: dist.Backend | None = None
@@ -69,13 +68,13 @@ class ProcessGroup:
 
     @classmethod
     def create_master(cls, host: str, world_size: int, backend: Backend, timeout_s: float, *own: Any) -> Self:
-        """The end of rank 0. Returns at once with an `address` for the others, who reach this machine as `host`;
-        `connect` then waits for them. `own`: what a subclass is made with besides."""
+        """The group at rank 0. Returns at once, with an `address` for the others, who reach this machine as `host`.
+        `connect` then waits for them. `own`: further arguments of a subclass."""
         return cls(host, ROOT, world_size, backend, timeout_s, *own)
 
     @classmethod
     def join(cls, address: str, rank: int, world_size: int, backend: Backend, timeout_s: float, *own: Any) -> Self:
-        """The end of another rank: blocks until every rank is there. Raises the group's error after `timeout_s`."""
+        """The group at another rank. Blocks until every rank is there. Raises the group's error after `timeout_s`."""
         deadline = Deadline(timeout_s)
         group = cls(address, rank, world_size, backend, timeout_s, *own)
         group.connect(deadline)
@@ -86,9 +85,9 @@ class ProcessGroup:
         return self._store is None
 
     def connect(self, deadline: Deadline | None = None) -> None:
-        """Wait for every rank, then connect with them. Raises an error that names who is missing at the deadline,
-        `timeout_s` from now unless it is given, or at once when another thread closes the group meanwhile: a rank that
-        has died will not join."""
+        """Wait for every rank, then connect with them. The deadline is `timeout_s` from now unless it is given; the
+        error then names the missing ranks. If a rank has died, another thread may close the group, and the call raises
+        at once."""
         store = self._open_store()
         deadline = deadline or Deadline(self.timeout_s)
         with self._translated("join", deadline):
@@ -106,8 +105,8 @@ class ProcessGroup:
             self._group = _process_group(dist.PrefixStore("group", store), self, deadline)
 
     def broadcast(self, tensor: torch.Tensor, deadline: Deadline) -> Collective:
-        """Start to send `tensor` from rank 0, or to receive it in place elsewhere; at most two may be under way.
-        The tensor must stay as it is until `Collective.wait` returns."""
+        """Start to send `tensor` from rank 0, or to receive it in place elsewhere. At most two may run at once. Don't
+        use the tensor until `Collective.wait` returns."""
         options = dist.BroadcastOptions()
         options.rootRank = ROOT
         options.timeout = deadline.left()
@@ -115,8 +114,8 @@ class ProcessGroup:
             return Collective(self, self._open_group().broadcast([tensor], options), deadline)
 
     def all_reduce(self, tensor: torch.Tensor, deadline: Deadline) -> None:
-        """Put the sum of all ranks' tensors in the place of each, the same bits at every rank. Contiguous, on `device`,
-        of one shape and dtype at all ranks (none that Gloo can't add: no bool)."""
+        """Replace each rank's tensor by the sum of all, the same bits at every rank. Tensors must be contiguous, on
+        `device`, and of the same shape and dtype at all ranks (not bool: Gloo can't add it)."""
         options = dist.AllreduceOptions()
         options.timeout = deadline.left()
         with self._translated("start a sum", deadline):
@@ -124,7 +123,7 @@ class ProcessGroup:
         self.wait(work, deadline)
 
     def roll_call(self, deadline: Deadline) -> Collective:
-        """Start to tell rank 0 that this rank has come so far, or at rank 0 to hear it of every other. Over Gloo."""
+        """Start to tell rank 0 that this rank has reached this point. Rank 0 waits for all of them. Over Gloo."""
         options = dist.GatherOptions()
         options.rootRank, options.timeout = ROOT, deadline.left()
         here = torch.zeros(1)
@@ -133,11 +132,11 @@ class ProcessGroup:
             return Collective(self, self._open_group().gather(heard, [here], options), deadline)
 
     def exchange(self, verdict: int, deadline: Deadline) -> list[int]:
-        """Every rank's verdict (an int64), in the order of ranks, at every rank."""
+        """Send an int64 to every rank. Returns the numbers of all, by rank."""
         return [verdict for [verdict] in self.exchange_rows([verdict], deadline)]
 
     def exchange_rows(self, words: Sequence[int], deadline: Deadline) -> list[list[int]]:
-        """Every rank's words (int64, as many at all ranks), in the order of ranks, at every rank."""
+        """Send int64 words to every rank, the same number at each. Returns the words of all, by rank."""
         table_WN = torch.zeros(self.world_size, len(words), dtype=torch.int64)
         table_WN[self.rank] = torch.tensor(words)
         table_WN = table_WN.to(self.device)
@@ -145,9 +144,9 @@ class ProcessGroup:
         return table_WN.tolist()
 
     def wait(self, work: dist.Work, deadline: Deadline) -> None:
-        """Wait for a collective. Raises the group's error, and closes it, when it fails or the deadline passes.
+        """Wait for a collective. If it fails or the deadline passes, close the group and raise its error.
 
-        Gloo has the deadline from the collective's options as well; NCCL only from here."""
+        Gloo has the deadline in the collective's options too; NCCL only gets it here."""
         with self._translated("transfer", deadline):
             if self.backend == "nccl":
                 _watch(work)
@@ -160,13 +159,13 @@ class ProcessGroup:
             self._open_store().put(f"note/{key}", value, deadline)
 
     def read(self, key: str) -> bytes:
-        """A note that rank 0 has left."""
+        """Read a note that rank 0 has left, or wait for it."""
         deadline = Deadline(self.timeout_s)
         with self._translated("read a note", deadline):
             return self._open_store().get_all([f"note/{key}"], deadline)[0]
 
     def close(self) -> None:
-        """Leave the group; collectives under way fail, here and at the other ranks."""
+        """Leave the group. Running collectives fail, here and at the other ranks."""
         group, store = self._group, self._store
         self._group, self._store, self._left = None, None, True
         if group is not None:
@@ -187,12 +186,12 @@ class ProcessGroup:
 
     @contextmanager
     def _translated(self, doing: str, deadline: Deadline) -> Iterator[None]:
-        """The one place where errors of torch.distributed (all are RuntimeError) become ours."""
+        """Turn errors of torch.distributed (all are RuntimeError) into the group's error."""
         try:
             yield
         except RuntimeError as error:
-            # From Python 3.12 on a traceback through this generator leads back to the error: the cycle would keep the
-            # connections open, and so the other ranks waiting, until some collection.
+            # From Python 3.12 on, a traceback through this generator refers back to the error. That cycle would keep
+            # the connections open, and the other ranks waiting, until the garbage collector runs.
             cause = error.with_traceback(None)
             if self._left:
                 raise self.error(f"the group of {self.purpose} is closed") from cause
@@ -202,7 +201,7 @@ class ProcessGroup:
 
 
 def _watch(work: dist.Work) -> None:
-    """NCCL's own wait looks once a millisecond, longer than a bucket takes between two GPUs; so ours looks first."""
+    """Poll before NCCL's own wait does: it polls once a millisecond, and a bucket between two GPUs takes less."""
     for _ in range(WATCH_LOOKS):
         if work.is_completed():
             return
@@ -211,7 +210,7 @@ def _watch(work: dist.Work) -> None:
 
 @dataclass(frozen=True)
 class Collective:
-    """A broadcast or a roll call under way."""
+    """A running broadcast or roll call."""
 
     group: ProcessGroup
     work: dist.Work
@@ -223,13 +222,13 @@ class Collective:
 
 
 def numbered(device: torch.device) -> torch.device:
-    """The same device; a GPU with its number, where `cuda` means the current one."""
+    """The same device with its number: plain `cuda` becomes the current GPU."""
     return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
 
 
 def device_name(device: torch.device) -> str:
-    """A name that is the same in every process of this host, and unlike any other device's (`backend`). Containers that
-    can't reach each other's processes count as hosts of their own."""
+    """A unique name of the device, the same in every process of this host (`backend`). Containers that can't see each
+    other's processes count as separate hosts."""
     kind = CPU if device.type == "cpu" else f"cuda {torch.cuda.get_device_properties(device).uuid}"
     return name_device(kind, f"{socket.gethostname()}/{os.stat('/proc/self/ns/pid').st_ino}")
 
@@ -252,9 +251,9 @@ def _process_group(store: dist.Store, group: ProcessGroup, deadline: Deadline) -
 
 @contextmanager
 def _blocking_waits() -> Iterator[None]:
-    """NCCL's watchdog thread ends the whole process when a collective fails. A group made with blocking waits has none:
-    the failure is raised where it is waited for. The variable is read when a group is made; those of a trainer keep
-    what the user set."""
+    """Make groups without NCCL's watchdog thread, which kills the whole process when a collective fails. With blocking
+    waits the failure is raised by `wait`. NCCL reads the variable when a group is made; a trainer's own groups keep the
+    user's setting."""
     key = "TORCH_NCCL_BLOCKING_WAIT"
     before = os.environ.get(key)
     os.environ[key] = "1"
@@ -268,8 +267,8 @@ def _blocking_waits() -> Iterator[None]:
 
 
 def _gloo_device(address: str) -> dist.ProcessGroupGloo.Device:
-    """The network interface that leads to rank 0. By itself Gloo takes the address that the machine's name
-    resolves to, on many machines a loopback address that no other can reach. GLOO_SOCKET_IFNAME overrules both."""
+    """The network interface that leads to rank 0. By default Gloo takes the address of the machine's name, which on
+    many machines is a loopback address that no other machine can reach. GLOO_SOCKET_IFNAME overrules both."""
     if "GLOO_SOCKET_IFNAME" in os.environ:
         return dist.ProcessGroupGloo.create_default_device()
     host, port = split_address(address)[0].rsplit(":", 1)

@@ -1,8 +1,8 @@
-"""Memory that one process makes and others of the same machine map: on the host, or on a GPU that they share.
+"""Memory that one process makes and others on the same machine map: host memory, or memory of a GPU that they share.
 
-In: a size and a device. Out: a block of bytes, and a handle of a few hundred bytes by which others open it. Host memory
-is an anonymous file that the others reach through the maker's file descriptors, so it has no name that could outlive a
-killed process; GPU memory travels by CUDA's own handles. Does not own: when a block may be written or read.
+In: a size and a device. Out: a block of bytes, and a handle of a few hundred bytes with which others open it. Host
+memory is an anonymous file that others open through the maker's file descriptors, so nothing is left behind if a
+process is killed. GPU memory is shared by CUDA's own handles. Does not own: when a block may be written or read.
 
 Shape: U bytes (uint8).
 """
@@ -26,15 +26,15 @@ ALLOCATOR_SETTINGS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 
 @dataclass(frozen=True)
 class Block:
-    """Shared memory: uint8 [U], and in the process that made it the handle that opens it elsewhere."""
+    """Shared memory: uint8 [U]. In the process that made it, also the handle that opens it elsewhere."""
 
     bytes_U: torch.Tensor
     handle: bytes = b""
 
 
 def make_block(num_bytes: int, device: torch.device) -> Block:
-    """A block of zeros on this device; it lives until nobody maps it any more. Raises OSError where the memory of a GPU
-    can't be shared."""
+    """A block of zeros on this device; it lives until no process maps it. Raises OSError if the GPU's memory can't be
+    shared."""
     if device.type == "cpu":
         return _make_on_host(num_bytes)
     bytes_U = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
@@ -46,8 +46,8 @@ def make_block(num_bytes: int, device: torch.device) -> Block:
 
 
 def open_block(handle: bytes, device: torch.device) -> Block:
-    """The block of another process. `device` is the GPU that both share; for host memory it does not count. Raises
-    OSError when it can't be reached: its maker is gone, or on another machine."""
+    """The block of another process. `device`: the GPU that both share; ignored for host memory. Raises OSError if the
+    block can't be opened: its maker is gone, or on another machine."""
     kind, *parts = msgspec.msgpack.decode(handle)
     if kind == "host":
         return _open_on_host(*parts)
@@ -60,8 +60,8 @@ def open_block(handle: bytes, device: torch.device) -> Block:
 
 
 def _not_shared(error: RuntimeError) -> OSError:
-    """What CUDA says, and what is most likely the cause: expandable segments are shared in another way, which asks the
-    system for another process's files."""
+    """CUDA's error with the most likely cause: expandable segments. CUDA shares those in another way, which needs
+    access to another process's files."""
     settings = next((name for name in ALLOCATOR_SETTINGS if EXPANDABLE in os.environ.get(name, "")), None)
     fix = f"leave {EXPANDABLE} out of {settings}, or " if settings else ""
     said = str(error).partition("\n")[0]

@@ -2,18 +2,18 @@
 
 In: messages of `asyncdapo.messages` with their buffer frames. Out: the same at the other end, or `Malformed`.
 
-    client send     waits while no server is connected or its queue of `CLIENT_QUEUE` messages is full: a slow or absent
+    client send     waits while no server is connected or its queue of `CLIENT_QUEUE` messages is full. A slow or absent
                     server slows its clients down, and nothing piles up
-    server send     never waits. A message to a peer that is gone (ROUTER_MANDATORY), or that has left `PEER_QUEUE`
-                    messages unread, is dropped and counted: one that doesn't read takes nothing from the others
+    server send     never waits. A message is dropped and counted if its peer is gone (ROUTER_MANDATORY) or has left
+                    `PEER_QUEUE` messages unread, so that a peer that doesn't read can't harm the others
     receive         at most `SERVER_QUEUE` messages of each peer wait here; then TCP holds the peer back
-    a lost link     clients reconnect by themselves, a peer that comes back under its identity takes its old place, and
-                    silent links are found by probes. Messages under way are lost: whoever needs one sends it again
-    limits          a frame above the limit closes its peer's connection before it is received; ZeroMQ hands a message
-                    over when all its frames are there, so their number is checked then, before anything is decoded
-    keys            a server with CURVE keys hears only peers whose key is on its list (`keys`)
+    a lost link     clients reconnect by themselves. A peer that comes back under its identity takes its old place.
+                    Probes detect silent links. Messages on their way are lost; whoever needs one sends it again
+    limits          a frame above the limit closes its peer's connection before it is received. The number of frames is
+                    checked before anything is decoded, but after all have arrived, since ZeroMQ delivers whole messages
+    keys            a server with CURVE keys accepts only peers whose key is on its list (`keys`)
 
-Cancelling a `receive` loses no message. Does not own: acknowledgement (`delivery`), the list of keys (`keys`), sessions
+A cancelled `receive` loses no message. Does not own: acknowledgement (`delivery`), the list of keys (`keys`), sessions
 (the processes at both ends).
 """
 
@@ -43,7 +43,7 @@ RECONNECT_MS = 100
 RECONNECT_MAX_MS = 2_000
 COPY_BELOW_BYTES = 64 << 10
 CURVE_BYTES = 64
-"""At least what CURVE adds to a frame on the wire."""
+"""CURVE adds at most this many bytes to a frame."""
 
 
 class Server:
@@ -57,8 +57,8 @@ class Server:
         port: int = 0,
         curve: ServerKeys | None = None,
     ) -> None:
-        """Binds `port` of `host`, or any free one for 0. Raises zmq.ZMQError when that is impossible. Without `curve`
-        whoever reaches the address may speak."""
+        """Binds `port` of `host`; 0 takes any free port. Raises zmq.ZMQError if that fails. Without `curve` anyone who
+        reaches the address is accepted."""
         self._accepts, self._limits = accepts, limits
         self._link = _lossy_link()
         self._context = zmq.asyncio.Context()  # its own, because a context has one door
@@ -76,19 +76,19 @@ class Server:
         self.address: str = self._socket.get_string(zmq.LAST_ENDPOINT)
         self.num_malformed = 0
         self.num_dropped = 0
-        """Messages to peers that were gone, or that had too many unread."""
+        """Dropped messages: the peer was gone or had too many unread."""
 
     @property
     def num_refused(self) -> int:
-        """Connections with a key that isn't on the list."""
+        """Refused connections: their key isn't on the list."""
         return self._door.num_refused if self._door else 0
 
     async def receive(self) -> tuple[bytes, Message | Malformed, list[memoryview]]:
-        """The next message with its peer's identity and buffers; bad input comes as a `Malformed`, never raised."""
+        """The next message with its peer's identity and buffers. Bad input is returned as a `Malformed`, not raised."""
         return self._decode(await _next(self._socket))
 
     async def receive_some(self, most: int) -> list[tuple[bytes, Message | Malformed, list[memoryview]]]:
-        """As `receive`: the next message, and whatever has come behind it, up to `most` in all."""
+        """As `receive`: the next message and those that have already arrived after it, up to `most` in all."""
         received = [await self.receive()]
         while len(received) < most and self._socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:
             received.append(self._decode(await self._socket.recv_multipart(zmq.NOBLOCK, copy=False)))
@@ -104,8 +104,8 @@ class Server:
         return peer.bytes, message, buffers
 
     async def send(self, peer: bytes, message: Message, frames: Sequence[Buffer] = ()) -> None:
-        """Send to a peer that has sent something. The frames must not change until they are out.
-        Raises ValueError for a message above the limits."""
+        """Send to a peer that has sent something before. Don't change the frames until they are sent. Raises ValueError
+        for a message above the limits."""
         encoded, transmit = encode(message, frames, self._limits), partial(self._transmit, peer)
         await (self._link.carry(encoded, transmit) if self._link else transmit(encoded))
 
@@ -118,7 +118,7 @@ class Server:
             self.num_dropped += 1
 
     def close(self) -> None:
-        """Drop what is still queued and free the port, at once."""
+        """Drop queued messages and free the port, at once."""
         if self._link:
             self._link.close()
         self._socket.close()
@@ -138,8 +138,8 @@ class Client:
         limits: Limits = DEFAULT_LIMITS,
         curve: ClientKeys | None = None,
     ) -> None:
-        """`identity`: how the server knows this peer, 1 to 255 bytes, the first not zero; no two live peers share one.
-        The server need not be there yet. One with CURVE keys hears only clients with theirs."""
+        """`identity`: the server's name for this peer, 1 to 255 bytes, the first one not zero, unique among live peers.
+        The server may start later. A server with CURVE keys accepts only clients with `curve`."""
         self._accepts, self._limits = accepts, limits
         self._link = _lossy_link()
         self._socket = _socket(zmq.asyncio.Context.instance(), zmq.DEALER, limits, curve)
@@ -152,12 +152,12 @@ class Client:
         self._socket.connect(address)
 
     async def receive(self) -> tuple[Message, list[memoryview]]:
-        """The next message and its buffers. Raises Malformed, after which the next call goes on."""
+        """The next message and its buffers. Raises Malformed for bad input; the next call continues after it."""
         return decode(_buffers(await _next(self._socket)), self._accepts, self._limits)
 
     async def send(self, message: Message, frames: Sequence[Buffer] = ()) -> None:
-        """Queue the message; waits while no server is connected or the queue is full. The frames must not change.
-        Raises ValueError for a message above the limits."""
+        """Queue the message; waits while no server is connected or the queue is full. Don't change the frames
+        afterwards. Raises ValueError for a message above the limits."""
         encoded = encode(message, frames, self._limits)
         await (self._link.carry(encoded, self._transmit) if self._link else self._transmit(encoded))
 
@@ -165,7 +165,7 @@ class Client:
         await self._socket.send_multipart(frames, copy=False)
 
     def close(self) -> None:
-        """Drop what is still queued and hang up."""
+        """Drop queued messages and disconnect."""
         if self._link:
             self._link.close()
         self._socket.close()
@@ -185,14 +185,14 @@ def _socket(
 
 
 def _lossy_link() -> LossyLink | None:
-    """Only tests of the whole have one (`faults`)."""
+    """A faulty link if the `faults` section asks for one; only tests do."""
     link = faults.link()
     return LossyLink(link) if link else None
 
 
 async def _next(socket: zmq.asyncio.Socket) -> list[zmq.Frame]:
-    """All frames of the next message. Gives way once per message, so that a flood can't starve the event loop; takes
-    the message without a pause, so that a cancelled reader leaves it where it is."""
+    """All frames of the next message. Yields to the event loop once per message, so that a flood can't starve it. Takes
+    the message without a pause, so that a cancelled reader loses none."""
     await asyncio.sleep(0)
     while True:
         try:
@@ -202,5 +202,6 @@ async def _next(socket: zmq.asyncio.Socket) -> list[zmq.Frame]:
 
 
 def _buffers(frames: Sequence[zmq.Frame]) -> list[Buffer]:
-    """Small frames are copied: ZeroMQ lets many share one receive buffer, which a view would keep, unaligned, alive."""
+    """The frames' bytes. Small frames are copied: ZeroMQ puts many into one receive buffer, and a view would be
+    unaligned and keep that buffer alive."""
     return [frame.bytes if len(frame) < COPY_BELOW_BYTES else frame.buffer for frame in frames]

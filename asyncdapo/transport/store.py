@@ -1,15 +1,14 @@
-"""The store of a process group: a few short values by which its ranks find each other, behind a key.
+"""The store of a process group: a few short values with which its ranks find each other, protected by keys.
 
     rank 0      HostedStore   keeps the values, and answers the others in a thread of its own
     the others  DistantStore  ask it, by ZeroMQ
 
-In: values under names. Out: the same values at every rank, once they are there; torch makes its groups with either end.
-The address tells where rank 0 listens and holds the keys, which are made for this one group: it is a secret.
-Invariants: the port is one of the interface that the address names, and who doesn't have the keys (CURVE, `keys`)
-stores nothing and is told nothing; every call ends at its deadline, and at once when rank 0 has died or the store is
-closed. Does not own: what the values mean.
+In: values under names. Out: the same values at every rank, once they are there. torch makes its groups with either
+class. The address says where rank 0 listens and contains the group's keys: it is a secret. Invariants: it listens only
+on the interface that the address names. A peer without the keys (CURVE, `keys`) can neither store nor read. Every call
+ends by its deadline, and at once if rank 0 has died or the store is closed. Does not own: what the values mean.
 
-torch's TCPStore is none of it: it listens on every interface, and keeps whatever anybody sends, 100 MB at a time.
+torch's TCPStore isn't used, since it listens on every interface and accepts 100 MB at a time from anyone.
 """
 
 from __future__ import annotations
@@ -32,18 +31,19 @@ from asyncdapo.transport.keys import ClientKeys, Door, RunKeys, ServerKeys
 
 POLL_S = 0.02
 ANSWER_S = 1.0
-"""What rank 0 has for an answer at the deadline: it may be the one that says who is missing."""
+"""Time for rank 0's answer at the deadline: that answer may say which ranks are missing."""
 MESSAGE_BYTES = 1 << 20
-"""Most bytes of a value: Gloo's are some hundred, handles of shared memory some hundred each."""
+"""Most bytes of a value. Gloo's values and handles of shared memory have a few hundred."""
 SET, LOOK = b"set", b"look"
 GONE = zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
 
 
 class GroupStore(dist.Store):
-    """What both ends have: `put`, `look` and `get_all` for us, and what torch calls. Raises DistStoreError."""
+    """What both classes have: `put`, `look` and `get_all` for us, and the methods that torch calls. Raises
+    DistStoreError."""
 
     address: str
-    """For the other ranks; no log may show it."""
+    """For the other ranks. It is secret: never log it."""
 
     def __init__(self, timeout_s: float) -> None:
         super().__init__()
@@ -51,15 +51,15 @@ class GroupStore(dist.Store):
 
     @abstractmethod
     def put(self, key: str, value: bytes, deadline: Deadline) -> None:
-        """Keep this value."""
+        """Store this value."""
 
     @abstractmethod
     def look(self, keys: Sequence[str], deadline: Deadline) -> list[bytes | None]:
-        """The values that are there by now."""
+        """The values; None for each that isn't there yet."""
 
     @abstractmethod
     def close(self) -> None:
-        """Leave the store; calls under way in other threads fail."""
+        """Leave the store. Calls in other threads fail."""
 
     def get_all(self, keys: Sequence[str], deadline: Deadline) -> list[bytes]:
         """The values, once all of them are there."""
@@ -83,7 +83,7 @@ class GroupStore(dist.Store):
 
 
 class HostedStore(GroupStore):
-    """The store of rank 0, which others reach at `host`, an address of this machine."""
+    """The store at rank 0. Others reach it at `host`, an address of this machine."""
 
     def __init__(self, host: str, timeout_s: float) -> None:
         super().__init__(timeout_s)
@@ -115,14 +115,14 @@ class HostedStore(GroupStore):
 
 
 class DistantStore(GroupStore):
-    """The store at `address`, which rank 0 keeps and answers for by the deadline."""
+    """The store that rank 0 hosts at `address`. Rank 0 has to answer by the deadline."""
 
     def __init__(self, address: str, timeout_s: float, deadline: Deadline) -> None:
         super().__init__(timeout_s)
         self.address = address
         where, keys = split_address(address)
         self._lock = Lock()
-        """Held by whoever uses the socket."""
+        """Held while a thread uses the socket."""
         self._closed = False
         self._context = zmq.Context()
         self._socket = _socket(self._context, zmq.REQ, keys)
@@ -161,12 +161,12 @@ class DistantStore(GroupStore):
 
 
 def join_address(host: str, port: int, keys: ClientKeys) -> str:
-    """`HOST:PORT` and the keys, of which none holds a blank."""
+    """`HOST:PORT` and the keys, separated by blanks (no key contains one)."""
     return b" ".join([f"{host}:{port}".encode(), keys.server, keys.public, keys.secret]).decode()
 
 
 def split_address(address: str) -> tuple[str, ClientKeys]:
-    """`HOST:PORT`, and what opens the store there."""
+    """`HOST:PORT` and the keys of the store there."""
     where, server, public, secret = address.encode().split()
     return where.decode(), ClientKeys(server=server, public=public, secret=secret)
 
@@ -193,7 +193,7 @@ async def _answer(host: str, keys: ServerKeys, values: dict[str, bytes], port: F
 
 
 def _do(request: Sequence[bytes], values: dict[str, bytes]) -> list[bytes]:
-    """The frames of the answer: a value begins with a dot, one that isn't there is empty."""
+    """The frames of the answer: a value has a dot before it; a missing value is an empty frame."""
     command, *rest = request
     if command == SET:
         key, value = rest
