@@ -19,26 +19,27 @@ class PromptsConfig:
     """Name of the task: `chain` (arithmetic, made on the fly) or `file` (your own JSONL or parquet)."""
     path: str | dict[str, float] | None = None
     """Data file of the task `file`, .jsonl or .parquet, or a mixture of several: `{a.parquet: 3, b.parquet: 1}` draws
-    three prompts of the first for one of the second."""
+    three prompts from the first for each one from the second."""
     eval_path: str | None = None
-    """Data file of held-out prompts; without one, `eval.num_prompts` rows are held out of `path`."""
+    """Data file of held-out prompts. Without one, `eval.num_prompts` rows of `path` are held out."""
     prompt_column: str = "prompt"
     """Column that holds the question."""
     answer_column: str = "answer"
     """Column that holds the expected answer."""
     template: str = "{prompt}"
-    """The user's text; `{prompt}` is the row's question. What the model is given, or with a chat template the user's
-    message."""
+    """The text for the model, or with a chat template the user's message; `{prompt}` is replaced by the row's
+    question."""
     chat_template: bool = False
     """Send the user's text as a message through the tokenizer's chat template."""
     system_prompt: str | None = None
-    """System message in front of it; the chat template's own, if it has one, unless given."""
+    """System message before the user's. By default the chat template's own, if it has one."""
     max_prompt_length: int = 1024
-    """Longest prompt in tokens; longer ones are left out and counted."""
+    """Longest prompt in tokens. Longer ones are left out and counted."""
     max_attempts: int = 3
-    """Leases that may end lost or rejected (expired too, if requeued) before a prompt ends `failed`."""
+    """Leases of a prompt that may end lost or rejected (or expired, if requeued) before it ends `failed`."""
     epochs: int = 0
-    """Passes over the data after which the run ends; 0 is no limit. Of a mixture: no row is drawn more often."""
+    """Passes over the data after which the run ends; 0 is no limit. In a mixture no row is drawn more often than
+    this."""
 
     def __post_init__(self) -> None:
         if self.max_prompt_length < 1:

@@ -1,12 +1,12 @@
-"""Mixture: which part of the data each position of the stream is drawn from. Pure.
+"""Mixture: from which part of the data each position of the stream is drawn. Pure.
 
     weights 3 and 1      blocks of 4 positions, of which exactly 3 are of part 0 and 1 of part 1
-    block 0   0 1 0 0    in an order of its own for each block, by a hash of the seed
+    block 0   0 1 0 0    each block has its own order, from a hash of the seed
     block 1   0 0 0 1
-    place     0 0 1 2 │ 3 4 5 1     how many of its part were drawn before
+    place     0 0 1 2 │ 3 4 5 1     draws from the same part before this one
 
-In: weights, seed, a position. Out: the part and the place in it, so that each part has epochs of its own; and back.
-Any position can be asked for at any time, and nothing is ever saved. Does not own: which row a place is.
+In: weights, seed, a position. Out: the part and the place in it, so that each part has its own epochs; and the inverse.
+Any position can be computed at any time; nothing is saved. Does not own: which row a place is.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from asyncdapo.errors import ConfigError
 from asyncdapo.messages import sample_seed
 
 MAX_BLOCK = 10_000
-"""Positions in a block: within each, the weights hold exactly."""
+"""Most positions in a block. The weights hold exactly within each block."""
 BLOCK_SALT = 0xB10C
-"""Keeps the order of a block apart from that of an epoch, which is made of the same numbers."""
+"""Makes the order of a block unrelated to that of an epoch, which is computed from the same numbers."""
 
 
 class Mixture:
-    """Positions dealt to parts by weight. With a single part every position is its place."""
+    """Assigns positions to parts by weight. With a single part each position is its own place."""
 
     def __init__(self, weights: Sequence[Fraction], seed: int) -> None:
-        """Raises ConfigError for weights whose smallest whole numbers add up to more than MAX_BLOCK."""
+        """Raises ConfigError if the weights, as smallest whole numbers, add up to more than MAX_BLOCK."""
         self._counts = whole_numbers(weights)
         self._size = sum(self._counts)
         self._seed = seed
@@ -39,13 +39,13 @@ class Mixture:
             raise ConfigError("prompts.path", problem, [float(weight) for weight in weights], "round them")
 
     def draw(self, position: int) -> tuple[int, int]:
-        """The part that this position is of, and how many positions before it are of the same part."""
+        """The part of this position, and the number of earlier positions of the same part."""
         block, offset = divmod(position, self._size)
         part, rank = block_order(self._counts, self._seed, block)[offset]
         return part, block * self._counts[part] + rank
 
     def position(self, part: int, place: int) -> int:
-        """The inverse of `draw`: where this part is drawn from for the time after `place` others."""
+        """The inverse of `draw`: the position of this part's draw number `place`, from 0."""
         block, rank = divmod(place, self._counts[part])
         return block * self._size + block_order(self._counts, self._seed, block).index((part, rank))
 

@@ -1,7 +1,7 @@
-"""Data files: a JSONL or parquet file in, the wanted columns of its records out, each with its place in the file.
+"""Data files. In: a JSONL or parquet file. Out: the wanted columns of its records, each with its place in the file.
 
-Every way in which a user's file can be wrong ends here as one ConfigError: no such file, another kind of file, a line
-that isn't JSON or UTF-8, a column that isn't there, no record at all. What the values mean is the task's business.
+Every problem of a user's file becomes one ConfigError: no such file, another kind of file, a line that isn't JSON or
+UTF-8, a missing column, no records. Does not own: what the values mean (the task).
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ MAKES_ONE = "`asyncdapo data prepare` makes one of a data set"
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """The wanted values of one record; `place` is "line 3" or "row 2", for messages."""
+    """The wanted values of one record. `place`, for messages: "line 3" or "row 2"."""
 
     place: str
     values: tuple[object, ...]
     optional: object = None
-    """Of the column that a record may lack."""
+    """Value of the optional column; None if the record doesn't have it."""
 
 
 def read_records(key: str, path: str, columns: Mapping[str, str], optional: str | None = None) -> list[Record]:
-    """Read a data file whole.
+    """Read all records of a data file.
 
-    `key` is the configuration key that holds `path`; `columns` maps a configuration key to the column it names, and the
-    values of a record are in its order. `optional` is a column that need not be there. Raises ConfigError.
+    `key`: the configuration key that holds `path`. `columns`: for each configuration key, the column that it names; a
+    record's values have this order. `optional`: a column that may be missing. Raises ConfigError.
     """
     try:
         match Path(path).suffix.lower():
@@ -78,7 +78,7 @@ def _parse(key: str, path: str, number: int, line: bytes) -> dict[str, object]:
     except UnicodeDecodeError as error:
         problem = f"line {number} isn't UTF-8: {error.reason} at byte {error.start}"
         raise ConfigError(key, problem, path, LEFT_OUT) from error
-    except (ValueError, RecursionError) as error:  # not only of its grammar: numbers may be too long for Python
+    except (ValueError, RecursionError) as error:  # not only bad syntax: a number may be too long for Python
         raise ConfigError(key, f"line {number} isn't JSON: {error}", path, LEFT_OUT) from error
     if not isinstance(record, dict):
         problem = f"line {number} must be a JSON object, it is a {type(record).__name__}"
@@ -98,11 +98,11 @@ def _read_parquet(path: str, columns: Mapping[str, str], optional: str | None) -
 
 def _values(record: Mapping[str, object], columns: Mapping[str, str]) -> tuple[object, ...]:
     values = (value_at(record, column) for column in columns.values())
-    return tuple(None if value is MISSING else value for value in values)  # of parquet, inside of a null
+    return tuple(None if value is MISSING else value for value in values)  # inside a null of parquet
 
 
 def value_at(record: Mapping[str, object], column: str) -> object:
-    """The value of a column, or of what is inside of an object by a dotted name; MISSING where there is none."""
+    """The value of a column; a dotted name reaches into objects. MISSING if there is none."""
     if column in record:
         return record[column]
     outer, dot, inner = column.partition(".")
@@ -111,7 +111,7 @@ def value_at(record: Mapping[str, object], column: str) -> object:
 
 
 def keys_of(record: Mapping[str, object]) -> Iterator[str]:
-    """Names of columns, those inside of objects with dots."""
+    """Names of columns, with dotted names for those inside objects."""
     for name, value in record.items():
         yield name
         if isinstance(value, dict):
@@ -119,7 +119,7 @@ def keys_of(record: Mapping[str, object]) -> Iterator[str]:
 
 
 def names_of(field: pyarrow.Field) -> Iterator[str]:
-    """As `keys_of`, of a column of parquet."""
+    """As `keys_of`, for a column of parquet."""
     yield field.name
     if pyarrow.types.is_struct(field.type):
         yield from (f"{field.name}.{name}" for inner in field.type for name in names_of(inner))
@@ -136,7 +136,8 @@ def _check_columns(present: Iterable[str], columns: Mapping[str, str], where: st
 
 
 def likely_column(named: str, present: Sequence[str], usual: Sequence[str]) -> str | None:
-    """What the user may have meant: that name inside of an object, one that is spelled nearly so, or a usual one."""
+    """The column that the user may have meant: that name inside an object, one with a similar spelling, or a usual
+    one."""
     inside = [name for name in present if name.endswith(f".{named}")]
     near = inside or difflib.get_close_matches(named, present, n=1)
     usual = [*usual, *(name for name in present for last in usual if name.endswith(f".{last}"))]
@@ -144,6 +145,6 @@ def likely_column(named: str, present: Sequence[str], usual: Sequence[str]) -> s
 
 
 def first_of(columns: Sequence[str], usual: Sequence[str]) -> str | None:
-    """The first of the usual names that is there, in whatever case."""
+    """The first of the usual names that is present, ignoring case."""
     by_name = {column.lower(): column for column in reversed(columns)}
     return next((by_name[name] for name in usual if name in by_name), None)

@@ -1,12 +1,11 @@
-"""Prompts: the seeded stream that everything else counts positions of.
+"""Prompts: the seeded stream. A `prompt_id` is a position in it.
 
     task (questions) ──▶ PromptStream ──prompt_at(prompt_id)──▶ replay server ──▶ leases
 
-A position is a part of the data, an epoch of that part and a row. Every epoch visits each row of its part once, in an
-order of its own that follows from the seed; which part a position is of follows from the weights (`mixture`). Any
-position can be asked for at any time, and nothing is ever saved. Rows whose prompt is longer than
-`prompts.max_prompt_length` are left out when the stream is opened, and counted. Does not own: what was leased or
-trained, which is replay's.
+A position stands for a part of the data, an epoch of that part and a row. The weights determine the part (`mixture`).
+Each epoch visits every row of its part once, in its own order, which the seed determines. Any position can be computed
+at any time; nothing is saved. When the stream is opened, rows whose prompt is longer than `prompts.max_prompt_length`
+are left out and counted. Does not own: what was leased or trained (replay).
 """
 
 from __future__ import annotations
@@ -24,10 +23,10 @@ Encode = Callable[[str], list[int]]
 
 
 class PromptStream:
-    """Random access to the prompts of a task. Opening encodes every row of a finite task once.
+    """Random access to the prompts of a task. Opening it encodes every row of a finite task once.
 
-    `encode` turns a question into the token ids that the model continues; `unknown_id` stands for what the tokenizer
-    doesn't know. Raises ConfigError when no row fits.
+    `encode` turns a question into token ids for the model. `unknown_id`: the token for text that the tokenizer doesn't
+    know. Raises ConfigError if no row fits.
     """
 
     def __init__(
@@ -36,19 +35,19 @@ class PromptStream:
         self._task = task
         self._unknown_id = unknown_id
         self.num_unknown = 0
-        """Rows that fit and hold `unknown_id`, of a finite task."""
+        """Rows of a finite task that fit and contain `unknown_id`."""
         self.first_unknown: list[int] = []
-        """Token ids of the first of them."""
+        """Token ids of the first such row."""
         self._encode = encode
         self._max_length = config.max_prompt_length
         self._parts: list[EpochOrder] | None = None
         self.num_prompts: int | None = None
-        """Positions in all epochs; None is endless."""
+        """Positions in all epochs; None: endless."""
         if task.parts is not None:
             rows = [self._fitting_rows(part.rows, task.question_at, part.name) for part in task.parts]
             self._parts = [EpochOrder(fitting, seed, number) for number, fitting in enumerate(rows)]
             self._mixture = Mixture([part.weight for part in task.parts], seed)
-            if config.epochs:  # the run ends before a part begins another one
+            if config.epochs:  # the run ends before any part begins an epoch more
                 ends = (self._mixture.position(part, len(rows) * config.epochs) for part, rows in enumerate(rows))
                 self.num_prompts = min(ends)
         self._eval_rows: list[int] | None = None
@@ -58,19 +57,19 @@ class PromptStream:
 
     @property
     def num_left_out(self) -> int:
-        """Rows, those for evaluation included, whose prompt is too long."""
+        """Rows whose prompt is too long, evaluation rows included."""
         num_rows = sum(len(part.rows) for part in self._task.parts or [])
         return num_rows - sum(part.num_rows for part in self._parts or []) + self.num_eval_left_out
 
     @property
     def num_eval_left_out(self) -> int:
-        """Of those for evaluation."""
+        """Evaluation rows whose prompt is too long."""
         return 0 if self._eval_rows is None else self._task.num_eval_rows - len(self._eval_rows)
 
     def prompt_at(self, prompt_id: int) -> Prompt | None:
-        """The prompt at this position, the same at every call; None past the end of the data.
+        """The prompt at this position, the same at each call; None past the end of the data.
 
-        Raises ConfigError when an endless task makes a prompt that is too long.
+        Raises ConfigError if an endless task makes a prompt that is too long.
         """
         if self.num_prompts is not None and prompt_id >= self.num_prompts:
             return None
@@ -81,7 +80,7 @@ class PromptStream:
         return self._prompt(prompt_id, epoch, self._task.question_at(row))
 
     def eval_prompts(self, num: int) -> list[Prompt]:
-        """The first `num` held-out prompts, fewer if the table is shorter. Ids count from 0 in a table of their own."""
+        """The first `num` held-out prompts, or fewer if the table is shorter. Their ids count from 0, separately."""
         rows = range(num) if self._eval_rows is None else self._eval_rows[:num]
         return [self._prompt(prompt_id, 0, self._task.eval_question_at(row)) for prompt_id, row in enumerate(rows)]
 
@@ -120,7 +119,7 @@ class PromptStream:
 
 
 class EpochOrder:
-    """The rows of one part, each once per epoch. Remembers the order of the latest two epochs that were asked for."""
+    """The rows of one part, each once per epoch. Caches the order of the two epochs used last."""
 
     def __init__(self, rows: Iterable[int], seed: int, part: int) -> None:
         self._rows = list(rows)
@@ -137,5 +136,5 @@ class EpochOrder:
         return epoch, self._rows[self._order(epoch)[rank]]
 
     def _order_of(self, epoch: int) -> Sequence[int]:
-        """A permutation: sorted by a hash of (seed, epoch, row), which no library version can change."""
+        """A permutation of the rows, sorted by a hash of (seed, epoch, row). It depends on no library version."""
         return sorted(range(len(self._rows)), key=lambda row: sample_seed(self._seed, epoch, row))

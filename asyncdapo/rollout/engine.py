@@ -1,11 +1,11 @@
-"""The seam between a rollout worker and what samples tokens.
+"""The interface between a rollout worker and its inference engine.
 
 An engine takes requests at any time, keeps its slots full by itself, and takes new weights between two tokens while it
-generates. Every sampled token comes back with its log-prob under the weights, the KV cache and the temperature that
-sampled it, and with the version of those weights.
+generates. Every sampled token comes back with its log-prob and the version of the weights. The log-prob is that of the
+weights, the KV cache and the temperature that sampled the token.
 
-Implementations: `torch_engine` (embedded) and `vllm_engine`. The tests have one of a few lines. How new weights reach
-an engine's process is not the engine's: `load_weights` gets them, or finds them where they were received for it.
+Implementations: `torch_engine` (embedded) and `vllm_engine`; the tests have one of a few lines. An engine doesn't
+receive new weights itself: they are passed to `load_weights`, or are already in its processes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from asyncdapo.messages import FinishReason, Runs, Sampling
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One sampled response, unscored. `token_ids` int32 [T] (a stop token is its last), `logprobs` float32 [T]."""
+    """One sampled response, not scored. `token_ids` int32 [T] (a stop token comes last), `logprobs` float32 [T]."""
 
     token_ids: np.ndarray
     logprobs: np.ndarray
@@ -31,27 +31,28 @@ class Sample:
 
 @dataclass(kw_only=True)
 class Request:
-    """Samples of one prompt. The engine writes `num_sampled` and `num_running` as it goes, and makes the two calls."""
+    """A request for samples of one prompt. The engine updates `num_sampled` and `num_running`, and makes the two
+    calls."""
 
     prompt_ids: list[int]
     seeds: list[int]
-    """One per sample; the same seed, prompt and weights draw the same uniform numbers."""
+    """One per sample. The same seed, prompt and weights draw the same uniform numbers."""
     sampling: Sampling
     urgent: bool = False
-    """Ahead of every waiting request that isn't (evaluation)."""
+    """Goes ahead of every waiting request that isn't urgent (evaluation)."""
     on_started: Callable[[int], None] | None = None
     """Called in the event loop with the version that sampled the request's first token."""
     on_sample_done: Callable[[], None] | None = None
-    """Called in the event loop whenever one of the samples is finished and no longer outstanding: there is room."""
+    """Called in the event loop whenever a sample is complete and its slot is free."""
     num_sampled: int = field(default=0, init=False)
     """Tokens sampled so far over all samples: the lease's progress."""
     num_running: int = field(default=0, init=False)
-    """Samples that have a slot now; without one the request waits, and makes no progress of its own."""
+    """Samples that have a slot now. If none has, the request waits and makes no progress."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What an engine can take. Anything else is refused before the engine sees it."""
+    """Limits of an engine. A request beyond them is refused before the engine sees it."""
 
     max_prompt_length: int
     max_response_length: int
@@ -75,14 +76,14 @@ class Limits:
 
 @dataclass(frozen=True, kw_only=True)
 class LoadTimes:
-    """What new weights cost the requests in flight, in seconds; they go on during whatever isn't counted here."""
+    """What new weights cost the running requests, in seconds. Outside these times they continue."""
 
     pause_s: float = 0.0
-    """Until nothing was generated any more."""
+    """From the call until generation had stopped."""
     load_s: float
-    """From then (or from the call, where generation goes on) until the weights were in place."""
+    """From then until the weights were in place; from the call if generation didn't stop."""
     resume_s: float = 0.0
-    """From then until generation went on."""
+    """From then until generation had resumed."""
 
 
 class Engine(Protocol):
@@ -94,31 +95,31 @@ class Engine(Protocol):
 
     @property
     def num_outstanding(self) -> int:
-        """Sequences that run or wait; below `num_slots` the engine has room."""
+        """Sequences that run or wait. Below `num_slots` the engine has free slots."""
 
     @property
     def loaded_version(self) -> int:
         """Version of the weights in use."""
 
     async def start(self) -> None:
-        """Load the model. Raises UserError for a checkpoint that can't be used."""
+        """Load the model. Raises UserError if the checkpoint can't be used."""
 
     async def generate(self, request: Request) -> list[Sample]:
-        """All samples of the request, in the order of its seeds. Cancelling the task withdraws it and frees its slots.
-        Raises EngineError once the engine can't go on."""
+        """All samples of the request, in the order of its seeds. Cancelling the task withdraws the request and frees
+        its slots. Raises EngineError if the engine fails."""
 
     async def load_weights(self, version: int, weights: Any) -> LoadTimes:
-        """Use these weights from a boundary between two tokens on; returns then. They are the engine's from the call
-        on: tensors by Hugging Face names, tied ones once (torch), or what the engine's own processes hold (vLLM).
-        Raises WeightsError for weights that aren't this model's; another call may then bring others."""
+        """Switch to these weights between two tokens, and return. The caller gives them up: tensors by Hugging Face
+        names, tied ones once (torch), or those already in the engine's own processes (vLLM). Raises WeightsError if
+        they don't fit the model; the engine can load others afterwards."""
 
     async def ended(self) -> None:
-        """Lasts as long as the engine can generate. Raises EngineError at once when it can't any more, asked or not;
-        returns after `stop`."""
+        """Wait until the engine ends. Raises EngineError as soon as it has failed, even if it has no request; returns
+        after `stop`."""
 
     async def stop(self) -> None:
-        """End every request with EngineError and free the memory."""
+        """Fail every request with EngineError and free the memory."""
 
     def gauges(self) -> dict[str, float]:
-        """Cumulative counters since the start: `tokens` sampled, `prefill_tokens` computed, `busy_s`, `idle_s`, and an
-        engine's own."""
+        """Cumulative counters since the start: `tokens` sampled, `prefill_tokens` computed, `busy_s`, `idle_s`. An
+        engine may add its own."""

@@ -1,6 +1,6 @@
-"""What samples and scores are put together to: the group of a lease, the answer of an evaluation.
+"""Builds the group of a lease, and the answers of an evaluation, from samples and scores.
 
-In: a lease or prompt, the engine's samples, the scorer's verdicts. Out: records of `messages` and their payload.
+In: a lease or prompt, the engine's samples, the scorer's scores. Out: records of `messages` and their payload.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from asyncdapo.payload import LOGPROB_DTYPE, TOKEN_DTYPE, Payload
 from asyncdapo.rollout.engine import Sample
 
 MAX_FAILURE = 500
-"""Characters kept of what a reward function raised: the header has to hold those of many answers."""
+"""Characters kept of a reward function's error: a header has to hold those of many answers."""
 
 
 def build_group(
@@ -27,7 +27,7 @@ def build_group(
     *,
     overlong_filter: bool = False,
 ) -> tuple[Group, Payload]:
-    """The scored group of a lease and its token buffers. Every sampled token bears loss (a single turn), but for those
+    """The scored group of a lease and its token buffers. Every sampled token bears loss (a single turn), except those
     of a completion that overlong filtering leaves out."""
     completions = [
         Completion(
@@ -59,13 +59,14 @@ def build_group(
 
 
 def loss_mask(num_tokens: int, finish_reason: FinishReason, overlong_filter: bool) -> Runs:
-    """Which of a completion's tokens bear loss, as run lengths: all, or none when `overlong_filter` is on and it was
-    cut off at the length limit (overlong filtering, DAPO §3.4). One that stopped by itself on its last token stays."""
+    """Which of a completion's tokens bear loss, as run lengths: all of them, or none if `overlong_filter` is on and the
+    length limit cut it off (overlong filtering, DAPO §3.4). A completion whose last allowed token is its stop token
+    isn't cut off."""
     return [(int(not (overlong_filter and finish_reason == "length")), num_tokens)]
 
 
 def build_answer(prompt: Prompt, number: int, sample: Sample, score: Score | RewardError, response: str) -> EvalAnswer:
-    """What one evaluated completion came to, the prompt's `number`-th. Without a score it is not a right one."""
+    """The result of one evaluated completion, the prompt's `number`-th. Without a score it counts as wrong."""
     versions = [version for version, _ in sample.versions]
     failure = str(score)[:MAX_FAILURE] if isinstance(score, RewardError) else ""
     return EvalAnswer(

@@ -1,7 +1,7 @@
-"""A job: one lease or evaluation request, from its arrival to the message that answers it.
+"""A job: one lease or evaluation request, from its arrival to its answer.
 
-In: leases and evaluation requests; samples of the engine, verdicts of the scorer. Out: `GroupDone` with its payload,
-`GroupFailed` when the reward function raised, `EvalDone`. Does not own: tasks, sockets, credits.
+In: leases and evaluation requests; the engine's samples, the scorer's scores. Out: `GroupDone` with its payload,
+`GroupFailed` if the reward function raised, `EvalDone`. Does not own: tasks, sockets, credits.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ from asyncdapo.transport.codec import Buffer
 Outgoing = tuple[Message, Sequence[Buffer]]
 
 Scorer = Callable[[Prompt, Sequence[np.ndarray], Sequence[FinishReason], int], Awaitable[list[Score]]]
-"""(prompt, token ids of each completion, finish reasons, seed) -> a score of each, with `acc` among its metrics. Raises
-RewardError when the user's reward function raised, VerdictError when it returned no verdict."""
+"""(prompt, token ids of each completion, finish reasons, seed) -> a score for each, with `acc` among its metrics.
+Raises RewardError if the user's reward function raised, VerdictError if it returned something that isn't a verdict."""
 
 Decode = Callable[[np.ndarray], str]
 """Token ids int32 [T] -> text without special tokens."""
@@ -60,14 +60,14 @@ class Job:
     source: Lease | EvalRequest
     requests: list[Request]
     num_starting: int
-    """Sequences that the engine doesn't have yet."""
+    """Sequences not passed to the engine yet."""
     started_at: float = math.nan
     started_version: int | None = None
     all_sampled: bool = False
 
     @property
     def progress(self) -> Progress:
-        """What the heartbeat says of it."""
+        """Its progress, for the heartbeat."""
         num_tokens = sum(request.num_sampled for request in self.requests)
         return Progress(num_tokens=num_tokens, phase=self._phase, started_version=self.started_version)
 
@@ -92,7 +92,7 @@ class Jobs:
         *,
         overlong_filter: bool = False,
     ) -> None:
-        """`on_room` is called whenever a sequence has finished. `overlong_filter`: see `groups.loss_mask`."""
+        """`on_room` is called whenever a sequence is complete. `overlong_filter`: see `groups.loss_mask`."""
         self._worker, self._engine, self._score, self._on_room = worker, engine, score, on_room
         self._decode = decode
         self._overlong_filter = overlong_filter
@@ -107,7 +107,7 @@ class Jobs:
         return counts | {"score_s": self._score_s}
 
     def for_lease(self, lease: Lease, on_started: Callable[[Lease, int], None]) -> Job:
-        """`on_started` gets the lease and the version that samples its first token."""
+        """The job of a lease. `on_started` gets the lease and the version that sampled its first token."""
         request = Request(
             prompt_ids=lease.prompt.token_ids,
             seeds=[sample_seed(lease.seed, sample) for sample in range(lease.group_size)],
@@ -124,7 +124,7 @@ class Jobs:
         return job
 
     def for_evaluation(self, evaluation: EvalRequest) -> Job:
-        """The samples of a prompt are one request of the engine: they share its prefill."""
+        """The job of an evaluation. The samples of a prompt are one request to the engine: they share its prefill."""
         requests = [
             Request(
                 prompt_ids=prompt.token_ids,
@@ -170,8 +170,8 @@ class Jobs:
         return EvalDone.pack(evaluation.request_id, answers)
 
     async def _answer(self, job: Job, numbers: Sequence[int], prompt: Prompt, request: Request) -> list[EvalAnswer]:
-        """Samples of a prompt. Each is scored by itself: one on which the reward function raises is not a right one,
-        and says nothing of the others."""
+        """The answers for one prompt. Each sample is scored by itself. If the reward function raises on one, it counts
+        as wrong and doesn't affect the others."""
         samples = await self._generate(job, request)
         scores = await asyncio.gather(*map(partial(self._score_answer, prompt), samples, request.seeds))
         return [

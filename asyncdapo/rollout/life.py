@@ -1,7 +1,7 @@
-"""Life of an engine: not started, alive, over; whoever waits for it hears of its end at once.
+"""Life of an engine: not started, alive, over. Whoever waits for it is told of its end at once.
 
-In: that it has begun, and how it ended. Out: an EngineError with the cause for every pending and every later call.
-Invariant: the first end counts, and no future that was handed in at the end stays pending.
+In: its start, and how it ended. Out: an EngineError with the cause, for every pending and every later call. Invariant:
+only the first end counts, and every future passed to `end` gets the error.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from asyncdapo.errors import EngineError
 
 
 class Life:
-    """Of one engine, in one event loop."""
+    """The life of one engine, in one event loop."""
 
     def __init__(self, engine: str) -> None:
         """`engine`: its name in errors, "the torch engine"."""
@@ -23,7 +23,7 @@ class Life:
         self._cause: BaseException | None = None
 
     def begin(self) -> None:
-        """Alive from now on. Called in the event loop."""
+        """The engine is alive from now on. Call it in the event loop."""
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._problem = None
 
@@ -32,12 +32,13 @@ class Life:
         return self._problem is None
 
     def require(self) -> None:
-        """Raises EngineError unless it is alive."""
+        """Raises EngineError unless the engine is alive."""
         if not self.alive:
             raise self._error()
 
     def end(self, cause: BaseException | None, waiting: Iterable[asyncio.Future[Any] | None]) -> None:
-        """Over, by this cause or because it was stopped: an EngineError for all who wait. Nothing when it is over."""
+        """The engine is over: it failed with this cause, or was stopped (None). All who wait get an EngineError. Does
+        nothing if the engine isn't alive."""
         if not self.alive:
             return
         self._problem = f"{self._engine} failed: {cause}" if cause else f"{self._engine} was stopped"
@@ -47,12 +48,12 @@ class Life:
                 future.set_exception(self._error())
         if cause:
             self.ended.set_exception(self._error())
-            self.ended.exception()  # told here already, if nobody waits for it
+            self.ended.exception()  # marks it as seen, in case nobody waits for it
         else:
             self.ended.set_result(None)
 
     async def over(self) -> None:
-        """Lasts as long as it is alive: see `Engine.ended`."""
+        """Wait until the engine is over: see `Engine.ended`."""
         self.require()
         await asyncio.shield(self.ended)
 

@@ -1,23 +1,24 @@
-"""Rollout worker: turns leases into scored groups, and leaves no slot empty while it has credit.
+"""Rollout worker: turns leases into scored groups, and keeps its slots full while it has credit.
 
     replay ──Lease, EvalRequest──▶ receive ──▶ a task each: generate, score ──▶ outbox ──▶ send ──GroupDone, EvalDone──▶
            ──Ack, Reject, Withdraw, EvalAck──▶ receive: the lease or evaluation is over
            ◀──Hello, Ask, Started, Loaded, Heartbeat── send
 
 Owns: its session, its credits, its outbox. Does not own: the engine (its owner starts and stops it), the scorer, the
-weight transfer, and what becomes of a group. One task receives, one sends, each job is one more; all are in one watched
-set, so that the first failure ends `run` with that error. Everything but the send task only changes state and wakes it.
+weight transfer, and what happens to a group. One task receives, one sends, and each job is a task. All are in one task
+group, so that the first failure ends `run` with that error. Only the send task sends; the others change state and wake
+it.
 
-Nothing but `Hello` is sent until the server answers `Welcome`. A server that has been silent for `QUIET_HEARTBEATS`
-heartbeats may have lost the link or begun anew, and can't speak to a peer it doesn't know: the worker says `Hello`
-again, with every heartbeat, until it is welcome. What is in the outbox is sent again every `RESEND_HEARTBEATS` until it
-is acknowledged, rejected or withdrawn.
+Until the server answers `Welcome`, only `Hello` is sent. If the server is silent for `QUIET_HEARTBEATS` heartbeats, the
+link may be lost, or the server may have restarted and can't reach a peer that it doesn't know. The worker then repeats
+`Hello` with every heartbeat until it gets a `Welcome`. Messages in the outbox are sent again every `RESEND_HEARTBEATS`
+until they are acknowledged, rejected or withdrawn.
 
-A rollback of the run ends everything that was begun before it. The worker learns of it from `Welcome` or with the
-weights of the new branch, whichever is first; from then on it sends nothing of what it held.
+A rollback of the run ends everything begun before it. The worker learns of it from `Welcome` or with the weights of the
+new branch, whichever comes first. From then on it sends nothing that it held before.
 
-Memory: jobs and the outbox hold what was granted and isn't over, so at most what the slots start; of leases that are
-over `REMEMBERED` ids stay, for messages that come twice.
+Memory: jobs and the outbox hold only what was granted and isn't over, so at most what the slots can start. The ids of
+the last `REMEMBERED` ended leases are kept, since messages may be repeated.
 """
 
 from __future__ import annotations
@@ -61,9 +62,10 @@ from asyncdapo.transport.sockets import Client
 QUIET_HEARTBEATS = 3
 RESEND_HEARTBEATS = 2
 REMEMBERED = 4096
-"""A repeated `Lease` older than so many others is generated again; its next heartbeat is told that it is over."""
+"""Number of ended leases whose ids are kept. If an older `Lease` is repeated, it is generated again, until the server
+answers a heartbeat that it is over."""
 MAX_MALFORMED = 10
-"""Undecodable messages of the server in a row that are passed over; one more ends the worker."""
+"""Undecodable messages from the server that are skipped in a row; one more ends the worker."""
 
 Incoming = Welcome | Lease | Ack | Reject | Withdraw | EvalRequest | EvalAck
 Key = tuple[str, int]
@@ -88,8 +90,8 @@ class RolloutWorker:
         curve: ClientKeys | None = None,
         overlong_filter: bool = False,
     ) -> None:
-        """`index` names the worker in records; `address` is the replay server's, "tcp://host:port"; `overlong_filter`:
-        completions cut off at the length limit bear no loss."""
+        """`index`: the worker's number in records. `address`: the replay server's, "tcp://host:port".
+        `overlong_filter`: completions cut off at the length limit bear no loss."""
         self._index, self._config, self._heartbeat_s = index, config, heartbeat_s
         self._engine, self._address, self._curve = engine, address, curve
         self._session = secrets.token_hex(8)
@@ -99,7 +101,7 @@ class RolloutWorker:
         self._held: dict[int, Job] = {}
         """Leases that aren't over, by `lease_id`."""
         self._over: dict[int, None] = {}
-        """Leases that are over, in the order in which they ended: the latest `REMEMBERED`."""
+        """The latest `REMEMBERED` leases that are over, in the order in which they ended."""
         self._running: dict[Key, tuple[Job, asyncio.Task[None]]] = {}
         self._credits = Credits(config.group_size)
         self._outbox = Outbox(RESEND_HEARTBEATS * heartbeat_s)
@@ -108,9 +110,9 @@ class RolloutWorker:
         self._welcomed = False
         self._heard_at = self._hello_at = self._heartbeat_at = -math.inf
         self._branch = self._newest_branch = 0
-        """Of the loaded weights; of the run, as far as this worker knows."""
+        """Branch of the loaded weights, and of the run as far as this worker knows."""
         self._announced = (-1, 0)
-        """Version and branch of the weights that the server was told last."""
+        """Version and branch of the weights that the server was last told."""
         self._counts: Counter[str] = Counter()
         self._num_malformed = 0
         """Undecodable messages in a row."""
@@ -129,8 +131,8 @@ class RolloutWorker:
             client.close()
 
     async def load_weights(self, version: int, weights: Any, branch: int = 0) -> LoadTimes:
-        """Generate with these weights from a boundary between two tokens on, and tell the server. Returns then. With
-        those of a newer branch everything that the worker holds is over."""
+        """Switch to these weights between two tokens, tell the server, and return. Weights of a newer branch end
+        everything that the worker holds."""
         faults.point("in_load_weights")
         times = await self._engine.load_weights(version, weights)
         self._note_branch(branch)
@@ -140,11 +142,11 @@ class RolloutWorker:
 
     @property
     def num_running(self) -> int:
-        """Leases and evaluation requests that are sampled or judged; their answers aren't there yet."""
+        """Leases and evaluation requests that are being sampled or judged."""
         return len(self._running)
 
     def gauges(self) -> dict[str, float]:
-        """Cumulative since the session began: the engine's and the jobs' counters, and how leases and messages went."""
+        """Counters since the session began: the engine's, the jobs', and the worker's own of leases and messages."""
         own = {key: self._counts[key] for key in ("rejected_groups", "withdrawn_groups", "malformed")}
         return self._engine.gauges() | self._jobs.gauges() | own | {"resent": self._outbox.num_resent}
 
@@ -173,7 +175,7 @@ class RolloutWorker:
         match message:
             case Welcome(branch=branch, granted=granted):
                 self._welcomed = True
-                self._credits.go_on_from(granted)
+                self._credits.resume_from(granted)
                 self._note_branch(branch)
             case Lease():
                 self._take_lease(message)
@@ -190,8 +192,8 @@ class RolloutWorker:
                 self._outbox.acknowledge(("eval", request_id))
 
     def _take_lease(self, lease: Lease) -> None:
-        """A lease that is held or over is a repeated message."""
-        self._credits.go_on_from(lease.number)
+        """Begin a lease. If it is held or over, the message is a repeat."""
+        self._credits.resume_from(lease.number)
         if lease.lease_id in self._held or lease.lease_id in self._over:
             return
         faults.point("after_lease")
@@ -199,8 +201,9 @@ class RolloutWorker:
         self._begin(("lease", lease.lease_id), job)
 
     def _take_evaluation(self, evaluation: EvalRequest) -> None:
-        """A request that runs or awaits its acknowledgement is a repeated one; one that is over is done again."""
-        self._credits.go_on_from(evaluation.number)
+        """Begin an evaluation request. If it runs or waits for its acknowledgement, the message is a repeat. A request
+        that is over is done again."""
+        self._credits.resume_from(evaluation.number)
         key = ("eval", evaluation.request_id)
         if key not in self._running and key not in self._outbox:
             self._begin(key, self._jobs.for_evaluation(evaluation))
@@ -225,7 +228,7 @@ class RolloutWorker:
         self._wake.set()
 
     def _end_lease(self, lease_id: int) -> bool:
-        """Stop its task, send nothing more for it. False when it was over before."""
+        """Stop its task, and send nothing more for it. False if it was over before."""
         self._stop(("lease", lease_id))
         self._over[lease_id] = None
         if len(self._over) > REMEMBERED:
@@ -239,8 +242,8 @@ class RolloutWorker:
         self._outbox.acknowledge(key)
 
     def _note_branch(self, branch: int) -> None:
-        """The run was rolled back: nothing begun before is wanted, evaluations included. Work of the new branch comes
-        after this worker has loaded its weights, so that all it holds now is older."""
+        """If the run was rolled back, drop everything begun before, evaluations included. The server gives work of the
+        new branch only after this worker has loaded its weights, so everything held now is older."""
         if branch <= self._newest_branch:
             return
         self._newest_branch = branch
@@ -283,7 +286,7 @@ class RolloutWorker:
         return [(hello, ())]
 
     def _due(self, now: float) -> list[Outgoing]:
-        """What is to be sent now: news, credits, the heartbeat, what waits for an acknowledgement."""
+        """The messages to send now: news, credits, the heartbeat, and answers that aren't acknowledged."""
         news: list[Message] = [*self._started]
         self._started.clear()
         if self._loaded != self._announced:
@@ -312,7 +315,7 @@ class RolloutWorker:
         return self._engine.loaded_version, self._branch
 
     def _num_free_slots(self) -> int:
-        """Slots that no sequence runs in or waits for. Deterministic: room for one group, when nothing runs."""
+        """Slots that no sequence uses or waits for. Deterministic: those of one group, if nothing runs."""
         if self._config.deterministic:
             return 0 if self._running else self._config.group_size
         num_starting = sum(job.num_starting for job, _ in self._running.values())
@@ -320,7 +323,7 @@ class RolloutWorker:
 
 
 def _first(errors: BaseExceptionGroup) -> BaseException:
-    """The failure that came first: the others followed from it."""
+    """The first failure: the others are its consequences."""
     first: BaseException = errors
     while isinstance(first, BaseExceptionGroup):
         first = first.exceptions[0]

@@ -16,7 +16,7 @@ def test_the_same_room_is_never_asked_for_twice() -> None:
     credits = Credits(group_size=4)
     assert credits.ask(8)
     assert not credits.ask(8)
-    credits.go_on_from(1)
+    credits.resume_from(1)
     assert not credits.ask(4)
     assert credits.ask(8)
     assert credits.asked == 3
@@ -25,7 +25,7 @@ def test_the_same_room_is_never_asked_for_twice() -> None:
 def test_grants_lost_on_the_way_are_room_again() -> None:
     credits = Credits(group_size=4)
     credits.ask(8)
-    credits.go_on_from(granted=2)
+    credits.resume_from(granted=2)
     assert credits.ask(8)
     assert (credits.asked, credits.granted) == (4, 2)
 
@@ -35,7 +35,7 @@ def test_grants_that_come_twice_late_or_without_a_number_count_once(numbers: lis
     credits = Credits(group_size=4)
     credits.ask(16)
     for number in numbers:
-        credits.go_on_from(number)
+        credits.resume_from(number)
     assert not credits.ask(4)
     assert (credits.asked, credits.granted) == (4, 3)
 
@@ -48,7 +48,7 @@ def test_slots_are_filled_and_no_more_than_one_group_waits(steps: list[tuple[int
         owed = credits.asked - credits.granted
         assert num_slots <= num_outstanding + owed * group_size < num_slots + group_size
         num_grants = min(num_grants, owed)
-        credits.go_on_from(credits.granted + num_grants)
+        credits.resume_from(credits.granted + num_grants)
         num_outstanding += num_grants * group_size
         num_outstanding -= min(num_finished, num_outstanding)
 
