@@ -1,9 +1,9 @@
-"""Alarms: what in a step's metrics a person should look at while the run goes on.
+"""Alarms: metrics of a step that a person should look at while the run continues.
 
 In: the metrics line of each train step, in order. Out: sentences; each names the metric, its value, what it means, and
-the keys to turn. An alarm is said when it begins, and again only after it had ended. A line that lacks a metric, or has
-NaN for it, neither begins nor ends one. A ratio of groups is judged once `MIN_GROUPS` are behind it, over as many steps
-as that takes: 0 of 4 says nothing. Does not own: where they are shown (`controller/loop`), what ends a run.
+the keys to change. An alarm is reported when it begins, and again only after it has ended. A line without the metric,
+or with NaN, neither begins nor ends an alarm. A ratio of groups is judged over as many steps as it takes to count
+`MIN_GROUPS` groups: 0 of 4 says nothing. Does not own: where alarms are shown (`controller/loop`), what ends a run.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Literal
 BAD_UPDATES = "learner/bad_updates"
 ENTROPY = "learner/entropy"
 MIN_ENTROPY_SHARE = 0.1
-"""Of the first step's entropy; below it a policy has nearly stopped exploring."""
+"""Share of the first step's entropy. Below it a policy has nearly stopped exploring."""
 MIN_GROUPS = 100
 ARRIVED = "rollout/arrived_groups"
 
@@ -31,9 +31,9 @@ class Limit:
     meaning: str
     turn: str
     groups: str = ""
-    """Metric that says how many groups are behind it, of this step as well."""
+    """Metric with the number of groups that it is taken over, if both are of this step."""
     groups_so_far: str = ""
-    """The same, where both are of the run so far."""
+    """The same, if both are of the run so far."""
 
     def broken(self, value: float) -> bool:
         return value > self.number if self.alarms == "above" else value < self.number
@@ -57,7 +57,7 @@ LIMITS = (
         "above",
         0.02,
         "on this share of the groups the reward function raised, so that they can't be trained on",
-        "mend reward.verifier (the ledger's events of kind failed have its words), or raise reward.retries for a judge "
+        "fix reward.verifier (the ledger's events of kind failed have its errors), or raise reward.retries for a judge "
         "that is busy now and then",
         groups=ARRIVED,
     ),
@@ -103,17 +103,17 @@ LIMITS = (
 
 
 class Alarms:
-    """Heeds one line after the other."""
+    """Checks one line after the other."""
 
     def __init__(self, first: Mapping[str, float], last: Mapping[str, float]) -> None:
-        """Lines of a run that goes on, empty for a new one: of its first train step, and of the last one so far."""
+        """Lines of the first and of the last train step of a resumed run; empty for a new run."""
         self._active: set[str] = set()
         self._gathered: dict[str, tuple[float, float]] = {}
-        """Of ratios that too few groups are behind so far: groups, and how many of them count."""
+        """For ratios over too few groups so far: number of groups, and how many of them count."""
         self._first_entropy = _finite(first, ENTROPY)
         self._num_bad = _finite(last, BAD_UPDATES) or 0.0
 
-    def heed(self, line: Mapping[str, float]) -> list[str]:
+    def check(self, line: Mapping[str, float]) -> list[str]:
         """The alarms that begin with this line."""
         begun = []
         for metric, sentence in self._judged(line):
@@ -125,7 +125,7 @@ class Alarms:
         return begun
 
     def _judged(self, line: Mapping[str, float]) -> Iterator[tuple[str, str | None]]:
-        """Each metric that the line tells something about, with its alarm if it is on."""
+        """Each metric that this line can judge, with its alarm's sentence; None if there is no alarm."""
         for limit in LIMITS:
             value = self._gather(limit, line)
             if value is not None:
@@ -138,7 +138,7 @@ class Alarms:
             yield BAD_UPDATES, self._judge_bad_updates(num_bad)
 
     def _gather(self, limit: Limit, line: Mapping[str, float]) -> float | None:
-        """The number to judge; None as long as too little is behind it."""
+        """The number to judge; None while it is over too few groups."""
         value = _finite(line, limit.metric)
         if limit.groups_so_far:
             return value if line.get(limit.groups_so_far, 0) >= MIN_GROUPS else None
@@ -164,7 +164,7 @@ class Alarms:
         )
 
     def _judge_bad_updates(self, num_bad: float) -> str | None:
-        """It is on in every step that skips an update. A rollback may take some back."""
+        """On in each step that skips an update. A rollback may lower the count."""
         before, self._num_bad = self._num_bad, num_bad
         if num_bad <= before:
             return None

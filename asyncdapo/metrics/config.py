@@ -1,4 +1,4 @@
-"""Configuration of what a run reports, and where."""
+"""Configuration of a run's reports."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Literal
 
 @dataclass(frozen=True, kw_only=True)
 class MetricsConfig:
-    """Where the numbers go besides RUN_DIR/metrics.jsonl."""
+    """Where the metrics go besides RUN_DIR/metrics.jsonl."""
 
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
     """W&B: `auto` is online when logged in and offline otherwise."""

@@ -1,8 +1,8 @@
-"""RUN_DIR/curve.png: what a run came to, on one page, drawn from metrics.jsonl.
+"""RUN_DIR/curve.png: the results of a run on one page, drawn from metrics.jsonl.
 
-In: RUN_DIR/metrics.jsonl. Out: accuracy over train wall time and over steps, reward, staleness; a panel whose numbers
-the run doesn't have says so. Reads files only, so it also draws a run that ended early. matplotlib is imported when a
-curve is drawn, and draws without a screen.
+In: RUN_DIR/metrics.jsonl. Out: accuracy over train wall time and over steps, reward, staleness. A panel without numbers
+says so. It only reads files, so it also draws runs that ended early. matplotlib is imported when a curve is drawn, and
+needs no screen.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def draw_curve(run_dir: Path) -> Path:
 
 
 def make_figure(name: str, lines: Sequence[Mapping[str, float]]) -> Figure:
-    """The four panels over the lines of metrics.jsonl."""
+    """The four panels for the lines of metrics.jsonl."""
     from matplotlib.figure import Figure
 
     last = lines[-1] if lines else {}
@@ -135,6 +135,6 @@ def _draw_series(axes: Axes, series: Series, points: list[tuple[float, float]]) 
 
 
 def _points(lines: Sequence[Mapping[str, float]], over: str, metric: str) -> list[tuple[float, float]]:
-    """The lines that have both numbers, finite."""
+    """The lines in which both numbers are finite."""
     pairs = [(line.get(over, math.nan), line.get(metric, math.nan)) for line in lines]
     return [pair for pair in pairs if all(math.isfinite(number) for number in pair)]

@@ -1,13 +1,14 @@
-"""RUN_DIR/metrics.jsonl: one line a train step, and one for step 0; metrics.undone.jsonl: lines of undone futures.
+"""RUN_DIR/metrics.jsonl: one line for each train step, and one for step 0; metrics.undone.jsonl: lines that a rollback
+undid.
 
-In: the metrics of a step, name to number. Out: a JSON object per line, `step` first, then by name; what is whole stays
-an integer. JSON knows neither NaN nor infinity: such a number is written as null (a mean over nothing, a norm that
-overflowed), so that any JSON reader can read every line. A line reaches the operating system before `log` returns.
+In: the metrics of a step, name to number. Out: a JSON object per line, `step` first, then by name; integers stay
+integers. NaN and infinity (a mean over nothing, a norm that overflowed) are written as null, so that any JSON reader
+can read every line. A line reaches the operating system before `log` returns.
 
-A rollback moves lines out of the one file into the other. Each file is replaced at once, by a rename, and the one that
-gains lines first: a process that dies between the two leaves lines in both, and the next rollback, which finds them in
-the second file, doesn't write them there again. Invariants: steps only rise; no line is lost, none is in a file twice.
-Does not own: what the names mean (`docs/metrics.md`); which step is rolled back to.
+A rollback moves lines from the first file to the second. Each file is replaced by a rename, the one that gains lines
+first. A process that dies between the two leaves lines in both files; the next rollback finds them in the second and
+doesn't add them again. Invariants: steps only rise; no line is lost, and none is in a file twice. Does not own: what
+the names mean (`docs/metrics.md`); to which step a run is rolled back.
 """
 
 from __future__ import annotations
@@ -29,22 +30,22 @@ logger = logging.getLogger("metrics")
 
 
 class MetricsFile:
-    """Appends lines to a new file, or with `go_on` to the one of a resumed run, which may be missing.
+    """Appends lines to a new file, or with `go_on` to that of a resumed run, which may be missing.
 
-    Raises FileExistsError where there is one and it isn't to be gone on with."""
+    Raises FileExistsError if there is a file and `go_on` is false."""
 
     def __init__(self, run_dir: Path, *, go_on: bool = False) -> None:
         self._run_dir, self._path = run_dir, run_dir / FILE_NAME
         self._file = self._path.open("a" if go_on else "x", encoding="utf-8")
         self.last_line: dict[str, float] = {}
         self.num_torn = 0
-        """Lines that couldn't be read and are left out: the last, if the writer died in it."""
+        """Lines that couldn't be read and are left out: the last one, if the writer died in it."""
         if go_on:
             lines, self.num_torn = whole_lines(run_dir)
             self._rewrite(lines)
 
     def log(self, metrics: Mapping[str, float]) -> None:
-        """Append one line. Raises ValueError for a step that isn't past the last one."""
+        """Append one line. Raises ValueError unless its step is above the last one."""
         step = metrics["step"]
         if step <= self._last_step:
             raise ValueError(f"metrics of step {step} came after those of step {self._last_step}")
@@ -53,7 +54,7 @@ class MetricsFile:
         self.last_line = dict(metrics)
 
     def amend(self, metrics: Mapping[str, float]) -> dict[str, float]:
-        """Add metrics to the last line, which is written already. Returns the whole of it."""
+        """Add metrics to the last line. Returns the whole line."""
         lines, _ = whole_lines(self._run_dir)
         lines[-1] = _to_record(to_metrics(lines[-1]) | dict(metrics) | {"step": lines[-1]["step"]})
         self._rewrite(lines)
@@ -81,7 +82,7 @@ class MetricsFile:
         return self.last_line.get("step", -1)
 
     def _rewrite(self, lines: list[dict]) -> None:
-        """The file holds just these lines, and is open for more."""
+        """Replace the file by these lines, and open it for more."""
         self._file.close()
         replace_file(self._path, _to_text(lines).encode())
         self._file = self._path.open("a", encoding="utf-8")
@@ -89,14 +90,14 @@ class MetricsFile:
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, float]]:
-    """All lines, null as NaN. A last line without its end (the writer died in it) is left out."""
+    """All lines, null as NaN. A cut last line (the writer died in it) is left out."""
     lines = (run_dir / FILE_NAME).read_text(encoding="utf-8").split("\n")[:-1]
     return [to_metrics(json.loads(line)) for line in lines]
 
 
 def whole_lines(run_dir: Path, name: str = FILE_NAME) -> tuple[list[dict], int]:
-    """The lines of a run that may have died at any time, as JSON has them, and the number of those that can't be read.
-    Without a file, none."""
+    """The lines of a run that may have died at any time, and the number of unreadable ones. None if there is no
+    file."""
     path = run_dir / name
     texts = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []
     records = [record for text in texts if (record := _parse(text)) is not None]
@@ -125,7 +126,7 @@ def _to_record(metrics: Mapping[str, float]) -> dict[str, float | int | None]:
 
 
 def to_metrics(record: Mapping[str, float | None]) -> dict[str, float]:
-    """A line as JSON has it, null as NaN."""
+    """A line from its JSON, null as NaN."""
     return {name: math.nan if value is None else value for name, value in record.items()}
 
 

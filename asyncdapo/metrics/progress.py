@@ -1,7 +1,7 @@
-"""Progress lines: one short line a train step, and one for everything worth saying in between.
+"""Progress lines: one short line for each train step, and one for each note in between.
 
-In: metrics, the current status, notes. Out: lines with the time of day, in RUN_DIR/run.log and on a standard output
-that is no terminal. Does not own: the live view of a terminal (`terminal`), which shows the same `COLUMNS`.
+In: metrics, the current status, notes. Out: lines with the time of day, in RUN_DIR/run.log, and on standard output if
+it isn't a terminal. Does not own: the live view on a terminal (`terminal`), which shows the same `COLUMNS`.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ NUM_RECENT_STEPS = 12
 
 @dataclass(frozen=True)
 class Column:
-    """One number of a step as people read it."""
+    """One number of a step, formatted for people."""
 
     title: str
     metric: str
     width: int
     show: Callable[[float], str]
     label: str | None = ""
-    """Its name in a line, where that isn't the title; None: a line goes without it."""
+    """Its name in a line if it isn't the title; None leaves it out of lines."""
     only_above_0: bool = False
 
     def cell(self, metrics: Mapping[str, float]) -> str:
-        """The number; empty where the step has none, a dash where it isn't finite."""
+        """The number; empty if the step has none, a dash if it isn't finite."""
         value = metrics.get(self.metric)
         if value is None or (self.only_above_0 and not value > 0):
             return ""
@@ -51,7 +51,7 @@ def _percent(value: float) -> str:
 
 
 def clock(seconds: float) -> str:
-    """Minutes and seconds, behind hours where there are any."""
+    """Minutes and seconds, after hours if there are any."""
     minutes, hours = round(seconds) // 60, round(seconds) // 3600
     return (f"{hours}:{minutes % 60:02}" if hours else f"{minutes}") + f":{round(seconds) % 60:02}"
 
@@ -67,11 +67,11 @@ COLUMNS = (
     Column("greedy", "eval/greedy_accuracy", 5, _decimals),
     Column("failed", "reward/failed_ratio", 3, _percent, only_above_0=True),
 )
-"""`accuracy` and `greedy` only stand in the line of the step in which an evaluation finished."""
+"""`accuracy` and `greedy` are only in the line of a step in which an evaluation finished."""
 
 
 class TimeLeft:
-    """How long the rest of a run will take, by its latest steps."""
+    """Estimates how long the rest of a run will take, from its latest steps."""
 
     def __init__(self, total_steps: int) -> None:
         self._total_steps = total_steps
@@ -85,7 +85,7 @@ class TimeLeft:
             self._recent_s.append(step_s)
 
     def __str__(self) -> str:
-        """Empty where it isn't known, or nothing is left."""
+        """Empty if it isn't known, or if nothing is left."""
         num_left = self._total_steps - self._step
         return clock(num_left * fmean(self._recent_s)) if self._recent_s and num_left > 0 else ""
 
@@ -111,13 +111,13 @@ class ProgressLines:
         self._status = ""
 
     def status(self, text: str) -> None:
-        """What the run does or waits for now; the same is said once a step."""
+        """What the run does or waits for now. The same text is written once a step."""
         if text != self._status:
             self._status = text
             self.note(text)
 
     def progress(self, text: str) -> None:
-        """How far a step is: nothing for lines, since it changes all the time."""
+        """Progress within a step. Lines don't show it, since it changes all the time."""
 
     def note(self, text: str) -> None:
         """Something that happened."""

@@ -7,9 +7,9 @@
     note(text)   ────┤
     progress(text)   └▶ standard output        live on a terminal, lines elsewhere, without progress
 
-Log records of the stages' loggers, and warnings of any other, become notes. A rollback takes lines out of
-metrics.jsonl and is a note elsewhere: what was shown was so. Invariant: a step is in metrics.jsonl before anything else
-shows it. Does not own: what is measured, and when.
+Log records of the stages' loggers, and warnings of all others, become notes. A rollback removes lines from
+metrics.jsonl. Elsewhere it is a note, and what was shown before stays. Invariant: a step is in metrics.jsonl before it
+is shown anywhere else. Does not own: what is measured, and when.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from asyncdapo.metrics.wandb_log import WandbLog, choose_mode
 
 LOG_FILE = "run.log"
 STAGES = ("prompts", "rollout", "reward", "filter", "replay", "learner", "weights", "eval", "controller", "metrics")
-"""Loggers of ours, each named as its stage."""
+"""Our loggers, each named after its stage."""
 
 
 class Reporter:
@@ -69,8 +69,8 @@ class Reporter:
         self._show(self._file.amend(metrics))
 
     def roll_back(self, step: int, undone_by: int, missing: Iterable[Mapping[str, float]] = ()) -> None:
-        """Take back the lines past `step` in the name of the branch that undoes them; the next one logged is of a later
-        step. `missing`: lines of steps up to it whose own was never written; they are put in where there is none."""
+        """Undo the lines after `step`, in the name of the branch that undoes them. The next line logged is of a later
+        step. `missing`: lines of earlier steps; each is added if its step has no line yet."""
         for line in self._file.roll_back(step, undone_by, missing):
             self._show(line)
 
@@ -84,7 +84,7 @@ class Reporter:
             view.status(text)
 
     def progress(self, text: str) -> None:
-        """How far the next step is."""
+        """Progress of the next step."""
         for view in self._views:
             view.progress(text)
 
@@ -94,7 +94,7 @@ class Reporter:
             view.note(text)
 
     def close(self) -> None:
-        """Finish all files and leave the last picture on the terminal. Raises RunError when W&B has failed."""
+        """Finish all files, and leave the last state on the terminal. Raises RunError if W&B has failed."""
         try:
             self._file.close()
             for upload in self._uploads:
@@ -107,10 +107,10 @@ class Reporter:
 
 
 class View(Protocol):
-    """What shows people how it goes on."""
+    """Shows people the progress of a run."""
 
     def status(self, text: str) -> None:
-        """What goes on or is waited for now."""
+        """What the run does or waits for now."""
 
     def note(self, text: str) -> None:
         """Something that happened."""
@@ -126,7 +126,7 @@ def listen(view: View) -> NoteHandler:
 
 
 class NoteHandler(logging.Handler):
-    """Turns log records into notes: ours from INFO on, those of libraries from WARNING on."""
+    """Turns log records into notes: ours from INFO up, those of libraries from WARNING up."""
 
     def __init__(self, view: View) -> None:
         super().__init__(logging.INFO)

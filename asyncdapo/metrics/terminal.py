@@ -1,8 +1,8 @@
-"""Live view of a run on a terminal: the last steps as a table, and below it how far the next one is, how long the rest
-will take, what the run waits for.
+"""Live view of a run on a terminal: the last steps as a table. Below it: the progress of the next step, how long the
+rest will take, and what the run waits for.
 
-In: metrics, the current status, notes. Out: a region of the terminal that is drawn anew four times a second; notes and
-whatever else is printed scroll by above it. Does not own: the lines in run.log (`progress`).
+In: metrics, the current status, notes. Out: a region of the terminal that is redrawn four times a second. Notes and
+other output scroll by above it. Does not own: the lines in run.log (`progress`).
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from asyncdapo.metrics.progress import COLUMNS, NUM_RECENT_STEPS, TimeLeft
 
 REFRESHES_PER_S = 4
 FIRST_TO_GO = ("wall", "waiting", "learner tok/s", "staleness", "rollout tok/s", "greedy", "failed")
-"""Columns that a narrow terminal lacks, in this order; they are in metrics.jsonl all the same."""
+"""Columns that a narrow terminal leaves out, in this order. They are always in metrics.jsonl."""
 
 
 def terminal_of(stream: TextIO, environ: Mapping[str, str] = os.environ) -> Console | None:
-    """The terminal behind a stream, where a picture can be drawn anew: not behind a pipe or a file, whatever colours
-    are asked for, nor behind a cell of Jupyter, which gives `!commands` a terminal that keeps all that is drawn."""
+    """The terminal behind a stream if it can redraw. Pipes and files can't, even if colours are forced. A cell of
+    Jupyter can't either: it gives `!commands` a terminal that keeps everything drawn."""
     if not stream.isatty() or "JPY_PARENT_PID" in environ:
         return None
     console = Console(file=stream)
@@ -34,7 +34,7 @@ def terminal_of(stream: TextIO, environ: Mapping[str, str] = os.environ) -> Cons
 
 
 class LiveTable:
-    """Drawn from the start until `close`, which leaves the last picture standing."""
+    """Drawn from the start until `close`, which leaves the last state on the screen."""
 
     def __init__(
         self, console: Console, name: str, total_steps: int, now: Callable[[], float] = time.monotonic
@@ -56,12 +56,12 @@ class LiveTable:
         self._status = ""
 
     def status(self, text: str) -> None:
-        """What the run does or waits for now; it stands until the next step."""
+        """What the run does or waits for now. Shown until the next step."""
         if text != self._status:
             self._status, self._status_since_s = text, self._now()
 
     def progress(self, text: str) -> None:
-        """How far the next step is; it stands until it is said anew."""
+        """Progress of the next step. Shown until it is called again."""
         self._progress = text
 
     def note(self, text: str) -> None:
@@ -89,7 +89,7 @@ class LiveTable:
         return Group(*parts)
 
     def _headings(self, width: int) -> list[str]:
-        """Of the columns that hold something, as many as the terminal has room for: none is ever cut."""
+        """The columns with content, as many as the terminal has room for: none is ever cut."""
         rows = self._recent
         shown = ["step", *(column.title for column in COLUMNS if any(row[column.title] for row in rows))]
         taken = {title: 1 + max(map(len, (*title.split(), *(row[title] for row in rows)))) for title in shown}

@@ -1,13 +1,13 @@
 """Weights & Biases: the same names as metrics.jsonl, on an axis of `step`.
 
-In: the metrics of each step. Out: a W&B run with its files under RUN_DIR/wandb, and RUN_DIR/wandb.id, under which a
-resumed run goes on. W&B keeps what it once got: of a step that was undone and trained again it has both points.
-Everything of W&B happens in a thread of its own (import and start take about two seconds, an upload as long as it
-likes), so `log` costs the run a queue entry. Asks nothing, and in place of what W&B prints there is one line: the run's
-address, or the command that uploads it. Does not own: the record of the run, which is metrics.jsonl.
+In: the metrics of each step. Out: a W&B run with its files under RUN_DIR/wandb, and RUN_DIR/wandb.id, with which a
+resumed run continues it. W&B deletes nothing: for a step that was undone and trained again it has both points. All work
+of W&B is done in a thread of its own, so `log` costs the run only a queue entry (import and start take about two
+seconds, an upload takes any time). It never prompts. In place of W&B's own output there is one line: the run's address,
+or the command that uploads it. Does not own: the record of the run (metrics.jsonl).
 
-What goes wrong: `auto` that can't reach the server goes on offline, and says so; any other error is raised at the next
-`log` or at `close`, whatever it is.
+Failures: if `auto` can't reach the server, it continues offline and says so. Any other error is raised at the next
+`log` or at `close`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ logger = logging.getLogger("metrics")
 def choose_mode(config: MetricsConfig, environ: Mapping[str, str] = os.environ) -> Mode:
     """`auto` is online when logged in, offline otherwise; W&B's own WANDB_MODE overrules `auto`.
 
-    Raises ConfigError for `online` without a login, where W&B would ask for one."""
+    Raises ConfigError for `online` without a login, since W&B would prompt for one."""
     if config.wandb == "online" and not logged_in(environ):
         raise ConfigError("metrics.wandb", "needs a login to W&B", "online", "run `wandb login`, or say offline")
     if config.wandb != "auto":
@@ -50,7 +50,7 @@ def choose_mode(config: MetricsConfig, environ: Mapping[str, str] = os.environ) 
 
 
 def logged_in(environ: Mapping[str, str]) -> bool:
-    """There is an API key, in WANDB_API_KEY or in the netrc file for the server in use."""
+    """Whether there is an API key, in WANDB_API_KEY or in the netrc file for the server in use."""
     if environ.get("WANDB_API_KEY"):
         return True
     path = environ.get("NETRC") or str(Path(environ.get("HOME", "~")).expanduser() / ".netrc")
@@ -62,7 +62,7 @@ def logged_in(environ: Mapping[str, str]) -> bool:
 
 
 class WandbLog:
-    """One W&B run. `settings` is what the run was configured with, shown beside its curves."""
+    """One W&B run. `settings`: the run's configuration, shown beside its curves."""
 
     def __init__(
         self, run_dir: Path, config: MetricsConfig, mode: Mode, name: str, settings: Mapping[str, Any]
@@ -82,12 +82,12 @@ class WandbLog:
         self._thread.start()
 
     def log(self, metrics: Mapping[str, float]) -> None:
-        """Hand over one step. Raises RunError when W&B has failed."""
+        """Queue one step. Raises RunError if W&B has failed."""
         self._raise_failure()
         self._lines.put(dict(metrics))
 
     def close(self) -> None:
-        """Wait for the upload, at most a minute. Raises RunError when W&B has failed."""
+        """Wait for the upload, at most a minute. Raises RunError if W&B has failed."""
         self._lines.put(None)
         self._thread.join(FINISH_TIMEOUT_S)
         self._raise_failure()
@@ -99,14 +99,14 @@ class WandbLog:
             raise RunError(f"W&B: {self._error} (metrics.wandb=offline goes without its server)") from self._error
 
     def _write(self, arguments: Mapping[str, Any], mode: Mode, may_go_offline: bool) -> None:
-        """The thread. Nobody waits for it, so whatever it raises is kept for the next caller."""
+        """The thread's main. Nobody waits for it, so its error is kept for the next caller."""
         try:
             self._upload(arguments, mode, may_go_offline)
         except Exception as error:  # noqa: BLE001 - raised by `_raise_failure`
             self._error = error
 
     def _upload(self, arguments: Mapping[str, Any], mode: Mode, may_go_offline: bool) -> None:
-        """Open the run, write lines until there is no more."""
+        """Open the run, and write lines until there are no more."""
         import wandb
 
         def start(chosen: Mode) -> Any:
@@ -120,11 +120,11 @@ class WandbLog:
         for line in iter(self._lines.get, None):
             run.log(line)
         run.finish()
-        wandb.teardown()  # its process ends here, and not when this one does
+        wandb.teardown()  # end its process now, not when this one ends
 
 
 def describe(url: str | None, files_dir: str) -> str:
-    """Where to see the run: at its address, or after a command when it is offline. `files_dir`: W&B's in its folder."""
+    """Where to see the run: its address, or the upload command if it is offline. `files_dir`: W&B's folder of files."""
     return f"W&B: {url}" if url else f"W&B is offline: wandb sync {os.path.relpath(Path(files_dir).parent)} uploads it"
 
 
@@ -139,7 +139,7 @@ def run_id(run_dir: Path) -> str:
 
 
 def open_run(start: Callable[[Mode], Any], mode: Mode, may_go_offline: bool, error_type: type[Exception]) -> Any:
-    """Start a run in `mode`, or offline when the server can't be reached and that is allowed."""
+    """Start a run in `mode`, or offline if the server can't be reached and `mode` allows it."""
     try:
         return start(mode)
     except error_type as error:

@@ -57,7 +57,7 @@ class Lines:
     def hold(self, step: int, learner: Mapping[str, float], replay: Mapping[str, float], **others: float) -> None:
         """Keep the line of a step until `write`."""
         self._held = {"step": step, **self._times(learner, replay), **replay, **learner, **others}
-        for alarm in self._alarms.heed(self._held):
+        for alarm in self._alarms.check(self._held):
             self._reporter.note(alarm)
 
     def write(self) -> None:
