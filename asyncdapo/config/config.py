@@ -219,8 +219,9 @@ def config_from_dict(tree: dict[str, Any], places: Mapping[str, str] | None = No
             sections[name], wrong = _section(name, given)
             problems += wrong
         elif name in SECTIONS:
-            right = with_colon(str(given))
-            problems.append(ConfigError(name, "is a section: it holds keys", given, right and f"write `{right}`"))
+            right = with_colon(given) if isinstance(given, str) else ""
+            fix = f"write `{right}`" if right else "write them below it, each indented by two spaces, or leave it out"
+            problems.append(ConfigError(name, "is a section: it holds keys", given, fix))
     if "model" not in tree:
         problems.append(ConfigError("model.path", "is missing", fix="a Hugging Face id or a directory"))
     try:

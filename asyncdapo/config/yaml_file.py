@@ -92,6 +92,8 @@ def _in_line(lines: list[str], here: Spot, problem: str) -> tuple[Spot, str, str
             column = len(lines[candidate]) - len(lines[candidate].lstrip())
             return (candidate, column), "a key without a colon and a space behind it", f"write `{right}`"
     found = KEY_AND_VALUE.match(lines[number])
+    if lines[number].lstrip().startswith("- ") and not found:
+        return here, "an entry of a list among keys", "a key begins without `- `"
     if not found:
         return here, problem, "text with special characters stands in quotes"
     if ": " in found[2] or found[2][0] in "{[*&!|>\"'":

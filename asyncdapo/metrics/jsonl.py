@@ -69,7 +69,7 @@ class MetricsFile:
         put_in = [dict(line) for line in missing if line["step"] <= step and line["step"] not in kept]
         if undone:
             _add_undone(self._run_dir, undone, undone_by)
-            logger.info("lines of steps %d to %d moved to %s", undone[0]["step"], undone[-1]["step"], UNDONE_NAME)
+            logger.info("lines after step %d moved to %s", step, UNDONE_NAME)
         lines = [*kept.values(), *map(_to_record, put_in)]
         self._rewrite(sorted(lines, key=lambda line: line["step"]))
         return put_in

@@ -57,7 +57,7 @@ class Reporter:
             self._uploads.append(WandbLog(run_dir, config, mode, name, settings or {}))
         self._handler = listen(self)
         if self._file.num_torn:
-            self.note(f"metrics: {self._file.num_torn} lines of metrics.jsonl can't be read and are left out")
+            self.note(f"metrics: lines of metrics.jsonl that can't be read and are left out: {self._file.num_torn}")
 
     def log(self, metrics: Mapping[str, float]) -> None:
         """The metrics of one step, `step` among them."""

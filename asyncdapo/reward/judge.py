@@ -97,9 +97,9 @@ def _number(value: Any) -> float:
 
 
 def describe(error: BaseException) -> str:
-    """Type and message of an error, and where it was raised."""
+    """Type and message of an error in one line, and where it was raised."""
     report = TracebackException.from_exception(error)
-    problem = f"{type(error).__name__}: {report}"[:MAX_PROBLEM_CHARS]
+    problem = " ".join(f"{type(error).__name__}: {report}"[:MAX_PROBLEM_CHARS].split())
     last = report.stack[-1]
     said = f"{problem} (in {last.name}, {last.filename}:{last.lineno})"
     return said.encode(errors="backslashreplace").decode()

@@ -91,7 +91,7 @@ def test_a_rollback_takes_lines_out_of_the_record_and_is_a_note_elsewhere(tmp_pa
     reporter.close()
     assert read_metrics(tmp_path) == [{"step": 0}, {"step": 1}, {"step": 2, "reward/mean": 0.5}]
     note, step = (line.split("  ", 1)[1] for line in output.getvalue().splitlines())
-    assert note == "metrics: lines of steps 2 to 3 moved to metrics.undone.jsonl"
+    assert note == "metrics: lines after step 1 moved to metrics.undone.jsonl"
     assert step.startswith("step  2/48  reward  0.500")
 
 
@@ -104,6 +104,6 @@ def test_lines_that_were_never_written_are_shown_once_they_are_put_in(tmp_path: 
     reporter.close()
     assert read_metrics(tmp_path) == [{"step": 0}, {"step": 1, "reward/mean": 0.25, "eval/accuracy": 0.75}]
     torn, line, amended = (text.split("  ", 1)[1] for text in output.getvalue().splitlines())
-    assert torn == "metrics: 1 lines of metrics.jsonl can't be read and are left out"
+    assert torn == "metrics: lines of metrics.jsonl that can't be read and are left out: 1"
     assert line == "step  1/36  reward  0.250"
     assert amended == "step  1/36  reward  0.250  accuracy 0.750"

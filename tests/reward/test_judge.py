@@ -113,6 +113,14 @@ def test_what_an_error_says_can_always_be_sent():
     assert raised.problem.startswith(r"LookupError: half a pair: \ud800 (in verify, ")
 
 
+def test_an_error_of_several_lines_is_told_in_one():
+    def verify(text, answer):
+        raise LookupError("no answer\n  in this row\n")
+
+    [raised] = told_by(verify, ["6"])
+    assert raised.problem.startswith("LookupError: no answer in this row (in verify, ")
+
+
 # ------------------------------------------------------------------------------------------------------- further tries
 
 
