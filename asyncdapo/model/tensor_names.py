@@ -48,7 +48,7 @@ def read_index(directory: Path, key: str = "model.path") -> dict[str, str]:
     """The file of each tensor, of a model in several files. Raises ConfigError."""
     try:
         return msgspec.json.decode((directory / INDEX).read_bytes(), type=_Index).weight_map
-    except (OSError, msgspec.DecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(key, f"can't read {INDEX}: {error}", str(directory), FETCH) from error
 
 

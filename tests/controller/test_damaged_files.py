@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from asyncdapo.controller.checks.preflight import prepare_run
+from asyncdapo.controller.process.roster import read as read_roster
 from asyncdapo.errors import RunError, UserError
 from asyncdapo.learner.step.checkpoint import set_aside, write_checkpoint
 from asyncdapo.metrics.jsonl import MetricsFile
@@ -64,6 +65,11 @@ def flip(content: bytearray, rng: random.Random) -> bytes:
 
 def empty(content: bytearray, rng: random.Random) -> bytes:
     return b""
+
+
+def break_text(content: bytearray, rng: random.Random) -> bytes:
+    """Every string of the JSON begins with a byte that no UTF-8 begins with."""
+    return content.replace(b': "', b': "\xb6')
 
 
 Harm = Callable[[bytearray, random.Random], bytes]
@@ -135,6 +141,19 @@ def test_a_harmed_file_is_named_with_what_to_do_or_the_run_goes_on_soundly(
 ) -> None:
     for seed in range(5 if name == HELD else 1):
         launch_harmed(shutil.copytree(interrupted, tmp_path / f"run{seed}"), name, harm, seed)
+
+
+@pytest.mark.parametrize("name", [CHECKPOINT + "checkpoint.json", "identity.json"])
+def test_json_whose_text_is_none_is_named_as_any_other_damage(interrupted: Path, tmp_path: Path, name: str) -> None:
+    run_dir = shutil.copytree(interrupted, tmp_path / "run")
+    assert b': "' in (run_dir / name).read_bytes()
+    launch_harmed(run_dir, name, break_text, 0)
+
+
+def test_a_list_of_processes_whose_text_is_none_is_named_with_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "processes.json").write_bytes(b'[{"role":"\xb6"}]')
+    with pytest.raises(UserError, match=r"processes.json is no list of processes: .*\(remove it"):
+        read_roster(tmp_path)
 
 
 @pytest.mark.soak

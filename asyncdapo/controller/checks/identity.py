@@ -104,7 +104,7 @@ def _needed(path: Path, where_else: str) -> Iterator[None]:
     """While a file is read without which a run can't be gone on with. `where_else`: what can take its place."""
     try:
         yield
-    except (UserError, OSError, msgspec.DecodeError) as error:
+    except (UserError, OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else " · ".join(str(error).splitlines())
         problem = f"holds a run that can't be gone on with: {path.name}: {reason}"
         fix = f"put a sound {path.name} there: {where_else}; or choose another run.dir"

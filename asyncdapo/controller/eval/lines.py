@@ -88,7 +88,7 @@ def read_lines(path: Path) -> Iterator[AnswerLine]:
                 return
             try:
                 yield _DECODER.decode(line)
-            except msgspec.DecodeError as error:
+            except ValueError as error:
                 fix = "remove the line and metrics.json: it is asked for again"
                 raise UserError(f"{path}: line {number} is no answer of an evaluation: {error} ({fix})") from error
 

@@ -122,7 +122,7 @@ def _read(out: Path) -> Record | None:
     path = out / RECORD_FILE
     try:
         known = msgspec.json.decode(path.read_bytes(), type=Record) if path.exists() else None
-    except (OSError, msgspec.DecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(KEY, f"{path.name} can't be read: {error}", str(out), "choose another --out") from error
     if known and known.schema != RECORD_SCHEMA:
         problem = f"holds an evaluation of schema {known.schema}, this program reads {RECORD_SCHEMA}"
@@ -135,7 +135,7 @@ def _is_complete(out: Path) -> bool:
     metrics = out / METRICS_FILE
     try:
         return metrics.exists() and not msgspec.json.decode(metrics.read_bytes()).get("eval/failed_answers")
-    except (OSError, msgspec.DecodeError):
+    except (OSError, ValueError):
         return False
 
 

@@ -117,7 +117,7 @@ def read(run_dir: Path) -> list[Entry]:
     path = run_dir / FILE_NAME
     try:
         return msgspec.json.decode(path.read_bytes(), type=list[Entry])
-    except msgspec.DecodeError as error:
+    except ValueError as error:
         raise UserError(
             f"{path} is no list of processes: {error} (remove it, once no process of that run lives)"
         ) from None

@@ -156,7 +156,7 @@ def check_checkpoint(path: Path) -> list[str]:
         manifest = _read_manifest(path)
     except FileNotFoundError:
         return [f"{MANIFEST} is missing"]
-    except (OSError, msgspec.DecodeError) as error:
+    except (OSError, ValueError) as error:
         return [f"{MANIFEST} can't be read ({error})"]
     if manifest.schema != MANIFEST_SCHEMA:
         return [f"{MANIFEST} has schema {manifest.schema}, this program reads {MANIFEST_SCHEMA}"]
