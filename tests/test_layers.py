@@ -21,6 +21,7 @@ LOWER = {
     "messages",
     "model",
     "payload",
+    "plugins",
     "shares",
     "transport",
 }

@@ -32,7 +32,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -45,6 +44,7 @@ from asyncdapo.algorithm.dapo import (
     importance_ratio,
     token_mean_weights,
 )
+from asyncdapo.plugins import cached_plugin, is_plugin
 
 # The ratio, and the loss of each token.
 
@@ -61,7 +61,7 @@ class PolicyLoss(ClippedLoss):
 
 
 def policy_loss(
-    variant: Literal["ppo", "gspo", "cispo"],
+    variant: str,
     logp_BT: Tensor,
     old_logp_BT: Tensor,
     advantages_BT: Tensor,
@@ -71,7 +71,12 @@ def policy_loss(
     clip_high: float,
     dual_clip: float | None = None,
 ) -> PolicyLoss:
-    """Loss of each token, [B, T]; 0 outside the mask. `dual_clip` has no meaning for `cispo` and is not looked at."""
+    """Loss of each token, [B, T]; 0 outside the mask. `dual_clip` has no meaning for `cispo` or a function of the
+    user's, and is not looked at."""
+    if is_plugin(variant):
+        loss = cached_plugin("loss.variant", variant)
+        returned = loss(logp_BT, old_logp_BT, advantages_BT, mask_BT, clip_low=clip_low, clip_high=clip_high)
+        return returned if isinstance(returned, PolicyLoss) else _unclipped(returned, logp_BT, old_logp_BT, mask_BT)
     if variant == "cispo":
         return cispo_loss(logp_BT, old_logp_BT, advantages_BT, mask_BT, clip_low=clip_low, clip_high=clip_high)
     ratio_BT = RATIOS[variant](logp_BT, old_logp_BT, mask_BT)
@@ -79,6 +84,18 @@ def policy_loss(
         ratio_BT, advantages_BT, mask_BT, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip
     )
     return PolicyLoss(**vars(clipped), ratio_BT=ratio_BT)
+
+
+def _unclipped(loss_BT: Tensor, logp_BT: Tensor, old_logp_BT: Tensor, mask_BT: Tensor) -> PolicyLoss:
+    """Of a function of the user's that doesn't say what it clips: each token's ratio is measured, no clipped token."""
+    none_BT = torch.zeros_like(mask_BT)
+    return PolicyLoss(
+        ratio_BT=importance_ratio(logp_BT.detach(), old_logp_BT, mask_BT),
+        loss_BT=torch.where(mask_BT, loss_BT, 0.0),
+        clipped_low_BT=none_BT,
+        clipped_high_BT=none_BT,
+        clipped_dual_BT=none_BT,
+    )
 
 
 def response_ratio(logp_BT: Tensor, old_logp_BT: Tensor, mask_BT: Tensor, *, geometric: bool) -> Tensor:
@@ -143,6 +160,11 @@ ADVANTAGES: dict[str, Callable[[Tensor], Tensor]] = {
 """By `loss.advantage`: rewards_G of one prompt's completions -> advantages_G."""
 
 
+def advantage_of(name: str) -> Callable[[Tensor], Tensor]:
+    """What `loss.advantage` names."""
+    return cached_plugin("loss.advantage", name) if is_plugin(name) else ADVANTAGES[name]
+
+
 # The average.
 
 
@@ -184,7 +206,8 @@ def aggregation_weights(
     that stands c times in the update (`copies_N`, ≥ 1) counts c times in every sum and every denominator.
     """
     counts = UpdateCounts(num_tokens_N, group_ids_N, copies_N, max_response_length)
-    return copies_N * AGGREGATIONS[agg](counts)
+    average = cached_plugin("loss.agg", agg) if is_plugin(agg) else AGGREGATIONS[agg]
+    return copies_N * average(counts)
 
 
 def _token_mean(counts: UpdateCounts) -> Tensor:

@@ -7,6 +7,19 @@ from typing import Literal
 
 from asyncdapo.errors import ConfigError
 from asyncdapo.messages import MAX_RANKS
+from asyncdapo.plugins import check_name, is_plugin
+
+VARIANTS = ("ppo", "gspo", "cispo")
+ADVANTAGES = ("grpo", "dr_grpo", "rloo")
+AGGREGATIONS = (
+    "token-mean",
+    "token-sum",
+    "seq-mean-token-sum",
+    "seq-mean-token-mean",
+    "seq-mean-token-sum-norm",
+    "prompt-mean",
+)
+"""The names that `algorithm/variants.py` has, here without torch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +59,9 @@ DUAL_CLIP = 10.0
 class LossConfig:
     """The loss: DAPO by default (clipped ratio on the rollout log-probs, token mean, no KL), and what others use."""
 
-    variant: Literal["ppo", "gspo", "cispo"] = "ppo"
-    """What the clipped ratio is: `ppo` of each token, `gspo` of the whole response, `cispo` a constant weight."""
+    variant: str = "ppo"
+    """What the clipped ratio is: `ppo` of each token, `gspo` of the whole response, `cispo` a constant weight; or a
+    function of yours: `path/to/file.py:name`, `package.module:name`."""
     anchor: Literal["behavior", "proximal"] = "behavior"
     """Policy that the ratio is taken against: `behavior`, which sampled the tokens, or `proximal`, that of the start of
     the train step, with the distance between the two as a weight (`loss.correction`)."""
@@ -58,17 +72,12 @@ class LossConfig:
     dual_clip: float | None = DUAL_CLIP
     """Upper bound of the loss, in units of |advantage|, where the advantage is negative: tokens whose ratio is larger
     have no gradient. null is none, as in the paper and always for `cispo`."""
-    agg: Literal[
-        "token-mean",
-        "token-sum",
-        "seq-mean-token-sum",
-        "seq-mean-token-mean",
-        "seq-mean-token-sum-norm",
-        "prompt-mean",
-    ] = "token-mean"
-    """How the losses of an update's tokens become one number (DAPO §3.3: token-mean)."""
-    advantage: Literal["grpo", "dr_grpo", "rloo"] = "grpo"
-    """`grpo` centred and divided by the group's standard deviation, `dr_grpo` centred, `rloo` against the others."""
+    agg: str = "token-mean"
+    """How the losses of an update's tokens become one number (DAPO §3.3: token-mean): `token-mean`, `token-sum`,
+    `seq-mean-token-sum`, `seq-mean-token-mean`, `seq-mean-token-sum-norm`, `prompt-mean`; or a function of yours."""
+    advantage: str = "grpo"
+    """`grpo` centred and divided by the group's standard deviation, `dr_grpo` centred, `rloo` against the others; or a
+    function of yours."""
     correction: Literal["none", "token", "sequence", "geometric"] | None = None
     """Weight of π_proximal / μ under `anchor: proximal`: of each token, of the response as a product, as a geometric
     mean, or none; `token` by default. Under `anchor: behavior` the ratio itself holds it, so there is none."""
@@ -88,6 +97,9 @@ class LossConfig:
     """Weight of the entropy bonus."""
 
     def __post_init__(self) -> None:
+        check_name("loss.variant", self.variant, VARIANTS)
+        check_name("loss.advantage", self.advantage, ADVANTAGES)
+        check_name("loss.agg", self.agg, AGGREGATIONS)
         self._settle_defaults()
         if not 0 <= self.clip_low <= 1:
             raise ConfigError("loss.clip_low", "must be between 0 and 1", self.clip_low)
@@ -95,8 +107,9 @@ class LossConfig:
             raise ConfigError("loss.clip_high", "must be at least 0", self.clip_high)
         if self.dual_clip is not None and self.dual_clip <= 1:
             raise ConfigError("loss.dual_clip", "must be above 1 (or null)", self.dual_clip)
-        if self.dual_clip is not None and self.variant == "cispo":
-            raise ConfigError("loss.dual_clip", "has no meaning for loss.variant cispo", self.dual_clip, "use null")
+        if self.dual_clip is not None and self.variant not in ("ppo", "gspo"):
+            problem = f"has no meaning for loss.variant {self.variant}"
+            raise ConfigError("loss.dual_clip", problem, self.dual_clip, "use null")
         if self.anchor == "behavior" and self.correction != "none":
             problem = "would weigh by the ratio that loss.anchor behavior clips already"
             raise ConfigError("loss.correction", problem, self.correction, "use none, or loss.anchor=proximal")
@@ -125,7 +138,7 @@ class LossConfig:
                     fix = "its ratio moves far less than a token's: 3e-4 and 4e-4 in its paper"
                     raise ConfigError(f"loss.{key}", "must be given for loss.variant gspo", fix=fix)
                 object.__setattr__(self, key, default)
-        if self.variant == "cispo" and self.dual_clip == DUAL_CLIP:
+        if self.variant not in ("ppo", "gspo") and self.dual_clip == DUAL_CLIP:
             object.__setattr__(self, "dual_clip", None)
         if self.correction is None:
             object.__setattr__(self, "correction", "token" if self.anchor == "proximal" else "none")
@@ -145,8 +158,9 @@ class LossConfig:
     @property
     def heeds_without_advantage(self) -> bool:
         """Whether completions of advantage 0 have more part in an update than in its denominators: in a term that goes
-        by no advantage, or in masks that change what is counted."""
-        return self.kl_coef > 0 or self.entropy_coef > 0 or self.masks_by_policy
+        by no advantage, in a variant of the user's that may have such a term, or in masks that change what is
+        counted."""
+        return is_plugin(self.variant) or self.kl_coef > 0 or self.entropy_coef > 0 or self.masks_by_policy
 
     @property
     def masks_by_policy(self) -> bool:

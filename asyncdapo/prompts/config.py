@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from asyncdapo.errors import ConfigError
+from asyncdapo.plugins import is_plugin
 from asyncdapo.prompts.mixture import Mixture
 
 
@@ -16,7 +17,8 @@ class PromptsConfig:
     """Where prompts come from, and how a row becomes tokens."""
 
     task: str = "chain"
-    """Name of the task: `chain` (arithmetic, made on the fly) or `file` (your own JSONL or parquet)."""
+    """Name of the task: `chain` (arithmetic, made on the fly) or `file` (your own JSONL or parquet); or a class of
+    yours: `path/to/file.py:name`, `package.module:name`."""
     path: str | dict[str, float] | None = None
     """Data file of the task `file`, .jsonl or .parquet, or a mixture of several: `{a.parquet: 3, b.parquet: 1}` draws
     three prompts from the first for each one from the second."""
@@ -51,7 +53,7 @@ class PromptsConfig:
         if self.task == "file" and not self.path:
             raise ConfigError("prompts.path", "the task 'file' needs a data file", fix="prompts.path=train.jsonl")
         for key in ("path", "eval_path"):
-            if self.task != "file" and getattr(self, key):
+            if self.task != "file" and not is_plugin(self.task) and getattr(self, key):
                 raise ConfigError(
                     f"prompts.{key}", "belongs to the task 'file'", getattr(self, key), "prompts.task=file"
                 )

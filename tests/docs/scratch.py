@@ -37,7 +37,7 @@ def make(folder: Path, page: str) -> Path:
     """Fill it. Returns the directory in which the page's commands start."""
     start = folder / "asyncdapo"
     start.mkdir()
-    for name in ("configs", "launchers", "docs", "benchmarks", "pyproject.toml"):
+    for name in ("configs", "launchers", "docs", "benchmarks", "examples", "pyproject.toml"):
         (start / name).symlink_to(ROOT / name)
     for bin_dir in (folder / "bin", start / ".venv" / "bin"):
         bin_dir.mkdir(parents=True)

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from asyncdapo.errors import ConfigError
-from asyncdapo.reward.registry import VERIFIERS, absolute_verifier, make_verifier
+from asyncdapo.plugins import absolute_plugin
+from asyncdapo.reward.registry import VERIFIERS, make_verifier
 
 
 def written(path: Path, text: str) -> Path:
@@ -62,9 +63,9 @@ def test_a_file_may_import_its_neighbours_and_hides_no_installed_module(tmp_path
 
 def test_a_relative_path_is_made_absolute_and_a_name_is_left(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert absolute_verifier("rewards/mine.py:check") == f"{tmp_path}/rewards/mine.py:check"
-    assert absolute_verifier("/rewards/mine.py:check") == "/rewards/mine.py:check"
-    assert [absolute_verifier(name) for name in ("answer", "my.module:check")] == ["answer", "my.module:check"]
+    assert absolute_plugin("rewards/mine.py:check") == f"{tmp_path}/rewards/mine.py:check"
+    assert absolute_plugin("/rewards/mine.py:check") == "/rewards/mine.py:check"
+    assert [absolute_plugin(name) for name in ("answer", "my.module:check")] == ["answer", "my.module:check"]
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ def check_model(config: Config) -> None:
         return
     if config.rollout.engine == "torch":
         _check_kind(config, model)
-    else:
+    elif config.rollout.engine == "vllm":
         _check_parts(config, model)
     _check_length(config, model)
 

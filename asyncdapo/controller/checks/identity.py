@@ -19,6 +19,7 @@ from asyncdapo.config.config import Config, load_recorded, to_dict
 from asyncdapo.disk import sha256_of
 from asyncdapo.errors import ConfigError, UserError
 from asyncdapo.model.files import local_directory, local_tokenizer, model_digests, tokenizer_digests
+from asyncdapo.plugins import is_plugin, plugin_digest
 from asyncdapo.prompts.mixture import whole_numbers
 from asyncdapo.replay.ledger.audit import CONFIG_FILE
 
@@ -47,6 +48,9 @@ FREE_KEYS = {
 """Keys of fixed sections that may change: where the data is (its digest counts), how long the run goes on, and how
 patient it is with its verifier."""
 
+EXTENSIONS = ("prompts.task", "loss.variant", "loss.advantage", "loss.agg", "rollout.engine")
+"""Keys that may name something of the user's, whose source can't change within a run."""
+
 
 class Identity(msgspec.Struct, frozen=True, kw_only=True):
     """RUN_DIR/identity.json."""
@@ -61,6 +65,8 @@ class Identity(msgspec.Struct, frozen=True, kw_only=True):
     to do. Empty in runs of before."""
     data: dict[str, str]
     """Digest of each file that a key of `prompts` names; none for a task that makes its questions."""
+    extensions: dict[str, str] = {}
+    """Digest of the source that each key of EXTENSIONS names, where it is the user's. Empty in older runs."""
 
 
 def identify(config: Config) -> Identity:
@@ -71,6 +77,7 @@ def identify(config: Config) -> Identity:
         reference=_model_digests("model.reference", reference) if reference else {},
         tokenizer=_tokenizer_digests(config),
         data={name: _data_digest(key, path) for name, (key, path) in _data_files(config).items()},
+        extensions={key: plugin_digest(key, name) for key, name in _extensions(config).items()},
     )
 
 
@@ -126,6 +133,9 @@ def different_files(known: Identity, identity: Identity, config: Config) -> Iter
         yield f"{config.model.tokenizer_key} (other {', '.join(changed)})"
     for key in _different(known.data, identity.data):
         yield f"{key} (other data)"
+    for key, digest in identity.extensions.items():
+        if known.extensions.get(key, digest) != digest:
+            yield f"{key} (other source)"
 
 
 def _different_values(recorded: Config, config: Config) -> Iterator[str]:
@@ -146,9 +156,19 @@ def _fixed_values(config: Config) -> dict[str, object]:
     values["model.tokenizer"] = "the model's own" if config.model.tokenizer is None else "another"
     if len(config.prompts.weights) > 1:
         values["the weights of prompts.path"] = whole_numbers(list(config.prompts.weights.values()))
-    where, colon, function = config.reward.verifier.rpartition(":")
-    values["reward.verifier"] = f"{Path(where).name}{colon}{function}"  # its file may move, and be mended
+    for key in ("reward.verifier", *EXTENSIONS):  # files may move; a verifier's may be fixed, the others' are digested
+        if key in values:
+            where, colon, function = str(values[key]).rpartition(":")
+            values[key] = f"{Path(where).name}{colon}{function}"
     return {key: value for key, value in values.items() if key not in FREE_KEYS}
+
+
+def _extensions(config: Config) -> dict[str, str]:
+    """Keys whose value says where something of the user's is."""
+    values = (
+        (f"{section}.{key}", value) for section, entries in to_dict(config).items() for key, value in entries.items()
+    )
+    return {key: value for key, value in values if key in EXTENSIONS and is_plugin(value)}
 
 
 def _different(there: Mapping[str, object], now: Mapping[str, object]) -> list[str]:

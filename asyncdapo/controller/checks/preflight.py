@@ -36,13 +36,15 @@ from asyncdapo.errors import ConfigError, RunError, UserError
 from asyncdapo.learner.model.compiler import check_compiler
 from asyncdapo.metrics.wandb_log import choose_mode
 from asyncdapo.model.files import check_model_path, check_tokenizer_path, local_tokenizer, vocab_size
+from asyncdapo.plugins import absolute_plugin, is_plugin
 from asyncdapo.prompts.registry import open_task
 from asyncdapo.prompts.stream import PromptStream
 from asyncdapo.prompts.task import Task
 from asyncdapo.replay.ledger.audit import CONFIG_FILE, ledger_breach
 from asyncdapo.replay.ledger.ledger import LEDGER_FILE
-from asyncdapo.reward.registry import absolute_verifier, make_verifier
+from asyncdapo.reward.registry import make_verifier
 from asyncdapo.reward.wire import METRICS
+from asyncdapo.rollout.own_engine import engine_class
 
 LOCK_FILE = "launch.lock"
 UNFINISHED_START = {LOCK_FILE, IDENTITY_FILE, f".{IDENTITY_FILE}.new", f".{CONFIG_FILE}.new"}
@@ -80,11 +82,31 @@ def check_config(config: Config) -> None:
     check_installed(config)
     if config.learner.compile:  # null depends on what the learner finds, and is checked there
         check_compiler(config.learner.device, config.learner.compile)
+    check_extensions(config)
     check_reward(config)
     check_reference(config)
     check_files(config)
     choose_mode(config.metrics)
     check_prompts(config, open_task(config.prompts, num_eval=config.eval.num_held_out, seed=config.run.seed))
+
+
+def check_extensions(config: Config) -> None:
+    """Parts of the loss and an engine that are the user's: that they are there, and a trial on two rows. The task is
+    tried when it is opened."""
+    if is_plugin(config.rollout.engine):
+        engine_class(config.rollout.engine)
+    loss = config.loss
+    if any(is_plugin(name) for name in (loss.variant, loss.advantage, loss.agg)):
+        from asyncdapo.algorithm import extensions
+
+        parts = (
+            (loss.variant, extensions.try_variant),
+            (loss.advantage, extensions.try_advantage),
+            (loss.agg, extensions.try_aggregation),
+        )
+        for name, trial in parts:
+            if is_plugin(name):
+                trial(name)
 
 
 def check_prompts(config: Config, task: Task) -> None:
@@ -150,9 +172,19 @@ def effective(config: Config, config_dir: Path) -> Config:
             tokenizer=config.model.tokenizer and check_tokenizer_path(config.model.tokenizer, where),
         ),
         prompts=replace(
-            config.prompts, path=_absolute_data(config.prompts.path), eval_path=_absolute(config.prompts.eval_path)
+            config.prompts,
+            task=absolute_plugin(config.prompts.task),
+            path=_absolute_data(config.prompts.path),
+            eval_path=_absolute(config.prompts.eval_path),
         ),
-        reward=replace(config.reward, verifier=absolute_verifier(config.reward.verifier)),
+        rollout=replace(config.rollout, engine=absolute_plugin(config.rollout.engine)),
+        reward=replace(config.reward, verifier=absolute_plugin(config.reward.verifier)),
+        loss=replace(
+            config.loss,
+            variant=absolute_plugin(config.loss.variant),
+            advantage=absolute_plugin(config.loss.advantage),
+            agg=absolute_plugin(config.loss.agg),
+        ),
         replay=replace(config.replay, max_staleness=bound),
     )
 

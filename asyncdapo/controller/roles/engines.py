@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 from asyncdapo.config.config import Config
 from asyncdapo.learner.config import ModelConfig
+from asyncdapo.plugins import is_plugin
 from asyncdapo.rollout.engine import Engine
 from asyncdapo.rollout.model_files import locate, read_config, stop_token_ids
+from asyncdapo.rollout.own_engine import engine_class
 from asyncdapo.rollout.torch_engine.torch_engine import TorchEngine
 from asyncdapo.rollout.vllm_engine.vllm_engine import VllmEngine
 from asyncdapo.weights.receivers import TRANSFER, WORKER_RECEIVER, EngineReceiver, LocalReceiver, Receiver
@@ -30,6 +32,11 @@ def make_engine(config: Config, memory_fraction: float) -> Fitted:
     if config.rollout.engine == "torch":
         torch = TorchEngine(config.model.path, config.rollout, max_prompt_length=max_prompt_length, stop_token_ids=stop)
         return Fitted(torch, LocalReceiver(lambda: torch.device, timeout_s), list)
+    if is_plugin(config.rollout.engine):
+        own = engine_class(config.rollout.engine)(
+            config.model.path, config.rollout, max_prompt_length=max_prompt_length, stop_token_ids=stop
+        )
+        return Fitted(own, LocalReceiver(lambda: own.device, timeout_s), list)
     vllm = VllmEngine(
         config.model.path,
         config.rollout,

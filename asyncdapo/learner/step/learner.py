@@ -28,7 +28,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from asyncdapo.algorithm.variants import ADVANTAGES, aggregation_weights
+from asyncdapo.algorithm.variants import advantage_of, aggregation_weights
 from asyncdapo.errors import ConfigError, RunError, StalenessError
 from asyncdapo.learner.batches.prepared import Prepared
 from asyncdapo.learner.batches.samples import Columns, Row, columns, group_rows, weighted
@@ -123,7 +123,7 @@ class Learner:
         any thread, while another batch is trained."""
         updates = deal(batch.groups, num_updates=self._config.updates_per_step, num_ranks=self.ranks.num_ranks)
         share = share_of(updates, self.ranks.rank)
-        advantage, with_zeros = ADVANTAGES[self._loss.advantage], self._loss.heeds_without_advantage
+        advantage, with_zeros = advantage_of(self._loss.advantage), self._loss.heeds_without_advantage
         rows = group_rows(batch, payload, share, advantage, with_zeros=with_zeros)
         return Prepared(batch, updates, rows, columns(batch))
 

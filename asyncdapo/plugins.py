@@ -1,0 +1,109 @@
+"""Functions and classes of the user's, by where they are: `package.module:name` or `path/to/file.py:name`.
+
+In: the key of the configuration and its value. Out: the object, or ConfigError for that key. A file finds its
+neighbours: its folder is searched for modules, after all others. Does not own: what the object is given and returns.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from traceback import TracebackException
+from types import ModuleType
+from typing import Any
+
+from asyncdapo.disk import sha256_of
+from asyncdapo.errors import ConfigError
+
+
+def is_plugin(name: str) -> bool:
+    """Whether the value says where something of the user's is, instead of naming something of ours."""
+    return ":" in name
+
+
+def check_name(key: str, name: str, known: Iterable[str]) -> None:
+    """Raises ConfigError for a value that is neither one of ours nor a place."""
+    names = list(known)
+    if name not in names and not is_plugin(name):
+        nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
+        fix = f"try {nearest}, or one of yours as path/to/file.py:name or package.module:name"
+        raise ConfigError(key, f"must be one of {', '.join(names)}", name, fix)
+
+
+def load_plugin(key: str, name: str, fix: str = "") -> Callable[..., Any]:
+    """What the value names. `fix`: of a file that isn't there. Raises ConfigError."""
+    where, _, attribute = name.rpartition(":")
+    is_file = where.endswith(".py")
+    if is_file and not Path(where).is_file():
+        raise ConfigError(key, f"no such file ({Path(where).absolute()})", name, fix or "path/to/file.py:name")
+    try:
+        module = _load_file(Path(where)) if is_file else importlib.import_module(where)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{where}.".startswith(f"{error.name}."):
+            raise broken(key, name, error) from error
+        fix = "is it installed, or on PYTHONPATH? A file is named path/to/file.py:function"
+        raise ConfigError(key, f"no module {error.name}", name, fix) from None
+    except (Exception, SystemExit) as error:  # the user's module runs its own code when it is imported
+        raise broken(key, name, error) from error
+    found = getattr(module, attribute, None)
+    if not callable(found):
+        raise ConfigError(key, f"{where} has no function {attribute or '(name it after the colon)'}", name)
+    return found
+
+
+cached_plugin = functools.cache(load_plugin)
+"""The same, loaded once in a process: for what is called in every step."""
+
+
+def absolute_plugin(name: str) -> str:
+    """The same value wherever it is looked for: a file's path is made absolute."""
+    where, _, attribute = name.rpartition(":")
+    return f"{Path(where).absolute()}:{attribute}" if where.endswith(".py") else name
+
+
+def plugin_digest(key: str, name: str) -> str:
+    """Digest of the source file that the value names; of the file alone, not of what it imports."""
+    where, _, _ = name.rpartition(":")
+    try:
+        file = where if where.endswith(".py") else importlib.util.find_spec(where).origin
+        return sha256_of(Path(file))
+    except (OSError, ImportError, AttributeError, TypeError, ValueError) as error:
+        raise ConfigError(key, f"its source can't be read ({error})", name) from error
+
+
+def check_call(key: str, name: str, function: Callable[..., Any], form: str, *given: object, **named: object) -> None:
+    """Raises ConfigError for a function that can't be called so. `form`: the call, for the message."""
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # written in C, and says nothing of its parameters
+        return
+    try:
+        signature.bind(*given, **named)
+    except TypeError as error:
+        raise ConfigError(key, f"can't be called as {form}: {error}", name, f"it takes {signature}") from None
+
+
+def broken(key: str, name: str, error: BaseException, what: str = "can't be imported") -> ConfigError:
+    """The user's code is there and raised. Names the last line of its own that was running."""
+    report = TracebackException.from_exception(error)
+    frames = [frame for frame in report.stack if not frame.filename.startswith("<frozen")]
+    where = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames and not isinstance(error, SyntaxError) else ""
+    return ConfigError(key, f"{what}: {type(error).__name__}: {report}{where}", name)
+
+
+def _load_file(path: Path) -> ModuleType:
+    """The module in a file, under a name that no installed one has."""
+    folder = str(path.absolute().parent)
+    if folder not in sys.path:
+        sys.path.append(folder)
+    spec = importlib.util.spec_from_file_location(f"asyncdapo_plugin_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses and pickle look there for the module of a class
+    spec.loader.exec_module(module)
+    return module
