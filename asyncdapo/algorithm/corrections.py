@@ -1,4 +1,4 @@
-"""What stands beside the clipped loss: weights for stale tokens, the KL penalty, and measures of how far off they are.
+"""Corrections beside the clipped loss: weights for stale tokens, the KL penalty, and measures of their distance.
 
     weights     w_t = π_θ / μ, where μ sampled the tokens and π_θ is the policy at the start of the train step
                 token       of each token: truncated, TIS (Yao et al., 2025); masked outside a band, IcePop (Ling, 2025)
@@ -7,7 +7,7 @@
     outliers    tokens, or responses with a token, whose w_t lies outside a band of its own are masked first
     decoupled   loss_t = w_t · clipped loss_t around π_prox (Hilton et al., 2021, arXiv 2110.00641; AReaL, 2505.24298)
     KL          k1, k2, k3 of KL(π_θ ‖ π_ref) (Schulman, "Approximating KL divergence", 2020)
-    ESS, χ²     functions of sums, so that micro-batches and ranks add theirs up first
+    ESS, χ²     functions of sums, so that micro-batches and ranks can add up theirs first
 
     correction = correction_weights(
         prox_logp_BT, rollout_logp_BT, mask_BT, level="token", mode="truncate", band=(0.0, 2.0)
@@ -16,8 +16,8 @@
     loss_BT = correction.weights_BT * policy.loss_BT
 
 Invariants: a position outside the mask may hold any finite value; it adds nothing to a loss, a gradient or a count.
-Weights are constants: no gradient passes through them, and they enter no denominator. Masks do: they are fixed before
-the tokens of an update are counted.
+Weights are constants: no gradient passes through them, and denominators don't count them. Denominators do count masks,
+which are fixed before the tokens of an update are counted.
 
 Pure torch, no state, no I/O. Shapes: B completions, T tokens; flat tokens will do where nothing is asked of whole
 responses. Log-probs are natural logarithms. Does not own: which log-probs are compared, averages.
@@ -46,9 +46,9 @@ class Correction:
     weights_BT: Tensor
     """No gradient; 0 where `mask_BT` is false."""
     mask_BT: Tensor
-    """The mask that came in, less what was masked here."""
+    """The mask passed in, less the tokens masked here."""
     truncated_BT: Tensor
-    """Tokens left whose weight was cut to the end of the band."""
+    """Tokens left whose weight was cut to the upper end of the band."""
 
 
 @torch.no_grad()
@@ -65,10 +65,10 @@ def correction_weights(
 ) -> Correction:
     """Weights π_θ / μ of stale tokens, and the tokens left.
 
-    First, tokens whose own ratio lies outside `outlier_band` are masked, or their whole responses. Then `truncate` cuts
-    weights above `band` to its upper end (it has no lower one), and `mask` masks what lies outside. The weight of a
-    response is that of all tokens of `mask_BT`, outliers too: it says how likely the response as sampled has become.
-    With level `none` weights are 1 and `mode` and `band` have no meaning.
+    First, tokens whose own ratio is outside `outlier_band` are masked, or their whole responses. Then `truncate` cuts
+    weights above `band` to its upper end (it has no lower one), and `mask` masks tokens outside `band`. A response's
+    weight is that of all its tokens in `mask_BT`, outliers included: it says how likely the sampled response has
+    become. With level `none` all weights are 1, and `mode` and `band` are ignored.
     """
     token_ratio_BT = importance_ratio(logp_BT, rollout_logp_BT, mask_BT)
     left_BT = mask_BT
@@ -91,7 +91,7 @@ def correction_weights(
 
 
 def _inside(ratio_BT: Tensor, band: Band) -> Tensor:
-    """NaN counts as inside: it has to reach the loss, where it is noticed, and not vanish as an outlier."""
+    """NaN counts as inside: it must reach the loss, where it is detected, and not be masked as an outlier."""
     return ~((ratio_BT < band[0]) | (ratio_BT > band[1]))
 
 
@@ -111,7 +111,7 @@ def kl_penalty(logp_BT: Tensor, ref_logp_BT: Tensor, mask_BT: Tensor, estimator:
         k2 = d² / 2         biased; its gradient is that of the KL
         k3 = e^−d − 1 + d   unbiased and never negative
 
-    Nothing is clamped: a token that π_θ all but rules out has a k3 as large as it is.
+    Nothing is clamped: the k3 of a token that π_θ nearly rules out may be very large.
     """
     log_ratio_BT = torch.where(mask_BT, logp_BT - ref_logp_BT, 0.0)
     if estimator == "k1":
@@ -122,7 +122,7 @@ def kl_penalty(logp_BT: Tensor, ref_logp_BT: Tensor, mask_BT: Tensor, estimator:
 
 
 def effective_sample_size(sum_w: float, sum_w2: float, num: int) -> float:
-    """(Σ w)² / (n Σ w²): share of n tokens that would tell as much if they were weighed alike, 0..1 (Kong, 1992).
+    """(Σ w)² / (n Σ w²): share of n tokens that would carry as much information with equal weights, 0..1 (Kong, 1992).
 
     1 when all weights are equal; 0 when nothing is left.
     """

@@ -20,8 +20,8 @@ update. `π_old` is the policy the ratio is taken against: the learner passes th
 Invariant: a position outside the mask may hold any finite value; it adds nothing to a loss, a gradient or a count.
 
 Shapes: G completions of one prompt, B completions of a forward pass, N completions of an optimizer update, T tokens.
-Any shape that broadcasts with the log-probs does for the advantages, so ratio and loss also take flat tokens. Log-probs
-are natural logarithms, lengths are in tokens. Does not own: masks, corrections for stale tokens (`corrections.py`),
+Advantages may have any shape that broadcasts with the log-probs, so ratio and loss also take flat tokens. Log-probs are
+natural logarithms, lengths are in tokens. Does not own: masks, corrections for stale tokens (`corrections.py`),
 other ratios, advantages and averages (`variants.py`); each function can be replaced alone.
 """
 
@@ -50,7 +50,7 @@ class ClippedLoss:
 
 
 def soft_overlong_punishment(lengths_N: Tensor, *, max_length: int, buffer: int, penalty: float) -> Tensor:
-    """What is added to the reward of a response of so many tokens, float64 [N] (eq. 13).
+    """The punishment added to the reward of a response of this length, float64 [N] (eq. 13).
 
     0 up to `max_length − buffer`, falling linearly to `−penalty` at `max_length`, and `−penalty` beyond. Without a
     buffer there is no ramp: only what is longer than `max_length` is punished.
@@ -72,7 +72,7 @@ def group_advantage(rewards_G: Tensor, eps: float = 1e-6) -> Tensor:
 def importance_ratio(logp_BT: Tensor, old_logp_BT: Tensor, mask_BT: Tensor) -> Tensor:
     """π_θ / π_old of each token, [B, T] (eq. 9); 0 outside the mask. `mask_BT` is bool.
 
-    The clamp also serves the mask: an exp that overflowed there would reach the gradient as 0 · inf = NaN.
+    The clamp is also needed outside the mask: an exp that overflows there would give a gradient of 0 · inf = NaN.
     """
     log_ratio_BT = (logp_BT - old_logp_BT).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     return torch.where(mask_BT, log_ratio_BT.exp(), 0.0)
@@ -110,8 +110,8 @@ def clipped_loss(
 
 
 def token_mean_weights(num_tokens_N: Tensor) -> Tensor:
-    """What each token of a completion counts in the loss of its update, float64 [N]: 1 / Σ tokens, whatever the length
-    of its completion (eq. 8; §3.3 says why not per sequence).
+    """Weight of each token of a completion in the loss of its update, float64 [N]: 1 / Σ tokens, whatever the length of
+    its completion (eq. 8; §3.3 says why not per sequence).
 
     `num_tokens_N`: masked-in tokens of every completion of the whole update, on all ranks and in all micro-batches,
     which therefore add up to one mean: `loss = Σ_i weights_i Σ_t loss_it`. Without any token the loss is 0.

@@ -1,4 +1,4 @@
-"""What others put in the place of DAPO's parts: the ratio, the advantage, the average. Pure torch, no state, no I/O.
+"""Alternatives to DAPO's parts: the ratio, the advantage, the average. Pure torch, no state, no I/O.
 
     ratio        ppo     r_t of each token (`dapo.py`)
                  gspo    s_i of the whole response: the geometric mean of its r_t (Zheng et al., 2025, arXiv 2507.18071)
@@ -21,8 +21,8 @@
     loss = (weights_N[rows_B, None] * policy.loss_BT).sum()      of a micro-batch that holds these rows of the update
 
 Invariants: a position outside the mask may hold any finite value; it adds nothing to a loss, a gradient or a count.
-Every average is one weight per completion that follows from counts of the whole update alone, so it is known before the
-first backward pass, and the parts of an update add up to its loss however it is cut into ranks and micro-batches.
+Every average is one weight per completion, computed from counts of the whole update alone. So it is known before the
+first backward pass, and the parts of an update add up to its loss for any split into ranks and micro-batches.
 
 Shapes: G completions of one prompt, B completions of a forward pass, N completions of an optimizer update, P prompts of
 it, T tokens. What is said of single tokens also takes flat tokens. Does not own: masks, corrections (`corrections.py`).

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from asyncdapo.errors import ConfigError
 
 FIRST_PAUSE_S = 0.5
-"""Before the first further try; it doubles each time."""
+"""Pause before the first retry; it doubles each time."""
 MAX_RETRIES = 6
-"""Whose pauses come to half a minute."""
+"""Their pauses add up to half a minute."""
 
 
 def pauses_s(retries: int) -> list[float]:
-    """Seconds before each further try."""
+    """Seconds before each retry."""
     return [FIRST_PAUSE_S * 2**number for number in range(retries)]
 
 
@@ -23,31 +23,32 @@ class RewardConfig:
 
     verifier: str = "answer"
     """`answer` (what follows the last `Answer: `, exactly), `dapo` (the same, normalised), `exact`, `gsm8k` (`####`),
-    `math_verify`, `reasoning_gym`; or a function of yours, async or not, that is given the response's text and the
-    expected answer and returns 0 to 1, or numbers with `acc`: `package.module:function`, `path/to/file.py:function`."""
+    `math_verify`, `reasoning_gym`; or your own function, async or not: `package.module:function` or
+    `path/to/file.py:function`. It takes the response's text and the expected answer, and returns a number from 0 to 1,
+    or a dict of numbers with `acc`."""
     correct: float = 1.0
     """Reward of a right answer."""
     incorrect: float = -1.0
     """Reward of a wrong answer."""
     overlong_buffer: int = 0
-    """Tokens before `rollout.max_response_length` over which the punishment of long responses rises (DAPO §3.4); 0 is
-    no punishment."""
+    """Tokens before `rollout.max_response_length` over which the punishment of long responses rises (DAPO §3.4); 0: no
+    punishment."""
     overlong_penalty: float = 1.0
-    """What is taken off the reward at `rollout.max_response_length`."""
+    """Amount subtracted from the reward at `rollout.max_response_length`."""
     overlong_filter: bool = False
-    """Leave responses that were cut off at the length limit out of the loss; they still count in their group's mean."""
+    """Leave responses that the length limit cut off out of the loss. They still count in their group's mean."""
     shuffle: bool = False
-    """Control experiment: shuffle the verdicts within each group, so that there is nothing to learn."""
+    """Control experiment: shuffle the scores within each group, so that there is nothing to learn."""
 
     processes: int = 1
     """Verifier processes of each rollout worker; each judges the completions of one group at a time."""
     concurrency: int = 1
-    """Completions of a group that a process awaits at a time; only an async function gains by it."""
+    """Completions of a group that a process judges at a time; only async functions run faster with it."""
     retries: int = 0
-    """Further tries after the verifier raised, 0.5, 1, 2, … s apart."""
+    """Retries after the verifier raised, 0.5, 1, 2, … s apart."""
     timeout_s: float = 10.0
-    """Seconds a verifier may take over one completion, all tries together and without the pauses between them; at the
-    second time over it, in a fresh process, the completion counts as wrong."""
+    """Seconds that a verifier may take over one completion, all tries together, without the pauses between them. If it
+    takes longer, the completion is judged again in a fresh process; the second time it counts as wrong."""
     max_failure_ratio: float = 0.5
     """Share of groups on which the verifier raised; above it the run ends."""
 
@@ -74,5 +75,5 @@ class RewardConfig:
 
     @property
     def longest_verdict_s(self) -> float:
-        """Most seconds that one completion can hold a verifier process: two tries with all their pauses."""
+        """Most seconds that one completion can take: two processes, each with all pauses."""
         return 2 * (self.timeout_s + sum(pauses_s(self.retries)))

@@ -2,17 +2,17 @@
 
     verify(texts, answer) ──waits for a free process──▶ one request for all texts ──▶ a verdict for each
 
-    takes over `timeout_s` over one text    killed, the text judged once more, alone, in a fresh process; then 0,
-      (and the pauses between its tries)    `timed_out`
-    dies (signal, exit, no memory)          replaced, the text judged once more, alone; then RewardError
-    raises                                  RewardError; the process goes on
-    returns no verdict                      VerdictError
-    can't even start                        tried `MAX_STARTS` times in a row; then RunError, which ends the worker
+    takes over `timeout_s` over one text    process killed; the text is retried once, alone, in a fresh process;
+      (pauses between retries don't count)  then 0, `timed_out`
+    dies (signal, exit, out of memory)      process replaced; the text is retried once, alone; then RewardError
+    raises                                  RewardError; the process lives on
+    returns something else                  VerdictError
+    can't be started                        `MAX_STARTS` tries in a row; then RunError, which ends the worker
     the caller is cancelled                 its process is killed, so that no answer reaches the next request
 
-Invariant: a process has one request at a time, so what waits is bounded by the callers. Verdicts come in the order of
-the texts. Must be started, used and stopped in one event loop that lives as long as the pool: see `child`.
-Does not own: tokens, scale, metrics (the scorer's).
+Invariant: a process has one request at a time, so the callers bound the queue. Verdicts are in the order of the texts.
+Start, use and stop it in one event loop, which has to live as long as the pool: see `verifier_process`. Does not own:
+tokens, scale, metrics (the scorer).
 """
 
 from __future__ import annotations
@@ -32,26 +32,25 @@ MAX_TRIES = 2
 """Processes that may fail on one text."""
 MAX_STARTS = 3
 BACKOFF_S = (0.0, 0.0, 0.1, 0.5, 2.0)
-"""Pause before a process is started, by the number of those before it that failed in a row: the first is replaced at
-once."""
+"""Pause before a process is started, by the number of failures in a row before it. The first is replaced at once."""
 
 log = logging.getLogger("reward")
 
 
 class ScorerPool:
-    """A fixed number of places, in each of them a verifier process, replaced when it is gone."""
+    """A fixed number of verifier processes. One that ends is replaced."""
 
     def __init__(
         self, verifier: str, num_processes: int, timeout_s: float, *, concurrency: int = 1, retries: int = 0
     ) -> None:
-        """`timeout_s` is for all tries of one text together; the pauses between them come on top."""
+        """`timeout_s`: for all tries of one text together, without the pauses between them."""
         self._timeout_s = timeout_s + sum(pauses_s(retries))
         self._counts: Counter[str] = Counter()
         self._places = [_Place(verifier, concurrency, retries, self._counts) for _ in range(num_processes)]
         self._free: asyncio.Queue[_Place] = asyncio.Queue()
 
     async def start(self) -> None:
-        """Start every process. Raises RunError when one can't; then none is left."""
+        """Start every process. If one can't start, ends all of them and raises RunError."""
         ready = await asyncio.gather(*(place.process() for place in self._places), return_exceptions=True)
         for error in ready:
             if isinstance(error, BaseException):
@@ -61,26 +60,26 @@ class ScorerPool:
             self._free.put_nowait(place)
 
     async def stop(self) -> None:
-        """End every process; returns when they are gone. Requests under way raise RunError."""
+        """End every process; returns when they are gone. Running requests raise RunError."""
         await asyncio.gather(*(place.close() for place in self._places))
 
     def pids(self) -> list[int]:
-        """Of the processes that live now."""
+        """Pids of the live processes."""
         return [place.current.pid for place in self._places if place.current and place.current.alive]
 
     def gauges(self) -> dict[str, float]:
         """Cumulative: `scorer_timeouts`, completions that count 0 because the verifier took too long;
-        `scorer_restarts`, processes that took the place of one that was killed for its time or died."""
+        `scorer_restarts`, processes replaced because they took too long or died."""
         return {key: self._counts[key] for key in ("scorer_timeouts", "scorer_restarts")}
 
     @property
     def num_verdicts(self) -> int:
-        """Texts judged so far, over all requests: it rises while the pool gets on."""
+        """Texts judged so far, over all requests. It rises while the pool makes progress."""
         return self._counts["verdicts"] + self._counts["scorer_timeouts"]
 
     async def verify(self, texts: list[str], answer: str) -> list[Verdict]:
-        """A verdict for each text. Raises RewardError when the verifier fails, VerdictError when it returns
-        none, RunError when it can't be started."""
+        """A verdict for each text. Raises RewardError if the verifier fails, VerdictError if it returns something that
+        isn't a verdict, RunError if it can't be started."""
         place = await self._free.get()
         try:
             return await self._verify(place, texts, answer)
@@ -91,9 +90,9 @@ class ScorerPool:
         verdicts: list[Verdict] = []
         texts, answer = [_encodable(text) for text in texts], _encodable(answer)
         num_tries = 0
-        """Of the text at which the last process failed."""
+        """Tries of the text on which the last process failed."""
         while left := texts[len(verdicts) :]:
-            asked = left[:1] if num_tries else left  # once more, and alone: then no other text can be to blame
+            asked = left[:1] if num_tries else left  # retry it alone: no other text can be the cause
             process = await place.process()
             said = await process.ask(Request(asked, answer), len(asked), self._timeout_s)
             match said[-1:]:
@@ -112,7 +111,7 @@ class ScorerPool:
         return verdicts
 
     async def _give_up(self, process: VerifierProcess) -> Verdict:
-        """What becomes of a text on which one process after another failed, this one last."""
+        """The verdict on a text on which `MAX_TRIES` processes failed; `process` is the last of them."""
         if not process.timed_out:
             raise RewardError(f"its process ended {MAX_TRIES} times, the last one {await process.end()}")
         self._counts["scorer_timeouts"] += 1
@@ -121,12 +120,12 @@ class ScorerPool:
 
 
 def _encodable(text: str) -> str:
-    """Half a surrogate pair stands for no character, and can't be sent: it becomes a question mark."""
+    """The text as it can be sent: a lone surrogate becomes a question mark."""
     return text if text.isascii() else text.encode(errors="replace").decode()
 
 
 class _Place:
-    """One process after another."""
+    """A place in the pool: one process after another."""
 
     def __init__(self, verifier: str, concurrency: int, retries: int, counts: Counter[str]) -> None:
         self._verifier, self._concurrency, self._retries, self._counts = verifier, concurrency, retries, counts
@@ -136,7 +135,7 @@ class _Place:
         self._closed = False
 
     async def process(self) -> VerifierProcess:
-        """The process that lives here; a fresh one, after a pause if need be, when the last one is gone."""
+        """The live process; if the last one is gone, a fresh one, started after a pause if it failed repeatedly."""
         if self.current is not None and self.current.alive:
             return self.current
         if self.current is not None:
@@ -156,7 +155,7 @@ class _Place:
         raise RunError(problem)
 
     async def close(self) -> None:
-        """End the process; no other follows."""
+        """End the process. No other is started."""
         self._closed = True
         if self.current is not None:
             await self.current.end()

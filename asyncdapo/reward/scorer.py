@@ -4,13 +4,13 @@
 
     acc                           the verdict, 0 to 1
     score                         the verdict scaled to `reward.incorrect` … `reward.correct`
-    overlong                      what the soft overlong punishment adds: 0 to −`reward.overlong_penalty` (DAPO eq. 13)
+    overlong                      the soft overlong punishment: 0 to −`reward.overlong_penalty` (DAPO eq. 13)
     seq_reward, seq_final_reward  score + overlong: the reward, from which advantages are computed
-    timed_out                     1 where the verifier took too long, so that the verdict is 0
-    any other                     the verifier's own numbers, as it returned them
+    timed_out                     1 if the verifier took too long; the verdict is then 0
+    any other                     the verifier's own metrics, as it returned them
 
-Owns: the order of these steps and the names of the metrics; starts and stops its pool. Does not own: tokens (decode is
-given), what is right (the pool's verifier), which tokens bear loss (rollout's), the advantage (the learner's).
+Owns: the order of these steps and the names of the metrics; starts and stops its pool. Does not own: decoding (it is
+passed in), what is right (the pool's verifier), which tokens bear loss (rollout), the advantage (the learner).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Decode = Callable[[np.ndarray], str]
 
 
 class Scorer:
-    """Scores the completions of a prompt together, as the control experiment needs the whole group."""
+    """Scores the completions of a prompt together: the control experiment needs the whole group."""
 
     def __init__(
         self,
@@ -44,18 +44,18 @@ class Scorer:
         *,
         filter_metric: str | None = None,
     ) -> None:
-        """`max_response_length` in tokens: where the overlong punishment ends its rise. `filter_metric`: the number
-        that the filter compares, which every completion has to have; None when there is no filter."""
+        """`max_response_length`, in tokens: where the overlong punishment reaches its maximum. `filter_metric`: the
+        metric that the filter compares, which every completion must have; None without a filter."""
         self._config = config
         self._pool = pool
         self._decode = decode
         self._max_response_length = max_response_length
         is_own = filter_metric is not None and filter_metric not in METRICS
         self._own_names: dict[str, None] = {filter_metric: None} if is_own else {}
-        """Of the verifier's own numbers: the filter's, and those that it has returned so far."""
+        """Names of the verifier's own metrics: the filter's, and those that it has returned so far."""
 
     async def start(self) -> None:
-        """Start the verifier processes. Raises RunError when they can't be."""
+        """Start the verifier processes. Raises RunError if they can't be started."""
         await self._pool.start()
 
     async def stop(self) -> None:
@@ -63,7 +63,7 @@ class Scorer:
         await self._pool.stop()
 
     def pids(self) -> list[int]:
-        """Of the verifier processes that live now."""
+        """Pids of the live verifier processes."""
         return self._pool.pids()
 
     def gauges(self) -> dict[str, float]:
@@ -72,17 +72,18 @@ class Scorer:
 
     @property
     def num_judged(self) -> int:
-        """Completions judged so far, of any prompt: while it rises, whoever waits for scores is getting on."""
+        """Completions judged so far, of any prompt. While it rises, scoring makes progress."""
         return self._pool.num_verdicts
 
     async def __call__(
         self, prompt: Prompt, token_ids: Sequence[np.ndarray], finish_reasons: Sequence[FinishReason], seed: int
     ) -> list[Score]:
-        """One Score per completion, in order. `seed` is the group's; only `reward.shuffle` draws from it, and what it
-        shuffles are whole scores: one that timed out is still 0, and lengths teach no more than verdicts.
+        """One Score per completion, in order. `seed`: the group's; only `reward.shuffle` uses it. It shuffles whole
+        scores, so that a time-out still counts 0 and the length punishment teaches nothing either.
 
-        A completion cut off at the length limit is judged by its text like any other. Raises RewardError when the
-        verifier fails on one, VerdictError when it returns no verdict, RunError when there is no process to run it in.
+        A completion that the length limit cut off is judged by its text like any other. Raises RewardError if the
+        verifier fails on one, VerdictError if it returns something that isn't a verdict, RunError if it can't be
+        started.
         """
         texts = [self._decode(ids) for ids in token_ids]
         try:
@@ -100,7 +101,7 @@ class Scorer:
         return scores
 
     def _punish(self, lengths: list[int]) -> list[float]:
-        """What the length of each completion adds to its score: 0, or less."""
+        """The length punishment of each completion: 0 or less."""
         config = self._config
         return soft_overlong_punishment(
             torch.tensor(lengths),
@@ -113,7 +114,7 @@ class Scorer:
         score = scale(verdict.value, correct=self._config.correct, incorrect=self._config.incorrect)
         reward = score + overlong
         numbers = (verdict.value, score, reward, reward, float(verdict.timed_out), overlong)
-        # A text that took too long has no number of the verifier's own; the filter needs what the others have.
+        # After a time-out there are no metrics of the verifier; the filter needs those that the others have.
         own = dict.fromkeys(self._own_names, 0.0) if verdict.timed_out else verdict.metrics
         return Score(reward=reward, metrics=dict(zip(METRICS, numbers, strict=True)) | own, pred=verdict.pred)
 

@@ -1,11 +1,10 @@
-"""What the pool and its verifier processes say to each other: msgpack records behind their length, on a socket pair.
+"""Messages between the pool and its verifier processes: msgpack records, each after its length, on a socket pair.
 
     pool ──Setup──▶ process ──Ready | Broken──▶ pool          once
     pool ──Request──▶ process ──Verdict, Verdict, …──▶ pool   one for each text as it is judged; `Raised` and
                                                               `NoVerdict` end a request
 
-A process has one request at a time. Nothing is pickled, and nothing here imports more than msgspec: a verifier process
-has to start fast.
+A process has one request at a time. Nothing is pickled. Imports only msgspec, so that a verifier process starts fast.
 """
 
 from __future__ import annotations
@@ -19,20 +18,20 @@ from msgspec import Struct
 LENGTH = struct.Struct("<I")
 
 METRICS = ("acc", "score", "seq_reward", "seq_final_reward", "timed_out", "overlong")
-"""Numbers of every score (the scorer says what they are). A verifier's own have other names."""
+"""Metrics of every score (the scorer explains them). A verifier's own metrics have other names."""
 
 
 class Setup(Struct, tag=True):
-    """pool -> process. First of all."""
+    """pool -> process. The first message."""
 
     import_path: list[str]
-    """Where the worker finds its modules, so that the verifier finds the same ones."""
+    """The worker's `sys.path`, so that the verifier finds the same modules."""
     concurrency: int = 1
     retries: int = 0
 
 
 class Request(Struct, tag=True):
-    """pool -> process. Texts to judge in turn."""
+    """pool -> process. Texts to judge, in order."""
 
     texts: list[str]
     answer: str
@@ -49,44 +48,44 @@ class Broken(Struct, tag=True):
 
 
 class Verdict(Struct, tag=True, frozen=True):
-    """process -> pool. What the verifier said of a text."""
+    """process -> pool. The verifier's verdict on a text."""
 
     value: float
-    """1 right, 0 wrong, between them part of the credit."""
+    """1 right, 0 wrong; a number between is partial credit."""
     timed_out: bool = False
-    """The pool's own word: the verifier took too long, twice."""
+    """Set by the pool: the verifier took too long, twice."""
     pred: str | None = None
-    """What it took for the answer, if it says so."""
+    """The answer that it found in the text, if it tells."""
     metrics: dict[str, float] = {}
-    """Numbers of the verifier's own."""
+    """The verifier's own metrics."""
 
 
 class Raised(Struct, tag=True):
-    """process -> pool. The verifier raised; the texts after this one are not judged."""
+    """process -> pool. The verifier raised; later texts are not judged."""
 
     problem: str
 
 
 class NoVerdict(Struct, tag=True):
-    """process -> pool. The verifier returned what is none; the texts after this one are not judged."""
+    """process -> pool. The verifier returned something that isn't a verdict; later texts are not judged."""
 
     problem: str
 
 
 Said = Verdict | Raised | NoVerdict
-"""What a process says of a text."""
+"""A process's answer for a text."""
 FromPool = Setup | Request
 FromProcess = Ready | Broken | Said
 
 
 def pack(message: Struct) -> bytes:
-    """The message behind its length."""
+    """The message, after its length."""
     body = _encoder.encode(message)
     return LENGTH.pack(len(body)) + body
 
 
 class Unpacker:
-    """Bytes as they come in, messages out. Raises msgspec.DecodeError for what is no message."""
+    """Received bytes in, messages out. Raises msgspec.DecodeError for bytes that aren't a message."""
 
     def __init__(self, accepts: Any) -> None:
         self._decoder = msgspec.msgpack.Decoder(accepts)
