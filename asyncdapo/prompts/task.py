@@ -1,7 +1,7 @@
 """The seam between a task and the prompt stream: a table of questions for training and one for evaluation.
 
-A task knows nothing of tokens, epochs or order; the stream does. The same row is the same question in every process
-and after every restart, so nothing of a task is ever saved. No row of one table is a question of the other.
+A task doesn't handle tokens, epochs or order; the stream does. A row is the same question in every process and after
+every restart, so nothing of a task is saved. No question is in both tables.
 """
 
 from __future__ import annotations

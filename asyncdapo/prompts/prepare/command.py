@@ -254,7 +254,7 @@ class _Progress:
 
 
 def _check_any_kept(source: str, split: str, counts: Mapping[str, int], unusable: Path, file: IO[str]) -> None:
-    """Nothing left is something to mend: say what was wrong first of all."""
+    """If no row is left, fail with the most frequent problem."""
     if counts["kept"]:
         return
     if not counts["read"]:

@@ -1,11 +1,11 @@
-"""Output: a directory of prepared data, whole or not there.
+"""Output: a directory of prepared data, which is either complete or not there.
 
     DIR/train.parquet, test.parquet, …   columns prompt, answer, source (text), row (number in the input)
         unusable.jsonl                   rows that can't be used: number, file, place, reason, shortened value
         manifest.json                    what it was made from, counts of every stage, digests of the files above
 
-All is written beside DIR, by one process at a time, and takes its name at once. The same input and options make the
-same bytes. Does not own: what goes into it.
+Everything is written beside DIR, by one process at a time, and then renamed. The same input and options give the same
+bytes. Does not own: what the files contain.
 """
 
 from __future__ import annotations

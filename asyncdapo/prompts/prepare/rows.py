@@ -1,7 +1,7 @@
-"""Rows: the records of JSONL and parquet files one after the other, each readable or with the reason why it isn't.
+"""Rows: the records of JSONL and parquet files, one after the other. An unreadable row carries the reason.
 
-In: a file. Out: `RawRow`s in the order of the file, of which at most a batch is in memory. A row that can't be read is
-a row with a problem; a file that can't is a UserError. Does not own: what the values mean.
+In: a file. Out: `RawRow`s in the order of the file, at most a batch in memory. A row that can't be read is a row with a
+problem; a file that can't be read is a UserError. Does not own: what the values mean.
 """
 
 from __future__ import annotations

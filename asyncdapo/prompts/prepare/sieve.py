@@ -1,10 +1,10 @@
-"""Sieve: of all rows of a split, those that a run can use, and a count of where each of the others stayed.
+"""Sieve: the rows of a split that a run can use, and counts of the rows dropped at each stage.
 
     read ─▶ repeated ─▶ unusable ─▶ same prompt, other answer ─▶ too long ─▶ kept
 
-In: raw rows. Out: kept rows; `counts`, which add up to `read`; for each row that is unusable or contradicts another, a
-record of what is wrong. Of several rows the first is kept. Memory: some 200 bytes for each distinct row. Does not own:
-files.
+In: raw rows. Out: kept rows; `counts`, which add up to `read`; and, for each row that is unusable or contradicts
+another, a record of the problem. Of repeated rows the first is kept. Memory: some 200 bytes for each distinct row. Does
+not own: files.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Task `chain`: evaluate a left-to-right chain of + - * modulo 10. Made on the fly, endless, no download.
+"""Task `chain`: evaluate a left-to-right chain of + - * modulo 10. Generated on the fly, endless, no download.
 
     prompt    "Q: 6+4*7-4 mod 10\n"
     response  "6+4=0\n0*7=0\n0-4=6\nAnswer: 6"      one step a line; written by the model, not by this module
 
-A seed and a row make a chain: same seed, same row, same chain. Chains are split by a checksum of their prompt, so that
-none is ever in both parts, whatever the seeds: `held_out` ones are for evaluation, all others for training.
+Seed and row determine a chain. Chains are split by a checksum of their prompt, so that none is in both parts, whatever
+the seeds: `held_out` ones are for evaluation, all others for training.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from asyncdapo.prompts.task import Question
 
 MIN_OPERATORS, MAX_OPERATORS, MEAN_EXTRA_OPERATORS = 2, 18, 5.0
 HELD_OUT_SHARE = 16
-"""One in so many chains is held out."""
+"""One in this many chains is held out."""
 EVAL_SEED = 0
 """Evaluation prompts are the same in every run, so that runs can be compared."""
 

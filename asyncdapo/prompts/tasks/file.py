@@ -2,10 +2,10 @@
 
     {"prompt": "What is 3 + 4?", "answer": 7}       columns: `prompts.prompt_column`, `prompts.answer_column`
 
-The question goes into `prompts.template`. A column `source`, where there is one, says where a question is from; else it
-is from the file. Evaluation has rows of its own: those of `prompts.eval_path`, or questions held out of all training
-files together. A held-out question is never trained on, however often the files repeat it; which ones are held out
-depends on the files alone, so that runs can be compared.
+The question goes into `prompts.template`. A column `source`, if there is one, says where a question is from; otherwise
+its source is the file. Evaluation has its own rows: those of `prompts.eval_path`, or questions held out of all training
+files together. A held-out question is never trained on, even if the files repeat it. The choice depends only on the
+files, so that runs can be compared.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def _question(key: str, path: str, name: str, row: int, record: Record, template
 
 
 def as_text(path: str) -> str:
-    """The command that does, and the key that makes the user's message of it."""
+    """The command that turns messages into text, and the key for such data."""
     prepare = shlex.join(["asyncdapo", "data", "prepare", path, "--out", f"data/{Path(path).stem}"])
     return f"`{prepare}`, whose keys go with prompts.chat_template=true"
 
@@ -97,7 +97,7 @@ def shown(value: object) -> str:
 
 
 def is_unicode(text: str) -> bool:
-    """JSON may spell half of a surrogate pair, which neither a file nor a tokenizer can hold."""
+    """False for a lone surrogate: JSON can spell one, but neither a file nor a tokenizer can hold it."""
     return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
@@ -111,8 +111,8 @@ def short_names(paths: Sequence[str]) -> list[str]:
 
 
 def hold_out(files: list[list[Question]], num_eval: int, names: str) -> tuple[list[list[Question]], list[Question]]:
-    """Split into (for training, held out): `num_eval` distinct questions of all files together, every repetition of
-    which leaves training."""
+    """Split into (training, held out). Held out are `num_eval` distinct questions of all files together; every
+    repetition of them leaves training."""
     distinct = {question.text: question for file in files for question in file}
     if num_eval >= len(distinct):
         few = max(1, len(distinct) // 10)
@@ -128,7 +128,7 @@ def hold_out(files: list[list[Question]], num_eval: int, names: str) -> tuple[li
 
 
 def _parts(names: Sequence[str], files: Sequence[Sequence[Question]], weights: Sequence[Fraction]) -> list[Part]:
-    """Raises ConfigError for a file of which nothing is left."""
+    """Raises ConfigError if nothing of a file is left."""
     ends = list(accumulate(map(len, files)))
     parts = []
     for name, questions, end, weight in zip(names, files, ends, weights, strict=True):

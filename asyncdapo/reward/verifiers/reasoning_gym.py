@@ -4,8 +4,8 @@ Needs the extra `reasoning-gym`. The expected answer is JSON, `{"dataset": "spel
 is what the data set yielded (question, answer, metadata). The response's answer is what stands in its last
 `<answer>…</answer>`, or else behind its last `Answer:`. Scorers give part of the credit as they see fit.
 
-A scorer reads what a model wrote, and some raise at what they can't read: that is a wrong answer. One that raises at
-the entry's own answer too is not the model's fault, and the error goes on.
+Some scorers raise on answers that they can't read: such an answer is wrong. If a scorer also raises on the entry's own
+answer, it isn't the model's fault, and the error is passed on.
 """
 
 from __future__ import annotations

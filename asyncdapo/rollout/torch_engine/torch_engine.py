@@ -105,7 +105,7 @@ class TorchEngine:
         self._thread.start()
 
     async def generate(self, request: Request) -> list[Sample]:
-        """Raises ValueError for a request that can't fit, EngineError once the engine can't go on."""
+        """Raises ValueError for a request that can't fit, EngineError if the engine fails."""
         self._life.require()
         self._limits.refuse_unfit(request)
         job = Job(request)

@@ -194,7 +194,7 @@ class VllmEngine:
     # -------------------------------------------------------------------------------------------------------- generate
 
     async def generate(self, request: Request) -> list[Sample]:
-        """Raises ValueError for a request that can't fit, EngineError once the engine can't go on."""
+        """Raises ValueError for a request that can't fit, EngineError if the engine fails."""
         self._life.require()
         self._limits.refuse_unfit(request)
         params_of_samples = self._params(request)
@@ -294,7 +294,7 @@ class VllmEngine:
         return await self._unless_ended(self._load(version))
 
     async def _load(self, version: int) -> LoadTimes:
-        """One at a time, and to its end: half of a load would leave nothing to go on with."""
+        """One at a time, and always to its end: after half a load the engine couldn't continue."""
         async with self._loading:
             began_s = time.monotonic()
             async with self.paused():
