@@ -254,7 +254,7 @@ class _Progress:
 
 
 def _check_any_kept(source: str, split: str, counts: Mapping[str, int], unusable: Path, file: IO[str]) -> None:
-    """If no row is left, fail with the most frequent problem."""
+    """Raises UserError, with the first problem, if no row is left."""
     if counts["kept"]:
         return
     if not counts["read"]:
