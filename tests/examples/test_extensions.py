@@ -22,6 +22,7 @@ LOSS = (
     f"loss.agg={EXAMPLES}/loss.py:root_length",
     f"loss.advantage={EXAMPLES}/advantage.py:hard_prompts",
 )
+ENGINE = f"rollout.engine={EXAMPLES}/engine.py:LateEngine"
 BAD_VARIANT = "def f(logp_BT, old_logp_BT, advantages_BT, mask_BT, *, clip_low, clip_high):\n    return "
 
 
@@ -79,9 +80,9 @@ def test_a_module_is_looked_for_too(tmp_path, name):
         prepare(tmp_path / "run", f"loss.agg={name}")
 
 
-@pytest.mark.parametrize("number", range(len(LOSS)))
-def test_a_resume_with_a_changed_function_is_refused_by_name_and_its_file_may_move(tmp_path, number):
-    key, _, place = LOSS[number].partition("=")
+@pytest.mark.parametrize("override", [*LOSS, ENGINE])
+def test_a_resume_with_a_changed_function_is_refused_by_name_and_its_file_may_move(tmp_path, override):
+    key, _, place = override.partition("=")
     where, _, name = place.rpartition(":")
     file = tmp_path / "before" / Path(where).name
     file.parent.mkdir()
@@ -112,7 +113,7 @@ def test_the_example_task_and_loss_train(tmp_path):
 
 
 def test_the_example_engine_samples_and_takes_new_weights(tmp_path):
-    run = launch(tmp_path, f"rollout.engine={EXAMPLES}/engine.py:LateEngine", "run.steps=3")
+    run = launch(tmp_path, ENGINE, "run.steps=3")
     assert run.exit_code == 0, run.output
     assert read_metrics(tmp_path)[-1]["step"] >= 1
 
