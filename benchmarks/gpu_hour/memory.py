@@ -18,15 +18,15 @@ from pathlib import Path
 
 import torch
 
-from asyncdapo.bench import batch
-from asyncdapo.bench.lengths import draw_lengths
-from asyncdapo.bench.shapes import SHAPES
-from asyncdapo.bench.worker import OurStep
 from asyncdapo.config.config import config_from_dict
 from asyncdapo.controller.fleet.memory import learner_bytes, with_reserve
 from asyncdapo.model.shape import read_shape
 from benchmarks.gpu_hour.check import Figures, hold, main
 from benchmarks.gpu_hour.models import SMALL, made
+from benchmarks.learner_step import batch
+from benchmarks.learner_step.lengths import draw_lengths
+from benchmarks.learner_step.shapes import SHAPES
+from benchmarks.learner_step.worker import OurStep
 
 GIB = 1 << 30
 CASES = (

@@ -1,4 +1,4 @@
-"""The learner's step, by `python -m asyncdapo.bench learner`: tokens a second, MFU and peak memory of its variants."""
+"""The learner's step, by `benchmarks/learner.py`: tokens a second, MFU and peak memory of its variants."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import statistics
 import subprocess
 import sys
 from argparse import Namespace
+from pathlib import Path
 
 from benchmarks.gpu_hour.check import Figures, hold, main
 
+BENCH = Path(__file__).resolve().parents[1] / "learner.py"
 VARIANTS = "ours,ours+compile,ours+compile+selective,ours+compile+full,ours+full,ours+compile+unshared,padded"
 ON_GPU = f"--lengths mixed --groups 4 --group-size 8 --tokens-per-microbatch 32768 --padded-tokens 8192 \
 --repeats 4 --warmup 3 --variants {VARIANTS}"
@@ -21,7 +23,7 @@ def measure(figures: Figures, args: Namespace) -> None:
     file = args.figures.with_suffix(".bench.json")
     shape = "tiny" if args.cpu else args.shape
     options = ["--shape", shape, *(ON_CPU if args.cpu else ON_GPU).split(), "--json", str(file)]
-    done = subprocess.run([sys.executable, "-m", "asyncdapo.bench", "learner", *options], check=False)
+    done = subprocess.run([sys.executable, str(BENCH), *options], check=False)
     hold(file.exists(), f"the bench ended with code {done.returncode}")
     found = json.loads(file.read_text())
     peaks, num_tokens = found["peaks"], found["num_tokens"]

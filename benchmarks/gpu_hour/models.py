@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from asyncdapo.bench.options import quickstart_model
-from asyncdapo.bench.shapes import SHAPES
-from asyncdapo.bench.worker import build
+from benchmarks.learner_step.options import quickstart_model
+from benchmarks.learner_step.shapes import SHAPES
+from benchmarks.learner_step.worker import build
 
 SMALL: dict[str, Any] = SHAPES["qwen2.5-0.5b"] | {
     "vocab_size": 512,

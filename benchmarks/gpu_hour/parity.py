@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from asyncdapo.bench.shapes import SHAPES
 from asyncdapo.learner.config import LearnerConfig, LossConfig, ModelConfig
 from asyncdapo.learner.step.learner import Learner
 from asyncdapo.messages import Sampling
@@ -32,6 +31,7 @@ from asyncdapo.weights.receivers import TRANSFER, WORKER_RECEIVER, EngineReceive
 from asyncdapo.weights.sender import WeightSender
 from benchmarks.gpu_hour.check import Figures, hold, main
 from benchmarks.gpu_hour.models import SMALL, made
+from benchmarks.learner_step.shapes import SHAPES
 
 TIMEOUT_S = 60.0
 NUM_PROMPT = 32

@@ -13,12 +13,12 @@ from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
-from asyncdapo.bench.shapes import SHAPES
 from asyncdapo.controller.process.roster import Entry, is_running, read
 from asyncdapo.metrics.jsonl import read_metrics
 from asyncdapo.replay.ledger.audit import audit
 from benchmarks.gpu_hour.check import Figures, hold, main
 from benchmarks.gpu_hour.models import SMALL, made
+from benchmarks.learner_step.shapes import SHAPES
 
 COMMON = """rollout.engine=vllm reward.verifier=benchmarks/gpu_hour/verdict.py:coin rollout.parity_every=2
 eval.num_prompts=8 eval.num_greedy_prompts=4 eval.every=100 metrics.wandb=disabled learner.checkpoint_every=3"""

@@ -26,7 +26,7 @@ NOT_RUN = {
     "pip install": "installs packages: .ci/run does that with the README's three commands, in a fresh environment",
     "python3 -m venv": "as pip",
     "python -m pytest": "is these tests",
-    "python -m asyncdapo.bench learner": "takes minutes: tests/bench runs it on small sizes",
+    "python benchmarks/learner.py": "takes minutes: tests/benchmarks runs it on small sizes",
     "ray start": "tests/launchers does it, on ports and in a directory of its own",
     "ray stop": "would end every Ray of this machine",
     "ray job": "tests/launchers does it",

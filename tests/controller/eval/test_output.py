@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from asyncdapo.controller.eval.command import print_results
 from asyncdapo.controller.eval.lines import AnswerLine
 from asyncdapo.controller.eval.progress import EvalProgress
-from asyncdapo.controller.eval.table import print_results
 from tests.controller.eval.answers import answered, prompt, text
 
 

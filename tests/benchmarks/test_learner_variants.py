@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from asyncdapo.bench.variants import DEFAULT, Variant, parse_variants
 from asyncdapo.errors import ConfigError
+from benchmarks.learner_step.variants import DEFAULT, Variant, parse_variants
 
 BASE = Variant("", "", "float32", compile=True)
 

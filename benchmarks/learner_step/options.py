@@ -6,10 +6,10 @@ import argparse
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from asyncdapo.bench.shapes import SHAPES
-from asyncdapo.bench.variants import CHECKPOINTING, DEFAULT, DTYPES
 from asyncdapo.config.config import config_dirs, field_docs
 from asyncdapo.errors import ConfigError
+from benchmarks.learner_step.shapes import SHAPES
+from benchmarks.learner_step.variants import CHECKPOINTING, DEFAULT, DTYPES
 
 QUICKSTART_MODEL = Path("models") / "chain_start"
 

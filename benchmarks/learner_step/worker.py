@@ -1,13 +1,13 @@
 """A process of the bench: loads one variant and takes a step at each turn, or prepares what all share.
 
-    python -m asyncdapo.bench.worker SPEC.json       SPEC: `task`, and what that task needs
+    python -m benchmarks.learner_step.worker SPEC.json       SPEC: `task`, and what that task needs
 
     prepare   a model directory with random weights, where a shape is asked for; μ and advantages for the batch; our
               gradient against the padded step's, in float32
     ours      a step of the learner, from Batch and Payload on: Learner.prepare and Learner.train
     padded    a plain padded step
 
-Does not own: who takes turns (`learner`), TRL's process (`trl_step`).
+Does not own: who takes turns (`bench`), TRL's process (`trl_step`).
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
 from asyncdapo.algorithm.dapo import group_advantage
-from asyncdapo.bench.batch import BatchFile, messages_of
-from asyncdapo.bench.padded import PaddedStep
-from asyncdapo.bench.turns import Turns
 from asyncdapo.errors import RunError
 from asyncdapo.learner.batches.prepared import Prepared
 from asyncdapo.learner.config import LearnerConfig, LossConfig, ModelConfig
 from asyncdapo.learner.step.learner import Learner
 from asyncdapo.model.files import TOKENIZER_FILES
+from benchmarks.learner_step.batch import BatchFile, messages_of
+from benchmarks.learner_step.padded import PaddedStep
+from benchmarks.learner_step.turns import Turns
 
 NO_CLIP = 1e30
 CHECK_TOKENS = 4096

@@ -16,6 +16,8 @@ from typing import Any
 
 from asyncdapo.errors import RunError
 
+ROOT = str(Path(__file__).resolve().parents[2])
+"""Where a worker finds `benchmarks`."""
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 LINES_OF_ERROR = 3
 GIVE_UP_S = 10.0
@@ -30,7 +32,10 @@ class TurnProcess:
         self._errors = folder / f"{file_name}.stderr"
         spec_file = folder / f"{file_name}.json"
         spec_file.write_text(json.dumps(spec))
-        threads = {variable: str(spec["threads"]) for variable in THREAD_VARIABLES}
+        variables = {
+            "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}",
+            **dict.fromkeys(THREAD_VARIABLES, str(spec["threads"])),
+        }
         with self._errors.open("w") as errors:
             self._process = subprocess.Popen(
                 [*command, str(spec_file)],
@@ -38,7 +43,7 @@ class TurnProcess:
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 text=True,
-                env={**os.environ, **threads},
+                env={**os.environ, **variables},
             )
 
     def __enter__(self) -> TurnProcess:

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-from asyncdapo.bench.lengths import GroupLengths
 from asyncdapo.messages import Batch, Completion, Group
 from asyncdapo.payload import Payload
+from benchmarks.learner_step.lengths import GroupLengths
 
 
 @dataclass(frozen=True)

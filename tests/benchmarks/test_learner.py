@@ -10,18 +10,19 @@ from pathlib import Path
 
 import pytest
 
-from asyncdapo.bench.learner import _flops, _wrong
-from asyncdapo.bench.lengths import GroupLengths
-from asyncdapo.bench.shapes import SHAPES
-from asyncdapo.bench.table import Measured, Peaks, table_lines
-from asyncdapo.bench.variants import Variant
 from asyncdapo.model.shape import read_shape
+from benchmarks.learner_step.bench import _flops, _wrong
+from benchmarks.learner_step.lengths import GroupLengths
+from benchmarks.learner_step.shapes import SHAPES
+from benchmarks.learner_step.table import Measured, Peaks, table_lines
+from benchmarks.learner_step.variants import Variant
 
+COMMAND = str(Path(__file__).resolve().parents[2] / "benchmarks" / "learner.py")
 SMALL = "--shape tiny --groups 2 --group-size 2 --threads 1 --repeats 1 --warmup 1 --device cpu".split()
 
 
 def bench(*options: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "asyncdapo.bench", "learner", *options]
+    command = [sys.executable, COMMAND, *options]
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
@@ -75,7 +76,7 @@ def test_on_a_cpu_mfu_is_against_the_fastest_products_and_on_a_gpu_against_those
 
 
 def test_an_end_by_a_signal_leaves_no_folder_behind(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "asyncdapo.bench", "learner", "--shape", "tiny", "--groups", "1"]
+    command = [sys.executable, COMMAND, "--shape", "tiny", "--groups", "1"]
     with subprocess.Popen(command, env={**os.environ, "TMPDIR": str(tmp_path)}, stdout=subprocess.PIPE) as process:
         process.stdout.readline()  # the folder is there now
         assert list(tmp_path.iterdir())

@@ -9,8 +9,8 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from asyncdapo.bench.lengths import GroupLengths
-from asyncdapo.bench.variants import Variant
+from benchmarks.learner_step.lengths import GroupLengths
+from benchmarks.learner_step.variants import Variant
 
 MIB = 1 << 20
 FORMULA = (

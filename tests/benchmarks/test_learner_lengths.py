@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asyncdapo.bench.lengths import LINE_TOKENS, draw_lengths, prompt_tokens, solution_tokens
-from asyncdapo.bench.options import quickstart_model
 from asyncdapo.errors import ConfigError
 from asyncdapo.model.tokenizer import load_tokenizer
 from asyncdapo.prompts.tasks.chain import apply, draw_chain
+from benchmarks.learner_step.lengths import LINE_TOKENS, draw_lengths, prompt_tokens, solution_tokens
+from benchmarks.learner_step.options import quickstart_model
 
 KINDS = st.sampled_from(["quickstart", "mixed", "mixed:300", "fixed:40"])
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from asyncdapo.bench.batch import BatchFile
+from benchmarks.learner_step.batch import BatchFile
 
 CLIP_LOW, CLIP_HIGH = 0.2, 0.28
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -24,22 +25,23 @@ from typing import Any
 
 import torch
 
-from asyncdapo.bench import batch
-from asyncdapo.bench.lengths import GroupLengths, draw_lengths
-from asyncdapo.bench.options import Options, quickstart_model
-from asyncdapo.bench.processes import TurnProcess
-from asyncdapo.bench.products import Products
-from asyncdapo.bench.shapes import SHAPES
-from asyncdapo.bench.table import FORMULA, HOW_TO_GET_TRL, Measured, Peaks, batch_lines, peak_lines, table_lines
-from asyncdapo.bench.variants import Variant, parse_variants
 from asyncdapo.errors import ConfigError, RunError
 from asyncdapo.model.shape import Shape, peak_flops, read_shape
+from benchmarks.learner_step import batch
+from benchmarks.learner_step.lengths import GroupLengths, draw_lengths
+from benchmarks.learner_step.options import Options, quickstart_model
+from benchmarks.learner_step.processes import TurnProcess
+from benchmarks.learner_step.shapes import SHAPES
+from benchmarks.learner_step.table import FORMULA, HOW_TO_GET_TRL, Measured, Peaks, batch_lines, peak_lines, table_lines
+from benchmarks.learner_step.variants import Variant, parse_variants
 
 GRADIENT_TOLERANCE = 1e-4
 """Largest difference to the padded gradient, relative to the largest entry of a parameter; also of norms."""
 LOSS_TOLERANCE = 1e-5
 """Of losses, which are means of numbers around 1 and may be near 0 themselves."""
-WORKER = [sys.executable, "-m", "asyncdapo.bench.worker"]
+WORKER = [sys.executable, "-m", "benchmarks.learner_step.worker"]
+PRODUCT_SIZES = {"cpu": 1024, "cuda": 8192}
+PRODUCTS_S = 0.3
 TRL_SCRIPT = Path(__file__).with_name("trl_step.py")
 
 
@@ -171,6 +173,26 @@ def _step(row: Measured, process: TurnProcess, kind: str) -> None:
     if kind == "step":
         row.seconds.append(said["seconds"])
         row.peak_bytes = max(row.peak_bytes, said["peak_bytes"])
+
+
+class Products:
+    """The rate of matrix products: what this machine, with these threads or this GPU, makes of the best work there is.
+
+    MFU is measured against it on a CPU, where no data sheet knows the clock rate or who else is there, and beside the
+    data sheet on a GPU.
+    """
+
+    def __init__(self, device: str, dtype: str) -> None:
+        self._size = PRODUCT_SIZES[device]
+        self._left, self._right = torch.randn(2, self._size, self._size, device=device, dtype=getattr(torch, dtype))
+
+    def flops_per_s(self) -> float:
+        """Measured over some tenths of a second, each product waited for."""
+        began_s, num_products = time.perf_counter(), 0
+        while (seconds := time.perf_counter() - began_s) < PRODUCTS_S or not num_products:
+            (self._left @ self._right)[0, 0].item()
+            num_products += 1
+        return 2 * self._size**3 * num_products / seconds
 
 
 def _flops(shape: Shape | None, groups: Sequence[GroupLengths], shared: bool) -> int | None:
