@@ -1,0 +1,3 @@
+from asyncdapo.api import Run, __version__, launch, load_config
+
+__all__ = ["Run", "__version__", "launch", "load_config"]

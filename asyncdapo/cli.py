@@ -14,9 +14,9 @@ import select
 import signal
 import sys
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from asyncdapo.api import __version__
 from asyncdapo.errors import EXIT_INTERRUPTED, UserError
 
 EXIT_READER_GONE = 141
@@ -66,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="asyncdapo", description="Asynchronous off-policy reinforcement learning of language models with DAPO."
     )
-    parser.add_argument("--version", action="version", version=f"asyncdapo {_version()}")
+    parser.add_argument("--version", action="version", version=f"asyncdapo {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     launch = commands.add_parser("launch", help="train: start every process, run to the last step")
     config = commands.add_parser("config", help="print the resolved configuration with a line on every key")
@@ -102,13 +102,6 @@ def _parser() -> argparse.ArgumentParser:
     ps.add_argument("--json", action="store_true", help="a list of objects instead of a table")
     ps.set_defaults(command=_ps)
     return parser
-
-
-def _version() -> str:
-    try:
-        return version("asyncdapo")
-    except PackageNotFoundError:
-        return "of a clone that isn't installed"
 
 
 def _add_data(commands: argparse._SubParsersAction) -> None:

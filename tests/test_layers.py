@@ -63,7 +63,9 @@ def test_a_stage_knows_only_itself_and_the_layers_below(path: Path) -> None:
     part = part_of(path)
     allowed = {
         "config": STAGES | LOWER | {"config"},
+        "api": None,
         "cli": None,
+        "__init__": {"api"},
         "__main__": {"cli"},
         "controller": None,
         "convert": {"convert", "config", "errors"},
@@ -98,9 +100,9 @@ def test_the_pure_core_reaches_no_io() -> None:
     assert others <= {"asyncdapo.messages", "asyncdapo.errors"}
 
 
-def test_only_the_command_line_imports_the_controller() -> None:
+def test_only_the_front_doors_import_the_controller() -> None:
     importers = {part_of(path) for path in MODULES if any("asyncdapo.controller" in n for n in imports_of(path))}
-    assert importers == {"cli", "controller"}
+    assert importers == {"api", "cli", "controller"}
 
 
 @pytest.mark.parametrize("stage", ROOMS)
@@ -134,7 +136,15 @@ def test_a_file_has_a_name_of_its_own_in_its_stage() -> None:
 
 
 def test_packages_hold_no_code_of_their_own() -> None:
-    assert all(path.read_text().strip() == "" for path in MODULES if path.name == "__init__.py")
+    """The front door alone says its names, which `api` defines."""
+    front_door = PACKAGE / "__init__.py"
+    assert all(path.read_text().strip() == "" for path in MODULES if path.name == "__init__.py" and path != front_door)
+    imported, names = ast.parse(front_door.read_text()).body
+    public = ["Run", "__version__", "launch", "load_config"]
+    assert isinstance(imported, ast.ImportFrom)
+    assert imported.module == "asyncdapo.api"
+    assert [alias.name for alias in imported.names] == public
+    assert ast.unparse(names) == f"__all__ = {public}"
 
 
 @pytest.mark.parametrize("module", ["asyncdapo.cli", "asyncdapo.config.config", "asyncdapo.messages"])

@@ -168,11 +168,11 @@ def _read(path: Path, above: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dic
     if not base.is_file():
         raise ConfigError(BASE, f"of {path} is no file", name, "a YAML file, relative to this one, or a name")
     below, its_places = _read(base, (path, *above))
-    whole = OmegaConf.merge(below, _models_beside(base, below), tree)
+    whole = OmegaConf.merge(below, models_beside(base, below), tree)
     return OmegaConf.to_container(whole), its_places | places
 
 
-def _models_beside(path: Path, tree: Mapping[str, Any]) -> dict[str, Any]:
+def models_beside(path: Path, tree: Mapping[str, Any]) -> dict[str, Any]:
     """What the file's models are called from elsewhere: those that lie beside it and not in the working directory."""
     section = tree.get("model")
     beside = {

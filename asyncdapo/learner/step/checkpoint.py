@@ -26,6 +26,8 @@ from asyncdapo.disk import disk_errors, sha256_of, sync
 from asyncdapo.errors import UserError
 
 MANIFEST = "checkpoint.json"
+STATE_FILE = "learner.pt"
+"""What only the learner reads: version, optimizer, random state. The rest is a model in Hugging Face format."""
 MANIFEST_SCHEMA = 1
 STEP_NAME = re.compile(r"step-(\d{6,})")
 

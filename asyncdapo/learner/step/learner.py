@@ -38,7 +38,7 @@ from asyncdapo.learner.model.fp32_weights import Masters, compute_in
 from asyncdapo.learner.model.model import check_packing, load_model
 from asyncdapo.learner.model.names import check_names
 from asyncdapo.learner.model.packing import Work
-from asyncdapo.learner.step.checkpoint import check_checkpoint, remove_old_checkpoints, write_checkpoint
+from asyncdapo.learner.step.checkpoint import STATE_FILE, check_checkpoint, remove_old_checkpoints, write_checkpoint
 from asyncdapo.learner.step.diagnostics import Sums
 from asyncdapo.learner.step.frozen_logprobs import FirstPass
 from asyncdapo.learner.step.gradient import Part, accumulate_gradient
@@ -53,7 +53,6 @@ from asyncdapo.model.shape import read_shape, settled_dtype
 from asyncdapo.payload import Payload
 from asyncdapo.shares import deal, share_of
 
-STATE_FILE = "learner.pt"
 DIGEST_ELEMENTS = 1 << 20
 """A sum in int64 copies what it adds: so many elements at a time."""
 

@@ -1,0 +1,270 @@
+"""asyncdapo from Python: configure a run, launch it, read what it left. `import asyncdapo` has all of it.
+
+    config = asyncdapo.load_config("quickstart", run={"steps": 2})
+    run = asyncdapo.launch(config)
+    run.metrics()[-1]["eval/accuracy"]
+
+In: a config, or the directory of a run. Out: plain Python values and numpy arrays. A launch is the command
+`asyncdapo launch` in a process of its own, so Ray, signals and GPU memory stay out of the caller's. `Run` only reads
+files: it works while the run goes on, after its end and after its death. Nothing heavy is imported before it is used.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from asyncdapo.errors import EXIT_INTERRUPTED, RunError, UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from pandas import DataFrame
+
+    from asyncdapo.config.config import Config
+
+__version__ = "0.1.0"
+
+SAID = "asyncdapo: "
+"""What the last word of a command begins with (`cli`)."""
+
+
+def load_config(name_or_path: str | Path, /, *overrides: str, **sections: Mapping[str, Any]) -> Config:
+    """The checked configuration of a run, by the rules of the command line.
+
+    `name_or_path` is a YAML file or a name such as `quickstart`. `rollout={"slots": 32}` is `"rollout.slots=32"`; a
+    section wins over an override. Models that lie beside the file become absolute paths. Raises UserError that names
+    every key that can't stay, its value and the fix.
+    """
+    from asyncdapo.config.config import find_config, models_beside, to_dict
+    from asyncdapo.config.config import load_config as load
+
+    path = find_config(str(name_or_path))
+    config = load(path, [*overrides, *_as_overrides(sections)])
+    model = models_beside(path, to_dict(config)).get("model", {})
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, **model))
+
+
+def _as_overrides(sections: Mapping[str, Any]) -> Iterator[str]:
+    """`key=value` of every key, the value as JSON, which is YAML."""
+    for section, keys in sections.items():
+        given = {f"{section}.{key}": value for key, value in keys.items()} if isinstance(keys, Mapping) else None
+        for key, value in ({section: keys} if given is None else given).items():
+            yield f"{key}={json.dumps(value, ensure_ascii=False, default=str)}"
+
+
+def launch(config: Config) -> Run:
+    """Train to the last step in a process of its own, and print its lines as they come. Launched again, a run resumes
+    from its newest checkpoint.
+
+    Ctrl-C stops the run as in a terminal: it finishes its step and writes a checkpoint, and KeyboardInterrupt is raised
+    once it has ended. Raises UserError where a key, a file or the data is wrong, RunError where the run failed, both
+    with its last words.
+    """
+    from asyncdapo.config.config import to_yaml
+
+    with tempfile.TemporaryDirectory(prefix="asyncdapo-") as folder:
+        file = Path(folder) / "config.yaml"
+        file.write_text(to_yaml(config), encoding="utf-8")
+        code, words = _follow([sys.executable, "-m", "asyncdapo", "launch", str(file)])
+    if code == 2:
+        raise UserError(words)
+    if code == EXIT_INTERRUPTED:
+        raise RunError("the run was stopped from elsewhere; launched again, it resumes")
+    if code:
+        raise RunError(words or f"the run ended with exit code {code}")
+    return Run(config.run.dir)
+
+
+def _follow(command: list[str]) -> tuple[int, str]:
+    """Print what a command prints. Returns its exit code and its last words. It gets Ctrl-C from us alone, and as
+    SIGTERM: it means the same to a run, and also reaches one that was started in the background."""
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+        errors="replace",
+        env=os.environ | {"PYTHONIOENCODING": "utf-8"},
+        start_new_session=True,
+    )
+    words, interrupt = "", None
+    with process:
+        while process.returncode is None:
+            try:
+                for line in process.stdout:
+                    print(line, end="", flush=True)
+                    words = words + line if words.startswith(SAID) and not line.startswith(SAID) else line
+                process.wait()
+            except KeyboardInterrupt as error:
+                interrupt = error
+                process.terminate()
+    if interrupt:
+        raise interrupt
+    return process.returncode, words.removeprefix(SAID).strip()
+
+
+@dataclass(frozen=True, eq=False)
+class Completion:
+    """One sampled response T tokens long. The arrays are aligned: element t is about `token_ids[t]`."""
+
+    group_id: int
+    prompt_id: int
+    step: int | None
+    """Train step of the batch that its group is in, if any."""
+    sample: int
+    """Place in the group, from 0."""
+    prompt: str
+    """As the model read it, special tokens written out."""
+    response: str
+    """As the verifier read it, without special tokens."""
+    token_ids: np.ndarray
+    """int32 [T]."""
+    logprobs: np.ndarray
+    """float32 [T]: log-probs under the policy that sampled them (μ), at the sampling temperature."""
+    versions: np.ndarray
+    """int64 [T]: version of the weights that sampled each token, 0 for the initial model."""
+    loss_mask: np.ndarray
+    """int64 [T]: 1 where the token bears loss, else 0."""
+    reward: float
+    """What the advantage is computed from."""
+    metrics: dict[str, float]
+    """Numbers of the reward function: `acc`, `score`, `seq_reward`, and its own."""
+    finish_reason: str
+
+
+class Run:
+    """A run by its directory: one that goes on, has ended, or has died. Only reads, `export` apart."""
+
+    def __init__(self, dir: str | Path) -> None:
+        """Raises UserError where there is no run."""
+        self.dir = Path(dir).absolute()
+        self._config_file = self.dir / "config.yaml"
+        if not self._config_file.is_file():
+            raise UserError(f"{self.dir}: no run there (give the run.dir of a launch)")
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.dir)!r})"
+
+    @property
+    def config(self) -> Config:
+        """As recorded by its latest launch. Keys that this version no longer knows are left out."""
+        from asyncdapo.config.config import load_recorded
+
+        return load_recorded(self._config_file)[0]
+
+    def metrics(self) -> list[dict[str, float]]:
+        """One dict a train step, and one for step 0; docs/metrics.md says what the names mean. A mean over nothing is
+        NaN."""
+        from asyncdapo.metrics.jsonl import to_metrics, whole_lines
+
+        return [to_metrics(line) for line in whole_lines(self.dir)[0]]
+
+    def frame(self) -> DataFrame:
+        """`metrics()` as a pandas frame, a row a step. Raises UserError where pandas is missing."""
+        try:
+            from pandas import DataFrame
+        except ImportError as error:
+            raise UserError("Run.frame: needs pandas (pip install pandas, or use Run.metrics)") from error
+        return DataFrame(self.metrics())
+
+    def groups(self, step: int | None = None) -> list[dict[str, Any]]:
+        """The rows of the ledger's table `groups` (docs/ledger.md), or those in the batch of `step`. Raises
+        sqlite3.Error for a damaged ledger."""
+        from asyncdapo.replay.ledger.ledger import is_begun, open_ledger
+
+        if not is_begun(self.dir):
+            return []
+        with closing(open_ledger(self.dir)) as ledger:
+            query = "SELECT * FROM groups WHERE :step IS NULL OR step = :step ORDER BY group_id"
+            return [dict(row) for row in ledger.execute(query, {"step": step})]
+
+    def completions(self, step: int | None = None, group_id: int | None = None) -> Iterator[Completion]:
+        """The completions of the batch of `step`, of one group, or of all groups whose tokens are kept.
+
+        Raises LookupError for a step or a group that isn't there, or whose tokens are freed: a run keeps all of them
+        with `replay.keep_payloads=true`. Raises BadRecord for a damaged file.
+        """
+        rows = [row for row in self.groups(step) if group_id in (None, row["group_id"])]
+        if step is None and group_id is None:
+            rows = [row for row in rows if row["segment"] is not None]
+        elif not rows:
+            asked = {"group": group_id, "step": step}
+            what = ", ".join(f"{name} {number}" for name, number in asked.items() if number is not None)
+            raise LookupError(f"{self.dir}: no groups of {what} in the ledger")
+        if freed := [row["group_id"] for row in rows if row["segment"] is None]:
+            raise LookupError(
+                f"{self.dir}: the tokens of {len(freed)} of {len(rows)} groups aren't kept, the first is group "
+                f"{freed[0]} (launch with replay.keep_payloads=true)"
+            )
+        return self._read(rows)
+
+    def _read(self, rows: list[dict[str, Any]]) -> Iterator[Completion]:
+        import numpy as np
+
+        from asyncdapo.model.tokenizer import load_tokenizer
+        from asyncdapo.replay.ledger.ledger import PAYLOAD_FOLDER
+        from asyncdapo.replay.ledger.payloads import Place, read_record
+
+        model = self.config.model
+        tokenizer = load_tokenizer(model.tokenizer_path, model.tokenizer_key)
+        for row in rows:
+            place = Place(row["segment"], row["offset"], row["bytes"])
+            group, payload = read_record(self.dir / PAYLOAD_FOLDER, place)
+            prompt, end = tokenizer.spell(payload.prompt_ids.tolist()), 0
+            for sample, completion in enumerate(group.completions):
+                start, end = end, end + completion.num_tokens
+                yield Completion(
+                    group_id=row["group_id"],
+                    prompt_id=row["prompt_id"],
+                    step=row["step"],
+                    sample=sample,
+                    prompt=prompt,
+                    response=tokenizer.decode(payload.token_ids[start:end]),
+                    token_ids=payload.token_ids[start:end],
+                    logprobs=payload.logprobs[start:end],
+                    versions=np.repeat(*np.array(completion.versions, np.int64).T),
+                    loss_mask=np.repeat(*np.array(completion.loss_mask, np.int64).T),
+                    reward=completion.reward,
+                    metrics=completion.metrics,
+                    finish_reason=completion.finish_reason,
+                )
+
+    def audit(self) -> list[str]:
+        """Every breach of what the run promised, a sentence each; none for a sound run. As `asyncdapo audit`."""
+        from asyncdapo.replay.ledger.audit import audit
+
+        return audit(self.dir)
+
+    def export(self, out: str | Path, step: int | None = None) -> Path:
+        """Copy the newest whole checkpoint, or that of `step`, to the new directory `out`: a Hugging Face model with
+        its tokenizer, without the optimizer's state. A newer checkpoint that is damaged is named in a warning. Returns
+        `out`. Raises UserError where there is no such checkpoint, where it is damaged, or where `out` is in use."""
+        from asyncdapo.controller.eval.subject import find_subject
+        from asyncdapo.learner.step.checkpoint import MANIFEST, STATE_FILE, checkpoint_dir, kept_steps
+
+        out, steps = Path(out), kept_steps(self.dir)
+        if step is not None and step not in steps:
+            there = f"there are {', '.join(map(str, steps))}" if steps else "there is none yet"
+            raise UserError(f"{self.dir}: no checkpoint of step {step} ({there})")
+        if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+            raise UserError(f"{out}: is in use (give a new directory)")
+        subject = find_subject(str(self.dir if step is None else checkpoint_dir(self.dir, step)))
+        for problem in subject.problems:
+            warnings.warn(problem, stacklevel=2)
+        unfinished = out.with_name(f".{out.name}.new")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        shutil.copytree(subject.model, unfinished, ignore=shutil.ignore_patterns(MANIFEST, STATE_FILE))
+        unfinished.rename(out)
+        return out

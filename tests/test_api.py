@@ -1,0 +1,279 @@
+"""The front door in Python: the page about it, run as a notebook would, and what a run is asked."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import asyncdapo
+from asyncdapo import api
+from asyncdapo.config.config import find_config
+from asyncdapo.config.config import load_config as load_file
+from asyncdapo.errors import RunError, UserError
+from asyncdapo.learner.step.checkpoint import check_checkpoint, checkpoint_dir, kept_steps
+from asyncdapo.replay.ledger.ledger import read_group
+from tests.replay.small_run import finished_run
+
+ROOT = Path(__file__).resolve().parents[1]
+CELLS = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "python.md").read_text(), re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def notebook(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    """The names that the cells of docs/python.md leave, run in their order in an empty directory."""
+    names: dict[str, Any] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("notebook"))
+        patch.setenv("WANDB_MODE", "disabled")
+        for cell in CELLS:
+            exec(cell, names)
+    yield names
+
+
+@pytest.fixture(scope="module")
+def run(notebook: dict[str, Any]) -> asyncdapo.Run:
+    return notebook["run"]
+
+
+@pytest.fixture
+def freed(tmp_path: Path) -> asyncdapo.Run:
+    """A run of three steps that kept no payload of what it trained on."""
+    return asyncdapo.Run(finished_run(tmp_path))
+
+
+# -------------------------------------------------------------------------------------------------------------- import
+
+
+def test_the_import_loads_nothing_heavy() -> None:
+    code = "import sys; before = set(sys.modules); import asyncdapo; print(*(set(sys.modules) - before))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.split())
+    assert "asyncdapo.api" in loaded
+    assert not loaded & {"torch", "ray", "omegaconf", "msgspec", "numpy", "pandas", "transformers", "importlib.metadata"}
+
+
+def test_the_package_is_typed_and_says_its_names() -> None:
+    assert (ROOT / "asyncdapo" / "py.typed").is_file()
+    assert set(asyncdapo.__all__) == {"Run", "__version__", "launch", "load_config"}
+    assert all(hasattr(asyncdapo, name) for name in asyncdapo.__all__)
+
+
+# -------------------------------------------------------------------------------------------------------------- config
+
+
+def test_sections_are_the_overrides_of_the_command_line() -> None:
+    overrides = ["run.steps=3", "rollout.slots=32", "learner.lr=1e-05", "run.name='a: b, ünï'"]
+    with_sections = dict(rollout={"slots": 32}, learner={"lr": 1e-5}, run={"name": "a: b, ünï"})
+    expected = load_file(find_config("quickstart"), overrides)
+    config = asyncdapo.load_config("quickstart", "run.steps=3", **with_sections)
+    assert dataclasses.replace(config, model=expected.model) == expected
+    weights = {"some/a.parquet": 0.25, "b.jsonl": 0.75}
+    assert asyncdapo.load_config("quickstart", prompts={"path": weights, "task": "file"}).prompts.path == weights
+
+
+def test_a_model_beside_the_config_is_found_from_anywhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = Path(asyncdapo.load_config("quickstart").model.path)
+    assert path.is_absolute()
+    assert (path / "config.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("sections", "said"),
+    [
+        ({"rollout": {"slot": 32}}, "rollout.slot"),
+        ({"rollout": {"slots": "many"}}, "rollout.slots"),
+        ({"rollout": 3}, "rollout: is a section"),
+        ({"roll": {"slots": 3}}, "roll"),
+    ],
+)
+def test_a_wrong_section_key_or_value_is_named(sections: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        asyncdapo.load_config("quickstart", **sections)
+
+
+# -------------------------------------------------------------------------------------------------------------- launch
+
+
+def test_a_launch_prints_its_lines_and_trains_to_the_last_step(
+    notebook: dict[str, Any], run: asyncdapo.Run, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert [line["step"] for line in run.metrics()] == [0, 1, 2]
+    asyncdapo.launch(run.config)
+    assert "has its 2 steps" in capfd.readouterr().out
+
+
+def test_a_wrong_value_is_a_user_error_with_the_words_of_the_command(tmp_path: Path) -> None:
+    (tmp_path / "other").write_text("")
+    config = asyncdapo.load_config("quickstart", run={"dir": str(tmp_path)})
+    with pytest.raises(UserError, match="^run.dir: is in use: it holds other"):
+        asyncdapo.launch(config)
+
+
+def _program(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, code: str) -> Any:
+    """A config whose launch runs `code` instead of `python -m asyncdapo launch FILE`."""
+    script = tmp_path / "program"
+    script.write_text(f"#!{sys.executable}\n{code}")
+    script.chmod(0o755)
+    monkeypatch.setattr(api.sys, "executable", str(script))
+    return asyncdapo.load_config("quickstart")
+
+
+@pytest.mark.parametrize(
+    ("code", "error", "said"),
+    [
+        ("print('step 1'); print('asyncdapo: the run ended: out of memory'); exit(1)", RunError, "the run ended: out"),
+        ("print('asyncdapo: 2 keys\\n  first\\n  second'); exit(2)", UserError, "^2 keys\n  first\n  second$"),
+        ("print('ValueError: of ours'); exit(1)", RunError, "^ValueError: of ours$"),
+        ("exit(130)", RunError, "stopped from elsewhere"),
+        ("import os; os.kill(os.getpid(), 9)", RunError, "exit code -9"),
+    ],
+)
+def test_the_exit_code_of_a_launch_becomes_its_error(
+    code: str, error: type[Exception], said: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with pytest.raises(error, match=said):
+        asyncdapo.launch(_program(monkeypatch, tmp_path, code))
+
+
+def test_ctrl_c_is_passed_on_and_waited_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    ready, done = tmp_path / "ready", tmp_path / "done"
+    code = (
+        "import pathlib, signal, sys, time\n"
+        "def stop(*_):\n"
+        f"    print('stopping', flush=True); time.sleep(0.5); pathlib.Path({str(done)!r}).touch(); sys.exit(130)\n"
+        "signal.signal(signal.SIGTERM, stop)\n"
+        f"pathlib.Path({str(ready)!r}).touch()\n"
+        "while True: time.sleep(0.1)\n"
+    )
+    config = _program(monkeypatch, tmp_path, code)
+
+    def interrupt() -> None:
+        while not ready.exists():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        asyncdapo.launch(config)
+    assert done.exists()
+    assert "stopping" in capfd.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+def test_there_has_to_be_a_run(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no run there"):
+        asyncdapo.Run(tmp_path)
+
+
+def test_the_page_keeps_only_what_was_trained(notebook: dict[str, Any], run: asyncdapo.Run) -> None:
+    assert notebook["kept"]
+    assert {group["step"] for group in notebook["kept"]} == {1}
+    assert run.config.run.steps == 2
+    assert sum(len(run.groups(step)) for step in (1, 2)) <= len(run.groups())
+
+
+def test_completions_are_what_the_payloads_hold(run: asyncdapo.Run) -> None:
+    (group_row, *_), completions = run.groups(1), list(run.completions(1))
+    assert len(completions) == sum(row["completions"] for row in run.groups(1))
+    group, payload = read_group(run.dir, group_row["group_id"])
+    mine = list(run.completions(group_id=group_row["group_id"]))
+    assert [completion.sample for completion in mine] == list(range(len(group.completions)))
+    assert np.array_equal(np.concatenate([completion.token_ids for completion in mine]), payload.token_ids)
+    assert np.array_equal(np.concatenate([completion.logprobs for completion in mine]), payload.logprobs)
+    for completion, header in zip(mine, group.completions, strict=True):
+        arrays = (completion.token_ids, completion.logprobs, completion.versions, completion.loss_mask)
+        assert {len(array) for array in arrays} == {header.num_tokens}
+        assert set(completion.versions) == {version for version, _ in header.versions}
+        assert (completion.reward, completion.metrics) == (header.reward, header.metrics)
+        assert completion.prompt
+        assert completion.response
+    assert len(list(run.completions())) == sum(row["completions"] for row in run.groups())
+
+
+def test_freed_tokens_and_unknown_groups_are_said_at_once(freed: asyncdapo.Run) -> None:
+    there = [row for row in freed.groups() if row["segment"] is None]
+    with pytest.raises(LookupError, match="replay.keep_payloads=true"):
+        freed.completions(group_id=there[0]["group_id"])
+    with pytest.raises(LookupError, match="no groups of step 99 "):
+        freed.completions(99)
+    with pytest.raises(LookupError, match="no groups of group 12345 "):
+        freed.completions(group_id=12345)
+
+
+def test_a_run_that_has_just_begun_is_empty(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("")
+    begun = asyncdapo.Run(tmp_path)
+    assert (begun.metrics(), begun.groups(), list(begun.completions())) == ([], [], [])
+
+
+def test_metrics_are_a_list_and_a_frame_where_pandas_is(
+    freed: asyncdapo.Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "reward/mean": null}\n{"step": 5, "rew')
+    assert math.isnan(freed.metrics()[-1]["reward/mean"])
+    pandas = ModuleType("pandas")
+    pandas.DataFrame = list  # what stands in for it takes the rows, as the real one does
+    monkeypatch.setitem(sys.modules, "pandas", pandas)
+    assert [row["step"] for row in freed.frame()] == [0, 1, 2, 3, 4]
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(UserError, match="pip install pandas"):
+        freed.frame()
+
+
+def test_a_breach_is_a_sentence(freed: asyncdapo.Run, tmp_path: Path) -> None:
+    assert freed.audit() == []
+    (tmp_path / "metrics.jsonl").unlink()
+    assert freed.audit() == ["metrics.jsonl: missing"]
+
+
+# -------------------------------------------------------------------------------------------------------------- export
+
+
+def test_an_export_is_a_model_that_others_read(notebook: dict[str, Any], run: asyncdapo.Run) -> None:
+    out = run.dir.parents[1] / notebook["model"]
+    assert not {path.name for path in out.iterdir()} & {"learner.pt", "checkpoint.json"}
+    assert AutoModelForCausalLM.from_pretrained(out).num_parameters() > 100_000
+    assert AutoTokenizer.from_pretrained(out).vocab_size > 10
+    with pytest.raises(UserError, match="is in use"):
+        run.export(out)
+    with pytest.raises(UserError, match="no checkpoint of step 7 "):
+        run.export(out.with_name("other"), step=7)
+
+
+def test_a_damaged_checkpoint_is_named_and_an_older_one_taken(run: asyncdapo.Run, tmp_path: Path) -> None:
+    newest = checkpoint_dir(run.dir, kept_steps(run.dir)[-1])
+    older = checkpoint_dir(run.dir, kept_steps(run.dir)[0])
+    weights = newest / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1])
+    try:
+        assert check_checkpoint(newest)
+        with pytest.raises(UserError, match="is damaged: model.safetensors has"):
+            run.export(tmp_path / "model", step=kept_steps(run.dir)[-1])
+        assert not (tmp_path / "model").exists()
+        with pytest.warns(UserWarning, match=f"{newest.name}: model.safetensors has"):
+            run.export(tmp_path / "model")
+    finally:
+        weights.write_bytes(whole)
+    assert (tmp_path / "model" / "model.safetensors").read_bytes() == (older / "model.safetensors").read_bytes()
