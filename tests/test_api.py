@@ -11,7 +11,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -34,7 +33,7 @@ CELLS = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "python.md").read_te
 
 
 @pytest.fixture(scope="module")
-def notebook(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+def notebook(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The names that the cells of docs/python.md leave, run in their order in an empty directory."""
     names: dict[str, Any] = {}
     with pytest.MonkeyPatch.context() as patch:
@@ -42,7 +41,7 @@ def notebook(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any
         patch.setenv("WANDB_MODE", "disabled")
         for cell in CELLS:
             exec(cell, names)
-    yield names
+    return names
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +63,16 @@ def test_the_import_loads_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = set(done.stdout.split())
     assert "asyncdapo.api" in loaded
-    assert not loaded & {"torch", "ray", "omegaconf", "msgspec", "numpy", "pandas", "transformers", "importlib.metadata"}
+    assert not loaded & {
+        "torch",
+        "ray",
+        "omegaconf",
+        "msgspec",
+        "numpy",
+        "pandas",
+        "transformers",
+        "importlib.metadata",
+    }
 
 
 def test_the_package_is_typed_and_says_its_names() -> None:
@@ -221,7 +229,8 @@ def test_freed_tokens_and_unknown_groups_are_said_at_once(freed: asyncdapo.Run) 
 
 
 def test_a_run_that_has_just_begun_is_empty(tmp_path: Path) -> None:
-    (tmp_path / "config.yaml").write_text("")
+    model = ROOT / "configs" / "models" / "chain_start"
+    (tmp_path / "config.yaml").write_text(f"model: {{path: {model}}}\n")
     begun = asyncdapo.Run(tmp_path)
     assert (begun.metrics(), begun.groups(), list(begun.completions())) == ([], [], [])
 
