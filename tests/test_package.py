@@ -53,6 +53,23 @@ def test_the_wheel_runs_in_an_empty_directory(wheel: Path, tmp_path: Path) -> No
     assert "learner" in done.stdout
 
 
+@pytest.mark.soak
+def test_the_wheel_trains_in_an_empty_directory(wheel: Path, tmp_path: Path) -> None:
+    site, empty = tmp_path / "site", tmp_path / "empty"
+    empty.mkdir()
+    with zipfile.ZipFile(wheel) as archive:
+        assert "asyncdapo/py.typed" in archive.namelist()
+        archive.extractall(site)
+    program = "import sys; from asyncdapo.cli import main; sys.exit(main())"
+    keys = ["run.steps=1", "eval.num_prompts=16", "eval.num_greedy_prompts=16", "metrics.wandb=disabled"]
+    command = [sys.executable, "-P", "-c", program, "launch", "quickstart", *keys]
+    done = subprocess.run(
+        command, cwd=empty, env=os.environ | {"PYTHONPATH": str(site)}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len((empty / "runs" / "quickstart" / "metrics.jsonl").read_text().splitlines()) == 2
+
+
 def test_the_sdist_has_what_a_clone_has_and_no_more(tmp_path: Path) -> None:
     with tarfile.open(build("sdist", tmp_path)) as archive:
         files = {name.split("/", 1)[1] for name in archive.getnames()}
