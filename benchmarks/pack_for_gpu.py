@@ -29,10 +29,12 @@ from typing import Any
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from asyncdapo import __version__
+
 ROOT = Path(__file__).resolve().parent.parent
 GROUPS = {
     "base": ["msgspec", "pyzmq", "omegaconf>=2.3,<3", "wandb", "math-verify", "pytest-timeout", "hypothesis"],
-    "ray": ["ray>=2.50,<3"],
+    "ray": ["ray>=2.52,<3"],
     "vllm": ["vllm==0.25.0"],
 }
 NEVER = ("torch", "torchvision", "torchaudio", "triton", "nvidia-*", "cuda-*", "flashinfer-*", "setuptools")
@@ -98,9 +100,9 @@ def fill(folder: Path, pins: Sequence[str]) -> None:
 def register(folder: Path) -> None:
     """What an installation writes of asyncdapo itself, which runs from its clone there: vLLM finds its plugin by it."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    info = folder / f"{project['name']}-{project['version']}.dist-info"
+    info = folder / f"{project['name']}-{__version__}.dist-info"
     info.mkdir()
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n")
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {__version__}\n")
     lines = []
     for group, points in project["entry-points"].items():
         lines += [f"[{group}]", *(f"{name} = {target}" for name, target in points.items())]
