@@ -58,6 +58,7 @@ def test_a_check_that_fails_keeps_its_figures_and_its_last_words(check) -> None:
     assert line["error"] == ["before", "the words of the end"]
 
 
+@pytest.mark.soak  # half a minute
 def test_a_check_that_takes_too_long_is_ended_with_all_that_it_started(check) -> None:
     line = check("slow", limit_s=2)
     assert line["status"] == "timeout"

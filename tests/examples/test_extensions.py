@@ -112,6 +112,7 @@ def test_the_example_task_and_loss_train(tmp_path):
     assert all(line["learner/grad_norm"] > 0 for line in lines if line["step"] > 0)
 
 
+@pytest.mark.soak  # half a minute
 def test_the_example_engine_samples_and_takes_new_weights(tmp_path):
     run = launch(tmp_path, ENGINE, "run.steps=3")
     assert run.exit_code == 0, run.output
