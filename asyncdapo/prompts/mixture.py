@@ -1,12 +1,12 @@
-"""Mixture: from which part of the data each position of the stream is drawn. Pure.
+"""Mixture: the part of the data that each position of the stream is drawn from. Pure.
 
-    weights 3 and 1      blocks of 4 positions, of which exactly 3 are of part 0 and 1 of part 1
+    weights 3 and 1      blocks of 4 positions: exactly 3 from part 0 and 1 from part 1
     block 0   0 1 0 0    each block has its own order, from a hash of the seed
     block 1   0 0 0 1
-    place     0 0 1 2 │ 3 4 5 1     draws from the same part before this one
+    place     0 0 1 2 │ 3 4 5 1     number of earlier draws from the same part
 
 In: weights, seed, a position. Out: the part and the place in it, so that each part has its own epochs; and the inverse.
-Any position can be computed at any time; nothing is saved. Does not own: which row a place is.
+Any position can be computed at any time; nothing is saved. Does not own: which row a place stands for.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from asyncdapo.messages import sample_seed
 MAX_BLOCK = 10_000
 """Most positions in a block. The weights hold exactly within each block."""
 BLOCK_SALT = 0xB10C
-"""Makes the order of a block unrelated to that of an epoch, which is computed from the same numbers."""
+"""Separates the hash of a block's order from that of an epoch's order: both hash the same numbers."""
 
 
 class Mixture:
     """Assigns positions to parts by weight. With a single part each position is its own place."""
 
     def __init__(self, weights: Sequence[Fraction], seed: int) -> None:
-        """Raises ConfigError if the weights, as smallest whole numbers, add up to more than MAX_BLOCK."""
+        """Raises ConfigError if the weights, as the smallest whole numbers, add up to more than MAX_BLOCK."""
         self._counts = whole_numbers(weights)
         self._size = sum(self._counts)
         self._seed = seed

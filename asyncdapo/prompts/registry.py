@@ -1,6 +1,7 @@
-"""Tasks by name, or by where the user's class is (`plugins.py`): called with (config, num_eval, seed), it makes a Task.
+"""Opens the task that `prompts.task` names: one of TASKS, or a class of the user's (`plugins.py`).
 
-A task of ours is a module in `tasks/` with a class of the protocol in `task.py`, and a line in TASKS.
+A built-in task is a module in `tasks/`, whose class implements the protocol of `task.py`, and a line in TASKS. A user's
+class is called with (config, num_eval, seed) and returns a Task.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ TASKS: dict[str, Callable[[PromptsConfig, int, int], Task]] = {
 
 
 def open_task(config: PromptsConfig, *, num_eval: int, seed: int) -> Task:
-    """The task that `prompts.task` names, its data read and checked. Quick, without torch and without a tokenizer.
+    """The task that `prompts.task` names, with its data read and checked. Fast: needs no torch and no tokenizer.
 
     `num_eval` is the number of questions that evaluation needs. Raises ConfigError for an unknown name or bad data.
     """
@@ -38,7 +39,7 @@ def open_task(config: PromptsConfig, *, num_eval: int, seed: int) -> Task:
 
 
 def _open_own(config: PromptsConfig, num_eval: int, seed: int) -> Task:
-    """A task of the user's, after a trial of its first two rows. Raises ConfigError."""
+    """A user's task, after a trial of its first two rows. Raises ConfigError."""
     key, name = "prompts.task", config.task
     make = load_plugin(key, name)
     check_call(key, name, make, "(config, num_eval, seed)", config, num_eval, seed)
@@ -53,9 +54,9 @@ def _open_own(config: PromptsConfig, num_eval: int, seed: int) -> Task:
     for question in asked:
         texts = (question.text, question.answer, question.source) if isinstance(question, Question) else (question,)
         if not all(isinstance(text, str) for text in texts):
-            raise ConfigError(key, f"must make Questions whose texts are str, made {question!r}", name)
+            raise ConfigError(key, f"must return Questions whose texts are str, returned {question!r}", name)
     if asked[: len(first)] != again:
-        raise ConfigError(key, "made another question of the same row", name, "derive it from the row alone")
+        raise ConfigError(key, "returned two different questions for one row", name, "derive it from the row alone")
     if num_eval_rows is not None and num_eval_rows < num_eval:
         raise ConfigError(key, f"has {num_eval_rows} held-out questions, evaluation needs {num_eval}", name)
     return task

@@ -1,6 +1,6 @@
 """Data files. In: a JSONL or parquet file. Out: the wanted columns of its records, each with its place in the file.
 
-Every problem of a user's file becomes one ConfigError: no such file, another kind of file, a line that isn't JSON or
+Every problem of a user's file becomes one ConfigError: no such file, another file type, a line that isn't JSON or
 UTF-8, a missing column, no records. Does not own: what the values mean (the task).
 """
 
@@ -78,7 +78,7 @@ def _parse(key: str, path: str, number: int, line: bytes) -> dict[str, object]:
     except UnicodeDecodeError as error:
         problem = f"line {number} isn't UTF-8: {error.reason} at byte {error.start}"
         raise ConfigError(key, problem, path, LEFT_OUT) from error
-    except (ValueError, RecursionError) as error:  # not only bad syntax: a number may be too long for Python
+    except (ValueError, RecursionError) as error:  # bad syntax, or a number that is too long for Python
         raise ConfigError(key, f"line {number} isn't JSON: {error}", path, LEFT_OUT) from error
     if not isinstance(record, dict):
         problem = f"line {number} must be a JSON object, it is a {type(record).__name__}"
@@ -98,7 +98,7 @@ def _read_parquet(path: str, columns: Mapping[str, str], optional: str | None) -
 
 def _values(record: Mapping[str, object], columns: Mapping[str, str]) -> tuple[object, ...]:
     values = (value_at(record, column) for column in columns.values())
-    return tuple(None if value is MISSING else value for value in values)  # inside a null of parquet
+    return tuple(None if value is MISSING else value for value in values)  # missing: the outer parquet value is null
 
 
 def value_at(record: Mapping[str, object], column: str) -> object:
@@ -119,7 +119,7 @@ def keys_of(record: Mapping[str, object]) -> Iterator[str]:
 
 
 def names_of(field: pyarrow.Field) -> Iterator[str]:
-    """As `keys_of`, for a column of parquet."""
+    """As `keys_of`, for a parquet column."""
     yield field.name
     if pyarrow.types.is_struct(field.type):
         yield from (f"{field.name}.{name}" for inner in field.type for name in names_of(inner))
@@ -136,8 +136,7 @@ def _check_columns(present: Iterable[str], columns: Mapping[str, str], where: st
 
 
 def likely_column(named: str, present: Sequence[str], usual: Sequence[str]) -> str | None:
-    """The column that the user may have meant: that name inside an object, one with a similar spelling, or a usual
-    one."""
+    """The column that the user may have meant: the same name inside an object, a similar spelling, or a usual name."""
     inside = [name for name in present if name.endswith(f".{named}")]
     near = inside or difflib.get_close_matches(named, present, n=1)
     usual = [*usual, *(name for name in present for last in usual if name.endswith(f".{last}"))]

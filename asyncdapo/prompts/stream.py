@@ -47,7 +47,7 @@ class PromptStream:
             rows = [self._fitting_rows(part.rows, task.question_at, part.name) for part in task.parts]
             self._parts = [EpochOrder(fitting, seed, number) for number, fitting in enumerate(rows)]
             self._mixture = Mixture([part.weight for part in task.parts], seed)
-            if config.epochs:  # the run ends before any part begins an epoch more
+            if config.epochs:  # the run ends before any part begins one more epoch
                 ends = (self._mixture.position(part, len(rows) * config.epochs) for part, rows in enumerate(rows))
                 self.num_prompts = min(ends)
         self._eval_rows: list[int] | None = None
@@ -136,5 +136,5 @@ class EpochOrder:
         return epoch, self._rows[self._order(epoch)[rank]]
 
     def _order_of(self, epoch: int) -> Sequence[int]:
-        """A permutation of the rows, sorted by a hash of (seed, epoch, row). It depends on no library version."""
+        """A permutation of the rows, sorted by a hash of (seed, epoch, row): the same with every library version."""
         return sorted(range(len(self._rows)), key=lambda row: sample_seed(self._seed, epoch, row))

@@ -1,7 +1,7 @@
-"""The seam between a task and the prompt stream: a table of questions for training and one for evaluation.
+"""The interface between a task and the prompt stream: a table of questions for training and one for evaluation.
 
 A task doesn't handle tokens, epochs or order; the stream does. A row is the same question in every process and after
-every restart, so nothing of a task is saved. No question is in both tables.
+every restart, so a task has no state to save. No question is in both tables.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Question:
     answer: str
     source: str
     row: int
-    """Its number in the source (a file's record, from 0), which may differ from its row in the task's table."""
+    """Number of the record in its source, from 0. It may differ from the row in the task's table."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,11 +37,11 @@ class Task(Protocol):
 
     @property
     def parts(self) -> Sequence[Part] | None:
-        """The training questions, every row in one part; None is endless."""
+        """The training rows, each in exactly one part; None: endless."""
 
     @property
     def num_eval_rows(self) -> int | None:
-        """Held-out questions; None is endless."""
+        """Number of held-out questions; None: endless."""
 
     def question_at(self, row: int) -> Question:
         """The training question of a row."""

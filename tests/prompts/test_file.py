@@ -131,7 +131,7 @@ BROKEN_JSONL = {
     ),
     "null as answer": (b'{"prompt": "a", "answer": null}\n', r"the answer in line 1 .* it is missing"),
     "a boolean as answer": (b'{"prompt": "a", "answer": true}\n', r"the answer in line 1 .* it is True"),
-    "a number without end": (b'{"prompt": "a", "answer": NaN}\n', r"the answer in line 1 is no number: nan"),
+    "a number without end": (b'{"prompt": "a", "answer": NaN}\n', r"the answer in line 1 isn't a finite number: nan"),
     "a number too long": (b'{"prompt": "a", "answer": ' + b"9" * 5000 + b"}\n", r"line 1 isn't JSON: Exceeds"),
     "half a character": (b'{"prompt": "\\ud83d", "answer": 1}\n', r"the prompt in line 1 holds half of a surrogate"),
     "a blank answer": (b'{"prompt": "a", "answer": " "}\n', r"the answer in line 1 .* it is ' '"),
@@ -208,7 +208,7 @@ def test_messages_are_refused_with_the_command_and_the_key_that_use_them(tmp_pat
     with pytest.raises(ConfigError, match="the prompt in row 0 is a list of messages") as caught:
         open_file(path)
     command = f"asyncdapo data prepare {path} --out data/chat"
-    assert caught.value.fix == f"make text of them: `{command}`, whose keys go with prompts.chat_template=true"
+    assert caught.value.fix == f"make it text: `{command}`, whose keys go with prompts.chat_template=true"
     assert main(["data", "prepare", path, "--out", str(tmp_path / "out")]) == 0
     assert "prompts.chat_template=true" in capsys.readouterr().out
     made = open_file(str(tmp_path / "out" / "train.parquet"), chat_template=True)

@@ -1,10 +1,10 @@
-"""`asyncdapo data prepare`: a data set becomes files that a run takes as they are.
+"""`asyncdapo data prepare`: turns a data set into files that a run reads as they are.
 
     source ─▶ inputs (files by split) ─▶ rows ─▶ shape (question, answer) ─▶ sieve (what a run can use) ─▶ output
 
-In: the command's arguments. Out: the directory, the counts of every stage, and the keys of a configuration that use it.
-A row that can't be used never ends the job; what is wrong with all rows does, as a UserError, and then the directory is
-as it was. Imports no torch.
+In: the command's arguments. Out: the directory, the counts of every stage, and the config keys that use it. A row that
+can't be used doesn't end the job. A problem of all rows does, with a UserError, and leaves the directory unchanged.
+Imports no torch.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ OPTIONS = (
     "chat_template",
     "system_prompt",
 )
-"""What changes the output."""
+"""The options that change the output."""
 MEANINGS = STAGES | {"held_out": "in test.parquet"}
 EVAL_PROMPTS = {"num_prompts": 512, "num_greedy_prompts": 256}
-"""What a run holds out unless its `eval` section says otherwise."""
+"""How many prompts a run holds out by default (section `eval`)."""
 HELD_OUT = ("test", "validation")
-"""Splits that nobody trains on."""
+"""Splits that aren't for training."""
 HOLD_OUT_SEED = 0
 PROGRESS_S = 0.5
 
@@ -57,7 +57,7 @@ def command(args: argparse.Namespace) -> int:
     """Prepare, or say that it is done already. Raises UserError."""
     _check_options(args)
     directory = Path(args.out).resolve()
-    output.read_manifest(directory)  # a directory of something else is refused before anything is downloaded
+    output.read_manifest(directory)  # refuses a directory with other content before anything is downloaded
     inputs = find_inputs(args.source, args.split, args.subset)
     if args.hold_out is not None and (len(inputs.splits) > 1 or set(inputs.splits) & set(HELD_OUT)):
         raise UserError(
@@ -66,7 +66,7 @@ def command(args: argparse.Namespace) -> int:
     made_from = _made_from(args, inputs)
     manifest = _done_before(args, made_from, directory)
     if manifest is None:
-        with output.begin(directory) as unfinished:  # another process may have done it by now
+        with output.begin(directory) as unfinished:  # another process may have finished it in the meantime
             manifest = _done_before(args, made_from, directory)
             if manifest is None:
                 facts = {"made_from": made_from, **_prepare(args, inputs, unfinished)}
@@ -76,7 +76,7 @@ def command(args: argparse.Namespace) -> int:
 
 
 def _done_before(args: argparse.Namespace, made_from: dict[str, Any], directory: Path) -> dict[str, Any] | None:
-    """The manifest of a directory that is what was asked for already. Raises UserError for one to be left alone."""
+    """The manifest, if the directory already holds what was asked for. Raises UserError for one that must be kept."""
     there = output.read_manifest(directory)
     if there is None:
         return None
@@ -93,7 +93,7 @@ def _done_before(args: argparse.Namespace, made_from: dict[str, Any], directory:
 
 def _check_options(args: argparse.Namespace) -> None:
     if args.split is not None and not re.fullmatch(r"\w[\w.-]*", args.split):
-        raise UserError(f"--split {args.split!r}: must be a name, since a file is called by it")
+        raise UserError(f"--split {args.split!r}: must be a name: the file is named after it")
     if args.template is not None and "{prompt}" not in args.template:
         raise UserError(f"--template {args.template!r}: must contain {{prompt}}")
     _check_line_breaks("--template", args.template)
@@ -109,15 +109,15 @@ def _check_options(args: argparse.Namespace) -> None:
 
 
 def _check_line_breaks(option: str, text: str | None) -> None:
-    """A shell leaves \\n between quotes as it is, and a model would be trained on the two letters."""
+    """A shell leaves \\n between quotes as it is: the model would be trained on these two characters."""
     if text is not None and "\\n" in text:
         meant = text.replace("\\n", "\n").replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n")
-        problem = "holds a backslash and an n, which is no line break here"
+        problem = "holds a backslash and an n, which isn't a line break here"
         raise UserError(f"{option} {text!r}: {problem} ({option} $'{meant}' has one)")
 
 
 def _made_from(args: argparse.Namespace, inputs: Inputs) -> dict[str, Any]:
-    """What decides over the output. Files go by content, so they may move."""
+    """Everything that determines the output. Files count by content, so they may move."""
     files = {
         split: [{"name": path.name, "sha256": output.digest_of(path)} for path in paths]
         for split, paths in inputs.splits.items()
@@ -133,7 +133,7 @@ def _prepare(args: argparse.Namespace, inputs: Inputs, unfinished: Path) -> dict
     system = SystemPrompt(text=args.system_prompt, given=args.system_prompt is not None)
     fits = _length_check(args, system)
     counts, messages = {}, False
-    # half of a surrogate pair is no text, but its escape is: backslashreplace writes that of JSON
+    # JSON may hold half of a surrogate pair, which UTF-8 can't encode: backslashreplace writes its escape
     with (unfinished / output.UNUSABLE).open("w", encoding="utf-8", errors="backslashreplace") as unusable:
         for split, files in inputs.splits.items():
             template = _template(args, inputs, verifier)
@@ -141,7 +141,7 @@ def _prepare(args: argparse.Namespace, inputs: Inputs, unfinished: Path) -> dict
             rows = _kept_rows(sieve, split, files, unusable)
             output.write_rows(unfinished / f"{split}.parquet", rows)
             counts[split] = sieve.counts
-            messages |= sieve.from_messages and args.model is None  # else they were counted as what was asked for
+            messages |= sieve.from_messages and args.model is None  # with a model, tokens were counted as asked
             _check_any_kept(args.source, split, sieve.counts, unfinished / output.UNUSABLE, unusable)
             if args.hold_out is not None:
                 _hold_out(args.hold_out, unfinished / f"{split}.parquet", sieve.counts)
@@ -151,7 +151,7 @@ def _prepare(args: argparse.Namespace, inputs: Inputs, unfinished: Path) -> dict
 
 
 def _hold_out(wanted: int, training: Path, counts: dict[str, int]) -> None:
-    """Rows chosen by a seed, no two of the same prompt, become test.parquet."""
+    """Move `wanted` rows, chosen by a seed, to test.parquet. Prompts are distinct by now."""
     kept = counts["kept"]
     if not 1 <= wanted < kept:
         fix = f"--hold-out {max(1, kept // 10)}" if kept > 1 else "leave it out"
@@ -188,7 +188,7 @@ def _verifier(args: argparse.Namespace, inputs: Inputs, shapes: Mapping[str, Sha
 
 
 def _template(args: argparse.Namespace, inputs: Inputs, verifier: str) -> Callable[[bool], str]:
-    """The user's, the data set's own, or words that ask for what the verifier looks for; messages bring theirs."""
+    """The user's template, the data set's, or one that asks for what the verifier looks for; messages need none."""
     if args.template is not None:
         return lambda from_messages: args.template
     if inputs.published and verifier == inputs.published.verifier:
@@ -197,7 +197,7 @@ def _template(args: argparse.Namespace, inputs: Inputs, verifier: str) -> Callab
 
 
 def _length_check(args: argparse.Namespace, system: SystemPrompt) -> Callable[[str], bool]:
-    """Counts tokens as the run will. The encoder is made at the first prompt, which settles the system prompt."""
+    """Counts tokens as the run does. The encoder is made at the first prompt, when the system prompt is known."""
     if args.model is None:
         return lambda prompt: True
     from asyncdapo.model.tokenizer import load_tokenizer
@@ -231,7 +231,7 @@ def _kept_rows(sieve: Sieve, split: str, files: Sequence[Path], unusable: IO[str
 
 
 class _Progress:
-    """A line on a terminal that is written over; nothing elsewhere."""
+    """A progress line on a terminal, overwritten in place; prints nothing elsewhere."""
 
     def __init__(self, split: str, total: int | None) -> None:
         self._of = f" of {total:,}" if total else ""
@@ -269,7 +269,7 @@ def _check_any_kept(source: str, split: str, counts: Mapping[str, int], unusable
 
 
 def _show(manifest: Mapping[str, Any], out: Path) -> None:
-    """Counts of all splits side by side, and how a run uses them."""
+    """Print the counts of all splits side by side, and the keys with which a run uses them."""
     counts = manifest["counts"]
     print(f"{'':14}" + "".join(f"{split:>12}" for split in counts))
     for stage in next(iter(counts.values())):
@@ -280,11 +280,11 @@ def _show(manifest: Mapping[str, Any], out: Path) -> None:
     use = manifest["use"]
     keys = []
     held_out = [split for split in HELD_OUT if f"{split}.parquet" in manifest["files"]]
-    if training := [split for split in counts if split not in held_out]:  # `train`, or what --split calls it
+    if training := [split for split in counts if split not in held_out]:  # `train`, or the name given by --split
         keys += ["prompts.task=file", f"prompts.path={out / f'{training[0]}.parquet'}"]
     if held_out:
         keys.append(f"prompts.eval_path={out / f'{held_out[0]}.parquet'}")
-    else:  # a run holds prompts out of the file, which has to leave some to train on
+    else:  # a run then holds prompts out of the training file, and some must be left to train on
         kept = counts[training[0]]["kept"]
         few = min(max(1, kept // 10), kept - 1)
         keys += [f"eval.{key}={few}" for key, usual in EVAL_PROMPTS.items() if few < usual]

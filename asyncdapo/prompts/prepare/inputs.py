@@ -1,9 +1,9 @@
-"""Inputs: what the user named as a source becomes files on this machine, by split.
+"""Inputs: finds the files of the source that the user named, by split.
 
 In: the name of a published data set, a file, a directory, or an id on the Hugging Face hub. Out: the files of each
-split, in a fixed order. What is on the hub is downloaded into the Hugging Face cache, and comes from there when it is
-cached already and the hub can't be reached. Raises UserError for a source that is none of these, and for a choice that
-the user has to make. Does not own: reading the files.
+split on this machine, in a fixed order. Files of the hub are downloaded into the Hugging Face cache; when the hub can't
+be reached, cached ones are used. Raises UserError for a source that is none of these, and for a choice that the user
+has to make. Does not own: reading the files.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from asyncdapo.errors import UserError
 from asyncdapo.prompts.prepare.published import PUBLISHED, Published
 
 HUB_ERRORS = (OSError, ValueError, HTTPError)
-"""No such repository or id, no network, and none wanted."""
+"""No such repository or id, no network, or offline mode."""
 ANSWER_S = 10.0
 """Longest wait for the hub's list of files."""
 SUFFIXES = (".jsonl", ".parquet")
 CONVERTED = "refs/convert/parquet"
-"""Revision in which the hub keeps a parquet copy of data sets that come in another format."""
+"""Revision in which the hub keeps a parquet copy of data sets of other formats."""
 SPLITS = {"train": "train", "test": "test", "validation": "validation", "valid": "validation", "val": "validation"}
 SPLIT_WORD = re.compile(rf"(?<![a-z])({'|'.join(SPLITS)}|dev)(?![a-z])")
 
@@ -37,7 +37,7 @@ class Inputs:
     """Files by split."""
 
     name: str
-    """What rows are called that don't say where they are from."""
+    """Source of rows that don't name theirs."""
     splits: dict[str, list[Path]]
     published: Published | None = None
     revision: str | None = None
@@ -45,8 +45,8 @@ class Inputs:
 
 
 def find_inputs(source: str, split: str | None, subset: str | None) -> Inputs:
-    """The files of `source`: of all its splits, or of one. A file, and a source whose names tell no split, are of the
-    split asked for, or of `train`."""
+    """The files of `source`: of all its splits, or of one. A single file, and a source whose file names tell no split,
+    count as the split asked for, or as `train`."""
     path = Path(source).expanduser()
     if source in PUBLISHED and not path.exists():
         return _published(source, PUBLISHED[source], split, subset)
@@ -79,7 +79,7 @@ def _published(name: str, known: Published, split: str | None, subset: str | Non
 
 
 def _from_hub(repository: str, split: str | None, subset: str | None) -> Inputs:
-    """Downloads no more than the files that are asked for."""
+    """Downloads only the files that are asked for."""
     revision, names = None, _list_files(repository, None)
     if not any(_is_data(name) for name in names):
         revision, names = CONVERTED, _list_files(repository, CONVERTED)
@@ -90,9 +90,9 @@ def _from_hub(repository: str, split: str | None, subset: str | None) -> Inputs:
 
 
 def _list_files(repository: str, revision: str | None) -> list[Path]:
-    """All files of a repository; of one that can't be asked those in the cache."""
+    """All files of a repository; those in the cache if the hub can't be asked."""
     try:
-        info = dataset_info(repository, revision=revision, timeout=ANSWER_S)  # asks once; list_repo_files for 20 s
+        info = dataset_info(repository, revision=revision, timeout=ANSWER_S)  # list_repo_files would retry for 20 s
         return [Path(file.rfilename) for file in info.siblings]
     except HUB_ERRORS as error:
         try:
@@ -112,7 +112,7 @@ def _download(repository: str, patterns: Sequence[str], revision: str | None = N
 
 
 def _unavailable(repository: str, error: BaseException) -> UserError:
-    """What isn't in the cache, and the hub's answer or why there is none."""
+    """The error for a repository that isn't in the cache: the hub's answer, or why there is none."""
     chain = [error]
     while chain[-1].__cause__ is not None:
         chain.append(chain[-1].__cause__)
@@ -122,11 +122,11 @@ def _unavailable(repository: str, error: BaseException) -> UserError:
         ):
             problem = "neither a file here nor a data set in the Hugging Face cache or on the hub"
             return UserError(f"{repository}: {problem} ({_first_line(answer)})")
-    if not any(isinstance(cause, (HTTPError, OfflineModeIsEnabled)) for cause in chain):  # a full disk, say
+    if not any(isinstance(cause, (HTTPError, OfflineModeIsEnabled)) for cause in chain):  # for example a full disk
         return UserError(f"{repository}: can't be downloaded ({_first_line(error)})")
     offline = any(isinstance(cause, OfflineModeIsEnabled) for cause in chain)
     reason = "HF_HUB_OFFLINE is set" if offline else _first_line(chain[-1])
-    fix = "fetch it where there is network, and give its directory"
+    fix = "download it where there is a network, and give its directory"
     return UserError(f"{repository}: the hub can't be reached ({reason}), and it isn't in the cache, HF_HOME ({fix})")
 
 
@@ -146,7 +146,7 @@ def _files_below(root: Path) -> list[Path]:
 
 
 def _by_split(source: str, names: Sequence[Path], split: str | None, subset: str | None) -> dict[str, list[Path]]:
-    """The data files among `names`, which are relative to the root of the source, by the split that they are of."""
+    """The data files among `names`, by split. `names` are relative to the root of the source."""
     files = sorted(name for name in names if _is_data(name) and (not subset or name.is_relative_to(subset)))
     if not files:
         within = f" below {subset}" if subset else ""
@@ -164,12 +164,12 @@ def _by_split(source: str, names: Sequence[Path], split: str | None, subset: str
         raise UserError(f"--split {split}: {source} has {', '.join(sorted(filter(None, found)))}")
     if None in found and not split:
         unclear = found[None][0]
-        raise UserError(f"{source}: the name of {unclear} tells no split (--split reads one, by the files' names)")
+        raise UserError(f"{source}: the name of {unclear} tells no split (--split reads a single one by file name)")
     return {of: found[of] for of in ([split] if split else sorted(filter(None, found), reverse=True))}
 
 
 def _split_of(path: Path) -> str | None:
-    """The split that the name of a file or of its folder tells."""
+    """The split that the name of the file or of its folder tells, if any."""
     for part in reversed(path.parts):
         if words := SPLIT_WORD.findall(part.lower()):
             return SPLITS.get(words[-1], "validation")

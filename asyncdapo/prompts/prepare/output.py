@@ -1,11 +1,11 @@
-"""Output: a directory of prepared data, which is either complete or not there.
+"""Output: a directory of prepared data, either complete or absent.
 
     DIR/train.parquet, test.parquet, …   columns prompt, answer, source (text), row (number in the input)
         unusable.jsonl                   rows that can't be used: number, file, place, reason, shortened value
         manifest.json                    what it was made from, counts of every stage, digests of the files above
 
-Everything is written beside DIR, by one process at a time, and then renamed. The same input and options give the same
-bytes. Does not own: what the files contain.
+Everything is written to a directory next to DIR, by one process at a time, and then renamed. The same input and options
+give the same bytes. Does not own: what the files contain.
 """
 
 from __future__ import annotations
@@ -53,13 +53,13 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
 
 
 def is_whole(directory: Path, manifest: Mapping[str, Any]) -> bool:
-    """Whether the files are those that the manifest tells of."""
+    """Whether the files are as the manifest describes them."""
     files = {name: directory / name for name in manifest["files"]}
     return all(path.is_file() and digest_of(path) == manifest["files"][name]["sha256"] for name, path in files.items())
 
 
 def check_replaceable(directory: Path, manifest: Mapping[str, Any]) -> None:
-    """Raises UserError for a directory with files that the manifest doesn't tell of."""
+    """Raises UserError for a directory with files that the manifest doesn't list."""
     others = {path.name for path in directory.iterdir()} - {MANIFEST, *manifest["files"]}
     if others:
         problem = f"holds {', '.join(sorted(others))}, which `asyncdapo data prepare` didn't write"
@@ -77,8 +77,8 @@ def digest_of(path: Path) -> str:
 
 @contextmanager
 def begin(directory: Path) -> Iterator[Path]:
-    """An empty directory beside it, which goes away at the end, and so does what a job that was killed left there.
-    Raises UserError where it can't be written, and while another process prepares the same directory."""
+    """An empty directory next to it, removed at the end; first removes what a killed job left there. Raises UserError
+    if it can't be written, and while another process prepares the same directory."""
     unfinished = directory.with_name(f".{directory.name}.new")
     lock = directory.with_name(f".{directory.name}.lock")
     try:
@@ -104,7 +104,7 @@ def _take(file: IO[str], directory: Path) -> None:
 
 
 def write_rows(path: Path, rows: Iterable[KeptRow]) -> None:
-    """The rows as parquet, some at a time."""
+    """Write the rows as parquet, ROWS_AT_ONCE at a time."""
     with ParquetWriter(path, SCHEMA) as writer:
         rows = iter(rows)
         while some := list(islice(rows, ROWS_AT_ONCE)):
@@ -113,7 +113,7 @@ def write_rows(path: Path, rows: Iterable[KeptRow]) -> None:
 
 
 def move_rows(path: Path, to: Path, chosen: Set[int]) -> None:
-    """Rows of a file, by their places in it, become a file of their own; some are in memory at a time."""
+    """Move rows, given by their places in the file, to a file of their own; one batch is in memory at a time."""
     rest, place = path.with_suffix(".rest"), 0
     with parquet.ParquetFile(path) as file, ParquetWriter(to, SCHEMA) as moved, ParquetWriter(rest, SCHEMA) as staying:
         for batch in file.iter_batches():
@@ -125,7 +125,7 @@ def move_rows(path: Path, to: Path, chosen: Set[int]) -> None:
 
 
 def finish(unfinished: Path, directory: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Write the manifest and put all in place of what an earlier preparation left. Returns the manifest."""
+    """Write the manifest, and replace what an earlier preparation left. Returns the manifest."""
     files = {path.name: {"sha256": digest_of(path)} for path in sorted(unfinished.iterdir())}
     manifest = {"schema": MANIFEST_SCHEMA, "version": version("asyncdapo"), **facts, "files": files}
     replace_file(unfinished / MANIFEST, (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode())

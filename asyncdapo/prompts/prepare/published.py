@@ -1,8 +1,8 @@
 """Published data sets that `asyncdapo data prepare` knows by name: where their files are and what their rows mean.
 
-Facts of the repositories themselves. DAPO-Math-17k (arXiv 2503.14476) holds 1,791,700 rows: 17,917 distinct ones with
-17,398 distinct prompts. AIME-2024 holds 30 problems 32 times; GSM8K (arXiv 2110.14168) 7,473 problems for training and
-1,319 for the test, each with a solution that ends in `#### ` and a number.
+Counted in the repositories themselves: DAPO-Math-17k (arXiv 2503.14476) has 1,791,700 rows, 17,917 distinct ones, with
+17,398 distinct prompts. AIME-2024 has 30 problems, each 32 times. GSM8K (arXiv 2110.14168) has 7,473 problems for
+training and 1,319 for the test, each with a solution that ends in `#### ` and a number.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 FROM_MESSAGES = "{prompt}"
-"""The rows bring their instruction along."""
+"""The rows contain their own instruction."""
 REASON = "{prompt}\n\nReason step by step. The last line of your response must be "
 TEMPLATES = {
     "answer": REASON + "`Answer: ` followed by the answer alone.",
@@ -18,7 +18,7 @@ TEMPLATES = {
     "gsm8k": REASON + "`#### ` followed by the number.",
     "math_verify": "{prompt}\n\nReason step by step, and put the final answer into \\boxed{}.",
 }
-"""What asks for the line that a verifier looks for."""
+"""By verifier: the template that asks for the line that the verifier looks for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,15 +27,15 @@ class Published:
 
     repository: str
     files: dict[str, str]
-    """Pattern of the files of each split."""
+    """File pattern of each split."""
     prompt_column: str
     answer_column: str
     verifier: str
     template: str
     source: str
-    """What its rows are called where they don't say so themselves."""
+    """Source of rows that don't name theirs."""
     answer_after: str | None = field(default=None)
-    """The answer is the number behind the last such mark; the whole column unless given."""
+    """The answer is the number after the last such mark; None: the whole column."""
 
 
 PUBLISHED = {

@@ -1,7 +1,7 @@
 """Rows: the records of JSONL and parquet files, one after the other. An unreadable row carries the reason.
 
-In: a file. Out: `RawRow`s in the order of the file, at most a batch in memory. A row that can't be read is a row with a
-problem; a file that can't be read is a UserError. Does not own: what the values mean.
+In: a file. Out: `RawRow`s in the order of the file, at most a batch in memory. A row that can't be read raises when its
+record is asked for; a file that can't be read raises UserError. Does not own: what the values mean.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from asyncdapo.prompts.sources import keys_of, names_of
 BATCH = 4096
 """Rows of parquet in memory at once."""
 SAMPLE = 10_000
-"""Rows of JSONL that are looked at for the names of columns."""
+"""JSONL rows that are read to find the names of the columns."""
 BEYOND_PYTHON = (ValueError, OverflowError, LookupError)
-"""Broken UTF-8, nanoseconds, a year after 9999, a time zone that isn't known here."""
+"""What Python can't represent: broken UTF-8, nanoseconds, a year after 9999, an unknown time zone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +35,9 @@ class RawRow:
     place: str
     digest: bytes
     read: Callable[[], object]
-    """The record; raises ValueError, whose words are the reason why it can't be used."""
+    """Returns the record. Raises ValueError with the reason why it can't be used."""
     line: bytes = b""
-    """As it stands in the file, of JSONL."""
+    """JSONL: the line as it is in the file."""
 
 
 def read_rows(path: Path) -> Iterator[RawRow]:
@@ -49,12 +49,12 @@ def read_rows(path: Path) -> Iterator[RawRow]:
 
 
 def num_rows(path: Path) -> int | None:
-    """As a parquet file says itself; None for JSONL."""
+    """The count in a parquet file's metadata; None for JSONL."""
     return parquet.read_metadata(path).num_rows if path.suffix.lower() == ".parquet" else None
 
 
 def column_names(path: Path) -> list[str]:
-    """Names of columns, those inside of objects with dots: of a parquet file all, of JSONL those of the first rows."""
+    """Names of columns, dotted inside objects: all of a parquet file, those of the first SAMPLE rows of JSONL."""
     names: dict[str, None] = {}
     try:
         if path.suffix.lower() == ".parquet":
@@ -113,11 +113,11 @@ def _parquet_rows(path: Path) -> Iterator[RawRow]:
 
 
 def _records(batch: pyarrow.RecordBatch) -> Iterator[dict[str, object] | str]:
-    """Each record of a batch, or the reason why it can't be read: text of parquet may be broken UTF-8."""
+    """Each record of a batch, or the reason why it can't be read: text in parquet may be broken UTF-8."""
     try:
         yield from batch.to_pylist()
         return
-    except BEYOND_PYTHON:  # one value or more, so they are taken one by one
+    except BEYOND_PYTHON:  # raised by one or more values: convert them one by one
         pass
     for row in range(len(batch)):
         try:
@@ -127,7 +127,7 @@ def _records(batch: pyarrow.RecordBatch) -> Iterator[dict[str, object] | str]:
 
 
 def _value(scalar: pyarrow.Scalar) -> object:
-    """As Python has it. What Python has no equal for, such as nanoseconds of a date, is its type and what is stored."""
+    """As a Python value. Values without one, such as dates with nanoseconds, become (type, stored number)."""
     try:
         return scalar.as_py()
     except UnicodeDecodeError:

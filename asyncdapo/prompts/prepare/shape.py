@@ -1,8 +1,8 @@
-"""Shape: which columns hold question and answer, and what a question and an answer are in them.
+"""Shape: which columns hold question and answer, and how they are read.
 
-In: names of columns, what the user said of them, records. Out: `Item`s, or a ValueError whose words say why a record
-is none. Known shapes are text beside an answer, and messages ([system], user) beside an answer that may be inside of an
-object, such as verl's `reward_model.ground_truth`. Pure.
+In: names of columns, the user's choices, records. Out: `Item`s, or a ValueError that says why a record can't be used. A
+question is text or messages ([system], user). An answer is a column, or inside an object, such as verl's
+`reward_model.ground_truth`. Pure.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ NUMBER = re.compile(r"[-+]?[0-9][0-9,]*(\.[0-9]+)?|[-+]?\.[0-9]+")
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """What a record asks."""
+    """The question and the answer of a record."""
 
     prompt: str
     answer: str
     source: str
     system: str | None
     from_messages: bool
-    """Such a prompt brings its instruction along; a bare question doesn't."""
+    """A prompt from messages contains its instruction; a bare question doesn't."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class Shape:
     answer_after: str | None = None
 
     def read(self, record: Mapping[str, object], name: str) -> Item:
-        """`name` is the source of a record that doesn't say it. Raises ValueError."""
+        """`name` is the source of a record that doesn't name its own. Raises ValueError."""
         text, system, from_messages = _question(self.prompt, value_at(record, self.prompt))
         answer = _answer(self.answer, value_at(record, self.answer))
         source = value_at(record, self.source) if self.source else None
@@ -101,7 +101,7 @@ def _answer(column: str, value: object) -> str:
     _refuse_missing(column, value)
     if isinstance(value, Number) and not isinstance(value, bool):
         if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"the answer {column!r} is no number: {value}")
+            raise ValueError(f"the answer {column!r} isn't a finite number: {value}")
         return str(value)
     if not isinstance(value, str):
         raise ValueError(f"the answer {column!r} must be text or a number, it is {shown(value)}")

@@ -3,8 +3,8 @@
     read ─▶ repeated ─▶ unusable ─▶ same prompt, other answer ─▶ too long ─▶ kept
 
 In: raw rows. Out: kept rows; `counts`, which add up to `read`; and, for each row that is unusable or contradicts
-another, a record of the problem. Of repeated rows the first is kept. Memory: some 200 bytes for each distinct row. Does
-not own: files.
+another one, a record of the problem. Of repeated rows the first is kept. Memory: some 200 bytes for each distinct row.
+Does not own: files.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ class KeptRow:
 
 @dataclass(kw_only=True)
 class SystemPrompt:
-    """The one system prompt of a data set: what the user gave, else that of the first row that can be used."""
+    """The one system prompt of a data set: the user's, or that of the first usable row."""
 
     text: str | None = None
     given: bool = False
     settled: bool = False
 
     def check(self, text: str | None) -> None:
-        """Raises ValueError for another one. One that the user gave is that of rows without one, too."""
+        """Raises ValueError for a different one. The user's also applies to rows without a system prompt."""
         if not self.given and not self.settled:
             self.text, self.settled = text, True
         if text != self.text and not (self.given and text is None):
@@ -58,18 +58,18 @@ class SystemPrompt:
 
 @dataclass(kw_only=True)
 class Sieve:
-    """One split on its way."""
+    """Filters the rows of one split."""
 
     shape: Shape
     name: str
-    """Source of rows that don't say theirs."""
+    """Source of rows that don't name theirs."""
     template: Callable[[bool], str]
-    """What a question goes into, by whether it came as messages."""
+    """Whether the question came as messages -> the template that it goes into."""
     system: SystemPrompt
     fits: Callable[[str], bool] = lambda prompt: True
     """Whether a prompt is short enough."""
     from_messages: bool = False
-    """Whether a row that was kept came as messages, which is what a chat template is for."""
+    """Whether a kept row came as messages: such data needs a chat template."""
     counts: dict[str, int] = field(default_factory=lambda: {"read": 0, **dict.fromkeys(STAGES, 0)})
 
     def __post_init__(self) -> None:
@@ -77,7 +77,7 @@ class Sieve:
         self._prompts: dict[bytes, tuple[int, bytes]] = {}
 
     def keep(self, file: Path, rows: Iterable[RawRow], report: Report) -> Iterator[KeptRow]:
-        """The rows of one file that stay. `report` is given a record of each that is listed."""
+        """The kept rows of one file. `report` gets a record of each row that unusable.jsonl lists."""
         for raw in rows:
             number = self.counts["read"]
             self.counts["read"] += 1
@@ -93,7 +93,7 @@ class Sieve:
                 yield kept
 
     def _judge(self, raw: RawRow, number: int) -> tuple[str, str, KeptRow | None]:
-        """The stage at which a row stays, why it is listed if it is, and the row."""
+        """The stage at which a row ends, the reason if it is to be listed, and the row if it is kept."""
         try:
             item = self.shape.read(raw.read(), self.name)
             self.system.check(item.system)

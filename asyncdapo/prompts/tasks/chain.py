@@ -3,8 +3,8 @@
     prompt    "Q: 6+4*7-4 mod 10\n"
     response  "6+4=0\n0*7=0\n0-4=6\nAnswer: 6"      one step a line; written by the model, not by this module
 
-Seed and row determine a chain. Chains are split by a checksum of their prompt, so that none is in both parts, whatever
-the seeds: `held_out` ones are for evaluation, all others for training.
+Seed and row determine a chain. A checksum of its prompt decides whether a chain is `held_out` for evaluation or used
+for training, so that no chain is in both, whatever the seeds.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def apply(operator: str, left: int, right: int) -> int:
 
 
 def draw_chain(seed: int, row: int, *, held_out: bool) -> Chain:
-    """The chain of this seed and row: the first draw that belongs to the wanted part."""
+    """The chain of this seed and row: the first draw whose `held_out` is as asked."""
     draws = _draws(random.Random(sample_seed(seed, row)))
     return next(chain for chain in draws if chain.held_out == held_out)
 

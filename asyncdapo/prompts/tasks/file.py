@@ -2,10 +2,10 @@
 
     {"prompt": "What is 3 + 4?", "answer": 7}       columns: `prompts.prompt_column`, `prompts.answer_column`
 
-The question goes into `prompts.template`. A column `source`, if there is one, says where a question is from; otherwise
-its source is the file. Evaluation has its own rows: those of `prompts.eval_path`, or questions held out of all training
-files together. A held-out question is never trained on, even if the files repeat it. The choice depends only on the
-files, so that runs can be compared.
+The question goes into `prompts.template`. An optional column `source` says where a question is from; without it the
+source is the file. Evaluation has its own rows: those of `prompts.eval_path`, or questions held out of all training
+files together. A held-out question is never trained on, even if the files repeat it. Which questions are held out
+depends only on the files, so that runs can be compared.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SOURCE_COLUMN = "source"
 
 
 class FileTask:
-    """Questions of files, in the order of the files. Reads them at once; raises ConfigError."""
+    """The questions of data files, in the order of the files, all in memory. Raises ConfigError."""
 
     def __init__(self, config: PromptsConfig, num_eval: int) -> None:
         self._config = config
@@ -64,7 +64,7 @@ class FileTask:
 def _question(key: str, path: str, name: str, row: int, record: Record, template: str) -> Question:
     prompt, answer = record.values
     if isinstance(prompt, list) and prompt and isinstance(prompt[0], dict):
-        problem, fix = f"the prompt in {record.place} is a list of messages", f"make text of them: {as_text(path)}"
+        problem, fix = f"the prompt in {record.place} is a list of messages", f"make it text: {as_text(path)}"
         raise ConfigError(key, problem, path, fix)
     if not isinstance(prompt, str) or not prompt:
         raise ConfigError(key, f"the prompt in {record.place} must be text, it is {shown(prompt)}", path, LEFT_OUT)
@@ -73,7 +73,7 @@ def _question(key: str, path: str, name: str, row: int, record: Record, template
             key, f"the answer in {record.place} must be text or a number, it is {shown(answer)}", path, LEFT_OUT
         )
     if isinstance(answer, float) and not math.isfinite(answer):
-        raise ConfigError(key, f"the answer in {record.place} is no number: {answer}", path, LEFT_OUT)
+        raise ConfigError(key, f"the answer in {record.place} isn't a finite number: {answer}", path, LEFT_OUT)
     for what, text in (("prompt", prompt), ("answer", str(answer))):
         if not is_unicode(text):
             raise ConfigError(key, f"the {what} in {record.place} holds half of a surrogate pair", path, LEFT_OUT)
@@ -83,13 +83,13 @@ def _question(key: str, path: str, name: str, row: int, record: Record, template
 
 
 def as_text(path: str) -> str:
-    """The command that turns messages into text, and the key for such data."""
+    """The command that turns messages into text, and the key that such data needs."""
     prepare = shlex.join(["asyncdapo", "data", "prepare", path, "--out", f"data/{Path(path).stem}"])
     return f"`{prepare}`, whose keys go with prompts.chat_template=true"
 
 
 def shown(value: object) -> str:
-    """A value as a message shows it: on one line, short."""
+    """A value for an error message: on one line, shortened."""
     if value is None:
         return "missing"
     text = repr(value)
@@ -102,7 +102,7 @@ def is_unicode(text: str) -> bool:
 
 
 def short_names(paths: Sequence[str]) -> list[str]:
-    """The last parts of each path, as many as it takes to tell the files apart."""
+    """The shortest ends of the paths that still tell the files apart."""
     for length in range(1, max((len(Path(path).parts) for path in paths), default=1)):
         names = ["/".join(Path(path).parts[-length:]) for path in paths]
         if len(set(names)) == len(names):
@@ -111,14 +111,14 @@ def short_names(paths: Sequence[str]) -> list[str]:
 
 
 def hold_out(files: list[list[Question]], num_eval: int, names: str) -> tuple[list[list[Question]], list[Question]]:
-    """Split into (training, held out). Held out are `num_eval` distinct questions of all files together; every
+    """Split into (training, held out): `num_eval` distinct questions of all files together are held out, and every
     repetition of them leaves training."""
     distinct = {question.text: question for file in files for question in file}
     if num_eval >= len(distinct):
         few = max(1, len(distinct) // 10)
         raise ConfigError(
             "eval.num_prompts, eval.num_greedy_prompts",
-            f"{names} has {len(distinct)} distinct questions, so holding out as many leaves nothing to train on",
+            f"{names} has {len(distinct)} distinct questions: holding out that many leaves nothing to train on",
             num_eval,
             f"eval.num_prompts={few} eval.num_greedy_prompts={few}, or prompts.eval_path=held_out.jsonl",
         )
@@ -128,7 +128,7 @@ def hold_out(files: list[list[Question]], num_eval: int, names: str) -> tuple[li
 
 
 def _parts(names: Sequence[str], files: Sequence[Sequence[Question]], weights: Sequence[Fraction]) -> list[Part]:
-    """Raises ConfigError if nothing of a file is left."""
+    """Raises ConfigError if a file has no question left."""
     ends = list(accumulate(map(len, files)))
     parts = []
     for name, questions, end, weight in zip(names, files, ends, weights, strict=True):

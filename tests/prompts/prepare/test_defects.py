@@ -29,7 +29,7 @@ BROKEN = [
     ({"question": "list", "answer": [1]}, r"the answer 'answer' must be text or a number, it is [1]"),
     ({"question": "yes?", "answer": True}, "the answer 'answer' must be text or a number, it is True"),
     ({"question": "object", "answer": {"value": 1}}, "must be text or a number, it is {'value': 1}"),
-    (b'{"question": "nan", "answer": NaN}', "the answer 'answer' is no number: nan"),
+    (b'{"question": "nan", "answer": NaN}', "the answer 'answer' isn't a finite number: nan"),
     ({"question": 7, "answer": 1}, "the prompt 'question' must be text or messages, it is 7"),
     ({"question": ["a"], "answer": 1}, "the prompt 'question' must be text or messages, it is ['a']"),
     ({"question": [], "answer": 1}, "the prompt 'question' isn't a user's message: none"),
@@ -196,7 +196,7 @@ def test_a_system_prompt_that_is_given_is_that_of_rows_without_one(tmp_path):
         (
             GOOD,
             ("--template", r"It's {prompt}\n"),
-            r"holds a backslash and an n, which is no line break here (--template $'It\'s {prompt}\n' has one)",
+            r"holds a backslash and an n, which isn't a line break here (--template $'It\'s {prompt}\n' has one)",
         ),
         (GOOD, ("--prompt-column", "text"), "which has question, answer (did you mean question?)"),
         (GOOD, ("--max-prompt-length", "5"), "tokens can be counted only with --model"),

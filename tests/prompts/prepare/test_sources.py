@@ -173,7 +173,7 @@ def test_a_hub_that_cannot_be_reached_is_said_at_once(tmp_path, source, variable
     repository = "openai/gsm8k" if source == "gsm8k" else source
     assert ask_hub(tmp_path, source, **variables) == (
         f"asyncdapo: {repository}: the hub can't be reached ({reason}), and it isn't in the cache, HF_HOME "
-        "(fetch it where there is network, and give its directory)\n"
+        "(download it where there is a network, and give its directory)\n"
     )
 
 
