@@ -16,12 +16,9 @@ loaded in the middle of a response. `loss_mask` are run lengths `[(0 or 1, num_t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import accumulate, pairwise
 from typing import Literal
 
 from msgspec import Struct, field
-from msgspec.structs import replace
 
 SCHEMA_VERSION = 4
 """Raised when a record changes its meaning. A peer with another version is refused at `Hello`."""
@@ -74,6 +71,12 @@ class Score(Struct, frozen=True, kw_only=True):
     """The answer that the verifier found in the response; None if it found none or doesn't tell."""
 
 
+def staleness(step: int, min_version: int) -> int:
+    """Staleness in batch `step`, in train steps: batch k is trained on with weights of version k − 1. `min_version`:
+    that of the oldest sampled token."""
+    return step - 1 - min_version
+
+
 class Group(Struct, frozen=True, kw_only=True):
     """The scored completions of one prompt, as the rollout worker sends them and the learner trains on them."""
 
@@ -96,6 +99,10 @@ class Group(Struct, frozen=True, kw_only=True):
     def min_version(self) -> int:
         """Lowest version over all sampled tokens. Staleness is measured from it."""
         return min(version for completion in self.completions for version, _ in completion.versions)
+
+    def staleness(self, step: int) -> int:
+        """Train steps between the weights of its oldest token and those that train on it in batch `step`."""
+        return staleness(step, self.min_version)
 
     @property
     def max_version(self) -> int:
@@ -290,24 +297,7 @@ class EvalDone(Message):
     answers: list[EvalAnswer]
     """Prompt after prompt, each with its samples in order; without the responses."""
     response_bytes: list[int]
-
-    @staticmethod
-    def pack(request_id: int, answers: Sequence[EvalAnswer]) -> tuple[EvalDone, list[bytes]]:
-        """The message and its frame."""
-        texts = [answer.response.encode(errors="replace") for answer in answers]
-        bare = [replace(answer, response="") for answer in answers]
-        return EvalDone(request_id=request_id, answers=bare, response_bytes=list(map(len, texts))), [b"".join(texts)]
-
-    def unpack(self, frames: Sequence[bytes | memoryview]) -> list[EvalAnswer]:
-        """The answers with their responses. Raises ValueError if header and frame disagree."""
-        ends = list(accumulate(self.response_bytes, initial=0))
-        sizes = [memoryview(frame).nbytes for frame in frames]
-        if len(self.answers) != len(self.response_bytes) or min(self.response_bytes, default=0) < 0:
-            raise ValueError(f"{len(self.answers)} answers with {len(self.response_bytes)} responses")
-        if sizes != ends[-1:]:
-            raise ValueError(f"frames of {sizes} bytes don't hold responses of {ends[-1]} bytes")
-        texts = [str(frames[0][begin:end], "utf-8") for begin, end in pairwise(ends)]
-        return [replace(answer, response=text) for answer, text in zip(self.answers, texts, strict=True)]
+    """Length of each response in the frame (`payload.pack_answers`)."""
 
 
 class EvalAck(Message):
@@ -337,7 +327,7 @@ class Batch(Message):
     """replay -> learner: batch `step`, immutable, with the frames of one `Payload` over the groups of the rank's share
     (`shares.share_of`) in order.
 
-    Sorted by `prompt_id`. Staleness of each group is `(step − 1) − min_version` ≤ `max_staleness`.
+    Sorted by `prompt_id`. `Group.staleness(step)` of each group is at most `max_staleness`.
     """
 
     step: int
@@ -355,23 +345,3 @@ class NoBatch(Message):
     reason: str
     unreadable: bool = False
     """Batch `step` was cut, but its payloads are damaged: the run has to roll back to its checkpoint."""
-
-
-def eval_seed(seed: int, prompt_id: int, sample: int) -> int:
-    """Seed of a held-out prompt's completion. It doesn't depend on how prompts and samples are spread over requests.
-    The first sample has the seed that a single one would have."""
-    return sample_seed(seed, prompt_id, sample) if sample else sample_seed(seed, prompt_id)
-
-
-def sample_seed(*parts: int) -> int:
-    """63-bit seed from integers (run seed, prompt id, sample index). The attempt is left out on purpose.
-
-    SplitMix64 over the parts (Steele, Lea, Flood 2014), so that neighbouring seeds are unrelated.
-    """
-    state = 0
-    for part in parts:
-        state = (state ^ (part & 0xFFFF_FFFF_FFFF_FFFF)) + 0x9E37_79B9_7F4A_7C15 & 0xFFFF_FFFF_FFFF_FFFF
-        state = (state ^ state >> 30) * 0xBF58_476D_1CE4_E5B9 & 0xFFFF_FFFF_FFFF_FFFF
-        state = (state ^ state >> 27) * 0x94D0_49BB_1331_11EB & 0xFFFF_FFFF_FFFF_FFFF
-        state ^= state >> 31
-    return state >> 1

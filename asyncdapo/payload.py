@@ -1,17 +1,19 @@
-"""The tokens and log-probs of groups: raw little-endian buffers, in frames of their own beside a message's header.
+"""Frames that follow a message's header: the tokens and log-probs of groups, the responses of an evaluation.
 
-8.1 bytes a token against 14.1 as lists, and no copy where they arrive. Does not own: what the tokens mean, which is the
-header's (`messages`).
+Tokens and log-probs are raw little-endian buffers: 8.1 bytes a token instead of 14.1 as lists, and no copy on arrival.
+Does not own: what the frames mean. Their header says that (`messages`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import numpy as np
+from msgspec.structs import replace
 
-from asyncdapo.messages import Group
+from asyncdapo.messages import EvalAnswer, EvalDone, Group
 
 TOKEN_DTYPE = np.dtype("<i4")
 LOGPROB_DTYPE = np.dtype("<f4")
@@ -83,3 +85,22 @@ class Payload:
             )
             prompt_at, token_at = prompt_end, token_end
         return parts
+
+
+def pack_answers(request_id: int, answers: Sequence[EvalAnswer]) -> tuple[EvalDone, list[bytes]]:
+    """The message to an evaluation request, and its one frame: all responses as UTF-8."""
+    texts = [answer.response.encode(errors="replace") for answer in answers]
+    bare = [replace(answer, response="") for answer in answers]
+    return EvalDone(request_id=request_id, answers=bare, response_bytes=list(map(len, texts))), [b"".join(texts)]
+
+
+def unpack_answers(done: EvalDone, frames: Sequence[bytes | memoryview]) -> list[EvalAnswer]:
+    """The answers with their responses. Raises ValueError if header and frame disagree."""
+    ends = list(accumulate(done.response_bytes, initial=0))
+    sizes = [memoryview(frame).nbytes for frame in frames]
+    if len(done.answers) != len(done.response_bytes) or min(done.response_bytes, default=0) < 0:
+        raise ValueError(f"{len(done.answers)} answers with {len(done.response_bytes)} responses")
+    if sizes != ends[-1:]:
+        raise ValueError(f"frames of {sizes} bytes don't hold responses of {ends[-1]} bytes")
+    texts = [str(frames[0][begin:end], "utf-8") for begin, end in pairwise(ends)]
+    return [replace(answer, response=text) for answer, text in zip(done.answers, texts, strict=True)]

@@ -22,6 +22,7 @@ LOWER = {
     "model",
     "payload",
     "plugins",
+    "seeds",
     "shares",
     "transport",
 }
@@ -97,7 +98,7 @@ def test_the_pure_core_reaches_no_io() -> None:
         f"asyncdapo.replay.core.{name}" for name in "state admission staleness filter batch events".split()
     }
     others = {name for name in reached if not name.startswith("asyncdapo.replay.")}
-    assert others <= {"asyncdapo.messages", "asyncdapo.errors"}
+    assert others <= {"asyncdapo.messages", "asyncdapo.errors", "asyncdapo.seeds"}
 
 
 def test_only_the_front_doors_import_the_controller() -> None:

@@ -17,7 +17,7 @@ from fractions import Fraction
 from functools import lru_cache
 
 from asyncdapo.errors import ConfigError
-from asyncdapo.messages import sample_seed
+from asyncdapo.seeds import sample_seed
 
 MAX_BLOCK = 10_000
 """Most positions in a block. The weights hold exactly within each block."""

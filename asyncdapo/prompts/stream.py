@@ -14,10 +14,11 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 
 from asyncdapo.errors import ConfigError
-from asyncdapo.messages import Prompt, sample_seed
+from asyncdapo.messages import Prompt
 from asyncdapo.prompts.config import PromptsConfig
 from asyncdapo.prompts.mixture import Mixture
 from asyncdapo.prompts.task import Question, Task
+from asyncdapo.seeds import sample_seed
 
 Encode = Callable[[str], list[int]]
 

@@ -21,7 +21,6 @@ import numpy as np
 from asyncdapo.errors import RewardError
 from asyncdapo.messages import (
     EvalAnswer,
-    EvalDone,
     EvalRequest,
     FinishReason,
     GroupDone,
@@ -33,12 +32,12 @@ from asyncdapo.messages import (
     Prompt,
     Sampling,
     Score,
-    eval_seed,
-    sample_seed,
 )
+from asyncdapo.payload import pack_answers
 from asyncdapo.rollout.config import RolloutConfig
 from asyncdapo.rollout.engine import Engine, Request, Sample
 from asyncdapo.rollout.groups import build_answer, build_group
+from asyncdapo.seeds import eval_seed, sample_seed
 from asyncdapo.transport.codec import Buffer
 
 Outgoing = tuple[Message, Sequence[Buffer]]
@@ -167,7 +166,7 @@ class Jobs:
             ]
         answers = [answer for task in tasks for answer in task.result()]
         self._counts["evaluations"] += len(answers)
-        return EvalDone.pack(evaluation.request_id, answers)
+        return pack_answers(evaluation.request_id, answers)
 
     async def _answer(self, job: Job, numbers: Sequence[int], prompt: Prompt, request: Request) -> list[EvalAnswer]:
         """The answers for one prompt. Each sample is scored by itself. If the reward function raises on one, it counts

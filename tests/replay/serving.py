@@ -12,7 +12,6 @@ from asyncdapo.messages import (
     CutWanted,
     EvalAck,
     EvalAnswer,
-    EvalDone,
     EvalRequest,
     GroupDone,
     Heartbeat,
@@ -25,6 +24,7 @@ from asyncdapo.messages import (
     Welcome,
     Withdraw,
 )
+from asyncdapo.payload import pack_answers
 from asyncdapo.replay.config import FilterConfig, ReplayConfig
 from asyncdapo.replay.core.state import ReplayState
 from asyncdapo.replay.ledger.journal import Journal
@@ -185,7 +185,7 @@ class FakeWorker:
         )
 
     async def evaluate(self, request, acc=1.0, response="Answer: 6"):
-        done, frames = EvalDone.pack(request.request_id, eval_answers(request, acc=acc, response=response))
+        done, frames = pack_answers(request.request_id, eval_answers(request, acc=acc, response=response))
         await self.client.send(done, frames)
 
     async def take(self, kind):

@@ -22,11 +22,10 @@ from asyncdapo.messages import (
     Score,
     Started,
     Withdraw,
-    eval_seed,
-    sample_seed,
 )
-from asyncdapo.payload import Payload
+from asyncdapo.payload import Payload, unpack_answers
 from asyncdapo.rollout.worker import MAX_MALFORMED
+from asyncdapo.seeds import eval_seed, sample_seed
 from tests.asynchronous import asynchronous, until
 from tests.rollout.fakes import (
     GROUP_SIZE,
@@ -186,7 +185,7 @@ async def test_the_samples_of_a_held_out_prompt_share_a_request_of_the_engine() 
     async with joined(engine) as (_, replay):
         await replay.grant(make_evaluation(samples=(0, 3), temperature=1.0))
         done = await replay.expect(EvalDone)
-        answers = done.unpack(replay.frames)
+        answers = unpack_answers(done, replay.frames)
         assert [(answer.prompt_id, answer.sample) for answer in answers] == [(1, 0), (1, 3), (2, 0), (2, 3)]
         seeds = [[eval_seed(11, prompt_id, sample) for sample in (0, 3)] for prompt_id in (1, 2)]
         assert [request.seeds for request in engine.requests] == seeds
@@ -217,7 +216,7 @@ async def test_an_answer_on_which_the_reward_raises_counts_as_wrong_and_no_other
 
     async with joined(FakeEngine(), score) as (_, replay):
         await replay.grant(make_evaluation(samples=(0, 1)))
-        answers = (await replay.expect(EvalDone)).unpack(replay.frames)
+        answers = unpack_answers(await replay.expect(EvalDone), replay.frames)
         assert [(answer.acc, answer.pred) for answer in answers] == [(1.0, "6"), (0.0, None), (1.0, "6"), (1.0, "6")]
         assert [answer.failure for answer in answers] == ["", "no", "", ""]
         assert answers[1].response == say_tokens(tokens_of(eval_seed(11, 1, 1), 3))

@@ -12,8 +12,8 @@ import random
 from dataclasses import dataclass, field
 
 from asyncdapo.faults import POINTS
-from asyncdapo.messages import sample_seed
 from asyncdapo.replay.config import FilterConfig, ReplayConfig
+from asyncdapo.seeds import sample_seed
 
 HEARTBEAT_S = 2.0
 GROUP_SIZE = 2

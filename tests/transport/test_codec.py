@@ -31,7 +31,7 @@ from asyncdapo.messages import (
     Sampling,
     Welcome,
 )
-from asyncdapo.payload import Payload
+from asyncdapo.payload import Payload, pack_answers, unpack_answers
 from asyncdapo.transport.codec import Limits, Malformed, decode, encode
 
 PROMPT = Prompt(prompt_id=3, epoch=0, source="sums", row=7, token_ids=[5, 6, 7], answer="12")
@@ -91,14 +91,14 @@ ANSWER = EvalAnswer(prompt_id=3, acc=1.0, num_tokens=2, finish_reason="stop", ve
 @given(st.lists(st.text(), max_size=5))
 def test_responses_of_an_evaluation_travel_beside_the_header(responses: list[str]) -> None:
     answers = [replace(ANSWER, sample=sample, response=text) for sample, text in enumerate(responses)]
-    message, buffers = decode(encode(*EvalDone.pack(7, answers)), EvalDone)
+    message, buffers = decode(encode(*pack_answers(7, answers)), EvalDone)
     assert len(encode(message)[0]) < 100 + 150 * len(answers)
-    assert (message.request_id, message.unpack(buffers)) == (7, answers)
+    assert (message.request_id, unpack_answers(message, buffers)) == (7, answers)
 
 
 def test_half_a_surrogate_pair_in_a_response_becomes_a_question_mark() -> None:
-    done, frames = EvalDone.pack(7, [replace(ANSWER, response="a\ud800b")])
-    assert done.unpack(frames)[0].response == "a?b"
+    done, frames = pack_answers(7, [replace(ANSWER, response="a\ud800b")])
+    assert unpack_answers(done, frames)[0].response == "a?b"
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_half_a_surrogate_pair_in_a_response_becomes_a_question_mark() -> None:
 )
 def test_responses_that_are_not_those_of_the_header_are_refused(response_bytes: list[int], frames: list[bytes]) -> None:
     with pytest.raises(ValueError, match="responses|utf-8"):
-        EvalDone(request_id=7, answers=[ANSWER, ANSWER], response_bytes=response_bytes).unpack(frames)
+        unpack_answers(EvalDone(request_id=7, answers=[ANSWER, ANSWER], response_bytes=response_bytes), frames)
 
 
 def test_a_type_that_this_end_does_not_expect_is_malformed() -> None:

@@ -23,7 +23,6 @@ from asyncdapo.messages import (
     Ack,
     Ask,
     CutWanted,
-    EvalDone,
     GroupDone,
     GroupFailed,
     Heartbeat,
@@ -32,6 +31,7 @@ from asyncdapo.messages import (
     Progress,
     Started,
 )
+from asyncdapo.payload import pack_answers
 from asyncdapo.replay.ledger.audit import audit
 from asyncdapo.replay.server.server import ReplayServer
 from asyncdapo.transport.codec import Malformed, encode
@@ -140,7 +140,7 @@ def damaged_messages(server: ReplayServer, noisy: FakeWorker, leases) -> list[At
     ]
     progress = {leases[0].lease_id: Progress(num_tokens=3, phase="sampling")}
     beat = Heartbeat(asked=4, loaded_version=0, branch=0, progress=progress, evaluations=[], gauges={"tokens": 1.0})
-    answers = encode(*EvalDone.pack(1, eval_answers(eval_request(1), response="Answer: 6")))
+    answers = encode(*pack_answers(1, eval_answers(eval_request(1), response="Answer: 6")))
     as_worker = groups * 2 + [encode(message) for message in joined] + [answers]
     return [
         Attacker(server.rollout_address, b"stranger", [*as_worker, encode(Ask(asked=4)), encode(beat)]),

@@ -30,9 +30,10 @@ from asyncdapo.controller.fleet.process import Process, ProcessDied
 from asyncdapo.controller.fleet.publishing import Publishing
 from asyncdapo.controller.fleet.ranks import Learners
 from asyncdapo.errors import EngineError, RunError
-from asyncdapo.messages import Sampling, sample_seed
+from asyncdapo.messages import Sampling
 from asyncdapo.rollout.config import RolloutConfig
 from asyncdapo.rollout.engine import Sample
+from asyncdapo.seeds import sample_seed
 
 MAX_TOKENS = 64
 """Of one completion; a few hundred tokens tell a wrong layer, temperature or version from rounding."""

@@ -108,7 +108,7 @@ def group_rows(
                 part.logprobs[tokens],
                 expand_mask(completion.loss_mask),
                 its_advantage,
-                staleness=batch.step - 1 - group.min_version,
+                staleness=group.staleness(batch.step),
             )
             if row.num_loss_tokens and (with_zeros or its_advantage):
                 rows[place].append(row)

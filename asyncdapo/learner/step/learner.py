@@ -206,7 +206,7 @@ class Learner:
         if batch.step != self.version + 1:
             raise RunError(f"batch {batch.step} reached a learner whose weights are of version {self.version}")
         for group in batch.groups:
-            staleness = self.version - group.min_version
+            staleness = group.staleness(batch.step)
             if staleness > self._staleness_bound:
                 raise StalenessError(
                     f"the group of prompt {group.prompt_id} in batch {batch.step} has staleness {staleness}, "

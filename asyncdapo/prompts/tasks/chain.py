@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from zlib import crc32
 
-from asyncdapo.messages import sample_seed
 from asyncdapo.prompts.task import Question
+from asyncdapo.seeds import sample_seed
 
 MIN_OPERATORS, MAX_OPERATORS, MEAN_EXTRA_OPERATORS = 2, 18, 5.0
 HELD_OUT_SHARE = 16

@@ -18,8 +18,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
-from asyncdapo.messages import sample_seed
 from asyncdapo.replay.core.filter import Verdict
+from asyncdapo.seeds import sample_seed
 
 
 @dataclass(frozen=True, order=True, kw_only=True, slots=True)

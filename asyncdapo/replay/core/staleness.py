@@ -3,7 +3,7 @@
 In: a version (of a group, of a running lease, or of a worker's weights) and a train step. Out: yes or no.
 
 One predicate serves every check of the bound, so that the proof is short. A version *fits* batch k if a group with that
-`min_version` has staleness `(k − 1) − min_version` ≤ bound in it. `state.py` asks
+`min_version` has a staleness of at most the bound in it (`messages.staleness`). `state.py` asks
 
     before a lease         does the worker's loaded version fit the next batch?       else the worker gets none
     when a group arrives   does its min_version fit the next batch?                   else it ends `expired`
@@ -22,11 +22,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from asyncdapo.errors import StalenessError
-
-
-def staleness(step: int, min_version: int) -> int:
-    """Staleness of a group in batch `step`, in train steps. `min_version`: that of its oldest sampled token."""
-    return step - 1 - min_version
+from asyncdapo.messages import staleness
 
 
 @dataclass(frozen=True)

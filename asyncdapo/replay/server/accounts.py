@@ -21,7 +21,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
-from asyncdapo.messages import EvalAnswer, Group
+from asyncdapo.messages import EvalAnswer, Group, staleness
 from asyncdapo.replay.core.events import LEASE_ENDS, VERDICT_STATES, EndLease, GroupState, MoveGroup
 from asyncdapo.replay.core.recovery import GroupFacts, Recovered
 
@@ -117,7 +117,7 @@ class Accounts:
             self._close_interval()
             self._last_step = step
         batch = list(batch)
-        staleness = [step - 1 - facts.min_version for facts in batch]
+        ages = [staleness(step, facts.min_version) for facts in batch]
         return {
             **self._means,
             "rollout/arrived_groups": self._arrived_groups,
@@ -128,8 +128,8 @@ class Accounts:
             "replay/train_steps": step,
             "replay/trained_groups": len(batch),
             "replay/copies": num_copies,
-            "replay/staleness_mean": sum(staleness) / len(staleness),
-            "replay/staleness_max": max(staleness),
+            "replay/staleness_mean": sum(ages) / len(ages),
+            "replay/staleness_max": max(ages),
             **{f"rollout/{end}_leases": self._lease_ends[end] for end in LEASE_ENDS},
             **{f"replay/tokens_{end}": self._tokens[end] + self._ungrouped[end] for end in TOKEN_ENDS},
             **self._dropped_against_trained(),

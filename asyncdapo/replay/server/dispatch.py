@@ -35,7 +35,6 @@ from asyncdapo.messages import (
     Prompt,
     Reject,
     Withdraw,
-    sample_seed,
 )
 from asyncdapo.payload import Payload
 from asyncdapo.replay.core import events as core
@@ -46,6 +45,7 @@ from asyncdapo.replay.ledger.payloads import BadRecord
 from asyncdapo.replay.server.accounts import Accounts
 from asyncdapo.replay.server.failures import Failures
 from asyncdapo.replay.server.sessions import HeldLease, Session, Sessions
+from asyncdapo.seeds import sample_seed
 from asyncdapo.shares import deal, share_of
 
 MakeState = Callable[[Recovered], ReplayState]

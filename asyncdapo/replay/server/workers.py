@@ -46,6 +46,7 @@ from asyncdapo.messages import (
     Welcome,
     Withdraw,
 )
+from asyncdapo.payload import unpack_answers
 from asyncdapo.replay.core import events as core
 from asyncdapo.replay.ledger.journal import Journal
 from asyncdapo.replay.server.dispatch import Exchange
@@ -303,7 +304,7 @@ class Workers:
         if session.branch != self._exchange.branch:
             return
         try:
-            evaluation = self.evaluations.answer(done.request_id, done.unpack(frames))
+            evaluation = self.evaluations.answer(done.request_id, unpack_answers(done, frames))
         except ValueError as problem:
             self._drop("rejected", session, str(problem))
             return

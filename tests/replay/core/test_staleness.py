@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 
 from asyncdapo.errors import StalenessError
+from asyncdapo.messages import staleness
 from asyncdapo.replay.config import FilterConfig, ReplayConfig
 from asyncdapo.replay.core import events as core
-from asyncdapo.replay.core.staleness import StalenessBound, staleness
+from asyncdapo.replay.core.staleness import StalenessBound
 from asyncdapo.replay.core.waits import why_waiting
 from tests.replay.scenario import Scenario, group_done
 

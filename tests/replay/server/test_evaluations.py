@@ -6,7 +6,8 @@ import pytest
 from msgspec.structs import replace
 
 from asyncdapo.errors import RunError
-from asyncdapo.messages import EvalAck, EvalDone, EvalRequest, Lease
+from asyncdapo.messages import EvalAck, EvalRequest, Lease
+from asyncdapo.payload import pack_answers
 from asyncdapo.replay.server.evaluations import MAX_ISSUES, Evaluations
 from tests.replay.serving import (
     TICK_S,
@@ -230,7 +231,7 @@ async def test_answers_whose_responses_are_damaged_are_refused_and_asked_for_aga
         await worker.ask(1)
         evaluating = asyncio.create_task(server.evaluate([eval_request(1)], share=1.0))
         request = await worker.take(EvalRequest)
-        done, [frame] = EvalDone.pack(1, eval_answers(request, response="six"))
+        done, [frame] = pack_answers(1, eval_answers(request, response="six"))
         for frames in ([frame[:-1]], [], [b"\xff" * len(frame)]):
             await worker.client.send(done, frames)
             await worker.take(EvalAck)

@@ -6,11 +6,12 @@ import random
 import pytest
 
 from asyncdapo.errors import RunError
-from asyncdapo.messages import Ack, EvalRequest, Lease, Loaded, NoBatch, Started, Welcome, sample_seed
+from asyncdapo.messages import Ack, EvalRequest, Lease, Loaded, NoBatch, Started, Welcome
 from asyncdapo.payload import Payload
 from asyncdapo.replay.config import FilterConfig
 from asyncdapo.replay.ledger.audit import audit
 from asyncdapo.replay.server.dispatch import without_metrics
+from asyncdapo.seeds import sample_seed
 from tests.replay.serving import FakeLearner, FakeWorker, eval_request, rows, scenario, serving, until
 from tests.replay.small_run import make_group, prompt_at, write_files
 
