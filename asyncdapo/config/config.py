@@ -213,7 +213,7 @@ def config_from_dict(tree: dict[str, Any], places: Mapping[str, str] | None = No
     """Check a tree of plain values and make the Config. Raises ConfigError, or SeveralKeysError with all that is wrong;
     `places` are where keys stand in files."""
     problems, sections = [], {}
-    for name, given in tree.items():
+    for name, given in ({"model": {}} | tree).items():
         problems += _unknown(name, given)
         if name in SECTIONS and isinstance(given, dict):
             sections[name], wrong = _section(name, given)
@@ -222,8 +222,6 @@ def config_from_dict(tree: dict[str, Any], places: Mapping[str, str] | None = No
             right = with_colon(given) if isinstance(given, str) else ""
             fix = f"write `{right}`" if right else "write them below it, each indented by two spaces, or leave it out"
             problems.append(ConfigError(name, "is a section: it holds keys", given, fix))
-    if "model" not in tree:
-        problems.append(ConfigError("model.path", "is missing", fix="a Hugging Face id or a directory"))
     try:
         raise_all(problems)
         return Config(**sections)

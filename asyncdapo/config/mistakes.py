@@ -9,12 +9,15 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
 
 from asyncdapo.errors import ConfigError
+
+LIMITS = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
+"""Limits of a number by msgspec's names, in words."""
 
 
 def unknown_key(key: str, sections: Mapping[str, type]) -> ConfigError:
@@ -49,18 +52,38 @@ def convert_section(name: str, cls: type, given: Mapping[str, Any]) -> Any:
 def _of_another_kind(name: str, cls: type, given: Mapping[str, Any], error: str) -> ConfigError:
     """Say msgspec's words in ours: key, what is expected, value, an example."""
     problem, _, where = error.partition(" - at `$")
-    if "missing required field" in problem:
-        return ConfigError(f"{name}.{problem.split('`')[1]}", "is missing")
-    key = where.rstrip("`").lstrip(".").split("[")[0]
-    hint = get_type_hints(cls)[key]
-    options = get_args(hint)
-    if "enum" in problem or get_origin(hint) is Literal:
-        expected = f"must be one of {', '.join(map(str, options))}"
-    else:
+    missing = "missing required field" in problem
+    key = problem.split("`")[1] if missing else where.rstrip("`").lstrip(".").split("[")[0]
+    hint, limits = get_type_hints(cls)[key], limits_of(get_type_hints(cls, include_extras=True)[key])
+    fix = (limits.extra or {}).get("fix", "")
+    if missing:
+        return ConfigError(f"{name}.{key}", "is missing", fix=fix)
+    if "`str` of length" in problem:
+        return ConfigError(f"{name}.{key}", "is empty", fix=fix)
+    if get_origin(hint) is Literal:
+        expected = f"must be one of {', '.join(map(str, get_args(hint)))}"
+    elif ", got" in problem:
         expected = problem[0].lower() + problem[1:].split(", got")[0]
+    else:
+        expected = f"must be {' and '.join(f'{LIMITS[limit]} {number:g}' for limit, number in numbers_of(limits))}"
     default = {field.name: field.default for field in dataclasses.fields(cls)}[key]
-    example = _example(f"{name}.{key}", hint, given[key], default)
-    return ConfigError(f"{name}.{key}", f"{expected}, got {given[key]!r}", fix=example)
+    fix = fix or _example(f"{name}.{key}", hint, given[key], default)
+    return ConfigError(f"{name}.{key}", f"{expected}, got {given[key]!r}", fix=fix)
+
+
+def limits_of(hint: Any) -> msgspec.Meta:
+    """The limits that a type has, or that the types inside it have."""
+    for inner in (*getattr(hint, "__metadata__", ()), *map(limits_of, get_args(hint))):
+        if isinstance(inner, msgspec.Meta) and inner != msgspec.Meta():
+            return inner
+    return msgspec.Meta()
+
+
+def numbers_of(limits: msgspec.Meta) -> Iterator[tuple[str, float]]:
+    """Each limit of a number by its name in LIMITS."""
+    for limit in LIMITS:
+        if (number := getattr(limits, limit)) is not None:
+            yield limit, number
 
 
 def _example(key: str, hint: Any, value: object, default: object) -> str:

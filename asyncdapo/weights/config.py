@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from asyncdapo.errors import ConfigError
+from asyncdapo.ranges import PositiveFloat, PositiveInt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,17 +15,10 @@ class WeightsConfig:
     backend: Literal["auto", "gloo", "nccl", "ipc"] = "auto"
     """How weights travel: `nccl` between GPUs, `ipc` (shared memory) between processes on one GPU or one machine,
     `gloo` elsewhere; `auto` chooses and says why."""
-    bucket_mb: int = 16
+    bucket_mb: PositiveInt = 16
     """Largest piece of one broadcast in MiB. The learner holds two: it fills one while it sends the other."""
-    timeout_s: float = 60.0
+    timeout_s: PositiveFloat = 60.0
     """Seconds after which a transfer has failed; workers then keep their weights. The learner's ranks have as long to
     find each other."""
-    max_missed: int = 3
+    max_missed: PositiveInt = 3
     """Transfers of one version that may fail before the run ends."""
-
-    def __post_init__(self) -> None:
-        for key in ("bucket_mb", "max_missed"):
-            if getattr(self, key) < 1:
-                raise ConfigError(f"weights.{key}", "must be at least 1", getattr(self, key))
-        if self.timeout_s <= 0:
-            raise ConfigError("weights.timeout_s", "must be above 0", self.timeout_s)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import shlex
 from pathlib import Path
+from typing import Any, get_type_hints
 
 import pytest
 from omegaconf import OmegaConf
 
 from asyncdapo.config.config import SECTIONS, config_from_dict, field_docs, find_config, load_config, to_dict, to_yaml
+from asyncdapo.config.mistakes import LIMITS, convert_section, limits_of, numbers_of
 from asyncdapo.errors import ConfigError, UserError
 
 QUICKSTART = find_config("quickstart")
@@ -55,7 +57,7 @@ def test_overrides_change_keys_and_interpolations_follow() -> None:
         ("learner.lr=high", "learner.lr: expected `float`, got 'high'"),
         ("learner.lr=.nan", "learner.lr: must be a finite number, got nan"),
         ("learner.betas=[0.9,.inf]", "learner.betas: must be a finite number, got inf"),
-        ("learner.betas=[0.9,1.5]", "learner.betas: must both be at least 0 and below 1"),
+        ("learner.betas=[0.9,1.5]", "learner.betas: must be at least 0 and below 1, got [0.9, 1.5]"),
         ("replay.run_ahead=.nan", "replay.run_ahead: must be a finite number"),
         ("replay.lease_stall_s=0.1", "replay.lease_stall_s: must be at least two heartbeats"),
         ("loss.variant=gspo", "loss.clip_low: must be given for loss.variant gspo (its ratio moves far less"),
@@ -68,7 +70,7 @@ def test_overrides_change_keys_and_interpolations_follow() -> None:
         ("loss.outlier_scope=sequence", "loss.outlier_scope: does nothing without loss.outlier_band"),
         ("loss.kl_estimator=k1", "loss.kl_estimator: does nothing without loss.kl_coef"),
         ("model.reference=models/other", "model.reference: does nothing without loss.kl_coef"),
-        ("learner.ranks=2000", "learner.ranks: must be at most 1024, got 2000"),
+        ("learner.ranks=2000", "learner.ranks: must be at least 1 and at most 1024, got 2000"),
         ("reward.timeout_s=60", "controller.stall_s: must be above the 120 s that a verdict may take"),
         ("loss.outlier_band=[2,1]", "loss.outlier_band: must be two rising numbers"),
         ("loss.kl_coef=-1", "loss.kl_coef: must be at least 0, got -1"),
@@ -77,11 +79,11 @@ def test_overrides_change_keys_and_interpolations_follow() -> None:
         ("loss.outlier_band=[1", "loss.outlier_band: is not YAML: while parsing a flow sequence"),
         ("reward.overlong_penalty=0.5", "reward.overlong_penalty: does nothing without reward.overlong_buffer"),
         ("loss.agg=mean", "loss.agg: must be one of token-mean, token-sum,"),
-        ("learner.ranks=0", "learner.ranks: must be at least 1, got 0"),
+        ("learner.ranks=0", "learner.ranks: must be at least 1 and at most 1024, got 0"),
         ("reward.overlong_buffer=129", "reward.overlong_buffer: must be at most rollout.max_response_length (128)"),
         ("reward.overlong_penalty=-1", "reward.overlong_penalty: must be at least 0, got -1"),
         ("prompts.eval_path=held.jsonl", "prompts.eval_path: belongs to the task 'file'"),
-        ("faults.drop=2", "faults.drop: must be from 0 to 1, got 2"),
+        ("faults.drop=2", "faults.drop: must be at least 0 and at most 1, got 2"),
         ("faults.kill=[learner.sometimes]", "learner has no such point, got 'learner.sometimes' (it has before_train,"),
         ("rollout.engine_args={max_model_len: 8}", "rollout.engine_args: does nothing without rollout.engine vllm"),
         (
@@ -148,9 +150,34 @@ def test_arguments_of_vllm_that_are_not_the_users_are_refused_with_the_key_that_
     assert fix in str(caught.value)
 
 
-def test_a_config_without_a_model_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"model.path: is missing"):
-        config_from_dict({"run": {"steps": 3}})
+@pytest.mark.parametrize("tree", [{"run": {"steps": 3}}, {"model": {"tokenizer": None}}])
+def test_a_config_without_a_model_is_refused(tree: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"model.path: is missing \(a Hugging Face id or a directory\)"):
+        config_from_dict(tree)
+
+
+def test_an_empty_file_is_told_the_key_that_it_needs(tmp_path: Path) -> None:
+    (tmp_path / "empty.yaml").touch()
+    with pytest.raises(ConfigError, match=r"model.path: is missing \(a Hugging Face id or a directory\)"):
+        load_config(tmp_path / "empty.yaml")
+
+
+RANGES = [
+    (section, cls, key, type(number)(number + step), LIMITS[limit])
+    for section, cls in SECTIONS.items()
+    for key, hint in get_type_hints(cls, include_extras=True).items()
+    for limit, number in numbers_of(limits_of(hint))
+    for step in [{"gt": 0, "ge": -1, "lt": 0, "le": 1}[limit]]
+]
+
+
+@pytest.mark.parametrize(("section", "cls", "key", "number", "limit"), RANGES)
+def test_a_number_just_out_of_its_range_is_refused_with_the_range(
+    section: str, cls: type, key: str, number: float, limit: str
+) -> None:
+    given = [number, number] if isinstance(getattr(cls, key), tuple) else number
+    with pytest.raises(ConfigError, match=rf"{section}.{key}: must be .*{limit} .*, got .*{number}"):
+        convert_section(section, cls, {key: given})
 
 
 def test_broken_yaml_and_missing_files_are_named(tmp_path: Path) -> None:

@@ -8,11 +8,12 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import types
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from omegaconf import OmegaConf
 
 from asyncdapo.config.config import SECTIONS, field_docs
+from asyncdapo.config.mistakes import numbers_of
 from tests.docs.blocks import ROOT
 
 PATH = ROOT / "docs" / "configuration.md"
@@ -34,6 +35,7 @@ prints a config with all its keys. A file that begins with `base: other.yaml`, o
 config, holds only what differs from it. `${section.key}` stands for the value of another key. Names that end in `_s`
 are seconds, in `_mb` MiB unless the line says MB. `null` is none.
 """
+LIMITS = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
 NAMES = {str: "text", int: "integer", float: "number", bool: "`true`, `false`", type(None): "`null`", Any: "any"}
 
 
@@ -41,7 +43,7 @@ def page() -> str:
     """The whole page."""
     parts = [HEAD]
     for section, cls in SECTIONS.items():
-        docs, hints = field_docs(cls), get_type_hints(cls)
+        docs, hints = field_docs(cls), get_type_hints(cls, include_extras=True)
         says = " ".join(inspect.cleandoc(cls.__doc__ or "").split())
         parts.append(f"## {section}\n\n{says}\n\n| key | type | default | meaning |\n| --- | --- | --- | --- |")
         for key in dataclasses.fields(cls):
@@ -56,6 +58,9 @@ def kind(hint: Any) -> str:
     if hint in NAMES:
         return NAMES[hint]
     origin, inside = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        limits = [f"{LIMITS[limit]} {number:g}" for limit, number in numbers_of(hint.__metadata__[0])]
+        return f"{kind(inside[0])} {' and '.join(limits)}".rstrip()
     if origin is Literal:
         return ", ".join(f"`{value}`" for value in inside)
     if origin in (Union, types.UnionType):

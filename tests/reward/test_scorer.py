@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from asyncdapo.config.mistakes import convert_section
 from asyncdapo.errors import ConfigError, RewardError, VerdictError
 from asyncdapo.messages import Prompt
 from asyncdapo.replay.config import FilterConfig
@@ -228,4 +229,4 @@ def test_a_scorer_starts_and_stops_its_processes():
 )
 def test_a_value_that_cannot_work_is_refused(key, value):
     with pytest.raises(ConfigError, match="reward.correct" if key == "incorrect" else f"reward.{key}: must be"):
-        RewardConfig(**{key: value})
+        convert_section("reward", RewardConfig, {key: value})
