@@ -13,7 +13,6 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "asyncdapo"
 STAGES = {"prompts", "rollout", "reward", "replay", "learner", "weights", "metrics"}
 LOWER = {
-    "accounting",
     "algorithm",
     "disk",
     "errors",

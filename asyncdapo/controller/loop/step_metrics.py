@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 
-from asyncdapo.accounting import StateClock
+from asyncdapo.learner.step.times import StateClock
 from asyncdapo.metrics.alarms import Alarms
 from asyncdapo.metrics.reporter import Reporter
 

@@ -5,7 +5,7 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asyncdapo.accounting import StateClock
+from asyncdapo.learner.step.times import StateClock
 
 
 class Watch:
