@@ -12,12 +12,12 @@ state again when another process goes on (`recover`), after a rollback or withou
     one transaction     what comes together (`together`) is synced together: two waits for the disk, however many groups
     one writer          the run directory is locked for as long as the journal is open
 
-Does not own: which state follows which (the core), what a rollback undoes (`rollback`), sockets.
+Does not own: which state follows which (the core), the rows of an entry (`entry`), what a rollback undoes (`rollback`),
+sockets.
 """
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -33,11 +33,11 @@ from asyncdapo.replay.config import ReplayConfig
 from asyncdapo.replay.core import events as core
 from asyncdapo.replay.core.recovery import GroupFacts, Recovered
 from asyncdapo.replay.ledger import reload
+from asyncdapo.replay.ledger.entry import Entry
 from asyncdapo.replay.ledger.ledger import LEDGER_FILE, PAYLOAD_FOLDER, open_for_writing, place_of
 from asyncdapo.replay.ledger.lock import LOCK_WAIT_S, WriterLock
 from asyncdapo.replay.ledger.payloads import SEGMENT_BYTES, Segments
 from asyncdapo.replay.ledger.rollback import Rollback
-from asyncdapo.replay.ledger.rows import group_row
 from asyncdapo.replay.ledger.schema import HELD_STATES
 
 RECORDED_EVENTS = (
@@ -53,9 +53,6 @@ RECORDED_EVENTS = (
 
 class Journal:
     """The one writer of a run's ledger. Not thread-safe: it lives in the replay server's event loop."""
-
-    branch: int
-    """Branch that new rows belong to."""
 
     def __init__(
         self,
@@ -76,7 +73,8 @@ class Journal:
         self._segments = Segments(run_dir / PAYLOAD_FOLDER, segment_bytes)
         self._sessions = reload.sessions(self._db)
         self._position = reload.last_position(self._db)
-        (self.branch,) = self._db.execute("SELECT MAX(branch) FROM branches").fetchone()
+        self.branch: int = self._db.execute("SELECT MAX(branch) FROM branches").fetchone()[0]
+        """Branch that new rows belong to."""
 
     def roll_back(self, step: int, reason: str, config: ReplayConfig, *, replaces: bool) -> None:
         """Undo what came of weights newer than those of train step `step`, in one transaction, and begin a branch.
@@ -160,15 +158,20 @@ class Journal:
         if not actions and not isinstance(event, RECORDED_EVENTS):
             return
         self._position += 1
-        self._now = time.time()
+        entry = Entry(
+            db=self._db,
+            segments=self._segments,
+            sessions=self._sessions,
+            keep_payloads=self._keep_payloads,
+            branch=self.branch,
+            position=self._position,
+            at_s=time.time(),
+            arrived=arrived,
+            detail=detail,
+        )
         with self.together(), disk_errors(self._path):
             faults.disk_write(arrived[1].num_bytes if arrived else 0)
-            self._write_event(event, detail)
-            self._insert_new_prompts(prompts)
-            for action in actions:
-                self._write_action(action, arrived, detail)
-            if isinstance(event, core.Trained):
-                self._insert_batch(event.step, summary or {})
+            entry.write(event, actions, prompts, summary or {})
 
     def read(self, group_id: int) -> tuple[Group, Payload]:
         """A group whose payload was kept. Raises LookupError when it isn't kept, BadRecord when it can't be read."""
@@ -217,141 +220,3 @@ class Journal:
         self._db.close()
         self._segments.close()
         self._lock.release()
-
-    # ------------------------------------------------------------------------------------------------------ events
-
-    def _write_event(self, event: core.Event, detail: str) -> None:
-        match event:
-            case core.WorkerJoined(worker=worker, loaded_version=version):
-                self._sessions[worker] = detail
-                self._insert_event("worker_joined", worker=worker, detail=detail)
-                self._insert_load(worker, version)
-            case core.WorkerLost(worker=worker):
-                self._insert_event("worker_lost", worker=worker)
-            case core.WeightsLoaded(worker=worker, version=version):
-                self._insert_load(worker, version)
-            case core.SamplingBegan(lease_id=lease_id, version=version):
-                self._db.execute("UPDATE leases SET started_version = ? WHERE lease_id = ?", (version, lease_id))
-            case core.Published(version=version):
-                self._db.execute("INSERT INTO publishes VALUES (?, ?, ?, ?)", (version, self.branch, *self._stamp))
-            case core.RunEnded():
-                self._insert_event("run_ended")
-
-    def _write_action(self, action: core.Action, arrived: tuple[Group, Payload] | None, detail: str) -> None:
-        match action:
-            case core.GrantLease():
-                self._insert_lease(action)
-            case core.MovePrompt():
-                self._move_prompt(action)
-            case core.MoveGroup():
-                self._move_group(action, arrived)
-            case core.EndLease():
-                self._end_lease(action, detail)
-            case core.CutBatch(step=step, copies=copies):
-                self._insert_event("cut", step=step, number=sum(copies))
-            case core.GenBatchClosed(step=step, number=number, limit_reached=reached):
-                self._insert_event(
-                    "gen_batch_closed", step=step, number=number, detail="limit reached" if reached else ""
-                )
-            case core.StopRun(reason=reason, error=error):
-                self._insert_event("stopped", number=int(error), detail=reason)
-
-    @property
-    def _stamp(self) -> tuple[int, float]:
-        return self._position, self._now
-
-    def _insert_event(
-        self,
-        kind: str,
-        *,
-        lease_id: int | None = None,
-        prompt_id: int | None = None,
-        worker: int | None = None,
-        step: int | None = None,
-        number: int | None = None,
-        detail: str = "",
-    ) -> None:
-        self._db.execute(
-            "INSERT INTO events (kind, branch, lease_id, prompt_id, worker, step, number, detail, pos, at_s)"
-            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            (kind, self.branch, lease_id, prompt_id, worker, step, number, detail, *self._stamp),
-        )
-
-    def _insert_load(self, worker: int, version: int) -> None:
-        self._db.execute("INSERT INTO loads VALUES (?, ?, ?, ?, ?)", (worker, version, self.branch, *self._stamp))
-
-    # ------------------------------------------------------------------------------------ prompts, leases and groups
-
-    def _insert_new_prompts(self, prompts: Sequence[Prompt]) -> None:
-        """A prompt has its row from its first lease on."""
-        self._db.executemany(
-            "INSERT OR IGNORE INTO prompts VALUES (?, ?, ?, ?, 'waiting', 0, NULL, '', NULL, ?)",
-            [(prompt.prompt_id, prompt.epoch, prompt.source, prompt.row, self._position) for prompt in prompts],
-        )
-
-    def _insert_lease(self, action: core.GrantLease) -> None:
-        session = self._sessions[action.worker]
-        self._db.execute(
-            "INSERT INTO leases (lease_id, prompt_id, branch, attempt, worker, session, granted_pos, granted_at_s)"
-            " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-            (action.lease_id, action.prompt_id, self.branch, action.attempt, action.worker, session, *self._stamp),
-        )
-
-    def _move_prompt(self, action: core.MovePrompt) -> None:
-        moved = self._db.execute(
-            "UPDATE prompts SET state = ?, attempts = ?, step = ?, reason = ?, place = ?, changed_pos = ?"
-            " WHERE prompt_id = ?",
-            (action.state, action.attempts, action.step, action.reason, action.place, self._position, action.prompt_id),
-        )
-        assert moved.rowcount == 1, f"{action} of a prompt that was never leased"
-
-    def _end_lease(self, action: core.EndLease, detail: str) -> None:
-        """A late group changes nothing about its lease, which has ended before."""
-        if action.outcome != "late":
-            self._db.execute(
-                "UPDATE leases SET outcome = ?, reason = ?, ended_pos = ?, ended_at_s = ? WHERE lease_id = ?",
-                (action.outcome, action.reason, *self._stamp, action.lease_id),
-            )
-        if action.outcome != "done":
-            self._insert_event(
-                action.outcome,
-                lease_id=action.lease_id,
-                prompt_id=action.prompt_id,
-                worker=action.worker,
-                detail=detail or action.reason,
-            )
-
-    def _move_group(self, action: core.MoveGroup, arrived: tuple[Group, Payload] | None) -> None:
-        """The row of a group is made by the first move after its arrival."""
-        moved = self._db.execute(
-            "UPDATE groups SET state = ?, step = ?, reason = ?, changed_pos = ? WHERE group_id = ?",
-            (action.state, action.step, action.reason, self._position, action.group_id),
-        )
-        if moved.rowcount == 0:
-            assert arrived is not None, f"{action} of a group that never arrived"
-            self._insert_group(action, *arrived)
-
-    def _insert_group(self, action: core.MoveGroup, group: Group, payload: Payload) -> None:
-        held = action.state in HELD_STATES or self._keep_payloads
-        place = self._segments.append(group, payload) if held else None
-        row = group_row(action, group, place, position=self._position, now_s=self._now)
-        columns, values = ", ".join(row), ", ".join(f":{column}" for column in row)
-        self._db.execute(f"INSERT INTO groups ({columns}) VALUES ({values})", row)
-
-    def _insert_batch(self, step: int, summary: Mapping[str, float]) -> None:
-        """The batch as its groups say it was: they became `trained` in this same transaction."""
-        copies = {group_id: num for group_id, num in reload.batch_copies(self._db, step).items() if num}
-        self._db.execute(
-            "INSERT INTO batches SELECT :step, :branch, :version, COUNT(*), :copies, SUM(tokens),"
-            " MAX(:version - min_version), AVG(:version - min_version), AVG(reward_mean), :summary, :pos, :at_s"
-            " FROM groups WHERE step = :step AND state = 'trained'",
-            {
-                "step": step,
-                "branch": self.branch,
-                "version": summary.get("learner/version", step - 1),
-                "copies": json.dumps(copies),
-                "summary": json.dumps({name: float(number) for name, number in summary.items()}),
-                "pos": self._position,
-                "at_s": self._now,
-            },
-        )

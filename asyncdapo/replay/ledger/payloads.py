@@ -66,14 +66,14 @@ class Segments:
         folder.mkdir(parents=True, exist_ok=True)
         sync(folder.parent)
         self._folder, self._segment_bytes = folder, segment_bytes
-        self._begin(max(self.numbers(), default=0) + 1)
-
-    def _begin(self, number: int) -> None:
-        self.newest = number
+        self.newest = max(self.numbers(), default=0) + 1
         """Number of the segment that is written to."""
-        self._file = segment_path(self._folder, number).open("ab")
-        self._synced = 0
+        self._file, self._synced = self._open_newest(), 0
+
+    def _open_newest(self) -> BinaryIO:
+        file = segment_path(self._folder, self.newest).open("ab")
         sync(self._folder)
+        return file
 
     def append(self, group: Group, payload: Payload) -> Place:
         """Write one record. On return the operating system has its bytes, so that killing this process loses none."""
@@ -89,7 +89,8 @@ class Segments:
         """Write to a new segment from now on."""
         self.sync()
         self.close()
-        self._begin(self.newest + 1)
+        self.newest += 1
+        self._file, self._synced = self._open_newest(), 0
 
     def sync(self) -> None:
         """On return the disk has every record, so that a power cut loses none."""

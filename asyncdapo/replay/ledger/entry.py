@@ -1,0 +1,228 @@
+"""An entry of the journal: one event of the core and the actions that it caused, as rows.
+
+In: the event, its actions, and what the core doesn't know of them (the group that arrived, the prompts of new leases).
+Out: the rows that docs/ledger.md describes, and the group's buffers in a segment before the row that points to them.
+Does not own: the transaction, the disk and the order of entries (`journal`), reading rows (`reload`).
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from asyncdapo.messages import Group, Prompt
+from asyncdapo.payload import Payload
+from asyncdapo.replay.core import events as core
+from asyncdapo.replay.ledger import reload
+from asyncdapo.replay.ledger.payloads import Place, Segments
+from asyncdapo.replay.ledger.schema import HELD_STATES
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """Rows of one event. Every method is called inside a transaction."""
+
+    db: sqlite3.Connection
+    segments: Segments
+    sessions: dict[int, str]
+    """Session of every worker, shared by all entries: a `WorkerJoined` changes it."""
+    keep_payloads: bool
+    """Whether groups keep their payload that are not held."""
+    branch: int
+    position: int
+    """Number of the entry in the journal."""
+    at_s: float
+    """Unix time of the entry."""
+    arrived: tuple[Group, Payload] | None
+    """Header and buffers of a `GroupDone`."""
+    detail: str
+    """Session of a `WorkerJoined`; why a group was rejected or its reward function failed."""
+
+    def write(
+        self,
+        event: core.Event,
+        actions: Sequence[core.Action],
+        prompts: Sequence[Prompt],
+        summary: Mapping[str, float],
+    ) -> None:
+        """The event, then its actions in order. `prompts`: those of the leases granted in `actions`. `summary`:
+        what the learner reports of a `Trained` step."""
+        self._write_event(event)
+        self._insert_new_prompts(prompts)
+        for action in actions:
+            self._write_action(action)
+        if isinstance(event, core.Trained):
+            self._insert_batch(event.step, summary)
+
+    def _insert_batch(self, step: int, summary: Mapping[str, float]) -> None:
+        """The batch as its groups say it was: they became `trained` in this same transaction."""
+        copies = {group_id: num for group_id, num in reload.batch_copies(self.db, step).items() if num}
+        self.db.execute(
+            "INSERT INTO batches SELECT :step, :branch, :version, COUNT(*), :copies, SUM(tokens),"
+            " MAX(:version - min_version), AVG(:version - min_version), AVG(reward_mean), :summary, :pos, :at_s"
+            " FROM groups WHERE step = :step AND state = 'trained'",
+            {
+                "step": step,
+                "branch": self.branch,
+                "version": summary.get("learner/version", step - 1),
+                "copies": json.dumps(copies),
+                "summary": json.dumps({name: float(number) for name, number in summary.items()}),
+                "pos": self.position,
+                "at_s": self.at_s,
+            },
+        )
+
+    def _write_event(self, event: core.Event) -> None:
+        match event:
+            case core.WorkerJoined(worker=worker, loaded_version=version):
+                self.sessions[worker] = self.detail
+                self._insert_event("worker_joined", worker=worker, detail=self.detail)
+                self._insert_load(worker, version)
+            case core.WorkerLost(worker=worker):
+                self._insert_event("worker_lost", worker=worker)
+            case core.WeightsLoaded(worker=worker, version=version):
+                self._insert_load(worker, version)
+            case core.SamplingBegan(lease_id=lease_id, version=version):
+                self.db.execute("UPDATE leases SET started_version = ? WHERE lease_id = ?", (version, lease_id))
+            case core.Published(version=version):
+                self.db.execute("INSERT INTO publishes VALUES (?, ?, ?, ?)", (version, self.branch, *self._stamp))
+            case core.RunEnded():
+                self._insert_event("run_ended")
+
+    def _write_action(self, action: core.Action) -> None:
+        match action:
+            case core.GrantLease():
+                self._insert_lease(action)
+            case core.MovePrompt():
+                self._move_prompt(action)
+            case core.MoveGroup():
+                self._move_group(action)
+            case core.EndLease():
+                self._end_lease(action)
+            case core.CutBatch(step=step, copies=copies):
+                self._insert_event("cut", step=step, number=sum(copies))
+            case core.GenBatchClosed(step=step, number=number, limit_reached=reached):
+                self._insert_event(
+                    "gen_batch_closed", step=step, number=number, detail="limit reached" if reached else ""
+                )
+            case core.StopRun(reason=reason, error=error):
+                self._insert_event("stopped", number=int(error), detail=reason)
+
+    @property
+    def _stamp(self) -> tuple[int, float]:
+        return self.position, self.at_s
+
+    def _insert_event(
+        self,
+        kind: str,
+        *,
+        lease_id: int | None = None,
+        prompt_id: int | None = None,
+        worker: int | None = None,
+        step: int | None = None,
+        number: int | None = None,
+        detail: str = "",
+    ) -> None:
+        self.db.execute(
+            "INSERT INTO events (kind, branch, lease_id, prompt_id, worker, step, number, detail, pos, at_s)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (kind, self.branch, lease_id, prompt_id, worker, step, number, detail, *self._stamp),
+        )
+
+    def _insert_load(self, worker: int, version: int) -> None:
+        self.db.execute("INSERT INTO loads VALUES (?, ?, ?, ?, ?)", (worker, version, self.branch, *self._stamp))
+
+    # ------------------------------------------------------------------------------------ prompts, leases and groups
+
+    def _insert_new_prompts(self, prompts: Sequence[Prompt]) -> None:
+        """A prompt has its row from its first lease on."""
+        self.db.executemany(
+            "INSERT OR IGNORE INTO prompts VALUES (?, ?, ?, ?, 'waiting', 0, NULL, '', NULL, ?)",
+            [(prompt.prompt_id, prompt.epoch, prompt.source, prompt.row, self.position) for prompt in prompts],
+        )
+
+    def _insert_lease(self, action: core.GrantLease) -> None:
+        session = self.sessions[action.worker]
+        self.db.execute(
+            "INSERT INTO leases (lease_id, prompt_id, branch, attempt, worker, session, granted_pos, granted_at_s)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            (action.lease_id, action.prompt_id, self.branch, action.attempt, action.worker, session, *self._stamp),
+        )
+
+    def _move_prompt(self, action: core.MovePrompt) -> None:
+        moved = self.db.execute(
+            "UPDATE prompts SET state = ?, attempts = ?, step = ?, reason = ?, place = ?, changed_pos = ?"
+            " WHERE prompt_id = ?",
+            (action.state, action.attempts, action.step, action.reason, action.place, self.position, action.prompt_id),
+        )
+        assert moved.rowcount == 1, f"{action} of a prompt that was never leased"
+
+    def _end_lease(self, action: core.EndLease) -> None:
+        """A late group changes nothing about its lease, which has ended before."""
+        if action.outcome != "late":
+            self.db.execute(
+                "UPDATE leases SET outcome = ?, reason = ?, ended_pos = ?, ended_at_s = ? WHERE lease_id = ?",
+                (action.outcome, action.reason, *self._stamp, action.lease_id),
+            )
+        if action.outcome != "done":
+            self._insert_event(
+                action.outcome,
+                lease_id=action.lease_id,
+                prompt_id=action.prompt_id,
+                worker=action.worker,
+                detail=self.detail or action.reason,
+            )
+
+    def _move_group(self, action: core.MoveGroup) -> None:
+        """The row of a group is made by the first move after its arrival."""
+        moved = self.db.execute(
+            "UPDATE groups SET state = ?, step = ?, reason = ?, changed_pos = ? WHERE group_id = ?",
+            (action.state, action.step, action.reason, self.position, action.group_id),
+        )
+        if moved.rowcount == 0:
+            assert self.arrived is not None, f"{action} of a group that never arrived"
+            self._insert_group(action, *self.arrived)
+
+    def _insert_group(self, action: core.MoveGroup, group: Group, payload: Payload) -> None:
+        held = action.state in HELD_STATES or self.keep_payloads
+        place = self.segments.append(group, payload) if held else None
+        row = _group_row(action, group, place, position=self.position, at_s=self.at_s)
+        columns, values = ", ".join(row), ", ".join(f":{column}" for column in row)
+        self.db.execute(f"INSERT INTO groups ({columns}) VALUES ({values})", row)
+
+
+def _group_row(
+    action: core.MoveGroup, group: Group, place: Place | None, *, position: int, at_s: float
+) -> dict[str, str | int | float | None]:
+    """The row of a group that arrives in transaction `position`. `place` is None when its payload isn't kept."""
+    completions = group.completions
+    accs = [completion.metrics["acc"] for completion in completions if "acc" in completion.metrics]
+    return {
+        "group_id": action.group_id,
+        "prompt_id": action.prompt_id,
+        "lease_id": group.lease_id,
+        "branch": group.branch,
+        "attempt": group.attempt,
+        "worker": group.worker,
+        "min_version": group.min_version,
+        "max_version": group.max_version,
+        "verdict": action.verdict,
+        "entered": action.state,
+        "state": action.state,
+        "step": action.step,
+        "reason": action.reason,
+        "completions": len(completions),
+        "tokens": group.num_tokens,
+        "truncated": sum(completion.finish_reason == "length" for completion in completions),
+        "reward_mean": sum(completion.reward for completion in completions) / len(completions),
+        "acc_mean": sum(accs) / len(accs) if accs else None,
+        "generate_s": group.generate_s,
+        "segment": place.segment if place else None,
+        "offset": place.offset if place else None,
+        "bytes": place.num_bytes if place else None,
+        "arrived_pos": position,
+        "changed_pos": position,
+        "arrived_at_s": at_s,
+    }
