@@ -92,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     ps = commands.add_parser(
         "ps",
         help="show every process of a run: state, lag, memory",
-        description="Show every process of a run, from its files and /proc alone: also of one that hangs or is over.",
+        description="Show every process of a run, asking none of them: also of one that hangs or is over.",
         epilog="state: running, stopped (SIGSTOP), zombie, gone, other host. lag: a rollout worker's loaded weights "
         "behind the newest published ones, in versions; kept groups that wait in replay for a batch; steps the "
         "learner has trained since its newest checkpoint. memory: resident. "

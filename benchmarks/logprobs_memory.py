@@ -17,6 +17,7 @@ import time
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -80,8 +81,7 @@ def measure(path: str, num_columns: int, args: argparse.Namespace) -> tuple[str,
 
 
 def available_mib() -> float:
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")) / 1024
+    return psutil.virtual_memory().available / 2**20
 
 
 def main() -> None:

@@ -33,7 +33,7 @@ from asyncdapo import __version__
 
 ROOT = Path(__file__).resolve().parent.parent
 GROUPS = {
-    "base": ["msgspec", "pyzmq", "omegaconf>=2.3,<3", "wandb", "math-verify", "pytest-timeout", "hypothesis"],
+    "base": ["msgspec", "pyzmq", "psutil", "omegaconf>=2.3,<3", "wandb", "math-verify", "pytest-timeout", "hypothesis"],
     "ray": ["ray>=2.52,<3"],
     "vllm": ["vllm==0.25.0"],
 }

@@ -1,18 +1,15 @@
-"""Who listens where on this machine, from /proc, and strangers who speak to them."""
+"""Who listens where on this machine, and strangers who speak to them."""
 
 from __future__ import annotations
 
-import os
 import secrets
 import socket
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
-from pathlib import Path
 
-LISTENS = "0A"
-"""State of such a socket in /proc/net/tcp."""
+import psutil
 
 
 @dataclass(frozen=True)
@@ -31,29 +28,12 @@ class Port:
 
 def listening(pids: Iterable[int]) -> list[Port]:
     """The ports of these processes."""
-    addresses = _listening_inodes()
     ports = []
     for pid in pids:
-        with suppress(OSError):
-            for file in Path(f"/proc/{pid}/fd").iterdir():
-                with suppress(OSError):
-                    kind, _, inode = os.readlink(file).partition(":")
-                    if kind == "socket" and (address := addresses.get(inode.strip("[]"))):
-                        ports.append(Port(pid, *address))
+        with suppress(psutil.NoSuchProcess):
+            sockets = psutil.Process(pid).net_connections("tcp")
+            ports += [Port(pid, *one.laddr) for one in sockets if one.status == psutil.CONN_LISTEN]
     return ports
-
-
-def _listening_inodes() -> dict[str, tuple[str, int]]:
-    found = {}
-    for name, family in (("tcp", socket.AF_INET), ("tcp6", socket.AF_INET6)):
-        for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]:
-            _, local, _, state, *rest = line.split()
-            if state == LISTENS:
-                host, _, port = local.partition(":")
-                words = bytes.fromhex(host)  # of 4 bytes, each in this machine's order
-                packed = b"".join(words[at : at + 4][::-1] for at in range(0, len(words), 4))
-                found[rest[5]] = (socket.inet_ntop(family, packed), int(port, 16))
-    return found
 
 
 GARBAGE = (

@@ -23,8 +23,8 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from pathlib import Path
 
+import psutil
 import torch
 
 from asyncdapo.errors import WeightsError
@@ -145,7 +145,7 @@ class ReceiveBuffer:
             with self._stream:
                 self._memory_U = torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
             return
-        wanted, free = self._num_alike * num_bytes, free_host_bytes()
+        wanted, free = self._num_alike * num_bytes, psutil.virtual_memory().available
         if wanted > free:
             raise WeightsError(
                 f"new weights take {num_bytes / GIB:.3g} GiB of the machine's memory in each of {self._num_alike} "
@@ -153,9 +153,3 @@ class ReceiveBuffer:
                 "GPU has room for them"
             )
         self._memory_U = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=on_gpu and PIN_FACTOR * wanted <= free)
-
-
-def free_host_bytes() -> int:
-    """Memory that this machine can still give to processes, in bytes."""
-    [line] = [line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable:")]
-    return int(line.split()[1]) << 10

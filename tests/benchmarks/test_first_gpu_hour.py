@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from benchmarks import first_gpu_hour
@@ -70,8 +71,7 @@ def test_a_check_that_takes_too_long_is_ended_with_all_that_it_started(check) ->
 
 
 def _lives(pid: int) -> bool:
-    stat = Path(f"/proc/{pid}/stat")
-    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
 
 
 def test_a_check_that_no_longer_fits_or_lacks_a_package_is_skipped_with_the_reason(check) -> None:

@@ -7,9 +7,9 @@ import signal
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
-from asyncdapo.controller.process.procfs import memory_mib
 from asyncdapo.replay.ledger.audit import audit
 from tests.controller.interruptions import (
     SHORT,
@@ -27,7 +27,7 @@ MAX_GROWTH_MIB = 10.0
 
 def memory(run_dir: Path) -> dict[str, float]:
     """MiB of each process but the learner."""
-    return {role: memory_mib(pid) for role in OTHERS for pid in processes(run_dir, role)}
+    return {role: psutil.Process(pid).memory_info().rss / 2**20 for role in OTHERS for pid in processes(run_dir, role)}
 
 
 @pytest.mark.soak

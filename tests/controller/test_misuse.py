@@ -84,7 +84,7 @@ def assert_no_secret_is_out(run_dir: Path, driver: int, secrets: list[bytes]) ->
     """Neither in a file of the run, nor in a command line or environment of its processes."""
     assert len(secrets) == 2
     assert all(len(secret) == 40 for secret in secrets)
-    pids = {driver} | {pid for pid, _ in descendants(driver)}
+    pids = {driver} | {process.pid for process in descendants(driver)}
     places = [path for path in run_dir.rglob("*") if path.is_file()]
     places += [Path(f"/proc/{pid}/{name}") for pid in pids for name in ("cmdline", "environ")]
     for place in places:

@@ -42,7 +42,7 @@ def outlive(run_dir: Path, *roles: str) -> None:
         assert re.search(report, output), output
         stall = rf"stalled: nothing has moved for \d+ s\ncontroller waits for .*\n(.* waits for .*\n)*{name}: does not"
         assert re.search(stall, output), output
-        assert re.search(rf"stacks of {name}:\n{name}: stopped: state T\n", output), output
+        assert re.search(rf"stacks of {name}:\n{name}: it is stopped\n", output), output
         assert f"{name} is killed and started again: it is what the others wait for" in output, output
     num_branches = 1 + roles.count("learner")
     assert query(run_dir, "SELECT branch FROM branches ORDER BY branch") == [(n,) for n in range(num_branches)]

@@ -1,8 +1,10 @@
 """Pools of real processes, and what has become of a process."""
 
 import time
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
+
+import psutil
 
 from asyncdapo.reward.pool import ScorerPool
 from asyncdapo.reward.registry import VERIFIERS
@@ -27,11 +29,9 @@ async def running(function="obey", num_processes=1, timeout_s=20.0, **keys):
 
 def is_alive(pid):
     """There, and no zombie."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    return stat.rpartition(")")[2].split()[0] != "Z"
+    with suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def gone_within(pids, seconds):
@@ -41,6 +41,6 @@ def gone_within(pids, seconds):
     return not any(map(is_alive, pids))
 
 
-def cpu_ticks(pid):
+def cpu_s(pid):
     """Time it has computed: a process that rises is in the middle of something."""
-    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11])
+    return psutil.Process(pid).cpu_times().user

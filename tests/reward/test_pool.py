@@ -15,7 +15,7 @@ from asyncdapo.reward import verifier_process
 from asyncdapo.reward.pool import ScorerPool
 from asyncdapo.reward.wire import Verdict
 from tests.asynchronous import asynchronous, until
-from tests.reward.processes import FILE, cpu_ticks, gone_within, is_alive, running
+from tests.reward.processes import FILE, cpu_s, gone_within, is_alive, running
 
 QUIET = {"scorer_timeouts": 0, "scorer_restarts": 0}
 
@@ -248,7 +248,7 @@ async def test_a_stop_ends_a_process_in_the_middle_of_a_text() -> None:
     async with running() as pool:
         [pid] = pool.pids()
         request = asyncio.create_task(pool.verify(["loop"], ""))
-        await until(lambda: cpu_ticks(pid) > 20)
+        await until(lambda: cpu_s(pid) > 0.2)
         await pool.stop()
         assert not is_alive(pid)
         with pytest.raises(RunError, match="has been stopped"):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import logging
-import os
 import time
 from collections import Counter
 from contextlib import closing, suppress
@@ -17,6 +16,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import psutil
 import pytest
 
 from asyncdapo.messages import (
@@ -189,5 +189,4 @@ async def until_silent(heard: Counter[str]) -> None:
 def memory_mb() -> float:
     """Resident memory of this process, without what the allocator keeps of what was freed."""
     ctypes.CDLL(None).malloc_trim(0)
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+    return psutil.Process().memory_info().rss / 1e6

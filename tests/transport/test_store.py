@@ -8,11 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import timedelta
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
 
-from asyncdapo.controller.process.procfs import memory_mib
 from asyncdapo.learner.step.ranks import GradientGroup
 from asyncdapo.transport.deadline import Deadline
 from asyncdapo.transport.keys import RunKeys
@@ -68,7 +68,7 @@ def test_without_the_keys_of_this_group_nothing_is_stored_or_told():
 
 
 def test_a_group_forms_and_sums_among_strangers_at_all_its_ports_and_none_is_open_to_other_machines():
-    before, mib = set(listening([os.getpid()])), memory_mib(os.getpid())
+    before, resident = set(listening([os.getpid()])), psutil.Process().memory_info().rss
     host = GradientGroup.create_master("127.0.0.1", 2, "gloo", TIMEOUT_S)
     with strangers([port_of(host.address)], rounds=20), ThreadPoolExecutor(1) as other:
         joining = other.submit(GradientGroup.join, host.address, 1, 2, "gloo", TIMEOUT_S)
@@ -83,6 +83,6 @@ def test_a_group_forms_and_sums_among_strangers_at_all_its_ports_and_none_is_ope
             host.all_reduce(sums[0], Deadline(TIMEOUT_S))
             summing.result()
     assert all(torch.equal(each, torch.full((1 << 16,), 2.0)) for each in sums)
-    assert memory_mib(os.getpid()) - mib < 64
+    assert psutil.Process().memory_info().rss - resident < 64 << 20
     host.close()
     joined.close()

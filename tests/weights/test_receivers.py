@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import threading
 import time
 from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -19,7 +20,6 @@ from safetensors.torch import load_file, save_file
 from asyncdapo.errors import EngineError, WeightsError
 from asyncdapo.transport.backend import Backend
 from asyncdapo.transport.deadline import Deadline
-from asyncdapo.weights import receive_buffer
 from asyncdapo.weights.group import WeightGroup
 from asyncdapo.weights.header import agree
 from asyncdapo.weights.manifest import Manifest
@@ -316,11 +316,7 @@ def test_an_end_makes_room_before_it_joins_so_that_no_deadline_of_a_transfer_run
 
 def test_processes_of_an_engine_that_the_machine_has_no_memory_for_say_how_much_they_are_short_of(monkeypatch) -> None:
     num_bytes = MANIFEST.offsets[-1]
-    monkeypatch.setattr(receive_buffer, "free_host_bytes", lambda: 3 * num_bytes)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=3 * num_bytes))
     ReceiveBuffer(HOST, num_alike=3).make_room(MANIFEST).result()
     with pytest.raises(WeightsError, match=r"GiB of the machine's memory in each of 4 processes .*memory_fraction"):
         ReceiveBuffer(HOST, num_alike=4).make_room(MANIFEST).result()
-
-
-def test_the_machine_says_how_much_memory_is_free() -> None:
-    assert 0 < receive_buffer.free_host_bytes() < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

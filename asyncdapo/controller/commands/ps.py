@@ -1,10 +1,10 @@
-"""`asyncdapo ps RUN_DIR`: the processes of a run as a person wants to see them, from files and /proc alone.
+"""`asyncdapo ps RUN_DIR`: the processes of a run as a person wants to see them, without asking any of them.
 
 In: `processes.json`, `ledger.db` and the names in `checkpoints/`, of a run that goes on or is over. Out: a table, or
 with `--json` a list of objects with the same fields:
 
     role index pid host started   as in processes.json
-    state       running | stopped | zombie | gone | other host | unknown (no /proc here)
+    state       running | stopped | zombie | gone | other host
     age_s       seconds since it started, null unless it lives here
     lag         how far it is behind, in `lag_unit`: a rollout worker in `versions` (newest published − loaded), replay
                 in `groups` (kept, waiting for a batch), the learner in `steps` (trained since the newest checkpoint)
@@ -16,20 +16,19 @@ Nothing is written and nobody is asked, so it answers for a run that hangs. Does
 from __future__ import annotations
 
 import json
-import socket
 import sqlite3
 import sys
 import time
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import psutil
 from rich.console import Console
 from rich.table import Table
 
 from asyncdapo.controller.process import roster
-from asyncdapo.controller.process.procfs import HAS_PROC, memory_mib, read_stat
 from asyncdapo.errors import UserError
 from asyncdapo.learner.step.checkpoint import kept_steps
 from asyncdapo.replay.ledger.ledger import LEDGER_FILE, open_ledger
@@ -76,7 +75,6 @@ def processes(run_dir: Path) -> list[Row]:
 def _row(entry: roster.Entry, lag: int | None, lag_unit: str | None) -> Row:
     state = _state(entry)
     lives_here = state in ("running", "stopped")
-    memory = memory_mib(entry.pid) if lives_here else None
     return Row(
         role=entry.role,
         index=entry.index,
@@ -87,21 +85,21 @@ def _row(entry: roster.Entry, lag: int | None, lag_unit: str | None) -> Row:
         age_s=round(time.time() - entry.started, 1) if lives_here else None,
         lag=lag,
         lag_unit=lag_unit,
-        memory_mib=None if memory is None else round(memory, 1),
+        memory_mib=_memory_mib(entry.pid) if lives_here else None,
     )
 
 
 def _state(entry: roster.Entry) -> str:
-    if entry.host != socket.gethostname():
-        return "other host"
-    if not HAS_PROC:
-        return "unknown"
-    stat = read_stat(entry.pid)
-    if stat is None or abs(stat.started - entry.started) > roster.SAME_START_S:
-        return "gone"
-    if stat.dead:
-        return "zombie"
-    return "stopped" if stat.stopped else "running"
+    state = roster.state_of(entry)
+    if state in roster.ENDED:
+        return state
+    return "stopped" if state in roster.STOPPED else "running"
+
+
+def _memory_mib(pid: int) -> float | None:
+    with suppress(psutil.NoSuchProcess):  # it has ended since
+        return round(psutil.Process(pid).memory_info().rss / 2**20, 1)
+    return None
 
 
 # ------------------------------------------------------------------------------------------------------------------ lag

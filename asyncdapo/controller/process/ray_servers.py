@@ -24,13 +24,13 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
 
+import psutil
 import ray
 from ray._private import ray_constants
 from ray._raylet import AuthenticationTokenLoader
 from ray._raylet import Config as RaySettings
 
-from asyncdapo.controller.process.procfs import HAS_PROC, command_name
-from asyncdapo.controller.process.reaper import descendants, still_there
+from asyncdapo.controller.process.reaper import is_alive
 from asyncdapo.controller.process.surroundings import ray_parent
 from asyncdapo.errors import RunError
 
@@ -90,11 +90,10 @@ async def death(address: str | None) -> None:
 
 
 async def _own_death() -> None:
-    servers = {known: name for known in descendants(os.getpid()) if (name := command_name(known[0])) in SERVERS}
-    gone = [name for name in SERVERS if HAS_PROC and name not in servers.values()]
-    while not gone:
+    children = [process for process in psutil.process_iter(["name", "ppid"]) if process.info["ppid"] == os.getpid()]
+    servers = {process.info["name"]: process for process in children}
+    while not (gone := [name for name in SERVERS if name not in servers or not is_alive(servers[name])]):
         await asyncio.sleep(LOOK_S)
-        gone = [servers[known] for known in servers.keys() - still_there(set(servers))]
     raise RayDied(f"Ray's process {' and '.join(gone)} died; {GO_ON}")
 
 

@@ -2,10 +2,8 @@
 
 Ray ends its actors when their driver dies, but its agents wait for a dead server for over a minute first. The reaper
 watches the driver's descendants while it lives; at the end of its standard input, which is the driver's death or its
-good end, it grants `GRACE_S` and then kills what is left. A process is known by pid and start time, so that a number
-that was given to another since is left alone. It heeds no Ctrl-C, which a terminal sends to it, too.
-
-Where there is no /proc it does nothing; the processes then end when Ray ends them.
+good end, it grants `GRACE_S` and then kills what is left. A process is known by pid and start time (psutil's identity),
+so that a number that was given to another since is left alone. It ignores Ctrl-C, which a terminal sends to it, too.
 """
 
 from __future__ import annotations
@@ -19,17 +17,13 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 
-from asyncdapo.controller.process.procfs import read_stat
+import psutil
 
 PR_SET_CHILD_SUBREAPER = 36
 LOOK_S = 0.2
 GRACE_S = 3.0
 SWEEP_S = 3.0
-
-Known = tuple[int, str]
-"""Pid and start time."""
 
 
 @contextmanager
@@ -51,56 +45,48 @@ def adopt_orphans(adopt: bool) -> None:
 
 def main() -> None:
     """Watch the parent until standard input ends, then clean up."""
-    for heeded in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(heeded, signal.SIG_IGN)
+    for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(ignored, signal.SIG_IGN)
     driver, known = os.getppid(), set()
     while not select.select([sys.stdin], [], [], LOOK_S)[0]:
         known = still_there(known | descendants(driver))
     known |= descendants(driver)
-    known.discard((os.getpid(), start_time(os.getpid())))
+    known.discard(psutil.Process())
     known = wait_for(known, GRACE_S)
     deadline = time.monotonic() + SWEEP_S
     while known and time.monotonic() < deadline:
-        for pid, _ in known:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        for process in known:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
         known = wait_for(known, LOOK_S)
 
 
-def wait_for(processes: set[Known], seconds: float) -> set[Known]:
+def wait_for(processes: set[psutil.Process], seconds: float) -> set[psutil.Process]:
     """Until all of them are gone, or the time is up. Returns those that aren't, with what they started meanwhile."""
     deadline = time.monotonic() + seconds
     while (processes := still_there(processes)) and time.monotonic() < deadline:
-        processes |= {process for pid, _ in processes for process in descendants(pid)}
+        processes |= {below for process in processes for below in descendants(process.pid)}
         time.sleep(0.05)
     return processes
 
 
-def still_there(processes: set[Known]) -> set[Known]:
+def still_there(processes: set[psutil.Process]) -> set[psutil.Process]:
+    """Those that live; a zombie doesn't."""
     return {process for process in processes if is_alive(process)}
 
 
-def descendants(pid: int) -> set[Known]:
-    """Every process below this one."""
-    found: set[Known] = set()
-    for tasks in Path(f"/proc/{pid}/task").glob("*/children"):
-        with suppress(OSError):
-            for child in map(int, tasks.read_text().split()):
-                if started := start_time(child):
-                    found |= {(child, started)} | descendants(child)
-    return found
+def descendants(pid: int) -> set[psutil.Process]:
+    """Every process below this one that lives."""
+    with suppress(psutil.NoSuchProcess):
+        return still_there(set(psutil.Process(pid).children(recursive=True)))
+    return set()
 
 
-def is_alive(process: Known) -> bool:
+def is_alive(process: psutil.Process) -> bool:
     """The same process, and no zombie."""
-    pid, started = process
-    return start_time(pid) == started
-
-
-def start_time(pid: int) -> str:
-    """As the kernel says it; empty for one that is gone or a zombie."""
-    stat = read_stat(pid)
-    return "" if stat is None or stat.dead else str(stat.started)
+    with suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    return False
 
 
 if __name__ == "__main__":

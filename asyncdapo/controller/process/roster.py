@@ -18,12 +18,13 @@ import signal
 import socket
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
+import psutil
 
-from asyncdapo.controller.process.procfs import read_stat
 from asyncdapo.disk import disk_errors, replace_file
 from asyncdapo.errors import RunError, UserError
 
@@ -32,6 +33,12 @@ ROLES = ("controller", "replay", "rollout", "engine", "scorer", "learner")
 
 SAME_START_S = 2.0
 """Start times within this are the same: a leap second moves them all by one."""
+OTHER_HOST, GONE = "other host", "gone"
+"""States of a process that this host knows nothing of."""
+STOPPED = (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
+"""States by SIGSTOP or a debugger: alive, and unable to do anything."""
+ENDED = (OTHER_HOST, GONE, psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+"""States of a process that doesn't live on this host. Of a zombie only the pid is left."""
 KILLED_S = 10.0
 """Time for a killed process to be gone: a lot of memory takes a while to be freed."""
 POLL_S = 0.05
@@ -67,12 +74,11 @@ def this_process(role: str, index: int = 0) -> Entry:
 
 
 def entry_of(role: str, index: int, pid: int) -> Entry:
-    """The entry of a process on this host. Where the kernel doesn't tell the start (or the process has ended by now),
-    it is this moment."""
-    stat = read_stat(pid)
-    return Entry(
-        role=role, index=index, pid=pid, host=socket.gethostname(), started=stat.started if stat else time.time()
-    )
+    """The entry of a process on this host. The start of one that has ended by now is this moment."""
+    started = time.time()
+    with suppress(psutil.NoSuchProcess):
+        started = psutil.Process(pid).create_time()
+    return Entry(role=role, index=index, pid=pid, host=socket.gethostname(), started=round(started, 2))
 
 
 class Roster:
@@ -123,12 +129,20 @@ def read(run_dir: Path) -> list[Entry]:
         ) from None
 
 
+def state_of(entry: Entry) -> str:
+    """psutil's word for what this very process does (`sleeping`, `stopped`, `zombie`, …), `gone` or `other host`."""
+    if entry.host != socket.gethostname():
+        return OTHER_HOST
+    with suppress(psutil.NoSuchProcess):
+        process = psutil.Process(entry.pid)
+        if abs(process.create_time() - entry.started) <= SAME_START_S:
+            return process.status()
+    return GONE
+
+
 def is_running(entry: Entry) -> bool:
     """Whether this very process lives on this host. Stopped ones do, zombies don't."""
-    if entry.host != socket.gethostname():
-        return False
-    stat = read_stat(entry.pid)
-    return stat is not None and not stat.dead and abs(stat.started - entry.started) <= SAME_START_S
+    return state_of(entry) not in ENDED
 
 
 def survivors(run_dir: Path) -> list[Entry]:

@@ -25,8 +25,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO
 
-from asyncdapo.controller.process.procfs import handles_signal, read_stat
-from asyncdapo.controller.process.roster import Entry, is_running
+from asyncdapo.controller.process.roster import ENDED, GONE, STOPPED, Entry, state_of
 
 DUMP_S = 3.0
 """Time for a dump to appear; a process inside a system call that can't be interrupted takes for ever."""
@@ -100,22 +99,32 @@ def ask(entry: Entry, log_path: Path, wait_s: float = DUMP_S) -> str:
         time.sleep(POLL_S)
         if (added := collect(log_path, offset)) != dump:
             dump, quiet_at = added, time.monotonic()
-    return dump if DUMP_MARK in dump else f"{entry.name}: no stacks within {wait_s:g} s: {_state(entry)}"
+    return dump if DUMP_MARK in dump else f"{entry.name}: no stacks within {wait_s:g} s: it is {state_of(entry)}"
 
 
 def request_stacks(entry: Entry) -> str:
     """Have the process write its stacks to its log. Returns why it can't, or nothing."""
-    if not is_running(entry):
-        return "gone, or on another host"
-    if (stat := read_stat(entry.pid)) and stat.stopped:
-        return _state(entry)
-    if not handles_signal(entry.pid, signal.SIGUSR1):
+    state = state_of(entry)
+    if state in (*ENDED, *STOPPED):
+        return f"it is {state}"
+    if not _handles_signal(entry.pid, signal.SIGUSR1):
         return "has not installed the handler of SIGUSR1"
     try:
         os.kill(entry.pid, signal.SIGUSR1)
     except ProcessLookupError:
-        return "gone"
+        return f"it is {GONE}"
     return ""
+
+
+def _handles_signal(pid: int, signal: int) -> bool:
+    """Whether the process has a handler of its own for this signal, and so won't die of it. psutil doesn't know; where
+    there is no /proc (macOS) no process counts as one that has."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except (FileNotFoundError, ProcessLookupError):  # the second when it ends between open and read
+        return False
+    mask = next(int(line.split()[1], 16) for line in lines if line.startswith("SigCgt:"))
+    return bool(mask >> (signal - 1) & 1)
 
 
 def collect(log_path: Path, offset: int) -> str:
@@ -125,10 +134,3 @@ def collect(log_path: Path, offset: int) -> str:
     with log_path.open("rb") as log:
         log.seek(offset)
         return log.read().decode(errors="replace")
-
-
-def _state(entry: Entry) -> str:
-    stat = read_stat(entry.pid)
-    if stat is None:
-        return "gone"
-    return f"stopped: state {stat.letter}" if stat.stopped else f"state {stat.letter}"

@@ -12,13 +12,14 @@ import multiprocessing
 import os
 import select
 import signal
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from pathlib import Path
+
+import psutil
 
 from asyncdapo.errors import EngineError
 
-WORKER_NAMES = (b"VLLM::", b"multiprocessing.spawn")
+WORKER_NAMES = ("VLLM::", "multiprocessing.spawn")
 
 
 def child_pids() -> set[int]:
@@ -31,10 +32,10 @@ class Family:
 
     def __init__(self, pids: Iterable[int]) -> None:
         """Raises EngineError for one that has ended already."""
-        pids = list(pids)
         try:
-            self._pidfds = {pid: os.pidfd_open(pid) for pid in [*pids, *_workers_below(pids)]}
-        except ProcessLookupError as error:
+            family = [below for pid in pids for below in (pid, *_workers_below(pid))]
+            self._pidfds = {pid: os.pidfd_open(pid) for pid in family}
+        except (ProcessLookupError, psutil.NoSuchProcess) as error:
             raise EngineError("a process of vLLM's ended as soon as it had started") from error
 
     def pids(self) -> list[int]:
@@ -67,25 +68,10 @@ class Family:
         self._pidfds.clear()
 
 
-def _workers_below(pids: Iterable[int]) -> list[int]:
-    """What these started by `multiprocessing`, and so on; the command line says it, or the title that vLLM gives it."""
-    generation, found, parents = set(pids), [], _parents()
-    while generation := {pid for pid, parent in parents.items() if parent in generation and _is_worker(pid)}:
-        found += sorted(generation)
-    return found
-
-
-def _parents() -> dict[int, int]:
-    """The parent of every process."""
-    parents = {}
-    for file in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):  # it has gone meanwhile
-            pid, _, rest = file.read_text().partition(" ")
-            parents[int(pid)] = int(rest.rpartition(")")[2].split()[1])  # its name, in brackets, may hold anything
-    return parents
-
-
-def _is_worker(pid: int) -> bool:
-    with suppress(OSError):
-        return any(name in Path(f"/proc/{pid}/cmdline").read_bytes() for name in WORKER_NAMES)
-    return False
+def _workers_below(pid: int) -> Iterator[int]:
+    """What this one started by `multiprocessing`, and so on; the command line says it, or the title that vLLM gives."""
+    for child in psutil.Process(pid).children():
+        with suppress(psutil.NoSuchProcess):  # it has gone meanwhile
+            if any(name in " ".join(child.cmdline()) for name in WORKER_NAMES):
+                yield child.pid
+                yield from _workers_below(child.pid)

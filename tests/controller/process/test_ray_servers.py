@@ -10,10 +10,10 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
-from asyncdapo.controller.process.procfs import memory_mib
-from asyncdapo.controller.process.reaper import descendants
+from asyncdapo.controller.process.reaper import descendants, is_alive
 from tests.controller.interruptions import SHORT, assert_nothing_lives, wait_for_batch
 from tests.controller.runs import FinishedRun, launch, started
 from tests.ports import listening, strangers
@@ -33,7 +33,7 @@ LEARNER_OF_TWO = ("learner.ranks=2", "learner.threads=1", "rollout.num_workers=2
 
 
 def pid_of(server: str, driver: int) -> int:
-    return next(pid for pid, _ in descendants(driver) if Path(f"/proc/{pid}/comm").read_text().strip() == server)
+    return next(process.pid for process in descendants(driver) if process.name() == server)
 
 
 def gone_on_after(run_dir: Path, step: int) -> FinishedRun:
@@ -50,17 +50,17 @@ def test_strangers_reach_no_port_from_outside_and_cost_nothing_inside_and_a_kill
     run_dir = tmp_path / "run"
     with started(run_dir, *SHORT, *LEARNER_OF_TWO) as process:
         wait_for_batch(run_dir, 1, process)
-        pids = [process.pid, *(pid for pid, _ in descendants(process.pid))]
-        ports = listening(pids)
+        known = {psutil.Process(process.pid), *descendants(process.pid)}
+        ports = listening(one.pid for one in known)
         assert [port for port in ports if not port.on_loopback] == []
         gcs = pid_of("gcs_server", process.pid)
         assert_only_the_user_may_enter(pid_of("raylet", process.pid))
         assert knock(next(port.number for port in ports if port.pid == gcs)) == "refused"
-        before = {pid: memory_mib(pid) for pid in pids}
+        before = {one: one.memory_info().rss for one in known if is_alive(one)}
         with strangers((port.number for port in ports), rounds=3):
             wait_for_batch(run_dir, 6, process)
-        grown = {pid: (memory_mib(pid) or 0) - (mib or 0) for pid, mib in before.items()}
-        assert max(grown.values()) < 100, grown
+        grown = {one: one.memory_info().rss - rss for one, rss in before.items() if is_alive(one)}
+        assert max(grown.values()) < 100 << 20, grown
         assert_dies_in_a_line(process, "gcs_server", run_dir)
 
 

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from asyncdapo.controller.process.procfs import read_stat
-from asyncdapo.controller.process.roster import entry_of
+from asyncdapo.controller.process.roster import STOPPED, entry_of, state_of
 from asyncdapo.controller.process.stacks import ask, collect, request_stacks, stacks
 from tests.asynchronous import asynchronous
 from tests.controller.living import SLEEP, eventually, living
@@ -122,10 +121,10 @@ def test_a_stopped_process_is_said_to_be_stopped_and_gets_no_signal(tmp_path: Pa
     with living(BLOCKED_LOOP, str(log)) as process:
         learner = entry_of("learner", 0, process.pid)
         process.send_signal(signal.SIGSTOP)
-        eventually(lambda: read_stat(process.pid).stopped)
-        assert ask(learner, log) == "learner: stopped: state T"
+        eventually(lambda: state_of(learner) in STOPPED)
+        assert ask(learner, log) == "learner: it is stopped"
         process.send_signal(signal.SIGCONT)
-        eventually(lambda: not read_stat(process.pid).stopped)
+        eventually(lambda: state_of(learner) not in STOPPED)
         assert "in take_batch" in ask(learner, log)
         assert log.read_text().count("in take_batch") == 1
 
@@ -148,4 +147,4 @@ def test_a_process_that_writes_no_stacks_is_said_to_even_if_its_log_grows(tmp_pa
 def test_a_process_that_is_gone_is_said_to_be(tmp_path: Path) -> None:
     with living() as process:
         gone = entry_of("rollout", 1, process.pid)
-    assert ask(gone, tmp_path / "rollout-1.log") == "rollout-1: gone, or on another host"
+    assert ask(gone, tmp_path / "rollout-1.log") == "rollout-1: it is gone"
