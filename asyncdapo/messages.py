@@ -16,7 +16,7 @@ loaded in the middle of a response. `loss_mask` are run lengths `[(0 or 1, num_t
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, dataclass_transform
 
 from msgspec import Struct, field
 
@@ -30,6 +30,7 @@ there, and it is being scored or waits for its acknowledgement."""
 Runs = list[tuple[int, int]]
 
 
+@dataclass_transform(frozen_default=True, field_specifiers=(field,))  # a subclass is frozen without saying so
 class Message(Struct, frozen=True, kw_only=True, tag=True, forbid_unknown_fields=True):
     """A header frame; the tag is the class name."""
 

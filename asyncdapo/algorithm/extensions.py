@@ -69,7 +69,7 @@ def try_variant(name: str) -> None:
         raise ConfigError(key, "returned a loss without a gradient", name, "compute it from logp_BT")
     if not torch.allclose(loss_BT, torch.cat([loss_of(slice(0, 1)), loss_of(slice(1, 2))]), atol=1e-5):
         raise ConfigError(key, "returned a row that depends on other rows", name, "reduce nothing: loss.agg does")
-    loss_BT.sum().backward()
+    torch.autograd.backward(loss_BT.sum())
     if logp_BT.grad is None or not logp_BT.grad.isfinite().all():
         raise ConfigError(key, "has a gradient with a NaN or Inf on a trial of two rows", name)
 

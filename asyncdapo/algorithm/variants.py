@@ -32,6 +32,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -188,7 +189,8 @@ class UpdateCounts:
     def by_prompt(self) -> tuple[int, Tensor]:
         """#g, at least 1, where a copy of a group counts as one more prompt; and the tokens of one copy of each
         completion's group, [N]. Raises ValueError when a group doesn't stand in the update as a whole."""
-        prompts_P, prompt_N = self.group_ids_N.unique(return_inverse=True)
+        found = self.group_ids_N.unique(return_inverse=True)  # pyright: ignore (torch has no types for it)
+        prompts_P, prompt_N = cast(tuple[Tensor, Tensor], found)
         tokens_P = torch.zeros_like(prompts_P).index_add(0, prompt_N, self.num_tokens_N)
         copies_P = torch.zeros_like(prompts_P).index_put((prompt_N,), self.copies_N)
         if not torch.equal(copies_P[prompt_N], self.copies_N):

@@ -101,7 +101,7 @@ class RolloutConfig:
                 raise ConfigError(
                     f"rollout.{key}", "does nothing without rollout.engine vllm", getattr(self, key), "remove it"
                 )
-        for name in self.engine_args:
+        for name in self.engine_args or {}:
             if name in ENGINE_OWNED:
                 key = ENGINE_OWNED[name]
                 fix = f"set {key}" if key else "remove it: the engine depends on its value"

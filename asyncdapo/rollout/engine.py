@@ -92,14 +92,17 @@ class Engine(Protocol):
     @property
     def num_slots(self) -> int:
         """Sequences generated at once."""
+        ...
 
     @property
     def num_outstanding(self) -> int:
         """Sequences that run or wait. Below `num_slots` the engine has free slots."""
+        ...
 
     @property
     def loaded_version(self) -> int:
         """Version of the weights in use."""
+        ...
 
     async def start(self) -> None:
         """Load the model. Raises UserError if the checkpoint can't be used."""
@@ -107,11 +110,13 @@ class Engine(Protocol):
     async def generate(self, request: Request) -> list[Sample]:
         """All samples of the request, in the order of its seeds. Cancelling the task withdraws the request and frees
         its slots. Raises EngineError if the engine fails."""
+        ...
 
     async def load_weights(self, version: int, weights: Any) -> LoadTimes:
         """Switch to these weights between two tokens, and return. The caller gives them up: tensors by Hugging Face
         names, tied ones once (torch), or those already in the engine's own processes (vLLM). Raises WeightsError if
         they don't fit the model; the engine can load others afterwards."""
+        ...
 
     async def ended(self) -> None:
         """Wait until the engine ends. Raises EngineError as soon as it has failed, even if it has no request; returns
@@ -123,3 +128,4 @@ class Engine(Protocol):
     def gauges(self) -> dict[str, float]:
         """Cumulative counters since the start: `tokens` sampled, `prefill_tokens` computed, `busy_s`, `idle_s`. An
         engine may add its own."""
+        ...

@@ -68,13 +68,13 @@ def loss_mask(num_tokens: int, finish_reason: FinishReason, overlong_filter: boo
 def build_answer(prompt: Prompt, number: int, sample: Sample, score: Score | RewardError, response: str) -> EvalAnswer:
     """The result of one evaluated completion, the prompt's `number`-th. Without a score it counts as wrong."""
     versions = [version for version, _ in sample.versions]
-    failure = str(score)[:MAX_FAILURE] if isinstance(score, RewardError) else ""
+    failed = isinstance(score, RewardError)
     return EvalAnswer(
         prompt_id=prompt.prompt_id,
         sample=number,
-        acc=0.0 if failure else score.metrics["acc"],
-        failure=failure,
-        pred=None if failure else score.pred,
+        acc=0.0 if failed else score.metrics["acc"],
+        failure=str(score)[:MAX_FAILURE] if failed else "",
+        pred=None if failed else score.pred,
         response=response,
         num_tokens=len(sample.token_ids),
         finish_reason=sample.finish_reason,

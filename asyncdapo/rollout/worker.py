@@ -104,7 +104,7 @@ class RolloutWorker:
         """The latest `REMEMBERED` leases that are over, in the order in which they ended."""
         self._running: dict[Key, tuple[Job, asyncio.Task[None]]] = {}
         self._credits = Credits(config.group_size)
-        self._outbox = Outbox(RESEND_HEARTBEATS * heartbeat_s)
+        self._outbox: Outbox[Key] = Outbox(RESEND_HEARTBEATS * heartbeat_s)
         self._started: list[Started] = []
 
         self._welcomed = False
@@ -120,7 +120,7 @@ class RolloutWorker:
     async def run(self) -> None:
         """Work until cancelled. Raises the first error of any task: EngineError, RunError past `MAX_MALFORMED`."""
         identity = f"rollout-{self._index}-{self._session}".encode()
-        client = Client(self._address, Incoming, identity, curve=self._curve)
+        client: Client[Incoming] = Client(self._address, Incoming, identity, curve=self._curve)
         try:
             async with asyncio.TaskGroup() as self._tasks:
                 self._tasks.create_task(self._receive(client))
@@ -152,7 +152,7 @@ class RolloutWorker:
 
     # ------------------------------------------------------------------------------------------------------- receive
 
-    async def _receive(self, client: Client) -> None:
+    async def _receive(self, client: Client[Incoming]) -> None:
         while True:
             try:
                 message, _ = await client.receive()
@@ -256,7 +256,7 @@ class RolloutWorker:
 
     # ---------------------------------------------------------------------------------------------------------- send
 
-    async def _send(self, client: Client) -> None:
+    async def _send(self, client: Client[Incoming]) -> None:
         while True:
             self._wake.clear()
             now = time.monotonic()

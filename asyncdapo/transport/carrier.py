@@ -45,17 +45,21 @@ class Carrier(Protocol):
 
     def buffers(self, num_bytes: int) -> list[torch.Tensor]:
         """At rank 0: two buffers, uint8 [num_bytes], to fill in turn. Call it once."""
+        ...
 
     def reaches(self, device: torch.device) -> bool:
         """Whether `carry` can fill a tensor on this device."""
+        ...
 
     @property
     def device(self) -> torch.device:
         """The device on which it can fill any tensor."""
+        ...
 
     def carry(self, bucket_U: torch.Tensor, deadline: Deadline) -> Transfer:
         """Rank 0: start to send `bucket_U`, the beginning of a buffer that isn't in use. Elsewhere: start to fill
         it."""
+        ...
 
 
 class GroupCarrier:

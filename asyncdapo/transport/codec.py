@@ -11,12 +11,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from types import UnionType
+from typing import Any, TypeVar
 
 import msgspec
 
 from asyncdapo.messages import Message
 
 Buffer = bytes | bytearray | memoryview
+Accepted = TypeVar("Accepted", bound=Message)
+"""The message type, or the union of them, that one end of a socket accepts."""
 
 
 class Malformed(Exception):  # noqa: N818 - also used as a value, in place of a peer's message
@@ -50,8 +53,8 @@ def encode(message: Message, frames: Sequence[Buffer] = (), limits: Limits = DEF
 
 
 def decode(
-    frames: Sequence[Buffer], accepts: type | UnionType, limits: Limits = DEFAULT_LIMITS
-) -> tuple[Message, list[memoryview]]:
+    frames: Sequence[Buffer], accepts: type[Accepted] | UnionType, limits: Limits = DEFAULT_LIMITS
+) -> tuple[Accepted, list[memoryview]]:
     """The message and its buffer frames (bytes, not copied). Raises Malformed and nothing else.
 
     `accepts`: the union of the message types that this end expects. Any other type is malformed.
@@ -83,5 +86,5 @@ _encoder = msgspec.msgpack.Encoder()
 
 
 @lru_cache(maxsize=32)
-def _decoder(accepts: type | UnionType) -> msgspec.msgpack.Decoder:
+def _decoder(accepts: type | UnionType) -> msgspec.msgpack.Decoder[Any]:
     return msgspec.msgpack.Decoder(accepts)

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from asyncdapo.messages import Message
 from asyncdapo.transport.codec import Buffer
+
+Key = TypeVar("Key", bound=Hashable)
 
 
 @dataclass
@@ -21,29 +24,29 @@ class _Entry:
     due_at: float = float("-inf")
 
 
-class Outbox:
+class Outbox(Generic[Key]):
     """Messages that wait for an acknowledgement, with their payload frames, oldest first."""
 
     def __init__(self, resend_s: float) -> None:
         """`resend_s`: seconds without an acknowledgement after which a message is due again."""
         self._resend_s = resend_s
-        self._entries: dict[Hashable, _Entry] = {}
+        self._entries: dict[Key, _Entry] = {}
         self.num_resent = 0
 
     def __len__(self) -> int:
         return len(self._entries)
 
-    def __contains__(self, key: Hashable) -> bool:
+    def __contains__(self, key: Key) -> bool:
         return key in self._entries
 
-    def __iter__(self) -> Iterator[Hashable]:
+    def __iter__(self) -> Iterator[Key]:
         return iter(self._entries)
 
-    def put(self, key: Hashable, message: Message, frames: Sequence[Buffer] = ()) -> None:
+    def put(self, key: Key, message: Message, frames: Sequence[Buffer] = ()) -> None:
         """Keep a message. It is due at once. It replaces an earlier message under the same key."""
         self._entries[key] = _Entry(message, frames)
 
-    def acknowledge(self, key: Hashable) -> bool:
+    def acknowledge(self, key: Key) -> bool:
         """Forget a message. False if there is none under the key: it was acknowledged before, or never kept."""
         return self._entries.pop(key, None) is not None
 

@@ -7,13 +7,13 @@ decides. It holds at most `MAX_HELD` messages; then the sender waits. Does not o
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 
 from asyncdapo.faults import Frames, Link
 
 MAX_HELD = 1000
 
-Transmit = Callable[[Frames], Awaitable[None]]
+Transmit = Callable[[Frames], Coroutine[None, None, None]]
 
 
 class LossyLink:

@@ -26,6 +26,7 @@ from typing import Any, Self
 
 import torch
 import torch.distributed as dist
+from torch.distributed import PrefixStore, Store  # pyright: ignore[reportPrivateImportUsage] (torch documents them here)
 
 from asyncdapo.errors import RunError
 from asyncdapo.transport.backend import CPU, Backend, name_device
@@ -55,7 +56,8 @@ class ProcessGroup:
             raise ValueError(f"a group has two ranks or more, counted from 0, got rank {rank} of {world_size}")
         self.rank, self.world_size, self.backend, self.timeout_s = rank, world_size, backend, timeout_s
         self.device = numbered(torch.device("cuda" if backend == "nccl" else "cpu"))
-        self._group: dist.Backend | None = None
+        self._group: Any = None
+        """torch's ProcessGroupNCCL or ProcessGroupGloo, once connected. torch's stubs leave out their collectives."""
         self._store: GroupStore | None = None
         self._left = False
         deadline = Deadline(timeout_s)
@@ -102,7 +104,7 @@ class ProcessGroup:
                     raise self.error(f"no group for {self.purpose} within {deadline.timeout_s:g} s: {who}")
                 time.sleep(POLL_S)
         with self._translated("connect", deadline):
-            self._group = _process_group(dist.PrefixStore("group", store), self, deadline)
+            self._group = _process_group(PrefixStore("group", store), self, deadline)
 
     def broadcast(self, tensor: torch.Tensor, deadline: Deadline) -> Collective:
         """Start to send `tensor` from rank 0, or to receive it in place elsewhere. At most two may run at once. Don't
@@ -178,7 +180,7 @@ class ProcessGroup:
             raise self.error(f"the group of {self.purpose} is closed")
         return self._store
 
-    def _open_group(self) -> dist.Backend:
+    def _open_group(self) -> Any:
         if self._group is None:
             state = "is closed" if self.closed else "isn't connected yet"
             raise self.error(f"the group of {self.purpose} {state}")
@@ -237,13 +239,13 @@ def _joined(rank: int) -> str:
     return f"joined/{rank}"
 
 
-def _process_group(store: dist.Store, group: ProcessGroup, deadline: Deadline) -> dist.Backend:
+def _process_group(store: Store, group: ProcessGroup, deadline: Deadline) -> Any:
     if group.backend == "nccl":
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = deadline.left()
         with _blocking_waits():
             return dist.ProcessGroupNCCL(store, group.rank, group.world_size, options)
-    options = dist.ProcessGroupGloo._Options()
+    options = dist.ProcessGroupGloo._Options()  # pyright: ignore[reportAttributeAccessIssue] (torch's stub has it as Options)
     options._timeout = deadline.left()
     options._devices = [_gloo_device(group.address)]
     return dist.ProcessGroupGloo(store, group.rank, group.world_size, options)

@@ -24,13 +24,14 @@ import errno
 from collections.abc import Sequence
 from functools import partial
 from types import UnionType
+from typing import Generic, cast
 
 import zmq
 import zmq.asyncio
 
 from asyncdapo import faults
 from asyncdapo.messages import Message
-from asyncdapo.transport.codec import DEFAULT_LIMITS, Buffer, Limits, Malformed, decode, encode
+from asyncdapo.transport.codec import DEFAULT_LIMITS, Accepted, Buffer, Limits, Malformed, decode, encode
 from asyncdapo.transport.keys import ClientKeys, Door, ServerKeys
 from asyncdapo.transport.lossy import LossyLink
 
@@ -46,12 +47,12 @@ CURVE_BYTES = 64
 """CURVE adds at most this many bytes to a frame."""
 
 
-class Server:
+class Server(Generic[Accepted]):
     """Receives from and sends to any number of clients, each known by its identity. Needs a running event loop."""
 
     def __init__(
         self,
-        accepts: type | UnionType,
+        accepts: type[Accepted] | UnionType,
         host: str = "127.0.0.1",
         limits: Limits = DEFAULT_LIMITS,
         port: int = 0,
@@ -83,18 +84,18 @@ class Server:
         """Refused connections: their key isn't on the list."""
         return self._door.num_refused if self._door else 0
 
-    async def receive(self) -> tuple[bytes, Message | Malformed, list[memoryview]]:
+    async def receive(self) -> tuple[bytes, Accepted | Malformed, list[memoryview]]:
         """The next message with its peer's identity and buffers. Bad input is returned as a `Malformed`, not raised."""
         return self._decode(await _next(self._socket))
 
-    async def receive_some(self, most: int) -> list[tuple[bytes, Message | Malformed, list[memoryview]]]:
+    async def receive_some(self, most: int) -> list[tuple[bytes, Accepted | Malformed, list[memoryview]]]:
         """As `receive`: the next message and those that have already arrived after it, up to `most` in all."""
         received = [await self.receive()]
-        while len(received) < most and self._socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:
+        while len(received) < most and cast(int, self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
             received.append(self._decode(await self._socket.recv_multipart(zmq.NOBLOCK, copy=False)))
         return received
 
-    def _decode(self, frames: list[zmq.Frame]) -> tuple[bytes, Message | Malformed, list[memoryview]]:
+    def _decode(self, frames: list[zmq.Frame]) -> tuple[bytes, Accepted | Malformed, list[memoryview]]:
         peer, *parts = frames
         try:
             message, buffers = decode(_buffers(parts), self._accepts, self._limits)
@@ -127,13 +128,13 @@ class Server:
         self._context.term()
 
 
-class Client:
+class Client(Generic[Accepted]):
     """Talks to one server, and reconnects by itself. Needs a running event loop."""
 
     def __init__(
         self,
         address: str,
-        accepts: type | UnionType,
+        accepts: type[Accepted] | UnionType,
         identity: bytes,
         limits: Limits = DEFAULT_LIMITS,
         curve: ClientKeys | None = None,
@@ -151,7 +152,7 @@ class Client:
         self._socket.set(zmq.RECONNECT_IVL_MAX, RECONNECT_MAX_MS)
         self._socket.connect(address)
 
-    async def receive(self) -> tuple[Message, list[memoryview]]:
+    async def receive(self) -> tuple[Accepted, list[memoryview]]:
         """The next message and its buffers. Raises Malformed for bad input; the next call continues after it."""
         return decode(_buffers(await _next(self._socket)), self._accepts, self._limits)
 

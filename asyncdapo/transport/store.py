@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from datetime import timedelta
 from threading import Event, Lock, Thread
+from typing import TypeVar
 
 import torch.distributed as dist
 import zmq
@@ -35,10 +36,11 @@ ANSWER_S = 1.0
 MESSAGE_BYTES = 1 << 20
 """Most bytes of a value. Gloo's values and handles of shared memory have a few hundred."""
 SET, LOOK = b"set", b"look"
+Socket = TypeVar("Socket", bound=zmq.Socket)
 GONE = zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
 
 
-class GroupStore(dist.Store):
+class GroupStore(dist.Store):  # pyright: ignore[reportPrivateImportUsage] (torch documents it here)
     """What both classes have: `put`, `look` and `get_all` for us, and the methods that torch calls. Raises
     DistStoreError."""
 
@@ -67,7 +69,7 @@ class GroupStore(dist.Store):
             if deadline.passed:
                 raise dist.DistStoreError(f"{keys[values.index(None)]} isn't there after {deadline.timeout_s:g} s")
             time.sleep(POLL_S)
-        return values
+        return [value for value in values if value is not None]
 
     def set(self, key: str, value: bytes) -> None:
         self.put(key, value, Deadline(self._timeout_s))
@@ -151,7 +153,7 @@ class DistantStore(GroupStore):
             if not self._closed:
                 self._socket.send_multipart(request)
             while not self._closed:
-                if self._socket.poll(POLL_S * 1000):
+                if self._socket.poll(round(POLL_S * 1000)):
                     return self._socket.recv_multipart()
                 if self._gone.poll(0):
                     raise dist.DistStoreError("rank 0, which keeps the store, is gone")
@@ -179,7 +181,7 @@ async def _answer(host: str, keys: ServerKeys, values: dict[str, bytes], port: F
     try:
         port.set_result(router.bind_to_random_port(f"tcp://{host}"))
         while not closing.is_set():
-            if await router.poll(POLL_S * 1000):
+            if await router.poll(round(POLL_S * 1000)):
                 peer, blank, *request = await router.recv_multipart()
                 await router.send_multipart([peer, blank, b"", *_do(request, values)])
     except zmq.ZMQError as error:
@@ -202,7 +204,7 @@ def _do(request: Sequence[bytes], values: dict[str, bytes]) -> list[bytes]:
     return [b"." + values[key.decode()] if key.decode() in values else b"" for key in rest]
 
 
-def _socket(context: zmq.Context, kind: int, keys: ServerKeys | ClientKeys) -> zmq.Socket:
+def _socket(context: zmq.Context[Socket], kind: int, keys: ServerKeys | ClientKeys) -> Socket:
     socket = context.socket(kind)
     socket.set(zmq.LINGER, 0)
     socket.set(zmq.MAXMSGSIZE, MESSAGE_BYTES)

@@ -33,7 +33,7 @@ class Checksum:
         words = bucket_U.view(torch.int64)
         num_full = len(words) // ROW_WORDS * ROW_WORDS
         sums = words[:num_full].view(-1, ROW_WORDS).sum(1)
-        self._hash.update(torch.cat([sums, words[num_full:]]).cpu().numpy())
+        self._hash.update(torch.cat([sums, words[num_full:]]).cpu().numpy().data)
 
     def words(self) -> list[int]:
         """`NUM_WORDS` words of 64 bits, signed."""

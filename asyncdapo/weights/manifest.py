@@ -52,7 +52,7 @@ class Manifest(Struct, frozen=True, kw_only=True):
     @staticmethod
     def of(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype | None = None) -> Manifest:
         """Manifest of these tensors in their order. If `dtype` is given, floating-point ones are converted to it."""
-        specs = []
+        specs: list[TensorSpec] = []
         for name, tensor in tensors.items():
             sent = dtype if dtype is not None and tensor.dtype.is_floating_point else tensor.dtype
             specs.append(

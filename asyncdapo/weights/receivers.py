@@ -43,6 +43,7 @@ class Receiver(Protocol):
 
     async def devices(self) -> list[str]:
         """The name of each rank's device."""
+        ...
 
     async def make_room(self, manifest: Manifest) -> None:
         """Leave the group and allocate memory for these tensors. There is no deadline."""

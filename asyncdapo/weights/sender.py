@@ -119,4 +119,4 @@ class Gather:
     def run(self, sources: Sequence[torch.Tensor]) -> None:
         """`sources` are the tensors of the manifest, in any dtype, on any device."""
         pieces = [sources[piece.tensor].reshape(-1)[piece.start : piece.stop] for piece in self.pieces]
-        torch._foreach_copy_(self.targets, pieces)
+        torch._foreach_copy_(self.targets, pieces)  # pyright: ignore[reportPrivateImportUsage] (no public name)

@@ -12,6 +12,8 @@ until the next complete load.
 Works with vLLM 0.25 to 0.32.
 """
 
+# vLLM is an extra, and may not be installed where types are checked.
+# pyright: reportMissingImports=false
 from __future__ import annotations
 
 import hashlib
@@ -62,6 +64,8 @@ class StagedTransfer(WeightTransferEngine[NoInit, StagedUpdate]):
 
     init_info_cls = NoInit
     update_info_cls = StagedUpdate
+    model: Any
+    """vLLM's: a module that has `load_weights`."""
 
     def __init__(self, config: Any, vllm_config: Any, device: torch.device, model: torch.nn.Module) -> None:
         super().__init__(config, vllm_config, device, model)
@@ -130,7 +134,11 @@ class StagedTransfer(WeightTransferEngine[NoInit, StagedUpdate]):
 
 
 class WorkerReceiver:
-    """Methods that vLLM's worker gets; `receivers.EngineReceiver` calls them."""
+    """Methods that vLLM's worker gets; `receivers.EngineReceiver` calls them. The attributes are the worker's."""
+
+    device: torch.device
+    rank: int
+    weight_transfer_engine: StagedTransfer
 
     def weights_device(self) -> str:
         """The name of the worker's device."""
@@ -171,7 +179,7 @@ class WorkerReceiver:
         with torch.inference_mode():
             for name, values in _values(self.weight_transfer_engine.model):
                 digest.update(name.encode())
-                digest.update(values.cpu().contiguous().view(-1).view(torch.uint8).numpy())
+                digest.update(values.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
 
@@ -193,7 +201,7 @@ def _values(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
             yield f"{name} packed", _unpacked(module)
 
 
-def _unpacked(module: torch.nn.Module) -> torch.Tensor:
+def _unpacked(module: Any) -> torch.Tensor:
     size = module.input_size_per_partition
     identity = torch.eye(size, dtype=module.weight.dtype)
     rows = [module.cpu_linear(part, module.weight, None) for part in identity.split(PROBE_ROWS)]

@@ -54,7 +54,7 @@ class Lifecycle:
         self._max_attempts = max_attempts
         self._on_stale = on_stale
         self._do = do
-        self._states = {prompt_id: state for prompt_id, (state, _) in prompts.items()}
+        self._states: dict[int, PromptState] = {prompt_id: state for prompt_id, (state, _) in prompts.items()}
         self._attempts = Counter({prompt_id: attempts for prompt_id, (_, attempts) in prompts.items()})
 
     @property
@@ -76,7 +76,7 @@ class Lifecycle:
         place: int | None = None,
     ) -> None:
         """The prompt is in `state` from now on. Raises AssertionError for a move that is not in `MOVES`."""
-        before = self._states.get(prompt_id, "waiting")
+        before: PromptState = self._states.get(prompt_id, "waiting")
         assert state in MOVES[before], f"prompt {prompt_id} can't go from {before} to {state}"
         attempts = self._attempts[prompt_id]
         self._do(MovePrompt(prompt_id=prompt_id, state=state, attempts=attempts, step=step, reason=reason, place=place))

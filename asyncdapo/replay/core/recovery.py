@@ -54,13 +54,13 @@ class GroupFacts:
 class Totals:
     """Counts since the start, without undone history. The accounts resume from them."""
 
-    tokens: dict[str, int] = field(default_factory=dict)
+    tokens: dict[str, int] = field(default_factory=dict[str, int])
     """Sampled tokens by the end of their group (`trained filtered expired surplus failed`), and `undone`."""
-    completions: dict[str, int] = field(default_factory=dict)
+    completions: dict[str, int] = field(default_factory=dict[str, int])
     """Completions, by the same keys."""
-    groups: dict[str, int] = field(default_factory=dict)
+    groups: dict[str, int] = field(default_factory=dict[str, int])
     """Groups, by the same keys, and `withdrawn_stale`: leases withdrawn because they would miss the bound."""
-    lease_ends: dict[str, int] = field(default_factory=dict)
+    lease_ends: dict[str, int] = field(default_factory=dict[str, int])
     """Leases by their end (`withdrawn lost rejected failed`), and `late` groups."""
     verdicts: int = 0
     """Groups that got a verdict from the filter."""
@@ -82,34 +82,34 @@ class Recovered:
 
     num_fresh: int = 0
     """The `prompt_id` of the next fresh prompt."""
-    prompts: dict[int, tuple[PromptState, int]] = field(default_factory=dict)
+    prompts: dict[int, tuple[PromptState, int]] = field(default_factory=dict[int, tuple[PromptState, int]])
     """State and attempts of every prompt that has a row but no end."""
-    places: dict[int, int] = field(default_factory=dict)
+    places: dict[int, int] = field(default_factory=dict[int, int])
     """Place in the stream of each of these that waits; `FIRST` for those in flight at a rollback."""
 
-    queued: list[HeldGroup] = field(default_factory=list)
+    queued: list[HeldGroup] = field(default_factory=list[HeldGroup])
     """In queue order."""
-    spare: list[HeldGroup] = field(default_factory=list)
-    batches: dict[int, list[HeldGroup]] = field(default_factory=dict)
+    spare: list[HeldGroup] = field(default_factory=list[HeldGroup])
+    batches: dict[int, list[HeldGroup]] = field(default_factory=dict[int, list[HeldGroup]])
     """Members of each batch that is cut but not trained, by rising step, in rising `prompt_id`."""
-    copies: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    copies: dict[int, tuple[int, ...]] = field(default_factory=dict[int, tuple[int, ...]])
     """Extra copies of each member, for the batches that have copies."""
-    in_training: dict[int, int] = field(default_factory=dict)
+    in_training: dict[int, int] = field(default_factory=dict[int, int])
     """Groups, copies included, of each batch that is cut but whose version isn't published."""
-    facts: dict[int, GroupFacts] = field(default_factory=dict)
+    facts: dict[int, GroupFacts] = field(default_factory=dict[int, GroupFacts])
     """Facts of all held groups (in `queued`, `spare` and `batches`), by `group_id`."""
 
-    leases: list[OpenLease] = field(default_factory=list)
+    leases: list[OpenLease] = field(default_factory=list[OpenLease])
     """In rising `lease_id`; none after a rollback."""
     num_leases: int = 0
     """The highest `lease_id` so far, undone leases included: ids are never reused."""
-    workers: dict[int, KnownWorker] = field(default_factory=dict)
+    workers: dict[int, KnownWorker] = field(default_factory=dict[int, KnownWorker])
 
-    verdicts: list[bool] = field(default_factory=list)
+    verdicts: list[bool] = field(default_factory=list[bool])
     """The latest verdicts, oldest first: whether each group was kept."""
-    gen_batches: dict[int, int] = field(default_factory=dict)
+    gen_batches: dict[int, int] = field(default_factory=dict[int, int])
     """Number of closed generation batches, by the step that they belong to."""
-    open_verdicts: list[int] = field(default_factory=list)
+    open_verdicts: list[int] = field(default_factory=list[int])
     """The step of each verdict since the last generation batch closed, oldest first. They may fill more than one, since
     a rollback undoes the closings of later steps."""
     limit_reached: bool = False

@@ -121,6 +121,7 @@ class Batch:
     def sample(self, slot: int, version: int, finish_reason: FinishReason) -> Sample:
         """What was sampled in a slot, the last token with the weights of `version`."""
         row, running = self.rows[slot], self.running[slot]
+        assert running is not None, f"slot {slot} is free"
         num_sampled = int(row["num_sampled"])
         running.close_run(version, num_sampled)
         return Sample(
@@ -130,11 +131,15 @@ class Batch:
             finish_reason=finish_reason,
         )
 
-    def release(self, slot: int) -> None:
-        self.running[slot].job.request.num_running -= 1
+    def release(self, slot: int) -> Running:
+        """The slot is free from now on. Returns what ran in it."""
+        running = self.running[slot]
+        assert running is not None, f"slot {slot} is free"
+        running.job.request.num_running -= 1
         self.running[slot] = None
         self._idle(slot)
         self.num_active -= 1
+        return running
 
     def _idle(self, slots: int | slice) -> None:
         """Values with which a row is computed in the shortest time and changes nothing."""

@@ -100,8 +100,9 @@ def _sliding_window(config: PretrainedConfig) -> int | None:
 
 
 def _shape(config: PretrainedConfig) -> ModelShape:
-    sizes = asdict(read_shape(config.to_dict()))
-    return ModelShape(**sizes, max_positions=config.max_position_embeddings, norm_eps=config.rms_norm_eps)
+    sizes = read_shape(config.to_dict())
+    assert sizes is not None, f"{config.model_type} has no formula for its size"
+    return ModelShape(**asdict(sizes), max_positions=config.max_position_embeddings, norm_eps=config.rms_norm_eps)
 
 
 def _head_dim(config: PretrainedConfig) -> int:

@@ -56,7 +56,8 @@ class KVCache:
         """
         start, end, num_times = span
         kv_LBKTD = self._data[:, start:end, :, :num_times]
-        return [tuple(kv_BKTD.split(self._num_kv_heads, dim=1)) for kv_BKTD in kv_LBKTD]
+        num_heads = self._num_kv_heads
+        return [(kv_BKTD[:, :num_heads], kv_BKTD[:, num_heads:]) for kv_BKTD in kv_LBKTD]
 
     def write(self, start: int, end: int, kv_LNKTD: torch.Tensor) -> None:
         """Copy the first T times of slots [start, end) from `[L, 1 or end − start, 2 K, T, D]`."""

@@ -139,6 +139,7 @@ class Runner:
             if not job.num_started:
                 progress.started.append(job)
             start, end = self._batch.seat(job, count)
+            assert job.prefill is not None, "a job without a prefill has got slots"
             self._cache.write(start, end, job.prefill.kv_L1KTD)
             logits.append(job.prefill.logits_1V.expand(count, -1))
             job.prefill = job.prefill if job.num_waiting else None
@@ -233,8 +234,8 @@ class Runner:
             self._finish(start + at, "stop" if stopped[at] else "length", progress)
 
     def _finish(self, slot: int, reason: FinishReason, progress: Progress) -> None:
-        running, sample = self._batch.running[slot], self._batch.sample(slot, self.version, reason)
-        self._batch.release(slot)
+        sample = self._batch.sample(slot, self.version, reason)
+        running = self._batch.release(slot)
         running.job.finish(running.index, sample)
         progress.ended.append(running.job)
         if not running.job.num_unfinished:

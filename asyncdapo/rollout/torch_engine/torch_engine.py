@@ -163,7 +163,7 @@ class TorchEngine:
                 job.request.on_sample_done()
         for job in progress.ended:
             if job in self._jobs and not job.num_unfinished and not self._jobs[job].done():
-                self._jobs[job].set_result(job.samples)
+                self._jobs[job].set_result([sample for sample in job.samples if sample is not None])
 
     def _on_end(self, cause: BaseException | None) -> None:
         """Nothing generates any more: tell everyone who waits."""

@@ -4,11 +4,14 @@ In: engine arguments, token ids, sampling parameters, versions. Out: a running A
 text. What a release lacks is found out by asking its classes. A process that ended shows as EngineError here.
 """
 
+# vLLM is an extra, and may not be installed where types are checked.
+# pyright: reportMissingImports=false
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Iterable
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidationError
 from vllm import SamplingParams
 from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 from vllm.sampling_params import RequestOutputKind
@@ -24,7 +27,7 @@ if TYPE_CHECKING:
 
 NATIVE_VERSIONS = hasattr(AsyncLLM, "update_weight_version")
 """Whether vLLM labels every token with the version that sampled it (from 0.27 on)."""
-FLAT_LOGPROBS = {"flat_logprobs": True} if hasattr(SamplingParams, "flat_logprobs") else {}
+FLAT_LOGPROBS: dict[str, Any] = {"flat_logprobs": True} if hasattr(SamplingParams, "flat_logprobs") else {}
 """One list for a sequence instead of a dict and an object for each of its tokens."""
 
 
@@ -74,7 +77,7 @@ class Adapter:
     ) -> AsyncIterator[RequestOutput]:
         """What is new of one sequence, until an output has a finish reason. Prompts share a prefix cache with those of
         the same `salt` only. Raises EngineError."""
-        prompt = {"type": "token", "prompt_token_ids": prompt_ids, "cache_salt": str(salt)}
+        prompt: Any = {"type": "token", "prompt_token_ids": prompt_ids, "cache_salt": str(salt)}
         try:
             async for output in self._llm.generate(prompt, params, request_id, priority=priority):
                 yield output
@@ -136,7 +139,7 @@ class Adapter:
 
 def _in_a_line(error: ValueError) -> str:
     """What vLLM says; of pydantic's pages only what is wrong with what."""
-    if not hasattr(error, "errors"):
+    if not isinstance(error, ValidationError):
         return " ".join(str(error).split())
     found = [(".".join(map(str, problem["loc"])), problem["msg"]) for problem in error.errors()]
     return "; ".join(f"{where}: {what}" if where else what for where, what in found)

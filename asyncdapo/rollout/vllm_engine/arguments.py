@@ -5,6 +5,8 @@ In: `RolloutConfig`, the model's directory, what the weight transfer is called. 
 here, by whoever calls these functions.
 """
 
+# vLLM is an extra, and may not be installed where types are checked.
+# pyright: reportMissingImports=false
 from __future__ import annotations
 
 import difflib
@@ -65,7 +67,8 @@ def engine_args(
     from asyncdapo.rollout.vllm_engine.adapter import NATIVE_VERSIONS
 
     _check_device(config.device, current_platform.device_type)
-    _refuse_unknown(config.engine_args, {field.name for field in fields(AsyncEngineArgs)})
+    given = config.engine_args or {}
+    _refuse_unknown(given, {field.name for field in fields(AsyncEngineArgs)})
     config = replace(config, dtype=settled_dtype(config.dtype, on_gpu=not current_platform.is_cpu()))
     num_positions = max_prompt_length + config.max_response_length
     ours = {
@@ -91,7 +94,7 @@ def engine_args(
             else {"gpu_memory_utilization": memory_fraction, "enforce_eager": False}
         ),
     }
-    return AsyncEngineArgs(**(ours | config.engine_args))
+    return AsyncEngineArgs(**(ours | given))
 
 
 def _check_device(device: str, found: str) -> None:

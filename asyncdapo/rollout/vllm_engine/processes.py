@@ -24,7 +24,7 @@ WORKER_NAMES = ("VLLM::", "multiprocessing.spawn")
 
 def child_pids() -> set[int]:
     """Processes that this one started by `multiprocessing`."""
-    return {process.pid for process in multiprocessing.active_children()}
+    return {process.pid for process in multiprocessing.active_children() if process.pid is not None}
 
 
 class Family:

@@ -5,13 +5,16 @@ every token. vLLM stamps versions itself from 0.27 on, where they are sampled; b
 output counts, which is right because outputs are drained before a version changes.
 """
 
+# vLLM is an extra, and may not be installed where types are checked.
+# pyright: reportMissingImports=false
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from asyncdapo.messages import Runs
+from asyncdapo.messages import FinishReason, Runs
 from asyncdapo.payload import LOGPROB_DTYPE, TOKEN_DTYPE
 from asyncdapo.rollout.engine import Request, Sample
 
@@ -55,7 +58,7 @@ class Stream:
             self._versions = [(int(span.version), span.end - span.start) for span in spans]
         return num_tokens
 
-    def finish(self, finish_reason: str) -> Sample:
+    def finish(self, finish_reason: FinishReason) -> Sample:
         return Sample(
             token_ids=np.array(self.token_ids, TOKEN_DTYPE),
             logprobs=np.array(self._logprobs, LOGPROB_DTYPE),
@@ -69,7 +72,7 @@ class Stream:
         self._versions.append((version, num_tokens))
 
 
-def _logprobs_of(token_ids: list[int], logprobs: Any) -> list[float]:
+def _logprobs_of(token_ids: Sequence[int], logprobs: Any) -> list[float]:
     """Of the sampled tokens, which are the only ones asked for: a flat list, or a dict for each position."""
     flat = getattr(logprobs, "logprobs", None)
     if flat is not None:

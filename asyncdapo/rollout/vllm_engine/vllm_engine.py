@@ -15,6 +15,8 @@ The processes are started by a thread that lives as long as the engine: the kern
 comes when the *thread* that started a process ends.
 """
 
+# vLLM is an extra, and may not be installed where types are checked.
+# pyright: reportMissingImports=false
 from __future__ import annotations
 
 import asyncio
@@ -172,7 +174,8 @@ class VllmEngine:
         """Nothing is generated any more: tell everyone who waits."""
         if not self._life.alive:
             return
-        self._family.unwatch()
+        if self._family is not None:
+            self._family.unwatch()
         self._life.end(cause, self._jobs.values())
         for task in self._tasks:
             task.cancel()
@@ -269,7 +272,7 @@ class VllmEngine:
         if job.request.on_sample_done is not None:
             job.request.on_sample_done()
         if not job.num_unfinished and not self._jobs[job].done():
-            self._jobs[job].set_result(job.samples)
+            self._jobs[job].set_result([sample for sample in job.samples if sample is not None])
 
     def _note_failure(self, task: asyncio.Task[None]) -> None:
         """A sequence that vLLM can't end takes the engine with it: nothing says that others still can."""
