@@ -32,6 +32,7 @@ from asyncdapo.prompts.stream import PromptStream
 from asyncdapo.replay.core.state import ReplayState
 from asyncdapo.replay.ledger.journal import Journal
 from asyncdapo.replay.server.server import ReplayServer
+from asyncdapo.replay.server.settings import ServerSettings
 from asyncdapo.reward.pool import ScorerPool
 from asyncdapo.reward.scorer import Scorer
 from asyncdapo.rollout.engine import Engine
@@ -68,15 +69,17 @@ async def serve(config: Config, run_dir: Path, controller: Connection) -> None:
     """Server and sink, until the controller closes its end. Commands: `begin` and `pause`."""
     stream = make_stream(config)
     server = ReplayServer(
-        config.replay,
+        ServerSettings(
+            replay=config.replay,
+            group_size=config.rollout.group_size,
+            seed=config.run.seed,
+            total_slots=config.rollout.slots,
+        ),
         lambda recovered: ReplayState(
             config.replay, config.filter, max_attempts=3, num_prompts=stream.num_prompts, recovered=recovered
         ),
         Journal(run_dir),
         stream.prompt_at,
-        group_size=config.rollout.group_size,
-        seed=config.run.seed,
-        total_slots=config.rollout.slots,
     )
     controller.send(server.rollout_address)
     orders: asyncio.Queue[str] = asyncio.Queue()

@@ -96,6 +96,7 @@ class RolloutWorker:
         self._engine, self._address, self._curve = engine, address, curve
         self._session = secrets.token_hex(8)
         self._wake = asyncio.Event()
+        self._tasks = asyncio.TaskGroup()
 
         self._jobs = Jobs(index, config, engine, score, decode, self._wake.set, overlong_filter=overlong_filter)
         self._held: dict[int, Job] = {}
@@ -118,11 +119,12 @@ class RolloutWorker:
         """Undecodable messages in a row."""
 
     async def run(self) -> None:
-        """Work until cancelled. Raises the first error of any task: EngineError, RunError past `MAX_MALFORMED`."""
+        """Work until cancelled. Call it once. Raises the first error of any task: EngineError, RunError past
+        `MAX_MALFORMED`."""
         identity = f"rollout-{self._index}-{self._session}".encode()
         client: Client[Incoming] = Client(self._address, Incoming, identity, curve=self._curve)
         try:
-            async with asyncio.TaskGroup() as self._tasks:
+            async with self._tasks:
                 self._tasks.create_task(self._receive(client))
                 self._tasks.create_task(self._send(client))
         except BaseExceptionGroup as errors:

@@ -87,6 +87,8 @@ class SharedCarrier:
 
     def __init__(self, group: ProcessGroup, device: torch.device) -> None:
         self._group, self._device = group, device
+        self._made: list[Block] = []
+        """At rank 0: both blocks, once `buffers` was called."""
 
     def buffers(self, num_bytes: int) -> list[torch.Tensor]:
         try:

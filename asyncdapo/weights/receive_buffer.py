@@ -52,8 +52,12 @@ class ReceiveBuffer:
     def __init__(self, device: torch.device, num_alike: int = 1) -> None:
         self._device, self._num_alike = numbered(device), num_alike
         self._thread = ThreadPoolExecutor(1, "weights", self._prepare_thread)
+        self._stream: AbstractContextManager = nullcontext()
+        """The thread works in it: on a GPU, a CUDA stream of its own."""
         self._under_way: Future[None] | None = None
         self._group: WeightGroup | None = None
+        self._receiver: WeightReceiver | None = None
+        """None until this rank has joined a group."""
         self._memory_U = torch.empty(0, dtype=torch.uint8)
         self._staged: tuple[int, dict[str, torch.Tensor]] | None = None
 
@@ -114,7 +118,6 @@ class ReceiveBuffer:
 
     def _prepare_thread(self) -> None:
         """Give the thread a CUDA stream of its own: its copies must not wait for the engine's kernels."""
-        self._stream: AbstractContextManager = nullcontext()
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)
             self._stream = torch.cuda.stream(torch.cuda.Stream(self._device))

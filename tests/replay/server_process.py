@@ -16,6 +16,7 @@ from asyncdapo.replay.config import FilterConfig, ReplayConfig
 from asyncdapo.replay.core.state import ReplayState
 from asyncdapo.replay.ledger.journal import Journal
 from asyncdapo.replay.server.server import ReplayServer
+from asyncdapo.replay.server.settings import ServerSettings
 from tests.replay.small_run import GROUP_SIZE, prompt_at
 
 HEARTBEAT_S = 0.05
@@ -26,13 +27,10 @@ async def serve(run_dir: Path, ports: tuple[int, int]) -> None:
     config = ReplayConfig(prompts_per_step=2, run_ahead=1.0, max_staleness=1, heartbeat_s=HEARTBEAT_S)
     make_state = partial(ReplayState, config, FilterConfig(), max_attempts=3, num_prompts=None)
     server = ReplayServer(
-        config,
+        ServerSettings(replay=config, group_size=GROUP_SIZE, seed=1, total_slots=8),
         lambda recovered: make_state(recovered=recovered),
         Journal(run_dir),
         prompt_at,
-        group_size=GROUP_SIZE,
-        seed=1,
-        total_slots=8,
         ports=ports,
     )
     serving = asyncio.create_task(server.run())

@@ -30,6 +30,7 @@ from asyncdapo.replay.core.state import ReplayState
 from asyncdapo.replay.ledger.journal import Journal
 from asyncdapo.replay.ledger.ledger import open_ledger
 from asyncdapo.replay.server.server import ReplayServer
+from asyncdapo.replay.server.settings import ServerSettings
 from asyncdapo.transport.sockets import Client
 from tests.replay.small_run import GROUP_SIZE, make_group, prompt_at
 
@@ -85,7 +86,9 @@ async def serving(
     num_prompts=None,
     total_slots=8,
     make_journal=Journal,
-    server_options=None,
+    server_settings=None,
+    ports=(0, 0),
+    curve=None,
     **replay,
 ):
     """A server of batches of 2 groups of 2, at the end of the run's ledger; `server.serving` is the task that serves.
@@ -95,14 +98,14 @@ async def serving(
     journal = make_journal(run_dir)
     make_state = partial(ReplayState, config, filter or FilterConfig(), max_attempts=3, num_prompts=num_prompts)
     server = ReplayServer(
-        config,
+        ServerSettings(
+            replay=config, group_size=GROUP_SIZE, seed=1, total_slots=total_slots, **(server_settings or {})
+        ),
         lambda recovered: make_state(recovered=recovered),
         journal,
         prompt_at,
-        group_size=GROUP_SIZE,
-        seed=1,
-        total_slots=total_slots,
-        **(server_options or {}),
+        ports=ports,
+        curve=curve,
     )
     server.serving = asyncio.create_task(server.run())
     await asyncio.sleep(0)  # a task that never ran has no end in which it closes its sockets

@@ -19,6 +19,7 @@ from asyncdapo.replay.core.state import ReplayState
 from asyncdapo.replay.ledger.journal import Journal
 from asyncdapo.replay.server.dispatch import Exchange
 from asyncdapo.replay.server.sessions import Sessions
+from asyncdapo.replay.server.settings import ServerSettings
 from asyncdapo.replay.server.validate import arrival
 
 GROUP_SIZE = 2
@@ -95,7 +96,8 @@ class SmallRun:
         )
         self.journal = make_journal(run_dir, keep_payloads=keep_payloads, segment_bytes=segment_bytes)
         self.sessions = Sessions(stall_ticks=10)
-        self.exchange = Exchange(self.make_state, self.journal, self.sessions, prompt_at, group_size=GROUP_SIZE, seed=1)
+        server_settings = ServerSettings(replay=self.config, group_size=GROUP_SIZE, seed=1, total_slots=8)
+        self.exchange = Exchange(server_settings, self.make_state, self.journal, self.sessions, prompt_at)
         self.leases: dict[int, Lease] = {}
         self.lines: list[dict] = []
 

@@ -235,7 +235,7 @@ async def test_noise_on_the_learners_socket_is_dropped(tmp_path):
 async def test_a_reward_function_that_fails_too_often_ends_the_run_with_its_last_words(tmp_path):
     words = "reward.max_failure_ratio: .* raised on 20 of the last 20 groups, allowed are 50%; the last: no such judge"
     with pytest.raises(RunError, match=words):
-        async with serving(tmp_path, server_options={"max_failure_ratio": 0.5}) as server:
+        async with serving(tmp_path, server_settings={"max_failure_ratio": 0.5}) as server:
             worker = FakeWorker(server)
             await worker.join()
             await server.begin()

@@ -138,7 +138,7 @@ BAD_GROUPS = {
 @pytest.mark.parametrize("what", BAD_GROUPS)
 def test_a_group_that_contradicts_itself_or_its_lease_is_rejected(tmp_path, what):
     async def run():
-        async with serving(tmp_path, server_options={"vocab_size": VOCAB_SIZE}) as server:
+        async with serving(tmp_path, server_settings={"vocab_size": VOCAB_SIZE}) as server:
             worker = FakeWorker(server)
             await worker.join()
             await server.begin()

@@ -13,7 +13,7 @@ from tests.replay.small_run import write_files
 
 def again(run_dir, server, **settings):
     """The next server of the same run, where the peers look for it."""
-    return serving(run_dir, server_options={"ports": server.ports}, **settings)
+    return serving(run_dir, ports=server.ports, **settings)
 
 
 @scenario

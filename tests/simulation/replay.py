@@ -15,6 +15,7 @@ from asyncdapo.messages import EvalRequest, Lease, Prompt
 from asyncdapo.replay.core.state import ReplayState
 from asyncdapo.replay.ledger.journal import Journal
 from asyncdapo.replay.server.server import ReplayServer
+from asyncdapo.replay.server.settings import ServerSettings
 from tests.replay.restarts import snapshot
 from tests.simulation.plan import GROUP_SIZE
 from tests.simulation.process import CURRENT, Killed, Process
@@ -84,13 +85,15 @@ class Replay(Process):
             if roll_back_to is not None:
                 self.journal.roll_back(roll_back_to, "resumed", plan.replay, replaces=plan.filter.replaces)
             return ReplayServer(
-                plan.replay,
+                ServerSettings(
+                    replay=plan.replay,
+                    group_size=GROUP_SIZE,
+                    seed=plan.seed,
+                    total_slots=plan.num_workers * plan.num_slots,
+                ),
                 self._make_state,
                 self.journal,
                 prompt_at,
-                group_size=GROUP_SIZE,
-                seed=plan.seed,
-                total_slots=plan.num_workers * plan.num_slots,
                 ports=(1, 2),
             )
         except Killed:

@@ -63,8 +63,7 @@ def test_damaged_messages_cost_no_memory_and_valid_peers_are_served_meanwhile(
     heard = listen(monkeypatch)
 
     async def run() -> None:
-        doors = {"curve": keys.server}
-        async with serving(tmp_path, server_options=doors, run_ahead=4.0, max_staleness=ANY_STALENESS) as server:
+        async with serving(tmp_path, curve=keys.server, run_ahead=4.0, max_staleness=ANY_STALENESS) as server:
             noisy = FakeWorker(server, 1)
             await noisy.join()
             await server.begin()

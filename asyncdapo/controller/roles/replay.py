@@ -18,6 +18,7 @@ from asyncdapo.replay.core.state import ReplayState
 from asyncdapo.replay.ledger.journal import Journal
 from asyncdapo.replay.server.server import ReplayServer
 from asyncdapo.replay.server.sessions import LOST_TICKS
+from asyncdapo.replay.server.settings import ServerSettings
 
 EXCERPT = 60
 """Characters of a prompt, around what the tokenizer doesn't know."""
@@ -39,16 +40,18 @@ class Main(Member):
         encode = tokenizer.prompt_encoder(chat_template, system_prompt, vocab_size(config.model.path))
         self.stream = PromptStream(config.prompts, task, encode, config.run.seed, tokenizer.unknown_id)
         self.server = ReplayServer(
-            config.replay,
+            ServerSettings(
+                replay=config.replay,
+                group_size=config.rollout.group_size,
+                seed=config.run.seed,
+                total_slots=config.rollout.num_workers * config.rollout.slots,
+                max_failure_ratio=config.reward.max_failure_ratio,
+                vocab_size=vocab_size(config.model.path),
+                totals=start.totals,
+            ),
             self._make_state,
             self._open_journal(start),
             self.stream.prompt_at,
-            group_size=config.rollout.group_size,
-            seed=config.run.seed,
-            total_slots=config.rollout.num_workers * config.rollout.slots,
-            max_failure_ratio=config.reward.max_failure_ratio,
-            vocab_size=vocab_size(config.model.path),
-            totals=start.totals,
             host=self.host(),
             ports=start.ports,
             curve=self.keys.server,

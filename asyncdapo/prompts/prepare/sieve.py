@@ -71,10 +71,10 @@ class Sieve:
     from_messages: bool = False
     """Whether a kept row came as messages: such data needs a chat template."""
     counts: dict[str, int] = field(default_factory=lambda: {"read": 0, **dict.fromkeys(STAGES, 0)})
-
-    def __post_init__(self) -> None:
-        self._seen: set[bytes] = set()
-        self._prompts: dict[bytes, tuple[int, bytes]] = {}
+    _seen: set[bytes] = field(default_factory=set, init=False)
+    """Digests of all rows so far."""
+    _prompts: dict[bytes, tuple[int, bytes]] = field(default_factory=dict, init=False)
+    """By the digest of each prompt: the number of its first row, and the digest of the answer there."""
 
     def keep(self, file: Path, rows: Iterable[RawRow], report: Report) -> Iterator[KeptRow]:
         """The kept rows of one file. `report` gets a record of each row that unusable.jsonl lists."""

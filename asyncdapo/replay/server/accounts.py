@@ -20,6 +20,8 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Self
 
 from asyncdapo.messages import EvalAnswer, Group, staleness
 from asyncdapo.replay.core.events import LEASE_ENDS, VERDICT_STATES, EndLease, GroupState, MoveGroup
@@ -43,6 +45,32 @@ MEANS = (
 them."""
 
 
+@dataclass(kw_only=True)
+class _Counts:
+    """What the ledger knows, too: the groups held now, and totals since the start by how things ended."""
+
+    held: dict[int, GroupFacts]
+    tokens: Counter[str]
+    completions: Counter[str]
+    groups: Counter[str]
+    lease_ends: Counter[str]
+    num_verdicts: int
+    num_gen_batches: int
+
+    @classmethod
+    def of(cls, recovered: Recovered) -> Self:
+        totals = recovered.totals
+        return cls(
+            held=dict(recovered.facts),
+            tokens=Counter(totals.tokens),
+            completions=Counter(totals.completions),
+            groups=Counter(totals.groups),
+            lease_ends=Counter(totals.lease_ends),
+            num_verdicts=totals.verdicts,
+            num_gen_batches=totals.gen_batches,
+        )
+
+
 class Accounts:
     """Counts what the server handles; `trained` closes a step."""
 
@@ -54,40 +82,35 @@ class Accounts:
         self._arrived_groups = self._arrived_tokens = 0
         self._last_step = 0
         self._ungrouped = Counter({end: int(totals.get(f"replay/tokens_{end}", 0)) for end in UNGROUPED_ENDS})
-        self.go_on_from(recovered)
+        self._counts = _Counts.of(recovered)
         undone_before = int(totals.get("replay/tokens_undone", 0))
-        self._ungrouped["undone"] = max(0, undone_before - self._tokens["undone"])
+        self._ungrouped["undone"] = max(0, undone_before - self._counts.tokens["undone"])
 
-    def go_on_from(self, recovered: Recovered) -> None:
-        """Held groups, and those that ended, as the ledger has them: at the start and after a rollback."""
-        self._held: dict[int, GroupFacts] = dict(recovered.facts)
-        self._tokens = Counter(recovered.totals.tokens)
-        self._completions = Counter(recovered.totals.completions)
-        self._groups = Counter(recovered.totals.groups)
-        self._lease_ends = Counter(recovered.totals.lease_ends)
-        self._num_verdicts, self._num_gen_batches = recovered.totals.verdicts, recovered.totals.gen_batches
+    def resume_from(self, recovered: Recovered) -> None:
+        """Count from what the ledger has after a rollback."""
+        self._counts = _Counts.of(recovered)
         self._last_step = 0
 
     def move_group(self, action: MoveGroup, arrived: Group | None) -> None:
         """A group has a new state; its first one comes with the group itself."""
-        facts = self._held.get(action.group_id)
+        facts = self._counts.held.get(action.group_id)
         if facts is None:
             assert arrived is not None, f"{action} of a group that never arrived"
-            facts = self._held[action.group_id] = self._arrive(arrived, action.state)
+            facts = self._counts.held[action.group_id] = self._arrive(arrived, action.state)
         if action.state in TOKEN_ENDS:
-            del self._held[action.group_id]
-            self._tokens[action.state] += facts.num_tokens
-            self._completions[action.state] += facts.num_completions
-            self._groups[action.state] += 1
+            del self._counts.held[action.group_id]
+            self._counts.tokens[action.state] += facts.num_tokens
+            self._counts.completions[action.state] += facts.num_completions
+            self._counts.groups[action.state] += 1
 
     def end_lease(self, action: EndLease, num_tokens: int) -> None:
         """A lease is over; `num_tokens`: sampled for it so far, 0 for a late group, which was counted when it ended."""
         if action.outcome == "done":
             return
-        self._lease_ends[action.outcome] += 1
+        self._counts.lease_ends[action.outcome] += 1
         self._ungrouped["lost" if action.outcome == "rejected" else action.outcome] += num_tokens
         self._interval["failed"] += action.outcome == "failed"
-        self._groups["withdrawn_stale"] += action.outcome == "withdrawn" and action.reason == "stale"
+        self._counts.groups["withdrawn_stale"] += action.outcome == "withdrawn" and action.reason == "stale"
 
     def undo_leases(self, num_tokens: int) -> None:
         """A rollback ended all leases, for which so many tokens were sampled."""
@@ -97,7 +120,7 @@ class Accounts:
         self._ungrouped["evaluation"] += sum(answer.num_tokens for answer in answers)
 
     def close_gen_batch(self) -> None:
-        self._num_gen_batches += 1
+        self._counts.num_gen_batches += 1
 
     def describe_unkept(self, many: int) -> str:
         """What came since the last train step and can't be trained on: groups on which the reward function raised, and
@@ -123,21 +146,21 @@ class Accounts:
             "rollout/arrived_groups": self._arrived_groups,
             "rollout/arrived_tokens": self._arrived_tokens,
             "reward/filtered_mean": sum(facts.reward_mean for facts in batch) / len(batch),
-            "filter/gen_batches": self._num_gen_batches,
-            "filter/prompts_consumed": self._num_verdicts,
+            "filter/gen_batches": self._counts.num_gen_batches,
+            "filter/prompts_consumed": self._counts.num_verdicts,
             "replay/train_steps": step,
             "replay/trained_groups": len(batch),
             "replay/copies": num_copies,
             "replay/staleness_mean": sum(ages) / len(ages),
             "replay/staleness_max": max(ages),
-            **{f"rollout/{end}_leases": self._lease_ends[end] for end in LEASE_ENDS},
-            **{f"replay/tokens_{end}": self._tokens[end] + self._ungrouped[end] for end in TOKEN_ENDS},
+            **{f"rollout/{end}_leases": self._counts.lease_ends[end] for end in LEASE_ENDS},
+            **{f"replay/tokens_{end}": self._counts.tokens[end] + self._ungrouped[end] for end in TOKEN_ENDS},
             **self._dropped_against_trained(),
         }
 
     def _arrive(self, group: Group, state: GroupState) -> GroupFacts:
         completions = group.completions
-        self._num_verdicts += state in VERDICT_STATES
+        self._counts.num_verdicts += state in VERDICT_STATES
         reward_mean = sum(completion.reward for completion in completions) / len(completions)
         accs = [completion.metrics.get("acc") for completion in completions]
         for name, number in {
@@ -178,10 +201,11 @@ class Accounts:
 
     def _dropped_against_trained(self) -> dict[str, float]:
         """Dropping stale groups drops long answers; how many, and how much longer they are, shows the bias."""
-        dropped = self._groups["expired"] + self._groups["withdrawn_stale"]
-        ended = dropped + self._groups["trained"] + self._groups["filtered"]
+        counts = self._counts
+        dropped = counts.groups["expired"] + counts.groups["withdrawn_stale"]
+        ended = dropped + counts.groups["trained"] + counts.groups["filtered"]
         return {
             "replay/dropped_ratio": dropped / ended,
-            "replay/trained_response_tokens_mean": self._tokens["trained"] / self._completions["trained"],
-            "replay/dropped_response_tokens_mean": self._tokens["expired"] / max(1, self._completions["expired"]),
+            "replay/trained_response_tokens_mean": counts.tokens["trained"] / counts.completions["trained"],
+            "replay/dropped_response_tokens_mean": counts.tokens["expired"] / max(1, counts.completions["expired"]),
         }

@@ -45,6 +45,7 @@ from asyncdapo.replay.ledger.payloads import BadRecord
 from asyncdapo.replay.server.accounts import Accounts
 from asyncdapo.replay.server.failures import Failures
 from asyncdapo.replay.server.sessions import HeldLease, Session, Sessions
+from asyncdapo.replay.server.settings import ServerSettings
 from asyncdapo.seeds import sample_seed
 from asyncdapo.shares import deal, share_of
 
@@ -66,28 +67,29 @@ class Exchange:
 
     def __init__(
         self,
+        settings: ServerSettings,
         make_state: MakeState,
         journal: Journal,
         sessions: Sessions,
         prompt_at: Callable[[int], Prompt | None],
-        *,
-        group_size: int,
-        seed: int,
-        max_failure_ratio: float = 1.0,
-        totals: Mapping[str, float] | None = None,
     ) -> None:
-        """`totals`: metrics of the last line before this process, which counts that the ledger doesn't have go on
-        from."""
-        self._make_state, self._journal, self._sessions, self._prompt_at = make_state, journal, sessions, prompt_at
-        self._group_size, self._seed = group_size, seed
-        self.failures = Failures(max_failure_ratio)
+        """Resumes where the ledger ends. `make_state`, `prompt_at`: see `ReplayServer`."""
+        self._settings, self._make_state, self._prompt_at = settings, make_state, prompt_at
+        self._journal, self._sessions = journal, sessions
+        self.failures = Failures(settings.max_failure_ratio)
         self.outgoing: asyncio.Queue[Letter] = asyncio.Queue()
         self.failure: asyncio.Queue[str] = asyncio.Queue()
         """Why the run can't go on."""
         recovered = journal.recover()
-        self.accounts = Accounts(totals or {}, recovered)
+        self.accounts = Accounts(settings.totals, recovered)
         self.first_lease_at_s = recovered.first_lease_at_s
-        self._take_over(recovered)
+        self.state = make_state(recovered)
+        self._wanted: dict[int, tuple[bytes, CutWanted]] = {}
+        """What each rank of the learner waits for."""
+        self._no_batch: str | None = None
+        """Why no batch follows, if none does."""
+        self._finished = False
+        self._resume_from(recovered)
         for worker, known in recovered.workers.items():
             sessions.recover(worker, known.session, known.loaded_version, self.branch)
 
@@ -161,13 +163,13 @@ class Exchange:
         self._journal.roll_back(step, reason, self.state.config, replaces=self.state.filter.replaces)
         self.accounts.undo_leases(sum(lease.num_tokens for lease in self._sessions.leases.values()))
         recovered = self._journal.recover()
-        self.accounts.go_on_from(recovered)
-        self._take_over(recovered)
-
-    def _take_over(self, recovered: Recovered) -> None:
-        """Go on from what the ledger says."""
+        self.accounts.resume_from(recovered)
         self.state = self._make_state(recovered)
-        self._wanted: dict[int, tuple[bytes, CutWanted]] = {}
+        self._wanted.clear()
+        self._resume_from(recovered)
+
+    def _resume_from(self, recovered: Recovered) -> None:
+        """Take over the run's end, if the ledger has one, and its open leases."""
         self._no_batch = "the run is over" if recovered.over else None
         self._finished = recovered.over and recovered.stop is None
         if recovered.stop:
@@ -279,8 +281,8 @@ class Exchange:
             branch=self.branch,
             number=lease.number,
             attempt=lease.attempt,
-            group_size=self._group_size,
-            seed=sample_seed(self._seed, lease.prompt.prompt_id),
+            group_size=self._settings.group_size,
+            seed=sample_seed(self._settings.seed, lease.prompt.prompt_id),
             prompt=lease.prompt,
         )
         self.send(self._sessions.of_worker(lease.worker), message)

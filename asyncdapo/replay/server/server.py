@@ -26,11 +26,11 @@ from collections.abc import Callable, Mapping, Sequence
 from asyncdapo import faults
 from asyncdapo.errors import RunError
 from asyncdapo.messages import MAX_RANKS, CutWanted, EvalAnswer, EvalRequest, Prompt
-from asyncdapo.replay.config import ReplayConfig
 from asyncdapo.replay.core.waits import why_waiting
 from asyncdapo.replay.ledger.journal import Journal
 from asyncdapo.replay.server.dispatch import Exchange, MakeState
 from asyncdapo.replay.server.sessions import GAUGES, Session, Sessions
+from asyncdapo.replay.server.settings import ServerSettings
 from asyncdapo.replay.server.workers import FromWorker, Workers
 from asyncdapo.transport.keys import ServerKeys
 from asyncdapo.transport.sockets import Server
@@ -46,52 +46,22 @@ class ReplayServer:
 
     def __init__(
         self,
-        config: ReplayConfig,
+        settings: ServerSettings,
         make_state: MakeState,
         journal: Journal,
         prompt_at: Callable[[int], Prompt | None],
         *,
-        group_size: int,
-        seed: int,
-        total_slots: int,
-        max_failure_ratio: float = 1.0,
-        vocab_size: int | None = None,
-        totals: Mapping[str, float] | None = None,
         host: str = "127.0.0.1",
         ports: tuple[int, int] = (0, 0),
         curve: ServerKeys | None = None,
     ) -> None:
-        """`make_state` makes the core from what the journal recovers, now and after a rollback.
-
-        prompt_at          the prompt stream by position
-        total_slots        sequences that all workers generate at once, of which an evaluation gets its share
-        max_failure_ratio  `reward.max_failure_ratio`
-        vocab_size         token ids are below it, where it is known
-        totals             the last metrics line of the run before this process: counts that aren't in the ledger go on
-                           from it
-        ports              for workers and for the learner, 0 is any: one that is started again is given the same
-        """
-        self._journal, self._heartbeat_s = journal, config.heartbeat_s
-        self._sessions = Sessions(config.lease_stall_s / config.heartbeat_s, totals)
-        self._exchange = Exchange(
-            make_state,
-            journal,
-            self._sessions,
-            prompt_at,
-            group_size=group_size,
-            seed=seed,
-            max_failure_ratio=max_failure_ratio,
-            totals=totals,
-        )
-        self._workers = Workers(
-            self._exchange,
-            self._sessions,
-            journal,
-            group_size=group_size,
-            total_slots=total_slots,
-            vocab_size=vocab_size,
-            totals=totals,
-        )
+        """`make_state` makes the core from what the journal recovers, now and after a rollback. `prompt_at`: the prompt
+        stream by position. `ports`: for workers and for the learner, 0 is any. A server that is started again gets the
+        ports of its former life."""
+        self._journal, self._heartbeat_s = journal, settings.replay.heartbeat_s
+        self._sessions = Sessions(settings.stall_ticks, settings.totals)
+        self._exchange = Exchange(settings, make_state, journal, self._sessions, prompt_at)
+        self._workers = Workers(settings, self._exchange, self._sessions, journal)
         rollout_port, learner_port = ports
         self._rollout_socket = Server(FromWorker, host, port=rollout_port, curve=curve)
         self._learner_socket = Server(CutWanted, host, port=learner_port, curve=curve)

@@ -22,7 +22,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from msgspec.structs import replace
 
@@ -52,6 +52,7 @@ from asyncdapo.replay.ledger.journal import Journal
 from asyncdapo.replay.server.dispatch import Exchange
 from asyncdapo.replay.server.evaluations import Evaluation, Evaluations
 from asyncdapo.replay.server.sessions import Session, Sessions
+from asyncdapo.replay.server.settings import ServerSettings
 from asyncdapo.replay.server.validate import BadGroup, arrival, check_group
 from asyncdapo.transport.codec import Malformed
 
@@ -67,22 +68,11 @@ log = logging.getLogger("replay")
 class Workers:
     """All rollout workers, as the replay server sees them."""
 
-    def __init__(
-        self,
-        exchange: Exchange,
-        sessions: Sessions,
-        journal: Journal,
-        *,
-        group_size: int,
-        total_slots: int,
-        vocab_size: int | None = None,
-        totals: Mapping[str, float] | None = None,
-    ) -> None:
-        self._exchange, self._sessions, self._journal = exchange, sessions, journal
-        self._group_size, self._vocab_size = group_size, vocab_size
+    def __init__(self, settings: ServerSettings, exchange: Exchange, sessions: Sessions, journal: Journal) -> None:
+        self._settings, self._exchange, self._sessions, self._journal = settings, exchange, sessions, journal
         self._answered: dict[Evaluation, asyncio.Event] = {}
-        self.evaluations = Evaluations(total_slots)
-        self.dropped = Counter({what: int((totals or {}).get(f"replay/{what}", 0)) for what in DROPPED})
+        self.evaluations = Evaluations(settings.total_slots)
+        self.dropped = Counter({what: int(settings.totals.get(f"replay/{what}", 0)) for what in DROPPED})
         """Messages that led to nothing, by the `replay/` metric that counts them."""
         self.leasing = False
         """Whether leases are granted; evaluation runs in any case."""
@@ -257,10 +247,10 @@ class Workers:
                 group,
                 frames,
                 lease,
-                group_size=self._group_size,
+                group_size=self._settings.group_size,
                 branch=exchange.branch,
                 newest_version=exchange.newest_version,
-                vocab_size=self._vocab_size,
+                vocab_size=self._settings.vocab_size,
             )
         except BadGroup as problem:
             self._reject(session, group.lease_id, str(problem))
