@@ -1,12 +1,13 @@
-"""asyncdapo from Python: configure a run, launch it, read what it left. `import asyncdapo` has all of it.
+"""asyncdapo from Python: configure a run, launch it, read its results. `import asyncdapo` exports all of it.
 
     config = asyncdapo.load_config("quickstart", run={"steps": 2})
     run = asyncdapo.launch(config)
     run.metrics()[-1]["eval/accuracy"]
 
 In: a config, or the directory of a run. Out: plain Python values and numpy arrays. A launch is the command
-`asyncdapo launch` in a process of its own, so Ray, signals and GPU memory stay out of the caller's. `Run` only reads
-files: it works while the run goes on, after its end and after its death. Nothing heavy is imported before it is used.
+`asyncdapo launch` in a process of its own, so that Ray, signals and GPU memory don't touch the caller's process. `Run`
+only reads files: it works during a run, and after the run has ended or died. Nothing heavy is imported before it is
+used.
 """
 
 from __future__ import annotations
@@ -36,15 +37,15 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 SAID = "asyncdapo: "
-"""What the last word of a command begins with (`cli`)."""
+"""Prefix of a command's last message (`cli`)."""
 
 
 def load_config(name_or_path: str | Path, /, *overrides: str, **sections: Mapping[str, Any]) -> Config:
     """The checked configuration of a run, by the rules of the command line.
 
     `name_or_path` is a YAML file or a name such as `quickstart`. `rollout={"slots": 32}` is `"rollout.slots=32"`; a
-    section wins over an override. Models that lie beside the file become absolute paths. Raises UserError that names
-    every key that can't stay, its value and the fix.
+    section wins over an override. Model paths relative to the file become absolute. Raises UserError that names every
+    wrong key, its value and the fix.
     """
     from asyncdapo.config.config import find_config, models_beside, to_dict
     from asyncdapo.config.config import load_config as load
@@ -64,12 +65,12 @@ def _as_overrides(sections: Mapping[str, Any]) -> Iterator[str]:
 
 
 def launch(config: Config) -> Run:
-    """Train to the last step in a process of its own, and print its lines as they come. Launched again, a run resumes
-    from its newest checkpoint.
+    """Train to the last step in a process of its own, and print its output as it comes. A second launch of the same run
+    resumes from its newest checkpoint.
 
     Ctrl-C stops the run as in a terminal: it finishes its step and writes a checkpoint, and KeyboardInterrupt is raised
-    once it has ended. Raises UserError where a key, a file or the data is wrong, RunError where the run failed, both
-    with its last words.
+    once it has ended. Raises UserError if a key, a file or the data is wrong, and RunError if the run failed, both with
+    its last message.
     """
     from asyncdapo.config.config import to_yaml
 
@@ -87,8 +88,9 @@ def launch(config: Config) -> Run:
 
 
 def _follow(command: list[str]) -> tuple[int, str]:
-    """Print what a command prints. Returns its exit code and its last words. It gets Ctrl-C from us alone, and as
-    SIGTERM: it means the same to a run, and also reaches one that was started in the background."""
+    """Print what a command prints. Returns its exit code and its last message. The command has a session of its own, so
+    Ctrl-C reaches it only through us, as SIGTERM: a run handles both alike, and SIGTERM also works in the background,
+    where shells ignore Ctrl-C."""
     process = subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
@@ -117,16 +119,16 @@ def _follow(command: list[str]) -> tuple[int, str]:
 
 @dataclass(frozen=True, eq=False)
 class Completion:
-    """One sampled response T tokens long. The arrays are aligned: element t is about `token_ids[t]`."""
+    """One sampled response of T tokens. The arrays are aligned: element t is about `token_ids[t]`."""
 
     group_id: int
     prompt_id: int
     step: int | None
-    """Train step of the batch that its group is in, if any."""
+    """Train step of the batch that holds its group; None if none does."""
     sample: int
     """Place in the group, from 0."""
     prompt: str
-    """As the model read it, special tokens written out."""
+    """As the model read it, with special tokens."""
     response: str
     """As the verifier read it, without special tokens."""
     token_ids: np.ndarray
@@ -138,17 +140,17 @@ class Completion:
     loss_mask: np.ndarray
     """int64 [T]: 1 where the token bears loss, else 0."""
     reward: float
-    """What the advantage is computed from."""
+    """The number that the advantage is computed from."""
     metrics: dict[str, float]
     """Numbers of the reward function: `acc`, `score`, `seq_reward`, and its own."""
     finish_reason: str
 
 
 class Run:
-    """A run by its directory: one that goes on, has ended, or has died. Only reads, `export` apart."""
+    """A run, given by its directory; it may be running, finished or dead. Only `export` writes."""
 
     def __init__(self, dir: str | Path) -> None:
-        """Raises UserError where there is no run."""
+        """Raises UserError if there is no run."""
         self.dir = Path(dir).absolute()
         self._config_file = self.dir / "config.yaml"
         if not self._config_file.is_file():
@@ -172,7 +174,7 @@ class Run:
         return [to_metrics(line) for line in whole_lines(self.dir)[0]]
 
     def frame(self) -> DataFrame:
-        """`metrics()` as a pandas frame, a row a step. Raises UserError where pandas is missing."""
+        """`metrics()` as a pandas DataFrame, a row a step. Raises UserError if pandas is missing."""
         try:
             from pandas import DataFrame
         except ImportError as error:
@@ -242,15 +244,15 @@ class Run:
                 )
 
     def audit(self) -> list[str]:
-        """Every breach of what the run promised, a sentence each; none for a sound run. As `asyncdapo audit`."""
+        """Every broken promise of the run, a sentence each; empty for a sound run. The same as `asyncdapo audit`."""
         from asyncdapo.replay.ledger.audit import audit
 
         return audit(self.dir)
 
     def export(self, out: str | Path, step: int | None = None) -> Path:
         """Copy the newest whole checkpoint, or that of `step`, to the new directory `out`: a Hugging Face model with
-        its tokenizer, without the optimizer's state. A newer checkpoint that is damaged is named in a warning. Returns
-        `out`. Raises UserError where there is no such checkpoint, where it is damaged, or where `out` is in use."""
+        its tokenizer, without the optimizer's state. A warning names a newer checkpoint that is damaged. Returns
+        `out`. Raises UserError if the checkpoint doesn't exist or is damaged, or if `out` is in use."""
         from asyncdapo.controller.eval.subject import find_subject
         from asyncdapo.learner.step.checkpoint import MANIFEST, STATE_FILE, checkpoint_dir, kept_steps
 

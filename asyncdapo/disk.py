@@ -1,7 +1,7 @@
-"""Files that are on disk, whole or as they were before; what a disk refuses, in one line with the file and what to do.
+"""Writes files atomically, and turns disk failures into one line with the file and the fix.
 
-In: the content of a file; a block that writes one. Out: the file, replaced at once; `DiskError`, which ends the run, in
-place of what the operating system, SQLite, or a library that met such an error raises; other errors
+In: the content of a file; a block that writes one. Out: the file, replaced atomically. A disk failure, reported by the
+operating system, by SQLite, or by a library on top of them, becomes a `DiskError`, which ends the run; other errors
 pass. Does not own: what is written.
 """
 
@@ -17,23 +17,24 @@ from pathlib import Path
 from asyncdapo.errors import DiskError
 
 DISK_FAILURES = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR}
-"""What SQLite says of a disk, in the low byte of its error codes."""
+"""SQLite's primary result codes (the low byte of its error codes) for disk failures."""
 
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """While `path` is written. Raises DiskError."""
+    """Wraps a block that writes `path`. Raises DiskError."""
     try:
         yield
     except Exception as error:
         if problem := _problem(error):
-            fix = "make room on this disk, or mend it, and launch the run again"
+            fix = "free space on this disk, or repair it, and launch the run again"
             raise DiskError(f"{path}: can't be written: {problem} ({fix})") from error
         raise
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """The file has this content, or what it had before; nothing between, whatever dies when, and be it the power."""
+    """Replace the file's content atomically: after a crash or power failure it has either the new or the old
+    content."""
     unfinished = path.with_name(f".{path.name}.new")
     with unfinished.open("wb") as file:
         file.write(content)
@@ -44,7 +45,7 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def sync(path: Path) -> None:
-    """Wait until the file is on disk; of a directory, the names in it."""
+    """Wait until the file is on disk; for a directory, until the names in it are."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -59,7 +60,7 @@ def sha256_of(path: Path) -> str:
 
 
 def _problem(error: BaseException | None) -> str:
-    """What the disk said; nothing when it wasn't the disk."""
+    """The disk's error message; "" if the disk isn't the cause."""
     match error:
         case None:
             return ""
@@ -67,4 +68,4 @@ def _problem(error: BaseException | None) -> str:
             return error.strerror or str(error)
         case sqlite3.OperationalError() if error.sqlite_errorcode & 0xFF in DISK_FAILURES:
             return str(error)
-    return _problem(error.__context__)  # `torch.save` raises its own while it handles that of the file
+    return _problem(error.__context__)  # `torch.save` raises its own error while it handles the file's

@@ -65,7 +65,7 @@ class Payload:
 
     @staticmethod
     def join(payloads: Sequence[Payload]) -> Payload:
-        """In order; of none, an empty one."""
+        """The payloads in order as one; an empty one for none."""
         if not payloads:
             return Payload(np.empty(0, TOKEN_DTYPE), np.empty(0, TOKEN_DTYPE), np.empty(0, LOGPROB_DTYPE))
         columns = zip(*((part.prompt_ids, part.token_ids, part.logprobs) for part in payloads), strict=True)

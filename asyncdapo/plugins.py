@@ -1,7 +1,7 @@
-"""Functions and classes of the user's, by where they are: `package.module:name` or `path/to/file.py:name`.
+"""Loads the user's functions and classes by their location: `package.module:name` or `path/to/file.py:name`.
 
-In: the key of the configuration and its value. Out: the object, or ConfigError for that key. A file finds its
-neighbours: its folder is searched for modules, after all others. Does not own: what the object is given and returns.
+In: the config key and its value. Out: the object, or ConfigError for that key. A file can import its neighbours: its
+folder is appended to the module search path. Does not own: what the object is given and returns.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from asyncdapo.errors import ConfigError
 
 
 def is_plugin(name: str) -> bool:
-    """Whether the value says where something of the user's is, instead of naming something of ours."""
+    """Whether the value is a location of the user's code, not the name of something built in."""
     return ":" in name
 
 
 def check_name(key: str, name: str, known: Iterable[str]) -> None:
-    """Raises ConfigError for a value that is neither one of ours nor a place."""
+    """Raises ConfigError for a value that is neither a built-in name nor a location."""
     names = list(known)
     if name not in names and not is_plugin(name):
         nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
@@ -37,7 +37,7 @@ def check_name(key: str, name: str, known: Iterable[str]) -> None:
 
 
 def load_plugin(key: str, name: str, fix: str = "") -> Callable[..., Any]:
-    """What the value names. `fix`: of a file that isn't there. Raises ConfigError."""
+    """The function or class that the value names. `fix`: shown if the file doesn't exist. Raises ConfigError."""
     where, _, attribute = name.rpartition(":")
     is_file = where.endswith(".py")
     if is_file and not Path(where).is_file():
@@ -58,17 +58,17 @@ def load_plugin(key: str, name: str, fix: str = "") -> Callable[..., Any]:
 
 
 cached_plugin = functools.cache(load_plugin)
-"""The same, loaded once in a process: for what is called in every step."""
+"""`load_plugin`, but loaded once per process: for functions that are called in every step."""
 
 
 def absolute_plugin(name: str) -> str:
-    """The same value wherever it is looked for: a file's path is made absolute."""
+    """The same value for any working directory: a file's path is made absolute."""
     where, _, attribute = name.rpartition(":")
     return f"{Path(where).absolute()}:{attribute}" if where.endswith(".py") else name
 
 
 def plugin_digest(key: str, name: str) -> str:
-    """Digest of the source file that the value names; of the file alone, not of what it imports."""
+    """Digest of the source file that the value names, not of what the file imports."""
     where, _, _ = name.rpartition(":")
     try:
         file = where if where.endswith(".py") else importlib.util.find_spec(where).origin
@@ -78,10 +78,10 @@ def plugin_digest(key: str, name: str) -> str:
 
 
 def check_call(key: str, name: str, function: Callable[..., Any], form: str, *given: object, **named: object) -> None:
-    """Raises ConfigError for a function that can't be called so. `form`: the call, for the message."""
+    """Raises ConfigError if `function` doesn't take these arguments. `form`: the call, for the message."""
     try:
         signature = inspect.signature(function)
-    except ValueError:  # written in C, and says nothing of its parameters
+    except ValueError:  # written in C, without a signature
         return
     try:
         signature.bind(*given, **named)
@@ -90,7 +90,7 @@ def check_call(key: str, name: str, function: Callable[..., Any], form: str, *gi
 
 
 def broken(key: str, name: str, error: BaseException, what: str = "can't be imported") -> ConfigError:
-    """The user's code is there and raised. Names the last line of its own that was running."""
+    """The error for user code that raised. Names the last line of that code that ran."""
     report = TracebackException.from_exception(error)
     frames = [frame for frame in report.stack if not frame.filename.startswith("<frozen")]
     where = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames and not isinstance(error, SyntaxError) else ""
@@ -98,7 +98,7 @@ def broken(key: str, name: str, error: BaseException, what: str = "can't be impo
 
 
 def _load_file(path: Path) -> ModuleType:
-    """The module in a file, under a name that no installed one has."""
+    """The module in a file, under a name that no installed module has."""
     folder = str(path.absolute().parent)
     if folder not in sys.path:
         sys.path.append(folder)

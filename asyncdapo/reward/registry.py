@@ -1,7 +1,7 @@
-"""Verifiers by name, or by where the user's function is.
+"""Finds the verifier that `reward.verifier` names: one of VERIFIERS, or the user's function.
 
-A name is one of VERIFIERS: a module in `verifiers/` with a function `verify`, imported when it is asked for. Anything
-with a colon is a function of the user's (`plugins.py`).
+A built-in verifier is a module in `verifiers/` with a function `verify`, imported on demand. A name with a colon is a
+function of the user's (`plugins.py`).
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from asyncdapo.reward.signature import check_signature
 
 Said = float | Mapping[str, float | str | None]
 Verify = Callable[[str, str], Said | Awaitable[Said]]
-"""(text of the response, expected answer) -> verdict: 1 right, 0 wrong, between them part of the credit; or numbers by
-name, of which `acc` is the verdict, and `pred`, text: what it took for the response's answer (None: it has none). Ours
-say both. The user's may be an async function."""
+"""(text of the response, expected answer) -> the verdict, a number from 0 (wrong) to 1 (right); or a dict of numbers
+with the verdict as `acc`. The dict may have the text `pred`, the answer found in the response (None: it has none). The
+built-in verifiers return both. A user's function may be async."""
 
 VERIFIERS = ("answer", "dapo", "exact", "gsm8k", "math_verify", "reasoning_gym")
 EXTRAS = {"math_verify": "math", "reasoning_gym": "reasoning-gym"}
-"""Of the package's optional dependencies, those that a verifier needs."""
+"""Verifier -> the extra of this package (optional dependencies) that it needs."""
 
 KEY = "reward.verifier"
 

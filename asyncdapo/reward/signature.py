@@ -1,8 +1,8 @@
-"""Whether a function can be called as a verifier is: with the response's text and the expected answer.
+"""Checks that a function can be called as a verifier: with the response's text and the expected answer.
 
-In: a function of the user's. Raises ConfigError for one that can't, before anything is sampled. One that is written for
-another framework is recognised by the names of its parameters, and the error shows the lines that adapt it. Does not
-own: what it returns (`judge`).
+In: a user's function. Raises ConfigError before anything is sampled if it can't be called so. A function written for
+another framework is recognised by its parameter names, and the error shows the lines that adapt it. Does not own: what
+the function returns (`judge`).
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ GIVEN_BY_TRL = {"prompts", "completions", "completion_ids", "trainer_state"}
 
 
 def check_signature(key: str, name: str, verify: Callable[..., Any]) -> None:
-    """Raises ConfigError, for `key`, for a function that can't be called with two arguments, or takes them for others
-    than they are."""
+    """Raises ConfigError, for `key`, for a function that can't be called with two arguments or whose arguments have
+    another meaning."""
     try:
         signature = inspect.signature(verify)
-    except ValueError:  # written in C, and says nothing of its parameters
+    except ValueError:  # written in C, without a signature
         return
     if "completions" in signature.parameters:
         whose, arguments, which = "TRL's", _arguments_of_trl(signature), "[0]"
@@ -38,7 +38,7 @@ def check_signature(key: str, name: str, verify: Callable[..., Any]) -> None:
         except TypeError:
             pass
     where, _, function = name.rpartition(":")
-    module, place = (Path(where).stem, f" beside {Path(where).name}") if where.endswith(".py") else (where, "")
+    module, place = (Path(where).stem, f" next to {Path(where).name}") if where.endswith(".py") else (where, "")
     define, call = ("async def", "await ") if inspect.iscoroutinefunction(verify) else ("def", "")
     returned = f"({call}{function}({arguments}))[0]" if call and which else f"{call}{function}({arguments}){which}"
     raise ConfigError(
@@ -51,7 +51,7 @@ def check_signature(key: str, name: str, verify: Callable[..., Any]) -> None:
 
 
 def _arguments_of_trl(signature: Signature) -> str:
-    """Lists of one element, and columns of the data set by their names."""
+    """The arguments of a TRL reward function: lists of one element, and data set columns by name."""
     names = [name for name, parameter in signature.parameters.items() if parameter.kind is not Parameter.VAR_KEYWORD]
     columns = [name for name in names if name not in GIVEN_BY_TRL] or ["answer"]
     prompts = 'prompts=[""], ' if "prompts" in names else ""

@@ -59,7 +59,7 @@ def test_a_run_trains_over_bad_links_while_its_processes_die_at_the_worst_moment
 def test_a_full_disk_ends_the_run_in_a_line_and_with_room_it_goes_on(tmp_path: Path) -> None:
     run = launch(tmp_path / "run", *SHORT, "run.steps=12", "faults.disk_full_after_mb=20")
     assert run.exit_code == 1, run.output
-    ended = r"the run ended: (learner|replay): \S+: can't be written: No space left on device .*make room on this disk"
+    ended = r"the run ended: (learner|replay): \S+: can't be written: No space left on device .*free space on this disk"
     assert re.search(ended, run.output.splitlines()[-1]), run.output
     assert "Traceback" not in run.output, run.output
     assert_nothing_lives(run.dir)

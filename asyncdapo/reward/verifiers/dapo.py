@@ -1,11 +1,11 @@
-"""Verifier `dapo`: what follows the last `Answer:` and the expected answer, both normalised, are the same string.
+"""Verifier `dapo`: right if what follows the last `Answer:` equals the expected answer, both normalised.
 
-Only the last 300 characters of a response are looked at, and only what stands behind the marker on its line. The rule
-is the one that DAPO was trained with (Yu et al., 2025); its normalisation goes back to Minerva (Lewkowycz et al., 2022,
-arXiv 2206.14858, app. D.1), unit words and LaTeX spelling off. It compares strings: `0.5` is not `1/2`.
+Only the last 300 characters of a response count, and of these only the rest of the line after the marker. The rule is
+the one that DAPO was trained with (Yu et al., 2025). Its normalisation comes from Minerva (Lewkowycz et al., 2022,
+arXiv 2206.14858, app. D.1): it removes unit words and LaTeX spelling variants. It compares strings: `0.5` is not `1/2`.
 
-Time grows with the length of the text, never faster: a response is cut before it is searched, and whatever an expected
-answer may be long and full of, its spans are found by searching for their ends and not by backtracking.
+Time is linear in the length of the text: a response is cut before it is searched, and spans of an expected answer are
+found by searching for their ends, without backtracking.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 
 NUM_CHARS = 300
-"""Of a response's end."""
+"""Characters at the end of a response that are searched."""
 MARKER = re.compile(r"(?i)Answer\s*:\s*([^\n]+)")
 INVALID = "[INVALID]"
 """Prediction of a response without the marker."""
@@ -51,7 +51,7 @@ DELETED = (
     '"',
     r"\dots",
 )
-"""In this order: what a deletion joins may be deleted by a later one."""
+"""The order matters: text that a deletion joins may be deleted by a later one."""
 
 FRAC = re.compile(r"frac([^{])(.)")
 SQRT = re.compile(r"sqrt([^{])")
@@ -84,7 +84,7 @@ def normalise(answer: str) -> str:
 
 
 def _unwrap(line: str) -> str:
-    """A line's first `$…$` alone, if it has one, and without the commands that only set their argument in type."""
+    """The line's first `$…$` alone, if it has one, without the commands that only format their argument."""
     before_first = line.split("$", 2)
     if len(before_first) == 3:
         line = f"${before_first[1]}$"

@@ -1,7 +1,7 @@
-"""Verifier `gsm8k`: the number behind the last `####` is the expected one (Cobbe et al., 2021, arXiv 2110.14168).
+"""Verifier `gsm8k`: right if the number after the last `####` is the expected one (Cobbe et al., arXiv 2110.14168).
 
-Commas and dollar signs are left out, what follows the number does not count, and `72.0` is `72`. The expected answer is
-a number, or a whole solution of the data set, whose number stands behind `####` too.
+Commas, dollar signs and text after the number do not count, and `72.0` equals `72`. The expected answer is a number, or
+a whole solution of the data set, whose number also follows `####`.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""Verifier `math_verify`: the response's last formula has the value of the expected answer, says the library.
+"""Verifier `math_verify`: right if the response's last formula has the value of the expected answer.
 
-Needs the extra `math` (the package math-verify): it finds formulas in LaTeX (`$…$`, `\\boxed{…}`, which goes first) and
-plain numbers, reads them with sympy and compares values, so `0.5` is `\\frac{1}{2}`. The expected answer is LaTeX with
-or without `$`.
+Needs the extra `math` (the package math-verify). The library finds formulas in LaTeX (`$…$`; `\\boxed{…}` is preferred)
+and plain numbers, reads them with sympy and compares values, so `0.5` equals `\\frac{1}{2}`. The expected answer is
+LaTeX with or without `$`.
 
-Formulas are short programs: `$9^{9^{9^9}}$` takes for ever. The library's own alarms are off, since the pool ends a
-process that takes too long over a text. What is looked at is the end of a response, so that a long one takes no longer
-than a short one.
+A short formula may take for ever to compute: `$9^{9^{9^9}}$`. The library's own time-outs are off, since the pool kills
+a process that takes too long over a text. Only the end of a response is searched, so that long ones take no longer than
+short ones.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from typing import Any
 import math_verify
 
 NUM_CHARS = 4000
-"""Of a response's end."""
+"""Characters at the end of a response that are searched."""
 
-logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its alarms are off
+logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its time-outs are off
 
 
 def verify(text: str, answer: str) -> dict[str, float | str | None]:
-    """`acc` 1.0 for a right text, 0.0 for a wrong one; `pred`, the formula as it is written, so that `0.5` and `1/2`
-    are two. Raises ValueError for an expected answer that has no value."""
+    """`acc` 1.0 for a right text, 0.0 for a wrong one; `pred`, the formula as written, so that `0.5` and `1/2` are two
+    predictions. Raises ValueError for an expected answer without a value."""
     expected = _expected(answer)
     if not expected:
         raise ValueError(f"no formula in the expected answer {answer[:80]!r}")
     given = math_verify.parse(text[-NUM_CHARS:], parsing_timeout=None)
     acc = float(math_verify.verify(expected, given, timeout_seconds=None))
-    return {"acc": acc, "pred": given[-1] if given else None}  # the library puts the text behind the values it may have
+    return {"acc": acc, "pred": given[-1] if given else None}  # the library lists possible values first, the text last
 
 
 @lru_cache(maxsize=1)

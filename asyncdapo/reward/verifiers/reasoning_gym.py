@@ -1,11 +1,11 @@
-"""Verifier `reasoning_gym`: what the data set's own scorer says of the answer.
+"""Verifier `reasoning_gym`: the verdict of the data set's own scorer.
 
 Needs the extra `reasoning-gym`. The expected answer is JSON, `{"dataset": "spell_backward", "entry": {…}}`, where entry
-is what the data set yielded (question, answer, metadata). The response's answer is what stands in its last
-`<answer>…</answer>`, or else behind its last `Answer:`. Scorers give part of the credit as they see fit.
+is what the data set yielded (question, answer, metadata). The response's answer is inside its last
+`<answer>…</answer>`, or else follows its last `Answer:`. A scorer may give partial credit.
 
 Some scorers raise on answers that they can't read: such an answer is wrong. If a scorer also raises on the entry's own
-answer, it isn't the model's fault, and the error is passed on.
+answer, the model isn't at fault, and the error is passed on.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ Score = Callable[[str | None, dict[str, Any]], float]
 
 
 def verify(text: str, answer: str) -> dict[str, float | str | None]:
-    """`acc` 0.0 to 1.0; `pred`, what the text answers. Raises ValueError for an expected answer that isn't as
-    described, and what a scorer raises at it."""
+    """`acc` 0.0 to 1.0; `pred`, what the text answers. Raises ValueError for an expected answer of another form, and
+    what the scorer raises on the entry's own answer."""
     score, entry = _expected(answer)
     pred = extract(text)
     try:
         return {"acc": score(pred, entry), "pred": pred}
-    except Exception:  # noqa: BLE001 - a scorer may raise anything at what a model wrote
+    except Exception:  # noqa: BLE001 - a scorer may raise anything on what a model wrote
         score(entry["answer"], entry)
         return {"acc": 0.0, "pred": pred}
 
