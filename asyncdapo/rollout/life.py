@@ -1,4 +1,4 @@
-"""Life of an engine: not started, alive, over. Whoever waits for it is told of its end at once.
+"""Life of an engine: not started, alive, over. Its end reaches every waiting caller at once.
 
 In: its start, and how it ended. Out: an EngineError with the cause, for every pending and every later call. Invariant:
 only the first end counts, and every future passed to `end` gets the error.
@@ -37,8 +37,8 @@ class Life:
             raise self._error()
 
     def end(self, cause: BaseException | None, waiting: Iterable[asyncio.Future[Any] | None]) -> None:
-        """The engine is over: it failed with this cause, or was stopped (None). All who wait get an EngineError. Does
-        nothing if the engine isn't alive."""
+        """The engine is over: it failed with this cause, or was stopped (None). All waiting callers get an EngineError.
+        Does nothing if the engine isn't alive."""
         if not self.alive:
             return
         self._problem = f"{self._engine} failed: {cause}" if cause else f"{self._engine} was stopped"

@@ -1,8 +1,9 @@
-"""An engine of the user's: a class of the protocol in `engine.py`, checked before any process starts.
+"""A user's engine: a class that implements the protocol of `engine.py`, checked before any process starts.
 
-It is made as `YourEngine(model_path, config, *, max_prompt_length, stop_token_ids)`; `config` is the RolloutConfig,
-`stop_token_ids` None where the model's own files say them. Besides the protocol it has `device`, the torch device that
-new weights are copied to. They reach `load_weights` as tensors by Hugging Face names, as for the torch engine.
+It is made as `YourEngine(model_path, config, *, max_prompt_length, stop_token_ids)`. `config` is the RolloutConfig;
+`stop_token_ids` is None if the model's own files name them. In addition to the protocol it has `device`, the torch
+device that new weights are copied to. They reach `load_weights` as tensors by Hugging Face names, as for the torch
+engine.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ NEEDED = ("device", *(name for name in vars(Engine) if not name.startswith("_"))
 
 
 def engine_class(name: str) -> Callable[..., Any]:
-    """What `rollout.engine` names. Raises ConfigError: no such class, another constructor, or a method that lacks."""
+    """The class that `rollout.engine` names. Raises ConfigError: no such class, wrong constructor, missing methods."""
     own = load_plugin(KEY, name)
     form = "(model_path, config, *, max_prompt_length, stop_token_ids)"
     check_call(KEY, name, own, form, "model", None, max_prompt_length=1, stop_token_ids=None)

@@ -1,11 +1,11 @@
-"""Batch: the sequences that run, one per slot, and what is known about each between two tokens.
+"""Batch: the running sequences, one per slot, and their state between two tokens.
 
-Owns who sits in which slot and the tokens sampled so far. Does not own keys and values (`kv_cache.py`), but decides
-their places: long sequences stand before short ones, in blocks of slots, so that each block's attention reads only as
-far as its own longest sequence, and the slots in use are the first ones. A sequence moves only into an empty slot
-before its own, and only when slots are filled again or run empty.
+Owns the assignment of sequences to slots and the tokens sampled so far. Does not own keys and values (`kv_cache.py`),
+but decides their places: the slots in use come first, and long sequences before short ones. So each block of slots
+reads only as far as its own longest sequence in attention. A sequence moves only to an empty slot before its own, and
+only when slots are filled again or many are idle.
 
-Invariant: active slots are below `num_used`; an idle row there is computed and ignored until `arrange`.
+Invariant: active slots are below `num_used`; an idle row below it is computed and ignored until `arrange`.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class Running:
 
     job: Job
     index: int
-    """Which of the job's samples."""
+    """Number of this sample in the job."""
     past_versions: Runs = field(default_factory=list)
-    """Run lengths of all weights before the ones in use."""
+    """Run lengths of the versions before the one in use."""
 
     def close_run(self, version: int, num_sampled: int) -> None:
         """All tokens since the last run were sampled with `version`."""
@@ -42,9 +42,9 @@ class Running:
 def _row_dtype(max_tokens: int) -> np.dtype:
     return np.dtype(
         [
-            ("active", np.int64),  # 1 or 0: how far position and num_sampled go in a step
-            ("token", np.int64),  # sampled last; its keys and values are not in the cache yet
-            ("position", np.int64),  # of that token
+            ("active", np.int64),  # 1 or 0: how much a step adds to position and num_sampled
+            ("token", np.int64),  # the last sampled token; its keys and values are not in the cache yet
+            ("position", np.int64),  # position of that token
             ("num_sampled", np.int64),
             ("max_tokens", np.int64),
             ("top_k", np.int64),
@@ -60,7 +60,8 @@ def _row_dtype(max_tokens: int) -> np.dtype:
 
 
 class Batch:
-    """`rows[s]` and `running[s]` describe slot s. With `fixed_times` every step has all slots and that many times."""
+    """`rows[s]` and `running[s]` describe slot s. With `fixed_times`, every step computes all slots and that many times
+    of the cache."""
 
     def __init__(self, num_slots: int, max_tokens: int, block_size: int, fixed_times: int | None = None) -> None:
         self.rows = np.zeros(num_slots, _row_dtype(max_tokens))
@@ -74,7 +75,7 @@ class Batch:
 
     @property
     def has_many_gaps(self) -> bool:
-        """An eighth of the slots in use is idle, and may close up."""
+        """Whether an eighth of the slots in use is idle, so that closing the gaps pays."""
         num_idle = self.num_used - self.num_active
         return self._fixed_times is None and num_idle >= max(1, self.num_used // 8)
 
@@ -84,7 +85,7 @@ class Batch:
                 yield slot, running
 
     def seat(self, job: Job, count: int) -> tuple[int, int]:
-        """Put the job's next samples into the slots behind those in use; the first and the last + 1 of them."""
+        """Put the job's next samples into the slots after those in use. Returns the first slot, and the last + 1."""
         request, sampling = job.request, job.request.sampling
         start, end = self.num_used, self.num_used + count
         rows, indices = self.rows[start:end], range(job.num_started, job.num_started + count)
@@ -104,12 +105,12 @@ class Batch:
         return start, end
 
     def next_uniforms(self, start: int, end: int) -> np.ndarray:
-        """The uniform number behind the next token of each of these slots."""
+        """The uniform number that draws the next token of each of these slots."""
         slots = self._slots[start:end]
         return self.rows["uniforms"][slots, self.rows["num_sampled"][start:end]]
 
     def append(self, start: int, end: int, tokens: np.ndarray, logprobs: np.ndarray) -> None:
-        """One more token for each of the slots [start, end)."""
+        """Append a token to each of the slots [start, end)."""
         rows, slots = self.rows[start:end], self._slots[: end - start]
         num_sampled = rows["num_sampled"]
         rows["tokens"][slots, num_sampled] = tokens
@@ -119,7 +120,7 @@ class Batch:
         num_sampled += rows["active"]
 
     def sample(self, slot: int, version: int, finish_reason: FinishReason) -> Sample:
-        """What was sampled in a slot, the last token with the weights of `version`."""
+        """The finished sample of a slot. Its last token was sampled with `version`."""
         row, running = self.rows[slot], self.running[slot]
         assert running is not None, f"slot {slot} is free"
         num_sampled = int(row["num_sampled"])
@@ -142,14 +143,14 @@ class Batch:
         return running
 
     def _idle(self, slots: int | slice) -> None:
-        """Values with which a row is computed in the shortest time and changes nothing."""
+        """Set values that make an idle row cheap to compute and without effect."""
         for name, value in (("active", 0), ("position", 0), ("num_sampled", 0), ("greedy", False)):
             self.rows[name][slots] = value
         for name, value in (("temperature", 1), ("top_p", 1), ("top_k", 0)):
             self.rows[name][slots] = value
 
     def arrange(self) -> list[tuple[int, int]]:
-        """Close the gaps, the longest sequences first; the moves (from, to) to do in the cache, in this order."""
+        """Close the gaps, longest sequences first. Returns the moves (from, to) that the cache must do, in order."""
         positions, moves = self.rows["position"], []
         for start in range(0, self.num_active, self._block_size):
             end = min(start + self._block_size, self.num_active)
@@ -164,7 +165,7 @@ class Batch:
         return moves
 
     def spans(self) -> list[Span]:
-        """The slots to compute, cut where the number of cache times that attention has to read changes."""
+        """The slots to compute, split where the number of cache times that attention reads changes."""
         if self._fixed_times is not None:
             return [(0, len(self.running), self._fixed_times)]
         starts = range(0, self.num_used, self._block_size)

@@ -1,8 +1,9 @@
 """KV cache: keys and values of every running sequence, one slot each.
 
 Owns one buffer `[layer, slot, head, time, dim]`; heads are the key heads, then the value heads of a layer, so that a
-token's keys and values are written at once. Times up to a sequence's position are valid in its slot; what lies beyond
-is left over from others and hidden by the attention mask. Does not own: who sits in which slot (`batch.py`).
+token's keys and values are written at once. Times up to a sequence's position are valid in its slot; later ones are
+left over from other sequences, and the attention mask hides them. Does not own: which sequence has which slot
+(`batch.py`).
 
 Shapes: L layers, S slots, K key/value heads, T time, D head_dim, B slots in use, N sequences.
 """
@@ -42,7 +43,7 @@ class KVCache:
         self.views = lru_cache(maxsize=256)(self._make_views)
 
     def places(self, positions_B: torch.Tensor) -> torch.Tensor:
-        """Where `put` writes the token of slots 0 … B − 1 that stands at these positions, [B, 2 K]."""
+        """Where `put` writes the tokens of slots 0 … B − 1, which have these positions: [B, 2 K]."""
         return self._first_SK[: len(positions_B)] + positions_B.unsqueeze(1)
 
     def put(self, layer: int, places_BK: torch.Tensor, kv_BKD: torch.Tensor) -> None:
@@ -52,7 +53,7 @@ class KVCache:
     def _make_views(self, span: Span) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Keys and values [slots, K, num_times, D] of each layer, for attention.
 
-        `views` keeps them: to make one costs as much as a small sum, and the same spans come back for many steps.
+        `views` caches them: making one costs as much as a small sum, and the same spans repeat for many steps.
         """
         start, end, num_times = span
         kv_LBKTD = self._data[:, start:end, :, :num_times]

@@ -42,7 +42,7 @@ class Model:
     def decode(
         self, weights: Weights, cache: KVCache, tokens_B: torch.Tensor, positions_B: torch.Tensor, spans: Sequence[Span]
     ) -> torch.Tensor:
-        """Logits [B, V] after token b of the sequence in slot b, which stands at `positions_B[b]`.
+        """Logits [B, V] after `tokens_B[b]`, at `positions_B[b]` of the sequence in slot b.
 
         `spans` cover the slots 0 … B − 1 in order.
         """
@@ -68,7 +68,7 @@ class Model:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits [N, V] after the last token of each prompt, and keys and values [L, N, 2 K, T, D] of all of them.
 
-        Prompts are padded on the right; what stands at padded times means nothing.
+        Prompts are padded on the right; keys and values at padded times are meaningless.
         """
         shape, (num_prompts, num_times) = self._shape, tokens_NT.shape
         rows = Workspace(shape, num_prompts * num_times, self._dtype, self._device).rows((num_prompts * num_times,))
@@ -91,7 +91,7 @@ class Model:
         return linear(self._norm(x_MH, weights.norm, rows)[last_N], weights.head).float(), kv_LNKTD
 
     def _project(self, layer: LayerWeights, x_MH: torch.Tensor, rotations_M1P: torch.Tensor, rows: Rows) -> None:
-        """Rotated queries and keys, and values, of the next attention."""
+        """Write the rotated queries and keys, and the values, of the next attention into the workspace."""
         _linear(self._norm(x_MH, layer.attention_norm, rows), layer.qkv, layer.qkv_bias, rows.heads_MR)
         if layer.qk_norm is not None:
             normed_MRD = rms_norm(rows.rotated_MRD, (self._shape.head_dim,), None, self._shape.norm_eps)
@@ -105,7 +105,7 @@ class Model:
         _add_linear(x_MH, silu(rows.gate_MI, inplace=True).mul_(rows.up_MI), layer.down, layer.down_bias)
 
     def _norm(self, x_MH: torch.Tensor, weight_H: torch.Tensor, rows: Rows) -> torch.Tensor:
-        """RMS norm, x / √(|x|² / H + ε). `rms_norm` is one kernel on a GPU, and on a CPU twice as many as these."""
+        """RMS norm, x / √(|x|² / H + ε). `rms_norm` is one kernel on a GPU, but twice as many as these on a CPU."""
         if x_MH.is_cuda:
             return rms_norm(x_MH, weight_H.shape, weight_H, self._shape.norm_eps)
         torch.linalg.vector_norm(x_MH, dim=1, keepdim=True, dtype=torch.float32, out=rows.roots_M1)

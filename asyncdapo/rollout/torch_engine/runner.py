@@ -1,13 +1,13 @@
 """Runner: continuous batching, one token of every running sequence at a time. Single-threaded, knows no event loop.
 
-    add, withdraw ──▶ Scheduler (who waits) ──▶ Batch (who sits where) ──▶ step: fill slots, decode, sample, finish
+    add, withdraw ──▶ Scheduler (waiting) ──▶ Batch (running, by slot) ──▶ step: fill slots, decode, sample, finish
     swap ──▶ the weights of the next token
 
-Owns the pointers to the weights in use, the KV cache and the order of things between two tokens: new weights first,
-then free slots are filled, then every running sequence gets a token. All samples of a prompt that start with the same
-weights share one prefill.
+Owns the pointers to the weights in use, the KV cache and the order of work between two tokens: load new weights, fill
+free slots, then sample a token for every running sequence. All samples of a prompt that start with the same weights
+share one prefill.
 
-In deterministic mode every forward pass has the same shapes whatever runs, so that sums are taken in the same order.
+In deterministic mode all forward passes have the same shapes, so that sums are always taken in the same order.
 
 Shapes: see `model.py`.
 """
@@ -32,7 +32,7 @@ from asyncdapo.rollout.torch_engine.scheduler import Job, Prefill, Scheduler
 from asyncdapo.rollout.torch_engine.weights import Weights
 
 BLOCK_SIZE = 16
-"""Slots whose attention reads equally far. On a GPU one block: a kernel launch there costs more than it would save."""
+"""Slots whose attention reads equally far. A GPU has one block: another kernel launch would cost more than it saves."""
 PREFILL_TOKENS = 4096
 """Most tokens, padding included, of one prefill pass with more than one prompt."""
 
@@ -49,16 +49,16 @@ class Counters:
 
 @dataclass
 class Progress:
-    """What one step came to."""
+    """Result of one step."""
 
     started: list[Job] = field(default_factory=list)
-    """Jobs of which the first token was sampled."""
+    """Jobs whose first token was sampled."""
     ended: list[Job] = field(default_factory=list)
     """The job of each sample that ended; those without `num_unfinished` samples are complete."""
 
 
 class Runner:
-    """Generates for the jobs that were added, with the weights of the last swap."""
+    """Generates the samples of the added jobs, with the weights of the last swap."""
 
     def __init__(
         self,
@@ -103,7 +103,7 @@ class Runner:
                 self._batch.release(slot)
 
     def swap(self, version: int, weights: Weights) -> Weights:
-        """The next token is sampled with these weights. Returns those that were in use."""
+        """Sample from the next token on with these weights. Returns the old ones."""
         before, self._weights = self._weights, weights
         for slot, running in self._batch.active():
             running.close_run(self.version, int(self._batch.rows["num_sampled"][slot]))
@@ -115,7 +115,7 @@ class Runner:
         return before
 
     def step(self) -> Progress:
-        """Fill free slots, then one token of every sequence that runs."""
+        """Fill free slots, then sample one token of every running sequence."""
         progress = Progress()
         self._fill(progress)
         if self._batch.num_active:
@@ -133,7 +133,7 @@ class Runner:
             self._seat(starts, progress)
 
     def _seat(self, starts: Sequence[tuple[Job, int]], progress: Progress) -> None:
-        """Samples of prompts that have a prefill get slots, the prompt's keys and values, and their first tokens."""
+        """Give starting samples their slots, the keys and values of their prompt, and their first tokens."""
         first, logits = self._batch.num_used, []
         for job, count in starts:
             if not job.num_started:
@@ -161,11 +161,11 @@ class Runner:
                 jobs[prompt].prefill = Prefill(logits_NV[row : row + 1], kv_L1KTD)
 
     def _recompute(self) -> None:
-        """Keys and values of running sequences, prompt and response so far, with the weights in use."""
+        """Recompute the keys and values of running sequences, prompt and response, with the weights in use."""
         slots, sequences = [], []
         for slot, running in self._batch.active():
             row = self._batch.rows[slot]
-            # The token sampled last isn't in the cache yet: the next decode writes it.
+            # The last sampled token isn't in the cache yet: the next decode writes it.
             response = row["tokens"][: int(row["num_sampled"]) - 1].tolist()
             slots.append(slot)
             sequences.append([*running.job.request.prompt_ids, *response])
@@ -177,9 +177,9 @@ class Runner:
     def _forward_all(
         self, sequences: Sequence[Sequence[int]], fixed_length: int
     ) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
-        """Whole sequences through the model, those of similar length together: (indices, logits, keys and values).
+        """Run whole sequences through the model, similar lengths together: (indices, logits, keys and values).
 
-        In deterministic mode one by one, each padded to `fixed_length`.
+        In deterministic mode they run one by one, each padded to `fixed_length`.
         """
         by_length = sorted(range(len(sequences)), key=lambda index: len(sequences[index]))
         while by_length:
@@ -214,7 +214,7 @@ class Runner:
         self._sample(0, len(rows), logits_BV, progress)
 
     def _sample(self, start: int, end: int, logits_BV: torch.Tensor, progress: Progress) -> None:
-        """Draw a token for each of the slots [start, end), and take out the sequences that it ends."""
+        """Sample a token for each of the slots [start, end), and remove the sequences that it ends."""
         batch, rows = self._batch, self._batch.rows[start:end]
         greedy, narrowed = rows["greedy"].any(), (rows["top_k"] > 0).any() or (rows["top_p"] < 1).any()
         tokens_B, logprobs_B = draw(

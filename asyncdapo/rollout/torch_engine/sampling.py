@@ -1,10 +1,10 @@
 """Sampling: draws one token per row of logits, and says how likely it was.
 
 The uniform number behind a draw is a pure function of the sample's seed and the token's index in the response, and the
-draw is the inverse of the cumulative distribution. So a sample doesn't depend on which others ran beside it.
+draw is the inverse of the cumulative distribution. So a sample doesn't depend on the others in its batch.
 
-The log-prob is the float32 log-softmax of logits / T over the whole vocabulary at the sampling temperature, also where
-top-k or top-p narrow the choice (evaluation); a greedy token has its value at T = 1.
+The log-prob is the float32 log-softmax of logits / T over the whole vocabulary at the sampling temperature T, even if
+top-k or top-p restrict the choice (evaluation). Greedy tokens use T = 1.
 
 Shapes: B rows, V vocabulary.
 """
@@ -42,8 +42,8 @@ def draw(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids int64 [B] and their log-probs float32 [B].
 
-    `greedy_B` marks rows that take their most likely token. `narrowing` is (top_k, top_p) per row, where 0 and 1 leave
-    a row whole.
+    `greedy_B` marks rows that take their most likely token. `narrowing` is (top_k, top_p) per row; 0 and 1 don't
+    restrict a row.
     """
     logprobs_BV = torch.log_softmax(logits_BV / temperatures_B.unsqueeze(1), dim=-1)
     probs_BV = logprobs_BV.exp()
@@ -51,7 +51,7 @@ def draw(
         probs_BV = narrow(probs_BV, *narrowing)
     cumulative_BV = probs_BV.cumsum(-1, dtype=torch.float64)
     targets_B1 = uniforms_B.unsqueeze(1) * cumulative_BV[:, -1:]
-    # Beyond the last token only where logits are not finite; the log-prob then says so.
+    # Beyond the last token only if logits are not finite; the log-prob then isn't either.
     tokens_B1 = torch.searchsorted(cumulative_BV, targets_B1, right=True).clamp_(max=logits_BV.shape[1] - 1)
     if greedy_B is not None:
         tokens_B1 = torch.where(greedy_B.unsqueeze(1), logits_BV.argmax(-1, keepdim=True), tokens_B1)

@@ -1,8 +1,8 @@
-"""Scheduler: which waiting samples start when slots come free. Pure Python, no tensors of its own.
+"""Scheduler: decides which waiting samples start when slots become free. Pure Python, no tensors of its own.
 
 Requests wait in order of arrival, urgent ones before all others. A request's samples start in order, as many as there
-are slots; the rest of them wait at the head. Slots are filled again when an eighth of them is free: filling one by one
-costs more in small copies than idle slots do.
+are free slots; the rest wait at the head of the queue. Slots are filled again when an eighth of them is free: small
+copies for every single slot would cost more than a few idle slots.
 
 In deterministic mode a request starts only when nothing runs, and never shares the slots with another.
 """
@@ -30,14 +30,14 @@ class Prefill:
 
 @dataclass(eq=False)
 class Job:
-    """A request on its way through the engine."""
+    """A request and the state of its samples."""
 
     request: Request
     samples: list[Sample | None] = field(init=False)
     num_unfinished: int = field(init=False)
     num_started: int = field(default=0, init=False)
     prefill: Prefill | None = field(default=None, init=False)
-    """Shared by the samples that still wait; dropped at a weight update."""
+    """Shared by the waiting samples; dropped at a weight update."""
 
     def __post_init__(self) -> None:
         self.samples = [None] * len(self.request.seeds)
@@ -53,7 +53,7 @@ class Job:
 
 
 class Scheduler:
-    """Holds the jobs of which some samples have not started."""
+    """Holds the jobs with samples that have not started."""
 
     def __init__(self, num_slots: int, *, one_at_a_time: bool = False) -> None:
         self._num_slots = num_slots
@@ -66,7 +66,7 @@ class Scheduler:
         (self._urgent if job.request.urgent else self._others).append(job)
 
     def withdraw(self, job: Job) -> None:
-        """Its waiting samples never start; a job without any is not an error."""
+        """Its waiting samples never start. A job without any is not an error."""
         queue = self._urgent if job.request.urgent else self._others
         if job in queue:
             queue.remove(job)

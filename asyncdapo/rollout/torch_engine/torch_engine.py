@@ -1,12 +1,11 @@
-"""Torch engine: `Engine` over a thread of its own that generates without a stop.
+"""Torch engine: implements `Engine` with a thread that generates continuously.
 
     event loop: generate, load_weights, stop ──inbox──▶ thread: Runner.step, again and again
     event loop: futures, on_started          ◀─call_soon_threadsafe── thread
 
-The thread alone touches the runner. Between two tokens it takes what the inbox holds; with nothing to do it sleeps on
-a condition. New weights are fused in a second thread into the set that doesn't generate, so generation goes on until
-the pointers are swapped. If the engine's thread ends, for whatever reason, every pending and every later call raises
-EngineError with the cause; nothing waits for a thread that is gone.
+Only the thread touches the runner. Between two tokens it empties the inbox; without work it sleeps on a condition. A
+second thread fuses new weights into the set that isn't in use, so generation continues until the pointers are swapped.
+If the engine's thread ends for any reason, every pending and every later call raises EngineError with the cause.
 """
 
 from __future__ import annotations
@@ -82,7 +81,7 @@ class TorchEngine:
         return self._runner.device
 
     def gauges(self) -> dict[str, float]:
-        """Also `steps`, and `slot_steps`: the sum over them of slots in use."""
+        """Adds `steps`, and `slot_steps`: the slots in use, summed over steps."""
         counters, elapsed_s = self._counters, time.monotonic() - self._started_s
         return {
             "tokens": counters.tokens,
@@ -96,7 +95,7 @@ class TorchEngine:
     # ---------------------------------------------------------------------------------------------- in the event loop
 
     async def start(self) -> None:
-        """Raises ConfigError for a checkpoint that can't be used. It is read here and never again."""
+        """Raises ConfigError for a checkpoint that can't be used. Only this method reads it."""
         self._loop = asyncio.get_running_loop()
         await self._loop.run_in_executor(self._filler, self._load)
         self._started_s = time.monotonic()
@@ -119,7 +118,7 @@ class TorchEngine:
                 self._order(lambda: self._runner.withdraw(job))
 
     async def load_weights(self, version: int, weights: Mapping[str, torch.Tensor]) -> LoadTimes:
-        """Raises WeightsError for tensors that aren't this model's; the weights in use are then left as they are."""
+        """Raises WeightsError for tensors that don't fit the model; the engine then keeps its weights."""
         began_s = time.monotonic()
         async with self._loading:
             if self._swapped is not None:  # an earlier call may have been cancelled before its swap
@@ -149,7 +148,7 @@ class TorchEngine:
         self._filler.shutdown()
 
     def _order(self, order: Callable[[], None]) -> None:
-        """The engine's thread does this between two tokens."""
+        """Have the engine's thread call this between two tokens."""
         with self._condition:
             self._inbox.append(order)
             self._condition.notify()
@@ -166,7 +165,7 @@ class TorchEngine:
                 self._jobs[job].set_result([sample for sample in job.samples if sample is not None])
 
     def _on_end(self, cause: BaseException | None) -> None:
-        """Nothing generates any more: tell everyone who waits."""
+        """Generation has ended: tell every waiting caller."""
         self._life.end(cause, (*self._jobs.values(), self._swapped))
 
     # ----------------------------------------------------------------------------------------- in the filler's thread
@@ -211,11 +210,11 @@ class TorchEngine:
                 while not self._stopping:
                     self._turn(self._wait_for_orders())
         finally:
-            # No handler: the exception keeps its way to the thread's hook, which prints it.
+            # No handler: the exception still reaches the thread's hook, which prints it.
             self._loop.call_soon_threadsafe(self._on_end, sys.exception())
 
     def _wait_for_orders(self) -> list[Callable[[], None]]:
-        """Orders since the last turn; returns at once while sequences run or wait."""
+        """The orders since the last turn. Waits for one only if no sequence runs or waits."""
         with self._condition:
             while not (self._inbox or self._stopping or self._runner.has_work):
                 self._condition.wait()
@@ -223,7 +222,7 @@ class TorchEngine:
             return orders
 
     def _turn(self, orders: list[Callable[[], None]]) -> None:
-        """One boundary between two tokens, and the next token of every sequence."""
+        """Execute the orders, then sample the next token of every sequence."""
         begin_s = time.monotonic()
         for order in orders:
             order()

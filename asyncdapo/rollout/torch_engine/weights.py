@@ -1,12 +1,11 @@
-"""Weights: named Hugging Face tensors become the fused buffers that the model computes with.
+"""Weights: turns named Hugging Face tensors into the fused buffers that the model computes with.
 
 In: a mapping of Hugging Face names to tensors, the whole model, tied ones once. Out: the same numbers in one
 projection for queries, keys and values, and one for gate and up. Two such sets exist: one generates while the other is
 filled, so filling needs no pause. A set that could not be filled is never used.
 
-The two members of each rotated pair stand i and i + head_dim / 2 apart in a Hugging Face head. Here they stand side by
-side, so that one complex product rotates all of them; attention scores don't see a permutation that queries and keys
-share.
+In a Hugging Face head, the two members of a rotated pair are at i and i + head_dim / 2. Here they are neighbours, so
+that one complex product rotates all pairs. Queries and keys share this permutation, so attention scores don't change.
 
 Shapes: V vocabulary, H hidden, I intermediate, D head_dim, P = D / 2 pairs, R = rows of query, key and value heads.
 """
@@ -24,7 +23,8 @@ from asyncdapo.rollout.torch_engine.checkpoint import ModelShape
 
 @dataclass(frozen=True, kw_only=True)
 class LayerWeights:
-    """One decoder layer. Projections stand as they are multiplied with, [inputs, outputs] (transposed in memory)."""
+    """One decoder layer. Projections have the shape they are multiplied in, [inputs, outputs] (transposed in
+    memory)."""
 
     attention_norm: torch.Tensor  # [H]
     qkv: torch.Tensor  # [H, R]
@@ -79,7 +79,7 @@ class Weights:
         for index, layer in enumerate(self.layers):
             self._fill_layer(unread, f"model.layers.{index}.", layer)
         unread.refuse_rest()
-        if self.norm.is_cuda:  # a GPU copies later; what it reads is overwritten by the next version
+        if self.norm.is_cuda:  # a GPU copies asynchronously, and the next version overwrites the source
             torch.cuda.current_stream(self.norm.device).synchronize()
 
     def _fill_layer(self, unread: _Unread, prefix: str, layer: LayerWeights) -> None:
@@ -111,13 +111,13 @@ class Weights:
 
 
 class _Unread:
-    """The tensors of a mapping that nothing has read yet."""
+    """Reads tensors of a mapping, and knows which have not been read."""
 
     def __init__(self, named: dict[str, torch.Tensor]) -> None:
         self._left = named
 
     def copy(self, name: str, target: torch.Tensor, paired: int = 0) -> None:
-        """Into `target`; with `paired` = D the two halves of every D rows are interleaved."""
+        """Copy into `target`; with `paired` = D the two halves of every D rows are interleaved."""
         source = self._left.pop(name, None)
         if source is None:
             raise ValueError(f"{name} is missing")
@@ -130,4 +130,4 @@ class _Unread:
 
     def refuse_rest(self) -> None:
         if self._left:
-            raise ValueError(f"{len(self._left)} tensors are not of this model, the first is {min(self._left)}")
+            raise ValueError(f"{len(self._left)} tensors don't belong to this model, the first is {min(self._left)}")

@@ -1,7 +1,7 @@
 """Workspace: the buffers that every layer of a forward pass computes in.
 
-They are made once and written again and again, so that they stay in the processor's cache, and so do the views of
-them: a decode step is small enough for allocations and views to count. Owns no values between two layers.
+Buffers and their views are made once and reused, so that they stay in the processor's cache: a decode step is so small
+that allocations and new views would cost noticeable time. Holds no values between two layers.
 
 Shapes: M tokens, H hidden, I intermediate, R = Q + 2 K query, key and value heads, K key/value heads, G = Q / K query
 heads of one key/value head, D head_dim, P = D / 2 rotated pairs.
@@ -17,7 +17,7 @@ from asyncdapo.rollout.torch_engine.checkpoint import ModelShape
 
 
 class Rows:
-    """Views of a workspace for the tokens of one pass, which attention takes in parts of `sizes` tokens."""
+    """Views of a workspace for the tokens of one pass. Attention computes them in parts of `sizes` tokens."""
 
     def __init__(self, workspace: Workspace, sizes: tuple[int, ...]) -> None:
         shape, num_rows = workspace.shape, sum(sizes)
@@ -38,7 +38,7 @@ class Rows:
         self._pairs_MRP = _pairs(self.rotated_MRD) if workspace.heads.dtype == torch.float32 else None
 
     def rotate(self, rotations_M1P: torch.Tensor) -> None:
-        """Turn every pair of every query and key by its token's angle, in float32."""
+        """Rotate every pair of every query and key by its token's angle, in float32."""
         if self._pairs_MRP is not None:
             self._pairs_MRP.mul_(rotations_M1P)
         else:

@@ -1,7 +1,7 @@
-"""Adapter: the one place that speaks to vLLM's AsyncLLM, in the dialects of vLLM 0.25 to 0.32.
+"""Adapter: the only place that calls vLLM's AsyncLLM. Works with vLLM 0.25 to 0.32.
 
 In: engine arguments, token ids, sampling parameters, versions. Out: a running AsyncLLM; token ids with log-probs, never
-text. What a release lacks is found out by asking its classes. A process that ended shows as EngineError here.
+text. Features that a release lacks are detected on its classes. A dead process raises EngineError here.
 """
 
 # vLLM is an extra, and may not be installed where types are checked.
@@ -32,8 +32,8 @@ FLAT_LOGPROBS: dict[str, Any] = {"flat_logprobs": True} if hasattr(SamplingParam
 
 
 def launch(arguments: AsyncEngineArgs) -> AsyncLLM:
-    """Starts the engine's processes and blocks until they can generate. Raises UserError for arguments that vLLM
-    refuses, EngineError when its processes fail; what they print has the cause."""
+    """Start the engine's processes and block until they can generate. Raises UserError for arguments that vLLM
+    refuses, EngineError when its processes fail; the cause is in their output."""
     try:
         config = arguments.create_engine_config()
     except ValueError as error:
@@ -41,7 +41,7 @@ def launch(arguments: AsyncEngineArgs) -> AsyncLLM:
     try:
         return AsyncLLM.from_vllm_config(config, disable_log_stats=True)
     except RuntimeError as error:
-        raise EngineError(f"vLLM could not start, its output in the log of this process says why: {error}") from error
+        raise EngineError(f"vLLM could not start; its output in the log of this process says why: {error}") from error
 
 
 class Adapter:
@@ -52,12 +52,13 @@ class Adapter:
         self.vocab_size: int = llm.model_config.get_vocab_size()
 
     async def begin(self, version: int) -> None:
-        """Label what is sampled from now on. Also the first question to vLLM, which every request would wait for."""
+        """Label tokens with `version` from now on. Also makes vLLM's slow first call, so that no request waits for
+        it."""
         await self._vital("starting", self._llm.get_supported_tasks())
         await self._vital("starting", self._label(version))
 
     def params(self, sampling: Sampling, seed: int | None = None) -> SamplingParams:
-        """The end-of-sequence ids of the checkpoint count as stop tokens like any others, or not at all."""
+        """vLLM's own end-of-sequence handling is off: the stop tokens are exactly `stop_token_ids`."""
         return SamplingParams(
             temperature=sampling.temperature,
             top_p=sampling.top_p,
@@ -75,8 +76,8 @@ class Adapter:
     async def generate(
         self, prompt_ids: list[int], params: SamplingParams, request_id: str, *, salt: int, priority: int
     ) -> AsyncIterator[RequestOutput]:
-        """What is new of one sequence, until an output has a finish reason. Prompts share a prefix cache with those of
-        the same `salt` only. Raises EngineError."""
+        """The new tokens of one sequence, output by output, until one has a finish reason. Only prompts of the same
+        `salt` share a prefix cache. Raises EngineError."""
         prompt: Any = {"type": "token", "prompt_token_ids": prompt_ids, "cache_salt": str(salt)}
         try:
             async for output in self._llm.generate(prompt, params, request_id, priority=priority):
@@ -85,20 +86,20 @@ class Adapter:
             raise EngineError("the vLLM engine died") from error
 
     async def abort(self, request_ids: Iterable[str]) -> None:
-        """Their outputs end with the reason `abort`; unknown ones are passed over."""
+        """End these requests: their outputs finish with the reason `abort`. Unknown ids are ignored."""
         await self._vital("aborting", self._llm.abort(list(request_ids)))
 
     async def pause(self, *, recompute: bool) -> None:
-        """Nothing is sampled when this returns, and what was sampled has been handed out. `recompute`: every running
-        request computes its keys and values again when it goes on."""
+        """Stop sampling. On return all sampled tokens have been delivered. `recompute`: every running request computes
+        its keys and values again when it resumes."""
         await self._vital("pausing", self._llm.pause_generation(mode="keep", clear_cache=recompute))
 
     async def resume(self) -> None:
         await self._vital("resuming", self._llm.resume_generation())
 
     async def load(self, version: int) -> None:
-        """Put the weights that the workers received as `version` in place, while paused. Raises WeightsError, after
-        which only another complete load makes the engine usable."""
+        """Load the weights that the workers received as `version`; call it while paused. Raises WeightsError; after
+        that only another complete load makes the engine usable."""
         request = WeightTransferUpdateRequest(update_info={"version": version})
         try:
             await self._llm.start_weight_update()
@@ -111,16 +112,16 @@ class Adapter:
             raise WeightsError(f"version {version} can't be loaded: {error}") from error
 
     async def rpc(self, method: str, *args: Any) -> list[Any]:
-        """What `method` of the workers returned, in rank order. Raises RunError when it raised."""
+        """The results of `method` of the workers, in rank order. Raises RunError if it raised."""
         try:
             return await self._llm.collective_rpc(method, args=args)
         except EngineDeadError as error:
             raise EngineError("the vLLM engine died") from error
-        except Exception as error:  # vLLM passes every failure of its processes on as a plain one
+        except Exception as error:  # vLLM passes on every failure of its processes as a plain Exception
             raise RunError(f"{method} failed in the vLLM engine: {error}") from error
 
     def shut_down(self) -> None:
-        """Blocks until its processes have been told to end, and most of them have."""
+        """Block until the processes have been told to end, and most of them have ended."""
         self._llm.shutdown()
 
     async def _label(self, version: int) -> None:
@@ -128,7 +129,7 @@ class Adapter:
             await self._llm.update_weight_version(str(version))
 
     async def _vital(self, what: str, call: Awaitable[Any]) -> None:
-        """What an engine can't go on without. Raises EngineError however it fails."""
+        """Await a call that the engine can't work without. Raises EngineError if it fails in any way."""
         try:
             await call
         except EngineDeadError as error:
@@ -138,7 +139,7 @@ class Adapter:
 
 
 def _in_a_line(error: ValueError) -> str:
-    """What vLLM says; of pydantic's pages only what is wrong with what."""
+    """vLLM's message; of a long pydantic error only the fields and what is wrong with them."""
     if not isinstance(error, ValidationError):
         return " ".join(str(error).split())
     found = [(".".join(map(str, problem["loc"])), problem["msg"]) for problem in error.errors()]

@@ -1,8 +1,8 @@
-"""Arguments: a rollout configuration and a checkpoint become vLLM's engine arguments and environment.
+"""Arguments: turns a rollout config and a checkpoint into vLLM's engine arguments and environment.
 
-In: `RolloutConfig`, the model's directory, what the weight transfer is called. Out: `AsyncEngineArgs` with the user's
-`engine_args` on top; what the engine relies on isn't among them, which the configuration has checked. vLLM is imported
-here, by whoever calls these functions.
+In: `RolloutConfig`, the model's directory, the name of the weight transfer. Out: `AsyncEngineArgs`, overridden by the
+user's `engine_args`; RolloutConfig has refused those that the engine relies on. Only the functions import vLLM, not
+this module.
 """
 
 # vLLM is an extra, and may not be installed where types are checked.
@@ -27,26 +27,27 @@ if TYPE_CHECKING:
     from vllm.engine.arg_utils import AsyncEngineArgs
 
 STREAM_INTERVAL = 16
-"""Tokens of a sample that vLLM hands over at once, after the first one, where it labels them with versions itself."""
+"""Tokens of a sample that vLLM delivers at once, after the first one; used if vLLM labels tokens with versions
+itself."""
 CPU_BLOCK = 128
 """Tokens in one block of vLLM's KV cache on CPU; a sequence takes whole ones."""
 CPU_CACHE_ROOM = 1.25
-"""KV cache of the CPU build as a multiple of what full slots hold: the rest keeps prompts for the next request."""
+"""KV cache of the CPU build, as a multiple of what full slots need. The rest caches prompts for later requests."""
 
 
 def set_environment(config: RolloutConfig) -> None:
-    """For vLLM in this process and its children. To be called before vLLM is imported, and before PyTorch computes."""
+    """Set variables for vLLM in this process and its children. Call it before vLLM is imported and PyTorch computes."""
     os.environ |= {
         PARENT_VARIABLE: str(os.getpid()),
         "OMP_NUM_THREADS": str(config.threads),
         # A fork of a process with threads (Ray's, PyTorch's) may deadlock.
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
     }
-    if "VLLM_PLUGINS" in os.environ:  # the only ones that vLLM calls
+    if "VLLM_PLUGINS" in os.environ:  # if set, vLLM calls only these
         os.environ["VLLM_PLUGINS"] += f",{PLUGIN}"
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # pinning would override OMP_NUM_THREADS
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # each load warns of layers that have no weights anyway
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # each load warns of layers that have no weights
 
 
 def engine_args(
@@ -78,11 +79,11 @@ def engine_args(
         "max_model_len": num_positions,
         "tensor_parallel_size": config.tensor_parallel,
         "skip_tokenizer_init": True,
-        "generation_config": "vllm",  # the checkpoint's sampling parameters are not asked for
+        "generation_config": "vllm",  # ignores the checkpoint's sampling parameters
         "logprobs_mode": "processed_logprobs",
         "scheduling_policy": "priority",
         "stream_interval": STREAM_INTERVAL if NATIVE_VERSIONS else 1,
-        "seed": secrets.randbits(31),  # a restarted worker doesn't sample the same completions again
+        "seed": secrets.randbits(31),  # a restarted worker must not sample the same completions again
         "disable_log_stats": True,
         "use_tqdm_on_load": False,
         "weight_transfer_config": WeightTransferConfig(backend=transfer),
@@ -98,7 +99,7 @@ def engine_args(
 
 
 def _check_device(device: str, found: str) -> None:
-    """Raises ConfigError where the installed vLLM computes on `found` and that isn't `rollout.device`."""
+    """Raises ConfigError unless the device that the installed vLLM uses, `found`, fits `rollout.device`."""
     if found not in ("cpu", "cuda"):
         raise ConfigError(
             "rollout.engine",
@@ -119,26 +120,26 @@ def _refuse_unknown(given: dict[str, Any], known: set[str]) -> None:
 
 
 def _one_node(config: RolloutConfig) -> dict[str, Any]:
-    """Workers are children of this process. By itself vLLM makes them Ray actors where it finds itself in a placement
-    group, which has no room for them."""
+    """Make workers children of this process. Inside a Ray placement group vLLM would make them actors, for which the
+    group has no room."""
     return {"distributed_executor_backend": "mp"} if config.tensor_parallel > 1 else {}
 
 
 def _cpu_arguments(model: PretrainedConfig, config: RolloutConfig, num_positions: int) -> dict[str, Any]:
-    """Without CUDA there are no graphs to replay, and memory is shared with everything else on the machine."""
+    """Without CUDA there are no graphs to replay, and the machine's memory is shared with other processes."""
     from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
-    # Without this vLLM compiles one small function of the sampler: 3 to 16 s for the first request, and slower ones.
+    # Otherwise vLLM compiles one small function of the sampler: 3 to 16 s for the first request, and later ones slower.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     arguments = {"enforce_eager": True, "kv_cache_memory_bytes": _kv_cache_bytes(model, config, num_positions)}
     if config.tensor_parallel == 1:
-        # By its name the CPU build would take a third process for the one worker, which costs seconds at every start.
+        # Given by name ("uni"), the CPU build would start another process for the one worker: seconds at every start.
         arguments["distributed_executor_backend"] = UniProcExecutor
     return arguments
 
 
 def _kv_cache_bytes(model: PretrainedConfig, config: RolloutConfig, num_positions: int) -> int:
-    """Keys and values of one process, for sequences of full length in all slots and for prompts of the past."""
+    """Bytes of one process's KV cache: sequences of full length in all slots, and cached prompts."""
     text = model.get_text_config()
     num_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads

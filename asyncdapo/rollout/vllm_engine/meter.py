@@ -1,4 +1,4 @@
-"""Meter: how much an engine has sampled, and how long it had anything to do.
+"""Meter: how much an engine has sampled, and how long it had work.
 
 In: calls when something happens. Out: cumulative counters. Busy is the time in which requests were outstanding and
 generation was not paused.

@@ -1,8 +1,9 @@
-"""Plugin that vLLM calls in each of its processes: ours end with the process that started them.
+"""Plugin that vLLM calls in each of its processes: our vLLM processes end with the process that started them.
 
-The kernel sends the parent-death signal, so that not even SIGKILL of a rollout worker leaves a process that computes.
-A variable names the process whose vLLM children are ours: the one with the engine, then each child for its own. Other
-users of vLLM in the same Python environment, even below a rollout worker, have other parents and are left alone.
+It asks the kernel for a parent-death signal, so that even after SIGKILL of a rollout worker no process is left. An
+environment variable names the parent whose vLLM children are ours: first the process with the engine, then each child
+for its own children. Other vLLM processes in the same Python environment, even below a rollout worker, have other
+parents and are left alone.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ PR_SET_PDEATHSIG = 1
 
 
 def register() -> None:
-    """Entry point `vllm.general_plugins`. vLLM calls it several times in a process; the first one counts."""
+    """Entry point `vllm.general_plugins`. vLLM calls it several times in a process; only the first call counts."""
     parent = multiprocessing.parent_process()
     if parent is None or os.environ.get(PARENT_VARIABLE) != str(parent.pid):
         return

@@ -1,8 +1,8 @@
-"""Processes of an engine: to know at once when one ends, and to end them.
+"""Processes of an engine: notices at once when one ends, and ends them.
 
-In: the process ids of the engine's own children. Out: a call in the event loop as soon as one of the family has ended,
-by the kernel's own notice (a pidfd becomes readable), without polling and without vLLM's help. A pidfd names its
-process for good, so that no other one that gets its number later is taken for it.
+In: the process ids of the engine's own children. Out: a call in the event loop as soon as one of the family has ended.
+The kernel tells (a pidfd becomes readable), without polling and without vLLM's help. A pidfd always refers to the same
+process, even after its pid is reused.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ WORKER_NAMES = ("VLLM::", "multiprocessing.spawn")
 
 
 def child_pids() -> set[int]:
-    """Processes that this one started by `multiprocessing`."""
+    """Pids of the processes that this one started by `multiprocessing`."""
     return {process.pid for process in multiprocessing.active_children() if process.pid is not None}
 
 
 class Family:
-    """Children of this process, and what is below them of the same kind: not helpers that come and go."""
+    """Children of this process and their workers, at any depth; not short-lived helpers."""
 
     def __init__(self, pids: Iterable[int]) -> None:
         """Raises EngineError for one that has ended already."""
@@ -56,12 +56,12 @@ class Family:
         for pidfd in self._pidfds.values():
             asyncio.get_running_loop().remove_reader(pidfd)
 
-    def end(self, patience_s: float) -> None:
-        """Blocks until all have ended; those that haven't within `patience_s` are killed. After `unwatch`."""
+    def end(self, timeout_s: float) -> None:
+        """Block until all have ended; those that still run after `timeout_s` are killed. Call `unwatch` first."""
         for pidfd in self._pidfds.values():
             ends = select.poll()
             ends.register(pidfd, select.POLLIN)
-            if not ends.poll(1000 * patience_s):
+            if not ends.poll(1000 * timeout_s):
                 signal.pidfd_send_signal(pidfd, signal.SIGKILL)
                 ends.poll()
             os.close(pidfd)

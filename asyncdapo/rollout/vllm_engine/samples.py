@@ -1,8 +1,8 @@
-"""Samples: what vLLM streams of one sequence becomes a `Sample`, and a request's samples come together.
+"""Samples: collects what vLLM streams of each sequence into a `Sample`, and the samples of a request.
 
-In: vLLM's completion outputs, each with tokens sampled since the last. Out: token ids, log-probs, and the version of
-every token. vLLM stamps versions itself from 0.27 on, where they are sampled; before that the caller's label of each
-output counts, which is right because outputs are drained before a version changes.
+In: vLLM's completion outputs, each with the tokens sampled since the last. Out: token ids, log-probs, and the version
+of every token. From 0.27 on, vLLM itself labels tokens with versions. For older releases the caller labels each output,
+which is right because all outputs are drained before a version changes.
 """
 
 # vLLM is an extra, and may not be installed where types are checked.
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Job:
-    """A request on its way through the engine."""
+    """A request and the state of its samples."""
 
     def __init__(self, request: Request) -> None:
         self.request = request
@@ -31,7 +31,7 @@ class Job:
         self.num_unfinished = len(self.samples)
         self.started = False
         self.request_ids: set[str] = set()
-        """Ids by which vLLM has its samples that aren't finished."""
+        """vLLM's ids of the unfinished samples."""
 
     def finish(self, index: int, sample: Sample) -> None:
         self.samples[index] = sample
@@ -39,7 +39,7 @@ class Job:
 
 
 class Stream:
-    """Tokens of one sequence, as they arrive."""
+    """Collects the tokens of one sequence."""
 
     def __init__(self) -> None:
         self.token_ids: list[int] = []
@@ -47,13 +47,13 @@ class Stream:
         self._versions: Runs = []
 
     def add(self, output: CompletionOutput, version: int) -> int:
-        """Take the new tokens, sampled by `version` unless the output says otherwise; returns how many they are."""
+        """Add the new tokens, sampled by `version` unless the output says otherwise. Returns their number."""
         num_tokens = len(output.token_ids)
         if num_tokens:
             self.token_ids += output.token_ids
             self._logprobs += _logprobs_of(output.token_ids, output.logprobs)
             self._label(version, num_tokens)
-        spans = getattr(output, "weight_versions", None)  # with the last output
+        spans = getattr(output, "weight_versions", None)  # only the last output has them
         if spans is not None:
             self._versions = [(int(span.version), span.end - span.start) for span in spans]
         return num_tokens
@@ -73,7 +73,7 @@ class Stream:
 
 
 def _logprobs_of(token_ids: Sequence[int], logprobs: Any) -> list[float]:
-    """Of the sampled tokens, which are the only ones asked for: a flat list, or a dict for each position."""
+    """Log-probs of the sampled tokens. vLLM gives a flat list, or a dict for each position."""
     flat = getattr(logprobs, "logprobs", None)
     if flat is not None:
         return flat

@@ -1,15 +1,15 @@
-"""vLLM engine: `Engine` over vLLM's AsyncLLM, whose processes generate without a stop.
+"""vLLM engine: implements `Engine` with vLLM's AsyncLLM, whose processes generate continuously.
 
     event loop: generate ──token ids──▶ EngineCore (and, with tensor_parallel, a worker process for each GPU)
                 Sample   ◀──outputs──── EngineCore
     event loop: load_weights ──pause, start, update, finish, resume──▶ workers, which hold the new weights
 
-Every sample of a request is a request of vLLM's own; those of a group are added together and share the prefix cache.
-Its salt changes with every load, and a sample without a token by then is asked anew, so that no prompt is read by the
-weights of two versions. Versions: see `samples.py`; the label changes while generation is paused.
+Every sample is a separate request to vLLM; those of a group are added together and share the prefix cache. The cache's
+salt changes with every load, and samples that have no token yet are then requested again, so that no prompt is computed
+with the weights of two versions. Version labels (`samples.py`) change while generation is paused.
 
 A load that fails half-way leaves the engine paused, with the requests in it: the next complete load resumes them. When
-a process of the engine ends, for whatever reason, every pending and every later call raises EngineError.
+a process of the engine ends for any reason, every pending and every later call raises EngineError.
 
 The processes are started by a thread that lives as long as the engine: the kernel's parent-death signal (`plugin.py`)
 comes when the *thread* that started a process ends.
@@ -45,8 +45,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-END_PATIENCE_S = 5.0
-"""How long a process of a stopped engine may take to end before it is killed."""
+END_TIMEOUT_S = 5.0
+"""Time for a process of a stopped engine to end by itself; then it is killed."""
 URGENT, ORDINARY = 0, 1
 """Priorities; vLLM starts the lower one first."""
 
@@ -84,7 +84,7 @@ class VllmEngine:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._request_ids = map(str, itertools.count())
         self._tokenless: set[str] = set()
-        """Ids of the samples that vLLM has and that have no token yet."""
+        """vLLM's ids of the samples that have no token yet."""
 
         self._loading, self._pausing = asyncio.Lock(), asyncio.Lock()
         self._num_pauses = self._num_loads = self._version = 0
@@ -105,7 +105,7 @@ class VllmEngine:
         return self._version
 
     def pids(self) -> list[int]:
-        """Of the engine's processes, from its start until it was stopped."""
+        """Pids of the engine's processes; none before the start and after the stop."""
         return self._family.pids() if self._family else []
 
     def gauges(self) -> dict[str, float]:
@@ -129,7 +129,7 @@ class VllmEngine:
         self._meter.start()
 
     def _make(self) -> tuple[Adapter, Family]:
-        """In the thread that stays the parent of the engine's processes: vLLM, and these processes."""
+        """Start vLLM. Runs in the thread that stays the parent of the engine's processes."""
         set_environment(self._config)
         from asyncdapo.rollout.vllm_engine.adapter import Adapter, launch
 
@@ -154,7 +154,7 @@ class VllmEngine:
         await self._life.over()
 
     async def stop(self) -> None:
-        """Leaves no process behind."""
+        """End the engine and all its processes."""
         making, self._making = self._making, None
         if making is not None:
             await asyncio.wait([asyncio.wrap_future(making)])
@@ -165,13 +165,13 @@ class VllmEngine:
 
     def _shut_down(self, vllm: Adapter, family: Family) -> None:
         vllm.shut_down()
-        family.end(END_PATIENCE_S)
+        family.end(END_TIMEOUT_S)
 
     def _on_death(self, pid: int) -> None:
         self._on_end(EngineError(f"its process {pid} ended"))
 
     def _on_end(self, cause: BaseException | None) -> None:
-        """Nothing is generated any more: tell everyone who waits."""
+        """Generation has ended: tell every waiting caller."""
         if not self._life.alive:
             return
         if self._family is not None:
@@ -187,7 +187,7 @@ class VllmEngine:
         return task
 
     async def _unless_ended(self, work: Coroutine[Any, Any, T]) -> T:
-        """The result of the work, which goes on when the caller is cancelled. Raises EngineError when the engine ends
+        """The result of the work. The work continues if the caller is cancelled. Raises EngineError if the engine ends
         first."""
         task = self._spawn(work)
         await asyncio.wait([task, self._life.ended], return_when=asyncio.FIRST_COMPLETED)
@@ -215,14 +215,14 @@ class VllmEngine:
             self._note_activity()
 
     def _params(self, request: Request) -> list[SamplingParams]:
-        """Seeds count for evaluation only: with one of its own a sequence costs a random number generator, and kernels
-        for it at every token."""
+        """Only evaluation passes seeds to vLLM: a seeded sequence has its own random number generator, which costs
+        extra kernels for every token."""
         if request.urgent:
             return [self._vllm.params(request.sampling, seed) for seed in request.seeds]
         return [self._vllm.params(request.sampling)] * len(request.seeds)
 
     async def _sample(self, job: Job, index: int, params: SamplingParams) -> None:
-        """One sample of the job, asked anew when a load has aborted it. Ends early when the job is withdrawn."""
+        """One sample of the job, requested again if a load aborts it. Ends early if the job is withdrawn."""
         sample = None
         while sample is None and job in self._jobs:
             request_id = next(self._request_ids)
@@ -237,7 +237,7 @@ class VllmEngine:
             self._finish(job, index, sample)
 
     async def _follow(self, job: Job, params: SamplingParams, request_id: str) -> Sample | None:
-        """Take what vLLM sends for this id; returns the sample, none when it was aborted."""
+        """Collect the outputs for this id. Returns the sample; None if it was aborted."""
         prompt_ids, priority = job.request.prompt_ids, URGENT if job.request.urgent else ORDINARY
         outputs = self._vllm.generate(prompt_ids, params, request_id, salt=self._num_loads, priority=priority)
         stream, finish_reason = Stream(), None
@@ -251,7 +251,7 @@ class VllmEngine:
                 job.request.num_sampled += num_tokens
                 self._meter.num_tokens += num_tokens
             finish_reason = completion.finish_reason
-        if finish_reason == "abort":  # tokens that came between a load's look and its abort go with the rest
+        if finish_reason == "abort":  # tokens that arrived after the load chose what to abort are dropped, too
             job.request.num_running -= bool(stream.token_ids)
             return None
         if finish_reason not in ("stop", "length"):
@@ -275,7 +275,7 @@ class VllmEngine:
             self._jobs[job].set_result([sample for sample in job.samples if sample is not None])
 
     def _note_failure(self, task: asyncio.Task[None]) -> None:
-        """A sequence that vLLM can't end takes the engine with it: nothing says that others still can."""
+        """One failed sequence ends the engine: others may be stuck in the same way."""
         if not task.cancelled() and task.exception() is not None:
             self._on_end(task.exception())
 
@@ -285,19 +285,19 @@ class VllmEngine:
     # --------------------------------------------------------------------------------------------------------- weights
 
     async def rpc(self, method: str, *args: Any) -> list[Any]:
-        """What a method of the workers returns, in rank order; nothing is generated while it runs. Raises RunError when
-        it raised, EngineError when the engine ends first."""
+        """The results of a method of the workers, in rank order. Generation waits while it runs. Raises RunError if it
+        raised, EngineError if the engine ends first."""
         self._life.require()
         return await self._unless_ended(self._vllm.rpc(method, *args))
 
     async def load_weights(self, version: int, weights: Any) -> LoadTimes:
-        """`weights` is of no use here: they are where the workers received them. Raises WeightsError; generation is
-        then paused until another load succeeds."""
+        """Load the version that the workers have received; `weights` isn't used. Raises WeightsError; generation then
+        stays paused until another load succeeds."""
         self._life.require()
         return await self._unless_ended(self._load(version))
 
     async def _load(self, version: int) -> LoadTimes:
-        """One at a time, and always to its end: after half a load the engine couldn't continue."""
+        """One load at a time, and never cancelled: the engine couldn't continue after half a load."""
         async with self._loading:
             began_s = time.monotonic()
             async with self.paused():
@@ -315,8 +315,8 @@ class VllmEngine:
 
     @asynccontextmanager
     async def paused(self) -> AsyncIterator[None]:
-        """Nothing is sampled inside; requests in flight wait, new ones too. Generation goes on at the end of the last
-        of several, unless a load has failed half-way."""
+        """Nothing is sampled inside; running and new requests wait. Generation resumes when the last of several pauses
+        ends, unless a load has failed half-way."""
         self._num_pauses += 1
         try:
             async with self._pausing:

@@ -47,8 +47,8 @@ def test_the_kill_of_a_process_ends_the_vllm_processes_below_it_where_they_are_i
         pidfds = [os.pidfd_open(int(pid)) for pid in process.stdout.readline().split()]
         process.kill()
     try:
-        patience_s = 20 if ends else 0.5  # the kernel sends the signal before it lets the parent be waited for
-        found = [bool(select.select([pidfd], [], [], patience_s)[0]) for pidfd in pidfds]
+        timeout_s = 20 if ends else 0.5  # the kernel sends the signal before it lets the parent be waited for
+        found = [bool(select.select([pidfd], [], [], timeout_s)[0]) for pidfd in pidfds]
         assert found == [ends, ends]
     finally:
         for pidfd in pidfds:
