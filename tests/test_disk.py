@@ -48,7 +48,7 @@ def test_a_full_database_is_a_full_disk(tmp_path: Path) -> None:
     with closing(sqlite3.connect(path)) as ledger:
         ledger.execute("CREATE TABLE numbers (text)")
         ledger.execute("PRAGMA max_page_count = 10")
-        full = pytest.raises(DiskError, match=r"ledger.db: can't be written: database or disk is full \(make room")
+        full = pytest.raises(DiskError, match=r"ledger.db: can't be written: database or disk is full \(free space")
         with full, disk_errors(path):
             ledger.execute("INSERT INTO numbers VALUES (?)", ("x" * 100_000,))
 

@@ -1,7 +1,7 @@
-"""From their keys to ours: the table of a peer and what a user gave in, lines of our YAML and what is left over out.
+"""Applies the rules of a peer to what a user gave.
 
-Every key that was given ends in a line, or in the list of what is left, never in neither. What trains something else
-is said besides, by its rank.
+In: the peer's table and the user's settings. Out: lines of our YAML, the keys without a line, and what trains
+differently, by rank. Invariant: every key that the user gave is in a line or in the list of keys without one.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from asyncdapo.convert.settings import Setting, Settings
 from asyncdapo.errors import UserError
 
 SHORT = reprlib.Repr()
-"""Of lists: aliases of YAML make a small file an endless one."""
+"""Shortens lists and mappings: YAML aliases can make a small file endless."""
 SHORT.maxlist = SHORT.maxdict = SHORT.maxstring = SHORT.maxother = 100
 SHORT.maxlevel = 3
 OWN_DATA = "path/to/train.parquet"
-"""Stands for data that the user has to name; a launch refuses it."""
+"""Placeholder for data that the user has to name; a launch refuses it."""
 RANKS = {"rollout": Rank.SAMPLING, "run": Rank.SCHEDULE, "replay": Rank.SCHEDULE, "learner": Rank.SCHEDULE}
 RANKS |= {"model": Rank.TASK, "prompts": Rank.TASK, "reward": Rank.TASK, "loss": Rank.LOSS, "filter": Rank.LOSS}
 RANKS |= {"eval": Rank.EVAL}
-"""Of a section of ours whose key can't be made."""
+"""How serious it is if a key of this section of ours can't be made."""
 NEUTRAL = (
     *("run.name", "run.dir", "rollout.num_workers", "rollout.engine*", "rollout.tensor_parallel", "rollout.memory*"),
     *("rollout.slots", "learner.ranks", "learner.tokens_per_microbatch", "learner.activation*", "learner.*checkpoint*"),
 )
-"""Keys of these sections that results don't depend on."""
+"""Keys of these sections that don't change results."""
 
 
 @dataclass
@@ -47,7 +47,7 @@ class Line:
 
 @dataclass
 class Converted:
-    """All that is to be written."""
+    """Everything that is to be written."""
 
     lines: list[Line] = field(default_factory=list)
     left: list[tuple[str, str]] = field(default_factory=list)
@@ -55,31 +55,31 @@ class Converted:
     before: list[str] = field(default_factory=list)
     """Commands to run first."""
     notes: list[str] = field(default_factory=list)
-    """Said at the top."""
+    """Written at the top."""
     said: list[tuple[Rank, str]] = field(default_factory=list)
     """What trains differently."""
     besides: list[str] = field(default_factory=list)
-    """What the framework does otherwise and trains the same."""
+    """What the framework does differently without effect on training."""
 
     @property
     def loud(self) -> list[str]:
-        """What trains differently, most consequential first: said at the top and on stderr."""
+        """What trains differently, most consequential first: written at the top and to stderr."""
         return [text for _, text in sorted(dict.fromkeys(self.said), key=lambda pair: pair[0])]
 
     @property
     def values(self) -> dict[str, Any]:
-        """Of the lines, by our key."""
+        """Our key -> the value of its line."""
         return {line.ours: line.value for line in self.lines}
 
 
 def convert(peer: Peer, settings: Settings, defaults: dict[str, Any]) -> Converted:
-    """Apply every rule. `defaults` are ours, by dotted key: a line that nobody asked for and that says the same is left
-    out."""
+    """Apply every rule. `defaults` are ours, by dotted key: a line that equals our default is left out, unless the user
+    gave one of its keys."""
     given, names = _canonical(peer, settings)
     known = {key: Setting(value, inherited=f"{peer.title}'s default") for key, value in peer.defaults.items()} | given
     table = _Table(peer, known, names, {key for key, setting in given.items() if not setting.inherited})
     if other := next((key for key in given if any(fnmatchcase(table.shown(key), one) for one in peer.others)), ""):
-        raise UserError(f"{table.shown(other)}: no training by GRPO, PPO or their like, which is what there is here")
+        raise UserError(f"{table.shown(other)}: this trains by another method; only GRPO, PPO and similar ones convert")
     made = Converted(said=[(Rank.TASK, text) for text in settings.missing])
     for rule in peer.rules:
         if (not rule.theirs or any(key in known for key in rule.theirs)) and rule.ours not in made.values:
@@ -95,18 +95,18 @@ def convert(peer: Peer, settings: Settings, defaults: dict[str, Any]) -> Convert
 
 @dataclass
 class _Table:
-    """Their keys: those that were given and their defaults, and what has become of each."""
+    """Their keys, given or default, and what each was converted to."""
 
     peer: Peer
     known: dict[str, Setting]
     names: dict[str, str]
-    """That the user used."""
+    """The user's name of each key, which may be that of another version."""
     asked: set[str]
     settled: set[str] = field(default_factory=set)
     reasons: dict[str, str] = field(default_factory=dict)
     listed: set[str] = field(default_factory=set)
     lost: dict[str, list[str]] = field(default_factory=dict)
-    """Keys of ours that would follow from a value that isn't known."""
+    """Their key with an unknown value -> our keys that depend on it."""
 
     def shown(self, key: str) -> str:
         return _shown(self.names.get(key, key), self.known[key])
@@ -137,11 +137,11 @@ class _Table:
                 made.notes += [result.note] if result.note and result.note not in made.notes else []
 
     def list_left(self, made: Converted) -> None:
-        """Whatever was given and is in no line."""
+        """List every given key that is in no line."""
         for line in made.lines:
-            beside = [key for key in line.theirs if key in self.asked - self.settled]  # given, and without effect
-            self.settled |= set(beside)
-            line.shown = [self.shown(key) for key in line.theirs if key in (*line.shown, *beside)]
+            without_effect = [key for key in line.theirs if key in self.asked - self.settled]
+            self.settled |= set(without_effect)
+            line.shown = [self.shown(key) for key in line.theirs if key in (*line.shown, *without_effect)]
         for key in sorted(self.asked - self.settled | (self.asked & set(self.reasons)) | self.listed):
             made.left.append((self.shown(key), self.reasons.get(key) or _reason(self.peer, key)))
         for key, ours in self.lost.items():
@@ -149,27 +149,27 @@ class _Table:
 
 
 def _reason(peer: Peer, key: str) -> str:
-    """Why a key that no rule speaks of has no line."""
+    """Why a key has no line, if no rule gave a reason."""
     if why := next((why for pattern, why in peer.without if fnmatchcase(key, pattern)), ""):
         return why
     if any(key in rule.theirs for rule in peer.rules):
-        return "does nothing beside the other values"
-    return f"unknown: no key of {peer.title} here"
+        return "has no effect with the other values"
+    return f"unknown: not in our list of {peer.title}'s keys"
 
 
 def _lost(shown: str, why: str, ours: list[str], values: dict[str, Any]) -> list[tuple[Rank, str]]:
-    """What is to be said of a value that isn't known: which of our defaults stand for it."""
+    """The message about an unknown value: which of our defaults are used instead."""
     ours = [key for key in dict.fromkeys(ours) if key not in values and key.partition(".")[0] in RANKS]
     ours = [key for key in ours if not any(fnmatchcase(key, pattern) for pattern in NEUTRAL)]
     rank = min((RANKS[key.partition(".")[0]] for key in ours), default=None)
-    return [(rank, f"{shown}: {why}; our own default stands for {', '.join(ours)}")] if rank else []
+    return [(rank, f"{shown}: {why}; our own default is used for {', '.join(ours)}")] if rank else []
 
 
 def _placeholders(made: Converted) -> None:
-    """A run without data known is refused, and never one of our toy task."""
+    """Without known data, put in a name that a launch refuses: the run must never use our toy task."""
     if "prompts.path" in made.values:
         return
-    why = "no data are named that are known here: asyncdapo data prepare makes the file, and a launch refuses this name"
+    why = "no known data set is named: asyncdapo data prepare makes the file; a launch refuses this placeholder"
     made.said.insert(0, (Rank.TASK, f"prompts.path={OWN_DATA}: {why}"))
     own = [
         Line("prompts.task", "file", []),
@@ -180,7 +180,7 @@ def _placeholders(made: Converted) -> None:
 
 
 def _canonical(peer: Peer, settings: Settings) -> tuple[dict[str, Setting], dict[str, str]]:
-    """The settings under the names that the rules use, and by them the names that the user used."""
+    """The settings under the rules' names of their keys, and the user's name of each."""
     table: dict[str, Setting] = {}
     names: dict[str, str] = {}
     for name, setting in settings.table.items():
@@ -190,7 +190,7 @@ def _canonical(peer: Peer, settings: Settings) -> tuple[dict[str, Setting], dict
                 key = new + key.removeprefix(old)
                 break
         if key in table and not table[key].inherited and not setting.inherited:
-            other = f"the same as {name} in another version, which is given, too, and taken"
+            other = f"another version's name of {name}, which is also given and is used"
             settings.warnings.append(f"{_shown(names[key], table[key])}: {other}")
         table[key], names[key] = setting, name
     return table, names
@@ -206,8 +206,8 @@ def _answer(rule: Rule, known: dict[str, Setting], names: dict[str, str]) -> Any
 
 
 def _deciding(rule: Rule, keys: list[str], known: dict[str, Setting], asked: set[str], made: Any) -> list[str]:
-    """Of the keys that a rule looked at, those to name beside its line: its own, if it was given, and every one with
-    which the line changes; all where none is so."""
+    """The keys of a rule to show with its line: its first key if it was given, and every key that changes the value;
+    all keys if there is none."""
     own = [key for key in keys if key == rule.theirs[0] and key in asked]
     deciding = [
         key for key in keys if key in own or any(_changes(rule, key, known, made, to) for to in _others(known, key))
@@ -224,7 +224,7 @@ def _changes(rule: Rule, key: str, known: dict[str, Setting], made: Any, to: Any
 
 
 def _others(known: dict[str, Setting], key: str) -> tuple[Any, ...]:
-    """Other values that a key could have."""
+    """Other values that a key could have, to find out whether it changes a line."""
     value = known[key].value
     if isinstance(value, bool):
         return (not value,)

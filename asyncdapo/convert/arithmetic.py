@@ -6,15 +6,15 @@ import re
 from collections.abc import Callable
 
 Lookup = Callable[[str], str]
-"""Name of a variable -> its text. Raises ValueError for one that isn't known."""
+"""Name of a variable -> its text. Raises ValueError for an unknown one."""
 MAX = 1 << 63
 
 
 def arithmetic(text: str, value_of: Lookup) -> int:
-    """The value. Raises ValueError, ZeroDivisionError or RecursionError for what isn't understood."""
+    """The value of an expression. Raises ValueError, ZeroDivisionError or RecursionError if it can't be computed."""
     value, rest = _sum(re.findall(r"\d+|\$?\{?[A-Za-z_][A-Za-z0-9_]*\}?|\S", text), value_of)
     if rest:
-        raise ValueError(f"{rest[0]} is no part of it")
+        raise ValueError(f"{rest[0]} is unexpected")
     if abs(value) >= MAX:
         raise ValueError("it is too large")
     return value

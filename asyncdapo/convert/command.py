@@ -1,7 +1,7 @@
 """`asyncdapo convert`: another framework's script, config or arguments in, our YAML out.
 
-Each line names what it was made of, the end lists what has no line. Our own loader checks the result before it is
-shown, and its errors name their key.
+Each line names the keys that it was made from; the end lists the keys without a line. Our own loader checks the result
+before it is shown, and its errors name the other framework's key.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ STAND_IN = "model:\n  path: named-at-launch\n"
 
 
 def command(args: argparse.Namespace) -> int:
-    """Print or write the YAML, and say on stderr what was left. Raises UserError."""
+    """Print or write the YAML, and report keys without a line on stderr. Raises UserError."""
     words = args.source[1:] if args.source[:1] == ["--"] else args.source
     text, made = converted(args.peer, words)
     if args.out:
@@ -53,10 +53,10 @@ def command(args: argparse.Namespace) -> int:
 
 
 def _write(path: Path, text: str, *, force: bool) -> None:
-    """Over nothing but the same text, unless it is forced: the file may have been edited."""
+    """Write the file; `force` overwrites other content, which the user may have edited."""
     try:
         if path.exists() and not force and path.read_bytes() != text.encode():
-            raise UserError(f"{path}: is there already and says something else; --force replaces it")
+            raise UserError(f"{path}: exists with other content; --force replaces it")
         path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from error
@@ -82,7 +82,7 @@ def _our_defaults() -> dict[str, Any]:
 
 
 def _check(text: str, made: Converted) -> None:
-    """By the loader that a launch uses."""
+    """Check the YAML with the loader that a launch uses."""
     if not any(line.ours == "model.path" for line in made.lines):
         text += STAND_IN
     with tempfile.TemporaryDirectory() as folder:
@@ -95,9 +95,9 @@ def _check(text: str, made: Converted) -> None:
 
 
 def _with_source(problem: ConfigError, made: Converted) -> str:
-    """Which of their keys it comes from. Its place is in a file that nobody has seen."""
+    """The problem with the key of theirs that it comes from, since the user hasn't seen our file."""
     line = next((line for line in made.lines if line.ours.startswith(problem.key)), None)
-    return f"{problem.args[0]} [made of {', '.join(line.shown)}]" if line and line.shown else problem.args[0]
+    return f"{problem.args[0]} [made from {', '.join(line.shown)}]" if line and line.shown else problem.args[0]
 
 
 # ------------------------------------------------------------------------------------------------------------- printing
@@ -135,19 +135,19 @@ def _rendered(peer: Peer, settings: Settings, made: Converted) -> str:
     inherited = sum(bool(setting.inherited) for setting in settings.table.values())
     if inherited:
         parts.append(
-            _comment(f"{inherited} keys of the files that this one builds on are read, and listed only if used")
+            _comment(f"{inherited} keys come from the files that this one builds on; they are listed only if used")
         )
     if settings.warnings:
         parts.append("\n# Note:\n")
         parts += [_comment(warning, hang="    ", begin="#   ") for warning in dict.fromkeys(settings.warnings)]
     if made.besides:
-        parts.append(f"\n# What {peer.title} does otherwise, and trains the same:\n")
+        parts.append(f"\n# What {peer.title} does differently, without effect on training:\n")
         parts += [_comment(note, hang="    ", begin="#   ") for note in made.besides]
     return "".join(parts)
 
 
 def _numbered(said: list[str]) -> list[str]:
-    """Under a heading; nothing where nothing is said."""
+    """The differences, numbered, under a heading; nothing if there are none."""
     heading = "What trains differently here, most consequential first:"
     return [heading, *(f"{number}. {_printable(text)}" for number, text in enumerate(said, 1))] if said else []
 
@@ -158,12 +158,12 @@ def _comment(text: str, indent: str = "", hang: str = "", begin: str = "# ") -> 
 
 
 def _printable(text: str) -> str:
-    """On one line: what begins as a comment stays one."""
+    """The text on one line, so that a comment stays a comment."""
     return "".join(char if char.isprintable() else "?" for char in text)
 
 
 def _value(value: Any) -> str:
-    """As YAML on one line, in a form that every YAML reader takes for the same value."""
+    """The value as YAML on one line, in a form that every YAML reader reads alike."""
     if isinstance(value, float):
         return repr(value) if "." in repr(value) else repr(value).replace("e", ".0e")
     style = '"' if isinstance(value, str) and not value.isprintable() else None

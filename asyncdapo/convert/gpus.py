@@ -1,7 +1,7 @@
-"""Which GPUs do what: those of a peer's training in, our workers, ranks and placement out.
+"""The use of GPUs: a peer's GPU counts in, our workers, ranks and placement out.
 
-Here a learner rank holds the whole model on one GPU, and an engine shares a GPU only if it takes a single one. GPUs
-that larger engines and the learner share there are halved.
+Here a learner rank holds the whole model on one GPU, and an engine shares a GPU only if it needs a single one. If the
+peer's learner shares GPUs with larger engines, each gets half of them here.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from asyncdapo.convert.rules import Left, Made, Rule, whole
 
 @dataclass(frozen=True, kw_only=True)
 class Gpus:
-    """Of one training."""
+    """GPUs of one training run."""
 
     total: int
-    """Those of the learner; with those of the engines, unless `engines` says that they have their own."""
+    """GPUs of the learner, including those of the engines unless `engines` is set."""
     parallel: int
-    """GPUs that an engine takes."""
+    """GPUs of one engine."""
     groups: int
-    """In an update; a rank takes at least one."""
+    """Groups in an update; a rank needs at least one."""
     together: bool
     """Whether learner and engines share each GPU."""
     engines: int | Left | None = None
-    """On GPUs of their own."""
+    """Number of engines on GPUs of their own."""
 
     @property
     def shared(self) -> bool:
@@ -35,8 +35,8 @@ class Gpus:
 
 
 def rules(keys: tuple[str, ...], step: tuple[str, ...], read: Callable[..., Gpus | None]) -> tuple[Rule, ...]:
-    """`read` is called with the values of `keys`, then of `step`, the keys of a train step's size; it returns None
-    where they don't say how many GPUs there are."""
+    """The rules for workers, ranks and placement. `read` is called with the values of `keys`, then of `step` (the keys
+    of a train step's size). It returns None if they don't tell the number of GPUs."""
 
     def made(answer: Callable[[Gpus], Any]) -> Callable[..., Any]:
         def value(*values: Any) -> Any:
@@ -53,12 +53,12 @@ def rules(keys: tuple[str, ...], step: tuple[str, ...], read: Callable[..., Gpus
 
 
 def number_of(nodes: Any, each: Any) -> int:
-    """GPUs of all nodes."""
+    """Number of GPUs of all nodes."""
     return whole(1 if nodes is None else nodes) * whole(1 if each is None else each)
 
 
 def workers(gpus: Gpus) -> Any:
-    """Rollout workers."""
+    """Number of rollout workers."""
     if gpus.engines is not None:
         return gpus.engines
     if gpus.shared:
@@ -68,7 +68,7 @@ def workers(gpus: Gpus) -> Any:
 
 
 def ranks(gpus: Gpus) -> Any:
-    """Learner ranks."""
+    """Number of learner ranks."""
     if gpus.engines is not None:
         fewer = gpus.total > gpus.groups
         why = f"of {gpus.total} GPUs, no more than groups in an update" if fewer else ""
@@ -82,7 +82,7 @@ def ranks(gpus: Gpus) -> Any:
 
 
 def placement(gpus: Gpus) -> Any:
-    """Whether they share GPUs."""
+    """Whether learner and engines share GPUs."""
     if gpus.shared:
         return "shared"
     return Made("separate", "an engine on several GPUs shares none here" if gpus.together else "")

@@ -1,4 +1,4 @@
-"""What several peers mean by the same words: functions from their values to ours, for the tables of rules."""
+"""Conversions that several peers share: functions from their values to ours, for the tables of rules."""
 
 from __future__ import annotations
 
@@ -9,51 +9,51 @@ from typing import Any
 from asyncdapo.convert.rules import Differs, Left, Made, Rank, Rule, either, flag, number, plain, whole
 
 NO_LIMIT = 1_000_000
-"""Of train steps, where only the data end a run."""
+"""Train steps of a run that ends with its data."""
 DATA_FILES = (".parquet", ".jsonl", ".json", ".csv", ".arrow")
 SAME_SPLITS = ("train", "test", "validation", "val")
 
 # Why a key has no line.
 IN_LOSS = "a KL penalty is part of the loss here: loss.kl_coef"
-SPEED = "an implementation's own setting of speed or memory, which results don't depend on"
+SPEED = "an implementation's own setting of speed or memory, without effect on results"
 UNREPEATED = (
     "asyncdapo data prepare leaves repeated rows out: if yours repeat on purpose, multiply prompts.epochs and "
     "eval.num_samples by how often."
 )
 REPEATS = {"dapo-math-17k": 100, "aime-2024": 32, "gsm8k": 1}
-"""How often the published files hold each of their rows: 1,791,700 are 17,917 x 100, and 960 are 30 x 32."""
+"""How often the published files repeat each row: 1,791,700 rows are 17,917 x 100, and 960 are 30 x 32."""
 ROWS = {"aime-2024": 30, "gsm8k": 1319}
-"""For evaluation in the published files."""
+"""Evaluation rows of the published files."""
 OWN_FUNCTION = "path/to/file.py:function"
-"""Stands for a verifier that the user has to name; a launch refuses it."""
-OWN_GPUS = "which GPU holds what is settled by controller.placement, learner.ranks and rollout.num_workers"
-ENGINE = "the engine is set up otherwise here; rollout.engine_args passes arguments to vLLM"
+"""Placeholder for a verifier that the user has to name; a launch refuses it."""
+OWN_GPUS = "controller.placement, learner.ranks and rollout.num_workers decide the use of GPUs here"
+ENGINE = "the engine has other settings here; rollout.engine_args passes arguments to vLLM"
 CONSTANT = "the learning rate is constant after warm-up here"
-ALL_WEIGHTS = "LoRA there, all weights are trained here: more memory, and a learning rate for LoRA is too high for them"
+ALL_WEIGHTS = "LoRA there, full training here: it takes more memory, and a learning rate for LoRA is too high for it"
 ADVANTAGES = "loss.advantage is grpo here, or dr_grpo, rloo"
 CRITIC = "there is no critic here"
 TURNS = "one turn only here: tools and further turns are left out"
 
 SYNCHRONOUS = (
     Differs(
-        "It samples and trains in turn; here sampling runs one step ahead: replay.run_ahead=0 does as it does",
+        "It samples and trains in turn; here sampling runs one step ahead: replay.run_ahead=0 turns that off",
         Rank.SAMPLING,
         lambda made: "replay.run_ahead" not in made,
     ),
     Differs(
-        "Its ratio is against log-probs that the learner computes at the start of a step, as loss.anchor=proximal has "
-        "it; here against those of the policy that sampled",
+        "Its ratio is against log-probs that the learner computes at the start of a step, as with "
+        "loss.anchor=proximal; here it is against those of the policy that sampled",
         Rank.LOSS,
         lambda made: "loss.anchor" not in made,
     ),
 )
 SURPLUS = Differs(
-    "Groups beyond a batch are thrown away there; here they open the next batch",
+    "Groups beyond a batch are thrown away there; here they go into the next batch",
     Rank.DETAIL,
     lambda made: made.get("filter.enabled", True) and made.get("filter.mode") != "replace",
 )
 WHOLE_FILES = Differs(
-    "It evaluates every row of its files; here eval.num_prompts of them, 512 unless given",
+    "It evaluates every row of its files; here eval.num_prompts of them, 512 by default",
     Rank.EVAL,
     lambda made: "prompts.eval_path" in made and "eval.num_prompts" not in made,
 )
@@ -67,7 +67,7 @@ MODEL_GPUS = Differs(
 
 
 def data_rules(train: str, held_out_key: str) -> tuple[Rule, ...]:
-    """Of the keys that name files."""
+    """Rules for the keys that name files."""
     return (
         Rule("prompts.task", (train,), lambda files: "file"),
         Rule("prompts.path", (train,), train_data),
@@ -78,7 +78,7 @@ def data_rules(train: str, held_out_key: str) -> tuple[Rule, ...]:
 
 
 def epochs(passes: Any, *train: Any) -> Any:
-    """Passes over rows that are no longer repeated."""
+    """Epochs over data without the repeated rows."""
     if passes is None:
         return None
     named = [files for files in train if files]
@@ -86,32 +86,32 @@ def epochs(passes: Any, *train: Any) -> Any:
 
 
 def repeated(count: int, times: int) -> Any:
-    """A number that is to make up for the repetitions."""
-    why = f"{count} x {times}: theirs holds every row {times} times, and data prepare leaves repetitions out"
+    """The count, multiplied to make up for removed repetitions."""
+    why = f"{count} x {times}: their file holds every row {times} times, and data prepare removes repetitions"
     return Made(count * times, why) if times > 1 else count
 
 
 def repeats(files: Any) -> int | None:
-    """How often a file that is known by its name holds each row; None for another, for several, for a part of one."""
+    """How often a published file repeats each row; None for other files, several files, or a part of one."""
     return REPEATS.get(_place(files)[1])
 
 
 def _place(files: Any) -> tuple[str, str]:
-    """A single file's folder, and its name without its ending."""
+    """Folder and name, without the ending, of a single file."""
     files = files if isinstance(files, list) else [files]
     folder, _, name = str(files[0]).rpartition("/") if len(files) == 1 else ("", "", "")
     return folder.rpartition("/")[2].lower(), re.sub(r"\.(parquet|jsonl?)$", "", name).lower()
 
 
 def all_rows(files: Any) -> Any:
-    """Rows of the first file, where it is known."""
+    """Number of rows of the first file, if it is a published one."""
     folder, name = _place(files[:1] if isinstance(files, list) else files)
     rows = ROWS.get(folder if name in SAME_SPLITS else name)
     return None if rows is None else Made(rows, "all of its rows, as there")
 
 
 def samples(count: Any, files: Any) -> Any:
-    """Completions of each held-out prompt, in place of its repetitions. Only the first file is held out."""
+    """Completions of each held-out prompt, instead of its repetitions. Only the first file is held out."""
     times = (repeats(files[:1] if isinstance(files, list) else files) if files else None) or 1
     if count is None and times == 1:
         return None
@@ -119,26 +119,26 @@ def samples(count: Any, files: Any) -> Any:
 
 
 def own_function(*theirs: Any) -> Any:
-    """A reward function of the user's: its arguments are others there."""
+    """A user's reward function: theirs has other arguments."""
     named = ":".join(str(part) for part in theirs if part)
     return not_carried_over(f"REWARD FUNCTION {named}") if theirs[0] else None
 
 
 def not_carried_over(what: str) -> Left:
-    """Of what the user has to write anew."""
+    """For something that the user has to write again."""
     why = f"YOUR {what} IS NOT CARRIED OVER: reward.verifier={OWN_FUNCTION} (docs/reward.md)"
     return Left(why, loud=Rank.TASK)
 
 
 def advantage_of(name: Any, table: dict[str, str]) -> Any:
-    """Ours, else said aloud: another stands in for it."""
+    """Our advantage for theirs; if there is none, the output says that another one is used."""
     if name == "gae":
         return Left(f"IS NOT CARRIED OVER: {CRITIC}; {ADVANTAGES}", loud=Rank.LOSS)
     return table.get(str(name)) or Left(f"IS NOT CARRIED OVER: {ADVANTAGES}", loud=Rank.LOSS)
 
 
 def train_data(files: Any) -> Any:
-    """Files or data sets to what `data prepare` makes of them; several are drawn from as one."""
+    """The prepared files of their files or data sets; several become a mixture."""
     files = [file for file in (files if isinstance(files, list) else [files]) if file not in (None, "")]
     if not files:
         return Left("it names no file")
@@ -147,7 +147,7 @@ def train_data(files: Any) -> Any:
     if len(files) == 1:
         return _prepared(files[0], "train")
     made = [_prepared(file, "train") for file in files]
-    why = "drawn from alike here, row after row there: make the weights the numbers of rows"
+    why = "drawn from equally here, row after row there: set the weights to the numbers of rows"
     before = tuple(command for one in made for command in one.before)
     return Made({one.value: 1 for one in made}, why, before, UNREPEATED, Rank.TASK)
 
@@ -167,7 +167,7 @@ def held_out(files: Any) -> Any:
 
 
 def _prepared(source: str, split: str) -> Made:
-    """Where `data prepare` puts it; hub ids, files and the names of known sets are its sources."""
+    """The file that `data prepare` makes of a source: a hub id, a file or a published data set."""
     note = "" if repeats(source) else UNREPEATED
     is_file = source.endswith(DATA_FILES) or source.startswith(("/", "~", "."))
     stem = re.sub(r"\.(parquet|jsonl?|csv|arrow)$", "", source.rpartition("/")[2])
@@ -185,12 +185,12 @@ def _prepared(source: str, split: str) -> Made:
 
 
 def kl_coef(use: Any, coef: Any) -> Any:
-    """A weight that counts only if it is used."""
+    """The KL penalty's weight, 0 if the penalty is off."""
     return (number(coef) if coef is not None else None) if flag(use) else 0.0
 
 
 def estimator(name: Any, use: Any, coef: Any, table: dict[str, str]) -> Any:
-    """Of the KL penalty, where there is one."""
+    """The estimator of the KL penalty, if there is a penalty."""
     if name is None:
         return None
     if not flag(use) or not coef:
@@ -199,7 +199,7 @@ def estimator(name: Any, use: Any, coef: Any, table: dict[str, str]) -> Any:
 
 
 def otherwise(theirs: str, why: str, rank: Rank, off: tuple[Any, ...] = ()) -> Rule:
-    """For a key that trains something else, unless its value is nothing or one of `off`."""
+    """Rule for a key that changes training, unless its value is empty or one of `off`."""
 
     def value(given: Any) -> Left:
         if not given or given in off:
@@ -210,12 +210,12 @@ def otherwise(theirs: str, why: str, rank: Rank, off: tuple[Any, ...] = ()) -> R
 
 
 def known_loss(name: Any, table: dict[str, str]) -> Any:
-    """Ours, else said aloud: another stands in for it."""
-    return table.get(str(name)) or Left("no such loss here: PPO's clipped one stands for it", loud=Rank.LOSS)
+    """Our loss for theirs; if there is none, the output says that another one is used."""
+    return table.get(str(name)) or Left("no such loss here: PPO's clipped one is used instead", loud=Rank.LOSS)
 
 
 def whole_distribution(value: Any) -> Left:
-    """Nucleus and top-k in training."""
+    """Top-p and top-k in training."""
     if value in (None, 1, -1, 0):
         return Left("off, as it always is in training here")
     return Left("training samples from the whole distribution here", loud=Rank.SAMPLING)
@@ -225,7 +225,7 @@ def whole_distribution(value: Any) -> Left:
 
 
 def ceil_of(value: float, what: str) -> Any:
-    """A whole number here, a fraction there."""
+    """Rounded up to the whole number that our key takes."""
     return int(value) if value == int(value) else Made(ceil(value), f"{value:g} there; {what} here")
 
 
@@ -233,11 +233,11 @@ def group(completions: Any) -> Any:
     """Completions of a prompt."""
     if completions != 1:
         return None if completions is None else whole(completions)
-    return Left("a group of one has no baseline here: rollout.group_size is ours", loud=Rank.LOSS)
+    return Left("a group of one has no baseline here: our default of rollout.group_size is used", loud=Rank.LOSS)
 
 
 def updates(prompts: Any, mini: Any) -> Any:
-    """Mini-batches of a train step, both counted in prompts."""
+    """Mini-batches of a train step. Step and mini-batch are given in prompts."""
     if prompts is None or mini is None:
         return None
     prompts, mini = whole(prompts), whole(mini)
@@ -245,14 +245,14 @@ def updates(prompts: Any, mini: Any) -> Any:
 
 
 def even(prompts: int, at_least: float) -> Any:
-    """Updates of as many prompts each."""
+    """The least number of updates, at least `at_least`, that divides the prompts evenly."""
     at_least = min(max(1, at_least), prompts)
     made = next(count for count in range(ceil(at_least), prompts + 1) if prompts % count == 0)
     return made if made == at_least else Made(made, f"{at_least:g} there; even mini-batches here")
 
 
 def warmup(steps: Any, updates_of_step: Any) -> Any:
-    """Train steps to optimizer updates."""
+    """Warm-up in optimizer updates; theirs is in train steps."""
     if steps is None:
         return None
     per_step = plain(updates_of_step) or 1
@@ -261,12 +261,12 @@ def warmup(steps: Any, updates_of_step: Any) -> Any:
 
 
 def share_of_steps(ours: str) -> Left:
-    """Of a ratio, where the number of steps follows from the data's length."""
+    """For a ratio of the steps, if their number depends on the length of the data."""
     return Left(f"a share of the steps, whose number isn't known: set {ours}", loud=Rank.SCHEDULE)
 
 
 def every(value: Any) -> Any:
-    """Steps between evaluations; less than 1 is never."""
+    """Steps between evaluations; less than 1: never."""
     return None if value is None else max(0, whole(value))
 
 
@@ -280,37 +280,37 @@ def saves(value: Any) -> Any:
 
 
 def checkpointing(on: Any) -> str:
-    """Theirs is that of whole blocks."""
+    """Activation checkpointing; theirs is of whole blocks."""
     return "full" if flag(on) else "none"
 
 
 def kept_checkpoints(value: Any) -> Any:
-    """How many; null and negative are all."""
+    """Number of checkpoints to keep; null and negative: all."""
     return 0 if value is None or whole(value) < 1 else whole(value)
 
 
 def wandb(loggers: Any) -> Any:
-    """Whether W&B is among them."""
+    """`auto` if W&B is among the loggers."""
     if loggers is None:
         return None
     return "auto" if "wandb" in (loggers if isinstance(loggers, list) else [loggers]) else "disabled"
 
 
 def top_k(value: Any) -> Any:
-    """-1 is all there, 0 here."""
+    """Top-k. No limit is -1 there and 0 here."""
     return None if value is None else max(0, whole(value))
 
 
 def engine(name: Any) -> Any:
-    """vLLM where a GPU's engine was asked for."""
+    """Our engine: torch for `hf`, vLLM for every other one."""
     if name is None:
         return None
     return "vllm" if name == "vllm" else Made("torch" if name == "hf" else "vllm", f"{name} isn't known here")
 
 
 def dual_clip(bound: Any) -> Any:
-    """Ours is on unless it is switched off."""
-    return Made(None, "theirs is off unless it is given") if bound is None else number(bound)
+    """The dual clip's bound, null if theirs is off; ours is on by default."""
+    return Made(None, "off by default there") if bound is None else number(bound)
 
 
 def dtype(name: Any) -> Any:

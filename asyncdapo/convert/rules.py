@@ -1,6 +1,6 @@
-"""What the table of a peer is made of: rules from their keys to ours, and their answers.
+"""The parts of a peer's table: rules from their keys to ours, and the results of rules.
 
-A peer is data: its defaults where they differ from ours, rules, and the keys that have no counterpart with the reason.
+A peer is data: its defaults, rules, and the keys without a counterpart, each with the reason.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 
 class Rank(IntEnum):
-    """What a difference changes of a training, most consequential first."""
+    """What a difference changes in training, most consequential first."""
 
     TASK = 1
     """Data, model, verdict."""
@@ -26,38 +26,38 @@ class Rank(IntEnum):
 
 @dataclass(frozen=True)
 class Made:
-    """A value of ours that needs a word: why it isn't theirs, commands to run before, a note for the top."""
+    """A value of ours with remarks: why it differs from theirs, commands to run first, a note for the top."""
 
     value: Any
     why: str = ""
     before: tuple[str, ...] = ()
     note: str = ""
     loud: Rank | None = None
-    """What is said in `why` trains something else."""
+    """Set if the difference that `why` describes changes training."""
 
 
 def plain(made: Any) -> Any:
-    """The value without its word."""
+    """The value without remarks."""
     return made.value if isinstance(made, Made) else made
 
 
 @dataclass(frozen=True)
 class Left:
-    """The rule's first key has no counterpart; the reason."""
+    """The rule's first key has no counterpart; `why` is the reason."""
 
     why: str
     always: bool = False
-    """Listed even where the value is a default of theirs."""
+    """List it even if the value is their default."""
     loud: Rank | None = None
-    """What trains is something else: said at the top and on stderr as well, and always listed."""
+    """Set if this changes training: also written at the top and to stderr, and always listed."""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One key of ours, and the function that makes its value of theirs.
+    """One key of ours, and the function that computes its value from theirs.
 
-    `value` is called with the values of `theirs`, None for one that isn't given, and returns a value, `Made`, `Left`,
-    or None where the rule doesn't apply. It may raise ValueError or TypeError for a value that isn't what they take.
+    `value` is called with the values of `theirs`, None for each that isn't given. It returns a value, `Made`, `Left`,
+    or None if the rule doesn't apply. It may raise ValueError or TypeError for a value that their framework refuses.
     """
 
     ours: str
@@ -66,19 +66,19 @@ class Rule:
 
 
 def always(made: dict[str, Any]) -> bool:
-    """Whatever the lines."""
+    """For a difference that doesn't depend on the lines."""
     return True
 
 
 @dataclass(frozen=True)
 class Differs:
-    """What a framework does otherwise without any key."""
+    """A difference of the framework that no key controls."""
 
     text: str
     rank: Rank | None
-    """None where it trains the same."""
+    """None: without effect on training."""
     when: Callable[[dict[str, Any]], bool] = always
-    """By the values of the lines, under our keys."""
+    """Whether it applies, given the values of the lines by our keys."""
 
 
 @dataclass(frozen=True)
@@ -87,33 +87,33 @@ class Peer:
 
     title: str
     source: str
-    """Repository and commit whose keys these are."""
+    """Repository and commit that the keys are taken from."""
     rules: tuple[Rule, ...]
     defaults: dict[str, Any]
-    """Theirs, where a rule gives something that isn't our default."""
+    """Their defaults, as far as a rule turns them into something other than our default."""
     without: tuple[tuple[str, str], ...]
-    """Pattern of keys, and why they have no counterpart."""
+    """(pattern of keys, why they have no counterpart)."""
     differs: tuple[Differs, ...]
     aliases: tuple[tuple[str, str], ...] = ()
-    """Beginning of a key in another version, and in the rules."""
+    """(beginning of a key in another version, its beginning in the rules)."""
     flags: bool = False
-    """Arguments are `--key value`, else `key=value`."""
+    """Arguments have the form `--key value`, otherwise `key=value`."""
     others: tuple[str, ...] = ()
-    """Patterns of `key=value` that another kind of training is given, and none of the kind that is converted."""
+    """Patterns of `key=value` that show another method of training, which isn't converted."""
     texts: tuple[str, ...] = ()
-    """Keys whose value may name a text file, which stands for what it holds."""
+    """Keys whose value may name a text file; its content is then the value."""
 
 
 # ----------------------------------------------------------------------------------------------------- making of values
 
 
 def same(ours: str, theirs: str) -> Rule:
-    """The same value under another name; nothing where theirs is null."""
+    """The same value under another name; no line if theirs is null."""
     return Rule(ours, (theirs,), lambda value: value)
 
 
 def text(ours: str, theirs: str) -> Rule:
-    """As `same`, of a name or a path, which a number may be too."""
+    """As `same`, for a name or a path; a number becomes text."""
     return Rule(ours, (theirs,), lambda value: None if value in (None, "") else str(value))
 
 
@@ -143,5 +143,5 @@ def number(value: Any) -> float:
 
 
 def either(value: Any, table: dict[Any, Any], otherwise: str) -> Any:
-    """Ours for theirs by a table, else `Left`."""
+    """Our value for theirs, from the table; otherwise `Left`."""
     return table[value] if isinstance(value, str | bool) and value in table else Left(otherwise)

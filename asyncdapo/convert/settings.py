@@ -1,7 +1,7 @@
-"""What a user gives to `convert`, as one table: a script, a YAML or arguments in, each key with its value out.
+"""Reads what a user gives to `convert` into one table: a script, a YAML or arguments in, each key with its value out.
 
-Nested keys are dotted. Of a script only the command that trains is taken; arguments behind a file stand for the
-script's own (`"$@"`), so they win. A value that isn't known has the reason in place of itself.
+Nested keys are dotted. Of a script only the command that trains is used. Arguments after a file replace the script's
+own (`"$@"`), so they win. An unknown value has the reason instead of a value.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ PROGRAM = re.compile(r"(python[\d.]*|uv|swift|megatron|torchrun|accelerate)$")
 HYDRA = re.compile(r"(?:\+\+|[+~])?([A-Za-z_][\w./@-]*)=")
 STARTS_SCRIPT = re.compile(r"(ba|z)?sh$|source$|\.$")
 ENVIRONMENT = ("NNODES", "NPROC_PER_NODE")
-"""Variables of the shell that are as good as arguments."""
+"""Shell variables that count like arguments."""
 FLAG = re.compile(r"--([A-Za-z_][\w.-]*)(?:=|$)")
 PRODUCT = re.compile(r"mul:\s*(\d{1,18})\s*,\s*(\d{1,18})\s*")
-"""The one of NeMo RL's own functions that its recipes make batch sizes with."""
+"""The resolver function of NeMo RL with which its recipes compute batch sizes."""
 COLON = re.compile(r"""(?<=[{,])(\s*[A-Za-z_][\w.-]*):(?=[^\s/])""")
-"""Hydra's `{a:1}`, which YAML takes for a key without a value."""
+"""Hydra's `{a:1}`, which YAML would read as a key without a value."""
 MAX_KEYS = 20_000
-"""Aliases of YAML can make a small file endless."""
+"""Limit, since YAML aliases can make a small file endless."""
 MAX_REFERENCES = 20
 MAX_TEXT = 1 << 16
-"""Bytes of a text file that an argument names."""
+"""Most bytes of a text file that an argument names."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,9 @@ class Setting:
     unknown: str = ""
     """Why the value isn't known."""
     inherited: str = ""
-    """Where it comes from, if not from the user: the file of defaults that the user's builds on."""
+    """The file of defaults that it comes from; "" if the user gave it."""
     named: str = ""
-    """What the user gave, where the value is the text of a file."""
+    """The name that the user gave, if the value is the text of a file."""
 
 
 @dataclass
@@ -57,12 +57,12 @@ class Settings:
     table: dict[str, Setting] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
-    """Files that a YAML builds on and that aren't here."""
+    """Files that a YAML builds on but that don't exist here."""
 
 
 def read_settings(words: Sequence[str], *, flags: bool, texts: Sequence[str] = ()) -> Settings:
-    """A file and arguments, or arguments alone. Raises UserError. `flags`: `--key value`, else `key=value`; `texts`:
-    keys whose value may name a text file."""
+    """Read a file and arguments, or arguments alone. `flags`: arguments are `--key value`, otherwise `key=value`.
+    `texts`: keys whose value may name a text file. Raises UserError."""
     settings = Settings()
     first = words[0] if words else ""
     if not first:
@@ -79,7 +79,7 @@ def read_settings(words: Sequence[str], *, flags: bool, texts: Sequence[str] = (
 
 
 def _read_text(setting: Setting, folders: Sequence[Path]) -> Setting:
-    """The text of the file that the value names: here, or from any folder above the script, where it was started."""
+    """The text of the file that the value names, relative to this folder or to any folder above the script."""
     name = setting.value
     if setting.unknown or not isinstance(name, str) or not name.endswith(".txt"):
         return setting
@@ -117,7 +117,7 @@ def _read_file(path: Path, settings: Settings, flags: bool) -> None:
     for command in script.commands:
         if (FLAG if flags else HYDRA).match(command.words[0].text):
             what = " ".join(word.text for word in command.words)
-            why = "stands behind the end of a command (a comment between its lines ends it), not read"
+            why = "follows the end of a command (a comment between its lines ends it), not read"
             settings.warnings.append(f"line {command.line}: {what}: {why}")
     command = trainings[0][1]
     seen = dict(command.assigned)
@@ -125,7 +125,7 @@ def _read_file(path: Path, settings: Settings, flags: bool) -> None:
         value = script.variables.get(name)
         seen |= {name: value} if isinstance(value, Word) else {}
     settings.table |= {key: Setting(scalar(word.text), word.unknown) for key, word in sorted(seen.items())}
-    words = _behind_program(command)
+    words = _after_program(command)
     settings.warnings += [word.note for word in words if word.note]
     _read_arguments(words, settings, flags, folder=path.parent)
 
@@ -137,15 +137,15 @@ def _started(commands: Sequence[Command]) -> str:
         for command in commands
         if STARTS_SCRIPT.match(command.words[0].text) and len(command.words) > 1
     ]
-    return f" (it starts {started[-1]}: convert that, with what stands behind it there)" if started else ""
+    return f" (it starts {started[-1]}: convert that, with the arguments given to it)" if started else ""
 
 
 def _arguments(command: Command, flags: bool) -> list[Word]:
     pattern = FLAG if flags else HYDRA
-    return [word for word in _behind_program(command) if pattern.match(word.text)]
+    return [word for word in _after_program(command) if pattern.match(word.text)]
 
 
-def _behind_program(command: Command) -> Sequence[Word]:
+def _after_program(command: Command) -> Sequence[Word]:
     """The arguments of the training itself: what follows `python … -m module`, `python file.py`, `swift rlhf`."""
     programs = [at for at, word in enumerate(command.words) if PROGRAM.match(word.text.rpartition("/")[2])]
     if not programs:
@@ -171,7 +171,7 @@ def _read_arguments(words: Sequence[Word], settings: Settings, flags: bool, fold
         if word.text in ("--config", "--config-path", "--config-name", "-cp", "-cn"):
             value = next(rest, Word(""))
             if word.text == "--config" and not _inherit(value.text, folder, settings):
-                settings.warnings.append(f"--config {value.text}: no such file here, so their defaults stand in for it")
+                settings.warnings.append(f"--config {value.text}: no such file here, so their defaults are used")
             elif word.text != "--config":
                 settings.table[word.text] = Setting(value.text, value.unknown)
         elif found:
@@ -181,7 +181,7 @@ def _read_arguments(words: Sequence[Word], settings: Settings, flags: bool, fold
 
 
 def _read_flags(words: Sequence[Word], settings: Settings, folder: Path) -> None:
-    """`--key value …`, `--key=value`; several values are a list, none is true."""
+    """Read `--key value …` and `--key=value`. Several values make a list; a key without one is true."""
     key, values, given = "", [], set[str]()
     for word in [*words, Word("--end-of-flags")]:
         found = FLAG.match(word.text)
@@ -209,7 +209,7 @@ def _inherit(name: str, folder: Path, settings: Settings) -> bool:
 
 
 class _Loader(yaml.SafeLoader):
-    """Remembers what it leaves out: values of keys that a mapping gives more than once."""
+    """Notes the values that it drops: those of keys that a mapping gives more than once."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -225,7 +225,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def _read_yaml(path: Path, settings: Settings, inherited: str, depth: int = 0) -> None:
-    """The keys of a file, over those of the files that its `defaults` name."""
+    """Read the keys of a file. They override those of the files that its `defaults` name."""
     try:
         loader = _Loader(_text(path))
         tree = loader.get_single_data()
@@ -239,13 +239,13 @@ def _read_yaml(path: Path, settings: Settings, inherited: str, depth: int = 0) -
         if depth < MAX_REFERENCES and file.suffix in (".yaml", ".yml") and file.is_file():
             _read_yaml(file, settings, inherited=file.name, depth=depth + 1)
         elif file.suffix in (".yaml", ".yml"):
-            why = "no such file here, so their own defaults stand for all that it says: convert the file where it lies"
+            why = "no such file here, so their own defaults replace it: convert the config where that file exists"
             settings.missing.append(f"defaults: {base}: {why}")
         elif base != "_self_":
-            settings.warnings.append(f"defaults: {base}: their own defaults stand in for it")
-    settings.warnings += [f"{path.name}, {key}: given again behind it, not read" for key in loader.repeated]
+            settings.warnings.append(f"defaults: {base}: their own defaults are used instead")
+    settings.warnings += [f"{path.name}, {key}: given again later, not read" for key in loader.repeated]
     for key, value in _flat(tree):
-        if value is None:  # in place of a whole section of the file below
+        if value is None:  # removes a whole section of the file that this one builds on
             settings.table = {name: one for name, one in settings.table.items() if not name.startswith(f"{key}.")}
         settings.table[key] = Setting(value, inherited=inherited)
         if len(settings.table) > MAX_KEYS:
@@ -253,15 +253,15 @@ def _read_yaml(path: Path, settings: Settings, inherited: str, depth: int = 0) -
 
 
 def _put(settings: Settings, key: str, value: Any, unknown: str, given: set[str]) -> None:
-    """A value that is a mapping sets the keys in it. `given`: keys that the same arguments gave before."""
+    """Set a key; a mapping sets the keys in it. `given`: keys that the same arguments gave before."""
     for inner, item in _flat(value, key) if isinstance(value, dict) and value else [(key, value)]:
         _set(settings, inner, item, unknown, given)
 
 
 def _set(settings: Settings, key: str, value: Any, unknown: str, given: set[str]) -> None:
-    """The last value of a key counts, and the one before it is noted."""
+    """Set a key. The last value counts; a warning names the one before it."""
     if key in given and settings.table[key].value != value:
-        settings.warnings.append(f"{key}={settings.table[key].value}: given again behind it, not read")
+        settings.warnings.append(f"{key}={settings.table[key].value}: given again later, not read")
     given.add(key)
     settings.table[key] = Setting(value, unknown)
 
@@ -278,9 +278,9 @@ def _flat(tree: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def scalar(text: str) -> Any:
-    """The value that a piece of text means: number, yes or no, nothing, list, else the text without its quotes."""
+    """The value of a text: number, boolean, null, list or mapping, otherwise the text without its quotes."""
     text = text.strip()
-    if re.fullmatch(r"[+-]?(0|[1-9]\d{0,29})", text):  # 007 is a name
+    if re.fullmatch(r"[+-]?(0|[1-9]\d{0,29})", text):  # 007 is text
         return int(text)
     if re.fullmatch(r"[+-]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][+-]?\d{1,3})?", text):
         return float(text)
@@ -310,7 +310,7 @@ def _scalars(value: Any) -> Any:
 
 
 def _resolve(settings: Settings) -> None:
-    """Every `${other.key}`, `${.sibling}` in its place."""
+    """Replace every `${other.key}` and `${.sibling}` by its value."""
     for key in list(settings.table):
         settings.table[key] = _resolved(settings.table, key, depth=0)
 

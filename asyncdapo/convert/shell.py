@@ -1,8 +1,8 @@
-"""A reader of shell scripts that runs nothing: the text of a script in, the commands it would start out, as words.
+"""Reads shell scripts without running anything: the text of a script in, the commands that it would start out.
 
-It knows what training scripts are made of: assignments (`export`, arrays), quotes, variables and arithmetic (words.py),
-continuation lines, comments, here-documents, `eval` of such text. Branches and loops are read as if each were taken
-once, with a note on what they assign.
+It understands what training scripts use: assignments (`export`, arrays), quotes, variables and arithmetic (words.py),
+continuation lines, comments, here-documents, and `eval` of these. Branches and loops are read as if each were taken
+once, with a note on each variable that they assign.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ BETWEEN = ("then", "else", "elif", "do", "in", "!", "time", "{", "}", "function"
 
 @dataclass(frozen=True)
 class Command:
-    """One command: what is assigned in front of it (`A=1 python …`), and its words."""
+    """One command: its words, and the assignments in front of it (`A=1 python …`)."""
 
     words: tuple[Word, ...]
     line: int
@@ -33,16 +33,16 @@ class Command:
 
 @dataclass
 class Script:
-    """What was read of a script."""
+    """The commands and variables of a script."""
 
     commands: list[Command] = field(default_factory=list)
     variables: dict[str, Word | list[Word]] = field(default_factory=dict)
     exported: set[str] = field(default_factory=set)
-    """Names of variables that its commands see."""
+    """Names of the variables that the commands inherit."""
 
 
 def read_script(text: str) -> Script:
-    """Every command of the script, in its order. Raises UserError for what is no shell script."""
+    """Every command of the script, in order. Raises UserError for a text that isn't a shell script."""
     if len(text) > MAX_SCRIPT:
         raise UserError(f"a script of {len(text)} characters; at most {MAX_SCRIPT} are read")
     script = Script(variables={"HOME": Word(str(Path.home()))})
@@ -51,7 +51,7 @@ def read_script(text: str) -> Script:
 
 
 class _Reader(Words):
-    """The commands of a text."""
+    """Reads the commands of a text."""
 
     def __init__(self, text: str, script: Script, depth: int) -> None:
         super().__init__(text, script.variables, depth)
@@ -87,18 +87,18 @@ class _Reader(Words):
         self._end(words, assigned, line)
 
     def _keyword(self, words: list[Word], new: list[Word]) -> list[Word]:
-        """The words, without those of the grammar, which stand at the beginning of a command."""
+        """The new words, without a keyword (`if`, `do`, …) at the beginning of a command."""
         if words or len(new) != 1 or new[0].text not in (*OPENS, *CLOSES, *BETWEEN):
             return new
         self.branches += (new[0].text in OPENS) - (new[0].text in CLOSES and self.branches > 0)
         return []
 
     def _end(self, words: list[Word], assigned: dict[str, Word], line: int) -> None:
-        """A command is over: its assignments hold for the script only if there is nothing else in it."""
+        """A command is complete. Assignments without a command hold for the rest of the script."""
         if not words:
             self.variables.update(assigned)
             return
-        if words[0].text == "eval":  # what is unknown stays so, being read in its own words again
+        if words[0].text == "eval":  # unknown words stay unknown: their text is the unexpanded one
             if self.depth < MAX_DEPTH:
                 _Reader(" ".join(word.text for word in words[1:]), self.script, self.depth + 1).run()
             return
@@ -108,7 +108,7 @@ class _Reader(Words):
         self.script.commands.append(Command(tuple(words), line, assigned))
 
     def _assignment(self, words: list[Word], assigned: dict[str, Word]) -> bool:
-        """Reads `NAME=…` where a command begins, or behind `export`."""
+        """Read `NAME=…` at the beginning of a command or after `export`; False if there is none."""
         found = ASSIGNMENT.match(self.text, self.at)
         declares = bool(words) and words[0].text in DECLARES
         if not found or (words and not declares):
@@ -132,7 +132,7 @@ class _Reader(Words):
         return True
 
     def _doubtful(self, name: str, word: Word) -> Word:
-        """With a note, if it is assigned in a branch."""
+        """The word, with a note if it is assigned in a branch or loop."""
         note = f"line {self.line(self.at)}: {name} is assigned in a branch or loop, read as if that were taken"
         return replace(word, note=note) if self.branches and not word.unknown else word
 
@@ -156,7 +156,7 @@ class _Reader(Words):
         self.at = len(self.text) if end < 0 else end
 
     def _redirection(self) -> None:
-        """`> file`, `2>&1`, `<<EOF`: read over."""
+        """Skip `> file`, `2>&1`, `<<EOF`."""
         found = re.compile(r"\d*(<<<|<<-?|>>|>&|<&|[<>]\(?|[<>])\s*").match(self.text, self.at)
         assert found  # the caller saw one
         self.at = found.end()

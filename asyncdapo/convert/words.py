@@ -1,7 +1,7 @@
 """Words of a shell: quotes, variables and arithmetic, read and never run.
 
-What only a shell could know (`$(…)`, variables of the environment, `${x%.*}`) makes a word unknown, with the reason,
-and never a guess; HOME alone is looked up.
+What only a running shell knows (`$(…)`, environment variables, `${x%.*}`) makes a word unknown, with the reason;
+nothing is guessed. Only HOME is looked up.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from asyncdapo.convert.arithmetic import arithmetic
 from asyncdapo.errors import UserError
 
 MAX_VALUE = 1 << 16
-"""Characters; a value that doubles itself in every line ends here."""
+"""Most characters of a value: a script could double one in every line."""
 MAX_DEPTH = 20
-"""Of `${a:-${b:-…}}`, and of `eval` within `eval`."""
+"""Most levels of `${a:-${b:-…}}`, and of `eval` within `eval`."""
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 SPECIAL = re.compile(r"[@*#?$!0-9-]")
 """Variables that a shell sets itself."""
@@ -25,7 +25,7 @@ SPECIAL = re.compile(r"[@*#?$!0-9-]")
 
 @dataclass(frozen=True)
 class Word:
-    """A word with its quotes gone and its variables put in; `unknown` says why that wasn't possible."""
+    """A word without its quotes and with its variables expanded; `unknown` says why that wasn't possible."""
 
     text: str
     unknown: str = ""
@@ -39,7 +39,7 @@ class Word:
 
 
 class Words:
-    """Goes through a text once, character by character; `at` is where it stands."""
+    """Reads a text once, character by character; `at` is the current position."""
 
     def __init__(self, text: str, variables: dict[str, Word | list[Word]], depth: int) -> None:
         self.text, self.variables, self.depth = text, variables, depth
@@ -50,7 +50,7 @@ class Words:
         return self.text.count("\n", 0, at) + 1
 
     def value(self) -> Word:
-        """What stands behind `NAME=`: one word, never split."""
+        """The value after `NAME=`: one word, never split."""
         return _joined(part for part, _ in self._parts())
 
     def word(self) -> list[Word]:
@@ -138,7 +138,7 @@ class Words:
     # ----------------------------------------------------------------------------------------------------- expansions
 
     def _expansion(self) -> list[Word]:
-        """What a `$…` or a backtick stands for."""
+        """The expansion of a `$…` or a backtick."""
         if self.text[self.at] == "`":
             return [_command_output(self._until("`"))]
         if self.text.startswith("$((", self.at):
@@ -156,7 +156,7 @@ class Words:
         return [Word("$")]
 
     def _balanced(self, opening: str, up: str, down: str, closing: int) -> str:
-        """What stands between `opening` and its end; quotes inside count as they do in a shell."""
+        """The text between `opening` and its end, with quotes inside as in a shell."""
         start = self.at
         self.at += len(opening)
         begin, depth = self.at, closing
@@ -177,7 +177,7 @@ class Words:
 
     def _variable(self, name: str) -> list[Word]:
         if name in ("@", "*"):
-            return []  # the script's arguments: those given to `convert` stand in for them
+            return []  # the script's arguments: those given to `convert` replace them
         value = self.variables.get(name)
         if value is None:
             why = f"argument {name} of the script isn't known" if name.isdigit() else f"the script doesn't set {name}"

@@ -75,7 +75,7 @@ VERL = ("algorithm.adv_estimator=grpo", "actor_rollout_ref.rollout.n=4")
 def test_a_key_nobody_knows_is_listed_as_unknown() -> None:
     text, made = converted("verl", [*VERL, "data.train_files=a.parquet", "actor_rollout_ref.made_up=3"])
     assert len(made.left) == 1
-    assert "unknown: no key of verl" in text
+    assert "unknown: not in our list of verl's keys" in text
     assert "actor_rollout_ref.made_up=3" in text
 
 
@@ -207,18 +207,18 @@ def test_the_command_takes_a_file_or_arguments_and_says_what_is_left(
 
 def test_a_key_that_is_given_twice_counts_last_and_the_first_is_noted(tmp_path: Path) -> None:
     text = converted("verl", ["data.train_batch_size=512", "data.train_batch_size=256"])[0]
-    assert "data.train_batch_size=512: given again behind it, not read" in text
+    assert "data.train_batch_size=512: given again later, not read" in text
     text = converted("ms-swift", ["--beta", "0.1", "--beta", "0.2"])[0]
-    assert "beta=0.1: given again behind it, not read" in text
+    assert "beta=0.1: given again later, not read" in text
     path = tmp_path / "two.yaml"
     path.write_text("data:\n  train_batch_size: 512\n  train_batch_size: 256\n")
     text = converted("verl", [str(path)])[0]
-    assert "two.yaml, line 2: train_batch_size=512: given again behind it, not read" in text
+    assert "two.yaml, line 2: train_batch_size=512: given again later, not read" in text
 
 
 def test_of_two_spellings_of_one_key_the_one_that_is_not_taken_is_noted() -> None:
     text = converted("nemo-rl", ["grpo.dapo_batch_multiplier=2", "grpo.batch_multiplier=3"])[0]
-    assert "grpo.dapo_batch_multiplier=2: the same as grpo.batch_multiplier" in text
+    assert "grpo.dapo_batch_multiplier=2: another version's name of grpo.batch_multiplier" in text
 
 
 def test_hydras_mappings_need_no_blank_behind_a_colon() -> None:
@@ -248,7 +248,7 @@ def test_arguments_of_other_commands_are_noted(tmp_path: Path) -> None:
     ]
     script.write_text("\n".join(lines))
     text = converted("verl", [str(script)])[0]
-    assert "line 3: trainer.after=1: stands behind the end of a command" in text
+    assert "line 3: trainer.after=1: follows the end of a command" in text
     assert "line 4: another command with arguments, not converted" in text
 
 
@@ -259,7 +259,7 @@ def test_without_data_a_placeholder_stands_that_a_launch_refuses(
     monkeypatch.chdir(tmp_path)
     word = "--beta=0" if PEERS[peer].flags else "made.up=1"
     assert main(["convert", "--from", peer, "--out", "x.yaml", word]) == 0
-    assert "1. prompts.path=path/to/train.parquet: no data are named" in capsys.readouterr().err
+    assert "1. prompts.path=path/to/train.parquet: no known data set is named" in capsys.readouterr().err
     model = f"model.path={Path(__file__).parents[2] / 'configs/models/chain_start'}"
     lengths = ("prompts.max_prompt_length=64", "rollout.max_response_length=64", "prompts.chat_template=false")
     others = ("rollout.engine=torch", "rollout.dtype=float32", "prompts.system_prompt=null", "loss.kl_coef=0")
@@ -279,7 +279,7 @@ def test_data_whose_name_is_not_known_are_no_toy_task(tmp_path: Path) -> None:
     made = converted("verl", [str(script), *VERL])[1]
     assert made.values["prompts.path"] == "path/to/train.parquet"
     said = " ".join(made.loud)
-    assert re.search(r"BATCH; our own default stands for [^;]*replay.prompts_per_step", said)
+    assert re.search(r"BATCH; our own default is used for [^;]*replay.prompts_per_step", said)
     assert "metrics.wandb_project" not in said
 
 
@@ -309,7 +309,7 @@ def test_what_trains_differently_is_ranked_at_the_top_and_on_stderr(capsys: pyte
     ],
 )
 def test_a_script_of_another_kind_of_training_is_refused(peer: str, words: str) -> None:
-    with pytest.raises(UserError, match="no training by GRPO, PPO or their like"):
+    with pytest.raises(UserError, match="only GRPO, PPO and similar ones"):
         converted(peer, words.split())
 
 

@@ -172,7 +172,7 @@ def test_a_file_that_says_something_else_is_replaced_only_by_force(
     assert main(command) == 0
     Path("mine.yaml").write_text("edited by hand\n")
     assert main(command) == 2
-    assert "mine.yaml: is there already and says something else; --force" in capsys.readouterr().err
+    assert "mine.yaml: exists with other content; --force" in capsys.readouterr().err
     assert Path("mine.yaml").read_text() == "edited by hand\n"
     assert main([*command, "--force"]) == 0
     assert "clip_low: 0.2" in Path("mine.yaml").read_text()

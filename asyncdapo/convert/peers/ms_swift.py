@@ -1,4 +1,4 @@
-"""ms-swift's arguments of GRPO training: rules, defaults, and what has no counterpart."""
+"""ms-swift's arguments of GRPO training: rules, defaults, and keys without a counterpart."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MEGATRON = (
     ("lr_warmup_fraction", "warmup_ratio"),
     ("clip_grad", "max_grad_norm"),
 )
-"""What its Megatron trainer calls the same."""
+"""The Megatron trainer's names of arguments."""
 OVERLONG = ("soft_cache_length", "soft_max_length", "max_completion_length", "reward_funcs", "reward_weights")
 
 
@@ -41,7 +41,7 @@ RULES = (
     Rule(
         "model.reference",
         ("ref_model", "beta", "model"),
-        lambda path, beta, own: path if beta and path != own else Left("there is no KL penalty, or it is the model"),
+        lambda path, beta, own: path if beta and path != own else Left("no KL penalty, or the trained model itself"),
     ),
     Rule("prompts.task", ("dataset",), lambda files: "file"),
     Rule("prompts.path", ("dataset",), its.train_data),
@@ -158,28 +158,28 @@ DEFAULTS = {
 }
 
 WITHOUT = (
-    ("rlhf_type", "GRPO's family is what there is here"),
+    ("rlhf_type", "only GRPO and similar methods here"),
     ("lora_*", "all weights are trained here"),
     ("target_modules", "all weights are trained here"),
     ("lr_scheduler_kwargs", mean.CONSTANT),
-    ("tau_*", "of a loss that isn't here"),
-    ("fipo_*", "of a loss that isn't here"),
-    ("real_tau", "of a loss that isn't here"),
+    ("tau_*", "belongs to a loss that doesn't exist here"),
+    ("fipo_*", "belongs to a loss that doesn't exist here"),
+    ("real_tau", "belongs to a loss that doesn't exist here"),
     ("max_turns", mean.TURNS),
     ("quant_*", "all weights are trained here"),
     ("bnb_*", "all weights are trained here"),
     ("finetune", "a run begins with the model's weights here"),
-    ("no_save_*", "a checkpoint holds all that a run needs to go on here"),
+    ("no_save_*", "checkpoints are always complete here, so that a run can resume"),
     ("save_safetensors", "checkpoints are safetensors here"),
     ("attention_backend", mean.SPEED),
     ("columns", "asyncdapo data prepare: --prompt-column, --answer-column"),
-    ("chord_*", "of their mixture with supervised training"),
+    ("chord_*", "belongs to their mixture with supervised training"),
     ("truncation_strategy", "longer prompts are left out and counted here, never cut"),
     ("vllm_mode", "controller.placement"),
     ("vllm_server_*", "rollout workers are started with the run here"),
     ("vllm_max_model_len", "is prompts.max_prompt_length + rollout.max_response_length here"),
     ("vllm_*", "rollout.engine_args passes arguments to vLLM here"),
-    ("sleep_level", "learner and engine that share a GPU both keep their memory here"),
+    ("sleep_level", "learner and engine both keep their memory on a shared GPU here"),
     ("offload_*", mean.SPEED),
     ("per_device_eval_batch_size", "evaluation fills whatever slots are free here"),
     ("per_device_train_batch_size", "a batch is replay.prompts_per_step groups here"),
@@ -199,20 +199,20 @@ WITHOUT = (
     ("move_model_batches", mean.SPEED),
     ("logging_*", "metrics are written at every step here"),
     ("log_*", "metrics are written at every step here, and all answers of an evaluation"),
-    ("split_dataset_ratio", "eval.num_prompts rows are held out here where no file is named"),
+    ("split_dataset_ratio", "without a file, eval.num_prompts rows are held out here"),
     ("data_seed", "run.seed orders the prompts"),
     ("dataset_shuffle", "prompts are always shuffled here, by run.seed"),
-    ("load_from_cache_file", "asyncdapo data prepare does its work once"),
+    ("load_from_cache_file", "asyncdapo data prepare runs once, before training"),
     ("save_strategy", "learner.checkpoint_every"),
     ("eval_strategy", "eval.every"),
-    ("save_only_model", "a checkpoint holds all that a run needs to go on here"),
+    ("save_only_model", "checkpoints are always complete here, so that a run can resume"),
     ("reward_weights", "reward.correct, reward.overlong_penalty"),
-    ("reward_model*", "there is no reward model here; reward.verifier may be a function that asks one"),
-    ("external_plugins", "a function of yours is reward.verifier (docs/reward.md)"),
+    ("reward_model*", "no reward models here; reward.verifier may be a function that calls one"),
+    ("external_plugins", "reward.verifier may be your own function (docs/reward.md)"),
     ("soft_max_length", "soft_overlong is not among the reward_funcs"),
-    ("CUDA_VISIBLE_DEVICES", "of the shell: set it where you launch"),
+    ("CUDA_VISIBLE_DEVICES", "a shell variable: set it where you launch"),
     ("NPROC_PER_NODE", "controller.placement, learner.ranks, rollout.num_workers"),
-    ("[A-Z]*", "of the shell"),
+    ("[A-Z]*", "a shell variable"),
 )
 
 PEER = Peer(
@@ -225,8 +225,8 @@ PEER = Peer(
         *mean.SYNCHRONOUS,
         mean.SURPLUS,
         Differs(
-            "After its last resampling it takes the first batch unfiltered; here the batch keeps the groups worth "
-            "training on and is filled up with others",
+            "After its last resampling it takes the first batch unfiltered; here the batch keeps the useful groups "
+            "and is filled up with others",
             Rank.DETAIL,
             lambda made: made.get("filter.enabled", True),
         ),

@@ -23,7 +23,7 @@ VERIFIED = {"accuracy": "math_verify"}
 NO_SUCH_LOSS = "no such part of the loss here"
 OTHERWISE: tuple[tuple[str, str, Rank, tuple[Any, ...]], ...] = (
     ("enable_thinking", "the chat template gets no arguments here", Rank.TASK, ()),
-    ("stop_words", "a response ends with the tokenizer's own end here", Rank.TASK, ()),
+    ("stop_words", "a response ends with the tokenizer's own end-of-sequence token here", Rank.TASK, ()),
     ("adapters", "A LoRA is not loaded here: merge it into the model first", Rank.TASK, ()),
     ("multi_turn_scheduler", mean.TURNS, Rank.TASK, ()),
     ("use_gym_env", mean.TURNS, Rank.TASK, ()),
@@ -35,11 +35,11 @@ OTHERWISE: tuple[tuple[str, str, Rank, tuple[Any, ...]], ...] = (
     ("advantage_reweight", NO_SUCH_LOSS, Rank.LOSS, ()),
     ("off_policy_sequence_mask_delta", "no such mask here: loss.outlier_band", Rank.LOSS, ()),
     ("top_entropy_quantile", "all tokens are trained on here", Rank.LOSS, (1,)),
-    ("sync_ref_model", "the reference model stays as it is here", Rank.LOSS, ()),
+    ("sync_ref_model", "the reference model never changes here", Rank.LOSS, ()),
     ("repetition_penalty", "training samples from the whole distribution here", Rank.SAMPLING, (1,)),
     ("lr_scheduler_type", mean.CONSTANT, Rank.SCHEDULE, ("constant", "constant_with_warmup")),
 )
-"""Keys that train something else unless they have one of the values at the end."""
+"""(key, reason, rank, harmless values): keys that change training unless empty or harmless."""
 MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
 
 
@@ -50,7 +50,7 @@ def _sizes(
     generation: Any, per_device: Any, accumulation: Any, steps: Any, processes: Any, nodes: Any, world: Any, group: Any
 ) -> tuple[int, int]:
     """Completions of a generation batch and of an optimizer update."""
-    if world is not None:  # Megatron's
+    if world is not None:  # the Megatron trainer
         return whole(generation if generation is not None else world * (steps or 1)), whole(world)
     forward = whole(per_device or 1) * whole(processes or 1) * whole(nodes or 1)
     accumulated = whole(accumulation) if accumulation is not None else max(1, ceil(16 / forward))
@@ -75,7 +75,7 @@ def _updates_of_step(*clock: Any) -> int:
 
 
 def in_steps(updates: Any, *clock: Any) -> Any:
-    """Their steps are optimizer updates."""
+    """Train steps; their steps are optimizer updates."""
     if updates is None or number(updates) <= 0:
         return None
     if updates < 1:
@@ -86,7 +86,7 @@ def in_steps(updates: Any, *clock: Any) -> Any:
 
 
 def steps_of_rows(files: Any, passes: Any, *sizes: Any) -> Any:
-    """Theirs ends with the rows that it draws, where it says how many."""
+    """Train steps of a run that ends with its rows, if their number is given."""
     rows = [_syntax(file)[2] for file in (files if isinstance(files, list) else [files]) if isinstance(file, str)]
     if not rows or None in rows or passes is None:
         return None
@@ -95,7 +95,7 @@ def steps_of_rows(files: Any, passes: Any, *sizes: Any) -> Any:
 
 
 def epochs(passes: Any, steps: Any, files: Any) -> Any:
-    """Their number of steps wins over that of epochs."""
+    """Epochs; their number of steps takes precedence."""
     if steps is not None and number(steps) > 0:
         return Left("max_steps counts")
     return mean.epochs(passes if passes is None else ceil(passes), files)
@@ -105,7 +105,7 @@ def epochs(passes: Any, steps: Any, files: Any) -> Any:
 
 
 def _syntax(name: str) -> tuple[str, str, int | None]:
-    """`hf::id:subset#rows`: id or file, subset, rows drawn of it."""
+    """Parse `hf::id:subset#rows`: id or file, subset, number of rows drawn."""
     name = re.sub(r"^(hf|ms)::", "", name, flags=re.IGNORECASE)
     name, _, rows = name.rpartition("#") if re.search(r"#\d+$", name) else (name, "", "")
     name, _, subset = name.partition(":")
@@ -117,7 +117,7 @@ def _names(files: Any) -> list[str]:
 
 
 def train_data(files: Any) -> Any:
-    """Their notation of a data set's part is taken off."""
+    """The data, without their notation of subset and rows."""
     made = mean.train_data(_names(files))
     subsets = [_syntax(str(file))[1] for file in (files if isinstance(files, list) else [files])]
     commands = [
@@ -129,11 +129,11 @@ def train_data(files: Any) -> Any:
 
 
 def sampled(files: Any) -> Any:
-    """Rows drawn of each data set."""
+    """A limit on the rows of a data set has no counterpart."""
     rows = [_syntax(str(file))[2] for file in (files if isinstance(files, list) else [files])]
     if not any(rows):
         return None
-    return Left("only so many rows of it there; here prompts are drawn from all of them", loud=Rank.TASK)
+    return Left("only that many rows there; here prompts are drawn from all rows", loud=Rank.TASK)
 
 
 def eval_data(files: Any) -> Any:
@@ -141,7 +141,7 @@ def eval_data(files: Any) -> Any:
 
 
 def eval_rows(files: Any, share: Any) -> Any:
-    """Without held-out data there is no evaluation, and all rows are trained on."""
+    """Evaluation rows. Without held-out data there is no evaluation: all rows are trained on."""
     if files:
         rows = _syntax(str(files[0] if isinstance(files, list) else files))[2]
         return rows or mean.all_rows(_names(files))
@@ -149,27 +149,27 @@ def eval_rows(files: Any, share: Any) -> Any:
 
 
 def prompt_length(context: Any, response: Any) -> Any:
-    """What a response of full length leaves of the context."""
+    """The part of the context that a response of full length leaves."""
     if context is None or whole(context) <= whole(response):
         return None
-    return Made(whole(context) - whole(response), "what vllm_max_model_len leaves; theirs cuts longer ones")
+    return Made(whole(context) - whole(response), "what vllm_max_model_len leaves; longer prompts are cut there")
 
 
 def tuner(name: Any, *megatron: Any) -> Any:
-    """LoRA by default, but for the Megatron trainer."""
+    """Their tuner is LoRA by default, except in the Megatron trainer."""
     if name == "full" or (name is None and any(megatron)):
         return Left("as it is here")
     return Left(mean.ALL_WEIGHTS if name else f"{mean.ALL_WEIGHTS} (their default is LoRA)", loud=Rank.LOSS)
 
 
 def any_prompt_length() -> Made:
-    """Theirs is the model's own limit."""
-    why = "theirs takes prompts as long as the model can, and cuts longer ones; here longer ones are left out"
+    """Their prompt length is limited only by the model."""
+    why = "theirs is the model's limit and cuts longer prompts; here longer ones are left out"
     return Made(1024, why, loud=Rank.SAMPLING)
 
 
 def warmup(updates: Any, steps: Any, files: Any, passes: Any, *clock: Any) -> Any:
-    """Less than 1 is a share of all."""
+    """Warm-up updates; a value below 1 is a share of all updates."""
     if not updates:
         return None
     if number(updates) >= 1:
@@ -191,7 +191,7 @@ def microbatch(per_device: Any, response: Any, prompt: Any) -> Any:
 def gpus_of(processes: Any, nodes: Any, parallel: Any, mode: Any, *sizes: Any) -> Gpus | None:
     if processes is None:
         return None
-    own = Left("the rollout server is started apart there: set rollout.num_workers") if mode == "server" else None
+    own = Left("the rollout server is started separately there: set rollout.num_workers") if mode == "server" else None
     total, groups = number_of(nodes, processes), _groups_per_update(*sizes)
     return Gpus(total=total, parallel=whole(parallel or 1), groups=groups, together=own is None, engines=own)
 
@@ -212,7 +212,7 @@ def variant(loss: Any, level: Any) -> Any:
 
 
 def aggregation(loss: Any) -> Any:
-    why = {"bnpo": "over all processes here, as their dapo", "dr_grpo": ""}.get(str(loss), "")
+    why = {"bnpo": "over all processes here, like their dapo", "dr_grpo": ""}.get(str(loss), "")
     made = either(loss, LOSSES, "its own")
     return made if isinstance(made, Left) else Made(made, why)
 
@@ -230,9 +230,9 @@ def dual_clip(delta: Any, loss: Any) -> Any:
     if delta is None:
         return mean.dual_clip(None)
     return (
-        Left("their cispo has none")
+        Left("their cispo has no such bound")
         if loss == "cispo"
-        else Made(number(delta), "their bound on the ratio does the same")
+        else Made(number(delta), "their bound on the ratio has the same effect")
     )
 
 
@@ -248,7 +248,7 @@ def advantage(estimator: Any, scale: Any) -> Any:
 
 
 def kl_in_reward(inside: Any, estimator: Any, beta: Any) -> Any:
-    """By default where the advantage isn't GRPO's."""
+    """KL in the reward: on by default for advantages other than GRPO's."""
     inside = estimator in ("rloo", "reinforce_plus_plus") if inside is None else flag(inside)
     return Left(mean.IN_LOSS, loud=Rank.LOSS) if inside and beta else Left("off, as it always is here")
 
@@ -261,12 +261,12 @@ def correction(mode: Any) -> Any:
 
 
 def _functions(functions: Any, weights: Any) -> dict[str, float]:
-    """Weight by the name of a reward function."""
+    """Name of each reward function -> its weight."""
     names = [str(name) for name in (functions if isinstance(functions, list) else [functions])] if functions else []
     given = weights if isinstance(weights, list) else [] if weights is None else [weights]
     if given and len(given) < len(names):
         raise ValueError(f"{len(names)} reward functions and {len(given)} weights")
-    return dict(zip(names, map(number, given or [1.0] * len(names)), strict=False))  # reward models' come after
+    return dict(zip(names, map(number, given or [1.0] * len(names)), strict=False))  # then reward models' weights
 
 
 def verifier(functions: Any) -> Any:
@@ -285,7 +285,7 @@ def left_functions(functions: Any) -> Any:
     if not others:
         return None
     if names.keys() & VERIFIED.keys():
-        return Left(f"REWARD FUNCTION {others} IS NOT CARRIED OVER: accuracy alone counts here", loud=Rank.TASK)
+        return Left(f"REWARD FUNCTION {others} IS NOT CARRIED OVER: only accuracy counts here", loud=Rank.TASK)
     return mean.not_carried_over(f"REWARD FUNCTION {others}")
 
 
@@ -298,7 +298,8 @@ def incorrect(functions: Any) -> Any:
 
 
 def _overlong(cache: Any, limit: Any, response: Any, functions: Any, weights: Any) -> tuple[int, float]:
-    """Buffer and penalty before max_completion_length that punish every length as theirs do before soft_max_length."""
+    """Buffer and penalty that, before max_completion_length, punish every length as theirs do before
+    soft_max_length."""
     weight = _functions(functions, weights).get("soft_overlong", 0.0)
     if not weight or cache is None:
         return 0, 1.0
@@ -310,7 +311,7 @@ def overlong_buffer(*overlong: Any) -> Any:
     made, _ = _overlong(*overlong)
     if not made:
         return Left("soft_overlong is not among the reward_funcs")
-    return made if made == overlong[0] else Made(made, "from where their punishment begins to max_completion_length")
+    return made if made == overlong[0] else Made(made, "from the start of their punishment to max_completion_length")
 
 
 def overlong_penalty(*overlong: Any) -> Any:
@@ -325,12 +326,12 @@ def max_gen_batches(times: Any, dynamic: Any) -> Any:
 
 
 def on_limit(dynamic: Any) -> Any:
-    return Made("unfiltered", "they take the first batch as it was") if flag(dynamic) else None
+    return Made("unfiltered", "they take the first batch unfiltered") if flag(dynamic) else None
 
 
 def metric(dynamic: Any, functions: Any) -> Any:
-    return Made("seq_reward", "the sum of their rewards, the punishment of length included") if flag(dynamic) else None
+    return Made("seq_reward", "the sum of their rewards, length punishment included") if flag(dynamic) else None
 
 
 def run_ahead(asynchronous: Any) -> Any:
-    return Made(1.0, "they sample with the weights of the round before") if flag(asynchronous) else None
+    return Made(1.0, "they sample with the weights of the previous round") if flag(asynchronous) else None

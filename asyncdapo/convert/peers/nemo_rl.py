@@ -1,4 +1,4 @@
-"""NeMo RL's keys: rules, defaults, and what has no counterpart."""
+"""NeMo RL's keys: rules, defaults, and keys without a counterpart."""
 
 from __future__ import annotations
 
@@ -237,8 +237,8 @@ DEFAULTS = {
 }
 
 WITHOUT = (
-    (f"{SHAPING}*", "reward_shaping punishes no length"),
-    (f"{ASYNC}*", "weights always arrive while sequences run here; see replay.run_ahead, replay.max_staleness"),
+    (f"{SHAPING}*", "reward_shaping has no length punishment"),
+    (f"{ASYNC}*", "weights are always updated while sequences run here; see replay.run_ahead, replay.max_staleness"),
     ("grpo.max_rollout_turns", "one turn only here"),
     ("grpo.val_batch_size", "evaluation fills whatever slots are free here"),
     ("grpo.val_at_*", "the first and the last evaluation always run here"),
@@ -247,22 +247,22 @@ WITHOUT = (
     ("grpo.*", "no such method here"),
     ("loss_fn.*", "no such part of the loss here"),
     ("policy.hf_config_overrides.*", "the model's own config.json counts here: change it there"),
-    ("policy.tokenizer.*", "the tokenizer is used as it comes"),
+    ("policy.tokenizer.*", "the tokenizer is used unchanged here"),
     ("policy.optimizer.name", "AdamW here"),
     (
         "policy.generation.vllm_cfg.*",
         mean.ENGINE,
     ),
     ("policy.generation.*", mean.ENGINE),
-    (f"{MEGATRON}*", "of their Megatron trainer, and off or without counterpart"),
+    (f"{MEGATRON}*", "belongs to their Megatron trainer, and is off or has no counterpart"),
     ("policy.*", mean.SPEED),
     ("checkpointing.*", "checkpoints hold the model's own files and all of the optimizer here"),
     ("data.*", "asyncdapo data prepare and prompts.* here"),
-    ("env.*", "reward.* here; an environment of theirs: see docs/reward.md"),
+    ("env.*", "reward.* here; for their environments see docs/reward.md"),
     ("logger.*", "RUN_DIR/metrics.jsonl and W&B here"),
-    ("cluster.*", "controller.ray_address joins a cluster; another has to be started before"),
-    ("reward_penalties.*", "a function of yours is reward.verifier (docs/reward.md)"),
-    ("async_rl.*", "of their way of running ahead; see replay.run_ahead, replay.max_staleness"),
+    ("cluster.*", "controller.ray_address joins a cluster, which must be running"),
+    ("reward_penalties.*", "reward.verifier may be your own function (docs/reward.md)"),
+    ("async_rl.*", "belongs to their way of running ahead; see replay.run_ahead, replay.max_staleness"),
     ("value.*", mean.CRITIC),
     ("value_loss_fn.*", mean.CRITIC),
     ("data_plane.*", mean.SPEED),

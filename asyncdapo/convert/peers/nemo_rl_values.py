@@ -19,7 +19,7 @@ DATA_SETS = KNOWN_DATA | {
     "NuminaMath-1.5": "AI-MO/NuminaMath-1.5 --verifier math_verify",
     "OpenR1-Math-220k": "open-r1/OpenR1-Math-220k --verifier math_verify",
 }
-"""What `asyncdapo data prepare` is given for a name of theirs."""
+"""Their name of a data set -> the arguments of `asyncdapo data prepare`."""
 OTHERWISE: tuple[tuple[str, str, Rank, tuple[Any, ...]], ...] = (
     ("grpo.max_rollout_turns", mean.TURNS, Rank.TASK, (1,)),
     ("env.should_use_nemo_gym", mean.TURNS, Rank.TASK, ()),
@@ -28,11 +28,11 @@ OTHERWISE: tuple[tuple[str, str, Rank, tuple[Any, ...]], ...] = (
     ("policy.megatron_cfg.peft.enabled", mean.ALL_WEIGHTS, Rank.LOSS, ()),
     ("loss_fn.use_kl_in_reward", mean.IN_LOSS, Rank.LOSS, ()),
     ("loss_fn.disable_ppo_ratio", "no loss without a ratio here", Rank.LOSS, ()),
-    ("loss_fn.positive_example_nll_weight", "no likelihood of right answers is added here", Rank.LOSS, ()),
-    ("loss_fn.force_on_policy_ratio", "the ratio is never taken for 1 here", Rank.LOSS, ()),
+    ("loss_fn.positive_example_nll_weight", "the likelihood of right answers is not added here", Rank.LOSS, ()),
+    ("loss_fn.force_on_policy_ratio", "the ratio is never set to 1 here", Rank.LOSS, ()),
     ("loss_fn.use_on_policy_kl_approximation", "the KL estimate has no such weight here", Rank.LOSS, ()),
-    ("grpo.advantage_clip_low", "advantages are not cut here", Rank.LOSS, ()),
-    ("grpo.advantage_clip_high", "advantages are not cut here", Rank.LOSS, ()),
+    ("grpo.advantage_clip_low", "advantages are not clipped here", Rank.LOSS, ()),
+    ("grpo.advantage_clip_high", "advantages are not clipped here", Rank.LOSS, ()),
     ("grpo.seq_logprob_error_threshold", "loss.outlier_band masks here, by a ratio", Rank.LOSS, ()),
     *(
         (f"reward_penalties.{key}", "no such punishment here", Rank.LOSS, ())
@@ -43,16 +43,16 @@ OTHERWISE: tuple[tuple[str, str, Rank, tuple[Any, ...]], ...] = (
     ),
     ("policy.draft.enabled", "no draft model is trained here", Rank.DETAIL, ()),
 )
-"""Keys that train something else unless they have one of the values at the end."""
+"""(key, reason, rank, harmless values): keys that change training unless empty or harmless."""
 VERIFIERS = {"dapo_math_verify": "dapo", "hf_math_verify": "math_verify"}
 
 
 def updates_per_step(prompts: Any, group: Any, update: Any) -> Any:
-    """Their batch of an update counts completions."""
+    """Updates of a train step; their batch of an update counts completions."""
     if None in (prompts, group, update):
         return None
     if whole(update) < whole(group):
-        return Made(whole(prompts), "less than a group in an update there, a group here")
+        return Made(whole(prompts), "less than a group in an update there, a whole group here")
     return mean.even(whole(prompts), whole(prompts) * whole(group) / whole(update))
 
 
@@ -65,15 +65,15 @@ def groups_per_update(*step: Any) -> int:
 
 
 def response_length(new: Any, total: Any, prompt: Any) -> Any:
-    """A response ends at the first of two limits: its own, and what the longest prompt leaves of the sequence."""
+    """The lower of two limits: that of a response, and what the longest prompt leaves of the sequence."""
     left = whole(total) - whole(prompt) if total and prompt and prompt < total else None
     if left is not None and (new is None or left < new):
-        return Made(left, "what max_total_sequence_length leaves behind the longest prompt")
+        return Made(left, "what max_total_sequence_length leaves after the longest prompt")
     return None if new is None else whole(new)
 
 
 def _overlong(enabled: Any, buffer: Any, penalty: Any, limit: Any, properly: Any, *lengths: Any) -> tuple[int, float]:
-    """Buffer and penalty before our limit that punish every length as theirs do before their own limit."""
+    """Buffer and penalty that, before our limit, punish every length as theirs do before their own limit."""
     response = plain(response_length(*lengths))
     if not flag(enabled) or properly is not None or buffer is None:
         return 0, 1.0
@@ -85,19 +85,19 @@ def _overlong(enabled: Any, buffer: Any, penalty: Any, limit: Any, properly: Any
 def overlong_buffer(buffer: Any, enabled: Any, *others: Any) -> Any:
     made, _ = _overlong(enabled, buffer, *others)
     if flag(enabled) and buffer is not None and made != buffer:
-        return Made(made, "from where their punishment begins to rollout.max_response_length")
+        return Made(made, "from the start of their punishment to rollout.max_response_length")
     return made
 
 
 def overlong_penalty(penalty: Any, enabled: Any, buffer: Any, *others: Any) -> Any:
     length, made = _overlong(enabled, buffer, penalty, *others)
     if not length:
-        return Left("reward_shaping punishes no length here") if penalty is not None else None
+        return Left("reward_shaping has no length punishment here") if penalty is not None else None
     return made
 
 
 def scaled(at: float, *scaling: Any) -> Any:
-    """Their linear map of a verdict of 0 or 1."""
+    """The reward of the verdict `at` (0 or 1) by their linear map."""
     enabled, source_min, source_max, target_min, target_max = (
         given if given is not None else default for given, default in zip(scaling, (False, 0, 1, 0, 1), strict=True)
     )
@@ -114,14 +114,14 @@ def multiplier(factor: Any, enabled: Any) -> Any:
 
 
 def gen_batches(limit: Any, enabled: Any) -> Any:
-    """They raise when one more than the limit was not enough."""
+    """Most generation batches; they raise when one more than the limit was not enough."""
     if not flag(enabled):
         return Left("use_dynamic_sampling is false")
     return None if limit is None else Made(whole(limit) + 1, "their limit is checked after one more batch")
 
 
 def advantage(normalize: Any, leave_one_out: Any, name: Any, own_normalize: Any, own_leave_one_out: Any) -> Any:
-    """The estimator's own keys count where they are given."""
+    """Our advantage; the estimator's own keys take precedence."""
     if name not in (None, "grpo"):
         return None
     normalize = normalize if own_normalize is None else own_normalize
@@ -135,15 +135,15 @@ def advantage(normalize: Any, leave_one_out: Any, name: Any, own_normalize: Any,
 
 
 def stop_properly(factor: Any, shaping: Any) -> Left:
-    """The reward of a response that was cut off is multiplied."""
+    """Their factor on the reward of a truncated response has no counterpart."""
     if factor in (None, 1) or not flag(shaping):
         return Left("off, as it always is here")
-    why = f"the reward of a response that is cut off is {factor} of it there: reward.overlong_filter, overlong_buffer"
+    why = f"the reward of a truncated response is multiplied by {factor} there: reward.overlong_filter, overlong_buffer"
     return Left(why, loud=Rank.TASK)
 
 
 def eval_prompts(most: Any, name: Any) -> Any:
-    """Rows that aren't repeated."""
+    """Evaluation prompts, without repeated rows."""
     known = KNOWN_DATA.get(name)
     times = mean.REPEATS[known] if known and name != "AIME2024" else 1
     if most is None or times == 1:
@@ -174,7 +174,7 @@ def band(high: Any, low: Any, use: Any, kind: Any) -> Any:
 
 
 def warmup(scheduler: Any, *step: Any) -> Any:
-    """A LinearLR in front is the warm-up; it moves once a train step."""
+    """Their warm-up is a LinearLR scheduler, which advances once a train step."""
     parts = scheduler if isinstance(scheduler, list) else []
     if parts and all(str(part.get("name", "")).endswith("ConstantLR") for part in parts if isinstance(part, dict)):
         return None
@@ -189,12 +189,12 @@ def megatron(value: Any, enabled: Any) -> Any:
 
 
 def epochs(passes: Any, name: Any, path: Any) -> Any:
-    """-1 is no limit."""
+    """Epochs; -1 there means no limit."""
     return mean.epochs(passes if passes is None else max(0, whole(passes)), KNOWN_DATA.get(name), path)
 
 
 def eval_samples(count: Any, name: Any, repeat: Any, path: Any) -> Any:
-    """Their AIME2024 holds 30 rows, and repeats them if told to."""
+    """Completions of an evaluation prompt. Their AIME2024 has 30 rows, repeated if a key says so."""
     if name == "AIME2024":
         times = whole(repeat or 1)
         return None if count is None and times == 1 else mean.repeated(whole(count or 1), times)
@@ -202,12 +202,12 @@ def eval_samples(count: Any, name: Any, repeat: Any, path: Any) -> Any:
 
 
 def verifier(name: Any, own: Any, default: Any, *data: Any) -> Any:
-    """Of the environment `math`."""
+    """Our verifier for theirs of the environment `math`."""
     if (own or default or "math") != "math":
         return Made(mean.OWN_FUNCTION, "name your own here")
     if name is None:
-        return Made("math_verify", "theirs unless another is named")
-    return either(name, VERIFIERS, "a verifier of theirs: see docs/reward.md")
+        return Made("math_verify", "their default")
+    return either(name, VERIFIERS, "no such verifier here: see docs/reward.md")
 
 
 def own_environment(name: Any) -> Any:
@@ -217,18 +217,18 @@ def own_environment(name: Any) -> Any:
 def train_data(name: Any, *templates: Any) -> Any:
     if name in DATA_SETS:
         return _prepared(DATA_SETS[name], "train", templates)
-    return Left("a data set of theirs: asyncdapo data prepare takes its id on the hub", always=True)
+    return Left("their name of a data set: give asyncdapo data prepare its id on the hub", always=True)
 
 
 def eval_data(name: Any, *templates: Any) -> Any:
     if name in DATA_SETS:
         return _prepared(DATA_SETS[name], "test", templates)
-    why = "a data set of theirs: asyncdapo data prepare takes its id on the hub"
+    why = "their name of a data set: give asyncdapo data prepare its id on the hub"
     return Left(why, loud=Rank.EVAL) if name else None
 
 
 def _prepared(source: str, split: str, templates: tuple[Any, ...]) -> Made:
-    """Their template is put around each prompt by the run, so `data prepare` puts in none."""
+    """The prepared file. If they have a template, the run applies it, so `data prepare` must not add one."""
     folder = f"data/{source.split()[0].rpartition('/')[2]}"
     bare = " --template '{prompt}'" if any(templates) else ""
     split = source.partition("--split ")[2].partition(" ")[0] or split
@@ -236,7 +236,7 @@ def _prepared(source: str, split: str, templates: tuple[Any, ...]) -> Made:
 
 
 def template(own: Any, default: Any) -> Any:
-    """Of the question, with `{}` in its place."""
+    """Our template from theirs, where `{}` marks the question."""
     text = own or default
     if not text:
         return None
@@ -245,7 +245,7 @@ def template(own: Any, default: Any) -> Any:
 
 
 def tokenizer(name: Any, model: Any) -> Any:
-    return name if name != model else Left("the model's own, as it is here without a word")
+    return name if name != model else Left("the model's own, the default here")
 
 
 def microbatch(completions: Any, total: Any, packing: Any, packed: Any) -> Any:

@@ -14,16 +14,16 @@ PEER = replace(
     source="sii-research/siiRL af00a771",
     defaults=verl.DEFAULTS | {f"{verl.FILTER}metric": "acc", "trainer.max_actor_ckpt_to_keep": 100},
     without=(
-        ("algorithm.workflow_type", "the steps of a run are always DAPO's here"),
-        ("algorithm.*", "of their pipeline"),
-        ("dag.*", "of their pipeline"),
+        ("algorithm.workflow_type", "a run always has the steps of DAPO here"),
+        ("algorithm.*", "belongs to their pipeline"),
+        ("dag.*", "belongs to their pipeline"),
         *verl.WITHOUT,
         ("profiler.*", "no profiler here"),
     ),
     differs=(
         Differs(
             "It declares data.gen_batch_size and algorithm.filter_groups.max_num_gen_batches and reads neither: a step "
-            "is what the filter leaves of one batch. Here both do what verl means by them, so a step is always full",
+            "is what the filter leaves of one batch. Here both work as in verl, so a step is always full",
             Rank.SCHEDULE,
             lambda made: made.get("filter.enabled", True),
         ),

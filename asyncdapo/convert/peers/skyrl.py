@@ -1,4 +1,4 @@
-"""SkyRL's keys: rules, defaults, and what has no counterpart."""
+"""SkyRL's keys: rules, defaults, and keys without a counterpart."""
 
 from __future__ import annotations
 
@@ -239,34 +239,34 @@ WITHOUT = (
     (f"{ALGORITHM}value*", mean.CRITIC),
     (f"{ALGORITHM}kl_ctrl.*", mean.IN_LOSS),
     (f"{ALGORITHM}max_seq_len", "the norm is rollout.max_response_length here"),
-    (f"{ALGORITHM}zero_variance_filter*", "they mask such groups; filter.enabled samples others in their place"),
+    (f"{ALGORITHM}zero_variance_filter*", "they mask such groups; filter.enabled samples others instead"),
     (f"{ALGORITHM}temperature", "is rollout.temperature"),
-    (f"{DYNAMIC}min_replace_ratio", "a batch with few groups to copy is trained on here, and sampled anew there"),
+    (f"{DYNAMIC}min_replace_ratio", "a batch with few groups to copy is sampled again there, but trained on here"),
     (f"{ALGORITHM}*", "no such method here"),
     (f"{OPTIMIZER}*", mean.SPEED),
     (f"{POLICY}model.lora.*", "all weights are trained here"),
     (f"{POLICY}*", mean.SPEED),
-    ("trainer.ref.*", "the reference model is model.reference, there only with loss.kl_coef"),
+    ("trainer.ref.*", "the reference model is model.reference; there is one only with loss.kl_coef"),
     ("trainer.placement.*", mean.OWN_GPUS),
     (f"{ASYNC}num_parallel_generation_workers", "they count groups; here rollout.slots sequences of each worker"),
-    (f"{ASYNC}*", "of their way of running ahead; see replay.run_ahead, replay.max_staleness"),
+    (f"{ASYNC}*", "belongs to their way of running ahead; see replay.run_ahead, replay.max_staleness"),
     ("trainer.eval_before_train", "the first and the last evaluation always run here"),
     ("trainer.eval_batch_size", "evaluation fills whatever slots are free here"),
-    ("trainer.resume_*", "launching into the same run.dir always goes on here"),
+    ("trainer.resume_*", "a launch into the same run.dir always resumes here"),
     ("trainer.hf_save_interval", "every checkpoint has the model's own files here"),
     ("trainer.export_path", "every checkpoint has the model's own files here"),
     ("trainer.strategy", mean.SPEED),
-    ("trainer.*", "of their trainer"),
+    ("trainer.*", "belongs to their trainer"),
     (f"{EVALUATION}*", "no such parameter of evaluation here"),
     (f"{SAMPLING}*", "training samples from the whole distribution here"),
-    (f"{ENGINE}weight_sync_backend", "is found out here: weights.backend"),
+    (f"{ENGINE}weight_sync_backend", "chosen automatically here: weights.backend"),
     (f"{ENGINE}*", mean.ENGINE),
     ("generator.zero_reward_on_non_stop", "reward.overlong_filter or reward.overlong_buffer instead"),
-    ("generator.batched", "sequences are always batched one by one here"),
+    ("generator.batched", "sequences are always batched continuously here"),
     ("generator.*", "one turn only here"),
-    ("environment.*", "an environment of theirs: see docs/reward.md"),
-    ("data.*", "of their data loader"),
-    ("[A-Z]*", "of the shell"),
+    ("environment.*", "no such environment here: see docs/reward.md"),
+    ("data.*", "belongs to their data loader"),
+    ("[A-Z]*", "a shell variable"),
 )
 
 PEER = Peer(

@@ -14,7 +14,7 @@ OTHERWISE: tuple[tuple[str, str, Rank, tuple[Any, ...]], ...] = (
     ("generator.max_turns", mean.TURNS, Rank.TASK, (1,)),
     ("generator.step_wise_trajectories", mean.TURNS, Rank.TASK, ()),
     ("generator.chat_template_kwargs", "the chat template gets no arguments here", Rank.TASK, ()),
-    ("generator.vision_language_generator", "images are no part of a prompt here", Rank.TASK, ()),
+    ("generator.vision_language_generator", "prompts have no images here", Rank.TASK, ()),
     (
         "generator.zero_reward_on_non_stop",
         "no such reward here: reward.overlong_filter, reward.overlong_buffer",
@@ -24,11 +24,11 @@ OTHERWISE: tuple[tuple[str, str, Rank, tuple[Any, ...]], ...] = (
     (f"{POLICY}model.lora.rank", mean.ALL_WEIGHTS, Rank.LOSS, ()),
     (f"{ALGORITHM}use_kl_in_reward", mean.IN_LOSS, Rank.LOSS, ()),
     (f"{ALGORITHM}advantage_batch_normalize", "advantages are normalised within a group here", Rank.LOSS, ()),
-    ("trainer.update_ref_every_epoch", "the reference model stays as it is here", Rank.LOSS, ()),
+    ("trainer.update_ref_every_epoch", "the reference model never changes here", Rank.LOSS, ()),
     (f"{SAMPLING}min_p", "training samples from the whole distribution here", Rank.SAMPLING, ()),
     (f"{POLICY}optimizer_config.scheduler", mean.CONSTANT, Rank.SCHEDULE, ("constant_with_warmup", "constant")),
 )
-"""Keys that train something else unless they have one of the values at the end."""
+"""(key, reason, rank, harmless values): keys that change training unless empty or harmless."""
 REDUCTIONS = {
     "token_mean": "token-mean",
     "token_mean_legacy": "token-mean",
@@ -53,7 +53,7 @@ def groups_per_update(train: Any, mini: Any, is_async: Any) -> int:
 
 
 def gpus_of(nodes: Any, each: Any, parallel: Any, together: Any, engines: Any, *step: Any) -> Gpus | None:
-    """The number of engines counts where they have GPUs of their own."""
+    """GPU counts; their number of engines matters only if engines have GPUs of their own."""
     if each is None and (flag(together) or engines is None):
         return None
     own = whole(engines or 1) if not flag(together) else None
@@ -70,13 +70,13 @@ def reduction(name: Any, variant: Any) -> Any:
 
 
 def clip(bound: Any, variant: Any, cispo: Any) -> Any:
-    """CISPO has bounds of its own."""
+    """A bound of the ratio; CISPO has keys of its own."""
     bound = cispo if variant == "cispo" else bound
     return None if bound is None else number(bound)
 
 
 def dual_clip(bound: Any, loss: Any) -> Any:
-    return mean.dual_clip(bound) if loss == "dual_clip" else Made(None, f"policy_loss_type {loss} has none")
+    return mean.dual_clip(bound) if loss == "dual_clip" else Made(None, f"policy_loss_type {loss} has no such bound")
 
 
 def advantage(name: Any, by_std: Any) -> Any:
@@ -113,7 +113,7 @@ def anchor(*corrections: Any) -> Any:
 
 
 def band(high: Any, low: Any, kind: Any, tis: Any, wanted: str) -> Any:
-    """The band of the weight or of the mask, whichever is on."""
+    """The band of the correction `wanted`, weight or mask, if that one is on."""
     if kind != wanted or (tis is not None and tis != kind):
         return Left("its correction is off") if high is not None else None
     return [number(low or 0), number(high)]
@@ -134,9 +134,9 @@ def own_environment(name: Any) -> Any:
 
 
 def eval_temperature(value: Any, *others: Any) -> Any:
-    """Their evaluation is greedy unless any of its parameters is given; then its temperature is 1."""
+    """Their evaluation is greedy by default; with any sampling parameter its temperature is 1."""
     if value is None:
-        return Made(1.0 if any(other is not None for other in others) else 0.0, "theirs, where none is named")
+        return Made(1.0 if any(other is not None for other in others) else 0.0, "their default")
     return number(value)
 
 

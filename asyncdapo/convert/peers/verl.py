@@ -1,4 +1,4 @@
-"""verl's keys (and siiRL's, which are of the same descent): rules, defaults, and what has no counterpart."""
+"""verl's keys (and siiRL's, which descend from them): rules, defaults, and keys without a counterpart."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ GPUS = (
 )
 
 OWN = ("custom_reward_function.path", "reward_manager.module.path", "reward_model.enable")
-"""Whose reward isn't known here."""
+"""Keys that name a reward which isn't known here."""
 VARIANTS = {"vanilla": "ppo", "gspo": "gspo", "cispo": "cispo"}
 ESTIMATORS = {"kl": "k1", "k1": "k1", "mse": "k2", "k2": "k2", "low_var_kl": "k3", "k3": "k3"}
 
@@ -205,7 +205,7 @@ DEFAULTS = {
     f"{ACTOR}ppo_mini_batch_size": 256,
     f"{ACTOR}optim.lr": 1e-6,
     f"{ACTOR}optim.weight_decay": 0.01,
-    f"{ROLLOUT}name": "vllm",  # of older versions; the present one wants it named
+    f"{ROLLOUT}name": "vllm",  # the default of older versions; the current one requires the key
     f"{ROLLOUT}n": 1,
     f"{ROLLOUT}temperature": 1.0,
     f"{ROLLOUT}dtype": "bfloat16",
@@ -229,24 +229,24 @@ WITHOUT = (
     ("algorithm.lam", mean.CRITIC),
     ("algorithm.kl_penalty", mean.IN_LOSS),
     ("algorithm.kl_ctrl.*", mean.IN_LOSS),
-    (f"{CORRECTION}rollout_rs*", "their rejection has no equal; loss.outlier_band masks tokens or responses"),
+    (f"{CORRECTION}rollout_rs*", "no such rejection here; loss.outlier_band masks tokens or responses"),
     ("data.filter_overlong_prompts*", "longer prompts are always left out and counted here"),
     ("data.prompt_key", "asyncdapo data prepare finds the column; its --prompt-column names another"),
-    ("data.reward_fn_key", "reward.verifier is one for all rows; data prepare keeps the source of a row"),
+    ("data.reward_fn_key", "one reward.verifier for all rows here; data prepare keeps the source of a row"),
     ("data.shuffle", "prompts are always shuffled here, by run.seed"),
     ("data.return_raw_*", "prompts are kept as text here"),
-    ("data.*", "of their data loader"),
-    ("custom_reward_function.*", "a function of yours is reward.verifier; its arguments are others (docs/reward.md)"),
-    ("reward_manager.*", "a function of yours is reward.verifier; its arguments are others (docs/reward.md)"),
-    (f"{ACTOR}clip_ratio", "clip_ratio_low and clip_ratio_high count there, which have defaults of their own"),
+    ("data.*", "belongs to their data loader"),
+    ("custom_reward_function.*", "reward.verifier may be your own function, with other arguments (docs/reward.md)"),
+    ("reward_manager.*", "reward.verifier may be your own function, with other arguments (docs/reward.md)"),
+    (f"{ACTOR}clip_ratio", "clip_ratio_low and clip_ratio_high override it there, since they have defaults"),
     (f"{ACTOR}optim.*", "the optimizer is AdamW at a constant learning rate here"),
-    (f"{ACTOR}shuffle", "mini-batches are dealt by number of tokens here"),
+    (f"{ACTOR}shuffle", "mini-batches are assigned to ranks by number of tokens here"),
     (f"{ACTOR}*fsdp*", mean.SPEED),
     (f"{ACTOR}strategy", mean.SPEED),
     (f"{ACTOR}ulysses_sequence_parallel_size", mean.SPEED),
     (f"{ACTOR}ppo_m*", mean.SPEED),
     (f"{ACTOR}*", mean.SPEED),
-    ("actor_rollout_ref.ref.*", "the reference model is model.reference, there only with loss.kl_coef"),
+    ("actor_rollout_ref.ref.*", "the reference model is model.reference; there is one only with loss.kl_coef"),
     ("actor_rollout_ref.model.override_config.*", "the model's own config.json counts here: change it there"),
     ("actor_rollout_ref.model.*lora*", "all weights are trained here"),
     ("actor_rollout_ref.model.*", mean.SPEED),
@@ -260,22 +260,22 @@ WITHOUT = (
     (f"{ROLLOUT}*", mean.ENGINE),
     (f"{OVERLONG}log", "metrics always hold it here"),
     ("reward_model.max_resp_len", "is rollout.max_response_length"),
-    ("reward_model.*", "there is no reward model here; reward.verifier may be a function that asks one"),
+    ("reward_model.*", "no reward models here; reward.verifier may be a function that calls one"),
     ("trainer.val_before_train", "the first and the last evaluation always run here"),
     ("trainer.val_only", "asyncdapo eval does it here"),
-    ("trainer.resume_*", "launching into the same run.dir always goes on here"),
+    ("trainer.resume_*", "a launch into the same run.dir always resumes here"),
     ("trainer.nnodes", mean.OWN_GPUS),
     ("trainer.n_gpus_per_node", mean.OWN_GPUS),
-    ("trainer.*", "of their trainer"),
-    (f"{ASYNC}*", "of their way of running ahead; see replay.run_ahead, replay.max_staleness"),
-    ("rollout.*", "of their way of running ahead; see replay.run_ahead, replay.max_staleness"),
+    ("trainer.*", "belongs to their trainer"),
+    (f"{ASYNC}*", "belongs to their way of running ahead; see replay.run_ahead, replay.max_staleness"),
+    ("rollout.*", "belongs to their way of running ahead; see replay.run_ahead, replay.max_staleness"),
     ("distillation.*", "no distillation here"),
     ("model_engine", mean.SPEED),
     ("async_resources.*", mean.OWN_GPUS),
     ("transfer_queue.*", mean.SPEED),
-    ("[A-Z]*", "of the shell"),
+    ("[A-Z]*", "a shell variable"),
     ("global_profiler.*", "no profiler here"),
-    ("ray_kwargs.*", "controller.ray_address joins a cluster; another has to be started before"),
+    ("ray_kwargs.*", "controller.ray_address joins a cluster, which must be running"),
     ("critic*", mean.CRITIC),
     ("--config-*", "their own configuration file"),
 )

@@ -16,9 +16,9 @@ AGGREGATIONS = {
 MODEL, ACTOR, ROLLOUT = ("actor_rollout_ref.model.", "actor_rollout_ref.actor.", "actor_rollout_ref.rollout.")
 CORRECTION = "algorithm.rollout_correction."
 OTHERWISE: tuple[tuple[str, str, Rank, tuple[Any, ...]], ...] = (
-    ("data.image_key", "images are no part of a prompt here", Rank.TASK, ()),
+    ("data.image_key", "prompts have no images here", Rank.TASK, ()),
     ("data.custom_cls.path", "YOUR DATA SET CLASS IS NOT CARRIED OVER: asyncdapo data prepare", Rank.TASK, ()),
-    ("data.train_max_samples", "only so many rows there, all of them here", Rank.TASK, (-1,)),
+    ("data.train_max_samples", "only that many rows there, all rows here", Rank.TASK, (-1,)),
     ("data.apply_chat_template_kwargs", "the chat template gets no arguments here", Rank.TASK, ()),
     (f"{MODEL}custom_chat_template", "the tokenizer's own chat template is used here", Rank.TASK, ()),
     (f"{ROLLOUT}multi_turn.enable", mean.TURNS, Rank.TASK, ()),
@@ -31,7 +31,7 @@ OTHERWISE: tuple[tuple[str, str, Rank, tuple[Any, ...]], ...] = (
     (f"{CORRECTION}rollout_rs", "no such rejection here: loss.outlier_band masks tokens or responses", Rank.LOSS, ()),
     (f"{CORRECTION}rollout_token_veto_threshold", "no such rejection here: loss.outlier_band", Rank.LOSS, ()),
     (f"{CORRECTION}loss_type", "REINFORCE there, PPO's clipped loss here", Rank.LOSS, ("ppo_clip",)),
-    (f"{CORRECTION}rollout_is_batch_normalize", "the weights are not brought to a mean of 1 here", Rank.LOSS, ()),
+    (f"{CORRECTION}rollout_is_batch_normalize", "the weights are not normalised to a mean of 1 here", Rank.LOSS, ()),
     (f"{ACTOR}loss_scale_factor", "the norm is rollout.max_response_length here", Rank.LOSS, ()),
     ("algorithm.use_pf_ppo", "no such resampling here", Rank.LOSS, ()),
     (f"{ROLLOUT}repetition_penalty", "training samples from the whole distribution here", Rank.SAMPLING, (1,)),
@@ -39,7 +39,7 @@ OTHERWISE: tuple[tuple[str, str, Rank, tuple[Any, ...]], ...] = (
     (f"{ACTOR}optim.warmup_style", mean.CONSTANT, Rank.SCHEDULE, ("constant",)),
     (f"{ACTOR}optim.optimizer", "AdamW here", Rank.SCHEDULE, ("AdamW",)),
 )
-"""Keys that train something else unless they have one of the values at the end."""
+"""(key, reason, rank, harmless values): keys that change training unless empty or harmless."""
 ADVANTAGES = {"grpo": "grpo", "grpo_vectorized": "grpo", "rloo": "rloo", "rloo_vectorized": "rloo"}
 
 
@@ -78,7 +78,7 @@ def warmup(steps: Any, ratio: Any, total: Any, epochs: Any, *step: Any) -> Any:
 
 
 def gen_multiplier(gen: Any, train: Any, filters: Any, sync: Any) -> Any:
-    """Generation batches are multiples of the batch here."""
+    """Our generation batches are multiples of the batch."""
     if gen is None or sync is not None or not flag(filters):
         return None
     return mean.ceil_of(whole(gen) / whole(train), "a whole multiple")
@@ -98,7 +98,7 @@ def groups_per_update(*step: Any) -> int:
 
 
 def gpus_of(nodes: Any, each: Any, parallel: Any, their_nodes: Any, their_each: Any, *step: Any) -> Gpus | None:
-    """Engines have GPUs of their own in their asynchronous training."""
+    """GPU counts. In their asynchronous training, engines have GPUs of their own."""
     if nodes is None and each is None:
         return None
     parallel = whole(parallel or 1)
@@ -123,14 +123,14 @@ def old_aggregation(token_level: Any) -> str:
 
 
 def clip_low(bound: Any, variant: Any) -> Any:
-    """Their CISPO takes bounds below 0, which are none."""
+    """The lower bound of the ratio. In their CISPO a value above 1 turns it off."""
     if variant == "cispo" and bound is not None and bound > 1:
         return Made(1.0, "no lower bound")
     return None if bound is None else number(bound)
 
 
 def dual_clip(bound: Any, variant: Any) -> Any:
-    return Made(None, f"their {variant} has none") if variant in ("gspo", "cispo") else mean.dual_clip(bound)
+    return Made(None, f"their {variant} has no such bound") if variant in ("gspo", "cispo") else mean.dual_clip(bound)
 
 
 def advantage(name: Any, by_std: Any) -> Any:
@@ -140,30 +140,30 @@ def advantage(name: Any, by_std: Any) -> Any:
 
 
 def anchor(rollout_is: Any, bypass: Any, use_rollout: Any, proximal: Any, cap: Any, sync: Any) -> Any:
-    """Only where their keys speak of it: without them see `SYNCHRONOUS`. Their fully asynchronous trainer takes the
-    log-probs of the policy that sampled unless told otherwise."""
+    """Our anchor, if their keys set it; if not, see `SYNCHRONOUS`. Their fully asynchronous trainer uses the log-probs
+    of the policy that sampled by default."""
     if flag(proximal) or (rollout_is and not flag(bypass)) or (cap is not None and cap > 0):
         return "proximal"
     return "behavior" if flag(bypass) or flag(use_rollout) or sync is not None else None
 
 
 def run_ahead(threshold: Any, sync: Any, rollout_gpus: Any) -> Any:
-    """Engines with GPUs of their own and no asynchronous trainer are one step ahead."""
+    """With GPUs for the engines but no asynchronous trainer, sampling runs one step ahead."""
     if threshold is not None:
         return number(threshold)
-    return Made(1.0, "one step off there") if rollout_gpus is not None and sync is None else None
+    return Made(1.0, "one step off-policy there") if rollout_gpus is not None and sync is None else None
 
 
 def correction(rollout_is: Any, bypass: Any, cap: Any) -> Any:
     if cap is not None and cap > 0:
         return "token"
     if rollout_is is None or flag(bypass):
-        return Left("the ratio holds the correction already") if rollout_is else None
+        return Left("the ratio already includes the correction") if rollout_is else None
     return either(rollout_is, {"token": "token", "sequence": "sequence"}, "no such weight here")
 
 
 def correction_mode(threshold: Any, rollout_is: Any, bypass: Any) -> Any:
-    """A band of two bounds masks, a single bound cuts."""
+    """A threshold of two bounds masks; a single one truncates."""
     return "mask" if isinstance(threshold, str) and rollout_is and not flag(bypass) else None
 
 
@@ -171,7 +171,7 @@ def band(threshold: Any, rollout_is: Any, bypass: Any, cap: Any) -> Any:
     if cap is not None and cap > 0:
         return [0.0, number(cap)]
     if not rollout_is or flag(bypass):
-        return Left("without rollout_is it does nothing") if threshold is not None else None
+        return Left("has no effect without rollout_is") if threshold is not None else None
     if isinstance(threshold, str):
         return [float(bound) for bound in threshold.split("_")]
     return None if threshold is None else [0.0, number(threshold)]
@@ -181,17 +181,17 @@ def band(threshold: Any, rollout_is: Any, bypass: Any, cap: Any) -> Any:
 
 
 def verifier(manager: Any, files: Any, *own: Any) -> Any:
-    """Theirs goes by each row's data_source."""
+    """Our verifier; theirs is chosen by each row's data_source."""
     if any(own):
         return Made(mean.OWN_FUNCTION, "name your own here")
     name, sure = _verifier_of(files)
-    why = f"they choose by each row's data_source; reward.verifier={name} for all rows is a guess: change it for yours"
+    why = f"they choose by each row's data_source; reward.verifier={name} for all rows is a guess: check it"
     return Made(name, "their verdict on this data" if sure else why, loud=None if sure else Rank.TASK)
 
 
 def _verifier_of(files: Any) -> tuple[str, bool]:
-    """By the data sets' names, and whether it is theirs for all of them: GSM8K's answers stand behind ####, DAPO's
-    behind Answer:, others' in a box."""
+    """The verifier by the data sets' names, and whether it is theirs for all of them: GSM8K's answers follow ####,
+    DAPO's follow `Answer:`, others are in a box."""
     made = [_of_name(str(file).lower()) for file in (files if isinstance(files, list) else [files])]
     return made[0][0], all(sure for _, sure in made) and len(set(made)) == 1
 
@@ -204,19 +204,19 @@ def _of_name(name: str) -> tuple[str, bool]:
 
 
 def incorrect(files: Any, *own: Any) -> Any:
-    """Their verdict of DAPO's data is 1 or -1, and of others 1 or 0."""
+    """Reward of a wrong answer: -1 for DAPO's data, 0 for others."""
     return None if any(own) or _verifier_of(files)[0] == "dapo" else 0.0
 
 
 def truncation(side: Any, filtered: Any) -> Left:
-    """Where the data loader lets too long a prompt through."""
+    """What their data loader does with prompts that are too long."""
     if flag(filtered) or side == "error":
         return Left("longer prompts are always left out and counted here")
     return Left("longer prompts are cut there, left out and counted here", loud=Rank.DETAIL)
 
 
 def epochs(passes: Any, rollout: Any, files: Any) -> Any:
-    """Older versions of their asynchronous trainer end at the lower of two numbers."""
+    """Epochs; older versions of their asynchronous trainer end at the lower of two numbers."""
     both = [count for count in (passes, rollout) if count is not None]
     return mean.epochs(min(both), files) if both else None
 

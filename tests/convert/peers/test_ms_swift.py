@@ -128,7 +128,7 @@ def test_a_system_prompt_that_names_a_file_is_the_text_of_it(tmp_path: Path, mon
     (tmp_path / "examples" / "system.txt").unlink()
     made = converted("ms-swift", [str(script)])[1]
     assert (
-        "system=examples/system.txt: no such file here; our own default stands for prompts.system_prompt" in made.loud
+        "system=examples/system.txt: no such file here; our own default is used for prompts.system_prompt" in made.loud
     )
     assert "prompts.system_prompt" not in made.values
 
@@ -140,17 +140,17 @@ def test_a_system_prompt_of_its_own_words_is_kept() -> None:
 @pytest.mark.parametrize(
     ("words", "off", "said"),
     [
-        ("--tuner_type lora", "--tuner_type full", "all weights are trained here"),
-        ("--train_type lora", "--train_type full", "all weights are trained here"),
+        ("--tuner_type lora", "--tuner_type full", "full training here"),
+        ("--train_type lora", "--train_type full", "full training here"),
         ("--loss_type sapo", "--loss_type dapo", "no such loss here"),
         ("--chord_sft_dataset c/d", "--log_completions true", "CHORD's supervised loss"),
         ("--top_p 0.9", "--top_p 1.0", "the whole distribution"),
         ("--top_k 50", "--top_k -1", "the whole distribution"),
         ("--warmup_ratio 0.05", "--warmup_steps 10", "a share of the steps"),
         ("--lr_scheduler_type cosine", "--lr_scheduler_type constant", "constant after warm-up"),
-        ("--dataset a/b#1000", "--dataset a/b", "only so many rows"),
+        ("--dataset a/b#1000", "--dataset a/b", "only that many rows"),
         ("--scale_rewards batch", "--scale_rewards group", "scaled over the batch there"),
-        ("--reward_funcs accuracy format", "--reward_funcs accuracy", "accuracy alone counts here"),
+        ("--reward_funcs accuracy format", "--reward_funcs accuracy", "only accuracy counts here"),
         ("--enable_thinking true", "--rlhf_type grpo", "the chat template gets no arguments"),
     ],
 )
@@ -163,7 +163,7 @@ def test_lora_and_a_cosine_are_said_where_the_script_leaves_them_to_the_defaults
     loud = " ".join(converted("ms-swift", ["--dataset", "a/b"])[1].loud)
     assert "(their default is LoRA)" in loud
     assert "lr_scheduler_type=cosine (ms-swift's default)" in loud
-    assert "prompts.max_prompt_length=1024: theirs takes prompts as long as the model can" in loud
+    assert "prompts.max_prompt_length=1024: theirs is the model's limit" in loud
 
 
 def test_their_megatron_trainer_trains_all_weights_unless_told_otherwise() -> None:

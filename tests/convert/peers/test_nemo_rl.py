@@ -132,7 +132,7 @@ def test_a_template_that_is_not_here_is_said_aloud(recipe: Path) -> None:
         (
             "policy.dtensor_cfg.lora_cfg.enabled=true",
             "policy.dtensor_cfg.lora_cfg.enabled=false",
-            "all weights are trained",
+            "full training",
         ),
         ("loss_fn.disable_ppo_ratio=true", "loss_fn.disable_ppo_ratio=false", "no loss without a ratio"),
         ("ppo.adv_estimator.name=gae", "ppo.adv_estimator.name=grpo", "there is no critic here"),
@@ -140,7 +140,7 @@ def test_a_template_that_is_not_here_is_said_aloud(recipe: Path) -> None:
         (
             "grpo.reward_shaping.stop_properly_penalty_coef=0.0 grpo.reward_shaping.enabled=true",
             "grpo.reward_shaping.stop_properly_penalty_coef=null grpo.reward_shaping.enabled=true",
-            "that is cut off is 0.0 of it",
+            "truncated response is multiplied by 0.0",
         ),
         ("grpo.max_rollout_turns=3", "grpo.max_rollout_turns=1", "one turn only"),
     ],

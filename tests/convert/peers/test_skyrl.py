@@ -101,7 +101,7 @@ def test_a_key_of_theirs_is_our_key(words: str, expected: dict[str, Any]) -> Non
 @pytest.mark.parametrize(
     ("word", "off", "said"),
     [
-        ("trainer.policy.model.lora.rank=32", "trainer.policy.model.lora.rank=0", "all weights are trained here"),
+        ("trainer.policy.model.lora.rank=32", "trainer.policy.model.lora.rank=0", "full training here"),
         (
             "trainer.algorithm.policy_loss_type=rollout_is",
             "trainer.algorithm.policy_loss_type=gspo",

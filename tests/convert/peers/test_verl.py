@@ -190,14 +190,14 @@ def test_a_key_of_siirl_is_our_key(words: str, expected: dict[str, Any]) -> None
     [
         (f"{ROLLOUT}top_p=0.9", f"{ROLLOUT}top_p=1.0", "the whole distribution"),
         (f"{ROLLOUT}top_k=50", f"{ROLLOUT}top_k=-1", "the whole distribution"),
-        (f"{MODEL}lora_rank=32", f"{MODEL}lora_rank=0", "all weights are trained here"),
+        (f"{MODEL}lora_rank=32", f"{MODEL}lora_rank=0", "full training here"),
         (f"{ACTOR}policy_loss.loss_mode=geo_mean", f"{ACTOR}policy_loss.loss_mode=gspo", "no such loss here"),
         (f"{ACTOR}policy_loss.loss_mode=sapo", f"{ACTOR}policy_loss.loss_mode=vanilla", "no such loss here"),
         (f"{CORRECTION}rollout_rs=token_k1", f"{CORRECTION}rollout_rs=null", "no such rejection here"),
         (f"{CORRECTION}loss_type=reinforce", f"{CORRECTION}loss_type=ppo_clip", "REINFORCE there"),
         (f"{ACTOR}optim.lr_warmup_steps_ratio=0.1", f"{ACTOR}optim.lr_warmup_steps_ratio=0", "number isn't known"),
         (f"{ACTOR}optim.warmup_style=cosine", f"{ACTOR}optim.warmup_style=constant", "constant after warm-up"),
-        ("data.train_max_samples=1000", "data.train_max_samples=-1", "only so many rows"),
+        ("data.train_max_samples=1000", "data.train_max_samples=-1", "only that many rows"),
         (f"{ROLLOUT}multi_turn.enable=True", f"{ROLLOUT}multi_turn.enable=False", "one turn only"),
         ("algorithm.use_kl_in_reward=True", "algorithm.use_kl_in_reward=False", "loss.kl_coef"),
         ("data.truncation=left", "data.truncation=error", "longer prompts are cut there"),
@@ -217,7 +217,7 @@ def test_a_verdict_that_is_a_guess_is_said_first() -> None:
 
 def test_data_sets_with_verdicts_of_their_own_are_said_to_share_one() -> None:
     loud = converted("verl", [*VERL, "data.train_files=[/d/gsm8k/train.parquet,/d/math/train.parquet]"])[1].loud
-    assert "drawn from alike here, row after row there" in " ".join(loud)
+    assert "drawn from equally here, row after row there" in " ".join(loud)
     assert "reward.verifier=gsm8k for all rows is a guess" in " ".join(loud)
 
 
