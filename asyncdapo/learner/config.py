@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from functools import cached_property
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from msgspec import Meta
 
@@ -11,6 +12,9 @@ from asyncdapo.errors import ConfigError
 from asyncdapo.messages import MAX_RANKS
 from asyncdapo.plugins import check_name, is_plugin
 from asyncdapo.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Share
+
+if TYPE_CHECKING:
+    from asyncdapo.model.files import ModelFiles, TokenizerFiles  # its libraries would make `--help` slow
 
 VARIANTS = ("ppo", "gspo", "cispo")
 ADVANTAGES = ("grpo", "dr_grpo", "rloo")
@@ -38,6 +42,27 @@ class ModelConfig:
 
     reference: ModelPath | None = None
     """Model of the KL penalty (`loss.kl_coef`), as `path`; the model itself as it was at first unless given."""
+
+    @cached_property
+    def files(self) -> ModelFiles:
+        """What the model's files say, read once."""
+        from asyncdapo.model.files import ModelFiles
+
+        return ModelFiles(self.path)
+
+    @cached_property
+    def reference_files(self) -> ModelFiles | None:
+        """The same of `reference`."""
+        from asyncdapo.model.files import ModelFiles
+
+        return ModelFiles(self.reference, "model.reference") if self.reference else None
+
+    @cached_property
+    def tokenizer_files(self) -> TokenizerFiles:
+        """Of the tokenizer, the model's own or another."""
+        from asyncdapo.model.files import TokenizerFiles
+
+        return TokenizerFiles(self.tokenizer_path, self.tokenizer_key)
 
     @property
     def tokenizer_path(self) -> str:

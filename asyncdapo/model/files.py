@@ -1,28 +1,46 @@
-"""Where the model's files are: a directory in Hugging Face format, or an id on the Hugging Face hub. No torch here.
+"""What a model's files say: one home for every fact about the model that is known before it is loaded. No torch here.
 
-`find_directory` and `model_config` ask nobody; `check_…`, `local_…` and `…_digests` run before any process starts and
-download nothing; `model_directory` and `tokenizer_directory` run in the process that loads the model and download what
-is missing. Does not own: reading the weights.
+In: `model.path`, `model.reference` or `model.tokenizer`: a directory in Hugging Face format, or an id on the Hugging
+Face hub. Out: `ModelFiles` and `TokenizerFiles`: directory, config, shape, tensors. `fetch` downloads what is missing.
+All the rest asks nobody and says what the files on this machine say; config.json and the headers of the tensors are
+read once. Does not own: where a path in a config leads (`location`), the values of the tensors.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from huggingface_hub import file_exists, snapshot_download, try_to_load_from_cache
+import msgspec
+from huggingface_hub import snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HTTPError
+from safetensors import SafetensorError, safe_open
 
 from asyncdapo.disk import sha256_of
 from asyncdapo.errors import ConfigError
+from asyncdapo.model.location import (
+    CONFIG,
+    KEY,
+    KINDS,
+    TOKENIZER,
+    TOKENIZER_KEY,
+    WEIGHT_FILES,
+    check_directory,
+    first_line,
+    is_path,
+    weight_files,
+)
+from asyncdapo.model.shape import Shape, read_shape
 
-KEY = "model.path"
-TOKENIZER_KEY = "model.tokenizer"
-
-WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
+INDEX = "model.safetensors.index.json"
+WHOLE = "model.safetensors"
+FETCH = "fetch the model's files again"
+SAFETENSORS, PICKLES = WEIGHT_FILES
 TOKENIZER_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
@@ -39,133 +57,204 @@ WHOLE_DIGEST_BYTES = 2 * 1000**3
 END_BYTES = 1 << 20
 
 
-def check_model_path(path: str, base_dirs: Iterable[str | Path], key: str = KEY) -> str:
-    """The absolute directory that `path` names relative to one of `base_dirs` (the first that has it), or `path` itself
-    where it is an id on the hub. Raises ConfigError, for the config's `key`, for a directory without config.json or
-    weights, and for an id that is neither on the hub nor in the local cache."""
-    return find_directory(path, base_dirs, key) or checked_hub_id(path, key)
+class _Index(msgspec.Struct):
+    """What is read of the index."""
+
+    weight_map: dict[str, str]
 
 
-def check_tokenizer_path(path: str, base_dirs: Iterable[str | Path]) -> str:
-    """As `check_model_path`, for `model.tokenizer`: a directory with tokenizer.json, or an id of one on the hub."""
-    found = find_directory(path, base_dirs, TOKENIZER_KEY, _checked_tokenizer)
-    return found or checked_hub_id(path, TOKENIZER_KEY, "tokenizer.json")
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor is, by the header of its file: `safe_open(file, …).get_slice(name)` reads a part of it."""
+
+    file: Path
+    dtype: str
+    """As safetensors name it, such as `BF16`."""
+    shape: tuple[int, ...]
 
 
-def find_directory(
-    path: str,
-    base_dirs: Iterable[str | Path],
-    key: str = KEY,
-    checked: Callable[[str, Path, str], Path] | None = None,
-) -> str | None:
-    """As `check_model_path`, but None for what may be an id on the hub, which isn't asked."""
-    base_dirs = [Path(base).absolute() for base in base_dirs]
-    for directory in (base / Path(path).expanduser() for base in base_dirs):
-        if directory.is_dir():
-            return str((checked or _checked_directory)(path, directory, key))
-    if is_path(path):
-        fix = f"give a model directory of this machine, or a hub id: {key}=ORG/NAME"
-        if not Path(path).expanduser().is_absolute():
-            fix += f"; relative paths are looked up in {', '.join(dict.fromkeys(map(str, base_dirs)))}"
-        raise ConfigError(key, "no such directory", path, fix)
-    return None
+@dataclass(frozen=True)
+class _Files:
+    """A directory of this machine, or what a repository of the hub holds."""
+
+    path: str
+    """The directory, or the id on the hub."""
+    key: str
+    """The config key that has this path, for errors."""
+
+    marker: ClassVar[str]
+    """The file without which the directory is something else."""
+
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+        """Another process reads for itself: it may be on another machine."""
+        return type(self), (self.path, self.key)
+
+    @property
+    def here(self) -> Path | None:
+        """The directory on this machine. None for an id still to be downloaded, and for a directory that isn't here.
+        Raises ConfigError for what can't be an id."""
+        if Path(self.path).is_dir():
+            return Path(self.path)
+        if is_path(self.path):
+            return None
+        try:
+            cached = try_to_load_from_cache(self.path, self.marker)
+        except ValueError as error:
+            raise ConfigError(self.key, f"is neither a directory nor an id: {first_line(error)}", self.path) from error
+        return Path(cached).parent if isinstance(cached, str) else None
+
+    def fetch(self) -> Path:
+        """The directory on this machine, whole; an id is downloaded first if need be. Raises ConfigError."""
+        if Path(self.path).is_dir():
+            check_directory(self.path, Path(self.path), self.key, self.marker)
+            return Path(self.path)
+        try:
+            return self._download()
+        except (OSError, ValueError, HTTPError) as error:
+            problem = f"is neither a directory nor a {KINDS[self.marker]} that the hub gives out: {first_line(error)}"
+            raise ConfigError(self.key, problem, self.path) from error
+
+    def _download(self) -> Path:
+        return Path(snapshot_download(self.path, allow_patterns=list(TOKENIZER_FILES)))
 
 
-def is_path(path: str) -> bool:
-    """Whether it can be nothing but a directory: no id on the hub looks like it."""
-    return path.startswith((".", "/", "~")) or path.count("/") > 1
+@dataclass(frozen=True)
+class TokenizerFiles(_Files):
+    """A tokenizer, of its own or beside a model's weights."""
+
+    key: str = TOKENIZER_KEY
+    marker: ClassVar[str] = TOKENIZER
+
+    def check_vocabulary(self, known: int | None) -> None:
+        """Whether the tokenizer is there, and its vocabulary without added tokens within the `known` tokens of the
+        model; added ones may lie beyond, as long as no prompt has one. Raises ConfigError."""
+        check_directory(self.path, self.here, self.key, self.marker)
+        try:
+            vocabulary = json.loads((self.here / self.marker).read_text(encoding="utf-8"))["model"]["vocab"]
+            num_tokens = max(vocabulary.values()) + 1 if isinstance(vocabulary, dict) else len(vocabulary)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            problem = f"tokenizer.json can't be read: {type(error).__name__}: {first_line(error)}"
+            raise ConfigError(self.key, problem, self.path) from error
+        if known is not None and num_tokens > known:
+            problem = f"its tokenizer is of another model: it has {num_tokens:,} tokens, the model {known:,}"
+            raise ConfigError(self.key, problem, self.path, "take the tokenizer that the model was trained with")
+
+    def digests(self) -> dict[str, str]:
+        """What makes a text tokens: a digest of the tokenizer and of the files that may hold its chat template. Of a
+        tokenizer that is still to be downloaded its id."""
+        names = (TOKENIZER, "tokenizer_config.json", "chat_template.jinja")
+        return _digests(self.here / name for name in names) if self.here else {"id": self.path}
 
 
-def model_directory(path: str, key: str = KEY) -> Path:
-    """The local directory with the model's config, weights and tokenizer; an id is downloaded first if need be."""
-    return _downloaded(path, ["*.json", *WEIGHT_FILES, *TOKENIZER_FILES], key)
+@dataclass(frozen=True)
+class ModelFiles(_Files):
+    """A model's config, its weights by the headers of their files, and what follows from them."""
+
+    key: str = KEY
+    marker: ClassVar[str] = CONFIG
+
+    @property
+    def config(self) -> dict[str, Any] | None:
+        """What config.json says; None where it isn't here. Raises ConfigError where it can't be read."""
+        return self._config if self.here else None
+
+    @property
+    def shape(self) -> Shape | None:
+        """None where config.json isn't here, or the formulas don't know this kind of model."""
+        return read_shape(self.config or {})
+
+    @property
+    def vocab_size(self) -> int | None:
+        """As config.json says, where it is here."""
+        config = self.config or {}
+        return config.get("vocab_size", (config.get("text_config") or {}).get("vocab_size"))
+
+    @property
+    def weights(self) -> list[Path]:
+        """The files of the first format that is here, since only that one is loaded; none for a model still to be
+        downloaded."""
+        return weight_files(self.here) if self.here else []
+
+    @property
+    def safetensors(self) -> list[Path]:
+        """The safetensors that make up the model; none where it isn't here, or is in another format. Other ones may lie
+        beside them. Raises ConfigError for an index that can't be read."""
+        if index := self._index():
+            return [self.here / name for name in sorted(set(index.values()))]
+        return [self.here / WHOLE] if self.here and (self.here / WHOLE).is_file() else []
+
+    @cached_property
+    def tensors(self) -> dict[str, StoredTensor]:
+        """Every tensor in `safetensors` by its name. Raises ConfigError where a file is missing, cut short or has a
+        damaged header."""
+        return {name: tensor for file in self.safetensors for name, tensor in self._header(file).items()}
+
+    def check_whole(self) -> None:
+        """Whether the files of the weights are all there and as long as their headers say, and hold every tensor of the
+        index. What the hub's cache lacks is still to be downloaded. Raises ConfigError."""
+        files, index, in_cache = self.safetensors, self._index(), not Path(self.path).is_dir()
+        if not files and (parts := sorted(self.here.glob(SAFETENSORS))) and not in_cache:
+            raise self._broken(f"has {parts[0].name}, and neither {WHOLE} nor {INDEX}")
+        missing = [file.name for file in files if not file.is_file()]
+        if missing and not in_cache:
+            raise self._broken(f"lacks {len(missing)} of the {len(files)} files that {INDEX} names, first {missing[0]}")
+        stored = {name for file in files if file.name not in missing for name in self._header(file)}
+        absent = sorted(name for name, file in index.items() if file not in missing and name not in stored)
+        if absent:
+            first = f"first {absent[0]} of {index[absent[0]]}"
+            raise self._broken(f"lacks {len(absent)} tensors that {INDEX} names, {first}")
+
+    def digests(self) -> dict[str, str]:
+        """What the model is, wherever its directory stands: a digest of its config, its tokenizer and each weight file.
+        Of a model that is still to be downloaded its id."""
+        if not (files := self.weights):
+            return {"id": self.path}
+        small = sum(file.stat().st_size for file in files) <= WHOLE_DIGEST_BYTES
+        others = _digests(files[0].parent / name for name in (CONFIG, TOKENIZER))
+        return others | {file.name: sha256_of(file) if small else _digest_of_ends(file) for file in files}
+
+    @cached_property
+    def _config(self) -> dict[str, Any]:
+        try:
+            return json.loads((self.here / CONFIG).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConfigError(self.key, f"config.json can't be read: {first_line(error)}", self.path) from error
+
+    def _index(self) -> dict[str, str]:
+        """The file of each tensor, of a model in several files."""
+        if not self.here or not (self.here / INDEX).is_file():
+            return {}
+        try:
+            return msgspec.json.decode((self.here / INDEX).read_bytes(), type=_Index).weight_map
+        except (OSError, ValueError) as error:
+            raise self._broken(f"can't read {INDEX}: {error}") from error
+
+    def _header(self, file: Path) -> dict[str, StoredTensor]:
+        try:
+            with safe_open(file, "np") as stored:
+                slices = {name: stored.get_slice(name) for name in stored.keys()}  # noqa: SIM118
+                return {
+                    name: StoredTensor(file, part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()
+                }
+        except (SafetensorError, OSError) as error:
+            raise self._broken(f"can't read {file.name}: {error}") from error
+
+    def _broken(self, problem: str) -> ConfigError:
+        return ConfigError(self.key, problem, self.path, FETCH)
+
+    def _download(self) -> Path:
+        """Without the weights in a second format."""
+        patterns = ["*.json", *TOKENIZER_FILES]
+        directory = Path(snapshot_download(self.path, allow_patterns=[*patterns, SAFETENSORS]))
+        return (
+            directory
+            if weight_files(directory)
+            else Path(snapshot_download(self.path, allow_patterns=[*patterns, PICKLES]))
+        )
 
 
-def tokenizer_directory(path: str) -> Path:
-    """The local directory with the files of `model.tokenizer`; those of an id are downloaded first if need be."""
-    return _downloaded(path, list(TOKENIZER_FILES), TOKENIZER_KEY)
-
-
-def _downloaded(path: str, patterns: list[str], key: str) -> Path:
-    if Path(path).is_dir():
-        return Path(path)
-    try:
-        return Path(snapshot_download(path, allow_patterns=patterns))
-    except (OSError, ValueError, HTTPError) as error:
-        raise ConfigError(key, f"can't be downloaded: {_first_line(error)}", path) from error
-
-
-def local_directory(path: str) -> Path | None:
-    """The model's directory where it is on this machine already, whole; None for an id still to be downloaded."""
-    if Path(path).is_dir():
-        return Path(path)
-    cached = try_to_load_from_cache(path, "config.json")
-    directory = Path(cached).parent if isinstance(cached, str) else None
-    return directory if directory and _weight_files(directory) else None
-
-
-def local_tokenizer(path: str) -> Path | None:
-    """The directory of a tokenizer that is on this machine already; None for an id still to be downloaded."""
-    if Path(path).is_dir():
-        return Path(path)
-    cached = try_to_load_from_cache(path, "tokenizer.json")
-    return Path(cached).parent if isinstance(cached, str) else None
-
-
-def model_config(path: str) -> dict[str, Any] | None:
-    """What the model's config.json says, where that is on this machine already; None for an id that isn't cached,
-    and for a directory that isn't here. Raises ConfigError for a file that can't be read, and for what can't be an id.
-    """
-    if is_path(path) and not Path(path).is_dir():
-        return None
-    try:
-        file = Path(path) / "config.json" if Path(path).is_dir() else try_to_load_from_cache(path, "config.json")
-        return json.loads(Path(file).read_text(encoding="utf-8")) if isinstance(file, str | Path) else None
-    except (OSError, ValueError) as error:
-        raise ConfigError(KEY, f"config.json can't be read: {_first_line(error)}", path) from error
-
-
-def vocab_size(path: str) -> int | None:
-    """As the model's config.json says, where it is here."""
-    config = model_config(path) or {}
-    return config.get("vocab_size", (config.get("text_config") or {}).get("vocab_size"))
-
-
-def check_vocabulary(directory: Path, key: str, known: int | None) -> None:
-    """Whether the tokenizer is there, and its vocabulary without added tokens within the `known` tokens of the model;
-    added ones may lie beyond, as long as no prompt has one. Raises ConfigError."""
-    file = _checked_tokenizer(str(directory), directory, key) / "tokenizer.json"
-    try:
-        vocabulary = json.loads(file.read_text(encoding="utf-8"))["model"]["vocab"]
-        num_tokens = max(vocabulary.values()) + 1 if isinstance(vocabulary, dict) else len(vocabulary)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        problem = f"tokenizer.json can't be read: {type(error).__name__}: {_first_line(error)}"
-        raise ConfigError(key, problem, str(directory)) from error
-    if known is not None and num_tokens > known:
-        problem = f"its tokenizer is of another model: it has {num_tokens:,} tokens, the model {known:,}"
-        raise ConfigError(key, problem, str(directory), "take the tokenizer that the model was trained with")
-
-
-def model_digests(directory: Path) -> dict[str, str]:
-    """What the model is, wherever its directory stands: a digest of its config, its tokenizer and each weight file."""
-    weights = _weight_files(directory)
-    small = sum(path.stat().st_size for path in weights) <= WHOLE_DIGEST_BYTES
-    others = [path for name in ("config.json", "tokenizer.json") if (path := directory / name).is_file()]
-    return {
-        **{path.name: sha256_of(path) for path in others},
-        **{path.name: sha256_of(path) if small else _digest_of_ends(path) for path in weights},
-    }
-
-
-def tokenizer_digests(directory: Path) -> dict[str, str]:
-    """What makes a text tokens: a digest of the tokenizer and of the files that may hold its chat template."""
-    names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-    return {name: sha256_of(directory / name) for name in names if (directory / name).is_file()}
-
-
-def _weight_files(directory: Path) -> list[Path]:
-    """Of the first format that is there, since only that one is loaded."""
-    return next((files for pattern in WEIGHT_FILES if (files := sorted(directory.glob(pattern)))), [])
+def _digests(files: Iterable[Path]) -> dict[str, str]:
+    return {file.name: sha256_of(file) for file in files if file.is_file()}
 
 
 def _digest_of_ends(path: Path) -> str:
@@ -175,33 +264,3 @@ def _digest_of_ends(path: Path) -> str:
         file.seek(max(0, num_bytes - END_BYTES))
         digest.update(file.read())
     return f"{num_bytes} bytes, ends {digest.hexdigest()}"
-
-
-def _checked_directory(path: str, directory: Path, key: str) -> Path:
-    if not (directory / "config.json").is_file():
-        raise ConfigError(key, "has no config.json", path, "a directory in Hugging Face format")
-    if not _weight_files(directory):
-        raise ConfigError(key, f"has no weights ({' or '.join(WEIGHT_FILES)})", path)
-    return directory
-
-
-def _checked_tokenizer(path: str, directory: Path, key: str) -> Path:
-    if not (directory / "tokenizer.json").is_file():
-        fix = "save it with AutoTokenizer.from_pretrained(path).save_pretrained(path)"
-        raise ConfigError(key, "has no tokenizer.json", path, fix)
-    return directory
-
-
-def checked_hub_id(path: str, key: str, file: str = "config.json") -> str:
-    what = "model" if file == "config.json" else "tokenizer"
-    problem = f"is neither a directory nor a {what} in the local Hugging Face cache or on the hub"
-    try:
-        if isinstance(try_to_load_from_cache(path, file), str) or file_exists(path, file):
-            return path
-    except (OSError, ValueError, HTTPError) as error:
-        raise ConfigError(key, problem, path, f"asked the hub: {_first_line(error)}") from error
-    raise ConfigError(key, problem, path)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -21,7 +21,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -36,7 +35,8 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from asyncdapo.errors import WeightsError
-from asyncdapo.model.tensor_names import read_shapes, weight_names
+from asyncdapo.model.files import ModelFiles
+from asyncdapo.model.tensor_names import weight_names
 from asyncdapo.transport.backend import Backend
 from asyncdapo.transport.process_group import device_name
 from asyncdapo.weights.manifest import Manifest
@@ -124,8 +124,8 @@ class StagedTransfer(WeightTransferEngine[NoInit, StagedUpdate]):
     @cached_property
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the weights in the model's files, by name."""
-        shapes = read_shapes(Path(self.model_config.model))
-        return {name: shapes[name] for name in weight_names(shapes, tied=bool(self._tied_heads))}
+        tensors = ModelFiles(self.model_config.model).tensors
+        return {name: tensors[name].shape for name in weight_names(tensors, tied=bool(self._tied_heads))}
 
     @cached_property
     def _tied_heads(self) -> list[torch.nn.Module]:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from asyncdapo.config.config import load_config
 from asyncdapo.controller.checks.preflight import check_config, effective
 from asyncdapo.errors import ConfigError
-from asyncdapo.model.tensor_names import INDEX, WHOLE
+from asyncdapo.model.files import INDEX, WHOLE
 from tests.controller.runs import START_MODEL, copy_start_model
 
 QUICKSTART = START_MODEL.parent.parent / "quickstart.yaml"

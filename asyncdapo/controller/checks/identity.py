@@ -18,7 +18,7 @@ import msgspec
 from asyncdapo.config.config import Config, load_recorded, to_dict
 from asyncdapo.disk import sha256_of
 from asyncdapo.errors import ConfigError, UserError
-from asyncdapo.model.files import local_directory, local_tokenizer, model_digests, tokenizer_digests
+from asyncdapo.model.files import ModelFiles, TokenizerFiles
 from asyncdapo.plugins import is_plugin, plugin_digest
 from asyncdapo.prompts.mixture import whole_numbers
 from asyncdapo.replay.ledger.audit import CONFIG_FILE
@@ -71,10 +71,10 @@ class Identity(msgspec.Struct, frozen=True, kw_only=True):
 
 def identify(config: Config) -> Identity:
     """Reads the files that `config` names. Raises ConfigError for one that can't be read."""
-    reference = config.model.reference
+    reference = config.model.reference_files
     return Identity(
-        model=_model_digests("model.path", config.model.path),
-        reference=_model_digests("model.reference", reference) if reference else {},
+        model=_file_digests(config.model.files),
+        reference=_file_digests(reference) if reference else {},
         tokenizer=_tokenizer_digests(config),
         data={name: _data_digest(key, path) for name, (key, path) in _data_files(config).items()},
         extensions={key: plugin_digest(key, name) for key, name in _extensions(config).items()},
@@ -175,23 +175,17 @@ def _different(there: Mapping[str, object], now: Mapping[str, object]) -> list[s
     return [key for key in there | now if there.get(key) != now.get(key)]
 
 
-def _model_digests(key: str, path: str) -> dict[str, str]:
-    try:
-        directory = local_directory(path)
-        return model_digests(directory) if directory else {"id": path}
-    except OSError as error:
-        raise ConfigError(key, f"can't be read ({error.strerror})", path) from error
-
-
 def _tokenizer_digests(config: Config) -> dict[str, str]:
     if config.model.tokenizer is None and not config.prompts.chat_template:
         return {}
-    key, path = config.model.tokenizer_key, config.model.tokenizer_path
+    return _file_digests(config.model.tokenizer_files)
+
+
+def _file_digests(files: ModelFiles | TokenizerFiles) -> dict[str, str]:
     try:
-        directory = local_tokenizer(path)
-        return tokenizer_digests(directory) if directory else {"id": path}
+        return files.digests()
     except OSError as error:
-        raise ConfigError(key, f"can't be read ({error.strerror})", path) from error
+        raise ConfigError(files.key, f"can't be read ({error.strerror})", files.path) from error
 
 
 def _data_files(config: Config) -> dict[str, tuple[str, str]]:

@@ -35,7 +35,7 @@ from asyncdapo.disk import replace_file
 from asyncdapo.errors import ConfigError, RunError, UserError
 from asyncdapo.learner.model.compiler import check_compiler
 from asyncdapo.metrics.wandb_log import choose_mode
-from asyncdapo.model.files import check_model_path, check_tokenizer_path, local_tokenizer, vocab_size
+from asyncdapo.model.location import check_model_path, check_tokenizer_path
 from asyncdapo.plugins import absolute_plugin, is_plugin
 from asyncdapo.prompts.registry import open_task
 from asyncdapo.prompts.stream import PromptStream
@@ -116,11 +116,11 @@ def check_prompts(config: Config, task: Task) -> None:
     few = task.parts is not None and sum(len(part.rows) for part in task.parts) <= FEW_ROWS
     if not (few or config.model.tokenizer or config.prompts.chat_template):
         return
-    if local_tokenizer(config.model.tokenizer_path):
+    if config.model.tokenizer_files.here:
         from asyncdapo.model.tokenizer import load_tokenizer
 
         tokenizer, prompts = load_tokenizer(config.model.tokenizer_path, config.model.tokenizer_key), config.prompts
-        encode = tokenizer.prompt_encoder(prompts.chat_template, prompts.system_prompt, vocab_size(config.model.path))
+        encode = tokenizer.prompt_encoder(prompts.chat_template, prompts.system_prompt, config.model.files.vocab_size)
         if few:
             PromptStream(prompts, task, encode, config.run.seed)
 
@@ -136,9 +136,9 @@ def check_reward(config: Config) -> None:
 
 def check_reference(config: Config) -> None:
     """Whether the reference model knows every token that is sampled, where the files of both are here already."""
-    if config.model.reference is None:
+    if config.model.reference_files is None:
         return
-    known, sampled = vocab_size(config.model.reference), vocab_size(config.model.path)
+    known, sampled = config.model.reference_files.vocab_size, config.model.files.vocab_size
     if known is not None and sampled is not None and known < sampled:
         problem = f"has a vocabulary of {known}, model.path one of {sampled}: it can't say how likely all tokens are"
         raise ConfigError("model.reference", problem, config.model.reference, "a model with the same tokenizer")

@@ -41,7 +41,7 @@ from asyncdapo.controller.fleet.placement import (
 )
 from asyncdapo.controller.roles.model_check import check_rotations
 from asyncdapo.errors import ConfigError
-from asyncdapo.model.files import find_directory, model_config
+from asyncdapo.model.location import find_directory
 from asyncdapo.model.shape import Shape, read_shape
 from asyncdapo.prompts.mixture import whole_numbers
 from asyncdapo.prompts.registry import open_task
@@ -57,7 +57,7 @@ def plan(name_or_path: str, overrides: Sequence[str], gpus_of_nodes: Sequence[in
     """The plan of this configuration, ready to be printed. Raises UserError."""
     path = find_config(name_or_path)
     config = _located(load_config(path, overrides), path.parent)
-    model = model_config(config.model.path)
+    model = config.model.files.config
     check_reward(config)
     check_model(config)
     check_rotations(config)

@@ -12,15 +12,13 @@ from collections.abc import Mapping
 from asyncdapo.config.config import Config
 from asyncdapo.controller.fleet.memory import learner_bytes, learner_forecast, learner_measured
 from asyncdapo.controller.fleet.placement import Placement
-from asyncdapo.model.files import model_config
-from asyncdapo.model.shape import read_shape
 
 
 class Forecast:
     """Of one launch."""
 
     def __init__(self, config: Config, placement: Placement) -> None:
-        self._shape = read_shape(model_config(config.model.path) or {})
+        self._shape = config.model.files.shape
         self._config, self._on_gpu = config, placement.on_gpus("learner")
         self._compared = self._shape is None
 

@@ -9,8 +9,8 @@ from asyncdapo.config.config import Config
 from asyncdapo.learner.config import ModelConfig
 from asyncdapo.plugins import is_plugin
 from asyncdapo.rollout.engine import Engine
-from asyncdapo.rollout.model_files import locate, read_config, stop_token_ids
 from asyncdapo.rollout.own_engine import engine_class
+from asyncdapo.rollout.stop_tokens import read_config, stop_token_ids
 from asyncdapo.rollout.torch_engine.torch_engine import TorchEngine
 from asyncdapo.rollout.vllm_engine.vllm_engine import VllmEngine
 from asyncdapo.weights.receivers import TRANSFER, WORKER_RECEIVER, EngineReceiver, LocalReceiver, Receiver
@@ -53,5 +53,5 @@ def _stop_token_ids(model: ModelConfig) -> list[int] | None:
     """None leaves them to the engine, which knows those of the model and of the tokenizer beside it."""
     if model.tokenizer is None:
         return None
-    directory = locate(model.path)
-    return sorted(stop_token_ids(directory, read_config(directory, model.path), model.tokenizer))
+    model.files.fetch()
+    return sorted(stop_token_ids(model.files, read_config(model.files), model.tokenizer_files))

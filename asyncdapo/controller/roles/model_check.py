@@ -7,50 +7,37 @@ Hugging Face has to say.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from asyncdapo.config.config import Config
 from asyncdapo.learner.model.rotation import check_rotation
-from asyncdapo.model.files import (
-    KEY,
-    check_vocabulary,
-    checked_hub_id,
-    local_directory,
-    local_tokenizer,
-    model_config,
-    vocab_size,
-)
+from asyncdapo.model.location import TOKENIZER, check_hub_id
 from asyncdapo.model.shape import MODEL_TYPES
-from asyncdapo.model.tensor_names import check_whole
 
 
 def check_files(config: Config) -> None:
     """Whether weights and tokenizer are whole, as far as they are here, and belong together."""
-    for key, path in ((KEY, config.model.path), ("model.reference", config.model.reference)):
-        if path and (directory := local_directory(path)):
-            check_whole(directory, key, may_lack_files=not Path(path).is_dir())
-    key, path = config.model.tokenizer_key, config.model.tokenizer_path
-    if directory := local_tokenizer(path):
-        check_vocabulary(directory, key, vocab_size(config.model.path))
+    for files in (config.model.files, config.model.reference_files):
+        if files and files.weights:
+            files.check_whole()
+    tokenizer = config.model.tokenizer_files
+    if tokenizer.here:
+        tokenizer.check_vocabulary(config.model.files.vocab_size)
     else:
-        checked_hub_id(path, key, "tokenizer.json")
+        check_hub_id(tokenizer.path, tokenizer.key, TOKENIZER)
 
 
 def check_learnable(config: Config) -> None:
     """Before any process starts."""
     check_rotations(config)
-    model = model_config(config.model.path)
-    if model is None or model.get("model_type") in MODEL_TYPES:
-        return
-    if directory := local_directory(config.model.path):
+    files = config.model.files
+    if files.weights and files.config.get("model_type") not in MODEL_TYPES:
         from asyncdapo.learner.model.names import check_names_unloaded
 
-        check_names_unloaded(directory)
+        check_names_unloaded(files)
 
 
 def check_rotations(config: Config) -> None:
     """Of the model, and of the reference if there is one."""
     num_positions = config.prompts.max_prompt_length + config.rollout.max_response_length
-    for key, path in ((KEY, config.model.path), ("model.reference", config.model.reference)):
-        if path and (model := model_config(path)):
-            check_rotation(model, num_positions, path, key)
+    for files in (config.model.files, config.model.reference_files):
+        if files and files.config:
+            check_rotation(files.config, num_positions, files.path, files.key)

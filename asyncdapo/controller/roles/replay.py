@@ -9,7 +9,6 @@ from asyncdapo.controller.process.waits import replay_wait
 from asyncdapo.controller.roles.actors import NUM_PROBE_PROMPTS, Opened, Start
 from asyncdapo.controller.roles.base import Member
 from asyncdapo.messages import EvalAnswer, EvalRequest
-from asyncdapo.model.files import vocab_size
 from asyncdapo.model.tokenizer import TextTokenizer, load_tokenizer
 from asyncdapo.prompts.registry import open_task
 from asyncdapo.prompts.stream import PromptStream
@@ -37,7 +36,7 @@ class Main(Member):
         task = open_task(config.prompts, num_eval=config.eval.num_held_out, seed=config.run.seed)
         tokenizer = load_tokenizer(config.model.tokenizer_path, config.model.tokenizer_key)
         chat_template, system_prompt = config.prompts.chat_template, config.prompts.system_prompt
-        encode = tokenizer.prompt_encoder(chat_template, system_prompt, vocab_size(config.model.path))
+        encode = tokenizer.prompt_encoder(chat_template, system_prompt, config.model.files.vocab_size)
         self.stream = PromptStream(config.prompts, task, encode, config.run.seed, tokenizer.unknown_id)
         self.server = ReplayServer(
             ServerSettings(
@@ -46,7 +45,7 @@ class Main(Member):
                 seed=config.run.seed,
                 total_slots=config.rollout.num_workers * config.rollout.slots,
                 max_failure_ratio=config.reward.max_failure_ratio,
-                vocab_size=vocab_size(config.model.path),
+                vocab_size=config.model.files.vocab_size,
                 totals=start.totals,
             ),
             self._make_state,

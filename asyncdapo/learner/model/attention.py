@@ -25,7 +25,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from asyncdapo.errors import ConfigError
 from asyncdapo.learner.model.attention_layout import Layout, Rectangles, Segments
-from asyncdapo.model.files import KEY
+from asyncdapo.model.location import KEY
 
 NAME = "packed"
 CHECKED = "packed_checked"

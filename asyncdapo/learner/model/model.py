@@ -25,7 +25,7 @@ from asyncdapo.learner.model.attention import CHECKED, NAME, gather_rows
 from asyncdapo.learner.model.attention_layout import Layout
 from asyncdapo.learner.model.logprobs import linear_logprobs
 from asyncdapo.learner.model.packing import MicroBatch
-from asyncdapo.model.files import KEY
+from asyncdapo.model.location import KEY
 
 TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.05}
 """Of outputs, relative: what kernels may differ by, TF32 included. A wrong layout is off by about 1."""

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from asyncdapo.errors import ConfigError
-from asyncdapo.model.files import KEY
+from asyncdapo.model.location import KEY
 
 FORMER_NAMES = {"su": "longrope"}
 ORIGINAL = "original_max_position_embeddings"

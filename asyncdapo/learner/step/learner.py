@@ -48,8 +48,8 @@ from asyncdapo.learner.step.probe import Pair, response_logprobs
 from asyncdapo.learner.step.ranks import ALONE, Ranks
 from asyncdapo.learner.step.times import Times
 from asyncdapo.messages import Batch
-from asyncdapo.model.files import TOKENIZER_FILES, model_directory, tokenizer_directory
-from asyncdapo.model.shape import read_shape, settled_dtype
+from asyncdapo.model.files import TOKENIZER_FILES
+from asyncdapo.model.shape import settled_dtype
 from asyncdapo.payload import Payload
 from asyncdapo.shares import deal, share_of
 
@@ -91,8 +91,8 @@ class Learner:
         torch.set_num_threads(config.threads)
         torch.manual_seed(seed)
         device = _device(config.device)
-        source = model_directory(model.path)
-        self._tokenizer_source = tokenizer_directory(model.tokenizer) if model.tokenizer else source
+        source = model.files.fetch()
+        self._tokenizer_source = model.tokenizer_files.fetch() if model.tokenizer else source
         self._loss, self._config, self.ranks = loss, config, ranks
         self._temperature = temperature
         self._staleness_bound = staleness_bound
@@ -100,8 +100,8 @@ class Learner:
         self._measured = Measured(device)
         compiled = compiles(config.compile, device)
         self._model = load_model(source, device)
-        check_names(self._model, source)
-        self._shape = read_shape(self._model.config.to_dict())
+        check_names(self._model, model.files)
+        self._shape = model.files.shape
         self._masters = Masters(self._model, getattr(torch, settled_dtype(config.dtype, on_gpu=device.type == "cuda")))
         check_packing(self._model)  # in the dtype that it computes in from now on, which may have other kernels
         settle_blocks(self._model, compile=compiled, checkpointing=config.activation_checkpointing)
@@ -318,7 +318,7 @@ def _metrics(updates: Sequence[Update], loss: LossConfig) -> dict[str, float]:
 def _load_reference(config: ModelConfig, model: PreTrainedModel, compiled: bool) -> PreTrainedModel:
     """It computes as the model does."""
     key = "model.reference"
-    reference = load_model(model_directory(config.reference or config.path, key), model.device, key)
+    reference = load_model((config.reference_files or config.files).fetch(), model.device, key)
     known, sampled = (one.get_output_embeddings().weight.shape[0] for one in (reference, model))
     if known < sampled:
         raise ConfigError(key, f"has a vocabulary of {known}, the model one of {sampled}", config.reference)

@@ -8,7 +8,6 @@ Does not own: the layout in which weights are computed with (`weights.py`).
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
@@ -17,9 +16,9 @@ from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from asyncdapo.errors import ConfigError
+from asyncdapo.model.files import WHOLE, ModelFiles
 from asyncdapo.model.shape import MODEL_TYPES, Shape, read_shape
-from asyncdapo.model.tensor_names import WHOLE, weight_files
-from asyncdapo.rollout.model_files import locate, read_config, stop_token_ids
+from asyncdapo.rollout.stop_tokens import read_config, stop_token_ids
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Rotary variants whose frequencies don't depend on the length of the sequence."""
@@ -37,7 +36,7 @@ class ModelShape(Shape):
 class Checkpoint:
     """What a directory says about its model, without the weights."""
 
-    directory: Path
+    files: ModelFiles
     shape: ModelShape
     frequencies_P: torch.Tensor
     """Angle per position of each of the P = head_dim / 2 rotated pairs, float32."""
@@ -48,34 +47,30 @@ class Checkpoint:
     def tensors(self) -> dict[str, torch.Tensor]:
         """All weights by their Hugging Face names. Raises ConfigError for unreadable files."""
         weights: dict[str, torch.Tensor] = {}
-        for file in _weight_files(self.directory):
+        if not (files := self.files.safetensors):
+            raise ConfigError(self.files.key, f"has no {WHOLE}", self.files.path, "save the model as safetensors")
+        for file in files:
             try:
                 weights.update(load_file(file))
             except (SafetensorError, OSError) as error:
-                raise ConfigError("model.path", f"can't read {file.name}: {error}", str(self.directory)) from error
+                raise ConfigError(self.files.key, f"can't read {file.name}: {error}", self.files.path) from error
         return weights
 
 
 def read_checkpoint(model_path: str) -> Checkpoint:
     """Raises ConfigError for a directory that isn't there or a model that this engine doesn't compute."""
-    directory = locate(model_path)
-    config = read_config(directory, model_path)
+    files = ModelFiles(model_path)
+    files.fetch()
+    config = read_config(files)
     _refuse_unknown(config, model_path)
     frequencies_P, rotation_scale = _frequencies(config, model_path)
     return Checkpoint(
-        directory=directory,
+        files=files,
         shape=_shape(config),
         frequencies_P=frequencies_P,
         rotation_scale=rotation_scale,
-        stop_token_ids=stop_token_ids(directory, config),
+        stop_token_ids=stop_token_ids(files, config),
     )
-
-
-def _weight_files(directory: Path) -> list[Path]:
-    files = weight_files(directory)
-    if not files:
-        raise ConfigError("model.path", f"has no {WHOLE}", str(directory), "save the model as safetensors")
-    return files
 
 
 def _refuse_unknown(config: PretrainedConfig, model_path: str) -> None:

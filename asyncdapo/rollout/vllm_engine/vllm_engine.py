@@ -28,10 +28,11 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from asyncdapo.errors import EngineError
+from asyncdapo.model.files import ModelFiles
 from asyncdapo.rollout.config import RolloutConfig
 from asyncdapo.rollout.engine import Limits, LoadTimes, Request, Sample
 from asyncdapo.rollout.life import Life
-from asyncdapo.rollout.model_files import locate, read_config, stop_token_ids
+from asyncdapo.rollout.stop_tokens import read_config, stop_token_ids
 from asyncdapo.rollout.vllm_engine.arguments import engine_args, set_environment
 from asyncdapo.rollout.vllm_engine.meter import Meter
 from asyncdapo.rollout.vllm_engine.processes import Family, child_pids
@@ -133,10 +134,11 @@ class VllmEngine:
         set_environment(self._config)
         from asyncdapo.rollout.vllm_engine.adapter import Adapter, launch
 
-        directory = locate(self._model_path)
-        model = read_config(directory, self._model_path)
+        files = ModelFiles(self._model_path)
+        directory = files.fetch()
+        model = read_config(files)
         stop = self._stop_token_ids
-        stop = sorted(stop_token_ids(directory, model)) if stop is None else stop
+        stop = sorted(stop_token_ids(files, model)) if stop is None else stop
         arguments = engine_args(
             directory,
             model,

@@ -110,16 +110,17 @@ def test_sequences_longer_than_the_model_knows_are_refused_unless_its_rotation_i
     engine: str, tmp_path: Path
 ) -> None:
     kind = {"model_type": "llama", "num_attention_heads": 8}
-    config = config_of(engine, str(tmp_path), max_response_length=1000)  # prompts have 1,024 tokens by default
-    model_dir(tmp_path, **kind, max_position_embeddings=2024)
-    check_model(config)
-    model_dir(tmp_path, **kind, max_position_embeddings=2023)
+
+    def check(**more: object) -> None:
+        model_dir(tmp_path, **kind, **more)
+        check_model(config_of(engine, str(tmp_path), max_response_length=1000))  # prompts have 1,024 tokens by default
+
+    check(max_position_embeddings=2024)
     with pytest.raises(
         ConfigError, match="rollout.max_response_length: with prompts.max_prompt_length 1024 needs 2024 positions"
     ):
-        check_model(config)
-    model_dir(tmp_path, **kind, max_position_embeddings=2023, rope_scaling={"rope_type": "yarn", "factor": 4.0})
-    check_model(config)
+        check(max_position_embeddings=2023)
+    check(max_position_embeddings=2023, rope_scaling={"rope_type": "yarn", "factor": 4.0})
 
 
 def test_a_config_that_is_no_json_is_named(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from asyncdapo.errors import ConfigError
 from asyncdapo.learner.model.names import check_names_unloaded
 from asyncdapo.learner.step.learner import Learner
 from asyncdapo.messages import Sampling
+from asyncdapo.model.files import ModelFiles
 from asyncdapo.rollout.engine import Request, Sample
 from tests.learner.tiny import SHAPE, make_batch, make_learner, train
 from tests.rollout.torch_engine.models import engine_for
@@ -51,7 +52,7 @@ def test_a_mixture_whose_experts_are_joined_when_it_is_loaded_is_refused_before_
         r"more, the files have model\.layers\.0\.\S+\.experts\.0\.\S+\.weight and \d+ more instead, got '\S+' "
         r"\(a model .*\)"
     )
-    for refuse in (lambda: check_names_unloaded(tmp_path), lambda: make_learner(path)):
+    for refuse in (lambda: check_names_unloaded(ModelFiles(str(tmp_path))), lambda: make_learner(path)):
         with pytest.raises(ConfigError) as refusal:
             refuse()
         assert one_line.fullmatch(str(refusal.value))
@@ -61,7 +62,7 @@ def test_a_mixture_whose_experts_are_joined_when_it_is_loaded_is_refused_before_
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_dense_model_keeps_its_names_and_is_trained(tmp_path, kind, tied):
     path = save_random(tmp_path, kind, tie_word_embeddings=tied, pad_token_id=0)
-    check_names_unloaded(tmp_path)
+    check_names_unloaded(ModelFiles(str(tmp_path)))
     assert isinstance(make_learner(path), Learner)
 
 
@@ -69,7 +70,7 @@ def test_a_tied_model_sends_its_embedding_once_whatever_its_file_holds(tmp_path)
     path = save_with_head(tmp_path, torch.clone)
     sent = make_learner(path).weights()
     assert sent.keys() == load_file(tmp_path / "model.safetensors").keys() - {"lm_head.weight"}
-    check_names_unloaded(tmp_path)
+    check_names_unloaded(ModelFiles(str(tmp_path)))
 
 
 def test_an_engine_takes_from_such_a_file_and_such_a_learner_the_same_weights(tmp_path):
