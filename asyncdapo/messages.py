@@ -62,6 +62,11 @@ class Completion(Struct, frozen=True, kw_only=True):
     """Numbers of the reward function: `acc` is the 0/1 verdict, `score` the scaled one, `seq_reward` the shaped one. It
     may add others."""
 
+    @property
+    def num_loss_tokens(self) -> int:
+        """Tokens that bear loss."""
+        return sum(count for value, count in self.loss_mask if value)
+
 
 class Score(Struct, frozen=True, kw_only=True):
     """The scorer's result for one response. Reward and metrics become part of the `Completion`."""
@@ -112,7 +117,7 @@ class Group(Struct, frozen=True, kw_only=True):
     @property
     def num_loss_tokens(self) -> int:
         """Tokens that bear loss. A group without any ends `filtered` with reason `masked`."""
-        return sum(count for completion in self.completions for value, count in completion.loss_mask if value)
+        return sum(completion.num_loss_tokens for completion in self.completions)
 
 
 # ------------------------------------------------------------------------------------------------- rollout <-> replay
@@ -310,8 +315,8 @@ class EvalAck(Message):
 # ------------------------------------------------------------------------------------------------- replay <-> learner
 
 
-MAX_RANKS = 1024
-"""Most ranks of a learner. A request that claims more is damaged."""
+NOBODY = -1
+"""In a `Deal`: at no update, at no rank."""
 
 
 class CutWanted(Message):
@@ -319,14 +324,24 @@ class CutWanted(Message):
 
     step: int
     rank: int = 0
-    num_ranks: int = 1
-    num_updates: int = 1
-    """Optimizer updates in an epoch. Every rank has a part of each (`shares.deal`)."""
+
+
+class Deal(Struct, frozen=True, kw_only=True, array_like=True, forbid_unknown_fields=True):
+    """Who trains on what of a batch (`shares`)."""
+
+    updates: list[int]
+    """Optimizer update of each group, from 0; NOBODY for a group without a loss-bearing token."""
+    ranks: list[int]
+    """Rank of each completion, group after group; NOBODY for one that bears no loss."""
+
+    @property
+    def num_updates(self) -> int:
+        return max(self.updates, default=NOBODY) + 1
 
 
 class Batch(Message):
-    """replay -> learner: batch `step`, immutable, with the frames of one `Payload` over the groups of the rank's share
-    (`shares.share_of`) in order.
+    """replay -> learner: batch `step`, immutable, with the frames of one `Payload` over the rank's share
+    (`shares.share_of`) in order. All but the frames is the same for every rank.
 
     Sorted by `prompt_id`. `Group.staleness(step)` of each group is at most `max_staleness`.
     """
@@ -335,6 +350,7 @@ class Batch(Message):
     branch: int
     max_staleness: int
     groups: list[Group]
+    deal: Deal
     copies: list[int] = []
     """Extra copies of each group in the batch (`filter.mode: replace`); empty if there are none."""
 

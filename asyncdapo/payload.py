@@ -63,6 +63,13 @@ class Payload:
             np.frombuffer(frames[2], LOGPROB_DTYPE),
         )
 
+    def of_completions(self, group: Group, indices: Sequence[int]) -> Payload:
+        """The prompt of `group`, whose payload this is, and the tokens of these completions in this order."""
+        ends = list(accumulate((completion.num_tokens for completion in group.completions), initial=0))
+        kept = [slice(ends[index], ends[index + 1]) for index in indices]
+        cut = [np.concatenate([column[part] for part in kept]) for column in (self.token_ids, self.logprobs)]
+        return Payload(self.prompt_ids, *cut)
+
     @staticmethod
     def join(payloads: Sequence[Payload]) -> Payload:
         """The payloads in order as one; an empty one for none."""

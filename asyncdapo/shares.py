@@ -1,56 +1,152 @@
-"""Who trains on what: the groups of a batch, dealt to optimizer updates and, in each of them, to the learner's ranks.
+"""Who trains on what: the groups of a batch are dealt to optimizer updates, their completions to the learner's ranks.
 
-In: the headers of a batch, which every rank has. Out: indices into its groups. The replay server sends each rank the
-payload of its share by the same function. Invariants: a group with a loss-bearing token is in one update and at one
-rank, whole; the same headers give the same shares; which groups an update holds does not depend on the number of ranks.
+In: the headers of a batch. Out: a `Deal`, and by it the share of a rank. The replay server deals a batch once, and
+every rank receives the whole deal. Invariants: every loss-bearing completion is at exactly one rank, every other one is
+at none; the same headers give the same deal; which groups an update holds depends neither on the number of ranks nor on
+the model. Does not own: micro-batches, which a rank makes of its share; denominators, which are made of all headers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
 
-from asyncdapo.messages import Group
+from msgspec.structs import replace
 
-EVEN_LENGTH = 1 << 15
-"""Tokens of a sequence whose attention costs as much as its matrix products: 30k in the shape of Qwen2.5-1.5B, 65k in
-that of 7B."""
+from asyncdapo.messages import NOBODY, Batch, Deal, Group
 
-
-def deal(groups: Sequence[Group], *, num_updates: int, num_ranks: int) -> list[list[list[int]]]:
-    """Indices of groups by update and rank, each list rising.
-
-    An update has consecutive groups, equally many or one more in the first ones; there are fewer updates where fewer
-    groups have a loss-bearing token. Inside an update the heaviest group not yet dealt goes to the rank with the least
-    work, so a rank may have none.
-    """
-    trainable = [index for index, group in enumerate(groups) if group.num_loss_tokens]
-    size, extra = divmod(len(trainable), num_updates)
-    updates, end = [], 0
-    for number in range(min(num_updates, len(trainable))):
-        start, end = end, end + size + (number < extra)
-        updates.append(_by_rank(groups, trainable[start:end], num_ranks))
-    return updates
+STEP = 1.005
+"""The limit on the work of a rank grows by this factor until the ranks have room for an update."""
 
 
-def share_of(dealt: Sequence[Sequence[Sequence[int]]], rank: int) -> list[int]:
-    """Of what was dealt, the indices of the groups whose payload the rank needs, rising."""
-    return sorted(index for by_rank in dealt for index in by_rank[rank])
+@dataclass(frozen=True)
+class Dealer:
+    """Deals batches to `num_updates` optimizer updates, and in each of them to `num_ranks` ranks."""
+
+    num_ranks: int = 1
+    num_updates: int = 1
+    pair_cost: float = 0.0
+    """What attention costs for one query and one key, when all else that a token costs is 1: `Shape.pair_cost`."""
+
+    def deal(self, groups: Sequence[Group]) -> Deal:
+        """An update has consecutive groups, equally many or one more in the first ones; there are fewer updates where
+        fewer groups have a loss-bearing token. In each update the largest work of a rank is close to the mean, and a
+        rank may have none."""
+        trainable = [place for place, group in enumerate(groups) if group.num_loss_tokens]
+        size, extra = divmod(len(trainable), self.num_updates)
+        updates, ranks = [NOBODY] * len(groups), [[NOBODY] * len(group.completions) for group in groups]
+        end = 0
+        for number in range(min(self.num_updates, len(trainable))):
+            begin, end = end, end + size + (number < extra)
+            for place in trainable[begin:end]:
+                updates[place] = number
+            loads = {place: self._load(groups[place]) for place in trainable[begin:end]}
+            for rank, run in enumerate(_runs(loads, self.num_ranks)):
+                for place, index in run:
+                    ranks[place][index] = rank
+        return Deal(updates=updates, ranks=sum(ranks, []))
+
+    def _load(self, group: Group) -> _Load:
+        """The work of its loss-bearing completions. A response attends to its prompt and to itself."""
+        num_prompt = group.num_prompt_tokens
+        work = [
+            (one.num_tokens * (1 + self.pair_cost * (num_prompt + one.num_tokens / 2)), index)
+            for index, one in enumerate(group.completions)
+            if one.num_loss_tokens
+        ]
+        return _Load(
+            num_prompt * (1 + self.pair_cost * num_prompt / 2), sorted(work, key=lambda one: (-one[0], one[1]))
+        )
 
 
-def _by_rank(groups: Sequence[Group], indices: Sequence[int], num_ranks: int) -> list[list[int]]:
-    shares: list[list[int]] = [[] for _ in range(num_ranks)]
-    loads = [0.0] * num_ranks
-    for index in sorted(indices, key=lambda index: (-_work(groups[index]), index)):
-        rank = loads.index(min(loads))
-        shares[rank].append(index)
-        loads[rank] += _work(groups[index])
-    return [sorted(share) for share in shares]
+@dataclass(frozen=True)
+class Piece:
+    """What a rank has of one group: its prompt and some of its completions."""
+
+    place: int
+    """Of the group in the batch."""
+    indices: list[int]
+    """Of the completions in the group, rising."""
+    header: Group
+    """The group's, with these completions only; a payload of the share is read by it."""
 
 
-def _work(group: Group) -> float:
-    """Of the completions that bear loss, in tokens: what is computed, the prompt once, and what attention costs beside
-    it, which grows with squared lengths."""
-    bearing = (completion for completion in group.completions if any(value for value, _ in completion.loss_mask))
-    lengths = [completion.num_tokens for completion in bearing]
-    squared = sum((group.num_prompt_tokens + length) ** 2 for length in lengths)
-    return group.num_prompt_tokens + sum(lengths) + squared / EVEN_LENGTH
+def share_of(batch: Batch, rank: int) -> list[Piece]:
+    """What this rank trains on, in the order in which its payload stands in the frames. Raises ValueError for a deal of
+    other groups."""
+    completions = [
+        (place, index) for place, group in enumerate(batch.groups) for index in range(len(group.completions))
+    ]
+    dealt = zip(completions, batch.deal.ranks, strict=True)
+    own = groupby((which for which, its_rank in dealt if its_rank == rank), key=lambda which: which[0])
+    return [_piece(batch.groups[place], place, [index for _, index in run]) for place, run in own]
+
+
+def _piece(group: Group, place: int, indices: list[int]) -> Piece:
+    return Piece(place, indices, replace(group, completions=[group.completions[index] for index in indices]))
+
+
+# The deal of one update. A rank that has a part of a group computes the prompt, and is sent it. So groups are cut
+# seldom: the ranks are filled one after the other, up to one limit, and a group is cut where a rank is full. What is
+# left over when the last rank is full goes where there is still room.
+
+
+@dataclass(frozen=True)
+class _Load:
+    """Work of one group: of its prompt, and of each completion with its index, the largest first. The unit is a token
+    whose attention costs nothing."""
+
+    prompt: float
+    completions: list[tuple[float, int]]
+
+    @property
+    def total(self) -> float:
+        return self.prompt + sum(work for work, _ in self.completions)
+
+
+_Run = list[tuple[int, int]]
+"""Completions of one rank: place of the group, index in it."""
+
+
+def _runs(loads: dict[int, _Load], num_ranks: int) -> list[_Run]:
+    """The completions of each rank. No limit below the mean, or below the largest completion, could do."""
+    largest_first = sorted(loads.items(), key=lambda item: (-item[1].total, item[0]))
+    mean = sum(load.total for load in loads.values()) / num_ranks
+    limit = max(mean, *(load.prompt + load.completions[0][0] for load in loads.values()))
+    while (runs := _filled(largest_first, limit, num_ranks)) is None:
+        limit *= STEP
+    return runs
+
+
+def _filled(loads: Iterable[tuple[int, _Load]], limit: float, num_ranks: int) -> list[_Run] | None:
+    """The completions of each rank when none may have more work than the limit; None when they find no room."""
+    runs: list[_Run] = [[] for _ in range(num_ranks)]
+    rooms = [limit] * num_ranks
+    filling = 0
+    for place, load in loads:
+        left = load.completions
+        while left:
+            rank = filling if filling < num_ranks else rooms.index(max(rooms))
+            taken, left = _fitting(left, rooms[rank] - load.prompt)
+            runs[rank] += [(place, index) for _, index in taken]
+            if taken:
+                rooms[rank] -= load.prompt + sum(work for work, _ in taken)
+            elif filling == num_ranks:
+                return None
+            filling = min(filling + bool(left), num_ranks)
+    return runs
+
+
+def _fitting(
+    completions: Iterable[tuple[float, int]], room: float
+) -> tuple[list[tuple[float, int]], list[tuple[float, int]]]:
+    """The largest completions for which there is room, and the others."""
+    taken, left = [], []
+    for work, index in completions:
+        if work <= room:
+            taken.append((work, index))
+            room -= work
+        else:
+            left.append((work, index))
+    return taken, left

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from msgspec import Meta
 
 from asyncdapo.errors import ConfigError
-from asyncdapo.messages import MAX_RANKS
 from asyncdapo.plugins import check_name, is_plugin
 from asyncdapo.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Share
 
 if TYPE_CHECKING:
     from asyncdapo.model.files import ModelFiles, TokenizerFiles  # its libraries would make `--help` slow
 
+MAX_RANKS = 1024
 VARIANTS = ("ppo", "gspo", "cispo")
 ADVANTAGES = ("grpo", "dr_grpo", "rloo")
 AGGREGATIONS = (

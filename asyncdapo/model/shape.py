@@ -109,6 +109,11 @@ class Shape:
         """Of a forward and a backward pass over the same."""
         return 3 * self.forward_flops(num_tokens, num_logit_tokens, num_pairs)
 
+    @property
+    def pair_cost(self) -> float:
+        """Operations of attention for one query and one key, as a share of all other operations for one token."""
+        return self.forward_flops(0, 0, 1) / self.forward_flops(1, 1, 0)
+
     # ------------------------------------------------------------------------------------------------------ memory
 
     def kv_bytes(self, dtype: str) -> int:

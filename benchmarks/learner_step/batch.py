@@ -18,6 +18,7 @@ import numpy as np
 
 from asyncdapo.messages import Batch, Completion, Group
 from asyncdapo.payload import Payload
+from asyncdapo.shares import Dealer
 from benchmarks.learner_step.lengths import GroupLengths
 
 
@@ -111,5 +112,5 @@ def messages_of(file: BatchFile) -> tuple[Batch, Payload]:
                 generate_s=0.0,
             )
         )
-    batch = Batch(step=1, branch=0, max_staleness=0, groups=groups)
+    batch = Batch(step=1, branch=0, max_staleness=0, groups=groups, deal=Dealer().deal(groups))
     return batch, Payload(prompt_ids=file.prompt_ids_P, token_ids=file.response_ids_R, logprobs=file.logprobs_R)

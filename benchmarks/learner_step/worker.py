@@ -132,8 +132,7 @@ def our_gradient(spec: dict, file: BatchFile) -> list[torch.Tensor]:
 def _unshared(prepared: Prepared) -> Prepared:
     """Every row a group of its own behind its advantage, so that each response has its prompt computed. No key does
     this, since sharing always pays: it is for the table that shows it."""
-    rows = {place: [replace(row, group=row.index) for row in of_group] for place, of_group in prepared.rows.items()}
-    return replace(prepared, rows=rows)
+    return replace(prepared, rows=[[replace(row, group=row.index) for row in rows] for rows in prepared.rows])
 
 
 def _padded(spec: dict, file: BatchFile) -> PaddedStep:

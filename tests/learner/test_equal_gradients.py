@@ -19,7 +19,7 @@ from asyncdapo.learner.config import LossConfig
 from asyncdapo.learner.step.ranks import ALONE, Ranks
 from asyncdapo.messages import Batch
 from asyncdapo.payload import Payload
-from asyncdapo.shares import deal, share_of
+from asyncdapo.shares import Dealer, share_of
 from tests.learner.ranks import in_processes
 from tests.learner.tiny import CUT, MEASURED, make_batch, make_learner, save_tiny_llama, with_equal_rewards
 from tests.learner.tiny import train as train_step
@@ -55,23 +55,24 @@ def a_batch(num_groups: int = 8) -> tuple[Batch, Payload]:
 
 def masked_at_rank_1(batch: Batch, payload: Payload) -> Payload:
     """With two ranks, every token of rank 1 lies outside the outlier band, and far from every trust region."""
-    masked = {index for by_rank in deal(batch.groups, num_updates=NUM_UPDATES, num_ranks=2) for index in by_rank[1]}
-    parts = payload.split(batch.groups)
-    far = [part.logprobs - 30 * (index in masked) for index, part in enumerate(parts)]
-    return Payload(payload.prompt_ids, payload.token_ids, np.concatenate(far).astype(np.float32))
+    at_rank_1 = [rank == 1 for rank in dealt_to_two(batch).deal.ranks]
+    masked_R = np.repeat(at_rank_1, lengths_of(batch))
+    return Payload(payload.prompt_ids, payload.token_ids, payload.logprobs - 30 * masked_R.astype(np.float32))
 
 
 def constant_at_rank_1(batch: Batch) -> Batch:
-    """With two ranks, rank 1 has nothing to compute: all of its groups have equal rewards."""
-    constant = {index for by_rank in deal(batch.groups, num_updates=NUM_UPDATES, num_ranks=2) for index in by_rank[1]}
+    """With two ranks, rank 1 has nothing to compute: all groups of which it has a part have equal rewards."""
+    constant = {piece.place for piece in share_of(dealt_to_two(batch), 1)}
     groups = [with_equal_rewards(group) if index in constant else group for index, group in enumerate(batch.groups)]
     return msgspec.structs.replace(batch, groups=groups)
 
 
-def of_share(batch: Batch, payload: Payload, ranks: Ranks) -> Payload:
-    share = share_of(deal(batch.groups, num_updates=NUM_UPDATES, num_ranks=ranks.num_ranks), ranks.rank)
-    parts = payload.split(batch.groups)
-    return Payload.join([parts[index] for index in share])
+def dealt_to_two(batch: Batch) -> Batch:
+    return msgspec.structs.replace(batch, deal=Dealer(2, NUM_UPDATES).deal(batch.groups))
+
+
+def lengths_of(batch: Batch) -> list[int]:
+    return [completion.num_tokens for group in batch.groups for completion in group.completions]
 
 
 def train(path: str, case: Case, ranks: Ranks) -> Result:
@@ -87,7 +88,7 @@ def train(path: str, case: Case, ranks: Ranks) -> Result:
     learner._optimizer._adamw.register_step_pre_hook(
         lambda *_: gradients.append(torch.cat([parameter.grad.flatten() for parameter in parameters]).clone())
     )
-    metrics = train_step(learner, batch, of_share(batch, payload, ranks))
+    metrics = train_step(learner, batch, payload)
     return gradients, torch.cat([parameter.detach().flatten() for parameter in parameters]), metrics
 
 
@@ -101,7 +102,7 @@ def train_and_drift(ranks: Ranks, path: str) -> None:
         with torch.no_grad():
             next(iter(learner.weights().values()))[0, 0] += 1e-3 * ranks.rank * (step - 1)
         batch, payload = make_batch(step, num_groups=4)
-        train_step(learner, batch, of_share(batch, payload, ranks))
+        train_step(learner, batch, payload)
         learner.check_ranks()
 
 

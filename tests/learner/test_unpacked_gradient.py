@@ -13,7 +13,7 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from asyncdapo.algorithm.dapo import group_advantage
-from asyncdapo.learner.batches.samples import group_rows
+from asyncdapo.learner.batches.samples import rows_by_update
 from asyncdapo.learner.config import LossConfig
 from asyncdapo.learner.model import logprobs
 from asyncdapo.learner.model.attention import NAME
@@ -40,7 +40,7 @@ def qwen3(attn_implementation=NAME):
 
 
 def update_rows():
-    rows = sum(group_rows(*make_batch(seed=3, num_groups=5), range(5), group_advantage).values(), [])
+    rows = rows_by_update(*make_batch(seed=3, num_groups=5), 0, group_advantage)[0]
     num_tokens = sum(row.num_loss_tokens for row in rows)
     return [replace(row, weight=1 / num_tokens) for row in rows]
 

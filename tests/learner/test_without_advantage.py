@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from asyncdapo.algorithm.variants import ADVANTAGES
-from asyncdapo.learner.batches.samples import group_rows
+from asyncdapo.learner.batches.samples import rows_by_update
 from asyncdapo.learner.config import LossConfig
 from asyncdapo.messages import Batch
 from asyncdapo.payload import Payload
-from tests.learner.tiny import make_batch, make_learner, save_tiny_llama, train, with_equal_rewards
+from tests.learner.tiny import dealt_to, make_batch, make_learner, save_tiny_llama, train, with_equal_rewards
 
 CONSTANT = {1, 2, 5}
 LOSSES = {
@@ -50,16 +50,10 @@ def gradients_of(path: str, loss: LossConfig, *, all_rows: bool) -> tuple[list[t
         lambda *_: gradients.append(torch.cat([parameter.grad.flatten() for parameter in parameters]).clone())
     )
     batch, payload = a_batch(CONSTANT)
+    batch = dealt_to(learner, batch)
     prepared = learner.prepare(batch, payload)
     if all_rows:
-        share = list(prepared.rows)
-        rows = group_rows(
-            batch,
-            Payload.join([payload.split(batch.groups)[place] for place in share]),
-            share,
-            ADVANTAGES[loss.advantage],
-        )
-        prepared = replace(prepared, rows=rows)
+        prepared = replace(prepared, rows=rows_by_update(batch, payload, 0, ADVANTAGES[loss.advantage]))
     return gradients, learner.train(prepared)
 
 

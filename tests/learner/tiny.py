@@ -18,6 +18,7 @@ from asyncdapo.learner.step.learner import Learner
 from asyncdapo.learner.step.ranks import ALONE, Ranks
 from asyncdapo.messages import Batch, Completion, Group
 from asyncdapo.payload import Payload
+from asyncdapo.shares import Dealer, share_of
 
 VOCAB_SIZE = 29
 needs_compiler = pytest.mark.skipif(
@@ -92,8 +93,26 @@ def make_batch(
                 logprobs=rng.normal(-np.log(VOCAB_SIZE), 0.5, num_tokens).astype(np.float32),
             )
         )
-    batch = Batch(step=step, branch=0, max_staleness=0, groups=groups)
-    return batch, Payload.join(payloads)
+    return batch_of(groups, step), Payload.join(payloads)
+
+
+def batch_of(groups: list[Group], step: int = 1, **dealer) -> Batch:
+    """Dealt to one rank and one update unless told."""
+    return Batch(step=step, branch=0, max_staleness=0, groups=groups, deal=Dealer(**dealer).deal(groups))
+
+
+def dealt_to(learner: Learner, batch: Batch) -> Batch:
+    """The batch as the replay server would deal it to this learner's ranks and updates."""
+    dealer = Dealer(learner.ranks.num_ranks, learner._config.updates_per_step)
+    return msgspec.structs.replace(batch, deal=dealer.deal(batch.groups))
+
+
+def payload_of(batch: Batch, payload: Payload, rank: int) -> Payload:
+    """This rank's share of the batch whose whole payload is given."""
+    parts = payload.split(batch.groups)
+    return Payload.join(
+        [parts[one.place].of_completions(batch.groups[one.place], one.indices) for one in share_of(batch, rank)]
+    )
 
 
 def make_group(
@@ -135,8 +154,9 @@ def with_equal_rewards(group: Group) -> Group:
 
 
 def train(learner: Learner, batch: Batch, payload: Payload) -> dict[str, float]:
-    """One train step on a batch that nobody prepared before."""
-    return learner.train(learner.prepare(batch, payload))
+    """One train step on a batch that nobody dealt or prepared before; every rank is given the whole payload."""
+    batch = dealt_to(learner, batch)
+    return learner.train(learner.prepare(batch, payload_of(batch, payload, learner.ranks.rank)))
 
 
 def make_row(num_prompt_tokens: int, num_tokens: int, advantage: float = 1.0, *, group: int = 0, **columns) -> Row:

@@ -6,63 +6,91 @@ import pytest
 
 from asyncdapo.messages import NoBatch
 from asyncdapo.payload import Payload
-from asyncdapo.shares import deal, share_of
+from asyncdapo.shares import Dealer, share_of
 from tests.replay.serving import FakeLearner, FakeWorker, scenario, serving, until
 from tests.replay.small_run import make_group
 
 
+class CountingDealer(Dealer):
+    """Counts what it has dealt."""
+
+    num_dealt = 0
+
+    def deal(self, groups):
+        type(self).num_dealt += 1
+        return super().deal(groups)
+
+
 @scenario
-async def test_every_rank_gets_all_headers_and_the_payload_of_its_share(tmp_path):
-    """One asks before the batch is cut, one after, one for fewer updates and a share without a group. The verifier's
-    numbers, which may be many, don't travel."""
-    async with serving(tmp_path, prompts_per_step=3) as server:
+async def test_every_rank_gets_all_headers_and_the_payload_of_its_completions(tmp_path):
+    """Rank 0 asks before the batch is cut, the others after; a group is spread over ranks, and the last rank has no
+    completion. The verifier's numbers, which may be many, don't travel."""
+    async with serving(
+        tmp_path, prompts_per_step=3, server_settings={"dealer": CountingDealer(num_ranks=5, num_updates=2)}
+    ) as server:
         worker = FakeWorker(server)
-        first, second, other = (FakeLearner(server, name) for name in (b"one", b"two", b"three"))
+        ranks = [FakeLearner(server, b"rank %d" % rank) for rank in range(5)]
         await worker.join()
         await server.begin()
-        await first.want(1, rank=0, num_ranks=2, num_updates=2)
+        await ranks[0].want(1, rank=0)
         leases = await worker.leases(3)
         for lease in leases:
             await worker.answer(lease)
-        batch, frames = await first.receive()
+        answers = [await ranks[0].receive()]
+        for rank, learner in enumerate(ranks[1:], start=1):
+            await learner.want(1, rank=rank)
+            answers.append(await learner.receive())
+        batch, _ = answers[0]
         assert all(completion.metrics == {} for group in batch.groups for completion in group.completions)
-        shares = {0: frames}
-        await second.want(1, rank=1, num_ranks=2, num_updates=2)
-        same, shares[1] = await second.receive()
-        assert same == batch
         by_id = {lease.lease_id: lease for lease in leases}
         trained_on = []
-        for rank, payload in shares.items():
-            share = share_of(deal(batch.groups, num_updates=2, num_ranks=2), rank)
-            groups = [batch.groups[place] for place in share]
-            wanted = [make_group(by_id[group.lease_id])[1] for group in groups]
-            assert Payload.from_frames(payload, groups).frames() == Payload.join(wanted).frames()
-            trained_on += share
-        assert sorted(trained_on) == [0, 1, 2]
-        await other.want(1, rank=3, num_ranks=4, num_updates=1)
-        same, frames = await other.receive()
-        assert same == batch
-        assert [len(frame) for frame in frames] == [0, 0, 0]
+        for rank, (same, frames) in enumerate(answers):
+            assert same == batch
+            share = share_of(batch, rank)
+            whole = [make_group(by_id[piece.header.lease_id]) for piece in share]
+            wanted = [
+                payload.of_completions(group, piece.indices)
+                for (group, payload), piece in zip(whole, share, strict=True)
+            ]
+            assert tuple(map(bytes, frames)) == Payload.join(wanted).frames()
+            trained_on += [(piece.place, index) for piece in share for index in piece.indices]
+        assert sorted(trained_on) == [(place, index) for place in range(3) for index in range(2)]
+        assert [len(share_of(batch, rank)) for rank in range(5)] == [2, 2, 1, 1, 0]
+        assert CountingDealer.num_dealt == 1
+
+
+@scenario
+async def test_a_batch_is_dealt_as_before_by_a_server_that_was_started_again(tmp_path):
+    dealer = {"dealer": Dealer(num_ranks=2)}
+    async with serving(tmp_path, prompts_per_step=3, server_settings=dealer) as server:
+        worker, learner = FakeWorker(server), FakeLearner(server)
+        await worker.join()
+        await server.begin()
+        await learner.want(1, rank=1)
+        await worker.work_off(3)
+        batch, frames = await learner.receive()
+    async with serving(tmp_path, prompts_per_step=3, server_settings=dealer) as server:
+        learner = FakeLearner(server)
+        await learner.want(1, rank=1)
+        assert await learner.receive() == (batch, frames)
 
 
 @scenario
 async def test_the_end_of_the_data_reaches_every_rank(tmp_path):
-    async with serving(tmp_path, num_prompts=1) as server:
+    async with serving(tmp_path, num_prompts=1, server_settings={"dealer": Dealer(num_ranks=2)}) as server:
         worker = FakeWorker(server)
         ranks = [FakeLearner(server, name) for name in (b"one", b"two")]
         await worker.join()
         await server.begin()
         for rank, learner in enumerate(ranks):
-            await learner.want(1, rank=rank, num_ranks=2)
+            await learner.want(1, rank=rank)
         await worker.work_off(1)
         for learner in ranks:
             answer, _ = await learner.receive()
             assert isinstance(answer, NoBatch)
 
 
-@pytest.mark.parametrize(
-    "question", [{"rank": 1}, {"rank": -1}, {"num_ranks": 0}, {"num_ranks": 1 << 40}, {"num_updates": 0}]
-)
+@pytest.mark.parametrize("question", [{"rank": 1}, {"rank": -1}, {"rank": 1 << 40}])
 def test_a_question_that_no_rank_asks_is_malformed(tmp_path, question):
     async def run():
         async with serving(tmp_path) as server:

@@ -17,6 +17,7 @@ from asyncdapo.messages import (
     Ask,
     Batch,
     Completion,
+    Deal,
     EvalAnswer,
     EvalDone,
     EvalRequest,
@@ -65,7 +66,7 @@ MESSAGES = [
         gauges={"tokens": 12.0},
     ),
     EvalRequest(request_id=0, seed=1, sampling=Sampling(temperature=0.0), prompts=[PROMPT]),
-    Batch(step=1, branch=0, max_staleness=2, groups=[GROUP]),
+    Batch(step=1, branch=0, max_staleness=2, groups=[GROUP], deal=Deal(updates=[0], ranks=[0])),
     Ack(lease_id=9),
 ]
 ACCEPTS = Hello | Welcome | Ask | Lease | GroupDone | Heartbeat | EvalRequest | Batch | Ack

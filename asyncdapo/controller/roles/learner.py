@@ -62,9 +62,7 @@ class Main(Member):
         torch.set_num_threads(config.learner.threads)
         self.ranks = Ranks(self.index, config.learner.ranks)
         self.learner = await self.blocking(self._load, checkpoint)
-        feed = BatchFeed(
-            replay_address, self.index, config.learner.ranks, config.learner.updates_per_step, curve=self.keys.client
-        )
+        feed = BatchFeed(replay_address, self.index, curve=self.keys.client)
         self.beside = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"{self.name} prepares")
         self.batches = Batches(feed, self._prepare)
         self.num_sent = 0

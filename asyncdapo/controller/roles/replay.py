@@ -18,6 +18,7 @@ from asyncdapo.replay.ledger.journal import Journal
 from asyncdapo.replay.server.server import ReplayServer
 from asyncdapo.replay.server.sessions import LOST_TICKS
 from asyncdapo.replay.server.settings import ServerSettings
+from asyncdapo.shares import Dealer
 
 EXCERPT = 60
 """Characters of a prompt, around what the tokenizer doesn't know."""
@@ -44,6 +45,7 @@ class Main(Member):
                 group_size=config.rollout.group_size,
                 seed=config.run.seed,
                 total_slots=config.rollout.num_workers * config.rollout.slots,
+                dealer=self._dealer(),
                 max_failure_ratio=config.reward.max_failure_ratio,
                 vocab_size=config.model.files.vocab_size,
                 totals=start.totals,
@@ -80,6 +82,11 @@ class Main(Member):
             config = self.config
             journal.roll_back(start.roll_back_to, start.reason, config.replay, replaces=config.filter.replaces)
         return journal
+
+    def _dealer(self) -> Dealer:
+        """Of a model whose shape isn't known here, attention counts nothing."""
+        learner, shape = self.config.learner, self.config.model.files.shape
+        return Dealer(learner.ranks, learner.updates_per_step, shape.pair_cost if shape else 0.0)
 
     def _make_state(self, recovered: Recovered) -> ReplayState:
         return ReplayState(

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from asyncdapo.errors import BatchError, RunError
 from asyncdapo.messages import Batch, CutWanted, NoBatch
 from asyncdapo.payload import Payload
-from asyncdapo.shares import deal, share_of
+from asyncdapo.shares import share_of
 from asyncdapo.transport.codec import Malformed
 from asyncdapo.transport.keys import ClientKeys
 from asyncdapo.transport.sockets import Client
@@ -35,16 +35,12 @@ class BatchFeed:
         self,
         address: str,
         rank: int = 0,
-        num_ranks: int = 1,
-        num_updates: int = 1,
         *,
         ask_again_s: float = ASK_AGAIN_S,
         curve: ClientKeys | None = None,
     ) -> None:
-        """`num_updates`: `learner.updates_per_step`, which with the ranks decides what this rank's share is."""
         self._client = Client(address, Batch | NoBatch, identity=b"learner-" + os.urandom(8), curve=curve)
-        self._rank, self._num_ranks, self._num_updates = rank, num_ranks, num_updates
-        self._ask_again_s = ask_again_s
+        self._rank, self._ask_again_s = rank, ask_again_s
 
     async def take(self, step: int) -> tuple[Batch, Payload] | NoBatch:
         """Batch `step` and this rank's share of it, as soon as it is cut, or the news that there is none; waits without
@@ -61,7 +57,7 @@ class BatchFeed:
         self._client.close()
 
     async def _ask_until_answered(self, step: int) -> tuple[Batch, Payload] | NoBatch:
-        question = CutWanted(step=step, rank=self._rank, num_ranks=self._num_ranks, num_updates=self._num_updates)
+        question = CutWanted(step=step, rank=self._rank)
         while True:
             await self._client.send(question)
             try:
@@ -83,6 +79,4 @@ class BatchFeed:
             return answer
 
     def _share(self, batch: Batch, frames: Sequence[memoryview]) -> Payload:
-        groups = batch.groups
-        dealt = deal(groups, num_updates=self._num_updates, num_ranks=self._num_ranks)
-        return Payload.from_frames(frames, [groups[place] for place in share_of(dealt, self._rank)])
+        return Payload.from_frames(frames, [piece.header for piece in share_of(batch, self._rank)])

@@ -7,7 +7,7 @@ trained on (its order and its staleness), which `train` checks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from asyncdapo.learner.batches.samples import Columns, Row
@@ -19,9 +19,7 @@ class Prepared:
     """One rank's share of a batch."""
 
     batch: Batch
-    updates: Sequence[Sequence[Sequence[int]]]
-    """Places of the groups in the batch: of each update, of each rank."""
-    rows: Mapping[int, list[Row]]
-    """Of each group of this rank, by its place."""
+    rows: Sequence[Sequence[Row]]
+    """Those of this rank, of each optimizer update."""
     columns: Columns
     """Of all completions of the batch."""

@@ -1,19 +1,20 @@
 """From a batch to rows: what one rank trains on, one row for each completion that has a gradient.
 
-    Batch, Payload ──group_rows──▶ a Row for each completion of this rank that is computed, with its advantage
+    Batch, Payload ──rows_by_update──▶ a Row for each completion of this rank that is computed, with its advantage
     Batch ──columns──▶ what every rank knows of every completion ──aggregation──▶ weight of each row in its update
 
-A group is never cut: an optimizer update trains whole groups, and so does a rank in it. Completions that bear no loss
-are left out of every forward pass, after they have counted in their group's mean and standard deviation. So are those
-of advantage 0, whose gradient is exactly 0, unless the loss heeds them: they count in every denominator, which is made
-of `Columns`. Does not own: micro-batches (`packing`), the loss, who trains on what (`shares`).
+An optimizer update trains whole groups; their completions may be at several ranks. A completion that bears no loss is
+at no rank, but its reward counts in the mean and the standard deviation of its group. A completion of advantage 0 has a
+gradient of exactly 0. It is left out of every forward pass, unless the loss needs it, and still counts in every
+denominator, since those are made of `Columns`. Does not own: micro-batches (`packing`), the loss, who trains on what
+(`shares`).
 
 Shapes: N completions of the batch, G completions of a group.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from asyncdapo.messages import Batch, Runs
 from asyncdapo.payload import Payload
+from asyncdapo.shares import share_of
 
 Advantage = Callable[[Tensor], Tensor]
 """Rewards of a group [G] -> advantages [G]."""
@@ -76,42 +78,44 @@ class Columns:
 
     group_N: Tensor
     """Its group's place in the batch."""
+    update_N: Tensor
+    """The optimizer update that its group is in; NOBODY for none."""
     num_tokens_N: Tensor
     """Its loss-bearing tokens."""
     copies_N: Tensor
     """How many times it stands in the batch."""
 
-    def of_groups(self, groups: Iterable[int]) -> Tensor:
-        """Indices of the completions of these groups, rising."""
-        return torch.isin(self.group_N, torch.tensor(list(groups), dtype=torch.int64)).nonzero()[:, 0]
+    def of_update(self, number: int) -> Tensor:
+        """Indices of the completions of all groups of this update, rising."""
+        return (self.update_N == number).nonzero()[:, 0]
 
 
-def group_rows(
-    batch: Batch, payload: Payload, share: Sequence[int], advantage: Advantage, *, with_zeros: bool = True
-) -> dict[int, list[Row]]:
-    """The loss-bearing completions of each group of the share, with their advantages; those of advantage 0 only
-    `with_zeros`. `payload` holds those groups in that order, `share` their indices."""
+def rows_by_update(
+    batch: Batch, payload: Payload, rank: int, advantage: Advantage, *, with_zeros: bool = True
+) -> list[list[Row]]:
+    """The rows of this rank in each optimizer update, with their advantages; those of advantage 0 only `with_zeros`.
+    `payload` holds the rank's share."""
     first_of_group = np.cumsum([0, *(len(group.completions) for group in batch.groups)]).tolist()
-    groups = [batch.groups[index] for index in share]
-    rows: dict[int, list[Row]] = {}
-    for place, group, part in zip(share, groups, payload.split(groups), strict=True):
+    share = share_of(batch, rank)
+    rows: list[list[Row]] = [[] for _ in range(batch.deal.num_updates)]
+    for piece, part in zip(share, payload.split([piece.header for piece in share]), strict=True):
+        group = batch.groups[piece.place]
         rewards_G = torch.tensor([completion.reward for completion in group.completions], dtype=torch.float64)
-        scored = zip(group.completions, advantage(rewards_G).tolist(), strict=True)
-        rows[place], end = [], 0
-        for index, (completion, its_advantage) in enumerate(scored, first_of_group[place]):
+        advantages, end = advantage(rewards_G).tolist(), 0
+        for index, completion in zip(piece.indices, piece.header.completions, strict=True):
             tokens = slice(end, end := end + completion.num_tokens)
             row = Row(
-                index,
-                place,
+                first_of_group[piece.place] + index,
+                piece.place,
                 part.prompt_ids,
                 part.token_ids[tokens],
                 part.logprobs[tokens],
                 expand_mask(completion.loss_mask),
-                its_advantage,
+                advantages[index],
                 staleness=group.staleness(batch.step),
             )
-            if row.num_loss_tokens and (with_zeros or its_advantage):
-                rows[place].append(row)
+            if with_zeros or row.advantage:
+                rows[batch.deal.updates[piece.place]].append(row)
     return rows
 
 
@@ -119,11 +123,11 @@ def columns(batch: Batch) -> Columns:
     """From the headers alone."""
     copies = batch.copies or [0] * len(batch.groups)
     completions = [
-        (place, sum(count for value, count in completion.loss_mask if value), 1 + more)
-        for place, (group, more) in enumerate(zip(batch.groups, copies, strict=True))
+        (place, update, completion.num_loss_tokens, 1 + more)
+        for place, (group, update, more) in enumerate(zip(batch.groups, batch.deal.updates, copies, strict=True))
         for completion in group.completions
     ]
-    return Columns(*torch.tensor(completions, dtype=torch.int64).reshape(-1, 3).T)
+    return Columns(*torch.tensor(completions, dtype=torch.int64).reshape(-1, 4).T)
 
 
 def expand_mask(runs: Runs) -> np.ndarray:

@@ -31,7 +31,7 @@ from transformers.utils.logging import disable_progress_bar
 from asyncdapo.algorithm.variants import advantage_of, aggregation_weights
 from asyncdapo.errors import ConfigError, RunError, StalenessError
 from asyncdapo.learner.batches.prepared import Prepared
-from asyncdapo.learner.batches.samples import Columns, Row, columns, group_rows, weighted
+from asyncdapo.learner.batches.samples import Columns, Row, columns, rows_by_update, weighted
 from asyncdapo.learner.config import LearnerConfig, LossConfig, ModelConfig
 from asyncdapo.learner.model.blocks import compiles, settle_blocks
 from asyncdapo.learner.model.fp32_weights import Masters, compute_in
@@ -51,7 +51,6 @@ from asyncdapo.messages import Batch
 from asyncdapo.model.files import TOKENIZER_FILES
 from asyncdapo.model.shape import settled_dtype
 from asyncdapo.payload import Payload
-from asyncdapo.shares import deal, share_of
 
 DIGEST_ELEMENTS = 1 << 20
 """A sum in int64 copies what it adds: so many elements at a time."""
@@ -120,11 +119,9 @@ class Learner:
     def prepare(self, batch: Batch, payload: Payload) -> Prepared:
         """All work on a batch that needs no weights; `payload` holds this rank's share of the groups. May be called in
         any thread, while another batch is trained."""
-        updates = deal(batch.groups, num_updates=self._config.updates_per_step, num_ranks=self.ranks.num_ranks)
-        share = share_of(updates, self.ranks.rank)
         advantage, with_zeros = advantage_of(self._loss.advantage), self._loss.heeds_without_advantage
-        rows = group_rows(batch, payload, share, advantage, with_zeros=with_zeros)
-        return Prepared(batch, updates, rows, columns(batch))
+        rows = rows_by_update(batch, payload, self.ranks.rank, advantage, with_zeros=with_zeros)
+        return Prepared(batch, rows, columns(batch))
 
     def train(self, prepared: Prepared) -> dict[str, float]:
         """One train step: `epochs` times `updates_per_step` optimizer updates on whole groups; afterwards `version` is
@@ -135,14 +132,14 @@ class Learner:
         batch out of order, too many bad updates, or a rank that is gone.
         """
         started, version = time.perf_counter(), self.version
-        batch, updates, before = prepared.batch, prepared.updates, prepared.columns
+        batch, before = prepared.batch, prepared.columns
         self._check(batch)
         with self.times.on("first_pass"):
-            groups, counted = self._pass_before(prepared.rows, before, len(updates) * self._config.epochs)
+            updates, counted = self._pass_before(prepared.rows, before)
         done = [
-            self._update([row for place in by_rank[self.ranks.rank] for row in groups[place]], by_rank, counted)
+            self._update(rows, counted.of_update(number), counted)
             for _ in range(self._config.epochs)
-            for by_rank in updates
+            for number, rows in enumerate(updates)
         ]
         self.version, seconds = batch.step, time.perf_counter() - started
         work = sum((update.part.work for update in done), start=Work())
@@ -219,13 +216,13 @@ class Learner:
                 )
 
     def _pass_before(
-        self, groups: Mapping[int, list[Row]], counted: Columns, num_updates: int
-    ) -> tuple[dict[int, list[Row]], Columns]:
+        self, updates: Sequence[Sequence[Row]], counted: Columns
+    ) -> tuple[Sequence[Sequence[Row]], Columns]:
         """The rows with what is fixed before the first backward pass, and the columns that count the masks made there
         by any rank."""
-        rows = self._first_pass([row for rows in groups.values() for row in rows], num_updates)
+        rows = self._first_pass([row for rows in updates for row in rows], len(updates) * self._config.epochs)
         by_index = {row.index: row for row in rows}
-        passed = {place: [by_index[row.index] for row in rows] for place, rows in groups.items()}
+        passed = [[by_index[row.index] for row in rows] for rows in updates]
         if not self._loss.masks_by_policy:
             return passed, counted
         num_tokens_N = torch.zeros_like(counted.num_tokens_N)
@@ -239,9 +236,8 @@ class Learner:
         num_before, num_left = (int(one.num_tokens_N.sum()) for one in (before, counted))
         return {"learner/masked_ratio": _ratio(num_before - num_left, num_before)} if self._loss.masks_by_policy else {}
 
-    def _update(self, rows: Sequence[Row], by_rank: Sequence[Sequence[int]], counted: Columns) -> Update:
-        """One optimizer update on the groups of `by_rank`, of which this rank has `rows`."""
-        indices_N = counted.of_groups(group for groups in by_rank for group in groups)
+    def _update(self, rows: Sequence[Row], indices_N: Tensor, counted: Columns) -> Update:
+        """One optimizer update on the completions `indices_N`, of which this rank computes `rows`."""
         num_tokens_N = counted.num_tokens_N[indices_N]
         weights_N = aggregation_weights(
             self._loss.agg,

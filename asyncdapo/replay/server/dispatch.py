@@ -9,8 +9,9 @@ the ledger doesn't know (credits, peers, the learner's wish) the peers tell agai
 
 Owns: the core's state, which a rollback replaces; the leases that run (as sessions hold them); the learner's ranks that
 wait for a batch. Does not own: sockets, what messages mean (`workers`), what follows from an event (`state`).
-Memory: a rank's share is read from its segments whenever it is wanted. `outgoing` is emptied as fast as the socket
-takes messages, which is at once; what a peer is sent answers what it sent or asked for.
+Memory: the headers of the batch that was read last; a rank's share is read from its segments whenever it is wanted.
+`outgoing` is emptied as fast as the socket takes messages, which is at once; what a peer is sent answers what it sent
+or asked for.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ from asyncdapo.replay.server.failures import Failures
 from asyncdapo.replay.server.sessions import HeldLease, Session, Sessions
 from asyncdapo.replay.server.settings import ServerSettings
 from asyncdapo.seeds import sample_seed
-from asyncdapo.shares import deal, share_of
+from asyncdapo.shares import share_of
 
 MakeState = Callable[[Recovered], ReplayState]
 
@@ -86,6 +87,8 @@ class Exchange:
         self.state = make_state(recovered)
         self._wanted: dict[int, tuple[bytes, CutWanted]] = {}
         """What each rank of the learner waits for."""
+        self._batch: Batch | None = None
+        """The batch that was read last. Other ranks will ask for it."""
         self._no_batch: str | None = None
         """Why no batch follows, if none does."""
         self._finished = False
@@ -166,6 +169,7 @@ class Exchange:
         self.accounts.resume_from(recovered)
         self.state = self._make_state(recovered)
         self._wanted.clear()
+        self._batch = None
         self._resume_from(recovered)
 
     def _resume_from(self, recovered: Recovered) -> None:
@@ -234,14 +238,26 @@ class Exchange:
             return NoBatch(step=wanted.step, reason=reason, unreadable=True), ()
 
     def _read_share(self, wanted: CutWanted) -> tuple[Batch, Sequence[bytes]]:
-        step, ids = wanted.step, [group.group_id for group in self.state.untrained[wanted.step]]
+        ids = [group.group_id for group in self.state.untrained[wanted.step]]
+        if self._batch is None or self._batch.step != wanted.step:
+            self._batch = self._dealt(wanted.step, ids)
+        batch = self._batch
+        share = [
+            self._journal.read(ids[piece.place])[1].of_completions(batch.groups[piece.place], piece.indices)
+            for piece in share_of(batch, wanted.rank)
+        ]
+        return batch, Payload.join(share).frames()
+
+    def _dealt(self, step: int, ids: Sequence[int]) -> Batch:
         groups = [without_metrics(self._journal.read_header(group_id)) for group_id in ids]
-        bound = self.state.bound.max_staleness
-        copies = list(self.state.copies.get(step, ()))
-        batch = Batch(step=step, branch=self.branch, max_staleness=bound, groups=groups, copies=copies)
-        dealt = deal(groups, num_updates=wanted.num_updates, num_ranks=wanted.num_ranks)
-        payloads = [self._journal.read(ids[place])[1] for place in share_of(dealt, wanted.rank)]
-        return batch, Payload.join(payloads).frames()
+        return Batch(
+            step=step,
+            branch=self.branch,
+            max_staleness=self.state.bound.max_staleness,
+            groups=groups,
+            deal=self._settings.dealer.deal(groups),
+            copies=list(self.state.copies.get(step, ())),
+        )
 
     def _stop(self, stop: core.StopRun) -> None:
         if stop.error:

@@ -25,7 +25,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from asyncdapo import faults
 from asyncdapo.errors import RunError
-from asyncdapo.messages import MAX_RANKS, CutWanted, EvalAnswer, EvalRequest, Prompt
+from asyncdapo.messages import CutWanted, EvalAnswer, EvalRequest, Prompt
 from asyncdapo.replay.core.waits import why_waiting
 from asyncdapo.replay.ledger.journal import Journal
 from asyncdapo.replay.server.dispatch import Exchange, MakeState
@@ -59,6 +59,7 @@ class ReplayServer:
         stream by position. `ports`: for workers and for the learner, 0 is any. A server that is started again gets the
         ports of its former life."""
         self._journal, self._heartbeat_s = journal, settings.replay.heartbeat_s
+        self._num_ranks = settings.dealer.num_ranks
         self._sessions = Sessions(settings.stall_ticks, settings.totals)
         self._exchange = Exchange(settings, make_state, journal, self._sessions, prompt_at)
         self._workers = Workers(settings, self._exchange, self._sessions, journal)
@@ -220,8 +221,7 @@ class ReplayServer:
 
     def _can_be(self, wanted: CutWanted) -> bool:
         """Whether a rank of a learner may ask this, or it is damaged."""
-        known, ranks = wanted.step <= self._exchange.state.next_step, wanted.num_ranks
-        return known and 0 <= wanted.rank < ranks <= MAX_RANKS and wanted.num_updates >= 1
+        return wanted.step <= self._exchange.state.next_step and 0 <= wanted.rank < self._num_ranks
 
     async def _send(self) -> None:
         while True:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from asyncdapo.replay.config import ReplayConfig
+from asyncdapo.shares import Dealer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +24,8 @@ class ServerSettings:
     """The run's."""
     total_slots: int
     """Sequences that all workers generate at once. An evaluation gets a share of them."""
+    dealer: Dealer = Dealer()
+    """Deals every batch to the learner's ranks."""
     max_failure_ratio: float = 1.0
     """`reward.max_failure_ratio`."""
     vocab_size: int | None = None

@@ -9,9 +9,9 @@ from asyncdapo.errors import BatchError, RunError
 from asyncdapo.learner.batches.feed import MAX_DAMAGED, BatchFeed
 from asyncdapo.messages import CutWanted, NoBatch, Welcome
 from asyncdapo.payload import Payload
-from asyncdapo.shares import deal, share_of
+from asyncdapo.shares import share_of
 from asyncdapo.transport.sockets import Server
-from tests.learner.tiny import make_batch
+from tests.learner.tiny import batch_of, make_batch, payload_of
 
 
 def serve(answer, step=1, ask_again_s=0.1, **rank):
@@ -56,29 +56,29 @@ def test_a_batch_arrives_as_it_was_sent():
     assert questions == [1]
 
 
-def test_a_rank_asks_for_its_share_and_has_all_headers_with_the_payload_of_its_groups():
+def test_a_rank_asks_for_its_share_and_has_all_headers_with_the_payload_of_its_completions():
     batch, payload = make_batch(step=1, num_groups=7)
-    parts = payload.split(batch.groups)
+    batch = batch_of(batch.groups, num_ranks=3, num_updates=2)
     for rank in range(3):
-        share = share_of(deal(batch.groups, num_updates=2, num_ranks=3), rank)
-        sent = Payload.join([parts[place] for place in share])
+        sent = payload_of(batch, payload, rank)
+        assert 0 < sent.num_bytes < payload.num_bytes
 
         async def answer(server, peer, nth, sent=sent):
             await server.send(peer, batch, sent.frames())
 
-        (got, got_payload), _ = serve(answer, ask_again_s=20, rank=rank, num_ranks=3, num_updates=2)
+        (got, got_payload), _ = serve(answer, ask_again_s=20, rank=rank)
         assert got == batch
         assert got_payload.frames() == sent.frames()
 
 
-def test_a_rank_without_a_group_has_an_empty_share():
+def test_a_rank_without_a_completion_has_an_empty_share():
     batch, _ = make_batch(step=1, num_groups=1)
-    assert share_of(deal(batch.groups, num_updates=1, num_ranks=2), 1) == []
+    assert share_of(batch, 1) == []
 
     async def answer(server, peer, nth):
         await server.send(peer, batch, Payload.join([]).frames())
 
-    (got, got_payload), _ = serve(answer, ask_again_s=20, rank=1, num_ranks=2)
+    (got, got_payload), _ = serve(answer, ask_again_s=20, rank=1)
     assert got == batch
     assert got_payload.num_bytes == 0
 

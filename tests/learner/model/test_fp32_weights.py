@@ -12,9 +12,8 @@ from asyncdapo.errors import RunError
 from asyncdapo.learner.config import LearnerConfig, LossConfig
 from asyncdapo.learner.model.fp32_weights import Masters
 from asyncdapo.learner.step.optimizer import Optimizer
-from asyncdapo.messages import Batch
 from asyncdapo.payload import Payload
-from tests.learner.tiny import make_batch, make_group, make_learner, save_tiny_llama, tiny_llama
+from tests.learner.tiny import batch_of, make_batch, make_group, make_learner, save_tiny_llama, tiny_llama, train
 
 BF16_ERROR = 2.0**-8
 
@@ -115,7 +114,7 @@ def test_a_checkpoint_holds_the_masters_bit_for_bit_and_is_the_same_whatever_the
     for name in ("model.safetensors", "config.json"):
         assert (files[0] / name).read_bytes() == (files[1] / name).read_bytes()
     assert json.loads((files[0] / "config.json").read_text())["dtype"] == "float32"
-    learner.train(learner.prepare(*make_batch()))
+    train(learner, *make_batch())
     saved = load_file(learner.save(tmp_path / "0", 1, branch=0) / "model.safetensors")
     assert equal(saved, learner.weights())
     assert not equal(saved, plain.weights())
@@ -125,11 +124,11 @@ def test_a_checkpoint_holds_the_masters_bit_for_bit_and_is_the_same_whatever_the
 def test_a_restored_bfloat16_learner_goes_on_bit_for_bit(path, tmp_path) -> None:
     config = {"dtype": "bfloat16", "updates_per_step": 2, "weight_decay": 0.1}
     straight, restored = (make_learner(path, **config) for _ in range(2))
-    straight.train(straight.prepare(*make_batch(step=1)))
+    train(straight, *make_batch(step=1))
     restored.restore(straight.save(tmp_path, 1, branch=0))
     assert equal(straight.weights(), restored.weights())
     for learner in (straight, restored):
-        learner.train(learner.prepare(*make_batch(step=2)))
+        train(learner, *make_batch(step=2))
     assert equal(straight.weights(), restored.weights())
     assert straight.digest() == restored.digest()
 
@@ -137,12 +136,12 @@ def test_a_restored_bfloat16_learner_goes_on_bit_for_bit(path, tmp_path) -> None
 @pytest.mark.parametrize(("before", "after"), [("bfloat16", "float32"), ("float32", "bfloat16")])
 def test_a_run_goes_on_from_a_checkpoint_of_another_dtype(path, tmp_path, before, after) -> None:
     learner, other = make_learner(path, dtype=before), make_learner(path, dtype=after)
-    learner.train(learner.prepare(*make_batch(step=1)))
+    train(learner, *make_batch(step=1))
     other.restore(learner.save(tmp_path, 1, branch=0))
     assert equal(learner.weights(), other.weights())
     start = {name: weight.clone() for name, weight in other.weights().items()}
     for each in (learner, other):
-        each.train(each.prepare(*make_batch(step=2)))
+        train(each, *make_batch(step=2))
     moved = [
         torch.cat([(weight - start[name]).flatten() for name, weight in each.weights().items()])
         for each in (learner, other)
@@ -172,7 +171,7 @@ def test_a_bfloat16_learner_makes_nearly_the_same_step_as_one_in_float32(path) -
     learner, plain = (make_learner(path, dtype=dtype, loss=LossConfig(kl_coef=0.1)) for dtype in ("bfloat16", "auto"))
     assert (learner._model.dtype, learner._first_pass.reference.dtype) == (torch.bfloat16, torch.bfloat16)
     assert (plain._model.dtype, plain._first_pass.reference.dtype) == (torch.float32, torch.float32)
-    metrics, expected = (one.train(one.prepare(*make_batch(seed=3))) for one in (learner, plain))
+    metrics, expected = (train(one, *make_batch(seed=3)) for one in (learner, plain))
     for name in ("learner/grad_norm", "learner/entropy", "learner/loss"):
         assert metrics[name] == pytest.approx(expected[name], rel=8 * BF16_ERROR, abs=1e-3), name
 
@@ -187,6 +186,6 @@ def test_a_bfloat16_learner_makes_rewarded_responses_likelier(path) -> None:
         sums.append([part.sum() for part in logprobs])
         group = make_group(0, 3, [4, 4], [1.0, -1.0], version=step - 1)
         payload = Payload(prompt_ids, token_ids, torch.cat([torch.from_numpy(part) for part in logprobs]).numpy())
-        learner.train(learner.prepare(Batch(step=step, branch=0, max_staleness=0, groups=[group]), payload))
+        train(learner, batch_of([group], step), payload)
     assert sums[-1][0] - sums[0][0] > 0.5
     assert sums[-1][1] - sums[0][1] < -0.5

@@ -15,7 +15,7 @@ from transformers import (
 
 from asyncdapo.algorithm.dapo import group_advantage
 from asyncdapo.errors import ConfigError
-from asyncdapo.learner.batches.samples import group_rows
+from asyncdapo.learner.batches.samples import rows_by_update
 from asyncdapo.learner.model.attention import NAME
 from asyncdapo.learner.model.fp32_weights import Masters
 from asyncdapo.learner.model.model import load_model, token_logprobs
@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 
 
 def random_rows(seed):
-    return sum(group_rows(*make_batch(seed=seed), range(4), group_advantage).values(), [])
+    return rows_by_update(*make_batch(seed=seed), 0, group_advantage)[0]
 
 
 def qwen2():

@@ -8,7 +8,7 @@ import torch
 
 from asyncdapo.algorithm.dapo import group_advantage
 from asyncdapo.algorithm.variants import policy_loss
-from asyncdapo.learner.batches.samples import group_rows
+from asyncdapo.learner.batches.samples import rows_by_update
 from asyncdapo.learner.config import LossConfig
 from asyncdapo.learner.model.packing import Work
 from asyncdapo.learner.step.gradient import accumulate_gradient
@@ -17,7 +17,7 @@ from tests.learner.tiny import make_batch, tiny_llama
 
 def update_rows(seed=0):
     """Rows of five groups, each token weighted as in a token mean."""
-    rows = sum(group_rows(*make_batch(seed=seed, num_groups=5), range(5), group_advantage).values(), [])
+    rows = rows_by_update(*make_batch(seed=seed, num_groups=5), 0, group_advantage)[0]
     num_tokens = sum(row.num_loss_tokens for row in rows)
     return [replace(row, weight=1 / num_tokens) for row in rows]
 

@@ -10,13 +10,22 @@ import torch
 
 from asyncdapo.algorithm.dapo import group_advantage
 from asyncdapo.errors import ConfigError, RunError, StalenessError
-from asyncdapo.learner.batches.samples import group_rows
+from asyncdapo.learner.batches.samples import rows_by_update
 from asyncdapo.learner.config import LossConfig
 from asyncdapo.learner.model.model import token_logprobs
 from asyncdapo.learner.model.packing import pack
-from asyncdapo.messages import Batch
 from asyncdapo.payload import Payload
-from tests.learner.tiny import CUT, MEASURED, make_batch, make_group, make_learner, save_tiny_llama, tiny_llama, train
+from tests.learner.tiny import (
+    CUT,
+    MEASURED,
+    batch_of,
+    make_batch,
+    make_group,
+    make_learner,
+    save_tiny_llama,
+    tiny_llama,
+    train,
+)
 
 
 @pytest.fixture(scope="module")
@@ -79,17 +88,17 @@ def test_rewarded_responses_become_likelier(path):
     def logprobs(batch):
         model = tiny_llama()
         model.load_state_dict(learner.weights(), strict=False)
-        rows = group_rows(batch, payload, [0], group_advantage)[0]
+        rows = rows_by_update(batch, payload, 0, group_advantage)[0]
         packed = pack(rows, model.device)
         with torch.no_grad():
             logp_BT, _ = token_logprobs(model, packed, 1.0)
         return logp_BT[packed.loss_mask_BT].numpy()
 
-    batch = Batch(step=1, branch=0, max_staleness=0, groups=[group])
+    batch = batch_of([group])
     before = logprobs(batch)
     for step in range(1, 6):
         group = make_group(0, 3, [4, 4], [1.0, -1.0], version=step - 1)
-        batch = Batch(step=step, branch=0, max_staleness=0, groups=[group])
+        batch = batch_of([group], step)
         train(learner, batch, with_logprobs(payload, logprobs(batch)))
     gained = logprobs(batch) - before
     assert gained[:4].sum() > 0.5
