@@ -15,7 +15,6 @@ from asyncdapo.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, Po
 if TYPE_CHECKING:
     from asyncdapo.model.files import ModelFiles, TokenizerFiles  # its libraries would make `--help` slow
 
-MAX_RANKS = 1024
 VARIANTS = ("ppo", "gspo", "cispo")
 ADVANTAGES = ("grpo", "dr_grpo", "rloo")
 AGGREGATIONS = (
@@ -203,7 +202,7 @@ class LearnerConfig:
     """Optimizer updates of an epoch, each on an equal share of the batch's groups."""
     epochs: PositiveInt = 1
     """Times that a train step goes over its batch."""
-    ranks: Annotated[int, Meta(ge=1, le=MAX_RANKS)] = 1
+    ranks: Annotated[int, Meta(ge=1, le=1024)] = 1
     """Processes that share every update's groups; each holds all weights and its own optimizer states."""
     tokens_per_microbatch: PositiveInt = 4096
     """Computed tokens of a forward pass: the memory knob; results don't depend on it."""
