@@ -76,7 +76,12 @@ def test_a_file_that_is_no_yaml_is_told_with_its_place_and_the_right_form(
         ("filter: {enabled: false, mode: replace}\n", "line 2, column 26: filter.mode: does nothing without filter.en"),
         ("prompts: {template: {prompt}}\n", "text in braces stands in quotes: '{prompt}'"),
         ("base: quickstrat\n", "no such config (did you mean quickstart?)"),
-        ("run: {dir: '${nowhere}'}\n", "run.dir: Interpolation key 'nowhere' not found"),
+        ("run: {dir: '${nowhere}'}\n", "line 2, column 7: run.dir: Interpolation key 'nowhere' not found (`${section"),
+        (
+            "run: {dir: '${oc.env:ASYNCDAPO_UNSET}'}\n",
+            "line 2, column 7: run.dir: the environment variable ASYNCDAPO_UNSET is not set (export ASYNCDAPO_UNSET=…, "
+            "or give a default: ${oc.env:ASYNCDAPO_UNSET,…})",
+        ),
     ],
 )
 def test_a_key_of_a_file_is_told_with_its_place(tmp_path: Path, text: str, words: str) -> None:
@@ -101,7 +106,7 @@ def test_a_value_that_should_be_a_list_or_a_mapping_comes_with_an_example(
     load_config(path, ["prompts.task=file", "prompts.path=a.jsonl", form.replace("'", "")])
 
 
-def test_all_keys_that_are_wrong_are_told_at_once_a_line_each(tmp_path: Path) -> None:
+def test_all_keys_that_are_wrong_are_told_at_once_in_the_order_of_the_file(tmp_path: Path) -> None:
     text = (
         "run: {stepz: 4}\n"
         "replay: {max_stalness: 4, prompts_per_step: 0, run_ahead: -1}\n"
@@ -112,12 +117,12 @@ def test_all_keys_that_are_wrong_are_told_at_once_a_line_each(tmp_path: Path) ->
     assert first == "8 keys can't stay as they are"
     assert [line.strip().removeprefix("mine.yaml, ").split(": ")[:2] for line in lines] == [
         ["line 2, column 7", "run.stepz"],
-        ["run.steps", "expected `int`, got 'many'"],
-        ["line 4, column 11", "rollout.engine"],
         ["line 3, column 10", "replay.max_stalness"],
         ["line 3, column 27", "replay.prompts_per_step"],
         ["line 3, column 48", "replay.run_ahead"],
+        ["line 4, column 11", "rollout.engine"],
         ["line 5, column 1", "rnu"],
+        ["run.steps", "expected `int`, got 'many'"],
         ["foo", "is not a known key (known here"],
     ]
 
@@ -129,6 +134,15 @@ def test_what_follows_from_a_key_that_is_wrong_is_not_told_besides(tmp_path: Pat
     assert words.startswith("3 keys")
     words = told(tmp_path, MODEL + "rollout: {engine: fast, tensor_parallel: 2}\n")
     assert "tensor_parallel" not in words
+
+
+def test_a_config_that_is_not_a_text_file_is_told_with_the_fix(tmp_path: Path) -> None:
+    (tmp_path / "folder.yaml").mkdir()
+    with pytest.raises(UserError, match=r"folder.yaml: is a directory \(give a YAML file, or the name of a config\)"):
+        load_config(tmp_path / "folder.yaml")
+    (tmp_path / "latin.yaml").write_bytes("run:\n  name: é\n".encode("latin-1"))
+    with pytest.raises(UserError, match=r"latin.yaml, line 2: a character that isn't UTF-8 \(save the file as UTF-8\)"):
+        load_config(tmp_path / "latin.yaml")
 
 
 def test_contradictions_between_sections_are_told_together(tmp_path: Path) -> None:

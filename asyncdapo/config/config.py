@@ -22,7 +22,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 from yaml import YAMLError
 
-from asyncdapo.config.mistakes import convert_section, unknown_key
+from asyncdapo.config.mistakes import convert_section, unknown_key, unresolved
 from asyncdapo.config.run import ControllerConfig, EvalConfig, FaultsConfig, RunConfig
 from asyncdapo.config.yaml_file import read_yaml, with_colon
 from asyncdapo.errors import ConfigError, SeveralKeysError, UserError, raise_all
@@ -140,17 +140,19 @@ def _merged(path: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], dict[
     try:
         written, places = _read(path)
         changes = [_override(text) for text in overrides]
-        tree = _resolved(OmegaConf.merge(written, *changes))
+        changed = [text.partition("=")[0] for text in overrides]
+        places = {key: place for key, place in places.items() if not _is_changed(key, changed)}
+        return _resolved(OmegaConf.merge(written, *changes)), places
     except FileNotFoundError:
         raise UserError(f"{path}: no such config file (a path, or a name: {', '.join(config_names())})") from None
     except InterpolationResolutionError as error:
-        raise ConfigError(error.full_key, str(error).splitlines()[0]) from error
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError, TypeError) as error:
+        raise _placed(unresolved(error.full_key, str(error).splitlines()[0]), places) from error
+    except (YAMLError, OmegaConfBaseException, OSError, TypeError) as error:
         raise UserError(f"{path}: {str(error).splitlines()[0]}") from error
-    changed = [text.partition("=")[0] for text in overrides]
-    return tree, {
-        key: place for key, place in places.items() if not any(f"{other}.".startswith(f"{key}.") for other in changed)
-    }
+
+
+def _is_changed(key: str, overrides: Sequence[str]) -> bool:
+    return any(f"{other}.".startswith(f"{key}.") for other in overrides)
 
 
 def _read(path: Path, above: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dict[str, str]]:
@@ -222,6 +224,8 @@ def config_from_dict(tree: dict[str, Any], places: Mapping[str, str] | None = No
             right = with_colon(given) if isinstance(given, str) else ""
             fix = f"write `{right}`" if right else "write them below it, each indented by two spaces, or leave it out"
             problems.append(ConfigError(name, "is a section: it holds keys", given, fix))
+    lines = {key: line for line, key in enumerate(places or {})}
+    problems.sort(key=lambda problem: lines.get(problem.key, len(lines)))
     try:
         raise_all(problems)
         return Config(**sections)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -18,6 +19,8 @@ from asyncdapo.errors import ConfigError
 
 LIMITS = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
 """Limits of a number by msgspec's names, in words."""
+
+UNSET = re.compile(r"Environment variable '(.*)' not found")
 
 
 def unknown_key(key: str, sections: Mapping[str, type]) -> ConfigError:
@@ -33,6 +36,14 @@ def unknown_key(key: str, sections: Mapping[str, type]) -> ConfigError:
     meant = meant or [prefix + near for near in difflib.get_close_matches(word, names, n=1, cutoff=0.5)]
     hint = f"did you mean {' or '.join(meant)}?" if meant else f"known here: {', '.join(sorted(names))}"
     return ConfigError(key, "is not a known key", fix=hint)
+
+
+def unresolved(key: str, problem: str) -> ConfigError:
+    """Of a `${…}` in the value of `key` that leads nowhere. `problem`: in OmegaConf's words."""
+    if found := UNSET.search(problem):
+        fix = f"export {found[1]}=…, or give a default: ${{oc.env:{found[1]},…}}"
+        return ConfigError(key, f"the environment variable {found[1]} is not set", fix=fix)
+    return ConfigError(key, problem, fix="`${section.key}` is the value of another key, `${oc.env:NAME}` a variable's")
 
 
 def convert_section(name: str, cls: type, given: Mapping[str, Any]) -> Any:

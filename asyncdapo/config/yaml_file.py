@@ -26,7 +26,13 @@ KEY_AND_VALUE = re.compile(r"\s*([\w.]+):\s+(\S.*)$")
 
 def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """The keys of the file, interpolations unresolved, and their places."""
-    text = path.read_text(encoding="utf-8-sig")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except IsADirectoryError:
+        raise UserError(f"{path}: is a directory (give a YAML file, or the name of a config)") from None
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path}, line {line}: a character that isn't UTF-8 (save the file as UTF-8)") from error
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:

@@ -35,7 +35,7 @@ from asyncdapo.model.location import (
     is_path,
     weight_files,
 )
-from asyncdapo.model.shape import Shape, read_shape
+from asyncdapo.model.shape import PUBLISHED, Shape, read_shape
 
 INDEX = "model.safetensors.index.json"
 WHOLE = "model.safetensors"
@@ -160,8 +160,9 @@ class ModelFiles(_Files):
 
     @property
     def shape(self) -> Shape | None:
-        """None where config.json isn't here, or the formulas don't know this kind of model."""
-        return read_shape(self.config or {})
+        """As config.json says, or before it is here as it was published. None where neither is known, or the formulas
+        don't know this kind of model."""
+        return read_shape(self.config or PUBLISHED.get(self.path, {}))
 
     @property
     def vocab_size(self) -> int | None:

@@ -48,6 +48,23 @@ PEAK_FLOPS = {
 """Operations a second in bfloat16 as the makers' data sheets have them, dense: theirs with sparsity are twice as many.
 By the words of the GPU's name as torch gives it."""
 
+QWEN25 = {"model_type": "qwen2", "tie_word_embeddings": False, "vocab_size": 152064}
+PUBLISHED = {
+    "Qwen/Qwen2.5-0.5B-Instruct": QWEN25
+    | {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24}
+    | {"num_attention_heads": 14, "num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True},
+    "Qwen/Qwen2.5-1.5B": QWEN25
+    | {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28}
+    | {"num_attention_heads": 12, "num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True},
+    "Qwen/Qwen2.5-7B": QWEN25
+    | {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28}
+    | {"num_attention_heads": 28, "num_key_value_heads": 4},
+    "Qwen/Qwen2.5-32B": QWEN25
+    | {"hidden_size": 5120, "intermediate_size": 27648, "num_hidden_layers": 64}
+    | {"num_attention_heads": 40, "num_key_value_heads": 8},
+}
+"""What config.json of the models in configs/ says, so that their sizes are known before they are here."""
+
 
 def peak_flops(device_name: str) -> float | None:
     """Of the GPU of this name, such as `NVIDIA H100 80GB HBM3`; None for one that isn't known, or a part of one."""

@@ -25,11 +25,10 @@ from transformers import (
     Qwen3Config,
 )
 
-from asyncdapo.controller.fleet.memory import PUBLISHED
 from asyncdapo.learner.model.attention import NAME
 from asyncdapo.learner.model.attention_layout import Layout
 from asyncdapo.learner.model.blocks import settle_blocks
-from asyncdapo.model.shape import PEAK_FLOPS, Shape, peak_flops, read_shape
+from asyncdapo.model.shape import PEAK_FLOPS, PUBLISHED, Shape, peak_flops, read_shape
 from tests.controller.runs import START_MODEL
 
 SIZES = {

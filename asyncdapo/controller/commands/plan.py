@@ -9,10 +9,9 @@ Does not own: the rule (`placement`), the formulas (`memory`), the choice of the
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 from asyncdapo.config.config import Config, find_config, load_config
 from asyncdapo.controller.checks.engine_check import INSTALL, check_installed, check_model, installed_vllm
@@ -20,7 +19,6 @@ from asyncdapo.controller.checks.preflight import check_reward
 from asyncdapo.controller.commands.fits import room_lines
 from asyncdapo.controller.fleet.dtypes import dtype_lines, settle_dtypes
 from asyncdapo.controller.fleet.memory import (
-    PUBLISHED,
     RESERVE_BYTES,
     RESERVE_SHARE,
     engine_bytes,
@@ -42,7 +40,6 @@ from asyncdapo.controller.fleet.placement import (
 from asyncdapo.controller.roles.model_check import check_rotations
 from asyncdapo.errors import ConfigError
 from asyncdapo.model.location import find_directory
-from asyncdapo.model.shape import Shape, read_shape
 from asyncdapo.prompts.mixture import whole_numbers
 from asyncdapo.prompts.registry import open_task
 from asyncdapo.transport.backend import CPU, name_device
@@ -57,7 +54,6 @@ def plan(name_or_path: str, overrides: Sequence[str], gpus_of_nodes: Sequence[in
     """The plan of this configuration, ready to be printed. Raises UserError."""
     path = find_config(name_or_path)
     config = _located(load_config(path, overrides), path.parent)
-    model = config.model.files.config
     check_reward(config)
     check_model(config)
     check_rotations(config)
@@ -65,14 +61,14 @@ def plan(name_or_path: str, overrides: Sequence[str], gpus_of_nodes: Sequence[in
     dtypes, config = dtype_lines(config, placement), settle_dtypes(config, placement)
     backend, reason = choose_backend(config.weights, device_of_ranks(_devices(config, placement)))
     sections = {
-        "model": _model_lines(config, model),
+        "model": _model_lines(config),
         "data": _data_lines(config),
         "engine": [*_engine_lines(config), *dtypes],
         "placement": _placement_lines(config, placement, gpus_of_nodes),
         "weights": [f"by {backend}: {reason}"],
-        "a step": _step_lines(config, _shape(config, model)),
+        "a step": _step_lines(config),
         "staleness": _staleness_lines(config),
-        "memory": _memory_lines(config, model, placement),
+        "memory": _memory_lines(config, placement),
     }
     lines = [f"{config.run.name} in {config.run.dir}"]
     for word, texts in sections.items():
@@ -94,19 +90,14 @@ def _is_elsewhere(path: str) -> bool:
     return directory.is_absolute() and not directory.exists()
 
 
-def _model_lines(config: Config, model: Mapping[str, Any] | None) -> list[str]:
-    shape = _shape(config, model)
+def _model_lines(config: Config) -> list[str]:
+    shape, model = config.model.files.shape, config.model.files.config
     size = f"{shape.num_parameters:,} parameters, " if shape else ""
     if _is_elsewhere(config.model.path):
         return [f"{config.model.path}, which isn't here"]
     if model is None:
         return [f"{config.model.path} ({size}which isn't here yet: the launch downloads it)"]
     return [f"{config.model.path} ({size}{model.get('model_type')})"]
-
-
-def _shape(config: Config, model: Mapping[str, Any] | None) -> Shape | None:
-    """As the model's own file says, or as that of its name was published."""
-    return read_shape(model or PUBLISHED.get(config.model.path, {}))
 
 
 def _data_lines(config: Config) -> list[str]:
@@ -197,7 +188,7 @@ def _devices(config: Config, placement: Placement) -> dict[str, list[str]]:
 # --------------------------------------------------------------------------------------------------------------- sizes
 
 
-def _step_lines(config: Config, shape: Shape | None) -> list[str]:
+def _step_lines(config: Config) -> list[str]:
     rollout, replay = config.rollout, config.replay
     num_completions = replay.prompts_per_step * rollout.group_size
     num_updates = config.learner.updates_per_step * config.learner.epochs
@@ -208,7 +199,7 @@ def _step_lines(config: Config, shape: Shape | None) -> list[str]:
         f"{rollout.num_workers * rollout.slots:,} sequences at once, of at most "
         f"{config.prompts.max_prompt_length:,} + {rollout.max_response_length:,} tokens",
     ]
-    if shape:
+    if shape := config.model.files.shape:
         lines.append(f"at most {flop(step_flops(shape, config))} in the learner, if all are of that length")
     return lines
 
@@ -221,10 +212,11 @@ def _staleness_lines(config: Config) -> list[str]:
     return [f"at most {replay.staleness_bound} train steps; up to {ahead:,.0f} kept groups are ahead of the learner"]
 
 
-def _memory_lines(config: Config, model: Mapping[str, Any] | None, placement: Placement) -> list[str]:
-    shape = _shape(config, model)
+def _memory_lines(config: Config, placement: Placement) -> list[str]:
+    shape = config.model.files.shape
     if shape is None:
-        return ["not known " + ("until the model is here" if model is None else "for this kind of model")]
+        known = config.model.files.config is not None
+        return ["not known " + ("for this kind of model" if known else "until the model is here")]
     of_learner = learner_bytes(shape, config, on_gpu=placement.on_gpus("learner"))
     parts = {"learner": of_learner, "rollout": engine_bytes(shape, config)}
     words = {"learner": "a rank of the learner", "rollout": "an engine"}

@@ -33,22 +33,6 @@ of its responses. To be measured."""
 FLOP_UNITS = {"G": 1e9, "T": 1e12, "P": 1e15, "E": 1e18}
 GPU_GIB = {"80 GB": 79, "141 GB": 139}
 """What a process finds on GPUs of the two common sizes (H100 and H200), by the size in their data sheets."""
-QWEN25 = {"model_type": "qwen2", "tie_word_embeddings": False, "vocab_size": 152064}
-PUBLISHED = {
-    "Qwen/Qwen2.5-0.5B-Instruct": QWEN25
-    | {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24}
-    | {"num_attention_heads": 14, "num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True},
-    "Qwen/Qwen2.5-1.5B": QWEN25
-    | {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28}
-    | {"num_attention_heads": 12, "num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True},
-    "Qwen/Qwen2.5-7B": QWEN25
-    | {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28}
-    | {"num_attention_heads": 28, "num_key_value_heads": 4},
-    "Qwen/Qwen2.5-32B": QWEN25
-    | {"hidden_size": 5120, "intermediate_size": 27648, "num_hidden_layers": 64}
-    | {"num_attention_heads": 40, "num_key_value_heads": 8},
-}
-"""What config.json of the models in configs/ says, so that a plan knows their sizes before they are here."""
 
 
 # ------------------------------------------------------------------------------------------------------------- learner

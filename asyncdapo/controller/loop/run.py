@@ -222,8 +222,7 @@ class Controller:
 
     async def _evaluate_first(self) -> None:
         await self._checkpoint(0)
-        self.reporter.status("evaluating the initial model")
-        evaluated = await self._evaluate_alone("the first evaluation")
+        evaluated = await self._evaluate_alone("initial")
         self.lines.log_first({**self.comparing.take(), **evaluated})
 
     async def _train_step(self, step: int) -> None:
@@ -289,11 +288,14 @@ class Controller:
         await self._compared()
         if self.evaluating.task:
             await self.patience.wait(self.evaluating.task, whom="replay", what="an evaluation", until_stopped=True)
-        self.reporter.status("evaluating the final model")
-        evaluated = await self._evaluate_alone("the final evaluation")
+        evaluated = await self._evaluate_alone("final")
         self.lines.write_last({**self.comparing.take(), **evaluated})
 
-    async def _evaluate_alone(self, what: str) -> dict[str, float]:
+    async def _evaluate_alone(self, which: str) -> dict[str, float]:
+        """Evaluate the `initial` or the `final` model while nothing else runs."""
+        what = f"the evaluation of the {which} model"
+        if self.config.eval.num_held_out:
+            self.reporter.status(f"evaluating the {which} model")
         evaluation = self.evaluation.run(self.step, greedy=True, share=1.0)
         evaluated = await self.patience.wait(evaluation, whom="replay", what=what, until_stopped=True)
         self.evaluation.belongs_to(self.step)

@@ -10,7 +10,6 @@ from asyncdapo.config.config import Config, config_from_dict
 from asyncdapo.controller.commands.fits import room_lines
 from asyncdapo.controller.fleet.memory import (
     GIB,
-    PUBLISHED,
     engine_bytes,
     gib,
     learner_bytes,
@@ -18,7 +17,7 @@ from asyncdapo.controller.fleet.memory import (
     with_reserve,
 )
 from asyncdapo.controller.fleet.placement import place
-from asyncdapo.model.shape import Shape, read_shape
+from asyncdapo.model.shape import PUBLISHED, Shape, read_shape
 
 SHAPE = read_shape(PUBLISHED["Qwen/Qwen2.5-0.5B-Instruct"])
 

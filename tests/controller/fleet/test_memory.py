@@ -11,7 +11,6 @@ from asyncdapo.controller.fleet.memory import (
     CHUNK_COLUMNS,
     CHUNK_ELEMENTS,
     GIB,
-    PUBLISHED,
     engine_bytes,
     flop,
     learner_bytes,
@@ -20,7 +19,7 @@ from asyncdapo.controller.fleet.memory import (
     step_flops,
 )
 from asyncdapo.learner.model import logprobs
-from asyncdapo.model.shape import Shape, read_shape
+from asyncdapo.model.shape import PUBLISHED, Shape, read_shape
 
 SHAPE = Shape(
     num_layers=3,
