@@ -1,23 +1,33 @@
-"""Writes files atomically, and turns disk failures into one line with the file and the fix.
+"""Writes files atomically, lets one process at a time write, and turns disk failures into one line with the fix.
 
-In: the content of a file; a block that writes one. Out: the file, replaced atomically. A disk failure, reported by the
-operating system, by SQLite, or by a library on top of them, becomes a `DiskError`, which ends the run; other errors
-pass. Does not own: what is written.
+In: the content of a file; a block that writes one; the path of a lock file. Out: the file, replaced atomically. A disk
+failure, reported by the operating system, by SQLite, or by a library on top of them, becomes a `DiskError`, which ends
+the run; other errors pass. A lock, or the pid of its holder. Invariant: a lock is the kernel's (flock), so it ends with
+its process, and a lock file that was left behind means nothing. Does not own: what is written or locked.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import sqlite3
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from asyncdapo.errors import DiskError
 
 DISK_FAILURES = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR}
 """SQLite's primary result codes (the low byte of its error codes) for disk failures."""
+RETRY_S = 0.05
+"""Time between two attempts to take a lock."""
+
+
+class LockedError(Exception):
+    """Another process holds the lock; the message is its pid."""
 
 
 @contextmanager
@@ -57,6 +67,31 @@ def sha256_of(path: Path) -> str:
     """Digest of a whole file, whatever its size."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def lock_file(path: Path, wait_s: float = 0.0) -> IO[str]:
+    """Hold the lock until the returned file is closed, at the latest with this process. Raises LockedError when another
+    process still holds it after `wait_s`."""
+    file = path.open("a+", encoding="utf-8")
+    deadline = time.monotonic() + wait_s
+    while not _is_locked_by(file):
+        if time.monotonic() >= deadline:
+            with file:
+                file.seek(0)
+                raise LockedError(file.read().strip() or "unknown")
+        time.sleep(RETRY_S)
+    file.truncate(0)
+    file.write(f"{os.getpid()}\n")
+    file.flush()
+    return file
+
+
+def _is_locked_by(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _problem(error: BaseException | None) -> str:

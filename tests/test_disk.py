@@ -1,17 +1,19 @@
-"""What a full disk makes of writing: one line with the file and the cause, whoever wrote."""
+"""What a full disk makes of writing: one line with the file and the cause, whoever wrote. Who holds a lock."""
 
 from __future__ import annotations
 
 import resource
 import signal
 import sqlite3
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
 
-from asyncdapo.disk import disk_errors
+from asyncdapo.disk import LockedError, disk_errors, lock_file
 from asyncdapo.errors import DiskError
 from asyncdapo.learner.step.checkpoint import kept_steps
 from tests.learner.tiny import make_batch, make_learner, save_tiny_llama, train
@@ -62,3 +64,32 @@ def test_what_is_not_the_disks_fault_keeps_its_name(tmp_path: Path) -> None:
         ledger.execute("SELECT * FROM numbers")
     with pytest.raises(ZeroDivisionError), disk_errors(tmp_path):
         raise ZeroDivisionError
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from asyncdapo.disk import lock_file
+file = lock_file(Path(sys.argv[1]))
+print("held", flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_lock_names_its_holder_and_ends_with_it_even_by_sigkill(tmp_path: Path) -> None:
+    path = tmp_path / "a.lock"
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, path], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(LockedError, match=f"^{holder.pid}$"):
+        lock_file(path)
+    holder.kill()
+    with lock_file(path, wait_s=30):
+        assert path.exists()
+    assert holder.wait() == -signal.SIGKILL
+    holder.stdout.close()
+
+
+def test_a_lock_that_is_given_up_can_be_taken_again_in_the_same_process(tmp_path: Path) -> None:
+    with lock_file(tmp_path / "a.lock"), pytest.raises(LockedError):
+        lock_file(tmp_path / "a.lock")
+    lock_file(tmp_path / "a.lock").close()

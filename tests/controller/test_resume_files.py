@@ -134,7 +134,7 @@ def test_two_launches_never_share_a_directory_and_a_killed_one_lets_go_of_it(tmp
     try:
         assert holder.stdout.readline() == "holds it\n"
         message = refused(run_dir)
-        assert f"run.dir: is in use by another launch that goes on, process {holder.pid}" in message
+        assert f"run.dir: is in use by another launch that is running, process {holder.pid}" in message
         assert str(run_dir) in message
     finally:
         holder.send_signal(signal.SIGKILL)

@@ -54,7 +54,7 @@ class _NoLock:
 
     def __init__(self, *_: object) -> None: ...
 
-    def release(self) -> None: ...
+    def close(self) -> None: ...
 
 
 class _MemorySegments:
@@ -134,10 +134,10 @@ class MemoryDisk:
     @contextmanager
     def mounted(self) -> Iterator[None]:
         """While this disk is the one that journals open."""
-        before = {name: getattr(journal_module, name) for name in ("open_for_writing", "WriterLock", "Segments")}
+        before = {name: getattr(journal_module, name) for name in ("open_for_writing", "lock_for_writing", "Segments")}
         self._db = _emptied()
         journal_module.open_for_writing = lambda path: self._db
-        journal_module.WriterLock = _NoLock
+        journal_module.lock_for_writing = _NoLock
         journal_module.Segments = lambda folder, segment_bytes: _MemorySegments(self._records, segment_bytes)
         try:
             yield

@@ -16,9 +16,7 @@ a run goes on (`resume`).
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import itertools
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,7 +29,7 @@ from asyncdapo.controller.checks.resume import Resume, survey, unusable_ledger
 from asyncdapo.controller.process.roster import end_survivors
 from asyncdapo.controller.process.surroundings import check_surroundings
 from asyncdapo.controller.roles.model_check import check_files, check_learnable
-from asyncdapo.disk import replace_file
+from asyncdapo.disk import LockedError, lock_file, replace_file
 from asyncdapo.errors import ConfigError, RunError, UserError
 from asyncdapo.learner.model.compiler import check_compiler
 from asyncdapo.metrics.wandb_log import choose_mode
@@ -216,19 +214,11 @@ def lock_directory(run_dir: str, key: str = "run.dir") -> IO[str]:
     Raises ConfigError, for `key`, while another launch holds it."""
     Path(run_dir).mkdir(parents=True, exist_ok=True)
     Path(run_dir).chmod(0o700)
-    file = (Path(run_dir) / LOCK_FILE).open("a+", encoding="utf-8")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        with file:
-            file.seek(0)
-            holder = file.read().strip() or "unknown"
-        problem = f"is in use by another launch that goes on, process {holder}"
+        return lock_file(Path(run_dir) / LOCK_FILE)
+    except LockedError as holder:
+        problem = f"is in use by another launch that is running, process {holder}"
         raise ConfigError(key, problem, run_dir, "end that one, or choose another") from None
-    file.truncate(0)
-    file.write(f"{os.getpid()}\n")
-    file.flush()
-    return file
 
 
 def _open_run_dir(config: Config, identity: Identity) -> Resume:

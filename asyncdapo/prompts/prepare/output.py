@@ -10,8 +10,6 @@ give the same bytes. Does not own: what the files contain.
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Set
@@ -19,13 +17,13 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import pyarrow
 from pyarrow import compute, parquet
 from pyarrow.parquet import ParquetWriter
 
-from asyncdapo.disk import replace_file
+from asyncdapo.disk import LockedError, lock_file, replace_file, sha256_of
 from asyncdapo.errors import UserError
 from asyncdapo.prompts.prepare.sieve import KeptRow
 
@@ -69,8 +67,7 @@ def check_replaceable(directory: Path, manifest: Mapping[str, Any]) -> None:
 def digest_of(path: Path) -> str:
     """Raises UserError for a file that can't be read."""
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256_of(path)
     except OSError as error:
         raise UserError(f"{path}: can't be read: {error.strerror}") from error
 
@@ -83,8 +80,7 @@ def begin(directory: Path) -> Iterator[Path]:
     lock = directory.with_name(f".{directory.name}.lock")
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
-        with lock.open("w") as file:
-            _take(file, directory)
+        with lock_file(lock):
             try:
                 shutil.rmtree(unfinished, ignore_errors=True)
                 unfinished.mkdir()
@@ -92,15 +88,11 @@ def begin(directory: Path) -> Iterator[Path]:
             finally:
                 shutil.rmtree(unfinished, ignore_errors=True)
                 lock.unlink()
+    except LockedError as holder:
+        problem = f"another process prepares it, {holder} (wait, or choose another directory)"
+        raise UserError(f"--out {directory}: {problem}") from None
     except OSError as error:
         raise UserError(f"--out {directory}: can't be written ({error.strerror or error})") from error
-
-
-def _take(file: IO[str], directory: Path) -> None:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel's: it goes with the process, however that dies
-    except BlockingIOError:
-        raise UserError(f"--out {directory}: another process prepares it (wait, or choose another directory)") from None
 
 
 def write_rows(path: Path, rows: Iterable[KeptRow]) -> None:

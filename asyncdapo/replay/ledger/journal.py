@@ -34,8 +34,14 @@ from asyncdapo.replay.core import events as core
 from asyncdapo.replay.core.recovery import GroupFacts, Recovered
 from asyncdapo.replay.ledger import reload
 from asyncdapo.replay.ledger.entry import Entry
-from asyncdapo.replay.ledger.ledger import LEDGER_FILE, PAYLOAD_FOLDER, open_for_writing, place_of
-from asyncdapo.replay.ledger.lock import LOCK_WAIT_S, WriterLock
+from asyncdapo.replay.ledger.ledger import (
+    LEDGER_FILE,
+    LOCK_WAIT_S,
+    PAYLOAD_FOLDER,
+    lock_for_writing,
+    open_for_writing,
+    place_of,
+)
 from asyncdapo.replay.ledger.payloads import SEGMENT_BYTES, Segments
 from asyncdapo.replay.ledger.rollback import Rollback
 from asyncdapo.replay.ledger.schema import HELD_STATES
@@ -67,7 +73,7 @@ class Journal:
         run_dir.mkdir(parents=True, exist_ok=True)
         self._path = run_dir / LEDGER_FILE
         self._keep_payloads = keep_payloads
-        self._lock = WriterLock(run_dir, lock_wait_s)
+        self._lock = lock_for_writing(run_dir, lock_wait_s)
         self._db = open_for_writing(self._path)
         self._db.execute("UPDATE meta SET value = ? WHERE key = 'keep_payloads'", (int(keep_payloads),))
         self._segments = Segments(run_dir / PAYLOAD_FOLDER, segment_bytes)
@@ -219,4 +225,4 @@ class Journal:
         """Close the files; SQLite folds its WAL into ledger.db."""
         self._db.close()
         self._segments.close()
-        self._lock.release()
+        self._lock.close()

@@ -11,18 +11,35 @@ import sqlite3
 import time
 from contextlib import closing
 from pathlib import Path
+from typing import IO
 
-from asyncdapo.errors import UserError
+from asyncdapo.disk import LockedError, lock_file
+from asyncdapo.errors import RunError, UserError
 from asyncdapo.messages import Group
 from asyncdapo.payload import Payload
 from asyncdapo.replay.ledger.payloads import Place, read_record
 from asyncdapo.replay.ledger.schema import LEDGER_SCHEMA, TABLES, UNDONE_TABLES
 
 LEDGER_FILE = "ledger.db"
+LOCK_FILE = "ledger.lock"
+LOCK_WAIT_S = 30.0
+"""Time for a predecessor that is dying to be gone."""
 PAYLOAD_FOLDER = "payloads"
 NUM_NAMED = 3
 KINDS = {"INTEGER": "integer", "INT": "integer", "REAL": "real", "TEXT": "text"}
 """What SQLite calls the values of a column, by how the column was declared."""
+
+
+def lock_for_writing(run_dir: Path, wait_s: float) -> IO[str]:
+    """The writer's lock: two replay servers of one run never write at the same time. Held until the file is closed.
+    Raises RunError when another process still holds it after `wait_s`."""
+    try:
+        return lock_file(run_dir / LOCK_FILE, wait_s)
+    except LockedError as holder:
+        raise RunError(
+            f"{run_dir / LOCK_FILE}: process {holder} writes this run's ledger, and did so for {wait_s:g} s "
+            "(`asyncdapo ps` shows a run that is still running; end it, or choose another run.dir)"
+        ) from None
 
 
 def open_for_writing(path: Path) -> sqlite3.Connection:

@@ -101,7 +101,7 @@ def test_of_two_at_once_one_prepares_and_the_other_is_refused(tmp_path, source, 
     with begin(tmp_path / "out") as unfinished:
         (unfinished / "train.parquet").write_bytes(b"half")
         assert prepare(source, "--out", tmp_path / "out") == 2
-        assert "another process prepares it" in capsys.readouterr().err
+        assert f"another process prepares it, {os.getpid()} (" in capsys.readouterr().err
         assert (unfinished / "train.parquet").read_bytes() == b"half"
     assert prepare(source, "--out", tmp_path / "out") == 0
 
