@@ -20,6 +20,7 @@ import sys
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import Self
 
 from asyncdapo.errors import RunError
@@ -74,6 +75,20 @@ class Output(asyncio.Protocol):
             log.info("verifier process %d: %s", self._pid, text)
 
 
+@dataclass(kw_only=True)
+class _Pending:
+    """The request that the process is working on."""
+
+    num_wanted: int
+    timeout_s: float
+    """For each answer."""
+    heard_at: float
+    """Time of the request, then of the latest answer."""
+    timer: asyncio.TimerHandle
+    over: asyncio.Future[None]
+    said: list[FromProcess] = field(default_factory=list)
+
+
 class VerifierProcess(asyncio.Protocol):
     """One process from its start to its end. Create it with `start`."""
 
@@ -90,8 +105,9 @@ class VerifierProcess(asyncio.Protocol):
         self._output = Output(popen.pid)
         self._unpacker = Unpacker(FromProcess)
         self._transport: asyncio.Transport | None = None
-        self._said: list[FromProcess] = []
-        self._over: asyncio.Future[None] | None = None
+        self._pending: _Pending | None = None
+        self._reaping: asyncio.Task[None] | None = None
+        """Cleans up, once the process doesn't take requests any more."""
         self._exit: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
     @classmethod
@@ -132,20 +148,24 @@ class VerifierProcess(asyncio.Protocol):
         if not self.alive:
             return []
         loop = asyncio.get_running_loop()
-        self._said, self._num_wanted, self._over = [], num_wanted, loop.create_future()
-        self._heard_at, self._timeout_s = loop.time(), timeout_s
-        self._timer = loop.call_later(timeout_s, self._check_time)
+        pending = self._pending = _Pending(
+            num_wanted=num_wanted,
+            timeout_s=timeout_s,
+            heard_at=loop.time(),
+            timer=loop.call_later(timeout_s, self._check_time),
+            over=loop.create_future(),
+        )
         self._transport.write(pack(message))
         try:
-            await self._over
-            return self._said
+            await pending.over
+            return pending.said
         except asyncio.CancelledError:
             self.given_up = True
             self.kill()
             raise
         finally:
-            self._timer.cancel()
-            self._over = None
+            pending.timer.cancel()
+            self._pending = None
 
     def kill(self) -> None:
         """Kill it and all that it started; returns before it is gone."""
@@ -165,14 +185,15 @@ class VerifierProcess(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         """Handled here, not in a task: an event loop that was blocked then handles answers before time-outs."""
         for said in self._unpacker.feed(data):
-            if self._over is None or self._over.done():
+            pending = self._pending
+            if pending is None or pending.over.done():
                 continue
-            self._said.append(said)
-            self._heard_at = asyncio.get_running_loop().time()
+            pending.said.append(said)
+            pending.heard_at = asyncio.get_running_loop().time()
             if isinstance(said, Verdict):
                 self._on_verdict()
-            if len(self._said) == self._num_wanted or isinstance(said, Raised | NoVerdict):
-                self._over.set_result(None)
+            if len(pending.said) == pending.num_wanted or isinstance(said, Raised | NoVerdict):
+                pending.over.set_result(None)
 
     def connection_lost(self, error: Exception | None) -> None:
         self._note_end()
@@ -180,10 +201,11 @@ class VerifierProcess(asyncio.Protocol):
     # -------------------------------------------------------------------------------------------------------- its end
 
     def _check_time(self) -> None:
-        loop = asyncio.get_running_loop()
-        left_s = self._heard_at + self._timeout_s - loop.time()
+        loop, pending = asyncio.get_running_loop(), self._pending
+        assert pending is not None, "a timer without a request"
+        left_s = pending.heard_at + pending.timeout_s - loop.time()
         if left_s > 0:
-            self._timer = loop.call_later(left_s, self._check_time)
+            pending.timer = loop.call_later(left_s, self._check_time)
         else:
             self.timed_out = True
             self.kill()
@@ -195,8 +217,8 @@ class VerifierProcess(asyncio.Protocol):
         self.alive = False
         if self._transport is not None:
             self._transport.close()
-        if self._over is not None and not self._over.done():
-            self._over.set_result(None)
+        if self._pending is not None and not self._pending.over.done():
+            self._pending.over.set_result(None)
         self._reaping = asyncio.get_running_loop().create_task(self._reap())
 
     async def _reap(self) -> None:

@@ -21,11 +21,19 @@ class Life:
         self._engine = engine
         self._problem: str | None = f"{engine} has not been started"
         self._cause: BaseException | None = None
+        self._ended: asyncio.Future[None] | None = None
+        """None before the start."""
 
     def begin(self) -> None:
         """The engine is alive from now on. Call it in the event loop."""
-        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._ended = asyncio.get_running_loop().create_future()
         self._problem = None
+
+    @property
+    def ended(self) -> asyncio.Future[None]:
+        """Done when the engine is over."""
+        assert self._ended is not None, "the engine has not been started"
+        return self._ended
 
     @property
     def alive(self) -> bool:

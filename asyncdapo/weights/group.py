@@ -22,8 +22,6 @@ class WeightGroup(ProcessGroup):
     purpose = "the weights"
     error = WeightsError
 
-    carrier: Carrier
-
     def __init__(
         self,
         address: str,
@@ -36,12 +34,20 @@ class WeightGroup(ProcessGroup):
         """`device`: where this rank keeps its weights."""
         super().__init__(address, rank, world_size, backend, timeout_s)
         self._own_device = numbered(device)
+        self._carrier: Carrier | None = None
 
     def connect(self, deadline: Deadline | None = None) -> None:
         deadline = deadline or Deadline(self.timeout_s)
         super().connect(deadline)
         own = weakref.proxy(self)  # no cycle: an old group's buffers and threads must go at once
-        self.carrier = SharedCarrier(own, self._common_device(deadline)) if self.backend == "ipc" else GroupCarrier(own)
+        shared = self.backend == "ipc"
+        self._carrier = SharedCarrier(own, self._common_device(deadline)) if shared else GroupCarrier(own)
+
+    @property
+    def carrier(self) -> Carrier:
+        """There is one from `connect` on."""
+        assert self._carrier is not None, "the group is not connected"
+        return self._carrier
 
     def _common_device(self, deadline: Deadline) -> torch.device:
         """The GPU that all ranks share, else the host. Every rank finds the same."""

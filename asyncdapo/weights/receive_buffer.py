@@ -133,6 +133,7 @@ class ReceiveBuffer:
             self._receiver = WeightReceiver(self._group, manifest, self._memory_U)
 
     def _receive(self, version: int, branch: int) -> None:
+        assert self._receiver is not None, "a version before a group"
         with self._stream:
             tensors = self._receiver.receive(version, branch=branch)
             if self._device.type == "cuda":

@@ -16,6 +16,8 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -30,6 +32,17 @@ from asyncdapo.rollout.torch_engine.scheduler import Job
 from asyncdapo.rollout.torch_engine.weights import Weights
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(kw_only=True)
+class _Loaded:
+    """What an engine has from its start to its end."""
+
+    loop: asyncio.AbstractEventLoop
+    limits: Limits
+    runner: Runner
+    spare: Weights
+    """The set that doesn't generate."""
 
 
 class TorchEngine:
@@ -59,6 +72,8 @@ class TorchEngine:
         self._filler = ThreadPoolExecutor(1, "weights", torch.set_num_threads, (config.threads,))
         self._stopping = False
         self._life = Life("the torch engine")
+        self._loaded: _Loaded | None = None
+        self._thread: threading.Thread | None = None
         self._version = 0
         self._counters = Counters()
         self._busy_s = 0.0
@@ -78,7 +93,7 @@ class TorchEngine:
 
     @property
     def device(self) -> torch.device:
-        return self._runner.device
+        return self._alive().runner.device
 
     def gauges(self) -> dict[str, float]:
         """Adds `steps`, and `slot_steps`: the slots in use, summed over steps."""
@@ -96,26 +111,29 @@ class TorchEngine:
 
     async def start(self) -> None:
         """Raises ConfigError for a checkpoint that can't be used. Only this method reads it."""
-        self._loop = asyncio.get_running_loop()
-        await self._loop.run_in_executor(self._filler, self._load)
+        loop = asyncio.get_running_loop()
+        loaded = await loop.run_in_executor(self._filler, self._load, loop)
+        self._loaded = loaded
+        self._counters = loaded.runner.counters
         self._started_s = time.monotonic()
         self._life.begin()
-        self._thread = threading.Thread(target=self._generate_until_stopped, name="torch-engine", daemon=True)
+        generate = partial(self._generate_until_stopped, loaded)
+        self._thread = threading.Thread(target=generate, name="torch-engine", daemon=True)
         self._thread.start()
 
     async def generate(self, request: Request) -> list[Sample]:
         """Raises ValueError for a request that can't fit, EngineError if the engine fails."""
-        self._life.require()
-        self._limits.refuse_unfit(request)
+        loaded = self._alive()
+        loaded.limits.refuse_unfit(request)
         job = Job(request)
-        done = self._jobs[job] = self._loop.create_future()
-        self._order(lambda: self._runner.add(job))
+        done = self._jobs[job] = loaded.loop.create_future()
+        self._order(lambda: loaded.runner.add(job))
         try:
             return await done
         finally:
             del self._jobs[job]
             if job.num_unfinished:
-                self._order(lambda: self._runner.withdraw(job))
+                self._order(lambda: loaded.runner.withdraw(job))
 
     async def load_weights(self, version: int, weights: Mapping[str, torch.Tensor]) -> LoadTimes:
         """Raises WeightsError for tensors that don't fit the model; the engine then keeps its weights."""
@@ -123,14 +141,14 @@ class TorchEngine:
         async with self._loading:
             if self._swapped is not None:  # an earlier call may have been cancelled before its swap
                 await asyncio.wait([self._swapped])
-            self._life.require()
+            loaded = self._alive()
             try:
-                await self._loop.run_in_executor(self._filler, self._spare.fill, weights)
+                await loaded.loop.run_in_executor(self._filler, loaded.spare.fill, weights)
             except ValueError as error:
                 raise WeightsError(f"version {version} can't be loaded: {error}") from error
             self._life.require()
-            swapped = self._swapped = self._loop.create_future()
-            self._order(lambda: self._swap(version, swapped))
+            swapped = self._swapped = loaded.loop.create_future()
+            self._order(lambda: self._swap(loaded, version, swapped))
             await asyncio.shield(swapped)
         return LoadTimes(load_s=time.monotonic() - began_s)
 
@@ -141,11 +159,17 @@ class TorchEngine:
         with self._condition:
             self._stopping = True
             self._condition.notify()
-        if self._life.alive:
-            await self._loop.run_in_executor(None, self._thread.join)
+        if self._life.alive and self._thread:
+            await asyncio.get_running_loop().run_in_executor(None, self._thread.join)
             self._on_end(None)
-            del self._runner, self._spare
+            self._loaded = None
         self._filler.shutdown()
+
+    def _alive(self) -> _Loaded:
+        """Raises EngineError before the start and after the end."""
+        self._life.require()
+        assert self._loaded is not None
+        return self._loaded
 
     def _order(self, order: Callable[[], None]) -> None:
         """Have the engine's thread call this between two tokens."""
@@ -170,7 +194,7 @@ class TorchEngine:
 
     # ----------------------------------------------------------------------------------------- in the filler's thread
 
-    def _load(self) -> None:
+    def _load(self, loop: asyncio.AbstractEventLoop) -> _Loaded:
         checkpoint = read_checkpoint(self._model_path)
         num_positions = self._max_prompt_length + self._config.max_response_length
         if num_positions > checkpoint.shape.max_positions:
@@ -181,19 +205,19 @@ class TorchEngine:
             )
         device = self._device()
         dtype = DTYPES[settled_dtype(self._config.dtype, on_gpu=device.type == "cuda")]
-        weights, self._spare = (Weights(checkpoint.shape, dtype, device) for _ in range(2))
+        weights, spare = (Weights(checkpoint.shape, dtype, device) for _ in range(2))
         try:
             weights.fill(checkpoint.tensors())
         except ValueError as error:
             raise ConfigError("model.path", str(error), self._model_path) from error
         stop_token_ids = checkpoint.stop_token_ids if self._stop_token_ids is None else frozenset(self._stop_token_ids)
-        self._limits = Limits(
+        limits = Limits(
             max_prompt_length=self._max_prompt_length,
             max_response_length=self._config.max_response_length,
             vocab_size=checkpoint.shape.vocab_size,
         )
-        self._runner = Runner(checkpoint, self._config, self._max_prompt_length, stop_token_ids, weights, device)
-        self._counters = self._runner.counters
+        runner = Runner(checkpoint, self._config, self._max_prompt_length, stop_token_ids, weights, device)
+        return _Loaded(loop=loop, limits=limits, runner=runner, spare=spare)
 
     def _device(self) -> torch.device:
         if self._config.device == "cuda" and not torch.cuda.is_available():
@@ -203,38 +227,38 @@ class TorchEngine:
 
     # ----------------------------------------------------------------------------------------- in the engine's thread
 
-    def _generate_until_stopped(self) -> None:
+    def _generate_until_stopped(self, loaded: _Loaded) -> None:
         torch.set_num_threads(self._config.threads)
         try:
             with torch.inference_mode():
                 while not self._stopping:
-                    self._turn(self._wait_for_orders())
+                    self._turn(loaded, self._wait_for_orders(loaded.runner))
         finally:
             # No handler: the exception still reaches the thread's hook, which prints it.
-            self._loop.call_soon_threadsafe(self._on_end, sys.exception())
+            loaded.loop.call_soon_threadsafe(self._on_end, sys.exception())
 
-    def _wait_for_orders(self) -> list[Callable[[], None]]:
+    def _wait_for_orders(self, runner: Runner) -> list[Callable[[], None]]:
         """The orders since the last turn. Waits for one only if no sequence runs or waits."""
         with self._condition:
-            while not (self._inbox or self._stopping or self._runner.has_work):
+            while not (self._inbox or self._stopping or runner.has_work):
                 self._condition.wait()
             orders, self._inbox = self._inbox, []
             return orders
 
-    def _turn(self, orders: list[Callable[[], None]]) -> None:
+    def _turn(self, loaded: _Loaded, orders: list[Callable[[], None]]) -> None:
         """Execute the orders, then sample the next token of every sequence."""
         begin_s = time.monotonic()
         for order in orders:
             order()
-        progress = self._runner.step()
+        progress = loaded.runner.step()
         if progress.started or progress.ended:
-            self._loop.call_soon_threadsafe(self._deliver, self._version, progress)
+            loaded.loop.call_soon_threadsafe(self._deliver, self._version, progress)
         self._busy_s += time.monotonic() - begin_s
 
-    def _swap(self, version: int, swapped: asyncio.Future[None]) -> None:
-        self._spare = self._runner.swap(version, self._spare)
+    def _swap(self, loaded: _Loaded, version: int, swapped: asyncio.Future[None]) -> None:
+        loaded.spare = loaded.runner.swap(version, loaded.spare)
         self._version = version
-        self._loop.call_soon_threadsafe(_resolve, swapped)
+        loaded.loop.call_soon_threadsafe(_resolve, swapped)
 
 
 def _resolve(future: asyncio.Future[None]) -> None:

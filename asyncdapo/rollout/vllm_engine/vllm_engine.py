@@ -79,7 +79,9 @@ class VllmEngine:
         self._parent = ThreadPoolExecutor(1, "vllm-parent")
         self._making: Future[tuple[Adapter, Family]] | None = None
         self._life = Life("the vLLM engine")
+        self._adapter: Adapter | None = None
         self._family: Family | None = None
+        """Both are None until vLLM has started."""
 
         self._jobs: dict[Job, asyncio.Future[list[Sample]]] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -105,6 +107,11 @@ class VllmEngine:
     def loaded_version(self) -> int:
         return self._version
 
+    @property
+    def _vllm(self) -> Adapter:
+        assert self._adapter is not None, "the engine has not been started"
+        return self._adapter
+
     def pids(self) -> list[int]:
         """Pids of the engine's processes; none before the start and after the stop."""
         return self._family.pids() if self._family else []
@@ -116,15 +123,9 @@ class VllmEngine:
 
     async def start(self) -> None:
         """Raises UserError for a configuration or checkpoint that vLLM can't use, EngineError when vLLM fails."""
-        self._loop = asyncio.get_running_loop()
         self._making = self._parent.submit(self._make)
-        self._vllm, self._family = await asyncio.wrap_future(self._making)
+        self._adapter, self._family = await asyncio.wrap_future(self._making)
         self._family.watch(self._on_death)
-        self._limits = Limits(
-            max_prompt_length=self._max_prompt_length,
-            max_response_length=self._config.max_response_length,
-            vocab_size=self._vllm.vocab_size,
-        )
         self._life.begin()
         await self._unless_ended(self._vllm.begin(self._version))
         self._meter.start()
@@ -162,7 +163,7 @@ class VllmEngine:
             await asyncio.wait([asyncio.wrap_future(making)])
             if making.exception() is None:
                 self._on_end(None)
-                await self._loop.run_in_executor(self._parent, self._shut_down, *making.result())
+                await asyncio.get_running_loop().run_in_executor(self._parent, self._shut_down, *making.result())
         self._parent.shutdown()
 
     def _shut_down(self, vllm: Adapter, family: Family) -> None:
@@ -183,7 +184,7 @@ class VllmEngine:
             task.cancel()
 
     def _spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        task = self._loop.create_task(work)
+        task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
@@ -201,10 +202,15 @@ class VllmEngine:
     async def generate(self, request: Request) -> list[Sample]:
         """Raises ValueError for a request that can't fit, EngineError if the engine fails."""
         self._life.require()
-        self._limits.refuse_unfit(request)
+        limits = Limits(
+            max_prompt_length=self._max_prompt_length,
+            max_response_length=self._config.max_response_length,
+            vocab_size=self._vllm.vocab_size,
+        )
+        limits.refuse_unfit(request)
         params_of_samples = self._params(request)
         job = Job(request)
-        done = self._jobs[job] = self._loop.create_future()
+        done = self._jobs[job] = asyncio.get_running_loop().create_future()
         self._note_activity()
         for index, params in enumerate(params_of_samples):
             self._spawn(self._sample(job, index, params)).add_done_callback(self._note_failure)
