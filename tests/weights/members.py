@@ -135,7 +135,7 @@ class Life:
 
     def receive_flipped(self, manifest: Manifest, version: int) -> Print:
         """Receive through a network that turns one bit around."""
-        self.group.carrier = FlippingCarrier(self.group.carrier)
+        self.group._carrier = FlippingCarrier(self.group.carrier)
         return self.receive(manifest, version)
 
     def die_in_transfer(self, manifest: Manifest, version: int) -> None:
