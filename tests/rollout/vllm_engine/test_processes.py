@@ -44,7 +44,7 @@ async def test_workers_below_the_engine_core_belong_to_the_family_helpers_dont_a
     assert await asyncio.wait_for(ended, 10) == worker
     family.unwatch()
 
-    family.end(patience_s=0.0)
+    family.end(timeout_s=0.0)
     process.join(10)
     assert process.exitcode == -9
     psutil.Process(helper).kill()
