@@ -14,12 +14,12 @@ from asyncdapo.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, Po
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """What the run is called, where it lives, how long it goes on."""
+    """Name, directory, seed and length of the run."""
 
     name: str = "run"
     """Name shown on the terminal and in W&B."""
     dir: Annotated[str, Meta(min_length=1)] = "runs/${run.name}"
-    """Run directory: config, ledger, metrics, checkpoints, logs."""
+    """Directory of the run: config, ledger, metrics, checkpoints and logs."""
     seed: int = 0
     """Seed of the prompt order, the sampling and the model's own randomness."""
     steps: PositiveInt = 100
@@ -30,23 +30,24 @@ class RunConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ControllerConfig:
-    """The driver: Ray, deadlines, reports."""
+    """The driver: where the processes of a run live, and their deadlines."""
 
     ray_address: str | None = None
-    """Address of a running Ray cluster; none starts a local one."""
+    """Address of a running Ray cluster to join. null starts Ray on this machine."""
     placement: Literal["auto", "separate", "shared"] = "auto"
-    """GPUs: `separate` (every learner rank and engine has its own), `shared` (learner rank r and worker r are on the
-    same one), `auto` (separate where there are enough, else in equal parts; without any, on the CPU)."""
+    """How GPUs are given out. `separate`: every learner rank and every engine has its own. `shared`: learner rank r and
+    rollout worker r share one. `auto`: separate if there are enough GPUs, else equal parts; without a GPU, everything
+    is on the CPU."""
     place_timeout_s: PositiveFloat = 30.0
-    """Seconds an actor may wait for its resources before the run ends, naming them."""
+    """Seconds that a process may wait for its CPUs and GPUs. After that the run ends and names what is missing."""
     start_timeout_s: PositiveFloat = 600.0
-    """Seconds an actor may take to load its model."""
+    """Seconds that a process may take to start and load its model."""
     report_wait_s: PositiveFloat = 30.0
-    """Seconds after which a wait for work says who waits for whom, again and again."""
+    """Seconds between reports on a wait for work. A report says who waits for whom."""
     stall_s: PositiveFloat = 120.0
     """Seconds without any progress after which the process that all others wait for is killed and started again."""
     max_restarts: NonNegativeInt = 5
-    """Deaths of one process within an hour after which it is started again; one more ends the run."""
+    """Deaths of one process within an hour after which it is started again. One more ends the run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,21 +55,22 @@ class EvalConfig:
     """Evaluation on held-out prompts, through the rollout workers of the run."""
 
     every: NonNegativeInt = 0
-    """Train steps between evaluations; the first (step 0) and the last always run; 0 runs only those."""
+    """Train steps between evaluations. The initial and the final model are always evaluated; 0 evaluates only these
+    two."""
     num_prompts: NonNegativeInt = 512
-    """Held-out prompts sampled at `eval.temperature`; 0 leaves this out."""
+    """Held-out prompts that are sampled at `eval.temperature`; 0 leaves this part out."""
     num_samples: PositiveInt = 1
-    """Completions sampled of each of them: avg@k, pass@k and maj@k with k this number."""
+    """Completions of each of these prompts: the k of avg@k, pass@k and maj@k."""
     num_greedy_prompts: NonNegativeInt = 256
-    """Held-out prompts decoded greedily in the first and the last evaluation; 0 leaves this out."""
+    """Held-out prompts that are decoded greedily, in the first and the last evaluation only; 0 leaves this part out."""
     temperature: NonNegativeFloat = 1.0
     """Sampling temperature of `eval/accuracy`."""
     top_p: PositiveShare = 1.0
-    """Nucleus of `eval/accuracy`."""
+    """Nucleus sampling (top-p) of `eval/accuracy`; 1 is off."""
     top_k: NonNegativeInt = 0
-    """Most likely tokens considered in `eval/accuracy`; 0 is all."""
+    """Number of most likely tokens that are considered for `eval/accuracy`; 0 is all of them."""
     max_share: PositiveShare = 0.5
-    """Largest share of the slots that an evaluation in the middle of the run may take."""
+    """Largest share of the slots that an evaluation during training may take."""
     keep_answers: bool = True
     """Write every answer with its verdict to RUN_DIR/eval/step-NNNNNN: answers.jsonl, and page.html to read them."""
 
@@ -87,27 +89,27 @@ class EvalConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class FaultsConfig:
-    """Faults on purpose, for tests of a whole run; at these defaults there are none."""
+    """Deliberate faults, for tests of a whole run. The defaults inject none."""
 
     seed: int = 0
-    """Seed of all that is random here, so that a run that failed can be repeated."""
+    """Seed of everything that is random here, so that a failed run can be repeated."""
     drop: Share = 0.0
     """Share of the messages between workers, replay server and learner that are lost."""
     duplicate: Share = 0.0
     """Share of these messages that arrive twice."""
     reorder: Share = 0.0
-    """Share of these messages that later ones overtake."""
+    """Share of these messages that arrive after later ones."""
     truncate: Share = 0.0
     """Share of these messages that lose the end of a frame."""
     delay_s: NonNegativeFloat = 0.0
-    """Most seconds that a message is late, in the order of sending."""
+    """Longest delay of a message in seconds. Messages keep their order."""
     kill: tuple[str, ...] = ()
-    """`process.point[:n]`: kill -9 of the process when it passes the point for the n-th time, once per run. The points
-    are in asyncdapo/faults.py; learner.after_train:3 is one."""
+    """`process.point[:n]`: the process is killed (kill -9) when it passes the point for the n-th time, once per run. An
+    example is learner.after_train:3; the points are in asyncdapo/faults.py."""
     slow_worker_s: NonNegativeFloat = 0.0
-    """Seconds that worker 0 takes longer over each group."""
+    """Seconds by which worker 0 is slower on each group."""
     slow_disk_s: NonNegativeFloat = 0.0
-    """Seconds that each ledger transaction and each checkpoint takes longer."""
+    """Seconds by which each ledger transaction and each checkpoint is slower."""
     disk_full_after_mb: NonNegativeFloat = 0.0
     """MB that the replay server or the learner can write before the disk counts as full; 0 is no limit."""
 

@@ -34,13 +34,14 @@ class ModelConfig:
     """The causal language model to train."""
 
     path: ModelPath
-    """Hugging Face id, or a directory with safetensors and tokenizer.json (relative to here or to the config file)."""
+    """Hugging Face id, or a directory with safetensors and tokenizer.json. A relative path is looked up in the working
+    directory, then beside the config file."""
 
     tokenizer: Annotated[str, Meta(min_length=1, extra={"fix": "null is the model's own"})] | None = None
-    """Hugging Face id or directory of the tokenizer, its chat template included; the model's own unless given."""
+    """Hugging Face id or directory of the tokenizer and its chat template. null is the model's own."""
 
     reference: ModelPath | None = None
-    """Model of the KL penalty (`loss.kl_coef`), as `path`; the model itself as it was at first unless given."""
+    """Reference model of the KL penalty (`loss.kl_coef`), as an id or a directory. null is the initial `model.path`."""
 
     @cached_property
     def files(self) -> ModelFiles:
@@ -80,42 +81,45 @@ Beta = Annotated[float, Meta(ge=0, lt=1)]
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """The loss: DAPO by default (clipped ratio on the rollout log-probs, token mean, no KL), and what others use."""
+    """The loss. The defaults are DAPO: a clipped ratio to the rollout log-probs, a mean over tokens, no KL penalty."""
 
     variant: str = "ppo"
-    """What the clipped ratio is: `ppo` of each token, `gspo` of the whole response, `cispo` a constant weight; or a
-    function of yours: `path/to/file.py:name`, `package.module:name`."""
+    """What is clipped: `ppo` the ratio of each token, `gspo` the ratio of the whole response, `cispo` a constant
+    weight. Or a function of yours: `path/to/file.py:name`, `package.module:name`."""
     anchor: Literal["behavior", "proximal"] = "behavior"
-    """Policy that the ratio is taken against: `behavior`, which sampled the tokens, or `proximal`, that of the start of
-    the train step, with the distance between the two as a weight (`loss.correction`)."""
+    """Policy that the ratio is taken against. `behavior`: the one that sampled the tokens. `proximal`: the one at the
+    start of the train step; the ratio between these two policies is then a weight (`loss.correction`)."""
     clip_low: Share | None = None
-    """ε_low: the ratio is clipped below at 1 − ε_low; 0.2, for `gspo` it has to be given."""
+    """ε_low: the ratio is clipped below at 1 − ε_low. null is 0.2; `gspo` needs a value."""
     clip_high: NonNegativeFloat | None = None
-    """ε_high: the ratio is clipped above at 1 + ε_high (clip-higher, DAPO §3.1); 0.28, for `gspo` has to be given."""
+    """ε_high: the ratio is clipped above at 1 + ε_high (clip-higher, DAPO §3.1). null is 0.28; `gspo` needs a value."""
     dual_clip: Annotated[float, Meta(gt=1, extra={"fix": "null is none"})] | None = DUAL_CLIP
-    """Upper bound of the loss, in units of |advantage|, where the advantage is negative: tokens whose ratio is larger
-    have no gradient. null is none, as in the paper and always for `cispo`."""
+    """Upper bound of a token's loss, in units of |advantage|, where the advantage is negative. Tokens with a larger
+    ratio have no gradient. null is no bound, as in the paper and always for `cispo`."""
     agg: str = "token-mean"
-    """How the losses of an update's tokens become one number (DAPO §3.3: token-mean): `token-mean`, `token-sum`,
-    `seq-mean-token-sum`, `seq-mean-token-mean`, `seq-mean-token-sum-norm`, `prompt-mean`; or a function of yours."""
+    """How the losses of an update's tokens become one number: `token-mean` (DAPO §3.3), `token-sum`,
+    `seq-mean-token-sum`, `seq-mean-token-mean`, `seq-mean-token-sum-norm`, `prompt-mean`. Or a function of yours."""
     advantage: str = "grpo"
-    """`grpo` centred and divided by the group's standard deviation, `dr_grpo` centred, `rloo` against the others; or a
-    function of yours."""
+    """Advantage of a completion in its group: `grpo` is centred and divided by the group's standard deviation,
+    `dr_grpo` is centred, `rloo` compares with the mean of the others. Or a function of yours."""
     correction: Literal["none", "token", "sequence", "geometric"] | None = None
-    """Weight of π_proximal / μ under `anchor: proximal`: of each token, of the response as a product, as a geometric
-    mean, or none; `token` by default. Under `anchor: behavior` the ratio itself holds it, so there is none."""
+    """Weight π_proximal / μ under `anchor: proximal`: of each `token`, of the `sequence` as a product, as a `geometric`
+    mean, or `none`. null is `token`. Under `anchor: behavior` it has to be `none`, since the ratio already contains
+    it."""
     correction_mode: Literal["truncate", "mask"] = "truncate"
-    """Weights above the band are cut to its end (TIS), or what lies outside the band is masked (IcePop)."""
+    """`truncate` cuts a weight above the band to the end of the band (TIS). `mask` masks what has a weight outside of
+    the band (IcePop)."""
     correction_band: tuple[float, float] = (0.0, 2.0)
-    """Smallest and largest weight, both included; `truncate` has no smallest one. IcePop's own are 0.5 and 5."""
+    """Smallest and largest weight, both included. With `truncate` the smallest has to be 0. IcePop's own values are 0.5
+    and 5."""
     outlier_band: tuple[float, float] | None = None
-    """Tokens whose π / μ at the start of the train step lies outside are masked; none by default."""
+    """Tokens whose π / μ at the start of the train step lies outside of this band are masked. null masks none."""
     outlier_scope: Literal["token", "sequence"] = "token"
-    """What such a token masks: itself, or its whole response."""
+    """What is masked because of such a token: the token, or its whole response."""
     kl_coef: NonNegativeFloat = 0.0
-    """Weight of the KL penalty against `model.reference`; 0 needs no reference model."""
+    """Weight of the KL penalty against `model.reference`. At 0 no reference model is loaded."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
-    """Of the penalty at each token (Schulman, 2020)."""
+    """Estimator of the KL divergence at each token (Schulman, 2020)."""
     entropy_coef: NonNegativeFloat = 0.0
     """Weight of the entropy bonus."""
 
@@ -199,28 +203,28 @@ class LearnerConfig:
     grad_clip: PositiveFloat = 1.0
     """Largest global gradient norm; larger ones are scaled down to it."""
     updates_per_step: PositiveInt = 1
-    """Optimizer updates of an epoch, each on an equal share of the batch's groups."""
+    """Optimizer updates in one pass over the batch. Each has an equal share of the batch's groups."""
     epochs: PositiveInt = 1
-    """Times that a train step goes over its batch."""
+    """Passes over the batch in a train step."""
     ranks: Annotated[int, Meta(ge=1, le=1024)] = 1
     """Processes that share every update's groups; each holds all weights and its own optimizer states."""
     tokens_per_microbatch: PositiveInt = 4096
-    """Computed tokens of a forward pass: the memory knob; results don't depend on it."""
+    """Tokens computed in one forward pass. This sets the memory; results don't depend on it."""
     max_bad_updates: PositiveInt = 3
-    """Updates that may be skipped for a NaN or Inf loss or gradient among the last 100; one more ends the run."""
+    """Updates among the last 100 that may be skipped for a NaN or Inf in loss or gradient. One more ends the run."""
     checkpoint_every: PositiveInt = 50
     """Train steps between checkpoints; the first (step 0) and the last are always written."""
     keep_checkpoints: NonNegativeInt = 2
-    """Newest checkpoints kept besides the first; 0 keeps all."""
+    """Newest checkpoints that are kept besides the first; 0 keeps all."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """`auto` (a GPU when there is one), `cpu` or `cuda`."""
+    """Where the learner computes. `auto` is a GPU if there is one."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """What forward and backward passes compute in; `auto`: on a GPU as the engine (`rollout.dtype`), so that the
-    two round alike, float32 on a CPU. Weights, gradients and optimizer states are float32 whatever it is."""
+    """Number format of forward and backward passes. `auto` is float32 on a CPU; on a GPU it is the engine's
+    (`rollout.dtype`), so that both round alike. Weights, gradients and optimizer states are always float32."""
     compile: bool | None = None
-    """torch.compile for each block of the model; null: on a GPU."""
+    """Whether each block of the model goes through torch.compile. null: on a GPU it does."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
-    """What the backward pass computes again instead of keeping it: nothing, the MLP of each block (two thirds of the
-    activations, 10 to 28 % more operations), or the whole block (nearly all of them, some 30 % more)."""
+    """What the backward pass recomputes instead of keeping it: nothing, the MLP of each block (two thirds of the
+    activations, 10 to 28 % more operations), or the whole block (nearly all activations, some 30 % more operations)."""
     threads: PositiveInt = 1
     """CPU threads of each rank."""

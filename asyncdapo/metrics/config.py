@@ -8,9 +8,9 @@ from typing import Literal
 
 @dataclass(frozen=True, kw_only=True)
 class MetricsConfig:
-    """Where the metrics go besides RUN_DIR/metrics.jsonl."""
+    """Where metrics go besides RUN_DIR/metrics.jsonl."""
 
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """W&B: `auto` is online when logged in and offline otherwise."""
+    """W&B: `auto` is online if you are logged in, and offline otherwise."""
     wandb_project: str = "asyncdapo"
-    """W&B project."""
+    """Name of the W&B project."""

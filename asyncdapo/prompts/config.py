@@ -18,28 +18,29 @@ class PromptsConfig:
     """Where prompts come from, and how a row becomes tokens."""
 
     task: str = "chain"
-    """Name of the task: `chain` (arithmetic, made on the fly) or `file` (your own JSONL or parquet); or a class of
-    yours: `path/to/file.py:name`, `package.module:name`."""
+    """Where questions come from: `chain` (arithmetic, made on the fly) or `file` (your own JSONL or parquet). Or a
+    class of yours: `path/to/file.py:name`, `package.module:name`."""
     path: str | dict[str, float] | None = None
-    """Data file of the task `file`, .jsonl or .parquet, or a mixture of several: `{a.parquet: 3, b.parquet: 1}` draws
+    """Data file of the task `file`, .jsonl or .parquet. Or a mixture of several: `{a.parquet: 3, b.parquet: 1}` draws
     three prompts from the first for each one from the second."""
     eval_path: str | None = None
-    """Data file of held-out prompts. Without one, `eval.num_prompts` rows of `path` are held out."""
+    """Data file of held-out prompts. Without one, as many rows of `path` are held out as the evaluations need."""
     prompt_column: str = "prompt"
     """Column that holds the question."""
     answer_column: str = "answer"
     """Column that holds the expected answer."""
     template: str = "{prompt}"
-    """The text for the model, or with a chat template the user's message; `{prompt}` is replaced by the row's
+    """Text for the model, or the user's message if `chat_template` is on. `{prompt}` is replaced by the row's
     question."""
     chat_template: bool = False
-    """Send the user's text as a message through the tokenizer's chat template."""
+    """Send the text as the user's message, in the tokenizer's chat template."""
     system_prompt: str | None = None
-    """System message before the user's. By default the chat template's own, if it has one."""
+    """System message before the user's message. null leaves it to the chat template, which may have one."""
     max_prompt_length: PositiveInt = 1024
     """Longest prompt in tokens. Longer ones are left out and counted."""
     max_attempts: PositiveInt = 3
-    """Leases of a prompt that may end lost or rejected (or expired, if requeued) before it ends `failed`."""
+    """Leases of a prompt that may fail: end as lost, rejected, or requeued after they expired. Then the prompt ends as
+    `failed`."""
     epochs: NonNegativeInt = 0
     """Passes over the data after which the run ends; 0 is no limit. In a mixture no row is drawn more often than
     this."""

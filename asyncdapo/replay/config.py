@@ -13,22 +13,23 @@ from asyncdapo.ranges import PositiveFloat, PositiveInt
 
 @dataclass(frozen=True, kw_only=True)
 class FilterConfig:
-    """Dynamic sampling: groups whose metric is the same for every completion teach nothing and are dropped."""
+    """Dynamic sampling: a group whose completions all have the same metric teaches nothing and is dropped."""
 
     enabled: bool = True
-    """Drop zero-variance groups (DAPO §3.2); off: every group is trained on."""
+    """Drop zero-variance groups (DAPO §3.2). Without the filter every group is trained on."""
     mode: Literal["filter", "replace"] = "filter"
     """`filter`: sample until the batch is full of groups worth training on. `replace`: take the first
     `replay.prompts_per_step` groups and put copies of those worth training on in the place of the others."""
     metric: str = "acc"
-    """Number compared within a group: `acc`, `score` (scaled), `seq_reward` = `seq_final_reward` (with the overlong
-    punishment), or any number your function returns."""
+    """Number that is compared within a group: `acc`, `score` (scaled), `seq_reward` or `seq_final_reward` (both with
+    the overlong punishment), or any number that your function returns."""
     max_gen_batches: int = 0
-    """Generation batches one train step may open; 0 or less is no limit."""
+    """Generation batches that one train step may open; 0 or less is no limit."""
     gen_batch_multiplier: PositiveInt = 1
     """Verdicts in a generation batch, as a multiple of `replay.prompts_per_step`."""
     on_limit: Literal["raise", "partial", "unfiltered"] = "raise"
-    """At the limit: end the run, train on what is kept, or fill the batch with zero-variance groups."""
+    """At that limit: end the run (`raise`), train on the groups kept so far (`partial`), or fill the batch with
+    zero-variance groups (`unfiltered`)."""
 
     @property
     def replaces(self) -> bool:
@@ -38,23 +39,24 @@ class FilterConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ReplayConfig:
-    """The queue between rollout and learner, and the promise about its staleness."""
+    """The queue between rollout and learner, and the bound on its staleness."""
 
     prompts_per_step: PositiveInt = 16
-    """Groups in one batch, copies counted (`filter.mode: replace`); fewer only where `filter.on_limit` has it so."""
+    """Groups in one batch, copies included (`filter.mode: replace`). Only `filter.on_limit` can make it fewer."""
     run_ahead: Annotated[float, Meta(ge=0, extra={"fix": "0 is synchronous training"})] = 1.0
-    """Batches that generation may be ahead of training; 0 is synchronous, fractions are allowed."""
+    """Batches that generation may be ahead of training. 0 is synchronous; fractions are allowed."""
     max_staleness: Annotated[int, Meta(ge=0, extra={"fix": "0 trains on fresh groups only"})] = 2
-    """Most train steps between the weights that sampled a group's oldest token and those it is trained on."""
+    """Most train steps between the weights that sampled a group's oldest token and the weights that train on it."""
     on_stale: Literal["drop", "requeue", "wait"] = "drop"
-    """A group that would miss the bound: drop it, sample its prompt again, or hold the cut until it is done."""
+    """What happens to a group that would exceed the bound: `drop` it, `requeue` its prompt, or `wait` with the cut of
+    the batch until the group is done."""
     lease_stall_s: PositiveFloat = 60.0
-    """Seconds without a new token after which a lease is lost and its prompt sampled again. Waiting for a slot of an
-    engine that works, or for the verifier, does not count."""
+    """Seconds without a new token after which a lease is lost and its prompt is sampled again. Time in which the lease
+    waits for a slot of a working engine, or for the verifier, doesn't count."""
     heartbeat_s: PositiveFloat = 2.0
-    """Seconds between a worker's heartbeats; silent 5 of them it is suspected, 15 of them it is lost."""
+    """Seconds between a worker's heartbeats. After 5 missed ones the worker is suspected, after 15 it is lost."""
     keep_payloads: bool = False
-    """Keep the tokens and log-probs of every group (RUN_DIR/payloads) instead of freeing those trained on."""
+    """Keep the tokens and log-probs of every group (RUN_DIR/payloads). Otherwise they are deleted after training."""
 
     def __post_init__(self) -> None:
         if self.run_ahead > self.max_staleness:

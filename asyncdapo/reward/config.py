@@ -35,26 +35,26 @@ class RewardConfig:
     incorrect: float = -1.0
     """Reward of a wrong answer."""
     overlong_buffer: NonNegativeInt = 0
-    """Tokens before `rollout.max_response_length` over which the punishment of long responses rises (DAPO §3.4); 0: no
-    punishment."""
+    """Tokens before `rollout.max_response_length` over which the punishment of long responses rises (DAPO §3.4); 0 is
+    no punishment."""
     overlong_penalty: NonNegativeFloat = 1.0
-    """Amount subtracted from the reward at `rollout.max_response_length`."""
+    """Punishment at `rollout.max_response_length`, subtracted from the reward."""
     overlong_filter: bool = False
-    """Leave responses that the length limit cut off out of the loss. They still count in their group's mean."""
+    """Leave responses that were cut at the length limit out of the loss. They still count in their group's mean."""
     shuffle: bool = False
     """Control experiment: shuffle the scores within each group, so that there is nothing to learn."""
 
     processes: PositiveInt = 1
-    """Verifier processes of each rollout worker; each judges the completions of one group at a time."""
+    """Verifier processes of each rollout worker. Each judges the completions of one group at a time."""
     concurrency: PositiveInt = 1
-    """Completions of a group that a process judges at a time; only async functions run faster with it."""
+    """Completions of a group that a process judges at once. Only async functions get faster with it."""
     retries: Annotated[int, Meta(ge=0, le=MAX_RETRIES)] = 0
-    """Retries after the verifier raised, 0.5, 1, 2, … s apart."""
+    """Retries after the verifier raised an error. The pauses are 0.5, 1, 2, … s."""
     timeout_s: PositiveFloat = 10.0
-    """Seconds that a verifier may take over one completion, all tries together, without the pauses between them. If it
-    takes longer, the completion is judged again in a fresh process; the second time it counts as wrong."""
+    """Seconds that a verifier may take for one completion: all tries together, without the pauses. After that the
+    completion is judged again in a fresh process; the second time it counts as wrong."""
     max_failure_ratio: Annotated[float, Meta(ge=0, le=1, extra={"fix": "1 never ends the run"})] = 0.5
-    """Share of groups on which the verifier raised; above it the run ends."""
+    """Share of groups on which the verifier may raise an error. Above it the run ends."""
 
     def __post_init__(self) -> None:
         if not self.correct > self.incorrect:

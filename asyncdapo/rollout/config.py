@@ -57,35 +57,35 @@ class RolloutConfig:
     tensor_parallel: PositiveInt = 1
     """GPUs over which each vLLM engine splits its model."""
     memory_fraction: PositiveShare | None = None
-    """Share of a GPU that vLLM takes for weights and KV cache; by default 0.9, or where n processes are on it 0.8 / n
-    (0.4 beside a learner)."""
+    """Share of a GPU's memory that vLLM takes for weights and KV cache. null is 0.9, or 0.8 / n where n processes share
+    the GPU (0.4 with a learner rank)."""
     engine_args: dict[str, Any] | None = field(default_factory=dict)
-    """Further arguments of vLLM's engine by vLLM's names, such as {quantization: fp8}; null is none."""
+    """Further arguments of vLLM's engine, by vLLM's names, such as `{quantization: fp8}`. null is none."""
     slots: PositiveInt = 64
-    """Sequences generated at once by one worker."""
+    """Sequences that one worker generates at once."""
     group_size: PositiveInt = 16
-    """Completions of one prompt: a group."""
+    """Completions of one prompt. Together they are a group."""
     max_response_length: PositiveInt = 1024
-    """Most sampled tokens of a completion; longer ones are cut with finish reason `length`."""
+    """Most sampled tokens of a completion. A longer one is cut off, with finish reason `length`."""
     temperature: Temperature = 1.0
-    """Sampling temperature in training; rollout_logprobs are taken at it."""
+    """Sampling temperature in training. The log-probs that the engine records are at this temperature."""
     on_update: Literal["keep", "recompute"] = "keep"
-    """KV cache of running requests at a weight update: keep it (older keys and values) or recompute it."""
+    """KV cache of running requests when new weights arrive: `keep` the older keys and values, or `recompute` them."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Number format of the engine's weights and KV cache, and of the weights sent to it; `auto`: bfloat16 on a GPU,
+    """Number format of the engine's weights and KV cache, and of the weights sent to it. `auto` is bfloat16 on a GPU,
     float32 on a CPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """`auto` (a GPU when there is one), `cpu` or `cuda`."""
+    """Where the engine computes. `auto` is a GPU if there is one."""
     threads: PositiveInt = 1
-    """CPU threads of one worker's engine; more than the cores it has to itself makes everything slow."""
+    """CPU threads of one worker's engine. More threads than free cores make everything slow."""
     deterministic: bool = False
-    """One group at a time in fixed shapes: tokens depend only on weights, prompt and seed. Slow; for tests."""
+    """Generate one group at a time in fixed shapes: tokens depend only on weights, prompt and seed. Slow; for tests."""
     parity_every: NonNegativeInt = 20
     """Train steps between comparisons of the engine's log-probs with the learner's; 0 compares only at the start."""
     parity_warn: PositiveFloat | None = None
-    """Mean |engine − learner| of log-probs above which the run warns; by default 1e-3 for float32, 0.1 for bfloat16."""
+    """Mean |engine − learner| of log-probs above which the run warns. null is 1e-3 for float32, 0.1 for bfloat16."""
     parity_stop: PositiveFloat | None = None
-    """Mean |engine − learner| of log-probs above which the run ends; by default 0.05 for float32, 0.5 for bfloat16."""
+    """Mean |engine − learner| of log-probs above which the run ends. null is 0.05 for float32, 0.5 for bfloat16."""
 
     def __post_init__(self) -> None:
         check_name("rollout.engine", self.engine, ("torch", "vllm"))

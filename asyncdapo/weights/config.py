@@ -14,11 +14,11 @@ class WeightsConfig:
 
     backend: Literal["auto", "gloo", "nccl", "ipc"] = "auto"
     """How weights travel: `nccl` between GPUs, `ipc` (shared memory) between processes on one GPU or one machine,
-    `gloo` elsewhere; `auto` chooses and says why."""
+    `gloo` elsewhere. `auto` chooses, and the run says why."""
     bucket_mb: PositiveInt = 16
-    """Largest piece of one broadcast in MiB. The learner holds two: it fills one while it sends the other."""
+    """Largest piece of a broadcast in MiB. The learner holds two: it fills one while it sends the other."""
     timeout_s: PositiveFloat = 60.0
-    """Seconds after which a transfer has failed; workers then keep their weights. The learner's ranks have as long to
-    find each other."""
+    """Seconds after which a transfer has failed. Workers then keep the weights that they have. The learner's ranks have
+    the same time to find each other."""
     max_missed: PositiveInt = 3
     """Transfers of one version that may fail before the run ends."""
