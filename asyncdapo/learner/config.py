@@ -207,7 +207,7 @@ class LearnerConfig:
     epochs: PositiveInt = 1
     """Passes over the batch in a train step."""
     ranks: Annotated[int, Meta(ge=1, le=1024)] = 1
-    """Processes that share every update's groups; each holds all weights and its own optimizer states."""
+    """Processes that share the completions of every update; each holds all weights and its own optimizer states."""
     tokens_per_microbatch: PositiveInt = 4096
     """Tokens computed in one forward pass. This sets the memory; results don't depend on it."""
     max_bad_updates: PositiveInt = 3

@@ -47,7 +47,7 @@ from asyncdapo.learner.step.optimizer import Optimizer
 from asyncdapo.learner.step.probe import Pair, response_logprobs
 from asyncdapo.learner.step.ranks import ALONE, Ranks
 from asyncdapo.learner.step.times import Times
-from asyncdapo.messages import Batch
+from asyncdapo.messages import NOBODY, Batch
 from asyncdapo.model.files import TOKENIZER_FILES
 from asyncdapo.model.shape import settled_dtype
 from asyncdapo.payload import Payload
@@ -117,8 +117,8 @@ class Learner:
         return self._model.device
 
     def prepare(self, batch: Batch, payload: Payload) -> Prepared:
-        """All work on a batch that needs no weights; `payload` holds this rank's share of the groups. May be called in
-        any thread, while another batch is trained."""
+        """All work on a batch that needs no weights; `payload` holds this rank's share. May be called in any thread,
+        while another batch is trained."""
         advantage, with_zeros = advantage_of(self._loss.advantage), self._loss.heeds_without_advantage
         rows = rows_by_update(batch, payload, self.ranks.rank, advantage, with_zeros=with_zeros)
         return Prepared(batch, rows, columns(batch))
@@ -202,6 +202,8 @@ class Learner:
     def _check(self, batch: Batch) -> None:
         if batch.step != self.version + 1:
             raise RunError(f"batch {batch.step} reached a learner whose weights are of version {self.version}")
+        if max(batch.deal.ranks, default=NOBODY) >= self.ranks.num_ranks:
+            raise RunError(f"batch {batch.step} is dealt to more ranks than the learner's {self.ranks.num_ranks}")
         for group in batch.groups:
             staleness = group.staleness(batch.step)
             if staleness > self._staleness_bound:

@@ -22,6 +22,7 @@ from tests.learner.tiny import (
     make_batch,
     make_group,
     make_learner,
+    payload_of,
     save_tiny_llama,
     tiny_llama,
     train,
@@ -57,6 +58,13 @@ def test_a_group_past_the_staleness_bound_is_never_trained(path):
 def test_a_group_from_weights_that_do_not_exist_yet_is_refused(path):
     with pytest.raises(RunError, match="version 1, which does not exist yet"):
         train(make_learner(path), *make_batch(step=1, version=1))
+
+
+def test_a_batch_dealt_to_more_ranks_than_there_are_is_refused(path):
+    learner, (batch, payload) = make_learner(path), make_batch()
+    dealt = batch_of(batch.groups, num_ranks=2)
+    with pytest.raises(RunError, match="batch 1 is dealt to more ranks than the learner's 1"):
+        learner.train(learner.prepare(dealt, payload_of(dealt, payload, 0)))
 
 
 def test_batches_out_of_order_are_refused(path):
