@@ -1,18 +1,19 @@
 """Accounts: what became of every group and every sampled token, as the metrics of a train step.
 
-In: groups as they arrive, the core's actions, evaluation answers, what the ledger says of the time before. Out: one
-dict of metrics per step. Ratios and means are over the groups that arrived since the last step, and so is
-`rollout/arrived_…`; all other counts and tokens are totals since the start, so that
+In: groups as they arrive, the core's actions, evaluation answers, and the ledger's totals at the start. Out: one dict
+of metrics per step. Ratios, means and `rollout/arrived_…` are over the groups that arrived since the last step. All
+other counts are totals since the start, so that
 
     rollout/tokens = replay/tokens_{trained, filtered, expired, surplus, undone, failed, withdrawn, lost, evaluation}
-                     + what is queued, running or on its way
+                     + tokens queued, running or being sent
 
-up to the last heartbeat, and to what a worker samples for a lease after its end. Over a restart of this process totals
-of groups go on from the ledger, exactly; tokens of leases that ended without a group and of evaluations are not in it
-and go on from the last metrics line, so what was sampled for those since then is missing.
+except for tokens since the last heartbeat and those that a worker samples for a lease after its end. After a restart of
+this process the totals of groups resume from the ledger, exactly. The ledger lacks the tokens of evaluations and of
+leases that ended without a group. Their totals resume from the last metrics line, so what was sampled for them after
+that line is missing.
 
-Memory: the facts of held groups, as admission bounds them.
-Does not own: the learner's and the engine's numbers; writing (the controller).
+Memory: the facts of held groups, within the limits of admission.
+Does not own: the numbers of learner and engine; writing (the controller).
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ from asyncdapo.replay.core.events import LEASE_ENDS, VERDICT_STATES, EndLease, G
 from asyncdapo.replay.core.recovery import GroupFacts, Recovered
 
 GROUP_ENDS = ("trained", "filtered", "expired", "surplus", "undone")
-"""Tokens of groups by how they ended; `undone` by a rollback, running leases included."""
+"""How the tokens of groups ended; `undone`: by a rollback, those of running leases included."""
 UNGROUPED_ENDS = ("failed", "withdrawn", "lost", "evaluation")
-"""Tokens that never were in a group of the ledger."""
+"""How tokens ended that never were in a group of the ledger."""
 TOKEN_ENDS = (*GROUP_ENDS, *UNGROUPED_ENDS)
 MEANS = (
     "reward/mean",
@@ -41,13 +42,13 @@ MEANS = (
     "rollout/truncated_ratio",
     "rollout/response_tokens_mean",
 )
-"""Over the groups that arrived since the last step, those on which the reward function raised only in the ratio of
-them."""
+"""Over the groups that arrived since the last step. Those on which the reward function raised count only in
+`reward/failed_ratio`."""
 
 
 @dataclass(kw_only=True)
 class _Counts:
-    """What the ledger knows, too: the groups held now, and totals since the start by how things ended."""
+    """What the ledger knows as well: the groups held now, and totals since the start by how things ended."""
 
     held: dict[int, GroupFacts]
     tokens: Counter[str]
@@ -75,7 +76,7 @@ class Accounts:
     """Counts what the server handles; `trained` closes a step."""
 
     def __init__(self, totals: Mapping[str, float], recovered: Recovered) -> None:
-        """`totals`: the metrics of the last line, before this process; empty for a new run."""
+        """`totals`: the last metrics line before this process; empty in a new run."""
         self._means = {name: totals.get(name, math.nan) for name in MEANS}
         self._interval: Counter[str] = Counter()
         """Sums over the groups that arrived since the last step."""
@@ -92,7 +93,7 @@ class Accounts:
         self._last_step = 0
 
     def move_group(self, action: MoveGroup, arrived: Group | None) -> None:
-        """A group has a new state; its first one comes with the group itself."""
+        """A group has a new state. With its first state comes the group itself."""
         facts = self._counts.held.get(action.group_id)
         if facts is None:
             assert arrived is not None, f"{action} of a group that never arrived"
@@ -113,7 +114,7 @@ class Accounts:
         self._counts.groups["withdrawn_stale"] += action.outcome == "withdrawn" and action.reason == "stale"
 
     def undo_leases(self, num_tokens: int) -> None:
-        """A rollback ended all leases, for which so many tokens were sampled."""
+        """A rollback ended all leases. `num_tokens` were sampled for them."""
         self._ungrouped["undone"] += num_tokens
 
     def count_evaluation(self, answers: Sequence[EvalAnswer]) -> None:
@@ -123,8 +124,8 @@ class Accounts:
         self._counts.num_gen_batches += 1
 
     def describe_unkept(self, many: int) -> str:
-        """What came since the last train step and can't be trained on: groups on which the reward function raised, and
-        what the filter dropped where it is as much as `many`; else empty."""
+        """For people: the groups since the last train step that can't be trained on. Those that the filter dropped are
+        named if there are at least `many`, those on which the reward function raised in any case."""
         now, said = self._interval, []
         if (filtered := now["verdicts"] - now["kept"]) >= many:
             right, wrong = now["all_correct"], now["all_wrong"]
@@ -134,8 +135,7 @@ class Accounts:
         return "; ".join(said)
 
     def trained(self, step: int, batch: Iterable[GroupFacts], num_copies: int) -> dict[str, float]:
-        """Metrics of a step, once its groups have moved to `trained`. Opens the next interval, unless it is asked for
-        again."""
+        """Metrics of a step whose groups have moved to `trained`. Begins the next interval. A repeated call doesn't."""
         if step > self._last_step:
             self._close_interval()
             self._last_step = step
@@ -184,7 +184,7 @@ class Accounts:
         )
 
     def _close_interval(self) -> None:
-        """The means stay as they are when nothing arrived (all of the batch was queued before)."""
+        """If nothing arrived (the whole batch was queued before), the means stay as they are."""
         sums, self._interval = self._interval, Counter()
         self._arrived_groups, self._arrived_tokens = sums["groups"] + sums["failed"], sums["tokens"]
         if self._arrived_groups:
@@ -200,7 +200,7 @@ class Accounts:
             }
 
     def _dropped_against_trained(self) -> dict[str, float]:
-        """Dropping stale groups drops long answers; how many, and how much longer they are, shows the bias."""
+        """Stale groups have long answers. How many are dropped, and how much longer they are, shows the bias."""
         counts = self._counts
         dropped = counts.groups["expired"] + counts.groups["withdrawn_stale"]
         ended = dropped + counts.groups["trained"] + counts.groups["filtered"]

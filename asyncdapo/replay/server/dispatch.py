@@ -1,17 +1,17 @@
 """One event in, one transaction, then its messages out.
 
 In: events, with what the core doesn't know of them. Out: rows in the journal, then messages to workers and learner, in
-the order of the events. `apply` does not pause, so no two events mix; what it wants sent stands in one queue behind the
-commit. So a group is acknowledged after the journal has it, and a batch is sent after its cut is written.
+the order of the events. `apply` does not pause, so two events never mix. Its messages are queued after the commit: a
+group is acknowledged after it is in the journal, and a batch is sent after its cut is written.
 
-It begins where the ledger ends, be it a new one, that of a server that was killed, or one rolled back just now. What
-the ledger doesn't know (credits, peers, the learner's wish) the peers tell again.
+It starts where the ledger ends, whether the ledger is new, of a server that was killed, or was rolled back just now.
+The peers report again what the ledger doesn't know: credits, peers, and the batch that the learner wants.
 
-Owns: the core's state, which a rollback replaces; the leases that run (as sessions hold them); the learner's ranks that
+Owns: the core's state, which a rollback replaces; the running leases (kept by the sessions); the learner's ranks that
 wait for a batch. Does not own: sockets, what messages mean (`workers`), what follows from an event (`state`).
 Memory: the headers of the batch that was read last; a rank's share is read from its segments whenever it is wanted.
-`outgoing` is emptied as fast as the socket takes messages, which is at once; what a peer is sent answers what it sent
-or asked for.
+`outgoing` is emptied as fast as the socket takes messages, which is at once, and a peer is sent only answers to what it
+sent or asked for.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ MakeState = Callable[[Recovered], ReplayState]
 
 @dataclass(frozen=True)
 class Letter:
-    """A message on its way out. `to_learner` says by which socket."""
+    """A message to send, by the socket of the learner or by that of the workers."""
 
     peer: bytes
     message: Message
@@ -80,7 +80,7 @@ class Exchange:
         self.failures = Failures(settings.max_failure_ratio)
         self.outgoing: asyncio.Queue[Letter] = asyncio.Queue()
         self.failure: asyncio.Queue[str] = asyncio.Queue()
-        """Why the run can't go on."""
+        """Why the run can't continue."""
         recovered = journal.recover()
         self.accounts = Accounts(settings.totals, recovered)
         self.first_lease_at_s = recovered.first_lease_at_s
@@ -102,7 +102,7 @@ class Exchange:
 
     @property
     def newest_version(self) -> int:
-        """No weights are newer: version k is made of batch k, which was cut."""
+        """No weights can be newer: version k is trained on batch k, which has to be cut first."""
         return self.state.next_step - 1
 
     def apply(
@@ -113,7 +113,8 @@ class Exchange:
         detail: str = "",
         summary: Mapping[str, float] | None = None,
     ) -> None:
-        """Let the core handle the event, commit what follows, then queue its messages. See `Journal.write`."""
+        """Let the core handle the event, commit what follows, then queue the messages. Parameters: see
+        `Journal.write`."""
         actions = self.state.handle(event)
         prompts = {
             action.prompt_id: self._prompt(action.prompt_id)
@@ -140,8 +141,8 @@ class Exchange:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """The events of the body are one transaction. What they want sent can only leave after it, since nothing pauses
-        here; when it fails, nothing leaves."""
+        """The events of the body are one transaction. Nothing pauses here, so their messages leave after it; if it
+        fails, none leaves."""
         try:
             with self._journal.together():
                 yield
@@ -151,14 +152,14 @@ class Exchange:
             raise
 
     def send(self, session: Session, message: Message) -> None:
-        """Queue a message to a worker, behind all that went before. Dropped for one that has yet to say hello: whatever
-        it needs is sent again when it has."""
+        """Queue a message to a worker, behind all earlier ones. It is dropped if the worker hasn't said hello yet:
+        afterwards the worker is sent again whatever it needs."""
         if session.peer:
             self.outgoing.put_nowait(Letter(session.peer, message))
 
     def roll_back(self, step: int, reason: str) -> None:
-        """The run goes back to the checkpoint of `step` and opens a new branch: every lease is over, and the core goes
-        on from what the ledger keeps. No worker is joined then."""
+        """Go back to the checkpoint of `step` and begin a new branch. Every lease is over, and the core resumes from
+        what the ledger keeps. No worker has joined the new branch yet."""
         for session in self._sessions.known:
             session.alive = False
             if held := self._sessions.held_by(session.worker):
@@ -192,14 +193,15 @@ class Exchange:
     # ------------------------------------------------------------------------------------------------------ learner
 
     def want_batch(self, peer: bytes, wanted: CutWanted) -> None:
-        """A rank of the learner asks, perhaps again or as another peer: a batch that was cut is sent as it is."""
+        """A rank of the learner asks for its share, perhaps again, perhaps as another peer. A batch that was cut before
+        is sent unchanged."""
         self._wanted[wanted.rank] = peer, wanted
         if wanted.step not in self.state.untrained and not self._no_batch:
             self.apply(core.BatchWanted(step=wanted.step))
         self._answer_learner()
 
     def trained(self, step: int, summary: Mapping[str, float]) -> dict[str, float]:
-        """The batch is trained on. Returns the metrics of its step, also when it is told again."""
+        """The batch was trained on. Returns the metrics of its step. A repeated call changes nothing else."""
         if step in self.state.untrained:
             self.apply(core.Trained(step=step), summary=summary)
         elif step >= self.state.next_step:
@@ -207,12 +209,12 @@ class Exchange:
         return self.accounts.trained(step, self._journal.batch_facts(step), self._journal.num_copies(step))
 
     def published(self, version: int) -> None:
-        """The send of `version` is over; told again it changes nothing."""
+        """The send of `version` is over. A repeated call changes nothing."""
         if any(step <= version for step in self.state.in_training):
             self.apply(core.Published(version=version))
 
     def finish(self) -> None:
-        """No further step; said again it changes nothing."""
+        """No further step. A repeated call changes nothing."""
         if not self._finished:
             self._finished = True
             self.apply(core.RunEnded())
@@ -229,8 +231,8 @@ class Exchange:
             del self._wanted[rank]
 
     def _read_batch(self, wanted: CutWanted) -> tuple[Batch | NoBatch, Sequence[bytes]]:
-        """All headers, and the payload of the rank's share. A batch that can't be read stays cut: only a rollback, with
-        every rank dead, may give it other members."""
+        """All headers, and the payload of the rank's share. A batch that can't be read stays cut: only a rollback may
+        give it other members, since then every rank has ended."""
         try:
             return self._read_share(wanted)
         except BadRecord as bad:
@@ -304,7 +306,7 @@ class Exchange:
         self.send(self._sessions.of_worker(lease.worker), message)
 
     def _end_lease(self, action: core.EndLease, detail: str) -> None:
-        """Tell the worker how its lease ended. Who sent a late group is known to `workers`, not here."""
+        """Tell the worker how its lease ended. `workers` answers a late group: it knows the sender."""
         if too_many := self.failures.count(action.outcome, detail):
             self.failure.put_nowait(too_many)
         lease = self._sessions.leases.pop(action.lease_id, None)
@@ -324,6 +326,6 @@ class Exchange:
 
 
 def without_metrics(group: Group) -> Group:
-    """The group as the learner needs it: the numbers of a user's function, of which there may be many, stay behind."""
+    """The group as the learner needs it, without the numbers of the reward function, which may be many."""
     completions = [structs.replace(completion, metrics={}) for completion in group.completions]
     return structs.replace(group, completions=completions)

@@ -1,15 +1,15 @@
 """Evaluation requests: a table of their own beside the leases. No sockets, no clock.
 
-In: requests of the controller, workers with room, answers, lost workers. Out: the request a worker gets next, and all
+In: requests of the controller, workers with room, answers, lost workers. Out: the next request for a worker, and all
 answers of an evaluation once they are there. Promises:
 
-    ahead of leases   a worker with room gets a request before it gets a lease, while there is room for one
-    share             together the requests under way hold at most `share × total_slots` slots (one may always go)
-    not listed        a request of which its worker's heartbeats don't know was lost on its way, and is sent again
-    answered once     a request comes back to the table when its worker is lost or silent for long; whichever answer
-                      comes first counts, later ones are dropped
-    asked twice       whoever asks for an evaluation that goes on joins it; it is forgotten when nobody waits for it
-    no endless loop   a request that was given out `MAX_ISSUES` times in vain ends the run
+    ahead of leases   a worker with room gets a request rather than a lease, as far as the share allows
+    share             all running requests together hold at most `share × total_slots` slots, but one may always run
+    not listed        a request that its worker's heartbeats don't list was lost, and is sent again
+    answered once     a request of a lost worker, or one without an answer for long, goes to another worker. The first
+                      answer counts, later ones are dropped
+    asked twice       a repeated call joins the evaluation that runs. An evaluation that nobody waits for is forgotten
+    no endless loop   a request that was given out `MAX_ISSUES` times without an answer ends the run
 
 Does not own: credits and sending (`server`), what is evaluated and when (the controller).
 """
@@ -55,7 +55,7 @@ class _UnderWay:
 
 
 class Evaluations:
-    """Which requests wait, which are under way, and where."""
+    """Which requests wait, which run, and at which worker."""
 
     def __init__(self, total_slots: int) -> None:
         self._total_slots = total_slots
@@ -73,7 +73,8 @@ class Evaluations:
         return len(self._under_way)
 
     def start(self, requests: Sequence[EvalRequest], share: float) -> Evaluation:
-        """Queue the requests, or join the evaluation of the same ones. Raises ValueError for an id of another."""
+        """Queue the requests, or join the evaluation of the same requests. Raises ValueError for a request id that
+        another evaluation uses."""
         wanted = {request.request_id: request for request in requests}
         evaluation = next((evaluation for evaluation in self._evaluations if evaluation.requests == wanted), None)
         if evaluation is None:
@@ -112,7 +113,7 @@ class Evaluations:
         return request
 
     def note_listed(self, worker: int, listed: Collection[int]) -> list[EvalRequest]:
-        """A heartbeat says what this worker holds. Returns what is to be sent to it again. Raises RunError after
+        """A heartbeat lists the requests that this worker holds. Returns those to send again. Raises RunError after
         `MAX_ISSUES`."""
         lost = []
         for request_id, under_way in self._under_way.items():
@@ -126,10 +127,8 @@ class Evaluations:
         return lost
 
     def answer(self, request_id: int, answers: list[EvalAnswer]) -> Evaluation | None:
-        """Take the answers to a request in. Returns its evaluation; None when it has these already, or is over.
-
-        Raises ValueError when they are not answers to the request's prompts, or not numbers.
-        """
+        """Store the answers to a request. Returns its evaluation; None if it has answers to the request already, or is
+        over. Raises ValueError if prompts or samples are not those of the request, or a number is out of range."""
         evaluation = self._evaluation_of(request_id)
         if evaluation is None or request_id in evaluation.answers:
             return None
@@ -145,7 +144,7 @@ class Evaluations:
         return evaluation
 
     def start_again(self) -> None:
-        """The run was rolled back: answers so far may come of weights that are undone, so all is asked anew."""
+        """The run was rolled back. Earlier answers may be of weights that were undone, so everything is asked again."""
         self._under_way.clear()
         self._issues.clear()
         for evaluation in self._evaluations:
@@ -153,11 +152,12 @@ class Evaluations:
         self._waiting = deque(request_id for evaluation in self._evaluations for request_id in evaluation.requests)
 
     def lose_worker(self, worker: int) -> None:
-        """What this worker had goes to the next one with room. Raises RunError after `MAX_ISSUES`."""
+        """Its requests go to the next worker with room. Raises RunError after `MAX_ISSUES`."""
         self._reissue([request_id for request_id, at in self._under_way.items() if at.worker == worker])
 
     def lose_silent(self, since: int) -> None:
-        """So do requests that were given out before tick `since`: the message or its answer may be lost."""
+        """Requests given out before tick `since` go to the next worker with room: their message or answer may be lost.
+        Raises RunError after `MAX_ISSUES`."""
         self._reissue([request_id for request_id, at in self._under_way.items() if at.since < since])
 
     def _reissue(self, request_ids: list[int]) -> None:

@@ -1,12 +1,12 @@
-"""Failures of single leases that together are the run's: a verifier or a worker that hardly ever works.
+"""Failures of single leases that together end the run: a verifier or a worker that hardly ever works.
 
-In: how leases end, with the words of what failed. Out: the reason to end the run, if there is one, without which such a
-run would use up its data; how many failed so far, and the last words.
+In: how leases end, with the error's words. Out: the reason to end the run, if there is one (otherwise the run would use
+up its data); how many leases failed so far, and the last error.
 
-    failed     the reward function raised. Of the last `WINDOW` leases that ended done or failed more than the allowed
-               ratio failed; judged from `MIN_FAILED` failures on, so that a few bad rows at the start end nothing
-    rejected   the group was broken. `MAX_REJECTED` in a row: a sound worker sends none, so any mix with good ones is
-               the matter of its attempts alone
+    failed     the reward function raised. The run ends if more than the allowed ratio of the last `WINDOW` leases that
+               ended `done` or `failed` have failed. It needs `MIN_FAILED` failures, so that a few bad rows at the start
+               don't end it
+    rejected   the group was broken. `MAX_REJECTED` in a row end the run. Single ones only cost their prompt an attempt
 
 Memory: `WINDOW` booleans. Does not own: what becomes of the prompts (`lifecycle`).
 """
@@ -21,18 +21,18 @@ MAX_REJECTED = 100
 
 
 class Failures:
-    """Counts ends of leases; `count` says when it is too much."""
+    """Counts how leases end; `count` says when the run has to end."""
 
     def __init__(self, max_ratio: float) -> None:
-        """`max_ratio`: share of failed leases up to which the run goes on; 1 never ends it."""
+        """`max_ratio`: largest share of failed leases with which the run continues; 1 never ends it."""
         self._max_ratio = max_ratio
         self._failed: deque[bool] = deque(maxlen=WINDOW)
         self._num_rejected = 0
         self.num_failed, self.last_words = 0, ""
-        """Of this process's life: leases whose reward function raised, and what the last one said."""
+        """Leases on which the reward function raised since this process started, and the last error."""
 
     def count(self, outcome: str, detail: str) -> str | None:
-        """A lease ended. Returns why the run can't go on; `detail` are the last words."""
+        """A lease ended; `detail` is the error. Returns why the run has to end, if it has."""
         if outcome == "rejected":
             self._num_rejected += 1
             if self._num_rejected == MAX_REJECTED:

@@ -6,15 +6,15 @@
             ◀──Batch, NoBatch──                                                                 │   messages
     controller ──begin, trained, published, evaluate, roll_back, finish (Ray calls)─────────────┘
 
-One event loop and one event at a time; nothing between messages and their transaction waits but for the disk.
+One event loop, and one event at a time. Between messages and their transaction it waits for nothing but the disk.
 
-Killed and started again on the same files and ports it goes on where the ledger ends, and its peers come back by
-themselves. So that the controller can repeat a call under which a server died, every command may come twice: what is
-done already is answered again.
+A server that is killed and started again on the same files and ports resumes where the ledger ends, and its peers
+reconnect by themselves. Every command may come twice, so that the controller can repeat a call during which the server
+died. The second call gets the answer of the first.
 
 waits for: messages, commands, its own clock   unblocked by: workers, learner, controller
-Owns: the sockets and the clock. Does not own: what messages mean (`workers`), what is sent when (`dispatch`), what is
-leased, kept and cut (`state`), rows and payloads (`journal`).
+Owns: the sockets and the clock. Does not own: what messages mean (`workers`), what is sent and when (`dispatch`), what
+is leased, kept and cut (`state`), rows and payloads (`journal`).
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ from asyncdapo.transport.keys import ServerKeys
 from asyncdapo.transport.sockets import Server
 
 MAX_TOGETHER = 64
-"""Messages of workers that are one transaction."""
+"""Most messages of workers in one transaction."""
 
 log = logging.getLogger("replay")
 
 
 class ReplayServer:
-    """Serves rollout workers, the learner and the controller. Made and called in one running event loop."""
+    """Serves rollout workers, the learner and the controller. Create and call it in one running event loop."""
 
     def __init__(
         self,
@@ -70,18 +70,18 @@ class ReplayServer:
 
     @property
     def branch(self) -> int:
-        """The run's, which every rollback raises."""
+        """The run's branch. Every rollback raises it."""
         return self._exchange.branch
 
     @property
     def ports(self) -> tuple[int, int]:
-        """For workers and for the learner."""
+        """The port for workers and the port for the learner."""
         rollout, learner = (int(address.rpartition(":")[2]) for address in (self.rollout_address, self.learner_address))
         return rollout, learner
 
     async def run(self) -> None:
-        """Serve until cancelled, also when the data is used up; then close the sockets. Raises RunError when the run
-        can't go on, ConfigError when groups lack the metric of the filter."""
+        """Serve until cancelled, then close the sockets. The end of the data doesn't end it. Raises RunError if the run
+        can't continue, ConfigError if groups lack the metric of the filter."""
         loops = (self._serve_workers(), self._serve_learner(), self._send(), self._tick(), self._fail())
         tasks = [asyncio.create_task(loop) for loop in loops]
         try:
@@ -98,29 +98,29 @@ class ReplayServer:
     # ---------------------------------------------------------------------------------------------------- commands
 
     async def begin(self) -> None:
-        """Grant leases from now on; until then only evaluation runs."""
+        """Grant leases from now on. Before that only evaluation runs."""
         self._workers.leasing = True
         with self._exchange.together():
             self._workers.offer_all()
 
     async def pause(self) -> None:
-        """Grant no lease from now on, until `begin`; those that run go on."""
+        """Grant no leases until `begin`. Running leases continue."""
         self._workers.pause()
 
     async def roll_back(self, step: int, reason: str) -> int:
-        """The run goes back to the checkpoint of `step`: what came after it is undone, every lease is over, and workers
-        count again once they have weights of the new branch, which is returned."""
+        """Go back to the checkpoint of `step`, and return the new branch. What came after the checkpoint is undone, and
+        every lease is over. A worker gets work again once it has weights of the new branch."""
         self._workers.roll_back(step, reason)
         return self.branch
 
     async def lose_worker(self, worker: int) -> None:
-        """The worker's process is dead; to be told before another one is started."""
+        """The worker's process is dead. Call it before the next one is started."""
         with self._exchange.together():
             self._workers.lose(worker)
 
     async def trained(self, step: int, summary: Mapping[str, float]) -> dict[str, float]:
-        """Batch `step` is trained on; `summary` is what the learner says of it. Returns the metrics of the step:
-        reward/…, filter/…, rollout/…, replay/…, as docs/metrics.md lists them."""
+        """Batch `step` was trained on; `summary` is the learner's report. Returns the metrics of the step that
+        docs/metrics.md lists: reward/…, filter/…, rollout/…, replay/…"""
         return {
             **self._exchange.trained(step, summary),
             **{f"rollout/{gauge}": self._sessions.total(gauge) for gauge in GAUGES},
@@ -133,24 +133,24 @@ class ReplayServer:
         self._exchange.published(version)
 
     async def covered(self, step: int) -> None:
-        """A checkpoint of `step` exists: payloads that nothing can ask for any more are freed."""
+        """A checkpoint of `step` exists. Payloads that nothing can need any more are freed."""
         self._journal.covered(step)
         self._journal.fold()
 
     async def evaluate(self, requests: Sequence[EvalRequest], share: float) -> list[EvalAnswer]:
-        """All answers, in the order of requests and prompts; `share` of all slots is the most that it takes. Requests
-        of lost workers are given out again. Asked twice, it is done once. Raises ValueError for a request id that
+        """All answers, in the order of requests and prompts. The evaluation takes at most `share` of all slots. The
+        requests of a lost worker go to others. A repeated call joins the first. Raises ValueError for a request id that
         another evaluation uses."""
         return await self._workers.evaluate(requests, share)
 
     async def finish(self) -> None:
-        """No further step: leases are withdrawn, prompts without an end become `unused`. Evaluation goes on."""
+        """No further step: leases are withdrawn, prompts without an end become `unused`. Evaluation continues."""
         self._workers.leasing = False
         self._exchange.finish()
         self._journal.fold()
 
     def status(self) -> dict[str, object]:
-        """For progress lines and the chain of waits: who waits for whom, who there is, and numbers of the moment."""
+        """For progress lines and the report of waits: who waits for whom, which workers exist, and current counts."""
         evaluations, state = self._workers.evaluations, self._exchange.state
         return {
             "why_waiting": self._why_waiting(),
@@ -171,7 +171,7 @@ class ReplayServer:
         }
 
     def _describe(self, session: Session) -> dict[str, float]:
-        """A worker as it was heard last. `stalled`: leases in a row that stalled there, so its engine may hang."""
+        """What a worker said last. `stalled`: leases in a row that stalled there, so its engine may hang."""
         return {
             "joined": session.alive,
             "loaded_version": session.loaded_version,
@@ -186,7 +186,7 @@ class ReplayServer:
         state, evaluations = self._exchange.state, self._workers.evaluations
         why, num_open = why_waiting(state), evaluations.num_waiting + evaluations.num_under_way
         if num_open and (state.over or not (state.cut_wanted or state.in_training)):
-            why = "rollout: no batch is wanted"  # an evaluation goes on alone, and its answers are waited for
+            why = "rollout: no batch is wanted"  # only an evaluation runs, and its answers are waited for
         elif why.startswith("rollout") and (
             unkept := self._exchange.accounts.describe_unkept(2 * state.config.prompts_per_step)
         ):
@@ -202,8 +202,8 @@ class ReplayServer:
     # ------------------------------------------------------------------------------------------------------- loops
 
     async def _serve_workers(self) -> None:
-        """What has come meanwhile is one transaction, and waits for the disk once; the answers leave after it, since
-        nothing else runs before its end."""
+        """All messages that have arrived form one transaction, so they wait for the disk once. Their answers leave
+        after it, since no other task runs before its end."""
         while True:
             messages = await self._rollout_socket.receive_some(MAX_TOGETHER)
             with self._exchange.together():
@@ -220,7 +220,7 @@ class ReplayServer:
                 log.warning("on the learner's socket: %s", message)
 
     def _can_be(self, wanted: CutWanted) -> bool:
-        """Whether a rank of a learner may ask this, or it is damaged."""
+        """Whether a rank of a learner can have asked this. Otherwise the message is damaged."""
         return wanted.step <= self._exchange.state.next_step and 0 <= wanted.rank < self._num_ranks
 
     async def _send(self) -> None:

@@ -1,22 +1,22 @@
-"""Who is connected, what they hold, and who has fallen silent. No sockets; time is counted in ticks.
+"""Sessions: which workers are connected, which leases they hold, and which are silent. No sockets.
 
-In: hellos, heartbeats, leases granted and ended, ticks, what the ledger knew of them. Out: the session of a peer,
-credits owed, silent workers, stalled leases and lost `Lease` messages. A tick is one heartbeat interval as the server
-itself lived it: while the server is stopped nobody grows silent, so that its own pause is not taken for the death of
-its workers.
+In: hellos, heartbeats, leases granted and ended, ticks, and what the ledger knew of them. Out: the session of a peer,
+credits owed, silent workers, stalled leases and lost `Lease` messages. Time is counted in ticks: one tick is one
+heartbeat interval during which the server itself ran. A server that was stopped counts no ticks, so it doesn't take its
+own pause for the death of its workers.
 
-A worker has one session at a time; a newer one puts the older out, and its peer is a stranger from then on. A session
-whose worker was lost for silence stays, and lives again with the next heartbeat. One that the ledger knew goes on under
-its name, and has no peer until its worker says hello.
+A worker has one session at a time. A newer session replaces the older one, whose peer is then a stranger. The session
+of a worker that was lost for silence stays, and is alive again with the next heartbeat. A session that the ledger knew
+keeps its name, and has no peer until its worker says hello.
 
-    stalled    a lease makes no progress for `stall_ticks`. Progress is a new token of its own; for one that waits for a
-               slot, any token of its worker's engine, since a slot comes free only by them; one whose tokens are all
-               there makes it always, since verifiers have time-outs of their own and groups are sent until they are
-               acknowledged. So neither a full engine nor a slow verifier is taken for a hung engine, and a hung engine
-               stalls whatever waits for it
-    not listed  `MAX_UNLISTED` heartbeats in a row don't list a lease: its message was lost, and is sent again
+    stalled     the lease makes no progress for `stall_ticks`. Progress of a lease that is being sampled is a new token
+                of its own. While it waits for a slot, progress is any token of its worker's engine, since only tokens
+                free a slot. Once all its tokens are there it always makes progress: verifiers have time-outs of their
+                own, and groups are sent until they are acknowledged. So a full engine or a slow verifier doesn't count
+                as a hung engine, and a hung engine stalls every lease that waits for it
+    not listed  `MAX_UNLISTED` heartbeats in a row don't list the lease: its message was lost, and is sent again
 
-Memory: a session per worker, leases as admission bounds them, three numbers of the past.
+Memory: a session per worker, leases within the limits of admission, three sums.
 Does not own: what follows from a loss (the core), evaluation requests (`evaluations`).
 """
 
@@ -32,16 +32,16 @@ from asyncdapo.messages import Heartbeat, Hello, Progress, Prompt
 SUSPECT_TICKS = 5
 LOST_TICKS = 15
 DESERTED_TICKS = 2 * LOST_TICKS
-"""Silence of every worker after which none is expected to come back by itself."""
+"""If all workers are silent for longer, none is expected back, and the run ends."""
 MAX_UNLISTED = 2
 """One heartbeat may have crossed the lease or the evaluation request on its way."""
 GAUGES = ("tokens", "busy_s", "idle_s")
-"""Counters of a worker that are summed over all workers and their lives."""
+"""Counters of a worker. They are summed over all workers and all their sessions."""
 
 
 @dataclass(kw_only=True)
 class HeldLease:
-    """A lease that is not over, as the server remembers it."""
+    """A running lease, as the server remembers it."""
 
     prompt: Prompt
     worker: int
@@ -49,12 +49,12 @@ class HeldLease:
     number: int = 0
     """As in the `Lease` message."""
     progress_tick: int
-    """When it was granted, or when it last made progress."""
+    """Tick of its grant or of its latest progress."""
     num_tokens: int = 0
     num_unlisted: int = 0
     """Heartbeats of its worker in a row that didn't list it."""
     started: bool = False
-    """Whether the core knows what weights sampled its first token."""
+    """Whether the core knows the version that sampled its first token."""
 
 
 @dataclass
@@ -62,11 +62,11 @@ class Findings:
     """What a heartbeat says of leases that the server did not know."""
 
     over: list[int]
-    """Held by the worker, and over."""
+    """The worker holds them, but they are over."""
     unlisted: list[int]
-    """Not known to the worker."""
+    """The worker doesn't know them."""
     started: list[tuple[int, int]]
-    """Begun with weights of this version."""
+    """Lease and the version that sampled its first token."""
 
 
 @dataclass(kw_only=True)
@@ -79,15 +79,15 @@ class Session:
     """Empty until it has said hello to this server."""
     loaded_version: int
     branch: int
-    """Of the loaded weights; behind the run's from a rollback until the worker joins again."""
+    """Of the loaded weights. After a rollback it is behind the run's until the worker joins again."""
     heard_tick: int
     alive: bool = False
-    """Whether the core counts on it: it was heard, and its weights are of the run's branch."""
+    """Whether the worker has joined: it isn't silent, and its weights are of the run's branch."""
     asked: int = 0
     granted: int = 0
     gauges: dict[str, float] = field(default_factory=dict)
     counted_before: bool = False
-    """What its first heartbeat says is part of the totals already."""
+    """The totals already contain the counters of its first heartbeat."""
     num_stalled: int = 0
     """Leases in a row that stalled here."""
 
@@ -101,8 +101,8 @@ class Sessions:
     """Sessions by peer and by worker, and the leases they hold."""
 
     def __init__(self, stall_ticks: float, totals: Mapping[str, float] | None = None) -> None:
-        """`stall_ticks`: ticks without progress after which a lease is stalled. `totals`: sums of the gauges that were
-        reached before, by `rollout/` metric."""
+        """`stall_ticks`: ticks without progress after which a lease is stalled. `totals`: earlier sums of the gauges,
+        by `rollout/` metric."""
         self.stall_ticks = stall_ticks
         self._by_peer: dict[bytes, Session] = {}
         self._by_worker: dict[int, Session] = {}
@@ -133,17 +133,17 @@ class Sessions:
 
     @property
     def lost(self) -> list[int]:
-        """Workers that have been silent for so long that nothing is expected of them, and whose death nobody told."""
+        """Workers that have been silent for so long that they count as lost, and whose death wasn't reported."""
         return [session.worker for session in self.known if self.tick - session.heard_tick > LOST_TICKS]
 
     def held_by(self, worker: int) -> dict[int, HeldLease]:
         return {lease_id: lease for lease_id, lease in self.leases.items() if lease.worker == worker}
 
     def total(self, gauge: str) -> float:
-        """Sum of one of `GAUGES` over all sessions so far, as their heartbeats say."""
+        """Sum of one of `GAUGES` over all sessions so far, from their heartbeats."""
         return self._past_gauges[gauge] + sum(session.gauges.get(gauge, 0.0) for session in self._by_worker.values())
 
-    # --------------------------------------------------------------------------------------------- come, come again, go
+    # ------------------------------------------------------------------------------------------------- begin and end
 
     def recover(self, worker: int, name: str, loaded_version: int, branch: int) -> None:
         """A session that the ledger knows, alive until it has been silent for too long."""
@@ -158,7 +158,7 @@ class Sessions:
         )
 
     def recognise(self, peer: bytes, hello: Hello) -> Session | None:
-        """The session that says hello again (perhaps as another peer); None when it is a new one."""
+        """The session that says hello again, perhaps as another peer; None if it is new."""
         session = self._by_worker.get(hello.worker)
         if session is None or session.name != hello.session:
             return None
@@ -169,7 +169,7 @@ class Sessions:
         return session
 
     def begin(self, peer: bytes, hello: Hello) -> Session:
-        """A new session, in place of the worker's former one. It has yet to join. One that has counted grants lived
+        """A new session in place of the worker's former one. It hasn't joined yet. If it has counted grants, it began
         under an earlier server."""
         if former := self._by_worker.get(hello.worker):
             self.forget(former)
@@ -187,7 +187,7 @@ class Sessions:
         return session
 
     def forget(self, session: Session) -> None:
-        """The process is gone; what it has done stays counted."""
+        """The process is gone. Its counters stay in the totals."""
         self._unbind(session)
         del self._by_worker[session.worker]
         self._past_gauges.update(session.gauges)
@@ -199,7 +199,7 @@ class Sessions:
     # ------------------------------------------------------------------------------------------- heartbeats and silence
 
     def note_heartbeat(self, session: Session, heartbeat: Heartbeat) -> Findings:
-        """Take in credits, gauges and progress."""
+        """Update credits, gauges and progress."""
         session.asked = max(session.asked, heartbeat.asked)
         engine_moved = self._note_gauges(session, heartbeat.gauges)
         held = self.held_by(session.worker)
@@ -218,7 +218,7 @@ class Sessions:
         return findings
 
     def _note_gauges(self, session: Session, gauges: Mapping[str, float]) -> bool:
-        """Whether the worker's engine has sampled anything since the heartbeat before."""
+        """Update the gauges. Returns whether the worker's engine has sampled a token since the last heartbeat."""
         tokens_before = session.gauges.get("tokens", 0.0)
         session.gauges = {name: gauges[name] for name in GAUGES if math.isfinite(gauges.get(name, math.nan))}
         if session.counted_before:
@@ -244,7 +244,7 @@ class Sessions:
         )
 
     def stalled(self) -> list[int]:
-        """Leases without progress. Those of a lost worker are over, so that none of them is among these."""
+        """Leases without progress. None is of a lost worker, since those are over."""
         return [
             lease_id for lease_id, lease in self.leases.items() if self.tick - lease.progress_tick >= self.stall_ticks
         ]

@@ -1,7 +1,8 @@
-"""Intake: is this group what its lease asked for, and can it be trained on?
+"""Validation of a group: is it what its lease asked for, and can it be trained on?
 
-In: a decoded group with its frames, and the lease that it answers. Out: its payload, or `BadGroup` that says what is
-wrong. Nothing that passes can break the core or put NaN into a loss. Does not own: lateness, the filter, staleness.
+In: a decoded group with its frames, and the lease that it answers. Out: its payload, or a `BadGroup` that says what is
+wrong. A group that passes can't break the core, and can't put NaN into a loss. Does not own: late groups, the filter,
+staleness.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from asyncdapo.replay.core.events import GroupArrived
 from asyncdapo.replay.server.sessions import HeldLease
 
 MAX_LOGPROB = 1e-3
-"""Log-probs are at most 0, but for the rounding of a log-sum-exp."""
+"""Log-probs are at most 0, except for the rounding of a log-sum-exp."""
 
 
 class BadGroup(Exception):  # noqa: N818 - a finding about a peer, not a failure of ours
@@ -35,7 +36,7 @@ def check_group(
     vocab_size: int | None = None,
 ) -> Payload:
     """The group's buffers, as views on the frames. Raises BadGroup. `newest_version`: no weights are newer.
-    `vocab_size`: token ids are below it, where it is known."""
+    `vocab_size`: token ids are below it; None if it is not known."""
     identity = (group.prompt_id, group.worker, group.attempt, group.branch)
     if identity != (expected := (lease.prompt.prompt_id, lease.worker, lease.attempt, branch)):
         raise BadGroup(f"prompt, worker, attempt and branch are {identity}, its lease says {expected}")
@@ -62,7 +63,7 @@ def check_group(
 
 
 def arrival(group: Group) -> GroupArrived:
-    """What the core is told of a group that passed."""
+    """The core's event for a group that passed."""
     shared = set.intersection(*(set(completion.metrics) for completion in group.completions))
     metrics = {name: tuple(completion.metrics[name] for completion in group.completions) for name in sorted(shared)}
     return GroupArrived(

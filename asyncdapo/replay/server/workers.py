@@ -1,19 +1,19 @@
-"""The conversation with the rollout workers: their messages become events, after a look at each.
+"""The conversation with the rollout workers: each of their messages is checked and becomes an event.
 
-In: messages of peers, and ticks. Out: events for the core, evaluation requests, answers that need no event. Peers that
-never said hello are dropped in silence and counted; what a known worker sends is checked before the core sees it, and
-nothing that it sends ends the server.
+In: messages of peers, and ticks. Out: events for the core, evaluation requests, answers that need no event. Messages of
+peers that never said hello are dropped and counted. A known worker's message is checked before the core sees it, and
+no message ends the server.
 
-    joining      a worker counts from the moment it says that it has weights of the run's branch; until then it is
-                 welcome and gets nothing to do. So after a rollback nothing is sampled with weights that were undone
-    credits      a worker is owed `asked − granted`; evaluation requests go first, the core gets the rest as `Ready`
-    lost leases  a worker that fell silent loses its leases; one that speaks again joins again. A lease without progress
-                 for `lease_stall_s` is lost alone
-    late groups  are acknowledged and dropped; repeated ones, whose acknowledgement was lost, too
-    over         leases that a heartbeat reports and that are over are withdrawn (again)
+    joining      a worker gets work once it has said that it has weights of the run's branch. So after a rollback
+                 nothing is sampled with weights that were undone
+    credits      a worker is owed `asked − granted`. Evaluation requests go first; the core gets the rest as `Ready`
+    lost leases  a silent worker loses its leases, and joins again with its next message. A lease without progress for
+                 `lease_stall_s` is lost alone
+    late groups  are acknowledged and dropped, and so are repeated ones, whose acknowledgement was lost
+    over         a lease that a heartbeat reports after its end is withdrawn (again)
     unknown      leases and evaluation requests that heartbeats don't report are sent again
 
-Memory: a session per worker, the leases that run, the evaluations that somebody waits for.
+Memory: a session per worker, the running leases, the evaluations that somebody waits for.
 Does not own: sockets, sessions as records (`sessions`), what follows from an event (`state`).
 """
 
@@ -89,7 +89,7 @@ class Workers:
             self._listen(session, message, frames)
 
     def tick(self) -> None:
-        """One heartbeat interval has passed: whoever made no use of it may be lost."""
+        """One heartbeat interval has passed: silent workers and leases without progress may be lost."""
         sessions = self._sessions
         sessions.tick += 1
         for session in sessions.silent():
@@ -105,30 +105,30 @@ class Workers:
         self.offer_all()
 
     def offer_all(self) -> None:
-        """Give every worker with room something to do."""
+        """Give work to every worker with room."""
         for session in self._sessions.live:
             self._offer(session)
 
     def pause(self) -> None:
-        """Grant no further lease, those included that workers have asked for."""
+        """Grant no further lease, not even those that workers have already asked for."""
         self.leasing = False
         for session in self._sessions.live:
             self._exchange.apply(core.Ready(worker=session.worker, credits=0))
 
     def lose(self, worker: int) -> None:
-        """Its process is known to be dead: what it held is free at once, and it is not waited for."""
+        """The worker's process is dead: its leases end at once, and nobody waits for it."""
         if session := self._sessions.of_worker(worker):
             if session.alive:
                 self._lose(session)
             self._sessions.forget(session)
 
     def roll_back(self, step: int, reason: str) -> None:
-        """See `Exchange.roll_back`. Evaluations that go on begin again with the first worker that joins."""
+        """See `Exchange.roll_back`. Open evaluations begin again with the first worker that joins."""
         self._exchange.roll_back(step, reason)
         self.evaluations.start_again()
 
     async def evaluate(self, requests: Sequence[EvalRequest], share: float) -> list[EvalAnswer]:
-        """All answers, in the order of requests and prompts, whenever they are there."""
+        """All answers, in the order of requests and prompts, once they are there."""
         evaluation = self.evaluations.start(requests, share)
         answered = self._answered.setdefault(evaluation, asyncio.Event())
         try:
@@ -166,7 +166,7 @@ class Workers:
                 self._take_answers(session, message, frames)
 
     def _greet(self, peer: bytes, hello: Hello) -> None:
-        """A new session puts the worker's former one out, with all that it held."""
+        """A new session ends the worker's former one, and its leases."""
         if hello.schema != SCHEMA_VERSION or hello.worker not in range(NUM_WORKERS_MAX):
             self.dropped["malformed"] += 1
             log.warning("%s is not welcome, this end has schema %d", hello, SCHEMA_VERSION)
@@ -187,8 +187,8 @@ class Workers:
         self.offer_all()
 
     def _note_weights(self, session: Session, version: int, branch: int) -> None:
-        """The worker is there and generates with these weights: it joins, for the first time or again, if they are of
-        the run's branch; those of another are worth nothing. Versions only rise: a lower one was overtaken."""
+        """The worker generates with these weights. If they are of the run's branch, it joins, for the first time or
+        again. Weights of another branch don't count. A version lower than one heard before is old news, and ignored."""
         if branch != self._exchange.branch or not self._exists(version):
             return
         if branch == session.branch and self._exists(session.loaded_version):
@@ -266,7 +266,8 @@ class Workers:
             self._reject(session, failure.lease_id, "the lease is another worker's")
 
     def _settle_late(self, session: Session, lease_id: int) -> None:
-        """The answer to a lease that is over: known (its acknowledgement was lost), late, or to no lease at all."""
+        """A group whose lease is over is a repeat (its acknowledgement was lost), or late, or belongs to no lease at
+        all."""
         try:
             outcome = self._journal.outcome(lease_id)
         except LookupError as error:
@@ -280,7 +281,7 @@ class Workers:
         self._exchange.send(session, Ack(lease_id=lease_id))
 
     def _reject(self, session: Session, lease_id: int, reason: str) -> None:
-        """The worker forgets the group; the lease is over if it is this worker's own."""
+        """The worker forgets the group. Its lease is over if this worker holds it."""
         self._drop("rejected", session, f"group of lease {lease_id}: {reason}")
         if self._holds(session, lease_id):
             self._exchange.apply(core.LeaseLost(lease_id=lease_id, reason="rejected"), detail=reason)
@@ -288,8 +289,8 @@ class Workers:
             self._exchange.send(session, Reject(lease_id=lease_id, reason=reason))
 
     def _take_answers(self, session: Session, done: EvalDone, frames: Sequence[memoryview]) -> None:
-        """Bad answers are forgotten; their request is given out again when it is due. So are those of a worker whose
-        weights are of another branch: it answers what was asked before a rollback."""
+        """Bad answers are dropped, and their request is given out again when it is due. So are the answers of a worker
+        whose weights are of another branch: they were asked for before a rollback."""
         self._exchange.send(session, EvalAck(request_id=done.request_id))
         if session.branch != self._exchange.branch:
             return
