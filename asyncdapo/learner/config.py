@@ -174,10 +174,9 @@ class LossConfig:
                 raise ConfigError(f"loss.{key}", f"does nothing without {needed}", getattr(self, key), fix)
 
     @property
-    def heeds_without_advantage(self) -> bool:
-        """Whether completions of advantage 0 have more part in an update than in its denominators: in a term that goes
-        by no advantage, in a variant of the user's that may have such a term, or in masks that change what is
-        counted."""
+    def needs_all_completions(self) -> bool:
+        """Whether completions of advantage 0 have to be computed, too: for a loss term without an advantage, for a
+        variant of the user's, which may have such a term, or for masks, which change the denominators."""
         return is_plugin(self.variant) or self.kl_coef > 0 or self.entropy_coef > 0 or self.masks_by_policy
 
     @property

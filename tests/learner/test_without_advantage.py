@@ -76,7 +76,7 @@ def test_what_has_no_advantage_is_left_out_and_the_gradient_stays(path, loss) ->
 
 
 @pytest.mark.parametrize("loss", HEEDING)
-def test_a_loss_that_heeds_them_computes_all(path, loss) -> None:
+def test_a_loss_that_needs_them_computes_all(path, loss) -> None:
     gradients, metrics = gradients_of(path, HEEDING[loss], all_rows=False)
     expected, computed = gradients_of(path, HEEDING[loss], all_rows=True)
     assert all(torch.equal(gradient, reference) for gradient, reference in zip(gradients, expected, strict=True))

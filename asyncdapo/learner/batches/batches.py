@@ -1,21 +1,20 @@
-"""The learner's next batch, brought while it trains: asked for, received and prepared before it is wanted.
+"""The learner's next batch: asked for, received and prepared while the learner trains on the one before.
 
     ask(k + 1) ──CutWanted──▶ replay ──Batch──▶ feed ──prepare, in a thread of its own──▶ Prepared
                                                   └── or NoBatch, kept for whoever wants batch k + 1
 
-In: the step of a batch, early (`ask`, when train step k begins) or when it is wanted (`receive`). Out: the batch, ready
-to train on, or the news that there is none. An error of the early question is raised where the batch is wanted.
+In: the step of a batch. `ask` gets it early, when train step k begins; `receive` gets it when the batch is wanted. Out:
+the batch, ready to train on, or the news that there is none. An error of the early question is raised by `receive`.
 
-Why an early batch keeps the staleness bound: staleness is (k + 1) − 1 − min_version whenever the batch was cut, and the
-core checks every member against the number of the step, not against what is trained then; the learner checks again
-before it trains. An early cut can end what runs too early, though, and so lose slow groups that would still have made
-it; therefore replay holds one back while it would (`state.py`). At the barrier there is nothing to cut before version k
-is published, so there the early question waits like any other.
+Why an early batch keeps the staleness bound: the core checks every member against the number of the step that will
+train on it, whenever the batch is cut, and the learner checks again before it trains. But an early cut could end
+running groups that would still have made the batch. Replay waits with the cut as long as that is so (`state.py`). Under
+a bound of 0 there is nothing to cut before version k is published, so the early question waits like any other.
 
-Invariants: at most one batch is ahead of the one that is trained, so this rank holds two payloads at most. A batch is
-never trained in another branch than its own: a rollback begins when every rank is dead, and what was ahead is gone with
-the process; batch k + 1 is then cut as it was. Does not own: questions and answers on the wire (`feed`), when a batch
-is cut (`replay/state`).
+Invariants: at most one batch is ahead of the one in training, so a rank holds at most two payloads. A batch is only
+trained in the branch in which it was cut: a rollback begins when every rank is dead, so a batch that was ahead is gone
+with its process, and is cut again. Does not own: questions and answers on the wire (`feed`), when a batch is cut
+(`replay/core/state`).
 """
 
 from __future__ import annotations
@@ -43,28 +42,28 @@ class Batches(Generic[P]):
         *,
         spawn: Spawn = asyncio.ensure_future,
     ) -> None:
-        """`spawn` makes a task of what goes on beside the train step."""
+        """`spawn` starts the task that runs beside the train step."""
         self._feed, self._prepare, self._spawn = feed, prepare, spawn
         self._coming: tuple[int, asyncio.Task[NoBatch | asyncio.Task[P]]] | None = None
 
     def ask(self, step: int) -> None:
-        """Bring batch `step` from now on. Asked again, nothing changes. Raises RunError while another one comes."""
+        """Begin to bring batch `step`. Asking again changes nothing. Raises RunError while another one is coming."""
         if self._coming is None:
             self._coming = step, self._spawn(self._bring(step))
         elif self._coming[0] != step:
-            raise RunError(f"batch {step} was asked for, but batch {self._coming[0]} is still to be taken")
+            raise RunError(f"batch {step} was asked for, but batch {self._coming[0]} is not taken yet")
 
     async def receive(self, step: int) -> NoBatch | asyncio.Task[P]:
-        """Wait until batch `step` is here. Returns its preparation, which has begun, or the news that there is none."""
+        """Wait for batch `step`. Returns the task that prepares it, or the news that there is none."""
         self.ask(step)
         _, bringing = self._coming
-        brought = await asyncio.shield(bringing)  # whoever gives up waiting may ask again
+        brought = await asyncio.shield(bringing)  # a caller that is cancelled may ask again
         if not isinstance(brought, NoBatch):
             self._coming = None
         return brought
 
     async def close(self) -> None:
-        """Give up what is on its way, and the connection."""
+        """Cancel what is on its way, and close the connection."""
         if self._coming:
             _, bringing = self._coming
             bringing.cancel()

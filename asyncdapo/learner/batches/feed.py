@@ -1,10 +1,8 @@
-"""Where the learner's batches come from: asks the replay server until batch k is there.
+"""One rank's end of the wire to the replay server: asks for batch k until it arrives.
 
-In goes a step, out comes its `Batch` with the `Payload` of this rank's share, or nothing when the data is used up.
-Asking is idempotent: the server answers a repeated `CutWanted` with the same batch, so a lost or damaged message costs
-one more question. A batch may be asked for while the one before it is trained (`batches`): the bound on staleness holds
-all the same, since it is counted from the number of the step. Does not own: when a batch is cut, and why it is not yet
-(the server names the wait).
+In: a step. Out: its `Batch` with the `Payload` of this rank's share, or `NoBatch` when the data is used up. Invariant:
+the server answers a repeated `CutWanted` with the same batch, so a lost or damaged message costs one more question.
+Does not own: when to ask (`batches`); when a batch is cut, and what it waits for (the server names it).
 
 waits for: a full batch   unblocked by: rollout, replay
 """
@@ -43,8 +41,8 @@ class BatchFeed:
         self._rank, self._ask_again_s = rank, ask_again_s
 
     async def take(self, step: int) -> tuple[Batch, Payload] | NoBatch:
-        """Batch `step` and this rank's share of it, as soon as it is cut, or the news that there is none; waits without
-        a limit. Raises RunError after `MAX_DAMAGED` answers that can't be decoded, BatchError when the server itself
+        """Wait, without a limit, until batch `step` is cut. Returns it with this rank's share, or the news that there
+        is none. Raises RunError after `MAX_DAMAGED` answers that can't be decoded, BatchError when the server itself
         can't read the batch."""
         for _ in range(MAX_DAMAGED):
             try:
@@ -67,7 +65,7 @@ class BatchFeed:
                 continue
 
     async def _receive(self, step: int) -> tuple[Batch, Payload] | NoBatch:
-        """The next answer about batch `step`; those to earlier repeated questions are passed over."""
+        """The next answer about batch `step`. Late answers to earlier questions are ignored."""
         while True:
             answer, frames = await self._client.receive()
             if answer.step != step:

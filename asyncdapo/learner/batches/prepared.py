@@ -1,8 +1,8 @@
-"""A batch made ready for its train step, by host work that needs no weights.
+"""A batch that is ready for its train step.
 
-In: `Learner.prepare`, in any thread, while another step is trained. Out: what `Learner.train` goes on from. Invariant:
-it depends on batch, payload and config alone, so it may be made at any time. Does not own: whether the batch may be
-trained on (its order and its staleness), which `train` checks.
+In: `Learner.prepare` makes it, in any thread, while another batch is trained. Out: `Learner.train` takes it. Invariant:
+it depends on batch, payload and config alone, not on weights, so it may be made at any time. Does not own: whether the
+batch may be trained on (its order and its staleness), which `train` checks.
 """
 
 from __future__ import annotations
@@ -20,6 +20,6 @@ class Prepared:
 
     batch: Batch
     rows: Sequence[Sequence[Row]]
-    """Those of this rank, of each optimizer update."""
+    """Those of this rank, for each optimizer update."""
     columns: Columns
     """Of all completions of the batch."""

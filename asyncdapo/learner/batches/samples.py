@@ -1,7 +1,7 @@
-"""From a batch to rows: what one rank trains on, one row for each completion that has a gradient.
+"""From a batch to rows: one rank gets a row for each of its completions that has a gradient.
 
     Batch, Payload ──rows_by_update──▶ a Row for each completion of this rank that is computed, with its advantage
-    Batch ──columns──▶ what every rank knows of every completion ──aggregation──▶ weight of each row in its update
+    Batch ──columns──▶ what every rank knows about every completion ──aggregation──▶ weight of each row in its update
 
 An optimizer update trains whole groups; their completions may be at several ranks. A completion that bears no loss is
 at no rank, but its reward counts in the mean and the standard deviation of its group. A completion of advantage 0 has a
@@ -49,14 +49,14 @@ class Row:
     staleness: int
     """Of its group, in train steps."""
     start_logprobs: np.ndarray | None = None
-    """[R]: of the policy at the start of the train step; none where the loss needs none, or takes it from its own
-    forward pass."""
+    """[R]: of the policy at the start of the train step. None where the loss needs none, or takes them from the forward
+    pass of its own update."""
     correction: np.ndarray | None = None
-    """[R]: constant weight of each token's loss; none as with `start_logprobs`."""
+    """[R]: constant weight of each token's loss; None as with `start_logprobs`."""
     reference_logprobs: np.ndarray | None = None
-    """[R]: of the reference model; none without a KL penalty."""
+    """[R]: of the reference model; None without a KL penalty."""
     weight: float = 1.0
-    """What each of its tokens counts in the loss of its update."""
+    """Weight of each of its tokens in the loss of its update."""
 
     @property
     def num_tokens(self) -> int:
@@ -68,13 +68,13 @@ class Row:
 
     @property
     def response(self) -> slice:
-        """Where its response stands in its line of a rectangle."""
+        """Columns of its response in a line of [B, T]."""
         return slice(len(self.token_ids))
 
 
 @dataclass(frozen=True)
 class Columns:
-    """What every rank knows of every completion of the batch, int64 [N]: it makes the denominators of the loss."""
+    """What every rank knows about every completion of the batch, int64 [N]. The denominators of the loss come from it."""
 
     group_N: Tensor
     """Its group's place in the batch."""
@@ -83,7 +83,7 @@ class Columns:
     num_tokens_N: Tensor
     """Its loss-bearing tokens."""
     copies_N: Tensor
-    """How many times it stands in the batch."""
+    """How many times it counts."""
 
     def of_update(self, number: int) -> Tensor:
         """Indices of the completions of all groups of this update, rising."""
@@ -137,6 +137,6 @@ def expand_mask(runs: Runs) -> np.ndarray:
 
 
 def weighted(rows: Iterable[Row], indices_N: Tensor, weights_N: Tensor) -> list[Row]:
-    """The rows with the weights that their update gives them: `weights_N[i]` is that of completion `indices_N[i]`."""
+    """The rows with their weights in an update: `weights_N[i]` is the weight of completion `indices_N[i]`."""
     weights = dict(zip(indices_N.tolist(), weights_N.tolist(), strict=True))
     return [replace(row, weight=weights[row.index]) for row in rows]

@@ -119,7 +119,7 @@ class Learner:
     def prepare(self, batch: Batch, payload: Payload) -> Prepared:
         """All work on a batch that needs no weights; `payload` holds this rank's share. May be called in any thread,
         while another batch is trained."""
-        advantage, with_zeros = advantage_of(self._loss.advantage), self._loss.heeds_without_advantage
+        advantage, with_zeros = advantage_of(self._loss.advantage), self._loss.needs_all_completions
         rows = rows_by_update(batch, payload, self.ranks.rank, advantage, with_zeros=with_zeros)
         return Prepared(batch, rows, columns(batch))
 
@@ -303,7 +303,7 @@ def _metrics(updates: Sequence[Update], loss: LossConfig) -> dict[str, float]:
     unused = {
         "correction_mean": loss.correction == "none",
         "kl": not loss.kl_coef,
-        "uncomputed_ratio": loss.heeds_without_advantage,
+        "uncomputed_ratio": loss.needs_all_completions,
     }
     return {
         **{name: value for name, value in metrics.items() if not unused.get(name.rpartition("/")[2])},

@@ -80,7 +80,7 @@ def test_asking_twice_is_asking_once_and_another_step_is_refused() -> None:
     async def story(replay: Replay, batches: Batches) -> None:
         batches.ask(2)
         batches.ask(2)
-        with pytest.raises(RunError, match="batch 3 was asked for, but batch 2 is still to be taken"):
+        with pytest.raises(RunError, match="batch 3 was asked for, but batch 2 is not taken yet"):
             batches.ask(3)
         await replay.asked.wait()
         assert replay.questions == [2]
