@@ -74,7 +74,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Columns:
-    """What every rank knows about every completion of the batch, int64 [N]. The denominators of the loss come from it."""
+    """What every rank knows about every completion of the batch, int64 [N]. The loss takes its denominators from it."""
 
     group_N: Tensor
     """Its group's place in the batch."""
