@@ -30,7 +30,7 @@ from asyncdapo.errors import EXIT_INTERRUPTED, RunError, UserError
 
 if TYPE_CHECKING:
     import numpy as np
-    from pandas import DataFrame
+    from pandas import DataFrame  # pyright: ignore[reportMissingImports] (the user may have it)
 
     from asyncdapo.config.config import Config
 
@@ -102,6 +102,7 @@ def _follow(command: list[str]) -> tuple[int, str]:
         start_new_session=True,
     )
     words, interrupt = "", None
+    assert process.stdout is not None, "a pipe was asked for"
     with process:
         while process.returncode is None:
             try:
@@ -176,7 +177,7 @@ class Run:
     def frame(self) -> DataFrame:
         """`metrics()` as a pandas DataFrame, a row a step. Raises UserError if pandas is missing."""
         try:
-            from pandas import DataFrame
+            from pandas import DataFrame  # pyright: ignore[reportMissingImports] (the user may have it)
         except ImportError as error:
             raise UserError("Run.frame: needs pandas (pip install pandas, or use Run.metrics)") from error
         return DataFrame(self.metrics())

@@ -20,10 +20,11 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from asyncdapo.errors import ConfigError
+from asyncdapo.ranges import NonNegativeFloat, Share
 
 POINTS = {
     "replay": {
@@ -64,25 +65,41 @@ Frames = Sequence[bytes | bytearray | memoryview]
 log = logging.getLogger("faults")
 
 
-class Settings(Protocol):
-    """The `faults` section, as asyncdapo/config/run.py documents it."""
+@dataclass(frozen=True, kw_only=True)
+class FaultsConfig:
+    """Deliberate faults, for tests of a whole run. The defaults inject none."""
 
-    seed: int
-    drop: float
-    duplicate: float
-    reorder: float
-    truncate: float
-    delay_s: float
-    kill: tuple[str, ...]
-    slow_worker_s: float
-    slow_disk_s: float
-    disk_full_after_mb: float
+    seed: int = 0
+    """Seed of everything that is random here, so that a failed run can be repeated."""
+    drop: Share = 0.0
+    """Share of the messages between workers, replay server and learner that are lost."""
+    duplicate: Share = 0.0
+    """Share of these messages that arrive twice."""
+    reorder: Share = 0.0
+    """Share of these messages that arrive after later ones."""
+    truncate: Share = 0.0
+    """Share of these messages that lose the end of a frame."""
+    delay_s: NonNegativeFloat = 0.0
+    """Longest delay of a message in seconds. Messages keep their order."""
+    kill: tuple[str, ...] = ()
+    """`process.point[:n]`: the process is killed (kill -9) when it passes the point for the n-th time, once per run. An
+    example is learner.after_train:3; the points are in asyncdapo/faults.py."""
+    slow_worker_s: NonNegativeFloat = 0.0
+    """Seconds by which worker 0 is slower on each group."""
+    slow_disk_s: NonNegativeFloat = 0.0
+    """Seconds by which each ledger transaction and each checkpoint is slower."""
+    disk_full_after_mb: NonNegativeFloat = 0.0
+    """MB that the replay server or the learner can write before the disk counts as full; 0 is no limit."""
+
+    def __post_init__(self) -> None:
+        for entry in self.kill:
+            parse_kill(entry)
 
 
-def install(process: str, settings: Settings, run_dir: Path) -> None:
+def install(process: str, settings: FaultsConfig, run_dir: Path) -> None:
     """Say who this process is ("replay", "learner", "rollout-0", "controller") and what goes wrong in it."""
     global _faults
-    _faults = _Faults(process, settings, run_dir) if settings != type(settings)() else None
+    _faults = _Faults(process, settings, run_dir) if settings != FaultsConfig() else None
 
 
 def point(name: str) -> None:
@@ -123,7 +140,7 @@ def parse_kill(entry: str) -> tuple[str, str, int]:
 class Link:
     """Decides what becomes of each message of one socket, without sending anything."""
 
-    def __init__(self, settings: Settings, name: str) -> None:
+    def __init__(self, settings: FaultsConfig, name: str) -> None:
         self._settings, self._random = settings, random.Random(f"{settings.seed} {name}")
         self._last_at = -math.inf
 
@@ -152,7 +169,7 @@ class Link:
 class _Faults:
     """The faults of this process."""
 
-    def __init__(self, process: str, settings: Settings, run_dir: Path) -> None:
+    def __init__(self, process: str, settings: FaultsConfig, run_dir: Path) -> None:
         log.warning("faults on purpose in %s: %s", process, settings)
         self._process, self._settings, self._marks = process, settings, run_dir / "faults"
         self._marks.mkdir(parents=True, exist_ok=True)

@@ -71,9 +71,9 @@ def plugin_digest(key: str, name: str) -> str:
     """Digest of the source file that the value names, not of what the file imports."""
     where, _, _ = name.rpartition(":")
     try:
-        file = where if where.endswith(".py") else importlib.util.find_spec(where).origin
-        return sha256_of(Path(file))
-    except (OSError, ImportError, AttributeError, TypeError, ValueError) as error:
+        module = None if where.endswith(".py") else importlib.util.find_spec(where)
+        return sha256_of(Path((module and module.origin) or where))
+    except (OSError, ImportError, ValueError) as error:
         raise ConfigError(key, f"its source can't be read ({error})", name) from error
 
 
@@ -103,6 +103,8 @@ def _load_file(path: Path) -> ModuleType:
     if folder not in sys.path:
         sys.path.append(folder)
     spec = importlib.util.spec_from_file_location(f"asyncdapo_plugin_{path.stem}", path)
+    assert spec is not None, "the name ends in .py"
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses and pickle look there for the module of a class
     spec.loader.exec_module(module)

@@ -17,16 +17,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asyncdapo import faults
-from asyncdapo.config.run import FaultsConfig
 from asyncdapo.errors import ConfigError
-from asyncdapo.faults import HOLD_S, POINTS, Link, parse_kill
+from asyncdapo.faults import HOLD_S, POINTS, FaultsConfig, Link, parse_kill
 
 PACKAGE = Path(faults.__file__).parent
 LIFE = """
 import sys
 from pathlib import Path
 from asyncdapo import faults
-from asyncdapo.config.run import FaultsConfig
+from asyncdapo.faults import FaultsConfig
 faults.install(sys.argv[1], FaultsConfig(kill=tuple(sys.argv[3:])), Path(sys.argv[2]))
 for number in range(1, 6):
     print(number, flush=True)

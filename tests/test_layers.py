@@ -78,7 +78,10 @@ def test_a_stage_knows_only_itself_and_the_layers_below(path: Path) -> None:
 
 
 def test_the_composed_config_is_made_of_the_stages_config_files_only() -> None:
-    names = imports_of(PACKAGE / "config" / "config.py") - {"asyncdapo.errors"}
+    names = imports_of(PACKAGE / "config" / "config.py") - {
+        "asyncdapo.errors",
+        "asyncdapo.faults",
+    }  # faults are of no stage
     names = {name for name in names if not name.startswith("asyncdapo.config.")}
     assert names
     assert all(name.endswith(".config") for name in names)

@@ -16,16 +16,17 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, cast, get_type_hints
 
 from omegaconf import OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 from yaml import YAMLError
 
 from asyncdapo.config.mistakes import convert_section, unknown_key, unresolved
-from asyncdapo.config.run import ControllerConfig, EvalConfig, FaultsConfig, RunConfig
+from asyncdapo.config.run import ControllerConfig, EvalConfig, RunConfig
 from asyncdapo.config.yaml_file import read_yaml, with_colon
 from asyncdapo.errors import ConfigError, SeveralKeysError, UserError, raise_all
+from asyncdapo.faults import FaultsConfig
 from asyncdapo.learner.config import LearnerConfig, LossConfig, ModelConfig
 from asyncdapo.metrics.config import MetricsConfig
 from asyncdapo.prompts.config import PromptsConfig
@@ -146,7 +147,7 @@ def _merged(path: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], dict[
     except FileNotFoundError:
         raise UserError(f"{path}: no such config file (a path, or a name: {', '.join(config_names())})") from None
     except InterpolationResolutionError as error:
-        raise _placed(unresolved(error.full_key, str(error).splitlines()[0]), places) from error
+        raise _placed(unresolved(error.full_key or "", str(error).splitlines()[0]), places) from error
     except (YAMLError, OmegaConfBaseException, OSError, TypeError) as error:
         raise UserError(f"{path}: {str(error).splitlines()[0]}") from error
 
@@ -171,7 +172,7 @@ def _read(path: Path, above: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dic
         raise ConfigError(BASE, f"of {path} is no file", name, "a YAML file, relative to this one, or a name")
     below, its_places = _read(base, (path, *above))
     whole = OmegaConf.merge(below, models_beside(base, below), tree)
-    return OmegaConf.to_container(whole), its_places | places
+    return cast(dict[str, Any], OmegaConf.to_container(whole)), its_places | places
 
 
 def models_beside(path: Path, tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -202,7 +203,7 @@ def _resolved(tree: Any) -> dict[str, Any]:
         name: {f.name: f.default for f in dataclasses.fields(cls) if f.default is not dataclasses.MISSING}
         for name, cls in SECTIONS.items()
     }
-    return OmegaConf.to_container(OmegaConf.merge(_plain(defaults), tree), resolve=True)
+    return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.merge(_plain(defaults), tree), resolve=True))
 
 
 def _plain(value: Any) -> Any:

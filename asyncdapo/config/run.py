@@ -1,4 +1,4 @@
-"""Configuration of the run as a whole, of the controller, of evaluation, and of faults on purpose."""
+"""Configuration of the run as a whole, of the controller, and of evaluation."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from typing import Annotated, Literal
 from msgspec import Meta
 
 from asyncdapo.errors import ConfigError
-from asyncdapo.faults import parse_kill
-from asyncdapo.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, PositiveShare, Share
+from asyncdapo.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, PositiveShare
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,34 +84,3 @@ class EvalConfig:
     def num_held_out(self) -> int:
         """Held-out prompts that the evaluations of a run need."""
         return max(self.num_prompts, self.num_greedy_prompts)
-
-
-@dataclass(frozen=True, kw_only=True)
-class FaultsConfig:
-    """Deliberate faults, for tests of a whole run. The defaults inject none."""
-
-    seed: int = 0
-    """Seed of everything that is random here, so that a failed run can be repeated."""
-    drop: Share = 0.0
-    """Share of the messages between workers, replay server and learner that are lost."""
-    duplicate: Share = 0.0
-    """Share of these messages that arrive twice."""
-    reorder: Share = 0.0
-    """Share of these messages that arrive after later ones."""
-    truncate: Share = 0.0
-    """Share of these messages that lose the end of a frame."""
-    delay_s: NonNegativeFloat = 0.0
-    """Longest delay of a message in seconds. Messages keep their order."""
-    kill: tuple[str, ...] = ()
-    """`process.point[:n]`: the process is killed (kill -9) when it passes the point for the n-th time, once per run. An
-    example is learner.after_train:3; the points are in asyncdapo/faults.py."""
-    slow_worker_s: NonNegativeFloat = 0.0
-    """Seconds by which worker 0 is slower on each group."""
-    slow_disk_s: NonNegativeFloat = 0.0
-    """Seconds by which each ledger transaction and each checkpoint is slower."""
-    disk_full_after_mb: NonNegativeFloat = 0.0
-    """MB that the replay server or the learner can write before the disk counts as full; 0 is no limit."""
-
-    def __post_init__(self) -> None:
-        for entry in self.kill:
-            parse_kill(entry)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from omegaconf import OmegaConf
@@ -52,7 +52,7 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
             fix = "keep one of the two" if "." in key else "write all keys of the section under one of the two"
             raise UserError(f"{place}: {key} stands there already: {places[key]} ({fix})")
         places[key] = place
-    return OmegaConf.to_container(OmegaConf.create(text)), places
+    return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.create(text))), places
 
 
 def _keys(node: yaml.MappingNode, prefix: str = "") -> Iterator[tuple[str, yaml.Node]]:
@@ -74,9 +74,12 @@ def _place(path: Path, spot: Spot) -> str:
 def _diagnosis(lines: list[str], error: yaml.MarkedYAMLError) -> tuple[Spot, str, str]:
     """Where, the cause, the right form. The parser names the place where it gave up; what is wrong may begin before."""
     lines = [*(COMMENT.sub("", line) for line in lines), ""]  # the end of the file is a place, too
-    mark, context = error.problem_mark, error.context_mark or error.problem_mark
+    mark, problem = error.problem_mark, error.problem or ""
+    context = error.context_mark or mark
+    assert mark is not None, "the parser says where it gave up"
+    assert context is not None
     here, opened = _spot(mark), _spot(context)
-    if "'\\t'" in error.problem:
+    if "'\\t'" in problem:
         return here, "a tab, where YAML takes spaces only", "indent the keys of a section by two spaces"
     quote = opened if error.context == "while scanning a quoted scalar" else _open_quote(lines[: mark.line])
     if quote:
@@ -84,10 +87,10 @@ def _diagnosis(lines: list[str], error: yaml.MarkedYAMLError) -> tuple[Spot, str
         return quote, "a quote that isn't closed", f"write `{line.strip()}{line[quote[1]]}`"
     if (error.context or "").startswith("while parsing a flow"):
         return opened, "a bracket that isn't closed", "close it, or put the text in quotes"
-    if "cannot start any token" in error.problem:
-        word = re.match(r"[^\s,}\]]+", lines[mark.line][mark.column :])[0]
+    if "cannot start any token" in problem:
+        word = re.split(r"[\s,}\]]", lines[mark.line][mark.column :], maxsplit=1)[0]
         return here, f"a value can't begin with {word[0]}", f"put it in quotes: `{_quoted(word)}`"
-    return _in_line(lines, opened if "could not find expected ':'" in error.problem else here, error.problem)
+    return _in_line(lines, opened if "could not find expected ':'" in problem else here, problem)
 
 
 def _in_line(lines: list[str], here: Spot, problem: str) -> tuple[Spot, str, str]:

@@ -107,7 +107,7 @@ def _draw(axes: Axes, panel: Panel, lines: Sequence[Mapping[str, float]]) -> Non
     axes.set_axisbelow(True)
     axes.set_xlim(left=0)
     axes.set_ylim(panel.bottom, panel.top)
-    axes.yaxis.get_major_locator().set_params(integer=panel.whole_ticks)
+    axes.locator_params(axis="y", integer=panel.whole_ticks)
     if axes.has_data():
         # between title and axes, where no curve can run through it
         axes.legend(frameon=False, fontsize=9, ncols=2, loc="lower left", bbox_to_anchor=(-0.02, 0.985))

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 
 import msgspec
 from huggingface_hub import snapshot_download, try_to_load_from_cache
-from huggingface_hub.errors import HTTPError
+from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage] (httpx or httpx2, by the hub's version)
 from safetensors import SafetensorError, safe_open
 
 from asyncdapo.disk import sha256_of

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
@@ -38,7 +39,8 @@ class TextTokenizer:
         """Ids of the question as the user's turn in the chat template, behind the system prompt if there is one, up to
         where the assistant's turn begins."""
         turns = _turns(question, system_prompt)
-        return self._tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+        token_ids = self._tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+        return cast(list[int], token_ids)
 
     def prompt_encoder(
         self, chat_template: bool, system_prompt: str | None = None, vocab_size: int | None = None

@@ -69,7 +69,7 @@ def _read_jsonl(key: str, path: str, columns: Mapping[str, str], optional: str |
                     checked = True
                 if missing := [column for column in columns.values() if value_at(record, column) is MISSING]:
                     raise ConfigError(key, f"line {number} has no {missing[0]!r}", path, LEFT_OUT)
-                yield Record(f"line {number}", _values(record, columns), record.get(optional))
+                yield Record(f"line {number}", _values(record, columns), record.get(optional) if optional else None)
 
 
 def _parse(key: str, path: str, number: int, line: bytes) -> dict[str, object]:
@@ -93,7 +93,7 @@ def _read_parquet(path: str, columns: Mapping[str, str], optional: str | None) -
         wanted = dict.fromkeys([*columns.values(), *({optional} & set(present))])
         table = file.read(columns=list(wanted))
     for row, record in enumerate(table.to_pylist()):
-        yield Record(f"row {row}", _values(record, columns), record.get(optional))
+        yield Record(f"row {row}", _values(record, columns), record.get(optional) if optional else None)
 
 
 def _values(record: Mapping[str, object], columns: Mapping[str, str]) -> tuple[object, ...]:

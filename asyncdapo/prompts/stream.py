@@ -65,7 +65,8 @@ class PromptStream:
     @property
     def num_eval_left_out(self) -> int:
         """Evaluation rows whose prompt is too long."""
-        return 0 if self._eval_rows is None else self._task.num_eval_rows - len(self._eval_rows)
+        num_rows = self._task.num_eval_rows
+        return 0 if num_rows is None or self._eval_rows is None else num_rows - len(self._eval_rows)
 
     def prompt_at(self, prompt_id: int) -> Prompt | None:
         """The prompt at this position, the same at each call; None past the end of the data.

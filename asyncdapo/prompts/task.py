@@ -38,13 +38,17 @@ class Task(Protocol):
     @property
     def parts(self) -> Sequence[Part] | None:
         """The training rows, each in exactly one part; None: endless."""
+        ...
 
     @property
     def num_eval_rows(self) -> int | None:
         """Number of held-out questions; None: endless."""
+        ...
 
     def question_at(self, row: int) -> Question:
         """The training question of a row."""
+        ...
 
     def eval_question_at(self, row: int) -> Question:
         """Held-out question `row`, 0 <= row < num_eval_rows."""
+        ...

@@ -14,14 +14,14 @@ from collections.abc import Sequence
 
 from asyncdapo.reward.config import pauses_s
 from asyncdapo.reward.judge import Tell, describe, read_verdict
-from asyncdapo.reward.registry import Verify
+from asyncdapo.reward.registry import AsyncVerify
 from asyncdapo.reward.wire import Raised, Said, Verdict
 
 
 class AsyncJudge:
     """An async verifier with its event loop."""
 
-    def __init__(self, verify: Verify, concurrency: int, retries: int) -> None:
+    def __init__(self, verify: AsyncVerify, concurrency: int, retries: int) -> None:
         self._verify, self._concurrency, self._pauses_s = verify, concurrency, pauses_s(retries)
         self._runner = asyncio.Runner()
 

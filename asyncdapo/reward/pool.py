@@ -100,7 +100,7 @@ class ScorerPool:
                     raise RewardError(problem)
                 case [NoVerdict(problem=problem)]:
                     raise VerdictError(problem)
-            verdicts += said
+            verdicts += [verdict for verdict in said if isinstance(verdict, Verdict)]
             if len(said) == len(asked):
                 num_tries = 0
                 continue

@@ -15,7 +15,8 @@ from asyncdapo.plugins import is_plugin, load_plugin
 from asyncdapo.reward.signature import check_signature
 
 Said = float | Mapping[str, float | str | None]
-Verify = Callable[[str, str], Said | Awaitable[Said]]
+AsyncVerify = Callable[[str, str], Awaitable[Said]]
+Verify = Callable[[str, str], Said] | AsyncVerify
 """(text of the response, expected answer) -> the verdict, a number from 0 (wrong) to 1 (right); or a dict of numbers
 with the verdict as `acc`. The dict may have the text `pred`, the answer found in the response (None: it has none). The
 built-in verifiers return both. A user's function may be async."""

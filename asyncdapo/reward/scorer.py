@@ -50,8 +50,8 @@ class Scorer:
         self._pool = pool
         self._decode = decode
         self._max_response_length = max_response_length
-        is_own = filter_metric is not None and filter_metric not in METRICS
-        self._own_names: dict[str, None] = {filter_metric: None} if is_own else {}
+        own = (filter_metric,) if filter_metric is not None and filter_metric not in METRICS else ()
+        self._own_names: dict[str, None] = dict.fromkeys(own)
         """Names of the verifier's own metrics: the filter's, and those that it has returned so far."""
 
     async def start(self) -> None:

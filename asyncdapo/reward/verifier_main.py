@@ -21,11 +21,12 @@ import socket
 import sys
 from contextlib import suppress
 from functools import partial
+from typing import cast
 
 from asyncdapo.errors import ConfigError
 from asyncdapo.reward.config import pauses_s
 from asyncdapo.reward.judge import Judge, judge
-from asyncdapo.reward.registry import Verify, make_verifier
+from asyncdapo.reward.registry import AsyncVerify, Verify, make_verifier
 from asyncdapo.reward.wire import Broken, FromPool, FromProcess, Ready, Request, Setup, Unpacker, pack
 
 PR_SET_PDEATHSIG = 1
@@ -66,6 +67,7 @@ def main(verifier: str, parent: int) -> None:
     setup = channel.receive()
     if setup is None:
         return
+    assert isinstance(setup, Setup), "the first message"
     sys.path[:] = setup.import_path
     try:
         judge = make_judge(make_verifier(verifier), setup.concurrency, setup.retries)
@@ -74,6 +76,7 @@ def main(verifier: str, parent: int) -> None:
         return
     channel.send(Ready())
     while (request := channel.receive()) is not None:
+        assert isinstance(request, Request), "what follows the first message"
         judge(request.texts, request.answer, channel.send)
 
 
@@ -84,7 +87,7 @@ def make_judge(verify: Verify, concurrency: int, retries: int) -> Judge:
             AsyncJudge,  # most verifiers don't need asyncio, which is slow to import
         )
 
-        return AsyncJudge(verify, concurrency, retries)
+        return AsyncJudge(cast(AsyncVerify, verify), concurrency, retries)
     return partial(judge, verify, pauses_s(retries))
 
 

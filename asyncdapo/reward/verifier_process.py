@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from typing import Self
 
 from asyncdapo.errors import RunError
-from asyncdapo.reward.wire import FromProcess, NoVerdict, Raised, Ready, Request, Setup, Unpacker, Verdict, pack
+from asyncdapo.reward.wire import Broken, FromProcess, NoVerdict, Raised, Ready, Request, Setup, Unpacker, Verdict, pack
 
 START_TIMEOUT_S = 60.0
 """Time to import the user's modules."""
@@ -130,7 +130,7 @@ class VerifierProcess(asyncio.Protocol):
         if said == [Ready()]:
             return process
         how = await process.end()
-        if said:
+        if said and isinstance(said[0], Broken):
             raise RunError(said[0].problem)
         if process.timed_out:
             how = f"no answer in {START_TIMEOUT_S:g} s"
@@ -155,6 +155,7 @@ class VerifierProcess(asyncio.Protocol):
             timer=loop.call_later(timeout_s, self._check_time),
             over=loop.create_future(),
         )
+        assert self._transport is not None, "`start` has connected it"
         self._transport.write(pack(message))
         try:
             await pending.over
@@ -253,7 +254,11 @@ def _popen(verifier: str, standard_input: socket.socket) -> subprocess.Popen[byt
     command = [sys.executable, "-u", "-m", "asyncdapo.reward.verifier_main", verifier, str(os.getpid())]
     try:
         return subprocess.Popen(
-            command, stdin=standard_input, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+            command,
+            stdin=standard_input.fileno(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
     except OSError as error:
         raise RunError(f"{sys.executable}: {error.strerror}") from error

@@ -12,7 +12,7 @@ import pytest
 import zmq
 
 from asyncdapo import faults
-from asyncdapo.config.run import FaultsConfig
+from asyncdapo.faults import FaultsConfig
 from asyncdapo.messages import Ack, Ask
 from asyncdapo.transport.codec import Malformed
 from asyncdapo.transport.delivery import Outbox

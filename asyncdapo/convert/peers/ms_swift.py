@@ -63,7 +63,7 @@ RULES = (
     Rule("rollout.group_size", ("num_generations",), mean.group),
     same("rollout.max_response_length", "max_completion_length"),
     same("rollout.temperature", "temperature"),
-    *(mean.otherwise(key, *why) for key, *why in its.OTHERWISE),
+    *(mean.otherwise(*entry) for entry in its.OTHERWISE),
     Rule("", ("tuner_type", "global_batch_size", "micro_batch_size"), its.tuner),
     Rule("", ("top_p",), mean.whole_distribution),
     Rule("", ("top_k",), mean.whole_distribution),

@@ -87,8 +87,9 @@ def in_steps(updates: Any, *clock: Any) -> Any:
 
 def steps_of_rows(files: Any, passes: Any, *sizes: Any) -> Any:
     """Train steps of a run that ends with its rows, if their number is given."""
-    rows = [_syntax(file)[2] for file in (files if isinstance(files, list) else [files]) if isinstance(file, str)]
-    if not rows or None in rows or passes is None:
+    found = [_syntax(file)[2] for file in (files if isinstance(files, list) else [files]) if isinstance(file, str)]
+    rows = [num_rows for num_rows in found if num_rows is not None]
+    if not rows or len(rows) < len(found) or passes is None:
         return None
     prompts = plain(prompts_per_step(*sizes))
     return Made(max(1, ceil(sum(rows) * number(passes) / prompts)), f"{sum(rows)} rows by {prompts}, {passes:g} times")

@@ -72,7 +72,7 @@ RULES = (
         its.verifier,
     ),
     *(Rule("", (key,), its.own_environment) for key in ENVIRONMENT),
-    *(mean.otherwise(key, *why) for key, *why in its.OTHERWISE),
+    *(mean.otherwise(*entry) for entry in its.OTHERWISE),
     Rule("", (f"{SHAPING}stop_properly_penalty_coef", f"{SHAPING}enabled"), its.stop_properly),
     Rule("reward.correct", SCALE, lambda *scaling: its.scaled(1.0, *scaling)),
     Rule("reward.incorrect", SCALE, lambda *scaling: its.scaled(0.0, *scaling)),

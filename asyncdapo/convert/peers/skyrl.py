@@ -150,7 +150,7 @@ RULES = (
         (f"{ALGORITHM}kl_estimator_type", f"{ALGORITHM}use_kl_loss", f"{ALGORITHM}kl_loss_coef"),
         lambda name, use, coef: mean.estimator(name, use, coef, {"k1": "k1", "k2": "k2", "k3": "k3"}),
     ),
-    *(mean.otherwise(key, *why) for key, *why in its.OTHERWISE),
+    *(mean.otherwise(*entry) for entry in its.OTHERWISE),
     Rule(
         "loss.entropy_coef",
         (f"{ALGORITHM}entropy_loss_coef", f"{ALGORITHM}use_entropy_loss"),

@@ -191,7 +191,7 @@ RULES = (
     Rule("metrics.wandb", ("trainer.logger",), mean.wandb),
     text("metrics.wandb_project", "trainer.project_name"),
     Rule("", ("data.truncation", "data.filter_overlong_prompts"), its.truncation),
-    *(mean.otherwise(key, *why) for key, *why in its.OTHERWISE),
+    *(mean.otherwise(*entry) for entry in its.OTHERWISE),
 )
 
 DEFAULTS = {

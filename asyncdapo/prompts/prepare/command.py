@@ -182,8 +182,10 @@ def _why_no_columns(files: Sequence[Path]) -> str:
 
 
 def _verifier(args: argparse.Namespace, inputs: Inputs, shapes: Mapping[str, Shape]) -> str:
-    if args.verifier or inputs.published:
-        return args.verifier or inputs.published.verifier
+    if args.verifier:
+        return args.verifier
+    if inputs.published:
+        return inputs.published.verifier
     return "dapo" if all(shape.answer == ANSWER_OF_VERL for shape in shapes.values()) else "answer"
 
 
@@ -191,8 +193,9 @@ def _template(args: argparse.Namespace, inputs: Inputs, verifier: str) -> Callab
     """The user's template, the data set's, or one that asks for what the verifier looks for; messages need none."""
     if args.template is not None:
         return lambda from_messages: args.template
-    if inputs.published and verifier == inputs.published.verifier:
-        return lambda from_messages: inputs.published.template
+    published = inputs.published
+    if published and verifier == published.verifier:
+        return lambda from_messages: published.template
     return lambda from_messages: FROM_MESSAGES if from_messages else TEMPLATES.get(verifier, FROM_MESSAGES)
 
 
@@ -222,8 +225,8 @@ def _kept_rows(sieve: Sieve, split: str, files: Sequence[Path], unusable: IO[str
     def report(entry: dict[str, object]) -> None:
         unusable.write(json.dumps({"split": split, **entry}, ensure_ascii=False) + "\n")
 
-    sizes = [num_rows(path) for path in files]
-    total = None if None in sizes else sum(sizes)
+    sizes = [size for path in files if (size := num_rows(path)) is not None]
+    total = sum(sizes) if len(sizes) == len(files) else None
     with _Progress(split, total) as progress:
         for path in files:
             rows = progress.watched(read_rows(path), sieve.counts)

@@ -16,7 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import dataset_info, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,  # pyright: ignore[reportPrivateImportUsage] (httpx or httpx2, by the hub's version)
+    OfflineModeIsEnabled,
+)
 
 from asyncdapo.errors import UserError
 from asyncdapo.prompts.prepare.published import PUBLISHED, Published
@@ -93,7 +98,7 @@ def _list_files(repository: str, revision: str | None) -> list[Path]:
     """All files of a repository; those in the cache if the hub can't be asked."""
     try:
         info = dataset_info(repository, revision=revision, timeout=ANSWER_S)  # list_repo_files would retry for 20 s
-        return [Path(file.rfilename) for file in info.siblings]
+        return [Path(file.rfilename) for file in info.siblings or ()]
     except HUB_ERRORS as error:
         try:
             cached = snapshot_download(repository, repo_type="dataset", revision=revision, local_files_only=True)

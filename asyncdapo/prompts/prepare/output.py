@@ -111,7 +111,7 @@ def move_rows(path: Path, to: Path, chosen: Set[int]) -> None:
         for batch in file.iter_batches():
             moves = pyarrow.array([row in chosen for row in range(place, place + len(batch))], pyarrow.bool_())
             moved.write_batch(batch.filter(moves))
-            staying.write_batch(batch.filter(compute.invert(moves)))
+            staying.write_batch(batch.filter(compute.invert(moves)))  # pyright: ignore[reportAttributeAccessIssue] (made at import)
             place += len(batch)
     rest.replace(path)
 

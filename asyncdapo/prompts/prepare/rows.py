@@ -7,11 +7,12 @@ record is asked for; a file that can't be read raises UserError. Does not own: w
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
+from typing import NoReturn
 
 import msgspec
 import pyarrow
@@ -34,7 +35,7 @@ class RawRow:
 
     place: str
     digest: bytes
-    read: Callable[[], object]
+    read: Callable[[], Mapping[str, object]]
     """Returns the record. Raises ValueError with the reason why it can't be used."""
     line: bytes = b""
     """JSONL: the line as it is in the file."""
@@ -136,7 +137,7 @@ def _value(scalar: pyarrow.Scalar) -> object:
         return str(scalar.type), getattr(scalar, "value", None)
 
 
-def _refuse(reason: str) -> object:
+def _refuse(reason: str) -> NoReturn:
     raise ValueError(reason)
 
 

@@ -89,7 +89,7 @@ class Sieve:
             self.counts[stage] += 1
             if reason:
                 report({"row": number, "file": file.name, "place": raw.place, "reason": reason, "value": _excerpt(raw)})
-            if stage == "kept":
+            if kept is not None:
                 yield kept
 
     def _judge(self, raw: RawRow, number: int) -> tuple[str, str, KeptRow | None]:

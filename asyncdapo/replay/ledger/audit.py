@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
@@ -93,7 +93,7 @@ def _limits(path: Path) -> dict[str, int]:
         raise _Unreadable(f"{path.name}: can't be read ({str(error).splitlines()[0]})") from error
 
 
-def _limits_of(config: DictConfig) -> dict[str, int]:
+def _limits_of(config: DictConfig | ListConfig) -> dict[str, int]:
     batch_max, group_size = int(config.replay.prompts_per_step), int(config.rollout.group_size)
     bound = 0 if float(config.replay.run_ahead) == 0 else int(config.replay.max_staleness)
     return {
@@ -106,7 +106,7 @@ def _limits_of(config: DictConfig) -> dict[str, int]:
     }
 
 
-def _may_be_short(config: DictConfig) -> bool:
+def _may_be_short(config: DictConfig | ListConfig) -> bool:
     """Whether a batch may be cut short: at the limit of generation batches, or of what is left when the data ends."""
     return config.filter.on_limit != "raise" and (config.filter.max_gen_batches > 0 or config.prompts.epochs > 0)
 

@@ -29,7 +29,7 @@ def verify(text: str, answer: str) -> dict[str, float | str | None]:
     expected = _expected(answer)
     if not expected:
         raise ValueError(f"no formula in the expected answer {answer[:80]!r}")
-    given = math_verify.parse(text[-NUM_CHARS:], parsing_timeout=None)
+    given = math_verify.parse(text[-NUM_CHARS:], parsing_timeout=None)  # pyright: ignore[reportArgumentType] (None: no alarm)
     acc = float(math_verify.verify(expected, given, timeout_seconds=None))
     return {"acc": acc, "pred": given[-1] if given else None}  # the library lists possible values first, the text last
 
@@ -38,4 +38,4 @@ def verify(text: str, answer: str) -> dict[str, float | str | None]:
 def _expected(answer: str) -> list[Any]:
     """Read once for all completions of a prompt."""
     marked = answer if "$" in answer or r"\boxed" in answer else rf"\boxed{{{answer}}}"
-    return math_verify.parse(marked, parsing_timeout=None)
+    return math_verify.parse(marked, parsing_timeout=None)  # pyright: ignore[reportArgumentType] (None: no alarm)
