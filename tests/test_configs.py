@@ -111,7 +111,7 @@ def test_a_file_says_what_differs_from_its_base_and_the_command_line_wins(tmp_pa
 
 def test_a_base_that_is_missing_or_leads_back_is_named(tmp_path: Path) -> None:
     path = write(tmp_path / "mine.yaml", "base: other.yaml\nmodel: {path: tiny}\n")
-    with pytest.raises(ConfigError, match=r"base: of .*mine.yaml is no file, got 'other.yaml'"):
+    with pytest.raises(ConfigError, match=r"base: of .*mine.yaml is not a file, got 'other.yaml'"):
         load_config(path)
     write(tmp_path / "other.yaml", "base: mine.yaml\n")
     with pytest.raises(ConfigError, match=r"base: of .*other.yaml leads back to itself"):

@@ -1,9 +1,10 @@
 """The configuration of a run: YAML and `key=value` overrides in, one frozen, checked `Config` out.
 
 Each stage's dataclass lives in its own folder, under whose name its section, metrics and log go; this file only
-composes them. A file that begins with `base: other.yaml` says what differs from that one. `yaml_file` reads, OmegaConf
-merges and interpolates; msgspec converts and checks types; the dataclasses check values. All keys that are wrong are
-told at once, in the words of `mistakes`. Nothing here imports torch: `--help` and a typing error answer at once.
+composes them. A file that begins with `base: other.yaml` holds what differs from that file. `yaml_file` reads,
+OmegaConf merges and interpolates, msgspec converts and checks types and ranges, the dataclasses check how keys fit
+together. All wrong keys are reported at once, in the words of `mistakes`. Nothing here imports torch: `--help` answers
+at once.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from asyncdapo.weights.config import WeightsConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Everything a run is made of, one section a stage."""
+    """Everything a run is made of, one section for each stage."""
 
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig
@@ -115,18 +116,18 @@ class Config:
 
 
 BASE = "base"
-"""Key of a file that gives only what differs from another one."""
+"""Key of a file that holds only what differs from another one."""
 SECTIONS: dict[str, type] = {name: hint for name, hint in get_type_hints(Config).items()}
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """Read, merge, resolve and check. Raises UserError that names every key that can't stay, its value and the fix."""
+    """Read, merge, resolve and check. Raises UserError that names every wrong key, its value and the fix."""
     return config_from_dict(*_merged(path, overrides))
 
 
 def load_recorded(path: Path, overrides: Sequence[str] = ()) -> tuple[Config, list[str]]:
-    """As `load_config`, of RUN_DIR/config.yaml, which another version may have written: its keys that are gone are left
-    out, and returned."""
+    """As `load_config`, for RUN_DIR/config.yaml, which another version may have written. Keys that this version doesn't
+    know are left out, and returned."""
     tree, places = _merged(path, overrides)
     unknown = [problem.key for name, given in tree.items() for problem in _unknown(name, given)]
     gone = [key for key in unknown if key in places]
@@ -137,7 +138,7 @@ def load_recorded(path: Path, overrides: Sequence[str] = ()) -> tuple[Config, li
 
 
 def _merged(path: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Plain values with every `${section.key}` replaced; where in a file each key stands that no override changes."""
+    """Plain values with every `${section.key}` replaced; the place in a file of each key that no override changes."""
     try:
         written, places = _read(path)
         changes = [_override(text) for text in overrides]
@@ -157,11 +158,11 @@ def _is_changed(key: str, overrides: Sequence[str]) -> bool:
 
 
 def _read(path: Path, above: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dict[str, str]]:
-    """Keys and places of a file, laid over those of its `base` if it names one. `above`: the files whose base it is."""
+    """Keys and places of a file, laid over those of its `base` if it has one. `above`: the files whose base it is."""
     tree, places = read_yaml(path)
     lists = [name for name, given in tree.items() if name in SECTIONS and isinstance(given, list)]
-    fix = "its keys begin without `- `"
-    raise_all([_placed(ConfigError(name, "is a section, no list", fix=fix), places) for name in lists])
+    fix = "write its keys without `- `"
+    raise_all([_placed(ConfigError(name, "is a section, not a list", fix=fix), places) for name in lists])
     if BASE not in tree:
         return tree, places
     name = str(tree.pop(BASE))
@@ -169,14 +170,14 @@ def _read(path: Path, above: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dic
     if base.resolve() in [file.resolve() for file in (path, *above)]:
         raise ConfigError(BASE, f"of {path} leads back to itself", name)
     if not base.is_file():
-        raise ConfigError(BASE, f"of {path} is no file", name, "a YAML file, relative to this one, or a name")
+        raise ConfigError(BASE, f"of {path} is not a file", name, "a YAML file, relative to this one, or a name")
     below, its_places = _read(base, (path, *above))
     whole = OmegaConf.merge(below, models_beside(base, below), tree)
     return cast(dict[str, Any], OmegaConf.to_container(whole)), its_places | places
 
 
 def models_beside(path: Path, tree: Mapping[str, Any]) -> dict[str, Any]:
-    """What the file's models are called from elsewhere: those that lie beside it and not in the working directory."""
+    """Absolute paths of the file's models that are in its own folder and not in the working directory."""
     section = tree.get("model")
     beside = {
         key: str((path.parent / name).absolute())
@@ -198,7 +199,7 @@ def _override(text: str) -> Any:
 
 
 def _resolved(tree: Any) -> dict[str, Any]:
-    """Plain dictionaries, with every `${section.key}` replaced; defaults may be referred to as well."""
+    """Plain dictionaries with every `${section.key}` replaced. It may refer to a default as well."""
     defaults = {
         name: {f.name: f.default for f in dataclasses.fields(cls) if f.default is not dataclasses.MISSING}
         for name, cls in SECTIONS.items()
@@ -213,8 +214,8 @@ def _plain(value: Any) -> Any:
 
 
 def config_from_dict(tree: dict[str, Any], places: Mapping[str, str] | None = None) -> Config:
-    """Check a tree of plain values and make the Config. Raises ConfigError, or SeveralKeysError with all that is wrong;
-    `places` are where keys stand in files."""
+    """Check a tree of plain values and make the Config. Raises ConfigError, or SeveralKeysError with all wrong keys in
+    the order of `places`, the keys' places in files."""
     problems, sections = [], {}
     for name, given in ({"model": {}} | tree).items():
         problems += _unknown(name, given)
@@ -242,7 +243,7 @@ def _placed(problem: ConfigError, places: Mapping[str, str]) -> ConfigError:
 
 
 def _unknown(name: str, given: Any) -> Iterator[ConfigError]:
-    """The section, or its keys, if there are no such ones."""
+    """An error for the section if it isn't known, or for each of its keys that isn't."""
     if name not in SECTIONS:
         yield unknown_key(name, SECTIONS)
     elif isinstance(given, dict):
@@ -251,8 +252,8 @@ def _unknown(name: str, given: Any) -> Iterator[ConfigError]:
 
 
 def _section(name: str, given: Mapping[str, Any]) -> tuple[Any, list[ConfigError]]:
-    """The section, and what is wrong with it. A key that is wrong is taken out, so that the others are judged as well;
-    what is then said in the name of that key may follow from its default, and isn't told."""
+    """The section, and what is wrong with it. A wrong key is taken out, so that the others are checked as well. A
+    further error that names such a key may follow from its default, and isn't reported."""
     known = {field.name for field in dataclasses.fields(SECTIONS[name])}
     left, problems = {key: value for key, value in given.items() if key in known}, []
     while True:

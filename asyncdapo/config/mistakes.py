@@ -1,7 +1,7 @@
-"""What is said of a key that isn't known, and of a value of another kind: what was meant, and how that is written.
+"""What a user is told about an unknown key, and about a value of a wrong type or out of range: the right form.
 
-In: sections, as their dataclasses. Out: a section, or ConfigError with the right form. Does not own: which sections
-there are, and what values mean.
+In: sections, as their dataclasses. Out: a section, or ConfigError with the fix. Does not own: which sections there are,
+and what values mean.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ UNSET = re.compile(r"Environment variable '(.*)' not found")
 
 
 def unknown_key(key: str, sections: Mapping[str, type]) -> ConfigError:
-    """Of `key`, a section or `section.key` that isn't there. A key of that name in another section is meant more likely
-    than one that is spelled nearly so."""
+    """The error for `key`, a section or `section.key` that doesn't exist. A key of the same name in another section is
+    suggested before one of a similar name."""
     section, _, name = str(key).partition(".")
     keys = {other: [field.name for field in dataclasses.fields(cls)] for other, cls in sections.items()}
     if name in keys.get(section, ()):
@@ -39,7 +39,7 @@ def unknown_key(key: str, sections: Mapping[str, type]) -> ConfigError:
 
 
 def unresolved(key: str, problem: str) -> ConfigError:
-    """Of a `${…}` in the value of `key` that leads nowhere. `problem`: in OmegaConf's words."""
+    """The error for a `${…}` in the value of `key` that can't be resolved. `problem`: in OmegaConf's words."""
     if found := UNSET.search(problem):
         fix = f"export {found[1]}=…, or give a default: ${{oc.env:{found[1]},…}}"
         return ConfigError(key, f"the environment variable {found[1]} is not set", fix=fix)
@@ -47,7 +47,7 @@ def unresolved(key: str, problem: str) -> ConfigError:
 
 
 def convert_section(name: str, cls: type, given: Mapping[str, Any]) -> Any:
-    """The section, checked. Raises ConfigError for the first of its keys that can't be as it is."""
+    """The section, checked. Raises ConfigError for the first wrong key."""
     for key, value in given.items():
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, float) and not math.isfinite(number):
@@ -61,7 +61,7 @@ def convert_section(name: str, cls: type, given: Mapping[str, Any]) -> Any:
 
 
 def _of_another_kind(name: str, cls: type, given: Mapping[str, Any], error: str) -> ConfigError:
-    """Say msgspec's words in ours: key, what is expected, value, an example."""
+    """msgspec's error in our words: key, what is expected, value, fix."""
     problem, _, where = error.partition(" - at `$")
     missing = "missing required field" in problem
     key = problem.split("`")[1] if missing else where.rstrip("`").lstrip(".").split("[")[0]
@@ -98,7 +98,7 @@ def numbers_of(limits: msgspec.Meta) -> Iterator[tuple[str, float]]:
 
 
 def _example(key: str, hint: Any, value: object, default: object) -> str:
-    """How a list or a mapping for this key is written on a command line; nothing for values of other kinds."""
+    """How a list or a mapping for this key is written on the command line. Empty for other types."""
     kinds = {get_origin(kind) or kind for kind in (hint, *get_args(hint))}
     if tuple in kinds and isinstance(value, str):
         return f"{key}='[{', '.join(part.strip() for part in value.split(','))}]'"

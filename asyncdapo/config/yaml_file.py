@@ -1,8 +1,7 @@
-"""One YAML file of a user's: what it says, and where each key stands. What is wrong with it is said with line, column,
-cause and the right form.
+"""One YAML file of a user: its values, and the place of each key.
 
-In: a path. Out: a tree, and a place such as `mine.yaml, line 4, column 3` for each dotted key. Raises UserError. Does
-not own: which keys there are.
+In: a path. Out: a tree, and a place such as `mine.yaml, line 4, column 3` for each dotted key; or UserError with line,
+column, cause and the right form. Does not own: which keys there are.
 """
 
 from __future__ import annotations
@@ -43,14 +42,14 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     if root is None:
         return {}, {}
     if not isinstance(root, yaml.MappingNode):
-        problem, fix = "holds no section", "write `run:`, and its keys below, each indented by two spaces"
+        problem, fix = "has no sections", "write `run:`, and its keys below, each indented by two spaces"
         raise UserError(f"{_place(path, _spot(root.start_mark))}: {problem} ({fix})")
     places: dict[str, str] = {}
     for key, node in _keys(root):
         place = _place(path, _spot(node.start_mark))
         if key in places:
             fix = "keep one of the two" if "." in key else "write all keys of the section under one of the two"
-            raise UserError(f"{place}: {key} stands there already: {places[key]} ({fix})")
+            raise UserError(f"{place}: {key} is already at {places[key]} ({fix})")
         places[key] = place
     return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.create(text))), places
 
@@ -72,8 +71,8 @@ def _place(path: Path, spot: Spot) -> str:
 
 
 def _diagnosis(lines: list[str], error: yaml.MarkedYAMLError) -> tuple[Spot, str, str]:
-    """Where, the cause, the right form. The parser names the place where it gave up; what is wrong may begin before."""
-    lines = [*(COMMENT.sub("", line) for line in lines), ""]  # the end of the file is a place, too
+    """Place, cause and right form. The parser names the place where it gave up; the mistake may be before it."""
+    lines = [*(COMMENT.sub("", line) for line in lines), ""]  # the end of the file is a place as well
     mark, problem = error.problem_mark, error.problem or ""
     context = error.context_mark or mark
     assert mark is not None, "the parser says where it gave up"
@@ -94,7 +93,7 @@ def _diagnosis(lines: list[str], error: yaml.MarkedYAMLError) -> tuple[Spot, str
 
 
 def _in_line(lines: list[str], here: Spot, problem: str) -> tuple[Spot, str, str]:
-    """What is wrong with a line, or with the one above it, of keys and values."""
+    """What is wrong with a line of keys and values, or with the line above it."""
     number = here[0]
     for candidate in (number, number - 1) if number else (number,):
         if right := with_colon(lines[candidate]):
@@ -112,13 +111,13 @@ def _in_line(lines: list[str], here: Spot, problem: str) -> tuple[Spot, str, str
 
 
 def with_colon(line: str) -> str:
-    """The right form of `steps 3`, `steps:3` and `run`; nothing for other lines."""
+    """The right form of `steps 3`, `steps:3` and `run`. Empty for other lines."""
     found = KEY_WITHOUT_COLON.match(line)
     return f"{found[1]}: {found[2] or ''}".rstrip() if found else ""
 
 
 def _open_quote(lines: list[str]) -> Spot | None:
-    """Where a value of one of these lines begins with a double quote that its line doesn't close."""
+    """The place of a double quote that begins a value and that its line doesn't close."""
     for number, line in enumerate(lines):
         found = KEY_AND_VALUE.match(line)
         if found and found[2].startswith('"') and found[2].count('"') % 2:

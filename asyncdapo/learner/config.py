@@ -75,7 +75,7 @@ class ModelConfig:
 
 
 DUAL_CLIP = 10.0
-"""Without it a single token at log ratio 12 outweighs 100,000 others. Healthy runs hardly ever reach it."""
+"""Without this bound a single token at log ratio 12 outweighs 100,000 others. Healthy runs hardly ever reach it."""
 Beta = Annotated[float, Meta(ge=0, lt=1)]
 
 
@@ -149,7 +149,7 @@ class LossConfig:
                 raise ConfigError(f"loss.{key}", problem, band)
 
     def _settle_defaults(self) -> None:
-        """Defaults that depend on other keys of this section, so that the effective values are on record."""
+        """Fill in defaults that depend on other keys of this section, so that the effective values are on record."""
         for key, default in (("clip_low", 0.2), ("clip_high", 0.28)):
             if getattr(self, key) is None:
                 if self.variant == "gspo":
@@ -162,7 +162,7 @@ class LossConfig:
             object.__setattr__(self, "correction", "token" if self.anchor == "proximal" else "none")
 
     def _check_that_all_keys_act(self) -> None:
-        """Whoever sets a key that does nothing believes in a run that they don't have."""
+        """A key that does nothing is refused: whoever set it expects another run."""
         acting = {
             "correction_mode": ("truncate", self.correction != "none", "loss.correction", "loss.anchor=proximal"),
             "correction_band": ((0.0, 2.0), self.correction != "none", "loss.correction", "loss.anchor=proximal"),

@@ -1,17 +1,17 @@
 """Shape: sizes of a decoder of the llama family, and what follows from them by formula. Pure.
 
-In: what a config.json says. Out: parameters, floating point operations, bytes of keys and values, bytes that a forward
-pass keeps for the backward pass. Nothing of it is measured; tests hold it against models of such shapes.
+In: a config.json. Out: parameters, floating point operations, bytes of keys and values, bytes that a forward pass keeps
+for the backward pass. Nothing is measured here; tests compare the formulas with real models.
 
 Operations are those that the mathematics of the model needs, 2 for a multiplication and an addition: matrix products of
 the blocks, logits, attention over the (query, key) pairs that attend. Norms, activation functions and the softmax are
-left out, below 1 %. A backward pass takes twice a forward pass: the gradients of both factors of every product. What is
-computed a second time to save memory (`learner.activation_checkpointing`, log-probs) isn't counted: it is no progress.
+below 1 % and left out. A backward pass costs twice a forward pass: the gradients of both factors of every product. What
+is recomputed to save memory (`learner.activation_checkpointing`, log-probs) isn't counted.
 MFU is then operations / seconds / the peak of the hardware (Chowdhery et al. 2022, PaLM, appendix B).
 
-Does not own: how much memory there is, what a configuration makes of it (`controller.sizes`).
+Does not own: how much memory there is, what a configuration makes of it (`controller/fleet/memory`).
 
-Letters in comments: H hidden size, I intermediate size, Q query heads, K key/value heads, D numbers of a head, V
+Letters in comments: H hidden size, I intermediate size, Q query heads, K key/value heads, D head size, V
 vocabulary, n bytes of a number.
 """
 
@@ -45,8 +45,8 @@ PEAK_FLOPS = {
     "L40": 181e12,
     "L4": 121e12,
 }
-"""Operations a second in bfloat16 as the makers' data sheets have them, dense: theirs with sparsity are twice as many.
-By the words of the GPU's name as torch gives it."""
+"""Dense operations a second in bfloat16, from the makers' data sheets (with sparsity they give twice as many), by the
+words of the GPU's name in torch."""
 
 QWEN25 = {"model_type": "qwen2", "tie_word_embeddings": False, "vocab_size": 152064}
 PUBLISHED = {
@@ -67,14 +67,15 @@ PUBLISHED = {
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Of the GPU of this name, such as `NVIDIA H100 80GB HBM3`; None for one that isn't known, or a part of one."""
+    """Peak operations a second of the GPU with this name, such as `NVIDIA H100 80GB HBM3`. None for an unknown GPU, and
+    for a part of one."""
     words = set(re.split(r"[^A-Za-z0-9]+", device_name))
     known = [name for name in PEAK_FLOPS if words >= set(name.split())]
     return PEAK_FLOPS[max(known, key=len)] if known and "MIG" not in words else None
 
 
 def settled_dtype(dtype: str, *, on_gpu: bool) -> str:
-    """The number format that `auto` stands for on such a device; any other is as it was named."""
+    """The number format that `auto` stands for on such a device. Any other format stays as it is."""
     return dtype if dtype != "auto" else "bfloat16" if on_gpu else "float32"
 
 
@@ -90,7 +91,7 @@ class Shape:
     head_dim: int
     vocab_size: int
     tied_embeddings: bool
-    """The output projection is the embedding, and a checkpoint has it once."""
+    """The output projection is the embedding; a checkpoint has it once."""
     qkv_bias: bool
     out_bias: bool
     mlp_bias: bool
@@ -115,15 +116,15 @@ class Shape:
     # -------------------------------------------------------------------------------------------------- operations
 
     def forward_flops(self, num_tokens: int, num_logit_tokens: int, num_pairs: int) -> int:
-        """Of a forward pass: `num_tokens` that go through the blocks, of which `num_logit_tokens` have their logits
-        computed; `num_pairs` of a query and a key that attend, each counted once, whatever the heads."""
+        """Operations of a forward pass. `num_tokens` go through the blocks, and `num_logit_tokens` of them get logits;
+        `num_pairs`: pairs of a query and a key that attend, each counted once, whatever the number of heads."""
         blocks = 2 * self.num_layers * self.num_block_products * num_tokens
         logits = 2 * self.hidden_size * self.vocab_size * num_logit_tokens
         attention = 4 * self.num_layers * self.num_heads * self.head_dim * num_pairs  # scores, then a sum of values
         return blocks + logits + attention
 
     def train_flops(self, num_tokens: int, num_logit_tokens: int, num_pairs: int) -> int:
-        """Of a forward and a backward pass over the same."""
+        """Operations of a forward and a backward pass over the same tokens."""
         return 3 * self.forward_flops(num_tokens, num_logit_tokens, num_pairs)
 
     @property
@@ -134,11 +135,11 @@ class Shape:
     # ------------------------------------------------------------------------------------------------------ memory
 
     def kv_bytes(self, dtype: str) -> int:
-        """Bytes of a token's keys and values."""
+        """Bytes of the keys and values of one token."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * DTYPE_BYTES[dtype]
 
     def attention_bytes(self, dtype: str, *, flash: bool) -> int:
-        """Bytes that a token leaves in a block for the backward pass, but for those inside of the MLP.
+        """Bytes that a token leaves in a block for the backward pass, without those inside the MLP.
 
         A norm keeps its input in float32 (n + 4 with the normalised values, and the reciprocal root); the products
         behind it keep its output. Attention keeps queries, keys, values, its result and a number a head for its
@@ -154,12 +155,12 @@ class Shape:
         return norms + size * numbers + FLOAT32_BYTES * self.num_heads
 
     def mlp_bytes(self, dtype: str) -> int:
-        """Bytes that a token leaves inside of an MLP: gate, its activation, up, their product."""
+        """Bytes that a token leaves inside an MLP: gate, its activation, up, their product."""
         return 4 * self.intermediate_size * DTYPE_BYTES[dtype]
 
     def kept_bytes(self, dtype: str, checkpointing: str, *, flash: bool) -> int:
-        """Bytes that a token leaves behind in a forward pass for the backward pass, up to the hidden states that logits
-        are made of, under this `learner.activation_checkpointing`. torch.compile keeps less."""
+        """Bytes that a forward pass keeps of a token for the backward pass, up to the last hidden states, under this
+        `learner.activation_checkpointing`. torch.compile keeps less."""
         size = DTYPE_BYTES[dtype]
         of_a_block = {
             "none": self.attention_bytes(dtype, flash=flash) + self.mlp_bytes(dtype),
@@ -171,9 +172,9 @@ class Shape:
         return self.num_layers * of_a_block + last_norm + rotation + TOKEN_BYTES
 
     def work_bytes(self, dtype: str, checkpointing: str, *, flash: bool) -> int:
-        """Bytes that the backward pass has for a token at its peak, besides those kept: in a block what it computes
-        again, the gradients of two tensors inside of the MLP, and those of its output and its input; or in the last
-        norm its output's gradient and four float32 tensors on the way to its input's."""
+        """Bytes that the backward pass needs for a token at its peak, besides those kept. In a block: what it
+        recomputes, and the gradients of two tensors inside the MLP, of the output and of the input. In the last norm:
+        the gradient of the output, and four float32 tensors on the way to that of the input."""
         size, hidden = DTYPE_BYTES[dtype], self.hidden_size
         again = {
             "none": 0,
@@ -185,12 +186,12 @@ class Shape:
 
 
 def _norm_bytes(width: int, size: int) -> int:
-    """Of an RMS norm of one token (or head): input in float32, normalised input, reciprocal root; not its output."""
+    """Bytes of an RMS norm of one token (or head): float32 input, normalised input, reciprocal root; not the output."""
     return (FLOAT32_BYTES + size) * width + FLOAT32_BYTES
 
 
 def read_shape(config: Mapping[str, Any]) -> Shape | None:
-    """The shape that a config.json describes; None for a kind of model whose formula isn't known here."""
+    """The shape that a config.json describes. None for a kind of model whose formulas aren't known here."""
     kind = config.get("model_type")
     if kind not in MODEL_TYPES or not config.keys() >= SIZES:
         return None

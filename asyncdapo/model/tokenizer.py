@@ -1,7 +1,7 @@
-"""Text to token ids and back, for whoever is given one of these callables. Does not import torch.
+"""Text to token ids and back. Does not import torch.
 
-The tokenizer is the checkpoint's `tokenizer.json`, used directly: one encode or decode takes some 10 µs, several times
-less than through the Python layer above it.
+The model's `tokenizer.json` is used directly: one encode or decode takes some 10 µs, several times less than through
+the Python layer above it.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ class TextTokenizer:
 
     @property
     def unknown_id(self) -> int | None:
-        """The token that stands for text outside the vocabulary; None where every text has tokens of its own."""
+        """The token for text outside the vocabulary. None for a tokenizer that knows every text."""
         token = getattr(self._backend.model, "unk_token", None)
         return self._backend.token_to_id(token) if token else None
 
     def encode_chat(self, question: str, system_prompt: str | None = None) -> list[int]:
-        """Ids of the question as the user's turn in the chat template, behind the system prompt if there is one, up to
-        where the assistant's turn begins."""
+        """Ids of the question as the user's turn in the chat template, after the system prompt if there is one. They
+        end where the assistant's turn begins."""
         turns = _turns(question, system_prompt)
         token_ids = self._tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
         return cast(list[int], token_ids)
@@ -45,8 +45,8 @@ class TextTokenizer:
     def prompt_encoder(
         self, chat_template: bool, system_prompt: str | None = None, vocab_size: int | None = None
     ) -> Callable[[str], list[int]]:
-        """`encode_chat` or `encode`. Raises ConfigError for a chat template that the tokenizer hasn't got, or that has
-        no place for the system prompt; and so does what it returns, for a token outside the model's vocabulary."""
+        """`encode_chat` or `encode`. Raises ConfigError if the tokenizer has no chat template, or its template leaves
+        the system prompt out. The function returned raises it for a token outside the model's vocabulary."""
         if chat_template:
             self._check_chat(system_prompt)
 

@@ -33,7 +33,7 @@ class FilterConfig:
 
     @property
     def replaces(self) -> bool:
-        """Whether copies stand in the places of groups that aren't worth training on. Without the filter all are."""
+        """Whether copies take the places of groups that aren't worth training on. Without the filter every group is."""
         return self.enabled and self.mode == "replace"
 
 

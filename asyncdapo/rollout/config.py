@@ -15,7 +15,7 @@ PARITY_WARN = {"float32": 1e-3, "bfloat16": 0.1}
 PARITY_STOP = {"float32": 0.05, "bfloat16": 0.5}
 """By number format, in nats. Two fp32 engines differ by 1e-5 in the mean, two bf16 ones by 0.05."""
 VLLM_TEMPERATURES = 0.01, 2.0
-"""vLLM raises a lower temperature to the first without a word to the caller, and refuses one above the second."""
+"""vLLM silently raises a temperature below the first, and refuses one above the second."""
 Temperature = Annotated[
     float, Meta(gt=0, le=10, extra={"fix": "training needs the log-prob of a sampled token; use 1.0"})
 ]
@@ -42,7 +42,7 @@ ENGINE_OWNED = {
     "pipeline_parallel_size": "",
     "data_parallel_size": "",
 }
-"""What `rollout.engine_args` can't set, and the key that does (none: the engine depends on it)."""
+"""Arguments that `rollout.engine_args` can't set, and the key that can. No key: the engine depends on the value."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +95,7 @@ class RolloutConfig:
         self._settle_parity()
 
     def _check_engine_keys(self) -> None:
-        """Whoever sets a key that does nothing believes in a run that they don't have."""
+        """A key that does nothing is refused: whoever set it expects another run."""
         for key, default in (("tensor_parallel", 1), ("memory_fraction", None), ("engine_args", {})):
             if self.engine != "vllm" and getattr(self, key) != default:
                 raise ConfigError(
@@ -111,7 +111,7 @@ class RolloutConfig:
         self.check_temperature("rollout.temperature", self.temperature)
 
     def check_temperature(self, key: str, temperature: float) -> None:
-        """Raises ConfigError, in the name of this key, for one at which vLLM doesn't sample."""
+        """Raises ConfigError, for this key, where vLLM doesn't sample at the temperature."""
         lowest, highest = VLLM_TEMPERATURES
         if self.engine == "vllm" and not lowest <= temperature <= highest:
             raise ConfigError(
@@ -122,7 +122,7 @@ class RolloutConfig:
             )
 
     def _settle_parity(self) -> None:
-        """Defaults that depend on the number format, once that is known."""
+        """Fill in defaults that depend on the number format, once it is known."""
         for key, defaults in (("parity_warn", PARITY_WARN), ("parity_stop", PARITY_STOP)):
             if getattr(self, key) is None and self.dtype != "auto":
                 object.__setattr__(self, key, defaults[self.dtype])
