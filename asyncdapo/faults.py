@@ -1,10 +1,10 @@
-"""Faults on purpose, for tests: bad links, death at a named point, a slow worker, a slow or full disk.
+"""Faults on purpose, for tests: bad links, a kill at a named point, a slow worker, a slow or full disk.
 
-In: the `faults` section, once per process (`install`). Out: with the section at its defaults nothing, and every call
-below costs one comparison; else the faults of this process. What is random is seeded by the section, the process and
-the socket, so that a failing run can be repeated. Each entry of `faults.kill` kills once per run: a mark in
-RUN_DIR/faults says that it did, and the next life of the process goes on.
-Does not own: what the sockets make of a bad link (`transport/lossy`), and how the others cope.
+In: the `faults` section, once per process (`install`). Out: the faults of this process. With the section's defaults
+there are none, and every call below costs one comparison. Random faults are seeded by the section, the process and the
+socket, so a failing run can be repeated. Each entry of `faults.kill` kills once per run: a file in RUN_DIR/faults marks
+that it did, so the next life of the process passes the point.
+Does not own: how sockets apply a bad link (`transport/lossy`), and how the other processes react.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ POINTS = {
 """Where `faults.kill` can kill: the points that each kind of process passes."""
 KILL = re.compile(r"(controller|replay|learner(?:-[1-9]\d*)?|rollout-\d+)\.(\w+)(?::([1-9]\d*))?")
 HOLD_S = 0.1
-"""How long a message is held back so that those behind it overtake it."""
+"""How long a message is held back, so that later ones overtake it."""
 SLOW_WORKER = "rollout-0"
 
 Frames = Sequence[bytes | bytearray | memoryview]
@@ -97,36 +97,36 @@ class FaultsConfig:
 
 
 def install(process: str, settings: FaultsConfig, run_dir: Path) -> None:
-    """Say who this process is ("replay", "learner", "rollout-0", "controller") and what goes wrong in it."""
+    """Set the name of this process ("replay", "learner", "rollout-0", "controller") and its faults."""
     global _faults
     _faults = _Faults(process, settings, run_dir) if settings != FaultsConfig() else None
 
 
 def point(name: str) -> None:
-    """This process passes a point of `POINTS`; perhaps it gets no further."""
+    """This process has reached a point of `POINTS`. It may be killed here."""
     if _faults:
         _faults.pass_point(name)
 
 
 def disk_write(num_bytes: int) -> None:
-    """The process is about to write this much. Raises OSError (ENOSPC) when the disk is full."""
+    """The process is about to write `num_bytes`. Raises OSError (ENOSPC) if the disk is full."""
     if _faults:
         _faults.write(num_bytes)
 
 
 async def slow_worker() -> None:
-    """A worker has a group or an evaluation ready; the slow one takes longer."""
+    """A worker has finished a group or an evaluation. The slow worker waits here."""
     if _faults and _faults.worker_s:
         await asyncio.sleep(_faults.worker_s)
 
 
 def link() -> Link | None:
-    """What goes wrong with the messages that a new socket of this process sends; None when nothing does."""
+    """The faults of the messages that a new socket of this process sends; None if there are none."""
     return _faults.next_link() if _faults else None
 
 
 def parse_kill(entry: str) -> tuple[str, str, int]:
-    """Process, point and which time of "process.point[:n]". Raises ConfigError that says what there is."""
+    """Process, point and n of "process.point[:n]". Raises ConfigError that names the points there are."""
     match = KILL.fullmatch(entry)
     if not match:
         raise ConfigError("faults.kill", "an entry is process.point[:n]", entry, "learner.after_train:3")
@@ -138,15 +138,17 @@ def parse_kill(entry: str) -> tuple[str, str, int]:
 
 
 class Link:
-    """Decides what becomes of each message of one socket, without sending anything."""
+    """Decides what happens to each message of one socket. It sends nothing."""
 
     def __init__(self, settings: FaultsConfig, name: str) -> None:
         self._settings, self._random = settings, random.Random(f"{settings.seed} {name}")
         self._last_at = -math.inf
 
     def pass_on(self, frames: Frames, now: float) -> list[tuple[float, Frames]]:
-        """When to send what in place of these frames. Delays alone keep the order of messages."""
-        chances = [self._random.random() for _ in range(5)]  # always as many, so that settings don't shift the others
+        """What to send instead of these frames, and when. Delays alone keep the order of messages."""
+        chances = [
+            self._random.random() for _ in range(5)
+        ]  # always five, so that one setting doesn't change the draws of another
         drop, duplicate, truncate, reorder, delay = chances
         settings = self._settings
         if drop < settings.drop:
@@ -159,7 +161,7 @@ class Link:
         return [(at, frames)] * (2 if duplicate < settings.duplicate else 1)
 
     def _cut(self, frames: Frames) -> Frames:
-        """One frame loses its end; the first, the header, is never empty."""
+        """Cut off the end of one frame. The first one, the header, is never empty, so there is one to choose."""
         views = [memoryview(frame).cast("B") for frame in frames]
         chosen = self._random.choice([index for index, view in enumerate(views) if len(view)])
         views[chosen] = views[chosen][: self._random.randrange(len(views[chosen]))]
@@ -188,7 +190,7 @@ class _Faults:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     def write(self, num_bytes: int) -> None:
-        """A disk that is full is so for every process of the run, and stays so."""
+        """A full disk is full for every process of the run, and stays full."""
         time.sleep(self._settings.slow_disk_s)
         self._num_bytes += num_bytes
         full, limit_mb = self._marks / "disk_full", self._settings.disk_full_after_mb

@@ -1,8 +1,8 @@
-"""Audit: does a run directory hold what the run promised? From its files alone, finished or not.
+"""Audit: does a run directory hold what the run promised? It reads files only, of a finished or an unfinished run.
 
-In: `ledger.db`, `payloads/`, `metrics.jsonl`, and `config.yaml`, whose values (the staleness bound first of all) the
-run is held to. Out: the breaches, one line each; none for a sound run.
-Trusts nothing that the run computed about itself: counts and staleness are taken again from the rows of the groups.
+In: `ledger.db`, `payloads/`, `metrics.jsonl`, and `config.yaml` with the limits that the run promised, above all the
+staleness bound. Out: the breaches, one line each; none for a sound run.
+It trusts no number that the run computed about itself: counts and staleness are recounted from the rows of the groups.
 Does not own: the invariants of the ledger (`invariants`).
 """
 
@@ -29,16 +29,16 @@ METRICS_FILE = "metrics.jsonl"
 EVALUATION_FILE = "eval.json"
 """In the directory of an evaluation (`controller/eval/record.py`)."""
 NUM_SHOWN = 3
-"""Rows shown of each breach; the rest is a number."""
+"""Rows shown of each breach; the others are only counted."""
 
 
 class _Unreadable(Exception):  # noqa: N818 - a finding, not a failure
-    """A file that the audit needs is missing, torn or foreign."""
+    """A file that the audit needs is missing, damaged or of another format."""
 
 
 def run_audit(run_dir: Path) -> int:
-    """Print what the run came to and what is wrong with it. Returns the exit code: 1 on a breach. Raises
-    UserError where there is no run."""
+    """Print a summary of the run and its breaches. Returns the exit code: 1 on a breach. Raises UserError if there is
+    no run."""
     if not any((run_dir / name).exists() for name in (CONFIG_FILE, LEDGER_FILE)):
         raise UserError(f"{run_dir}: no run there (give the run.dir of a launch)")
     if (run_dir / EVALUATION_FILE).exists():
@@ -59,7 +59,7 @@ def audit(run_dir: Path) -> list[str]:
     try:
         limits = _limits(run_dir / CONFIG_FILE)
         with closing(_open(run_dir)) as ledger:
-            ledger.execute("BEGIN")  # one moment of a run that may go on
+            ledger.execute("BEGIN")  # a consistent view: the run may still write
             finished = ledger.execute("SELECT EXISTS (SELECT 1 FROM events WHERE kind = 'run_ended')").fetchone()[0]
             return [
                 *_ledger_breaches(ledger, limits | {"finished": finished}),
@@ -71,7 +71,7 @@ def audit(run_dir: Path) -> list[str]:
 
 
 def ledger_breach(run_dir: Path, config: dict[str, object]) -> str:
-    """What of `config` the ledger of a run breaks, the first thing found; nothing for one to go on from."""
+    """The first breach of `config` in the ledger of a run; empty if the run can be resumed with it."""
     try:
         if not is_begun(run_dir):
             return ""
@@ -84,7 +84,7 @@ def ledger_breach(run_dir: Path, config: dict[str, object]) -> str:
 
 
 def _limits(path: Path) -> dict[str, int]:
-    """What the run's configuration promises: the parameters of the invariants."""
+    """The limits in the run's config: parameters of the invariants."""
     if not path.is_file():
         raise _Unreadable(f"{path.name}: missing, so there is nothing to hold the run to")
     try:
@@ -107,12 +107,12 @@ def _limits_of(config: DictConfig | ListConfig) -> dict[str, int]:
 
 
 def _may_be_short(config: DictConfig | ListConfig) -> bool:
-    """Whether a batch may be cut short: at the limit of generation batches, or of what is left when the data ends."""
+    """Whether a batch may be smaller: at the limit of generation batches, or with the last groups of the data."""
     return config.filter.on_limit != "raise" and (config.filter.max_gen_batches > 0 or config.prompts.epochs > 0)
 
 
 def _open(run_dir: Path) -> sqlite3.Connection:
-    """The ledger, once its schema and its pages are known to be right."""
+    """The ledger, after a check of its schema and its pages."""
     if not (run_dir / LEDGER_FILE).is_file():
         raise _Unreadable(f"{LEDGER_FILE}: missing")
     ledger = open_ledger(run_dir)
@@ -135,7 +135,7 @@ def _ledger_breaches(ledger: sqlite3.Connection, parameters: dict[str, int]) -> 
 
 
 def _payload_breaches(ledger: sqlite3.Connection, folder: Path) -> Iterator[str]:
-    """What may still be trained on must be there as it was written."""
+    """Groups that may still be trained on and whose payload is missing or damaged."""
     held = f"state IN {HELD_STATES}"
     lacking = [
         dict(row) for row in ledger.execute(f"SELECT group_id, state FROM groups WHERE {held} AND segment IS NULL")
@@ -145,7 +145,7 @@ def _payload_breaches(ledger: sqlite3.Connection, folder: Path) -> Iterator[str]
 
 
 def _harmed(ledger: sqlite3.Connection, folder: Path, condition: str) -> list[dict]:
-    """Groups whose payload is kept and can't be read back."""
+    """Groups whose payload is kept but unreadable."""
     rows = ledger.execute(
         f"SELECT group_id, state, segment, offset, bytes FROM groups WHERE segment IS NOT NULL AND ({condition})"
     )
@@ -159,8 +159,9 @@ def _harmed(ledger: sqlite3.Connection, folder: Path, condition: str) -> list[di
 
 
 def _metrics_breaches(ledger: sqlite3.Connection, path: Path, finished: bool) -> Iterator[str]:
-    """metrics.jsonl has one line for each batch, and they agree. The line of the last batch may be lacking, since it is
-    written after the final evaluation; while a run goes on it may be ahead of the ledger's moment."""
+    """metrics.jsonl has one line for each batch, and they agree. The last batch's line may be missing, since it is
+    written after the final evaluation. In a running run there may be lines that are newer than this view of the
+    ledger."""
     try:
         lines = _metrics(path, finished)
     except _Unreadable as error:
@@ -218,7 +219,7 @@ def _show(rows: list[dict]) -> str:
 
 
 def _summary(run_dir: Path) -> list[str]:
-    """What the ledger counts, for people; nothing when it can't be read."""
+    """Counts from the ledger, for people; empty if it can't be read."""
     try:
         with closing(_open(run_dir)) as ledger:
             harmed = _harmed(ledger, run_dir / PAYLOAD_FOLDER, f"state NOT IN {HELD_STATES}")
@@ -243,7 +244,7 @@ def _rollbacks(ledger: sqlite3.Connection) -> Iterator[str]:
 
 
 def _unreadable(ledger: sqlite3.Connection, harmed: list[dict]) -> Iterator[str]:
-    """Payloads that were lost, and what became of their groups: nothing that was promised is broken by it."""
+    """Lost payloads, and what became of their groups. They break no promise."""
     every_event = "SELECT kind FROM events UNION ALL SELECT kind FROM undone_events"
     again = ledger.execute(f"SELECT COUNT(*) FROM ({every_event}) WHERE kind = 'unreadable'").fetchone()[0]
     if again:

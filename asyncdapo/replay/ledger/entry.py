@@ -29,7 +29,7 @@ class Entry:
     sessions: dict[int, str]
     """Session of every worker, shared by all entries: a `WorkerJoined` changes it."""
     keep_payloads: bool
-    """Whether groups keep their payload that are not held."""
+    """Whether groups that are not held keep their payload, too."""
     branch: int
     position: int
     """Number of the entry in the journal."""
@@ -57,7 +57,7 @@ class Entry:
             self._insert_batch(event.step, summary)
 
     def _insert_batch(self, step: int, summary: Mapping[str, float]) -> None:
-        """The batch as its groups say it was: they became `trained` in this same transaction."""
+        """The batch's row, computed from its groups, which became `trained` in this transaction."""
         copies = {group_id: num for group_id, num in reload.batch_copies(self.db, step).items() if num}
         self.db.execute(
             "INSERT INTO batches SELECT :step, :branch, :version, COUNT(*), :copies, SUM(tokens),"
@@ -137,7 +137,7 @@ class Entry:
     # ------------------------------------------------------------------------------------ prompts, leases and groups
 
     def _insert_new_prompts(self, prompts: Sequence[Prompt]) -> None:
-        """A prompt has its row from its first lease on."""
+        """A prompt gets its row with its first lease."""
         self.db.executemany(
             "INSERT OR IGNORE INTO prompts VALUES (?, ?, ?, ?, 'waiting', 0, NULL, '', NULL, ?)",
             [(prompt.prompt_id, prompt.epoch, prompt.source, prompt.row, self.position) for prompt in prompts],
@@ -160,7 +160,7 @@ class Entry:
         assert moved.rowcount == 1, f"{action} of a prompt that was never leased"
 
     def _end_lease(self, action: core.EndLease) -> None:
-        """A late group changes nothing about its lease, which has ended before."""
+        """A late group doesn't change its lease, which had already ended."""
         if action.outcome != "late":
             self.db.execute(
                 "UPDATE leases SET outcome = ?, reason = ?, ended_pos = ?, ended_at_s = ? WHERE lease_id = ?",
@@ -176,7 +176,7 @@ class Entry:
             )
 
     def _move_group(self, action: core.MoveGroup) -> None:
-        """The row of a group is made by the first move after its arrival."""
+        """A group gets its row with its first move."""
         moved = self.db.execute(
             "UPDATE groups SET state = ?, step = ?, reason = ?, changed_pos = ? WHERE group_id = ?",
             (action.state, action.step, action.reason, self.position, action.group_id),
@@ -196,7 +196,7 @@ class Entry:
 def _group_row(
     action: core.MoveGroup, group: Group, place: Place | None, *, position: int, at_s: float
 ) -> dict[str, str | int | float | None]:
-    """The row of a group that arrives in transaction `position`. `place` is None when its payload isn't kept."""
+    """The row of a group that arrives in entry `position`. `place` is None if its payload isn't kept."""
     completions = group.completions
     accs = [completion.metrics["acc"] for completion in completions if "acc" in completion.metrics]
     return {

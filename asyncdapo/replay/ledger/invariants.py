@@ -1,12 +1,12 @@
-"""What must hold in a ledger, as SQL that finds the rows in which it doesn't.
+"""The invariants of a ledger, as SQL that finds the rows that break them.
 
-Each query returns no row in a sound ledger; the columns of a row that it does return say what is wrong. Parameters come
-from the run's own config.yaml: `:bound` (staleness in force), `:batch_min`, `:batch_max` (groups in a batch, copies
-counted), `:group_size`, `:max_attempts`, `:replaces` (1 under `filter.mode: replace`); and from the ledger: `:finished`
-(1 once the run has ended).
+In a sound ledger no query returns a row. The columns of a returned row say what is wrong. Parameters come from the
+run's config.yaml: `:bound` (staleness in force), `:batch_min`, `:batch_max` (groups in a batch, copies counted),
+`:group_size`, `:max_attempts`, `:replaces` (1 under `filter.mode: replace`); and from the ledger: `:finished` (1 once
+the run has ended).
 
-The tables hold the surviving history, so all but the last section read as if nothing had ever been undone. That section
-would catch a wrong rollback: something of an abandoned future that is still there.
+The tables hold only history that was not undone, so all sections but the last read as if there had been no rollback.
+The last section finds errors of rollbacks: rows of an undone history that are still there.
 Does not own: reading files, metrics.jsonl, payload segments (`audit`).
 """
 
@@ -14,7 +14,7 @@ _PROMPT_STATES = "'waiting','leased','queued','spare','cut','trained','filtered'
 _GROUP_STATES = "'queued','spare','cut','trained','filtered','expired','surplus','failed'"
 _LEASE_OUTCOMES = "'done','withdrawn','lost','rejected','failed'"
 _SHARED_STATES = "'queued','spare','cut','trained','filtered'"
-"""States that a prompt has because its one live group has them."""
+"""States that a prompt shares with its one live group."""
 NUM_COPIES = "(SELECT COALESCE(SUM(value), 0) FROM json_each(b.copies))"
 """Copies of members in a row `b` of `batches`."""
 

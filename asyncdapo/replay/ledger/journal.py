@@ -1,16 +1,16 @@
 """The journal: every event of the core that changed something, in `RUN_DIR/ledger.db`.
 
 In: a core event, the actions that it caused, and what the core doesn't know of it (the group that arrived, the prompts
-granted). Out: rows that any `sqlite3` can read (docs/ledger.md), the groups again when a batch is cut, and the whole
-state again when another process goes on (`recover`), after a rollback or without one.
+granted). Out: rows that any `sqlite3` can read (docs/ledger.md), the groups of a batch that is cut, and the whole state
+for a process that resumes the run (`recover`), with or without a rollback.
 
     bytes, then row     a group's buffers are in their segment before the row that points to them exists
     disk, then commit   the segment is synced before the transaction is committed, and SQLite (WAL, synchronous FULL)
-                        syncs the commit before it returns: a power cut leaves rows with their payloads
-    commit, then send   whoever acknowledges a group or sends a batch after that can be killed at once, or its machine
-                        lose power, and nothing that a peer was told is forgotten
-    one transaction     what comes together (`together`) is synced together: two waits for the disk, however many groups
-    one writer          the run directory is locked for as long as the journal is open
+                        syncs the commit before it returns. So after a power cut every row has its payload
+    commit, then send   a group is acknowledged, and a batch is sent, only after the commit. So neither a kill nor a
+                        power cut loses anything that a peer was told
+    one transaction     events written `together` are synced together: two waits for the disk, however many groups
+    one writer          the run directory is locked as long as the journal is open
 
 Does not own: which state follows which (the core), the rows of an entry (`entry`), what a rollback undoes (`rollback`),
 sockets.
@@ -54,7 +54,7 @@ RECORDED_EVENTS = (
     core.Published,
     core.RunEnded,
 )
-"""Events that leave a row even when they cause no action."""
+"""Events that are recorded even if they cause no action."""
 
 
 class Journal:
@@ -68,8 +68,8 @@ class Journal:
         segment_bytes: int = SEGMENT_BYTES,
         lock_wait_s: float = LOCK_WAIT_S,
     ) -> None:
-        """Opens the run's ledger, or starts it. Raises UserError when it is one of another layout or damaged, RunError
-        when another process keeps writing it for `lock_wait_s`."""
+        """Open the run's ledger, or create it. Raises UserError if the ledger has another schema or is damaged,
+        RunError if another process still holds its lock after `lock_wait_s`."""
         run_dir.mkdir(parents=True, exist_ok=True)
         self._path = run_dir / LEDGER_FILE
         self._keep_payloads = keep_payloads
@@ -83,11 +83,9 @@ class Journal:
         """Branch that new rows belong to."""
 
     def roll_back(self, step: int, reason: str, config: ReplayConfig, *, replaces: bool) -> None:
-        """Undo what came of weights newer than those of train step `step`, in one transaction, and begin a branch.
-        `replaces`: see `FilterConfig`.
-
-        Raises RunError when the ledger holds no batch `step`: it is not of the history that the checkpoint is of.
-        """
+        """Undo, in one transaction, what came of weights newer than version `step`, and begin a branch. `replaces`: see
+        `FilterConfig`. Raises RunError if the ledger holds no batch `step`: then it is of another history than the
+        checkpoint."""
         row = (0,)
         if step > 0:
             row = self._db.execute("SELECT trained_pos FROM batches WHERE step = ?", (step,)).fetchone()
@@ -109,25 +107,25 @@ class Journal:
             rollback.run(reason)
             faults.point("in_roll_back")
             if rollback.unreadable:
-                self._segments.begin_next()  # what harmed an older record may have taken the file away under its writer
+                self._segments.begin_next()  # what damaged an older record may have deleted the open file, too
         self.branch += 1
 
     def recover(self) -> Recovered:
-        """What the ledger says now: where the core and the server go on."""
+        """The ledger's record, from which the core and the server resume."""
         return reload.recover(self._db)
 
     def batch_facts(self, step: int) -> list[GroupFacts]:
-        """Members of a batch that is trained; empty when there is none."""
+        """Members of a trained batch; empty if there is no such batch."""
         return reload.batch_facts(self._db, step)
 
     def num_copies(self, step: int) -> int:
-        """Copies of members that stand in a batch that was cut."""
+        """Copies in a batch that was cut."""
         return sum(reload.batch_copies(self._db, step).values())
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """What is written in the body is one transaction, and on disk when the body ends; nothing of it is written when
-        the body raises, or the disk does (DiskError). Within another one, it is part of that."""
+        """Everything written in the body is one transaction, which is on disk at the end. If the body raises, or the
+        disk fails (DiskError), nothing is written. Inside another such body it is part of that transaction."""
         if self._db.in_transaction:
             yield
             return
@@ -153,8 +151,8 @@ class Journal:
         detail: str = "",
         summary: Mapping[str, float] | None = None,
     ) -> None:
-        """The event, then its actions in order, in a transaction of their own or `together` with others; nothing when
-        there is nothing to write down. Raises DiskError; then nothing of it is written.
+        """Write the event, then its actions in order, in a transaction of their own or `together` with others. An event
+        that caused no action may leave no row. Raises DiskError; then nothing is written.
 
         prompts  the prompts of the leases granted in `actions`
         arrived  header and buffers of a `GroupDone`
@@ -180,22 +178,22 @@ class Journal:
             entry.write(event, actions, prompts, summary or {})
 
     def read(self, group_id: int) -> tuple[Group, Payload]:
-        """A group whose payload was kept. Raises LookupError when it isn't kept, BadRecord when it can't be read."""
+        """A group and its payload. Raises LookupError if the payload isn't kept, BadRecord if it can't be read."""
         return self._segments.read(place_of(self._db, group_id))
 
     def read_header(self, group_id: int) -> Group:
-        """The same without its payload's bytes."""
+        """The group without its payload. Raises as `read`."""
         return self._segments.read_header(place_of(self._db, group_id))
 
     def outcome(self, lease_id: int) -> str | None:
-        """How a lease ended, or `undone`; None while it runs. Raises LookupError when it was never granted."""
+        """How a lease ended, or `undone`; None while it runs. Raises LookupError if it was never granted."""
         return reload.outcome(self._db, lease_id)
 
     def covered(self, step: int) -> None:
-        """`step` is the oldest checkpoint kept: free the segments that no rollback to it or a newer one can ask for.
+        """`step` is the oldest checkpoint kept. Free the segments that no rollback to it or to a newer one can need.
 
-        A group is done with when it had its end before step `step` was trained. One that ended later may come back:
-        its batch is trained again, or it returns to the queue. (Not one that the filter dropped or a rollback undid.)
+        Nothing needs a group any more that ended before step `step` was trained, that the filter dropped, or that a
+        rollback undid. Any other group may be needed again: a rollback may train its batch again or queue it again.
         """
         if self._keep_payloads:
             return
@@ -217,7 +215,8 @@ class Journal:
             self._segments.delete(segment)
 
     def fold(self) -> None:
-        """Fold the WAL into ledger.db, so that this file alone is the whole ledger. Takes a while: at rest points."""
+        """Fold the WAL into ledger.db, so that this file alone is the whole ledger. It takes a while: call it when
+        nobody waits."""
         with disk_errors(self._path):
             self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
 

@@ -1,7 +1,7 @@
-"""The ledger as a file: how it is started, and how anybody reads it.
+"""The ledger as a file: how it is created, locked and read.
 
 In: a run directory. Out: a connection, the branch of every batch, a group with its tokens. Readers need no lock and no
-running process; they see what is committed, also while the run goes on.
+running process. They see what is committed, also while the run continues.
 Does not own: writing (`journal`), the tables (`schema`), whether they are sound (`audit`).
 """
 
@@ -23,11 +23,11 @@ from asyncdapo.replay.ledger.schema import LEDGER_SCHEMA, TABLES, UNDONE_TABLES
 LEDGER_FILE = "ledger.db"
 LOCK_FILE = "ledger.lock"
 LOCK_WAIT_S = 30.0
-"""Time for a predecessor that is dying to be gone."""
+"""Time for a former writer to finish dying."""
 PAYLOAD_FOLDER = "payloads"
 NUM_NAMED = 3
 KINDS = {"INTEGER": "integer", "INT": "integer", "REAL": "real", "TEXT": "text"}
-"""What SQLite calls the values of a column, by how the column was declared."""
+"""SQLite's name for the type of a value, by the declared type of its column."""
 
 
 def lock_for_writing(run_dir: Path, wait_s: float) -> IO[str]:
@@ -43,10 +43,8 @@ def lock_for_writing(run_dir: Path, wait_s: float) -> IO[str]:
 
 
 def open_for_writing(path: Path) -> sqlite3.Connection:
-    """The ledger at `path`, started if there is none. Whoever calls holds the writer's lock.
-
-    Raises UserError for a ledger of another layout.
-    """
+    """The ledger at `path`, created if there is none. The caller holds the writer's lock. Raises UserError for a ledger
+    of another schema."""
     ledger = sqlite3.connect(path, isolation_level=None)
     ledger.execute("PRAGMA journal_mode = WAL")
     ledger.execute("PRAGMA synchronous = FULL")
@@ -57,14 +55,14 @@ def open_for_writing(path: Path) -> sqlite3.Connection:
 
 
 def open_ledger(run_dir: Path) -> sqlite3.Connection:
-    """The ledger for reading, also while the run goes on. Raises sqlite3.OperationalError when there is none."""
+    """The ledger for reading, also while the run continues. Raises sqlite3.OperationalError if there is none."""
     ledger = sqlite3.connect(f"{(run_dir / LEDGER_FILE).absolute().as_uri()}?mode=ro", uri=True)
     ledger.row_factory = sqlite3.Row
     return ledger
 
 
 def is_begun(run_dir: Path) -> bool:
-    """Whether there is a ledger: a process killed while it began one leaves an empty file, or none."""
+    """Whether there is a ledger. A process that was killed while it created one leaves an empty file, or none."""
     if not (run_dir / LEDGER_FILE).is_file():
         return False
     with closing(open_ledger(run_dir)) as ledger:
@@ -72,8 +70,8 @@ def is_begun(run_dir: Path) -> bool:
 
 
 def last_trained(run_dir: Path) -> dict[int, int]:
-    """Branch of every batch in the ledger, by step; empty without a ledger. For whoever looks for a checkpoint. Raises
-    sqlite3.Error for a damaged one."""
+    """Branch of every batch in the ledger, by step; empty without a ledger. The choice of a checkpoint needs it. Raises
+    sqlite3.Error for a damaged ledger."""
     if not is_begun(run_dir):
         return {}
     with closing(open_ledger(run_dir)) as ledger:
@@ -83,8 +81,8 @@ def last_trained(run_dir: Path) -> dict[int, int]:
 
 
 def describe_unreadable(run_dir: Path, branch: int) -> str:
-    """For people: the groups that the rollback which opened `branch` undid since their payloads can't be read; nothing
-    when there was none."""
+    """For people: the groups whose payloads couldn't be read when `branch` began, so that its rollback undid them;
+    empty if there were none."""
     with closing(open_ledger(run_dir)) as ledger:
         rows = ledger.execute(
             "SELECT lease_id, detail FROM events WHERE kind = 'unreadable' AND branch = ? ORDER BY lease_id", (branch,)
@@ -99,8 +97,8 @@ def describe_unreadable(run_dir: Path, branch: int) -> str:
 
 
 def check_values(ledger: sqlite3.Connection) -> None:
-    """Read every page, and every value as what it has to be: SQLite has no checksums, and no types that bind. Raises
-    sqlite3.Error that says what is wrong."""
+    """Read every page, and check the type of every value, because SQLite has no checksums and doesn't enforce types.
+    Raises sqlite3.Error that says what is wrong."""
     damage = ledger.execute("PRAGMA quick_check").fetchone()[0]
     if damage != "ok":
         raise sqlite3.DatabaseError(damage.splitlines()[-1])
@@ -109,7 +107,7 @@ def check_values(ledger: sqlite3.Connection) -> None:
             kind = KINDS.get(declared)
             others = f"SELECT COUNT(*) FROM {table} WHERE typeof({column}) NOT IN ('null', ?)"
             if kind and ledger.execute(others, (kind,)).fetchone()[0]:
-                raise sqlite3.DatabaseError(f"{table}.{column} holds what is no {kind}")
+                raise sqlite3.DatabaseError(f"{table}.{column} holds a value that isn't {kind}")
             if kind == "text":
                 ledger.execute(f"SELECT DISTINCT {column} FROM {table}").fetchall()
 
@@ -117,7 +115,7 @@ def check_values(ledger: sqlite3.Connection) -> None:
 def read_group(run_dir: Path, group_id: int) -> tuple[Group, Payload]:
     """A group with its tokens and log-probs, from the files of a run (all of them with `replay.keep_payloads`).
 
-    Raises LookupError for a group that isn't there or whose payload is freed, BadRecord for one that can't be read.
+    Raises LookupError if there is no such group or its payload was freed, BadRecord if it can't be read.
     """
     with closing(open_ledger(run_dir)) as ledger:
         place = place_of(ledger, group_id)
@@ -125,7 +123,7 @@ def read_group(run_dir: Path, group_id: int) -> tuple[Group, Payload]:
 
 
 def place_of(ledger: sqlite3.Connection, group_id: int) -> Place:
-    """Where the payload of a group stands. Raises LookupError when it isn't kept, or not any longer."""
+    """Where the payload of a group is. Raises LookupError if it isn't kept, or not any more."""
     row = ledger.execute("SELECT segment, offset, bytes FROM groups WHERE group_id = ?", (group_id,)).fetchone()
     if row is None:
         raise LookupError(f"no group {group_id} in the ledger")
@@ -139,7 +137,8 @@ def _has_tables(ledger: sqlite3.Connection) -> bool:
 
 
 def _start(ledger: sqlite3.Connection) -> None:
-    """In one transaction: a process killed in the middle leaves an empty file, which the next one starts anew."""
+    """Create the tables in one transaction. A process killed in the middle leaves an empty file, in which the next one
+    creates them."""
     now = time.time()
     with ledger:
         ledger.execute("BEGIN")

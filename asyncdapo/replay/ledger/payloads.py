@@ -1,18 +1,18 @@
 """Token buffers of groups in append-only segment files, `RUN_DIR/payloads/000001.bin` and so on.
 
-In: a group's header and buffers. Out: the place where they stand, and the same group again, or `BadRecord`. One record:
+In: a group's header and buffers. Out: their place, and from the place the same group, or `BadRecord`. One record:
 
     "RC2\\xff" | uint32 header bytes, uint32 crc of the buffers, uint32 crc of these two and the header
     msgpack `Group` | prompt_ids int32 | token_ids int32 | logprobs float32                          (little-endian)
 
-Both are CRC-32: they guard against accidents. The header has one of its own, since it is read alone, too. Records of
-before have no checksum and begin with their header's length, which is never as large as the mark: they are read as they
-are, and whatever their sizes and their msgpack don't betray passes.
+Both checksums are CRC-32: they guard against accidents. The header has one of its own because it is also read alone.
+Records of an earlier format have no checksum. They begin with the header's length, which is always smaller than the
+mark. In them only wrong sizes and broken msgpack are noticed.
 
-Records are never changed. A segment is written by one process: another one that opens the folder starts a new file, so
-that half a record at the end of an old one (its writer was killed) is followed by nothing. The place of a record is in
-the ledger or nowhere: bytes that no row of `groups` points to don't count.
-Does not own: which groups are still needed, and so when a segment may go; when records have to be on disk (`journal`).
+Records are never changed. A segment is written by one process: the next one that opens the folder starts a new file, so
+nothing follows half a record of a killed writer. Only the ledger knows the place of a record. Bytes to which no row of
+`groups` points don't count.
+Does not own: which groups are still needed, so when a segment is deleted; when records have to be on disk (`journal`).
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ _decoder = msgspec.msgpack.Decoder(Group)
 
 
 class BadRecord(Exception):  # noqa: N818 - a finding about a file, which the run outlives
-    """A record that is missing, short, damaged or can't be read; the message names its file."""
+    """A record is missing, short, damaged or unreadable. The message names its file."""
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a record stands: segment number, offset and length in bytes."""
+    """Where a record is: segment number, offset and length in bytes."""
 
     segment: int
     offset: int
@@ -55,12 +55,12 @@ class Place:
 
     @property
     def end(self) -> int:
-        """Offset behind its last byte."""
+        """Offset after its last byte."""
         return self.offset + self.num_bytes
 
 
 class Segments:
-    """Writes records to the end of the newest segment; a full one is followed by the next."""
+    """Writes records to the end of the newest segment, and begins the next one when it is full."""
 
     def __init__(self, folder: Path, segment_bytes: int = SEGMENT_BYTES) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -76,7 +76,7 @@ class Segments:
         return file
 
     def append(self, group: Group, payload: Payload) -> Place:
-        """Write one record. On return the operating system has its bytes, so that killing this process loses none."""
+        """Write one record. On return the operating system has its bytes, so a kill of this process loses none."""
         record = encode_record(group, payload)
         if self._file.tell() >= self._segment_bytes:
             self.begin_next()
@@ -93,13 +93,13 @@ class Segments:
         self._file, self._synced = self._open_newest(), 0
 
     def sync(self) -> None:
-        """On return the disk has every record, so that a power cut loses none."""
+        """On return every record is on disk, so a power cut loses none."""
         if self._file.tell() > self._synced:
             os.fsync(self._file.fileno())
             self._synced = self._file.tell()
 
     def numbers(self) -> list[int]:
-        """The segments that are there, oldest first."""
+        """The segments that exist, oldest first."""
         return sorted(int(path.stem) for path in self._folder.glob("*.bin") if path.stem.isdecimal())
 
     def read(self, place: Place) -> tuple[Group, Payload]:
@@ -107,12 +107,12 @@ class Segments:
         return read_record(self._folder, place)
 
     def read_header(self, place: Place) -> Group:
-        """Its header alone. Raises BadRecord."""
+        """The group without its payload. Raises BadRecord."""
         with _opened(self._folder, place) as file:
             return _read_header(file, place)[0]
 
     def problem_with(self, place: Place) -> str:
-        """Why the record there can't be used; nothing when it is as it was written."""
+        """Why the record there can't be used; empty if it is as it was written."""
         try:
             self.read(place)
         except BadRecord as bad:
@@ -133,15 +133,15 @@ def segment_path(folder: Path, segment: int) -> Path:
 
 
 def encode_record(group: Group, payload: Payload) -> bytes:
-    """As it stands in a segment."""
+    """The record's bytes in a segment."""
     header, buffers = _encoder.encode(group), b"".join(payload.frames())
     sizes = _SIZE_AND_CRC.pack(len(header), crc32(buffers))
     return b"".join((MARK, sizes, _HEADER_SIZE.pack(crc32(header, crc32(sizes))), header, buffers))
 
 
 def read_record(folder: Path, place: Place) -> tuple[Group, Payload]:
-    """Header and buffers (views on the bytes read) of a group. Raises BadRecord when they aren't as they were written,
-    as far as checksums tell."""
+    """Header and buffers (views on the bytes read) of a group. Raises BadRecord if they aren't as they were written, as
+    far as checksums show."""
     with _opened(folder, place) as file:
         group, crc = _read_header(file, place)
         buffers = memoryview(_take(file, place, place.end - file.tell()))
@@ -155,7 +155,7 @@ def read_record(folder: Path, place: Place) -> tuple[Group, Payload]:
 
 @contextmanager
 def _opened(folder: Path, place: Place) -> Iterator[BinaryIO]:
-    """The segment at the beginning of the record, all of whose bytes are there. What goes wrong becomes BadRecord."""
+    """The segment, open at the beginning of the record. The file holds the whole record. Errors become BadRecord."""
     path = segment_path(folder, place.segment)
     try:
         with path.open("rb") as file:
@@ -171,7 +171,7 @@ def _opened(folder: Path, place: Place) -> Iterator[BinaryIO]:
 
 
 def _read_header(file: BinaryIO, place: Place) -> tuple[Group, int | None]:
-    """The header of the record that begins here, and the checksum of its buffers, which one of before has not."""
+    """The header of the record that begins here, and the checksum of its buffers; None in the earlier format."""
     start = _take(file, place, _HEADER_SIZE.size)
     if start != MARK:
         return _decoder.decode(_take(file, place, *_HEADER_SIZE.unpack(start))), None
@@ -185,7 +185,7 @@ def _read_header(file: BinaryIO, place: Place) -> tuple[Group, int | None]:
 
 
 def _take(file: BinaryIO, place: Place, num_bytes: int) -> bytes:
-    """The next bytes of a record. Raises ValueError when it has no more, whatever a damaged length says."""
+    """The next bytes of a record. Raises ValueError if it has fewer: then a length is damaged."""
     if not 0 <= num_bytes <= place.end - file.tell():
         raise ValueError(f"its lengths are damaged: {place.num_bytes:,} bytes can't hold them")
     return file.read(num_bytes)

@@ -1,8 +1,7 @@
-"""Reload: reads from the ledger what the replay server and its core were about.
+"""Reload: reads the state of the replay server and its core from the ledger.
 
 In: the tables, as a former process or a rollback left them. Out: a `Recovered`, or the facts of one batch. Nothing is
-written. The core keeps no number that isn't here: what it counts (verdicts, generation batches, places in the stream)
-is counted again from the rows.
+written. All counters of the core (verdicts, generation batches, places in the stream) are counted again from the rows.
 Does not own: the records (`recovery`), what a rollback undoes (`rollback`).
 """
 
@@ -19,11 +18,11 @@ from asyncdapo.replay.ledger.schema import HELD_STATES
 
 GROUP_ENDS = ("trained", "filtered", "expired", "surplus", "failed")
 NUM_VERDICTS = 1 << 16
-"""The keep rate looks back over fewer verdicts than this."""
+"""Latest verdicts that are read. The keep rate needs fewer."""
 
 
 def recover(db: sqlite3.Connection) -> Recovered:
-    """What the ledger says now."""
+    """The ledger's record of the run."""
     branch, branch_step = db.execute("SELECT branch, step FROM branches ORDER BY branch DESC LIMIT 1").fetchone()
     published = max(branch_step, _one(db, "SELECT MAX(version) FROM publishes") or 0)
     stop = db.execute("SELECT detail, number FROM events WHERE kind = 'stopped'").fetchone()
@@ -55,7 +54,7 @@ def recover(db: sqlite3.Connection) -> Recovered:
 
 
 def batch_facts(db: sqlite3.Connection, step: int) -> list[GroupFacts]:
-    """Members of a batch that is trained, in rising `prompt_id`; empty when there is none."""
+    """Members of a trained batch, by rising `prompt_id`; empty if there is no such batch."""
     rows = db.execute(
         "SELECT group_id, tokens, completions, reward_mean, min_version FROM groups"
         " WHERE step = ? AND state = 'trained' ORDER BY prompt_id",
@@ -65,8 +64,8 @@ def batch_facts(db: sqlite3.Connection, step: int) -> list[GroupFacts]:
 
 
 def batch_copies(db: sqlite3.Connection, step: int) -> dict[int, int]:
-    """How many more times each member of a batch that was cut stands in it, by `group_id`, in rising `prompt_id`; empty
-    when none does. The ledger has their number, who they are is drawn again."""
+    """Extra copies of each member of a batch that was cut, by `group_id`, in the order of rising `prompt_id`; empty if
+    there are none. The ledger has only their total: which members they are of is drawn again, with the same seed."""
     number = db.execute("SELECT number FROM events WHERE kind = 'cut' AND step = ?", (step,)).fetchone()
     members = db.execute(
         "SELECT group_id, prompt_id FROM groups WHERE step = ? AND state IN ('cut', 'trained') ORDER BY prompt_id",
@@ -84,7 +83,7 @@ def outcome(db: sqlite3.Connection, lease_id: int) -> str | None:
             " UNION ALL SELECT 'undone' FROM undone_leases WHERE lease_id = :id",
             {"id": lease_id},
         ).fetchone()
-    except OverflowError:  # a peer may name any number; one beyond 64 bits was never granted
+    except OverflowError:  # a peer may send any number, but one above 64 bits was never granted
         row = None
     if row is None:
         raise LookupError(f"no lease {lease_id} in the ledger")
@@ -92,7 +91,7 @@ def outcome(db: sqlite3.Connection, lease_id: int) -> str | None:
 
 
 def last_position(db: sqlite3.Connection) -> int:
-    """The highest position that a row remembers, so that none is used again."""
+    """The highest position in any row. Later entries get higher ones."""
     columns = {
         "prompts": ("changed_pos",),
         "leases": ("granted_pos", "ended_pos"),
@@ -192,7 +191,8 @@ def _open_leases(db: sqlite3.Connection) -> list[OpenLease]:
 
 
 def _known_workers(db: sqlite3.Connection, branch: int) -> dict[int, KnownWorker]:
-    """The latest word on each worker in this branch is that it joined. (A bare column beside MAX is of that row.)"""
+    """Workers whose latest event in this branch is that they joined. (SQLite takes bare columns beside MAX from the row
+    of the maximum.)"""
     latest = db.execute(
         "SELECT worker, kind, detail, MAX(event_id) FROM events"
         " WHERE branch = ? AND kind IN ('worker_joined', 'worker_lost') GROUP BY worker",
@@ -216,8 +216,8 @@ def _verdicts(db: sqlite3.Connection) -> list[bool]:
 
 
 def _gen_batches(db: sqlite3.Connection) -> dict[str, object]:
-    """A verdict fell in the step after the last batch that was cut before it. (A cut comes after the verdict that
-    brings it about, at the same position.)"""
+    """A verdict belongs to the step after the last cut before it. (A cut follows the verdict that causes it, at
+    the same position.)"""
     cuts = db.execute("SELECT pos, step FROM events WHERE kind = 'cut' ORDER BY pos").fetchall()
     since = _one(db, "SELECT MAX(pos) FROM events WHERE kind = 'gen_batch_closed'") or 0
     arrived = db.execute(

@@ -1,24 +1,26 @@
 """A rollback: the ledger goes back to the checkpoint of train step k, and a new branch begins.
 
-In: the tables as they stand. Out: the tables without what came of weights newer than version k, in one transaction of
-the caller's; every row that goes, or is written over, is in an `undone_*` table first. With p the journal position at
-which batch k was trained:
+In: the tables. Out: the tables without what came of weights newer than version k. The caller opens the transaction.
+Every row that is removed or overwritten is first copied to an `undone_*` table. Let p be the journal position at which
+batch k was trained:
 
-    groups    one with a token newer than version k goes. Every other one keeps its verdict, whenever it arrived: to
-              sample only one kind anew would bias what is trained on
-                batch k + 1, if it was cut, stands again as cut, with the same members and copies
-                other kept ones return to the queue, or end `expired` when the batch to be filled is too late for them
-                constant and masked ones stay `filtered`; a spare one stays spare while its batch isn't cut
-                where copies replace those (`filter.mode: replace`) they have places in the queue as kept ones have: a
-                spare one stays spare, and one that ended with a cut that is undone is spare again
-                one that was stale when it came goes if it came after p; surplus of the barrier stays surplus
-    leases    those without a group that were open or ended after p go, and the attempts that they cost with them
-    prompts   follow their group; without one, what had no end at p waits again, those in flight first
-    the rest  batches and cuts by step, publishes, loads and events by position
+    groups    A group with a token newer than version k is removed. Every other one keeps its verdict, whenever it
+              arrived: to sample only some kinds of groups again would bias the training data.
+                kept            batch k + 1 is restored if it was cut, with the same members and copies. Other kept
+                                groups return to the queue, or end `expired` if they are too old for the next batch
+                constant or     stays `filtered`; a spare one stays spare as long as its batch isn't cut. Under
+                masked          `filter.mode: replace` such groups have places in the queue: a spare one stays spare,
+                                and one that ended with an undone cut is spare again
+                stale           if it was stale on arrival, it is removed if it arrived after p
+                surplus         of the barrier stays surplus
+    leases    Those without a group are removed if they were open or ended after p. The attempts they cost are given
+              back.
+    prompts   follow their group. One without a group that had no end at p waits again; those in flight come first.
+    the rest  batches and cuts by step; publishes, loads and events by position
 
-A kept group whose payload can't be read (it is missing, short or damaged) goes too, its prompt is sampled again, and an
-event `unreadable` says why; batch k + 1 is not restored then, and its other members return to the queue. Otherwise
-neither chance nor time has a say: the same ledger and k give the same state, a second time too.
+A kept group whose payload can't be read (missing, short or damaged) is removed too: its prompt is sampled again, and an
+event `unreadable` says why. Batch k + 1 is then not restored, and its other members return to the queue. Apart from
+that the result depends only on the ledger and k, and a second rollback to k gives the same state.
 Does not own: the transaction, files, and what the core makes of it (`reload`, `state`).
 """
 
@@ -36,16 +38,17 @@ from asyncdapo.replay.ledger.payloads import Place
 from asyncdapo.replay.ledger.schema import HELD_STATES
 
 LIVE_STATES = (*HELD_STATES, "trained", "filtered")
-"""States that a prompt has because its one live group has them."""
+"""States that a prompt shares with its one live group."""
 
 CUTS = " UNION ALL ".join(
     f"SELECT pos FROM {table} WHERE kind = 'cut' AND step >= :step" for table in ("events", "undone_events")
 )
-"""Positions at which the batch of a step, or of a later one, was cut in any branch: what ended there remembers it."""
+"""Positions at which the batch of a step or a later one was cut, in any branch. Groups that ended with a cut have its
+position."""
 
 
 class _Fate(NamedTuple):
-    """What a group is after the rollback."""
+    """State of a group after the rollback."""
 
     state: str
     step: int | None
@@ -53,7 +56,7 @@ class _Fate(NamedTuple):
 
 
 class _Group(NamedTuple):
-    """A group that the rollback may touch; the columns of `groups` that decide."""
+    """A group that the rollback may change: the columns of `groups` that decide."""
 
     group_id: int
     prompt_id: int
@@ -72,21 +75,21 @@ class _Group(NamedTuple):
 
     @property
     def fate(self) -> _Fate:
-        """As it is."""
+        """Its present state."""
         return _Fate(self.state, self.step, self.reason)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rollback:
-    """`run` is the whole of it."""
+    """One rollback; call `run` once."""
 
     db: sqlite3.Connection
     config: ReplayConfig
-    """Staleness bound, `on_stale`, and whether there is a barrier: those of the run as it goes on."""
+    """Of the resumed run: staleness bound, `on_stale`, and whether there is a barrier."""
     replaces: bool
-    """Whether copies take the places of groups that aren't kept, in the run as it goes on."""
+    """Of the resumed run: whether copies take the places of groups that aren't kept."""
     problem_with: Callable[[Place], str]
-    """Why a payload can't be read; nothing when it is as it was written."""
+    """Why a payload can't be read; empty if it is as it was written."""
     step: int
     """The checkpoint's train step, k."""
     pos: int
@@ -97,7 +100,7 @@ class Rollback:
     """Position of this transaction."""
     at_s: float
     unreadable: dict[_Group, str] = field(default_factory=dict)
-    """Why, of the groups that are worth training on but for this."""
+    """Groups that would be kept if their payload could be read, and why it can't."""
 
     def run(self, reason: str) -> None:
         """Undo what came after the checkpoint. `reason` is for people."""
@@ -124,21 +127,21 @@ class Rollback:
         )
 
     def _undo(self, table: str, condition: str, *parameters: object) -> None:
-        """Move rows to the undone ones."""
+        """Move rows to the undone table."""
         self.db.execute(
             f"INSERT INTO undone_{table} SELECT *, {self.branch} FROM {table} WHERE {condition}", parameters
         )
         self.db.execute(f"DELETE FROM {table} WHERE {condition}", parameters)
 
     def _num_copies(self) -> int:
-        """Of batch k + 1, if it was cut."""
+        """Copies in batch k + 1, if it was cut."""
         row = self.db.execute("SELECT number FROM events WHERE kind = 'cut' AND step = ?", (self.step + 1,)).fetchone()
         return row[0] if row else 0
 
     # ------------------------------------------------------------------------------------------------------ groups
 
     def _decide_groups(self) -> bool:
-        """Give every group its fate. Returns whether batch k + 1 stands as cut."""
+        """Decide on every group. Returns whether batch k + 1 is restored."""
         columns = ", ".join(_Group._fields)
         rows = self.db.execute(
             f"SELECT {columns} FROM groups WHERE changed_pos > :pos OR state IN {HELD_STATES}"
@@ -165,7 +168,7 @@ class Rollback:
                 self._undo("groups", "group_id = ?", group.group_id)
                 continue
             followed.add(group.prompt_id)
-            self.unreadable.pop(group, None)  # a spare one keeps its verdict, and needs no payload for it
+            self.unreadable.pop(group, None)  # a group that becomes `filtered` needs no payload
             if fate != group.fate:
                 self._change_group(group.group_id, fate)
         return restored
@@ -175,14 +178,16 @@ class Rollback:
         return bool(members) and all(self._fits(group, self.step + 1) and self._has_payload(group) for group in members)
 
     def _fate(self, group: _Group, next_step: int, *, followed: bool, had_place: bool) -> _Fate | None:
-        """None: the group goes. `followed`: a later group of its prompt stays. `had_place`: it ended with a batch that
-        is no longer cut, in which a copy took its place."""
+        """None: the group is removed. `followed`: a later group of its prompt stays. `had_place`: a copy took its place
+        in a batch that is no longer cut."""
         if group.max_version > self.step or (group.entered == "expired" and group.arrived_pos > self.pos):
             return None
         ended = group.state in ("filtered", "surplus") and group.reason != "run ended" and not had_place
         if ended or group.entered == "expired":
             return group.fate
-        if followed:  # it expired under `requeue`, and its prompt was sampled again: one of the two can stand
+        if (
+            followed
+        ):  # it expired under `requeue`, its prompt was sampled again, and only one of the two groups can stay
             return None
         fits = self._fits(group, next_step)
         if group.verdict != "kept" and (fits or group.state != "expired"):
@@ -196,7 +201,7 @@ class Rollback:
         return StalenessBound(self.config.staleness_bound).fits(group.min_version, step)
 
     def _has_payload(self, group: _Group) -> bool:
-        """Whether the group can be trained on. One whose payload is there and can't be read is remembered."""
+        """Whether its payload is kept and can be read. If it is kept but unreadable, the reason is stored."""
         if group.segment is None:
             return False
         problem = self.problem_with(Place(group.segment, group.offset, group.bytes))
@@ -228,7 +233,7 @@ class Rollback:
         )
 
     def _undo_rest(self) -> None:
-        """Generation batches of the steps up to k + 1 stay closed: what they counted keeps its verdict."""
+        """Generation batches up to step k + 1 stay closed, because the groups counted in them keep their verdicts."""
         self._undo("batches", "step > ?", self.step)
         self._undo("publishes", "pos > ?", self.pos)
         self._undo("loads", "pos > ?", self.pos)
@@ -240,7 +245,7 @@ class Rollback:
     # ----------------------------------------------------------------------------------------------------- prompts
 
     def _settle_prompts(self, in_flight: set[int]) -> None:
-        """The prompts that had no end at p, or whose group has left it: each follows its live group, or waits."""
+        """Prompts that had no end at p, or whose group was changed: each follows its live group, or waits again."""
         rows = self.db.execute(
             f"""
             SELECT p.prompt_id, p.state, p.step, p.reason, p.attempts, p.place, p.changed_pos,

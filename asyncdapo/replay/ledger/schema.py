@@ -1,16 +1,16 @@
 """The tables of `RUN_DIR/ledger.db`; docs/ledger.md explains every column to its readers.
 
-Two habits hold in all of them. Columns that end in `_pos` are journal positions: transactions are numbered 1, 2, …, one
-core event or rollback each, and a row remembers in which one it came and in which it changed last. With `branch` beside
-them, "what the journal holds after position p" is a plain WHERE clause, which is most of what a rollback needs. Columns
-that end in `_s` are seconds, `*_at_s` since 1970.
+Two rules hold in all tables. Columns that end in `_pos` are journal positions: the entries, one for each core event or
+rollback, are numbered 1, 2, …, and a row has the position at which it was written and the one at which it last changed.
+So "everything after position p" is a simple WHERE clause, which is most of what a rollback needs. Columns that end in
+`_s` are seconds, `*_at_s` since 1970.
 
-The tables hold the surviving history alone. What a rollback undoes is moved to tables of the same columns named
-`undone_*`, with the branch that undid it as the last column.
+The tables hold only history that was not undone. What a rollback undoes is moved to tables named `undone_*`, with the
+same columns and, as the last one, the branch that undid it.
 """
 
 LEDGER_SCHEMA = 3
-"""Goes up when a column changes its meaning or goes away."""
+"""Raised when a column changes its meaning or is removed."""
 
 HELD_STATES = ("queued", "spare", "cut")
 """States of a group whose tokens may still be trained on."""
