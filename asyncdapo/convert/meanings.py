@@ -224,9 +224,9 @@ def whole_distribution(value: Any) -> Left:
 # ------------------------------------------------------------------------------------------------------ batch and clock
 
 
-def ceil_of(value: float, what: str) -> Any:
+def ceil_of(value: float) -> Any:
     """Rounded up to the whole number that our key takes."""
-    return int(value) if value == int(value) else Made(ceil(value), f"{value:g} there; {what} here")
+    return int(value) if value == int(value) else Made(ceil(value), f"{value:g} there; a whole multiple here")
 
 
 def group(completions: Any) -> Any:
@@ -260,9 +260,9 @@ def warmup(steps: Any, updates_of_step: Any) -> Any:
     return Made(whole(steps) * per_step, why)
 
 
-def share_of_steps(ours: str) -> Left:
-    """For a ratio of the steps, if their number depends on the length of the data."""
-    return Left(f"a share of the steps, whose number isn't known: set {ours}", loud=Rank.SCHEDULE)
+def share_of_steps() -> Left:
+    """For a warmup that is a ratio of the steps, if their number depends on the length of the data."""
+    return Left("a share of the steps, whose number isn't known: set learner.warmup_steps", loud=Rank.SCHEDULE)
 
 
 def every(value: Any) -> Any:

@@ -32,10 +32,6 @@ class SendReport:
     """Bytes of the tensors, counted once for any number of receivers."""
     seconds: float
 
-    @property
-    def bytes_per_s(self) -> float:
-        return self.num_bytes / self.seconds
-
 
 class WeightSender:
     """Sends versions of one manifest through one connected group, in buckets of at most `bucket_bytes` (a multiple of

@@ -24,7 +24,6 @@ class Restarts:
     def __init__(self, max_restarts: int, now: Callable[[], float]) -> None:
         self._max_restarts, self._now = max_restarts, now
         self._deaths: defaultdict[str, deque[float]] = defaultdict(deque)
-        self.num_deaths = 0
 
     def delay_s(self, name: str, cause: Exception) -> float:
         """Count a death. Returns the seconds to wait before the next start, none after a first death. Raises RunError
@@ -33,7 +32,6 @@ class Restarts:
         while deaths and deaths[0] <= now - WINDOW_S:
             deaths.popleft()
         deaths.append(now)
-        self.num_deaths += 1
         if len(deaths) > self._max_restarts:
             raise RunError(
                 f"{cause} (death number {len(deaths)} within an hour; controller.max_restarts is {self._max_restarts})"

@@ -178,7 +178,7 @@ def warmup(updates: Any, steps: Any, files: Any, passes: Any, *clock: Any) -> An
     if steps is None or whole(steps) <= 0:
         of_rows = plain(steps_of_rows(files, passes, *clock[:-1]))
         if of_rows is None:
-            return mean.share_of_steps("learner.warmup_steps")
+            return mean.share_of_steps()
         steps = of_rows * _updates_of_step(*clock)
     return Made(int(number(updates) * whole(steps)), f"of {steps} optimizer updates")
 

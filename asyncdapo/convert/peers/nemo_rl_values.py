@@ -110,7 +110,7 @@ def scaled(at: float, *scaling: Any) -> Any:
 def multiplier(factor: Any, enabled: Any) -> Any:
     if factor is None or not flag(enabled):
         return Left("use_dynamic_sampling is false") if factor is not None else None
-    return mean.ceil_of(number(factor), "a whole multiple")
+    return mean.ceil_of(number(factor))
 
 
 def gen_batches(limit: Any, enabled: Any) -> Any:

@@ -70,7 +70,7 @@ def warmup(steps: Any, ratio: Any, total: Any, epochs: Any, *step: Any) -> Any:
         if not ratio:
             return None
         if total is None:
-            return mean.share_of_steps("learner.warmup_steps")
+            return mean.share_of_steps()
         steps = int(number(ratio) * whole(total))
     *_, sync, require = step
     per_step = plain(updates_per_step(*step)) or 1 if sync is None else whole(require or 1)
@@ -81,7 +81,7 @@ def gen_multiplier(gen: Any, train: Any, filters: Any, sync: Any) -> Any:
     """Our generation batches are multiples of the batch."""
     if gen is None or sync is not None or not flag(filters):
         return None
-    return mean.ceil_of(whole(gen) / whole(train), "a whole multiple")
+    return mean.ceil_of(whole(gen) / whole(train))
 
 
 def microbatch(tokens: Any, dynamic: Any, completions: Any, prompt: Any, response: Any) -> Any:

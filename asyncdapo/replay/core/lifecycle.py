@@ -113,15 +113,16 @@ class Lifecycle:
         """Its lease ended without a group: sample it again, after others."""
         self._try_again(prompt_id, reason, self._stream.put_behind)
 
-    def expire(self, prompt_id: int, reason: str) -> None:
+    def expire(self, prompt_id: int) -> None:
         """Its lease or group would miss the staleness bound: end it, or under `requeue` sample it again at once."""
         if self._on_stale != "requeue":
-            self.move(prompt_id, "expired", reason=reason)
+            self.move(prompt_id, "expired", reason="stale")
         else:
-            self._try_again(prompt_id, reason, self._stream.put_back)
+            self._try_again(prompt_id, "stale", self._stream.put_back)
 
-    def give_back(self, group: HeldGroup, reason: str) -> None:
+    def give_back(self, group: HeldGroup) -> None:
         """Drop the group and put its prompt back in its own place, as if it had never been leased."""
+        reason = "behind the last member"
         self.move_group(group, "surplus", reason=reason)
         self.move(group.prompt_id, "waiting", reason=reason, place=self._stream.put_back(group.prompt_id))
 

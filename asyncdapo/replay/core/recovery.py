@@ -73,8 +73,6 @@ class Recovered:
     """The ledger's record. The defaults are those of a fresh ledger."""
 
     branch: int = 0
-    branch_step: int = 0
-    """Train step to which the newest rollback went; 0 in branch 0."""
     published: int = 0
     """Newest version published in this branch; at first, the one that the branch began with."""
     next_step: int = 1

@@ -230,7 +230,7 @@ class ReplayState:
 
     def _expire_group(self, group: HeldGroup) -> None:
         self.prompts.move_group(group, "expired", reason="stale")
-        self.prompts.expire(group.prompt_id, "stale")
+        self.prompts.expire(group.prompt_id)
 
     def _close_gen_batch(self) -> None:
         """Close the generation batch. Check whether the step is short of groups and out of generation batches."""
@@ -280,7 +280,7 @@ class ReplayState:
             self.prompts.move_both(group, "cut", step=step)
         self._filter(chosen.filtered)
         for group in chosen.surplus:
-            self.prompts.give_back(group, "behind the last member")
+            self.prompts.give_back(group)
         self.untrained[step], self.in_training[step] = members, len(members) + sum(chosen.copies)
         if chosen.copies:
             self.copies[step] = chosen.copies
@@ -303,7 +303,7 @@ class ReplayState:
         self.next_step, self.cut_wanted, self.limit_reached = step, False, False
         for lease in self.leases.overdue(step):
             self.leases.end(lease, "withdrawn", "stale")
-            self.prompts.expire(lease.prompt_id, "stale")
+            self.prompts.expire(lease.prompt_id)
         for group in self.held.take_stale(self.bound, step):
             self._expire_group(group)
 

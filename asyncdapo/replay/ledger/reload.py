@@ -28,7 +28,6 @@ def recover(db: sqlite3.Connection) -> Recovered:
     stop = db.execute("SELECT detail, number FROM events WHERE kind = 'stopped'").fetchone()
     return Recovered(
         branch=branch,
-        branch_step=branch_step,
         published=published,
         next_step=1 + (_one(db, "SELECT MAX(step) FROM events WHERE kind = 'cut'") or 0),
         in_training=_in_training(db, published),

@@ -33,8 +33,9 @@ def test_without_a_budget_the_first_death_ends_the_run():
 def test_processes_have_budgets_of_their_own():
     restarts = Restarts(1, Clock())
     for name in ("rollout-0", "rollout-1", "learner"):
-        restarts.delay_s(name, DEATH)
-    assert restarts.num_deaths == 3
+        assert restarts.delay_s(name, DEATH) == 0.0
+    with pytest.raises(RunError, match="number 2"):
+        restarts.delay_s("learner", DEATH)
 
 
 @given(st.lists(st.floats(1, 3 * WINDOW_S), min_size=1, max_size=60), st.integers(0, 5))
