@@ -97,7 +97,7 @@ def test_a_step_that_takes_longer_than_that_is_given_up(tmp_path: Path) -> None:
         wait_for_batch(run_dir, 4, process)
         os.kill(*processes(run_dir, "learner"), signal.SIGSTOP)
         output = stop(process, signal.SIGTERM, within_s=3 + END_S)
-    assert "what came after the last checkpoint will be done again" in output
+    assert "the same command repeats what came after the last checkpoint" in output
     assert not survivors(run_dir)
     go_on(run_dir, survey(run_dir))
 

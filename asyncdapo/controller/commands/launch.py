@@ -7,17 +7,15 @@ the checks before it (`preflight`), the run itself (`run`).
 
 from __future__ import annotations
 
-import asyncio
 import shutil
 import sys
 import time
-import traceback
 from pathlib import Path
 
 from asyncdapo import faults
 from asyncdapo.config.config import Config, to_dict
 from asyncdapo.controller.checks.resume import Resume
-from asyncdapo.controller.fleet.process import ray_session
+from asyncdapo.controller.fleet.ending import run_on_ray
 from asyncdapo.controller.loop.run import Controller
 from asyncdapo.controller.process.reaper import reaper
 from asyncdapo.errors import EXIT_INTERRUPTED, RunError, UserError
@@ -38,31 +36,16 @@ def _launch_watched(config: Config, resume: Resume) -> int:
     faults.install("controller", config.faults, run_dir)
     controller = Controller(config, resume, reporter, started)
     try:
-        code = _launch(controller)
+        resumes = "the same command repeats what came after the last checkpoint"
+        code = run_on_ray(config, controller.run, reporter, what="the run", resumes=resumes)
+        if controller.stopped:
+            code = code or EXIT_INTERRUPTED
     except UserError:
         _close(reporter)
         if resume.new and not controller.leasing:
             shutil.rmtree(run_dir)  # nothing was sampled: the corrected command may have the directory
         raise
     return _close(reporter) or code
-
-
-def _launch(controller: Controller) -> int:
-    reporter = controller.reporter
-    try:
-        reporter.status("starting Ray")
-        with ray_session(controller.config):
-            asyncio.run(controller.run())
-        return EXIT_INTERRUPTED if controller.stopped else 0
-    except RunError as error:
-        if error.__cause__ and not isinstance(error.__cause__, RunError):
-            traceback.print_exception(error.__cause__)
-        reporter.status(f"the run ended: {error}")
-        print(f"asyncdapo: the run ended: {error}", file=sys.stderr)
-        return 1
-    except (KeyboardInterrupt, asyncio.CancelledError, SystemExit):  # Ray heeds SIGTERM by the last, while it starts
-        reporter.status("interrupted: what came after the last checkpoint will be done again")
-        return EXIT_INTERRUPTED
 
 
 def _close(reporter: Reporter) -> int:

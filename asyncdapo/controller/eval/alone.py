@@ -7,7 +7,7 @@
 In: the configuration of an evaluation, and OUT, which this process holds. Out: the files of `answers`. Processes live,
 die, are started again and are said to hang as in any run (`fleet`, `watchdog`). The ledger of the replay server holds
 nothing that anybody could miss: it goes away at the end, and one that a killed command left before the start.
-Invariant: an answer that has arrived is on disk, so the same command goes on with what is missing.
+Invariant: an answer that has arrived is on disk, so the same command resumes with what is missing.
 Does not own: what is asked (`evaluation`), whether this is the same evaluation (`record`).
 """
 
@@ -16,8 +16,6 @@ from __future__ import annotations
 import asyncio
 import shutil
 import signal
-import sys
-import traceback
 from collections.abc import Coroutine, Sequence
 from functools import partial
 from pathlib import Path
@@ -30,14 +28,15 @@ from asyncdapo.config.config import Config
 from asyncdapo.controller.eval.answers import AnswerFiles
 from asyncdapo.controller.eval.evaluation import Answered, Evaluation, unjudged
 from asyncdapo.controller.eval.progress import EvalProgress
+from asyncdapo.controller.fleet.ending import run_on_ray
 from asyncdapo.controller.fleet.fleet import Fleet
-from asyncdapo.controller.fleet.process import Watch, ray_session
+from asyncdapo.controller.fleet.process import Watch
 from asyncdapo.controller.fleet.watchdog import Patience
 from asyncdapo.controller.process.ray_servers import death as ray_death
 from asyncdapo.controller.process.reaper import reaper
 from asyncdapo.controller.process.waits import NOBODY
 from asyncdapo.controller.roles.actors import Opened, Start
-from asyncdapo.errors import EXIT_INTERRUPTED, RunError
+from asyncdapo.errors import RunError
 from asyncdapo.messages import EvalAnswer, EvalRequest
 from asyncdapo.replay.ledger.ledger import LEDGER_FILE, PAYLOAD_FOLDER
 from asyncdapo.replay.server.failures import MIN_FAILED
@@ -54,27 +53,12 @@ def evaluate(config: Config, step: int) -> int:
     with reaper():
         progress = EvalProgress(out / "logs" / CONTROLLER_LOG)
         try:
-            return _evaluate(config, step, progress)
+            main = EvalRun(config, step, progress).run
+            resumes = "the same command resumes with what is missing"
+            return run_on_ray(config, main, progress, what="the evaluation", resumes=resumes)
         finally:
             progress.close()
             _remove_ledger(out)
-
-
-def _evaluate(config: Config, step: int, progress: EvalProgress) -> int:
-    try:
-        progress.status("starting Ray")
-        with ray_session(config):
-            asyncio.run(EvalRun(config, step, progress).run())
-        return 0
-    except RunError as error:
-        if error.__cause__ and not isinstance(error.__cause__, RunError):
-            traceback.print_exception(error.__cause__)
-        progress.note(f"the evaluation ended: {error}")
-        print(f"asyncdapo: the evaluation ended: {error} (the same command goes on)", file=sys.stderr)
-        return 1
-    except (KeyboardInterrupt, asyncio.CancelledError, SystemExit):  # Ray heeds SIGTERM by the last, while it starts
-        progress.note("interrupted: the same command goes on with what is missing")
-        return EXIT_INTERRUPTED
 
 
 class EvalRun:
@@ -114,7 +98,7 @@ class EvalRun:
         evaluation = Evaluation.of(self._config, opened.eval_prompts, self._ask)
         total = evaluation.total(greedy=True)
         if known:
-            self._progress.note(f"goes on: {len(known):,} of {total:,} answers are there")
+            self._progress.note(f"resumes: {len(known):,} of {total:,} answers are there")
         self._progress.status("evaluating")
         self._progress.begin(total, known)
 

@@ -1,12 +1,12 @@
-"""Ray's own processes: those of a Ray of ours, which nobody else on the machine can use, and the death of any.
+"""Ray's own processes: how our own Ray starts, closed to others on the machine, and how Ray's death is noticed.
 
     our own Ray       `start_own`: every port on loopback and behind a token, every socket and log in a directory that
                       only the user can enter; `death`: its GCS and its raylet are watched by their pids
     a joined one      as its owner set it up; `death`: its GCS takes no connections, or counts this node as lost
 
-In: a configuration. Out: Ray started, and RayDied as soon as it can't go on. By itself Ray ends a driver 60 s after its
-GCS has died, in its own words, and never one whose raylet has died. Invariant: a Ray that would listen on other
-interfaces, or without the token, is not used. Does not own: the session around it (`processes.ray_session`).
+In: a configuration. Out: Ray started, and RayDied as soon as Ray fails. By itself Ray ends a driver only 60 s after its
+GCS has died, with a message of its own, and never after its raylet has died. Invariant: a Ray that would listen on
+other interfaces, or without the token, is not used. Does not own: the session around it (`fleet/process`).
 
 Holds for Ray 2.52 to 2.60, of which it uses internals: whether this machine can be part of a cluster, and how settings
 are read again.
@@ -35,20 +35,20 @@ from asyncdapo.controller.process.surroundings import ray_parent
 from asyncdapo.errors import RunError
 
 SERVERS = ("gcs_server", "raylet")
-"""Of a Ray of our own, children of the driver; without either nothing goes on."""
+"""Of our own Ray, children of the driver; Ray needs both."""
 OBJECT_STORE_BYTES = 100 << 20
 """Ray's shared memory. Commands are small; neither rollouts nor weights go through it."""
 LOOK_S = 0.5
-"""Between two looks at the servers of a Ray of our own."""
+"""Time between two checks of the servers of our own Ray."""
 PROBE_S = 5.0
-"""Between two questions to a joined cluster, and what it has to answer one."""
+"""Time between two probes of a joined cluster, and the timeout of each."""
 SILENT_S = 30.0
-"""A joined cluster that takes no connections for so long is dead. Ray itself would end this process after 60 s."""
-GO_ON = "the same command goes on from the last checkpoint"
+"""A joined cluster that accepts no connection for this long is dead. Ray itself would end this process after 60 s."""
+RESUME = "the same command resumes from the last checkpoint"
 
 
 class RayDied(RunError):  # noqa: N818 - what happened to it, not a failure of ours
-    """Ray can't go on, and neither can it be shut down."""
+    """Ray has failed, and can't be shut down either."""
 
 
 def start_own(**options: Any) -> Path:
@@ -85,7 +85,7 @@ def _use(authentication: dict[str, str]) -> None:
 
 
 async def death(address: str | None) -> None:
-    """Raises RayDied when Ray can't go on. `address`: of the cluster that was joined; none for a Ray of our own."""
+    """Wait for Ray to fail, and raise RayDied. `address`: of the joined cluster; None for our own Ray."""
     await (_cluster_death(address) if address else _own_death())
 
 
@@ -94,7 +94,7 @@ async def _own_death() -> None:
     servers = {process.info["name"]: process for process in children}
     while not (gone := [name for name in SERVERS if name not in servers or not is_alive(servers[name])]):
         await asyncio.sleep(LOOK_S)
-    raise RayDied(f"Ray's process {' and '.join(gone)} died; {GO_ON}")
+    raise RayDied(f"Ray's process {' and '.join(gone)} died; {RESUME}")
 
 
 async def _cluster_death(address: str) -> None:
@@ -108,10 +108,10 @@ async def _cluster_death(address: str) -> None:
                 _, writer = await asyncio.open_connection(host, int(port))
         except OSError:
             if time.monotonic() - heard > SILENT_S:
-                raise RayDied(f"the Ray cluster at {address} takes no connections any more; {GO_ON}") from None
+                raise RayDied(f"the Ray cluster at {address} takes no connections any more; {RESUME}") from None
             continue
         writer.close()
         heard = time.monotonic()
         nodes = await asyncio.to_thread(ray.nodes)
         if not any(known["NodeID"] == node and known["Alive"] for known in nodes):
-            raise RayDied(f"the Ray cluster at {address} has lost the node of this process: its raylet died; {GO_ON}")
+            raise RayDied(f"the Ray cluster at {address} has lost the node of this process: its raylet died; {RESUME}")

@@ -122,12 +122,12 @@ def test_an_interrupted_evaluation_goes_on_with_what_is_missing(quickstart: Path
     printed, _ = process.communicate(timeout=60)
     if sent == signal.SIGINT:
         assert process.returncode == 130
-        assert "the same command goes on" in printed
+        assert "the same command resumes" in printed
     before = responses_in(out)
     with (out / "answers.jsonl").open("a") as file:
         file.write('{"prompt_id":1,"torn')
     printed = evaluate(quickstart, out, *args)
-    assert f"goes on: {len(before):,} of 1,024 answers are there" in printed
+    assert f"resumes: {len(before):,} of 1,024 answers are there" in printed
     after = responses_in(out)
     assert before.items() <= after.items()
     evaluate(quickstart, whole, *args)

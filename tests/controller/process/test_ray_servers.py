@@ -81,7 +81,7 @@ def assert_dies_in_a_line(process: subprocess.Popen[str], server: str, run_dir: 
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 1, output
     assert time.monotonic() - began < 60
-    cause = f"the run ended: Ray's process {server} died; the same command goes on from the last checkpoint"
+    cause = f"the run ended: Ray's process {server} died; the same command resumes from the last checkpoint"
     *before, said, last = output.splitlines()
     assert said.endswith(cause)
     assert last == f"asyncdapo: {cause}"
