@@ -1,7 +1,7 @@
 """The commands. Parses first and imports after, so that `--help` and a typing error answer at once.
 
-Exit codes: 0 done · 1 the run failed, or audit found a breach · 2 something the user can mend · 130 interrupted
-· 141 nobody reads on.
+Exit codes: 0 done · 1 the run failed, or audit found a breach · 2 something that the user can fix · 130 interrupted
+· 141 the reader of standard output is gone.
 """
 
 from __future__ import annotations
@@ -53,10 +53,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _reader_is_gone() -> bool:
-    """Whether nobody reads standard output. If so, what is left to write goes nowhere, without a word."""
+    """Whether nobody reads standard output any more. If so, the rest of the output is discarded silently."""
     output = select.poll()
     output.register(sys.stdout.fileno(), 0)
-    if not output.poll(0):  # POLLERR is told unasked
+    if not output.poll(0):  # POLLERR is reported unasked
         return False
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return True
@@ -185,7 +185,7 @@ def _launch(args: argparse.Namespace) -> int:
 
     with prepare_run(args.config, args.overrides) as (config, resume):
         if resume.finished:
-            print(f"{config.run.dir} has its {resume.step} steps; raise run.steps to go on")
+            print(f"{config.run.dir} has its {resume.step} steps; raise run.steps to continue")
             return 0
         _hush_ray()
         from asyncdapo.controller.commands.launch import launch
@@ -194,7 +194,7 @@ def _launch(args: argparse.Namespace) -> int:
 
 
 def _hush_ray() -> None:
-    """Leave out Ray's own reports of deaths, which ours say in a line. Read when Ray is imported."""
+    """Suppress Ray's own reports of deaths: ours say it in one line. Ray reads the variable when it is imported."""
     deaths = "A worker died or was killed|Raylet is terminated|has been marked dead"
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", deaths)
 

@@ -145,5 +145,5 @@ def open_run(start: Callable[[Mode], Any], mode: Mode, may_go_offline: bool, err
     except error_type as error:
         if mode != "online" or not may_go_offline:
             raise
-        logger.warning("W&B goes on offline: %s", error)
+        logger.warning("W&B continues offline: %s", error)
         return start("offline")

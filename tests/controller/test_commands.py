@@ -44,7 +44,7 @@ def test_the_module_is_the_command_and_says_its_version() -> None:
         ("model.path=/no/such/model", "model.path: no such directory, got '/no/such/model'"),
         ("prompts.task=chian", "prompts.task: unknown, there are chain, file"),
         ("reward.verifier=anser", "reward.verifier: unknown"),
-        ("filter.metric=reward", "filter.metric: is no metric of the scorer"),
+        ("filter.metric=reward", "filter.metric: is not a metric of the scorer"),
         ("metrics.wandb=online", "metrics.wandb: needs a login"),
     ],
 )
@@ -78,7 +78,7 @@ def test_a_run_directory_in_use_is_refused_and_left_alone(tmp_path: Path) -> Non
         command("launch", "quickstart", f"run.dir={tmp_path / 'run'}"), capture_output=True, text=True, check=False
     )
     assert result.returncode == 2
-    assert "run.dir: is in use: it holds notes.txt, and no run" in result.stderr
+    assert "run.dir: is in use: it holds notes.txt but no run" in result.stderr
     assert "remove" not in result.stderr
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["notes.txt"]
 

@@ -152,7 +152,7 @@ def test_json_whose_text_is_none_is_named_as_any_other_damage(interrupted: Path,
 
 def test_a_list_of_processes_whose_text_is_none_is_named_with_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "processes.json").write_bytes(b'[{"role":"\xb6"}]')
-    with pytest.raises(UserError, match=r"processes.json is no list of processes: .*\(remove it"):
+    with pytest.raises(UserError, match=r"processes.json is not a list of processes: .*\(remove it"):
         read_roster(tmp_path)
 
 

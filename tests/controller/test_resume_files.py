@@ -93,7 +93,7 @@ def test_a_launch_killed_before_it_took_the_directory_leaves_it_for_the_next(tmp
 
 def test_a_directory_with_a_config_that_is_no_run_is_refused_and_left_alone(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("model: {path: gpt2}\n")
-    assert "run.dir: holds a run that can't be gone on with" in refused(tmp_path)
+    assert "run.dir: holds a run that can't be resumed" in refused(tmp_path)
     assert (tmp_path / "config.yaml").read_text() == "model: {path: gpt2}\n"
 
 
@@ -420,7 +420,7 @@ def test_a_finished_run_is_left_as_it_is(tmp_path: Path) -> None:
         check=False,
     )
     assert (launched.returncode, launched.stderr) == (0, "")
-    assert launched.stdout == f"{run_dir} has its 2 steps; raise run.steps to go on\n"
+    assert launched.stdout == f"{run_dir} has its 2 steps; raise run.steps to continue\n"
     after = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
     changed = {path.name for path in before | after if before.get(path) != after.get(path)}
     assert changed <= {"launch.lock", "ledger.db-shm", "ledger.db-wal"}
@@ -433,5 +433,5 @@ def test_a_damaged_ledger_is_named(config: Config, run_dir: Path) -> None:
     train(run_dir, 1)
     content = (run_dir / "ledger.db").read_bytes()
     (run_dir / "ledger.db").write_bytes(b"\0" * 4096 + content[4096:])
-    with pytest.raises(UserError, match=r"ledger.db: can't be gone on with: .*put a sound copy of it back"):
+    with pytest.raises(UserError, match=r"ledger.db: can't be resumed: .*put a sound copy of it back"):
         survey(run_dir, config)

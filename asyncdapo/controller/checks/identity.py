@@ -4,7 +4,7 @@ In: the effective configuration of a launch, the model's and the data's files. O
 model and data, written at the first launch; later, whatever differs. Model and data are compared by content, so that
 they and the run directory may move; the rest by the values in RUN_DIR/config.yaml. Invariant: what a completion, its
 reward or its place in a batch depends on can't change within a run; whatever only says how fast, how long, where and
-with which step size may. Does not own: reading a configuration, where a run goes on.
+with which step size may. Does not own: reading a configuration, where a run resumes.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ FREE_KEYS = {
     "reward.timeout_s",
     "reward.max_failure_ratio",
 }
-"""Keys of fixed sections that may change: where the data is (its digest counts), how long the run goes on, and how
+"""Keys of fixed sections that may change: where the data is (its digest counts), how long the run is, and how
 patient it is with its verifier."""
 
 EXTENSIONS = ("prompts.task", "loss.variant", "loss.advantage", "loss.agg", "rollout.engine")
@@ -102,18 +102,18 @@ def check_same_run(run_dir: Path, config: Config, identity: Identity) -> Config:
 
 
 def unknown_keys(recorded: Path, gone: Sequence[str]) -> list[str]:
-    """What is said of keys that another version has recorded; nothing without any."""
+    """A message for keys recorded by another version; empty if there are none."""
     return [f"{recorded}: {', '.join(gone)}: unknown to this version of asyncdapo"] if gone else []
 
 
 @contextmanager
 def _needed(path: Path, where_else: str) -> Iterator[None]:
-    """While a file is read without which a run can't be gone on with. `where_else`: what can take its place."""
+    """Wraps the reading of a file that resuming needs. `where_else`: what can take its place."""
     try:
         yield
     except (UserError, OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else " · ".join(str(error).splitlines())
-        problem = f"holds a run that can't be gone on with: {path.name}: {reason}"
+        problem = f"holds a run that can't be resumed: {path.name}: {reason}"
         fix = f"put a sound {path.name} there: {where_else}; or choose another run.dir"
         raise ConfigError("run.dir", problem, str(path.parent), fix) from error
 

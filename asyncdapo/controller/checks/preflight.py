@@ -1,4 +1,4 @@
-"""Everything that can be wrong with a run and is the user's to mend, found before any process starts.
+"""Finds every problem of a run that the user can fix, before any process starts.
 
 In: the config's name and the overrides. Out: the effective `Config` (paths absolute, `max_staleness` the bound in
 force), written to RUN_DIR/config.yaml, and where the run begins: a run directory that holds a run is resumed. Raises
@@ -10,7 +10,7 @@ UserError (exit code 2), and then no run directory was created and none changed 
             config.1.yaml   the values of launches before it, oldest first
 
 Invariant: one launch at a time works in a run directory. Does not own: what makes two runs the same (`identity`), where
-a run goes on (`resume`).
+a run resumes (`resume`).
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ from asyncdapo.rollout.own_engine import engine_class
 
 LOCK_FILE = "launch.lock"
 UNFINISHED_START = {LOCK_FILE, IDENTITY_FILE, f".{IDENTITY_FILE}.new", f".{CONFIG_FILE}.new"}
-"""What a launch leaves that was killed before it could take the directory."""
+"""Files left by a launch that was killed before it had taken the directory."""
 FEW_ROWS = 500
-"""Whose prompts a launch makes before it starts anything."""
+"""A launch makes the prompts of data with at most this many rows before it starts a process."""
 FORMER_LAUNCH_S = 15.0
 """Time for the processes of a launch whose driver was killed to end by themselves, which takes them up to 10 s."""
 
@@ -129,7 +129,7 @@ def check_reward(config: Config) -> None:
     own = ":" in config.reward.verifier  # a function of the user's has numbers of its own: the filter will see them
     if config.filter.enabled and config.filter.metric not in METRICS and not own:
         fix = f"there are {', '.join(METRICS)}, or a number of a function of yours"
-        raise ConfigError("filter.metric", "is no metric of the scorer", config.filter.metric, fix)
+        raise ConfigError("filter.metric", "is not a metric of the scorer", config.filter.metric, fix)
 
 
 def check_reference(config: Config) -> None:
@@ -143,14 +143,14 @@ def check_reference(config: Config) -> None:
 
 
 def holds_run(run_dir: str) -> bool:
-    """Whether there is a run to go on with, or room for a new one. Raises ConfigError for a directory of something
-    else."""
+    """Whether the directory holds a run to resume; otherwise it can take a new one. Raises ConfigError for a directory
+    of something else."""
     names = {path.name for path in Path(run_dir).iterdir()} if Path(run_dir).exists() else set()
     if CONFIG_FILE not in names and (others := sorted(names - UNFINISHED_START)):
         if LEDGER_FILE in names:
             fix = "put it back: config.1.yaml, if there is one, has the values of a launch before; or choose another"
             raise ConfigError("run.dir", f"holds a run without its {CONFIG_FILE}", run_dir, fix)
-        raise ConfigError("run.dir", f"is in use: it holds {others[0]}, and no run", run_dir, "choose another")
+        raise ConfigError("run.dir", f"is in use: it holds {others[0]} but no run", run_dir, "choose another")
     return CONFIG_FILE in names
 
 
@@ -202,7 +202,7 @@ def _absolute_data(path: str | dict[str, float] | None) -> str | dict[str, float
 
 @contextmanager
 def _usable(run_dir: str) -> Iterator[None]:
-    """What the file system refuses is the user's to mend."""
+    """Turns an OSError into a ConfigError: the user can fix it."""
     try:
         yield
     except OSError as error:
@@ -210,8 +210,8 @@ def _usable(run_dir: str) -> Iterator[None]:
 
 
 def lock_directory(run_dir: str, key: str = "run.dir") -> IO[str]:
-    """Make the directory if need be, and hold it until the file returned is closed, at the latest with this process.
-    Raises ConfigError, for `key`, while another launch holds it."""
+    """Make the directory if it is missing, and hold it until the returned file is closed or this process ends. Raises
+    ConfigError, for `key`, while another launch holds it."""
     Path(run_dir).mkdir(parents=True, exist_ok=True)
     Path(run_dir).chmod(0o700)
     try:
@@ -222,7 +222,7 @@ def lock_directory(run_dir: str, key: str = "run.dir") -> IO[str]:
 
 
 def _open_run_dir(config: Config, identity: Identity) -> Resume:
-    """Begin a run in the directory, or find out where the one in it goes on. Nobody else works there by now."""
+    """Begin a run in the directory, or find out where the run in it resumes. This process holds the directory."""
     run_dir = Path(config.run.dir)
     if not holds_run(config.run.dir):
         replace_file(run_dir / IDENTITY_FILE, to_json(identity))

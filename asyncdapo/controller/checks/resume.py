@@ -1,8 +1,8 @@
-"""Where a launch on a used run directory goes on, found in its files before any process starts.
+"""Where a launch on a used run directory resumes, found in its files before any process starts.
 
     checkpoints/      the newest whole one that the ledger knows  ─▶ step, checkpoint
     ledger.db         its batches up to that step                 ─▶ lines that metrics.jsonl lacks
-    metrics.jsonl     its lines up to that step                   ─▶ last line, whose clocks go on
+    metrics.jsonl     its lines up to that step                   ─▶ last line, whose clocks continue
 
 Reads only. What follows from it is done by those who own the files: the replay server rolls the ledger back, the
 reporter takes lines back, `set_aside` renames checkpoints of the undone future. Does not own: whether this is the same
@@ -30,14 +30,14 @@ from asyncdapo.replay.ledger.ledger import LEDGER_FILE, last_trained, open_ledge
 
 @dataclass(frozen=True, kw_only=True)
 class Resume:
-    """Where a run goes on; of a new one, where it begins."""
+    """Where a run resumes; of a new run, where it begins."""
 
     new: bool = False
     """Nothing is there yet."""
     step: int = 0
     """Train steps that stay done."""
     checkpoint: Path | None = None
-    """Weights, optimizer and random state to go on from; None is the initial model."""
+    """Weights, optimizer and random state to resume from; None is the initial model."""
     problems: tuple[str, ...] = ()
     """Newer checkpoints that can't be used, and why."""
     first_line: dict[str, float] = field(default_factory=dict)
@@ -45,7 +45,7 @@ class Resume:
     last_line: dict[str, float] = field(default_factory=dict)
     """Metrics line of `step`, or of the last one before it that has one; empty when there is none."""
     missing_lines: tuple[dict[str, float], ...] = ()
-    """Lines of steps that were trained and whose own line was never written, as far as the ledger tells them."""
+    """Lines of steps that were trained and whose own line was never written, as far as the ledger has their values."""
     finished: bool = False
     """The run has all its steps, its final evaluation too: there is nothing to do."""
 
@@ -83,19 +83,19 @@ def survey(run_dir: Path, config: Config) -> Resume:
 
 
 def unusable_ledger(run_dir: Path, problem: str) -> UserError:
-    """Without its ledger a run can't be gone on with: nothing else says what was trained. Its weights are worth a new
-    run."""
+    """A run can't be resumed without its ledger: nothing else says what was trained. A new run can start from its
+    weights."""
     newest = max(kept_steps(run_dir), default=0)
     weights = f" from its weights: model.path={checkpoint_dir(run_dir, newest)}" if newest else ""
     fix = f"put a sound copy of it back, without {LEDGER_FILE}-wal; or begin another run.dir{weights}"
     one_line = " ".join(problem.split())  # SQLite quotes statements as they are
-    return UserError(f"{run_dir / LEDGER_FILE}: can't be gone on with: {one_line} ({fix})")
+    return UserError(f"{run_dir / LEDGER_FILE}: can't be resumed: {one_line} ({fix})")
 
 
 def missing_lines(run_dir: Path, step: int) -> list[dict[str, float]]:
     """A line for each batch up to `step` that has none (the run died between the training and the line), made from the
-    ledger: the learner's metrics and what the batch was. Its clocks go on from the line before by the time between the
-    two batches, as far as one launch trained both."""
+    ledger: the learner's metrics and what the batch was. Its clocks are those of the line before
+    plus the time between the two batches, if one launch trained both."""
     lines = _lines_until(run_dir, step)
     batches = _batches_until(run_dir, step)
     if all(batch["step"] in lines for batch in batches):

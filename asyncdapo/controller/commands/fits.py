@@ -1,7 +1,7 @@
 """Room: whether what a plan puts on a GPU fits on one, by the formulas of `memory`. Pure.
 
 In: the configuration, the shape of its model, the placement. Out: a line for each of the two common sizes of GPU, with
-a reserve for what no formula knows (`sizes.with_reserve`; vLLM measures what its processes need and keeps within its
+a reserve for what no formula knows (`memory.with_reserve`; vLLM measures what its processes need and keeps within its
 share). Says nothing of a model's kinds without a formula.
 """
 

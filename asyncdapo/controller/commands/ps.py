@@ -1,6 +1,6 @@
 """`asyncdapo ps RUN_DIR`: the processes of a run as a person wants to see them, without asking any of them.
 
-In: `processes.json`, `ledger.db` and the names in `checkpoints/`, of a run that goes on or is over. Out: a table, or
+In: `processes.json`, `ledger.db` and the names in `checkpoints/`, of a run that is running or over. Out: a table, or
 with `--json` a list of objects with the same fields:
 
     role index pid host started   as in processes.json
@@ -10,7 +10,7 @@ with `--json` a list of objects with the same fields:
                 in `groups` (kept, waiting for a batch), the learner in `steps` (trained since the newest checkpoint)
     memory_mib  resident memory
 
-Nothing is written and nobody is asked, so it answers for a run that hangs. Does not own: the list (`roster`).
+It writes nothing and asks no process, so it works for a run that hangs. Does not own: the list (`roster`).
 """
 
 from __future__ import annotations
@@ -109,8 +109,8 @@ NO_LAG: Lag = (None, None)
 
 
 def lags(run_dir: Path) -> Callable[[roster.Entry], Lag]:
-    """How far each process is behind. Unknown until there is a ledger; one that can't be read is said on stderr, since
-    the processes are worth seeing all the more."""
+    """How far each process is behind. Unknown without a ledger; a ledger that can't be read is reported on stderr, and
+    the processes are shown all the same."""
     if not (run_dir / LEDGER_FILE).exists():
         return lambda entry: NO_LAG
     try:

@@ -1,7 +1,7 @@
-"""The pulse of a process: who it is, what it waits for, and counters that move as long as it gets on.
+"""The pulse of a process: who it is, what it waits for, and counters that move as long as it makes progress.
 
-Travels as the answer to a Ray call of the controller, which keeps the roster with it, makes the chain of waits of it,
-finds stalls and shows how far the next batch is.
+It is the answer to a Ray call of the controller. From it the controller updates the roster, builds the chain of waits,
+detects stalls and shows how far the next batch is.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class Pulse:
     """Itself, and the processes that it started."""
     waits: Sequence[Wait]
     progress: Mapping[str, float] = field(default_factory=dict)
-    """Counters by name. Any one that has moved says that the process is getting on."""
+    """Counters by name. The process makes progress if any of them moves."""
     filling: Filling | None = None
     """Of the replay server."""
     lost: Sequence[int] = ()
-    """Of the replay server: workers that it has not heard from for so long that it counts them as lost."""
+    """Of the replay server: workers that it counts as lost because they were silent for too long."""

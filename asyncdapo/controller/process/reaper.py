@@ -1,9 +1,9 @@
-"""The reaper: a small process that ends all others of a run when the driver is gone, however it went.
+"""The reaper: a small process that kills what is left of a run after its driver has ended or died.
 
 Ray ends its actors when their driver dies, but its agents wait for a dead server for over a minute first. The reaper
-watches the driver's descendants while it lives; at the end of its standard input, which is the driver's death or its
-good end, it grants `GRACE_S` and then kills what is left. A process is known by pid and start time (psutil's identity),
-so that a number that was given to another since is left alone. It ignores Ctrl-C, which a terminal sends to it, too.
+collects the driver's descendants while the driver lives. Its standard input is closed when the driver ends; the reaper
+then waits for `GRACE_S` and kills the processes that are left. psutil identifies a process by pid and start time, so a
+process that got a reused pid is not killed. The reaper ignores Ctrl-C, which a terminal sends to it, too.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SWEEP_S = 3.0
 
 @contextmanager
 def reaper() -> Iterator[None]:
-    """Watched by a reaper. At the end it looks after what is left and goes."""
+    """A reaper watches this process and its descendants while the body runs. Afterwards it kills what is left."""
     with subprocess.Popen([sys.executable, "-m", __name__], stdin=subprocess.PIPE, close_fds=True) as process:
         try:
             yield
@@ -37,8 +37,8 @@ def reaper() -> Iterator[None]:
 
 
 def adopt_orphans(adopt: bool) -> None:
-    """Whether processes below this one whose parent has died become its own children, so that the reaper sees them.
-    Not for long: it would have to bury them, too."""
+    """Whether processes below this one become its children when their parent dies, so that the reaper sees them. Switch
+    it on for a short time only: this process doesn't wait for them, so they stay zombies."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, ctypes.c_ulong(adopt))
 
@@ -62,7 +62,7 @@ def main() -> None:
 
 
 def wait_for(processes: set[psutil.Process], seconds: float) -> set[psutil.Process]:
-    """Until all of them are gone, or the time is up. Returns those that aren't, with what they started meanwhile."""
+    """Wait until all have ended, or the time is up. Returns those that live, and what they have started since."""
     deadline = time.monotonic() + seconds
     while (processes := still_there(processes)) and time.monotonic() < deadline:
         processes |= {below for process in processes for below in descendants(process.pid)}

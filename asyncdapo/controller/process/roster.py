@@ -1,4 +1,4 @@
-"""Who is who: `RUN_DIR/processes.json`, every process of a run, kept current by the controller.
+"""Roster: `RUN_DIR/processes.json`, every process of a run, kept current by the controller.
 
     [
     {"role":"controller","index":0,"pid":4711,"host":"node-1","started":1767323045.17},
@@ -6,9 +6,9 @@
     ...
 
 In: the entries that each process reports of itself and of the processes it started (`this_process`, `entry_of`). Out:
-the file, replaced at once whenever something changed; at the next launch, whoever of the former one still lives.
-Invariant: a process is signalled only if host, pid and start time are those of its entry, so never one that merely
-got the pid of another. Does not own: starting and watching processes (`fleet/process`), how the list is shown (`ps`).
+the file, replaced atomically after each change; at the next launch, the processes of the last one that still live.
+Invariant: a process is signalled only if host, pid and start time are those of its entry, so a process that got a
+reused pid is safe. Does not own: starting and watching processes (`fleet/process`), how the list is shown (`ps`).
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def read(run_dir: Path) -> list[Entry]:
         return msgspec.json.decode(path.read_bytes(), type=list[Entry])
     except ValueError as error:
         raise UserError(
-            f"{path} is no list of processes: {error} (remove it, once no process of that run lives)"
+            f"{path} is not a list of processes: {error} (remove it when no process of that run lives)"
         ) from None
 
 
@@ -155,22 +155,22 @@ def survivors(run_dir: Path) -> list[Entry]:
 def end_survivors(run_dir: Path, wait_s: float) -> list[Entry]:
     """Before a launch on a used directory: wait for the former launch to be gone, then kill what is left of it.
 
-    Returns whom it killed. Raises UserError, and kills nobody, while the former controller lives: that run goes on.
+    Returns those that it killed. Raises UserError, and kills none, if the former controller lives: that run continues.
     """
     former = survivors(run_dir)
     _wait_for_end(former, wait_s)
     for entry in former:
         if entry.role == "controller" and is_running(entry):
             raise UserError(
-                f"run.dir: {run_dir} is in use by a run that goes on, its controller is process {entry.pid} "
+                f"run.dir: {run_dir} is in use by a run: its controller, process {entry.pid}, lives "
                 f"(choose another run.dir, or end that run with `kill {entry.pid}`)"
             )
     return end(former)
 
 
 def end(entries: Sequence[Entry], wait_s: float = 0.0) -> list[Entry]:
-    """Wait for processes of this host to end, then kill the others. Returns whom it killed, once they are gone; raises
-    RunError naming those that can't be killed."""
+    """Wait for processes of this host to end, then kill the others. Returns those that it killed, after they are gone.
+    Raises RunError that names those that can't be killed."""
     killed = []
     for entry in _wait_for_end(entries, wait_s):
         if is_running(entry):

@@ -28,7 +28,7 @@ from typing import Any, TextIO
 from asyncdapo.controller.process.roster import ENDED, GONE, STOPPED, Entry, state_of
 
 DUMP_S = 3.0
-"""Time for a dump to appear; a process inside a system call that can't be interrupted takes for ever."""
+"""Time for a dump to appear; a process inside a system call that can't be interrupted never writes it."""
 QUIET_S = 0.1
 """A dump is over when nothing was added for this long."""
 POLL_S = 0.02
@@ -90,7 +90,7 @@ def _format(frames: Iterable[tuple[FrameType, int]], innermost_first: bool = Fal
 
 
 def ask(entry: Entry, log_path: Path, wait_s: float = DUMP_S) -> str:
-    """The stacks of a process's threads, or in a line why there are none. Blocks up to `wait_s`."""
+    """The stacks of a process's threads, or one line that says why there are none. Blocks up to `wait_s`."""
     offset = log_path.stat().st_size if log_path.exists() else 0
     if why_not := request_stacks(entry):
         return f"{entry.name}: {why_not}"

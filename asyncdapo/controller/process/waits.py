@@ -1,7 +1,7 @@
-"""No silent waits: what each process waits for, and the chain from a wait that takes long to its root.
+"""No silent waits: what each process waits for, and the chain from a long wait to its root.
 
-    Waits    one registry per process: `with waits.on("learner", "batch 5"):` around whatever may take long
-    chain    pure: from who to whom, over the waits collected from all processes, down to those that wait for nobody
+    Waits    one registry per process: `with waits.on("learner", "batch 5"):` around each step that may take long
+    chain    pure: follows the waits of all processes to the processes that wait for nobody
     render   the chain, one line a link:
                  controller waits for learner since 34 s: batch 5
                  learner waits for replay since 33 s: batch 5
@@ -24,9 +24,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 NOBODY = ""
-"""Whom a process waits for that works, or has nothing to do: `what` says which."""
+"""The process works or is idle, and waits for nobody; `what` says which."""
 UNKNOWN = "?"
-"""Whom a process waits for that doesn't say."""
+"""The process doesn't say whom it waits for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +67,7 @@ class Waits:
 
     @contextmanager
     def on(self, whom: str, what: str, deadline_s: float | None = None) -> Iterator[None]:
-        """Waiting for `whom` while the body runs. The deadline is told, not enforced."""
+        """Record a wait for `whom` while the body runs. The deadline is shown, not enforced."""
         key = object()
         with self._lock:
             self._open[key] = _Open(whom, what, self._now(), deadline_s)
@@ -78,8 +78,8 @@ class Waits:
                 del self._open[key]
 
     def stand(self, whom: str, what: str) -> None:
-        """For a process that is a state machine: what holds from now on, in place of what it said here before. The
-        clock goes on while `whom` stays the same."""
+        """For a process that is a state machine: replaces the wait recorded by the last call. The clock keeps running
+        if `whom` stays the same."""
         with self._lock:
             same = self._standing and self._standing.whom == whom
             self._standing = _Open(whom, what, self._standing.since if same else self._now(), None)
@@ -108,7 +108,7 @@ REPLAY_WAITS_FOR = {
 
 
 def replay_wait(why: str) -> tuple[str, str]:
-    """Whom the replay server waits for and for what, from the line with which it says so; for `Waits.stand`."""
+    """From the line in which the replay server names its wait: whom it waits for, and for what (see `Waits.stand`)."""
     name = next(name for name in REPLAY_WAITS_FOR if why.startswith(name))
     return REPLAY_WAITS_FOR[name], why.removeprefix(f"{name}: ")
 
@@ -117,8 +117,8 @@ def chain(waits_by_process: Mapping[str, Sequence[Wait] | None], start: str) -> 
     """Whom `start` waits for, whom those wait for, and so on: each process once, right after the first that waits for
     it.
 
-    None in place of a process's waits says that it did not answer. A role that is waited for stands for its processes,
-    all of which are shown. One that waits for nobody gets a link that says so: these are the roots.
+    None in place of a process's waits means that it did not answer. A wait for a role shows all processes of the role.
+    A process that waits for nobody gets a link that says so: these are the roots.
     """
     links: list[Wait] = []
     shown: set[str] = set()
@@ -154,10 +154,10 @@ def _processes(whom: str, names: Mapping[str, object]) -> list[str]:
 
 
 def render(links: Sequence[Wait]) -> str:
-    """One line a link. When it is nobody's turn they wait for each other, and a last line says so."""
+    """One line a link. If the chain has no root, the processes wait for each other, and a last line says so."""
     lines = [_line(wait) for wait in links]
     if not any(wait.is_root for wait in links):
-        lines.append(f"{', '.join(processes_in(links))} wait for each other: none of them can go on")
+        lines.append(f"{', '.join(processes_in(links))} wait for each other: none of them can continue")
     return "\n".join(lines)
 
 

@@ -31,7 +31,7 @@ def test_stopped_and_then_killed_a_run_goes_on_each_time_and_says_when_it_is_fin
     finished = go_on(run_dir, killed)
     again = launch(run_dir, *SHORT, f"run.steps={finished.lines[-1]['step']:.0f}")
     assert again.exit_code == 0, again.output
-    assert "raise run.steps to go on" in again.output
+    assert "raise run.steps to continue" in again.output
 
 
 @pytest.mark.soak

@@ -171,9 +171,7 @@ def test_a_process_that_got_the_pid_of_another_is_left_alone(tmp_path: Path) -> 
 def test_a_run_that_goes_on_is_refused_and_loses_nobody(tmp_path: Path) -> None:
     with living() as controller, living() as learner:
         write_former(tmp_path, entry_of("controller", 0, controller.pid), entry_of("learner", 0, learner.pid))
-        with pytest.raises(
-            UserError, match=f"in use by a run that goes on, its controller is process {controller.pid}"
-        ):
+        with pytest.raises(UserError, match=f"in use by a run: its controller, process {controller.pid}, lives"):
             end_survivors(tmp_path, wait_s=0.2)
         assert controller.poll() is None
         assert learner.poll() is None
@@ -201,5 +199,5 @@ def test_another_users_process_is_named(tmp_path: Path) -> None:
 
 def test_a_file_of_another_kind_is_said_by_its_name(tmp_path: Path) -> None:
     (tmp_path / "processes.json").write_text('[{"role": "learner"}]')
-    with pytest.raises(UserError, match=r"processes\.json is no list of processes: .*index"):
+    with pytest.raises(UserError, match=r"processes\.json is not a list of processes: .*index"):
         survivors(tmp_path)

@@ -157,7 +157,7 @@ def test_those_who_wait_for_each_other_are_said_to() -> None:
         "replay": [wait("replay", "learner")],
     }
     lines = render(chain(waits, "controller")).splitlines()
-    assert lines[-1] == "controller, learner, replay wait for each other: none of them can go on"
+    assert lines[-1] == "controller, learner, replay wait for each other: none of them can continue"
     assert len(lines) == 4
 
 
@@ -214,7 +214,7 @@ def test_either_somebody_is_at_the_root_or_they_are_said_to_wait_for_each_other(
         waits.get(who) and all(one.whom not in (NOBODY, UNKNOWN) for one in waits[who]) for who in reached(waits, start)
     )
     text = render(links)
-    assert text.endswith("wait for each other: none of them can go on") == everybody_waits
+    assert text.endswith("wait for each other: none of them can continue") == everybody_waits
     assert len(text.splitlines()) == len(links) + everybody_waits
 
 
