@@ -1,4 +1,5 @@
-"""Every record on a wire or in the journal. Uses msgspec, without numpy and torch.
+"""Every record on a wire or in the journal, except those of evaluations (`eval_messages`). Uses msgspec, without numpy
+and torch.
 
 A wire message is one msgpack header frame (a tagged `Struct` below). Tokens follow as raw little-endian buffers, in
 frames of their own (`payload`). Nothing on a socket is ever pickled.
@@ -120,6 +121,15 @@ class Group(Struct, frozen=True, kw_only=True):
         return sum(completion.num_loss_tokens for completion in self.completions)
 
 
+class Sampling(Struct, frozen=True, kw_only=True):
+    """How tokens are drawn. Training always samples plainly (`top_p` 1, `top_k` 0); temperature 0 is greedy."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    max_tokens: int = 128
+
+
 # ------------------------------------------------------------------------------------------------- rollout <-> replay
 
 
@@ -237,79 +247,6 @@ class Withdraw(Message):
     """replay -> rollout. These leases are over. Stop generating them, and send nothing for them."""
 
     lease_ids: list[int]
-
-
-# ------------------------------------------------------------------------------------------------------- evaluation
-
-
-class Sampling(Struct, frozen=True, kw_only=True):
-    """How tokens are drawn. Training always samples plainly (`top_p` 1, `top_k` 0); temperature 0 is greedy."""
-
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    max_tokens: int = 128
-
-
-class EvalRequest(Message):
-    """replay -> rollout. Sample these prompts, at most `group_size` completions in all. Not a lease; never trained
-    on."""
-
-    request_id: int
-    seed: int
-    """Seed of the evaluation. A completion uses `eval_seed(seed, prompt_id, sample)`, whatever else is requested."""
-    sampling: Sampling
-    prompts: list[Prompt]
-    samples: list[int] = field(default_factory=lambda: [0])
-    """Numbers of the completions to sample of each prompt."""
-    number: int = 0
-    """As in `Lease`; 0 until the request is given to a worker."""
-
-    @property
-    def num_sequences(self) -> int:
-        """Completions asked for."""
-        return len(self.prompts) * len(self.samples)
-
-
-class EvalAnswer(Struct, frozen=True, kw_only=True):
-    """The result of one evaluated completion."""
-
-    prompt_id: int
-    sample: int = 0
-    """Number of the completion among the prompt's."""
-    acc: float
-    failure: str = ""
-    """Why there is no verdict: the reward function's error. `acc` is 0 then."""
-    pred: str | None = None
-    """As in `Score`; maj@k counts it."""
-    num_tokens: int
-    finish_reason: FinishReason
-    version_min: int
-    version_max: int
-    response: str = ""
-    """Its text without special tokens."""
-
-    @property
-    def failed(self) -> bool:
-        """Whether it could not be judged."""
-        return bool(self.failure)
-
-
-class EvalDone(Message):
-    """rollout -> replay, with one frame: the responses as UTF-8, one after the other. (They don't fit a header: it has
-    room for 8 MiB, and a long response takes 80 kB.) Sent again until acknowledged."""
-
-    request_id: int
-    answers: list[EvalAnswer]
-    """Prompt after prompt, each with its samples in order; without the responses."""
-    response_bytes: list[int]
-    """Length of each response in the frame (`payload.pack_answers`)."""
-
-
-class EvalAck(Message):
-    """replay -> rollout."""
-
-    request_id: int
 
 
 # ------------------------------------------------------------------------------------------------- replay <-> learner

@@ -20,9 +20,9 @@ from pathlib import Path
 import numpy as np
 
 from asyncdapo.messages import Completion, Group, Prompt
-from asyncdapo.payload import Payload
 from asyncdapo.replay.core import events as core
 from asyncdapo.replay.ledger.journal import Journal
+from asyncdapo.transport.payload import Payload
 
 GROUP_SIZE = 16
 FSYNC = os.fsync

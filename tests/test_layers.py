@@ -15,11 +15,11 @@ STAGES = {"prompts", "rollout", "reward", "replay", "learner", "weights", "metri
 LOWER = {
     "algorithm",
     "disk",
+    "eval_messages",
     "errors",
     "faults",
     "messages",
     "model",
-    "payload",
     "plugins",
     "ranges",
     "seeds",

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from asyncdapo.errors import RewardError
-from asyncdapo.messages import Completion, EvalAnswer, FinishReason, Group, Lease, Prompt, Runs, Score
-from asyncdapo.payload import LOGPROB_DTYPE, TOKEN_DTYPE, Payload
+from asyncdapo.eval_messages import EvalAnswer
+from asyncdapo.messages import Completion, FinishReason, Group, Lease, Prompt, Runs, Score
 from asyncdapo.rollout.engine import Sample
+from asyncdapo.transport.payload import LOGPROB_DTYPE, TOKEN_DTYPE, Payload
 
 MAX_FAILURE = 500
 """Characters kept of a reward function's error: a header has to hold those of many answers."""

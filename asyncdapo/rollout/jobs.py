@@ -19,9 +19,8 @@ from functools import partial
 import numpy as np
 
 from asyncdapo.errors import RewardError
+from asyncdapo.eval_messages import EvalAnswer, EvalRequest
 from asyncdapo.messages import (
-    EvalAnswer,
-    EvalRequest,
     FinishReason,
     GroupDone,
     GroupFailed,
@@ -33,12 +32,12 @@ from asyncdapo.messages import (
     Sampling,
     Score,
 )
-from asyncdapo.payload import pack_answers
 from asyncdapo.rollout.config import RolloutConfig
 from asyncdapo.rollout.engine import Engine, Request, Sample
 from asyncdapo.rollout.groups import build_answer, build_group
 from asyncdapo.seeds import eval_seed, sample_seed
 from asyncdapo.transport.codec import Buffer
+from asyncdapo.transport.payload import pack_answers
 
 Outgoing = tuple[Message, Sequence[Buffer]]
 

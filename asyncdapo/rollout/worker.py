@@ -34,12 +34,11 @@ from typing import Any
 
 from asyncdapo import faults
 from asyncdapo.errors import RunError
+from asyncdapo.eval_messages import EvalAck, EvalRequest
 from asyncdapo.messages import (
     SCHEMA_VERSION,
     Ack,
     Ask,
-    EvalAck,
-    EvalRequest,
     Heartbeat,
     Hello,
     Lease,

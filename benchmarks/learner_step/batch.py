@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from asyncdapo.messages import Batch, Completion, Group
-from asyncdapo.payload import Payload
 from asyncdapo.shares import Dealer
+from asyncdapo.transport.payload import Payload
 from benchmarks.learner_step.lengths import GroupLengths
 
 

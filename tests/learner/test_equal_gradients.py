@@ -18,8 +18,8 @@ import torch
 from asyncdapo.learner.config import LossConfig
 from asyncdapo.learner.step.ranks import ALONE, Ranks
 from asyncdapo.messages import Batch
-from asyncdapo.payload import Payload
 from asyncdapo.shares import Dealer, share_of
+from asyncdapo.transport.payload import Payload
 from tests.learner.ranks import in_processes
 from tests.learner.tiny import CUT, MEASURED, make_batch, make_learner, save_tiny_llama, with_equal_rewards
 from tests.learner.tiny import train as train_step

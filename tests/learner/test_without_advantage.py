@@ -12,7 +12,7 @@ from asyncdapo.algorithm.variants import ADVANTAGES
 from asyncdapo.learner.batches.samples import rows_by_update
 from asyncdapo.learner.config import LossConfig
 from asyncdapo.messages import Batch
-from asyncdapo.payload import Payload
+from asyncdapo.transport.payload import Payload
 from tests.learner.tiny import dealt_to, make_batch, make_learner, save_tiny_llama, train, with_equal_rewards
 
 CONSTANT = {1, 2, 5}

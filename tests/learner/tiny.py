@@ -17,8 +17,8 @@ from asyncdapo.learner.model.compiler import COMPILERS
 from asyncdapo.learner.step.learner import Learner
 from asyncdapo.learner.step.ranks import ALONE, Ranks
 from asyncdapo.messages import Batch, Completion, Group
-from asyncdapo.payload import Payload
 from asyncdapo.shares import Dealer, share_of
+from asyncdapo.transport.payload import Payload
 
 VOCAB_SIZE = 29
 needs_compiler = pytest.mark.skipif(

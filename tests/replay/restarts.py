@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 
 from asyncdapo.messages import Completion, Group, Prompt
-from asyncdapo.payload import Payload
 from asyncdapo.replay.core import events as core
 from asyncdapo.replay.core.state import ReplayState
 from asyncdapo.replay.ledger.invariants import INVARIANTS
 from asyncdapo.replay.ledger.journal import Journal
 from asyncdapo.replay.ledger.ledger import open_ledger
+from asyncdapo.transport.payload import Payload
 from tests.replay.past import ENDS, TruthWithPast
 from tests.replay.scenario import group_done
 from tests.replay.simulation import Simulation, World

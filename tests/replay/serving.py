@@ -4,15 +4,13 @@ import asyncio
 from contextlib import asynccontextmanager, closing, suppress
 from functools import partial
 
+from asyncdapo.eval_messages import EvalAck, EvalAnswer, EvalRequest
 from asyncdapo.messages import (
     SCHEMA_VERSION,
     Ack,
     Ask,
     Batch,
     CutWanted,
-    EvalAck,
-    EvalAnswer,
-    EvalRequest,
     GroupDone,
     Heartbeat,
     Hello,
@@ -24,13 +22,13 @@ from asyncdapo.messages import (
     Welcome,
     Withdraw,
 )
-from asyncdapo.payload import pack_answers
 from asyncdapo.replay.config import FilterConfig, ReplayConfig
 from asyncdapo.replay.core.state import ReplayState
 from asyncdapo.replay.ledger.journal import Journal
 from asyncdapo.replay.ledger.ledger import open_ledger
 from asyncdapo.replay.server.server import ReplayServer
 from asyncdapo.replay.server.settings import ServerSettings
+from asyncdapo.transport.payload import pack_answers
 from asyncdapo.transport.sockets import Client
 from tests.replay.small_run import GROUP_SIZE, make_group, prompt_at
 

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 
 from asyncdapo.messages import Completion, CutWanted, Group, Hello, Lease, Prompt
-from asyncdapo.payload import Payload
 from asyncdapo.replay.config import FilterConfig, ReplayConfig
 from asyncdapo.replay.core import events as core
 from asyncdapo.replay.core.recovery import Recovered
@@ -21,6 +20,7 @@ from asyncdapo.replay.server.dispatch import Exchange
 from asyncdapo.replay.server.sessions import Sessions
 from asyncdapo.replay.server.settings import ServerSettings
 from asyncdapo.replay.server.validate import arrival
+from asyncdapo.transport.payload import Payload
 
 GROUP_SIZE = 2
 CONFIG = """

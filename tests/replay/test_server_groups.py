@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from asyncdapo.messages import Ack, GroupDone, GroupFailed, Lease, Reject, Withdraw
-from asyncdapo.payload import Payload
 from asyncdapo.replay.core import events as core
 from asyncdapo.replay.ledger.journal import Journal
+from asyncdapo.transport.payload import Payload
 from tests.replay.serving import FakeWorker, rows, scenario, serving
 from tests.replay.small_run import make_group, prompt_at
 

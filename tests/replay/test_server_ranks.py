@@ -5,8 +5,8 @@ import asyncio
 import pytest
 
 from asyncdapo.messages import NoBatch
-from asyncdapo.payload import Payload
 from asyncdapo.shares import Dealer, share_of
+from asyncdapo.transport.payload import Payload
 from tests.replay.serving import FakeLearner, FakeWorker, scenario, serving, until
 from tests.replay.small_run import make_group
 

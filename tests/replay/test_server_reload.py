@@ -5,7 +5,8 @@ import asyncio
 import pytest
 
 from asyncdapo.errors import RunError
-from asyncdapo.messages import Ack, EvalRequest, Lease, NoBatch, Welcome, Withdraw
+from asyncdapo.eval_messages import EvalRequest
+from asyncdapo.messages import Ack, Lease, NoBatch, Welcome, Withdraw
 from asyncdapo.replay.ledger.audit import audit
 from tests.replay.serving import TICK_S, FakeLearner, FakeWorker, eval_request, rows, scenario, serving, until
 from tests.replay.small_run import write_files

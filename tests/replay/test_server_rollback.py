@@ -2,7 +2,8 @@
 
 import asyncio
 
-from asyncdapo.messages import Ack, EvalRequest, Lease, Loaded, Withdraw
+from asyncdapo.eval_messages import EvalRequest
+from asyncdapo.messages import Ack, Lease, Loaded, Withdraw
 from asyncdapo.replay.ledger.audit import audit
 from asyncdapo.replay.server.sessions import DESERTED_TICKS
 from tests.replay.serving import TICK_S, FakeLearner, FakeWorker, eval_request, rows, scenario, serving, until

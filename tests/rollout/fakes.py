@@ -12,10 +12,9 @@ import msgspec
 import numpy as np
 import zmq
 
+from asyncdapo.eval_messages import EvalDone, EvalRequest
 from asyncdapo.messages import (
     Ask,
-    EvalDone,
-    EvalRequest,
     FinishReason,
     GroupDone,
     GroupFailed,

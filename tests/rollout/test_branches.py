@@ -6,11 +6,11 @@ import asyncio
 
 import pytest
 
+from asyncdapo.eval_messages import EvalDone
 from asyncdapo.messages import (
     Ack,
     Ask,
     CutWanted,
-    EvalDone,
     GroupDone,
     Heartbeat,
     Hello,

@@ -7,17 +7,8 @@ from collections.abc import Callable
 
 import pytest
 
-from asyncdapo.messages import (
-    SCHEMA_VERSION,
-    Ask,
-    EvalDone,
-    GroupDone,
-    Heartbeat,
-    Hello,
-    Loaded,
-    Score,
-    Started,
-)
+from asyncdapo.eval_messages import EvalDone
+from asyncdapo.messages import SCHEMA_VERSION, Ask, GroupDone, Heartbeat, Hello, Loaded, Score, Started
 from tests.asynchronous import asynchronous
 from tests.rollout.fakes import (
     GROUP_SIZE,

@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 
 from asyncdapo.errors import EngineError, RewardError, RunError
+from asyncdapo.eval_messages import EvalAck, EvalDone
 from asyncdapo.messages import (
     Ack,
     Ask,
     CutWanted,
-    EvalAck,
-    EvalDone,
     GroupDone,
     GroupFailed,
     Heartbeat,
@@ -23,9 +22,9 @@ from asyncdapo.messages import (
     Started,
     Withdraw,
 )
-from asyncdapo.payload import Payload, unpack_answers
 from asyncdapo.rollout.worker import MAX_MALFORMED
 from asyncdapo.seeds import eval_seed, sample_seed
+from asyncdapo.transport.payload import Payload, unpack_answers
 from tests.asynchronous import asynchronous, until
 from tests.rollout.fakes import (
     GROUP_SIZE,

@@ -20,12 +20,12 @@ from functools import cache
 from pathlib import Path
 
 from asyncdapo.messages import Group
-from asyncdapo.payload import Payload
 from asyncdapo.replay.ledger import journal as journal_module
 from asyncdapo.replay.ledger.journal import Journal
 from asyncdapo.replay.ledger.ledger import open_ledger
 from asyncdapo.replay.ledger.payloads import BadRecord, Place
 from asyncdapo.replay.ledger.schema import TABLES, UNDONE_TABLES
+from asyncdapo.transport.payload import Payload
 
 SHM = Path("/dev/shm")
 Records = dict[int, dict[int, tuple[Group, Payload]]]

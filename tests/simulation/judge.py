@@ -18,11 +18,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from asyncdapo.messages import Batch, EvalRequest, Lease
-from asyncdapo.payload import Payload
+from asyncdapo.eval_messages import EvalRequest
+from asyncdapo.messages import Batch, Lease
 from asyncdapo.replay.core import events as core
 from asyncdapo.replay.ledger.invariants import INVARIANTS
 from asyncdapo.replay.server.sessions import Session
+from asyncdapo.transport.payload import Payload
 from tests.replay.past import TruthWithPast
 from tests.replay.restarts import snapshot
 from tests.simulation.plan import GROUP_SIZE

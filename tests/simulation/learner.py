@@ -12,7 +12,7 @@ from asyncdapo import faults
 from asyncdapo.learner.batches.batches import Batches
 from asyncdapo.learner.batches.feed import BatchFeed
 from asyncdapo.messages import Batch, NoBatch
-from asyncdapo.payload import Payload
+from asyncdapo.transport.payload import Payload
 from tests.simulation.disk import Checkpoint
 from tests.simulation.process import Process
 from tests.simulation.replay import LEARNER_ADDRESS

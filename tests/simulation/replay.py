@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from asyncdapo.messages import EvalRequest, Lease, Prompt
+from asyncdapo.eval_messages import EvalRequest
+from asyncdapo.messages import Lease, Prompt
 from asyncdapo.replay.core.state import ReplayState
 from asyncdapo.replay.ledger.journal import Journal
 from asyncdapo.replay.server.server import ReplayServer

@@ -18,7 +18,8 @@ from types import UnionType
 from typing import TYPE_CHECKING
 
 from asyncdapo import faults
-from asyncdapo.messages import EvalRequest, Lease, Message
+from asyncdapo.eval_messages import EvalRequest
+from asyncdapo.messages import Lease, Message
 from asyncdapo.transport.codec import Buffer, Malformed, decode, encode
 
 if TYPE_CHECKING:

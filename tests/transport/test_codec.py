@@ -12,15 +12,13 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
+from asyncdapo.eval_messages import EvalAnswer, EvalDone, EvalRequest
 from asyncdapo.messages import (
     Ack,
     Ask,
     Batch,
     Completion,
     Deal,
-    EvalAnswer,
-    EvalDone,
-    EvalRequest,
     Group,
     GroupDone,
     Heartbeat,
@@ -32,8 +30,8 @@ from asyncdapo.messages import (
     Sampling,
     Welcome,
 )
-from asyncdapo.payload import Payload, pack_answers, unpack_answers
 from asyncdapo.transport.codec import Limits, Malformed, decode, encode
+from asyncdapo.transport.payload import Payload, pack_answers, unpack_answers
 
 PROMPT = Prompt(prompt_id=3, epoch=0, source="sums", row=7, token_ids=[5, 6, 7], answer="12")
 COMPLETION = Completion(

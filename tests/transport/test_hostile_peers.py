@@ -31,11 +31,11 @@ from asyncdapo.messages import (
     Progress,
     Started,
 )
-from asyncdapo.payload import pack_answers
 from asyncdapo.replay.ledger.audit import audit
 from asyncdapo.replay.server.server import ReplayServer
 from asyncdapo.transport.codec import Malformed, encode
 from asyncdapo.transport.keys import RunKeys
+from asyncdapo.transport.payload import pack_answers
 from asyncdapo.transport.sockets import Client, Server
 from tests.replay import serving as replay_side
 from tests.replay.serving import FakeLearner, FakeWorker, eval_answers, eval_request, serving

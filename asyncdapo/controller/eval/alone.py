@@ -37,7 +37,7 @@ from asyncdapo.controller.process.reaper import reaper
 from asyncdapo.controller.process.waits import NOBODY
 from asyncdapo.controller.roles.actors import Opened, Start
 from asyncdapo.errors import RunError
-from asyncdapo.messages import EvalAnswer, EvalRequest
+from asyncdapo.eval_messages import EvalAnswer, EvalRequest
 from asyncdapo.replay.ledger.ledger import LEDGER_FILE, PAYLOAD_FOLDER
 from asyncdapo.replay.server.failures import MIN_FAILED
 

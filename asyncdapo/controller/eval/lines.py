@@ -13,7 +13,8 @@ import msgspec
 
 from asyncdapo.controller.eval.evaluation import Answered
 from asyncdapo.errors import UserError
-from asyncdapo.messages import EvalAnswer, FinishReason, Prompt
+from asyncdapo.eval_messages import EvalAnswer
+from asyncdapo.messages import FinishReason, Prompt
 
 
 class AnswerLine(msgspec.Struct, frozen=True, kw_only=True):

@@ -13,7 +13,7 @@ from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
-from asyncdapo.messages import EvalAnswer
+from asyncdapo.eval_messages import EvalAnswer
 
 
 def avg_at_k(correct: Sequence[Sequence[float]], k: int) -> list[float]:

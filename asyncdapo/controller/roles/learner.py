@@ -34,8 +34,8 @@ from asyncdapo.learner.step.learner import Learner
 from asyncdapo.learner.step.probe import Pair
 from asyncdapo.learner.step.ranks import GradientGroup, Ranks
 from asyncdapo.messages import Batch, NoBatch
-from asyncdapo.payload import Payload
 from asyncdapo.transport.backend import Backend
+from asyncdapo.transport.payload import Payload
 from asyncdapo.transport.process_group import device_name
 from asyncdapo.weights.group import WeightGroup
 from asyncdapo.weights.manifest import Manifest

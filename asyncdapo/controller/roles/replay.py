@@ -8,7 +8,7 @@ from asyncdapo.controller.process.health import Filling, Pulse
 from asyncdapo.controller.process.waits import replay_wait
 from asyncdapo.controller.roles.actors import NUM_PROBE_PROMPTS, Opened, Start
 from asyncdapo.controller.roles.base import Member
-from asyncdapo.messages import EvalAnswer, EvalRequest
+from asyncdapo.eval_messages import EvalAnswer, EvalRequest
 from asyncdapo.model.tokenizer import TextTokenizer, load_tokenizer
 from asyncdapo.prompts.registry import open_task
 from asyncdapo.prompts.stream import PromptStream

@@ -26,7 +26,7 @@ from typing import Any, Generic, TypeVar
 from asyncdapo.errors import RunError
 from asyncdapo.learner.batches.feed import BatchFeed
 from asyncdapo.messages import Batch, NoBatch
-from asyncdapo.payload import Payload
+from asyncdapo.transport.payload import Payload
 
 P = TypeVar("P")
 Spawn = Callable[[Coroutine[Any, Any, Any]], asyncio.Task[Any]]

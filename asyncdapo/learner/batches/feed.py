@@ -15,10 +15,10 @@ from collections.abc import Sequence
 
 from asyncdapo.errors import BatchError, RunError
 from asyncdapo.messages import Batch, CutWanted, NoBatch
-from asyncdapo.payload import Payload
 from asyncdapo.shares import share_of
 from asyncdapo.transport.codec import Malformed
 from asyncdapo.transport.keys import ClientKeys
+from asyncdapo.transport.payload import Payload
 from asyncdapo.transport.sockets import Client
 
 ASK_AGAIN_S = 5.0

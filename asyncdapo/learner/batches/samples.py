@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from asyncdapo.messages import Batch, Runs
-from asyncdapo.payload import Payload
 from asyncdapo.shares import share_of
+from asyncdapo.transport.payload import Payload
 
 Advantage = Callable[[Tensor], Tensor]
 """Rewards of a group [G] -> advantages [G]."""

@@ -50,7 +50,7 @@ from asyncdapo.learner.step.times import Times
 from asyncdapo.messages import NOBODY, Batch
 from asyncdapo.model.files import TOKENIZER_FILES
 from asyncdapo.model.shape import settled_dtype
-from asyncdapo.payload import Payload
+from asyncdapo.transport.payload import Payload
 
 DIGEST_ELEMENTS = 1 << 20
 """A sum in int64 copies what it adds: so many elements at a time."""

@@ -13,11 +13,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from asyncdapo.messages import Group, Prompt
-from asyncdapo.payload import Payload
 from asyncdapo.replay.core import events as core
 from asyncdapo.replay.ledger import reload
 from asyncdapo.replay.ledger.payloads import Place, Segments
 from asyncdapo.replay.ledger.schema import HELD_STATES
+from asyncdapo.transport.payload import Payload
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,7 +28,6 @@ from asyncdapo import faults
 from asyncdapo.disk import disk_errors
 from asyncdapo.errors import RunError
 from asyncdapo.messages import Group, Prompt
-from asyncdapo.payload import Payload
 from asyncdapo.replay.config import ReplayConfig
 from asyncdapo.replay.core import events as core
 from asyncdapo.replay.core.recovery import GroupFacts, Recovered
@@ -45,6 +44,7 @@ from asyncdapo.replay.ledger.ledger import (
 from asyncdapo.replay.ledger.payloads import SEGMENT_BYTES, Segments
 from asyncdapo.replay.ledger.rollback import Rollback
 from asyncdapo.replay.ledger.schema import HELD_STATES
+from asyncdapo.transport.payload import Payload
 
 RECORDED_EVENTS = (
     core.WorkerJoined,

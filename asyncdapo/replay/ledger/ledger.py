@@ -16,9 +16,9 @@ from typing import IO
 from asyncdapo.disk import LockedError, lock_file
 from asyncdapo.errors import RunError, UserError
 from asyncdapo.messages import Group
-from asyncdapo.payload import Payload
 from asyncdapo.replay.ledger.payloads import Place, read_record
 from asyncdapo.replay.ledger.schema import LEDGER_SCHEMA, TABLES, UNDONE_TABLES
+from asyncdapo.transport.payload import Payload
 
 LEDGER_FILE = "ledger.db"
 LOCK_FILE = "ledger.lock"

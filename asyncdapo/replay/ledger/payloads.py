@@ -30,7 +30,7 @@ import msgspec
 
 from asyncdapo.disk import sync
 from asyncdapo.messages import Group
-from asyncdapo.payload import Payload
+from asyncdapo.transport.payload import Payload
 
 SEGMENT_BYTES = 64 << 20
 MARK = b"RC2\xff"

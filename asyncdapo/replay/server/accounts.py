@@ -24,7 +24,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 
-from asyncdapo.messages import EvalAnswer, Group, staleness
+from asyncdapo.eval_messages import EvalAnswer
+from asyncdapo.messages import Group, staleness
 from asyncdapo.replay.core.events import LEASE_ENDS, VERDICT_STATES, EndLease, GroupState, MoveGroup
 from asyncdapo.replay.core.recovery import GroupFacts, Recovered
 

@@ -37,7 +37,6 @@ from asyncdapo.messages import (
     Reject,
     Withdraw,
 )
-from asyncdapo.payload import Payload
 from asyncdapo.replay.core import events as core
 from asyncdapo.replay.core.recovery import Recovered
 from asyncdapo.replay.core.state import ReplayState
@@ -49,6 +48,7 @@ from asyncdapo.replay.server.sessions import HeldLease, Session, Sessions
 from asyncdapo.replay.server.settings import ServerSettings
 from asyncdapo.seeds import sample_seed
 from asyncdapo.shares import share_of
+from asyncdapo.transport.payload import Payload
 
 MakeState = Callable[[Recovered], ReplayState]
 

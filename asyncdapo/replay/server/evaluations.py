@@ -21,7 +21,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from asyncdapo.errors import RunError
-from asyncdapo.messages import EvalAnswer, EvalRequest
+from asyncdapo.eval_messages import EvalAnswer, EvalRequest
 from asyncdapo.replay.server.sessions import MAX_UNLISTED
 
 MAX_ISSUES = 5

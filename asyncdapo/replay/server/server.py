@@ -25,7 +25,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 from asyncdapo import faults
 from asyncdapo.errors import RunError
-from asyncdapo.messages import CutWanted, EvalAnswer, EvalRequest, Prompt
+from asyncdapo.eval_messages import EvalAnswer, EvalRequest
+from asyncdapo.messages import CutWanted, Prompt
 from asyncdapo.replay.core.waits import why_waiting
 from asyncdapo.replay.ledger.journal import Journal
 from asyncdapo.replay.server.dispatch import Exchange, MakeState

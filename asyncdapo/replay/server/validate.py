@@ -13,9 +13,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from asyncdapo.messages import Completion, Group
-from asyncdapo.payload import Payload
 from asyncdapo.replay.core.events import GroupArrived
 from asyncdapo.replay.server.sessions import HeldLease
+from asyncdapo.transport.payload import Payload
 
 MAX_LOGPROB = 1e-3
 """Log-probs are at most 0, except for the rounding of a log-sum-exp."""

@@ -26,14 +26,11 @@ from collections.abc import Sequence
 
 from msgspec.structs import replace
 
+from asyncdapo.eval_messages import EvalAck, EvalAnswer, EvalDone, EvalRequest
 from asyncdapo.messages import (
     SCHEMA_VERSION,
     Ack,
     Ask,
-    EvalAck,
-    EvalAnswer,
-    EvalDone,
-    EvalRequest,
     Group,
     GroupDone,
     GroupFailed,
@@ -46,7 +43,6 @@ from asyncdapo.messages import (
     Welcome,
     Withdraw,
 )
-from asyncdapo.payload import unpack_answers
 from asyncdapo.replay.core import events as core
 from asyncdapo.replay.ledger.journal import Journal
 from asyncdapo.replay.server.dispatch import Exchange
@@ -55,6 +51,7 @@ from asyncdapo.replay.server.sessions import Session, Sessions
 from asyncdapo.replay.server.settings import ServerSettings
 from asyncdapo.replay.server.validate import BadGroup, arrival, check_group
 from asyncdapo.transport.codec import Malformed
+from asyncdapo.transport.payload import unpack_answers
 
 FromWorker = Hello | Ask | Started | Loaded | GroupDone | GroupFailed | EvalDone | Heartbeat
 NUM_WORKERS_MAX = 1 << 16

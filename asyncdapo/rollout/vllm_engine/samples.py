@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from asyncdapo.messages import FinishReason, Runs
-from asyncdapo.payload import LOGPROB_DTYPE, TOKEN_DTYPE
 from asyncdapo.rollout.engine import Request, Sample
+from asyncdapo.transport.payload import LOGPROB_DTYPE, TOKEN_DTYPE
 
 if TYPE_CHECKING:
     from vllm.outputs import CompletionOutput

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from asyncdapo.controller.eval.evaluation import Answered
-from asyncdapo.messages import EvalAnswer, Prompt
+from asyncdapo.eval_messages import EvalAnswer
+from asyncdapo.messages import Prompt
 
 
 def prompt(prompt_id: int, source: str = "made") -> Prompt:

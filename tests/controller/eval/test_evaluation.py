@@ -13,7 +13,8 @@ from msgspec.structs import replace
 from asyncdapo.config.run import EvalConfig
 from asyncdapo.controller.eval.evaluation import MAX_CALLS, Answered, Evaluation
 from asyncdapo.errors import ConfigError, RunError
-from asyncdapo.messages import EvalAnswer, EvalRequest, Prompt
+from asyncdapo.eval_messages import EvalAnswer, EvalRequest
+from asyncdapo.messages import Prompt
 from asyncdapo.seeds import eval_seed, sample_seed
 
 PROMPTS = [Prompt(prompt_id=i, epoch=0, source="chain", row=i, token_ids=[1, i], answer=str(i)) for i in range(10)]

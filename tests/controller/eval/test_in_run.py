@@ -13,7 +13,7 @@ from asyncdapo.config.config import Config, find_config, load_config
 from asyncdapo.controller.eval.in_run import RunEvaluation, folder, set_answers_aside
 from asyncdapo.controller.roles.actors import Opened
 from asyncdapo.errors import RunError
-from asyncdapo.messages import EvalAnswer, EvalRequest
+from asyncdapo.eval_messages import EvalAnswer, EvalRequest
 from tests.controller.eval.test_evaluation import PROMPTS, answer_at_once
 
 OPENED = Opened(

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asyncdapo.controller.eval.sampled import at_k, avg_at_k, maj_at_k, pass_at_k, summarise, table
-from asyncdapo.messages import EvalAnswer
+from asyncdapo.eval_messages import EvalAnswer
 
 
 def test_avg_at_k_is_the_mean_of_each_problems_first_k_verdicts() -> None:

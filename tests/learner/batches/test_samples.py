@@ -9,8 +9,8 @@ from msgspec.structs import replace
 
 from asyncdapo.algorithm.dapo import group_advantage
 from asyncdapo.learner.batches.samples import columns, expand_mask, rows_by_update, weighted
-from asyncdapo.payload import Payload
 from asyncdapo.shares import share_of
+from asyncdapo.transport.payload import Payload
 from tests.learner.tiny import batch_of, make_batch, make_group, make_row, payload_of
 
 

@@ -12,7 +12,7 @@ from asyncdapo.errors import RunError
 from asyncdapo.learner.config import LearnerConfig, LossConfig
 from asyncdapo.learner.model.fp32_weights import Masters
 from asyncdapo.learner.step.optimizer import Optimizer
-from asyncdapo.payload import Payload
+from asyncdapo.transport.payload import Payload
 from tests.learner.tiny import batch_of, make_batch, make_group, make_learner, save_tiny_llama, tiny_llama, train
 
 BF16_ERROR = 2.0**-8

@@ -14,7 +14,7 @@ from asyncdapo.learner.batches.samples import rows_by_update
 from asyncdapo.learner.config import LossConfig
 from asyncdapo.learner.model.model import token_logprobs
 from asyncdapo.learner.model.packing import pack
-from asyncdapo.payload import Payload
+from asyncdapo.transport.payload import Payload
 from tests.learner.tiny import (
     CUT,
     MEASURED,

@@ -6,9 +6,10 @@ import pytest
 from msgspec.structs import replace
 
 from asyncdapo.errors import RunError
-from asyncdapo.messages import EvalAck, EvalRequest, Lease
-from asyncdapo.payload import pack_answers
+from asyncdapo.eval_messages import EvalAck, EvalRequest
+from asyncdapo.messages import Lease
 from asyncdapo.replay.server.evaluations import MAX_ISSUES, Evaluations
+from asyncdapo.transport.payload import pack_answers
 from tests.replay.serving import (
     TICK_S,
     FakeLearner,

@@ -6,12 +6,13 @@ import random
 import pytest
 
 from asyncdapo.errors import RunError
-from asyncdapo.messages import Ack, EvalRequest, Lease, Loaded, NoBatch, Started, Welcome
-from asyncdapo.payload import Payload
+from asyncdapo.eval_messages import EvalRequest
+from asyncdapo.messages import Ack, Lease, Loaded, NoBatch, Started, Welcome
 from asyncdapo.replay.config import FilterConfig
 from asyncdapo.replay.ledger.audit import audit
 from asyncdapo.replay.server.dispatch import without_metrics
 from asyncdapo.seeds import sample_seed
+from asyncdapo.transport.payload import Payload
 from tests.replay.serving import FakeLearner, FakeWorker, eval_request, rows, scenario, serving, until
 from tests.replay.small_run import make_group, prompt_at, write_files
 

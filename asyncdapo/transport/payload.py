@@ -13,7 +13,8 @@ from itertools import accumulate, pairwise
 import numpy as np
 from msgspec.structs import replace
 
-from asyncdapo.messages import EvalAnswer, EvalDone, Group
+from asyncdapo.eval_messages import EvalAnswer, EvalDone
+from asyncdapo.messages import Group
 
 TOKEN_DTYPE = np.dtype("<i4")
 LOGPROB_DTYPE = np.dtype("<f4")
