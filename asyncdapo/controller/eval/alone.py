@@ -35,7 +35,7 @@ from asyncdapo.controller.fleet.watchdog import Patience
 from asyncdapo.controller.process.ray_servers import death as ray_death
 from asyncdapo.controller.process.reaper import reaper
 from asyncdapo.controller.process.waits import NOBODY
-from asyncdapo.controller.roles.actors import Opened, Start
+from asyncdapo.controller.roles.opening import Opened, Start
 from asyncdapo.errors import RunError
 from asyncdapo.eval_messages import EvalAnswer, EvalRequest
 from asyncdapo.replay.ledger.ledger import LEDGER_FILE, PAYLOAD_FOLDER
@@ -144,7 +144,7 @@ class EvalRun:
 
     async def _ask(self, requests: list[EvalRequest], share: float) -> list[EvalAnswer]:
         """What the workers answer. They have loaded a model and know of no step: its version is the checkpoint's."""
-        answers = await self._fleet.replay.ask("evaluate", requests, share)
+        answers = await self._fleet.replay.ask(lambda replay: replay.evaluate, requests, share)
         of_step = partial(replace, version_min=self._step, version_max=self._step)
         return [of_step(answer) for answer in answers]
 

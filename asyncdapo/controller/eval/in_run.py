@@ -18,7 +18,7 @@ from pathlib import Path
 from asyncdapo.config.config import Config
 from asyncdapo.controller.eval.answers import AnswerFiles
 from asyncdapo.controller.eval.evaluation import Ask, Evaluation
-from asyncdapo.controller.roles.actors import Opened
+from asyncdapo.controller.roles.opening import Opened
 from asyncdapo.disk import disk_errors
 
 STEP_NAME = re.compile(r"step-(\d{6,})")

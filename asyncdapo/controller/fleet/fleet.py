@@ -17,23 +17,28 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Concatenate
 
 from asyncdapo.config.config import Config
 from asyncdapo.controller.fleet.dtypes import dtype_lines, settle_dtypes
-from asyncdapo.controller.fleet.placement import place, worker_names
-from asyncdapo.controller.fleet.process import Process, ProcessDied, Watch, gpus_of_nodes, reserve
+from asyncdapo.controller.fleet.placement import place
+from asyncdapo.controller.fleet.process import P, Params, Process, ProcessDied, R, Watch, gpus_of_nodes, reserve
 from asyncdapo.controller.fleet.restarts import Restarts
 from asyncdapo.controller.process.health import Filling, Pulse
 from asyncdapo.controller.process.roster import Roster, this_process
 from asyncdapo.controller.process.roster import end as end_entries
 from asyncdapo.controller.process.waits import Stall
-from asyncdapo.controller.roles.actors import Opened, ReplayActor, RolloutActor, Start, log_path
+from asyncdapo.controller.roles.actors import ReplayActor, RolloutActor, start_replay, start_rollout
+from asyncdapo.controller.roles.base import ProcessSpec
+from asyncdapo.controller.roles.opening import Opened, Start
 from asyncdapo.errors import RunError, UserError, VerdictError
 from asyncdapo.transport.keys import RunKeys
+
+if TYPE_CHECKING:
+    from asyncdapo.controller.roles.rollout import RolloutProcess
 
 LOOK_S = 2.0
 """Between two looks at all processes."""
@@ -77,7 +82,7 @@ class Fleet:
     async def start(self, start: Start) -> None:
         """Place and start everything."""
         await self.make()
-        self.opened: Opened = await self._bring_up(self.replay, start)
+        self.opened = await self._bring_up_replay(start)
         await asyncio.gather(*map(self._bring_up_worker, self.workers))
 
     async def make(self) -> Callable[..., Process]:
@@ -86,13 +91,17 @@ class Fleet:
         config = self.config
         room = await reserve(self.placement, config.controller.place_timeout_s)
         placed = partial(Process.placed, room=room, placement=self.placement)
-        self.replay = placed(ReplayActor, "replay", config, self.keys, threads=1)
+        self.replay = placed(ReplayActor, self.spec("replay"), threads=1)
         self.workers = [
-            placed(RolloutActor, name, config, self.keys, index, threads=config.rollout.threads)
-            for index, name in enumerate(worker_names(config))
+            placed(RolloutActor, self.spec("rollout", index), threads=config.rollout.threads)
+            for index in range(config.rollout.num_workers)
         ]
         self.processes = [self.replay, *self.workers]
         return placed
+
+    def spec(self, role: str, index: int = 0) -> ProcessSpec:
+        """Of a process of this run."""
+        return ProcessSpec(role=role, index=index, config=self.config, keys=self.keys)
 
     def place(self, gpus: Sequence[int]) -> None:
         """Decide who lives where and computes in what, from now on. `gpus`: of each node."""
@@ -125,7 +134,7 @@ class Fleet:
 
     def log_path(self, process: Process) -> Path:
         """The process's own log."""
-        return log_path(self.config, process.name)
+        return Path(self.config.run.dir) / "logs" / f"{process.name}.log"
 
     async def catch_up(self, worker: Process) -> None:
         """Give a worker that was started again the weights in force: here the model's own, which it has loaded."""
@@ -135,17 +144,17 @@ class Fleet:
     async def _keep_replay(self) -> None:
         while True:
             try:
-                await self.replay.call("serve")
+                await self.replay.call(lambda replay: replay.serve)
                 raise RunError("replay ended before the run did")
             except ProcessDied as death:
                 await self._pause(self.replay, death)
             again = Start(ports=self.opened.ports, totals=self.totals)
-            self.opened = await self._bring_up(self.replay, again, leasing=self.leasing)
+            self.opened = await self._bring_up_replay(again)
 
     async def _keep_worker(self, index: int, worker: Process) -> None:
         while True:
             try:
-                serving = asyncio.ensure_future(worker.call("serve"))
+                serving = asyncio.ensure_future(worker.call(lambda worker: worker.serve))
                 if worker.life > 1:
                     await self.catch_up(worker)
                 await serving
@@ -156,7 +165,7 @@ class Fleet:
                 death = error
             finally:
                 serving.cancel()
-            await self.replay.ask("lose_worker", index)
+            await self.replay.ask(lambda replay: replay.lose_worker, index)
             await self._pause(worker, death)
             await self._bring_up_worker(worker)
 
@@ -198,22 +207,44 @@ class Fleet:
     async def _pulse(self, process: Process) -> Pulse | None:
         try:
             async with asyncio.timeout(SILENT_ANSWER_S if process.name in self._silent else ANSWER_S):
-                pulse = await process.call("pulse")
+                pulse = await process.call(lambda process: process.pulse)
         except (TimeoutError, RunError):
             self._silent.add(process.name)
             return None
         self._silent.discard(process.name)
         return pulse
 
+    async def _bring_up_replay(self, start: Start) -> Opened:
+        """Until it is up, and leases again if it did so before. Returns what the others need to know of it."""
+
+        async def begin_life() -> Opened:
+            await self._spawn(self.replay, start_replay, start)
+            if self.leasing:
+                await self.replay.call(lambda replay: replay.begin)
+            return await self.replay.call(lambda replay: replay.opened)
+
+        return await self._bring_up(self.replay, begin_life)
+
+    async def _bring_up_worker(self, worker: Process[RolloutProcess]) -> None:
+        """After the others of its bundle: vLLM measures what is free on a GPU while it starts, and would count as its
+        own what others allocate meanwhile."""
+        memory_fraction = self.placement.memory_fraction(worker.name, self.config.rollout.memory_fraction)
+        outlives = RunError if worker.life else ProcessDied
+        async with self._turns[self.placement.index(worker.name)]:
+            await self._bring_up(
+                worker,
+                lambda: self._spawn(worker, start_rollout, self.opened.rollout_address, memory_fraction),
+                outlives,
+            )
+
     async def _bring_up(
-        self, process: Process, *args: Any, leasing: bool = False, outlives: type[RunError] = ProcessDied
-    ) -> Any:
-        """Start it until it is up. Returns what its `start` says. `outlives`: what of a start isn't the run's end."""
+        self, process: Process[Any], begin_life: Callable[[], Awaitable[R]], outlives: type[RunError] = ProcessDied
+    ) -> R:
+        """Begin lives until one of them is up. Returns what that `begin_life` returns. `outlives`: errors of a start
+        that don't end the run."""
         while True:
             try:
-                answer = await self._spawn(process, *args)
-                if leasing:
-                    await process.call("begin")
+                answer = await begin_life()
             except outlives as death:
                 await self._pause(process, death)
                 continue
@@ -221,22 +252,20 @@ class Fleet:
             self.note_progress()
             return answer
 
-    async def _bring_up_worker(self, worker: Process) -> None:
-        """After the others of its bundle: vLLM measures what is free on a GPU while it starts, and takes what others
-        allocate meanwhile for its own."""
-        memory_fraction = self.placement.memory_fraction(worker.name, self.config.rollout.memory_fraction)
-        outlives = RunError if worker.life else ProcessDied
-        async with self._turns[self.placement.index(worker.name)]:
-            await self._bring_up(worker, self.opened.rollout_address, memory_fraction, outlives=outlives)
-
-    async def _spawn(self, process: Process, *args: Any) -> Any:
-        """Begin its next life. Returns what its `start` says."""
+    async def _spawn(
+        self,
+        process: Process[P],
+        begin: Callable[Concatenate[ProcessSpec, Params], Awaitable[P]],
+        *args: Params.args,
+        **kwargs: Params.kwargs,
+    ) -> None:
+        """Begin its next life, as what `begin` returns there."""
         process.spawn()
-        process.entry = await self._within_start_timeout(process, process.call("entry"))
-        self.roster.set(process.name, [process.entry])
-        return await self._within_start_timeout(process, process.call("start", *args))
+        entry = await self._within_start_timeout(process, process.identify())
+        self.roster.set(process.name, [entry])
+        await self._within_start_timeout(process, process.start(begin, *args, **kwargs))
 
-    async def _within_start_timeout(self, process: Process, call: Coroutine[Any, Any, Any]) -> Any:
+    async def _within_start_timeout(self, process: Process[Any], call: Coroutine[Any, Any, R]) -> R:
         """The answer of a process that loads a model or opens data."""
         timeout_s = self.config.controller.start_timeout_s
         try:

@@ -1,10 +1,10 @@
 """The processes of a run on Ray: room for them, calls to them, and what a death means.
 
-Every Ray call goes through `Process.call`, the one place where Ray's errors become ours: an error of ours keeps its
+Every Ray call goes through `Process._answer`, the one place where Ray's errors become ours: an error of ours keeps its
 kind and gains the name of its process, a death is `ProcessDied`, a defect carries the traceback of its process as its
 cause. A `Process` outlives its Ray actor: started again, it is the same process in its next life.
 
-Does not own: when a process is started again (`fleet`), what the calls do (`actors`).
+Does not own: when a process is started again (`fleet`), what the commands do (`controller/roles`).
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ import sys
 import textwrap
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from typing import Any
+from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
@@ -35,7 +35,16 @@ from asyncdapo.controller.fleet.placement import Placement
 from asyncdapo.controller.process.ray_servers import RayDied, close_own, start_own
 from asyncdapo.controller.process.reaper import adopt_orphans
 from asyncdapo.controller.process.roster import Entry, is_running
+from asyncdapo.controller.roles.actors import Actor
+from asyncdapo.controller.roles.base import ProcessBase, ProcessSpec
 from asyncdapo.errors import RunError, UserError
+
+P_co = TypeVar("P_co", bound=ProcessBase, covariant=True)
+P = TypeVar("P", bound=ProcessBase)
+Params = ParamSpec("Params")
+R = TypeVar("R")
+Pick = Callable[[P], Callable[Params, Coroutine[Any, Any, R]]]
+"""Picks a method of what runs in a process."""
 
 CPUS_PER_PROCESS = 0.1
 """Asked of Ray: small, so that every process is placed even on one core. Threads are what the config says."""
@@ -108,7 +117,7 @@ def _check_cluster(address: str) -> None:
 @contextmanager
 def _signals_held() -> Iterator[None]:
     """Ctrl-C and SIGTERM count when the body is done: a Ray that is interrupted while it starts may crash. The second
-    one doesn't wait. Afterwards they are heeded as before, not as Ray does."""
+    one doesn't wait. Afterwards the handlers from before are back, not those of Ray."""
     received: list[int] = []
 
     def hold(sent: int, frame: object) -> None:
@@ -150,8 +159,10 @@ async def reserve(placement: Placement, timeout_s: float) -> PlacementGroup:
     return room
 
 
-class Process:
-    """A process of the run, by its name in logs and errors, through all its lives."""
+class Process(Generic[P_co]):
+    """A process of the run, by its name in logs and errors, through all its lives. `P_co` is what runs in it: a command
+    is a method of that class, which a lambda picks: `await replay.call(lambda replay: replay.roll_back, step, reason)`.
+    The lambda travels to the process, so it may not use anything but its own argument."""
 
     def __init__(self, name: str, create: Callable[[], Any]) -> None:
         """`create` starts a Ray actor and returns its handle; its constructor runs in the background."""
@@ -167,10 +178,10 @@ class Process:
 
     @classmethod
     def placed(
-        cls, actor: type, name: str, *args: Any, room: PlacementGroup, placement: Placement, threads: int
-    ) -> Process:
+        cls, actor: type[Actor[P_co]], spec: ProcessSpec, *, room: PlacementGroup, placement: Placement, threads: int
+    ) -> Process[P_co]:
         """A process that lives in its bundle of the placement, for which `room` was reserved."""
-        index = placement.index(name)
+        index = placement.index(spec.name)
         options = {
             "num_cpus": CPUS_PER_PROCESS,
             "num_gpus": placement.bundles[index].share,
@@ -180,7 +191,7 @@ class Process:
                 "env_vars": {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"},
             },
         }
-        return cls(name, lambda: ray.remote(actor).options(**options).remote(name, *args))
+        return cls(spec.name, lambda: ray.remote(actor).options(**options).remote(spec))
 
     def spawn(self) -> None:
         """Begin its next life. It is `up` when its owner says so."""
@@ -190,7 +201,8 @@ class Process:
         self._actor = self._create()
 
     def end(self) -> None:
-        """Kill what is left of this life. A stopped process does not heed Ray, so it is killed by hand, too."""
+        """Kill what is left of this life. A stopped process doesn't answer Ray, so it is killed by its pid,
+        too."""
         self.up.clear()
         if self.entry is not None and is_running(self.entry):
             with suppress(ProcessLookupError):
@@ -200,13 +212,40 @@ class Process:
             ray.kill(self._actor)
             self._actor = None
 
-    async def call(self, command: str, *args: Any) -> Any:
+    async def identify(self) -> Entry:
+        """Learn who it is in this life. Raises as `call`."""
+        self.entry = entry = await self._answer(lambda actor: actor.entry.remote())
+        return entry
+
+    async def start(
+        self,
+        begin: Callable[Concatenate[ProcessSpec, Params], Awaitable[P_co]],
+        *args: Params.args,
+        **kwargs: Params.kwargs,
+    ) -> None:
+        """Have the process become what `begin` returns there; until then it answers no command. Raises as `call`."""
+        await self._answer(lambda actor: actor.start.remote(begin, *args, **kwargs))
+
+    async def call(self, pick: Pick[P_co, Params, R], *args: Params.args, **kwargs: Params.kwargs) -> R:
         """What the process answers. Raises ProcessDied, or UserError or RunError that names the process."""
+        return await self._answer(lambda actor: actor.call.remote(pick, *args, **kwargs))
+
+    async def ask(self, pick: Pick[P_co, Params, R], *args: Params.args, **kwargs: Params.kwargs) -> R:
+        """As `call`, and again in its next life when it died under the call: for commands that may be repeated."""
+        while True:
+            await self.up.wait()
+            try:
+                return await self.call(pick, *args, **kwargs)
+            except ProcessDied:
+                continue
+
+    async def _answer(self, send: Callable[[Any], Awaitable[R]]) -> R:
+        """What the Ray actor of this life answers. Ray's errors become ours."""
         actor = self._actor
         if actor is None:
             raise ProcessDied(self.name, "it is being started again")
         try:
-            return await actor.call.remote(command, *args)
+            return await send(actor)
         except RayTaskError as error:
             raise self._translated(error) from (None if isinstance(error.cause, RunError | UserError) else error)
         except RayActorError as error:
@@ -215,15 +254,6 @@ class Process:
             raise ProcessDied(self.name, _reason(error)) from None
         except RayError as error:
             raise RunError(f"{self.name}: {type(error).__name__}") from error
-
-    async def ask(self, command: str, *args: Any) -> Any:
-        """As `call`, and again in its next life when it died under the call: for commands that may be repeated."""
-        while True:
-            await self.up.wait()
-            try:
-                return await self.call(command, *args)
-            except ProcessDied:
-                continue
 
     def _translated(self, error: RayTaskError) -> UserError | RunError:
         cause = error.cause
@@ -235,7 +265,7 @@ class Process:
 
 
 class Watch:
-    """The one set of everything that must go on as long as the run does. The first that ends, with an error or
+    """The one set of everything that must last as long as the run does. The first that ends, with an error or
     without, ends the run."""
 
     def __init__(self) -> None:

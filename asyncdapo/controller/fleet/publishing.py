@@ -1,9 +1,9 @@
-"""Publishing: brings the learner's weights to every rollout worker, and mends the process group when that fails.
+"""Publishing: brings the learner's weights to every rollout worker, and makes a new process group when that fails.
 
 In: `publish` after a train step, `catch_up` for a worker that joined, came back or missed a version. Out: the workers
 generate with the version in force; `weights/…` metrics. A transfer that fails leaves the old weights in use everywhere.
-The next one goes through a new process group of the workers that are up. An end that gives no answer is put to death,
-whereupon it is started again and catches up; after `weights.max_missed` failures of one version the run ends.
+The next one goes through a new process group of the workers that are up. An end that gives no answer is killed; the
+fleet starts it again, and it catches up. After `weights.max_missed` failures of one version the run ends.
 
 One turn at a time: the learner trains, or sends to all, or sends to one; so a send never waits for a train step, and
 what is sent is always the newest that the learner has. Nothing here touches a tensor: the controller only tells both
@@ -14,16 +14,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from contextlib import suppress
-from functools import partial
 from itertools import accumulate
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from asyncdapo.controller.fleet.process import Process, ProcessDied
+from asyncdapo.controller.fleet.process import Process, ProcessDied, R
 from asyncdapo.errors import EngineError, RunError, WeightsError
+from asyncdapo.transport.backend import Backend
 from asyncdapo.weights.backend import choose_backend, device_of_ranks
 from asyncdapo.weights.config import WeightsConfig
+
+if TYPE_CHECKING:
+    from asyncdapo.controller.roles.learner import LearnerProcess
+    from asyncdapo.controller.roles.rollout import RolloutProcess
 
 log = logging.getLogger("weights")
 
@@ -43,7 +47,9 @@ Life = tuple[str, int]
 class Publishing:
     """One learner, any number of workers, one process group at a time."""
 
-    def __init__(self, config: WeightsConfig, learner: Process, workers: Sequence[Process]) -> None:
+    def __init__(
+        self, config: WeightsConfig, learner: Process[LearnerProcess], workers: Sequence[Process[RolloutProcess]]
+    ) -> None:
         self.config, self.learner, self.workers = config, learner, workers
         self.turn = asyncio.Lock()
         """Held while the learner trains or sends."""
@@ -85,9 +91,9 @@ class Publishing:
             f"version {self.version} did not arrive {self.config.max_missed} times (weights.max_missed): {missed}"
         )
 
-    async def catch_up(self, worker: Process) -> None:
+    async def catch_up(self, worker: Process[RolloutProcess]) -> None:
         """Send what the learner has to this worker, unless it has it. After `weights.max_missed` failures the worker is
-        put to death. Returns early when the learner dies: then all workers are sent to when it is back."""
+        killed. Returns early when the learner dies: then all workers are sent to when it is back."""
         for _ in range(self.config.max_missed):
             async with self.turn:
                 if self._has_current(worker):
@@ -105,10 +111,10 @@ class Publishing:
 
     # ----------------------------------------------------------------------------------------------------- transfers
 
-    def _up(self) -> list[Process]:
+    def _up(self) -> list[Process[RolloutProcess]]:
         return [worker for worker in self.workers if worker.up.is_set()]
 
-    def _has_current(self, worker: Process) -> bool:
+    def _has_current(self, worker: Process[RolloutProcess]) -> bool:
         """Version 0 of branch 0 is what every worker loads from the model's own file."""
         loaded = self._loaded.get(worker.name, (worker.life, 0, 0))
         return loaded == (worker.life, self.branch, self.version)
@@ -117,63 +123,73 @@ class Publishing:
         self._members = []
         log.warning("version %d did not arrive: %s", self.version, error)
 
-    async def _send_to(self, workers: Sequence[Process]) -> dict[str, float]:
+    async def _send_to(self, workers: Sequence[Process[RolloutProcess]]) -> dict[str, float]:
         if not workers:
             return {"weights/publish_s": 0.0, "weights/bytes": 0} | {f"weights/{part}": 0.0 for part in PARTS}
         if self._members != _lives([self.learner, *workers]):
             await self._regroup(workers)
+        version, branch, learner = self.version, self.branch, self.learner
         sent, *received = await self._within_deadline(
-            f"send version {self.version}",
-            (self.learner, ("send_weights", self.version, self.branch)),
-            *((worker, ("receive_weights", self.version, self.branch)) for worker in workers),
+            f"send version {version}",
+            {learner: learner.call(lambda learner: learner.send_weights, version, branch)}
+            | {worker: worker.call(lambda worker: worker.receive_weights, version, branch) for worker in workers},
         )
-        self._loaded |= {worker.name: (worker.life, self.branch, self.version) for worker in workers}
+        self._loaded |= {worker.name: (worker.life, branch, version) for worker in workers}
         slowest = {part: max(report[part] for report in received) for part in PARTS}
         return {"weights/publish_s": sent["seconds"], "weights/bytes": sent["bytes"]} | {
             f"weights/{part}": seconds for part, seconds in slowest.items()
         }
 
-    async def _regroup(self, workers: Sequence[Process]) -> None:
+    async def _regroup(self, workers: Sequence[Process[RolloutProcess]]) -> None:
         """Make the process group: the learner is rank 0 and hosts the store, the workers follow, with a rank for each
         device of their engines."""
-        ends = [self.learner, *workers]
         self._members = []
         if not workers:
             return
-        within = partial(self._within_deadline, "make the weight group")
-        devices = await within(*((end, ("devices",)) for end in ends))
-        names = (end.name for end in ends)
-        ranks = device_of_ranks(dict(zip(names, devices, strict=True)))
-        backend, reason = choose_backend(self.config, ranks)
+        what, learner = "make the weight group", self.learner
+        devices = await self._within_deadline(
+            what,
+            {learner: learner.call(lambda learner: learner.devices)}
+            | {worker: worker.call(lambda worker: worker.devices) for worker in workers},
+        )
+        ends = [learner, *workers]
+        backend = self._choose_backend(dict(zip((end.name for end in ends), devices, strict=True)))
+        first_ranks = list(accumulate(map(len, devices)))
+        world_size = first_ranks.pop()
+        hosts = learner.call(lambda learner: learner.host_weights, world_size, backend)
+        [(address, manifest)] = await self._within_deadline(what, {learner: hosts})
+        rooms = {worker: worker.call(lambda worker: worker.make_weights_room, manifest) for worker in workers}
+        await self._within_deadline("make room for the weights", rooms, ROOM_S)
+        joins = {
+            worker: worker.call(lambda worker: worker.join_weights, address, first_rank, world_size, backend, manifest)
+            for worker, first_rank in zip(workers, first_ranks, strict=True)
+        }
+        await self._within_deadline(what, {learner: learner.call(lambda learner: learner.accept_workers)} | joins)
+        self._members = _lives(ends)
+
+    def _choose_backend(self, devices: Mapping[str, Sequence[str]]) -> Backend:
+        """For these devices of each end; said whenever it is another one."""
+        backend, reason = choose_backend(self.config, device_of_ranks(devices))
         if backend != self._backend:
             self._backend = backend
             log.info("by %s: %s", backend, reason)
-        first_ranks = list(accumulate(map(len, devices)))
-        world_size = first_ranks.pop()
-        ((address, manifest),) = await within((self.learner, ("host_weights", world_size, backend)))
-        rooms = ((worker, ("make_weights_room", manifest)) for worker in workers)
-        await self._within_deadline("make room for the weights", *rooms, deadline_s=ROOM_S)
-        joins = (
-            (worker, ("join_weights", address, first_rank, world_size, backend, manifest))
-            for worker, first_rank in zip(workers, first_ranks, strict=True)
-        )
-        await within((self.learner, ("accept_workers",)), *joins)
-        self._members = _lives(ends)
+        return backend
 
     async def _within_deadline(
-        self, what: str, *calls: tuple[Process, tuple[Any, ...]], deadline_s: float | None = None
-    ) -> list[Any]:
-        """All answers, each call waited for to its end, so that none is left behind; then the first error is raised,
-        a death before any other. Ends that give no answer in time, a transfer's unless said, are put to death."""
+        self, what: str, calls: Mapping[Process[Any], Coroutine[Any, Any, R]], deadline_s: float | None = None
+    ) -> list[R]:
+        """All answers, in the order of `calls`. Each call is waited for to its end, so that none is left behind; then
+        the first error is raised, a death before any other. Ends that give no answer within `deadline_s` (default: a
+        transfer's) are killed."""
         deadline_s = deadline_s or self.config.timeout_s + COMMAND_MARGIN_S
-        tasks = {asyncio.ensure_future(_call(process, *command)): process for process, command in calls}
+        tasks = {asyncio.ensure_future(_outcome(process, call)): process for process, call in calls.items()}
         try:
             with suppress(TimeoutError):
                 async with asyncio.timeout(deadline_s):
                     await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
                     if not all(task.done() for task in tasks):
                         with suppress(ProcessDied):
-                            await self.learner.call("abandon_workers")
+                            await self.learner.call(lambda learner: learner.abandon_workers)
                     await asyncio.wait(tasks)
         finally:
             pending = [task for task in tasks if not task.done()]
@@ -190,17 +206,17 @@ class Publishing:
         return answers
 
 
-async def _call(process: Process, *command: Any) -> Any:
-    """What it answers. A worker whose engine can't go on is as good as dead: it is ended, whereupon it is started
-    again. Raises ProcessDied for it."""
+async def _outcome(process: Process[Any], call: Coroutine[Any, Any, R]) -> R:
+    """What it answers to this call. A worker whose engine has failed is as good as dead: it is killed, and the fleet
+    starts it again. Raises ProcessDied for it."""
     life = process.life
     try:
-        return await process.call(*command)
+        return await call
     except EngineError as error:
         if process.life == life:
             process.end()
         raise ProcessDied(process.name, str(error)) from None
 
 
-def _lives(processes: Sequence[Process]) -> list[Life]:
+def _lives(processes: Sequence[Process[Any]]) -> list[Life]:
     return [(process.name, process.life) for process in processes]

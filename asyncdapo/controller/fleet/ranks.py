@@ -15,11 +15,14 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Coroutine, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from asyncdapo.controller.fleet.process import CAUSE_GRACE_S, Process, ProcessDied
+from asyncdapo.controller.fleet.process import CAUSE_GRACE_S, Params, Pick, Process, ProcessDied, R
 from asyncdapo.errors import RanksError, RunError
 from asyncdapo.transport.backend import fitting_backend
+
+if TYPE_CHECKING:
+    from asyncdapo.controller.roles.learner import LearnerProcess
 
 log = logging.getLogger("learner")
 
@@ -27,22 +30,18 @@ log = logging.getLogger("learner")
 class Learners:
     """The ranks of one learner, rank 0 first."""
 
-    def __init__(self, ranks: Sequence[Process]) -> None:
+    def __init__(self, ranks: Sequence[Process[LearnerProcess]]) -> None:
         self.ranks = ranks
 
     @property
-    def first(self) -> Process:
+    def first(self) -> Process[LearnerProcess]:
         """Rank 0, the only one that others talk to."""
         return self.ranks[0]
 
-    async def call(self, command: str, *args: Any) -> Any:
-        """What rank 0 answers."""
-        return await self.first.call(command, *args)
-
-    async def call_all(self, command: str, *args: Any) -> Any:
+    async def call_all(self, pick: Pick[LearnerProcess, Params, R], *args: Params.args, **kwargs: Params.kwargs) -> R:
         """What rank 0 answers to a command that every rank gets; the others' answers are the same or nothing."""
         try:
-            answers = await together(*(rank.call(command, *args) for rank in self.ranks))
+            answers = await together(*(rank.call(pick, *args, **kwargs) for rank in self.ranks))
         except RunError as error:
             if self.ended_by(error):
                 self.end()  # before anybody may ask rank 0 for weights in the middle of a step
@@ -54,10 +53,10 @@ class Learners:
         started; from now on they can train. Raises RunError when their weights differ."""
         if len(self.ranks) == 1:
             return
-        devices = await together(*(rank.call("device") for rank in self.ranks))
+        devices = await together(*(rank.call(lambda rank: rank.device) for rank in self.ranks))
         backend, reason = fitting_backend(dict(zip((rank.name for rank in self.ranks), devices, strict=True)))
-        address = await self.call("host_ranks", backend)
-        await self.call_all("join_ranks", address, backend)
+        address = await self.first.call(lambda rank: rank.host_ranks, backend)
+        await self.call_all(lambda rank: rank.join_ranks, address, backend)
         log.info("%d ranks sum by %s: %s", len(self.ranks), backend, reason)
 
     def ended_by(self, error: Exception) -> bool:
@@ -71,10 +70,11 @@ class Learners:
             rank.end()
 
 
-async def together(*calls: Coroutine[Any, Any, Any]) -> list[Any]:
-    """All answers. The first failure ends the wait for the others: they may wait for the one that failed. What is
-    raised is a death if there is one, which is known a moment after the others notice it, else what a process raised
-    on purpose, else that they lost each other."""
+async def together(*calls: Coroutine[Any, Any, R]) -> list[R]:
+    """All answers. The first failure ends the wait for the others: they may wait for the one that failed.
+
+    It raises a death if there is one, which is known a moment after the others notice it; else what a process raised on
+    purpose; else that they lost each other."""
     tasks = [asyncio.ensure_future(call) for call in calls]
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)

@@ -21,7 +21,8 @@ from asyncdapo.controller.fleet.placement import learner_names
 from asyncdapo.controller.fleet.process import Process
 from asyncdapo.controller.fleet.publishing import Publishing
 from asyncdapo.controller.fleet.ranks import Learners, together
-from asyncdapo.controller.roles.actors import LearnerActor, Start
+from asyncdapo.controller.roles.actors import LearnerActor, start_learner
+from asyncdapo.controller.roles.opening import Start
 from asyncdapo.errors import RunError
 
 log = logging.getLogger("controller")
@@ -41,13 +42,13 @@ class TrainingFleet(Fleet):
         config = self.config
         self.learners = Learners(
             [
-                placed(LearnerActor, name, config, self.keys, rank, threads=config.learner.threads)
-                for rank, name in enumerate(self.ranks)
+                placed(LearnerActor, self.spec("learner", rank), threads=config.learner.threads)
+                for rank in range(config.learner.ranks)
             ]
         )
         self.processes = [self.replay, *self.learners.ranks, *self.workers]
         self.publishing = Publishing(config.weights, self.learners.first, self.workers)
-        self.opened = await self._bring_up(self.replay, start)
+        self.opened = await self._bring_up_replay(start)
         learner = asyncio.ensure_future(self._bring_up_learner(checkpoint))
         if self.placement.shares_gpus:
             await learner
@@ -81,7 +82,9 @@ class TrainingFleet(Fleet):
         learners = self.learners
         while True:
             try:
-                starts = (self._spawn(rank, self.opened.learner_address, checkpoint) for rank in learners.ranks)
+                starts = (
+                    self._spawn(rank, start_learner, self.opened.learner_address, checkpoint) for rank in learners.ranks
+                )
                 await together(*starts)
                 await self._within_start_timeout(learners.first, learners.connect())
             except RunError as error:

@@ -1,9 +1,9 @@
 """Patience: waits for work of unknown length as long as it takes, but never in silence.
 
-In: work, and whom it is waited for. Out: its result. Every `controller.report_wait_s` the root of the wait is said.
-When no counter of progress in any process has moved for `controller.stall_s`, the whole chain of waits is printed with
-the stacks of the processes in it, and those at its root are killed, whereupon the fleet starts them again. A request to
-stop the run ends the waits that may be ended (`Stopped`), and leaves the others to their end.
+In: work, and whom it is waited for. Out: its result. Every `controller.report_wait_s` it says the root of the wait.
+When no counter of progress in any process has moved for `controller.stall_s`, it prints the whole chain of waits with
+the stacks of the processes in it, and kills those at its root. The fleet starts them again. A request to stop the run
+ends the waits that may be ended (`Stopped`); the others last until their work is done.
 
 Does not own: what is waited for (`run`), who waits for whom elsewhere (each process's own `Waits`).
 """
@@ -21,6 +21,7 @@ from asyncdapo.controller.fleet.process import Process
 from asyncdapo.controller.process.health import Pulse
 from asyncdapo.controller.process.stacks import ask
 from asyncdapo.controller.process.waits import NOBODY, UNKNOWN, Wait, Waits, chain, processes_in, render
+from asyncdapo.controller.roles.base import ProcessBase
 from asyncdapo.errors import RunError
 from asyncdapo.metrics.reporter import View
 
@@ -38,7 +39,7 @@ class Patience:
         self._config, self._fleet, self._view = config, fleet, view
         self._waits = Waits("controller")
         self._breaking = asyncio.Lock()
-        """Two waits that go on at once see the same stall, and one of them breaks it."""
+        """Several waits may see the same stall; one of them breaks it."""
         self.stopping = asyncio.Event()
         """The run was asked to stop."""
 
@@ -101,13 +102,13 @@ class Patience:
             process.end()
         self._fleet.note_progress()
 
-    async def _stacks(self, process: Process, pulse: Pulse | None) -> str:
+    async def _stacks(self, process: Process[ProcessBase], pulse: Pulse | None) -> str:
         if pulse is None:
             if process.entry is None:
                 return "it is being started"
             return await asyncio.to_thread(ask, process.entry, self._fleet.log_path(process))
         try:
             async with asyncio.timeout(ANSWER_S):
-                return await process.call("stacks")
+                return await process.call(lambda process: process.stacks)
         except (TimeoutError, RunError) as error:
             return f"no answer ({error})"

@@ -23,17 +23,21 @@ import asyncio
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from asyncdapo.controller.fleet.process import Process, ProcessDied
 from asyncdapo.controller.fleet.publishing import Publishing
-from asyncdapo.controller.fleet.ranks import Learners
 from asyncdapo.errors import EngineError, RunError
 from asyncdapo.messages import Sampling
 from asyncdapo.rollout.config import RolloutConfig
 from asyncdapo.rollout.engine import Sample
 from asyncdapo.seeds import sample_seed
+
+if TYPE_CHECKING:
+    from asyncdapo.controller.roles.learner import LearnerProcess
+    from asyncdapo.controller.roles.rollout import RolloutProcess
 
 MAX_TOKENS = 64
 """Of one completion; a few hundred tokens tell a wrong layer, temperature or version from rounding."""
@@ -74,14 +78,14 @@ class Parity:
     def __init__(
         self,
         config: RolloutConfig,
-        workers: Sequence[Process],
-        learners: Learners,
+        workers: Sequence[Process[RolloutProcess]],
+        learner: Process[LearnerProcess],
         publishing: Publishing,
         prompts: Sequence[list[int]],
         seed: int,
     ) -> None:
-        """`prompts`: token ids of each probe prompt; `seed`: the run's."""
-        self._config, self._workers, self._learners, self._publishing = config, workers, learners, publishing
+        """`learner`: rank 0; `prompts`: token ids of each probe prompt; `seed`: the run's."""
+        self._config, self._workers, self._learner, self._publishing = config, workers, learner, publishing
         self._prompts = list(prompts)
         self._seeds = [sample_seed(seed, PARITY_SEED, index) for index in range(len(prompts))]
         max_tokens = min(MAX_TOKENS, config.max_response_length)
@@ -100,7 +104,7 @@ class Parity:
             return {}
         pairs = [(self._prompts[at], sample.token_ids) for samples in sampled.values() for at, sample in samples]
         async with self._publishing.turn:
-            logprobs = iter(await self._learners.call("probe", version, pairs))
+            logprobs = iter(await self._learner.call(lambda learner: learner.probe, version, pairs))
         found = {
             name: Differences.of(
                 np.concatenate([sample.logprobs for _, sample in samples]),
@@ -114,14 +118,14 @@ class Parity:
             for of in ("mean", "p99", "max")
         }
 
-    async def _sample(self, worker: Process, version: int) -> list[tuple[int, Sample]]:
+    async def _sample(self, worker: Process[RolloutProcess], version: int) -> list[tuple[int, Sample]]:
         """This worker's completions that are of `version` alone, each with the place of its prompt; none when it is
         left out."""
         try:
             if not worker.up.is_set():
                 raise ProcessDied(worker.name, "it is being started")
             async with asyncio.timeout(SAMPLE_S):
-                samples = await worker.call("probe", self._prompts, self._seeds, self._sampling)
+                samples = await worker.call(lambda worker: worker.probe, self._prompts, self._seeds, self._sampling)
         except TimeoutError:
             return _left_out(worker, version, f"{worker.name} has not sampled them in {SAMPLE_S:g} s")
         except (ProcessDied, EngineError) as error:
@@ -155,6 +159,6 @@ class Parity:
         return "what it samples is not the policy that is trained; " + ", ".join(filter(None, looks))
 
 
-def _left_out(worker: Process, version: int, reason: str) -> list[tuple[int, Sample]]:
+def _left_out(worker: Process[RolloutProcess], version: int, reason: str) -> list[tuple[int, Sample]]:
     log.warning("%s is left out of the comparison of log-probs of version %d: %s", worker.name, version, reason)
     return []

@@ -22,16 +22,15 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from asyncdapo import faults
 from asyncdapo.config.config import Config
 from asyncdapo.controller.checks.resume import Resume, survey
 from asyncdapo.controller.eval.in_run import RunEvaluation, set_answers_aside
-from asyncdapo.controller.fleet.process import Watch
+from asyncdapo.controller.fleet.process import Params, Pick, R, Watch
 from asyncdapo.controller.fleet.ranks import together
 from asyncdapo.controller.fleet.training_fleet import TrainingFleet
 from asyncdapo.controller.fleet.watchdog import Patience, Stopped
@@ -42,11 +41,15 @@ from asyncdapo.controller.loop.logprob_mismatch import Parity
 from asyncdapo.controller.loop.step_metrics import Lines, counters_of
 from asyncdapo.controller.process.ray_servers import death as ray_death
 from asyncdapo.controller.process.waits import NOBODY
-from asyncdapo.controller.roles.actors import Start
+from asyncdapo.controller.roles.opening import Start
 from asyncdapo.errors import BatchError, RunError
 from asyncdapo.learner.step.checkpoint import oldest_kept, set_aside
 from asyncdapo.metrics.reporter import Reporter
 from asyncdapo.replay.ledger.ledger import describe_unreadable
+
+if TYPE_CHECKING:
+    from asyncdapo.controller.roles.learner import LearnerProcess
+    from asyncdapo.controller.roles.replay import ReplayProcess
 
 
 class Controller:
@@ -94,7 +97,7 @@ class Controller:
         self.patience.stopping.set()
         if self.fleet.leasing:
             self.fleet.leasing = False
-            self.pausing = asyncio.ensure_future(self.fleet.replay.ask("pause"))
+            self.pausing = asyncio.ensure_future(self.fleet.replay.ask(lambda replay: replay.pause))
         asyncio.get_running_loop().call_later(stop_s, main.cancel)
 
     async def _run(self) -> None:
@@ -131,9 +134,14 @@ class Controller:
         self.forecast = Forecast(config, fleet.placement)
         for line in self.forecast.lines():
             self.reporter.note(line)
-        self.evaluation = RunEvaluation(config, fleet.opened, partial(fleet.replay.ask, "evaluate"))
+        self.evaluation = RunEvaluation(config, fleet.opened, partial(fleet.replay.ask, lambda replay: replay.evaluate))
         self.parity = Parity(
-            config.rollout, fleet.workers, fleet.learners, fleet.publishing, fleet.opened.probe_prompts, config.run.seed
+            config.rollout,
+            fleet.workers,
+            fleet.learners.first,
+            fleet.publishing,
+            fleet.opened.probe_prompts,
+            config.run.seed,
         )
 
     async def _leave(self) -> None:
@@ -154,7 +162,7 @@ class Controller:
                 elif not self.resume.new:
                     await self._publish_again(self.resume.step)
                 for rank in self.fleet.learners.ranks:
-                    life.add(rank.name, rank.call("serve"))
+                    life.add(rank.name, rank.call(lambda rank: rank.serve))
                 return await life.guard(self._train())
             except RunError as error:
                 if not (isinstance(error, BatchError) or self.fleet.learners.ended_by(error)):
@@ -174,7 +182,9 @@ class Controller:
         self.step = self.saved = resume.step
         revival = self.fleet.revive_learner(death, resume.checkpoint)
         await self.patience.wait(revival, whom=NOBODY, what="starts the learner again")
-        branch = await self._replay("roll_back", f"the rollback to step {resume.step}", resume.step, str(death))
+        branch = await self._replay(
+            f"the rollback to step {resume.step}", lambda replay: replay.roll_back, resume.step, str(death)
+        )
         self.fleet.publishing.learner_has(resume.step, branch)
         self._roll_back_reports(resume, branch)
         await self._publish_again(resume.step)
@@ -192,7 +202,7 @@ class Controller:
     async def _publish_again(self, step: int) -> None:
         """Give the workers the weights that the run goes on from."""
         await self._publish(step)
-        await self._replay("published", f"the end of publishing version {step}", step)
+        await self._replay(f"the end of publishing version {step}", lambda replay: replay.published, step)
 
     # --------------------------------------------------------------------------------------------------------- loop
 
@@ -204,12 +214,13 @@ class Controller:
         if not self.lines.last:
             await self._evaluate_first()
         self.leasing = self.fleet.leasing = True
-        await self._replay("begin", "the first leases")
+        await self._replay("the first leases", lambda replay: replay.begin)
         self.lines.begin()
         for step in range(self.step + 1, steps + 1):
             if no_batch := await self._take_batch(step):
                 self.reporter.note(f"{self.step} of {steps} steps: {no_batch} (prompts.epochs)")
                 break
+            self.evaluating.check()
             await self._compared()
             self.lines.write()
             await self._train_step(step)
@@ -234,14 +245,14 @@ class Controller:
         fleet, clock = self.fleet, self.lines.clock
         clock.enter("train")
         async with fleet.publishing.turn:
-            learner = await self._learners("train_step", f"train step {step}")
+            learner = await self._learners(f"train step {step}", lambda learner: learner.train_step)
             fleet.publishing.learner_has(step, fleet.publishing.branch)
         faults.point("after_train")
         clock.enter("publish")
         weights, replay = await together(self._publish(step), self._account(step, learner))
         faults.point("after_publish")
         compared = self.comparing.after(step, partial(self.parity.compare, step))
-        await self._replay("published", f"the end of publishing version {step}", step)
+        await self._replay(f"the end of publishing version {step}", lambda replay: replay.published, step)
         self.step, self.counters = step, counters_of(replay)
         clock.enter("checkpoint")
         if step % self.config.learner.checkpoint_every == 0:
@@ -256,7 +267,7 @@ class Controller:
 
     async def _account(self, step: int, learner: dict[str, float]) -> dict[str, float]:
         """Have the replay server write that the step is done. Returns its metrics of it."""
-        replay = await self._replay("trained", f"the account of step {step}", step, learner)
+        replay = await self._replay(f"the account of step {step}", lambda replay: replay.trained, step, learner)
         faults.point("after_trained")
         return replay
 
@@ -269,21 +280,23 @@ class Controller:
     async def _take_batch(self, step: int) -> str:
         """Wait for batch `step`. Returns why there is none, once the data is used up; else nothing."""
         self.lines.clock.enter("wait")
-        return await self._learners("take_batch", f"batch {step}", step, until_stopped=True)
+        taken = self.fleet.learners.call_all(lambda learner: learner.take_batch, step)
+        return await self.patience.wait(taken, whom="learner", what=f"batch {step}", until_stopped=True)
 
     async def _checkpoint(self, step: int) -> None:
-        await self._learners("check_ranks", "the ranks' weights to be compared")
-        save = partial(self.fleet.learners.call, "save", step, self.fleet.publishing.branch, self.counters)
-        await self._wait_for_learner(save, f"checkpoint of step {step}")
+        await self._learners("the ranks' weights to be compared", lambda learner: learner.check_ranks)
+        branch, counters = self.fleet.publishing.branch, self.counters
+        saved = self.fleet.learners.first.call(lambda learner: learner.save, step, branch, counters)
+        await self.patience.wait(saved, whom="learner", what=f"checkpoint of step {step}")
         self.saved = step
         faults.point("after_checkpoint")
-        await self._replay("covered", f"the end of checkpoint {step}", oldest_kept(self.run_dir))
+        await self._replay(f"the end of checkpoint {step}", lambda replay: replay.covered, oldest_kept(self.run_dir))
 
     async def _finish(self) -> None:
         """Keep the final model, close the stream, then evaluate alone on all slots."""
         if self.saved < self.step:
             await self._checkpoint(self.step)
-        await self._replay("finish", "the end of the stream")
+        await self._replay("the end of the stream", lambda replay: replay.finish)
         self.fleet.leasing = False
         await self._compared()
         if self.evaluating.task:
@@ -301,20 +314,17 @@ class Controller:
         self.evaluation.belongs_to(self.step)
         return evaluated
 
-    async def _learners(self, command: str, what: str, *args: Any, until_stopped: bool = False) -> Any:
+    async def _learners(
+        self, what: str, pick: Pick[LearnerProcess, Params, R], *args: Params.args, **kwargs: Params.kwargs
+    ) -> R:
         """Wait for every rank of the learner. Returns what rank 0 answers."""
-        return await self._wait_for_learner(partial(self.fleet.learners.call_all, command, *args), what, until_stopped)
+        return await self.patience.wait(self.fleet.learners.call_all(pick, *args, **kwargs), whom="learner", what=what)
 
-    async def _wait_for_learner(
-        self, work: Callable[[], Awaitable[Any]], what: str, until_stopped: bool = False
-    ) -> Any:
-        """Begin the work and wait for it; an evaluation that failed meanwhile is raised here."""
-        self.evaluating.check()
-        return await self.patience.wait(work(), whom="learner", what=what, until_stopped=until_stopped)
-
-    async def _replay(self, command: str, what: str, *args: Any) -> Any:
+    async def _replay(
+        self, what: str, pick: Pick[ReplayProcess, Params, R], *args: Params.args, **kwargs: Params.kwargs
+    ) -> R:
         """Wait for the replay server's answer; its next life is asked again."""
-        return await self.patience.wait(self.fleet.replay.ask(command, *args), whom="replay", what=what)
+        return await self.patience.wait(self.fleet.replay.ask(pick, *args, **kwargs), whom="replay", what=what)
 
     async def _compared(self) -> None:
         """Wait until engines and learner are compared, while the learner still has the version."""

@@ -1,62 +1,93 @@
 """The Ray actors of a run: one class per role, whose name shows in process lists, and one way to call any of them.
 
-The driver knows only these. What a process is made of is imported in the process itself: the driver and the replay
-server never load torch, and a launch does not wait for it twice.
+The driver imports only these. What a process is made of is imported in the process itself, when it starts: the driver
+and the replay server never load torch, and a launch does not wait for it twice.
 
-In: commands of the controller (`call`). Out: what the process's own method of that name answers; what it raises reaches
-the controller as that call's error. Does not own: what the commands do (`replay_process`, `rollout_process`,
-`learner_process`).
+In: commands of the controller (`call`). Out: what the method that the command picks answers; what it raises reaches the
+controller as that call's error. Does not own: what the commands do (`ReplayProcess`, `RolloutProcess`,
+`LearnerProcess`), how the controller calls (`fleet/process`).
 """
 
 from __future__ import annotations
 
 import faulthandler
-import importlib
 import logging
 import os
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from asyncdapo import faults
-from asyncdapo.config.config import Config
+from asyncdapo.controller.process.roster import Entry
 from asyncdapo.controller.process.stacks import install as install_stacks
-from asyncdapo.messages import Prompt
-from asyncdapo.transport.keys import RunKeys
+from asyncdapo.controller.roles.base import ProcessBase, ProcessSpec
+from asyncdapo.controller.roles.opening import Start
+from asyncdapo.errors import RunError
+
+if TYPE_CHECKING:
+    from asyncdapo.controller.roles.learner import LearnerProcess
+    from asyncdapo.controller.roles.replay import ReplayProcess
+    from asyncdapo.controller.roles.rollout import RolloutProcess
+
+P = TypeVar("P", bound=ProcessBase)
+R = TypeVar("R")
 
 
-def log_path(config: Config, name: str) -> Path:
-    """The log of a process."""
-    return Path(config.run.dir) / "logs" / f"{name}.log"
-
-
-class Actor:
+class Actor(Generic[P]):
     """Hosts one process. An async actor: commands run in its event loop, `serve` as long as the process lives."""
 
-    module: str
-    """Where the process's class stands; it is called `Main`."""
+    def __init__(self, spec: ProcessSpec) -> None:
+        _open_log(spec.log_path)
+        faults.install(spec.name, spec.config.faults, Path(spec.config.run.dir))
+        self._spec = spec
+        self._running: P | None = None
 
-    def __init__(self, name: str, config: Config, keys: RunKeys, index: int = 0) -> None:
-        """`index` counts the processes of this role."""
-        _open_log(log_path(config, name))
-        faults.install(name, config.faults, Path(config.run.dir))
-        self.main = importlib.import_module(self.module).Main(name, config, keys, index)
+    async def entry(self) -> Entry:
+        """Who this process is."""
+        return self._spec.entry()
 
-    async def call(self, command: str, *args: Any) -> Any:
-        """What the process's method `command` returns."""
-        return await getattr(self.main, command)(*args)
+    async def start(self, begin: Callable[..., Awaitable[P]], *args: Any) -> None:
+        """Become what `begin` returns."""
+        self._running = await begin(self._spec, *args)
 
-
-class ReplayActor(Actor):
-    module = "asyncdapo.controller.roles.replay"
-
-
-class RolloutActor(Actor):
-    module = "asyncdapo.controller.roles.rollout"
+    async def call(self, pick: Callable[[P], Callable[..., Awaitable[R]]], *args: Any, **kwargs: Any) -> R:
+        """What the process's method that `pick` picks returns."""
+        if self._running is None:
+            raise RunError("it is being started")
+        return await pick(self._running)(*args, **kwargs)
 
 
-class LearnerActor(Actor):
-    module = "asyncdapo.controller.roles.learner"
+class ReplayActor(Actor["ReplayProcess"]):
+    """The replay server."""
+
+
+class RolloutActor(Actor["RolloutProcess"]):
+    """A rollout worker."""
+
+
+class LearnerActor(Actor["LearnerProcess"]):
+    """A rank of the learner."""
+
+
+async def start_replay(spec: ProcessSpec, start: Start) -> ReplayProcess:
+    """See `ReplayProcess.start`."""
+    from asyncdapo.controller.roles.replay import ReplayProcess
+
+    return await ReplayProcess.start(spec, start)
+
+
+async def start_rollout(spec: ProcessSpec, replay_address: str, memory_fraction: float) -> RolloutProcess:
+    """See `RolloutProcess.start`."""
+    from asyncdapo.controller.roles.rollout import RolloutProcess
+
+    return await RolloutProcess.start(spec, replay_address, memory_fraction)
+
+
+async def start_learner(spec: ProcessSpec, replay_address: str, checkpoint: Path | None) -> LearnerProcess:
+    """See `LearnerProcess.start`."""
+    from asyncdapo.controller.roles.learner import LearnerProcess
+
+    return await LearnerProcess.start(spec, replay_address, checkpoint)
 
 
 def _open_log(path: Path) -> None:
@@ -69,44 +100,3 @@ def _open_log(path: Path) -> None:
     logging.basicConfig(stream=stream, level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     faulthandler.enable(stream)
     install_stacks(stream)
-
-
-# --------------------------------------------------------------------------------- what travels with `start` of replay
-
-NUM_PROBE_PROMPTS = 8
-
-
-@dataclass(frozen=True, kw_only=True)
-class Start:
-    """Where a life of the replay server begins."""
-
-    roll_back_to: int | None = None
-    """Train step of the checkpoint that the run goes on from; none to take the ledger as it stands."""
-    reason: str = ""
-    totals: dict[str, float] = field(default_factory=dict)
-    """The last metrics line, from which counts go on that aren't in the ledger."""
-    ports: tuple[int, int] = (0, 0)
-    """For workers and for the learner; 0 is any."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Opened:
-    """What the others need to know of an open replay server."""
-
-    branch: int
-    rollout_address: str
-    learner_address: str
-    ports: tuple[int, int]
-    data_ends: bool
-    """Whether the prompts can be used up before the last step."""
-    num_left_out: int
-    """Rows whose prompt is too long."""
-    num_eval_left_out: int
-    """Of those for evaluation."""
-    unknown: str
-    """A line on prompts with text that the tokenizer doesn't know; empty where none has."""
-    eval_prompts: list[Prompt]
-    eval_texts: list[str]
-    """Of these prompts, as the model reads them: special tokens are written out."""
-    probe_prompts: list[list[int]]
-    """Token ids of the first prompts of the stream, on which engines and learner are compared."""

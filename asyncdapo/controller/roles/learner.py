@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -23,9 +23,10 @@ import numpy as np
 import torch
 
 from asyncdapo import faults
+from asyncdapo.config.config import Config
 from asyncdapo.controller.process.health import Pulse
 from asyncdapo.controller.process.waits import NOBODY, Wait
-from asyncdapo.controller.roles.base import Member, T
+from asyncdapo.controller.roles.base import ProcessBase, ProcessSpec, T
 from asyncdapo.controller.roles.model_check import check_rotations
 from asyncdapo.learner.batches.batches import Batches
 from asyncdapo.learner.batches.feed import BatchFeed
@@ -48,51 +49,44 @@ WRITTEN_BLOCKS = 16_384
 """Steps in which a learner's CPU time and its blocks written (8 MiB) count as progress; an idle process makes none."""
 
 
-class Main(Member):
+class LearnerProcess(ProcessBase):
     """One rank of the learner: its share of a batch in, one version out, the same at every rank."""
 
-    role = "learner"
-
-    group: WeightGroup | None = None
-    rank_group: GradientGroup | None = None
-
-    async def start(self, replay_address: str, checkpoint: Path | None) -> None:
-        """Load the model, go on from the checkpoint if there is one, and connect to the replay server."""
-        config = self.config
-        torch.set_num_threads(config.learner.threads)
-        self.ranks = Ranks(self.index, config.learner.ranks)
-        self.learner = await self.blocking(self._load, checkpoint)
-        feed = BatchFeed(replay_address, self.index, curve=self.keys.client)
-        self.beside = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"{self.name} prepares")
+    def __init__(self, spec: ProcessSpec, ranks: Ranks, learner: Learner, feed: BatchFeed) -> None:
+        super().__init__(spec)
+        self.ranks, self.learner = ranks, learner
+        self.rank_group: GradientGroup | None = None
+        """Of the ranks; None before they join, and where there is only one."""
+        self.beside = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"{spec.name} prepares")
         self.batches = Batches(feed, self._prepare)
+        self.prepared: Prepared | None = None
+        """The batch taken, until it is trained on."""
+        self.manifest = Manifest.of(learner.weights(), getattr(torch, self.config.rollout.dtype))
+        """What is sent."""
+        self.weight_group: WeightGroup | None = None
+        """The newest that this rank has hosted."""
+        self.sender: WeightSender | None = None
+        """None until the workers have joined the first group."""
         self.num_sent = 0
-        self.stopped = asyncio.Event()
 
-    def _load(self, checkpoint: Path | None) -> Learner:
-        config = self.config
-        learner = Learner(
-            config.model,
-            config.loss,
-            config.learner,
-            temperature=config.rollout.temperature,
-            staleness_bound=config.replay.staleness_bound,
-            max_response_length=config.rollout.max_response_length,
-            seed=config.run.seed,
-            ranks=self.ranks,
-        )
-        check_rotations(config)  # once more: it may be a model that was downloaded
-        if checkpoint:
-            learner.restore(checkpoint)
-        return learner
+    @classmethod
+    async def start(cls, spec: ProcessSpec, replay_address: str, checkpoint: Path | None) -> LearnerProcess:
+        """Load the model, resume from the checkpoint if there is one, and connect to the replay server."""
+        config = spec.config.learner
+        torch.set_num_threads(config.threads)
+        ranks = Ranks(spec.index, config.ranks)
+        learner = await asyncio.to_thread(load_learner, spec.config, ranks, checkpoint)
+        feed = BatchFeed(replay_address, spec.index, curve=spec.keys.client)
+        return cls(spec, ranks, learner, feed)
 
     async def serve(self) -> None:
-        """Lasts as long as the process."""
-        await self.stopped.wait()
+        """Lasts as long as the process: everything that it does is a command of the controller."""
+        await asyncio.Event().wait()
 
     async def pulse(self) -> Pulse:
         usage = resource.getrusage(resource.RUSAGE_SELF)
         return Pulse(
-            entries=[await self.entry()],
+            entries=[self.spec.entry()],
             waits=self.waits.open() or self._idle(),
             progress={
                 "version": self.learner.version,
@@ -104,7 +98,7 @@ class Main(Member):
 
     def _idle(self) -> list[Wait]:
         """Rank 0 sends weights and writes checkpoints while the others wait for the next batch."""
-        return [Wait(who=self.name, whom="controller", what="a command")] if self.index else []
+        return [Wait(who=self.spec.name, whom="controller", what="a command")] if self.spec.index else []
 
     async def device(self) -> str:
         return device_name(self.learner.device)
@@ -114,7 +108,7 @@ class Main(Member):
     async def host_ranks(self, backend: Backend) -> str:
         """Open the store of the group in which the ranks sum. Returns its address."""
         timeout_s = self.config.weights.timeout_s
-        self.rank_group = GradientGroup.create_master(self.host(), self.ranks.num_ranks, backend, timeout_s)
+        self.rank_group = GradientGroup.create_master(self.spec.host(), self.ranks.num_ranks, backend, timeout_s)
         return self.rank_group.address
 
     async def join_ranks(self, address: str, backend: Backend) -> None:
@@ -123,7 +117,7 @@ class Main(Member):
             await self.blocking(self._join_ranks, address, backend)
 
     def _join_ranks(self, address: str, backend: Backend) -> None:
-        rank, num_ranks, timeout_s = self.index, self.ranks.num_ranks, self.config.weights.timeout_s
+        rank, num_ranks, timeout_s = self.spec.index, self.ranks.num_ranks, self.config.weights.timeout_s
         digest = self.learner.digest()  # before the others wait for it
         if self.rank_group:
             self.rank_group.connect()
@@ -140,29 +134,24 @@ class Main(Member):
 
     async def host_weights(self, world_size: int, backend: Backend) -> tuple[str, Manifest]:
         """Open the store of a new process group. Returns its address, and what will be sent."""
-        if self.group:
-            await self._leave(self.group)
-        timeout_s = self.config.weights.timeout_s
-        self.group = WeightGroup.create_master(self.host(), world_size, backend, timeout_s, self.learner.device)
-        self.manifest = Manifest.of(self.learner.weights(), getattr(torch, self.config.rollout.dtype))
-        return self.group.address, self.manifest
+        await self.abandon_workers()
+        host, timeout_s = self.spec.host(), self.config.weights.timeout_s
+        self.weight_group = WeightGroup.create_master(host, world_size, backend, timeout_s, self.learner.device)
+        return self.weight_group.address, self.manifest
 
     async def abandon_workers(self) -> None:
-        """One of them has died: whoever waits for it to join fails now, not at the deadline."""
-        if self.group:
-            await self._leave(self.group)
+        """Leave the group. Who waits in it for a worker that has died fails now, not at the deadline.
 
-    @staticmethod
-    async def _leave(group: WeightGroup) -> None:
-        """Beside the thread for blocking work, which may be waiting in this very group. NCCL's abort waits for the GPU,
+        Beside the thread for blocking work, which may be waiting in this very group. NCCL's abort waits for the GPU,
         and the pulse must not."""
-        await asyncio.to_thread(group.close)
+        if self.weight_group:
+            await asyncio.to_thread(self.weight_group.close)
 
     async def accept_workers(self) -> None:
         """Wait for every worker to join."""
         with self.waits.on("rollout", "the weight group", self.config.weights.timeout_s):
-            await self.blocking(self.group.connect)
-        self.sender = WeightSender(self.group, self.manifest, self.config.weights.bucket_mb << 20)
+            await self.blocking(self.weight_group.connect)
+        self.sender = WeightSender(self.weight_group, self.manifest, self.config.weights.bucket_mb << 20)
 
     async def send_weights(self, version: int, branch: int) -> dict[str, float]:
         """Broadcast the weights as those of `version`; over when every worker has checked them."""
@@ -199,12 +188,12 @@ class Main(Member):
             self.batches.ask(step + 1)
         with self.waits.on(NOBODY, f"trains step {step}"):
             metrics = await self.blocking(self.learner.train, self.prepared)
-        del self.prepared  # the next one may be here: two batches are what there is memory for
+        self.prepared = None  # the next one may be here: two batches are what there is memory for
         faults.point("after_train")
         times = self.learner.times.take()
         return metrics | {f"learner/time/{state}_s": seconds for state, seconds in times.items()}
 
-    async def probe(self, version: int, pairs: list[Pair]) -> list[np.ndarray]:
+    async def probe(self, version: int, pairs: Sequence[Pair]) -> list[np.ndarray]:
         """What the weights of `version` make of what the engines have sampled with it: see `Learner.logprobs`."""
         with self.waits.on(NOBODY, f"computes log-probs of version {version}"):
             return await self.blocking(self.learner.logprobs, version, pairs)
@@ -225,3 +214,22 @@ class Main(Member):
         """Do blocking work, whose time belongs to `state`."""
         with self.learner.times.on(state):
             return work()
+
+
+def load_learner(config: Config, ranks: Ranks, checkpoint: Path | None) -> Learner:
+    """The model and its optimizer, as the checkpoint has them if there is one; blocks. Raises ConfigError for a model
+    that can't be trained."""
+    learner = Learner(
+        config.model,
+        config.loss,
+        config.learner,
+        temperature=config.rollout.temperature,
+        staleness_bound=config.replay.staleness_bound,
+        max_response_length=config.rollout.max_response_length,
+        seed=config.run.seed,
+        ranks=ranks,
+    )
+    check_rotations(config)  # once more: it may be a model that was downloaded
+    if checkpoint:
+        learner.restore(checkpoint)
+    return learner

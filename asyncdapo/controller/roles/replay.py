@@ -1,13 +1,19 @@
-"""The replay process: prompt stream + replay server (core, journal, sockets). Imports no torch."""
+"""The replay process: prompt stream + replay server (core, journal, sockets). Imports no torch.
+
+In: where to begin (`Start`), commands of the controller. Out: what the others need to know of it (`Opened`), answers.
+Does not own: what is granted, cut and dropped (`replay/core`), the sockets (`replay/server`).
+"""
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
+from asyncdapo.config.config import Config
 from asyncdapo.controller.process.health import Filling, Pulse
 from asyncdapo.controller.process.waits import replay_wait
-from asyncdapo.controller.roles.actors import NUM_PROBE_PROMPTS, Opened, Start
-from asyncdapo.controller.roles.base import Member
+from asyncdapo.controller.roles.base import ProcessBase, ProcessSpec
+from asyncdapo.controller.roles.opening import NUM_PROBE_PROMPTS, Opened, Start
 from asyncdapo.eval_messages import EvalAnswer, EvalRequest
 from asyncdapo.model.tokenizer import TextTokenizer, load_tokenizer
 from asyncdapo.prompts.registry import open_task
@@ -26,38 +32,37 @@ MAX_STALLED = 3
 """Leases in a row that may stall at a worker before its engine is taken for hung."""
 
 
-class Main(Member):
+class ReplayProcess(ProcessBase):
     """Prompts in, batches out: the process that decides what is sampled and what is trained on."""
 
-    role = "replay"
+    def __init__(self, spec: ProcessSpec, stream: PromptStream, tokenizer: TextTokenizer, server: ReplayServer) -> None:
+        super().__init__(spec)
+        self.stream, self.tokenizer, self.server = stream, tokenizer, server
 
-    async def start(self, start: Start) -> Opened:
-        """Open stream, journal and sockets, and go on from what the ledger says."""
-        config = self.config
+    @classmethod
+    async def start(cls, spec: ProcessSpec, start: Start) -> ReplayProcess:
+        """Open stream, journal and sockets, and resume from what the ledger says."""
+        config = spec.config
         task = open_task(config.prompts, num_eval=config.eval.num_held_out, seed=config.run.seed)
         tokenizer = load_tokenizer(config.model.tokenizer_path, config.model.tokenizer_key)
         chat_template, system_prompt = config.prompts.chat_template, config.prompts.system_prompt
         encode = tokenizer.prompt_encoder(chat_template, system_prompt, config.model.files.vocab_size)
-        self.stream = PromptStream(config.prompts, task, encode, config.run.seed, tokenizer.unknown_id)
-        self.server = ReplayServer(
-            ServerSettings(
-                replay=config.replay,
-                group_size=config.rollout.group_size,
-                seed=config.run.seed,
-                total_slots=config.rollout.num_workers * config.rollout.slots,
-                dealer=self._dealer(),
-                max_failure_ratio=config.reward.max_failure_ratio,
-                vocab_size=config.model.files.vocab_size,
-                totals=start.totals,
-            ),
-            self._make_state,
-            self._open_journal(start),
-            self.stream.prompt_at,
-            host=self.host(),
+        stream = PromptStream(config.prompts, task, encode, config.run.seed, tokenizer.unknown_id)
+        server = ReplayServer(
+            _server_settings(config, start),
+            partial(_make_state, config, stream.num_prompts),
+            _open_journal(config, start),
+            stream.prompt_at,
+            host=spec.host(),
             ports=start.ports,
-            curve=self.keys.server,
+            curve=spec.keys.server,
         )
-        eval_prompts = self.stream.eval_prompts(config.eval.num_held_out)
+        return cls(spec, stream, tokenizer, server)
+
+    async def opened(self) -> Opened:
+        """What the others need to know of it."""
+        eval_prompts = self.stream.eval_prompts(self.config.eval.num_held_out)
+        first = map(self.stream.prompt_at, range(NUM_PROBE_PROMPTS))
         return Opened(
             branch=self.server.branch,
             rollout_address=self.server.rollout_address,
@@ -66,35 +71,10 @@ class Main(Member):
             data_ends=self.stream.num_prompts is not None,
             num_left_out=self.stream.num_left_out,
             num_eval_left_out=self.stream.num_eval_left_out,
-            unknown=said_of_unknown(self.stream, tokenizer),
+            unknown=said_of_unknown(self.stream, self.tokenizer),
             eval_prompts=eval_prompts,
-            eval_texts=[tokenizer.spell(prompt.token_ids) for prompt in eval_prompts],
-            probe_prompts=self._probe_prompts(),
-        )
-
-    def _probe_prompts(self) -> list[list[int]]:
-        first = map(self.stream.prompt_at, range(NUM_PROBE_PROMPTS))
-        return [prompt.token_ids for prompt in first if prompt]
-
-    def _open_journal(self, start: Start) -> Journal:
-        journal = Journal(Path(self.config.run.dir), keep_payloads=self.config.replay.keep_payloads)
-        if start.roll_back_to is not None:
-            config = self.config
-            journal.roll_back(start.roll_back_to, start.reason, config.replay, replaces=config.filter.replaces)
-        return journal
-
-    def _dealer(self) -> Dealer:
-        """Of a model whose shape isn't known here, attention counts nothing."""
-        learner, shape = self.config.learner, self.config.model.files.shape
-        return Dealer(learner.ranks, learner.updates_per_step, shape.pair_cost if shape else 0.0)
-
-    def _make_state(self, recovered: Recovered) -> ReplayState:
-        return ReplayState(
-            self.config.replay,
-            self.config.filter,
-            max_attempts=self.config.prompts.max_attempts,
-            num_prompts=self.stream.num_prompts,
-            recovered=recovered,
+            eval_texts=[self.tokenizer.spell(prompt.token_ids) for prompt in eval_prompts],
+            probe_prompts=[prompt.token_ids for prompt in first if prompt],
         )
 
     async def serve(self) -> None:
@@ -106,7 +86,7 @@ class Main(Member):
         self.waits.stand(*replay_wait(status["why_waiting"]))
         patience_s = LOST_TICKS * self.config.replay.heartbeat_s
         return Pulse(
-            entries=[await self.entry()],
+            entries=[self.spec.entry()],
             waits=self.waits.open(),
             progress={key: status[key] for key in ("sampled_tokens", "filling_step", "branch")},
             filling=Filling(
@@ -157,6 +137,38 @@ class Main(Member):
     async def finish(self) -> None:
         """No further step: leases are withdrawn, open prompts end `unused`."""
         await self.server.finish()
+
+
+def _server_settings(config: Config, start: Start) -> ServerSettings:
+    """Attention of a model whose shape isn't known here costs nothing in the deal of a batch."""
+    learner, files = config.learner, config.model.files
+    return ServerSettings(
+        replay=config.replay,
+        group_size=config.rollout.group_size,
+        seed=config.run.seed,
+        total_slots=config.rollout.num_workers * config.rollout.slots,
+        dealer=Dealer(learner.ranks, learner.updates_per_step, files.shape.pair_cost if files.shape else 0.0),
+        max_failure_ratio=config.reward.max_failure_ratio,
+        vocab_size=files.vocab_size,
+        totals=start.totals,
+    )
+
+
+def _open_journal(config: Config, start: Start) -> Journal:
+    journal = Journal(Path(config.run.dir), keep_payloads=config.replay.keep_payloads)
+    if start.roll_back_to is not None:
+        journal.roll_back(start.roll_back_to, start.reason, config.replay, replaces=config.filter.replaces)
+    return journal
+
+
+def _make_state(config: Config, num_prompts: int | None, recovered: Recovered) -> ReplayState:
+    return ReplayState(
+        config.replay,
+        config.filter,
+        max_attempts=config.prompts.max_attempts,
+        num_prompts=num_prompts,
+        recovered=recovered,
+    )
 
 
 def said_of_unknown(stream: PromptStream, tokenizer: TextTokenizer) -> str:

@@ -1,4 +1,8 @@
-"""A rollout process: engine + scorer + rollout worker + its end of the weight group."""
+"""A rollout process: engine + scorer + rollout worker + its end of the weight group.
+
+In: leases of the replay server, weights of the learner, commands of the controller. Out: scored groups. Does not own:
+which prompts it samples (`replay/core`), which of the ends belongs to which engine (`engines`).
+"""
 
 from __future__ import annotations
 
@@ -7,15 +11,16 @@ import logging
 import time
 from dataclasses import asdict
 
+from asyncdapo.config.config import Config
 from asyncdapo.controller.process.health import Pulse
 from asyncdapo.controller.process.roster import Entry, entry_of
 from asyncdapo.controller.process.waits import NOBODY
-from asyncdapo.controller.roles.base import Member
-from asyncdapo.controller.roles.engines import make_engine
+from asyncdapo.controller.roles.base import ProcessBase, ProcessSpec
+from asyncdapo.controller.roles.engines import Fitted, make_engine
 from asyncdapo.messages import Sampling
 from asyncdapo.model.tokenizer import load_tokenizer
 from asyncdapo.reward.pool import ScorerPool
-from asyncdapo.reward.scorer import Scorer
+from asyncdapo.reward.scorer import Decode, Scorer
 from asyncdapo.rollout.engine import Request, Sample
 from asyncdapo.rollout.worker import RolloutWorker
 from asyncdapo.transport.backend import Backend
@@ -24,47 +29,37 @@ from asyncdapo.weights.manifest import Manifest
 log = logging.getLogger("weights")
 
 
-class Main(Member):
+class RolloutProcess(ProcessBase):
     """One worker: an engine that never idles while credit is left, a scorer, and a receiver of weights."""
 
-    role = "rollout"
+    def __init__(self, spec: ProcessSpec, fitted: Fitted, scorer: Scorer, worker: RolloutWorker) -> None:
+        super().__init__(spec)
+        self.engine, self.end, self.engine_pids = fitted.engine, fitted.end, fitted.pids
+        self.scorer, self.worker = scorer, worker
+        self.num_received = 0
 
-    async def start(self, replay_address: str, memory_fraction: float) -> None:
+    @classmethod
+    async def start(cls, spec: ProcessSpec, replay_address: str, memory_fraction: float) -> RolloutProcess:
         """Load the model (the only time a weight file is opened), start the verifiers, and connect to the replay
         server. `memory_fraction`: share of the GPU's memory that the engine may take."""
-        config = self.config
+        config = spec.config
         fitted = make_engine(config, memory_fraction)
-        self.engine, self.end, self.engine_pids = fitted.engine, fitted.end, fitted.pids
-        await self.engine.start()
-        reward = config.reward
-        pool = ScorerPool(
-            reward.verifier,
-            reward.processes,
-            reward.timeout_s,
-            concurrency=reward.concurrency,
-            retries=reward.retries,
-        )
+        await fitted.engine.start()
         decode = load_tokenizer(config.model.tokenizer_path, config.model.tokenizer_key).decode
-        self.scorer = Scorer(
-            reward,
-            pool,
-            decode,
-            config.rollout.max_response_length,
-            filter_metric=config.filter.metric if config.filter.enabled else None,
-        )
-        await self.scorer.start()
-        self.worker = RolloutWorker(
-            self.index,
+        scorer = _make_scorer(config, decode)
+        await scorer.start()
+        worker = RolloutWorker(
+            spec.index,
             config.rollout,
             config.replay.heartbeat_s,
-            self.engine,
-            self.scorer,
+            fitted.engine,
+            scorer,
             decode,
             replay_address,
-            curve=self.keys.client,
-            overlong_filter=reward.overlong_filter,
+            curve=spec.keys.client,
+            overlong_filter=config.reward.overlong_filter,
         )
-        self.num_received = 0
+        return cls(spec, fitted, scorer, worker)
 
     async def serve(self) -> None:
         """Generate and score; raises what ends the worker, the engine's own end included."""
@@ -90,7 +85,7 @@ class Main(Member):
         else:
             self.waits.stand("replay", "a lease")
         return Pulse(
-            entries=[await self.entry(), *self._children()],
+            entries=[self.spec.entry(), *self._children()],
             waits=self.waits.open(),
             progress={
                 "tokens": gauges["tokens"],
@@ -107,7 +102,7 @@ class Main(Member):
             ("scorer", self.scorer.pids(), self.config.reward.processes),
         )
         return [
-            entry_of(role, self.index * most + place, pid)
+            entry_of(role, self.spec.index * most + place, pid)
             for role, pids, most in started
             for place, pid in enumerate(pids)
         ]
@@ -152,3 +147,21 @@ class Main(Member):
         parts = {"receive_s": receive_s, **asdict(times)}
         log.info("version %d: %s", version, ", ".join(f"{part} {seconds:.3f}" for part, seconds in parts.items()))
         return parts
+
+
+def _make_scorer(config: Config, decode: Decode) -> Scorer:
+    reward = config.reward
+    pool = ScorerPool(
+        reward.verifier,
+        reward.processes,
+        reward.timeout_s,
+        concurrency=reward.concurrency,
+        retries=reward.retries,
+    )
+    return Scorer(
+        reward,
+        pool,
+        decode,
+        config.rollout.max_response_length,
+        filter_metric=config.filter.metric if config.filter.enabled else None,
+    )

@@ -11,7 +11,7 @@ import pytest
 
 from asyncdapo.config.config import Config, find_config, load_config
 from asyncdapo.controller.eval.in_run import RunEvaluation, folder, set_answers_aside
-from asyncdapo.controller.roles.actors import Opened
+from asyncdapo.controller.roles.opening import Opened
 from asyncdapo.errors import RunError
 from asyncdapo.eval_messages import EvalAnswer, EvalRequest
 from tests.controller.eval.test_evaluation import PROMPTS, answer_at_once

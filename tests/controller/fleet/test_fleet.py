@@ -12,10 +12,12 @@ import pytest
 from asyncdapo.config.config import Config
 from asyncdapo.config.run import ControllerConfig, RunConfig
 from asyncdapo.controller.fleet.fleet import Fleet
-from asyncdapo.controller.process.roster import entry_of
+from asyncdapo.controller.process.roster import Entry, entry_of
+from asyncdapo.controller.roles.actors import start_rollout
 from asyncdapo.errors import EngineError, RunError, VerdictError
 from asyncdapo.learner.config import ModelConfig
 from asyncdapo.rollout.config import RolloutConfig
+from tests.controller.fakes import picked
 
 
 class FakeWorker:
@@ -31,16 +33,17 @@ class FakeWorker:
     def end(self) -> None:
         self.up.clear()
 
-    async def call(self, command: str, *args):
-        if command == "entry":
-            return entry_of("rollout", 0, os.getpid())
+    async def identify(self) -> Entry:
+        return entry_of("rollout", 0, os.getpid())
+
+    async def start(self, begin, *args) -> None:
+        assert begin is start_rollout
         self.starting.add(self.name)
         await asyncio.sleep(0)
         self.beside |= self.starting - {self.name}
         self.starting.remove(self.name)
         if failure := self.starts.pop(0):
             raise failure
-        return None
 
 
 def fleet_on(num_gpus: int, run_dir: Path) -> Fleet:
@@ -90,14 +93,13 @@ def test_a_worker_whose_reward_function_breaks_its_contract_ends_the_run_and_any
     class Serving(FakeWorker):
         """Ends as told, one life after the other."""
 
-        async def call(self, command: str, *args):
-            if command == "serve":
-                raise self.ends.pop(0)
-            return await super().call(command, *args)
+        async def call(self, pick, *args):
+            assert picked(self.name, pick, *args) == "serve"
+            raise self.ends.pop(0)
 
     class Replay:
-        async def ask(self, command: str, *args) -> None:
-            assert command == "lose_worker"
+        async def ask(self, pick, *args) -> None:
+            assert picked("replay", pick, *args) == "lose_worker"
 
     worker = Serving(None, None)
     worker.ends = [FAILURE, VerdictError("score returned -1")]

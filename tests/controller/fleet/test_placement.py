@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 
 import pytest
 import ray
@@ -15,9 +15,11 @@ from asyncdapo.config.config import Config, find_config, load_config
 from asyncdapo.config.run import ControllerConfig
 from asyncdapo.controller.fleet.placement import Placement, gpus_asked, learner_names, place, worker_names
 from asyncdapo.controller.fleet.process import Process, gpus_of_nodes, reserve
+from asyncdapo.controller.roles.base import ProcessSpec
 from asyncdapo.errors import ConfigError
 from asyncdapo.learner.config import LearnerConfig, ModelConfig
 from asyncdapo.rollout.config import RolloutConfig
+from asyncdapo.transport.keys import RunKeys
 
 
 def config_of(
@@ -194,10 +196,13 @@ def test_an_engine_takes_most_of_a_gpu_alone_less_than_half_with_the_learner_and
 class Sighted:
     """An actor that knows which GPUs it was given."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, spec: ProcessSpec) -> None:
+        self.spec = spec
 
-    async def call(self, command: str) -> object:
+    async def call(self, pick: Callable[[Sighted], Callable[[], Awaitable[str]]]) -> str:
+        return await pick(self)()
+
+    async def gpus(self) -> str:
         return os.environ.get("CUDA_VISIBLE_DEVICES", "")
 
 
@@ -236,10 +241,13 @@ async def gpus_seen(placement: Placement) -> dict[str, str]:
     """The GPUs of each process, when all live at once."""
     room = await reserve(placement, 30)
     names = [name for bundle in placement.bundles[1:] for name in bundle.processes]
-    processes = [Process.placed(Sighted, name, room=room, placement=placement, threads=1) for name in names]
+    parts = (name.partition("-") for name in names)
+    config, keys = config_of(), RunKeys.make()
+    specs = [ProcessSpec(role=role, index=int(index or 0), config=config, keys=keys) for role, _, index in parts]
+    processes = [Process.placed(Sighted, spec, room=room, placement=placement, threads=1) for spec in specs]
     for process in processes:
         process.spawn()
-    answers = await asyncio.gather(*(process.call("gpus") for process in processes))
+    answers = await asyncio.gather(*(process.call(lambda sighted: sighted.gpus) for process in processes))
     for process in processes:
         process.end()
     ray.util.remove_placement_group(room)

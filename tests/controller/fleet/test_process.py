@@ -6,7 +6,8 @@ import asyncio
 import os
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Any
 
 import pytest
 
@@ -15,16 +16,18 @@ from asyncdapo.config.run import ControllerConfig
 from asyncdapo.controller.fleet import process as processes
 from asyncdapo.controller.fleet.placement import Bundle, Placement
 from asyncdapo.controller.fleet.process import Process, ProcessDied, ray_session, reserve
-from asyncdapo.controller.process.roster import Entry, this_process
+from asyncdapo.controller.process.roster import Entry
+from asyncdapo.controller.roles.base import ProcessSpec
 from asyncdapo.errors import ConfigError, RunError, StalenessError, UserError
 from asyncdapo.learner.config import ModelConfig
+from asyncdapo.transport.keys import RunKeys
 
 CONFIG = Config(model=ModelConfig(path="none"))
 
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("someone_listens", [False, True])
-def test_a_cluster_that_does_not_answer_is_the_users_to_mend(
+def test_a_cluster_that_does_not_answer_is_the_users_to_fix(
     someone_listens: bool, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Nobody at the port, and one who says nothing. Ray itself tries for minutes, and prints as long."""
@@ -46,17 +49,17 @@ def test_a_cluster_that_does_not_answer_is_the_users_to_mend(
 class Faulty:
     """An actor that fails in every way."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    async def call(self, command: str, *args: object) -> object:
-        return await getattr(self, command)(*args)
+    def __init__(self, spec: ProcessSpec) -> None:
+        self.spec = spec
 
     async def entry(self) -> Entry:
-        return this_process("learner")
+        return self.spec.entry()
+
+    async def call(self, pick: Callable[[Faulty], Callable[..., Awaitable[Any]]], *args: object) -> Any:
+        return await pick(self)(*args)
 
     async def answer(self, value: int) -> tuple[str, int, str | None]:
-        return self.name, value, os.environ.get("OMP_NUM_THREADS")
+        return self.spec.name, value, os.environ.get("OMP_NUM_THREADS")
 
     async def refuse(self) -> None:
         raise ConfigError("model.path", "has no weights", "there", "another")
@@ -72,61 +75,62 @@ class Faulty:
 
 
 @pytest.fixture(scope="module")
-def process() -> Iterator[Process]:
+def process() -> Iterator[Process[Any]]:
     with ray_session(CONFIG):
         placement = Placement((Bundle(("learner",)),), "alone")
         room = asyncio.run(reserve(placement, 30))
-        process = Process.placed(Faulty, "learner", room=room, placement=placement, threads=2)
+        spec = ProcessSpec(role="learner", config=CONFIG, keys=RunKeys.make())
+        process = Process.placed(Faulty, spec, room=room, placement=placement, threads=2)
         process.spawn()
         yield process
 
 
-def call(process: Process, *command) -> object:
-    return asyncio.run(process.call(*command))
+def call(process: Process[Any], pick: Callable[[Faulty], Callable[..., Any]], *args: Any) -> Any:
+    return asyncio.run(process.call(pick, *args))
 
 
-def test_a_call_is_answered_by_a_process_with_its_own_thread_count(process: Process) -> None:
-    assert call(process, "answer", 7) == ("learner", 7, "2")
+def test_a_call_is_answered_by_a_process_with_its_own_thread_count(process: Process[Any]) -> None:
+    assert call(process, lambda faulty: faulty.answer, 7) == ("learner", 7, "2")
 
 
-def test_a_users_error_stays_one_and_names_the_process(process: Process) -> None:
+def test_a_users_error_stays_one_and_names_the_process(process: Process[Any]) -> None:
     with pytest.raises(UserError, match=r"^learner: model.path: has no weights, got 'there' \(another\)$"):
-        call(process, "refuse")
+        call(process, lambda faulty: faulty.refuse)
 
 
-def test_an_error_of_the_run_keeps_its_kind(process: Process) -> None:
+def test_an_error_of_the_run_keeps_its_kind(process: Process[Any]) -> None:
     with pytest.raises(StalenessError, match="^learner: too old$"):
-        call(process, "break_a_promise")
+        call(process, lambda faulty: faulty.break_a_promise)
 
 
-def test_a_defect_carries_the_traceback_of_its_process(process: Process) -> None:
+def test_a_defect_carries_the_traceback_of_its_process(process: Process[Any]) -> None:
     with pytest.raises(RunError, match="^learner: KeyError: 'missing'$") as caught:
-        call(process, "have_a_defect")
+        call(process, lambda faulty: faulty.have_a_defect)
     assert "in have_a_defect" in str(caught.value.__cause__)
 
 
-def test_what_finds_no_room_says_what_was_asked_and_what_there_is(process: Process) -> None:
+def test_what_finds_no_room_says_what_was_asked_and_what_there_is(process: Process[Any]) -> None:
     with pytest.raises(RunError, match=r"3 processes ask for 0.3 CPU and 1000 GPU, there are \d+ CPU and \d+ GPU"):
         asyncio.run(reserve(Placement((Bundle(("replay",)), Bundle(("learner", "rollout-0"), 1000)), "rich"), 0.5))
 
 
-def test_a_death_is_named_and_the_next_life_answers_again(process: Process) -> None:
+def test_a_death_is_named_and_the_next_life_answers_again(process: Process[Any]) -> None:
     process.up.set()
     with pytest.raises(ProcessDied, match="^learner: the process died: "):
-        call(process, "die")
+        call(process, lambda faulty: faulty.die)
     assert not process.up.is_set()
     process.spawn()
     assert process.life == 2
-    assert call(process, "answer", 8) == ("learner", 8, "2")
+    assert call(process, lambda faulty: faulty.answer, 8) == ("learner", 8, "2")
 
 
-def test_a_question_is_asked_again_in_the_next_life(process: Process) -> None:
+def test_a_question_is_asked_again_in_the_next_life(process: Process[Any]) -> None:
     async def kill_and_start_again() -> object:
         process.up.set()
-        process.entry = await process.call("entry")
-        asked = asyncio.ensure_future(process.ask("answer", 9))
-        os.kill(process.entry.pid, signal.SIGSTOP)  # a stopped process answers nothing, and must be killed by hand
-        asked_again = asyncio.ensure_future(process.ask("answer", 10))
+        entry = await process.identify()
+        asked = asyncio.ensure_future(process.ask(lambda faulty: faulty.answer, 9))
+        os.kill(entry.pid, signal.SIGSTOP)  # a stopped process answers nothing, and must be killed by hand
+        asked_again = asyncio.ensure_future(process.ask(lambda faulty: faulty.answer, 10))
         await asyncio.sleep(0.2)
         process.spawn()
         process.up.set()

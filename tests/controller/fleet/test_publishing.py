@@ -13,6 +13,7 @@ from asyncdapo.controller.fleet.process import ProcessDied
 from asyncdapo.controller.fleet.publishing import Publishing
 from asyncdapo.errors import ConfigError, EngineError, RunError, WeightsError
 from asyncdapo.weights.config import WeightsConfig
+from tests.controller.fakes import Pick, picked
 
 Fails = Callable[[str, int], bool]
 
@@ -33,7 +34,8 @@ class FakeProcess:
         self.life, self.up = 1, asyncio.Event()
         self.up.set()
 
-    async def call(self, command: str, *args: Any) -> Any:
+    async def call(self, pick: Pick, *args: Any) -> Any:
+        command = picked(self.name, pick, *args)
         self.calls.append((command, *args))
         nth = sum(call[0] == command for call in self.calls)
         if self.dies(command, nth):
@@ -91,8 +93,8 @@ def test_what_is_wrong_with_one_device_of_an_engine_names_it() -> None:
     worker = FakeProcess("rollout-0", num_ranks=2)
     made = Publishing(WeightsConfig(backend="ipc"), FakeProcess("learner"), [worker])
 
-    async def devices_of_two_machines(command: str, *args: Any) -> Any:
-        return ["cuda a on x", "cuda b on y"] if command == "devices" else None
+    async def devices_of_two_machines(pick: Pick, *args: Any) -> Any:
+        return ["cuda a on x", "cuda b on y"] if picked("rollout-0", pick, *args) == "devices" else None
 
     worker.call = devices_of_two_machines
     with pytest.raises(ConfigError, match=r"learner is on x and rollout-0 \(GPU 2 of 2\) on y"):
@@ -168,7 +170,7 @@ def test_a_new_worker_at_the_beginning_has_the_models_own_weights() -> None:
     assert worker.received() == [(0, 1)], "after a rollback to step 0 it has to learn of the branch"
 
 
-def test_a_worker_that_misses_every_catch_up_is_put_to_death() -> None:
+def test_a_worker_that_misses_every_catch_up_is_killed() -> None:
     worker = FakeProcess("rollout-0", fails=lambda command, nth: command == "receive_weights")
     made = connected(FakeProcess("learner"), [worker], max_missed=2)
     asyncio.run(made.catch_up(worker))
@@ -194,14 +196,14 @@ def test_with_no_worker_up_a_version_is_published_to_nobody() -> None:
     assert asyncio.run(made.publish())["weights/bytes"] == 0
 
 
-def test_an_end_that_never_answers_is_put_to_death(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_end_that_never_answers_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(publishing, "COMMAND_MARGIN_S", 0.05)
 
     class Silent(FakeProcess):
-        async def call(self, command: str, *args: Any) -> Any:
-            if command == "receive_weights":
+        async def call(self, pick: Pick, *args: Any) -> Any:
+            if picked(self.name, pick, *args) == "receive_weights":
                 await asyncio.Event().wait()
-            return await super().call(command, *args)
+            return await super().call(pick, *args)
 
     silent, other = Silent("rollout-0"), FakeProcess("rollout-1")
     made = connected(FakeProcess("learner"), [silent, other], timeout_s=0.05)
@@ -234,10 +236,10 @@ def test_a_worker_whose_engine_has_ended_is_ended_and_the_others_get_the_version
         workers[0].live_again()  # so that there is a new group to make
     answer = workers[0].call
 
-    async def engine_is_gone(called: str, *args: Any) -> Any:
-        if called == command:
+    async def engine_is_gone(pick: Pick, *args: Any) -> Any:
+        if picked("rollout-0", pick, *args) == command:
             raise EngineError("rollout-0: the engine failed: its process ended")
-        return await answer(called, *args)
+        return await answer(pick, *args)
 
     workers[0].call = engine_is_gone
     asyncio.run(made.publish())

@@ -12,6 +12,7 @@ from asyncdapo.controller.fleet import ranks as learners_module
 from asyncdapo.controller.fleet.process import ProcessDied
 from asyncdapo.controller.fleet.ranks import Learners, together
 from asyncdapo.errors import RanksError, RunError
+from tests.controller.fakes import Pick, picked
 
 GPUS = ["cuda A", "cuda B"]
 
@@ -22,7 +23,8 @@ class FakeRank:
     def __init__(self, name: str, device: str = "cpu", answer: Callable[[str], Any] | None = None) -> None:
         self.name, self.device, self.answer, self.calls, self.lives = name, device, answer, [], True
 
-    async def call(self, command: str, *args: Any) -> Any:
+    async def call(self, pick: Pick, *args: Any) -> Any:
+        command = picked(self.name, pick, *args)
         self.calls.append((command, *args))
         if self.answer:
             return await self.answer(command)
@@ -48,10 +50,8 @@ def team(*devices: str) -> Learners:
 
 def test_a_command_for_all_reaches_every_rank_and_the_first_answers() -> None:
     three = team("cpu", "cpu", "cpu")
-    assert asyncio.run(three.call_all("take_batch", 5)) == "learner"
+    assert asyncio.run(three.call_all(lambda learner: learner.take_batch, 5)) == "learner"
     assert [rank.calls for rank in three.ranks] == [[("take_batch", 5)]] * 3
-    assert asyncio.run(three.call("save", 5)) == "learner"
-    assert [len(rank.calls) for rank in three.ranks] == [2, 1, 1]
 
 
 @pytest.mark.parametrize(("devices", "backend"), [(["cpu", "cpu"], "gloo"), (GPUS, "nccl"), (["cuda A"] * 2, "gloo")])

@@ -24,6 +24,7 @@ from asyncdapo.replay.ledger.audit import audit
 from asyncdapo.rollout.config import RolloutConfig
 from asyncdapo.rollout.engine import Request, Sample
 from asyncdapo.rollout.torch_engine.torch_engine import TorchEngine
+from tests.controller.fakes import Pick, picked
 from tests.controller.runs import launch
 from tests.learner.tiny import VOCAB_SIZE, make_batch, make_learner, save_tiny_llama, train
 
@@ -33,7 +34,7 @@ PROMPTS = [np.random.default_rng(index).integers(3, VOCAB_SIZE, 3 + index).tolis
 Probe = Callable[[list[list[int]], list[int], Sampling], Any]
 
 
-class Member:
+class FakeProcess:
     """A process that answers the one command `probe`."""
 
     def __init__(self, name: str, probe: Probe, up: bool = True) -> None:
@@ -41,8 +42,8 @@ class Member:
         if up:
             self.up.set()
 
-    async def call(self, command: str, *args: Any) -> Any:
-        assert command == "probe"
+    async def call(self, pick: Pick, *args: Any) -> Any:
+        assert picked(self.name, pick, *args) == "probe"
         return await self._probe(*args)
 
 
@@ -53,9 +54,9 @@ class Publishing:
         self.turn = asyncio.Lock()
 
 
-def made(workers: Sequence[Member], learner: Probe, publishing: Publishing | None = None, **config: Any) -> Parity:
+def made(workers: Sequence[FakeProcess], learner: Probe, publishing: Publishing | None = None, **config: Any) -> Parity:
     """`learner` answers `probe(version, pairs)`."""
-    one = Member("learner", learner)
+    one = FakeProcess("learner", learner)
     return Parity(replace(CONFIG, **config), workers, one, publishing or Publishing(), PROMPTS, seed=0)
 
 
@@ -88,7 +89,7 @@ async def serving(path: str, spoil: Callable[[Sampling], Sampling] = lambda samp
         return [sample for [sample] in await asyncio.gather(*map(engine.generate, requests))]
 
     try:
-        yield engine, Member("rollout-0", probe)
+        yield engine, FakeProcess("rollout-0", probe)
     finally:
         await engine.stop()
 
@@ -166,7 +167,10 @@ async def minus_one(version: int, pairs: list) -> list[np.ndarray]:
 
 def test_the_metrics_are_those_of_the_worst_worker(caplog):
     caplog.set_level(logging.INFO, "rollout")
-    workers = [Member("rollout-0", sampling_with(apart=1e-4)), Member("rollout-1", sampling_with(apart=-3e-4))]
+    workers = [
+        FakeProcess("rollout-0", sampling_with(apart=1e-4)),
+        FakeProcess("rollout-1", sampling_with(apart=-3e-4)),
+    ]
     metrics = asyncio.run(made(workers, minus_one).compare(3))
     assert metrics == {f"rollout/parity_{of}": pytest.approx(3e-4, rel=1e-2) for of in ("mean", "p99", "max")}
     assert [text.partition(":")[0] for text in caplog.messages] == [
@@ -177,7 +181,7 @@ def test_the_metrics_are_those_of_the_worst_worker(caplog):
 
 def test_the_warning_is_said_when_it_begins_and_again_only_after_it_had_ended(caplog):
     async def main() -> list[int]:
-        worker = Member("rollout-0", sampling_with())
+        worker = FakeProcess("rollout-0", sampling_with())
         probes, said = made([worker], minus_one, parity_warn=0.01, parity_stop=1.0), []
         for apart in (0.0, 0.02, 0.03, 0.0, 0.02):
             worker._probe = sampling_with(apart=apart)
@@ -191,7 +195,7 @@ def test_the_warning_is_said_when_it_begins_and_again_only_after_it_had_ended(ca
 
 
 def test_log_probs_that_are_no_numbers_end_the_run():
-    worker = Member("rollout-0", sampling_with(apart=float("nan")))
+    worker = FakeProcess("rollout-0", sampling_with(apart=float("nan")))
     with pytest.raises(RunError, match="mean nan"):
         asyncio.run(made([worker], minus_one).compare(3))
 
@@ -205,7 +209,7 @@ def test_log_probs_that_are_no_numbers_end_the_run():
     ],
 )
 def test_the_error_names_the_keys_that_may_be_its_cause(config, said):
-    worker = Member("rollout-0", sampling_with(apart=5.0))
+    worker = FakeProcess("rollout-0", sampling_with(apart=5.0))
     with pytest.raises(RunError, match=said):
         asyncio.run(made([worker], minus_one, **config).compare(3))
 
@@ -225,17 +229,17 @@ async def never(*_: Any) -> list[Sample]:
 @pytest.mark.parametrize(
     ("other", "reason"),
     [
-        (Member("rollout-1", sampling_with(), up=False), "it is being started"),
-        (Member("rollout-1", dies), "killed"),
-        (Member("rollout-1", fails), "the engine is gone"),
-        (Member("rollout-1", never), "has not sampled them in 0.05 s"),
-        (Member("rollout-1", sampling_with(version=2, apart=9.0)), "sampled with other versions"),
+        (FakeProcess("rollout-1", sampling_with(), up=False), "it is being started"),
+        (FakeProcess("rollout-1", dies), "killed"),
+        (FakeProcess("rollout-1", fails), "the engine is gone"),
+        (FakeProcess("rollout-1", never), "has not sampled them in 0.05 s"),
+        (FakeProcess("rollout-1", sampling_with(version=2, apart=9.0)), "sampled with other versions"),
     ],
-    ids=lambda value: "" if isinstance(value, Member) else value,
+    ids=lambda value: "" if isinstance(value, FakeProcess) else value,
 )
 def test_a_worker_that_cannot_take_part_is_left_out_and_named(other, reason, caplog, monkeypatch):
     monkeypatch.setattr(parity, "SAMPLE_S", 0.05)
-    workers = [Member("rollout-0", sampling_with(apart=1e-4)), other]
+    workers = [FakeProcess("rollout-0", sampling_with(apart=1e-4)), other]
     metrics = asyncio.run(made(workers, minus_one).compare(3))
     assert metrics["rollout/parity_max"] == pytest.approx(1e-4, rel=1e-2)
     [said] = caplog.messages
@@ -249,12 +253,12 @@ def test_completions_that_span_versions_do_not_count():
         spanning = replace(good, logprobs=good.logprobs + 7, versions=[(2, 1), (3, 3)])
         return [spanning, good, *others[1:]]
 
-    metrics = asyncio.run(made([Member("rollout-0", mixed)], minus_one).compare(3))
+    metrics = asyncio.run(made([FakeProcess("rollout-0", mixed)], minus_one).compare(3))
     assert metrics["rollout/parity_max"] == pytest.approx(1e-4, rel=1e-2)
 
 
 def test_with_every_worker_left_out_there_are_no_numbers_and_the_learner_is_not_asked():
-    assert asyncio.run(made([Member("rollout-0", dies)], never).compare(3)) == {}
+    assert asyncio.run(made([FakeProcess("rollout-0", dies)], never).compare(3)) == {}
 
 
 def test_a_learner_that_dies_is_told_to_the_one_who_waits():
@@ -262,7 +266,7 @@ def test_a_learner_that_dies_is_told_to_the_one_who_waits():
         raise ProcessDied("learner", "killed")
 
     with pytest.raises(ProcessDied, match="learner"):
-        asyncio.run(made([Member("rollout-0", sampling_with())], dead).compare(3))
+        asyncio.run(made([FakeProcess("rollout-0", sampling_with())], dead).compare(3))
 
 
 def test_the_turn_is_taken_only_while_the_learner_computes():
@@ -277,7 +281,7 @@ def test_the_turn_is_taken_only_while_the_learner_computes():
             held.append(publishing.turn.locked())
             return await minus_one(*args)
 
-        await made([Member("rollout-0", sampled)], computed, publishing).compare(3)
+        await made([FakeProcess("rollout-0", sampled)], computed, publishing).compare(3)
         return [*held, publishing.turn.locked()]
 
     assert asyncio.run(main()) == [False, True, False]

@@ -12,7 +12,8 @@ from types import SimpleNamespace
 import pytest
 
 from asyncdapo.config.config import find_config, load_config
-from asyncdapo.controller.roles.learner import Main
+from asyncdapo.controller.roles.base import ProcessSpec
+from asyncdapo.controller.roles.learner import LearnerProcess, load_learner
 from asyncdapo.errors import ConfigError
 from asyncdapo.learner.step.ranks import ALONE
 from asyncdapo.learner.step.times import STATES, Times
@@ -27,7 +28,8 @@ PATIENCE_S = 20
 @asynccontextmanager
 async def learner(path: str, run_dir: Path, questions: list[int], last: int = NUM_STEPS):
     """A process whose replay server has batches up to `last`, and then no more data."""
-    keys = [f"run.dir={run_dir}", f"run.steps={NUM_STEPS}", f"model.path={path}", "learner.device=cpu"]
+    devices = ["learner.device=cpu", "rollout.dtype=float32"]
+    keys = [f"run.dir={run_dir}", f"run.steps={NUM_STEPS}", f"model.path={path}", *devices]
     config = load_config(find_config("quickstart"), keys)
     server = Server(CutWanted)
 
@@ -41,14 +43,14 @@ async def learner(path: str, run_dir: Path, questions: list[int], last: int = NU
                 batch, payload = make_batch(wanted.step, seed=wanted.step)
                 await server.send(peer, batch, payload.frames())
 
-    main = Main("learner", config, SimpleNamespace(client=None), 0)
-    await main.start(server.address, None)
+    spec = ProcessSpec(role="learner", config=config, keys=SimpleNamespace(client=None))
+    process = await LearnerProcess.start(spec, server.address, None)
     serving = asyncio.create_task(serve())
     try:
-        yield main
+        yield process
     finally:
         serving.cancel()
-        await main.batches.close()
+        await process.batches.close()
         server.close()
 
 
@@ -61,8 +63,8 @@ def test_the_next_batch_is_prepared_before_the_train_step_ends_and_none_is_asked
     questions: list[int] = []
 
     async def run() -> None:
-        async with learner(path, tmp_path, questions) as main:
-            train, prepare = main.learner.train, main.learner.prepare
+        async with learner(path, tmp_path, questions) as process:
+            train, prepare = process.learner.train, process.learner.prepare
             prepared: dict[int, threading.Event] = {step: threading.Event() for step in range(1, NUM_STEPS + 1)}
 
             def note(batch, payload):
@@ -75,13 +77,13 @@ def test_the_next_batch_is_prepared_before_the_train_step_ends_and_none_is_asked
                 assert step == NUM_STEPS or prepared[step + 1].wait(PATIENCE_S), f"batch {step + 1} doesn't come"
                 return train(one)
 
-            main.learner.prepare, main.learner.train = note, train_when_the_next_one_is_there
+            process.learner.prepare, process.learner.train = note, train_when_the_next_one_is_there
             for step in range(1, NUM_STEPS + 1):
-                assert await main.take_batch(step) == ""
+                assert await process.take_batch(step) == ""
                 if step > 1:
                     assert questions == list(range(1, step + 1)), "it was here already"
-                await main.train_step()
-            assert main.learner.version == NUM_STEPS
+                await process.train_step()
+            assert process.learner.version == NUM_STEPS
 
     asyncio.run(run())
     assert questions == [1, 2, 3]
@@ -90,17 +92,17 @@ def test_the_next_batch_is_prepared_before_the_train_step_ends_and_none_is_asked
 def test_while_it_trains_it_waits_for_nobody_and_then_for_its_batch(path, tmp_path):
     async def run() -> None:
         questions: list[int] = []
-        async with learner(path, tmp_path, questions) as main:
+        async with learner(path, tmp_path, questions) as process:
             waits: list[list[tuple[str, str]]] = []
-            train = main.learner.train
+            train = process.learner.train
 
             def look(one):
-                waits.append([(wait.whom, wait.what) for wait in main.waits.open()])
+                waits.append([(wait.whom, wait.what) for wait in process.waits.open()])
                 return train(one)
 
-            main.learner.train = look
-            await main.take_batch(1)
-            await main.train_step()
+            process.learner.train = look
+            await process.take_batch(1)
+            await process.train_step()
             assert waits == [[("", "trains step 1")]]
 
     asyncio.run(run())
@@ -109,10 +111,10 @@ def test_while_it_trains_it_waits_for_nobody_and_then_for_its_batch(path, tmp_pa
 def test_the_end_of_the_data_is_said_when_the_batch_is_wanted(path, tmp_path):
     async def run() -> None:
         questions: list[int] = []
-        async with learner(path, tmp_path, questions, last=1) as main:
-            assert await main.take_batch(1) == ""
-            await main.train_step()
-            assert await main.take_batch(2) == "the data is used up"
+        async with learner(path, tmp_path, questions, last=1) as process:
+            assert await process.take_batch(1) == ""
+            await process.train_step()
+            assert await process.take_batch(2) == "the data is used up"
             assert questions == [1, 2]
 
     asyncio.run(run())
@@ -120,7 +122,7 @@ def test_the_end_of_the_data_is_said_when_the_batch_is_wanted(path, tmp_path):
 
 def test_the_states_of_a_step_sum_to_the_time_since_the_step_before(path, tmp_path):
     async def run() -> None:
-        async with learner(path, tmp_path, []) as main:
+        async with learner(path, tmp_path, []) as process:
             readings: list[float] = []
             ticks = count()
 
@@ -128,12 +130,12 @@ def test_the_states_of_a_step_sum_to_the_time_since_the_step_before(path, tmp_pa
                 readings.append(float(next(ticks)))  # time goes on by 1 whenever somebody looks
                 return readings[-1]
 
-            main.learner.times = Times(now)
+            process.learner.times = Times(now)
             ended_at = 0.0
             for step in range(1, NUM_STEPS + 1):
-                await main.take_batch(step)
-                metrics = await main.train_step()
-                await main.check_ranks()
+                await process.take_batch(step)
+                metrics = await process.train_step()
+                await process.check_ranks()
                 times = {state: metrics[f"learner/time/{state}_s"] for state in STATES}
                 taken_at = readings[-1] - 2  # when `train_step` looked last; `check_ranks` has looked twice since
                 assert sum(times.values()) == taken_at - ended_at
@@ -153,10 +155,10 @@ def test_a_group_that_takes_long_to_leave_holds_up_nothing_else(path, tmp_path) 
             left.wait(PATIENCE_S)
 
     async def body() -> None:
-        async with learner(path, tmp_path, []) as main:
-            main.group = SlowGroup()
-            leaving = asyncio.create_task(main.abandon_workers())
-            assert (await asyncio.wait_for(main.pulse(), PATIENCE_S)).progress
+        async with learner(path, tmp_path, []) as process:
+            process.weight_group = SlowGroup()
+            leaving = asyncio.create_task(process.abandon_workers())
+            assert (await asyncio.wait_for(process.pulse(), PATIENCE_S)).progress
             assert not leaving.done()
             left.set()
             await leaving
@@ -168,7 +170,5 @@ def test_a_model_that_no_preflight_saw_is_checked_when_it_is_loaded(tmp_path):
     rotation = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
     path = save_tiny_llama(tmp_path / "model", rope_parameters=rotation)
     config = load_config(find_config("quickstart"), [f"run.dir={tmp_path}", f"model.path={path}", "learner.device=cpu"])
-    main = Main("learner", config, SimpleNamespace(client=None), 0)
-    main.ranks = ALONE
     with pytest.raises(ConfigError, match=r"model\.path: can't be trained: its rope_type is dynamic"):
-        main._load(None)
+        load_learner(config, ALONE, None)
