@@ -103,6 +103,13 @@ class _Files:
             raise ConfigError(self.key, f"is neither a directory nor an id: {first_line(error)}", self.path) from error
         return Path(cached).parent if isinstance(cached, str) else None
 
+    @property
+    def directory(self) -> Path:
+        """As `here`, for whoever needs it. Raises ConfigError where it isn't on this machine."""
+        if (directory := self.here) is None:
+            raise ConfigError(self.key, "is not on this machine", self.path)
+        return directory
+
     def fetch(self) -> Path:
         """The directory on this machine, whole; an id is downloaded first if need be. Raises ConfigError."""
         if Path(self.path).is_dir():
@@ -128,9 +135,9 @@ class TokenizerFiles(_Files):
     def check_vocabulary(self, known: int | None) -> None:
         """Whether the tokenizer is there, and its vocabulary without added tokens within the `known` tokens of the
         model; added ones may lie beyond, as long as no prompt has one. Raises ConfigError."""
-        check_directory(self.path, self.here, self.key, self.marker)
+        check_directory(self.path, self.directory, self.key, self.marker)
         try:
-            vocabulary = json.loads((self.here / self.marker).read_text(encoding="utf-8"))["model"]["vocab"]
+            vocabulary = json.loads((self.directory / self.marker).read_text(encoding="utf-8"))["model"]["vocab"]
             num_tokens = max(vocabulary.values()) + 1 if isinstance(vocabulary, dict) else len(vocabulary)
         except (OSError, ValueError, KeyError, TypeError) as error:
             problem = f"tokenizer.json can't be read: {type(error).__name__}: {first_line(error)}"
@@ -181,7 +188,7 @@ class ModelFiles(_Files):
         """The safetensors that make up the model; none where it isn't here, or is in another format. Other ones may lie
         beside them. Raises ConfigError for an index that can't be read."""
         if index := self._index():
-            return [self.here / name for name in sorted(set(index.values()))]
+            return [self.directory / name for name in sorted(set(index.values()))]
         return [self.here / WHOLE] if self.here and (self.here / WHOLE).is_file() else []
 
     @cached_property
@@ -194,7 +201,7 @@ class ModelFiles(_Files):
         """Whether the files of the weights are all there and as long as their headers say, and hold every tensor of the
         index. What the hub's cache lacks is still to be downloaded. Raises ConfigError."""
         files, index, in_cache = self.safetensors, self._index(), not Path(self.path).is_dir()
-        if not files and (parts := sorted(self.here.glob(SAFETENSORS))) and not in_cache:
+        if not files and (parts := sorted(self.directory.glob(SAFETENSORS))) and not in_cache:
             raise self._broken(f"has {parts[0].name}, and neither {WHOLE} nor {INDEX}")
         missing = [file.name for file in files if not file.is_file()]
         if missing and not in_cache:
@@ -217,7 +224,7 @@ class ModelFiles(_Files):
     @cached_property
     def _config(self) -> dict[str, Any]:
         try:
-            return json.loads((self.here / CONFIG).read_text(encoding="utf-8"))
+            return json.loads((self.directory / CONFIG).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise ConfigError(self.key, f"config.json can't be read: {first_line(error)}", self.path) from error
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from huggingface_hub import file_exists, try_to_load_from_cache
-from huggingface_hub.errors import HTTPError
+from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage] (httpx or httpx2, by the hub's version)
 
 from asyncdapo.errors import ConfigError
 

@@ -23,7 +23,7 @@ SPECIAL_TOKEN_FILES = ("tokenizer_config.json", "special_tokens_map.json")
 def read_config(files: ModelFiles) -> PretrainedConfig:
     """`config.json` with the defaults of its model type. Raises ConfigError for one that can't be read."""
     try:
-        return AutoConfig.from_pretrained(files.here)
+        return AutoConfig.from_pretrained(files.directory)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(files.key, f"config.json can't be used: {error}", files.path) from error
 
@@ -35,11 +35,11 @@ def stop_token_ids(
     together: a model that was taught to chat often names the end of a turn in only one of them. `tokenizer`: where it
     isn't the model's own; downloaded if need be. Raises ConfigError for files that can't be read."""
     found = [getattr(config, "eos_token_id", None)]
-    generation = files.here / "generation_config.json"
+    generation = files.directory / "generation_config.json"
     if generation.is_file():
         found.append(_read_object(files.key, generation).get("eos_token_id"))
     found.append(
-        _tokenizer_eos(tokenizer.key, tokenizer.fetch()) if tokenizer else _tokenizer_eos(files.key, files.here)
+        _tokenizer_eos(tokenizer.key, tokenizer.fetch()) if tokenizer else _tokenizer_eos(files.key, files.directory)
     )
     ids: set[int] = set()
     for value in found:

@@ -29,7 +29,7 @@ def check_learnable(config: Config) -> None:
     """Before any process starts."""
     check_rotations(config)
     files = config.model.files
-    if files.weights and files.config.get("model_type") not in MODEL_TYPES:
+    if files.weights and (files.config or {}).get("model_type") not in MODEL_TYPES:
         from asyncdapo.learner.model.names import check_names_unloaded
 
         check_names_unloaded(files)

@@ -44,7 +44,7 @@ def check_names_unloaded(files: ModelFiles) -> None:
     to `load_model`, which says why."""
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(files.here))
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(files.directory))
     except (OSError, ValueError, KeyError):
         return
     check_names(model, files)
