@@ -1,6 +1,6 @@
 """What each part of DAPO does on the quickstart, one change at a time.
 
-    python benchmarks/ablation.py run [--only NAME …]     the runs, one after the other, but for those that are there
+    python benchmarks/ablation.py run [--only NAME …]     the missing runs, one after the other
     python benchmarks/ablation.py report                  the table and the picture of docs/dapo.md, from the runs
 
 Every run is a whole `asyncdapo launch quickstart` with a few keys changed, and is audited. A change has three seeds;
@@ -117,7 +117,7 @@ def short(number: float) -> str:
 
 
 def curve(lines: Sequence[Mapping[str, Any]]) -> tuple[list[float], list[float]]:
-    """Train steps and accuracies. An evaluation goes on across updates: it stands at the middle of the versions that
+    """Train steps and accuracies. Weights may change during an evaluation: it counts at the middle of the versions that
     answered it."""
     evaluated = [line for line in lines if "eval/accuracy" in line]
     middles = [(line["eval/version_min"] + line["eval/version_max"]) / 2 for line in evaluated]

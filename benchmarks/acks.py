@@ -1,11 +1,11 @@
-"""Groups a second that the journal takes, with and without waiting for the disk.
+"""Groups per second that the journal writes, with and without waiting for the disk.
 
     python benchmarks/acks.py [--dir DIR] [--groups 512] [--tokens 1024] [--rounds 3]
 
-Groups of 16 completions of that many tokens in all arrive one, 8 or 64 at a time: as many are one transaction, and wait
-for the disk once. `synced` is what a run does: a segment is synced before the transaction that points to it, and the
-transaction before its acknowledgements. `not` leaves both to the operating system, in turn with it. The core and the
-sockets are not in it. `--dir` lies on the disk to be measured.
+Groups of 16 completions, with `--tokens` tokens in all, arrive 1, 8 or 64 at a time; those that arrive together are one
+transaction, which waits for the disk once. `synced` is what a run does: it syncs a segment before the transaction that
+points to it, and the transaction before its acknowledgements. `not` leaves both to the operating system. The two take
+turns. The core and the sockets are not measured. `--dir` must be on the disk to be measured.
 """
 
 from __future__ import annotations

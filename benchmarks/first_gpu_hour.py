@@ -1,11 +1,11 @@
-"""The first hour on a GPU: everything that nobody has seen run there, the most valuable checks first.
+"""The first hour on a GPU: everything that has not run there yet, the most valuable checks first.
 
     python benchmarks/first_gpu_hour.py --out DIR [--only NAME …] [--minutes 25] [--cpu] [--list]
 
-Each check is a process of its own with a time limit; one that fails, or whose packages aren't there, leaves the others
-to be held. DIR/results.jsonl gets a line of JSON for each, DIR/NAME.log what it printed. `--minutes` is for all of them
-together: a check that no longer fits is skipped. `--cpu` runs small stand-ins without a GPU, to know that the checks
-themselves work. Needs neither network nor Ray, but for the checks that are runs. Exit code 1 when one failed.
+Each check is a process of its own with a time limit. If one fails or its packages are missing, the others still run.
+DIR/results.jsonl gets a line of JSON for each; DIR/NAME.log is its output. `--minutes` is for all of them together: a
+check that no longer fits is skipped. `--cpu` runs small stand-ins without a GPU, to show that the checks themselves
+work. Needs no network, and Ray only for the checks that are runs. Exit code 1 if one failed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from benchmarks.gpu_hour.checks import CHECKS, Check  # noqa: E402
 
 LINES_OF_ERROR, LETTERS_OF_LINE = 12, 400
 WIND_UP_S = 10.0
-"""How long the processes of a check may take to end by themselves, then after SIGTERM."""
+"""Time for the processes of a check to end by themselves, and again after SIGTERM."""
 OFFLINE = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
@@ -40,7 +40,7 @@ ON_CPU = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
 
 def held(check: Check, out: Path, *, cpu: bool, left_s: float) -> dict[str, Any]:
-    """The line of this check."""
+    """Run the check and return its line of results."""
     began_s = time.monotonic()
     line: dict[str, Any] = {"name": check.name, "status": "skipped", "seconds": 0.0, "figures": {}, "error": []}
     if missing := [name for name in check.needs if find_spec(name) is None]:
@@ -60,7 +60,7 @@ def held(check: Check, out: Path, *, cpu: bool, left_s: float) -> dict[str, Any]
 
 
 def _run(check: Check, figures: Path, log: Path, *, cpu: bool, limit_s: float) -> int | None:
-    """The exit code of the check's process; None when it took too long. Nothing of it is left."""
+    """The exit code of the check's process, None if it took too long. No process of it is left."""
     command = [sys.executable, "-m", f"benchmarks.gpu_hour.{check.module}", "--figures", str(figures), *check.args]
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     env = {**os.environ, **OFFLINE, **check.env, **(ON_CPU if cpu else {}), "PYTHONPATH": path}
@@ -84,8 +84,7 @@ def _run(check: Check, figures: Path, log: Path, *, cpu: bool, limit_s: float) -
 
 
 def _end_group(process: subprocess.Popen[bytes]) -> None:
-    """Wait for everything that the check has started and that is in its process group; a GPU has no room for the
-    leftovers of another check."""
+    """Wait until the check's process group has ended: a GPU has no room for what another check left running."""
     for sent in (0, signal.SIGTERM, signal.SIGKILL):
         until_s = time.monotonic() + WIND_UP_S
         while time.monotonic() < until_s:

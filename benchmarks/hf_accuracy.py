@@ -2,8 +2,8 @@
 
     python benchmarks/hf_accuracy.py RUN_DIR/checkpoints/… --num 1024 --seed 1234 [--greedy]
 
-Prints one JSON line: accuracy, n, standard error. Shares the task and the verifier with asyncdapo, and nothing of its
-engine, so that it can confirm what the engine measured. Shapes: B prompts, S tokens.
+Prints one JSON line: accuracy, n, standard error. It uses asyncdapo's task and verifier but not its engine, so that it
+can confirm what the engine measured. Shapes: B prompts, S tokens.
 """
 
 from __future__ import annotations

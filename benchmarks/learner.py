@@ -1,8 +1,8 @@
-"""The learner's train step, beside a plain padded Hugging Face one and TRL's: speed, MFU, memory, and the same result.
+"""The learner's train step against a plain padded Hugging Face one and TRL's: speed, MFU, memory, and equal results.
 
     python benchmarks/learner.py [--threads 2] [--trl-python TRL/bin/python] …
 
-Exit code 1 for a wrong result, 2 for what can't be measured, 130 when it is interrupted. `learner_step/` has the parts.
+Exit code 1 for a wrong result, 2 if something can't be measured, 130 if interrupted. `learner_step/` has the parts.
 """
 
 from __future__ import annotations

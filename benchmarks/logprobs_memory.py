@@ -3,10 +3,10 @@
     python benchmarks/logprobs_memory.py [--tokens 20480] [--hidden 64] [--vocabulary 1024 8192 32768 131072]
                                          [--threads 1] [--repeats 1]
 
-One row per vocabulary. Growth is that of the process's peak resident memory over what it held just before: gradients
-of hidden states and weight included, the inputs themselves not. Each number comes from a process of its own, because a
-peak never falls. `logits` is one [tokens, vocabulary] tensor in float32; plain autograd keeps or makes about four.
-A plain run that needs more than the memory available now is left out and shown as `-`.
+One row per vocabulary. Growth is the process's peak resident memory minus its memory just before. It includes the
+gradients of hidden states and weight, but not the inputs. Each number comes from a process of its own, because a peak
+never falls. `logits` is one [tokens, vocabulary] tensor in float32; plain autograd makes about four of them. A plain
+run that needs more than the available memory is skipped and shown as `-`.
 """
 
 from __future__ import annotations

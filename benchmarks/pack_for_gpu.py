@@ -1,14 +1,14 @@
-"""Packages for a machine without a network, as files to be carried: compressed folders in chunks, and a script that
+"""Packages for a machine without a network, as files to copy there: compressed folders in chunks, and a script that
 unpacks them.
 
     python benchmarks/pack_for_gpu.py --out DIR [--only base ray vllm] [--have freeze.txt] [--chunk-mib 56] [--list]
 
     base    what asyncdapo needs besides torch and transformers      ray    Ray      vllm    vLLM for torch 2.11
 
-Each group is resolved with pip for the machine's Python and platform. What comes with CUDA is left out, and so is what
-the machine has in a version that will do (`--have`: lines of `name==version`, as the check `environment` of
-`first_gpu_hour.py` writes them there). DIR/GROUP.tar.xz.00, .01, … are at most `--chunk-mib` each; some or all of them
-are carried with DIR/unpack.sh. There `sh unpack.sh FOLDER` prints the PYTHONPATH to set.
+Each group is resolved with pip for the machine's Python and platform. CUDA packages are left out, and so are those that
+the machine has in a suitable version (`--have`: lines of `name==version`, as the check `environment` of
+`first_gpu_hour.py` writes them there). DIR/GROUP.tar.xz.00, .01, … are at most `--chunk-mib` each. Copy some or all
+groups with DIR/unpack.sh; on the machine `sh unpack.sh FOLDER` prints the PYTHONPATH to set.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ PRUNED = (
 PYTHON = "3.12"
 PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in (39, 35, 34, 31, 28, 27, 24, 17)] + ["manylinux2014_x86_64"]
 UNPACK = """#!/bin/sh
-# sh unpack.sh FOLDER: what is in the chunks beside this script, into FOLDER
+# sh unpack.sh FOLDER: unpacks the chunks next to this script into FOLDER
 set -e
 mkdir -p "$1"
 for first in "$(dirname "$0")"/*.tar.xz.00; do cat "${first%.00}".?? | tar -xJf - -C "$1"; done
@@ -62,14 +62,14 @@ echo "export PYTHONPATH=$(cd "$1" && pwd)"
 
 
 def resolved(group: str, have: Mapping[str, str], folder: Path) -> list[str]:
-    """`name==version` of everything to be carried for a group. Puts nothing into the folder but pip's report."""
+    """`name==version` of every package of a group that has to be copied. Writes only pip's report to the folder."""
     report = folder.with_suffix(".json")
     _install(folder, "--dry-run", "--ignore-installed", "--report", str(report), *GROUPS[group])
     return carried(json.loads(report.read_text())["install"], have)
 
 
 def carried(installs: Sequence[Mapping[str, Any]], have: Mapping[str, str]) -> list[str]:
-    """Of pip's report, what the machine lacks, or has in a version that another package refuses."""
+    """The packages of pip's report that the machine lacks, or has in a version that another package refuses."""
     found = {canonicalize_name(one["metadata"]["name"]): one["metadata"] for one in installs}
     wanted = [Requirement(text) for one in found.values() for text in one.get("requires_dist", [])]
     pins = []
@@ -82,13 +82,13 @@ def carried(installs: Sequence[Mapping[str, Any]], have: Mapping[str, str]) -> l
 
 
 def _applies(requirement: Requirement) -> bool:
-    """To the machine, and without any extra."""
+    """Whether a requirement applies on the machine, without any extra."""
     there = {"python_version": PYTHON, "sys_platform": "linux", "platform_machine": "x86_64", "extra": ""}
     return requirement.marker is None or requirement.marker.evaluate(there)
 
 
 def fill(folder: Path, pins: Sequence[str]) -> None:
-    """Install these into the folder, and take out what is not loaded."""
+    """Install these into the folder, and remove what is never loaded."""
     if pins:
         _install(folder, "--no-deps", "--no-compile", *pins)
     for path in sorted(folder.rglob("*")):
@@ -98,7 +98,7 @@ def fill(folder: Path, pins: Sequence[str]) -> None:
 
 
 def register(folder: Path) -> None:
-    """What an installation writes of asyncdapo itself, which runs from its clone there: vLLM finds its plugin by it."""
+    """Write the metadata of an installed asyncdapo, by which vLLM finds its plugin: there it runs from a clone."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     info = folder / f"{project['name']}-{__version__}.dist-info"
     info.mkdir()
@@ -124,14 +124,14 @@ def pack(folder: Path, name: str, out: Path, chunk_bytes: int) -> list[Path]:
 
 
 def read_have(path: Path | None) -> dict[str, str]:
-    """Versions by name, of lines `name==version`; others are passed over."""
+    """Name -> version, from lines `name==version`; other lines are ignored."""
     lines = path.read_text().splitlines() if path else []
     pairs = (line.strip().split("==") for line in lines if line.count("==") == 1)
     return {canonicalize_name(name): version for name, version in pairs}
 
 
 def _install(folder: Path, *args: str) -> None:
-    """pip, for the other machine. Raises CalledProcessError; what is wrong pip has said."""
+    """Run pip for the other machine. Raises CalledProcessError; pip has printed the reason."""
     platforms = [word for platform in PLATFORMS for word in ("--platform", platform)]
     machine = ["--only-binary=:all:", "--implementation", "cp", "--python-version", PYTHON, *platforms]
     command = [sys.executable, "-m", "pip", "--quiet", "install", "--target", str(folder), *machine, *args]

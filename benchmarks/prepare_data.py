@@ -1,9 +1,9 @@
-"""How long `asyncdapo data prepare` takes, and how much memory, for a made file in the shape of DAPO-Math-17k.
+"""Time and memory of `asyncdapo data prepare` for a generated file in the shape of DAPO-Math-17k.
 
     python benchmarks/prepare_data.py [--repeats 100]
 
-17,398 distinct prompts, 519 of them twice under another index, all of it repeated as in the published file. Prints the
-command's own counts, seconds and the most memory that its process held. Needs 1.5 GB of disk for a while.
+17,398 distinct prompts, 519 of them twice under another index, everything repeated as in the published file. Prints the
+command's own counts, seconds and the peak memory of its process. Needs 1.5 GB of disk meanwhile.
 """
 
 from __future__ import annotations

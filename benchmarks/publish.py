@@ -4,8 +4,8 @@
                                  [--dtype float32] [--bucket-mb 16] [--threads 1]
 
 One row per model size and number of receivers: medians of alternating runs, timed on the sender until every receiver
-has answered. `plain` is one broadcast of one tensor by Gloo, into memory that exists already. A publish adds buckets,
-the conversion to the dtype of the wire, and a checksum on every end; its receivers keep their memory, too.
+has answered. `plain` is one broadcast of one tensor by Gloo, into allocated memory. A publish adds buckets, the
+conversion to the dtype of the wire, and a checksum on every end; its receivers also reuse their memory.
 """
 
 from __future__ import annotations

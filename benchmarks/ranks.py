@@ -2,8 +2,9 @@
 
     python benchmarks/ranks.py [--ranks 2 4] [--mb 4 64 512] [--repeats 5]
 
-One row per number of ranks and size of the fp32 gradients: the median over the repeats of rank 0's time, which includes
-copying into buckets and back, and what that makes in gradients a second. Rank 0 starts each sum when all are there.
+One row per number of ranks and size of the fp32 gradients: the median over the repeats of rank 0's time, including
+copies into buckets and back, and the gradients per second that follow from it. Rank 0 starts each sum when all ranks
+are ready.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""Tokens per second of rollout worker, scorer and replay server against vLLM's AsyncLLM alone, in turn.
+"""Tokens per second of rollout worker, scorer and replay server against vLLM's AsyncLLM alone, alternating.
 
     OMP_NUM_THREADS=1 python benchmarks/rollout.py [--rounds 5] [--seconds 15] [--model DIR] [key=value …]
 
-Two engines with the same arguments stand side by side, and one of them works at a time. `alone` is AsyncLLM asked for
-groups of the same prompts by the same rule (another group as soon as a slot is free), with nothing done to what comes
-back. `whole` is what a run has: the rollout worker with its engine, the verifier's process, and a process with prompt
-stream, replay server and ledger; in place of the learner a sink takes every batch as soon as it is cut, so that credit
-never ends. Tokens are counted over a window that begins and ends under full load. Prints each round, the medians, and
-the median ratio of a round; a key=value changes the quickstart's configuration.
+Two engines with the same arguments exist at once, and one of them works at a time. `alone` is AsyncLLM, asked for
+groups of the same prompts by the same rule (another group as soon as a slot is free); the results are dropped. `whole`
+is what a run has: the rollout worker with its engine, the verifier's process, and a process with prompt stream, replay
+server and ledger. Instead of the learner a sink takes every batch as soon as it is cut, so that credit never ends.
+Tokens are counted over a window that begins and ends under full load. Prints each round, the medians, and the median
+ratio of a round. key=value changes the quickstart's config.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ async def obey(server: ReplayServer, orders: asyncio.Queue[str]) -> None:
 
 
 async def sink(server: ReplayServer) -> None:
-    """Takes every batch, and has trained on it at once."""
+    """Takes every batch and reports it trained at once."""
     feed, step = BatchFeed(server.learner_address), 0
     while True:
         step += 1
@@ -112,7 +112,7 @@ async def sink(server: ReplayServer) -> None:
 
 
 class Alone:
-    """AsyncLLM of an engine of its own, and groups of the stream's prompts for it."""
+    """The AsyncLLM of a separate engine, asked for groups of the stream's prompts."""
 
     def __init__(self, config: Config, engine: Engine, prompt_at: Callable[[int], Prompt | None]) -> None:
         from vllm import SamplingParams
@@ -166,7 +166,7 @@ class Alone:
 
 
 class Whole:
-    """A rollout worker as the controller puts it together, joined to the replay process."""
+    """A rollout worker as the controller makes it, joined to the replay process."""
 
     def __init__(self, config: Config, engine: Engine, address: str, controller: Connection) -> None:
         reward = config.reward

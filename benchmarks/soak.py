@@ -1,8 +1,8 @@
 """A run that is killed again and again: `python benchmarks/soak.py --minutes 15 [--seed 0] [--dir runs/soak]`.
 
-The quickstart's run goes on for so many minutes while, every 14 to 24 s, one of its processes is killed (SIGKILL):
-worker, scorer, replay server, learner, or the driver, which is then launched again. At the end it is stopped by Ctrl-C,
-and a last launch takes it a step further, to its final evaluation. Exit code 1 unless
+The quickstart runs for that many minutes. Every 14 to 24 s one of its processes is killed (SIGKILL): worker, scorer,
+replay server, learner, or the driver, which is then launched again. At the end the run is stopped by Ctrl-C, and a last
+launch trains one more step, up to the final evaluation. Exit code 1 unless
 
     audit is clean after every kill; no process is left behind after the driver's death or at the end
     at most 60 s pass without a trained batch or an arrived group
@@ -53,7 +53,7 @@ class Soak:
         return subprocess.Popen([*command, *overrides], stdout=log, stderr=subprocess.STDOUT)
 
     def kill_one(self) -> None:
-        """Kill a process of a random role, if one is there, and see to what follows."""
+        """Kill a process of a random role, if there is one, and check the consequences."""
         role = self.random.choice(ROLES)
         entries = [entry for entry in self.roster() if entry.role == role]
         if not entries:

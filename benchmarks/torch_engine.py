@@ -2,9 +2,9 @@
 
     python benchmarks/torch_engine.py [--rounds 3] [--groups 64] [--slots 64] [--no-hf]
 
-The model has the quickstart's shape with random weights; stop ids are chosen so that responses have a mean near 39
-tokens of at most 128. Groups of 16 are handed over as slots come free, the way a rollout worker does it. Wall time, and
-CPU time of the process, since other work on the machine shows in the first only.
+The model has the quickstart's shape with random weights; stop ids are chosen so that responses have about 39 tokens on
+average, at most 128. Groups of 16 are requested as slots become free, as a rollout worker does. Shows wall time and CPU
+time of the process: other work on the machine affects only the first.
 """
 
 import argparse

@@ -2,9 +2,9 @@
 
     python benchmarks/verifiers.py [--seconds 5] [VERIFIER …]
 
-Answers are those of a model that writes a few hundred characters and is right half of the time. VERIFIER is a name, or
-a function of yours (`path/to/file.py:function`), which then is given the answers of `dapo`. Also said: how long a
-process takes to start. Wall time, so other work on the machine shows.
+The answers are like those of a model that writes a few hundred characters and is right half of the time. VERIFIER is a
+name, or your own function (`path/to/file.py:function`), which gets the answers for `dapo`. Also prints the start-up
+time of a process. Wall time, so other work on the machine affects it.
 """
 
 import argparse

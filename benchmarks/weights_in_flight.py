@@ -5,12 +5,12 @@
 
 Each worker is an engine that always has `--slots` requests in flight; the learner is this process. A version is the
 model's weights with a little noise; `--shape` makes random ones in the shape of a Qwen2.5. One table: medians and
-largest over publishes and workers of receive (generation goes on), pause, load and resume, and tokens sampled per
-second while versions arrive and while none does. It fails unless the weights of all engines are equal after every
-publish, and differ from those of the one before.
+maxima over publishes and workers of receive (generation continues), pause, load and resume, and tokens sampled per
+second with and without versions arriving. It fails unless the weights of all engines are equal after every publish, and
+differ from those before.
 
-On a single GPU `--backend nccl` tells NCCL that every process is on a host of its own: it proves the path, and says
-nothing about its speed.
+On a single GPU `--backend nccl` tells NCCL that every process is on a host of its own: this tests the path, not its
+speed.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def made(shape: str, folder: str) -> str:
 
 
 async def start(workers: list[Worker], args: argparse.Namespace) -> None:
-    """On a GPU one after the other: vLLM takes what others allocate meanwhile for its own."""
+    """On a GPU start them one after the other: vLLM would count what others allocate meanwhile as its own."""
     if args.learner_device == "cpu":
         await asyncio.gather(*(worker.start(args.slots) for worker in workers))
         return

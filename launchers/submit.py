@@ -1,11 +1,11 @@
 """Submit a run to a Ray cluster: `python launchers/submit.py CONFIG [key=value …]`, as `ray job submit` would.
 
-In: a config, overrides, the address of the cluster's dashboard, and the directory that all nodes see under the same
-path. Out: a job that runs `asyncdapo launch` there, its id, and how to follow and to stop it. What must be there first
-is checked before anything is submitted: exit code 2, with what is missing and where it comes from.
+In: a config, overrides, the address of the cluster's dashboard, and a directory that all nodes see under the same path.
+Out: a job that runs `asyncdapo launch` there, its id, and how to follow and stop it. Requirements are checked before
+anything is submitted: exit code 2, with what is missing and where to get it.
 
-Arguments reach the job letter for letter. The command `ray job submit` writes them between double quotes, in which a
-shell still replaces `${run.name}`; hence Ray's Python interface to the same thing.
+Arguments reach the job unchanged. The command `ray job submit` puts them into double quotes, where a shell still
+replaces `${run.name}`; so this uses Ray's Python interface.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _existing(path: Path, option: str) -> Path:
     if not path.exists():
-        raise UserError(f"{option} {path}: there is no such thing here; it has to be the same path on every node")
+        raise UserError(f"{option} {path}: doesn't exist here; it has to be the same path on every node")
     return path.absolute()
 
 
@@ -96,7 +96,7 @@ def _check_environment(python: str) -> None:
 
 
 def _cluster(address: str) -> JobSubmissionClient:
-    """A client of the cluster that answers there."""
+    """A client for the cluster at this address."""
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 

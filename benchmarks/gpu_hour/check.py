@@ -1,9 +1,9 @@
-"""What every check of the GPU hour is: a process that writes its figures to a file as soon as it has them.
+"""A check of the GPU hour: a process that writes its figures to a file as soon as it has them.
 
     python -m benchmarks.gpu_hour.NAME --figures FILE [--cpu] …
 
-A check ends with code 0 when what it holds is so, with another one when it isn't. Figures that were written before are
-kept, also where the process is killed in the middle. `summary` among them is the line of the table.
+A check ends with code 0 if what it checks is true, otherwise with another code. Figures written before are kept, also
+if the process is killed in the middle. The figure `summary` is the line of the table.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Figures:
         self._path, self.found = path, {}
 
     def add(self, **found: Any) -> None:
-        """Keep these, whatever comes after."""
+        """Write these figures to the file at once."""
         self.found |= found
         beside = self._path.with_suffix(".part")
         beside.write_text(json.dumps(self.found))
@@ -31,7 +31,7 @@ class Figures:
 
 
 def hold(condition: bool, otherwise: str) -> None:
-    """End the check with these words unless the condition is so."""
+    """End the check with this message unless the condition is true."""
     if not condition:
         raise SystemExit(otherwise)
 

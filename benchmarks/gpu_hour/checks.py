@@ -15,9 +15,9 @@ class Check:
     module: str
     about: str
     usual_s: int
-    """What it is expected to take on a GPU; it isn't begun with less time left."""
+    """Expected duration on a GPU; with less time left the check isn't started."""
     limit_s: int
-    """After so long it is ended."""
+    """After this time it is ended."""
     args: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
     """Packages without which it is skipped."""

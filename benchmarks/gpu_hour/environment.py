@@ -1,6 +1,6 @@
-"""The machine: versions, GPU, compilers, and the rates that the other checks are read against.
+"""The machine: versions, GPU, compilers, and the rates with which the other checks are compared.
 
-Beside the figures it writes `freeze.txt`, what is installed, for `benchmarks/pack_for_gpu.py --have`.
+It also writes `freeze.txt`, the installed packages, for `benchmarks/pack_for_gpu.py --have`.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 device, which on a GPU in bfloat16 are those for segments of variable length.
 
 The reference is plain Hugging Face in float64, a completion at a time. In float32 the learner has to be within 1e-4 of
-it; in bfloat16 no further than a plain padded step under autocast is, twice, since both round.
+it; in bfloat16 within twice the distance of a plain padded step under autocast, since both round.
 """
 
 from __future__ import annotations

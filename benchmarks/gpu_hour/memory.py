@@ -1,11 +1,11 @@
 """Peak memory of the learner's step against the formula (`controller.sizes`), and what a plan's reserve is for.
 
-    allocated    what tensors had at their peak: what the formula is an upper bound of
-    reserved     what torch's allocator had: the difference is fragmentation
-    others       what the GPU was short of besides: CUDA's context, kernels, libraries
+    allocated    memory of tensors at their peak: the formula is its upper bound
+    reserved     memory of torch's allocator: the difference is fragmentation
+    others       other used memory of the GPU: CUDA's context, kernels, libraries
 
 Run once with PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True and once without. Without a GPU the growth of the
-process's memory stands in for allocated, and nothing is held against it.
+process's memory replaces `allocated`, and isn't checked.
 """
 
 from __future__ import annotations

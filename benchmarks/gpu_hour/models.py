@@ -21,7 +21,7 @@ SMALL: dict[str, Any] = SHAPES["qwen2.5-0.5b"] | {
     "num_key_value_heads": 1,
     "max_position_embeddings": 2048,
 }
-"""The stand-in of `SHAPES["qwen2.5-0.5b"]` without a GPU."""
+"""Replaces `SHAPES["qwen2.5-0.5b"]` without a GPU."""
 SPREAD = 0.04
 """Standard deviation of random weights: twice the usual, so that two models differ by much more than rounding."""
 

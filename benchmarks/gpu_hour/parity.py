@@ -1,8 +1,8 @@
 """vLLM and the learner compute the same: before an update, after it, and token by token while it lands.
 
-One engine and two learners, of two versions of one shape. Requests are in flight when version 1 arrives; each token's
-log-prob, as the engine sampled it, has to be what the learner of the version on its label makes of it, and not what the
-other one does. So labels are right, new weights are in CUDA graphs, and keys and values are computed again.
+One engine and two learners, of two versions of one shape. Requests are in flight when version 1 arrives. The engine's
+log-prob of each token has to equal that of the learner with the token's labelled version, and differ from the other's.
+This shows that labels are right, that CUDA graphs use new weights, and that keys and values are computed again.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Weights in flight: two vLLM engines under load, and versions that arrive meanwhile (`weights_in_flight.py`).
 
-It fails unless all engines' weights are equal, bit by bit, after every version and other than before it. On a GPU vLLM
-replays CUDA graphs and schedules ahead. Without a GPU Gloo stands in for NCCL.
+It fails unless all engines' weights are equal, bit by bit, after every version, and different from before it. On a GPU
+vLLM replays CUDA graphs and schedules ahead. Without a GPU Gloo replaces NCCL.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""A whole run of the real command: vLLM and the learner on one GPU, a made model, and optionally a process killed in
-the middle (`--kill engine`, or another role of `processes.json`), which has to be started again beside the learner."""
+"""A whole run of the real command: vLLM and the learner on one GPU, with a generated model. Optionally a process is
+killed in the middle (`--kill engine`, or another role of `processes.json`), and has to restart while the learner keeps
+its memory."""
 
 from __future__ import annotations
 

@@ -1,13 +1,13 @@
-"""The learner's bench: the same batch and model trained on by ours, by a plain padded step and by TRL's, side by side.
+"""The learner's bench: our step, a plain padded step and TRL's step train the same model on the same batch.
 
     lengths ─▶ batch file ─▶ prepare: μ, our gradient against the padded one ─▶ each variant in a process of its own
                                                                                  │ turns, one variant after the other
                                                                                  ▼
                                                         medians, ratios, MFU, peak memory; do the results agree?
 
-On a CPU all processes are there at once and take turns, so that whatever else the machine does hits all alike; on a
-GPU, whose memory they would share, one is measured after the other. Invariant: the first step starts from the same
-weights everywhere, and a float32 variant whose loss or gradient is another than the padded step's ends the bench with
+On a CPU all processes exist at once and take turns, so that other work on the machine affects all alike. On a GPU,
+whose memory they would share, they are measured one after the other. Invariant: the first step starts from the same
+weights everywhere; if the loss or gradient of a float32 variant differs from the padded step's, the bench ends with
 code 1. Does not own: what a step is (`worker`, `padded`, `trl_step`).
 """
 
@@ -139,7 +139,7 @@ def _measure(bench: Bench, rows: Sequence[Measured]) -> dict[str, float]:
 
 
 def _rounds(bench: Bench, rows: Sequence[Measured]) -> Iterator[None]:
-    """A turn for each row, again and again; the order changes, so that nobody is always behind the same one."""
+    """A turn for each row, again and again, in changing order, so that no variant always follows the same one."""
     kinds = ["warm"] * bench.options.warmup + ["step"] * bench.options.repeats
     with ExitStack() as stack:
         processes = {row.variant.name: _start(bench, row, stack) for row in rows}
@@ -160,7 +160,7 @@ def _start(bench: Bench, row: Measured, stack: ExitStack) -> TurnProcess:
 
 
 def _step(row: Measured, process: TurnProcess, kind: str) -> None:
-    """One turn of a variant. One that fails, say for want of memory, leaves the others to be measured."""
+    """One turn of a variant. If it fails, for example because memory runs out, the others are still measured."""
     if row.failure:
         return
     try:
@@ -176,10 +176,10 @@ def _step(row: Measured, process: TurnProcess, kind: str) -> None:
 
 
 class Products:
-    """The rate of matrix products: what this machine, with these threads or this GPU, makes of the best work there is.
+    """The rate of large matrix products, the fastest work on this machine with these threads or this GPU.
 
-    MFU is measured against it on a CPU, where no data sheet knows the clock rate or who else is there, and beside the
-    data sheet on a GPU.
+    On a CPU MFU is relative to it, since no data sheet gives the clock rate or the other load. On a GPU MFU is shown
+    relative to it and to the data sheet.
     """
 
     def __init__(self, device: str, dtype: str) -> None:

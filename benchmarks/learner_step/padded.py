@@ -1,4 +1,4 @@
-"""The plain padded train step: what is written with Hugging Face and torch when speed is left to them.
+"""The plain padded train step: Hugging Face and torch without optimizations of ours.
 
 Rows in their order, padded on the right to the longest of the batch, as many a forward pass as the budget of padded
 tokens holds; full logits, log_softmax, the clipped loss as a token mean, AdamW. The loss is written out here once more,

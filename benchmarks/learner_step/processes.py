@@ -1,7 +1,7 @@
-"""Processes that take turns, from the side of the one who gives them.
+"""Processes that take turns, as the bench sees them.
 
-In: a command and its spec. Out: what the process says at the end of each turn. Invariant: a process is given one turn
-at a time, and is gone when its `with` block ends. Does not own: what a turn is (`turns`, `worker`, `trl_step`).
+In: a command and its spec. Out: the process's report at the end of each turn. Invariant: a process gets one turn at a
+time, and has ended when its `with` block ends. Does not own: what a turn is (`turns`, `worker`, `trl_step`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What is printed: the batch, how MFU is reckoned, a row for each variant, and whether the results agree. Pure.
+"""The printed output: the batch, how MFU is computed, a row for each variant, and whether the results agree. Pure.
 
 Does not own: measuring, what counts as a failure.
 """

@@ -1,4 +1,4 @@
-"""A process that takes steps when it is told to, and says how long each took. Imports nothing of asyncdapo or torch.
+"""A process that takes a step on request and reports how long it took. Imports nothing of asyncdapo or torch.
 
     standard input   `warm` or `step` a line; its end ends the process
     standard output  a line of JSON for each, and one before the first: ready

@@ -1,6 +1,6 @@
-"""What is measured side by side: the names of variants, and what each of them is.
+"""The variants that the bench compares, by name.
 
-    ours        the learner of a run; `ours+bfloat16+compile+full+unshared` differs from the options in what it names
+    ours        the learner of a run; `ours+bfloat16+compile+full+unshared` changes the named options
     padded      the plain padded Hugging Face step; `padded+bfloat16`
     trl         TRL's step, one for each number of sequences a forward pass that is worth trying
     all         ours in every dtype, compiled or not, with every checkpointing, prompts shared or not; padded; trl
@@ -30,7 +30,7 @@ CHANGES: dict[str, dict[str, object]] = {
     "shared": {"shared": True},
     "unshared": {"shared": False},
 }
-"""What may stand behind a plus sign, and what it changes."""
+"""What may follow a plus sign, and what it changes."""
 TRL_PASSES = (1, 4, 8)
 """TRL is given the whole batch a forward pass, a quarter and an eighth; its best counts."""
 

@@ -52,7 +52,7 @@ def test_a_wrong_key_a_missing_directory_and_missing_data_are_one_line_each_and_
     for words, said in (
         (["quickstart", "run.step=2"], "did you mean run.steps?"),
         (["quickstart", "--dir", tmp_path / "nowhere"], "it has to be the same path on every node"),
-        (["quickstart", "--runtime-env", "none.yaml", "--dir", tmp_path], "--runtime-env none.yaml: there is no such"),
+        (["quickstart", "--runtime-env", "none.yaml", "--dir", tmp_path], "--runtime-env none.yaml: doesn't exist"),
         (["qwen2.5_0.5b_gsm8k_1gpu", "--dir", tmp_path], f"data/gsm8k/train.parquet isn't in {tmp_path}"),
     ):
         done = submit(*words)
