@@ -30,7 +30,7 @@ from asyncdapo.controller.process.roster import end_survivors
 from asyncdapo.controller.process.surroundings import check_surroundings
 from asyncdapo.controller.roles.model_check import check_files, check_learnable
 from asyncdapo.disk import LockedError, lock_file, replace_file
-from asyncdapo.errors import ConfigError, RunError, UserError
+from asyncdapo.errors import ConfigError
 from asyncdapo.learner.model.compiler import check_compiler
 from asyncdapo.metrics.wandb_log import choose_mode
 from asyncdapo.model.location import check_model_path, check_tokenizer_path
@@ -60,16 +60,14 @@ def prepare_run(name_or_path: str, overrides: Sequence[str]) -> Iterator[tuple[C
     path = find_config(name_or_path)
     config = effective(load_config(path, overrides), path.parent)
     check_config(config)
-    with _usable(config.run.dir):
+    with usable(config.run.dir):
         new = not holds_run(config.run.dir)
     if new:
         check_model(config)
         check_learnable(config)
     identity = identify(config)
-    with _usable(config.run.dir):
-        lock = lock_directory(config.run.dir)
-    with lock:
-        with _usable(config.run.dir):
+    with lock_directory(config.run.dir):
+        with usable(config.run.dir):
             resume = _open_run_dir(config, identity)
         yield config, resume
 
@@ -201,21 +199,22 @@ def _absolute_data(path: str | dict[str, float] | None) -> str | dict[str, float
 
 
 @contextmanager
-def _usable(run_dir: str) -> Iterator[None]:
-    """Turns an OSError into a ConfigError: the user can fix it."""
+def usable(run_dir: str, key: str = "run.dir") -> Iterator[None]:
+    """Turns an OSError into a ConfigError for `key`: the user can fix it."""
     try:
         yield
     except OSError as error:
-        raise ConfigError("run.dir", f"can't be used ({error.strerror})", run_dir) from error
+        raise ConfigError(key, f"can't be used ({error.strerror})", run_dir) from error
 
 
 def lock_directory(run_dir: str, key: str = "run.dir") -> IO[str]:
     """Make the directory if it is missing, and hold it until the returned file is closed or this process ends. Raises
-    ConfigError, for `key`, while another launch holds it."""
-    Path(run_dir).mkdir(parents=True, exist_ok=True)
-    Path(run_dir).chmod(0o700)
+    ConfigError, for `key`, while another launch holds it, or if it can't be used."""
     try:
-        return lock_file(Path(run_dir) / LOCK_FILE)
+        with usable(run_dir, key):
+            Path(run_dir).mkdir(parents=True, exist_ok=True)
+            Path(run_dir).chmod(0o700)
+            return lock_file(Path(run_dir) / LOCK_FILE)
     except LockedError as holder:
         problem = f"is in use by another launch that is running, process {holder}"
         raise ConfigError(key, problem, run_dir, "end that one, or choose another") from None
@@ -229,10 +228,7 @@ def _open_run_dir(config: Config, identity: Identity) -> Resume:
         replace_file(run_dir / CONFIG_FILE, to_yaml(config).encode())
         return Resume(new=True)
     recorded = check_same_run(run_dir, config, identity)
-    try:
-        end_survivors(run_dir, FORMER_LAUNCH_S)
-    except RunError as error:
-        raise UserError(f"{run_dir}: of the launch before: {error}") from error
+    end_survivors(run_dir, FORMER_LAUNCH_S)
     resume = survey(run_dir, config)
     if not resume.finished and (breach := ledger_breach(run_dir, to_dict(config))):
         raise unusable_ledger(run_dir, breach)

@@ -20,11 +20,11 @@ import msgspec
 
 from asyncdapo.config.config import Config, to_dict, to_yaml
 from asyncdapo.controller.checks.identity import Identity, different_files, identify
-from asyncdapo.controller.checks.preflight import FORMER_LAUNCH_S, LOCK_FILE, lock_directory
+from asyncdapo.controller.checks.preflight import FORMER_LAUNCH_S, LOCK_FILE, lock_directory, usable
 from asyncdapo.controller.eval.answers import ANSWERS_FILE, METRICS_FILE
 from asyncdapo.controller.process.roster import end_survivors
 from asyncdapo.disk import disk_errors, replace_file
-from asyncdapo.errors import ConfigError, RunError, UserError
+from asyncdapo.errors import ConfigError
 from asyncdapo.replay.ledger.audit import CONFIG_FILE
 
 KEY = "--out"
@@ -88,16 +88,10 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
 def hold_directory(config: Config, step: int) -> Iterator[bool]:
     """Make OUT this evaluation's and hold it. Gives whether all its answers are there."""
     out, now = Path(config.run.dir), Record.of(config, step)
-    try:
+    with usable(config.run.dir, KEY):
         _check_usable(out)
-        lock = lock_directory(config.run.dir, KEY)
-    except OSError as error:
-        raise ConfigError(KEY, f"can't be used ({error.strerror})", config.run.dir) from error
-    with lock:
-        try:
-            end_survivors(out, FORMER_LAUNCH_S)
-        except RunError as error:
-            raise UserError(f"{out}: of the command before: {error}") from error
+    with lock_directory(config.run.dir, KEY):
+        end_survivors(out, FORMER_LAUNCH_S)
         known = _read(out)
         if known and (different := list(known.differences(now, config))) and _has_answers(out):
             problem = f"holds an evaluation that differs in {', '.join(different)}"

@@ -155,7 +155,8 @@ def survivors(run_dir: Path) -> list[Entry]:
 def end_survivors(run_dir: Path, wait_s: float) -> list[Entry]:
     """Before a launch on a used directory: wait for the former launch to be gone, then kill what is left of it.
 
-    Returns those that it killed. Raises UserError, and kills none, if the former controller lives: that run continues.
+    Returns those that it killed. Raises UserError for a process that can't be killed; also if the former controller
+    lives, and then it kills none: that run continues.
     """
     former = survivors(run_dir)
     _wait_for_end(former, wait_s)
@@ -165,7 +166,10 @@ def end_survivors(run_dir: Path, wait_s: float) -> list[Entry]:
                 f"run.dir: {run_dir} is in use by a run: its controller, process {entry.pid}, lives "
                 f"(choose another run.dir, or end that run with `kill {entry.pid}`)"
             )
-    return end(former)
+    try:
+        return end(former)
+    except RunError as error:
+        raise UserError(f"{run_dir}: of the launch before: {error}") from error
 
 
 def end(entries: Sequence[Entry], wait_s: float = 0.0) -> list[Entry]:
