@@ -33,6 +33,8 @@ ROLES = ("controller", "replay", "rollout", "engine", "scorer", "learner")
 
 SAME_START_S = 2.0
 """Start times within this are the same: a leap second moves them all by one."""
+BOOT_TIME_S = psutil.boot_time()
+"""Seconds since 1970. Read once: whoever sets the clock during a run moves what the kernel says of it."""
 OTHER_HOST, GONE = "other host", "gone"
 """States of a process that this host knows nothing of."""
 STOPPED = (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
@@ -77,7 +79,7 @@ def entry_of(role: str, index: int, pid: int) -> Entry:
     """The entry of a process on this host. The start of one that has ended by now is this moment."""
     started = time.time()
     with suppress(psutil.NoSuchProcess):
-        started = psutil.Process(pid).create_time()
+        started = _started(psutil.Process(pid))
     return Entry(role=role, index=index, pid=pid, host=socket.gethostname(), started=round(started, 2))
 
 
@@ -135,9 +137,14 @@ def state_of(entry: Entry) -> str:
         return OTHER_HOST
     with suppress(psutil.NoSuchProcess):
         process = psutil.Process(entry.pid)
-        if abs(process.create_time() - entry.started) <= SAME_START_S:
+        if abs(_started(process) - entry.started) <= SAME_START_S:
             return process.status()
     return GONE
+
+
+def _started(process: psutil.Process) -> float:
+    """Seconds since 1970, the same for the whole life of the calling process."""
+    return BOOT_TIME_S + process.create_time() - psutil.boot_time()
 
 
 def is_running(entry: Entry) -> bool:

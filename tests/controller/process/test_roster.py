@@ -13,6 +13,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 
 from asyncdapo.controller.process import roster
@@ -124,6 +125,15 @@ def test_a_running_process_is_known_by_pid_host_and_start() -> None:
         assert eventually(lambda: not is_running(mine))  # a zombie: nobody has waited for it yet
         process.wait()
         assert not is_running(mine)
+
+
+def test_a_process_stays_known_when_the_clock_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    with living() as process:
+        mine = entry_of("replay", 0, process.pid)
+        now = psutil.boot_time() + 60  # the kernel counts from boot: setting the clock moves the time of that
+        monkeypatch.setattr(psutil, "boot_time", lambda: now)
+        monkeypatch.setattr(psutil._pslinux, "boot_time", lambda: now)
+        assert is_running(mine)
 
 
 def test_a_stopped_process_still_runs() -> None:
