@@ -206,7 +206,17 @@ class LearnerConfig:
     epochs: PositiveInt = 1
     """Passes over the batch in a train step."""
     ranks: Annotated[int, Meta(ge=1, le=1024)] = 1
-    """Processes that share the completions of every update; each holds all weights and its own optimizer states."""
+    """Processes that share the completions of every update. Each group of `shards` of them has one copy of the
+    weights."""
+    shards: PositiveInt | Literal["auto"] = "auto"
+    """Consecutive ranks that divide one copy of the weights, gradients and optimizer states among them. `auto` is 1:
+    every rank has a copy of its own."""
+    reshard_after_forward: bool = True
+    """Whether a block's gathered weights are freed after its forward pass, and gathered again for the backward pass.
+    That takes less memory and sends more bytes. With one shard there is nothing to gather."""
+    offload: Literal["none", "optimizer"] = "none"
+    """`optimizer` keeps the float32 weights and the optimizer states of a GPU's rank in host memory, and makes the
+    updates there."""
     tokens_per_microbatch: PositiveInt = 4096
     """Tokens computed in one forward pass. This sets the memory; results don't depend on it."""
     max_bad_updates: PositiveInt = 3
@@ -227,3 +237,18 @@ class LearnerConfig:
     activations, 10 to 28 % more operations), or the whole block (nearly all activations, some 30 % more operations)."""
     threads: PositiveInt = 1
     """CPU threads of each rank."""
+
+    def __post_init__(self) -> None:
+        if self.num_shards > self.ranks:
+            problem = f"must be at most learner.ranks, which is {self.ranks}"
+            raise ConfigError("learner.shards", problem, self.shards, f"learner.ranks={self.shards}")
+        if self.ranks % self.num_shards:
+            fix = f"learner.ranks={self.ranks - self.ranks % self.num_shards}, or another learner.shards"
+            raise ConfigError("learner.shards", f"must divide learner.ranks, which is {self.ranks}", self.shards, fix)
+        if self.offload != "none" and self.device == "cpu":
+            problem = "needs GPUs: on a CPU everything is in host memory already"
+            raise ConfigError("learner.offload", problem, self.offload, "none")
+
+    @property
+    def num_shards(self) -> int:
+        return 1 if self.shards == "auto" else self.shards

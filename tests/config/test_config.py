@@ -80,6 +80,8 @@ def test_overrides_change_keys_and_interpolations_follow() -> None:
         ("reward.overlong_penalty=0.5", "reward.overlong_penalty: does nothing without reward.overlong_buffer"),
         ("loss.agg=mean", "loss.agg: must be one of token-mean, token-sum,"),
         ("learner.ranks=0", "learner.ranks: must be at least 1 and at most 1024, got 0"),
+        ("learner.shards=2", "learner.shards: must be at most learner.ranks, which is 1, got 2 (learner.ranks=2)"),
+        ("learner.shards=0", "learner.shards: must be at least 1, got 0"),
         ("reward.overlong_buffer=129", "reward.overlong_buffer: must be at most rollout.max_response_length (128)"),
         ("reward.overlong_penalty=-1", "reward.overlong_penalty: must be at least 0, got -1"),
         ("prompts.eval_path=held.jsonl", "prompts.eval_path: belongs to the task 'file'"),
@@ -128,6 +130,14 @@ def test_a_bad_key_or_value_is_named_with_its_fix(override: str, words: str) -> 
         ),
         (("rollout.engine=vllm", "eval.temperature=0.001"), "eval.temperature: must be 0.01 to 2 with rollout.engine"),
         (("rollout.engine=vllm", "rollout.deterministic=true"), "rollout.deterministic: is a mode of the torch engine"),
+        (
+            ("learner.ranks=6", "learner.shards=4"),
+            "learner.shards: must divide learner.ranks, which is 6, got 4 (learner.ranks=4, or another learner.shards)",
+        ),
+        (
+            ("learner.device=cpu", "learner.offload=optimizer"),
+            "learner.offload: needs GPUs: on a CPU everything is in host memory already, got 'optimizer' (none)",
+        ),
     ],
 )
 def test_keys_that_exclude_each_other_are_named(overrides: tuple[str, ...], words: str) -> None:
