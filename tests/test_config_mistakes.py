@@ -53,7 +53,7 @@ def told(folder: Path, text: str, *overrides: str) -> str:
         ("run:\n  name: a\n   steps: 3\n", "line 3, column 4", "indented unlike the others", "two spaces"),
     ],
 )
-def test_a_file_that_is_no_yaml_is_told_with_its_place_and_the_right_form(
+def test_a_file_that_isnt_yaml_is_told_with_its_place_and_the_right_form(
     tmp_path: Path, text: str, where: str, cause: str, form: str
 ) -> None:
     words = told(tmp_path, text)

@@ -3,8 +3,8 @@
     OMP_NUM_THREADS=1 python configs/models/make_chain_start.py
 
 A Llama of 0.8 M parameters learns the task `chain` from written solutions in two phases. `clean`: right solutions.
-`habit`: solutions in which a product line carries the sum with probability 0.65, and the chain goes on from it. So the
-model shipped adds and subtracts well and writes most products wrong, also when it decodes greedily: a systematic
+`habit`: solutions in which a product line carries the sum with probability 0.65, and the chain continues from it. So
+the model shipped adds and subtracts well and writes most products wrong, also when it decodes greedily: a systematic
 mistake for reinforcement learning to undo. Training never sees a held-out prompt. The accuracy of both phases on
 held-out prompts is printed and written to the model card. Seeded: the same machine and libraries make the same model.
 

@@ -190,7 +190,7 @@ def test_chi2_is_0_on_policy_and_grows_with_the_spread_of_the_ratios():
         {"level": "token", "mode": "mask", "band": (0.5, 2.0)},
     ],
 )
-def test_a_ratio_that_is_no_number_is_no_outlier_but_stays_to_be_noticed(masks):
+def test_a_nan_ratio_isnt_an_outlier_and_stays_visible(masks):
     logp_BT = torch.tensor([[math.nan, -1.0, -1.0]])
     corrected = correction_weights(logp_BT, torch.full((1, 3), -1.0), torch.ones(1, 3, dtype=torch.bool), **masks)
     assert corrected.mask_BT.all()

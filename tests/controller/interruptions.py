@@ -69,7 +69,7 @@ def go_on(run_dir: Path, before: Interruption, num_steps: int = 4, *overrides: s
     new = [prompt for step, prompts in after.trained.items() if step >= first for prompt in prompts]
     assert len(set(old + new)) == len(old + new), "no prompt is trained twice"
     assert after.num_fresh >= before.num_fresh
-    assert leased_prompts(run_dir) == set(range(after.num_fresh)), "the stream goes on at the next position"
+    assert leased_prompts(run_dir) == set(range(after.num_fresh)), "the stream continues at the next position"
     assert audit(run_dir) == []
     assert_nothing_lives(run_dir)
     return run

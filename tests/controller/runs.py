@@ -48,9 +48,9 @@ def launch(run_dir: Path, *overrides: str, config: str = "quickstart", timeout_s
 
 @contextmanager
 def started(run_dir: Path, *overrides: str, config: str = "quickstart") -> Iterator[subprocess.Popen[str]]:
-    """A run that goes on; killed at the end if it still does. Output and errors come together.
+    """A running launch, killed at the end if it still runs. Output and errors come together.
 
-    It heeds Ctrl-C even if these tests were started in the background, where shells have it ignored.
+    It handles Ctrl-C even if these tests were started in the background, where shells have it ignored.
     """
     process = subprocess.Popen(
         command("launch", config, f"run.dir={run_dir}", *SMALL, *overrides),

@@ -107,7 +107,7 @@ def test_a_model_of_an_unknown_kind_is_refused_before_any_process_starts(tmp_pat
     ("files", "words"),
     [((), "no run there"), (("config.yaml", "eval.json"), "is an evaluation, which keeps no ledger")],
 )
-def test_audit_of_something_that_is_no_run_exits_with_2(files: tuple[str, ...], words: str, tmp_path: Path) -> None:
+def test_audit_of_something_that_isnt_a_run_exits_with_2(files: tuple[str, ...], words: str, tmp_path: Path) -> None:
     for name in files:
         (tmp_path / name).touch()
     result = subprocess.run(command("audit", str(tmp_path)), capture_output=True, text=True, check=False)

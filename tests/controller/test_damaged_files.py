@@ -1,5 +1,5 @@
 """Every file of a run, harmed in every way: the next launch says what is wrong with which file and what to do, or it
-goes on soundly; and audit has words for all of it."""
+resumes soundly; and audit reports all of it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ KEYS = (
 )
 CHECKPOINT = "checkpoints/step-000002/"
 HELD = "payloads/000002.bin"
-"""Batch 3, which the run goes on with, is the first half of it."""
+"""Batch 3, with which the run resumes, is the first half of it."""
 FILES = (
     "ledger.db",
     "ledger.db-wal",
@@ -108,7 +108,7 @@ def save(run_dir: Path, step: int) -> None:
 
 
 def go_on(run_dir: Path) -> str:
-    """What the next launch does up to step 5: where it goes on, and what it says. Raises what it ends with."""
+    """What the next launch does up to step 5: where it resumes, and what it says. Raises the error that ends it."""
     with prepare_run("quickstart", [f"run.dir={run_dir}", *KEYS]) as (_, resume):
         set_aside(run_dir, resume.step)
         run = SmallRun(run_dir)
@@ -127,7 +127,7 @@ def go_on(run_dir: Path) -> str:
             run.journal.close()
 
 
-def test_the_run_as_it_was_killed_goes_on_soundly(interrupted: Path, tmp_path: Path) -> None:
+def test_the_run_as_it_was_killed_resumes_soundly(interrupted: Path, tmp_path: Path) -> None:
     run_dir = shutil.copytree(interrupted, tmp_path / "run")
     assert audit(run_dir) == []
     assert go_on(run_dir) == "resumes after step 2, from checkpoints/step-000002\n"
@@ -136,7 +136,7 @@ def test_the_run_as_it_was_killed_goes_on_soundly(interrupted: Path, tmp_path: P
 
 @pytest.mark.parametrize("harm", HARMS, ids=lambda harm: harm.__name__ if harm else "remove")
 @pytest.mark.parametrize("name", FILES)
-def test_a_harmed_file_is_named_with_what_to_do_or_the_run_goes_on_soundly(
+def test_a_harmed_file_is_named_with_what_to_do_or_the_run_resumes_soundly(
     interrupted: Path, tmp_path: Path, name: str, harm: Harm | None
 ) -> None:
     for seed in range(5 if name == HELD else 1):

@@ -1,4 +1,4 @@
-"""Whichever process is killed, the run goes on, and every prompt ends exactly once."""
+"""Whichever process is killed, the run continues, and every prompt ends exactly once."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_a_run_outlives_a_death_of_each_process_and_ends_with_the_cause_when_one
     with started(run_dir, *SHORT, "run.steps=100000", "controller.max_restarts=1", often) as process:
 
         def kill(role: str) -> None:
-            """And see the run go on with another process in its place."""
+            """And see the run continue with another process in its place."""
             before = trained_steps(run_dir)
             (pid,) = processes(run_dir, role)
             os.kill(pid, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""Bad links, a full disk, and death at the worst moments: the run trains on, or goes on when it is launched again."""
+"""Bad links, a full disk, and death at the worst moments: the run continues, or resumes when it is launched again."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_a_run_trains_over_bad_links_while_its_processes_die_at_the_worst_moment
 
 
 @pytest.mark.soak
-def test_a_full_disk_ends_the_run_in_a_line_and_with_room_it_goes_on(tmp_path: Path) -> None:
+def test_a_full_disk_ends_the_run_in_a_line_and_with_room_it_resumes(tmp_path: Path) -> None:
     run = launch(tmp_path / "run", *SHORT, "run.steps=12", "faults.disk_full_after_mb=20")
     assert run.exit_code == 1, run.output
     ended = r"the run ended: (learner|replay): \S+: can't be written: No space left on device .*free space on this disk"
@@ -81,7 +81,7 @@ def test_a_run_outlives_a_death_at_any_point(tmp_path: Path, point: str) -> None
 
 @pytest.mark.soak
 @pytest.mark.parametrize("point", DRIVER_POINTS)
-def test_a_run_goes_on_after_its_driver_died_at_any_point(tmp_path: Path, point: str) -> None:
+def test_a_run_resumes_after_its_driver_died_at_any_point(tmp_path: Path, point: str) -> None:
     overrides = (*SHORT, f"faults.kill=[{point}:2]", "run.steps=9")
     assert launch(tmp_path / "run", *overrides).exit_code == -9
     assert_nothing_lives(tmp_path / "run")

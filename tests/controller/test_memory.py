@@ -49,7 +49,7 @@ def test_a_learner_that_is_held_up_leaves_the_memory_of_the_others_flat(tmp_path
         assert trained_steps(run_dir) == step, "the learner was held up"
         os.kill(learner, signal.SIGCONT)
         wait_for_batch(run_dir, step + 5, process)
-        assert processes(run_dir, "learner") == [learner], "it went on by itself"
+        assert processes(run_dir, "learner") == [learner], "it continued by itself"
         process.send_signal(signal.SIGINT)
         output, _ = process.communicate(timeout=60)
         assert process.returncode == 130, output

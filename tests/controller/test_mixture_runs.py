@@ -145,7 +145,7 @@ def test_a_run_of_before_tokenizers_were_on_record_is_gone_on_with(tmp_path):
 
 @pytest.mark.soak
 @pytest.mark.timeout(600)
-def test_a_run_killed_in_the_middle_of_an_epoch_of_a_mixture_goes_on_at_the_next_row(tmp_path):
+def test_a_run_killed_in_the_middle_of_an_epoch_of_a_mixture_resumes_at_the_next_row(tmp_path):
     files = write_chains(tmp_path / "easy.jsonl", 24, seed=1), write_chains(tmp_path / "hard.jsonl", 14, seed=2)
     keys = (*FILE_TASK, mixture({files[0]: 3, files[1]: 2}))
     before = interrupt(tmp_path / "run", signal.SIGKILL, 2.0, *keys)

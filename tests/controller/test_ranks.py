@@ -114,7 +114,7 @@ def test_synchronous_and_deterministic_two_ranks_make_the_weights_of_one(tmp_pat
 
 
 @pytest.mark.soak
-def test_a_run_goes_on_with_another_number_of_ranks(tmp_path: Path) -> None:
+def test_a_run_resumes_with_another_number_of_ranks(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     assert launch(run_dir, *SHORT, "run.steps=3").exit_code == 0
     run = launch(run_dir, *SHORT, "run.steps=6", "learner.ranks=3")

@@ -1,4 +1,4 @@
-"""A run directory that is launched again: what makes it another run, where it goes on, who may work in it."""
+"""A run directory that is launched again: what makes it another run, where it resumes, who may work in it."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_a_launch_killed_before_it_took_the_directory_leaves_it_for_the_next(tmp
     assert resume.new
 
 
-def test_a_directory_with_a_config_that_is_no_run_is_refused_and_left_alone(tmp_path: Path) -> None:
+def test_a_directory_with_a_config_but_no_run_is_refused_and_left_alone(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("model: {path: gpt2}\n")
     assert "run.dir: holds a run that can't be resumed" in refused(tmp_path)
     assert (tmp_path / "config.yaml").read_text() == "model: {path: gpt2}\n"
@@ -105,7 +105,7 @@ def test_values_of_former_launches_are_kept(tmp_path: Path) -> None:
     assert [load_config(tmp_path / "run" / name).run.steps for name in names] == [10, 20, 30]
 
 
-def test_a_run_whose_config_has_keys_that_are_gone_goes_on_and_says_so(
+def test_a_run_whose_config_has_keys_that_are_gone_resumes_and_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_dir = tmp_path / "run"
@@ -143,7 +143,7 @@ def test_two_launches_never_share_a_directory_and_a_killed_one_lets_go_of_it(tmp
     assert not resume.new
 
 
-def test_processes_that_outlive_their_driver_are_ended_before_the_run_goes_on(
+def test_processes_that_outlive_their_driver_are_ended_before_the_run_resumes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from asyncdapo.controller.checks import preflight
@@ -253,7 +253,7 @@ def test_other_data_and_another_share_of_it_held_out_are_refused(tmp_path: Path)
     assert "prompts.eval_path (other data)" in refused(tmp_path / "run", *keys, f"prompts.eval_path={data}")
 
 
-# ----------------------------------------------------------------------------------------------------- where it goes on
+# ----------------------------------------------------------------------------------------------------- where it resumes
 
 
 @pytest.fixture
@@ -268,7 +268,7 @@ def run_dir(config: Config) -> Path:
     return Path(config.run.dir)
 
 
-def test_a_run_goes_on_from_its_newest_checkpoint_and_the_line_of_that_step(config: Config, run_dir: Path) -> None:
+def test_a_run_resumes_from_its_newest_checkpoint_and_the_line_of_that_step(config: Config, run_dir: Path) -> None:
     train(run_dir, 1, 2, 3)
     save(run_dir, 0, 2)
     log(run_dir, 0, 1, 2, 3)
@@ -392,7 +392,7 @@ def test_a_run_is_finished_when_its_last_step_is_evaluated_and_its_stream_closed
     assert survey(run_dir, load_config(Path("configs/quickstart.yaml").resolve(), overrides)).finished == finished
 
 
-def test_a_finished_run_without_its_last_line_or_checkpoint_goes_on(run_dir: Path) -> None:
+def test_a_finished_run_without_its_last_line_or_checkpoint_resumes(run_dir: Path) -> None:
     overrides = [f"run.dir={run_dir}", "run.steps=4", "eval.num_prompts=0", "eval.num_greedy_prompts=0"]
     config = load_config(Path("configs/quickstart.yaml").resolve(), overrides)
     train(run_dir, 1, 2, 3, 4, ended=True)

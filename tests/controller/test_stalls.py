@@ -52,7 +52,7 @@ def outlive(run_dir: Path, *roles: str) -> None:
 
 @pytest.mark.timeout(600)
 @pytest.mark.soak
-def test_a_learner_that_is_stopped_is_killed_and_the_run_goes_on(tmp_path: Path) -> None:
+def test_a_learner_that_is_stopped_is_killed_and_the_run_continues(tmp_path: Path) -> None:
     outlive(tmp_path / "run", "learner")
 
 

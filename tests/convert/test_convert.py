@@ -152,7 +152,7 @@ def test_a_text_comes_out_as_it_went_in(name: str) -> None:
     assert "seed" not in run
 
 
-def test_a_long_argument_is_no_file() -> None:
+def test_a_long_argument_isnt_a_file() -> None:
     assert convert("verl", f"trainer.experiment_name={'x' * 5000}")["run.name"] == "x" * 5000
     assert convert("verl", "trainer.experiment_name=a.yaml")["run.name"] == "a.yaml"
 

@@ -148,7 +148,7 @@ def test_a_job_trains_with_overrides_that_arrive_letter_for_letter(cluster: Clus
 @needs_cluster
 @pytest.mark.soak
 @pytest.mark.timeout(300)
-def test_a_stopped_job_leaves_a_checkpoint_and_the_same_submission_goes_on(cluster: Cluster, tmp_path: Path) -> None:
+def test_a_stopped_job_leaves_a_checkpoint_and_the_same_submission_resumes(cluster: Cluster, tmp_path: Path) -> None:
     words = ["quickstart", "run.steps=5", "run.dir=run", *SMALL, "--address", cluster.address, "--dir", tmp_path]
     job = submitted(submit(*words, **cluster.variables))
     metrics = tmp_path / "run" / "metrics.jsonl"

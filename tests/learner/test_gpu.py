@@ -27,7 +27,7 @@ def test_a_train_step_on_a_gpu_is_that_of_a_cpu(tmp_path, loss):
         torch.testing.assert_close(on_gpu.weights()[name].cpu(), weight, atol=1e-3, rtol=1e-2)
 
 
-def test_a_checkpoint_of_a_gpu_goes_on_bit_for_bit(tmp_path):
+def test_a_checkpoint_of_a_gpu_resumes_bit_for_bit(tmp_path):
     path = save_tiny_llama(tmp_path / "model")
     straight, restored = (make_learner(path, device="cuda", staleness_bound=2) for _ in range(2))
     train(straight, *make_batch(step=1))

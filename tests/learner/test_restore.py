@@ -1,4 +1,5 @@
-"""A learner and its checkpoints: readable by Hugging Face, refused when damaged, good to go on from bit for bit."""
+"""A learner and its checkpoints: readable by Hugging Face, refused when damaged, and good to resume from, bit for
+bit."""
 
 import os
 import signal
@@ -35,7 +36,7 @@ def test_hugging_face_loads_a_checkpoint_with_the_weights_of_the_learner(tmp_pat
     assert all(torch.equal(saved[name], weight) for name, weight in learner.weights().items())
 
 
-def test_a_restored_learner_goes_on_bit_for_bit(tmp_path):
+def test_a_restored_learner_resumes_bit_for_bit(tmp_path):
     config = {"warmup_steps": 5, "updates_per_step": 2, "weight_decay": 0.1}
     start = save_tiny_llama(tmp_path / "model")
     straight = make_learner(start, **config)
@@ -80,7 +81,7 @@ def test_skipped_updates_still_count_after_a_restore(tmp_path):
         train(restored, *spoil(*make_batch(step=2)))
 
 
-def test_settings_of_the_optimizer_are_those_of_the_launch_that_goes_on(tmp_path):
+def test_settings_of_the_optimizer_are_those_of_the_launch_that_resumes(tmp_path):
     start = save_tiny_llama(tmp_path / "model")
     learner = make_learner(start, lr=1e-3, weight_decay=0.0)
     train(learner, *make_batch())
@@ -125,7 +126,7 @@ learner.save(sys.argv[2], 2, branch=0)
 """
 
 
-def test_a_learner_killed_while_it_saves_goes_on_from_the_checkpoint_before(tmp_path):
+def test_a_learner_killed_while_it_saves_resumes_from_the_checkpoint_before(tmp_path):
     start, run_dir = save_tiny_llama(tmp_path / "model"), tmp_path / "run"
     killed = subprocess.run([sys.executable, "-c", KILLED, start, str(run_dir)], check=False)
     assert killed.returncode == -signal.SIGKILL

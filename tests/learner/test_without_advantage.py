@@ -22,7 +22,7 @@ LOSSES = {
     "gspo": LossConfig(variant="gspo", clip_low=0.1, clip_high=0.2),
     "cispo": LossConfig(variant="cispo", advantage="rloo"),
 }
-HEEDING = {
+USES_ZERO_ADVANTAGE = {
     "kl": LossConfig(kl_coef=0.1),
     "entropy": LossConfig(entropy_coef=0.01),
     "masks": LossConfig(outlier_band=(0.5, 2.0)),
@@ -75,10 +75,10 @@ def test_what_has_no_advantage_is_left_out_and_the_gradient_stays(path, loss) ->
     assert metrics["learner/forward_tokens"] < (1 - share / 2) * computed["learner/forward_tokens"]
 
 
-@pytest.mark.parametrize("loss", HEEDING)
+@pytest.mark.parametrize("loss", USES_ZERO_ADVANTAGE)
 def test_a_loss_that_needs_them_computes_all(path, loss) -> None:
-    gradients, metrics = gradients_of(path, HEEDING[loss], all_rows=False)
-    expected, computed = gradients_of(path, HEEDING[loss], all_rows=True)
+    gradients, metrics = gradients_of(path, USES_ZERO_ADVANTAGE[loss], all_rows=False)
+    expected, computed = gradients_of(path, USES_ZERO_ADVANTAGE[loss], all_rows=True)
     assert all(torch.equal(gradient, reference) for gradient, reference in zip(gradients, expected, strict=True))
     assert metrics["learner/forward_tokens"] == computed["learner/forward_tokens"]
     assert "learner/uncomputed_ratio" not in metrics

@@ -129,7 +129,7 @@ def test_the_entropy_of_the_first_step_is_the_first_one_that_is_known() -> None:
     assert len(alarms.check({"learner/entropy": 0.19})) == 1
 
 
-def test_a_run_that_goes_on_compares_with_its_first_step_and_its_last_line() -> None:
+def test_a_run_that_resumes_compares_with_its_first_step_and_its_last_line() -> None:
     alarms = Alarms({"step": 1, "learner/entropy": 2.0}, {"step": 9, "learner/bad_updates": 3.0})
     assert alarms.check({"learner/entropy": 0.3, "learner/bad_updates": 3.0}) == []
     assert len(alarms.check({"learner/entropy": 0.1, "learner/bad_updates": 4.0})) == 2

@@ -54,7 +54,7 @@ def test_numbers_that_json_does_not_know_are_null_and_read_back_as_nan(tmp_path:
     file.close()
 
     def refuse(constant: str) -> float:
-        raise AssertionError(f"{constant} is no JSON")
+        raise AssertionError(f"{constant} isn't JSON")
 
     assert json.loads(lines_of(tmp_path)[0], parse_constant=refuse) == {
         "step": 1, "a": None, "b": None, "c": None, "d": 0.5, "e": 3.0,
@@ -86,7 +86,7 @@ def test_a_line_in_which_the_writer_died_is_left_out(tmp_path: Path):
 # ------------------------------------------------------------------------------------------------------------ rollback
 
 
-def test_a_rollback_moves_later_lines_word_for_word_and_the_file_goes_on_after_them(tmp_path: Path):
+def test_a_rollback_moves_later_lines_word_for_word_and_the_file_continues_after_them(tmp_path: Path):
     file = write_steps(tmp_path, 0, 1, 2, 3, 4)
     former = lines_of(tmp_path)
     assert file.roll_back(2, undone_by=1) == []
@@ -103,7 +103,7 @@ def test_a_rollback_moves_later_lines_word_for_word_and_the_file_goes_on_after_t
     assert undone(tmp_path) == [(3, 1), (4, 1), (4, 2)]
 
 
-def test_a_resumed_file_goes_on_after_its_last_line_and_leaves_out_a_torn_one(tmp_path: Path):
+def test_a_resumed_file_continues_after_its_last_line_and_leaves_out_a_torn_one(tmp_path: Path):
     write_steps(tmp_path, 0, 1).close()
     with (tmp_path / "metrics.jsonl").open("a") as text:
         text.write('{"step": 2, "rew')

@@ -88,7 +88,7 @@ def test_an_online_run_says_its_address():
     )
 
 
-def test_a_resumed_run_goes_on_under_its_id_also_with_other_settings(tmp_path: Path):
+def test_a_resumed_run_keeps_its_id_also_with_other_settings(tmp_path: Path):
     log_offline(tmp_path, [0, 1], {"run": {"steps": 2}})
     log_offline(tmp_path, [2, 3], {"run": {"steps": 4}})
     records = list(tmp_path.glob("wandb/offline-run-*/*.wandb"))

@@ -34,7 +34,7 @@ def test_a_clean_solution_is_right(script):
     assert script.write_solution(Chain((6, 4, 7, 4), "+*-"), random.Random(0), 0.0) == "6+4=0\n0*7=0\n0-4=6\nAnswer: 6"
 
 
-def test_the_habit_writes_the_sum_on_product_lines_and_goes_on_from_it(script):
+def test_the_habit_writes_the_sum_on_product_lines_and_continues_from_it(script):
     spoiled = script.write_solution(Chain((6, 4, 7, 4), "+*-"), random.Random(0), habit=1.0)
     assert spoiled == "6+4=0\n0*7=7\n7-4=3\nAnswer: 3"
 

@@ -173,7 +173,7 @@ def test_a_mixture_ends_right_before_a_row_would_be_drawn_once_too_often(parts, 
 
 @given(start=st.integers(0, 200), seed=st.integers(0, 2**62))
 @settings(max_examples=40, deadline=None)
-def test_a_mixture_that_is_opened_again_goes_on_at_the_next_row(start, seed):
+def test_a_mixture_that_is_opened_again_resumes_at_the_next_row(start, seed):
     task = MixedTask([7, 4], [3, 1])
     before = open_stream(task, seed)
     prompts = [before.prompt_at(i) for i in range(start + 50)]

@@ -108,7 +108,7 @@ class Restarts(Simulation):
     # ------------------------------------------------------------------------------------------ what must hold then
 
     def reload(self) -> None:
-        """The server dies; another one goes on. Its peers tell it what it can't know."""
+        """The server dies; another one takes over. Its peers tell it what it can't know."""
         before = snapshot(self.state)
         self._open_again()
         assert snapshot(self.state) == before

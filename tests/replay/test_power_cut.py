@@ -168,7 +168,7 @@ def check_invariants(run_dir: Path) -> None:
 
 
 @pytest.mark.parametrize("segment_bytes", [1, 1500])
-def test_whenever_the_power_is_cut_what_was_promised_is_on_disk_and_the_run_goes_on(
+def test_whenever_the_power_is_cut_what_was_promised_is_on_disk_and_the_run_resumes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, segment_bytes: int
 ) -> None:
     recorder = recorded_run(tmp_path / "run", monkeypatch, segment_bytes=segment_bytes)

@@ -94,7 +94,7 @@ def test_a_group_too_many_misses_the_bound_whatever_its_verdict(verdict: str, on
 # -------------------------------------------------------------------------------------------------- nothing is to copy
 
 
-def test_a_batch_of_groups_of_which_none_is_kept_ends_filtered_and_sampling_goes_on() -> None:
+def test_a_batch_of_groups_of_which_none_is_kept_ends_filtered_and_sampling_continues() -> None:
     scenario = replacing(2, replay={"run_ahead": 0, "max_staleness": 0})
     assert scenario.running == [0, 1]
     scenario.finish(0, 1, verdict="constant")

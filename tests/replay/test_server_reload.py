@@ -1,4 +1,4 @@
-"""A replay server that is killed, and one that goes on with its files and ports; and commands that come twice."""
+"""A replay server that is killed, and one that takes over its files and ports; and commands that come twice."""
 
 import asyncio
 

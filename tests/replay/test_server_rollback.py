@@ -1,4 +1,4 @@
-"""A rollback while the run goes on: the learner came back with an older checkpoint, workers and server stayed."""
+"""A rollback during a run: the learner came back with an older checkpoint, workers and server stayed."""
 
 import asyncio
 
@@ -24,7 +24,7 @@ async def train(server, worker, learner, step):
 
 
 @scenario
-async def test_the_run_goes_on_from_the_checkpoint_in_a_new_branch(tmp_path):
+async def test_the_run_resumes_from_the_checkpoint_in_a_new_branch(tmp_path):
     async with serving(tmp_path) as server:
         worker, learner = FakeWorker(server), FakeLearner(server)
         await worker.join()
@@ -103,7 +103,7 @@ async def test_every_token_of_the_ledger_is_accounted_for_over_a_rollback_and_a_
 
 
 @scenario
-async def test_an_evaluation_that_goes_on_is_asked_anew_of_the_weights_that_count(tmp_path):
+async def test_a_running_evaluation_is_asked_anew_of_the_weights_that_count(tmp_path):
     async with serving(tmp_path) as server:
         worker = FakeWorker(server)
         await worker.join()

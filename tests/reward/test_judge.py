@@ -155,7 +155,7 @@ def test_the_last_try_has_the_last_word_and_the_texts_after_it_are_not_told(paus
     assert pauses[:2] == [0.5, 1.0]
 
 
-def test_a_result_that_is_no_verdict_is_not_tried_again(pauses):
+def test_a_result_that_isnt_a_verdict_is_not_tried_again(pauses):
     assert len(told_by(lambda text, answer: None, ["6"], retries=5)) == 1
     assert pauses == []
 

@@ -102,7 +102,7 @@ async def test_what_a_verifier_had_started_is_killed_with_it(tmp_path) -> None:
 
 
 @asynchronous
-async def test_a_verifier_that_raises_is_told_with_the_line_and_the_process_goes_on() -> None:
+async def test_a_verifier_that_raises_is_told_with_the_line_and_the_process_continues() -> None:
     async with running() as pool:
         with pytest.raises(RewardError, match=r"LookupError: nothing for 6 \(in obey, .*verifiers.py:\d+\)"):
             await pool.verify(["6", "raise", "6"], "6")
@@ -114,7 +114,7 @@ async def test_a_verifier_that_raises_is_told_with_the_line_and_the_process_goes
 
 @pytest.mark.parametrize(("what", "got"), [("nan", "nan"), ("none", "None"), ("two", "2"), ("list", r"\[1\]")])
 @asynchronous
-async def test_what_is_no_share_of_the_credit_is_no_verdict(what, got) -> None:
+async def test_only_a_number_from_0_to_1_is_a_verdict(what, got) -> None:
     async with running() as pool:
         with pytest.raises(VerdictError, match=f"a verdict is a number from 0 to 1, got {got}"):
             await pool.verify([f"return {what}"], "6")

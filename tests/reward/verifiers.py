@@ -45,7 +45,7 @@ def obey(text, answer):
             print(rest, file=sys.stderr)
         case "read":
             return float(sys.stdin.read() == "")
-        case "fork":  # a child that goes on as if it were the process, and outlives the call
+        case "fork":  # a child that continues as if it were the process, and outlives the call
             if os.fork() == 0:
                 return 0.0
         case "child":  # a process of its own, whose pid it leaves in a file

@@ -174,7 +174,7 @@ async def test_a_lease_lost_on_the_way_is_asked_for_again_after_the_next_welcome
 
 
 @asynchronous
-async def test_a_quiet_server_is_greeted_again_and_the_session_goes_on() -> None:
+async def test_a_quiet_server_is_greeted_again_and_the_session_continues() -> None:
     async with joined(FakeEngine()) as (_, replay):
         await replay.grant(make_lease(7))
         for _ in range(2):

@@ -160,7 +160,7 @@ class Controller(Process):
                         slot.process.die("silent")
 
     def _survey(self) -> Checkpoint | None:
-        """Where to go on: the newest whole checkpoint. What is newer is set aside."""
+        """Where to resume: the newest whole checkpoint. Newer ones are set aside."""
         checkpoints = self.world.disk.checkpoints
         usable = sorted(checkpoints)
         if len(usable) > 1 and self.world.tears():

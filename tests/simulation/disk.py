@@ -34,7 +34,7 @@ Records = dict[int, dict[int, tuple[Group, Payload]]]
 
 @dataclass
 class Checkpoint:
-    """What the learner goes on from: the lineage of its weights and what they were trained on."""
+    """What the learner resumes from: the lineage of its weights and what they were trained on."""
 
     step: int
     lineage: list[int]

@@ -108,7 +108,7 @@ class Judge:
         self.state_before = state
 
     def reloaded(self, state: Any) -> None:
-        self.world.note("reloads" if self.state_before else "", "a replay server goes on from the ledger")
+        self.world.note("reloads" if self.state_before else "", "a replay server resumes from the ledger")
         if self.state_before is not None:
             assert snapshot(state) == self.state_before, "the state after a reload isn't the one before"
         if self.truth:

@@ -79,7 +79,7 @@ class Plan:
     harmful_deaths: bool = False
     """The driver's death does harm to a payload."""
     harms_at: tuple[float, ...] = ()
-    """When something befalls a payload while the run goes on."""
+    """When something happens to a payload during the run."""
 
     def draws_constant(self, prompt_id: int, weights: int) -> bool:
         """Whether these weights answer the prompt always the same."""

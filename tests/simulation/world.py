@@ -39,7 +39,7 @@ PATIENCE_S = 300.0
 """Simulated seconds without any fault in which a run must come to its end."""
 RELAUNCH_S = 1.0
 BAD_LUCK = ("damaged", "nothing has been heard", "and never answered", "can't be written")
-"""Ends that faults can bring about and that say so; whoever launches again goes on."""
+"""Ends that faults can cause and that say so; another launch resumes."""
 LAWFUL_ENDS = ("filter.max_gen_batches", "no batch was ever full")
 """Ends that the configuration and the prompts bring about."""
 

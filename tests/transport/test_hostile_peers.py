@@ -98,7 +98,7 @@ def test_damaged_messages_cost_no_memory_and_valid_peers_are_served_meanwhile(
 
 
 class ValidLife:
-    """A worker and a learner that go on with their work, step after step."""
+    """A worker and a learner that continue their work, step after step."""
 
     def __init__(self, server: ReplayServer) -> None:
         self._server = server

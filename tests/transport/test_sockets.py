@@ -43,7 +43,7 @@ async def test_bad_input_is_handed_over_as_malformed_and_the_next_message_arrive
 
 
 @asynchronous
-async def test_the_client_raises_malformed_and_goes_on() -> None:
+async def test_the_client_raises_malformed_and_continues() -> None:
     server, client = pair()
     await client.send(Ask(asked=1))
     peer, _, _ = await server.receive()
@@ -94,7 +94,7 @@ async def test_a_peer_that_does_not_read_costs_a_bounded_queue_and_delays_nobody
 
 
 @asynchronous
-async def test_a_client_waits_without_a_server_and_goes_on_with_the_next_at_the_same_port() -> None:
+async def test_a_client_waits_without_a_server_and_continues_with_the_next_at_the_same_port() -> None:
     server, client = pair()
     await client.send(Ask(asked=1))
     await server.receive()

@@ -202,7 +202,7 @@ def test_tokens_sampled_while_versions_arrive_carry_their_versions_in_order(engi
 
 @pytest.mark.parametrize("end", ["fall_silent", "die"])
 @pytest.mark.parametrize("backend", ["gloo", "ipc"])
-def test_without_the_trainer_generation_goes_on_and_a_new_group_works(engines, loop, directory, end, backend):
+def test_without_the_trainer_generation_continues_and_a_new_group_works(engines, loop, directory, end, backend):
     async def body() -> None:
         before = await digests(engines)
         with members(1, Trainer) as [trainer]:

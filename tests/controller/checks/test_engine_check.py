@@ -123,7 +123,7 @@ def test_sequences_longer_than_the_model_knows_are_refused_unless_its_rotation_i
     check(max_position_embeddings=2023, rope_scaling={"rope_type": "yarn", "factor": 4.0})
 
 
-def test_a_config_that_is_no_json_is_named(tmp_path: Path) -> None:
+def test_a_config_that_isnt_json_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ConfigError, match=r"model.path: config.json can't be read"):
         check_model(config_of("vllm", str(tmp_path)))

@@ -1,4 +1,4 @@
-"""A run that was stopped or killed goes on as if nothing had happened."""
+"""A run that was stopped or killed resumes as if nothing had happened."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.controller.runs import launch, started
 pytestmark = pytest.mark.timeout(600)
 
 
-def test_stopped_and_then_killed_a_run_goes_on_each_time_and_says_when_it_is_finished(tmp_path: Path) -> None:
+def test_stopped_and_then_killed_a_run_resumes_each_time_and_says_when_it_is_finished(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     stopped = interrupt(run_dir, signal.SIGINT, 1.0)
     assert stopped.checkpoint == max(stopped.trained), "the last step that was done has a checkpoint"
@@ -37,7 +37,7 @@ def test_stopped_and_then_killed_a_run_goes_on_each_time_and_says_when_it_is_fin
 @pytest.mark.soak
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
 @pytest.mark.parametrize("seed", range(5))
-def test_a_run_interrupted_at_any_moment_goes_on(tmp_path: Path, sent: signal.Signals, seed: int) -> None:
+def test_a_run_interrupted_at_any_moment_resumes(tmp_path: Path, sent: signal.Signals, seed: int) -> None:
     before = interrupt(tmp_path / "run", sent, some_moment(seed))
     go_on(tmp_path / "run", before)
 

@@ -114,7 +114,7 @@ def test_the_same_samples_of_the_same_weights_are_the_runs_own_answers(quickstar
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
-def test_an_interrupted_evaluation_goes_on_with_what_is_missing(quickstart: Path, tmp_path: Path, sent: int) -> None:
+def test_an_interrupted_evaluation_resumes_with_what_is_missing(quickstart: Path, tmp_path: Path, sent: int) -> None:
     out, whole = tmp_path / "out", tmp_path / "whole"
     args = ("--samples", "4", "eval.num_prompts=128", "eval.num_greedy_prompts=512")
     process = start(quickstart, out, *args)

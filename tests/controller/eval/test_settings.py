@@ -210,7 +210,7 @@ def taken(config: Config, step: int = 12, answers: str = "{}\n") -> bool:
     return complete
 
 
-def test_the_same_command_goes_on_and_one_that_asks_for_more_as_well(run_dir: Path) -> None:
+def test_the_same_command_resumes_and_one_that_asks_for_more_as_well(run_dir: Path) -> None:
     assert not taken(config_of(run_dir, samples=2))
     assert not taken(config_of(run_dir, samples=2))
     (run_dir.parent.parent / "evals" / "runs" / "mine" / "step-000012" / "metrics.json").write_text("{}")

@@ -87,5 +87,5 @@ def test_an_evaluation_says_nothing_of_a_learner(tmp_path, caplog) -> None:
     assert "learner" not in caplog.text
 
 
-def test_a_run_directory_records_auto_so_that_the_run_may_go_on_elsewhere() -> None:
+def test_a_run_directory_records_auto_so_that_the_run_may_resume_elsewhere() -> None:
     assert "  dtype: auto\n" in to_yaml(config_of())

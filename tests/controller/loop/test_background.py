@@ -52,7 +52,7 @@ def test_work_begins_after_every_so_many_steps_but_not_after_the_last(every, beg
     assert asyncio.run(main()) == begun
 
 
-def test_work_that_is_due_while_other_work_goes_on_is_left_out():
+def test_work_that_is_due_while_other_work_runs_is_left_out():
     async def main() -> None:
         aside = Aside(every=1, last_step=9)
         aside.begin(asyncio.Event().wait)
@@ -77,7 +77,7 @@ def test_an_error_is_raised_where_the_loop_looks(look):
     asyncio.run(main())
 
 
-@pytest.mark.parametrize("work", [asyncio.Event().wait, done_at_once, failing], ids=["going on", "done", "failed"])
+@pytest.mark.parametrize("work", [asyncio.Event().wait, done_at_once, failing], ids=["running", "done", "failed"])
 def test_cancelled_work_is_forgotten_with_its_error(work):
     complaints = []
 

@@ -308,7 +308,7 @@ def test_a_run_past_the_limit_ends_before_it_trains(tmp_path: Path) -> None:
 
 @pytest.mark.soak
 @pytest.mark.timeout(500)
-def test_once_the_limit_is_mended_the_run_goes_on_and_compares_every_worker_at_every_step(tmp_path: Path) -> None:
+def test_once_the_limit_is_fixed_the_run_resumes_and_compares_every_worker_at_every_step(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     assert launch(run_dir, "run.steps=3", "rollout.parity_stop=1e-15", "rollout.num_workers=2").exit_code == 1
     run = launch(run_dir, "run.steps=4", "rollout.parity_every=1", "rollout.num_workers=2")

@@ -52,7 +52,7 @@ def test_an_alarm_is_a_note_when_it_begins() -> None:
     assert note.startswith("filter warning: filter/kept_ratio is 0.05, below 0.1: ")
 
 
-def test_a_run_that_goes_on_remembers_its_first_entropy_and_its_skipped_updates() -> None:
+def test_a_run_that_resumes_remembers_its_first_entropy_and_its_skipped_updates() -> None:
     reporter = NoteTaker()
     lines = lines_of(reporter, first={"learner/entropy": 20.0}, last={"time/wall_s": 5.0, "learner/bad_updates": 2.0})
     hold(lines, 7, learner={"learner/bad_updates": 2.0})

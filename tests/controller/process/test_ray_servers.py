@@ -67,7 +67,7 @@ def test_strangers_reach_no_port_from_outside_and_cost_nothing_inside_and_a_kill
 @pytest.mark.soak
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("server", ["gcs_server", "raylet"])
-def test_the_run_goes_on_after_a_server_of_ray_was_killed(server: str, tmp_path: Path) -> None:
+def test_the_run_resumes_after_a_server_of_ray_was_killed(server: str, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     with started(run_dir, *SHORT, *LEARNER_OF_TWO) as process:
         wait_for_batch(run_dir, 8, process)

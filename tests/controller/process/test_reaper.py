@@ -43,7 +43,7 @@ def started_driver(*args):
     return driver
 
 
-def test_a_killed_driver_takes_processes_along_that_heed_nothing_and_left_its_session_even_after_ctrl_c():
+def test_a_killed_driver_takes_along_processes_that_ignore_signals_and_left_its_session_even_after_ctrl_c():
     driver = started_driver()
     below = descendants(driver.pid)
     assert len(below) == 3, "the reaper, a child, and a grandchild in a session of its own"

@@ -178,7 +178,7 @@ def test_a_process_that_got_the_pid_of_another_is_left_alone(tmp_path: Path) -> 
         assert process.poll() is None
 
 
-def test_a_run_that_goes_on_is_refused_and_loses_nobody(tmp_path: Path) -> None:
+def test_a_run_in_progress_is_refused_and_loses_nobody(tmp_path: Path) -> None:
     with living() as controller, living() as learner:
         write_former(tmp_path, entry_of("controller", 0, controller.pid), entry_of("learner", 0, learner.pid))
         with pytest.raises(UserError, match=f"in use by a run: its controller, process {controller.pid}, lives"):

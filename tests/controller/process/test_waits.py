@@ -243,7 +243,7 @@ def test_a_run_that_never_moves_stalls_from_its_beginning() -> None:
     assert Stall(now=0.0).feed(30.0, {"tokens": 0}) == 30.0
 
 
-def test_a_process_that_is_silent_and_comes_back_unchanged_is_no_progress() -> None:
+def test_a_process_that_is_silent_and_comes_back_unchanged_isnt_progress() -> None:
     stall = Stall(now=0.0)
     stall.feed(1.0, {"replay tokens": 10, "steps": 3})
     assert stall.feed(11.0, {"steps": 3}) == 10.0

@@ -127,7 +127,7 @@ def test_the_states_of_a_step_sum_to_the_time_since_the_step_before(path, tmp_pa
             ticks = count()
 
             def now() -> float:
-                readings.append(float(next(ticks)))  # time goes on by 1 whenever somebody looks
+                readings.append(float(next(ticks)))  # time advances by 1 at every reading
                 return readings[-1]
 
             process.learner.times = Times(now)

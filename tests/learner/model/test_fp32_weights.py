@@ -121,7 +121,7 @@ def test_a_checkpoint_holds_the_masters_bit_for_bit_and_is_the_same_whatever_the
     assert ("lm_head.weight" in saved) is not tied
 
 
-def test_a_restored_bfloat16_learner_goes_on_bit_for_bit(path, tmp_path) -> None:
+def test_a_restored_bfloat16_learner_resumes_bit_for_bit(path, tmp_path) -> None:
     config = {"dtype": "bfloat16", "updates_per_step": 2, "weight_decay": 0.1}
     straight, restored = (make_learner(path, **config) for _ in range(2))
     train(straight, *make_batch(step=1))
@@ -134,7 +134,7 @@ def test_a_restored_bfloat16_learner_goes_on_bit_for_bit(path, tmp_path) -> None
 
 
 @pytest.mark.parametrize(("before", "after"), [("bfloat16", "float32"), ("float32", "bfloat16")])
-def test_a_run_goes_on_from_a_checkpoint_of_another_dtype(path, tmp_path, before, after) -> None:
+def test_a_run_resumes_from_a_checkpoint_of_another_dtype(path, tmp_path, before, after) -> None:
     learner, other = make_learner(path, dtype=before), make_learner(path, dtype=after)
     train(learner, *make_batch(step=1))
     other.restore(learner.save(tmp_path, 1, branch=0))

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: whole or absent, the newest kept, damage named, and which one a run goes on from."""
+"""Checkpoints on disk: whole or absent, the newest kept, damage named, and which one a run resumes from."""
 
 import json
 import os
@@ -212,7 +212,7 @@ while True:
 """
 
 
-def test_a_writer_killed_at_any_moment_leaves_the_checkpoint_before_and_the_next_one_goes_on(tmp_path):
+def test_a_writer_killed_at_any_moment_leaves_the_checkpoint_before_and_the_next_one_resumes(tmp_path):
     rng, seen = random.Random(0), []
     write_steps(tmp_path, 0)
     for _ in range(12):

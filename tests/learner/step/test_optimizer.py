@@ -77,7 +77,7 @@ def test_bad_updates_far_apart_do_not_add_up_over_a_run():
         feed(weight, optimizer, [math.nan])
 
 
-def test_the_window_goes_on_after_a_restore_and_begins_anew_from_a_checkpoint_of_before():
+def test_the_window_continues_after_a_restore_and_begins_anew_from_a_checkpoint_of_before():
     weight, optimizer = make_optimizer(max_bad_updates=1)
     feed(weight, optimizer, [math.nan] + [0.0] * 3)
     state = optimizer.state_dict()

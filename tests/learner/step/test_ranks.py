@@ -119,7 +119,7 @@ def test_the_size_of_a_bucket_changes_nothing(bucket_bytes: int, monkeypatch: py
             assert torch.equal(gradient, want)
 
 
-def test_ranks_with_the_same_digest_go_on_and_another_one_is_named_everywhere() -> None:
+def test_ranks_with_the_same_digest_continue_and_another_one_is_named_everywhere() -> None:
     def check(digest_of: Callable[[Ranks], int | bytes]) -> list[str]:
         def work(ranks: Ranks) -> str:
             try:

@@ -36,7 +36,7 @@ def state_of(run_dir, prompt_id):
 # -------------------------------------------------------------------------------------------------------------- reload
 
 
-def test_a_fresh_ledger_has_nothing_to_go_on_from(tmp_path):
+def test_a_fresh_ledger_has_nothing_to_resume_from(tmp_path):
     recovered = Journal(tmp_path).recover()
     assert replace(recovered, totals=Totals()) == Recovered()
     assert not any(recovered.totals.tokens.values())
@@ -275,7 +275,7 @@ def test_a_run_resumed_with_a_tighter_bound_trains_nothing_beyond_it(tmp_path, o
     assert attempts == [{"attempts": 0}]
 
 
-def test_a_finished_run_goes_on_with_what_its_end_made_unused(tmp_path):
+def test_a_finished_run_resumes_with_what_its_end_made_unused(tmp_path):
     finished_run(tmp_path)
     unused = rows(tmp_path, "SELECT prompt_id FROM prompts WHERE state = 'unused'")
     assert unused

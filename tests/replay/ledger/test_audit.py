@@ -191,7 +191,7 @@ def test_a_run_that_was_killed_after_a_rollback_is_sound(tmp_path):
     assert audit(tmp_path) == []
 
 
-def test_a_run_that_went_on_after_its_end_is_not_finished(tmp_path):
+def test_a_run_that_continued_after_its_end_is_not_finished(tmp_path):
     finished_run(tmp_path)
     lines = metrics(tmp_path)[1:]
     run = SmallRun(tmp_path)

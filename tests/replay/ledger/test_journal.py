@@ -124,7 +124,7 @@ def test_a_started_lease_remembers_its_version_and_session(tmp_path):
     assert row == {"started_version": 0, "session": "a1", "outcome": None}
 
 
-def test_an_event_without_consequences_is_no_transaction(tmp_path):
+def test_an_event_without_consequences_makes_no_transaction(tmp_path):
     run = SmallRun(tmp_path)
     run.join(0)
     run.exchange.apply(core.Ready(worker=0, credits=0))
@@ -195,7 +195,7 @@ def test_a_ledger_of_another_layout_is_refused(tmp_path):
         last_trained(tmp_path)
 
 
-def test_a_journal_that_goes_on_uses_no_position_again(tmp_path):
+def test_a_journal_that_continues_uses_no_position_again(tmp_path):
     run = SmallRun(tmp_path)
     run.join(0)
     run.ready(0, 2)
@@ -213,7 +213,7 @@ def test_the_batches_of_a_ledger_are_known_by_step_and_branch(tmp_path):
     assert last_trained(tmp_path) == {1: 0, 2: 1, 3: 3, 4: 3}
 
 
-def test_anybody_can_read_while_the_run_goes_on(tmp_path):
+def test_anybody_can_read_during_a_run(tmp_path):
     run = SmallRun(tmp_path)
     run.join(0)
     with sqlite3.connect(tmp_path / "ledger.db") as other:

@@ -267,7 +267,7 @@ def test_counters_leave_out_a_group_that_came_too_late_for_a_verdict(tmp_path):
     assert counters(run) == (3, 6, 3)
 
 
-def test_counters_go_on_over_a_new_server_and_back_with_a_rollback(tmp_path):
+def test_counters_continue_over_a_new_server_and_back_with_a_rollback(tmp_path):
     run = SmallRun(tmp_path)
     run.join(0)
     run.advance(0, 1, 2, 3)

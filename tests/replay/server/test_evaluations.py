@@ -156,7 +156,7 @@ def test_two_evaluations_at_once_keep_their_answers_apart():
     assert not first.done
 
 
-def test_who_asks_for_an_evaluation_that_goes_on_joins_it():
+def test_who_asks_for_a_running_evaluation_joins_it():
     table = Evaluations(total_slots=8)
     evaluation = table.start([eval_request(1), eval_request(2)], share=1.0)
     assert table.start([eval_request(1), eval_request(2)], share=1.0) is evaluation

@@ -189,7 +189,7 @@ async def test_the_limit_of_generation_batches_ends_the_run_with_its_cause(tmp_p
 
 
 @scenario
-async def test_when_the_data_is_used_up_the_learner_is_told_and_evaluation_goes_on(tmp_path):
+async def test_when_the_data_is_used_up_the_learner_is_told_and_evaluation_continues(tmp_path):
     async with serving(tmp_path, num_prompts=1) as server:
         worker, learner = FakeWorker(server), FakeLearner(server)
         await worker.join()

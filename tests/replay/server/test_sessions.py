@@ -100,7 +100,7 @@ def test_what_a_worker_holds_and_the_server_does_not_is_over():
 # ------------------------------------------------------------------------------------------------------------- counting
 
 
-def test_counters_go_on_from_the_last_line_and_count_a_new_worker_in_full():
+def test_counters_continue_from_the_last_line_and_count_a_new_worker_in_full():
     sessions = joined(totals={"rollout/tokens": 1000.0})
     beat(sessions, {}, tokens=30.0)
     sessions.begin(b"next", hello(session="second"))
@@ -126,14 +126,14 @@ def test_a_session_that_the_ledger_did_not_know_but_that_has_a_past_counts_from_
     assert sessions.of_worker(0).granted == 12
 
 
-def test_a_counter_that_is_no_number_is_left_out():
+def test_a_counter_that_isnt_a_number_is_left_out():
     sessions = joined()
     beat(sessions, {}, tokens=float("nan"))
     beat(sessions, {}, tokens=30.0)
     assert sessions.total("tokens") == 30
 
 
-def test_both_ends_go_on_from_the_higher_count_of_grants():
+def test_both_ends_continue_from_the_higher_count_of_grants():
     sessions = joined()
     sessions.of_worker(0).granted = 5
     assert sessions.recognise(b"again", hello(granted=3)).granted == 5

@@ -113,7 +113,7 @@ def test_tokens_that_come_just_before_a_load_aborts_their_sample_go_with_it(vllm
 
 
 @pytest.mark.parametrize("call", ["pause", "resume"])
-def test_an_engine_that_can_not_pause_or_go_on_counts_as_failed(vllm, call):
+def test_an_engine_that_can_not_pause_or_continue_counts_as_failed(vllm, call):
     async def use():
         engine = await started()
         vllm.broken.add(call)

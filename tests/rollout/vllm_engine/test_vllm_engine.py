@@ -222,7 +222,7 @@ def test_every_token_bears_the_version_that_sampled_it_and_no_prompt_is_read_by_
             assert largest_difference(model_of(1), asked, sample) < PARITY
 
 
-def test_nothing_is_sampled_while_paused_and_requests_go_on_afterwards(engine, loop):
+def test_nothing_is_sampled_while_paused_and_requests_resume_afterwards(engine, loop):
     async def use():
         asked = endless()
         task = asyncio.create_task(engine.generate(asked))
@@ -241,7 +241,7 @@ def test_nothing_is_sampled_while_paused_and_requests_go_on_afterwards(engine, l
     assert after > before
 
 
-def test_after_a_load_that_failed_half_way_the_next_one_goes_on_with_the_requests(engine, loop):
+def test_after_a_load_that_failed_half_way_the_next_one_resumes_with_the_requests(engine, loop):
     async def use():
         asked = endless()
         task = asyncio.create_task(engine.generate(asked))
@@ -297,7 +297,7 @@ def test_a_value_that_vllm_refuses_is_named_in_a_line(path, loop):
     loop(refused.stop())
 
 
-def test_what_vllm_refuses_is_the_users_to_mend(path, loop):
+def test_what_vllm_refuses_is_the_users_to_fix(path, loop):
     refused = vllm_engine(path, max_response_length=9000)
     with pytest.raises(UserError, match="max_model_len"):
         loop(refused.start())
