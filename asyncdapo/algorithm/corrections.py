@@ -121,7 +121,7 @@ def kl_penalty(logp_BT: Tensor, ref_logp_BT: Tensor, mask_BT: Tensor, estimator:
     return torch.expm1(-log_ratio_BT) + log_ratio_BT
 
 
-def effective_sample_size(sum_w: float, sum_w2: float, num: int) -> float:
+def effective_sample_size(sum_w: float, sum_w2: float, num: float) -> float:
     """(Σ w)² / (n Σ w²): share of n tokens that would carry as much information with equal weights, 0..1 (Kong, 1992).
 
     1 when all weights are equal; 0 when nothing is left.
@@ -130,6 +130,6 @@ def effective_sample_size(sum_w: float, sum_w2: float, num: int) -> float:
     return sum_w**2 / scale if scale else 0.0
 
 
-def chi2(sum_w2: float, num: int) -> float:
+def chi2(sum_w2: float, num: float) -> float:
     """mean(w²) − 1: estimate of χ²(π_θ ‖ μ) from n untruncated ratios, of tokens or of responses; 0 for none."""
     return sum_w2 / num - 1 if num else 0.0

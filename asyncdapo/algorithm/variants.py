@@ -189,7 +189,7 @@ class UpdateCounts:
     def by_prompt(self) -> tuple[int, Tensor]:
         """#g, at least 1, where a copy of a group counts as one more prompt; and the tokens of one copy of each
         completion's group, [N]. Raises ValueError when a group doesn't stand in the update as a whole."""
-        found = self.group_ids_N.unique(return_inverse=True)  # pyright: ignore (torch has no types for it)
+        found = self.group_ids_N.unique(return_inverse=True)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType] (untyped in torch)
         prompts_P, prompt_N = cast(tuple[Tensor, Tensor], found)
         tokens_P = torch.zeros_like(prompts_P).index_add(0, prompt_N, self.num_tokens_N)
         copies_P = torch.zeros_like(prompts_P).index_put((prompt_N,), self.copies_N)

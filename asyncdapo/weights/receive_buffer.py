@@ -134,6 +134,7 @@ class ReceiveBuffer:
 
     def _receive(self, version: int, branch: int) -> None:
         assert self._receiver is not None, "a version before a group"
+        assert self._receiver is not None, "`join` comes first"
         with self._stream:
             tensors = self._receiver.receive(version, branch=branch)
             if self._device.type == "cuda":

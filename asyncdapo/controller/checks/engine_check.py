@@ -57,7 +57,7 @@ def _check_kind(config: Config, model: Mapping[str, Any]) -> None:
 
 def _check_parts(config: Config, model: Mapping[str, Any]) -> None:
     """Every GPU of a vLLM engine has as many heads; key/value heads may be fewer than GPUs, and are then repeated."""
-    heads, parts = model.get("num_attention_heads"), config.rollout.tensor_parallel
+    heads, parts = model.get("num_attention_heads") or 0, config.rollout.tensor_parallel
     kv_heads = model.get("num_key_value_heads") or heads
     if heads and (heads % parts or min(kv_heads % parts, parts % kv_heads)):
         problem = (

@@ -172,7 +172,7 @@ def _extensions(config: Config) -> dict[str, str]:
 
 
 def _different(there: Mapping[str, object], now: Mapping[str, object]) -> list[str]:
-    return [key for key in there | now if there.get(key) != now.get(key)]
+    return [key for key in {**there, **now} if there.get(key) != now.get(key)]
 
 
 def _tokenizer_digests(config: Config) -> dict[str, str]:

@@ -115,8 +115,9 @@ def missing_lines(run_dir: Path, step: int) -> list[dict[str, float]]:
 
 def _line_of(batch: sqlite3.Row, before: sqlite3.Row | None, line_before: Mapping[str, float]) -> dict[str, float]:
     learner = json.loads(batch["summary"])
-    together = before is not None and before["branch"] == batch["branch"]
-    step_s = batch["trained_at_s"] - before["trained_at_s"] if together else learner.get("learner/train_s", 0.0)
+    step_s = learner.get("learner/train_s", 0.0)
+    if before is not None and before["branch"] == batch["branch"]:
+        step_s = batch["trained_at_s"] - before["trained_at_s"]
     clocks = ("time/wall_s", "time/total_s")
     return {
         "step": batch["step"],

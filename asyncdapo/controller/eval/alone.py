@@ -72,6 +72,7 @@ class EvalRun:
     async def run(self) -> None:
         """Start, ask, write, stop."""
         loop, main = asyncio.get_running_loop(), asyncio.current_task()
+        assert main is not None
         for sent in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(sent, main.cancel)
         watch = Watch()

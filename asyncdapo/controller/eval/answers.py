@@ -66,6 +66,7 @@ class AnswerFiles:
 
     def append(self, answered: Sequence[Answered]) -> None:
         """Keep these, whatever becomes of this process."""
+        assert self._file is not None, "`open` comes first"
         with disk_errors(self._path):
             for one in answered:
                 prompt, text = self._prompts[one.answer.prompt_id]
@@ -75,6 +76,7 @@ class AnswerFiles:
     async def close(self, metrics: Mapping[str, float]) -> None:
         """All answers are there: write what they come to, and the page, which takes seconds and so has a thread. When
         this is cancelled the thread may still put a page into a directory that was given up, and nothing else."""
+        assert self._file is not None, "`open` comes first"
         with disk_errors(self._directory):
             self._file.close()
             await asyncio.to_thread(self._write_page, metrics)
@@ -86,6 +88,7 @@ class AnswerFiles:
 
     def give_up(self) -> None:
         """It won't be whole. What was begun anew is removed, what can be gone on with stays."""
+        assert self._file is not None, "`open` comes first"
         with suppress(OSError):  # what a full disk refused before it refuses again, and that is said already
             self._file.close()
         if self._directory != self._final:

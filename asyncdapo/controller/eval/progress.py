@@ -99,6 +99,7 @@ class EvalProgress:
         return f"accuracy {fmean(verdicts):.3f}  {rate:,.0f} tok/s" if verdicts else ""
 
     def _show(self) -> None:
+        assert self._bar is not None, "without a bar there are lines"
         self._bar.update(self._task, completed=self._num_done, shown=self._numbers())
 
 

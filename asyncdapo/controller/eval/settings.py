@@ -75,6 +75,7 @@ def make_config(subject: Subject, wanted: Wanted) -> Config:
     config = effective(config, file.parent if file else Path.cwd())
     if wanted.data and "eval.num_prompts" not in wanted.changed:
         num_rows = open_task(config.prompts, num_eval=0, seed=config.run.seed).num_eval_rows
+        assert num_rows is not None, "a file has an end"
         num_greedy = min(num_rows, config.eval.num_greedy_prompts)
         config = replace(config, eval=replace(config.eval, num_prompts=num_rows, num_greedy_prompts=num_greedy))
     if not config.eval.num_held_out:
@@ -100,6 +101,7 @@ def _prompts(config: Config, file: Path | None, subject: Subject, wanted: Wanted
     if wanted.data is None:
         if prompts.eval_path:
             return replace(prompts, path=prompts.eval_path)
+        assert file is not None, "without one `--data` is required"
         _check_held_out(config, file, subject)
         return prompts
     data = _data_file(wanted.data)

@@ -17,7 +17,7 @@ from pathlib import Path
 from asyncdapo.config.config import load_recorded
 from asyncdapo.controller.checks.identity import unknown_keys
 from asyncdapo.errors import UserError
-from asyncdapo.learner.step.checkpoint import STEP_NAME, check_checkpoint, checkpoint_dir, kept_steps
+from asyncdapo.learner.step.checkpoint import check_checkpoint, checkpoint_dir, kept_steps
 from asyncdapo.model.location import check_model_path, is_path
 from asyncdapo.replay.ledger.audit import CONFIG_FILE
 
@@ -80,7 +80,7 @@ def _of_run(run_dir: Path, path: Path, problems: list[str] | None = None) -> Sub
         name=f"{_file_name(recorded.run.name)}-{path.name}",
         folder=_below_here(run_dir) / path.name,
         config=config,
-        step=int(STEP_NAME.fullmatch(path.name)[1]),
+        step=int(path.name.removeprefix("step-")),
         problems=(*(problems or ()), *unknown_keys(config, gone)),
     )
 

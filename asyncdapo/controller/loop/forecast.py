@@ -20,7 +20,7 @@ class Forecast:
     def __init__(self, config: Config, placement: Placement) -> None:
         self._shape = config.model.files.shape
         self._config, self._on_gpu = config, placement.on_gpus("learner")
-        self._compared = self._shape is None
+        self._compared = False
 
     def lines(self) -> list[str]:
         """Before the first step."""
@@ -28,7 +28,7 @@ class Forecast:
 
     def compare(self, metrics: Mapping[str, float]) -> list[str]:
         """With the metrics of the first step after which it is asked; nothing after that."""
-        if self._compared:
+        if self._compared or self._shape is None:
             return []
         self._compared = True
         return [learner_measured(sum(learner_bytes(self._shape, self._config, on_gpu=self._on_gpu).values()), metrics)]

@@ -136,6 +136,8 @@ class Parity:
     def _judge(self, version: int, found: Mapping[str, Differences]) -> None:
         """Say what was found of each worker. Raises RunError for the first one above `parity_stop`."""
         warn, stop = self._config.parity_warn, self._config.parity_stop
+        assert warn is not None, "RolloutConfig settles it"
+        assert stop is not None, "RolloutConfig settles it"
         for name, differences in found.items():
             said = f"log-probs of version {version}, {name} against the learner: {differences}"
             if differences.above(stop):

@@ -77,6 +77,7 @@ class Controller:
     async def run(self) -> None:
         """Start, train, evaluate, stop."""
         loop, main = asyncio.get_running_loop(), asyncio.current_task()
+        assert main is not None
         for sent in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(sent, self._heed_signal, main)
         self.watch.add("Ray", ray_death(self.config.controller.ray_address))

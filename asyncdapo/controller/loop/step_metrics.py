@@ -80,6 +80,7 @@ class Lines:
 
     def _times(self, learner: Mapping[str, float], replay: Mapping[str, float]) -> dict[str, float]:
         """Clocks, and what each side did in the wall time since the last line."""
+        assert self._began is not None, "`begin` comes first"
         now = time.monotonic()
         step_s, self._line_at = now - self._line_at, now
         times = self.clock.take()

@@ -27,8 +27,8 @@ from typing import Any
 import psutil
 import ray
 from ray._private import ray_constants
-from ray._raylet import AuthenticationTokenLoader
-from ray._raylet import Config as RaySettings
+from ray._raylet import AuthenticationTokenLoader  # pyright: ignore[reportAttributeAccessIssue] (compiled, without a stub)
+from ray._raylet import Config as RaySettings  # pyright: ignore[reportAttributeAccessIssue] (compiled, without a stub)
 
 from asyncdapo.controller.process.reaper import is_alive
 from asyncdapo.controller.process.surroundings import ray_parent

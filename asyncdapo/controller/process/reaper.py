@@ -33,6 +33,7 @@ def reaper() -> Iterator[None]:
         try:
             yield
         finally:
+            assert process.stdin is not None, "a pipe was asked for"
             process.stdin.close()
 
 

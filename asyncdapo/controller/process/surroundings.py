@@ -56,7 +56,7 @@ def _unusable(path: str) -> str:
         with TemporaryFile(dir=path):
             return ""
     except OSError as error:
-        return error.strerror
+        return error.strerror or str(error)
 
 
 def _raise_file_limit(config: Config) -> None:

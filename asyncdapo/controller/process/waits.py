@@ -81,8 +81,9 @@ class Waits:
         """For a process that is a state machine: replaces the wait recorded by the last call. The clock keeps running
         if `whom` stays the same."""
         with self._lock:
-            same = self._standing and self._standing.whom == whom
-            self._standing = _Open(whom, what, self._standing.since if same else self._now(), None)
+            before = self._standing
+            since = before.since if before and before.whom == whom else self._now()
+            self._standing = _Open(whom, what, since, None)
 
     def open(self) -> list[Wait]:
         """All of them, the oldest first."""

@@ -149,6 +149,7 @@ class LearnerProcess(ProcessBase):
 
     async def accept_workers(self) -> None:
         """Wait for every worker to join."""
+        assert self.group is not None, "`host_weights` comes first"
         with self.waits.on("rollout", "the weight group", self.config.weights.timeout_s):
             await self.blocking(self.weight_group.connect)
         self.sender = WeightSender(self.weight_group, self.manifest, self.config.weights.bucket_mb << 20)

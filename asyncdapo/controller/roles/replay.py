@@ -175,6 +175,7 @@ def said_of_unknown(stream: PromptStream, tokenizer: TextTokenizer) -> str:
     """A line with an example of what the model reads in its place; empty where all prompts are known."""
     if not stream.num_unknown:
         return ""
+    assert tokenizer.unknown_id is not None, "it stands for what isn't known"
     word, text = tokenizer.spell([tokenizer.unknown_id]), tokenizer.spell(stream.first_unknown)
     begin = max(0, text.index(word) - EXCERPT // 2)
     num, excerpt = stream.num_unknown, text[begin : begin + EXCERPT]

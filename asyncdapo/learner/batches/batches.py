@@ -56,6 +56,7 @@ class Batches(Generic[P]):
     async def receive(self, step: int) -> NoBatch | asyncio.Task[P]:
         """Wait for batch `step`. Returns the task that prepares it, or the news that there is none."""
         self.ask(step)
+        assert self._coming is not None, "it has just been asked for"
         _, bringing = self._coming
         brought = await asyncio.shield(bringing)  # a caller that is cancelled may ask again
         if not isinstance(brought, NoBatch):

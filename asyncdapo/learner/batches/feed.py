@@ -37,13 +37,16 @@ class BatchFeed:
         ask_again_s: float = ASK_AGAIN_S,
         curve: ClientKeys | None = None,
     ) -> None:
-        self._client = Client(address, Batch | NoBatch, identity=b"learner-" + os.urandom(8), curve=curve)
+        self._client: Client[Batch | NoBatch] = Client(
+            address, Batch | NoBatch, identity=b"learner-" + os.urandom(8), curve=curve
+        )
         self._rank, self._ask_again_s = rank, ask_again_s
 
     async def take(self, step: int) -> tuple[Batch, Payload] | NoBatch:
         """Wait, without a limit, until batch `step` is cut. Returns it with this rank's share, or the news that there
         is none. Raises RunError after `MAX_DAMAGED` answers that can't be decoded, BatchError when the server itself
         can't read the batch."""
+        damage: Exception | None = None
         for _ in range(MAX_DAMAGED):
             try:
                 return await self._ask_until_answered(step)

@@ -15,7 +15,7 @@ Shapes: B sequences, S flat tokens, T tokens of a rectangle, N query heads, M ke
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -57,10 +57,10 @@ def packed_attention(
         raise ConfigError(KEY, "makes an attention mask of its own, which the learner doesn't take")
     if layout is None:
         return _causal(query_1NSD, key_1MSD, value_1MSD, scaling, sliding_window).transpose(1, 2), None
-    flat = [tensor[0].transpose(0, 1) for tensor in (query_1NSD, key_1MSD, value_1MSD)]
+    query_SND, key_SMD, value_SMD = (tensor[0].transpose(0, 1) for tensor in (query_1NSD, key_1MSD, value_1MSD))
     if _has_kernel(query_1NSD, value_1MSD):
-        return _by_segments(*flat, layout.segments, scaling, sliding_window)[None], None
-    return _by_rectangles(*flat, layout.rectangles, scaling, sliding_window)[None], None
+        return _by_segments(query_SND, key_SMD, value_SMD, layout.segments, scaling, sliding_window)[None], None
+    return _by_rectangles(query_SND, key_SMD, value_SMD, layout.rectangles, scaling, sliding_window)[None], None
 
 
 def checked_attention(
@@ -79,7 +79,8 @@ def checked_attention(
     if mask is None and attention_mask != sliding_window:
         windows = f"a window of {attention_mask} tokens, its attention is told {sliding_window}"
         raise ConfigError(KEY, f"can't be trained packed, which is without masks: its mask has {windows}")
-    return packed_attention(module, query_1NSD, key_1MSD, value_1MSD, mask, sliding_window=sliding_window, **asked)
+    attend: Any = packed_attention  # `torch.compiler.disable` has no types
+    return attend(module, query_1NSD, key_1MSD, value_1MSD, mask, sliding_window=sliding_window, **asked)
 
 
 def window_of_mask(*_: Any, local_size: int | None = None, **__: Any) -> int | None:
@@ -109,11 +110,11 @@ def _by_rectangles(
 ) -> Tensor:
     results = []
     for gather_BT in rectangles.gathers:
-        lines = [
+        query_BNTD, key_BMTD, value_BMTD = (
             flat.index_select(0, gather_BT.view(-1)).view(*gather_BT.shape, *flat.shape[1:]).transpose(1, 2)
             for flat in (query_SND, key_SMD, value_SMD)
-        ]
-        results.append(_causal(*lines, scaling, window).transpose(1, 2).flatten(0, 1))
+        )
+        results.append(_causal(query_BNTD, key_BMTD, value_BMTD, scaling, window).transpose(1, 2).flatten(0, 1))
     return torch.cat(results).index_select(0, rectangles.back_S)
 
 
@@ -142,7 +143,7 @@ def _by_segments(
         key_SMD, value_SMD = (gather_rows(flat, segments.keys_K) for flat in (key_SMD, value_SMD))
     # torch 2.11 has no `enable_gqa`
     key_SMD, value_SMD = (_for_each_query_head(flat, query_SND) for flat in (key_SMD, value_SMD))
-    return varlen_attn(
+    result = varlen_attn(
         query_SND.contiguous(),
         key_SMD.contiguous(),
         value_SMD.contiguous(),
@@ -153,6 +154,7 @@ def _by_segments(
         scale=scaling,
         window_size=(-1 if window is None else window - 1, 0),
     )
+    return cast(Tensor, result)  # a pair only when more is asked for
 
 
 def _for_each_query_head(heads: Tensor, query: Tensor) -> Tensor:

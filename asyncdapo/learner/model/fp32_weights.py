@@ -38,7 +38,9 @@ class Masters:
             compute_in(model, dtype)
             for copy, master in zip(self._copies, self.parameters, strict=True):
                 copy.register_post_accumulate_grad_hook(_moves_gradient_to(master))
-        self._master_of = {id(copy): master for copy, master in zip(self._copies, self.parameters, strict=True)}
+        self._master_of: dict[int, Tensor] = {
+            id(copy): master for copy, master in zip(self._copies, self.parameters, strict=True)
+        }
 
     def named(self) -> dict[str, Tensor]:
         """The live masters by their Hugging Face names, detached, tied ones once: what a safetensors file has."""
@@ -53,7 +55,7 @@ class Masters:
 
     def state_dict(self) -> dict[str, Tensor]:
         """As the model's own, tied weights under each of their names, with masters in place of its parameters."""
-        live = self._model.state_dict(keep_vars=True)
+        live: dict[str, Tensor] = self._model.state_dict(keep_vars=True)
         return {name: self._master_of.get(id(tensor), tensor) for name, tensor in live.items()}
 
     @torch.no_grad()
@@ -87,6 +89,7 @@ def _moves_gradient_to(master: nn.Parameter) -> Callable[[Tensor], None]:
 
     @torch.no_grad()
     def move(copy: Tensor) -> None:
+        assert copy.grad is not None, "the hook runs after a gradient has come"
         if master.grad is None:
             master.grad = copy.grad.to(master.dtype)
         else:

@@ -71,6 +71,7 @@ class _LinearLogprobs(torch.autograd.Function):
                 scores_nv = _scores(hidden_NH[rows], weight_VH, bias_V, columns)
                 part = chunk_statistics(scores_nv, targets_N[rows] - columns.start, temperature)
                 statistics = part if statistics is None else _merge(statistics, part, temperature)
+            assert statistics is not None, "a vocabulary has a chunk or more"
             max_N[rows], sum_N[rows], weighted_n, target_n = statistics
             mean_N[rows] = weighted_n / sum_N[rows]
             logp_N[rows] = target_n - max_N[rows]
@@ -98,8 +99,9 @@ class _LinearLogprobs(torch.autograd.Function):
         grad_bias_V = torch.zeros_like(bias_V) if wants_bias else None
         for columns in _vocabulary_chunks(weight_VH):
             weight_vH = weight_VH[columns]
-            sum_vH = grad_weight_VH[columns].to(wide) if wants_weight else None  # the gradient itself where it is wide
-            sum_v = grad_bias_V[columns].to(wide) if wants_bias else None
+            # sums: the gradient itself where it is wide
+            sum_vH = None if grad_weight_VH is None else grad_weight_VH[columns].to(wide)
+            sum_v = None if grad_bias_V is None else grad_bias_V[columns].to(wide)
             for rows in _token_chunks(hidden_NH, weight_VH):
                 grad_nv = chunk_gradient(
                     _scores(hidden_NH[rows], weight_VH, bias_V, columns),
@@ -109,18 +111,18 @@ class _LinearLogprobs(torch.autograd.Function):
                     None if grad_entropy_N is None else grad_entropy_N[rows],
                     ctx.temperature,
                 )
-                if wants_bias:
+                if sum_v is not None:
                     sum_v += grad_nv.sum(0)
                 grad_nv = grad_nv.to(weight_VH.dtype)
-                if wants_hidden:
+                if grad_hidden_NH is not None:
                     _add_product(grad_hidden_NH[rows], grad_nv, weight_vH)
-                if wants_weight:
+                if sum_vH is not None:
                     _add_product(sum_vH, grad_nv.T, hidden_NH[rows])
-            if wants_weight:
+            if grad_weight_VH is not None and sum_vH is not None:
                 grad_weight_VH[columns] = sum_vH
-            if wants_bias:
+            if grad_bias_V is not None and sum_v is not None:
                 grad_bias_V[columns] = sum_v
-        if wants_hidden:
+        if grad_hidden_NH is not None:
             grad_hidden_NH = grad_hidden_NH.to(hidden_NH.dtype)
         return grad_hidden_NH, grad_weight_VH, grad_bias_V, None, None, None
 

@@ -14,10 +14,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from asyncdapo.errors import ConfigError
@@ -35,9 +36,10 @@ def load_model(directory: Path, device: torch.device, key: str = KEY) -> PreTrai
     """The model of a directory in Hugging Face format, fp32, without dropout. Raises ConfigError, for the config's
     `key`, when it can't be trained."""
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             directory, dtype=torch.float32, attn_implementation=NAME, output_loading_info=True
         )
+        model, report = loaded
     except (OSError, ValueError) as error:
         raise ConfigError(key, f"can't be loaded: {error}", str(directory)) from error
     except KeyError as error:
@@ -59,7 +61,7 @@ def token_logprobs(
     """Log-prob of each loss-bearing response token given the tokens before it, and the entropy (nats, without gradient
     unless asked for) of the distribution it was drawn from; both [B, T] and 0 outside the mask."""
     hidden_SH = outputs(model, micro_batch.tokens_S, micro_batch.positions_S, micro_batch.layout)
-    head = model.get_output_embeddings()
+    head = output_layer(model)
     logp_n, entropy_n = linear_logprobs(
         gather_rows(hidden_SH, micro_batch.sources_n),
         head.weight,
@@ -69,6 +71,11 @@ def token_logprobs(
         entropy_gradient=entropy_gradient,
     )
     return micro_batch.rectangle(logp_n), micro_batch.rectangle(entropy_n)
+
+
+def output_layer(model: PreTrainedModel) -> nn.Linear:
+    """What makes logits of hidden states; `weight` [V, H]."""
+    return cast(nn.Linear, model.get_output_embeddings())
 
 
 def outputs(model: PreTrainedModel, tokens_S: Tensor, positions_S: Tensor, layout: Layout) -> Tensor:
@@ -88,7 +95,9 @@ def check_packing(model: PreTrainedModel, key: str = KEY) -> None:
     prompt_starts, num_prompt = np.array([0, 0, 8]), np.array([3, 3, 4])
     starts, num_behind = np.array([3, 6, 12]), np.array([3, 2, 1])
     layout = Layout(prompt_starts, num_prompt, starts, num_behind, model.device)
-    tokens_S = torch.arange(layout.num_tokens, device=model.device) % model.get_input_embeddings().weight.shape[0]
+    tokens_S = torch.arange(layout.num_tokens, device=model.device) % len(
+        cast(nn.Embedding, model.get_input_embeddings()).weight
+    )
     try:
         with _attention(model, CHECKED):
             packed_SH = outputs(model, tokens_S, torch.from_numpy(layout.positions()).to(model.device), layout)
@@ -122,5 +131,5 @@ def _attention(model: PreTrainedModel, name: str) -> Iterator[None]:
 def _logits_come_straight_from_the_head(model: PreTrainedModel) -> bool:
     """Whether the output layer alone turns hidden states into logits, as `token_logprobs` takes it."""
     tokens_BT = torch.arange(8, device=model.device)[None]
-    head_BTV = model.get_output_embeddings()(model.base_model(tokens_BT, use_cache=False).last_hidden_state)
+    head_BTV = output_layer(model)(model.base_model(tokens_BT, use_cache=False).last_hidden_state)
     return torch.allclose(head_BTV, model(tokens_BT, use_cache=False).logits, atol=1e-4)

@@ -173,7 +173,8 @@ def pack(rows: Sequence[Row], device: torch.device) -> MicroBatch:
     cells_n = loss_mask_BT.reshape(-1).nonzero()[0]
 
     def column(values: Sequence[np.ndarray | None]) -> Tensor | None:
-        return None if values[0] is None else on_device(_rectangle(values, shape), device)
+        given = [value for value in values if value is not None]
+        return on_device(_rectangle(given, shape), device) if given else None
 
     pieces = [piece for bundle in bundles for piece in _tokens(bundle)]
     return MicroBatch(
@@ -184,7 +185,7 @@ def pack(rows: Sequence[Row], device: torch.device) -> MicroBatch:
         targets_n=on_device(targets_BT.reshape(-1)[cells_n].astype(np.int64), device),
         cells_n=on_device(cells_n, device),
         loss_mask_BT=on_device(loss_mask_BT, device),
-        rollout_logprobs_BT=column([row.rollout_logprobs for row in rows]),
+        rollout_logprobs_BT=on_device(_rectangle([row.rollout_logprobs for row in rows], shape), device),
         start_logprobs_BT=column([row.start_logprobs for row in rows]),
         correction_BT=column([row.correction for row in rows]),
         reference_logprobs_BT=column([row.reference_logprobs for row in rows]),

@@ -141,7 +141,7 @@ def _bins(log_ratio_n: Tensor) -> Tensor:
 
 def _summarise(sums_C: np.ndarray, histogram_H: np.ndarray) -> dict[str, float]:
     """Of no token at all there is nothing but their number: NaN."""
-    sums = dict(zip(COLUMNS, sums_C.tolist(), strict=True))
+    sums: dict[str, float] = dict(zip(COLUMNS, sums_C.tolist(), strict=True))
     num = sums["tokens"] or math.nan
 
     def mean(column: str) -> float:

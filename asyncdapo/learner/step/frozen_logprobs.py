@@ -78,6 +78,7 @@ class FirstPass:
 
 def correct(loss: LossConfig, start_logp_BT: Tensor, micro_batch: MicroBatch) -> Correction:
     """Weights and masks by π_start / μ, as the config has them."""
+    assert loss.correction is not None, "LossConfig settles it"
     return correction_weights(
         start_logp_BT,
         micro_batch.rollout_logprobs_BT,

@@ -66,6 +66,8 @@ def _backward(
     logp_BT, entropy_BT = token_logprobs(model, micro_batch, temperature, entropy_gradient=loss.entropy_coef > 0)
     # Without a first pass the policy at the start of the step is the one of this very forward pass.
     start_BT = logp_BT.detach() if micro_batch.start_logprobs_BT is None else micro_batch.start_logprobs_BT
+    assert loss.clip_low is not None, "LossConfig settles it"
+    assert loss.clip_high is not None, "LossConfig settles it"
     policy = policy_loss(
         loss.variant,
         logp_BT,
@@ -79,6 +81,7 @@ def _backward(
     correction_BT, kl_BT = _correction(loss, start_BT, micro_batch), logp_BT.new_zeros(())
     loss_BT = policy.loss_BT * correction_BT
     if loss.kl_coef:
+        assert micro_batch.reference_logprobs_BT is not None, "the first pass has computed them"
         kl_BT = kl_penalty(logp_BT, micro_batch.reference_logprobs_BT, mask_BT, loss.kl_estimator)
         loss_BT = loss_BT + loss.kl_coef * kl_BT
     if loss.entropy_coef:

@@ -35,7 +35,7 @@ from asyncdapo.learner.batches.samples import Columns, Row, columns, rows_by_upd
 from asyncdapo.learner.config import LearnerConfig, LossConfig, ModelConfig
 from asyncdapo.learner.model.blocks import compiles, settle_blocks
 from asyncdapo.learner.model.fp32_weights import Masters, compute_in
-from asyncdapo.learner.model.model import check_packing, load_model
+from asyncdapo.learner.model.model import check_packing, load_model, output_layer
 from asyncdapo.learner.model.names import check_names
 from asyncdapo.learner.model.packing import Work
 from asyncdapo.learner.step.checkpoint import STATE_FILE, check_checkpoint, remove_old_checkpoints, write_checkpoint
@@ -293,6 +293,7 @@ def _metrics(updates: Sequence[Update], loss: LossConfig) -> dict[str, float]:
     """The step's `learner/…` metrics: over the tokens of all applied updates, and over those updates. What the loss
     doesn't have is left out."""
     applied = [update for update in updates if update.grad_norm is not None]
+    grad_norms = [update.grad_norm for update in updates if update.grad_norm is not None]
     sums, num_tokens = Sums.zeros(), sum(update.num_tokens for update in applied)
     for update in applied:
         sums += update.part.sums
@@ -308,7 +309,7 @@ def _metrics(updates: Sequence[Update], loss: LossConfig) -> dict[str, float]:
     return {
         **{name: value for name, value in metrics.items() if not unused.get(name.rpartition("/")[2])},
         "learner/loss": _ratio(sum(update.part.loss for update in applied), len(applied)),
-        "learner/grad_norm": _ratio(sum(update.grad_norm for update in applied), len(applied)),
+        "learner/grad_norm": _ratio(sum(grad_norms), len(grad_norms)),
         "learner/lr": applied[-1].lr if applied else 0.0,
     }
 
@@ -317,7 +318,7 @@ def _load_reference(config: ModelConfig, model: PreTrainedModel, compiled: bool)
     """It computes as the model does."""
     key = "model.reference"
     reference = load_model((config.reference_files or config.files).fetch(), model.device, key)
-    known, sampled = (one.get_output_embeddings().weight.shape[0] for one in (reference, model))
+    known, sampled = (len(output_layer(one).weight) for one in (reference, model))
     if known < sampled:
         raise ConfigError(key, f"has a vocabulary of {known}, the model one of {sampled}", config.reference)
     compute_in(reference, model.dtype)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sqlite3
 from bisect import bisect_left
+from typing import Any
 
 from asyncdapo.replay.core import events as core
 from asyncdapo.replay.core.batch import HeldGroup, draw_copies
@@ -115,7 +116,7 @@ def sessions(db: sqlite3.Connection) -> dict[int, str]:
     return {worker: session for worker, session, _ in rows}
 
 
-def _one(db: sqlite3.Connection, query: str) -> object:
+def _one(db: sqlite3.Connection, query: str) -> Any:
     return db.execute(query).fetchone()[0]
 
 
@@ -129,7 +130,7 @@ def _facts(group_id: int, num_tokens: int, num_completions: int, reward_mean: fl
     )
 
 
-def _prompts(db: sqlite3.Connection) -> dict[str, object]:
+def _prompts(db: sqlite3.Connection) -> dict[str, Any]:
     rows = db.execute(
         f"SELECT prompt_id, state, attempts, place FROM prompts WHERE state IN {('waiting', 'leased', *HELD_STATES)}"
     ).fetchall()
@@ -140,7 +141,7 @@ def _prompts(db: sqlite3.Connection) -> dict[str, object]:
     }
 
 
-def _held_groups(db: sqlite3.Connection) -> dict[str, object]:
+def _held_groups(db: sqlite3.Connection) -> dict[str, Any]:
     rows = db.execute(
         "SELECT group_id, tokens, completions, reward_mean, min_version, prompt_id, verdict, state, step"
         f" FROM groups WHERE state IN {HELD_STATES} ORDER BY step, prompt_id"
@@ -214,7 +215,7 @@ def _verdicts(db: sqlite3.Connection) -> list[bool]:
     return [bool(kept) for (kept,) in reversed(rows)]
 
 
-def _gen_batches(db: sqlite3.Connection) -> dict[str, object]:
+def _gen_batches(db: sqlite3.Connection) -> dict[str, Any]:
     """A verdict belongs to the step after the last cut before it. (A cut follows the verdict that causes it, at
     the same position.)"""
     cuts = db.execute("SELECT pos, step FROM events WHERE kind = 'cut' ORDER BY pos").fetchall()

@@ -202,7 +202,7 @@ class Rollback:
 
     def _has_payload(self, group: _Group) -> bool:
         """Whether its payload is kept and can be read. If it is kept but unreadable, the reason is stored."""
-        if group.segment is None:
+        if group.segment is None or group.offset is None or group.bytes is None:
             return False
         problem = self.problem_with(Place(group.segment, group.offset, group.bytes))
         if problem:

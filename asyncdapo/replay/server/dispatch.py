@@ -279,8 +279,13 @@ class Exchange:
         assert prompt is not None, f"prompt {prompt_id} is beyond the end of the prompt stream"
         return prompt
 
+    def _session(self, worker: int) -> Session:
+        session = self._sessions.of_worker(worker)
+        assert session is not None, f"worker {worker} has a lease and no session"
+        return session
+
     def _grant(self, action: core.GrantLease, prompt: Prompt) -> None:
-        session = self._sessions.of_worker(action.worker)
+        session = self._session(action.worker)
         session.granted += 1
         if self.first_lease_at_s is None:
             self.first_lease_at_s = time.time()
@@ -303,7 +308,7 @@ class Exchange:
             seed=sample_seed(self._settings.seed, lease.prompt.prompt_id),
             prompt=lease.prompt,
         )
-        self.send(self._sessions.of_worker(lease.worker), message)
+        self.send(self._session(lease.worker), message)
 
     def _end_lease(self, action: core.EndLease, detail: str) -> None:
         """Tell the worker how its lease ended. `workers` answers a late group: it knows the sender."""
@@ -313,7 +318,7 @@ class Exchange:
         self.accounts.end_lease(action, lease.num_tokens if lease else 0)
         if lease is None:
             return
-        session = self._sessions.of_worker(lease.worker)
+        session = self._session(lease.worker)
         match action.outcome:
             case "done" | "failed":
                 session.num_stalled = 0

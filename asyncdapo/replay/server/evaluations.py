@@ -103,6 +103,7 @@ class Evaluations:
         if not self._waiting:
             return None
         evaluation = self._evaluation_of(self._waiting[0])
+        assert evaluation is not None, "what waits belongs to an evaluation"
         request = evaluation.requests[self._waiting[0]]
         in_use = sum(under_way.num_slots for under_way in self._under_way.values())
         if in_use and in_use + request.num_sequences > evaluation.max_slots:
@@ -123,7 +124,9 @@ class Evaluations:
                     under_way.num_unlisted = 0
                     self._check_issues(request_id)
                     self._count_issue(request_id)
-                    lost.append(self._evaluation_of(request_id).requests[request_id])
+                    evaluation = self._evaluation_of(request_id)
+                    assert evaluation is not None, "what is under way belongs to an evaluation"
+                    lost.append(evaluation.requests[request_id])
         return lost
 
     def answer(self, request_id: int, answers: list[EvalAnswer]) -> Evaluation | None:
@@ -155,7 +158,7 @@ class Evaluations:
         """Its requests go to the next worker with room. Raises RunError after `MAX_ISSUES`."""
         self._reissue([request_id for request_id, at in self._under_way.items() if at.worker == worker])
 
-    def lose_silent(self, since: int) -> None:
+    def lose_silent(self, since: float) -> None:
         """Requests given out before tick `since` go to the next worker with room: their message or answer may be lost.
         Raises RunError after `MAX_ISSUES`."""
         self._reissue([request_id for request_id, at in self._under_way.items() if at.since < since])

@@ -22,6 +22,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from asyncdapo import faults
 from asyncdapo.errors import RunError
@@ -150,7 +151,7 @@ class ReplayServer:
         self._exchange.finish()
         self._journal.fold()
 
-    def status(self) -> dict[str, object]:
+    def status(self) -> dict[str, Any]:
         """For progress lines and the report of waits: who waits for whom, which workers exist, and current counts."""
         evaluations, state = self._workers.evaluations, self._exchange.state
         return {

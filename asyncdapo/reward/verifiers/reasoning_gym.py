@@ -52,5 +52,5 @@ def _expected(answer: str) -> tuple[Score, dict[str, Any]]:
     except (ValueError, TypeError, KeyError) as error:
         problem = 'the expected answer is JSON, {"dataset": …, "entry": {"question": …, "answer": …, "metadata": …}}'
         raise ValueError(f"{problem}, got {answer[:80]!r}") from error
-    score = reasoning_gym.get_score_answer_fn(dataset)  # pyright: ignore (an extra: without it, this file is found)
+    score = reasoning_gym.get_score_answer_fn(dataset)  # pyright: ignore[reportAttributeAccessIssue] (an extra: without it, this file is found)
     return score, entry
