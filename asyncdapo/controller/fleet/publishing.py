@@ -203,7 +203,7 @@ class Publishing:
             errors.append(ProcessDied(silent.name, f"killed, it gave no answer in {deadline_s:g} s ({what})"))
         for error in sorted(errors, key=lambda error: not isinstance(error, ProcessDied)):
             raise error
-        return answers
+        return [answer for answer in answers if not isinstance(answer, BaseException)]
 
 
 async def _outcome(process: Process[Any], call: Coroutine[Any, Any, R]) -> R:

@@ -149,13 +149,14 @@ class LearnerProcess(ProcessBase):
 
     async def accept_workers(self) -> None:
         """Wait for every worker to join."""
-        assert self.group is not None, "`host_weights` comes first"
+        assert self.weight_group is not None, "`host_weights` comes first"
         with self.waits.on("rollout", "the weight group", self.config.weights.timeout_s):
             await self.blocking(self.weight_group.connect)
         self.sender = WeightSender(self.weight_group, self.manifest, self.config.weights.bucket_mb << 20)
 
     async def send_weights(self, version: int, branch: int) -> dict[str, float]:
         """Broadcast the weights as those of `version`; over when every worker has checked them."""
+        assert self.sender is not None, "`accept_workers` comes first"
         faults.point("in_send_weights")
         with self.waits.on("rollout", f"version {version} to arrive", self.config.weights.timeout_s):
             send = partial(self.sender.send, version, self.learner.weights(), branch=branch)
@@ -183,6 +184,7 @@ class LearnerProcess(ProcessBase):
 
     async def train_step(self) -> dict[str, float]:
         """Train on the batch taken, and bring the next one meanwhile. Returns the learner's metrics."""
+        assert self.prepared is not None, "`take_batch` comes first"
         faults.point("before_train")
         step = self.prepared.batch.step
         if step < self.config.run.steps:
