@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "asyncdapo"
-MODULES = [path for path in sorted(PACKAGE.rglob("*.py")) if "controller" not in path.parts]
+MODULES = sorted(PACKAGE.rglob("*.py"))
 
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 

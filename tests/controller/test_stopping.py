@@ -64,7 +64,7 @@ def test_stopped_during_its_start_and_by_sigterm_in_the_middle_a_run_keeps_the_s
         output = stop(process, signal.SIGTERM)
     before = survey(run_dir)
     assert before.checkpoint == max(before.trained) >= 2
-    assert f"stopped after step {before.checkpoint}: the same command goes on from there" in output
+    assert f"stopped after step {before.checkpoint}: the same command resumes from there" in output
     assert list(run_dir.glob("wandb/offline-run-*/run-*.wandb")), "W&B was left to finish"
     assert_nothing_lives(run_dir)
     assert audit(run_dir) == []

@@ -154,7 +154,7 @@ def test_a_stopped_job_leaves_a_checkpoint_and_the_same_submission_resumes(clust
     metrics = tmp_path / "run" / "metrics.jsonl"
     wait_until(lambda: metrics.exists() and metrics.read_text().count("\n") > 1, 90)
     cluster.ray("stop", job)
-    assert "the same command goes on from there" in (tmp_path / "run" / "run.log").read_text()
+    assert "the same command resumes from there" in (tmp_path / "run" / "run.log").read_text()
     assert len(read(tmp_path / "run")) > 4
     wait_until(lambda: not survivors(tmp_path / "run"), 10)
     again = submitted(submit(*words, **cluster.variables))

@@ -1,7 +1,7 @@
 """The driver of a simulated run: starts processes, trains step by step, restarts what dies, goes back with the learner.
 
-The order of its commands is that of `asyncdapo/controller/loop/run.py` and `fleet.py`, without Ray, files and metrics.
-Its own death ends every other process; the next launch resumes from the checkpoint and the ledger.
+The order of its commands is that of `asyncdapo/controller/loop/training.py` and `fleet.py`, without Ray, files and
+metrics. Its own death ends every other process; the next launch resumes from the checkpoint and the ledger.
 """
 
 from __future__ import annotations

@@ -31,6 +31,7 @@ from asyncdapo.controller.eval.progress import EvalProgress
 from asyncdapo.controller.fleet.ending import run_on_ray
 from asyncdapo.controller.fleet.fleet import Fleet
 from asyncdapo.controller.fleet.process import Watch
+from asyncdapo.controller.fleet.supervisor import Supervisor
 from asyncdapo.controller.fleet.watchdog import Patience
 from asyncdapo.controller.process.ray_servers import death as ray_death
 from asyncdapo.controller.process.reaper import reaper
@@ -66,8 +67,8 @@ class EvalRun:
 
     def __init__(self, config: Config, step: int, progress: EvalProgress) -> None:
         self._config, self._step, self._progress = config, step, progress
-        self._fleet = Fleet(config)
-        self._patience = Patience(config.controller, self._fleet, progress)
+        self._supervisor = Supervisor(config)
+        self._patience = Patience(config.controller, self._supervisor, progress)
 
     async def run(self) -> None:
         """Start, ask, write, stop."""
@@ -81,22 +82,23 @@ class EvalRun:
 
     async def _run(self, watch: Watch) -> None:
         self._progress.status("starting processes")
-        await self._patience.wait(self._fleet.start(Start()), whom=NOBODY, what="starts processes")
-        self._fleet.watch(watch)
-        opened = self._fleet.opened
+        starting = Fleet.start(self._config, self._supervisor, Start())
+        fleet = await self._patience.wait(starting, whom=NOBODY, what="starts processes")
+        fleet.watch(watch)
+        opened = fleet.opened
         self._say_what_is_missing(opened)
         answers = AnswerFiles(
             Path(self._config.run.dir), opened.eval_prompts, opened.eval_texts, title=self._config.run.name
         )
         known = answers.open(keep=True)
         try:
-            await answers.close(await self._ask_for(opened, answers, known))
+            await answers.close(await self._ask_for(fleet, answers, known))
         except BaseException:
             answers.give_up()
             raise
 
-    async def _ask_for(self, opened: Opened, answers: AnswerFiles, known: list[Answered]) -> dict[str, float]:
-        evaluation = Evaluation.of(self._config, opened.eval_prompts, self._ask)
+    async def _ask_for(self, fleet: Fleet, answers: AnswerFiles, known: list[Answered]) -> dict[str, float]:
+        evaluation = Evaluation.of(self._config, fleet.opened.eval_prompts, partial(self._ask, fleet))
         total = evaluation.total(greedy=True)
         if known:
             self._progress.note(f"resumes: {len(known):,} of {total:,} answers are there")
@@ -143,9 +145,9 @@ class EvalRun:
         finally:
             task.cancel()
 
-    async def _ask(self, requests: list[EvalRequest], share: float) -> list[EvalAnswer]:
+    async def _ask(self, fleet: Fleet, requests: list[EvalRequest], share: float) -> list[EvalAnswer]:
         """What the workers answer. They have loaded a model and know of no step: its version is the checkpoint's."""
-        answers = await self._fleet.replay.ask(lambda replay: replay.evaluate, requests, share)
+        answers = await fleet.replay.ask(lambda replay: replay.evaluate, requests, share)
         of_step = partial(replace, version_min=self._step, version_max=self._step)
         return [of_step(answer) for answer in answers]
 

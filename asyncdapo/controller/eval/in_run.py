@@ -67,7 +67,7 @@ def folder(run_dir: Path) -> Path:
 
 
 def set_answers_aside(run_dir: Path, after_step: int) -> None:
-    """Rename the answers of steps that a run which goes on from `after_step` leaves behind. Raises DiskError."""
+    """Rename the answers of later steps, which a run that resumes from `after_step` leaves behind. Raises DiskError."""
     with disk_errors(folder(run_dir)):
         for left in sorted(folder(run_dir).glob("step-*")):
             match = STEP_NAME.fullmatch(left.name)

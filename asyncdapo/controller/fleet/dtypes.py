@@ -4,8 +4,8 @@
     learner.dtype: auto    that of the engine where the learner is on a GPU, float32 on a CPU
 
 In: a configuration and its placement. Out: the configuration without `auto`, which every process of a run gets, and
-lines that say what it came to. RUN_DIR/config.yaml keeps `auto`, so that a run may go on on another machine. Pure. Does
-not own: who lives where (`placement`), what an engine or a learner does that is used alone (`shape.settled_dtype`).
+lines that say what it came to. RUN_DIR/config.yaml keeps `auto`, so that a run may resume on another machine. Pure.
+Does not own: who lives where (`placement`), the dtype of an engine or a learner used alone (`shape.settled_dtype`).
 """
 
 from __future__ import annotations

@@ -1,15 +1,14 @@
-"""The fleet: the processes that generate, started, kept alive, and started again after a death.
+"""The fleet: the processes that generate, kept alive, and started again after a death.
 
-    replay server   its next life goes on from the ledger, on the same ports: peers reconnect and deliver again
+    replay server   its next life resumes from the ledger, on the same ports: peers reconnect and deliver again
     rollout worker  its leases are lost at once; the next life joins with the model's own weights
 
 This is all that an evaluation needs. A run has a learner beside it, from which workers catch up: `training_fleet`.
 
-In: where to begin (`Start`). Out: processes to call. Invariant: a process is `up` only when it was started completely;
-deaths are counted against a budget (`restarts`), past which the run ends with the cause of the last one. What a process
-raises on purpose (UserError, RunError) ends the run; only a worker, of which there may be others, is restarted whatever
-RunError but VerdictError ended it, or its next start (a GPU's memory may not be free yet). Does not own: what the
-processes are told to do (`run`, `eval.alone`).
+In: where to begin (`Start`). Out: processes to call. What a process raises on purpose (UserError, RunError) ends the
+run. Only a worker, of which there may be others, is restarted whatever RunError but VerdictError ended it, or its next
+start (a GPU's memory may not be free yet). Does not own: how a process is brought up (`supervisor`), what the processes
+are told to do (`run`, `eval.alone`).
 """
 
 from __future__ import annotations
@@ -17,129 +16,124 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Concatenate
+from typing import TYPE_CHECKING, Self
 
 from asyncdapo.config.config import Config
 from asyncdapo.controller.fleet.dtypes import dtype_lines, settle_dtypes
-from asyncdapo.controller.fleet.placement import place
-from asyncdapo.controller.fleet.process import P, Params, Process, ProcessDied, R, Watch, gpus_of_nodes, reserve
-from asyncdapo.controller.fleet.restarts import Restarts
-from asyncdapo.controller.process.health import Filling, Pulse
-from asyncdapo.controller.process.roster import Roster, this_process
-from asyncdapo.controller.process.roster import end as end_entries
-from asyncdapo.controller.process.waits import Stall
-from asyncdapo.controller.roles.actors import ReplayActor, RolloutActor, start_replay, start_rollout
-from asyncdapo.controller.roles.base import ProcessSpec
+from asyncdapo.controller.fleet.placement import Placement, learner_names, place
+from asyncdapo.controller.fleet.process import Process, ProcessDied, Watch, gpus_of_nodes, reserve
+from asyncdapo.controller.fleet.supervisor import Supervisor
+from asyncdapo.controller.process.health import Filling
+from asyncdapo.controller.roles.actors import LearnerActor, ReplayActor, RolloutActor, start_replay, start_rollout
+from asyncdapo.controller.roles.base import ProcessBase, ProcessSpec
 from asyncdapo.controller.roles.opening import Opened, Start
 from asyncdapo.errors import RunError, UserError, VerdictError
 from asyncdapo.transport.keys import RunKeys
 
 if TYPE_CHECKING:
+    from asyncdapo.controller.roles.learner import LearnerProcess
+    from asyncdapo.controller.roles.replay import ReplayProcess
     from asyncdapo.controller.roles.rollout import RolloutProcess
 
 LOOK_S = 2.0
 """Between two looks at all processes."""
-ANSWER_S = 5.0
-"""A process whose event loop is free answers at once."""
-SILENT_ANSWER_S = 1.0
-"""What is granted to one that gave no answer the last time, so that a process that hangs doesn't hold up the looks."""
-
-CHILDREN_S = 1.0
-"""Time for what a dead process had started to notice it."""
 JOIN_S = 30.0
 """Time for a worker that was just started to be heard."""
 
 log = logging.getLogger("controller")
 
 
+def settle(config: Config, gpus: Sequence[int], ranks: Sequence[str]) -> tuple[Config, Placement]:
+    """Decide who lives where, and computes in what. `gpus`: of each node; `ranks`: of the learner. Returns the config
+    with what follows from who has a GPU."""
+    placement = place(config, gpus, ranks)
+    said, *costs = dtype_lines(config, placement)
+    if placement.num_gpus:
+        log.info("placement: %s", placement.reason)
+        log.info("%s", said)
+    for cost in costs:
+        log.warning("%s", cost)
+    return settle_dtypes(config, placement), placement
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placed:
+    """Every process has room to live in; none is started."""
+
+    config: Config
+    """As `settle` returns it."""
+    placement: Placement
+    replay: Process[ReplayProcess]
+    ranks: Sequence[Process[LearnerProcess]]
+    workers: Sequence[Process[RolloutProcess]]
+
+    @classmethod
+    async def reserved(cls, config: Config, *, with_learner: bool) -> Placed:
+        """Ask Ray for the room. Raises RunError after `controller.place_timeout_s`."""
+        config, placement = settle(config, gpus_of_nodes(), learner_names(config) if with_learner else ())
+        room = await reserve(placement, config.controller.place_timeout_s)
+        placed = partial(Process.placed, room=room, placement=placement)
+        spec = partial(ProcessSpec, config=config, keys=RunKeys.make())
+        return cls(
+            config=config,
+            placement=placement,
+            replay=placed(ReplayActor, spec(role="replay"), threads=1),
+            ranks=[
+                placed(LearnerActor, spec(role="learner", index=rank), threads=config.learner.threads)
+                for rank in range(config.learner.ranks if with_learner else 0)
+            ],
+            workers=[
+                placed(RolloutActor, spec(role="rollout", index=index), threads=config.rollout.threads)
+                for index in range(config.rollout.num_workers)
+            ],
+        )
+
+    @property
+    def processes(self) -> Sequence[Process[ProcessBase]]:
+        return [self.replay, *self.ranks, *self.workers]
+
+
 class Fleet:
-    """A replay server and its rollout workers."""
+    """A replay server that is up, and its rollout workers. `start` returns it when all of them are."""
 
-    ranks: Sequence[str] = ()
-    """Of the learner, which have a place too where there is one."""
-
-    def __init__(self, config: Config) -> None:
-        self.config = config
-        self.restarts = Restarts(config.controller.max_restarts, time.monotonic)
-        self.keys = RunKeys.make()
-        self.roster = Roster(Path(config.run.dir))
-        self.roster.set("controller", [this_process("controller")])
-        self.processes: list[Process] = []
-        self.still_s = 0.0
-        """For how long no counter of progress has moved in any process, and none was being started."""
-        self._stall = Stall(time.monotonic())
-        self.on_filling: Callable[[Filling], None] = lambda _: None
-        """Told at every look how far the next batch is."""
-        self._silent: set[str] = set()
+    def __init__(self, supervisor: Supervisor, placed: Placed, opened: Opened) -> None:
+        """`opened`: by the replay server."""
+        self._supervisor, self.opened = supervisor, opened
+        self.config, self.placement = placed.config, placed.placement
+        self.replay, self.workers = placed.replay, placed.workers
         self.totals: dict[str, float] = {}
-        """The latest metrics line: counts of a replay server that is started again go on from it."""
+        """The latest metrics line, from which counts of a replay server that is started again continue."""
         self.leasing = False
         """Whether a replay server that is started again grants leases at once."""
+        self._turns = [asyncio.Lock() for _ in placed.placement.bundles]
 
-    async def start(self, start: Start) -> None:
+    @classmethod
+    async def start(cls, config: Config, supervisor: Supervisor, start: Start) -> Self:
         """Place and start everything."""
-        await self.make()
-        self.opened = await self._bring_up_replay(start)
-        await asyncio.gather(*map(self._bring_up_worker, self.workers))
+        fleet = await cls._with_replay_up(config, supervisor, start, with_learner=False)
+        await asyncio.gather(*map(fleet._bring_up_worker, fleet.workers))
+        return fleet
 
-    async def make(self) -> Callable[..., Process]:
-        """Every process, with room to live in; none is started yet. Returns what makes others that have a place."""
-        self.place(gpus_of_nodes())
-        config = self.config
-        room = await reserve(self.placement, config.controller.place_timeout_s)
-        placed = partial(Process.placed, room=room, placement=self.placement)
-        self.replay = placed(ReplayActor, self.spec("replay"), threads=1)
-        self.workers = [
-            placed(RolloutActor, self.spec("rollout", index), threads=config.rollout.threads)
-            for index in range(config.rollout.num_workers)
-        ]
-        self.processes = [self.replay, *self.workers]
-        return placed
+    @classmethod
+    async def _with_replay_up(cls, config: Config, supervisor: Supervisor, start: Start, *, with_learner: bool) -> Self:
+        """All of it is placed; the replay server is up, the others are not."""
+        placed = await Placed.reserved(config, with_learner=with_learner)
+        supervisor.processes = placed.processes
+        return cls(supervisor, placed, await _bring_up_replay(supervisor, placed.replay, start, leasing=False))
 
-    def spec(self, role: str, index: int = 0) -> ProcessSpec:
-        """Of a process of this run."""
-        return ProcessSpec(role=role, index=index, config=self.config, keys=self.keys)
-
-    def place(self, gpus: Sequence[int]) -> None:
-        """Decide who lives where and computes in what, from now on. `gpus`: of each node."""
-        self.placement = place(self.config, gpus, self.ranks)
-        said, *costs = dtype_lines(self.config, self.placement)
-        self.config = settle_dtypes(self.config, self.placement)
-        if self.placement.num_gpus:
-            log.info("placement: %s", self.placement.reason)
-            log.info("%s", said)
-        for cost in costs:
-            log.warning("%s", cost)
-        self._turns = [asyncio.Lock() for _ in self.placement.bundles]
-
-    def watch(self, watch: Watch) -> None:
-        """Keep the replay server and the workers alive from now on."""
-        watch.add("the look at all processes", self._look())
+    def watch(self, watch: Watch, on_filling: Callable[[Filling], None] = lambda _: None) -> None:
+        """Keep the replay server and the workers alive from now on. `on_filling` is told at every look how far the next
+        batch is."""
+        watch.add("the look at all processes", self._look(on_filling))
         watch.add("replay", self._keep_replay())
         for index, worker in enumerate(self.workers):
             watch.add(worker.name, self._keep_worker(index, worker))
 
-    def note_progress(self) -> None:
-        """Something has happened that no counter shows."""
-        self._stall.reset(time.monotonic())
-        self.still_s = 0.0
-
-    async def pulses(self) -> Mapping[str, Pulse | None]:
-        """Of every process; None where there is no answer."""
-        answers = await asyncio.gather(*map(self._pulse, self.processes))
-        return dict(zip((process.name for process in self.processes), answers, strict=True))
-
-    def log_path(self, process: Process) -> Path:
-        """The process's own log."""
-        return Path(self.config.run.dir) / "logs" / f"{process.name}.log"
-
-    async def catch_up(self, worker: Process) -> None:
+    async def catch_up(self, worker: Process[RolloutProcess]) -> None:
         """Give a worker that was started again the weights in force: here the model's own, which it has loaded."""
-
-    # ---------------------------------------------------------------------------------------------------------- lives
 
     async def _keep_replay(self) -> None:
         while True:
@@ -147,14 +141,14 @@ class Fleet:
                 await self.replay.call(lambda replay: replay.serve)
                 raise RunError("replay ended before the run did")
             except ProcessDied as death:
-                await self._pause(self.replay, death)
+                await self._supervisor.pause(self.replay, death)
             again = Start(ports=self.opened.ports, totals=self.totals)
-            self.opened = await self._bring_up_replay(again)
+            self.opened = await _bring_up_replay(self._supervisor, self.replay, again, leasing=self.leasing)
 
-    async def _keep_worker(self, index: int, worker: Process) -> None:
+    async def _keep_worker(self, index: int, worker: Process[RolloutProcess]) -> None:
         while True:
+            serving = asyncio.ensure_future(worker.call(lambda worker: worker.serve))
             try:
-                serving = asyncio.ensure_future(worker.call(lambda worker: worker.serve))
                 if worker.life > 1:
                     await self.catch_up(worker)
                 await serving
@@ -166,110 +160,44 @@ class Fleet:
             finally:
                 serving.cancel()
             await self.replay.ask(lambda replay: replay.lose_worker, index)
-            await self._pause(worker, death)
+            await self._supervisor.pause(worker, death)
             await self._bring_up_worker(worker)
 
-    async def _pause(self, process: Process, death: Exception) -> None:
-        """Count the death, say it, wait a little longer after each. Raises RunError past the budget."""
-        process.end()
-        delay_s = self.restarts.delay_s(process.name, death)
-        log.warning("%s; it is started again", death)
-        await self._clear(process)
-        await asyncio.sleep(delay_s)
-
-    async def _clear(self, process: Process) -> None:
-        """Wait for what a dead process had started, and strike it from the roster."""
-        await asyncio.to_thread(end_entries, self.roster.of(process.name), CHILDREN_S)
-        self.roster.remove(process.name)
-
-    async def _look(self) -> None:
-        """Keep the roster, notice when nothing moves, and put workers to death that the replay server has lost though
-        their process lives."""
+    async def _look(self, on_filling: Callable[[Filling], None]) -> None:
+        """Look at all processes, and kill workers that the replay server has lost though their process lives."""
         while True:
             await asyncio.sleep(LOOK_S)
-            pulses = await self.pulses()
-            counters = {f"{name} {key}": n for name, p in pulses.items() if p for key, n in p.progress.items()}
-            self.still_s = self._stall.feed(time.monotonic(), counters)
-            if not all(process.up.is_set() for process in self.processes):
-                self.note_progress()  # a start has a deadline of its own
-            for process in self.processes:
-                pulse = pulses[process.name]
-                if pulse and process.up.is_set() and process.entry in pulse.entries:
-                    self.roster.set(process.name, pulse.entries)
+            pulses = await self._supervisor.look()
             replay = pulses[self.replay.name]
             if replay and replay.filling:
-                self.on_filling(replay.filling)
+                on_filling(replay.filling)
             for worker in [self.workers[index] for index in (replay.lost if replay else ())]:
                 if worker.up.is_set() and time.monotonic() - worker.since > JOIN_S:
                     log.warning("%s has fallen silent: it is killed", worker.name)
                     worker.end()
-
-    async def _pulse(self, process: Process) -> Pulse | None:
-        try:
-            async with asyncio.timeout(SILENT_ANSWER_S if process.name in self._silent else ANSWER_S):
-                pulse = await process.call(lambda process: process.pulse)
-        except (TimeoutError, RunError):
-            self._silent.add(process.name)
-            return None
-        self._silent.discard(process.name)
-        return pulse
-
-    async def _bring_up_replay(self, start: Start) -> Opened:
-        """Until it is up, and leases again if it did so before. Returns what the others need to know of it."""
-
-        async def begin_life() -> Opened:
-            await self._spawn(self.replay, start_replay, start)
-            if self.leasing:
-                await self.replay.call(lambda replay: replay.begin)
-            return await self.replay.call(lambda replay: replay.opened)
-
-        return await self._bring_up(self.replay, begin_life)
 
     async def _bring_up_worker(self, worker: Process[RolloutProcess]) -> None:
         """After the others of its bundle: vLLM measures what is free on a GPU while it starts, and would count as its
         own what others allocate meanwhile."""
         memory_fraction = self.placement.memory_fraction(worker.name, self.config.rollout.memory_fraction)
         outlives = RunError if worker.life else ProcessDied
+
+        async def begin_life() -> None:
+            await self._supervisor.start(worker, start_rollout, self.opened.rollout_address, memory_fraction)
+
         async with self._turns[self.placement.index(worker.name)]:
-            await self._bring_up(
-                worker,
-                lambda: self._spawn(worker, start_rollout, self.opened.rollout_address, memory_fraction),
-                outlives,
-            )
+            await self._supervisor.bring_up(worker, begin_life, outlives)
 
-    async def _bring_up(
-        self, process: Process[Any], begin_life: Callable[[], Awaitable[R]], outlives: type[RunError] = ProcessDied
-    ) -> R:
-        """Begin lives until one of them is up. Returns what that `begin_life` returns. `outlives`: errors of a start
-        that don't end the run."""
-        while True:
-            try:
-                answer = await begin_life()
-            except outlives as death:
-                await self._pause(process, death)
-                continue
-            process.up.set()
-            self.note_progress()
-            return answer
 
-    async def _spawn(
-        self,
-        process: Process[P],
-        begin: Callable[Concatenate[ProcessSpec, Params], Awaitable[P]],
-        *args: Params.args,
-        **kwargs: Params.kwargs,
-    ) -> None:
-        """Begin its next life, as what `begin` returns there."""
-        process.spawn()
-        entry = await self._within_start_timeout(process, process.identify())
-        self.roster.set(process.name, [entry])
-        await self._within_start_timeout(process, process.start(begin, *args, **kwargs))
+async def _bring_up_replay(
+    supervisor: Supervisor, replay: Process[ReplayProcess], start: Start, *, leasing: bool
+) -> Opened:
+    """Until it is up, and grants leases if `leasing`. Returns what the others need to know of it."""
 
-    async def _within_start_timeout(self, process: Process[Any], call: Coroutine[Any, Any, R]) -> R:
-        """The answer of a process that loads a model or opens data."""
-        timeout_s = self.config.controller.start_timeout_s
-        try:
-            async with asyncio.timeout(timeout_s):
-                return await call
-        except TimeoutError:
-            raise RunError(f"{process.name} is not ready after controller.start_timeout_s ({timeout_s:g} s)") from None
+    async def begin_life() -> Opened:
+        await supervisor.start(replay, start_replay, start)
+        if leasing:
+            await replay.call(lambda replay: replay.begin)
+        return await replay.call(lambda replay: replay.opened)
+
+    return await supervisor.bring_up(replay, begin_life)

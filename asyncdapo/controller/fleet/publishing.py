@@ -63,7 +63,7 @@ class Publishing:
 
     async def begin(self) -> None:
         """Make the first group, so that what is wrong with it shows before anything is sampled. An end that dies
-        meanwhile is no such thing: the next transfer makes a group without it."""
+        meanwhile is not an error: the next transfer makes a group without it."""
         async with self.turn:
             try:
                 await self._regroup(self._up())

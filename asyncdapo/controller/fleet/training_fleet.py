@@ -1,8 +1,8 @@
 """The fleet of a run: the processes that generate, and a learner whose weights they generate with.
 
-    learner         all of its ranks: the next life goes on from a checkpoint in a new branch: `revive_learner`, called
+    learner         all of its ranks: the next life resumes from a checkpoint in a new branch: `revive_learner`, called
                     by the train loop, which has to go back with it
-    rollout worker  as in `fleet`, and catches up with the weights in force when it was started again
+    rollout worker  as in `fleet`; started again, it catches up with the weights in force
 
 In: where to begin (`Start`, a checkpoint). Out: processes to call, and `publishing`, which brings weights from one to
 the others. Invariant: the ranks of the learner are up together or not at all; whichever rank died, it is one death.
@@ -14,16 +14,20 @@ from __future__ import annotations
 import asyncio
 import logging
 from pathlib import Path
+from typing import TYPE_CHECKING, Self
 
 from asyncdapo.config.config import Config
-from asyncdapo.controller.fleet.fleet import Fleet
-from asyncdapo.controller.fleet.placement import learner_names
+from asyncdapo.controller.fleet.fleet import Fleet, Placed
 from asyncdapo.controller.fleet.process import Process
 from asyncdapo.controller.fleet.publishing import Publishing
 from asyncdapo.controller.fleet.ranks import Learners, together
-from asyncdapo.controller.roles.actors import LearnerActor, start_learner
-from asyncdapo.controller.roles.opening import Start
+from asyncdapo.controller.fleet.supervisor import Supervisor
+from asyncdapo.controller.roles.actors import start_learner
+from asyncdapo.controller.roles.opening import Opened, Start
 from asyncdapo.errors import RunError
+
+if TYPE_CHECKING:
+    from asyncdapo.controller.roles.rollout import RolloutProcess
 
 log = logging.getLogger("controller")
 
@@ -31,68 +35,58 @@ log = logging.getLogger("controller")
 class TrainingFleet(Fleet):
     """Every process of one run."""
 
-    def __init__(self, config: Config) -> None:
-        super().__init__(config)
-        self.ranks = learner_names(config)
+    def __init__(self, supervisor: Supervisor, placed: Placed, opened: Opened) -> None:
+        super().__init__(supervisor, placed, opened)
+        self.learners = Learners(placed.ranks)
+        self.publishing = Publishing(placed.config.weights, self.learners.first, self.workers)
 
-    async def start(self, start: Start, checkpoint: Path | None = None) -> None:
-        """Place and start everything, then make the first weight group. `checkpoint`: what the learner goes on from,
-        none for the initial model."""
-        placed = await self.make()
-        config = self.config
-        self.learners = Learners(
-            [
-                placed(LearnerActor, self.spec("learner", rank), threads=config.learner.threads)
-                for rank in range(config.learner.ranks)
-            ]
-        )
-        self.processes = [self.replay, *self.learners.ranks, *self.workers]
-        self.publishing = Publishing(config.weights, self.learners.first, self.workers)
-        self.opened = await self._bring_up_replay(start)
-        learner = asyncio.ensure_future(self._bring_up_learner(checkpoint))
-        if self.placement.shares_gpus:
+    @classmethod
+    async def start(cls, config: Config, supervisor: Supervisor, start: Start, checkpoint: Path | None = None) -> Self:
+        """Place and start everything, then make the first weight group. `checkpoint`: what the learner resumes from,
+        None for the initial model."""
+        fleet = await cls._with_replay_up(config, supervisor, start, with_learner=True)
+        learner = asyncio.ensure_future(fleet._bring_up_learner(checkpoint))
+        if fleet.placement.shares_gpus:
             await learner
-        await asyncio.gather(learner, *map(self._bring_up_worker, self.workers))
-        self.publishing.learner_has(start.roll_back_to or 0, self.opened.branch)
-        await self.publishing.begin()
+        await asyncio.gather(learner, *map(fleet._bring_up_worker, fleet.workers))
+        fleet.publishing.learner_has(start.roll_back_to or 0, fleet.opened.branch)
+        await fleet.publishing.begin()
+        return fleet
 
-    async def catch_up(self, worker: Process) -> None:
+    async def catch_up(self, worker: Process[RolloutProcess]) -> None:
         """Send it what the learner has."""
         await self.publishing.catch_up(worker)
 
     async def revive_learner(self, death: Exception, checkpoint: Path | None) -> None:
-        """Start the learner again from a checkpoint (none: the initial model). It has yet to be rolled back to."""
+        """Start the learner again from a checkpoint (None: the initial model). The caller then rolls the run back."""
         await self._pause_learner(death)
         await self._bring_up_learner(checkpoint)
 
     async def end_learner(self) -> None:
         """Kill what is left of it, and wait until no rank can write to a checkpoint any more."""
         self.learners.end()
-        await asyncio.gather(*map(self._clear, self.learners.ranks))
+        await asyncio.gather(*map(self._supervisor.clear, self.learners.ranks))
 
     async def _pause_learner(self, death: Exception) -> None:
-        """As `_pause`: whichever rank died, all of them end, and it is one death."""
-        delay_s = self.restarts.delay_s(self.learners.first.name, death)
+        """Whichever rank died, all of them end, and it is one death."""
+        delay_s = self._supervisor.count_death(self.learners.first.name, death)
         log.warning("%s; the learner is started again", death)
         await self.end_learner()
         await asyncio.sleep(delay_s)
 
     async def _bring_up_learner(self, checkpoint: Path | None) -> None:
         """Start every rank, and join them, until all are up."""
-        learners = self.learners
+        learners, supervisor = self.learners, self._supervisor
         while True:
             try:
-                starts = (
-                    self._spawn(rank, start_learner, self.opened.learner_address, checkpoint) for rank in learners.ranks
-                )
+                address = self.opened.learner_address
+                starts = (supervisor.start(rank, start_learner, address, checkpoint) for rank in learners.ranks)
                 await together(*starts)
-                await self._within_start_timeout(learners.first, learners.connect())
+                await supervisor.within_start_timeout(learners.first, learners.connect())
             except RunError as error:
                 if not learners.ended_by(error):
                     raise
                 await self._pause_learner(error)
                 continue
-            for rank in learners.ranks:
-                rank.up.set()
-            self.note_progress()
+            supervisor.is_up(*learners.ranks)
             return

@@ -16,8 +16,9 @@ from collections.abc import Awaitable, Mapping
 from typing import TypeVar
 
 from asyncdapo.config.run import ControllerConfig
-from asyncdapo.controller.fleet.fleet import ANSWER_S, LOOK_S, Fleet
+from asyncdapo.controller.fleet.fleet import LOOK_S
 from asyncdapo.controller.fleet.process import Process
+from asyncdapo.controller.fleet.supervisor import ANSWER_S, Supervisor
 from asyncdapo.controller.process.health import Pulse
 from asyncdapo.controller.process.stacks import ask
 from asyncdapo.controller.process.waits import NOBODY, UNKNOWN, Wait, Waits, chain, processes_in, render
@@ -35,8 +36,8 @@ class Stopped(Exception):  # noqa: N818 - a wish, not an error
 class Patience:
     """The waits of the controller."""
 
-    def __init__(self, config: ControllerConfig, fleet: Fleet, view: View) -> None:
-        self._config, self._fleet, self._view = config, fleet, view
+    def __init__(self, config: ControllerConfig, supervisor: Supervisor, view: View) -> None:
+        self._config, self._supervisor, self._view = config, supervisor, view
         self._waits = Waits("controller")
         self._breaking = asyncio.Lock()
         """Several waits may see the same stall; one of them breaks it."""
@@ -54,9 +55,9 @@ class Patience:
                     done, _ = await asyncio.wait(ends, timeout=LOOK_S, return_when=asyncio.FIRST_COMPLETED)
                     if stop in done and not task.done():
                         raise Stopped
-                    if self._fleet.still_s >= self._config.stall_s:
+                    if self._supervisor.still_s >= self._config.stall_s:
                         async with self._breaking:
-                            if self._fleet.still_s >= self._config.stall_s:
+                            if self._supervisor.still_s >= self._config.stall_s:
                                 await self._break_stall()
                     elif not done and time.monotonic() >= report_at:
                         report_at += self._config.report_wait_s
@@ -77,9 +78,9 @@ class Patience:
 
     async def _chain(self) -> tuple[list[Wait], Mapping[str, Pulse | None]]:
         """From the controller's oldest wait to its roots, and what every process said."""
-        pulses = await self._fleet.pulses()
+        pulses = await self._supervisor.pulses()
         waits: dict[str, list[Wait] | None] = {name: pulse and list(pulse.waits) for name, pulse in pulses.items()}
-        for process in self._fleet.processes:
+        for process in self._supervisor.processes:
             if not process.up.is_set():
                 waits[process.name] = [Wait(who=process.name, whom=NOBODY, what="is being started")]
         return chain(waits | {"controller": self._waits.open()}, "controller"), pulses
@@ -87,10 +88,10 @@ class Patience:
     async def _break_stall(self) -> None:
         """Print who waits for whom and where they stand, then kill who is at the root. Raises RunError when the root is
         no process that could be started again."""
-        still_s = self._fleet.still_s
+        still_s = self._supervisor.still_s
         links, pulses = await self._chain()
         self._view.note(f"stalled: nothing has moved for {still_s:.0f} s\n{render(links)}")
-        by_name = {process.name: process for process in self._fleet.processes}
+        by_name = {process.name: process for process in self._supervisor.processes}
         for name in processes_in(links):
             if name in by_name:
                 self._view.note(f"stacks of {name}:\n{await self._stacks(by_name[name], pulses[name])}")
@@ -100,13 +101,13 @@ class Patience:
         for process in roots:
             self._view.note(f"{process.name} is killed and started again: it is what the others wait for")
             process.end()
-        self._fleet.note_progress()
+        self._supervisor.note_progress()
 
     async def _stacks(self, process: Process[ProcessBase], pulse: Pulse | None) -> str:
         if pulse is None:
             if process.entry is None:
                 return "it is being started"
-            return await asyncio.to_thread(ask, process.entry, self._fleet.log_path(process))
+            return await asyncio.to_thread(ask, process.entry, self._supervisor.log_path(process))
         try:
             async with asyncio.timeout(ANSWER_S):
                 return await process.call(lambda process: process.stacks)

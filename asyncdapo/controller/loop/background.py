@@ -1,4 +1,4 @@
-"""Work aside: goes on beside the train loop, and its metrics stand in the line of the step in which it ended.
+"""Background work: runs beside the train loop. Its metrics stand in the line of the step in which it ended.
 
 In: the steps that are done, and work that ends with metrics (an evaluation, a comparison of log-probs). Out: those
 metrics, once. Invariant: an error of the work is raised where the train loop looks for it (`check`, `take`, or whoever
@@ -21,14 +21,14 @@ class Aside:
         """It is due after each step that `every` divides (0: none), but not after the last."""
         self._every, self._last_step = every, last_step
         self.task: asyncio.Task[dict[str, float]] | None = None
-        """What goes on, or has ended and wasn't taken."""
+        """What runs, or has ended and wasn't taken."""
 
     def begin(self, work: Work) -> None:
-        """Go on with `work` from now on. What was begun before has been taken or cancelled."""
+        """Run `work` from now on. What was begun before has been taken or cancelled."""
         self.task = asyncio.ensure_future(work())
 
     def after(self, step: int, work: Work) -> dict[str, float]:
-        """Begin `work` if it is due and none goes on. Returns the metrics of what has ended since the last time."""
+        """Begin `work` if it is due and none runs. Returns the metrics of what has ended since the last time."""
         ended = self.take()
         if self._every and step % self._every == 0 and step < self._last_step and self.task is None:
             self.begin(work)
@@ -47,7 +47,7 @@ class Aside:
             self.task.result()
 
     def cancel(self) -> None:
-        """It is worth nothing any more, neither its metrics nor its error."""
+        """Neither its metrics nor its error count any more."""
         if self.task and not self.task.cancel() and not self.task.cancelled():
             self.task.exception()  # asyncio complains of an error that nobody has looked at
         self.task = None

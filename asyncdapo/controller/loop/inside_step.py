@@ -20,7 +20,7 @@ class InsideStep:
         self._num_said = 0
         """Failures at the last note, in this life of the replay server."""
 
-    def heed(self, filling: Filling) -> None:
+    def show(self, filling: Filling) -> None:
         """One look at the replay server."""
         groups = f"batch {filling.step}: {filling.num_ready}/{self._prompts_per_step} groups"
         self._reporter.progress(groups if filling.step <= self._total_steps else "")

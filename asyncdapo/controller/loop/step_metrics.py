@@ -2,7 +2,7 @@
 
 In: what learner, replay server and publishing report of a step. Out: lines and their alarms, through the reporter. A
 line that may turn out to be the run's last is held back until that is known, since the final evaluation belongs into
-it. Clocks go on where a former launch of the run was stopped. Does not own: files and terminal (`reporter`), what the
+it. Clocks continue where the launch before was stopped. Does not own: files and terminal (`reporter`), what the
 numbers mean (docs/metrics.md), which of them alarm (`alarms`).
 """
 

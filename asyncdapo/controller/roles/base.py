@@ -25,6 +25,11 @@ from asyncdapo.transport.keys import RunKeys
 T = TypeVar("T")
 
 
+def log_path(config: Config, name: str) -> Path:
+    """The log of a process."""
+    return Path(config.run.dir) / "logs" / f"{name}.log"
+
+
 @dataclass(frozen=True, kw_only=True)
 class ProcessSpec:
     """Who a process is, and what every process knows of its run."""
@@ -43,7 +48,7 @@ class ProcessSpec:
     @property
     def log_path(self) -> Path:
         """The process's own log."""
-        return Path(self.config.run.dir) / "logs" / f"{self.name}.log"
+        return log_path(self.config, self.name)
 
     def entry(self) -> Entry:
         """The calling process, which is this one."""

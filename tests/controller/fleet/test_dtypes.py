@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 
 import pytest
 
 from asyncdapo.config.config import Config, config_from_dict, to_yaml
 from asyncdapo.controller.fleet.dtypes import dtype_lines, settle_dtypes
-from asyncdapo.controller.fleet.fleet import Fleet
+from asyncdapo.controller.fleet.fleet import settle
 from asyncdapo.controller.fleet.placement import place
-from asyncdapo.controller.fleet.training_fleet import TrainingFleet
 
 AUTO = "auto"
 
@@ -21,12 +19,10 @@ def config_of(
     learner: str = AUTO,
     *,
     devices: tuple[str, str] = (AUTO, AUTO),
-    run_dir: Path | None = None,
 ) -> Config:
     return config_from_dict(
         {
             "model": {"path": "none"},
-            "run": {"dir": str(run_dir)},
             "rollout": {"dtype": rollout, "device": devices[0]},
             "learner": {"dtype": learner, "device": devices[1]},
         }
@@ -71,18 +67,16 @@ def test_a_learner_in_float32_beside_engines_in_bfloat16_is_told_its_own_key() -
         assert cost.endswith("; learner.dtype=bfloat16 avoids it")
 
 
-def test_all_processes_of_a_run_on_gpus_get_bfloat16_and_the_start_says_so(tmp_path, caplog) -> None:
+def test_all_processes_of_a_run_on_gpus_get_bfloat16_and_the_start_says_so(caplog) -> None:
     caplog.set_level(logging.INFO, logger="controller")
-    fleet = TrainingFleet(config_of(run_dir=tmp_path))
-    fleet.place([2])
-    assert (fleet.config.rollout.dtype, fleet.config.learner.dtype) == ("bfloat16", "bfloat16")
+    config, _ = settle(config_of(), [2], ["learner"])
+    assert (config.rollout.dtype, config.learner.dtype) == ("bfloat16", "bfloat16")
     assert "rollout.dtype bfloat16 (auto, on a GPU), learner.dtype bfloat16 (auto, on a GPU)" in caplog.text
 
 
-def test_an_evaluation_says_nothing_of_a_learner(tmp_path, caplog) -> None:
+def test_an_evaluation_says_nothing_of_a_learner(caplog) -> None:
     caplog.set_level(logging.INFO, logger="controller")
-    fleet = Fleet(config_of(rollout="float32", run_dir=tmp_path))
-    fleet.place([1])
+    settle(config_of(rollout="float32"), [1], ranks=())
     assert "rollout.dtype float32 on a GPU" in caplog.text
     assert "learner" not in caplog.text
 

@@ -11,7 +11,8 @@ import pytest
 
 from asyncdapo.config.config import Config
 from asyncdapo.config.run import ControllerConfig, RunConfig
-from asyncdapo.controller.fleet.fleet import Fleet
+from asyncdapo.controller.fleet.fleet import Fleet, Placed, settle
+from asyncdapo.controller.fleet.supervisor import Supervisor
 from asyncdapo.controller.process.roster import Entry, entry_of
 from asyncdapo.controller.roles.actors import start_rollout
 from asyncdapo.errors import EngineError, RunError, VerdictError
@@ -46,6 +47,13 @@ class FakeWorker:
             raise failure
 
 
+class Replay:
+    """It is told of lost workers."""
+
+    async def ask(self, pick, *args) -> None:
+        assert picked("replay", pick, *args) == "lose_worker"
+
+
 def fleet_on(num_gpus: int, run_dir: Path) -> Fleet:
     """Of two workers."""
     config = Config(
@@ -54,15 +62,14 @@ def fleet_on(num_gpus: int, run_dir: Path) -> Fleet:
         run=RunConfig(dir=str(run_dir)),
         controller=ControllerConfig(max_restarts=2),
     )
-    fleet = Fleet(config)
-    fleet.place([num_gpus])
-    fleet.opened = SimpleNamespace(rollout_address="nowhere")
-    return fleet
+    config, placement = settle(config, [num_gpus], ranks=())
+    placed = Placed(config=config, placement=placement, replay=Replay(), ranks=(), workers=())
+    return Fleet(Supervisor(config), placed, SimpleNamespace(rollout_address="nowhere"))
 
 
 @pytest.fixture
 def fleet(tmp_path, monkeypatch):
-    monkeypatch.setattr("asyncdapo.controller.fleet.fleet.end_entries", lambda entries, patience_s: None)
+    monkeypatch.setattr("asyncdapo.controller.fleet.supervisor.end_entries", lambda entries, patience_s: None)
     return fleet_on(0, tmp_path)
 
 
@@ -97,13 +104,8 @@ def test_a_worker_whose_reward_function_breaks_its_contract_ends_the_run_and_any
             assert picked(self.name, pick, *args) == "serve"
             raise self.ends.pop(0)
 
-    class Replay:
-        async def ask(self, pick, *args) -> None:
-            assert picked("replay", pick, *args) == "lose_worker"
-
     worker = Serving(None, None)
     worker.ends = [FAILURE, VerdictError("score returned -1")]
-    fleet.replay = Replay()
     with pytest.raises(VerdictError, match="score returned -1"):
         asyncio.run(fleet._keep_worker(0, worker))
     assert worker.ends == []

@@ -34,7 +34,7 @@ def look(step: int = 1, num_ready: int = 0, num_failed: int = 0, words: str = ""
 def test_the_groups_of_the_next_batch_are_shown(listener: Listener):
     inside = InsideStep(listener, 16, 36)
     for step, num_ready in ((12, 15), (13, 3), (36, 0), (37, 2)):
-        inside.heed(look(step, num_ready))
+        inside.show(look(step, num_ready))
     assert listener.shown == ["batch 12: 15/16 groups", "batch 13: 3/16 groups", "batch 36: 0/16 groups", ""]
     assert listener.notes == []
 
@@ -42,7 +42,7 @@ def test_the_groups_of_the_next_batch_are_shown(listener: Listener):
 def test_failures_are_said_at_once_and_then_whenever_they_have_doubled(listener: Listener):
     inside = InsideStep(listener, 16, 36)
     for num_failed in range(1001):
-        inside.heed(look(num_failed=num_failed, words=f"LookupError: no answer {num_failed}"))
+        inside.show(look(num_failed=num_failed, words=f"LookupError: no answer {num_failed}"))
     assert len(listener.notes) == 10
     raised = "reward warning: the reward function raised on"
     assert listener.notes[0] == f"{raised} 1 groups so far, the last: LookupError: no answer 1"
@@ -52,7 +52,7 @@ def test_failures_are_said_at_once_and_then_whenever_they_have_doubled(listener:
 def test_a_replay_server_that_was_started_again_counts_anew(listener: Listener):
     inside = InsideStep(listener, 16, 36)
     for num_failed in (0, 40, 40, 0, 1):
-        inside.heed(look(num_failed=num_failed, words="no such answer"))
+        inside.show(look(num_failed=num_failed, words="no such answer"))
     assert [note.partition(", ")[0] for note in listener.notes] == [
         "reward warning: the reward function raised on 40 groups so far",
         "reward warning: the reward function raised on 1 groups so far",
