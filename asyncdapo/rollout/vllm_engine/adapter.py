@@ -140,7 +140,7 @@ class Adapter:
 
 def _in_a_line(error: ValueError) -> str:
     """vLLM's message; of a long pydantic error only the fields and what is wrong with them."""
-    if not isinstance(error, ValidationError):
-        return " ".join(str(error).split())
-    found = [(".".join(map(str, problem["loc"])), problem["msg"]) for problem in error.errors()]
-    return "; ".join(f"{where}: {what}" if where else what for where, what in found)
+    if isinstance(error, ValidationError):
+        found = [(".".join(map(str, problem["loc"])), problem["msg"]) for problem in error.errors()]
+        return "; ".join(f"{where}: {what}" if where else what for where, what in found)
+    return " ".join(str(error).split())
