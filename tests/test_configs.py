@@ -41,6 +41,8 @@ def test_the_full_recipe_has_the_papers_values() -> None:
     assert (config.rollout.temperature, config.eval.temperature, config.eval.top_p) == (1.0, 1.0, 0.7)
     assert (config.eval.num_prompts, config.eval.num_samples) == (30, 32)
     assert (config.reward.verifier, config.reward.correct, config.reward.incorrect) == ("dapo", 1.0, -1.0)
+    assert (config.learner.ranks, config.learner.num_shards, config.learner.offload) == (32, 32, "none")
+    assert config.rollout.num_workers * config.rollout.tensor_parallel + config.learner.ranks == 128
 
 
 def test_the_variants_leave_out_what_their_names_say() -> None:
@@ -63,6 +65,7 @@ def test_the_small_model_differs_in_size_alone() -> None:
         "rollout.num_workers",
         "rollout.tensor_parallel",
         "learner.ranks",
+        "learner.shards",
     }
 
 
@@ -76,14 +79,24 @@ def test_every_config_is_planned_without_gpu_model_or_data(
     assert "memory     by formula" in text
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name.endswith("dapo") or f"{PAPER}_" in name])
-def test_a_learner_that_no_gpu_holds_is_said_to_be_so_in_plan_and_config(name: str) -> None:
-    text = plan(name, [])
-    for size in ("80 GB (79 GiB)", "141 GB (139 GiB)"):
-        assert f"a GPU of {size}: a rank of the learner doesn't fit" in text
-    assert text.count("; an engine fits") == 2
-    comments = (FOLDER / f"{name}.yaml").read_text()
-    assert "NO GPU HOLDS THIS LEARNER YET" in comments or "Memory: see qwen2.5_32b_dapo." in comments
+@pytest.mark.parametrize(
+    ("name", "overrides", "num_gpus", "needed"),
+    [
+        ("qwen2.5_7b_dapo", [], 8, "50.7 of 79, of which 3.84 are the reserve"),
+        ("qwen2.5_7b_dapo", ["model.path=Qwen/Qwen2.5-14B"], 8, "87.2 of 139, of which 5.58 are the reserve"),
+        (PAPER, [], 128, "54.8 of 79, of which 4.04 are the reserve"),
+        (f"{PAPER}_wo_ds", [], 128, "54.8 of 79, of which 4.04 are the reserve"),
+        (f"{PAPER}_early", [], 128, "54.8 of 79, of which 4.04 are the reserve"),
+    ],
+)
+def test_learner_and_engines_fit_the_gpus_that_a_config_asks_for(
+    name: str, overrides: list[str], num_gpus: int, needed: str
+) -> None:
+    """The parts are computed by hand in tests/controller/fleet/test_memory.py."""
+    text = plan(name, overrides)
+    assert f"{num_gpus} GPUs, separate" in text
+    [line] = [line for line in text.splitlines() if f" of {needed.split(' of ')[1].split(',')[0]}, " in line]
+    assert f"a rank of the learner fits: it takes {needed}; an engine fits" in line
 
 
 @pytest.mark.parametrize("name", NAMES)

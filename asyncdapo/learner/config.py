@@ -209,8 +209,9 @@ class LearnerConfig:
     """Processes that share the completions of every update. Each group of `shards` of them has one copy of the
     weights."""
     shards: PositiveInt | Literal["auto"] = "auto"
-    """Consecutive ranks that divide one copy of the weights, gradients and optimizer states among them. `auto` is 1:
-    every rank has a copy of its own."""
+    """Consecutive ranks that divide one copy of the weights, gradients and optimizer states among them. With 1 every
+    rank has a copy of its own. `auto` is the smallest number with which a rank fits a GPU of 80 GB by formula, and 1 on
+    a CPU."""
     reshard_after_forward: bool = True
     """Whether a block's gathered weights are freed after its forward pass, and gathered again for the backward pass.
     That takes less memory and sends more bytes. With one shard there is nothing to gather."""
@@ -251,4 +252,5 @@ class LearnerConfig:
 
     @property
     def num_shards(self) -> int:
+        """1 until it is settled what `auto` stands for."""
         return 1 if self.shards == "auto" else self.shards

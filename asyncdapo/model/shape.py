@@ -59,6 +59,9 @@ PUBLISHED = {
     "Qwen/Qwen2.5-7B": QWEN25
     | {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28}
     | {"num_attention_heads": 28, "num_key_value_heads": 4},
+    "Qwen/Qwen2.5-14B": QWEN25
+    | {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 48}
+    | {"num_attention_heads": 40, "num_key_value_heads": 8},
     "Qwen/Qwen2.5-32B": QWEN25
     | {"hidden_size": 5120, "intermediate_size": 27648, "num_hidden_layers": 64}
     | {"num_attention_heads": 40, "num_key_value_heads": 8},
@@ -100,12 +103,21 @@ class Shape:
 
     @property
     def num_parameters(self) -> int:
-        hidden, inner, queries = self.hidden_size, self.intermediate_size, self.num_heads * self.head_dim
-        qkv = queries + 2 * self.num_kv_heads * self.head_dim
+        return self.num_root_parameters + self.num_layers * self.num_block_parameters
+
+    @property
+    def num_root_parameters(self) -> int:
+        """Those outside the blocks: embedding, output layer, last norm."""
+        return (1 if self.tied_embeddings else 2) * self.vocab_size * self.hidden_size + self.hidden_size
+
+    @property
+    def num_block_parameters(self) -> int:
+        """Those of a block."""
+        hidden, inner = self.hidden_size, self.intermediate_size
+        qkv = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
         biases = self.qkv_bias * qkv + self.out_bias * hidden + self.mlp_bias * (2 * inner + hidden)
         norms = 2 * hidden + self.qk_norm * 2 * self.head_dim
-        embeddings = (1 if self.tied_embeddings else 2) * self.vocab_size * hidden
-        return embeddings + self.num_layers * (self.num_block_products + biases + norms) + hidden
+        return self.num_block_products + biases + norms
 
     @property
     def num_block_products(self) -> int:

@@ -17,7 +17,7 @@ from asyncdapo.config.config import Config, find_config, load_config
 from asyncdapo.controller.checks.engine_check import INSTALL, check_installed, check_model, installed_vllm
 from asyncdapo.controller.checks.preflight import check_reward
 from asyncdapo.controller.commands.fits import room_lines
-from asyncdapo.controller.fleet.dtypes import dtype_lines, settle_dtypes
+from asyncdapo.controller.fleet.auto import dtype_lines, settle_placement, shards_line
 from asyncdapo.controller.fleet.memory import (
     RESERVE_BYTES,
     RESERVE_SHARE,
@@ -26,6 +26,7 @@ from asyncdapo.controller.fleet.memory import (
     gib,
     learner_bytes,
     listed,
+    state_bytes,
     step_flops,
 )
 from asyncdapo.controller.fleet.placement import (
@@ -57,8 +58,9 @@ def plan(name_or_path: str, overrides: Sequence[str], gpus_of_nodes: Sequence[in
     check_reward(config)
     check_model(config)
     check_rotations(config)
-    placement = place(config, [gpus_asked(config)] if gpus_of_nodes is None else gpus_of_nodes)
-    dtypes, config = dtype_lines(config, placement), settle_dtypes(config, placement)
+    asked = config
+    config, placement = settle_placement(asked, [gpus_asked(asked)] if gpus_of_nodes is None else gpus_of_nodes)
+    dtypes = dtype_lines(asked, placement)
     backend, reason = choose_backend(config.weights, device_of_ranks(_devices(config, placement)))
     sections = {
         "model": _model_lines(config),
@@ -138,8 +140,11 @@ def _placement_lines(config: Config, placement: Placement, gpus_of_nodes: Sequen
     """`gpus_of_nodes`: None where the GPUs are those that the configuration asks for."""
     supposed, num_gpus = gpus_of_nodes is None, sum(gpus_of_nodes or ())
     lines = [f"{count_gpus(placement.num_gpus)}, {placement.reason}"]
-    for _, alike in groupby(placement.bundles, key=lambda bundle: (_roles(bundle), bundle.num_gpus)):
+    bundles = [one for bundle in placement.bundles for one in bundle.parts]
+    for _, alike in groupby(bundles, key=lambda bundle: (_roles(bundle), bundle.num_gpus)):
         lines.append(_bundle_line(config, placement, list(alike)))
+    if config.learner.ranks > 1:
+        lines.append(shards_line(config, None if supposed else placement))
     if supposed and config.controller.placement == "auto" and placement.num_gpus:
         lines.append(f"as many as it asks for{_without_gpus(config)} (--gpus N: what it does with others)")
     if idle := 0 if supposed else num_gpus - placement.num_gpus:
@@ -180,7 +185,7 @@ def _devices(config: Config, placement: Placement) -> dict[str, list[str]]:
     devices = {}
     for name in [learner_names(config)[0], *worker_names(config)]:
         index = placement.index(name)
-        gpus = [f"cuda {index}.{gpu}" for gpu in range(placement.bundles[index].num_gpus)]
+        gpus = [f"cuda {index}.{gpu}" for gpu in placement.bundles[index].gpus_of(name)]
         devices[name] = [name_device(device, "this machine") for device in gpus or [CPU]]
     return devices
 
@@ -226,6 +231,9 @@ def _memory_lines(config: Config, placement: Placement) -> list[str]:
     ]
     for role, of_role in parts.items():
         lines.append(f"{words[role]}: {gib(totals[role])} ({listed(of_role)})")
-    for roles in sorted({_roles(bundle) for bundle in placement.bundles if len(bundle.processes) > 1}):
+    if config.learner.offload == "optimizer":
+        of_host = state_bytes(shape, config)
+        lines.append(f"on the host for each rank: {gib(sum(of_host.values()))} ({listed(of_host)})")
+    for roles in sorted({_roles(bundle) for bundle in placement.bundles if bundle.shares_gpu}):
         lines.append(f"{' + '.join(roles)} on one GPU: {gib(sum(totals[role] for role in roles))}")
     return lines + room_lines(config, shape, placement)

@@ -21,9 +21,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Self
 
+import psutil
+
 from asyncdapo.config.config import Config
-from asyncdapo.controller.fleet.dtypes import dtype_lines, settle_dtypes
-from asyncdapo.controller.fleet.placement import Placement, learner_names, place
+from asyncdapo.controller.fleet.auto import check_host, dtype_lines, settle_placement, shards_line
+from asyncdapo.controller.fleet.placement import Placement, learner_names
 from asyncdapo.controller.fleet.process import Process, ProcessDied, Watch, gpus_of_nodes, reserve
 from asyncdapo.controller.fleet.supervisor import Supervisor
 from asyncdapo.controller.process.health import Filling
@@ -49,14 +51,18 @@ log = logging.getLogger("controller")
 def settle(config: Config, gpus: Sequence[int], ranks: Sequence[str]) -> tuple[Config, Placement]:
     """Decide who lives where, and computes in what. `gpus`: of each node; `ranks`: of the learner. Returns the config
     with what follows from who has a GPU."""
-    placement = place(config, gpus, ranks)
+    settled, placement = settle_placement(config, gpus, ranks)
+    if not config.controller.ray_address:
+        check_host(settled, placement, psutil.virtual_memory().total)
     said, *costs = dtype_lines(config, placement)
     if placement.num_gpus:
         log.info("placement: %s", placement.reason)
         log.info("%s", said)
+    if len(ranks) > 1:
+        log.info("learner: %s", shards_line(settled, placement))
     for cost in costs:
         log.warning("%s", cost)
-    return settle_dtypes(config, placement), placement
+    return settled, placement
 
 
 @dataclass(frozen=True, kw_only=True)

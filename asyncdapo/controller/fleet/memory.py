@@ -1,10 +1,10 @@
 """Sizes: memory and work of a run by formula, from the shape in the model's config.json. Pure.
 
-In: a shape, the configuration with its dtypes settled (`dtypes`). Out: bytes by what they are for, in a learner's rank
-and in an engine; operations of a train step; the lines that say so. Of a learner they are an upper bound at sequences
-of full length: torch.compile keeps less, and what is packed is shorter. What no formula knows is in a reserve
-(`with_reserve`). On a CPU padding comes on top. Does not own: how much there is, the formulas of the shape itself
-(`shape`).
+In: a shape, the configuration with dtypes and shards settled (`auto`), a placement. Out: bytes by what they are for, in
+a learner's rank and in an engine; whether a rank fits; operations of a train step; the lines that say so. Of a learner
+they are an upper bound at sequences of full length: torch.compile keeps less, and what is packed is shorter. What no
+formula knows is in a reserve (`with_reserve`). On a CPU padding comes on top. Does not own: who lives where
+(`placement`), the formulas of the shape itself (`shape`), how weights are sharded (`learner/model/sharding`).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import math
 from collections.abc import Mapping
 
 from asyncdapo.config.config import Config
+from asyncdapo.controller.fleet.placement import Bundle, Placement
 from asyncdapo.model.shape import DTYPE_BYTES, FLOAT32_BYTES, TOKEN_BYTES, Shape
 
 GIB = 1 << 30
@@ -24,9 +25,13 @@ CHUNK_COLUMNS = 1 << 15
 """`learner.logprobs.COLUMNS`: the gradient of so many rows of the output layer is summed in float32 at a time."""
 LOGPROB_BYTES = 5 * FLOAT32_BYTES
 """Of each token: four numbers behind its log-prob and entropy, and its id."""
+GATHERED_BYTES = 16 << 20
+"""As `learner.sharding` has it: smaller blocks, in float32, are gathered together with all else."""
+GATHERED_BLOCKS = 2
+"""One that computes, and the next one, which arrives."""
 RESERVE_BYTES = 3 << 29
 """Of a process on a GPU, whatever the model: half a GiB for CUDA and its kernels, as much for NCCL's buffers, as much
-for cuBLAS, the weights' two buckets, and small things. To be measured."""
+for cuBLAS and small things. To be measured."""
 RESERVE_SHARE = 0.05
 """Of what it holds by formula, besides: gaps in the allocator's memory, and in attention the keys of a prompt for each
 of its responses. To be measured."""
@@ -39,22 +44,45 @@ GPU_GIB = {"80 GB": 79, "141 GB": 139}
 
 
 def learner_bytes(shape: Shape, config: Config, *, on_gpu: bool) -> dict[str, int]:
-    """Of each rank, which holds everything; at the peak of a micro-batch's backward pass."""
-    dtype = config.learner.dtype
-    masters, copies = (DTYPE_BYTES[one] * shape.num_parameters for one in ("float32", dtype))
-    rounded = dtype != "float32"
-    num_tokens = max(config.learner.tokens_per_microbatch, _longest(config))
-    how = {"checkpointing": config.learner.activation_checkpointing, "flash": on_gpu and rounded}
-    of_a_token = shape.kept_bytes(dtype, **how) + shape.work_bytes(dtype, **how)
+    """Of each rank, where it computes, at the peak of a micro-batch's backward pass. `learner.shards` is a number."""
+    learner = config.learner
+    size = DTYPE_BYTES[learner.dtype]
+    num_tokens = max(learner.tokens_per_microbatch, _longest(config))
+    how = {"checkpointing": learner.activation_checkpointing, "flash": on_gpu and learner.dtype != "float32"}
+    activations = num_tokens * (shape.kept_bytes(learner.dtype, **how) + shape.work_bytes(learner.dtype, **how))
     return {
-        "weights": masters,
-        **({f"their {dtype}": copies} if rounded else {}),
-        "gradients": masters,
-        "AdamW": 2 * masters,
-        f"activations of {num_tokens:,} tokens": num_tokens * of_a_token,
-        "log-probs": _logprob_bytes(shape, dtype, num_tokens, "cuda" if on_gpu else "cpu"),
-        **({"the reference model": copies} if config.loss.kl_coef else {}),
+        **({} if learner.offload == "optimizer" else state_bytes(shape, config)),
+        f"gathered in {learner.dtype}": size * _num_gathered(shape, config),
+        "gradients on their way": _gradient_bytes(shape, config, activations),
+        f"activations of {num_tokens:,} tokens": activations,
+        "log-probs": _logprob_bytes(shape, learner.dtype, num_tokens, "cuda" if on_gpu else "cpu"),
+        "two buckets": 2 * (config.weights.bucket_mb << 20),
     }
+
+
+def state_bytes(shape: Shape, config: Config) -> dict[str, int]:
+    """What a rank keeps from step to step: its shard, in float32, and that of the reference model, rounded. With
+    `learner.offload` it is in memory of the host."""
+    num_parameters = math.ceil(shape.num_parameters / config.learner.num_shards)
+    shard, rounded = (DTYPE_BYTES[dtype] * num_parameters for dtype in ("float32", config.learner.dtype))
+    reference = {"the reference model": rounded} if config.loss.kl_coef else {}
+    return {"weights": shard, "gradients": shard, "AdamW": 2 * shard, **reference}
+
+
+def _num_gathered(shape: Shape, config: Config) -> int:
+    """Parameters that are whole at a rank while it computes: those outside the blocks all the time, of the blocks those
+    of a few, or all that a forward pass has left for the backward pass."""
+    small = FLOAT32_BYTES * shape.num_block_parameters < GATHERED_BYTES
+    if small or not config.learner.reshard_after_forward:
+        return shape.num_parameters
+    return shape.num_root_parameters + min(GATHERED_BLOCKS, shape.num_layers) * shape.num_block_parameters
+
+
+def _gradient_bytes(shape: Shape, config: Config, activations: int) -> int:
+    """Gradients that aren't divided yet: of a block as the backward pass makes them, and of the block before it in
+    float32, as they are summed over ranks. Those outside the blocks come last, when activations are free again."""
+    size = DTYPE_BYTES[config.learner.dtype] + FLOAT32_BYTES
+    return max(size * shape.num_block_parameters, size * shape.num_root_parameters - activations)
 
 
 def with_reserve(num_bytes: int) -> int:
@@ -131,6 +159,28 @@ def engine_bytes(shape: Shape, config: Config) -> dict[str, int]:
 
 def _arriving(num_processes: int) -> str:
     return "new weights as they arrive" + (f", whole in each of {num_processes} processes" * (num_processes > 1))
+
+
+# ---------------------------------------------------------------------------------------------------------------- room
+
+
+def learner_fits(config: Config, shape: Shape, placement: Placement, capacity: int) -> bool:
+    """Whether every rank of the learner fits GPUs of so many bytes."""
+    needed = with_reserve(sum(learner_bytes(shape, config, on_gpu=True).values()))
+    room = (left_for_rank(config, shape, bundle, placement, capacity) for bundle in placement.with_gpus("learner"))
+    return all(needed <= left for left in room)
+
+
+def left_for_rank(config: Config, shape: Shape, bundle: Bundle, placement: Placement, capacity: int) -> float:
+    """Bytes of a GPU of this bundle that each of its ranks may take; negative where its engines take more."""
+    left, engines = float(capacity), bundle.of_role("rollout")
+    for engine in engines:
+        if config.rollout.engine == "vllm":
+            claim = placement.memory_fraction(engine, config.rollout.memory_fraction) * capacity
+            left -= claim + DTYPE_BYTES[config.rollout.dtype] * shape.num_parameters  # new ones arrive
+        else:
+            left -= with_reserve(sum(engine_bytes(shape, config).values()))
+    return left / len(bundle.of_role("learner")) if bundle.shares_gpu else left
 
 
 # --------------------------------------------------------------------------------------------------------------- words

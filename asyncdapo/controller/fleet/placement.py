@@ -6,8 +6,10 @@
 
 In: the configuration, the GPUs of each node, and the learner's ranks (none where nothing is trained). Out: bundles,
 each of which Ray gives whole on a node of its choice (as few nodes as it can). Raises ConfigError that says what is
-asked for and what there is. Invariant: every process is in one bundle, and the processes of a bundle get the very same
-GPUs. Does not own: asking Ray (`process`), which backend the weights take (`weights.backend`).
+asked for and what there is. Invariant: every process is in one bundle; the processes of a bundle share one GPU, or each
+has one of its own on the same node. Where every process has GPUs of its own, the ranks that have one copy of the
+weights (`learner.shards`) are in as few bundles as the nodes allow. Does not own: asking Ray (`process`), how many
+shards there are (`room`), which backend the weights take (`weights.backend`).
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ SHARE_STEP = 10_000
 
 @dataclass(frozen=True)
 class Bundle:
-    """Room for processes that must be on one node, and on the same GPUs if it has any."""
+    """Room for processes that must be on one node. If it has GPUs, they share its only one, or each has one; an engine
+    alone has all of them."""
 
     processes: tuple[str, ...]
     num_gpus: int = 0
@@ -39,6 +42,29 @@ class Bundle:
     def share(self) -> float:
         """GPUs that each of its processes asks Ray for."""
         return math.floor(SHARE_STEP * self.num_gpus / len(self.processes)) / SHARE_STEP
+
+    @property
+    def shares_gpu(self) -> bool:
+        """Whether several processes are on its GPU."""
+        return 0 < self.num_gpus < len(self.processes)
+
+    @property
+    def parts(self) -> tuple[Bundle, ...]:
+        """Itself, or for processes with a GPU each a bundle for every one."""
+        if self.num_gpus < 2 or self.num_gpus != len(self.processes):
+            return (self,)
+        return tuple(Bundle((name,), 1) for name in self.processes)
+
+    def of_role(self, role: str) -> list[str]:
+        """Its processes of this role."""
+        return [name for name in self.processes if name.partition("-")[0] == role]
+
+    def gpus_of(self, process: str) -> range:
+        """Which of its GPUs this process has, by number."""
+        if len(self.parts) == 1:
+            return range(self.num_gpus)
+        place = self.processes.index(process)
+        return range(place, place + 1)
 
 
 @dataclass(frozen=True)
@@ -60,13 +86,15 @@ class Placement:
     @property
     def shares_gpus(self) -> bool:
         """Whether processes are on the same GPU as others."""
-        return any(bundle.num_gpus and len(bundle.processes) > 1 for bundle in self.bundles)
+        return any(bundle.shares_gpu for bundle in self.bundles)
 
     def on_gpus(self, role: str) -> bool:
         """Whether the processes of this role, of which there may be none, have GPUs: all of them have, or none has."""
-        return any(
-            bundle.num_gpus and name.partition("-")[0] == role for bundle in self.bundles for name in bundle.processes
-        )
+        return bool(self.with_gpus(role))
+
+    def with_gpus(self, role: str) -> list[Bundle]:
+        """The bundles in which processes of this role have GPUs."""
+        return [bundle for bundle in self.bundles if bundle.num_gpus and bundle.of_role(role)]
 
     def index(self, process: str) -> int:
         """The bundle that this process is in."""
@@ -134,7 +162,8 @@ def place(config: Config, gpus_of_nodes: Sequence[int], ranks: Sequence[str] | N
         devices = "learner and rollout are on the CPU, as learner.device and rollout.device say"
         return _on_gpus(asked, [], devices if asked.ranks else "rollout is on the CPU, as rollout.device says")
     if _fits(asked, gpus_of_nodes):
-        return _on_gpus(asked, _each_its_own(asked), "separate: every process has GPUs of its own")
+        bundles = _each_its_own(asked, _num_together(asked, gpus_of_nodes))
+        return _on_gpus(asked, bundles, "separate: every process has GPUs of its own")
     if mode == "separate":
         raise _too_few(asked, "separate", gpus_of_nodes, "auto makes do with what there is")
     if not num_gpus:
@@ -166,8 +195,32 @@ def _fits(asked: _Asked, gpus_of_nodes: Sequence[int]) -> bool:
     )
 
 
-def _each_its_own(asked: _Asked) -> list[Bundle]:
-    ranks = [Bundle((name,), 1) for name in asked.ranks_on_gpus]
+def _num_together(asked: _Asked, gpus_of_nodes: Sequence[int]) -> int:
+    """Most consecutive ranks that can be kept on one node, in equal parts of the shards of a replica."""
+    num_shards, num_ranks = asked.config.learner.num_shards, len(asked.ranks_on_gpus)
+    engines = [asked.config.rollout.tensor_parallel] * len(asked.workers_on_gpus)
+    for num_together in range(min(num_shards, max(gpus_of_nodes)), 1, -1):
+        parts = [num_together] * (num_ranks // num_together)
+        if num_ranks and num_shards % num_together == 0 and _go_on_nodes(engines + parts, gpus_of_nodes):
+            return num_together
+    return 1
+
+
+def _go_on_nodes(sizes: Sequence[int], gpus_of_nodes: Sequence[int]) -> bool:
+    """Whether bundles of so many GPUs find room, the largest first, each on the fullest node that has it."""
+    free = sorted(gpus_of_nodes)
+    for size in sorted(sizes, reverse=True):
+        node = next((index for index, num_gpus in enumerate(free) if num_gpus >= size), None)
+        if node is None:
+            return False
+        free[node] -= size
+        free.sort()
+    return True
+
+
+def _each_its_own(asked: _Asked, num_together: int) -> list[Bundle]:
+    names = tuple(asked.ranks_on_gpus)
+    ranks = [Bundle(names[r : r + num_together], num_together) for r in range(0, len(names), num_together)]
     return ranks + [Bundle((name,), asked.config.rollout.tensor_parallel) for name in asked.workers_on_gpus]
 
 

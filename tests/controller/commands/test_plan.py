@@ -80,8 +80,29 @@ def test_many_alike_take_one_line() -> None:
         "replay: CPU",
         "learner … learner-3: 1 GPU each",
         "rollout-0 … rollout-11: 2 GPUs each, of whose memory vLLM takes 0.9",
+        "4 ranks have 4 copies of the weights, each a whole one",
         "4 of 32 GPUs stay idle",
     ]
+
+
+def test_ranks_that_are_kept_on_one_node_have_a_gpu_each() -> None:
+    overrides = ["rollout.num_workers=2", "learner.ranks=4", "learner.shards=2"]
+    sections = sections_of(plan("quickstart", overrides, [3, 3]))
+    assert sections["placement"][1:] == [
+        "replay: CPU",
+        "learner … learner-3: 1 GPU each",
+        "rollout-0 … rollout-1: 1 GPU each",
+        "4 ranks have 2 copies of the weights, divided among 2 ranks each, 2 of them on one node",
+    ]
+    assert sections["weights"] == ["by nccl: every end has a GPU of its own"]
+
+
+def test_a_plan_says_what_offload_takes_of_the_host(qwen: str) -> None:
+    overrides = [qwen, "learner.ranks=2", "learner.shards=2", "learner.offload=optimizer"]
+    lines = sections_of(plan(GSM8K[1], overrides))["memory"]
+    assert "on the host for each rank: 3.68 (weights 0.92, gradients 0.92, AdamW 1.84)" in lines
+    assert lines[1].startswith("a rank of the learner: ")
+    assert "AdamW" not in lines[1]
 
 
 def test_synchronous_training_has_the_bound_0() -> None:
@@ -116,7 +137,7 @@ def test_a_model_in_a_directory_of_another_machine_is_planned_without_it() -> No
 def test_the_shared_gpu_has_room_for_all_by_formula(qwen: str) -> None:
     lines = sections_of(plan(GSM8K[0], [qwen]))["memory"]
     assert lines[1].startswith("a rank of the learner: ")
-    assert "weights 1.84, their bfloat16 0.92, gradients 1.84, AdamW 3.68" in lines[1]
+    assert "weights 1.84, gradients 1.84, AdamW 3.68, gathered in bfloat16 " in lines[1]
     assert "KV cache of 256 x 1,536 tokens 4.5" in lines[2]
     together = float(lines[3].removeprefix("learner + rollout on one GPU: "))
     parts = [float(line.split(": ")[1].split(" ")[0]) for line in lines[1:3]]

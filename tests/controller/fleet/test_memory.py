@@ -10,12 +10,14 @@ from asyncdapo.config.config import Config, config_from_dict
 from asyncdapo.controller.fleet.memory import (
     CHUNK_COLUMNS,
     CHUNK_ELEMENTS,
+    GATHERED_BYTES,
     GIB,
     engine_bytes,
     flop,
     learner_bytes,
     learner_forecast,
     learner_measured,
+    state_bytes,
     step_flops,
 )
 from asyncdapo.learner.model import logprobs
@@ -44,26 +46,139 @@ def config_of(**sections: dict[str, object]) -> Config:
     return config_from_dict({"model": {"path": "none"}, "rollout": rollout, "learner": learner, **sections})
 
 
-def fixed(parts: dict[str, int]) -> int:
-    """Bytes that no micro-batch adds to."""
-    return sum(number for what, number in parts.items() if not what.startswith(("activations", "log-probs")))
+@pytest.mark.parametrize("num_shards", [1, 2, 4])
+def test_each_shard_holds_its_part_of_four_numbers_a_parameter_and_of_a_fifth_with_a_reference_model(
+    num_shards: int,
+) -> None:
+    learner = {"ranks": 4, "shards": num_shards}
+    plain, with_reference = (state_bytes(SHAPE, config_of(learner=learner, loss={"kl_coef": coef})) for coef in (0, 1))
+    num_parameters = SHAPE.num_parameters / num_shards
+    assert sum(plain.values()) == pytest.approx(16 * num_parameters, rel=1e-4)
+    assert sum(with_reference.values()) == pytest.approx(20 * num_parameters, rel=1e-4)
 
 
-def test_a_learner_in_float32_holds_four_numbers_a_parameter_and_a_fifth_with_a_reference_model() -> None:
-    plain, with_reference = (
-        learner_bytes(SHAPE, config_of(loss={"kl_coef": coef}), on_gpu=False) for coef in (0.0, 0.1)
-    )
-    assert fixed(plain) == 16 * SHAPE.num_parameters
-    assert sum(with_reference.values()) - sum(plain.values()) == 4 * SHAPE.num_parameters
-
-
-def test_a_learner_in_bfloat16_holds_rounded_weights_besides_and_leaves_half_as_much_of_a_token() -> None:
+def test_a_learner_in_bfloat16_gathers_half_as_much_and_leaves_half_as_much_of_a_token() -> None:
     config = config_of(learner={"dtype": "bfloat16"}, loss={"kl_coef": 0.1})
     parts, exact = learner_bytes(SHAPE, config, on_gpu=False), learner_bytes(SHAPE, config_of(), on_gpu=False)
-    assert fixed(parts) == (16 + 2 + 2) * SHAPE.num_parameters
-    assert parts["their bfloat16"] == 2 * SHAPE.num_parameters
+    assert sum(state_bytes(SHAPE, config).values()) == (16 + 2) * SHAPE.num_parameters
+    assert 2 * parts["gathered in bfloat16"] == exact["gathered in float32"]
     [rounded], [whole] = ([parts[key] for key in parts if key.startswith("activations")] for parts in (parts, exact))
     assert 0.5 < rounded / whole < 0.6  # norms keep float32
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "learner", "num_blocks"),
+    [(3, {}, 2), (1, {}, 1), (3, {"reshard_after_forward": False}, 3)],
+    ids=["two blocks", "the only block", "all"],
+)
+def test_what_is_outside_the_blocks_is_gathered_and_two_blocks_or_all_of_them(
+    num_layers: int, learner: dict[str, object], num_blocks: int
+) -> None:
+    shape = replace(SHAPE, num_layers=num_layers, intermediate_size=20_000)
+    assert 4 * shape.num_block_parameters > GATHERED_BYTES
+    parts = learner_bytes(shape, config_of(learner=learner), on_gpu=False)
+    num_outside = 2 * 500 * 96 + 96  # embedding, output layer, last norm
+    assert parts["gathered in float32"] == 4 * (num_outside + num_blocks * shape.num_block_parameters)
+
+
+def test_small_blocks_are_gathered_all_at_once() -> None:
+    assert 4 * SHAPE.num_block_parameters < GATHERED_BYTES
+    assert learner_bytes(SHAPE, config_of(), on_gpu=False)["gathered in float32"] == 4 * SHAPE.num_parameters
+
+
+def test_offload_leaves_a_gpu_what_a_step_computes_with_and_nothing_that_lasts() -> None:
+    config, offloaded = (config_of(learner={"offload": offload}) for offload in ("none", "optimizer"))
+    parts, left = (learner_bytes(SHAPE, one, on_gpu=True) for one in (config, offloaded))
+    assert {what: number for what, number in parts.items() if what not in left} == state_bytes(SHAPE, offloaded)
+
+
+def test_gradients_outside_the_blocks_count_as_far_as_they_exceed_the_activations_that_are_gone_then() -> None:
+    wide = replace(SHAPE, vocab_size=1_000_000)
+    config = config_of(
+        learner={"tokens_per_microbatch": 1},
+        rollout={"max_response_length": 1},
+        prompts={"max_prompt_length": 1},
+        reward={"overlong_buffer": 0},
+    )
+    parts = learner_bytes(wide, config, on_gpu=False)
+    [activations] = [number for what, number in parts.items() if what.startswith("activations")]
+    assert parts["gradients on their way"] == 8 * wide.num_root_parameters - activations
+    narrow = learner_bytes(SHAPE, config_of(), on_gpu=False)
+    assert narrow["gradients on their way"] == 8 * SHAPE.num_block_parameters
+
+
+PAPER_SIZES = {
+    # 7,615,616,512 parameters, of which 1,089,998,336 are outside the 28 blocks of 233,057,792.
+    "Qwen/Qwen2.5-7B": {
+        "weights": 4 * 7_615_616_512 // 4,
+        "gradients": 4 * 7_615_616_512 // 4,
+        "AdamW": 8 * 7_615_616_512 // 4,
+        "gathered in bfloat16": 2 * (1_089_998_336 + 2 * 233_057_792),
+        "gradients on their way": (2 + 4) * 233_057_792,
+        # A token leaves the inputs of 28 blocks, the last norm, rotations and its id; one block is computed again.
+        "activations of 22,528 tokens": 22_528
+        * (
+            28 * 2 * 3584
+            + ((6 * 3584 + 4) + 2 * 3584 + 2 * 2 * 128 + 8)
+            + (2 * (8 * 3584 + 4) + 2 * 4 * 3584 + 4 * 28 + 2 * 4 * 18_944)
+            + 2 * (2 * 18_944 + 2 * 3584)
+        ),
+        # A token's hidden state, five numbers and an id; the output layer's gradient and its sums; four chunks.
+        "log-probs": 22_528 * (2 * 3584 + 20 + 8) + 2 * 152_064 * 3584 + 8 * 32_768 * 3584 + 16 * 33_554_432,
+        "two buckets": 2 * 16 * 1_048_576,
+    },
+    # 14,770,033,664 parameters, of which 1,557,140,480 are outside the 48 blocks of 275,268,608.
+    "Qwen/Qwen2.5-14B": {
+        "weights": 4 * 14_770_033_664 // 4,
+        "gradients": 4 * 14_770_033_664 // 4,
+        "AdamW": 8 * 14_770_033_664 // 4,
+        "gathered in bfloat16": 2 * (1_557_140_480 + 2 * 275_268_608),
+        "gradients on their way": (2 + 4) * 275_268_608,
+        "activations of 22,528 tokens": 22_528
+        * (
+            48 * 2 * 5120
+            + ((6 * 5120 + 4) + 2 * 5120 + 2 * 2 * 128 + 8)
+            + (2 * (8 * 5120 + 4) + 2 * 4 * 5120 + 4 * 40 + 2 * 4 * 13_824)
+            + 2 * (2 * 13_824 + 2 * 5120)
+        ),
+        "log-probs": 22_528 * (2 * 5120 + 20 + 8) + 2 * 152_064 * 5120 + 8 * 32_768 * 5120 + 16 * 33_554_432,
+        "two buckets": 2 * 16 * 1_048_576,
+    },
+    # 32,763,876,352 parameters, of which 1,557,140,480 are outside the 64 blocks of 487,605,248.
+    "Qwen/Qwen2.5-32B": {
+        "weights": 4 * 32_763_876_352 // 32,
+        "gradients": 4 * 32_763_876_352 // 32,
+        "AdamW": 8 * 32_763_876_352 // 32,
+        "gathered in bfloat16": 2 * (1_557_140_480 + 2 * 487_605_248),
+        "gradients on their way": (2 + 4) * 487_605_248,
+        "activations of 22,528 tokens": 22_528
+        * (
+            64 * 2 * 5120
+            + ((6 * 5120 + 4) + 2 * 5120 + 2 * 2 * 128 + 8)
+            + (2 * (8 * 5120 + 4) + 2 * 4 * 5120 + 4 * 40 + 2 * 4 * 27_648)
+            + 2 * (2 * 27_648 + 2 * 5120)
+        ),
+        "log-probs": 22_528 * (2 * 5120 + 20 + 8) + 2 * 152_064 * 5120 + 8 * 32_768 * 5120 + 16 * 33_554_432,
+        "two buckets": 2 * 16 * 1_048_576,
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "num_shards", "num_gib"),
+    [("Qwen/Qwen2.5-7B", 4, 46.8), ("Qwen/Qwen2.5-14B", 4, 81.6), ("Qwen/Qwen2.5-32B", 32, 50.7)],
+)
+def test_ranks_of_the_published_sizes_take_what_is_computed_by_hand(name: str, num_shards: int, num_gib: float) -> None:
+    shape = read_shape(PUBLISHED[name])
+    assert shape is not None
+    config = config_of(
+        prompts={"max_prompt_length": 2048},
+        rollout={"dtype": "bfloat16", "max_response_length": 20_480},
+        learner={"activation_checkpointing": "full", "ranks": num_shards, "shards": num_shards},
+    )
+    parts = learner_bytes(shape, config, on_gpu=True)
+    assert parts == PAPER_SIZES[name]
+    assert sum(parts.values()) / GIB == pytest.approx(num_gib, abs=0.05)
 
 
 @pytest.mark.parametrize(("max_tokens", "has_room_for"), [(512, 2024), (4096, 4096)])
@@ -85,7 +200,7 @@ def test_at_long_answers_the_vocabulary_is_in_weights_and_their_gradients_only(n
     there, here = (sum(learner_bytes(shape, config, on_gpu=True).values()) for shape in (large, small))
     num_more = large.num_parameters - small.num_parameters
     gradient = 2 * (large.vocab_size - small.vocab_size) * large.hidden_size  # in bfloat16, on its way
-    assert there - here == (16 + 2) * num_more + gradient
+    assert there - here == (16 + 2) * num_more + gradient  # states, and what is gathered in bfloat16
 
 
 def test_the_constants_are_those_of_the_log_probs() -> None:
@@ -107,7 +222,7 @@ def test_what_is_said_before_the_start_is_the_sum_of_the_formulas() -> None:
     config = config_of(rollout={"dtype": "bfloat16"})
     memory, work = learner_forecast(shape, config, on_gpu=True)
     total = sum(learner_bytes(shape, config, on_gpu=True).values()) / GIB
-    assert memory.startswith(f"learner: at most {total:.3g} GiB a rank by formula (weights 5.75, their bfloat16 2.88, ")
+    assert memory.startswith(f"learner: at most {total:.3g} GiB a rank by formula (weights 5.75, gradients 5.75, ")
     assert work == f"learner: at most {flop(step_flops(shape, config_of()))} a step"
 
 

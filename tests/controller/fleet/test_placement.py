@@ -28,12 +28,13 @@ def config_of(
     ranks: int = 1,
     workers: int = 1,
     tensor_parallel: int = 1,
+    shards: int = 1,
     learner: str = "auto",
     rollout: str = "auto",
 ) -> Config:
     return Config(
         model=ModelConfig(path="none"),
-        learner=LearnerConfig(device=learner, ranks=ranks),
+        learner=LearnerConfig(device=learner, ranks=ranks, shards=shards),
         rollout=RolloutConfig(engine="vllm", device=rollout, num_workers=workers, tensor_parallel=tensor_parallel),
         controller=ControllerConfig(placement=mode),
     )
@@ -49,9 +50,11 @@ def placements(draw: st.DrawFn) -> tuple[Config, list[int], Placement | None]:
     mode = draw(st.sampled_from(["auto", "separate", "shared"]))
     shared = mode == "shared"
     devices = st.just("auto") if shared else st.sampled_from(["auto", "cpu", "cuda"])
+    num_shards = draw(st.integers(1, 5))
     config = config_of(
         mode,
-        ranks=draw(st.integers(1, 5)),
+        ranks=num_shards * draw(st.integers(1, 2 if num_shards > 2 else 5)),
+        shards=num_shards,
         workers=draw(st.integers(1, 5)),
         tensor_parallel=1 if shared else draw(st.integers(1, 4)),
         learner=draw(devices),
@@ -157,6 +160,32 @@ def test_the_rule_in_examples(config: Config, nodes: list[int], bundles: list[ob
 
 
 @pytest.mark.parametrize(
+    ("num_ranks", "num_shards", "nodes", "sizes"),
+    [
+        (4, 4, [8], [4]),
+        (8, 4, [8, 2], [4, 4]),
+        (32, 32, [8, 8, 8, 8, 2], [8, 8, 8, 8]),
+        (8, 8, [6, 6], [4, 4]),  # no equal parts of 8 are larger and fit
+        (4, 4, [2, 2, 3], [2, 2]),
+        (3, 3, [2, 3], [3]),
+        (4, 2, [3, 3], [1, 1, 1, 1]),  # the engine leaves 1 + 3
+        (4, 1, [8], [1, 1, 1, 1]),
+    ],
+)
+def test_the_shards_of_a_copy_are_kept_on_one_node_as_far_as_engines_and_nodes_allow(
+    num_ranks: int, num_shards: int, nodes: list[int], sizes: list[int]
+) -> None:
+    """Beside one engine of 2 GPUs."""
+    placement = place(config_of("separate", ranks=num_ranks, shards=num_shards, tensor_parallel=2), nodes)
+    bundles = [bundle for bundle in placement.bundles if "learner" in bundle.processes[0]]
+    assert [bundle.num_gpus for bundle in bundles] == sizes
+    assert [bundle.share for bundle in bundles] == [1] * len(bundles)
+    assert not placement.shares_gpus
+    names = [name for bundle in bundles for name in bundle.processes]
+    assert names == ["learner", *(f"learner-{rank}" for rank in range(1, num_ranks))]  # consecutive ranks share a copy
+
+
+@pytest.mark.parametrize(
     ("config", "nodes", "words"),
     [
         (
@@ -221,15 +250,16 @@ def four_gpus() -> Iterator[None]:
         config_of("separate", workers=2),
         config_of(workers=2, tensor_parallel=1, ranks=5),
         config_of(tensor_parallel=3),
+        config_of(ranks=2, shards=2, tensor_parallel=2),
     ],
-    ids=["shared", "separate", "in parts", "tensor parallel"],
+    ids=["shared", "separate", "in parts", "tensor parallel", "shards"],
 )
 @pytest.mark.usefixtures("four_gpus")
 def test_ray_gives_the_processes_of_a_bundle_the_same_gpus_and_others_other_ones(config: Config) -> None:
     placement = place(config, gpus_of_nodes())
     seen = asyncio.run(gpus_seen(placement))
     used: set[str] = set()
-    for bundle in placement.bundles[1:]:
+    for bundle in (part for room in placement.bundles[1:] for part in room.parts):
         (devices,) = {seen[name] for name in bundle.processes}
         gpus = set(filter(None, devices.split(",")))
         assert len(gpus) == bundle.num_gpus

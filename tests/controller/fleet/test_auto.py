@@ -1,4 +1,4 @@
-"""What engine and learner compute in, and when it is said what float32 costs."""
+"""What `auto` stands for: what engine and learner compute in, and how many ranks divide the weights."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import logging
 import pytest
 
 from asyncdapo.config.config import Config, config_from_dict, to_yaml
-from asyncdapo.controller.fleet.dtypes import dtype_lines, settle_dtypes
+from asyncdapo.controller.fleet.auto import check_host, dtype_lines, settle_dtypes, settle_placement, shards_line
 from asyncdapo.controller.fleet.fleet import settle
 from asyncdapo.controller.fleet.placement import place
+from asyncdapo.errors import ConfigError
 
 AUTO = "auto"
 
@@ -83,3 +84,62 @@ def test_an_evaluation_says_nothing_of_a_learner(caplog) -> None:
 
 def test_a_run_directory_records_auto_so_that_the_run_may_resume_elsewhere() -> None:
     assert "  dtype: auto\n" in to_yaml(config_of())
+
+
+# -------------------------------------------------------------------------------------------------------------- shards
+
+
+def paper_like(**learner: object) -> Config:
+    """The learner of the 7B config: 18.5 GiB besides weights, gradients and AdamW, and the reserve."""
+    return config_from_dict(
+        {
+            "model": {"path": "Qwen/Qwen2.5-7B"},
+            "prompts": {"max_prompt_length": 2048},
+            "rollout": {"engine": "vllm", "max_response_length": 20480},
+            "learner": {"activation_checkpointing": "full", **learner},
+        }
+    )
+
+
+@pytest.mark.parametrize(("num_ranks", "num_shards"), [(1, 1), (2, 2), (3, 3), (4, 4), (6, 3), (9, 3), (16, 4)])
+def test_auto_is_the_smallest_number_of_shards_that_fits_80_gb_and_divides_the_ranks(
+    num_ranks: int, num_shards: int
+) -> None:
+    """113.5 GiB of states: 2 shards take 56.7 + 18.5 and a reserve of 5.3, 3 take 37.8. 1 or 2 ranks don't fit."""
+    config, placement = settle_placement(paper_like(ranks=num_ranks), [num_ranks + 1])
+    assert config.learner.shards == num_shards
+    assert placement.on_gpus("learner")
+
+
+def test_auto_is_one_on_a_cpu_and_all_ranks_for_a_kind_of_model_without_a_formula() -> None:
+    assert settle_placement(paper_like(ranks=4), [0])[0].learner.shards == 1
+    unknown = config_from_dict({"model": {"path": "none"}, "learner": {"ranks": 4}})
+    assert settle_placement(unknown, [8])[0].learner.shards == 4
+    assert settle_placement(paper_like(ranks=4, shards=1), [8])[0].learner.shards == 1  # what is given stays
+
+
+@pytest.mark.parametrize(
+    ("learner", "nodes", "line"),
+    [
+        ({"ranks": 4, "shards": 4}, [8], "one copy of the weights, divided among 4 ranks, 4 of them on one node"),
+        ({"ranks": 8, "shards": 4}, [9], "2 copies of the weights, divided among 4 ranks each, 4 of them on one node"),
+        ({"ranks": 4, "shards": 4}, [2, 3], "one copy of the weights, divided among 4 ranks, 2 of them on one node"),
+        ({"ranks": 3, "shards": 3}, [2, 2], "one copy of the weights, divided among 3 ranks"),
+        ({"ranks": 2, "shards": 1}, [3], "2 copies of the weights, each a whole one"),
+    ],
+)
+def test_it_is_said_how_the_ranks_divide_the_weights(learner: dict[str, object], nodes: list[int], line: str) -> None:
+    assert shards_line(*settle_placement(paper_like(**learner), nodes)) == f"{learner['ranks']} ranks have {line}"
+
+
+def test_offload_without_room_on_the_host_is_refused_with_the_numbers() -> None:
+    config, placement = settle_placement(paper_like(ranks=4, shards=4, offload="optimizer"), [8])
+    needed = 16 * 7_615_616_512  # bytes a parameter, over all four ranks
+    check_host(config, placement, needed)
+    with pytest.raises(ConfigError) as caught:
+        check_host(config, placement, needed - 1)
+    assert str(caught.value) == (
+        "learner.offload: takes 113 GiB of this host's memory (4 x 28.4), which has 113, got 'optimizer' "
+        "(use none, or more learner.shards)"
+    )
+    check_host(*settle_placement(paper_like(ranks=4, shards=4), [8]), 0)
