@@ -150,6 +150,12 @@ def test_an_engine_that_samples_at_another_temperature_ends_the_run(path):
 # ----------------------------------------------------------------------------------------------- made-up differences
 
 
+@pytest.fixture(autouse=True)
+def only_warnings(caplog: pytest.LogCaptureFixture) -> None:
+    """Unless a test asks for more: a reporter of an earlier test may have the stages say more."""
+    caplog.set_level(logging.WARNING, "rollout")
+
+
 def sampling_with(version: int = 3, apart: float = 0.0) -> Probe:
     """Log-probs of −1, and this far from the learner's."""
 
