@@ -28,6 +28,7 @@ RANKS |= {"eval": Rank.EVAL}
 NEUTRAL = (
     *("run.name", "run.dir", "rollout.num_workers", "rollout.engine*", "rollout.tensor_parallel", "rollout.memory*"),
     *("rollout.slots", "learner.ranks", "learner.tokens_per_microbatch", "learner.activation*", "learner.*checkpoint*"),
+    *("learner.shards", "learner.reshard_after_forward", "learner.offload"),
 )
 """Keys of these sections that don't change results."""
 

@@ -1,16 +1,20 @@
-"""The use of GPUs: a peer's GPU counts in, our workers, ranks and placement out.
+"""The use of GPUs: a peer's GPU counts in, our workers, ranks, shards and placement out.
 
-Here a learner rank holds the whole model on one GPU, and an engine shares a GPU only if it needs a single one. If the
-peer's learner shares GPUs with larger engines, each gets half of them here.
+Here a learner rank has one GPU, and an engine shares a GPU only if it needs a single one. If the peer's learner shares
+GPUs with larger engines, each gets half of them here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import gcd
 from typing import Any
 
-from asyncdapo.convert.rules import Left, Made, Rule, whole
+from asyncdapo.convert.rules import Left, Made, Rule, plain, whole
+
+ALL_RANKS = -1
+"""As the number of shards."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,9 +38,13 @@ class Gpus:
         return self.together and self.parallel == 1
 
 
-def rules(keys: tuple[str, ...], step: tuple[str, ...], read: Callable[..., Gpus | None]) -> tuple[Rule, ...]:
-    """The rules for workers, ranks and placement. `read` is called with the values of `keys`, then of `step` (the keys
-    of a train step's size). It returns None if they don't tell the number of GPUs."""
+Read = Callable[..., Gpus | None]
+"""Called with the values of the keys that tell GPUs, then of those that tell a train step's size. None if they don't
+tell the number of GPUs."""
+
+
+def rules(keys: tuple[str, ...], step: tuple[str, ...], read: Read) -> tuple[Rule, ...]:
+    """The rules for workers, ranks and placement. `step`: the keys of a train step's size."""
 
     def made(answer: Callable[[Gpus], Any]) -> Callable[..., Any]:
         def value(*values: Any) -> Any:
@@ -50,6 +58,33 @@ def rules(keys: tuple[str, ...], step: tuple[str, ...], read: Callable[..., Gpus
         Rule("learner.ranks", (*keys, *step), made(ranks)),
         Rule("controller.placement", keys, made(placement)),
     )
+
+
+def shards_rule(
+    sharded: tuple[str, ...],
+    keys: tuple[str, ...],
+    step: tuple[str, ...],
+    read: Read,
+    num_shards: Callable[..., Any] = whole,
+) -> Rule:
+    """The rule for the number of ranks that divide the weights. `num_shards` is called with the values of `sharded`, of
+    which the first is given; it returns a number, ALL_RANKS, or `Left`. Here there may be fewer ranks than there."""
+
+    def value(*values: Any) -> Any:
+        if values[0] is None:
+            return None
+        asked, gpus = num_shards(*values[: len(sharded)]), read(*values[len(sharded) :])
+        if isinstance(asked, Left):
+            return asked
+        num_ranks = plain(ranks(gpus)) if gpus else None
+        if num_ranks is None:
+            return Left("the number of ranks isn't known: learner.shards is auto")
+        if asked < 1:
+            return Made(num_ranks, "all ranks, as there")
+        fitting = gcd(asked, num_ranks)
+        return fitting if fitting == asked else Made(fitting, f"{asked} there; it divides {num_ranks} ranks here")
+
+    return Rule("learner.shards", (*sharded, *keys, *step), value)
 
 
 def number_of(nodes: Any, each: Any) -> int:

@@ -15,6 +15,18 @@ SAME_SPLITS = ("train", "test", "validation", "val")
 
 # Why a key has no line.
 IN_LOSS = "a KL penalty is part of the loss here: loss.kl_coef"
+PARALLEL = (
+    "no tensor, pipeline or expert parallelism in the learner here: learner.shards divides weights, gradients and "
+    "AdamW among ranks, which gather a block at a time"
+)
+SEQUENCE = (
+    "a rank computes whole sequences here: learner.activation_checkpointing and learner.tokens_per_microbatch set "
+    "their memory, and asyncdapo plan says whether they fit"
+)
+BETWEEN = (
+    "moves them out of the engine's way between sampling and training there; here the learner has its own part of the "
+    "memory, and learner.offload=optimizer keeps weights and AdamW on the host all the time"
+)
 SPEED = "an implementation's own setting of speed or memory, without effect on results"
 UNREPEATED = (
     "asyncdapo data prepare leaves repeated rows out: if yours repeat on purpose, multiply prompts.epochs and "
@@ -56,10 +68,6 @@ WHOLE_FILES = Differs(
     "It evaluates every row of its files; here eval.num_prompts of them, 512 by default",
     Rank.EVAL,
     lambda made: "prompts.eval_path" in made and "eval.num_prompts" not in made,
-)
-MODEL_GPUS = Differs(
-    "It splits a model over GPUs to train it; here each learner rank holds all of it (asyncdapo plan says how much)",
-    None,
 )
 
 
@@ -282,6 +290,18 @@ def saves(value: Any) -> Any:
 def checkpointing(on: Any) -> str:
     """Activation checkpointing; theirs is of whole blocks."""
     return "full" if flag(on) else "none"
+
+
+def offload(*on: Any) -> Any:
+    """`optimizer` if any of them is on."""
+    return "optimizer" if any(map(flag, on)) else "none"
+
+
+def reshard(after_forward: Any) -> Any:
+    """Whether weights are gathered again for the backward pass; a number there divides them among so many GPUs."""
+    if after_forward is None or after_forward in (True, False):
+        return None if after_forward is None else flag(after_forward)
+    return Made(True, f"{whole(after_forward)} GPUs divide them between the passes there, all shards here")
 
 
 def kept_checkpoints(value: Any) -> Any:

@@ -21,7 +21,7 @@ GPUS = ("cluster.num_nodes", "cluster.gpus_per_node", f"{VLLM}tensor_parallel_si
 TIS = "loss_fn.truncated_importance_sampling_"
 WEIGHTS = ("loss_fn.use_importance_sampling_correction", f"{TIS}type")
 AHEAD, STALE = "async_rl.sampler.max_lookahead_versions", "async_rl.sampler.max_staleness_versions"
-MEGATRON = "policy.megatron_cfg."
+MEGATRON, DTENSOR = "policy.megatron_cfg.", "policy.dtensor_cfg."
 ESTIMATOR = "grpo.adv_estimator."
 TEMPLATE = ("data.train.prompt_file", "data.default.prompt_file")
 SYSTEM = ("data.train.system_prompt_file", "data.default.system_prompt_file")
@@ -172,7 +172,9 @@ RULES = (
         ),
         its.microbatch,
     ),
-    Rule("learner.activation_checkpointing", ("policy.dtensor_cfg.activation_checkpointing",), mean.checkpointing),
+    Rule("learner.activation_checkpointing", (f"{DTENSOR}activation_checkpointing",), mean.checkpointing),
+    Rule("learner.offload", (f"{DTENSOR}cpu_offload",), mean.offload),
+    Rule("learner.offload", (f"{MEGATRON}optimizer.optimizer_cpu_offload", f"{MEGATRON}enabled"), its.offload),
     Rule("learner.checkpoint_every", ("checkpointing.save_period",), mean.saves),
     Rule(
         "learner.keep_checkpoints",
@@ -254,6 +256,11 @@ WITHOUT = (
         mean.ENGINE,
     ),
     ("policy.generation.*", mean.ENGINE),
+    (f"{DTENSOR}context_parallel_size", mean.SEQUENCE),
+    (f"{DTENSOR}*parallel*", mean.PARALLEL),
+    (f"{MEGATRON}context_parallel_size", mean.SEQUENCE),
+    (f"{MEGATRON}*parallel*", mean.PARALLEL),
+    ("policy.offload_optimizer_for_logprob", mean.BETWEEN),
     (f"{MEGATRON}*", "belongs to their Megatron trainer, and is off or has no counterpart"),
     ("policy.*", mean.SPEED),
     ("checkpointing.*", "checkpoints hold the model's own files and all of the optimizer here"),
@@ -283,7 +290,6 @@ PEER = Peer(
             Rank.DETAIL,
             lambda made: bool(made.get("loss.kl_coef")),
         ),
-        mean.MODEL_GPUS,
     ),
     others=("sft.*", "dpo.*", "rm.*", "distillation.*"),
     texts=(*TEMPLATE, *SYSTEM),

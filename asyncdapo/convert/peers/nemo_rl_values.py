@@ -188,6 +188,10 @@ def megatron(value: Any, enabled: Any) -> Any:
     return number(value) if flag(enabled) and value is not None else None
 
 
+def offload(on: Any, enabled: Any) -> Any:
+    return mean.offload(on) if flag(enabled) else Left("megatron_cfg.enabled is false")
+
+
 def epochs(passes: Any, name: Any, path: Any) -> Any:
     """Epochs; -1 there means no limit."""
     return mean.epochs(passes if passes is None else max(0, whole(passes)), KNOWN_DATA.get(name), path)

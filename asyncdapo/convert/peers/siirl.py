@@ -29,6 +29,5 @@ PEER = replace(
         ),
         *mean.SYNCHRONOUS,
         mean.WHOLE_FILES,
-        mean.MODEL_GPUS,
     ),
 )

@@ -24,6 +24,8 @@ GPUS = (
     f"{ENGINE}num_engines",
 )
 
+FSDP, MEGATRON = f"{POLICY}fsdp_config.", f"{POLICY}megatron_config."
+
 LOSSES = {"regular": "ppo", "dual_clip": "ppo", "gspo": "gspo", "cispo": "cispo"}
 EVALUATED = tuple(f"{EVALUATION}{key}" for key in ("temperature", "top_p", "max_generate_length", "top_k", "min_p"))
 
@@ -174,6 +176,9 @@ RULES = (
         its.microbatch,
     ),
     Rule("learner.activation_checkpointing", ("trainer.gradient_checkpointing",), mean.checkpointing),
+    gpus.shards_rule((f"{FSDP}fsdp_size",), GPUS, STEP, its.gpus_of),
+    Rule("learner.reshard_after_forward", (f"{FSDP}reshard_after_forward",), mean.reshard),
+    Rule("learner.offload", (f"{FSDP}cpu_offload",), mean.offload),
     Rule("learner.checkpoint_every", ("trainer.ckpt_interval",), mean.saves),
     Rule("learner.keep_checkpoints", ("trainer.max_ckpts_to_keep",), mean.kept_checkpoints),
     Rule("eval.every", ("trainer.eval_interval",), mean.every),
@@ -243,7 +248,11 @@ WITHOUT = (
     (f"{ALGORITHM}temperature", "is rollout.temperature"),
     (f"{DYNAMIC}min_replace_ratio", "a batch with few groups to copy is sampled again there, but trained on here"),
     (f"{ALGORITHM}*", "no such method here"),
+    (f"{OPTIMIZER}offload_after_step", mean.BETWEEN),
     (f"{OPTIMIZER}*", mean.SPEED),
+    (f"{POLICY}sequence_parallel_size", mean.SEQUENCE),
+    (f"{MEGATRON}context_parallel_size", mean.SEQUENCE),
+    (f"{MEGATRON}*parallel*", mean.PARALLEL),
     (f"{POLICY}model.lora.*", "all weights are trained here"),
     (f"{POLICY}*", mean.SPEED),
     ("trainer.ref.*", "the reference model is model.reference; there is one only with loss.kl_coef"),
@@ -284,7 +293,6 @@ PEER = Peer(
             Rank.DETAIL,
             lambda made: bool(made.get("reward.overlong_buffer")),
         ),
-        mean.MODEL_GPUS,
     ),
     others=("train_dataset*", "num_steps=*", "dataset_name=*", "max_length=*"),
     aliases=(

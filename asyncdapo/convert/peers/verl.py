@@ -9,6 +9,7 @@ from asyncdapo.convert.peers.verl_values import ACTOR, CORRECTION, ROLLOUT
 from asyncdapo.convert.rules import Left, Made, Peer, Rank, Rule, flag, same, text, whole
 
 TRAIN, GEN, MINI = "data.train_batch_size", "data.gen_batch_size", f"{ACTOR}ppo_mini_batch_size"
+FSDP = f"{ACTOR}fsdp_config."
 FILTER = "algorithm.filter_groups."
 OVERLONG = "reward_model.overlong_buffer."
 ASYNC = "async_training."
@@ -168,6 +169,9 @@ RULES = (
         ("actor_rollout_ref.model.enable_gradient_checkpointing",),
         mean.checkpointing,
     ),
+    gpus.shards_rule((f"{FSDP}fsdp_size",), GPUS, STEP, its.gpus_of),
+    Rule("learner.reshard_after_forward", (f"{FSDP}reshard_after_forward",), mean.reshard),
+    Rule("learner.offload", (f"{FSDP}offload_policy",), mean.offload),
     Rule("learner.checkpoint_every", ("trainer.save_freq",), mean.saves),
     Rule("learner.keep_checkpoints", ("trainer.max_actor_ckpt_to_keep",), mean.kept_checkpoints),
     Rule("eval.every", ("rollout.test_freq",), mean.every),  # asynchronous training reads no other
@@ -241,9 +245,10 @@ WITHOUT = (
     (f"{ACTOR}clip_ratio", "clip_ratio_low and clip_ratio_high override it there, since they have defaults"),
     (f"{ACTOR}optim.*", "the optimizer is AdamW at a constant learning rate here"),
     (f"{ACTOR}shuffle", "mini-batches are assigned to ranks by number of tokens here"),
-    (f"{ACTOR}*fsdp*", mean.SPEED),
-    (f"{ACTOR}strategy", mean.SPEED),
-    (f"{ACTOR}ulysses_sequence_parallel_size", mean.SPEED),
+    *((f"{ACTOR}*.{what}_offload", mean.BETWEEN) for what in ("param", "grad", "optimizer")),
+    (f"{ACTOR}*context_parallel_size", mean.SEQUENCE),
+    (f"{ACTOR}*sequence_parallel_size", mean.SEQUENCE),
+    (f"{ACTOR}megatron.*parallel*", mean.PARALLEL),
     (f"{ACTOR}ppo_m*", mean.SPEED),
     (f"{ACTOR}*", mean.SPEED),
     ("actor_rollout_ref.ref.*", "the reference model is model.reference; there is one only with loss.kl_coef"),
@@ -290,7 +295,6 @@ PEER = Peer(
         *mean.SYNCHRONOUS,
         mean.SURPLUS,
         mean.WHOLE_FILES,
-        mean.MODEL_GPUS,
     ),
     others=("optim=*", "optim.*", "engine=*", "engine.*", "model.partial_pretrain*"),
     aliases=(
