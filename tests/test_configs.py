@@ -42,6 +42,7 @@ def test_the_full_recipe_has_the_papers_values() -> None:
     assert (config.eval.num_prompts, config.eval.num_samples) == (30, 32)
     assert (config.reward.verifier, config.reward.correct, config.reward.incorrect) == ("dapo", 1.0, -1.0)
     assert (config.learner.ranks, config.learner.num_shards, config.learner.offload) == (32, 32, "none")
+    assert config.learner.tokens_per_microbatch == config.prompts.max_prompt_length + config.rollout.max_response_length
     assert config.rollout.num_workers * config.rollout.tensor_parallel + config.learner.ranks == 128
 
 
