@@ -25,8 +25,6 @@ class Gpus:
     """GPUs of the learner, including those of the engines unless `engines` is set."""
     parallel: int
     """GPUs of one engine."""
-    groups: int
-    """Groups in an update; a rank needs at least one."""
     together: bool
     """Whether learner and engines share each GPU."""
     engines: int | Left | None = None
@@ -39,33 +37,28 @@ class Gpus:
 
 
 Read = Callable[..., Gpus | None]
-"""Called with the values of the keys that tell GPUs, then of those that tell a train step's size. None if they don't
-tell the number of GPUs."""
+"""Called with the values of the keys that tell GPUs. None if they don't tell how many there are."""
 
 
-def rules(keys: tuple[str, ...], step: tuple[str, ...], read: Read) -> tuple[Rule, ...]:
-    """The rules for workers, ranks and placement. `step`: the keys of a train step's size."""
+def rules(keys: tuple[str, ...], read: Read) -> tuple[Rule, ...]:
+    """The rules for workers, ranks and placement."""
 
     def made(answer: Callable[[Gpus], Any]) -> Callable[..., Any]:
         def value(*values: Any) -> Any:
-            gpus = read(*values, *[None] * (len(keys) + len(step) - len(values)))
+            gpus = read(*values)
             return None if gpus is None else answer(gpus)
 
         return value
 
     return (
-        Rule("rollout.num_workers", (*keys, *step), made(workers)),
-        Rule("learner.ranks", (*keys, *step), made(ranks)),
+        Rule("rollout.num_workers", keys, made(workers)),
+        Rule("learner.ranks", keys, made(ranks)),
         Rule("controller.placement", keys, made(placement)),
     )
 
 
 def shards_rule(
-    sharded: tuple[str, ...],
-    keys: tuple[str, ...],
-    step: tuple[str, ...],
-    read: Read,
-    num_shards: Callable[..., Any] = whole,
+    sharded: tuple[str, ...], keys: tuple[str, ...], read: Read, num_shards: Callable[..., Any] = whole
 ) -> Rule:
     """The rule for the number of ranks that divide the weights. `num_shards` is called with the values of `sharded`, of
     which the first is given; it returns a number, ALL_RANKS, or `Left`. Here there may be fewer ranks than there."""
@@ -84,7 +77,7 @@ def shards_rule(
         fitting = gcd(asked, num_ranks)
         return fitting if fitting == asked else Made(fitting, f"{asked} there; it divides {num_ranks} ranks here")
 
-    return Rule("learner.shards", (*sharded, *keys, *step), value)
+    return Rule("learner.shards", (*sharded, *keys), value)
 
 
 def number_of(nodes: Any, each: Any) -> int:
@@ -97,7 +90,7 @@ def workers(gpus: Gpus) -> Any:
     if gpus.engines is not None:
         return gpus.engines
     if gpus.shared:
-        return Made(max(1, min(gpus.total, gpus.groups)), f"one on each of {gpus.total} GPUs" if gpus.total > 1 else "")
+        return Made(max(1, gpus.total), f"one on each of {gpus.total} GPUs" if gpus.total > 1 else "")
     why = f"on half of {gpus.total} GPUs, which engines and learner share there"
     return Made(_engines_of_half(gpus), why if gpus.together else f"on half of {gpus.total} GPUs")
 
@@ -105,14 +98,10 @@ def workers(gpus: Gpus) -> Any:
 def ranks(gpus: Gpus) -> Any:
     """Number of learner ranks."""
     if gpus.engines is not None:
-        fewer = gpus.total > gpus.groups
-        why = f"of {gpus.total} GPUs, no more than groups in an update" if fewer else ""
-        return Made(min(gpus.total, gpus.groups), why)
+        return gpus.total
     if gpus.shared:
-        return Made(max(1, min(gpus.total, gpus.groups)), "each on a GPU with a worker")
+        return Made(max(1, gpus.total), "each on a GPU with a worker")
     left = gpus.total - _engines_of_half(gpus) * gpus.parallel
-    if left > gpus.groups:
-        return Made(max(1, gpus.groups), f"of {left} GPUs, no more than groups in an update")
     return Made(max(1, left), f"what the engines leave of {gpus.total} GPUs" if gpus.total > 1 else "")
 
 

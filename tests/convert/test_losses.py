@@ -159,7 +159,7 @@ def test_a_comment_names_the_keys_that_decide_the_value() -> None:
     _, made = converted("verl", [str(HERE / "snippets" / "verl.sh")])
     shown = {line.ours: [text.partition("=")[0] for text in line.shown] for line in made.lines}
     assert shown["replay.prompts_per_step"] == ["data.train_batch_size", "algorithm.filter_groups.enable"]
-    assert shown["learner.ranks"] == ["trainer.nnodes", f"{ACTOR}ppo_mini_batch_size"]
+    assert shown["learner.ranks"] == ["trainer.nnodes", "trainer.n_gpus_per_node"]
     assert shown["loss.kl_coef"] == [f"{ACTOR}kl_loss_coef", f"{ACTOR}use_kl_loss"]
 
 

@@ -189,12 +189,12 @@ def microbatch(per_device: Any, response: Any, prompt: Any) -> Any:
     return Made(whole(per_device) * (whole(response) + whole(prompt)), "completions there, computed tokens here")
 
 
-def gpus_of(processes: Any, nodes: Any, parallel: Any, mode: Any, *sizes: Any) -> Gpus | None:
+def gpus_of(processes: Any, nodes: Any, parallel: Any, mode: Any) -> Gpus | None:
     if processes is None:
         return None
     own = Left("the rollout server is started separately there: set rollout.num_workers") if mode == "server" else None
-    total, groups = number_of(nodes, processes), _groups_per_update(*sizes)
-    return Gpus(total=total, parallel=whole(parallel or 1), groups=groups, together=own is None, engines=own)
+    total = number_of(nodes, processes)
+    return Gpus(total=total, parallel=whole(parallel or 1), together=own is None, engines=own)
 
 
 ZERO = re.compile(r"zero([0-3])(_offload)?")
@@ -228,10 +228,6 @@ def num_fsdp_shards(how: Any) -> Any:
     """By the names of `transformers`, and their own `fsdp2`."""
     known = how == "fsdp2" or any(name in str(how) for name in ("full_shard", "shard_grad_op"))
     return ALL_RANKS if known else Left("of unknown meaning: learner.shards is auto")
-
-
-def _groups_per_update(*sizes: Any) -> int:
-    return max(1, _sizes(*sizes)[1] // whole(sizes[-1])) if sizes[-1] else 1_000_000
 
 
 # ---------------------------------------------------------------------------------------------------------------- loss

@@ -51,7 +51,7 @@ RULES = (
     same("prompts.max_prompt_length", "data.max_input_seq_length"),
     Rule("prompts.epochs", ("grpo.max_num_epochs", "data.train.dataset_name", "data.train.data_path"), its.epochs),
     Rule("rollout.engine", ("policy.generation.backend",), mean.engine),
-    *gpus.rules(GPUS, STEP, its.gpus_of),
+    *gpus.rules(GPUS, its.gpus_of),
     same("rollout.tensor_parallel", f"{VLLM}tensor_parallel_size"),
     same("rollout.memory_fraction", f"{VLLM}gpu_memory_utilization"),
     same("rollout.engine_args.enforce_eager", f"{VLLM}enforce_eager"),

@@ -60,10 +60,6 @@ def _per_step(*step: Any) -> int:
     return plain(updates_per_step(*step)) or 1
 
 
-def groups_per_update(*step: Any) -> int:
-    return max(1, whole(step[0] or 1) // _per_step(*step))
-
-
 def response_length(new: Any, total: Any, prompt: Any) -> Any:
     """The lower of two limits: that of a response, and what the longest prompt leaves of the sequence."""
     left = whole(total) - whole(prompt) if total and prompt and prompt < total else None
@@ -260,11 +256,11 @@ def microbatch(completions: Any, total: Any, packing: Any, packed: Any) -> Any:
     return Made(whole(completions) * whole(total), "completions there, computed tokens here")
 
 
-def gpus_of(nodes: Any, each: Any, parallel: Any, together: Any, *step: Any) -> Gpus | None:
+def gpus_of(nodes: Any, each: Any, parallel: Any, together: Any) -> Gpus | None:
     if each is None:
         return None
-    total, groups = number_of(nodes, each), groups_per_update(*step)
-    return Gpus(total=total, parallel=whole(parallel or 1), groups=groups, together=flag(together))
+    total = number_of(nodes, each)
+    return Gpus(total=total, parallel=whole(parallel or 1), together=flag(together))
 
 
 def when_async(value: Any, enabled: Any) -> Any:

@@ -46,7 +46,7 @@ RULES = (
     same("prompts.max_prompt_length", "trainer.max_prompt_length"),
     Rule("prompts.epochs", ("trainer.epochs", "data.train_data"), mean.epochs),
     Rule("rollout.engine", (f"{ENGINE}backend",), mean.engine),
-    *gpus.rules(GPUS, STEP, its.gpus_of),
+    *gpus.rules(GPUS, its.gpus_of),
     same("rollout.tensor_parallel", f"{ENGINE}tensor_parallel_size"),
     same("rollout.memory_fraction", f"{ENGINE}gpu_memory_utilization"),
     *(
@@ -176,7 +176,7 @@ RULES = (
         its.microbatch,
     ),
     Rule("learner.activation_checkpointing", ("trainer.gradient_checkpointing",), mean.checkpointing),
-    gpus.shards_rule((f"{FSDP}fsdp_size",), GPUS, STEP, its.gpus_of),
+    gpus.shards_rule((f"{FSDP}fsdp_size",), GPUS, its.gpus_of),
     Rule("learner.reshard_after_forward", (f"{FSDP}reshard_after_forward",), mean.reshard),
     Rule("learner.offload", (f"{FSDP}cpu_offload",), mean.offload),
     Rule("learner.checkpoint_every", ("trainer.ckpt_interval",), mean.saves),

@@ -48,17 +48,13 @@ def updates_per_step(train: Any, mini: Any, is_async: Any) -> Any:
     return 1 if flag(is_async) else mean.updates(train, mini)
 
 
-def groups_per_update(train: Any, mini: Any, is_async: Any) -> int:
-    return whole(min(train, mini)) if train and mini else 1
-
-
-def gpus_of(nodes: Any, each: Any, parallel: Any, together: Any, engines: Any, *step: Any) -> Gpus | None:
+def gpus_of(nodes: Any, each: Any, parallel: Any, together: Any, engines: Any) -> Gpus | None:
     """GPU counts; their number of engines matters only if engines have GPUs of their own."""
     if each is None and (flag(together) or engines is None):
         return None
     own = whole(engines or 1) if not flag(together) else None
-    total, groups = number_of(nodes, each), groups_per_update(*step)
-    return Gpus(total=total, parallel=whole(parallel or 1), groups=groups, together=flag(together), engines=own)
+    total = number_of(nodes, each)
+    return Gpus(total=total, parallel=whole(parallel or 1), together=flag(together), engines=own)
 
 
 def reduction(name: Any, variant: Any) -> Any:

@@ -40,7 +40,7 @@ RULES = (
     same("prompts.max_prompt_length", "data.max_prompt_length"),
     Rule("prompts.epochs", ("trainer.total_epochs", "rollout.total_epochs", "data.train_files"), its.epochs),
     Rule("rollout.engine", (f"{ROLLOUT}name",), mean.engine),
-    *gpus.rules(GPUS, STEP, its.gpus_of),
+    *gpus.rules(GPUS, its.gpus_of),
     same("rollout.tensor_parallel", f"{ROLLOUT}tensor_model_parallel_size"),
     same("rollout.memory_fraction", f"{ROLLOUT}gpu_memory_utilization"),
     *(
@@ -169,7 +169,7 @@ RULES = (
         ("actor_rollout_ref.model.enable_gradient_checkpointing",),
         mean.checkpointing,
     ),
-    gpus.shards_rule((f"{FSDP}fsdp_size",), GPUS, STEP, its.gpus_of),
+    gpus.shards_rule((f"{FSDP}fsdp_size",), GPUS, its.gpus_of),
     Rule("learner.reshard_after_forward", (f"{FSDP}reshard_after_forward",), mean.reshard),
     Rule("learner.offload", (f"{FSDP}offload_policy",), mean.offload),
     Rule("learner.checkpoint_every", ("trainer.save_freq",), mean.saves),

@@ -93,18 +93,14 @@ def microbatch(tokens: Any, dynamic: Any, completions: Any, prompt: Any, respons
     return Made(whole(completions) * (whole(prompt) + whole(response)), "completions there, computed tokens here")
 
 
-def groups_per_update(*step: Any) -> int:
-    return max(1, whole(_number_of_prompts(step) or 1) // (plain(updates_per_step(*step)) or 1))
-
-
-def gpus_of(nodes: Any, each: Any, parallel: Any, their_nodes: Any, their_each: Any, *step: Any) -> Gpus | None:
+def gpus_of(nodes: Any, each: Any, parallel: Any, their_nodes: Any, their_each: Any) -> Gpus | None:
     """GPU counts. In their asynchronous training, engines have GPUs of their own."""
     if nodes is None and each is None:
         return None
     parallel = whole(parallel or 1)
     own = None if their_each is None else max(1, number_of(their_nodes, their_each) // parallel)
-    total, groups = number_of(nodes, each), groups_per_update(*step)
-    return Gpus(total=total, parallel=parallel, groups=groups, together=own is None, engines=own)
+    total = number_of(nodes, each)
+    return Gpus(total=total, parallel=parallel, together=own is None, engines=own)
 
 
 # ---------------------------------------------------------------------------------------------------------------- loss
