@@ -77,6 +77,9 @@ def _of_another_kind(name: str, cls: type, given: Mapping[str, Any], error: str)
         expected = problem[0].lower() + problem[1:].split(", got")[0]
     else:
         expected = f"must be {' and '.join(f'{LIMITS[limit]} {number:g}' for limit, number in numbers_of(limits))}"
+        expected += "".join(
+            f" or {word}" for kind in get_args(hint) if get_origin(kind) is Literal for word in get_args(kind)
+        )
     default = {field.name: field.default for field in dataclasses.fields(cls)}[key]
     fix = fix or _example(f"{name}.{key}", hint, given[key], default)
     return ConfigError(f"{name}.{key}", f"{expected}, got {given[key]!r}", fix=fix)
