@@ -22,6 +22,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, Self
 
 import torch
@@ -245,10 +246,15 @@ def _process_group(store: Store, group: ProcessGroup, deadline: Deadline) -> Any
         options._timeout = deadline.left()
         with _blocking_waits():
             return dist.ProcessGroupNCCL(store, group.rank, group.world_size, options)
+    return gloo_backend(store, group.rank, group.world_size, group.address, deadline.left())
+
+
+def gloo_backend(store: Store, rank: int, world_size: int, address: str, timeout: timedelta) -> Any:
+    """Connect the ranks that share this store, by the network interface that leads to `address`."""
     options = dist.ProcessGroupGloo._Options()  # pyright: ignore[reportAttributeAccessIssue] (torch's stub has it as Options)
-    options._timeout = deadline.left()
-    options._devices = [_gloo_device(group.address)]
-    return dist.ProcessGroupGloo(store, group.rank, group.world_size, options)
+    options._timeout = timeout
+    options._devices = [_gloo_device(address)]
+    return dist.ProcessGroupGloo(store, rank, world_size, options)
 
 
 @contextmanager

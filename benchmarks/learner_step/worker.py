@@ -29,6 +29,7 @@ from asyncdapo.algorithm.dapo import group_advantage
 from asyncdapo.errors import RunError
 from asyncdapo.learner.batches.prepared import Prepared
 from asyncdapo.learner.config import LearnerConfig, LossConfig, ModelConfig
+from asyncdapo.learner.model.sharding import gather
 from asyncdapo.learner.step.learner import Learner
 from asyncdapo.model.files import TOKENIZER_FILES
 from benchmarks.learner_step.batch import BatchFile, messages_of
@@ -120,7 +121,9 @@ def our_gradient(spec: dict, file: BatchFile) -> list[torch.Tensor]:
     found: list[torch.Tensor] = []
 
     def keep(optimizer: torch.optim.Optimizer, *_: object) -> None:
-        found.extend(parameter.grad.clone() for group in optimizer.param_groups for parameter in group["params"])
+        found.extend(
+            gather(parameter.grad).clone() for group in optimizer.param_groups for parameter in group["params"]
+        )
 
     step = OurStep({**spec, "shared": True}, file, grad_clip=NO_CLIP)
     hook = register_optimizer_step_pre_hook(keep)

@@ -1,7 +1,7 @@
 """Ranks of a learner for tests, over real Gloo: in threads of this process, or in processes that can be killed.
 
-Work is a function of `Ranks`; in processes it stands at the top of a module. The fork server imports torch once, a
-process then starts in a few hundredths of a second.
+Work is a function of `Ranks`; in processes it stands at the top of a module. The fork server imports torch and the
+learner once, a process then starts in a few hundredths of a second.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ T = TypeVar("T")
 JOIN_TIMEOUT_S = 20.0
 
 spawned = multiprocessing.get_context("forkserver")
-spawned.set_forkserver_preload([__name__])
+spawned.set_forkserver_preload([__name__, "tests.learner.tiny"])
 
 
 def in_threads(num_ranks: int, work: Callable[[Ranks], T]) -> list[T]:
@@ -100,8 +100,13 @@ def _outcome(process: RankProcess) -> Any:
         return None
 
 
-def _joined(group: GradientGroup) -> Ranks:
-    ranks = Ranks(group.rank, group.world_size)
+def with_shards(ranks: Ranks, num_shards: int) -> Ranks:
+    """The same rank in a mesh of so many shards; the mesh before ends."""
+    return _joined(ranks._group, num_shards)
+
+
+def _joined(group: GradientGroup, num_shards: int = 1) -> Ranks:
+    ranks = Ranks(group.rank, group.world_size, num_shards)
     ranks.join(group)
     return ranks
 

@@ -1,27 +1,38 @@
-"""The gradient of a train step is the same for every micro-batch size and number of ranks, whatever the loss.
+"""The gradient of a train step is the same for every micro-batch size and mesh of ranks, whatever the loss.
 
-Ranks are real processes with a Gloo group. A case trains one step of two epochs with two updates each, on groups of
-unequal lengths and numbers of copies; under every aggregation with all that could tell parts apart (masks by the
-policy, a KL penalty, an entropy bonus), then under other variants. Compared are the clipped gradients of every update
-and the weights at the end, in float64.
+Ranks are real processes with a Gloo group, replicas × shards. A case trains one step of two epochs with two updates
+each, on groups of unequal lengths and numbers of copies; under every aggregation with all that could tell parts apart
+(masks by the policy, a KL penalty, an entropy bonus), then under other variants. Compared are the clipped gradients of
+every update and the weights at the end, in float64.
 """
 
 from __future__ import annotations
-
-from typing import get_args, get_type_hints
 
 import msgspec
 import numpy as np
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from asyncdapo.learner.config import LossConfig
+from asyncdapo.learner.config import AGGREGATIONS, LossConfig
+from asyncdapo.learner.model import sharding
+from asyncdapo.learner.model.attention import NAME
 from asyncdapo.learner.step.ranks import ALONE, Ranks
 from asyncdapo.messages import Batch
 from asyncdapo.shares import Dealer, share_of
 from asyncdapo.transport.payload import Payload
-from tests.learner.ranks import in_processes
-from tests.learner.tiny import CUT, MEASURED, make_batch, make_learner, save_tiny_llama, with_equal_rewards
+from tests.learner.ranks import in_processes, with_shards
+from tests.learner.tiny import (
+    CUT,
+    MEASURED,
+    SHAPE,
+    clipped_gradients,
+    make_batch,
+    make_exact_learner,
+    make_learner,
+    save_tiny_llama,
+    with_equal_rewards,
+)
 from tests.learner.tiny import train as train_step
 
 NUM_UPDATES = 2
@@ -32,7 +43,7 @@ NUM_ROWS = 24
 OUTLIERS = {"outlier_band": (1e-4, 1e4)}
 EVERYTHING = {"anchor": "proximal", "kl_coef": 0.1, "entropy_coef": 0.01, "dual_clip": 3.0, **OUTLIERS}
 LOSSES = {
-    **{agg: LossConfig(agg=agg, **EVERYTHING) for agg in get_args(get_type_hints(LossConfig)["agg"])},
+    **{agg: LossConfig(agg=agg, **EVERYTHING) for agg in AGGREGATIONS},
     "default": LossConfig(),
     "gspo": LossConfig(variant="gspo", clip_low=0.1, clip_high=0.2, agg="seq-mean-token-mean", **OUTLIERS),
     "cispo": LossConfig(variant="cispo", anchor="proximal", outlier_scope="sequence", **OUTLIERS),
@@ -77,23 +88,21 @@ def lengths_of(batch: Batch) -> list[int]:
 
 def train(path: str, case: Case, ranks: Ranks) -> Result:
     loss, batch, payload, max_tokens = case
-    learner = make_learner(
+    learner = make_exact_learner(
         path, loss=loss, ranks=ranks, tokens_per_microbatch=max_tokens, updates_per_step=NUM_UPDATES, epochs=2
     )
-    for model in (learner._model, learner._first_pass.reference):
-        if model is not None:
-            model.double()
-    gradients: list[torch.Tensor] = []
-    parameters = list(learner._model.parameters())
-    learner._optimizer._adamw.register_step_pre_hook(
-        lambda *_: gradients.append(torch.cat([parameter.grad.flatten() for parameter in parameters]).clone())
-    )
+    gradients = clipped_gradients(learner)
     metrics = train_step(learner, batch, payload)
-    return gradients, torch.cat([parameter.detach().flatten() for parameter in parameters]), metrics
+    return gradients, torch.cat([weight.flatten() for weight in learner.weights().values()]).clone(), metrics
 
 
-def train_each(ranks: Ranks, path: str, cases: list[Case]) -> list[Result]:
-    return [train(path, case, ranks) for case in cases]
+def train_each(ranks: Ranks, meshes: list[int], cases: list[tuple[str, Case]]) -> list[list[Result]]:
+    """Of each mesh, which is a number of shards. Every block is gathered on its own."""
+    sharding.GATHERED_BYTES = 0
+    return [
+        [train(path, case, of_mesh) for path, case in cases]
+        for of_mesh in (with_shards(ranks, num_shards) for num_shards in meshes)
+    ]
 
 
 def train_and_drift(ranks: Ranks, path: str) -> None:
@@ -109,6 +118,21 @@ def train_and_drift(ranks: Ranks, path: str) -> None:
 @pytest.fixture(scope="module")
 def path(tmp_path_factory) -> str:
     return save_tiny_llama(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def other_paths(tmp_path_factory) -> list[str]:
+    """Untied Llama, Qwen2.5 with its biases and tied embeddings, and Qwen3 with its norms of queries and keys."""
+    shape = {**SHAPE, "attn_implementation": NAME}
+    models = {
+        "llama": LlamaForCausalLM(LlamaConfig(**shape)),
+        "qwen2": Qwen2ForCausalLM(Qwen2Config(**shape, tie_word_embeddings=True)),
+        "qwen3": Qwen3ForCausalLM(Qwen3Config(**shape, head_dim=16)),
+    }
+    folder = tmp_path_factory.mktemp("models")
+    for name, model in models.items():
+        model.save_pretrained(folder / name)
+    return [str(folder / name) for name in models]
 
 
 def assert_equal(got: Result, expected: Result) -> None:
@@ -131,23 +155,48 @@ def test_every_micro_batch_size_gives_the_same_gradient(path, loss):
         assert_equal(train(path, (LOSSES[loss], batch, payload, LONGEST * num_rows), ALONE), whole)
 
 
-@pytest.mark.parametrize("num_ranks", [2, pytest.param(4, marks=pytest.mark.soak)])
-def test_every_number_of_ranks_gives_the_same_gradient(path, num_ranks):
-    batch, payload = a_batch()
-    one_rank_masked = masked_at_rank_1(batch, payload)
-    few = a_batch(num_groups=3)
-    cases = [
-        (loss, *of_batch, 4 * LONGEST)
-        for loss in list(LOSSES.values())[: None if num_ranks == 2 else 7]
-        for of_batch in ((batch, payload), (batch, one_rank_masked), few)
-    ]
-    cases.append((LOSSES["default"], constant_at_rank_1(batch), payload, 4 * LONGEST))
-    results = in_processes(num_ranks, train_each, path, cases)
-    for number, case in enumerate(cases):
+def assert_every_mesh_is_exact(num_ranks: int, meshes: list[int], cases: list[tuple[str, Case]]) -> None:
+    results = in_processes(num_ranks, train_each, meshes, cases)
+    assert not [result for result in results if isinstance(result, Exception)], results
+    for number, (path, case) in enumerate(cases):
         expected = train(path, case, ALONE)
-        for of_rank in results:
-            assert_equal(of_rank[number], expected)
-            assert torch.equal(of_rank[number][1], results[0][number][1]), "ranks differ"
+        for of_mesh in range(len(meshes)):
+            for of_rank in results:
+                assert_equal(of_rank[of_mesh][number], expected)
+                assert torch.equal(of_rank[of_mesh][number][1], results[0][of_mesh][number][1]), "ranks differ"
+
+
+def hard_cases(path: str) -> list[tuple[str, Case]]:
+    """Every token of a rank masked, fewer groups than ranks have updates, a rank with nothing to compute."""
+    batch, payload = a_batch()
+    everything, default = LOSSES["token-mean"], LOSSES["default"]
+    return [
+        (path, (everything, batch, masked_at_rank_1(batch, payload), 4 * LONGEST)),
+        (path, (everything, *a_batch(num_groups=3), 4 * LONGEST)),
+        (path, (default, constant_at_rank_1(batch), payload, 4 * LONGEST)),
+    ]
+
+
+@pytest.mark.parametrize(("num_ranks", "meshes"), [(2, [1, 2]), (4, [2, 4])])
+def test_every_mesh_gives_the_same_gradient(path, other_paths, num_ranks, meshes):
+    batch, payload = a_batch()
+    of_losses = [(path, (LOSSES[agg], batch, payload, 4 * LONGEST)) for agg in AGGREGATIONS]
+    of_models = [(other, (LOSSES["token-mean"], batch, payload, 2 * LONGEST)) for other in other_paths]
+    assert_every_mesh_is_exact(num_ranks, meshes, of_losses + of_models + hard_cases(path))
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(("num_ranks", "meshes"), [(2, [1, 2]), (4, [1, 2, 4])])
+def test_every_loss_has_the_same_gradient_on_every_mesh(path, other_paths, num_ranks, meshes):
+    batch, payload = a_batch()
+    of_losses = [
+        (of_model, (loss, batch, payload, num_rows * LONGEST))
+        for of_model in (path, *other_paths)
+        for loss in LOSSES.values()
+        for num_rows in (1, 4)
+    ]
+    assert_every_mesh_is_exact(num_ranks, meshes, of_losses + hard_cases(path))
 
 
 @pytest.mark.parametrize("loss", [name for name, loss in LOSSES.items() if loss.outlier_band])

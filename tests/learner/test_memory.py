@@ -10,7 +10,10 @@ import pytest
 from asyncdapo.learner.batches.samples import Row
 from asyncdapo.learner.config import LossConfig
 from asyncdapo.learner.model import logprobs
+from asyncdapo.learner.model.policy import Policy
+from asyncdapo.learner.step import gradient
 from asyncdapo.learner.step.gradient import accumulate_gradient
+from asyncdapo.learner.step.ranks import ALONE
 from tests.learner.tiny import make_row, tiny_llama
 from tests.model.test_shape import LivingBytes
 
@@ -24,12 +27,18 @@ HEADS = {"num_attention_heads": 1, "num_key_value_heads": 1}
 
 def peak_bytes(rows: list[Row], vocab_size: int) -> int:
     """Of one gradient step, besides weights and a gradient for each that are there before."""
-    model = tiny_llama(vocab_size=vocab_size, **SIZES, **HEADS)
-    for parameter in model.parameters():
+    policy = Policy(tiny_llama(vocab_size=vocab_size, **SIZES, **HEADS), 0.7)
+    for parameter in policy.parameters():
         parameter.grad = parameter.detach().clone()
-    with LivingBytes(model) as made:
-        accumulate_gradient(model, rows, LossConfig(entropy_coef=0.01), temperature=0.7, max_tokens=1)
+    with LivingBytes(policy) as made:
+        accumulate_gradient(policy, rows, LossConfig(entropy_coef=0.01), max_tokens=1, ranks=ALONE)
     return made.peak
+
+
+@pytest.fixture(autouse=True)
+def whole_weights(monkeypatch) -> None:
+    """What sharding adds is `test_held_bytes`'s."""
+    monkeypatch.setattr(gradient, "before_backward", lambda *_, **__: None)
 
 
 def rows_of(num_groups: int, num_tokens: int) -> list[Row]:

@@ -19,7 +19,8 @@ from asyncdapo.learner.model import logprobs
 from asyncdapo.learner.model.attention import NAME
 from asyncdapo.learner.model.blocks import settle_blocks
 from asyncdapo.learner.step.gradient import accumulate_gradient
-from tests.learner.tiny import SHAPE, make_batch, needs_compiler, tiny_llama
+from asyncdapo.learner.step.ranks import ALONE
+from tests.learner.tiny import SHAPE, gradient_of, make_batch, needs_compiler, sharded, tiny_llama
 
 TEMPERATURE = 0.8
 ENTROPY_COEF = 0.01
@@ -45,10 +46,6 @@ def update_rows():
     return [replace(row, weight=1 / num_tokens) for row in rows]
 
 
-def gradient_of(model):
-    return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
-
-
 def plain_gradient(make_model):
     """The clipped loss and the entropy bonus, written down once more."""
     model, rows = make_model(attn_implementation="eager"), update_rows()
@@ -62,17 +59,18 @@ def plain_gradient(make_model):
         objective_T = torch.minimum(ratio_T * row.advantage, ratio_T.clamp(0.8, 1.28) * row.advantage)
         total = total - row.weight * (objective_T + ENTROPY_COEF * policy.entropy()).sum()
     total.backward()
-    return gradient_of(model)
+    return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
 
 
 def assert_equal_gradient(make_model, *, max_tokens, checkpointing, compile):
     model = make_model()
     settle_blocks(model, compile=compile, checkpointing=checkpointing)
     loss = LossConfig(entropy_coef=ENTROPY_COEF, dual_clip=None)  # as `plain_gradient` is
-    accumulate_gradient(model, update_rows(), loss, temperature=TEMPERATURE, max_tokens=max_tokens)
+    policy = sharded(model, TEMPERATURE)
+    accumulate_gradient(policy, update_rows(), loss, max_tokens=max_tokens, ranks=ALONE)
     expected = plain_gradient(make_model)
     assert expected.norm() > 0
-    assert (gradient_of(model) - expected).norm() <= 1e-6 * expected.norm()
+    assert (gradient_of(policy) - expected).norm() <= 1e-6 * expected.norm()
 
 
 @pytest.fixture(params=["whole", "chunks"])

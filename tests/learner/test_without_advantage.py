@@ -13,7 +13,16 @@ from asyncdapo.learner.batches.samples import rows_by_update
 from asyncdapo.learner.config import LossConfig
 from asyncdapo.messages import Batch
 from asyncdapo.transport.payload import Payload
-from tests.learner.tiny import dealt_to, make_batch, make_learner, save_tiny_llama, train, with_equal_rewards
+from tests.learner.tiny import (
+    clipped_gradients,
+    dealt_to,
+    make_batch,
+    make_exact_learner,
+    make_learner,
+    save_tiny_llama,
+    train,
+    with_equal_rewards,
+)
 
 CONSTANT = {1, 2, 5}
 LOSSES = {
@@ -42,13 +51,8 @@ def a_batch(constant: set[int]) -> tuple[Batch, Payload]:
 
 def gradients_of(path: str, loss: LossConfig, *, all_rows: bool) -> tuple[list[torch.Tensor], dict[str, float]]:
     """Of each update of a step, in float64. `all_rows`: those without an advantage are computed, too."""
-    learner = make_learner(path, loss=loss, updates_per_step=2, epochs=2, tokens_per_microbatch=60)
-    learner._model.double()
-    gradients: list[torch.Tensor] = []
-    parameters = list(learner._model.parameters())
-    learner._optimizer._adamw.register_step_pre_hook(
-        lambda *_: gradients.append(torch.cat([parameter.grad.flatten() for parameter in parameters]).clone())
-    )
+    learner = make_exact_learner(path, loss=loss, updates_per_step=2, epochs=2, tokens_per_microbatch=60)
+    gradients = clipped_gradients(learner)
     batch, payload = a_batch(CONSTANT)
     batch = dealt_to(learner, batch)
     prepared = learner.prepare(batch, payload)

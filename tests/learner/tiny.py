@@ -2,18 +2,22 @@
 
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 
 import msgspec
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from asyncdapo.learner.batches.samples import Row
 from asyncdapo.learner.config import LearnerConfig, LossConfig, ModelConfig
+from asyncdapo.learner.model import model
 from asyncdapo.learner.model.attention import NAME
 from asyncdapo.learner.model.compiler import COMPILERS
+from asyncdapo.learner.model.policy import Policy
+from asyncdapo.learner.model.sharding import gather, named_shards, shard
 from asyncdapo.learner.step.learner import Learner
 from asyncdapo.learner.step.ranks import ALONE, Ranks
 from asyncdapo.messages import Batch, Completion, Group
@@ -53,6 +57,17 @@ def save_tiny_llama(directory: Path, **changes) -> str:
     return str(directory)
 
 
+def sharded(whole: PreTrainedModel, temperature: float = 1.0, dtype: torch.dtype = torch.float32) -> Policy:
+    """On a mesh of one; blocks and all else each on its own where `GATHERED_BYTES` is 0."""
+    policy = Policy(whole, temperature)
+    shard(policy, ALONE.mesh(policy.device), dtype=dtype)
+    return policy
+
+
+def gradient_of(policy: Policy) -> torch.Tensor:
+    return torch.cat([gather(shard.grad).flatten() for shard in named_shards(policy).values()])
+
+
 def make_learner(
     path: str,
     *,
@@ -66,13 +81,28 @@ def make_learner(
     return Learner(
         ModelConfig(path=path, reference=reference),
         loss or LossConfig(),
-        LearnerConfig(**{"lr": 1e-3, "device": "cpu", "ranks": ranks.num_ranks, **config}),
+        LearnerConfig(**{"lr": 1e-3, "device": "cpu", "ranks": ranks.num_ranks, "shards": ranks.num_shards, **config}),
         temperature=temperature,
         staleness_bound=staleness_bound,
         max_response_length=16,
         seed=0,
         ranks=ranks,
     )
+
+
+def make_exact_learner(path: str, **config) -> Learner:
+    """Its weights, and what it computes, are float64."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model, "WEIGHTS_DTYPE", torch.float64)
+        return make_learner(path, **config)
+
+
+def clipped_gradients(learner: Learner) -> list[torch.Tensor]:
+    """Of each update to come, whole; every rank has to ask for it."""
+    gradients: list[torch.Tensor] = []
+    keep = partial(gradient_of, learner._policy)
+    learner._optimizer._adamw.register_step_pre_hook(lambda *_: gradients.append(keep().clone()))
+    return gradients
 
 
 def make_batch(

@@ -20,7 +20,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from asyncdapo.controller.fleet.process import Process, ProcessDied, R
-from asyncdapo.errors import EngineError, RunError, WeightsError
+from asyncdapo.errors import EngineError, RanksError, RunError, WeightsError
 from asyncdapo.transport.backend import Backend
 from asyncdapo.weights.backend import choose_backend, device_of_ranks
 from asyncdapo.weights.config import WeightsConfig
@@ -48,9 +48,14 @@ class Publishing:
     """One learner, any number of workers, one process group at a time."""
 
     def __init__(
-        self, config: WeightsConfig, learner: Process[LearnerProcess], workers: Sequence[Process[RolloutProcess]]
+        self,
+        config: WeightsConfig,
+        learner: Process[LearnerProcess],
+        workers: Sequence[Process[RolloutProcess]],
+        other_shards: Sequence[Process[LearnerProcess]] = (),
     ) -> None:
-        self.config, self.learner, self.workers = config, learner, workers
+        """`learner`: rank 0, which sends; `other_shards`: the ranks that have the other shards of what it sends."""
+        self.config, self.learner, self.workers, self.other_shards = config, learner, workers, other_shards
         self.turn = asyncio.Lock()
         """Held while the learner trains or sends."""
         self.version, self.branch = 0, 0
@@ -84,7 +89,7 @@ class Publishing:
                     return await self._send_to(self._up())
                 except (WeightsError, ProcessDied) as error:
                     self._note_failure(error)
-                    if not self.learner.up.is_set():
+                    if not self._learner_is_up():
                         raise
                     missed = error
         raise RunError(
@@ -102,14 +107,20 @@ class Publishing:
                     await self._send_to([worker])
                     log.info("%s caught up with version %d", worker.name, self.version)
                     return
+                except RanksError as error:  # the train loop notices it too, and starts the learner again
+                    self._note_failure(error)
+                    return
                 except (WeightsError, ProcessDied) as error:
                     self._note_failure(error)
-                    if not (self.learner.up.is_set() and worker.up.is_set()):
+                    if not (self._learner_is_up() and worker.up.is_set()):
                         return
         log.warning("%s missed version %d %d times", worker.name, self.version, self.config.max_missed)
         worker.end()
 
     # ----------------------------------------------------------------------------------------------------- transfers
+
+    def _learner_is_up(self) -> bool:
+        return all(rank.up.is_set() for rank in (self.learner, *self.other_shards))
 
     def _up(self) -> list[Process[RolloutProcess]]:
         return [worker for worker in self.workers if worker.up.is_set()]
@@ -129,11 +140,13 @@ class Publishing:
         if self._members != _lives([self.learner, *workers]):
             await self._regroup(workers)
         version, branch, learner = self.version, self.branch, self.learner
-        sent, *received = await self._within_deadline(
+        sent, *others = await self._within_deadline(
             f"send version {version}",
             {learner: learner.call(lambda learner: learner.send_weights, version, branch)}
+            | {rank: rank.call(lambda rank: rank.give_shards) for rank in self.other_shards}
             | {worker: worker.call(lambda worker: worker.receive_weights, version, branch) for worker in workers},
         )
+        received = others[len(self.other_shards) :]
         self._loaded |= {worker.name: (worker.life, branch, version) for worker in workers}
         slowest = {part: max(report[part] for report in received) for part in PARTS}
         return {"weights/publish_s": sent["seconds"], "weights/bytes": sent["bytes"]} | {

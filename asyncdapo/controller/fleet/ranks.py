@@ -1,7 +1,7 @@
 """The learner's processes, one per rank, which live and die together.
 
     rank 0     the process `learner`: also sends weights and writes checkpoints
-    rank r     `learner-r`: trains on its share of every update, and has the same weights
+    rank r     `learner-r`: trains on its share of every update, and has its shard of the weights
 
 In: commands for one of them or for all. Out: their answers. Invariant: a rank alone is worth nothing, since the others
 wait for it in the next sum: the death of one is the death of all, whether Ray reports it or the others notice that
@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Coroutine, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from asyncdapo.controller.fleet.process import CAUSE_GRACE_S, Params, Pick, Process, ProcessDied, R
@@ -48,16 +49,21 @@ class Learners:
             raise
         return answers[0]
 
-    async def connect(self) -> None:
-        """Make the group in which the ranks sum: over NCCL where each has a GPU of its own, else over Gloo. All have
-        started; from now on they can train. Raises RunError when their weights differ."""
+    async def load(self, checkpoint: Path | None) -> None:
+        """Join the ranks, and have them load the model, resumed from the checkpoint if there is one. All have started;
+        from now on they can train. Raises RunError when replicas have other weights than each other."""
+        await self._connect()
+        await self.call_all(lambda rank: rank.load, checkpoint)
+
+    async def _connect(self) -> None:
+        """Make the group of the ranks: over NCCL where each has a GPU of its own, else over Gloo."""
         if len(self.ranks) == 1:
             return
         devices = await together(*(rank.call(lambda rank: rank.device) for rank in self.ranks))
         backend, reason = fitting_backend(dict(zip((rank.name for rank in self.ranks), devices, strict=True)))
         address = await self.first.call(lambda rank: rank.host_ranks, backend)
         await self.call_all(lambda rank: rank.join_ranks, address, backend)
-        log.info("%d ranks sum by %s: %s", len(self.ranks), backend, reason)
+        log.info("%d ranks are connected by %s: %s", len(self.ranks), backend, reason)
 
     def ended_by(self, error: Exception) -> bool:
         """Whether the error says that a rank is gone."""

@@ -38,7 +38,8 @@ class TrainingFleet(Fleet):
     def __init__(self, supervisor: Supervisor, placed: Placed, opened: Opened) -> None:
         super().__init__(supervisor, placed, opened)
         self.learners = Learners(placed.ranks)
-        self.publishing = Publishing(placed.config.weights, self.learners.first, self.workers)
+        first, *other_shards = placed.ranks[: placed.config.learner.num_shards]
+        self.publishing = Publishing(placed.config.weights, first, self.workers, other_shards)
 
     @classmethod
     async def start(cls, config: Config, supervisor: Supervisor, start: Start, checkpoint: Path | None = None) -> Self:
@@ -75,14 +76,14 @@ class TrainingFleet(Fleet):
         await asyncio.sleep(delay_s)
 
     async def _bring_up_learner(self, checkpoint: Path | None) -> None:
-        """Start every rank, and join them, until all are up."""
+        """Start every rank, join them and load the model, until all are up."""
         learners, supervisor = self.learners, self._supervisor
         while True:
             try:
                 address = self.opened.learner_address
-                starts = (supervisor.start(rank, start_learner, address, checkpoint) for rank in learners.ranks)
+                starts = (supervisor.start(rank, start_learner, address) for rank in learners.ranks)
                 await together(*starts)
-                await supervisor.within_start_timeout(learners.first, learners.connect())
+                await supervisor.within_start_timeout(learners.first, learners.load(checkpoint))
             except RunError as error:
                 if not learners.ended_by(error):
                     raise

@@ -1,7 +1,7 @@
 """Parity: whether the engines sample from the policy that the learner trains.
 
                  probe prompts                       token ids
-    rollout[N] ◀────────────── Parity ──────────────────────────────▶ learner, rank 0
+    rollout[N] ◀────────────── Parity ──────────────────────────────▶ learner, its ranks
                ──────────────▶        ◀──────────────────────────────
                  token ids, log-probs, versions      log-probs of the same tokens
 
@@ -29,6 +29,7 @@ import numpy as np
 
 from asyncdapo.controller.fleet.process import Process, ProcessDied
 from asyncdapo.controller.fleet.publishing import Publishing
+from asyncdapo.controller.fleet.ranks import Learners
 from asyncdapo.errors import EngineError, RunError
 from asyncdapo.messages import Sampling
 from asyncdapo.rollout.config import RolloutConfig
@@ -36,7 +37,6 @@ from asyncdapo.rollout.engine import Sample
 from asyncdapo.seeds import sample_seed
 
 if TYPE_CHECKING:
-    from asyncdapo.controller.roles.learner import LearnerProcess
     from asyncdapo.controller.roles.rollout import RolloutProcess
 
 MAX_TOKENS = 64
@@ -79,13 +79,13 @@ class Parity:
         self,
         config: RolloutConfig,
         workers: Sequence[Process[RolloutProcess]],
-        learner: Process[LearnerProcess],
+        learners: Learners,
         publishing: Publishing,
         prompts: Sequence[list[int]],
         seed: int,
     ) -> None:
-        """`learner`: rank 0; `prompts`: token ids of each probe prompt; `seed`: the run's."""
-        self._config, self._workers, self._learner, self._publishing = config, workers, learner, publishing
+        """`prompts`: token ids of each probe prompt; `seed`: the run's."""
+        self._config, self._workers, self._learners, self._publishing = config, workers, learners, publishing
         self._prompts = list(prompts)
         self._seeds = [sample_seed(seed, PARITY_SEED, index) for index in range(len(prompts))]
         max_tokens = min(MAX_TOKENS, config.max_response_length)
@@ -104,7 +104,7 @@ class Parity:
             return {}
         pairs = [(self._prompts[at], sample.token_ids) for samples in sampled.values() for at, sample in samples]
         async with self._publishing.turn:
-            logprobs = iter(await self._learner.call(lambda learner: learner.probe, version, pairs))
+            logprobs = iter(await self._learners.call_all(lambda learner: learner.probe, version, pairs))
         found = {
             name: Differences.of(
                 np.concatenate([sample.logprobs for _, sample in samples]),

@@ -50,8 +50,8 @@ class Training:
         self._evaluation = RunEvaluation(
             config, fleet.opened, partial(fleet.replay.ask, lambda replay: replay.evaluate)
         )
-        learner, prompts = fleet.learners.first, fleet.opened.probe_prompts
-        self._parity = Parity(config.rollout, fleet.workers, learner, fleet.publishing, prompts, config.run.seed)
+        learners, prompts = fleet.learners, fleet.opened.probe_prompts
+        self._parity = Parity(config.rollout, fleet.workers, learners, fleet.publishing, prompts, config.run.seed)
         self._evaluating = Aside(config.eval.every, config.run.steps)
         self._comparing = Aside(config.rollout.parity_every, config.run.steps)
         self.step = self._saved = resume.step
@@ -213,7 +213,7 @@ class Training:
     async def _checkpoint(self, step: int) -> None:
         await self._learners("the ranks' weights to be compared", lambda learner: learner.check_ranks)
         branch, counters = self.fleet.publishing.branch, self._counters
-        saved = self.fleet.learners.first.call(lambda learner: learner.save, step, branch, counters)
+        saved = self.fleet.learners.call_all(lambda learner: learner.save, step, branch, counters)
         await self._patience.wait(saved, whom="learner", what=f"checkpoint of step {step}")
         self._saved = step
         faults.point("after_checkpoint")

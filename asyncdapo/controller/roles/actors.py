@@ -83,11 +83,11 @@ async def start_rollout(spec: ProcessSpec, replay_address: str, memory_fraction:
     return await RolloutProcess.start(spec, replay_address, memory_fraction)
 
 
-async def start_learner(spec: ProcessSpec, replay_address: str, checkpoint: Path | None) -> LearnerProcess:
+async def start_learner(spec: ProcessSpec, replay_address: str) -> LearnerProcess:
     """See `LearnerProcess.start`."""
     from asyncdapo.controller.roles.learner import LearnerProcess
 
-    return await LearnerProcess.start(spec, replay_address, checkpoint)
+    return await LearnerProcess.start(spec, replay_address)
 
 
 def _open_log(path: Path) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import resource
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -28,9 +29,11 @@ from asyncdapo.controller.process.health import Pulse
 from asyncdapo.controller.process.waits import NOBODY, Wait
 from asyncdapo.controller.roles.base import ProcessBase, ProcessSpec, T
 from asyncdapo.controller.roles.model_check import check_rotations
+from asyncdapo.errors import RunError
 from asyncdapo.learner.batches.batches import Batches
 from asyncdapo.learner.batches.feed import BatchFeed
 from asyncdapo.learner.batches.prepared import Prepared
+from asyncdapo.learner.model.model import device_of
 from asyncdapo.learner.step.learner import Learner
 from asyncdapo.learner.step.probe import Pair
 from asyncdapo.learner.step.ranks import GradientGroup, Ranks
@@ -40,7 +43,7 @@ from asyncdapo.transport.payload import Payload
 from asyncdapo.transport.process_group import device_name
 from asyncdapo.weights.group import WeightGroup
 from asyncdapo.weights.manifest import Manifest
-from asyncdapo.weights.sender import WeightSender
+from asyncdapo.weights.sender import SendReport, WeightSender
 
 log = logging.getLogger("weights")
 
@@ -50,19 +53,22 @@ WRITTEN_BLOCKS = 16_384
 
 
 class LearnerProcess(ProcessBase):
-    """One rank of the learner: its share of a batch in, one version out, the same at every rank."""
+    """One rank of the learner: its share of a batch in, its shard of one version out.
 
-    def __init__(self, spec: ProcessSpec, ranks: Ranks, learner: Learner, feed: BatchFeed) -> None:
+    Ranks join before they load the model, which they divide among them: `host_ranks`, `join_ranks`, `load`."""
+
+    def __init__(self, spec: ProcessSpec, feed: BatchFeed) -> None:
         super().__init__(spec)
-        self.ranks, self.learner = ranks, learner
+        config = self.config.learner
+        self.ranks = Ranks(spec.index, config.ranks, config.num_shards)
         self.rank_group: GradientGroup | None = None
         """Of the ranks; None before they join, and where there is only one."""
+        self._learner: Learner | None = None
+        """None until it is loaded."""
         self.beside = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"{spec.name} prepares")
         self.batches = Batches(feed, self._prepare)
         self.prepared: Prepared | None = None
         """The batch taken, until it is trained on."""
-        self.manifest = Manifest.of(learner.weights(), getattr(torch, self.config.rollout.dtype))
-        """What is sent."""
         self.weight_group: WeightGroup | None = None
         """The newest that this rank has hosted."""
         self.sender: WeightSender | None = None
@@ -70,14 +76,16 @@ class LearnerProcess(ProcessBase):
         self.num_sent = 0
 
     @classmethod
-    async def start(cls, spec: ProcessSpec, replay_address: str, checkpoint: Path | None) -> LearnerProcess:
-        """Load the model, resume from the checkpoint if there is one, and connect to the replay server."""
-        config = spec.config.learner
-        torch.set_num_threads(config.threads)
-        ranks = Ranks(spec.index, config.ranks)
-        learner = await asyncio.to_thread(load_learner, spec.config, ranks, checkpoint)
-        feed = BatchFeed(replay_address, spec.index, curve=spec.keys.client)
-        return cls(spec, ranks, learner, feed)
+    async def start(cls, spec: ProcessSpec, replay_address: str) -> LearnerProcess:
+        """Connect to the replay server."""
+        torch.set_num_threads(spec.config.learner.threads)
+        return cls(spec, BatchFeed(replay_address, spec.index, curve=spec.keys.client))
+
+    @property
+    def learner(self) -> Learner:
+        if self._learner is None:
+            raise RunError("it has no model yet")
+        return self._learner
 
     async def serve(self) -> None:
         """Lasts as long as the process: everything that it does is a command of the controller."""
@@ -89,7 +97,7 @@ class LearnerProcess(ProcessBase):
             entries=[self.spec.entry()],
             waits=self.waits.open() or self._idle(),
             progress={
-                "version": self.learner.version,
+                "version": self._learner.version if self._learner else -1,
                 "sent": self.num_sent,
                 "cpu": usage.ru_utime // BUSY_CPU_S,  # a long step or a large checkpoint moves no other counter
                 "written": usage.ru_oublock // WRITTEN_BLOCKS,
@@ -101,7 +109,7 @@ class LearnerProcess(ProcessBase):
         return [Wait(who=self.spec.name, whom="controller", what="a command")] if self.spec.index else []
 
     async def device(self) -> str:
-        return device_name(self.learner.device)
+        return device_name(device_of(self.config.learner))
 
     # ------------------------------------------------------------------------------------------------------- ranks
 
@@ -112,19 +120,23 @@ class LearnerProcess(ProcessBase):
         return self.rank_group.address
 
     async def join_ranks(self, address: str, backend: Backend) -> None:
-        """Join the group at `address`; rank 0 waits for the others. Raises RunError when the ranks' weights differ."""
+        """Join the group at `address`; rank 0 waits for the others."""
         with self.waits.on("learner", "the group of the ranks", self.config.weights.timeout_s):
             await self.blocking(self._join_ranks, address, backend)
 
     def _join_ranks(self, address: str, backend: Backend) -> None:
         rank, num_ranks, timeout_s = self.spec.index, self.ranks.num_ranks, self.config.weights.timeout_s
-        digest = self.learner.digest()  # before the others wait for it
         if self.rank_group:
             self.rank_group.connect()
         else:
             self.rank_group = GradientGroup.join(address, rank, num_ranks, backend, timeout_s)
         self.ranks.join(self.rank_group)
-        self.ranks.check_same(digest, "weights")
+
+    async def load(self, checkpoint: Path | None) -> None:
+        """Load the model, and resume from the checkpoint if there is one. Every rank has to be told. Raises RunError
+        when replicas have other weights than each other."""
+        with self.waits.on(NOBODY, "loads the model"):
+            self._learner = await self.blocking(load_learner, self.config, self.ranks, checkpoint)
 
     # ----------------------------------------------------------------------------------------------------- weights
 
@@ -137,7 +149,11 @@ class LearnerProcess(ProcessBase):
         await self.abandon_workers()
         host, timeout_s = self.spec.host(), self.config.weights.timeout_s
         self.weight_group = WeightGroup.create_master(host, world_size, backend, timeout_s, self.learner.device)
-        return self.weight_group.address, self.manifest
+        return self.weight_group.address, self._manifest()
+
+    def _manifest(self) -> Manifest:
+        """What is sent."""
+        return Manifest.of(self.learner.shards(), getattr(torch, self.config.rollout.dtype))
 
     async def abandon_workers(self) -> None:
         """Leave the group. Who waits in it for a worker that has died fails now, not at the deadline.
@@ -152,18 +168,28 @@ class LearnerProcess(ProcessBase):
         assert self.weight_group is not None, "`host_weights` comes first"
         with self.waits.on("rollout", "the weight group", self.config.weights.timeout_s):
             await self.blocking(self.weight_group.connect)
-        self.sender = WeightSender(self.weight_group, self.manifest, self.config.weights.bucket_mb << 20)
+        self.sender = WeightSender(self.weight_group, self._manifest(), self.config.weights.bucket_mb << 20)
 
     async def send_weights(self, version: int, branch: int) -> dict[str, float]:
-        """Broadcast the weights as those of `version`; over when every worker has checked them."""
+        """Broadcast the weights as those of `version`; over when every worker has checked them. The ranks that have
+        the other shards of them are told to `give_shards`."""
         assert self.sender is not None, "`accept_workers` comes first"
         faults.point("in_send_weights")
         with self.waits.on("rollout", f"version {version} to arrive", self.config.weights.timeout_s):
-            send = partial(self.sender.send, version, self.learner.weights(), branch=branch)
-            report = await self.blocking(self._in, "publish", send)
+            report = await self.blocking(self._in, "publish", partial(self._send, self.sender, version, branch))
         self.num_sent += 1
         log.info("version %d: %.1f MiB sent in %.3f s", version, report.num_bytes / 2**20, report.seconds)
         return {"bytes": report.num_bytes, "seconds": report.seconds}
+
+    def _send(self, sender: WeightSender, version: int, branch: int) -> SendReport:
+        return sender.send(version, self.learner.weights(), branch=branch)
+
+    async def give_shards(self) -> dict[str, float]:
+        """Take part while rank 0 gathers the weights that it sends."""
+        began_s = time.monotonic()
+        with self.waits.on("learner", "the weights to be gathered"):
+            await self.blocking(self._in, "publish", self.learner.weights)
+        return {"seconds": time.monotonic() - began_s}
 
     # ------------------------------------------------------------------------------------------------------- steps
 
@@ -197,7 +223,8 @@ class LearnerProcess(ProcessBase):
         return metrics | {f"learner/time/{state}_s": seconds for state, seconds in times.items()}
 
     async def probe(self, version: int, pairs: Sequence[Pair]) -> list[np.ndarray]:
-        """What the weights of `version` make of what the engines have sampled with it: see `Learner.logprobs`."""
+        """What the weights of `version` make of what the engines have sampled with it: see `Learner.logprobs`. Every
+        rank has to be told."""
         with self.waits.on(NOBODY, f"computes log-probs of version {version}"):
             return await self.blocking(self.learner.logprobs, version, pairs)
 
@@ -207,7 +234,7 @@ class LearnerProcess(ProcessBase):
             await self.blocking(self._in, "checkpoint", self.learner.check_ranks)
 
     async def save(self, step: int, branch: int, counters: dict[str, int]) -> None:
-        """Write the checkpoint of `step`."""
+        """Write the checkpoint of `step`. Every rank has to be told; rank 0 writes."""
         with self.waits.on(NOBODY, f"writes the checkpoint of step {step}"):
             save = partial(self.learner.save, Path(self.config.run.dir), step, branch, counters)
             await self.blocking(self._in, "checkpoint", save)
@@ -235,4 +262,5 @@ def load_learner(config: Config, ranks: Ranks, checkpoint: Path | None) -> Learn
     check_rotations(config)  # once more: it may be a model that was downloaded
     if checkpoint:
         learner.restore(checkpoint)
+    learner.check_ranks()
     return learner

@@ -31,6 +31,23 @@ from torch import Tensor
 from asyncdapo.learner.batches.samples import Row
 from asyncdapo.learner.model.attention_layout import Layout, on_device
 
+_NOTHING = np.zeros(1, np.float32)
+IDLE = Row(
+    index=0,
+    group=0,
+    prompt_ids=np.zeros(1, np.int32),
+    token_ids=np.zeros(1, np.int32),
+    rollout_logprobs=_NOTHING,
+    loss_mask=np.ones(1, bool),
+    advantage=0.0,
+    staleness=0,
+    start_logprobs=_NOTHING,
+    correction=_NOTHING,
+    reference_logprobs=_NOTHING,
+    weight=0.0,
+)
+"""A made-up row of one token that counts nothing: what a rank computes while others have rows."""
+
 
 @dataclass(frozen=True)
 class Work:
@@ -83,8 +100,7 @@ class MicroBatch:
 
     def rectangle(self, values_n: Tensor) -> Tensor:
         """Numbers of the loss-bearing tokens in their cells, 0 in the others; differentiable, [B, T]."""
-        shape = self.loss_mask_BT.shape
-        return values_n.new_zeros(shape.numel()).index_copy(0, self.cells_n, values_n).view(shape)
+        return values_n.new_zeros(self.loss_mask_BT.shape).put(self.cells_n, values_n)
 
     def flat(self, values_BT: Tensor) -> Tensor:
         """Of a rectangle, or of what broadcasts to one, the numbers of the loss-bearing tokens, [n]."""
@@ -156,7 +172,9 @@ def _fill(bundles: Sequence[list[Row]], max_tokens: int, num_bins: int) -> list[
 
 
 def pack(rows: Sequence[Row], device: torch.device) -> MicroBatch:
-    """The tensors of one forward pass. Neighbouring rows of one group share their prompt."""
+    """The tensors of one forward pass. Neighbouring rows of one group share their prompt. No rows at all are an empty
+    pass: `IDLE`."""
+    rows = rows or [IDLE]
     bundles = [list(bundle) for _, bundle in groupby(rows, key=lambda row: row.group)]
     prompt_starts_B, starts_B = _places(bundles)
     num_prompt_B = np.array([len(row.prompt_ids) for row in rows])

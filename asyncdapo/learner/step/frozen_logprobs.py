@@ -19,45 +19,46 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from asyncdapo.algorithm.corrections import Correction, correction_weights
 from asyncdapo.learner.batches.samples import Row
 from asyncdapo.learner.config import LossConfig
-from asyncdapo.learner.model.model import token_logprobs
-from asyncdapo.learner.model.packing import MicroBatch, micro_batches, pack
+from asyncdapo.learner.model.packing import MicroBatch, pack
+from asyncdapo.learner.model.policy import Policy
+from asyncdapo.learner.step.passes import passes
+from asyncdapo.learner.step.ranks import Ranks
 
 
 @dataclass(frozen=True)
 class FirstPass:
     """The passes of one learner. `max_tokens`: computed tokens in one forward pass."""
 
-    model: PreTrainedModel
-    reference: PreTrainedModel | None
+    policy: Policy
+    reference: Policy | None
     loss: LossConfig
-    temperature: float
     max_tokens: int
+    ranks: Ranks
 
     def __call__(self, rows: Sequence[Row], num_updates: int) -> list[Row]:
         """The rows in any order, those included whose tokens are all masked now. `num_updates` are still to come in
-        this step."""
+        this step. Every rank has to call it."""
         of_policy = self.loss.masks_by_policy or (self.loss.anchor == "proximal" and num_updates > 1)
         if not of_policy and self.reference is None:
             return list(rows)
         done: list[Row] = []
-        for chunk in micro_batches(rows, self.max_tokens):
-            micro_batch = pack(chunk, self.model.device)
+        for chunk in passes(rows, self.max_tokens, self.ranks):
+            micro_batch = pack(chunk, self.policy.device)
             if of_policy:
                 chunk = self._of_policy(chunk, micro_batch)
             if self.reference is not None:
-                logp_BT = _on_host(self._logprobs(self.reference, micro_batch))
-                lines = zip(chunk, logp_BT, strict=True)
+                logp_BT = _on_host(_logprobs(self.reference, micro_batch))
+                lines = zip(chunk, logp_BT, strict=bool(chunk))
                 chunk = [replace(row, reference_logprobs=logp_T[row.response]) for row, logp_T in lines]
             done += chunk
         return done
 
     def _of_policy(self, chunk: Sequence[Row], micro_batch: MicroBatch) -> list[Row]:
-        logp_BT = self._logprobs(self.model, micro_batch)
+        logp_BT = _logprobs(self.policy, micro_batch)
         corrected = correct(self.loss, logp_BT, micro_batch)
         found = map(_on_host, (logp_BT, corrected.weights_BT, corrected.mask_BT))
         return [
@@ -67,13 +68,8 @@ class FirstPass:
                 correction=weights_T[row.response],
                 loss_mask=mask_T[row.response],
             )
-            for row, logp_T, weights_T, mask_T in zip(chunk, *found, strict=True)
+            for row, logp_T, weights_T, mask_T in zip(chunk, *found, strict=bool(chunk))
         ]
-
-    @torch.no_grad()
-    def _logprobs(self, model: PreTrainedModel, micro_batch: MicroBatch) -> Tensor:
-        logp_BT, _ = token_logprobs(model, micro_batch, self.temperature)
-        return logp_BT
 
 
 def correct(loss: LossConfig, start_logp_BT: Tensor, micro_batch: MicroBatch) -> Correction:
@@ -89,6 +85,12 @@ def correct(loss: LossConfig, start_logp_BT: Tensor, micro_batch: MicroBatch) ->
         outlier_band=loss.outlier_band,
         outlier_scope=loss.outlier_scope,
     )
+
+
+@torch.no_grad()
+def _logprobs(policy: Policy, micro_batch: MicroBatch) -> Tensor:
+    logp_BT, _ = policy(micro_batch)
+    return logp_BT
 
 
 def _on_host(values_BT: Tensor) -> np.ndarray:

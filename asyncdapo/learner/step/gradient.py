@@ -2,9 +2,10 @@
 
     logp ──ratio to the anchor, clip──▶ policy loss of each token ──× correction──▶ + KL − entropy ──× row weight──▶ Σ
 
-In come the rows of one update that this rank has, out goes their part of d loss / d θ, added to `.grad`. Invariant:
-every row carries what its tokens count in the whole update, known before the first backward pass; so parts add up, and
-the gradient depends neither on the micro-batches nor on the ranks. Does not own: the optimizer, the sum of gradients.
+In come the rows of one update that this rank has, out goes d loss / d θ of the whole update, in `.grad` of the shards.
+Invariant: every row carries what its tokens count in the whole update, known before the first backward pass; so parts
+add up, and the gradient depends neither on the micro-batches nor on the ranks. Does not own: the optimizer, how
+gradients are summed over ranks (`model/sharding`).
 
 Shapes: B completions of a micro-batch, T tokens of its longest response.
 """
@@ -16,16 +17,17 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from asyncdapo.algorithm.corrections import kl_penalty
 from asyncdapo.algorithm.variants import policy_loss
 from asyncdapo.learner.batches.samples import Row
 from asyncdapo.learner.config import LossConfig
-from asyncdapo.learner.model.model import token_logprobs
-from asyncdapo.learner.model.packing import MicroBatch, Work, micro_batches, pack
+from asyncdapo.learner.model.packing import MicroBatch, Work, pack
+from asyncdapo.learner.model.policy import Policy
+from asyncdapo.learner.model.sharding import before_backward
 from asyncdapo.learner.step.diagnostics import Sums, measure
 from asyncdapo.learner.step.frozen_logprobs import correct
+from asyncdapo.learner.step.passes import passes
 from asyncdapo.learner.step.ranks import Ranks
 
 
@@ -46,29 +48,32 @@ class Part:
 
 
 def accumulate_gradient(
-    model: PreTrainedModel, rows: Sequence[Row], loss: LossConfig, *, temperature: float, max_tokens: int
+    policy: Policy, rows: Sequence[Row], loss: LossConfig, *, max_tokens: int, ranks: Ranks
 ) -> Part:
-    """Add the gradient of these rows to `.grad`. One forward and one backward pass for each micro-batch of at most
-    `max_tokens` computed tokens."""
-    total, sums, work = torch.zeros((), dtype=torch.float64, device=model.device), Sums.zeros(model.device), Work()
-    for chunk in micro_batches([row for row in rows if row.num_loss_tokens], max_tokens):
-        micro_batch = pack(chunk, model.device)
-        loss_of_part, measured = _backward(model, micro_batch, loss, temperature)
-        total, sums, work = total + loss_of_part, sums + measured, work + micro_batch.work
+    """Make `.grad` of every shard the gradient of an update, of which this rank has these rows: the sum over all ranks.
+    One forward and one backward pass for each micro-batch of at most `max_tokens` computed tokens, and as many at every
+    rank, at least one. Every rank has to call it. Returns this rank's part."""
+    total, sums, work = torch.zeros((), dtype=torch.float64, device=policy.device), Sums.zeros(policy.device), Work()
+    chunks = passes([row for row in rows if row.num_loss_tokens], max_tokens, ranks, at_least=1)
+    for number, chunk in enumerate(chunks, 1):
+        before_backward(policy, is_last=number == len(chunks))
+        micro_batch = pack(chunk, policy.device)
+        loss_of_part, measured = _backward(policy, micro_batch, loss)
+        if chunk:
+            total, sums, work = total + loss_of_part, sums + measured, work + micro_batch.work
     return Part(total.item(), sums.cpu(), work)
 
 
-def _backward(
-    model: PreTrainedModel, micro_batch: MicroBatch, loss: LossConfig, temperature: float
-) -> tuple[Tensor, Sums]:
-    """Back-propagate this micro-batch's part of the loss; returns the part and its sums, both on the model's device."""
+def _backward(policy: Policy, micro_batch: MicroBatch, loss: LossConfig) -> tuple[Tensor, Sums]:
+    """Back-propagate this micro-batch's part of the loss; returns the part and its sums, both on the policy's
+    device."""
     mask_BT = micro_batch.loss_mask_BT
-    logp_BT, entropy_BT = token_logprobs(model, micro_batch, temperature, entropy_gradient=loss.entropy_coef > 0)
+    logp_BT, entropy_BT = policy(micro_batch, entropy_gradient=loss.entropy_coef > 0)
     # Without a first pass the policy at the start of the step is the one of this very forward pass.
     start_BT = logp_BT.detach() if micro_batch.start_logprobs_BT is None else micro_batch.start_logprobs_BT
     assert loss.clip_low is not None, "LossConfig settles it"
     assert loss.clip_high is not None, "LossConfig settles it"
-    policy = policy_loss(
+    losses = policy_loss(
         loss.variant,
         logp_BT,
         start_BT if loss.anchor == "proximal" else micro_batch.rollout_logprobs_BT,
@@ -79,7 +84,7 @@ def _backward(
         dual_clip=loss.dual_clip,
     )
     correction_BT, kl_BT = _correction(loss, start_BT, micro_batch), logp_BT.new_zeros(())
-    loss_BT = policy.loss_BT * correction_BT
+    loss_BT = losses.loss_BT * correction_BT
     if loss.kl_coef:
         assert micro_batch.reference_logprobs_BT is not None, "the first pass has computed them"
         kl_BT = kl_penalty(logp_BT, micro_batch.reference_logprobs_BT, mask_BT, loss.kl_estimator)
@@ -88,7 +93,7 @@ def _backward(
         loss_BT = loss_BT - loss.entropy_coef * entropy_BT
     part = (loss_BT.sum(-1) * micro_batch.weights_B).sum()
     part.backward()
-    return part.detach(), measure(micro_batch, policy, logp_BT, entropy_BT, correction_BT, kl_BT)
+    return part.detach(), measure(micro_batch, losses, logp_BT, entropy_BT, correction_BT, kl_BT)
 
 
 def _correction(loss: LossConfig, start_logp_BT: Tensor, micro_batch: MicroBatch) -> Tensor:

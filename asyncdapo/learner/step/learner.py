@@ -8,8 +8,9 @@
 The anchor of the ratio is the behaviour policy, whose log-probs μ were recorded, or the policy at the start of the step
 (`loss.anchor`). Invariants: no group staler than the bound is trained; batches come in order; every denominator of a
 step is known before its first backward pass, so the gradient depends neither on micro-batches nor on ranks; the same
-batches give the same weights, bit for bit on a CPU. Each rank holds all weights and runs this code on its share. Does
-not own: fetching batches (`feed`), sending weights, when a checkpoint is due, how ranks talk (`ranks`).
+batches give the same weights, bit for bit on a CPU. Each rank holds a share of the weights and runs this code on its
+share of the rows. Does not own: fetching batches (`feed`), sending weights, when a checkpoint is due, how ranks talk
+(`ranks`), how weights are shared (`model/sharding`).
 """
 
 from __future__ import annotations
@@ -19,13 +20,15 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import PreTrainedModel
+from torch.distributed.tensor import DTensor
 from transformers.utils.logging import disable_progress_bar
 
 from asyncdapo.algorithm.variants import advantage_of, aggregation_weights
@@ -33,12 +36,17 @@ from asyncdapo.errors import ConfigError, RunError, StalenessError
 from asyncdapo.learner.batches.prepared import Prepared
 from asyncdapo.learner.batches.samples import Columns, Row, columns, rows_by_update, weighted
 from asyncdapo.learner.config import LearnerConfig, LossConfig, ModelConfig
-from asyncdapo.learner.model.blocks import compiles, settle_blocks
-from asyncdapo.learner.model.fp32_weights import Masters, compute_in
-from asyncdapo.learner.model.model import check_packing, load_model, output_layer
-from asyncdapo.learner.model.names import check_names
+from asyncdapo.learner.model.model import device_of, load_model, load_policy
 from asyncdapo.learner.model.packing import Work
-from asyncdapo.learner.step.checkpoint import STATE_FILE, check_checkpoint, remove_old_checkpoints, write_checkpoint
+from asyncdapo.learner.model.policy import Policy
+from asyncdapo.learner.model.sharding import gather, load_whole_state, named_shards, whole_state
+from asyncdapo.learner.step.checkpoint import (
+    STATE_FILE,
+    check_checkpoint,
+    checkpoint_dir,
+    remove_old_checkpoints,
+    write_checkpoint,
+)
 from asyncdapo.learner.step.diagnostics import Sums
 from asyncdapo.learner.step.frozen_logprobs import FirstPass
 from asyncdapo.learner.step.gradient import Part, accumulate_gradient
@@ -89,32 +97,31 @@ class Learner:
         disable_progress_bar()
         torch.set_num_threads(config.threads)
         torch.manual_seed(seed)
-        device = _device(config.device)
+        device = device_of(config)
         source = model.files.fetch()
         self._tokenizer_source = model.tokenizer_files.fetch() if model.tokenizer else source
         self._loss, self._config, self.ranks = loss, config, ranks
-        self._temperature = temperature
         self._staleness_bound = staleness_bound
         self._max_response_length = max_response_length
         self._measured = Measured(device)
-        compiled = compiles(config.compile, device)
-        self._model = load_model(source, device)
-        check_names(self._model, model.files)
+        dtype = getattr(torch, settled_dtype(config.dtype, on_gpu=device.type == "cuda"))
+        with ranks.together("load the model"):
+            mesh = ranks.mesh(device)
+            load = partial(load_policy, mesh=mesh, config=config, device=device, dtype=dtype, temperature=temperature)
+            self._policy = load(model.files, trained=True)
+            self._optimizer = Optimizer(self.shards().values(), config)
+            reference = load(model.reference_files or model.files, trained=False) if loss.kl_coef else None
         self._shape = model.files.shape
-        self._masters = Masters(self._model, getattr(torch, settled_dtype(config.dtype, on_gpu=device.type == "cuda")))
-        check_packing(self._model)  # in the dtype that it computes in from now on, which may have other kernels
-        settle_blocks(self._model, compile=compiled, checkpointing=config.activation_checkpointing)
-        self._optimizer = Optimizer(self._masters.parameters, config)
-        reference = _load_reference(model, self._model, compiled) if loss.kl_coef else None
-        self._first_pass = FirstPass(self._model, reference, loss, temperature, config.tokens_per_microbatch)
+        _check_vocabulary(model, reference, self._policy)
+        self._first_pass = FirstPass(self._policy, reference, loss, config.tokens_per_microbatch, ranks)
         self.version = 0
         self.times = Times()
         """What the time of the learner's process goes into; a train step enters its own states."""
 
     @property
     def device(self) -> torch.device:
-        """Where the master weights are."""
-        return self._model.device
+        """Where it computes."""
+        return self._policy.device
 
     def prepare(self, batch: Batch, payload: Payload) -> Prepared:
         """All work on a batch that needs no weights; `payload` holds this rank's share. May be called in any thread,
@@ -134,13 +141,14 @@ class Learner:
         started, version = time.perf_counter(), self.version
         batch, before = prepared.batch, prepared.columns
         self._check(batch)
-        with self.times.on("first_pass"):
-            updates, counted = self._pass_before(prepared.rows, before)
-        done = [
-            self._update(rows, counted.of_update(number), counted)
-            for _ in range(self._config.epochs)
-            for number, rows in enumerate(updates)
-        ]
+        with self.ranks.together(f"train step {batch.step}"):
+            with self.times.on("first_pass"):
+                updates, counted = self._pass_before(prepared.rows, before)
+            done = [
+                self._update(rows, counted.of_update(number), counted)
+                for _ in range(self._config.epochs)
+                for number, rows in enumerate(updates)
+            ]
         self.version, seconds = batch.step, time.perf_counter() - started
         work = sum((update.part.work for update in done), start=Work())
         return {
@@ -155,35 +163,47 @@ class Learner:
         }
 
     def check_ranks(self) -> None:
-        """Raises RunError at every rank unless all have the same weights. Every rank has to call it."""
+        """Raises RunError at every rank unless all replicas have the same weights. Every rank has to call it."""
         if self.ranks.num_ranks > 1:
             self.ranks.check_same(self.digest(), f"weights after step {self.version}")
 
     def logprobs(self, version: int, pairs: Sequence[Pair]) -> list[np.ndarray]:
         """Log-prob of each response token under the weights, as `train` computes it: float32 [R] for each
-        (prompt, response). Changes nothing. Raises RunError unless the weights are of `version`."""
+        (prompt, response). Changes nothing. Where weights are sharded every rank has to call it, with the same pairs.
+        Raises RunError unless the weights are of `version`."""
         if version != self.version:
             raise RunError(f"log-probs of version {version} were asked of a learner that has version {self.version}")
-        return response_logprobs(self._model, pairs, self._temperature, self._config.tokens_per_microbatch)
+        with self.ranks.together("compute log-probs"):
+            return response_logprobs(self._policy, pairs, self._config.tokens_per_microbatch)
+
+    def shards(self) -> dict[str, DTensor]:
+        """This rank's shards of the weights (float32), by Hugging Face names, tied ones once: live."""
+        return named_shards(self._policy)
 
     def weights(self) -> dict[str, Tensor]:
-        """The master weights (float32) by their Hugging Face names, tied ones once. They are no copies: good until the
-        next `train`."""
-        return self._masters.named()
+        """The weights, gathered. Where they are sharded every rank has to call it; elsewhere they are no copies: good
+        until the next `train`."""
+        with self.ranks.together("gather weights"):
+            return {name: gather(shard) for name, shard in self.shards().items()}
 
     def digest(self) -> bytes:
-        """Of all weights: the same if they are equal bit for bit, almost never otherwise."""
-        pieces = (piece for weight in self.weights().values() for piece in weight.flatten().split(DIGEST_ELEMENTS))
+        """Of this rank's shards: the same at its replicas if they are equal bit for bit, almost never otherwise."""
+        locals_ = (shard.to_local().detach() for shard in self.shards().values())
+        pieces = (piece for local in locals_ for piece in local.flatten().split(DIGEST_ELEMENTS))
         sums = [piece.view(torch.int32).sum(dtype=torch.int64) for piece in pieces]
         return torch.stack(sums).cpu().numpy().tobytes()
 
     def save(self, run_dir: str | Path, step: int, branch: int, counters: Mapping[str, int] | None = None) -> Path:
         """Write `RUN_DIR/checkpoints/step-…`: the model in Hugging Face format with its tokenizer, and the learner's
         own state. It appears whole or not at all. `branch` is that in which batch `step` was trained; `counters`
-        stand in the manifest. Removes those past `keep_checkpoints`. Returns its path."""
-        path = write_checkpoint(Path(run_dir), step, branch, self._write, counters)
-        remove_old_checkpoints(Path(run_dir), self._config.keep_checkpoints)
-        return path
+        stand in the manifest. Removes those past `keep_checkpoints`. Returns its path. Every rank has to call it; rank
+        0 writes."""
+        with self.ranks.together("gather weights"):
+            weights, optimizer = whole_state(self._policy), self._optimizer.state_dict()
+        if self.ranks.rank == 0:
+            write_checkpoint(Path(run_dir), step, branch, partial(self._write, weights, optimizer), counters)
+            remove_old_checkpoints(Path(run_dir), self._config.keep_checkpoints)
+        return checkpoint_dir(Path(run_dir), step)
 
     def restore(self, path: str | Path) -> None:
         """Go on from a checkpoint as if the run had never stopped: weights, optimizer, random state, version, skipped
@@ -192,7 +212,7 @@ class Learner:
         if wrong := check_checkpoint(path):
             raise RunError(f"checkpoint {path} can't be used: {'; '.join(wrong)}")
         state = torch.load(path / STATE_FILE, weights_only=True, map_location="cpu")
-        self._masters.load_state_dict(load_model(path, torch.device("cpu")).state_dict())
+        load_whole_state(self._policy, load_model(path, torch.device("cpu")).state_dict())
         self._optimizer.load_state_dict(state["optimizer"])
         self.version = state["version"]
         torch.set_rng_state(state["rng"])
@@ -241,6 +261,9 @@ class Learner:
     def _update(self, rows: Sequence[Row], indices_N: Tensor, counted: Columns) -> Update:
         """One optimizer update on the completions `indices_N`, of which this rank computes `rows`."""
         num_tokens_N = counted.num_tokens_N[indices_N]
+        num_tokens = int(num_tokens_N.sum())
+        if not num_tokens:  # its gradient is zero: averages of the optimizer and the warm-up stay as they are
+            return Update(Part(0.0, Sums.zeros(), Work()), num_tokens, lr=0.0, grad_norm=None)
         weights_N = aggregation_weights(
             self._loss.agg,
             num_tokens_N,
@@ -250,29 +273,26 @@ class Learner:
         )
         with self.times.on("gradient"):
             part = accumulate_gradient(
-                self._model,
+                self._policy,
                 weighted(rows, indices_N, weights_N),
                 self._loss,
-                temperature=self._temperature,
                 max_tokens=self._config.tokens_per_microbatch,
+                ranks=self.ranks,
             )
         with self.times.on("sum"):
-            self.ranks.sum_gradients(self._masters.parameters)
             part = part.summed(self.ranks)
-        num_tokens = int(num_tokens_N.sum())
-        if not num_tokens:  # its gradient is zero: averages of the optimizer and the warm-up stay as they are
-            return Update(part, num_tokens, lr=0.0, grad_norm=None)
         lr = self._optimizer.lr
         with self.times.on("optimizer"):
             grad_norm = self._optimizer.update(part.loss)
-            self._masters.refresh()
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)  # else the next update, or the publish, would be charged with it
         return Update(part, num_tokens, lr, grad_norm)
 
-    def _write(self, directory: Path) -> None:
+    def _write(self, weights: dict[str, Tensor], optimizer: dict[str, Any], directory: Path) -> None:
+        model = self._policy.model
         try:
-            self._masters.save(directory)
+            model.save_pretrained(directory, state_dict=weights)
+            model.config.save_pretrained(directory)
         except SafetensorError as error:
             raise OSError(str(error)) from error
         for name in TOKENIZER_FILES:
@@ -281,7 +301,7 @@ class Learner:
         on_gpu = self.device.type == "cuda"
         state = {
             "version": self.version,
-            "optimizer": self._optimizer.state_dict(),
+            "optimizer": optimizer,
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state(self.device) if on_gpu else None,
         }
@@ -314,25 +334,11 @@ def _metrics(updates: Sequence[Update], loss: LossConfig) -> dict[str, float]:
     }
 
 
-def _load_reference(config: ModelConfig, model: PreTrainedModel, compiled: bool) -> PreTrainedModel:
-    """It computes as the model does."""
-    key = "model.reference"
-    reference = load_model((config.reference_files or config.files).fetch(), model.device, key)
-    known, sampled = (len(output_layer(one).weight) for one in (reference, model))
-    if known < sampled:
-        raise ConfigError(key, f"has a vocabulary of {known}, the model one of {sampled}", config.reference)
-    compute_in(reference, model.dtype)
-    check_packing(reference, key)
-    settle_blocks(reference, compile=compiled, checkpointing="none")
-    return reference.requires_grad_(False)
+def _check_vocabulary(config: ModelConfig, reference: Policy | None, policy: Policy) -> None:
+    if reference is not None and reference.vocabulary < policy.vocabulary:
+        problem = f"has a vocabulary of {reference.vocabulary}, the model one of {policy.vocabulary}"
+        raise ConfigError("model.reference", problem, config.reference)
 
 
 def _ratio(part: float, whole: float) -> float:
     return part / whole if whole else math.nan
-
-
-def _device(name: str) -> torch.device:
-    has_gpu = torch.cuda.is_available()
-    if name == "cuda" and not has_gpu:
-        raise ConfigError("learner.device", "there is no GPU here", name, "use auto or cpu")
-    return torch.device("cuda" if has_gpu and name != "cpu" else "cpu")

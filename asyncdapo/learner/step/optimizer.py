@@ -1,20 +1,22 @@
 """AdamW with linear warm-up and gradient clipping, and the budget of updates that may go wrong.
 
-Invariant: an update with a NaN or Inf in its loss or gradient changes neither weights nor optimizer state; it is
-counted, and where too many of the last `BAD_WINDOW` updates were such ones the run ends. Does not own: how the gradient
-came about.
+In: sharded parameters with the gradients of a whole update (`model/sharding`). Invariant: an update with a NaN or Inf
+in its loss or gradient changes neither weights nor optimizer state; it is counted, and where too many of the last
+`BAD_WINDOW` updates were such ones the run ends. Does not own: how the gradient came about.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from asyncdapo.errors import RunError
 from asyncdapo.learner.config import LearnerConfig
+from asyncdapo.learner.model.sharding import divide, gather
 
 BAD_WINDOW = 100
 """Newest updates of which `max_bad_updates` may be skipped. Over a whole run any number is reached some time; and of
@@ -24,7 +26,7 @@ updates in a row, every second one may be skipped for ever."""
 class Optimizer:
     """One `update` per mini-batch; `num_updates` counts the applied ones of the run, `num_bad` the skipped ones."""
 
-    def __init__(self, parameters: Iterable[nn.Parameter], config: LearnerConfig) -> None:
+    def __init__(self, parameters: Iterable[Tensor], config: LearnerConfig) -> None:
         self._config = config
         self._parameters = list(parameters)
         self._settings = {
@@ -48,7 +50,7 @@ class Optimizer:
     def update(self, loss: float) -> float | None:
         """Apply the accumulated gradient and clear it. Returns its global norm before clipping, None for an update that
         was skipped. Raises RunError when more than `max_bad_updates` of the last `BAD_WINDOW` were skipped."""
-        norm = nn.utils.clip_grad_norm_(self._parameters, self._config.grad_clip).item()
+        norm = self._clip()
         good = math.isfinite(loss) and math.isfinite(norm)
         if good:
             for group in self._adamw.param_groups:
@@ -61,8 +63,9 @@ class Optimizer:
         return norm if good else None
 
     def state_dict(self) -> dict:
+        """Of whole tensors, whatever the mesh: every rank has to call it."""
         return {
-            "adamw": self._adamw.state_dict(),
+            "adamw": self._with_states(self._adamw.state_dict(), lambda state, _: gather(state)),
             "num_updates": self.num_updates,
             "num_bad": self.num_bad,
             "bad_places": self._bad_places,
@@ -71,12 +74,28 @@ class Optimizer:
     def load_state_dict(self, state: dict) -> None:
         """Averages and counts are those of the state, settings stay those of the config: a resumed run may change
         them."""
-        self._adamw.load_state_dict(state["adamw"])
+        self._adamw.load_state_dict(self._with_states(state["adamw"], divide))
         for group in self._adamw.param_groups:
             group.update(self._settings)
         self.num_updates = state["num_updates"]
         self.num_bad = state["num_bad"]
         self._bad_places = list(state.get("bad_places", ()))  # older checkpoints have none: the window begins anew
+
+    def _with_states(self, adamw: dict[str, Any], change: Callable[[Tensor, Tensor], Tensor]) -> dict[str, Any]:
+        """A state of AdamW, each tensor of a parameter's shape changed by this function of it and the parameter."""
+        states = {
+            place: {
+                name: change(state, self._parameters[place]) if state.shape == self._parameters[place].shape else state
+                for name, state in states.items()
+            }
+            for place, states in adamw["state"].items()
+        }
+        return {**adamw, "state": states}
+
+    def _clip(self) -> float:
+        """Scales gradients down to `grad_clip`; returns their global norm before, the same at every rank."""
+        norm = nn.utils.clip_grad_norm_(self._parameters, self._config.grad_clip)
+        return gather(norm).item()
 
     def _count_bad(self, loss: float, norm: float) -> None:
         self.num_bad += 1

@@ -13,24 +13,22 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
 
 from asyncdapo.learner.batches.samples import Row
-from asyncdapo.learner.model.model import token_logprobs
 from asyncdapo.learner.model.packing import micro_batches, pack
+from asyncdapo.learner.model.policy import Policy
 
 Pair = tuple[Sequence[int], np.ndarray]
 """Prompt ids [P] and response ids int32 [R]."""
 
 
 @torch.no_grad()
-def response_logprobs(
-    model: PreTrainedModel, pairs: Sequence[Pair], temperature: float, max_tokens: int
-) -> list[np.ndarray]:
-    """float32 [R] for each pair, in their order. `max_tokens`: computed tokens in one forward pass."""
+def response_logprobs(policy: Policy, pairs: Sequence[Pair], max_tokens: int) -> list[np.ndarray]:
+    """float32 [R] for each pair, in their order. `max_tokens`: computed tokens in one forward pass. Where weights are
+    sharded every rank has to call it, with the same pairs."""
     found: dict[int, np.ndarray] = {}
     for chunk in micro_batches([_row(index, *pair) for index, pair in enumerate(pairs)], max_tokens):
-        logp_BT, _ = token_logprobs(model, pack(chunk, model.device), temperature)
+        logp_BT, _ = policy(pack(chunk, policy.device))
         lines = zip(chunk, logp_BT.cpu().numpy(), strict=True)
         found |= {row.index: logp_T[row.response] for row, logp_T in lines}
     return [found[index] for index in range(len(pairs))]

@@ -1,34 +1,33 @@
-"""The learner's ranks: every one holds all weights and its share of the groups, and they add up what they find.
+"""The learner's ranks: every one has a share of the weights and of the completions, and they add up what they find.
 
-In: tensors and gradients of one rank. Out: their sums over all ranks, the same bits at each: so weights that were equal
-stay equal. `ALONE` is a learner of one rank: everything is the sum already, and there is no process group.
+In: numbers of one rank. Out: their sums over all ranks, the same bits at each, and the mesh on which weights are
+sharded (`model/sharding`). `ALONE` is a learner of one rank: everything is the sum already, its mesh has one process.
 
-Invariant: every rank makes the same calls in the same order; which they are may depend on a batch's headers and on what
-was summed before, never on a rank's own share. A call waits for the slowest rank, at most `SYNC_TIMEOUT_S`, and raises
-RanksError when one is gone. Does not own: which rank gets what (`shares`), who lives (`controller/fleet/ranks`).
-
-Shape: U elements of many gradients.
+Invariant: every rank makes the same calls in the same order, collectives of sharded passes included; which they are may
+depend on a batch's headers and on what was summed before, never on a rank's own share. A call waits for the slowest
+rank, at most `SYNC_TIMEOUT_S`, and raises RanksError when one is gone. Does not own: which rank gets what (`shares`),
+who lives (`controller/fleet/ranks`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from hashlib import blake2b
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from asyncdapo.errors import RanksError, RunError
+from asyncdapo.learner.model.mesh import MeshGroup, is_of_collective, mesh_of_one
 from asyncdapo.transport.deadline import Deadline
-from asyncdapo.transport.process_group import ProcessGroup
 
 SYNC_TIMEOUT_S = 1800.0
 """A rank waits for the slowest share of an update; nothing that a train step does takes longer."""
-BUCKET_BYTES = 64 << 20
-"""Most bytes of gradients that are copied together and summed at once."""
 
 
-class GradientGroup(ProcessGroup):
+class GradientGroup(MeshGroup):
     """The process group of the ranks; rank 0 is the process that sends weights and writes checkpoints."""
 
     purpose = "the learner's ranks"
@@ -36,19 +35,31 @@ class GradientGroup(ProcessGroup):
 
 
 class Ranks:
-    """One rank among `num_ranks`. With more than one it has to `join` a group before anything is summed."""
+    """One rank among `num_ranks`, which are replicas of `num_shards` consecutive ranks. With more than one rank it has
+    to `join` a group before anything else."""
 
-    def __init__(self, rank: int = 0, num_ranks: int = 1) -> None:
+    def __init__(self, rank: int = 0, num_ranks: int = 1, num_shards: int = 1) -> None:
         if not 0 <= rank < num_ranks:
             raise ValueError(f"rank {rank} is none of {num_ranks}")
-        self.rank, self.num_ranks = rank, num_ranks
-        self._group: ProcessGroup | None = None
+        if num_ranks % num_shards:
+            raise ValueError(f"{num_ranks} ranks can't be replicas of {num_shards} shards")
+        self.rank, self.num_ranks, self.num_shards = rank, num_ranks, num_shards
+        self._group: GradientGroup | None = None
+        self._mesh: DeviceMesh | None = None
 
-    def join(self, group: ProcessGroup) -> None:
+    def join(self, group: GradientGroup) -> None:
         """Sum through this connected group from now on."""
         if (group.rank, group.world_size) != (self.rank, self.num_ranks):
             raise ValueError(f"rank {self.rank} of {self.num_ranks} can't be rank {group.rank} of {group.world_size}")
         self._group = group
+
+    def mesh(self, device: torch.device) -> DeviceMesh:
+        """Replicas × shards, made at the first call, which every rank has to make. Raises RanksError."""
+        if self.num_ranks == 1:
+            return mesh_of_one(device)
+        if self._mesh is None:
+            self._mesh = self._open_group().mesh(device, self.num_shards, SYNC_TIMEOUT_S)
+        return self._mesh
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The tensor, holding the sum over all ranks from now on. Of one shape and dtype (float or int) at all ranks,
@@ -62,30 +73,40 @@ class Ranks:
             tensor.copy_(travelling)
         return tensor
 
-    def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        """`.grad` of each parameter becomes the sum over all ranks. None counts as zeros, and is zeros afterwards: a
-        rank without a share has no gradient, and takes part all the same. Raises RanksError."""
-        gradients = []
-        for parameter in parameters:
-            grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            parameter.grad = grad.contiguous()
-            gradients.append(parameter.grad.view(-1))
-        if self.num_ranks == 1:
-            return
-        for pieces in _buckets(gradients):
-            flat_U = self.sum(torch.cat(pieces))
-            for piece, summed in zip(pieces, flat_U.split([len(piece) for piece in pieces]), strict=True):
-                piece.copy_(summed)
+    def largest(self, number: int) -> int:
+        """Of the numbers of all ranks. Raises RanksError when a rank is gone or late."""
+        return max(self._exchange(number))
 
     def check_same(self, digest: int | bytes, what: str) -> None:
-        """Raises RunError at every rank unless all have the same digest of `what`, RanksError when one is gone."""
-        if self.num_ranks == 1:
-            return
-        words = self._open_group().exchange(_word(digest), Deadline(SYNC_TIMEOUT_S))
-        if others := [rank for rank, word in enumerate(words) if word != words[0]]:
-            raise RunError(f"the learner's ranks {others} have other {what} than rank 0")
+        """Raises RunError at every rank unless the replicas of each shard have the same digest of `what`, RanksError
+        when one is gone."""
+        words = self._exchange(_word(digest))
+        if others := [rank for rank, word in enumerate(words) if word != words[rank % self.num_shards]]:
+            raise RunError(f"the learner's ranks {others} have other {what} than rank {others[0] % self.num_shards}")
 
-    def _open_group(self) -> ProcessGroup:
+    @contextmanager
+    def together(self, doing: str) -> Iterator[None]:
+        """Around sharded passes and other collectives of PyTorch's: raises RanksError where one fails because a rank is
+        gone or late. Whatever ends it, this rank leaves the group, so that none waits for it."""
+        try:
+            yield
+        except Exception as error:
+            if self._group is None:
+                raise
+            self._group.close()
+            if not is_of_collective(error):
+                raise
+            # A traceback would keep tensors, and connections, from being freed.
+            reason, cause = str(error).partition("\n")[0], error.with_traceback(None)
+            raise RanksError(f"rank {self.rank} of {self.num_ranks} could not {doing}: {reason}") from cause
+
+    def _exchange(self, number: int) -> list[int]:
+        """The numbers of all ranks, by rank."""
+        if self.num_ranks == 1:
+            return [number]
+        return self._open_group().exchange(number, Deadline(SYNC_TIMEOUT_S))
+
+    def _open_group(self) -> GradientGroup:
         if self._group is None:
             raise RanksError(f"rank {self.rank} of {self.num_ranks} has joined no group yet")
         return self._group
@@ -93,21 +114,6 @@ class Ranks:
 
 ALONE = Ranks()
 """A learner of one process."""
-
-
-def _buckets(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Flat gradients in order, in lists of one dtype and at most `BUCKET_BYTES`; a larger one is cut."""
-    bucket: list[Tensor] = []
-    num_bytes = 0
-    for gradient in gradients:
-        for piece in gradient.split(BUCKET_BYTES // gradient.itemsize):
-            if bucket and (num_bytes + piece.nbytes > BUCKET_BYTES or piece.dtype != bucket[0].dtype):
-                yield bucket
-                bucket, num_bytes = [], 0
-            bucket.append(piece)
-            num_bytes += piece.nbytes
-    if bucket:
-        yield bucket
 
 
 def _word(digest: int | bytes) -> int:

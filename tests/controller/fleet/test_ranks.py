@@ -55,17 +55,18 @@ def test_a_command_for_all_reaches_every_rank_and_the_first_answers() -> None:
 
 
 @pytest.mark.parametrize(("devices", "backend"), [(["cpu", "cpu"], "gloo"), (GPUS, "nccl"), (["cuda A"] * 2, "gloo")])
-def test_the_ranks_join_where_the_first_one_hosts(devices: list[str], backend: str) -> None:
+def test_the_ranks_join_where_the_first_one_hosts_before_they_load(devices: list[str], backend: str) -> None:
     two = team(*devices)
-    asyncio.run(two.connect())
-    assert two.ranks[0].calls[1:] == [("host_ranks", backend), ("join_ranks", "127.0.0.1:1", backend)]
-    assert two.ranks[1].calls[1:] == [("join_ranks", "127.0.0.1:1", backend)]
+    asyncio.run(two.load(None))
+    join, load = ("join_ranks", "127.0.0.1:1", backend), ("load", None)
+    assert two.ranks[0].calls[1:] == [("host_ranks", backend), join, load]
+    assert two.ranks[1].calls[1:] == [join, load]
 
 
 def test_one_rank_needs_no_group() -> None:
     alone = team("cpu")
-    asyncio.run(alone.connect())
-    assert alone.ranks[0].calls == []
+    asyncio.run(alone.load(None))
+    assert alone.ranks[0].calls == [("load", None)]
 
 
 def test_the_failure_of_one_ends_the_wait_for_those_that_wait_for_it() -> None:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from asyncdapo.controller.fleet.process import ProcessDied
+from asyncdapo.controller.fleet.ranks import Learners
 from asyncdapo.controller.loop import logprob_mismatch as parity
 from asyncdapo.controller.loop.logprob_mismatch import Differences, Parity
 from asyncdapo.errors import EngineError, RunError
@@ -42,6 +43,9 @@ class FakeProcess:
         if up:
             self.up.set()
 
+    def end(self) -> None:
+        """It is dead already."""
+
     async def call(self, pick: Pick, *args: Any) -> Any:
         assert picked(self.name, pick, *args) == "probe"
         return await self._probe(*args)
@@ -57,7 +61,7 @@ class Publishing:
 def made(workers: Sequence[FakeProcess], learner: Probe, publishing: Publishing | None = None, **config: Any) -> Parity:
     """`learner` answers `probe(version, pairs)`."""
     one = FakeProcess("learner", learner)
-    return Parity(replace(CONFIG, **config), workers, one, publishing or Publishing(), PROMPTS, seed=0)
+    return Parity(replace(CONFIG, **config), workers, Learners([one]), publishing or Publishing(), PROMPTS, seed=0)
 
 
 # ------------------------------------------------------------------------------------------- real engines and learners

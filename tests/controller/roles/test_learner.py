@@ -44,7 +44,8 @@ async def learner(path: str, run_dir: Path, questions: list[int], last: int = NU
                 await server.send(peer, batch, payload.frames())
 
     spec = ProcessSpec(role="learner", config=config, keys=SimpleNamespace(client=None))
-    process = await LearnerProcess.start(spec, server.address, None)
+    process = await LearnerProcess.start(spec, server.address)
+    await process.load(None)
     serving = asyncio.create_task(serve())
     try:
         yield process

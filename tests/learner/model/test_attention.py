@@ -24,8 +24,9 @@ from asyncdapo.learner.batches.samples import rows_by_update
 from asyncdapo.learner.model import attention
 from asyncdapo.learner.model import attention_layout as layout
 from asyncdapo.learner.model.attention import NAME, gather_rows, packed_attention
-from asyncdapo.learner.model.model import check_packing, load_model, token_logprobs
+from asyncdapo.learner.model.model import load_model
 from asyncdapo.learner.model.packing import pack
+from asyncdapo.learner.model.policy import Policy, check_policy
 from tests.learner.tiny import SHAPE, make_batch, save_tiny_llama, tiny_llama
 
 CPU = torch.device("cpu")
@@ -63,7 +64,7 @@ def by_segments(monkeypatch):
 
 def logprobs_and_gradient(model, rows):
     packed = pack(rows, CPU)
-    logp_BT, _ = token_logprobs(model, packed, 1.0)
+    logp_BT, _ = Policy(model)(packed)
     (logp_BT * torch.linspace(-1, 1, logp_BT.numel()).view(logp_BT.shape)).sum().backward()
     gradient = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
     model.zero_grad()
@@ -93,7 +94,7 @@ def test_a_sliding_window_hides_what_is_too_far_back():
     row = max(rows_of(), key=lambda row: row.num_tokens)
     tokens_T = torch.tensor([*row.prompt_ids, *row.token_ids])
     alone_TV = other(tokens_T[None], use_cache=False).logits[0, len(row.prompt_ids) - 1 : -1].log_softmax(-1)
-    packed_T = token_logprobs(near, pack([row], CPU), 1.0)[0][0]
+    packed_T = Policy(near)(pack([row], CPU))[0][0]
     torch.testing.assert_close(packed_T, alone_TV.gather(-1, tokens_T[len(row.prompt_ids) :, None])[:, 0])
 
 
@@ -119,7 +120,7 @@ def test_gathered_rows_get_the_sum_of_their_gradients_in_float32():
 def test_a_model_whose_attention_is_more_than_causal_is_refused(tmp_path):
     Gemma2ForCausalLM(Gemma2Config(**SHAPE, head_dim=8, final_logit_softcapping=None)).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="asks its attention for softcap"):
-        load_model(tmp_path, CPU)
+        check_policy(Policy(load_model(tmp_path, CPU)))
 
 
 MOE = {"num_experts": 2, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
@@ -140,7 +141,7 @@ def test_a_window_that_is_in_the_mask_alone_is_refused_however_long_it_is(tmp_pa
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     told = f"its mask has a window of {window} tokens, its attention is told None"
     with pytest.raises(ConfigError, match=f"can't be trained packed, which is without masks: {told}"):
-        load_model(tmp_path, CPU)
+        check_policy(Policy(load_model(tmp_path, CPU)))
 
 
 def test_a_window_that_attention_has_and_the_mask_has_not_is_refused(tmp_path):
@@ -148,14 +149,16 @@ def test_a_window_that_attention_has_and_the_mask_has_not_is_refused(tmp_path):
     own = model.model.layers[1].self_attn.forward
     model.model.layers[1].self_attn.forward = lambda *args, **kwargs: own(*args, sliding_window=4096, **kwargs)
     with pytest.raises(ConfigError, match="its mask has a window of None tokens, its attention is told 4096"):
-        check_packing(model)
+        check_policy(Policy(model))
 
 
 @pytest.mark.parametrize("kind", ["mistral", "qwen2", "qwen3", "gemma3_text", "cohere2", "starcoder2"])
 def test_a_window_that_attention_is_told_of_is_accepted(tmp_path, kind):
     config = AutoConfig.for_model(kind, **SHAPE, **WINDOWS, head_dim=8, logit_scale=1.0)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    assert load_model(tmp_path, CPU).config._attn_implementation == NAME
+    model = load_model(tmp_path, CPU)
+    check_policy(Policy(model))
+    assert model.config._attn_implementation == NAME
 
 
 @pytest.mark.parametrize("config", [GPTJConfig(n_embd=32, n_layer=1, n_head=4, rotary_dim=4), MptConfig(d_model=32)])
@@ -163,7 +166,7 @@ def test_a_model_whose_attention_cannot_be_replaced_is_refused(tmp_path, config)
     config.vocab_size, config.n_layers = SHAPE["vocab_size"], 1
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="can't be trained packed"):
-        load_model(tmp_path, CPU)
+        check_policy(Policy(load_model(tmp_path, CPU)))
 
 
 def test_a_model_that_passes_over_the_layout_is_refused(tmp_path):
@@ -172,7 +175,7 @@ def test_a_model_that_passes_over_the_layout_is_refused(tmp_path):
         own = layer.self_attn.forward
         layer.self_attn.forward = lambda *args, own=own, layout=None, **kwargs: own(*args, **kwargs)
     with pytest.raises(ConfigError, match="can't be trained packed: outputs differ"):
-        check_packing(model)
+        check_policy(Policy(model))
 
 
 def test_a_mask_is_refused_and_not_passed_over():

@@ -14,8 +14,8 @@ from asyncdapo.controller.checks.preflight import check_config
 from asyncdapo.errors import ConfigError
 from asyncdapo.learner.model.blocks import compiles, settle_blocks
 from asyncdapo.learner.model.compiler import check_compiler
-from asyncdapo.learner.model.model import outputs
 from asyncdapo.learner.model.packing import pack
+from asyncdapo.learner.model.policy import Policy
 from tests.learner.tiny import (
     VOCAB_SIZE,
     make_batch,
@@ -46,7 +46,7 @@ def pass_over(model: PreTrainedModel, num_tokens: int) -> Tensor:
     """Outputs for a prompt of so many tokens with two responses, and another prompt with one."""
     rows = [make_row(num_tokens, num_tokens), make_row(num_tokens, 3), make_row(4, 7, group=1)]
     packed = pack(rows, CPU)
-    return outputs(model, packed.tokens_S % VOCAB_SIZE, packed.positions_S, packed.layout)
+    return Policy(model).packed_outputs(packed.tokens_S % VOCAB_SIZE, packed.positions_S, packed.layout)
 
 
 def gradient(model: PreTrainedModel, num_tokens: int) -> Tensor:

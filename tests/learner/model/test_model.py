@@ -17,10 +17,10 @@ from asyncdapo.algorithm.dapo import group_advantage
 from asyncdapo.errors import ConfigError
 from asyncdapo.learner.batches.samples import rows_by_update
 from asyncdapo.learner.model.attention import NAME
-from asyncdapo.learner.model.fp32_weights import Masters
-from asyncdapo.learner.model.model import load_model, token_logprobs
+from asyncdapo.learner.model.model import load_model
 from asyncdapo.learner.model.packing import pack
-from tests.learner.tiny import SHAPE, make_batch, save_tiny_llama, tiny_llama
+from asyncdapo.learner.model.policy import Policy, check_policy
+from tests.learner.tiny import SHAPE, make_batch, make_learner, save_tiny_llama, tiny_llama
 
 CPU = torch.device("cpu")
 
@@ -44,7 +44,7 @@ def test_logprobs_and_entropy_agree_with_the_hugging_face_forward_of_each_row_al
     model = make_model().double()
     rows = random_rows(seed=2)
     packed = pack(rows, CPU)
-    logp_BT, entropy_BT = token_logprobs(model, packed, temperature)
+    logp_BT, entropy_BT = Policy(model, temperature)(packed)
     for index, row in enumerate(rows):
         tokens_T = torch.tensor([*row.prompt_ids, *row.token_ids])
         logits_TV = model(tokens_T[None]).logits[0, :-1] / temperature
@@ -59,8 +59,7 @@ def test_logprobs_and_entropy_agree_with_the_hugging_face_forward_of_each_row_al
 @pytest.mark.parametrize("tied", [True, False])
 def test_weights_have_the_names_and_values_of_the_safetensors_file(tmp_path, tied):
     path = save_tiny_llama(tmp_path, tie_word_embeddings=tied)
-    masters, saved = Masters(load_model(tmp_path, CPU), torch.float32), load_file(f"{path}/model.safetensors")
-    weights = masters.named()
+    weights, saved = make_learner(path).weights(), load_file(f"{path}/model.safetensors")
     assert set(weights) == set(saved)
     assert all(torch.equal(weights[name], saved[name]) for name in saved)
     assert ("lm_head.weight" in weights) is not tied
@@ -82,7 +81,7 @@ def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path):
 def test_a_model_that_scales_its_logits_after_the_output_layer_is_refused(tmp_path):
     GraniteForCausalLM(GraniteConfig(**SHAPE, logits_scaling=8.0)).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="scales or caps its logits"):
-        load_model(tmp_path, CPU)
+        check_policy(Policy(load_model(tmp_path, CPU)))
 
 
 def test_a_directory_without_a_readable_model_is_a_config_error(tmp_path):
@@ -96,5 +95,5 @@ def test_dropout_is_off(tmp_path):
     model = load_model(tmp_path, CPU)
     assert isinstance(model, LlamaForCausalLM)
     packed = pack(random_rows(seed=0), CPU)
-    first, second = (token_logprobs(model, packed, 1.0)[0] for _ in range(2))
+    first, second = (Policy(model)(packed)[0] for _ in range(2))
     assert torch.equal(first, second)

@@ -7,6 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausa
 
 from asyncdapo.errors import ConfigError
 from asyncdapo.learner.model.attention import NAME
+from asyncdapo.learner.model.policy import Policy
 from asyncdapo.learner.model.rotation import check_rotation
 from asyncdapo.learner.step.probe import response_logprobs
 from tests.learner.tiny import SHAPE, VOCAB_SIZE
@@ -46,7 +47,7 @@ def change_beside(make, num_positions: int) -> float:
         (rng.integers(VOCAB_SIZE, size=4), rng.integers(VOCAB_SIZE, size=total - 4))
         for total in (ORIGINAL, num_positions)
     )
-    alone, beside = (response_logprobs(model, pairs, 1.0, 4096)[0] for pairs in ([short], [short, long]))
+    alone, beside = (response_logprobs(Policy(model), pairs, 4096)[0] for pairs in ([short], [short, long]))
     return float(np.abs(alone - beside).max())
 
 

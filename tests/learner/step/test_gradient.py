@@ -1,6 +1,7 @@
 """The gradient of an update's rows: that of a naive loop over completions, whatever the cut into micro-batches."""
 
 import math
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -11,8 +12,10 @@ from asyncdapo.algorithm.variants import policy_loss
 from asyncdapo.learner.batches.samples import rows_by_update
 from asyncdapo.learner.config import LossConfig
 from asyncdapo.learner.model.packing import Work
+from asyncdapo.learner.model.sharding import gather
 from asyncdapo.learner.step.gradient import accumulate_gradient
-from tests.learner.tiny import make_batch, tiny_llama
+from asyncdapo.learner.step.ranks import ALONE
+from tests.learner.tiny import make_batch, sharded, tiny_llama
 
 
 def update_rows(seed=0):
@@ -23,7 +26,12 @@ def update_rows(seed=0):
 
 
 def accumulate(model, rows, loss=None, temperature=1.0, max_tokens=64):
-    return accumulate_gradient(model, rows, loss or LossConfig(), temperature=temperature, max_tokens=max_tokens)
+    """The learner's gradient, left in a model of which it has a sharded copy."""
+    policy = sharded(deepcopy(model), temperature)
+    part = accumulate_gradient(policy, rows, loss or LossConfig(), max_tokens=max_tokens, ranks=ALONE)
+    for parameter, of_policy in zip(model.parameters(), policy.parameters(), strict=True):
+        parameter.grad = gather(of_policy.grad)
+    return part
 
 
 def gradient_of(model):
@@ -130,7 +138,7 @@ def test_masked_tokens_neither_train_nor_count():
     assert torch.equal(gradient_of(model), gradient)
 
 
-def test_without_a_loss_bearing_token_there_is_no_forward_pass_and_no_loss():
+def test_without_a_loss_bearing_token_nothing_is_computed_that_counts():
     rows = update_rows()
     for row in rows:
         row.loss_mask[:] = False

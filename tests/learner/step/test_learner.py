@@ -12,8 +12,8 @@ from asyncdapo.algorithm.dapo import group_advantage
 from asyncdapo.errors import ConfigError, RunError, StalenessError
 from asyncdapo.learner.batches.samples import rows_by_update
 from asyncdapo.learner.config import LossConfig
-from asyncdapo.learner.model.model import token_logprobs
 from asyncdapo.learner.model.packing import pack
+from asyncdapo.learner.model.policy import Policy
 from asyncdapo.transport.payload import Payload
 from tests.learner.tiny import (
     CUT,
@@ -99,7 +99,7 @@ def test_rewarded_responses_become_likelier(path):
         rows = rows_by_update(batch, payload, 0, group_advantage)[0]
         packed = pack(rows, model.device)
         with torch.no_grad():
-            logp_BT, _ = token_logprobs(model, packed, 1.0)
+            logp_BT, _ = Policy(model)(packed)
         return logp_BT[packed.loss_mask_BT].numpy()
 
     batch = batch_of([group])

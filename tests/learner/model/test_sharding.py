@@ -1,19 +1,37 @@
-"""float32 weights behind a model that computes in bfloat16: what they keep, gather and leave on disk."""
+"""Shards in float32 behind passes in bfloat16: what they keep, gather and leave on disk."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
 
 from asyncdapo.errors import RunError
+from asyncdapo.learner.batches.samples import Row
 from asyncdapo.learner.config import LearnerConfig, LossConfig
-from asyncdapo.learner.model.fp32_weights import Masters
+from asyncdapo.learner.model import sharding
+from asyncdapo.learner.model.packing import pack
+from asyncdapo.learner.model.policy import Policy
+from asyncdapo.learner.model.sharding import gather, load_whole_state, named_shards, whole_state
+from asyncdapo.learner.step.gradient import accumulate_gradient
 from asyncdapo.learner.step.optimizer import Optimizer
+from asyncdapo.learner.step.ranks import ALONE
 from asyncdapo.transport.payload import Payload
-from tests.learner.tiny import batch_of, make_batch, make_group, make_learner, save_tiny_llama, tiny_llama, train
+from tests.learner.tiny import (
+    batch_of,
+    make_batch,
+    make_group,
+    make_learner,
+    make_row,
+    save_tiny_llama,
+    sharded,
+    tiny_llama,
+    train,
+)
 
 BF16_ERROR = 2.0**-8
 
@@ -27,87 +45,83 @@ def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def loss_of(model: torch.nn.Module) -> torch.Tensor:
-    tokens_BT = torch.arange(20).reshape(2, 10)
-    return model(tokens_BT, labels=tokens_BT, use_cache=False).loss.float()
+def in_bfloat16(**changes) -> Policy:
+    return sharded(tiny_llama(**changes), dtype=torch.bfloat16)
 
 
-def test_masters_have_the_loaded_weights_exactly_and_the_model_computes_with_them_rounded() -> None:
-    loaded, model = tiny_llama(), tiny_llama()
-    masters = Masters(model, torch.bfloat16)
-    assert equal(masters.named(), {name: weight.detach() for name, weight in loaded.named_parameters()})
-    for rounded, weight in zip(model.parameters(), loaded.parameters(), strict=True):
-        assert torch.equal(rounded, weight.to(torch.bfloat16))
-    assert any(not torch.equal(weight, weight.to(torch.bfloat16).float()) for weight in loaded.parameters())
-    assert {buffer.dtype for buffer in model.buffers()} == {torch.float32}
+def gradient_step(policy: Policy, rows: list[Row], max_tokens: int = 4096) -> None:
+    accumulate_gradient(policy, rows, LossConfig(), max_tokens=max_tokens, ranks=ALONE)
+
+
+def norm_of(policy: Policy) -> DTensor:
+    return named_shards(policy)["model.norm.weight"]
+
+
+def test_shards_have_the_loaded_weights_exactly_and_passes_compute_with_them_rounded() -> None:
+    loaded, policy, rounded = tiny_llama(), in_bfloat16(), tiny_llama().to(torch.bfloat16)
+    rounded.model.rotary_emb = tiny_llama().model.rotary_emb
+    whole = {name: gather(shard) for name, shard in named_shards(policy).items()}
+    assert equal(whole, {name: weight.detach() for name, weight in loaded.named_parameters()})
+    micro_batch = pack([make_row(3, 9)], policy.device)
+    with torch.no_grad():
+        assert torch.equal(policy(micro_batch)[0], Policy(rounded)(micro_batch)[0])
+        assert not torch.equal(policy(micro_batch)[0], Policy(loaded)(micro_batch)[0])
+    assert {buffer.dtype for buffer in policy.buffers()} == {torch.float32}
 
 
 def test_a_thousand_updates_far_below_the_resolution_of_bfloat16_add_up() -> None:
-    model = tiny_llama()
-    masters = Masters(model, torch.bfloat16)
-    weight = masters.named()["model.norm.weight"]
+    policy = in_bfloat16()
+    weight = gather(norm_of(policy))
     assert torch.equal(weight, torch.ones_like(weight))
     assert torch.equal((weight - 1e-6).to(torch.bfloat16), weight.to(torch.bfloat16))
-    optimizer = Optimizer(masters.parameters, LearnerConfig(lr=1e-6))
+    optimizer = Optimizer([norm_of(policy)], LearnerConfig(lr=1e-6))
     for _ in range(1000):
-        for parameter in masters.parameters:
-            parameter.grad = torch.ones_like(parameter)
+        norm_of(policy).grad = torch.ones_like(norm_of(policy))
         optimizer.update(loss=0.0)
-        masters.refresh()
     torch.testing.assert_close(1 - weight, torch.full_like(weight, 1e-3), rtol=2e-2, atol=0)
-    assert torch.equal(model.model.norm.weight, weight.to(torch.bfloat16))
 
 
 def test_averages_of_the_optimizer_are_float32() -> None:
-    model = tiny_llama()
-    masters = Masters(model, torch.bfloat16)
-    loss_of(model).backward()
-    optimizer = Optimizer(masters.parameters, LearnerConfig())
+    policy = in_bfloat16()
+    gradient_step(policy, [make_row(3, 9)])
+    optimizer = Optimizer(named_shards(policy).values(), LearnerConfig())
     optimizer.update(loss=0.0)
     states = optimizer.state_dict()["adamw"]["state"].values()
-    assert len(states) == len(list(model.parameters()))
+    assert len(states) == len(named_shards(policy))
     assert {state[name].dtype for state in states for name in ("exp_avg", "exp_avg_sq")} == {torch.float32}
 
 
-def test_gradients_of_many_micro_batches_are_summed_in_float32() -> None:
+@pytest.mark.parametrize("gathered_bytes", [0, 1 << 30], ids=["blocks", "all at once"])
+def test_gradients_of_many_micro_batches_are_summed_in_float32(monkeypatch, gathered_bytes) -> None:
     """In bfloat16 every one of the small ones would vanish beside the first."""
-    model = tiny_llama()
-    masters = Masters(model, torch.bfloat16)
-    place = [name for name, _ in model.named_parameters()].index("model.norm.weight")
-    for scale in [1.0] + [2.0**-10] * 1000:
-        (model.model.norm.weight * scale).sum().backward()
-        assert model.model.norm.weight.grad is None
-    grad = masters.parameters[place].grad
-    assert torch.equal(grad, torch.full_like(grad, 1 + 1000 * 2.0**-10))
+    monkeypatch.setattr(sharding, "GATHERED_BYTES", gathered_bytes)
+    num_small = 200
+    large, small = make_row(3, 9, group=0), replace(make_row(3, 9), weight=2.0**-10)
+    alone, many = in_bfloat16(), in_bfloat16()
+    gradient_step(alone, [large])
+    gradient_step(many, [large, *(replace(small, group=1 + number) for number in range(num_small))], max_tokens=12)
+    one, sum_of_all = gather(norm_of(alone).grad), gather(norm_of(many).grad)
+    torch.testing.assert_close(sum_of_all, one * (1 + num_small * 2.0**-10), rtol=1e-2, atol=0)
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_gradients_are_those_of_float32_within_the_error_of_bfloat16(tied: bool) -> None:
     """That of a tied weight is the sum of its two, once."""
-    plain, model = (tiny_llama(tie_word_embeddings=tied) for _ in range(2))
-    masters = Masters(model, torch.bfloat16)
-    for each in (plain, model):
-        for _ in range(2):
-            loss_of(each).backward()
-    assert (model.lm_head.weight is model.model.embed_tokens.weight) is tied
-    assert len(masters.parameters) == len(list(plain.parameters()))
-    for master, parameter in zip(masters.parameters, plain.parameters(), strict=True):
-        assert master.grad.dtype == torch.float32
-        assert (master.grad - parameter.grad).norm() < 16 * BF16_ERROR * parameter.grad.norm()
-
-
-def test_in_float32_the_parameters_of_the_model_are_the_masters() -> None:
-    model = tiny_llama()
-    masters = Masters(model, torch.float32)
-    assert all(one is other for one, other in zip(masters.parameters, model.parameters(), strict=True))
-    loss_of(model).backward()
-    assert all(parameter.grad is not None for parameter in model.parameters())
-    model.double()
-    assert {weight.dtype for weight in masters.named().values()} == {torch.float64}
+    plain, policy = sharded(tiny_llama(tie_word_embeddings=tied)), in_bfloat16(tie_word_embeddings=tied)
+    for each in (plain, policy):
+        gradient_step(each, [make_row(3, 9, group=0), make_row(2, 7, -1.0, group=1)], max_tokens=12)
+    assert ("lm_head.weight" in named_shards(policy)) is not tied
+    assert named_shards(policy).keys() == named_shards(plain).keys()
+    for name, shard in named_shards(policy).items():
+        gradient, expected = gather(shard.grad), gather(named_shards(plain)[name].grad)
+        assert gradient.dtype == torch.float32
+        assert (gradient - expected).norm() < 16 * BF16_ERROR * expected.norm()
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_checkpoint_holds_the_masters_bit_for_bit_and_is_the_same_whatever_the_model_computes_in(tmp_path, tied):
+def test_a_checkpoint_holds_the_float32_weights_bit_for_bit_and_is_the_same_whatever_the_model_computes_in(
+    tmp_path, tied
+):
     start = save_tiny_llama(tmp_path / "model", tie_word_embeddings=tied)
     learner, plain = make_learner(start, dtype="bfloat16"), make_learner(start)
     files = [one.save(tmp_path / str(index), 0, branch=0) for index, one in enumerate((learner, plain))]
@@ -150,15 +164,15 @@ def test_a_run_resumes_from_a_checkpoint_of_another_dtype(path, tmp_path, before
 
 
 def test_weights_of_another_model_change_nothing() -> None:
-    masters = Masters(tiny_llama(), torch.bfloat16)
-    before = {name: weight.clone() for name, weight in masters.named().items()}
+    policy = in_bfloat16()
+    before = {name: weight.clone() for name, weight in whole_state(policy).items()}
     wider = tiny_llama(seed=1, intermediate_size=64).state_dict()
     with pytest.raises(RunError, match=r"6 weights are missing or of another shape .* model.layers.0.mlp.gate_proj"):
-        masters.load_state_dict(wider)
-    assert equal(masters.named(), before)
+        load_whole_state(policy, wider)
+    assert equal(whole_state(policy), before)
 
 
-def test_what_is_published_and_compared_are_the_masters(path) -> None:
+def test_what_is_published_and_compared_are_the_float32_weights(path) -> None:
     learner = make_learner(path, dtype="bfloat16")
     weights, before = learner.weights(), learner.digest()
     assert {(weight.dtype, weight.requires_grad) for weight in weights.values()} == {(torch.float32, False)}
@@ -169,8 +183,9 @@ def test_what_is_published_and_compared_are_the_masters(path) -> None:
 
 def test_a_bfloat16_learner_makes_nearly_the_same_step_as_one_in_float32(path) -> None:
     learner, plain = (make_learner(path, dtype=dtype, loss=LossConfig(kl_coef=0.1)) for dtype in ("bfloat16", "auto"))
-    assert (learner._model.dtype, learner._first_pass.reference.dtype) == (torch.bfloat16, torch.bfloat16)
-    assert (plain._model.dtype, plain._first_pass.reference.dtype) == (torch.float32, torch.float32)
+    for one, dtype in ((learner, torch.bfloat16), (plain, torch.float32)):
+        reference = one._first_pass.reference
+        assert {shard.dtype for shard in named_shards(reference).values()} == {dtype}
     metrics, expected = (train(one, *make_batch(seed=3)) for one in (learner, plain))
     for name in ("learner/grad_norm", "learner/entropy", "learner/loss"):
         assert metrics[name] == pytest.approx(expected[name], rel=8 * BF16_ERROR, abs=1e-3), name
