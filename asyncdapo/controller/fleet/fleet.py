@@ -59,7 +59,7 @@ def settle(config: Config, gpus: Sequence[int], ranks: Sequence[str]) -> tuple[C
         log.info("placement: %s", placement.reason)
         log.info("%s", said)
     if len(ranks) > 1:
-        log.info("learner: %s", shards_line(settled, placement))
+        log.info("%s", shards_line(settled, placement))
     for cost in costs:
         log.warning("%s", cost)
     return settled, placement
