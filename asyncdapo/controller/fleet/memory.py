@@ -26,7 +26,7 @@ CHUNK_COLUMNS = 1 << 15
 LOGPROB_BYTES = 5 * FLOAT32_BYTES
 """Of each token: four numbers behind its log-prob and entropy, and its id."""
 GATHERED_BYTES = 16 << 20
-"""As `learner.sharding` has it: smaller blocks, in float32, are gathered together with all else."""
+"""As `learner.model.sharding` has it: smaller blocks, in float32, are gathered together with all else."""
 GATHERED_BLOCKS = 2
 """One that computes, and the next one, which arrives."""
 RESERVE_BYTES = 3 << 29

@@ -20,7 +20,7 @@ from asyncdapo.controller.fleet.memory import (
     state_bytes,
     step_flops,
 )
-from asyncdapo.learner.model import logprobs
+from asyncdapo.learner.model import logprobs, sharding
 from asyncdapo.model.shape import PUBLISHED, Shape, read_shape
 
 SHAPE = Shape(
@@ -203,7 +203,8 @@ def test_at_long_answers_the_vocabulary_is_in_weights_and_their_gradients_only(n
     assert there - here == (16 + 2) * num_more + gradient  # states, and what is gathered in bfloat16
 
 
-def test_the_constants_are_those_of_the_log_probs() -> None:
+def test_the_constants_are_those_of_the_learner() -> None:
+    assert GATHERED_BYTES == sharding.GATHERED_BYTES
     assert CHUNK_ELEMENTS == logprobs.CHUNK_ELEMENTS
     assert CHUNK_COLUMNS == logprobs.COLUMNS
 
