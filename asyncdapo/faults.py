@@ -44,6 +44,7 @@ POINTS = {
         "before_train": "a batch arrived and isn't trained on",
         "after_train": "a batch is trained on and nobody told",
         "in_send_weights": "the others wait for weights that aren't sent",
+        "in_give_shards": "rank 0 gathers weights and hasn't this rank's shards of them",
         "in_checkpoint": "a checkpoint is written and doesn't have its name yet",
         "after_checkpoint": "a checkpoint is whole and nobody told",
     },

@@ -10,12 +10,14 @@ tensor that is larger than a bucket.
 
 Invariants: the buckets of a plan cover the stream once, in order, without gaps; no bucket exceeds the bucket size; no
 element is split; a tensor that fits a bucket is never cut.
+
+Where the learner is sharded, each shard has consecutive rows of every tensor (`part_of`), as FSDP2 divides them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import TYPE_CHECKING
@@ -121,6 +123,36 @@ def plan_buckets(manifest: Manifest, bucket_bytes: int) -> list[Bucket]:
     if pieces:
         buckets.append(Bucket(start, stop, tuple(pieces)))
     return buckets
+
+
+def part_of(bucket: Bucket, manifest: Manifest, shard: int, num_shards: int) -> tuple[Piece, ...]:
+    """What one of `num_shards` shards has of a bucket, at offsets in the bucket. The shards' parts are the bucket."""
+    part: list[Piece] = []
+    for piece in bucket.pieces:
+        spec = manifest.tensors[piece.tensor]
+        first, last = elements_of(spec.shape, shard, num_shards)
+        start, stop = max(piece.start, first), min(piece.stop, last)
+        if start < stop:
+            part.append(Piece(piece.tensor, start, stop, piece.offset + (start - piece.start) * spec.itemsize))
+    return tuple(part)
+
+
+def elements_of(shape: Sequence[int], shard: int, num_shards: int) -> tuple[int, int]:
+    """First element of a shard of such a tensor, and the one after its last: rows are dealt as `torch.chunk` does it,
+    so the last shards may have fewer, or none."""
+    num_rows, of_a_row = (shape[0], math.prod(shape[1:])) if shape else (1, 1)
+    most = -(-num_rows // num_shards)
+    return min(shard * most, num_rows) * of_a_row, min((shard + 1) * most, num_rows) * of_a_row
+
+
+def packed(pieces: Sequence[Piece], manifest: Manifest) -> tuple[tuple[Piece, ...], int]:
+    """The same pieces one after the other, each at a multiple of `ALIGN_BYTES`, and the bytes that they take so."""
+    moved: list[Piece] = []
+    num_bytes = 0
+    for piece in pieces:
+        moved.append(Piece(piece.tensor, piece.start, piece.stop, num_bytes))
+        num_bytes += _align((piece.stop - piece.start) * manifest.tensors[piece.tensor].itemsize)
+    return tuple(moved), num_bytes
 
 
 def _cuts(spec: TensorSpec, bucket_bytes: int) -> list[tuple[int, int]]:

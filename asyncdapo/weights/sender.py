@@ -1,8 +1,9 @@
 """Sender of the weights: the learner's side of a transfer.
 
-In: the learner's tensors, on any device and in any dtype. Out: the same numbers at every receiver, in the manifest's
-dtypes. It needs two buckets of memory: while one is sent, the next is filled and converted. Invariant: `send` returns
-only after every receiver has confirmed the version's checksum. Owns no weights.
+In: the learner's tensors, on any device and in any dtype, or this rank's shards of them. Out: the same numbers at every
+receiver, in the manifest's dtypes. It needs two buckets of memory: while one is sent, the next is filled and converted;
+and where the learner is sharded, memory for what the other shards have of one bucket. Invariant: `send` returns only
+after every receiver has confirmed the version's checksum. Owns no weights.
 
 Shape: U bytes (uint8).
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 
@@ -20,7 +22,8 @@ from asyncdapo.transport.deadline import Deadline
 from asyncdapo.weights.checksum import Checksum
 from asyncdapo.weights.group import WeightGroup
 from asyncdapo.weights.header import Header, agree, confirm
-from asyncdapo.weights.manifest import Bucket, Manifest, Piece, plan_buckets
+from asyncdapo.weights.manifest import Bucket, Manifest, packed, part_of, plan_buckets
+from asyncdapo.weights.shards import Copies, Shards, copy, local_shards, views
 
 
 @dataclass(frozen=True)
@@ -37,36 +40,36 @@ class WeightSender:
     """Sends versions of one manifest through one connected group, in buckets of at most `bucket_bytes` (a multiple of
     64). It allocates memory for two buckets."""
 
-    def __init__(self, group: WeightGroup, manifest: Manifest, bucket_bytes: int) -> None:
-        self._group, self._manifest = group, manifest
+    def __init__(self, group: WeightGroup, manifest: Manifest, bucket_bytes: int, shards: Shards | None = None) -> None:
+        """`shards`: of the learner, whose first one is here; without, tensors are whole."""
+        self._group, self._manifest, self._shards = group, manifest, shards or Shards({})
         self._digest, self._stream_bytes = manifest.digest, manifest.offsets[-1]
         self._bucket_bytes = bucket_bytes
         buckets = plan_buckets(manifest, bucket_bytes)
         buffers = group.carrier.buffers(max((bucket.stop - bucket.start for bucket in buckets), default=0))
-        self._gathers = [Gather.into(buffers[number % 2], bucket, manifest) for number, bucket in enumerate(buckets)]
+        from_others = max((sum(bytes_of_others(bucket, manifest, self._shards)) for bucket in buckets), default=0)
+        collected_U = torch.zeros(from_others, dtype=torch.uint8, device=self._shards.device)
+        self._gathers = [
+            Gather(buffers[number % 2], collected_U, bucket, manifest, self._shards)
+            for number, bucket in enumerate(buckets)
+        ]
 
     def send(self, version: int, tensors: Mapping[str, torch.Tensor], *, branch: int = 0) -> SendReport:
-        """Send these tensors as the weights of `version`; blocks until every receiver has them.
+        """Send these tensors as the weights of `version`; blocks until every receiver has them. Of a sharded learner
+        every rank with another shard calls `Giver.give`.
 
         Raises ValueError if they don't fit the manifest. Raises WeightsError if the transfer fails, is refused, or
-        exceeds the group's timeout; no receiver uses the version then. Don't change the tensors during the call.
+        exceeds the group's timeout; no receiver uses the version then. Raises PyTorch's error if a rank of the learner
+        is gone. Don't change the tensors during the call.
         """
         began_s = time.monotonic()
-        sources = self._sources(tensors)
-        deadline = Deadline(self._group.timeout_s)
-        agree(self._group, self._header(version, branch), deadline)
-        checksum = self._send_buckets(sources, deadline)
+        with self._shards.one_transfer():
+            sources = local_shards(tensors, self._manifest)
+            deadline = Deadline(self._group.timeout_s)
+            agree(self._group, self._header(version, branch), deadline)
+            checksum = self._send_buckets(sources, deadline)
         confirm(self._group, checksum.words(), deadline)
         return SendReport(version, self._manifest.num_bytes, time.monotonic() - began_s)
-
-    def _sources(self, tensors: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
-        if differing := tensors.keys() ^ {spec.name for spec in self._manifest.tensors}:
-            raise ValueError(f"tensors and manifest differ in {sorted(differing)[:3]}")
-        sources = [tensors[spec.name].detach() for spec in self._manifest.tensors]
-        for spec, source in zip(self._manifest.tensors, sources, strict=True):
-            if source.shape != spec.shape:
-                raise ValueError(f"{spec.name} has shape {tuple(source.shape)}, the manifest says {spec.shape}")
-        return sources
 
     def _header(self, version: int, branch: int) -> Header:
         return Header(
@@ -82,7 +85,7 @@ class WeightSender:
         checksum = Checksum()
         before: Transfer | None = None
         for gather in self._gathers:
-            gather.run(sources)
+            gather.run(sources, deadline)
             under_way = self._group.carrier.carry(gather.buffer_U, deadline)
             checksum.update(gather.buffer_U)
             if before:
@@ -93,26 +96,41 @@ class WeightSender:
         return checksum
 
 
-@dataclass(frozen=True)
 class Gather:
-    """Copies the pieces of one bucket into uint8 [U], each converted to its dtype in the manifest."""
+    """Fills one bucket with the sender's own pieces and those of the other shards."""
 
-    buffer_U: torch.Tensor
-    pieces: list[Piece]
-    targets: list[torch.Tensor]
-    """Views of the buffer, one for each piece."""
+    def __init__(
+        self,
+        buffer_U: torch.Tensor,
+        collected_U: torch.Tensor,
+        bucket: Bucket,
+        manifest: Manifest,
+        shards: Shards,
+    ) -> None:
+        """Into the beginning of a buffer, which may be longer than the bucket; `collected_U` is memory for what other
+        shards send."""
+        self.buffer_U = buffer_U[: bucket.stop - bucket.start]
+        own, *others = (part_of(bucket, manifest, shard, shards.count) for shard in range(shards.count))
+        self._own = Copies.into(buffer_U, own, manifest, shards)
+        self._shards, self._num_bytes = shards, bytes_of_others(bucket, manifest, shards)
+        self._collected_U = collected_U[: sum(self._num_bytes)]
+        self._places = views(buffer_U, [piece for part in others for piece in part], manifest)
+        starts = accumulate(self._num_bytes)
+        self._parts = [
+            view
+            for start, part in zip(starts, others, strict=False)
+            for view in views(collected_U[start:], packed(part, manifest)[0], manifest)
+        ]
 
-    @staticmethod
-    def into(buffer_U: torch.Tensor, bucket: Bucket, manifest: Manifest) -> Gather:
-        """A gather into the beginning of a buffer, which may be longer than the bucket."""
-        targets = []
-        for piece in bucket.pieces:
-            spec = manifest.tensors[piece.tensor]
-            num_bytes = (piece.stop - piece.start) * spec.itemsize
-            targets.append(buffer_U[piece.offset : piece.offset + num_bytes].view(getattr(torch, spec.dtype)))
-        return Gather(buffer_U[: bucket.stop - bucket.start], list(bucket.pieces), targets)
+    def run(self, sources: Sequence[torch.Tensor], deadline: Deadline) -> None:
+        """`sources`: this rank's shards of the manifest's tensors, in any dtype, on any device."""
+        self._shards.tell(deadline, more=True)
+        self._own.run(sources)
+        self._shards.collect(self._collected_U, self._num_bytes, deadline)
+        copy(self._places, self._parts)
 
-    def run(self, sources: Sequence[torch.Tensor]) -> None:
-        """`sources` are the tensors of the manifest, in any dtype, on any device."""
-        pieces = [sources[piece.tensor].reshape(-1)[piece.start : piece.stop] for piece in self.pieces]
-        torch._foreach_copy_(self.targets, pieces)  # pyright: ignore[reportPrivateImportUsage] (no public name)
+
+def bytes_of_others(bucket: Bucket, manifest: Manifest, shards: Shards) -> list[int]:
+    """What each shard sends of this bucket; the first, which is at the sender, sends nothing."""
+    others = (part_of(bucket, manifest, shard, shards.count) for shard in range(1, shards.count))
+    return [0, *(packed(part, manifest)[1] for part in others)]

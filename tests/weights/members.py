@@ -26,11 +26,11 @@ from asyncdapo.transport.carrier import Carrier, Transfer
 from asyncdapo.transport.deadline import Deadline
 from asyncdapo.weights.group import WeightGroup
 from asyncdapo.weights.header import Header, agree
-from asyncdapo.weights.manifest import Manifest
+from asyncdapo.weights.manifest import Manifest, plan_buckets
 from asyncdapo.weights.receiver import WeightReceiver
 
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload([__name__])
+processes.set_forkserver_preload(["tests.weights.shard_ranks"])
 
 Print = dict[str, tuple[str, tuple[int, ...], str]]
 
@@ -138,11 +138,12 @@ class Life:
         self.group._carrier = FlippingCarrier(self.group.carrier)
         return self.receive(manifest, version)
 
-    def die_in_transfer(self, manifest: Manifest, version: int) -> None:
-        """Agree to the header, take one bucket, and be killed."""
+    def die_in_transfer(self, manifest: Manifest, version: int, bucket_bytes: int = 64) -> None:
+        """Agree to the header, take one bucket of the sender's size, and be killed."""
         deadline = Deadline(self.group.timeout_s)
         agree(self.group, header_of(manifest, version), deadline)
-        first, second = torch.zeros(2, 64, dtype=torch.uint8)
+        sizes = [bucket.stop - bucket.start for bucket in plan_buckets(manifest, bucket_bytes)[:2]]
+        first, second = (torch.zeros(size, dtype=torch.uint8) for size in sizes)
         arriving = self.group.carrier.carry(first, deadline)
         self.group.carrier.carry(second, deadline)
         arriving.wait()

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asyncdapo.weights.manifest import ALIGN_BYTES, Manifest, TensorSpec, plan_buckets
+from asyncdapo.weights.manifest import ALIGN_BYTES, Manifest, TensorSpec, elements_of, packed, part_of, plan_buckets
 
 specs = st.builds(
     TensorSpec,
@@ -98,3 +98,35 @@ def test_a_manifest_survives_the_wire_and_any_change_changes_its_digest():
     assert len(digests) == len(changed)
     assert copy.digest == manifest.digest
     assert all(0 <= digest < 1 << 63 for digest in digests)
+
+
+@given(manifests, bucket_sizes, st.integers(1, 5))
+def test_the_parts_of_all_shards_are_the_bucket(manifest: Manifest, bucket_bytes: int, num_shards: int):
+    def elements(pieces) -> list[tuple[int, int, int]]:
+        return sorted(
+            (piece.tensor, element, piece.offset + number * manifest.tensors[piece.tensor].itemsize)
+            for piece in pieces
+            for number, element in enumerate(range(piece.start, piece.stop))
+        )
+
+    for bucket in plan_buckets(manifest, bucket_bytes):
+        parts = [part_of(bucket, manifest, shard, num_shards) for shard in range(num_shards)]
+        assert elements(piece for part in parts for piece in part) == elements(bucket.pieces)
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=3), st.integers(1, 5))
+def test_a_shard_has_the_rows_that_torch_gives_it(shape: list[int], num_shards: int):
+    whole = torch.arange(math.prod(shape)).view(shape)
+    chunks = [chunk.flatten().tolist() for chunk in whole.chunk(num_shards)]
+    chunks += [[]] * (num_shards - len(chunks))
+    ranges = [elements_of(shape, shard, num_shards) for shard in range(num_shards)]
+    assert [whole.flatten()[first:last].tolist() for first, last in ranges] == chunks
+
+
+@given(manifests, bucket_sizes)
+def test_packed_pieces_are_aligned_and_do_not_overlap(manifest: Manifest, bucket_bytes: int):
+    for bucket in plan_buckets(manifest, bucket_bytes):
+        pieces, num_bytes = packed(bucket.pieces[1:], manifest)
+        ends = [piece.offset + (piece.stop - piece.start) * manifest.tensors[piece.tensor].itemsize for piece in pieces]
+        assert all(piece.offset % ALIGN_BYTES == 0 for piece in pieces)
+        assert all(end <= start for end, start in zip(ends, [*(p.offset for p in pieces[1:]), num_bytes], strict=True))

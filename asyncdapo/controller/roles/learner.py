@@ -29,7 +29,7 @@ from asyncdapo.controller.process.health import Pulse
 from asyncdapo.controller.process.waits import NOBODY, Wait
 from asyncdapo.controller.roles.base import ProcessBase, ProcessSpec, T
 from asyncdapo.controller.roles.model_check import check_rotations
-from asyncdapo.errors import RunError
+from asyncdapo.errors import RunError, WeightsError
 from asyncdapo.learner.batches.batches import Batches
 from asyncdapo.learner.batches.feed import BatchFeed
 from asyncdapo.learner.batches.prepared import Prepared
@@ -44,6 +44,7 @@ from asyncdapo.transport.process_group import device_name
 from asyncdapo.weights.group import WeightGroup
 from asyncdapo.weights.manifest import Manifest
 from asyncdapo.weights.sender import SendReport, WeightSender
+from asyncdapo.weights.shards import Giver, Shards
 
 log = logging.getLogger("weights")
 
@@ -73,6 +74,8 @@ class LearnerProcess(ProcessBase):
         """The newest that this rank has hosted."""
         self.sender: WeightSender | None = None
         """None until the workers have joined the first group."""
+        self.giver: Giver | None = None
+        """None until this rank has given its shards for the first time."""
         self.num_sent = 0
 
     @classmethod
@@ -168,7 +171,8 @@ class LearnerProcess(ProcessBase):
         assert self.weight_group is not None, "`host_weights` comes first"
         with self.waits.on("rollout", "the weight group", self.config.weights.timeout_s):
             await self.blocking(self.weight_group.connect)
-        self.sender = WeightSender(self.weight_group, self._manifest(), self.config.weights.bucket_mb << 20)
+        shards, bucket_bytes = Shards(self.learner.shards()), self.config.weights.bucket_mb << 20
+        self.sender = WeightSender(self.weight_group, self._manifest(), bucket_bytes, shards)
 
     async def send_weights(self, version: int, branch: int) -> dict[str, float]:
         """Broadcast the weights as those of `version`; over when every worker has checked them. The ranks that have
@@ -182,14 +186,22 @@ class LearnerProcess(ProcessBase):
         return {"bytes": report.num_bytes, "seconds": report.seconds}
 
     def _send(self, sender: WeightSender, version: int, branch: int) -> SendReport:
-        return sender.send(version, self.learner.weights(), branch=branch)
+        with self.ranks.together("gather weights", in_step_after=WeightsError):
+            return sender.send(version, self.learner.shards(), branch=branch)
 
     async def give_shards(self) -> dict[str, float]:
-        """Take part while rank 0 gathers the weights that it sends."""
+        """Take part while rank 0 gathers the weights that it sends, bucket by bucket."""
+        faults.point("in_give_shards")
         began_s = time.monotonic()
-        with self.waits.on("learner", "the weights to be gathered"):
-            await self.blocking(self._in, "publish", self.learner.weights)
+        with self.waits.on("learner", "the weights to be gathered", self.config.weights.timeout_s):
+            await self.blocking(self._in, "publish", self._give)
         return {"seconds": time.monotonic() - began_s}
+
+    def _give(self) -> None:
+        shards, bucket_bytes = self.learner.shards(), self.config.weights.bucket_mb << 20
+        self.giver = self.giver or Giver(Shards(shards), self._manifest(), bucket_bytes)
+        with self.ranks.together("gather weights"):
+            self.giver.give(shards, self.config.weights.timeout_s)
 
     # ------------------------------------------------------------------------------------------------------- steps
 

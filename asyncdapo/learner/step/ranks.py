@@ -85,13 +85,14 @@ class Ranks:
             raise RunError(f"the learner's ranks {others} have other {what} than rank {others[0] % self.num_shards}")
 
     @contextmanager
-    def together(self, doing: str) -> Iterator[None]:
+    def together(self, doing: str, in_step_after: type[Exception] | tuple[()] = ()) -> Iterator[None]:
         """Around sharded passes and other collectives of PyTorch's: raises RanksError where one fails because a rank is
-        gone or late. Whatever ends it, this rank leaves the group, so that none waits for it."""
+        gone or late. Whatever ends it, this rank leaves the group, so that none waits for it; except an error of which
+        the other ranks are told (`in_step_after`)."""
         try:
             yield
         except Exception as error:
-            if self._group is None:
+            if self._group is None or isinstance(error, in_step_after):
                 raise
             self._group.close()
             if not is_of_collective(error):

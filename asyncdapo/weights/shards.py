@@ -1,0 +1,177 @@
+"""Shards: how the parts of each bucket come from the ranks of a sharded learner to the one that sends.
+
+    the sender, shard 0                    the ranks of the other shards
+    says that it wants a bucket  ───────▶  their parts are packed, in the dtypes of the wire
+    its own part into the bucket ◀───────  all parts, in one collective
+    …                                      the next part is packed meanwhile
+    says that there is no more   ───────▶  over
+
+In: tensors that FSDP2 has divided by rows among the ranks of one replica; plain ones are a single shard, for which
+there is no collective. Out: buckets at the sender, the same bits as from whole tensors. Memory: at the sender, for what
+the others have of one bucket; elsewhere for this rank's part of one. Invariant: whatever ends a transfer, the other
+ranks are told, so that all stay in step and the learner continues. A rank that is gone fails the others' collectives
+with PyTorch's own error. Does not own: what follows from that (`learner/step/ranks`), how buckets get to the engines.
+
+Shape: U bytes (uint8).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor, Shard
+
+from asyncdapo.errors import RunError
+from asyncdapo.transport.deadline import Deadline
+from asyncdapo.weights.manifest import Manifest, Piece, elements_of, packed, part_of, plan_buckets
+
+SENDER = 0
+"""The shard of the rank that sends."""
+MARGIN_S = 5.0
+"""What the others wait beyond a transfer's own timeout, to be told that it is over."""
+
+
+class Shards:
+    """This rank's place among the shards of one replica."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Of these tensors. Raises ValueError if they are divided in another way than by rows."""
+        divided = {name: one for name, one in tensors.items() if isinstance(one, DTensor)}
+        if wrong := [name for name, one in divided.items() if one.placements[-1] != Shard(0)]:
+            raise ValueError(f"{wrong[0]} is not divided by rows: {divided[wrong[0]].placements}")
+        self.number, self.count = 0, 1
+        self.device = next((local_shard(one).device for one in tensors.values()), torch.device("cpu"))
+        self._group: dist.ProcessGroup | None = None
+        """None where there is one shard, for which every collective is nothing."""
+        if divided:
+            mesh = next(iter(divided.values())).device_mesh
+            self.number, self.count = mesh.get_local_rank(mesh.ndim - 1), mesh.size(-1)
+            self._group = mesh.get_group(mesh.ndim - 1) if self.count > 1 else None
+
+    @contextmanager
+    def one_transfer(self) -> Iterator[None]:
+        """At the sender, around a transfer: tells the others in the end that it is over, also where it has failed.
+        After an error that isn't a RunError this rank has to leave the group."""
+        try:
+            yield
+        except RunError:
+            self.tell(Deadline(MARGIN_S), more=False)
+            raise
+        self.tell(Deadline(MARGIN_S), more=False)
+
+    def tell(self, deadline: Deadline, *, more: bool) -> None:
+        """At the sender: whether it wants another bucket."""
+        self._broadcast(torch.tensor([int(more)]), deadline)
+
+    def hear(self, deadline: Deadline) -> bool:
+        """Elsewhere: whether the sender wants another bucket."""
+        word = torch.zeros(1, dtype=torch.int64)
+        self._broadcast(word, deadline)
+        return bool(word.item())
+
+    def collect(self, memory_U: torch.Tensor, num_bytes: Sequence[int], deadline: Deadline) -> None:
+        """At the sender: the packed parts of one bucket, so many bytes of each shard, into this memory by shards."""
+        self._all_to_all(memory_U, memory_U[:0], list(num_bytes), [0] * self.count, deadline)
+
+    def give(self, packed_U: torch.Tensor, deadline: Deadline) -> None:
+        """Elsewhere: this rank's part to the sender."""
+        to_sender = [len(packed_U), *[0] * (self.count - 1)]
+        self._all_to_all(packed_U[:0], packed_U, [0] * self.count, to_sender, deadline)
+
+    def _all_to_all(
+        self, come_U: torch.Tensor, gone_U: torch.Tensor, come: list[int], gone: list[int], deadline: Deadline
+    ) -> None:
+        if self._group is None:
+            return
+        options = dist.AllToAllOptions()
+        options.timeout = deadline.left()
+        self._group.alltoall_base(come_U, gone_U, come, gone, options).wait()
+
+    def _broadcast(self, word: torch.Tensor, deadline: Deadline) -> None:
+        if self._group is None:
+            return
+        options = dist.BroadcastOptions()
+        options.rootRank, options.timeout = SENDER, deadline.left()
+        self._group.broadcast([word], options).wait()
+
+
+@dataclass(frozen=True)
+class Copies:
+    """Copies this rank's pieces of some tensors into memory, each converted to its dtype in the manifest."""
+
+    pieces: tuple[Piece, ...]
+    """Elements count from the first one of this rank's shard."""
+    targets: list[torch.Tensor]
+    """Views of the memory, one for each piece."""
+
+    @staticmethod
+    def into(memory_U: torch.Tensor, pieces: Sequence[Piece], manifest: Manifest, shards: Shards) -> Copies:
+        """`pieces`: of this rank's shard, as the manifest counts elements, at offsets in the memory."""
+        own: list[Piece] = []
+        for piece in pieces:
+            first, _ = elements_of(manifest.tensors[piece.tensor].shape, shards.number, shards.count)
+            own.append(Piece(piece.tensor, piece.start - first, piece.stop - first, piece.offset))
+        return Copies(tuple(own), views(memory_U, pieces, manifest))
+
+    def run(self, sources: Sequence[torch.Tensor]) -> None:
+        """`sources`: this rank's shards of the manifest's tensors (`local_shards`), in any dtype, on any device."""
+        copy(self.targets, [sources[piece.tensor].reshape(-1)[piece.start : piece.stop] for piece in self.pieces])
+
+
+class Giver:
+    """At a rank that has another shard than the sender's: gives its part of each bucket of at most `bucket_bytes`."""
+
+    def __init__(self, shards: Shards, manifest: Manifest, bucket_bytes: int) -> None:
+        self._shards, self._manifest = shards, manifest
+        parts = [
+            packed(part_of(bucket, manifest, shards.number, shards.count), manifest)
+            for bucket in plan_buckets(manifest, bucket_bytes)
+        ]
+        memory_U = torch.zeros(max((size for _, size in parts), default=0), dtype=torch.uint8, device=shards.device)
+        self._parts = [(memory_U[:size], Copies.into(memory_U, pieces, manifest, shards)) for pieces, size in parts]
+
+    def give(self, tensors: Mapping[str, torch.Tensor], timeout_s: float) -> bool:
+        """Take part in one transfer of these tensors, whose deadline is `timeout_s`. Returns whether every part was
+        given; if not, the transfer has failed. Raises PyTorch's error if another rank is gone or late."""
+        sources, deadline = local_shards(tensors, self._manifest), Deadline(timeout_s + MARGIN_S)
+        for packed_U, copies in self._parts:
+            copies.run(sources)
+            if not self._shards.hear(deadline):
+                return False
+            self._shards.give(packed_U, deadline)
+        return not self._shards.hear(deadline)
+
+
+def local_shards(tensors: Mapping[str, torch.Tensor], manifest: Manifest) -> list[torch.Tensor]:
+    """This rank's shards of the manifest's tensors, in its order. Raises ValueError if the tensors don't fit it."""
+    if differing := tensors.keys() ^ {spec.name for spec in manifest.tensors}:
+        raise ValueError(f"tensors and manifest differ in {sorted(differing)[:3]}")
+    for spec in manifest.tensors:
+        if (shape := tuple(tensors[spec.name].shape)) != spec.shape:
+            raise ValueError(f"{spec.name} has shape {shape}, the manifest says {spec.shape}")
+    return [local_shard(tensors[spec.name]) for spec in manifest.tensors]
+
+
+def local_shard(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's shard, live and without gradient; of a plain tensor all of it."""
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+
+
+def views(memory_U: torch.Tensor, pieces: Sequence[Piece], manifest: Manifest) -> list[torch.Tensor]:
+    """The pieces' places in the memory, in their dtypes."""
+    found: list[torch.Tensor] = []
+    for piece in pieces:
+        spec = manifest.tensors[piece.tensor]
+        num_bytes = (piece.stop - piece.start) * spec.itemsize
+        found.append(memory_U[piece.offset : piece.offset + num_bytes].view(getattr(torch, spec.dtype)))
+    return found
+
+
+def copy(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
+    """Each source into its target."""
+    if targets:
+        torch._foreach_copy_(targets, sources)  # pyright: ignore[reportPrivateImportUsage] (no public name)
