@@ -255,7 +255,7 @@ class Run:
         its tokenizer, without the optimizer's state. A warning names a newer checkpoint that is damaged. Returns
         `out`. Raises UserError if the checkpoint doesn't exist or is damaged, or if `out` is in use."""
         from asyncdapo.controller.eval.subject import find_subject
-        from asyncdapo.learner.step.checkpoint import MANIFEST, STATE_FILE, checkpoint_dir, kept_steps
+        from asyncdapo.learner.storage.checkpoint import MANIFEST, STATE_FILE, checkpoint_dir, kept_steps
 
         out, steps = Path(out), kept_steps(self.dir)
         if step is not None and step not in steps:

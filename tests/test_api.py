@@ -24,7 +24,7 @@ from asyncdapo import api
 from asyncdapo.config.config import find_config
 from asyncdapo.config.config import load_config as load_file
 from asyncdapo.errors import RunError, UserError
-from asyncdapo.learner.step.checkpoint import check_checkpoint, checkpoint_dir, kept_steps
+from asyncdapo.learner.storage.checkpoint import check_checkpoint, checkpoint_dir, kept_steps
 from asyncdapo.replay.ledger.ledger import read_group
 from tests.replay.small_run import finished_run
 

@@ -28,7 +28,7 @@ LOWER = {
 }
 ROOMS = {
     "controller": ("process", "roles", "checks", "fleet", "eval", "loop", "commands"),
-    "learner": ("batches", "model", "step"),
+    "learner": ("batches", "storage", "model", "step"),
     "replay": ("core", "ledger", "server"),
 }
 """The sub-folders of a large stage, the lowest first: none imports one behind it."""

@@ -24,7 +24,8 @@ class RunConfig:
     steps: PositiveInt = 100
     """Train steps after which the run ends."""
     stop_s: PositiveFloat = 20.0
-    """Seconds that a run may take to finish its step and write a checkpoint after Ctrl-C or SIGTERM."""
+    """Seconds that a run may take to finish its step and copy a checkpoint after Ctrl-C or SIGTERM, and again to write
+    it."""
 
 
 @dataclass(frozen=True, kw_only=True)

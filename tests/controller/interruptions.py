@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from asyncdapo.controller.process.roster import survivors
-from asyncdapo.learner.step.checkpoint import kept_steps
+from asyncdapo.learner.storage.checkpoint import kept_steps
 from asyncdapo.metrics.jsonl import read_metrics
 from asyncdapo.replay.ledger.audit import audit
 from tests.controller.runs import FinishedRun, launch, started

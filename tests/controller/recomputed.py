@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from asyncdapo.learner.step.checkpoint import checkpoint_dir
+from asyncdapo.learner.storage.checkpoint import checkpoint_dir
 from asyncdapo.replay.ledger.ledger import read_group
 
 

@@ -13,10 +13,11 @@ import pytest
 from asyncdapo.controller.checks.preflight import prepare_run
 from asyncdapo.controller.process.roster import read as read_roster
 from asyncdapo.errors import RunError, UserError
-from asyncdapo.learner.step.checkpoint import set_aside, write_checkpoint
+from asyncdapo.learner.storage.checkpoint import set_aside
 from asyncdapo.metrics.jsonl import MetricsFile
 from asyncdapo.replay.ledger.audit import audit, run_audit
 from asyncdapo.replay.ledger.ledger import describe_unreadable
+from tests.learner.storage.written import write_checkpoint
 from tests.replay.small_run import SmallRun
 
 KEYS = (

@@ -14,7 +14,7 @@ import pytest
 
 from asyncdapo.controller.process.reaper import descendants
 from asyncdapo.controller.process.roster import is_running, read
-from asyncdapo.learner.step.checkpoint import checkpoint_dir, kept_steps
+from asyncdapo.learner.storage.checkpoint import checkpoint_dir, kept_steps
 from asyncdapo.replay.ledger.audit import audit
 from tests.controller.interruptions import SHORT, assert_nothing_lives, processes, survey, wait_for_batch
 from tests.controller.runs import START_MODEL, command, copy_start_model, launch, started

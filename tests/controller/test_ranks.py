@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from asyncdapo.learner.step.checkpoint import checkpoint_dir
+from asyncdapo.learner.storage.checkpoint import checkpoint_dir
 from asyncdapo.replay.ledger.audit import audit
 from tests.controller.interruptions import (
     SHORT,

@@ -16,10 +16,11 @@ from asyncdapo.config.config import Config, load_config
 from asyncdapo.controller.checks.preflight import prepare_run
 from asyncdapo.controller.checks.resume import Resume, missing_lines, survey
 from asyncdapo.errors import ConfigError, UserError
-from asyncdapo.learner.step.checkpoint import checkpoint_dir, write_checkpoint
+from asyncdapo.learner.storage.checkpoint import checkpoint_dir
 from asyncdapo.metrics.jsonl import MetricsFile
 from asyncdapo.replay.ledger.journal import Journal
 from tests.controller.runs import copy_start_model
+from tests.learner.storage.written import write_checkpoint
 from tests.replay.small_run import resumed_run
 
 DATA = '{"prompt": "1+1", "answer": "2"}\n{"prompt": "2+3", "answer": "5"}\n{"prompt": "4+5", "answer": "9"}\n'

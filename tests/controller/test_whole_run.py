@@ -16,7 +16,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from asyncdapo.learner.step.checkpoint import checkpoint_dir
+from asyncdapo.learner.storage.checkpoint import checkpoint_dir
 from tests.controller.recomputed import assert_versions_are_true
 from tests.controller.runs import FinishedRun, command, copy_start_model, started, wait_for_step
 

@@ -10,7 +10,7 @@ import torch
 from asyncdapo.learner.step.ranks import GradientGroup, Ranks
 from tests.learner.ranks import JOIN_TIMEOUT_S, spawned
 from tests.learner.test_equal_gradients import LOSSES, a_batch
-from tests.learner.tiny import MEASURED, make_batch, make_learner, save_tiny_llama, train
+from tests.learner.tiny import MEASURED, make_batch, make_learner, save, save_tiny_llama, train
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -31,7 +31,7 @@ def test_a_checkpoint_of_a_gpu_resumes_bit_for_bit(tmp_path):
     path = save_tiny_llama(tmp_path / "model")
     straight, restored = (make_learner(path, device="cuda", staleness_bound=2) for _ in range(2))
     train(straight, *make_batch(step=1))
-    restored.restore(straight.save(tmp_path / "run", 1, branch=0))
+    restored.restore(save(straight, tmp_path / "run", 1))
     assert restored.digest() == straight.digest()
 
 

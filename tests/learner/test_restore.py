@@ -11,8 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from asyncdapo.errors import RunError
-from asyncdapo.learner.step.checkpoint import find_checkpoint
-from tests.learner.tiny import MEASURED, make_batch, make_learner, save_tiny_llama, train
+from asyncdapo.learner.storage.checkpoint import find_checkpoint
+from tests.learner.tiny import MEASURED, make_batch, make_learner, save, save_tiny_llama, train
 
 
 def names(run_dir):
@@ -25,11 +25,11 @@ def same_weights(one, other):
 
 def test_hugging_face_loads_a_checkpoint_with_the_weights_of_the_learner(tmp_path):
     learner = make_learner(save_tiny_llama(tmp_path / "model"), keep_checkpoints=1)
-    learner.save(tmp_path / "run", 0, branch=0)
+    save(learner, tmp_path / "run", 0)
     train(learner, *make_batch())
-    learner.save(tmp_path / "run", 1, branch=0)
+    save(learner, tmp_path / "run", 1)
     train(learner, *make_batch(step=2))
-    path = learner.save(tmp_path / "run", 2, branch=0)
+    path = save(learner, tmp_path / "run", 2)
     assert names(tmp_path / "run") == ["step-000000", "step-000002"]
     assert (path / "tokenizer.json").read_text() == (tmp_path / "model/tokenizer.json").read_text()
     saved = AutoModelForCausalLM.from_pretrained(path).state_dict()
@@ -43,7 +43,7 @@ def test_a_restored_learner_resumes_bit_for_bit(tmp_path):
     for step in (1, 2):
         train(straight, *make_batch(step, seed=step))
     torch.rand(3)  # moves the random state on from the seed
-    path = straight.save(tmp_path / "run", 2, branch=0)
+    path = save(straight, tmp_path / "run", 2)
     random_number = torch.rand(1)
     expected = [train(straight, *make_batch(step, seed=step)) for step in (3, 4)]
 
@@ -60,7 +60,7 @@ def test_a_restored_learner_resumes_bit_for_bit(tmp_path):
 def test_a_checkpoint_is_a_model_path(tmp_path):
     learner = make_learner(save_tiny_llama(tmp_path / "model"))
     train(learner, *make_batch())
-    path = learner.save(tmp_path / "run", 1, branch=0)
+    path = save(learner, tmp_path / "run", 1)
     assert same_weights(learner, make_learner(str(path)))
 
 
@@ -74,7 +74,7 @@ def test_skipped_updates_still_count_after_a_restore(tmp_path):
     start = save_tiny_llama(tmp_path / "model")
     learner = make_learner(start, max_bad_updates=1)
     train(learner, *spoil(*make_batch()))
-    path = learner.save(tmp_path / "run", 1, branch=0)
+    path = save(learner, tmp_path / "run", 1)
     restored = make_learner(start, max_bad_updates=1)
     restored.restore(path)
     with pytest.raises(RunError, match=r"2 of the last 2 optimizer updates .* learner.max_bad_updates is 1"):
@@ -85,7 +85,7 @@ def test_settings_of_the_optimizer_are_those_of_the_launch_that_resumes(tmp_path
     start = save_tiny_llama(tmp_path / "model")
     learner = make_learner(start, lr=1e-3, weight_decay=0.0)
     train(learner, *make_batch())
-    path = learner.save(tmp_path / "run", 1, branch=0)
+    path = save(learner, tmp_path / "run", 1)
     learners = [make_learner(start, lr=lr, weight_decay=decay) for lr, decay in ((1e-3, 0.0), (2e-3, 0.0), (1e-3, 0.5))]
     for other in learners:
         other.restore(path)
@@ -101,7 +101,7 @@ def test_a_damaged_file_is_named_and_leaves_the_learner_as_it_was(tmp_path, name
     start = save_tiny_llama(tmp_path / "model")
     learner = make_learner(start)
     train(learner, *make_batch())
-    path = learner.save(tmp_path / "run", 1, branch=0)
+    path = save(learner, tmp_path / "run", 1)
     content = bytearray((path / name).read_bytes())
     content[-len(content) // 3] ^= 4
     (path / name).write_bytes(content if flipped else content[:-100])
@@ -115,14 +115,14 @@ def test_a_damaged_file_is_named_and_leaves_the_learner_as_it_was(tmp_path, name
 KILLED = """
 import os, signal, sys
 import torch
-from tests.learner.tiny import MEASURED, make_batch, make_learner, train
+from tests.learner.tiny import MEASURED, make_batch, make_learner, save, train
 
 learner = make_learner(sys.argv[1])
 train(learner, *make_batch())
-learner.save(sys.argv[2], 1, branch=0)
+save(learner, sys.argv[2], 1)
 train(learner, *make_batch(step=2))
 torch.save = lambda state, file: (file.write(b"half"), file.flush(), os.kill(os.getpid(), signal.SIGKILL))
-learner.save(sys.argv[2], 2, branch=0)
+save(learner, sys.argv[2], 2)
 """
 
 
@@ -136,5 +136,5 @@ def test_a_learner_killed_while_it_saves_resumes_from_the_checkpoint_before(tmp_
     learner = make_learner(start)
     learner.restore(path)
     train(learner, *make_batch(step=2))
-    learner.save(run_dir, 2, branch=0)
+    save(learner, run_dir, 2)
     assert names(run_dir) == ["step-000001", "step-000002"]

@@ -10,6 +10,7 @@ from asyncdapo.learner.config import LearnerConfig, LossConfig, ModelConfig
 from asyncdapo.learner.step.learner import Learner
 from asyncdapo.model.files import ModelFiles
 from asyncdapo.rollout.stop_tokens import read_config, stop_token_ids
+from tests.learner.tiny import save
 
 START = Path(__file__).parents[2] / "configs" / "models" / "chain_start"
 TEMPLATE = "{% for m in messages %}<bos>{{ m.content }}{% endfor %}"
@@ -18,7 +19,7 @@ TEMPLATE = "{% for m in messages %}<bos>{{ m.content }}{% endfor %}"
 def saved(model, run_dir):
     settings = LearnerConfig(device="cpu")
     learner = Learner(model, LossConfig(), settings, temperature=1.0, staleness_bound=0, max_response_length=16, seed=0)
-    return learner.save(run_dir, 0, branch=0)
+    return save(learner, run_dir, 0)
 
 
 def copy_start(directory, **generation):

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from asyncdapo.config.config import Config
 from asyncdapo.errors import UserError
-from asyncdapo.learner.step.checkpoint import checkpoint_dir, find_checkpoint, kept_steps
+from asyncdapo.learner.storage.checkpoint import checkpoint_dir, find_checkpoint, kept_steps
 from asyncdapo.metrics.jsonl import to_metrics, whole_lines
 from asyncdapo.replay.core.events import VERDICT_STATES
 from asyncdapo.replay.ledger.ledger import LEDGER_FILE, last_trained, open_ledger

@@ -30,7 +30,7 @@ from rich.table import Table
 
 from asyncdapo.controller.process import roster
 from asyncdapo.errors import UserError
-from asyncdapo.learner.step.checkpoint import kept_steps
+from asyncdapo.learner.storage.checkpoint import kept_steps
 from asyncdapo.replay.ledger.ledger import LEDGER_FILE, open_ledger
 
 

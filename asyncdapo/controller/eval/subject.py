@@ -17,7 +17,7 @@ from pathlib import Path
 from asyncdapo.config.config import load_recorded
 from asyncdapo.controller.checks.identity import unknown_keys
 from asyncdapo.errors import UserError
-from asyncdapo.learner.step.checkpoint import check_checkpoint, checkpoint_dir, kept_steps
+from asyncdapo.learner.storage.checkpoint import check_checkpoint, checkpoint_dir, kept_steps
 from asyncdapo.model.location import check_model_path, is_path
 from asyncdapo.replay.ledger.audit import CONFIG_FILE
 

@@ -41,13 +41,18 @@ class Learners:
 
     async def call_all(self, pick: Pick[LearnerProcess, Params, R], *args: Params.args, **kwargs: Params.kwargs) -> R:
         """What rank 0 answers to a command that every rank gets; the others' answers are the same or nothing."""
+        return (await self.call_each(pick, *args, **kwargs))[0]
+
+    async def call_each(
+        self, pick: Pick[LearnerProcess, Params, R], *args: Params.args, **kwargs: Params.kwargs
+    ) -> list[R]:
+        """What the ranks answer to a command that every rank gets, rank 0 first."""
         try:
-            answers = await together(*(rank.call(pick, *args, **kwargs) for rank in self.ranks))
+            return await together(*(rank.call(pick, *args, **kwargs) for rank in self.ranks))
         except RunError as error:
             if self.ended_by(error):
                 self.end()  # before anybody may ask rank 0 for weights in the middle of a step
             raise
-        return answers[0]
 
     async def load(self, checkpoint: Path | None) -> None:
         """Join the ranks, and have them load the model, resumed from the checkpoint if there is one. All have started;

@@ -48,6 +48,8 @@ class Controller:
         self._watch = Watch()
         self._training: Training | None = None
         """None until every process is up."""
+        self._ends: asyncio.TimerHandle | None = None
+        """When a run that was asked to stop ends as it is."""
         self.stopped = False
 
     @property
@@ -70,7 +72,8 @@ class Controller:
             self._reporter.note(f"the curve: {curve}; to evaluate: asyncdapo eval {os.path.dirname(curve)}")
 
     def _handle_signal(self, main: asyncio.Task[None]) -> None:
-        """The first asks the run to stop, the second or `run.stop_s` ends it as it is."""
+        """The first asks the run to stop, the second ends it as it is. So does `run.stop_s` without a copy of what is
+        done, and again without its writing."""
         if self._patience.stopping.is_set():
             main.cancel()
             return
@@ -79,7 +82,16 @@ class Controller:
         self._patience.stopping.set()
         if self._training:
             self._training.pause()
-        asyncio.get_running_loop().call_later(stop_s, main.cancel)
+        self._ends = asyncio.get_running_loop().call_later(stop_s, main.cancel)
+
+    def _wait_for(self, what: str) -> None:
+        """The copy is made: its writing, whose time depends on the model's size, has `run.stop_s` of its own."""
+        main, stop_s = asyncio.current_task(), self._config.run.stop_s
+        assert main is not None
+        self._reporter.note(f"waits for {what}, within {stop_s:g} s; once more ends the run at once")
+        if self._ends:
+            self._ends.cancel()
+        self._ends = asyncio.get_running_loop().call_later(stop_s, main.cancel)
 
     async def _run(self) -> None:
         try:
@@ -108,7 +120,7 @@ class Controller:
         """Keep what is done, so that the same command resumes from here."""
         step = self._resume.step
         if self._training:
-            await self._training.keep()
+            await self._training.keep(self._wait_for)
             step = self._training.step
         self._lines.write()
         self._reporter.status(f"stopped after step {step}: the same command resumes from there")

@@ -11,6 +11,7 @@ Train step k is `_train_step`: train on the batch taken, mark it trained while v
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,12 +24,13 @@ from asyncdapo.controller.fleet.ranks import together
 from asyncdapo.controller.fleet.training_fleet import TrainingFleet
 from asyncdapo.controller.fleet.watchdog import Patience
 from asyncdapo.controller.loop.background import Aside
+from asyncdapo.controller.loop.checkpointing import Checkpointing
 from asyncdapo.controller.loop.forecast import Forecast
 from asyncdapo.controller.loop.logprob_mismatch import Parity
 from asyncdapo.controller.loop.step_metrics import Lines, counters_of
 from asyncdapo.controller.process.waits import NOBODY
 from asyncdapo.errors import BatchError, RunError
-from asyncdapo.learner.step.checkpoint import oldest_kept, set_aside
+from asyncdapo.learner.storage.checkpoint import set_aside
 from asyncdapo.metrics.reporter import Reporter
 from asyncdapo.replay.ledger.ledger import describe_unreadable
 
@@ -54,8 +56,9 @@ class Training:
         self._parity = Parity(config.rollout, fleet.workers, learners, fleet.publishing, prompts, config.run.seed)
         self._evaluating = Aside(config.eval.every, config.run.steps)
         self._comparing = Aside(config.rollout.parity_every, config.run.steps)
-        self.step = self._saved = resume.step
-        """Last train step that is done, and last one with a checkpoint."""
+        self._checkpoints = Checkpointing(fleet, patience, resume.step)
+        self.step = resume.step
+        """Last train step that is done."""
         self._counters = counters_of({})
         """What the run has used up by `step`, for its checkpoints."""
         self.leasing = False
@@ -68,10 +71,13 @@ class Training:
             self.fleet.leasing = False
             self._pausing = asyncio.ensure_future(self.fleet.replay.ask(lambda replay: replay.pause))
 
-    async def keep(self) -> None:
-        """Keep what is done, so that the same command resumes from here."""
-        if self.leasing and self._saved < self.step:
-            await self._checkpoint(self.step)
+    async def keep(self, say: Callable[[str], None]) -> None:
+        """Keep what is done, so that the same command resumes from here. `say` is told what it waits for, whenever a
+        checkpoint was copied and is being written."""
+        await self._checkpoints.written(say)
+        if self.leasing and self._checkpoints.step < self.step:
+            await self._checkpoints.begin(self.step, self._counters)
+            await self._checkpoints.written(say)
 
     def say_what_is_known(self) -> None:
         """Note what the replay server found in the prompts, and what the learner will need."""
@@ -112,7 +118,8 @@ class Training:
         for line in resume.describe():
             self._reporter.note(line)
         set_undone_aside(self._run_dir, resume.step)
-        self.step = self._saved = resume.step
+        self._checkpoints.go_back(resume.step)
+        self.step = resume.step
         revival = self.fleet.revive_learner(death, resume.checkpoint)
         await self._patience.wait(revival, whom=NOBODY, what="starts the learner again")
         branch = await self._replay(
@@ -159,9 +166,9 @@ class Training:
         await self._finish()
 
     async def _evaluate_first(self) -> None:
-        await self._checkpoint(0)
+        await self._checkpoints.begin(0, self._counters)
         evaluated = await self._evaluate_alone("initial")
-        self._lines.log_first({**self._comparing.take(), **evaluated})
+        self._lines.log_first({**self._comparing.take(), **self._checkpoints.take(), **evaluated})
 
     async def _train_step(self, step: int) -> None:
         """Train on the batch taken, mark it trained and publish the new version, keep the step's metrics line.
@@ -183,12 +190,13 @@ class Training:
         self.step, self._counters = step, counters_of(replay)
         clock.enter("checkpoint")
         if step % self._config.learner.checkpoint_every == 0:
-            await self._checkpoint(step)
+            await self._checkpoints.begin(step, self._counters)
         clock.enter("report")
         evaluate = partial(self._evaluation.run, step, greedy=False, share=self._config.eval.max_share)
         if evaluated := self._evaluating.after(step, evaluate):
             self._evaluation.belongs_to(step)
-        self._lines.hold(step, learner, replay, **weights, **compared, **evaluated)
+        saved = self._checkpoints.take()
+        self._lines.hold(step, learner, replay, **weights, **compared, **saved, **evaluated)
         for line in self._forecast.compare(learner):
             self._reporter.note(line)
 
@@ -210,26 +218,18 @@ class Training:
         taken = self.fleet.learners.call_all(lambda learner: learner.take_batch, step)
         return await self._patience.wait(taken, whom="learner", what=f"batch {step}", until_stopped=True)
 
-    async def _checkpoint(self, step: int) -> None:
-        await self._learners("the ranks' weights to be compared", lambda learner: learner.check_ranks)
-        branch, counters = self.fleet.publishing.branch, self._counters
-        saved = self.fleet.learners.call_all(lambda learner: learner.save, step, branch, counters)
-        await self._patience.wait(saved, whom="learner", what=f"checkpoint of step {step}")
-        self._saved = step
-        faults.point("after_checkpoint")
-        await self._replay(f"the end of checkpoint {step}", lambda replay: replay.covered, oldest_kept(self._run_dir))
-
     async def _finish(self) -> None:
         """Keep the final model, close the stream, then evaluate alone on all slots."""
-        if self._saved < self.step:
-            await self._checkpoint(self.step)
+        if self._checkpoints.step < self.step:
+            await self._checkpoints.begin(self.step, self._counters)
+        await self._checkpoints.written()
         await self._replay("the end of the stream", lambda replay: replay.finish)
         self.fleet.leasing = False
         await self._compared()
         if self._evaluating.task:
             await self._patience.wait(self._evaluating.task, whom="replay", what="an evaluation", until_stopped=True)
         evaluated = await self._evaluate_alone("final")
-        self._lines.write_last({**self._comparing.take(), **evaluated})
+        self._lines.write_last({**self._comparing.take(), **self._checkpoints.take(), **evaluated})
 
     async def _evaluate_alone(self, which: str) -> dict[str, float]:
         """Evaluate the `initial` or the `final` model while nothing else runs."""

@@ -1,7 +1,8 @@
 """A process of the learner: batch feed + learner, and in rank 0 the weight sender.
 
     task and thread of their own    ask for batch k + 1 ── receive ── prepare ┐ (`batches`)
-    the thread for blocking work    train step k ── send version k ── save    ├─ train step k + 1 ── …
+    the thread for blocking work    train step k ── send version k ── copy    ├─ train step k + 1 ── …
+    a thread of its own                                                └── write the checkpoint (`storage`)
 
 In: commands of the controller, batches of the replay server. Out: metrics, weights, checkpoints. While it trains it
 waits for nobody, whatever is on its way; only `take_batch` waits for the batch. Invariant: the states of
@@ -37,6 +38,13 @@ from asyncdapo.learner.model.model import device_of
 from asyncdapo.learner.step.learner import Learner
 from asyncdapo.learner.step.probe import Pair
 from asyncdapo.learner.step.ranks import GradientGroup, Ranks
+from asyncdapo.learner.storage.checkpoint import (
+    Piece,
+    begin_checkpoint,
+    commit_checkpoint,
+    remove_old_checkpoints,
+)
+from asyncdapo.learner.storage.host_copy import HostCopy
 from asyncdapo.messages import Batch, NoBatch
 from asyncdapo.transport.backend import Backend
 from asyncdapo.transport.payload import Payload
@@ -77,6 +85,9 @@ class LearnerProcess(ProcessBase):
         self.giver: Giver | None = None
         """None until this rank has given its shards for the first time."""
         self.num_sent = 0
+        self.copied: HostCopy | None = None
+        """What is to be written of a checkpoint."""
+        self.writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"{spec.name} writes")
 
     @classmethod
     async def start(cls, spec: ProcessSpec, replay_address: str) -> LearnerProcess:
@@ -245,12 +256,38 @@ class LearnerProcess(ProcessBase):
         with self.waits.on(NOBODY, "compares its weights with the other ranks'"):
             await self.blocking(self._in, "checkpoint", self.learner.check_ranks)
 
-    async def save(self, step: int, branch: int, counters: dict[str, int]) -> None:
-        """Write the checkpoint of `step`. Every rank has to be told; rank 0 writes."""
+    async def copy_checkpoint(self, step: int) -> int:
+        """Keep what this rank writes of the checkpoint of `step`, in host memory. Every rank has to be told; training
+        may continue when all have answered. Returns its bytes."""
+        with self.waits.on(NOBODY, f"copies the checkpoint of step {step}"):
+            self.copied = await self.blocking(self._in, "checkpoint", partial(self._copy, step))
+        return self.copied.num_bytes
+
+    def _copy(self, step: int) -> HostCopy:
+        if self.spec.index == 0:
+            begin_checkpoint(Path(self.config.run.dir), step)
+        return self.learner.copy()
+
+    async def write_checkpoint(self, step: int) -> list[Piece]:
+        """Write this rank's part of it, beside the training. Returns what was written."""
+        assert self.copied is not None, "`copy_checkpoint` comes first"
+        copied, self.copied = self.copied, None
         with self.waits.on(NOBODY, f"writes the checkpoint of step {step}"):
-            save = partial(self.learner.save, Path(self.config.run.dir), step, branch, counters)
-            await self.blocking(self._in, "checkpoint", save)
+            return await asyncio.get_running_loop().run_in_executor(
+                self.writer, copied.write, Path(self.config.run.dir), step
+            )
+
+    async def commit_checkpoint(self, step: int, branch: int, counters: dict[str, int], pieces: list[Piece]) -> None:
+        """Rank 0, once all ranks have written: the checkpoint is whole. Removes those past `keep_checkpoints`."""
+        with self.waits.on(NOBODY, f"completes the checkpoint of step {step}"):
+            await asyncio.get_running_loop().run_in_executor(self.writer, self._commit, step, branch, counters, pieces)
         faults.point("after_checkpoint")
+
+    def _commit(self, step: int, branch: int, counters: dict[str, int], pieces: list[Piece]) -> None:
+        run_dir, ranks = Path(self.config.run.dir), self.ranks
+        world = {"num_ranks": ranks.num_ranks, "num_shards": ranks.num_shards}
+        commit_checkpoint(run_dir, step, branch, pieces, **world, counters=counters)
+        remove_old_checkpoints(run_dir, self.config.learner.keep_checkpoints)
 
     def _in(self, state: str, work: Callable[[], T]) -> T:
         """Do blocking work, whose time belongs to `state`."""

@@ -13,7 +13,7 @@ float32. Every rank makes the same passes in the same order. Does not own: the p
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import cast
 
 import torch
@@ -27,9 +27,8 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
-from asyncdapo.errors import RunError
 from asyncdapo.learner.model.blocks import decoder_blocks
 from asyncdapo.learner.model.mesh import REPLICAS, SHARDS
 from asyncdapo.learner.model.names import once
@@ -93,32 +92,6 @@ def gather(tensor: Tensor) -> Tensor:
     if not isinstance(tensor, DTensor):
         return tensor.detach()
     return (tensor.full_tensor() if tensor.device_mesh.size(-1) > 1 else tensor.to_local()).detach()
-
-
-def whole_state(policy: Policy) -> dict[str, Tensor]:
-    """As the model's own `state_dict`, gathered, tied weights under each of their names. Every rank has to call it."""
-    whole = {id(tensor): gather(tensor) for tensor in named_shards(policy).values()}
-    live: dict[str, Tensor] = policy.model.state_dict(keep_vars=True)
-    return {name: whole.get(id(tensor), tensor) for name, tensor in live.items()}
-
-
-@torch.no_grad()
-def load_whole_state(policy: Policy, state: Mapping[str, Tensor]) -> None:
-    """Take over this rank's part of such a state, which every rank has. Raises RunError, with nothing changed, where a
-    tensor is missing or has another shape."""
-    own = policy.model.state_dict(keep_vars=True)
-    wrong = [name for name, tensor in own.items() if name not in state or state[name].shape != tensor.shape]
-    if wrong:
-        raise RunError(f"{len(wrong)} weights are missing or of another shape than the model's, {wrong[0]} first")
-    for name, tensor in own.items():
-        tensor.copy_(divide(state[name], tensor))
-
-
-def divide(whole: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor that every rank has, divided as another one is; without communication."""
-    if not isinstance(like, DTensor):
-        return whole
-    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
 
 
 def _num_bytes(parameters: Iterable[nn.Parameter]) -> int:

@@ -18,15 +18,14 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers.utils.logging import disable_progress_bar
@@ -36,17 +35,10 @@ from asyncdapo.errors import ConfigError, RunError, StalenessError
 from asyncdapo.learner.batches.prepared import Prepared
 from asyncdapo.learner.batches.samples import Columns, Row, columns, rows_by_update, weighted
 from asyncdapo.learner.config import LearnerConfig, LossConfig, ModelConfig
-from asyncdapo.learner.model.model import device_of, load_model, load_policy
+from asyncdapo.learner.model.model import device_of, load_policy
 from asyncdapo.learner.model.packing import Work
 from asyncdapo.learner.model.policy import Policy
-from asyncdapo.learner.model.sharding import gather, load_whole_state, named_shards, whole_state
-from asyncdapo.learner.step.checkpoint import (
-    STATE_FILE,
-    check_checkpoint,
-    checkpoint_dir,
-    remove_old_checkpoints,
-    write_checkpoint,
-)
+from asyncdapo.learner.model.sharding import gather, named_shards
 from asyncdapo.learner.step.diagnostics import Sums
 from asyncdapo.learner.step.frozen_logprobs import FirstPass
 from asyncdapo.learner.step.gradient import Part, accumulate_gradient
@@ -55,8 +47,11 @@ from asyncdapo.learner.step.optimizer import Optimizer
 from asyncdapo.learner.step.probe import Pair, response_logprobs
 from asyncdapo.learner.step.ranks import ALONE, Ranks
 from asyncdapo.learner.step.times import Times
+from asyncdapo.learner.storage.checkpoint import AVERAGES, STATE_FILE, check_checkpoint
+from asyncdapo.learner.storage.host_copy import HostCopy
+from asyncdapo.learner.storage.slices import read_slices
 from asyncdapo.messages import NOBODY, Batch
-from asyncdapo.model.files import TOKENIZER_FILES
+from asyncdapo.model.files import TOKENIZER_FILES, ModelFiles
 from asyncdapo.model.shape import settled_dtype
 from asyncdapo.transport.payload import Payload
 
@@ -193,31 +188,45 @@ class Learner:
         sums = [piece.view(torch.int32).sum(dtype=torch.int64) for piece in pieces]
         return torch.stack(sums).cpu().numpy().tobytes()
 
-    def save(self, run_dir: str | Path, step: int, branch: int, counters: Mapping[str, int] | None = None) -> Path:
-        """Write `RUN_DIR/checkpoints/step-…`: the model in Hugging Face format with its tokenizer, and the learner's
-        own state. It appears whole or not at all. `branch` is that in which batch `step` was trained; `counters`
-        stand in the manifest. Removes those past `keep_checkpoints`. Returns its path. Every rank has to call it; rank
-        0 writes."""
-        with self.ranks.together("gather weights"):
-            weights, optimizer = whole_state(self._policy), self._optimizer.state_dict()
-        if self.ranks.rank == 0:
-            write_checkpoint(Path(run_dir), step, branch, partial(self._write, weights, optimizer), counters)
-            remove_old_checkpoints(Path(run_dir), self._config.keep_checkpoints)
-        return checkpoint_dir(Path(run_dir), step)
+    def copy(self) -> HostCopy:
+        """This rank's part of a checkpoint, in host memory: training may continue while it is written. Every rank makes
+        one after the same step."""
+        others = partial(self._write_others, self._own_state())
+        copied = HostCopy(self.ranks.rank == 0, others)
+        for folder, shards in self._stored().items():
+            copied.add(folder, shards)
+        return copied
 
     def restore(self, path: str | Path) -> None:
-        """Go on from a checkpoint as if the run had never stopped: weights, optimizer, random state, version, skipped
-        updates. Raises RunError, with nothing changed, for one that isn't as it was written."""
+        """Resume from a checkpoint as if the run had never stopped: weights, optimizer, random state, version, skipped
+        updates. It may be of a learner with other numbers of ranks and shards. Every rank has to call it. Raises
+        RunError, with the weights as they were, for one that isn't as it was written or is of another model."""
         path = Path(path)
-        if wrong := check_checkpoint(path):
-            raise RunError(f"checkpoint {path} can't be used: {'; '.join(wrong)}")
+        wrong = check_checkpoint(path, self.ranks.rank, self.ranks.num_ranks)
+        if self.ranks.largest(len(wrong)):
+            raise RunError(f"checkpoint {path} can't be used: {'; '.join(wrong) or 'another rank has found damage'}")
         state = torch.load(path / STATE_FILE, weights_only=True, map_location="cpu")
-        load_whole_state(self._policy, load_model(path, torch.device("cpu")).state_dict())
-        self._optimizer.load_state_dict(state["optimizer"])
+        try:
+            read_slices(self.shards(), ModelFiles(str(path)))
+            self._optimizer.load_state_dict(state["optimizer"])
+            for average in AVERAGES if state["optimizer"]["num_steps"] else ():
+                read_slices(self._stored()[average], ModelFiles(str(path / average)))
+        except ConfigError as error:
+            raise RunError(f"checkpoint {path} can't be used: {error.problem}") from error
         self.version = state["version"]
         torch.set_rng_state(state["rng"])
         if self.device.type == "cuda" and state["cuda_rng"] is not None:
             torch.cuda.set_rng_state(state["cuda_rng"], self.device)
+
+    def _stored(self) -> dict[str, dict[str, DTensor]]:
+        """What a checkpoint has of the shards, by folders: weights and averages under the weights' names; live."""
+        weights = self.shards()
+        names = list(weights)
+        averages = {
+            which: {names[place]: cast(DTensor, average) for place, average in self._optimizer.averages(which).items()}
+            for which in AVERAGES
+        }
+        return {"": weights, **averages}
 
     def _check(self, batch: Batch) -> None:
         if batch.step != self.version + 1:
@@ -288,23 +297,25 @@ class Learner:
                 torch.cuda.synchronize(self.device)  # else the next update, or the publish, would be charged with it
         return Update(part, num_tokens, lr, grad_norm)
 
-    def _write(self, weights: dict[str, Tensor], optimizer: dict[str, Any], directory: Path) -> None:
-        model = self._policy.model
-        try:
-            model.save_pretrained(directory, state_dict=weights)
-            model.config.save_pretrained(directory)
-        except SafetensorError as error:
-            raise OSError(str(error)) from error
-        for name in TOKENIZER_FILES:
-            if (self._tokenizer_source / name).is_file():
-                shutil.copyfile(self._tokenizer_source / name, directory / name)
+    def _own_state(self) -> dict[str, Any]:
+        """What `STATE_FILE` holds; no part of it is live."""
         on_gpu = self.device.type == "cuda"
-        state = {
+        return {
             "version": self.version,
-            "optimizer": optimizer,
+            "optimizer": self._optimizer.state_dict(),
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state(self.device) if on_gpu else None,
         }
+
+    def _write_others(self, state: dict[str, Any], directory: Path) -> None:
+        """All files of a checkpoint that hold no shards."""
+        model = self._policy.model
+        for config in (model.config, model.generation_config):
+            if config is not None:
+                config.save_pretrained(directory)
+        for name in TOKENIZER_FILES:
+            if (self._tokenizer_source / name).is_file():
+                shutil.copyfile(self._tokenizer_source / name, directory / name)
         with (directory / STATE_FILE).open("wb") as file:  # of a full disk torch.save hears only through a file
             torch.save(state, file)
 

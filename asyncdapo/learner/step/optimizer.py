@@ -8,7 +8,7 @@ in its loss or gradient changes neither weights nor optimizer state; it is count
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from asyncdapo.errors import RunError
 from asyncdapo.learner.config import LearnerConfig
-from asyncdapo.learner.model.sharding import divide, gather
+from asyncdapo.learner.model.sharding import gather
+from asyncdapo.learner.storage.checkpoint import AVERAGES
 
 BAD_WINDOW = 100
 """Newest updates of which `max_bad_updates` may be skipped. Over a whole run any number is reached some time; and of
@@ -62,35 +63,42 @@ class Optimizer:
             self._count_bad(loss, norm)
         return norm if good else None
 
-    def state_dict(self) -> dict:
-        """Of whole tensors, whatever the mesh: every rank has to call it."""
+    def state_dict(self) -> dict[str, Any]:
+        """All but the averages: counts, and how often each parameter was updated, by its place. The same at every
+        rank."""
         return {
-            "adamw": self._with_states(self._adamw.state_dict(), lambda state, _: gather(state)),
+            "num_steps": {place: int(states["step"].item()) for place, states in self._states().items()},
             "num_updates": self.num_updates,
             "num_bad": self.num_bad,
             "bad_places": self._bad_places,
         }
 
-    def load_state_dict(self, state: dict) -> None:
-        """Averages and counts are those of the state, settings stay those of the config: a resumed run may change
-        them."""
-        self._adamw.load_state_dict(self._with_states(state["adamw"], divide))
+    def averages(self, which: str) -> dict[int, Tensor]:
+        """`exp_avg` or `exp_avg_sq` of each parameter that was ever updated, by its place: live, sharded as the
+        parameter."""
+        return {place: states[which] for place, states in self._states().items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Counts are those of the state; the averages of what was ever updated are there, for the caller to fill.
+        Settings stay those of the config: a resumed run may change them."""
+        device = self._parameters[0].device
+        states = {
+            place: {
+                "step": torch.tensor(float(num_steps), device=device),
+                **{which: torch.zeros_like(self._parameters[place], requires_grad=False) for which in AVERAGES},
+            }
+            for place, num_steps in state["num_steps"].items()
+        }
+        self._adamw.load_state_dict({**self._adamw.state_dict(), "state": states})
         for group in self._adamw.param_groups:
             group.update(self._settings)
         self.num_updates = state["num_updates"]
         self.num_bad = state["num_bad"]
-        self._bad_places = list(state.get("bad_places", ()))  # older checkpoints have none: the window begins anew
+        self._bad_places = list(state["bad_places"])
 
-    def _with_states(self, adamw: dict[str, Any], change: Callable[[Tensor, Tensor], Tensor]) -> dict[str, Any]:
-        """A state of AdamW, each tensor of a parameter's shape changed by this function of it and the parameter."""
-        states = {
-            place: {
-                name: change(state, self._parameters[place]) if state.shape == self._parameters[place].shape else state
-                for name, state in states.items()
-            }
-            for place, states in adamw["state"].items()
-        }
-        return {**adamw, "state": states}
+    def _states(self) -> dict[int, dict[str, Tensor]]:
+        """Of AdamW, by the parameter's place."""
+        return self._adamw.state_dict()["state"]
 
     def _clip(self) -> float:
         """Scales gradients down to `grad_clip`; returns their global norm before, the same at every rank."""

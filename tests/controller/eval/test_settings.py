@@ -15,8 +15,8 @@ from asyncdapo.controller.eval.record import hold_directory
 from asyncdapo.controller.eval.settings import Wanted, make_config
 from asyncdapo.controller.eval.subject import Subject, find_subject
 from asyncdapo.errors import ConfigError, UserError
-from asyncdapo.learner.step.checkpoint import write_checkpoint
 from tests.controller.runs import START_MODEL
+from tests.learner.storage.written import write_checkpoint
 
 QUICKSTART = START_MODEL.parent.parent / "quickstart.yaml"
 ROWS = [{"prompt": f"{number}+1", "answer": str(number + 1)} for number in range(20)]

@@ -16,10 +16,11 @@ from asyncdapo.learner.config import LearnerConfig, LossConfig
 from asyncdapo.learner.model import sharding
 from asyncdapo.learner.model.packing import pack
 from asyncdapo.learner.model.policy import Policy
-from asyncdapo.learner.model.sharding import gather, load_whole_state, named_shards, whole_state
+from asyncdapo.learner.model.sharding import gather, named_shards
 from asyncdapo.learner.step.gradient import accumulate_gradient
 from asyncdapo.learner.step.optimizer import Optimizer
 from asyncdapo.learner.step.ranks import ALONE
+from asyncdapo.learner.storage.checkpoint import AVERAGES
 from asyncdapo.transport.payload import Payload
 from tests.learner.tiny import (
     batch_of,
@@ -27,6 +28,7 @@ from tests.learner.tiny import (
     make_group,
     make_learner,
     make_row,
+    save,
     save_tiny_llama,
     sharded,
     tiny_llama,
@@ -86,9 +88,9 @@ def test_averages_of_the_optimizer_are_float32() -> None:
     gradient_step(policy, [make_row(3, 9)])
     optimizer = Optimizer(named_shards(policy).values(), LearnerConfig())
     optimizer.update(loss=0.0)
-    states = optimizer.state_dict()["adamw"]["state"].values()
-    assert len(states) == len(named_shards(policy))
-    assert {state[name].dtype for state in states for name in ("exp_avg", "exp_avg_sq")} == {torch.float32}
+    for averages in map(optimizer.averages, AVERAGES):
+        assert len(averages) == len(named_shards(policy))
+        assert {average.dtype for average in averages.values()} == {torch.float32}
 
 
 @pytest.mark.parametrize("gathered_bytes", [0, 1 << 30], ids=["blocks", "all at once"])
@@ -124,12 +126,12 @@ def test_a_checkpoint_holds_the_float32_weights_bit_for_bit_and_is_the_same_what
 ):
     start = save_tiny_llama(tmp_path / "model", tie_word_embeddings=tied)
     learner, plain = make_learner(start, dtype="bfloat16"), make_learner(start)
-    files = [one.save(tmp_path / str(index), 0, branch=0) for index, one in enumerate((learner, plain))]
+    files = [save(one, tmp_path / str(index), 0) for index, one in enumerate((learner, plain))]
     for name in ("model.safetensors", "config.json"):
         assert (files[0] / name).read_bytes() == (files[1] / name).read_bytes()
     assert json.loads((files[0] / "config.json").read_text())["dtype"] == "float32"
     train(learner, *make_batch())
-    saved = load_file(learner.save(tmp_path / "0", 1, branch=0) / "model.safetensors")
+    saved = load_file(save(learner, tmp_path / "0", 1) / "model.safetensors")
     assert equal(saved, learner.weights())
     assert not equal(saved, plain.weights())
     assert ("lm_head.weight" in saved) is not tied
@@ -139,7 +141,7 @@ def test_a_restored_bfloat16_learner_resumes_bit_for_bit(path, tmp_path) -> None
     config = {"dtype": "bfloat16", "updates_per_step": 2, "weight_decay": 0.1}
     straight, restored = (make_learner(path, **config) for _ in range(2))
     train(straight, *make_batch(step=1))
-    restored.restore(straight.save(tmp_path, 1, branch=0))
+    restored.restore(save(straight, tmp_path, 1))
     assert equal(straight.weights(), restored.weights())
     for learner in (straight, restored):
         train(learner, *make_batch(step=2))
@@ -151,7 +153,7 @@ def test_a_restored_bfloat16_learner_resumes_bit_for_bit(path, tmp_path) -> None
 def test_a_run_resumes_from_a_checkpoint_of_another_dtype(path, tmp_path, before, after) -> None:
     learner, other = make_learner(path, dtype=before), make_learner(path, dtype=after)
     train(learner, *make_batch(step=1))
-    other.restore(learner.save(tmp_path, 1, branch=0))
+    other.restore(save(learner, tmp_path, 1))
     assert equal(learner.weights(), other.weights())
     start = {name: weight.clone() for name, weight in other.weights().items()}
     for each in (learner, other):
@@ -163,13 +165,16 @@ def test_a_run_resumes_from_a_checkpoint_of_another_dtype(path, tmp_path, before
     assert torch.cosine_similarity(*moved, dim=0) > 0.95, "averages of the optimizer got lost"
 
 
-def test_weights_of_another_model_change_nothing() -> None:
-    policy = in_bfloat16()
-    before = {name: weight.clone() for name, weight in whole_state(policy).items()}
-    wider = tiny_llama(seed=1, intermediate_size=64).state_dict()
-    with pytest.raises(RunError, match=r"6 weights are missing or of another shape .* model.layers.0.mlp.gate_proj"):
-        load_whole_state(policy, wider)
-    assert equal(whole_state(policy), before)
+def test_a_checkpoint_of_another_model_is_refused_in_one_line_and_changes_nothing(path, tmp_path) -> None:
+    wider = make_learner(save_tiny_llama(tmp_path / "wider", intermediate_size=64))
+    deeper = make_learner(save_tiny_llama(tmp_path / "deeper", num_hidden_layers=3))
+    learner, untouched = make_learner(path), make_learner(path)
+    shape = r"its model.layers.0.mlp.gate_proj.weight has the shape \[64, 32\], the model one of \[48, 32\]"
+    with pytest.raises(RunError, match=f"step-000000 can't be used: {shape}"):
+        learner.restore(save(wider, tmp_path / "run", 0))
+    with pytest.raises(RunError, match=r"step-000000 can't be used: lacks 9 weights \(model.layers.2"):
+        deeper.restore(save(learner, tmp_path / "run", 0))
+    assert equal(learner.weights(), untouched.weights())
 
 
 def test_what_is_published_and_compared_are_the_float32_weights(path) -> None:

@@ -51,7 +51,7 @@ def test_an_update_that_is_not_finite_changes_nothing_and_is_counted(loss, gradi
     assert weight.tolist() == [1.0, 2.0]
     assert weight.grad is None
     assert (optimizer.num_updates, optimizer.num_bad) == (0, 1)
-    assert not optimizer.state_dict()["adamw"]["state"]
+    assert not optimizer.averages("exp_avg")
 
 
 def feed(weight, optimizer, losses):
@@ -77,7 +77,7 @@ def test_bad_updates_far_apart_do_not_add_up_over_a_run():
         feed(weight, optimizer, [math.nan])
 
 
-def test_the_window_continues_after_a_restore_and_begins_anew_from_a_checkpoint_of_before():
+def test_the_window_continues_after_a_restore():
     weight, optimizer = make_optimizer(max_bad_updates=1)
     feed(weight, optimizer, [math.nan] + [0.0] * 3)
     state = optimizer.state_dict()
@@ -85,7 +85,3 @@ def test_the_window_continues_after_a_restore_and_begins_anew_from_a_checkpoint_
     restored.load_state_dict(state)
     with pytest.raises(RunError, match="2 of the last 5 optimizer updates"):
         feed(weight, restored, [math.nan])
-    weight, older = make_optimizer(max_bad_updates=1)
-    older.load_state_dict({key: value for key, value in state.items() if key != "bad_places"})
-    feed(weight, older, [math.nan])
-    assert older.num_bad == 2
