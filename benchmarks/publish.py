@@ -1,11 +1,12 @@
 """Publish bandwidth against a plain broadcast of the same bytes on the same group, between processes of this machine.
 
     python benchmarks/publish.py [--backend gloo|ipc] [--receivers 1 2 4] [--mb 64 256 1024] [--repeats 9]
-                                 [--dtype float32] [--bucket-mb 16] [--threads 1]
+                                 [--dtype float32] [--bucket-mb 16] [--threads 1] [--shards 1]
 
 One row per model size and number of receivers: medians of alternating runs, timed on the sender until every receiver
 has answered. `plain` is one broadcast of one tensor by Gloo, into allocated memory. A publish adds buckets, the
-conversion to the dtype of the wire, and a checksum on every end; its receivers also reuse their memory.
+conversion to the dtype of the wire, and a checksum on every end; its receivers also reuse their memory. With `--shards`
+the learner is as many processes, and each bucket is gathered from them first.
 """
 
 from __future__ import annotations
@@ -18,13 +19,17 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 
 import torch
+from torch.distributed.tensor import Shard, distribute_tensor
 
+from asyncdapo.learner.model.mesh import SHARDS
+from asyncdapo.learner.step.ranks import GradientGroup, Ranks
 from asyncdapo.transport.backend import Backend
 from asyncdapo.transport.deadline import Deadline
 from asyncdapo.weights.group import WeightGroup
 from asyncdapo.weights.manifest import Manifest
 from asyncdapo.weights.receiver import WeightReceiver
 from asyncdapo.weights.sender import WeightSender
+from asyncdapo.weights.shards import Giver, Shards
 
 TIMEOUT_S = 60.0
 
@@ -52,6 +57,25 @@ def receive(pipe: Connection, rank: int, threads: int) -> None:
     group.close()
 
 
+def divided(tensors: dict[str, torch.Tensor], group: GradientGroup) -> dict[str, torch.Tensor]:
+    """This rank's shards."""
+    ranks = Ranks(group.rank, group.world_size, group.world_size)
+    ranks.join(group)
+    mesh = ranks.mesh(torch.device("cpu"))[SHARDS]
+    return {name: distribute_tensor(one, mesh, [Shard(0)], src_data_rank=None) for name, one in tensors.items()}
+
+
+def give(pipe: Connection, rank: int, args: argparse.Namespace) -> None:
+    torch.set_num_threads(args.threads)
+    address, num_mb = pipe.recv()
+    group = GradientGroup.join(address, rank, args.shards, "gloo", TIMEOUT_S)
+    tensors = divided(model_of(num_mb), group)
+    manifest = Manifest.of(tensors, getattr(torch, args.dtype))
+    giver = Giver(Shards(tensors), manifest, args.bucket_mb << 20)
+    for _ in range(args.repeats):
+        giver.give(tensors, TIMEOUT_S)
+
+
 def plain(group: WeightGroup, bytes_U: torch.Tensor) -> None:
     deadline = Deadline(TIMEOUT_S)
     group.broadcast(bytes_U, deadline).wait()
@@ -64,27 +88,39 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - began_s
 
 
+def started(work: Callable[..., None], args: tuple, told: tuple) -> multiprocessing.process.BaseProcess:
+    """A process that does `work(pipe, *args)` and is told something."""
+    spawn = multiprocessing.get_context("spawn")
+    ours, theirs = spawn.Pipe()
+    process = spawn.Process(target=work, args=(theirs, *args), daemon=True)
+    process.start()
+    ours.send(told)
+    return process
+
+
 def measure(num_mb: int, num_receivers: int, backend: Backend, args: argparse.Namespace) -> None:
     tensors = model_of(num_mb)
     manifest = Manifest.of(tensors, getattr(torch, args.dtype))
     group = WeightGroup.create_master("127.0.0.1", num_receivers + 1, backend, TIMEOUT_S)
-    spawn = multiprocessing.get_context("spawn")
-    receivers = []
-    for rank in range(1, num_receivers + 1):
-        ours, theirs = spawn.Pipe()
-        receivers.append(spawn.Process(target=receive, args=(theirs, rank, args.threads), daemon=True))
-        receivers[-1].start()
-        ours.send((group.address, num_receivers + 1, backend, manifest, args.repeats))
+    processes = [
+        started(receive, (rank, args.threads), (group.address, num_receivers + 1, backend, manifest, args.repeats))
+        for rank in range(1, num_receivers + 1)
+    ]
+    if args.shards > 1:
+        shard_group = GradientGroup.create_master("127.0.0.1", args.shards, "gloo", TIMEOUT_S)
+        processes += [started(give, (rank, args), (shard_group.address, num_mb)) for rank in range(1, args.shards)]
+        shard_group.connect()
+        tensors = divided(tensors, shard_group)
     group.connect()
-    sender = WeightSender(group, manifest, args.bucket_mb << 20)
+    sender = WeightSender(group, manifest, args.bucket_mb << 20, Shards(tensors))
     bytes_U = torch.ones(manifest.num_bytes, dtype=torch.uint8)  # zeros would all be one page of memory
     timings: dict[str, list[float]] = {"plain": [], "publish": []}
     for version in range(args.repeats):
         timings["plain"].append(seconds(lambda: plain(group, bytes_U)))
         timings["publish"].append(seconds(lambda version=version: sender.send(version, tensors)))
     group.close()
-    for receiver in receivers:
-        receiver.join()
+    for process in processes:
+        process.join()
     plain_s, publish_s = (statistics.median(values[1:]) for values in timings.values())
     gb = manifest.num_bytes / 1e9
     print(
@@ -103,6 +139,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", help="dtype on the wire")
     parser.add_argument("--bucket-mb", type=int, default=16)
     parser.add_argument("--threads", type=int, default=1, help="of PyTorch in each process")
+    parser.add_argument("--shards", type=int, default=1, help="processes of the learner")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     print(f"{'MiB':>8}{'receivers':>11}{'plain GB/s':>13}{'publish GB/s':>15}{'publish/plain':>16}")
