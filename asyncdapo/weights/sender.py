@@ -13,9 +13,10 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, zip_longest
 
 import torch
+import torch.distributed as dist
 
 from asyncdapo.transport.carrier import Transfer
 from asyncdapo.transport.deadline import Deadline
@@ -81,12 +82,15 @@ class WeightSender:
         )
 
     def _send_buckets(self, sources: list[torch.Tensor], deadline: Deadline) -> Checksum:
-        """Fill a bucket and update the checksum while the bucket before it is sent."""
+        """Fill a bucket and update the checksum while the bucket before it is sent, and the next one comes from the
+        other shards."""
         checksum = Checksum()
         before: Transfer | None = None
-        for gather in self._gathers:
-            gather.run(sources, deadline)
+        coming = self._gathers[0].ask(deadline) if self._gathers else None
+        for gather, after in zip_longest(self._gathers, self._gathers[1:]):
+            gather.fill(sources, coming)
             under_way = self._group.carrier.carry(gather.buffer_U, deadline)
+            coming = after.ask(deadline) if after else None
             checksum.update(gather.buffer_U)
             if before:
                 before.wait()
@@ -122,11 +126,16 @@ class Gather:
             for view in views(collected_U[start:], packed(part, manifest)[0], manifest)
         ]
 
-    def run(self, sources: Sequence[torch.Tensor], deadline: Deadline) -> None:
-        """`sources`: this rank's shards of the manifest's tensors, in any dtype, on any device."""
+    def ask(self, deadline: Deadline) -> dist.Work | None:
+        """Start to collect what the other shards have; the bucket before has to be filled."""
         self._shards.tell(deadline, more=True)
+        return self._shards.collect(self._collected_U, self._num_bytes, deadline)
+
+    def fill(self, sources: Sequence[torch.Tensor], coming: dist.Work | None) -> None:
+        """`sources`: this rank's shards of the manifest's tensors, in any dtype, on any device."""
         self._own.run(sources)
-        self._shards.collect(self._collected_U, self._num_bytes, deadline)
+        if coming:
+            coming.wait()
         copy(self._places, self._parts)
 
 

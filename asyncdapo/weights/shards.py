@@ -3,7 +3,7 @@
     the sender, shard 0                    the ranks of the other shards
     says that it wants a bucket  ───────▶  their parts are packed, in the dtypes of the wire
     its own part into the bucket ◀───────  all parts, in one collective
-    …                                      the next part is packed meanwhile
+    the bucket on its way, next wanted     the next part is packed meanwhile
     says that there is no more   ───────▶  over
 
 In: tensors that FSDP2 has divided by rows among the ranks of one replica; plain ones are a single shard, for which
@@ -73,23 +73,25 @@ class Shards:
         self._broadcast(word, deadline)
         return bool(word.item())
 
-    def collect(self, memory_U: torch.Tensor, num_bytes: Sequence[int], deadline: Deadline) -> None:
-        """At the sender: the packed parts of one bucket, so many bytes of each shard, into this memory by shards."""
-        self._all_to_all(memory_U, memory_U[:0], list(num_bytes), [0] * self.count, deadline)
+    def collect(self, memory_U: torch.Tensor, num_bytes: Sequence[int], deadline: Deadline) -> dist.Work | None:
+        """At the sender: start to receive the packed parts of one bucket, so many bytes of each shard, into this memory
+        by shards. None if nothing comes."""
+        return self._all_to_all(memory_U, memory_U[:0], list(num_bytes), [0] * self.count, deadline)
 
     def give(self, packed_U: torch.Tensor, deadline: Deadline) -> None:
         """Elsewhere: this rank's part to the sender."""
         to_sender = [len(packed_U), *[0] * (self.count - 1)]
-        self._all_to_all(packed_U[:0], packed_U, [0] * self.count, to_sender, deadline)
+        if work := self._all_to_all(packed_U[:0], packed_U, [0] * self.count, to_sender, deadline):
+            work.wait()
 
     def _all_to_all(
         self, come_U: torch.Tensor, gone_U: torch.Tensor, come: list[int], gone: list[int], deadline: Deadline
-    ) -> None:
+    ) -> dist.Work | None:
         if self._group is None:
-            return
+            return None
         options = dist.AllToAllOptions()
         options.timeout = deadline.left()
-        self._group.alltoall_base(come_U, gone_U, come, gone, options).wait()
+        return self._group.alltoall_base(come_U, gone_U, come, gone, options)
 
     def _broadcast(self, word: torch.Tensor, deadline: Deadline) -> None:
         if self._group is None:

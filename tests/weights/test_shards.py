@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -47,15 +49,20 @@ def connect(sender: Member, receivers: list[Member], backend: Backend, timeout_s
 
 def publish(ranks: list[Member], receivers: list[Member], manifest: Manifest, version: int) -> list:
     """What the receivers got. `ranks` are those of the replica that sends."""
+    begin(ranks, receivers, manifest, version)
+    got = [receiver.result() for receiver in receivers]
+    assert [rank.result() for rank in ranks] == ["", *[True] * (len(ranks) - 1)]
+    return got
+
+
+def begin(ranks: list[Member], receivers: list[Member], manifest: Manifest, version: int) -> None:
+    """Start a transfer."""
     for receiver in receivers:
         receiver.start("receive", manifest, version)
     sender, *others = ranks
     for rank in others:
         rank.start("give", TIMEOUT_S)
     sender.start("send", version)
-    got = [receiver.result() for receiver in receivers]
-    assert [rank.result() for rank in ranks] == ["", *[True] * len(others)]
-    return got
 
 
 def make(ranks: list[Member], version: int) -> None:
@@ -156,6 +163,48 @@ def test_a_refused_transfer_leaves_the_ranks_in_step() -> None:
         assert ranks[1].result() is False
         assert "expects another version" in receiver.result().reason
         assert publish(ranks, [receiver], manifest, 1) == [fingerprint(weights_of(0))]
+
+
+@pytest.mark.parametrize(
+    ("num_publishes", "num_kills", "backend"),
+    [(5, 1, "ipc"), *(pytest.param(40, 10, way, marks=pytest.mark.soak) for way in ("gloo", "ipc"))],
+)
+def test_a_rank_or_receiver_killed_at_any_moment_costs_one_transfer(
+    num_publishes: int, num_kills: int, backend: Backend
+) -> None:
+    """What is left of the ranks is killed with one of them, as the controller does it."""
+    draw = random.Random(num_publishes)
+    kills = set(draw.sample(range(1, num_publishes + 1), num_kills))
+    with ExitStack() as lives, members(3) as receivers:
+        ranks = lives.enter_context(shards_of(2))
+        manifest = connect(ranks[0], receivers, backend)
+        for version in range(1, num_publishes + 1):
+            make(ranks, version)
+            if version in kills:
+                victim = draw.choice([*ranks, *receivers])
+                begin(ranks, receivers, manifest, version)
+                time.sleep(draw.uniform(0, 0.02))
+                victim.stop()
+                settle([*ranks, *receivers], victim)
+                if victim in ranks:
+                    lives.close()
+                    ranks = lives.enter_context(shards_of(2))
+                    make(ranks, version)
+                else:
+                    receivers[receivers.index(victim)] = Member()
+                manifest = connect(ranks[0], receivers, backend)
+            assert publish(ranks, receivers, manifest, version) == [fingerprint(weights_of(version))] * 3
+        for receiver in receivers:
+            receiver.stop()
+
+
+def settle(ends: list[Member], victim: Member) -> None:
+    """Every other end has an answer well before its deadline: that the version arrived, or why not."""
+    began_s = time.monotonic()
+    for end in ends:
+        if end is not victim:
+            end.result()
+    assert time.monotonic() - began_s < TIMEOUT_S
 
 
 def test_tensors_that_are_not_divided_by_rows_are_refused() -> None:
