@@ -64,7 +64,7 @@ def plain_gradient(make_model):
 
 def assert_equal_gradient(make_model, *, max_tokens, checkpointing, compile):
     model = make_model()
-    settle_blocks(model, compile=compile, checkpointing=checkpointing)
+    settle_blocks(model, model.device, compile=compile, checkpointing=checkpointing)
     loss = LossConfig(entropy_coef=ENTROPY_COEF, dual_clip=None)  # as `plain_gradient` is
     policy = sharded(model, TEMPERATURE)
     accumulate_gradient(policy, update_rows(), loss, max_tokens=max_tokens, ranks=ALONE)

@@ -62,7 +62,7 @@ def shape_of(config: PretrainedConfig) -> Shape:
 def settled(name: str, dtype: str, checkpointing: str) -> PreTrainedModel:
     """A model that computes as the learner's does."""
     model = AutoModelForCausalLM.from_config(CONFIGS[name], dtype=getattr(torch, dtype), attn_implementation=NAME)
-    settle_blocks(model.eval(), compile=False, checkpointing=checkpointing)
+    settle_blocks(model.eval(), model.device, compile=False, checkpointing=checkpointing)
     return model
 
 

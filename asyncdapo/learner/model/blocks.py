@@ -37,9 +37,9 @@ def compiles(asked: bool | None, device: torch.device) -> bool:
     return True
 
 
-def settle_blocks(model: PreTrainedModel, *, compile: bool, checkpointing: str) -> None:
-    """Have each block of the model computed so from now on; once for a model. Raises ConfigError for one whose blocks,
-    or their MLPs, can't be told."""
+def settle_blocks(model: PreTrainedModel, device: torch.device, *, compile: bool, checkpointing: str) -> None:
+    """Have each block of the model computed so from now on, on this device; once for a model. Raises ConfigError for
+    one whose blocks, or their MLPs, can't be told."""
     if not compile and checkpointing == "none":
         return
     key, value = (CHECKPOINTING, checkpointing) if checkpointing != "none" else (COMPILE, True)
@@ -47,7 +47,7 @@ def settle_blocks(model: PreTrainedModel, *, compile: bool, checkpointing: str) 
     if not blocks:
         problem = f"needs a model whose blocks can be told, {type(model).__name__} is none"
         raise ConfigError(key, problem, value, "none" if checkpointing != "none" else "false")
-    if compile and model.device.type == "cuda":
+    if compile and device.type == "cuda":
         compile_chunks()  # on a CPU a chunk's products take the time
     for block in blocks:
         if checkpointing == "selective":

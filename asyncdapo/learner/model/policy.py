@@ -40,10 +40,10 @@ ENTRIES = ("packed_outputs", "outputs_alone", "scores")
 class Policy(nn.Module):
     """One causal LM at one temperature."""
 
-    def __init__(self, model: PreTrainedModel, temperature: float = 1.0) -> None:
+    def __init__(self, model: PreTrainedModel, temperature: float = 1.0, device: torch.device | None = None) -> None:
         super().__init__()
         self.model, self.temperature = model, temperature
-        self.device = model.device
+        self.device = device or model.device
         """Where it computes; its weights may be in host memory (`sharding`)."""
         self.num_shards = 1
 

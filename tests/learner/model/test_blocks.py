@@ -76,7 +76,7 @@ def kept_bytes(model: PreTrainedModel) -> int:
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)
 def test_checkpointing_leaves_gradients_as_they_are(checkpointing: str) -> None:
     plain, model = exact_llama(), exact_llama()
-    settle_blocks(model, compile=False, checkpointing=checkpointing)
+    settle_blocks(model, model.device, compile=False, checkpointing=checkpointing)
     for num_tokens in (9, 20):
         expected = gradient(plain, num_tokens)
         assert (gradient(model, num_tokens) - expected).norm() <= 1e-12 * expected.norm()
@@ -94,7 +94,7 @@ def test_compiled_blocks_leave_gradients_as_they_are_and_share_graphs_among_all_
     graphs = torch._dynamo.utils.counters["stats"]
     graphs.clear()
     plain, model = (exact_llama(num_hidden_layers=10) for _ in range(2))
-    settle_blocks(model, compile=True, checkpointing=checkpointing)
+    settle_blocks(model, model.device, compile=True, checkpointing=checkpointing)
     num_graphs = set()
     for num_tokens in (9, 20, 5, 31, 14, 8, 25, 3, 17, 40):
         expected = gradient(plain, num_tokens)
@@ -124,7 +124,7 @@ def test_a_learner_with_compiled_blocks_makes_the_same_steps(tmp_path, checkpoin
 def test_less_is_kept_the_more_is_computed_again() -> None:
     models = {name: tiny_llama(num_hidden_layers=4, intermediate_size=128) for name in CHECKPOINTING}
     for name, model in models.items():
-        settle_blocks(model, compile=False, checkpointing=name)
+        settle_blocks(model, model.device, compile=False, checkpointing=name)
     none, selective, full = (kept_bytes(model) for model in models.values())
     assert none > 1.5 * selective
     assert selective > 1.5 * full
@@ -132,21 +132,21 @@ def test_less_is_kept_the_more_is_computed_again() -> None:
 
 def test_passes_without_gradient_need_no_checkpoint() -> None:
     plain, model = tiny_llama(), tiny_llama()
-    settle_blocks(model, compile=False, checkpointing="full")
+    settle_blocks(model, model.device, compile=False, checkpointing="full")
     with torch.no_grad():
         assert torch.equal(pass_over(model, 9), pass_over(plain, 9))
 
 
 def test_blocks_are_left_alone_unless_asked() -> None:
     model = tiny_llama()
-    settle_blocks(model, compile=False, checkpointing="none")
+    settle_blocks(model, model.device, compile=False, checkpointing="none")
     assert not any("forward" in vars(module) for module in model.modules())
 
 
 def test_blocks_of_another_name_are_found() -> None:
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(vocab_size=29, n_embd=16, n_layer=2, n_head=2)).eval()
-    settle_blocks(model, compile=False, checkpointing="selective")
+    settle_blocks(model, model.device, compile=False, checkpointing="selective")
     assert all("forward" in vars(block.mlp) for block in model.transformer.h)
 
 
@@ -157,14 +157,14 @@ def test_a_model_whose_blocks_or_mlps_cannot_be_told_is_refused() -> None:
             return self
 
     with pytest.raises(ConfigError, match="learner.activation_checkpointing: needs a model whose blocks can be told"):
-        settle_blocks(Opaque(), compile=True, checkpointing="full")
+        settle_blocks(Opaque(), torch.device("cpu"), compile=True, checkpointing="full")
     with pytest.raises(ConfigError, match="learner.compile: needs a model whose blocks .* Opaque is none, got True"):
-        settle_blocks(Opaque(), compile=True, checkpointing="none")
+        settle_blocks(Opaque(), torch.device("cpu"), compile=True, checkpointing="none")
     sizes = {"vocab_size": 29, "hidden_size": 16, "ffn_dim": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     opt = OPTForCausalLM(OPTConfig(**sizes, word_embed_proj_dim=16))
     with pytest.raises(ConfigError, match="learner.activation_checkpointing: .* OPTDecoderLayer has none"):
-        settle_blocks(opt, compile=False, checkpointing="selective")
-    settle_blocks(opt, compile=False, checkpointing="full")
+        settle_blocks(opt, opt.device, compile=False, checkpointing="selective")
+    settle_blocks(opt, opt.device, compile=False, checkpointing="full")
 
 
 @needs_compiler
