@@ -62,6 +62,19 @@ def test_a_death_at_any_point_of_a_step_is_outlived(tmp_path: Path, point: str) 
 
 
 @pytest.mark.soak
+@pytest.mark.parametrize(
+    ("point", "num_branches"),
+    [("learner.in_send_weights:3", 2), ("learner-1.in_give_shards:3", 2), ("rollout-0.in_load_weights:2", 1)],
+)
+def test_a_death_while_shards_are_published_is_outlived(tmp_path: Path, point: str, num_branches: int) -> None:
+    three = ("rollout.num_workers=3", "learner.shards=2")
+    run = launch(tmp_path / "run", *TWO, *three, "run.steps=6", f"faults.kill=[{point}]")
+    assert run.exit_code == 0, run.output
+    assert [line["step"] for line in run.lines] == list(range(7))
+    finish(run.dir, run.output, num_branches=num_branches)
+
+
+@pytest.mark.soak
 @pytest.mark.parametrize("stopped", [0, 1])
 def test_a_rank_that_hangs_is_found_and_all_of_them_are_started_again(tmp_path: Path, stopped: int) -> None:
     run_dir, name = tmp_path / "run", ["learner", "learner-1"][stopped]
