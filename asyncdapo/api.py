@@ -15,7 +15,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -254,20 +253,13 @@ class Run:
         """Copy the newest whole checkpoint, or that of `step`, to the new directory `out`: a Hugging Face model with
         its tokenizer, without the optimizer's state. A warning names a newer checkpoint that is damaged. Returns
         `out`. Raises UserError if the checkpoint doesn't exist or is damaged, or if `out` is in use."""
-        from asyncdapo.controller.eval.subject import find_subject
-        from asyncdapo.learner.storage.checkpoint import MANIFEST, STATE_FILE, checkpoint_dir, kept_steps
+        from asyncdapo.controller.commands.export import export
+        from asyncdapo.learner.storage.checkpoint import checkpoint_dir, kept_steps
 
         out, steps = Path(out), kept_steps(self.dir)
         if step is not None and step not in steps:
             there = f"there are {', '.join(map(str, steps))}" if steps else "there is none yet"
             raise UserError(f"{self.dir}: no checkpoint of step {step} ({there})")
-        if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-            raise UserError(f"{out}: is in use (give a new directory)")
-        subject = find_subject(str(self.dir if step is None else checkpoint_dir(self.dir, step)))
-        for problem in subject.problems:
+        for problem in export(str(self.dir if step is None else checkpoint_dir(self.dir, step)), out).problems:
             warnings.warn(problem, stacklevel=2)
-        unfinished = out.with_name(f".{out.name}.new")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        shutil.copytree(subject.model, unfinished, ignore=shutil.ignore_patterns(MANIFEST, STATE_FILE))
-        unfinished.rename(out)
         return out

@@ -88,6 +88,10 @@ def _parser() -> argparse.ArgumentParser:
     audit.set_defaults(command=_audit)
     _add_data(commands)
     _add_eval(commands)
+    export = commands.add_parser("export", help="copy the model of a checkpoint to a directory of its own")
+    export.add_argument("source", metavar="RUN", help="a run (its newest undamaged checkpoint), or a checkpoint of it")
+    export.add_argument("--out", metavar="DIR", type=Path, required=True, help="new directory to write to")
+    export.set_defaults(command=_export)
     _add_convert(commands)
     ps = commands.add_parser(
         "ps",
@@ -235,6 +239,12 @@ def _data_prepare(args: argparse.Namespace) -> int:
 def _eval(args: argparse.Namespace) -> int:
     _hush_ray()
     from asyncdapo.controller.eval.command import command
+
+    return command(args)
+
+
+def _export(args: argparse.Namespace) -> int:
+    from asyncdapo.controller.commands.export import command
 
     return command(args)
 
