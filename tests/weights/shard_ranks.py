@@ -8,6 +8,7 @@ import signal
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from asyncdapo.errors import RanksError, WeightsError
@@ -43,7 +44,7 @@ def weights_of(version: int) -> dict[str, torch.Tensor]:
 
 
 class ShardRank:
-    """The actions. Weights are those of `weights_of`, or a learner's."""
+    """The actions. Weights are those of `weights_of`, of a file, or a learner's."""
 
     def open(self, num_ranks: int) -> str:
         """At rank 0: open the store of the ranks' group. Returns its address."""
@@ -61,12 +62,18 @@ class ShardRank:
 
     def make(self, version: int) -> None:
         """From now on its weights are its shards of those of this version."""
+        self._divide(weights_of(version))
+
+    def take(self, weights: str) -> None:
+        """From now on its weights are its shards of those of this file."""
+        self._divide(load_file(weights))
+
+    def _divide(self, whole: dict[str, torch.Tensor]) -> None:
         mesh = self.ranks.mesh(torch.device("cpu"))
         hybrid = self.ranks.num_ranks > self.ranks.num_shards
         mesh, placements = (mesh, [Replicate(), Shard(0)]) if hybrid else (mesh[SHARDS], [Shard(0)])
         self.shards: dict[str, DTensor] = {
-            name: distribute_tensor(whole, mesh, placements, src_data_rank=None)
-            for name, whole in weights_of(version).items()
+            name: distribute_tensor(one, mesh, placements, src_data_rank=None) for name, one in whole.items()
         }
 
     def load(self, path: str) -> None:

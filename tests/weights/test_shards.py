@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import random
 import signal
@@ -12,13 +13,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch.distributed.tensor import Replicate, distribute_tensor
 
 from asyncdapo.learner.model.mesh import mesh_of_one
 from asyncdapo.transport.backend import Backend
 from asyncdapo.weights.manifest import Manifest
+from asyncdapo.weights.receivers import LocalReceiver
 from asyncdapo.weights.shards import Shards
 from tests.learner.tiny import save_tiny_llama
+from tests.rollout.torch_engine.models import engine_for, largest_difference, random_model, request, saved
 from tests.weights.members import Failed, Member, fingerprint, members
 from tests.weights.shard_ranks import BUCKET_BYTES, ShardRank, weights_of
 
@@ -97,6 +101,54 @@ def test_a_learner_s_trained_shards_arrive_as_its_gathered_weights_at_every_vers
             assert publish(ranks, receivers, manifest, version) == [whole]
             versions.append(whole)
         assert versions[0] != versions[1] != versions[2]
+
+
+def test_an_engine_generates_while_shards_are_published_and_samples_with_what_arrived(tmp_path: Path) -> None:
+    models = [random_model(seed=version) for version in range(4)]
+    files = [str(tmp_path / f"{version}.safetensors") for version in range(4)]
+    for model, file in zip(models, files, strict=True):
+        save_file(dict(model.named_parameters()), file)
+
+    async def body(ranks: list[Member]) -> None:
+        engine = engine_for(saved(models[0], tmp_path / "model"), max_response_length=400)
+        end = LocalReceiver(lambda: torch.device("cpu"), TIMEOUT_S)
+        await engine.start()
+        samples, last = [], asyncio.Event()
+
+        async def generate() -> None:
+            while not last.is_set():
+                samples.extend(await engine.generate(request(9, range(4), max_tokens=400)))
+
+        take(ranks, files[0])
+        address, manifest = ranks[0].do("host", 2, "ipc", TIMEOUT_S)
+        ranks[0].start("accept")
+        await end.join(address, 1, 2, "ipc", manifest)
+        assert ranks[0].result() is None
+        generating = asyncio.ensure_future(generate())
+        for version in (1, 2, 3):
+            await asyncio.to_thread(take, ranks, files[version])
+            ranks[1].start("give", TIMEOUT_S)
+            ranks[0].start("send", version)
+            await engine.load_weights(version, await end.receive(version, 0))
+            assert [rank.result() for rank in ranks] == ["", True]
+        last.set()
+        await generating
+        found = [[version for version, _ in sample.versions] for sample in samples]
+        assert found
+        assert all(versions == sorted(versions) for versions in found)
+        asked = request(12, [1, 2], max_tokens=40)
+        for sample in await engine.generate(asked):
+            assert largest_difference(models[3], asked, sample) < 1e-4
+        end.close()
+        await engine.stop()
+
+    with shards_of(2) as ranks:
+        asyncio.run(body(ranks))
+
+
+def take(ranks: list[Member], file: str) -> None:
+    for rank in ranks:
+        assert rank.do("take", file) is None
 
 
 @pytest.mark.parametrize("backend", ["gloo", "ipc"])
