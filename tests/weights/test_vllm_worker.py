@@ -24,6 +24,7 @@ from asyncdapo.transport.backend import Backend
 from asyncdapo.weights.receivers import TRANSFER, WORKER_RECEIVER, EngineReceiver
 from tests.rollout.torch_engine.models import largest_difference, random_model, request, saved
 from tests.weights.members import Failed, Member, members
+from tests.weights.test_shards import shards_of, take
 from tests.weights.trainers import Trainer
 
 pytestmark = pytest.mark.vllm
@@ -182,6 +183,32 @@ def test_published_weights_are_equal_on_all_engines_and_are_what_samples(engines
         trainer.do("leave")
 
     loop(body())
+
+
+def test_weights_published_from_shards_are_equal_on_all_engines_and_are_what_samples(engines, loop, directory):
+    async def body(ranks: list[Member]) -> None:
+        files = [str(directory / f"{version}.safetensors") for version in range(NUM_VERSIONS)]
+        take(ranks, files[0])
+        ends, world_size = ends_of(engines, TIMEOUT_S), len(engines) + 1
+        address, manifest = ranks[0].do("host", world_size, "ipc", TIMEOUT_S)
+        ranks[0].start("accept")
+        joins = (end.join(address, rank, world_size, "ipc", manifest) for rank, end in enumerate(ends, start=1))
+        await asyncio.gather(*joins)
+        assert ranks[0].result() is None
+        async with traffic(engines):
+            for version in range(1, NUM_VERSIONS):
+                take(ranks, files[version])
+                ranks[1].start("give", TIMEOUT_S)
+                ranks[0].start("send", version)
+                await asyncio.gather(*(end.receive(version, 0) for end in ends))
+                assert [rank.result() for rank in ranks] == ["", True]
+                await asyncio.gather(*(engine.load_weights(version, None) for engine in engines))
+                assert len(await digests(engines)) == 1
+        for engine in engines:
+            await assert_computes_with(engine, NUM_VERSIONS - 1)
+
+    with shards_of(2) as ranks:
+        loop(body(ranks))
 
 
 def test_tokens_sampled_while_versions_arrive_carry_their_versions_in_order(engines, loop, trainer, directory):
