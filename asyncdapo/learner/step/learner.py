@@ -191,16 +191,14 @@ class Learner:
     def copy(self) -> HostCopy:
         """This rank's part of a checkpoint, in host memory: training may continue while it is written. Every rank makes
         one after the same step."""
-        others = partial(self._write_others, self._own_state())
-        copied = HostCopy(self.ranks.rank == 0, others)
+        copied = HostCopy(self.ranks.rank == 0, partial(self._write_others, self._own_state()))
         for folder, shards in self._stored().items():
             copied.add(folder, shards)
         return copied
 
     def restore(self, path: str | Path) -> None:
-        """Resume from a checkpoint as if the run had never stopped: weights, optimizer, random state, version, skipped
-        updates. It may be of a learner with other numbers of ranks and shards. Every rank has to call it. Raises
-        RunError, with the weights as they were, for one that isn't as it was written or is of another model."""
+        """Resume from a checkpoint, of any numbers of ranks and shards, as if the run had never stopped. Every rank has
+        to call it. Raises RunError, with the weights as they were, for one that is damaged or of another model."""
         path = Path(path)
         wrong = check_checkpoint(path, self.ranks.rank, self.ranks.num_ranks)
         if self.ranks.largest(len(wrong)):
@@ -220,13 +218,11 @@ class Learner:
 
     def _stored(self) -> dict[str, dict[str, DTensor]]:
         """What a checkpoint has of the shards, by folders: weights and averages under the weights' names; live."""
-        weights = self.shards()
-        names = list(weights)
-        averages = {
-            which: {names[place]: cast(DTensor, average) for place, average in self._optimizer.averages(which).items()}
-            for which in AVERAGES
-        }
-        return {"": weights, **averages}
+        stored, names = {"": self.shards()}, list(self.shards())
+        for which in AVERAGES:
+            averages = self._optimizer.averages(which).items()
+            stored[which] = {names[place]: cast(DTensor, average) for place, average in averages}
+        return stored
 
     def _check(self, batch: Batch) -> None:
         if batch.step != self.version + 1:
@@ -299,12 +295,11 @@ class Learner:
 
     def _own_state(self) -> dict[str, Any]:
         """What `STATE_FILE` holds; no part of it is live."""
-        on_gpu = self.device.type == "cuda"
         return {
             "version": self.version,
             "optimizer": self._optimizer.state_dict(),
             "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state(self.device) if on_gpu else None,
+            "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
         }
 
     def _write_others(self, state: dict[str, Any], directory: Path) -> None:
