@@ -260,8 +260,8 @@ class LearnerProcess(ProcessBase):
         """Keep what this rank writes of the checkpoint of `step`, in host memory. Every rank has to be told; training
         may continue when all have answered. Returns its bytes."""
         with self.waits.on(NOBODY, f"copies the checkpoint of step {step}"):
-            self.copied = await self.blocking(self._in, "checkpoint", partial(self._copy, step))
-        return self.copied.num_bytes
+            copied = self.copied = await self.blocking(self._in, "checkpoint", partial(self._copy, step))
+        return copied.num_bytes
 
     def _copy(self, step: int) -> HostCopy:
         if self.spec.index == 0:

@@ -106,7 +106,9 @@ def _write(directory: Path, part: _Part) -> Piece:
     path.parent.mkdir(exist_ok=True)
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
     try:
-        left, offset = memoryview(part.content.numpy()), part.offset
+        # numpy's stubs have no buffer protocol before Python 3.12.
+        content = memoryview(part.content.numpy())  # pyright: ignore[reportArgumentType]
+        left, offset = content, part.offset
         while left:
             num_bytes = os.pwrite(descriptor, left[:WRITE_BYTES], offset)
             digest.update(left[:num_bytes])

@@ -47,7 +47,8 @@ def lay_out(shapes: Mapping[str, tuple[int, ...]], dtype: str, item_bytes: int, 
     headers, places = {}, {}
     for number, names in enumerate(parts, 1):
         file = WHOLE if len(parts) == 1 else f"model-{number:05d}-of-{len(parts):05d}.safetensors"
-        header, offset = {"__metadata__": {"format": "pt"}}, 0
+        header: dict[str, Mapping[str, object]] = {"__metadata__": {"format": "pt"}}
+        offset = 0
         for name in names:
             end = offset + sizes[name]
             header[name] = {"dtype": dtype, "shape": shapes[name], "data_offsets": (offset, end)}
