@@ -129,4 +129,5 @@ def test_packed_pieces_are_aligned_and_do_not_overlap(manifest: Manifest, bucket
         pieces, num_bytes = packed(bucket.pieces[1:], manifest)
         ends = [piece.offset + (piece.stop - piece.start) * manifest.tensors[piece.tensor].itemsize for piece in pieces]
         assert all(piece.offset % ALIGN_BYTES == 0 for piece in pieces)
-        assert all(end <= start for end, start in zip(ends, [*(p.offset for p in pieces[1:]), num_bytes], strict=True))
+        starts = [*(piece.offset for piece in pieces), num_bytes]
+        assert all(end <= start for end, start in zip(ends, starts[1:], strict=True))
