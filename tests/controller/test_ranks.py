@@ -25,7 +25,7 @@ from tests.controller.runs import FinishedRun, launch, started
 
 pytestmark = pytest.mark.timeout(600)
 
-TWO = (*SHORT, "learner.ranks=2", "learner.updates_per_step=2")
+TWO = (*SHORT, "learner.ranks=2", "learner.shards=2", "learner.updates_per_step=2")
 
 
 def finish(run_dir: Path, output: str, num_branches: int) -> None:
@@ -127,10 +127,13 @@ def test_synchronous_and_deterministic_two_ranks_make_the_weights_of_one(tmp_pat
 
 
 @pytest.mark.soak
-def test_a_run_resumes_with_another_number_of_ranks(tmp_path: Path) -> None:
+def test_a_run_resumes_with_another_number_of_ranks_and_shards(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    assert launch(run_dir, *SHORT, "run.steps=3").exit_code == 0
-    run = launch(run_dir, *SHORT, "run.steps=6", "learner.ranks=3")
-    assert run.exit_code == 0, run.output
-    assert len(processes(run_dir, "learner")) == 3
+    layouts = {3: (2, 2), 6: (4, 2), 9: (1, 1)}
+    for steps, (num_ranks, num_shards) in layouts.items():
+        layout = (f"learner.ranks={num_ranks}", f"learner.shards={num_shards}")
+        run = launch(run_dir, *SHORT, f"run.steps={steps}", *layout)
+        assert run.exit_code == 0, run.output
+        assert len(processes(run_dir, "learner")) == num_ranks
     assert audit(run_dir) == []
+    assert [line["step"] for line in run.lines] == list(range(10))
