@@ -28,8 +28,9 @@ from asyncdapo.config.run import ControllerConfig, EvalConfig, RunConfig
 from asyncdapo.config.yaml_file import read_yaml, with_colon
 from asyncdapo.errors import ConfigError, SeveralKeysError, UserError, raise_all
 from asyncdapo.faults import FaultsConfig
-from asyncdapo.learner.config import LearnerConfig, LossConfig, ModelConfig
+from asyncdapo.learner.config import LearnerConfig, LossConfig
 from asyncdapo.metrics.config import MetricsConfig
+from asyncdapo.model.config import ModelConfig
 from asyncdapo.prompts.config import PromptsConfig
 from asyncdapo.replay.config import FilterConfig, ReplayConfig
 from asyncdapo.reward.config import RewardConfig

@@ -148,8 +148,7 @@ class Words:
             return [_command_output(self._balanced("$(", "(", ")", closing=1))]
         if self.text.startswith("${", self.at):
             return self._braced(self._balanced("${", "{", "}", closing=1))
-        name = NAME.match(self.text, self.at + 1) or SPECIAL.match(self.text, self.at + 1)
-        if name:
+        if name := NAME.match(self.text, self.at + 1) or SPECIAL.match(self.text, self.at + 1):
             self.at = name.end()
             return self._variable(name[0])
         self.at += 1
@@ -212,8 +211,7 @@ class Words:
             return value if isinstance(value, list) else [value]
         if not rest or name in ("@", "*"):
             return self._variable(name)
-        default = re.match(r":?([-=+?])", rest)
-        if default:
+        if default := re.match(r":?([-=+?])", rest):
             return self._with_default(name, value, rest.startswith(":"), default[1], rest[default.end() :])
         if rest in (",,", "^^") and isinstance(value, Word):
             return [replace(value, text=value.text.lower() if rest == ",," else value.text.upper())]
@@ -244,10 +242,7 @@ class Words:
 
 
 def _joined(parts: Iterable[Word]) -> Word:
-    whole = Word("")
-    for part in parts:
-        whole += part
-    return whole
+    return sum(parts, Word(""))
 
 
 def _command_output(inside: str) -> Word:

@@ -1,19 +1,15 @@
-"""Configuration of the model, the loss and the learner."""
+"""Configuration of the loss and the learner."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 from msgspec import Meta
 
 from asyncdapo.errors import ConfigError
 from asyncdapo.plugins import check_name, is_plugin
 from asyncdapo.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Share
-
-if TYPE_CHECKING:
-    from asyncdapo.model.files import ModelFiles, TokenizerFiles  # its libraries would make `--help` slow
 
 VARIANTS = ("ppo", "gspo", "cispo")
 ADVANTAGES = ("grpo", "dr_grpo", "rloo")
@@ -26,54 +22,6 @@ AGGREGATIONS = (
     "prompt-mean",
 )
 """The names that `algorithm/variants.py` has, here without torch."""
-ModelPath = Annotated[str, Meta(min_length=1, extra={"fix": "a Hugging Face id or a directory"})]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """The causal language model to train."""
-
-    path: ModelPath
-    """Hugging Face id, or a directory with safetensors and tokenizer.json. A relative path is looked up in the working
-    directory, then beside the config file."""
-
-    tokenizer: Annotated[str, Meta(min_length=1, extra={"fix": "null is the model's own"})] | None = None
-    """Hugging Face id or directory of the tokenizer and its chat template. null is the model's own."""
-
-    reference: ModelPath | None = None
-    """Reference model of the KL penalty (`loss.kl_coef`), as an id or a directory. null is the initial `model.path`."""
-
-    @cached_property
-    def files(self) -> ModelFiles:
-        """What the model's files say, read once."""
-        from asyncdapo.model.files import ModelFiles
-
-        return ModelFiles(self.path)
-
-    @cached_property
-    def reference_files(self) -> ModelFiles | None:
-        """The same of `reference`."""
-        from asyncdapo.model.files import ModelFiles
-
-        return ModelFiles(self.reference, "model.reference") if self.reference else None
-
-    @cached_property
-    def tokenizer_files(self) -> TokenizerFiles:
-        """Of the tokenizer, the model's own or another."""
-        from asyncdapo.model.files import TokenizerFiles
-
-        return TokenizerFiles(self.tokenizer_path, self.tokenizer_key)
-
-    @property
-    def tokenizer_path(self) -> str:
-        return self.tokenizer or self.path
-
-    @property
-    def tokenizer_key(self) -> str:
-        """The key that says which tokenizer it is, for messages."""
-        return "model.tokenizer" if self.tokenizer else "model.path"
-
-
 DUAL_CLIP = 10.0
 """Without this bound a single token at log ratio 12 outweighs 100,000 others. Healthy runs hardly ever reach it."""
 Beta = Annotated[float, Meta(ge=0, lt=1)]

@@ -28,9 +28,10 @@ from transformers.utils import logging
 from asyncdapo.algorithm.dapo import group_advantage
 from asyncdapo.errors import RunError
 from asyncdapo.learner.batches.prepared import Prepared
-from asyncdapo.learner.config import LearnerConfig, LossConfig, ModelConfig
+from asyncdapo.learner.config import LearnerConfig, LossConfig
 from asyncdapo.learner.model.sharding import gather
 from asyncdapo.learner.step.learner import Learner
+from asyncdapo.model.config import ModelConfig
 from asyncdapo.model.files import TOKENIZER_FILES
 from benchmarks.learner_step.batch import BatchFile, messages_of
 from benchmarks.learner_step.padded import PaddedStep

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, GenerationConfig
 
-from asyncdapo.learner.config import LearnerConfig, LossConfig, ModelConfig
+from asyncdapo.learner.config import LearnerConfig, LossConfig
 from asyncdapo.learner.step.learner import Learner
+from asyncdapo.model.config import ModelConfig
 from asyncdapo.model.files import ModelFiles
 from asyncdapo.rollout.stop_tokens import read_config, stop_token_ids
 from tests.learner.tiny import save

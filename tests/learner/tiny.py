@@ -12,7 +12,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from asyncdapo.learner.batches.samples import Row
-from asyncdapo.learner.config import LearnerConfig, LossConfig, ModelConfig
+from asyncdapo.learner.config import LearnerConfig, LossConfig
 from asyncdapo.learner.model import model
 from asyncdapo.learner.model.attention import NAME
 from asyncdapo.learner.model.compiler import COMPILERS
@@ -22,6 +22,7 @@ from asyncdapo.learner.step.learner import Learner
 from asyncdapo.learner.step.ranks import ALONE, Ranks
 from asyncdapo.learner.storage.checkpoint import begin_checkpoint, commit_checkpoint, remove_old_checkpoints
 from asyncdapo.messages import Batch, Completion, Group
+from asyncdapo.model.config import ModelConfig
 from asyncdapo.shares import Dealer, share_of
 from asyncdapo.transport.payload import Payload
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from asyncdapo.config.config import Config
-from asyncdapo.learner.config import ModelConfig
+from asyncdapo.model.config import ModelConfig
 from asyncdapo.plugins import is_plugin
 from asyncdapo.rollout.engine import Engine
 from asyncdapo.rollout.own_engine import engine_class

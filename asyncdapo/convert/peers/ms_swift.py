@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from asyncdapo.convert import gpus
+from asyncdapo.convert import deepspeed, gpus
 from asyncdapo.convert import meanings as mean
 from asyncdapo.convert.peers import ms_swift_values as its
 from asyncdapo.convert.rules import Differs, Left, Made, Peer, Rank, Rule, flag, number, same, text
@@ -27,7 +27,6 @@ MEGATRON = (
 )
 """The Megatron trainer's names of arguments."""
 OVERLONG = ("soft_cache_length", "soft_max_length", "max_completion_length", "reward_funcs", "reward_weights")
-
 
 RULES = (
     text("run.name", "run_name"),
@@ -119,11 +118,11 @@ RULES = (
         its.microbatch,
     ),
     Rule("learner.activation_checkpointing", ("gradient_checkpointing",), mean.checkpointing),
-    gpus.shards_rule(("deepspeed", "zero_hpz_partition_size"), GPUS, its.gpus_of, its.num_shards),
-    gpus.shards_rule(("fsdp",), GPUS, its.gpus_of, its.num_fsdp_shards),
-    Rule("learner.reshard_after_forward", ("deepspeed",), its.reshard),
+    gpus.shards_rule(("deepspeed", "zero_hpz_partition_size"), GPUS, its.gpus_of, deepspeed.num_shards),
+    gpus.shards_rule(("fsdp",), GPUS, its.gpus_of, deepspeed.num_fsdp_shards),
+    Rule("learner.reshard_after_forward", ("deepspeed",), deepspeed.reshard),
     Rule("learner.reshard_after_forward", ("fsdp",), lambda how: False if "shard_grad_op" in str(how) else None),
-    Rule("learner.offload", ("deepspeed",), its.offload),
+    Rule("learner.offload", ("deepspeed",), deepspeed.offload),
     Rule("learner.offload", ("optimizer_cpu_offload",), mean.offload),
     Rule("learner.checkpoint_every", ("save_steps", *CLOCK), its.in_steps),
     Rule("learner.keep_checkpoints", ("save_total_limit",), mean.kept_checkpoints),

@@ -8,7 +8,7 @@ from math import ceil
 from typing import Any
 
 from asyncdapo.convert import meanings as mean
-from asyncdapo.convert.gpus import ALL_RANKS, Gpus, number_of
+from asyncdapo.convert.gpus import Gpus, number_of
 from asyncdapo.convert.rules import Left, Made, Rank, either, flag, number, plain, whole
 
 LOSSES = {
@@ -195,39 +195,6 @@ def gpus_of(processes: Any, nodes: Any, parallel: Any, mode: Any) -> Gpus | None
     own = Left("the rollout server is started separately there: set rollout.num_workers") if mode == "server" else None
     total = number_of(nodes, processes)
     return Gpus(total=total, parallel=whole(parallel or 1), together=own is None, engines=own)
-
-
-ZERO = re.compile(r"zero([0-3])(_offload)?")
-"""DeepSpeed's settings that come with ms-swift, by name."""
-OWN_FILE = Left("a file of DeepSpeed's isn't read: learner.shards is auto")
-
-
-def num_shards(deepspeed: Any, part: Any = None) -> Any:
-    """How many ranks divide a copy: all, or those of a ZeRO++ partition; without ZeRO none."""
-    if not (found := ZERO.fullmatch(str(deepspeed))):
-        return OWN_FILE
-    if found[1] == "0":
-        return 1
-    return ALL_RANKS if part is None else whole(part)
-
-
-def reshard(deepspeed: Any) -> Any:
-    """Their stages 1 and 2 leave weights whole, so that the backward pass gathers none."""
-    found = ZERO.fullmatch(str(deepspeed))
-    if not found or found[1] == "0":
-        return None
-    return True if found[1] == "3" else Made(False, f"stage {found[1]} gathers no weights for the backward pass either")
-
-
-def offload(deepspeed: Any) -> Any:
-    found = ZERO.fullmatch(str(deepspeed))
-    return mean.offload(bool(found[2])) if found else None
-
-
-def num_fsdp_shards(how: Any) -> Any:
-    """By the names of `transformers`, and their own `fsdp2`."""
-    known = how == "fsdp2" or any(name in str(how) for name in ("full_shard", "shard_grad_op"))
-    return ALL_RANKS if known else Left("of unknown meaning: learner.shards is auto")
 
 
 # ---------------------------------------------------------------------------------------------------------------- loss

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from asyncdapo.convert import gpus
 from asyncdapo.convert import meanings as mean
+from asyncdapo.convert.peers import nemo_rl_data as data
 from asyncdapo.convert.peers import nemo_rl_values as its
 from asyncdapo.convert.rules import Differs, Left, Made, Peer, Rank, Rule, flag, number, same, text
 
@@ -38,18 +39,18 @@ RULES = (
     same("run.steps", "grpo.max_num_steps"),
     text("model.path", "policy.model_name"),
     Rule("model.tokenizer", ("policy.tokenizer.name", "policy.model_name"), its.tokenizer),
-    Rule("prompts.task", ("data.train.dataset_name",), lambda name: "file" if name in its.DATA_SETS else None),
+    Rule("prompts.task", ("data.train.dataset_name",), lambda name: "file" if name in data.DATA_SETS else None),
     Rule("prompts.task", ("data.train.data_path",), lambda path: "file"),
     Rule("prompts.path", ("data.train.data_path",), mean.train_data),
-    Rule("prompts.path", ("data.train.dataset_name", *TEMPLATE, *SYSTEM), its.train_data),
+    Rule("prompts.path", ("data.train.dataset_name", *TEMPLATE, *SYSTEM), data.train_data),
     Rule("prompts.eval_path", ("data.validation.data_path",), mean.held_out),
-    Rule("prompts.eval_path", ("data.validation.dataset_name", *TEMPLATE, *SYSTEM), its.eval_data),
+    Rule("prompts.eval_path", ("data.validation.dataset_name", *TEMPLATE, *SYSTEM), data.eval_data),
     Rule("prompts.chat_template", ("data.train.dataset_name",), lambda name: Made(True, "they always use it")),
     Rule("prompts.chat_template", ("data.train.data_path",), lambda path: Made(True, "they always use it")),
-    Rule("prompts.template", TEMPLATE, its.template),
+    Rule("prompts.template", TEMPLATE, data.template),
     Rule("prompts.system_prompt", SYSTEM, lambda *texts: next((text for text in texts if text), None)),
     same("prompts.max_prompt_length", "data.max_input_seq_length"),
-    Rule("prompts.epochs", ("grpo.max_num_epochs", "data.train.dataset_name", "data.train.data_path"), its.epochs),
+    Rule("prompts.epochs", ("grpo.max_num_epochs", "data.train.dataset_name", "data.train.data_path"), data.epochs),
     Rule("rollout.engine", ("policy.generation.backend",), mean.engine),
     *gpus.rules(GPUS, its.gpus_of),
     same("rollout.tensor_parallel", f"{VLLM}tensor_parallel_size"),
@@ -182,7 +183,7 @@ RULES = (
         lambda keep: Made(mean.kept_checkpoints(keep), "the newest here, the best there"),
     ),
     Rule("eval.every", ("grpo.val_period",), mean.every),
-    Rule("eval.num_prompts", ("grpo.max_val_samples", "data.validation.dataset_name"), its.eval_prompts),
+    Rule("eval.num_prompts", ("grpo.max_val_samples", "data.validation.dataset_name"), data.eval_prompts),
     Rule(
         "eval.num_samples",
         (
@@ -191,7 +192,7 @@ RULES = (
             "data.validation.repeat",
             "data.validation.data_path",
         ),
-        its.eval_samples,
+        data.eval_samples,
     ),
     Rule(
         "eval.num_greedy_prompts", ("grpo.max_val_samples",), lambda rows: Made(0, "they have one evaluation, not two")

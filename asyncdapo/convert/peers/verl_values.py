@@ -79,17 +79,14 @@ def warmup(steps: Any, ratio: Any, total: Any, epochs: Any, *step: Any) -> Any:
 
 def gen_multiplier(gen: Any, train: Any, filters: Any, sync: Any) -> Any:
     """Our generation batches are multiples of the batch."""
-    if gen is None or sync is not None or not flag(filters):
-        return None
-    return mean.ceil_of(whole(gen) / whole(train))
+    applies = gen is not None and sync is None and flag(filters)
+    return mean.ceil_of(whole(gen) / whole(train)) if applies else None
 
 
 def microbatch(tokens: Any, dynamic: Any, completions: Any, prompt: Any, response: Any) -> Any:
     """Tokens of a forward pass."""
-    if flag(dynamic):
-        return None if tokens is None else whole(tokens)
-    if completions is None:
-        return None
+    if flag(dynamic) or completions is None:
+        return whole(tokens) if flag(dynamic) and tokens is not None else None
     return Made(whole(completions) * (whole(prompt) + whole(response)), "completions there, computed tokens here")
 
 
@@ -99,8 +96,7 @@ def gpus_of(nodes: Any, each: Any, parallel: Any, their_nodes: Any, their_each: 
         return None
     parallel = whole(parallel or 1)
     own = None if their_each is None else max(1, number_of(their_nodes, their_each) // parallel)
-    total = number_of(nodes, each)
-    return Gpus(total=total, parallel=parallel, together=own is None, engines=own)
+    return Gpus(total=number_of(nodes, each), parallel=parallel, together=own is None, engines=own)
 
 
 # ---------------------------------------------------------------------------------------------------------------- loss
@@ -218,22 +214,18 @@ def epochs(passes: Any, rollout: Any, files: Any) -> Any:
 
 
 def overlong_penalty(factor: Any, enable: Any, length: Any) -> Any:
-    if not flag(enable) or not length:
-        return Left("overlong_buffer.enable is false") if factor is not None else None
-    return None if factor is None else number(factor)
+    if factor is None:
+        return None
+    return number(factor) if flag(enable) and length else Left("overlong_buffer.enable is false")
 
 
 def steps_of_prompts(samples: Any, *step: Any) -> Any:
     prompts = None if samples is None else _number_of_prompts(step)
-    if not prompts:
-        return None
-    return Made(max(1, whole(samples) // prompts), "prompts there, train steps here")
+    return Made(max(1, whole(samples) // prompts), "prompts there, train steps here") if prompts else None
 
 
 def eval_temperature(temperature: Any, sample: Any) -> Any:
-    if sample is not None and not flag(sample):
-        return Made(0.0, "greedy without do_sample")
-    return number(temperature)
+    return Made(0.0, "greedy without do_sample") if _is_greedy(sample) else number(temperature)
 
 
 def eval_samples(count: Any, sample: Any, temperature: Any, files: Any) -> Any:
@@ -243,15 +235,15 @@ def eval_samples(count: Any, sample: Any, temperature: Any, files: Any) -> Any:
 
 
 def eval_sampling(value: Any, sample: Any) -> Any:
-    if sample is not None and not flag(sample):
-        return Left("greedy without do_sample")
-    return value
+    return Left("greedy without do_sample") if _is_greedy(sample) else value
+
+
+def _is_greedy(sample: Any) -> bool:
+    return sample is not None and not flag(sample)
 
 
 def when_filtering(value: Any, enable: Any) -> Any:
-    if not flag(enable):
-        return Left("filter_groups.enable is false")
-    return value
+    return value if flag(enable) else Left("filter_groups.enable is false")
 
 
 def staleness(threshold: Any, partial: Any) -> Any:

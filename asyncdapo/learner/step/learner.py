@@ -15,11 +15,10 @@ share of the rows. Does not own: fetching batches (`feed`), sending weights, whe
 
 from __future__ import annotations
 
-import math
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -34,7 +33,7 @@ from asyncdapo.algorithm.variants import advantage_of, aggregation_weights
 from asyncdapo.errors import ConfigError, RunError, StalenessError
 from asyncdapo.learner.batches.prepared import Prepared
 from asyncdapo.learner.batches.samples import Columns, Row, columns, rows_by_update, weighted
-from asyncdapo.learner.config import LearnerConfig, LossConfig, ModelConfig
+from asyncdapo.learner.config import LearnerConfig, LossConfig
 from asyncdapo.learner.model.model import device_of, load_policy
 from asyncdapo.learner.model.packing import Work
 from asyncdapo.learner.model.policy import Policy
@@ -47,28 +46,18 @@ from asyncdapo.learner.step.optimizer import Optimizer
 from asyncdapo.learner.step.probe import Pair, response_logprobs
 from asyncdapo.learner.step.ranks import ALONE, Ranks
 from asyncdapo.learner.step.times import Times
+from asyncdapo.learner.step.updates import Update, ratio, update_metrics
 from asyncdapo.learner.storage.checkpoint import AVERAGES, STATE_FILE, check_checkpoint
 from asyncdapo.learner.storage.host_copy import HostCopy
 from asyncdapo.learner.storage.slices import read_slices
 from asyncdapo.messages import NOBODY, Batch
+from asyncdapo.model.config import ModelConfig
 from asyncdapo.model.files import TOKENIZER_FILES, ModelFiles
 from asyncdapo.model.shape import settled_dtype
 from asyncdapo.transport.payload import Payload
 
 DIGEST_ELEMENTS = 1 << 20
 """A sum in int64 copies what it adds: so many elements at a time."""
-
-
-@dataclass(frozen=True)
-class Update:
-    """What one optimizer update came to, over all ranks."""
-
-    part: Part
-    num_tokens: int
-    """Loss-bearing tokens, those included that weren't computed since their advantage is 0."""
-    lr: float
-    grad_norm: float | None
-    """Global norm before clipping; none for an update that was skipped."""
 
 
 class Learner:
@@ -147,13 +136,13 @@ class Learner:
         self.version, seconds = batch.step, time.perf_counter() - started
         work = sum((update.part.work for update in done), start=Work())
         return {
-            **_metrics(done, self._loss),
+            **update_metrics(done, self._loss),
             **self._masked(before, counted),
             **self._measured.metrics(self._shape, work, seconds, self.ranks.num_ranks),
             "learner/version": float(version),
             "learner/bad_updates": float(self._optimizer.num_bad),
             "learner/forward_tokens": float(work.num_computed_tokens),
-            "learner/shared_ratio": _ratio(work.num_tokens - work.num_computed_tokens, work.num_tokens),
+            "learner/shared_ratio": ratio(work.num_tokens - work.num_computed_tokens, work.num_tokens),
             "learner/train_s": seconds,
         }
 
@@ -261,7 +250,7 @@ class Learner:
     def _masked(self, before: Columns, counted: Columns) -> dict[str, float]:
         """Share of the tokens that the first pass masked, where the loss has such masks."""
         num_before, num_left = (int(one.num_tokens_N.sum()) for one in (before, counted))
-        return {"learner/masked_ratio": _ratio(num_before - num_left, num_before)} if self._loss.masks_by_policy else {}
+        return {"learner/masked_ratio": ratio(num_before - num_left, num_before)} if self._loss.masks_by_policy else {}
 
     def _update(self, rows: Sequence[Row], indices_N: Tensor, counted: Columns) -> Update:
         """One optimizer update on the completions `indices_N`, of which this rank computes `rows`."""
@@ -315,36 +304,7 @@ class Learner:
             torch.save(state, file)
 
 
-def _metrics(updates: Sequence[Update], loss: LossConfig) -> dict[str, float]:
-    """The step's `learner/…` metrics: over the tokens of all applied updates, and over those updates. What the loss
-    doesn't have is left out."""
-    applied = [update for update in updates if update.grad_norm is not None]
-    grad_norms = [update.grad_norm for update in updates if update.grad_norm is not None]
-    sums, num_tokens = Sums.zeros(), sum(update.num_tokens for update in applied)
-    for update in applied:
-        sums += update.part.sums
-    metrics = sums.metrics() | {
-        "learner/tokens": float(num_tokens),
-        "learner/uncomputed_ratio": _ratio(num_tokens - sums.num_tokens, num_tokens),
-    }
-    unused = {
-        "correction_mean": loss.correction == "none",
-        "kl": not loss.kl_coef,
-        "uncomputed_ratio": loss.needs_all_completions,
-    }
-    return {
-        **{name: value for name, value in metrics.items() if not unused.get(name.rpartition("/")[2])},
-        "learner/loss": _ratio(sum(update.part.loss for update in applied), len(applied)),
-        "learner/grad_norm": _ratio(sum(grad_norms), len(grad_norms)),
-        "learner/lr": applied[-1].lr if applied else 0.0,
-    }
-
-
 def _check_vocabulary(config: ModelConfig, reference: Policy | None, policy: Policy) -> None:
     if reference is not None and reference.vocabulary < policy.vocabulary:
         problem = f"has a vocabulary of {reference.vocabulary}, the model one of {policy.vocabulary}"
         raise ConfigError("model.reference", problem, config.reference)
-
-
-def _ratio(part: float, whole: float) -> float:
-    return part / whole if whole else math.nan

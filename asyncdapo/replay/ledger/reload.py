@@ -173,21 +173,9 @@ def _in_training(db: sqlite3.Connection, published: int) -> dict[int, int]:
 
 
 def _open_leases(db: sqlite3.Connection) -> list[OpenLease]:
-    rows = db.execute(
-        "SELECT lease_id, prompt_id, worker, session, attempt, started_version FROM leases"
-        " WHERE outcome IS NULL ORDER BY lease_id"
-    )
-    return [
-        OpenLease(
-            lease_id=lease_id,
-            prompt_id=prompt_id,
-            worker=worker,
-            session=session,
-            attempt=attempt,
-            started_version=started_version,
-        )
-        for lease_id, prompt_id, worker, session, attempt, started_version in rows
-    ]
+    columns = ("lease_id", "prompt_id", "worker", "session", "attempt", "started_version")
+    rows = db.execute(f"SELECT {', '.join(columns)} FROM leases WHERE outcome IS NULL ORDER BY lease_id")
+    return [OpenLease(**dict(zip(columns, row, strict=True))) for row in rows]
 
 
 def _known_workers(db: sqlite3.Connection, branch: int) -> dict[int, KnownWorker]:

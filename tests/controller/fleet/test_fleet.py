@@ -16,7 +16,7 @@ from asyncdapo.controller.fleet.supervisor import Supervisor
 from asyncdapo.controller.process.roster import Entry, entry_of
 from asyncdapo.controller.roles.actors import start_rollout
 from asyncdapo.errors import EngineError, RunError, VerdictError
-from asyncdapo.learner.config import ModelConfig
+from asyncdapo.model.config import ModelConfig
 from asyncdapo.rollout.config import RolloutConfig
 from tests.controller.fakes import picked
 

@@ -17,7 +17,8 @@ from asyncdapo.controller.fleet.placement import Placement, gpus_asked, learner_
 from asyncdapo.controller.fleet.process import Process, gpus_of_nodes, reserve
 from asyncdapo.controller.roles.base import ProcessSpec
 from asyncdapo.errors import ConfigError
-from asyncdapo.learner.config import LearnerConfig, ModelConfig
+from asyncdapo.learner.config import LearnerConfig
+from asyncdapo.model.config import ModelConfig
 from asyncdapo.rollout.config import RolloutConfig
 from asyncdapo.transport.keys import RunKeys
 

@@ -19,7 +19,7 @@ from asyncdapo.controller.fleet.process import Process, ProcessDied, ray_session
 from asyncdapo.controller.process.roster import Entry
 from asyncdapo.controller.roles.base import ProcessSpec
 from asyncdapo.errors import ConfigError, RunError, StalenessError, UserError
-from asyncdapo.learner.config import ModelConfig
+from asyncdapo.model.config import ModelConfig
 from asyncdapo.transport.keys import RunKeys
 
 CONFIG = Config(model=ModelConfig(path="none"))

@@ -12,7 +12,7 @@ import pytest
 from asyncdapo.config.config import Config
 from asyncdapo.controller.process.surroundings import LONGEST_PARENT, check_surroundings, ray_parent
 from asyncdapo.errors import UserError
-from asyncdapo.learner.config import ModelConfig
+from asyncdapo.model.config import ModelConfig
 from tests.controller.runs import command
 
 CONFIG = Config(model=ModelConfig(path="none"))
