@@ -5,7 +5,7 @@
                                                              └─▶ at the end metrics.json, page.html
 
 In: the configuration of an evaluation, and OUT, which this process holds. Out: the files of `answers`. Processes live,
-die, are started again and are said to hang as in any run (`fleet`, `watchdog`). The ledger of the replay server holds
+die, are started again and are said to hang as in any run (`fleet`, `stalls`). The ledger of the replay server holds
 nothing that anybody could miss: it goes away at the end, and one that a killed command left before the start.
 Invariant: an answer that has arrived is on disk, so the same command resumes with what is missing.
 Does not own: what is asked (`evaluation`), whether this is the same evaluation (`record`).
@@ -31,8 +31,8 @@ from asyncdapo.controller.eval.progress import EvalProgress
 from asyncdapo.controller.fleet.ending import run_on_ray
 from asyncdapo.controller.fleet.fleet import Fleet
 from asyncdapo.controller.fleet.process import Watch
+from asyncdapo.controller.fleet.stalls import StallWatch
 from asyncdapo.controller.fleet.supervisor import Supervisor
-from asyncdapo.controller.fleet.watchdog import Patience
 from asyncdapo.controller.process.ray_servers import death as ray_death
 from asyncdapo.controller.process.reaper import reaper
 from asyncdapo.controller.process.waits import NOBODY
@@ -68,7 +68,7 @@ class EvalRun:
     def __init__(self, config: Config, step: int, progress: EvalProgress) -> None:
         self._config, self._step, self._progress = config, step, progress
         self._supervisor = Supervisor(config)
-        self._patience = Patience(config.controller, self._supervisor, progress)
+        self._stalls = StallWatch(config.controller, self._supervisor, progress)
 
     async def run(self) -> None:
         """Start, ask, write, stop."""
@@ -83,7 +83,7 @@ class EvalRun:
     async def _run(self, watch: Watch) -> None:
         self._progress.status("starting processes")
         starting = Fleet.start(self._config, self._supervisor, Start())
-        fleet = await self._patience.wait(starting, whom=NOBODY, what="starts processes")
+        fleet = await self._stalls.wait(starting, whom=NOBODY, what="starts processes")
         fleet.watch(watch)
         opened = fleet.opened
         self._say_what_is_missing(opened)
@@ -138,7 +138,7 @@ class EvalRun:
                 one = asyncio.ensure_future(arrived.wait())
                 either = asyncio.wait({task, one}, return_when=asyncio.FIRST_COMPLETED)
                 try:
-                    await self._patience.wait(either, whom="replay", what="the next answers")
+                    await self._stalls.wait(either, whom="replay", what="the next answers")
                 finally:
                     one.cancel()
             return task.result()

@@ -17,8 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from asyncdapo import faults
+from asyncdapo.controller.fleet.stalls import StallWatch
 from asyncdapo.controller.fleet.training_fleet import TrainingFleet
-from asyncdapo.controller.fleet.watchdog import Patience
 from asyncdapo.controller.loop.background import Aside
 from asyncdapo.learner.storage.checkpoint import oldest_kept
 
@@ -26,9 +26,9 @@ from asyncdapo.learner.storage.checkpoint import oldest_kept
 class Checkpointing:
     """The checkpoints of one launch."""
 
-    def __init__(self, fleet: TrainingFleet, patience: Patience, step: int) -> None:
+    def __init__(self, fleet: TrainingFleet, stalls: StallWatch, step: int) -> None:
         """`step`: that of the checkpoint from which the run resumes."""
-        self._fleet, self._patience = fleet, patience
+        self._fleet, self._stalls = fleet, stalls
         self.step = step
         """Of the last one that was copied."""
         self._num_bytes = 0
@@ -39,10 +39,10 @@ class Checkpointing:
         await self.written()
         learners, branch = self._fleet.learners, self._fleet.publishing.branch
         compared = learners.call_all(lambda learner: learner.check_ranks)
-        await self._patience.wait(compared, whom="learner", what="the ranks' weights to be compared")
+        await self._stalls.wait(compared, whom="learner", what="the ranks' weights to be compared")
         began = time.monotonic()
         copied = learners.call_each(lambda learner: learner.copy_checkpoint, step)
-        num_bytes = await self._patience.wait(copied, whom="learner", what=f"a copy of the weights of step {step}")
+        num_bytes = await self._stalls.wait(copied, whom="learner", what=f"a copy of the weights of step {step}")
         self.step, self._num_bytes, copy_s = step, sum(num_bytes), time.monotonic() - began
         self._writing.begin(lambda: self._write(step, branch, counters, copy_s))
 
@@ -64,7 +64,7 @@ class Checkpointing:
         if not self._writing.task.done():
             before(f"the checkpoint of step {self.step} ({self._num_bytes / 2**20:.1f} MiB) to be written")
         what = f"the checkpoint of step {self.step} to be written"
-        await self._patience.wait(asyncio.shield(self._writing.task), whom="learner", what=what)
+        await self._stalls.wait(asyncio.shield(self._writing.task), whom="learner", what=what)
 
     def take(self) -> dict[str, float]:
         """The two times of one that was written since the last time; raises what ended its writing."""

@@ -24,9 +24,9 @@ from pathlib import Path
 from asyncdapo.config.config import Config
 from asyncdapo.controller.checks.resume import Resume
 from asyncdapo.controller.fleet.process import Watch
+from asyncdapo.controller.fleet.stalls import StallWatch, Stopped
 from asyncdapo.controller.fleet.supervisor import Supervisor
 from asyncdapo.controller.fleet.training_fleet import TrainingFleet
-from asyncdapo.controller.fleet.watchdog import Patience, Stopped
 from asyncdapo.controller.loop.inside_step import InsideStep
 from asyncdapo.controller.loop.step_metrics import Lines
 from asyncdapo.controller.loop.training import Training, set_undone_aside
@@ -44,7 +44,7 @@ class Controller:
         self._run_dir = Path(config.run.dir)
         self._lines = Lines(reporter, resume.first_line, resume.last_line, started)
         self._supervisor = Supervisor(config)
-        self._patience = Patience(config.controller, self._supervisor, reporter)
+        self._stalls = StallWatch(config.controller, self._supervisor, reporter)
         self._watch = Watch()
         self._training: Training | None = None
         """None until every process is up."""
@@ -74,12 +74,12 @@ class Controller:
     def _handle_signal(self, main: asyncio.Task[None]) -> None:
         """The first asks the run to stop, the second ends it as it is. So does `run.stop_s` without a copy of what is
         done, and again without its writing."""
-        if self._patience.stopping.is_set():
+        if self._stalls.stopping.is_set():
             main.cancel()
             return
         stop_s = self._config.run.stop_s
         self._reporter.note(f"stopping after this step, within {stop_s:g} s; once more ends the run at once")
-        self._patience.stopping.set()
+        self._stalls.stopping.set()
         if self._training:
             self._training.pause()
         self._ends = asyncio.get_running_loop().call_later(stop_s, main.cancel)
@@ -110,9 +110,9 @@ class Controller:
         set_undone_aside(self._run_dir, resume.step)
         start = Start() if resume.new else Start(roll_back_to=resume.step, reason="resumed", totals=resume.last_line)
         starting = TrainingFleet.start(config, self._supervisor, start, resume.checkpoint)
-        fleet = await self._patience.wait(starting, whom=NOBODY, what="starts processes", until_stopped=True)
+        fleet = await self._stalls.wait(starting, whom=NOBODY, what="starts processes", until_stopped=True)
         fleet.watch(self._watch, InsideStep(reporter, config.replay.prompts_per_step, config.run.steps).show)
-        training = Training(fleet, resume, reporter, self._lines, self._patience)
+        training = Training(fleet, resume, reporter, self._lines, self._stalls)
         training.say_what_is_known()
         return training
 

@@ -4,7 +4,7 @@ Train step k is `_train_step`: train on the batch taken, mark it trained while v
     begins with  the initial model, or the checkpoint that `resume` found
     consumes     reports of the three kinds of processes
     produces     RUN_DIR/metrics.jsonl (one line a step), run.log, checkpoints (by the learner)
-    waits for    a full batch (`watchdog` says who waits for whom), hard deadlines elsewhere
+    waits for    a full batch (`stalls` says who waits for whom), hard deadlines elsewhere
     ends with    the last step, the end of the data, or a request to stop (`Stopped`)
 """
 
@@ -21,8 +21,8 @@ from asyncdapo.controller.checks.resume import Resume, survey
 from asyncdapo.controller.eval.in_run import RunEvaluation, set_answers_aside
 from asyncdapo.controller.fleet.process import Params, Pick, R, Watch
 from asyncdapo.controller.fleet.ranks import together
+from asyncdapo.controller.fleet.stalls import StallWatch
 from asyncdapo.controller.fleet.training_fleet import TrainingFleet
-from asyncdapo.controller.fleet.watchdog import Patience
 from asyncdapo.controller.loop.background import Aside
 from asyncdapo.controller.loop.checkpointing import Checkpointing
 from asyncdapo.controller.loop.forecast import Forecast
@@ -43,9 +43,9 @@ class Training:
     """One run, with every process up."""
 
     def __init__(
-        self, fleet: TrainingFleet, resume: Resume, reporter: Reporter, lines: Lines, patience: Patience
+        self, fleet: TrainingFleet, resume: Resume, reporter: Reporter, lines: Lines, stalls: StallWatch
     ) -> None:
-        self.fleet, self._resume, self._reporter, self._lines, self._patience = fleet, resume, reporter, lines, patience
+        self.fleet, self._resume, self._reporter, self._lines, self._stalls = fleet, resume, reporter, lines, stalls
         self._config = config = fleet.config
         self._run_dir = Path(config.run.dir)
         self._forecast = Forecast(config, fleet.placement)
@@ -56,7 +56,7 @@ class Training:
         self._parity = Parity(config.rollout, fleet.workers, learners, fleet.publishing, prompts, config.run.seed)
         self._evaluating = Aside(config.eval.every, config.run.steps)
         self._comparing = Aside(config.rollout.parity_every, config.run.steps)
-        self._checkpoints = Checkpointing(fleet, patience, resume.step)
+        self._checkpoints = Checkpointing(fleet, stalls, resume.step)
         self.step = resume.step
         """Last train step that is done."""
         self._counters = counters_of({})
@@ -121,7 +121,7 @@ class Training:
         self._checkpoints.go_back(resume.step)
         self.step = resume.step
         revival = self.fleet.revive_learner(death, resume.checkpoint)
-        await self._patience.wait(revival, whom=NOBODY, what="starts the learner again")
+        await self._stalls.wait(revival, whom=NOBODY, what="starts the learner again")
         branch = await self._replay(
             f"the rollback to step {resume.step}", lambda replay: replay.roll_back, resume.step, str(death)
         )
@@ -208,7 +208,7 @@ class Training:
 
     async def _publish(self, step: int) -> dict[str, float]:
         """Send what the learner has, version `step`, to the workers. Returns the metrics of it."""
-        return await self._patience.wait(
+        return await self._stalls.wait(
             self.fleet.publishing.publish(), whom="rollout", what=f"version {step} to be loaded"
         )
 
@@ -216,7 +216,7 @@ class Training:
         """Wait for batch `step`. Returns why there is none, once the data is used up; else nothing."""
         self._lines.clock.enter("wait")
         taken = self.fleet.learners.call_all(lambda learner: learner.take_batch, step)
-        return await self._patience.wait(taken, whom="learner", what=f"batch {step}", until_stopped=True)
+        return await self._stalls.wait(taken, whom="learner", what=f"batch {step}", until_stopped=True)
 
     async def _finish(self) -> None:
         """Keep the final model, close the stream, then evaluate alone on all slots."""
@@ -227,7 +227,7 @@ class Training:
         self.fleet.leasing = False
         await self._compared()
         if self._evaluating.task:
-            await self._patience.wait(self._evaluating.task, whom="replay", what="an evaluation", until_stopped=True)
+            await self._stalls.wait(self._evaluating.task, whom="replay", what="an evaluation", until_stopped=True)
         evaluated = await self._evaluate_alone("final")
         self._lines.write_last({**self._comparing.take(), **self._checkpoints.take(), **evaluated})
 
@@ -237,7 +237,7 @@ class Training:
         if self._config.eval.num_held_out:
             self._reporter.status(f"evaluating the {which} model")
         evaluation = self._evaluation.run(self.step, greedy=True, share=1.0)
-        evaluated = await self._patience.wait(evaluation, whom="replay", what=what, until_stopped=True)
+        evaluated = await self._stalls.wait(evaluation, whom="replay", what=what, until_stopped=True)
         self._evaluation.belongs_to(self.step)
         return evaluated
 
@@ -245,20 +245,20 @@ class Training:
         self, what: str, pick: Pick[LearnerProcess, Params, R], *args: Params.args, **kwargs: Params.kwargs
     ) -> R:
         """Wait for every rank of the learner. Returns what rank 0 answers."""
-        return await self._patience.wait(self.fleet.learners.call_all(pick, *args, **kwargs), whom="learner", what=what)
+        return await self._stalls.wait(self.fleet.learners.call_all(pick, *args, **kwargs), whom="learner", what=what)
 
     async def _replay(
         self, what: str, pick: Pick[ReplayProcess, Params, R], *args: Params.args, **kwargs: Params.kwargs
     ) -> R:
         """Wait for the replay server's answer; its next life is asked again."""
-        return await self._patience.wait(self.fleet.replay.ask(pick, *args, **kwargs), whom="replay", what=what)
+        return await self._stalls.wait(self.fleet.replay.ask(pick, *args, **kwargs), whom="replay", what=what)
 
     async def _compared(self) -> None:
         """Wait until engines and learner are compared, while the learner still has the version."""
         if self._comparing.task:
             self._lines.clock.enter("parity")
             work = self._comparing.task
-            await self._patience.wait(work, whom="rollout", what="log-probs to compare", until_stopped=True)
+            await self._stalls.wait(work, whom="rollout", what="log-probs to compare", until_stopped=True)
 
 
 def set_undone_aside(run_dir: Path, after_step: int) -> None:

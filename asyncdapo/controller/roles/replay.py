@@ -84,7 +84,7 @@ class ReplayProcess(ProcessBase):
     async def pulse(self) -> Pulse:
         status = self.server.status()
         self.waits.stand(*replay_wait(status["why_waiting"]))
-        patience_s = LOST_TICKS * self.config.replay.heartbeat_s
+        silence_s = LOST_TICKS * self.config.replay.heartbeat_s
         return Pulse(
             entries=[self.spec.entry()],
             waits=self.waits.open(),
@@ -98,7 +98,7 @@ class ReplayProcess(ProcessBase):
             lost=[
                 index
                 for index, worker in status["known_workers"].items()
-                if worker["silent_s"] > patience_s or worker["stalled"] > MAX_STALLED
+                if worker["silent_s"] > silence_s or worker["stalled"] > MAX_STALLED
             ],
         )
 

@@ -1,4 +1,4 @@
-"""Patience: waits for work of unknown length as long as it takes, but never in silence.
+"""Stalls: waits for work of unknown length as long as it takes, but never in silence.
 
 In: work, and whom it is waited for. Out: its result. Every `controller.report_wait_s` it says the root of the wait.
 When no counter of progress in any process has moved for `controller.stall_s`, it prints the whole chain of waits with
@@ -33,7 +33,7 @@ class Stopped(Exception):  # noqa: N818 - a wish, not an error
     """The run was asked to stop, and what was waited for isn't worth finishing."""
 
 
-class Patience:
+class StallWatch:
     """The waits of the controller."""
 
     def __init__(self, config: ControllerConfig, supervisor: Supervisor, view: View) -> None:
