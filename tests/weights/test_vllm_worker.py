@@ -66,7 +66,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def loop() -> Iterator[object]:
     with asyncio.Runner() as runner:
-        yield lambda work: runner.run(asyncio.wait_for(work, 60))
+        yield lambda work: runner.run(asyncio.wait_for(work, 200))
 
 
 def engine_of(path: Path) -> VllmEngine:
