@@ -220,7 +220,7 @@ class Run:
         from asyncdapo.replay.ledger.payloads import Place, read_record
 
         model = self.config.model
-        tokenizer = load_tokenizer(model.tokenizer_path, model.tokenizer_key)
+        tokenizer = load_tokenizer(model.tokenizer_files)
         for row in rows:
             place = Place(row["segment"], row["offset"], row["bytes"])
             group, payload = read_record(self.dir / PAYLOAD_FOLDER, place)

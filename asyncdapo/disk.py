@@ -22,6 +22,8 @@ from asyncdapo.errors import DiskError
 
 DISK_FAILURES = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR}
 """SQLite's primary result codes (the low byte of its error codes) for disk failures."""
+READ_BYTES = 64 << 20
+"""Digested at a time."""
 RETRY_S = 0.05
 """Time between two attempts to take a lock."""
 
@@ -63,10 +65,15 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def sha256_of(path: Path) -> str:
-    """Digest of a whole file, whatever its size."""
+def sha256_of(path: Path, offset: int = 0, num_bytes: int | None = None) -> str:
+    """Digest of a file, or of so many of its bytes, whatever its size."""
+    digest, left = hashlib.sha256(), path.stat().st_size if num_bytes is None else num_bytes
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        file.seek(offset)
+        while left and (content := file.read(min(left, READ_BYTES))):
+            digest.update(content)
+            left -= len(content)
+    return digest.hexdigest()
 
 
 def lock_file(path: Path, wait_s: float = 0.0) -> IO[str]:

@@ -45,7 +45,7 @@ class Dealer:
             for rank, run in enumerate(_runs(loads, self.num_ranks)):
                 for place, index in run:
                     ranks[place][index] = rank
-        return Deal(updates=updates, ranks=sum(ranks, []))
+        return Deal(updates=updates, ranks=[rank for of_group in ranks for rank in of_group])
 
     def _load(self, group: Group) -> _Load:
         """The work of its loss-bearing completions. A response attends to its prompt and to itself."""

@@ -20,7 +20,7 @@ import numpy as np
 
 from asyncdapo import Run, load_config
 from asyncdapo.messages import Batch, Completion, Group
-from asyncdapo.model.shape import Shape, read_shape
+from asyncdapo.model.shape import PUBLISHED, Shape, read_shape
 from asyncdapo.replay.ledger.ledger import PAYLOAD_FOLDER
 from asyncdapo.replay.ledger.payloads import Place, read_record
 from asyncdapo.shares import Dealer, share_of
@@ -29,15 +29,6 @@ NUM_GROUPS, GROUP_SIZE = 32, 16
 MEDIAN, LONGEST, SIGMA = 4_000, 20_000, 1.0
 """Tokens of the drawn answers, which are log-normal."""
 PROMPT_TOKENS = (50, 400)
-QWEN_7B = {
-    "model_type": "qwen2",
-    "hidden_size": 3584,
-    "intermediate_size": 18944,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 28,
-    "num_key_value_heads": 4,
-    "vocab_size": 152064,
-}
 
 
 def drawn(seed: int) -> list[Group]:
@@ -116,7 +107,7 @@ def main() -> None:
     if args.run:
         shape, batches = load_config(args.run / "config.yaml").model.files.shape, list(batches_of(args.run))
     else:
-        shape, batches = read_shape(QWEN_7B), [drawn(seed) for seed in range(args.draws)]
+        shape, batches = read_shape(PUBLISHED["Qwen/Qwen2.5-7B"]), [drawn(seed) for seed in range(args.draws)]
     print(f"{len(batches)} batches of {len(batches[0])} groups\n ranks     least    mean  whole groups   parts      ms")
     for num_ranks in args.ranks or ([2, 4] if args.run else [8, 16, 32]):
         measure(shape, batches, num_ranks)

@@ -55,7 +55,7 @@ CHECKPOINT_EVERY = 12
 
 def make_stream(config: Config) -> PromptStream:
     task = open_task(config.prompts, num_eval=config.eval.num_held_out, seed=config.run.seed)
-    encode = load_tokenizer(config.model.tokenizer_path).prompt_encoder(
+    encode = load_tokenizer(config.model.tokenizer_files).prompt_encoder(
         config.prompts.chat_template, config.prompts.system_prompt
     )
     return PromptStream(config.prompts, task, encode, config.run.seed)
@@ -173,7 +173,7 @@ class Whole:
         pool = ScorerPool(
             reward.verifier, reward.processes, reward.timeout_s, concurrency=reward.concurrency, retries=reward.retries
         )
-        decode = load_tokenizer(config.model.tokenizer_path).decode
+        decode = load_tokenizer(config.model.tokenizer_files).decode
         self.scorer = Scorer(reward, pool, decode, config.rollout.max_response_length)
         self.worker = RolloutWorker(0, config.rollout, config.replay.heartbeat_s, engine, self.scorer, decode, address)
         self._engine, self._controller = engine, controller

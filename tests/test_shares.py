@@ -7,21 +7,11 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from asyncdapo.messages import NOBODY
-from asyncdapo.model.shape import read_shape
+from asyncdapo.model.shape import PUBLISHED, read_shape
 from asyncdapo.shares import Dealer, share_of
 from tests.learner.tiny import batch_of, make_group
 
-QWEN_7B = read_shape(
-    {
-        "model_type": "qwen2",
-        "hidden_size": 3584,
-        "intermediate_size": 18944,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 28,
-        "num_key_value_heads": 4,
-        "vocab_size": 152064,
-    }
-)
+QWEN_7B = read_shape(PUBLISHED["Qwen/Qwen2.5-7B"])
 
 
 def group(lengths, masked=(), num_prompt_tokens=3):

@@ -47,13 +47,4 @@ class ModelConfig:
         """Of the tokenizer, the model's own or another."""
         from asyncdapo.model.files import TokenizerFiles
 
-        return TokenizerFiles(self.tokenizer_path, self.tokenizer_key)
-
-    @property
-    def tokenizer_path(self) -> str:
-        return self.tokenizer or self.path
-
-    @property
-    def tokenizer_key(self) -> str:
-        """The key that says which tokenizer it is, for messages."""
-        return "model.tokenizer" if self.tokenizer else "model.path"
+        return TokenizerFiles(self.tokenizer) if self.tokenizer else TokenizerFiles(self.path, "model.path")

@@ -14,6 +14,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from asyncdapo.errors import ConfigError
+from asyncdapo.model.files import TokenizerFiles
 
 
 class TextTokenizer:
@@ -88,10 +89,10 @@ class TextTokenizer:
         return self._backend.decode(list(token_ids), skip_special_tokens=False)
 
 
-def load_tokenizer(path: str, key: str = "model.path") -> TextTokenizer:
-    """The tokenizer of a Hugging Face id or directory. Raises ConfigError, for the config's `key`, when it has no
+def load_tokenizer(files: TokenizerFiles) -> TextTokenizer:
+    """The tokenizer of a Hugging Face id or directory. Raises ConfigError, for the files' key, when it has no
     readable `tokenizer.json`."""
-    local = Path(path)
+    path, key, local = files.path, files.key, Path(files.path)
     if local.is_dir() and not (local / "tokenizer.json").is_file():
         fix = "save it with AutoTokenizer.from_pretrained(path).save_pretrained(path)"
         raise ConfigError(key, "the directory has no tokenizer.json", path, fix)

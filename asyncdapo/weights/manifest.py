@@ -25,6 +25,8 @@ from typing import TYPE_CHECKING
 import msgspec
 from msgspec import Struct
 
+from asyncdapo.model.rows import rows_of_shard
+
 if TYPE_CHECKING:
     import torch
 
@@ -138,11 +140,10 @@ def part_of(bucket: Bucket, manifest: Manifest, shard: int, num_shards: int) -> 
 
 
 def elements_of(shape: Sequence[int], shard: int, num_shards: int) -> tuple[int, int]:
-    """First element of a shard of such a tensor, and the one after its last: rows are dealt as `torch.chunk` does it,
-    so the last shards may have fewer, or none."""
+    """First element of a shard of such a tensor, and the one after its last."""
     num_rows, of_a_row = (shape[0], math.prod(shape[1:])) if shape else (1, 1)
-    most = -(-num_rows // num_shards)
-    return min(shard * most, num_rows) * of_a_row, min((shard + 1) * most, num_rows) * of_a_row
+    rows = rows_of_shard(num_rows, shard, num_shards)
+    return rows.start * of_a_row, rows.end * of_a_row
 
 
 def packed(pieces: Sequence[Piece], manifest: Manifest) -> tuple[tuple[Piece, ...], int]:

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asyncdapo.errors import ConfigError
+from asyncdapo.model.files import TokenizerFiles
 from asyncdapo.model.tokenizer import load_tokenizer
 from asyncdapo.prompts.tasks.chain import apply, draw_chain
 from benchmarks.learner_step.lengths import LINE_TOKENS, draw_lengths, prompt_tokens, solution_tokens
@@ -16,7 +17,7 @@ KINDS = st.sampled_from(["quickstart", "mixed", "mixed:300", "fixed:40"])
 
 
 def test_the_formulas_count_what_the_shipped_tokenizer_counts() -> None:
-    tokenizer = load_tokenizer(str(quickstart_model()))
+    tokenizer = load_tokenizer(TokenizerFiles(str(quickstart_model())))
     for row in range(20):
         chain = draw_chain(3, row, held_out=False)
         value, solution = chain.digits[0], ""

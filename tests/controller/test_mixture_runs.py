@@ -152,7 +152,7 @@ def test_a_run_killed_in_the_middle_of_an_epoch_of_a_mixture_resumes_at_the_next
     go_on(tmp_path / "run", before, 4, *keys)
     config = load_config(tmp_path / "run" / "config.yaml")
     task = open_task(config.prompts, num_eval=config.eval.num_held_out, seed=config.run.seed)
-    stream = PromptStream(config.prompts, task, load_tokenizer(config.model.path).encode, config.run.seed)
+    stream = PromptStream(config.prompts, task, load_tokenizer(config.model.tokenizer_files).encode, config.run.seed)
     leased = query(tmp_path / "run", "SELECT prompt_id, epoch, source, row FROM prompts ORDER BY prompt_id")
     expected = [stream.prompt_at(prompt_id) for prompt_id in range(len(leased))]
     assert leased == [(prompt.prompt_id, prompt.epoch, prompt.source, prompt.row) for prompt in expected]

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from asyncdapo.controller.roles.replay import said_of_unknown
+from asyncdapo.model.files import TokenizerFiles
 from asyncdapo.model.tokenizer import load_tokenizer
 from asyncdapo.prompts.config import PromptsConfig
 from asyncdapo.prompts.registry import open_task
@@ -18,7 +19,10 @@ from tests.controller.runs import START_MODEL, launch
 def said_of(tmp_path: Path, *questions: str) -> str:
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps({"prompt": text, "answer": 1}) + "\n" for text in questions))
-    config, tokenizer = PromptsConfig(task="file", path=str(data), max_prompt_length=48), load_tokenizer(START_MODEL)
+    config, tokenizer = (
+        PromptsConfig(task="file", path=str(data), max_prompt_length=48),
+        load_tokenizer(TokenizerFiles(START_MODEL)),
+    )
     task = open_task(config, num_eval=1, seed=0)
     stream = PromptStream(config, task, tokenizer.prompt_encoder(False), 0, tokenizer.unknown_id)
     return said_of_unknown(stream, tokenizer)

@@ -10,6 +10,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from asyncdapo.errors import ConfigError
+from asyncdapo.model.files import TokenizerFiles
 from asyncdapo.model.tokenizer import TextTokenizer, load_tokenizer
 from asyncdapo.prompts.tasks.chain import draw_chain
 
@@ -17,26 +18,26 @@ START = str(Path(__file__).parents[2] / "configs" / "models" / "chain_start")
 
 
 def test_a_prompt_opens_with_bos_and_spends_one_token_on_a_phrase():
-    tokenizer = load_tokenizer(START)
+    tokenizer = load_tokenizer(TokenizerFiles(START))
     token_ids = tokenizer.encode("Q: 6+4 mod 10\n")
     assert len(token_ids) == len(["<bos>", "Q: ", "6", "+", "4", " mod 10\n"])
 
 
 def test_every_printable_text_comes_back():
-    tokenizer = load_tokenizer(START)
+    tokenizer = load_tokenizer(TokenizerFiles(START))
     text = "".join(map(chr, range(32, 127))) + "\nQ: 1*2 mod 10\n1*2=2\nAnswer: 2"
     assert tokenizer.decode(np.array(tokenizer.encode(text), np.int32)) == text
 
 
 def test_special_tokens_are_not_decoded():
-    tokenizer = load_tokenizer(START)
+    tokenizer = load_tokenizer(TokenizerFiles(START))
     token_ids = np.array(tokenizer.encode("1+1=2\nAnswer: 2<eos>"), np.int32)
     assert tokenizer.decode(token_ids) == "1+1=2\nAnswer: 2"
     assert tokenizer.decode(np.zeros(0, np.int32)) == ""
 
 
 def test_both_ways_agree_with_hugging_face():
-    tokenizer, reference = load_tokenizer(START), PreTrainedTokenizerFast.from_pretrained(START)
+    tokenizer, reference = load_tokenizer(TokenizerFiles(START)), PreTrainedTokenizerFast.from_pretrained(START)
     for row in range(50):
         prompt = draw_chain(0, row, held_out=False).prompt
         token_ids = tokenizer.encode(prompt)
@@ -59,12 +60,14 @@ def test_truncation_and_padding_saved_with_a_tokenizer_are_ignored(tmp_path):
     reference.backend_tokenizer.enable_truncation(4)
     reference.backend_tokenizer.enable_padding(length=64)
     reference.save_pretrained(tmp_path)
-    assert load_tokenizer(str(tmp_path)).encode("1+2+3+4+5") == load_tokenizer(START).encode("1+2+3+4+5")
+    assert load_tokenizer(TokenizerFiles(str(tmp_path))).encode("1+2+3+4+5") == load_tokenizer(
+        TokenizerFiles(START)
+    ).encode("1+2+3+4+5")
 
 
 def test_a_chat_template_that_is_not_there_is_refused():
     with pytest.raises(ConfigError, match="prompts.chat_template: the model's tokenizer has none"):
-        load_tokenizer(START).prompt_encoder(chat_template=True)
+        load_tokenizer(TokenizerFiles(START)).prompt_encoder(chat_template=True)
 
 
 def chat_tokenizer(template):
@@ -112,7 +115,7 @@ def test_a_chat_template_is_read_from_either_file(tmp_path, place):
     else:
         settings = json.loads((tmp_path / place).read_text())
         (tmp_path / place).write_text(json.dumps(settings | {"chat_template": WITH_SYSTEM}))
-    tokenizer = load_tokenizer(str(tmp_path))
+    tokenizer = load_tokenizer(TokenizerFiles(str(tmp_path)))
     assert tokenizer.spell(tokenizer.prompt_encoder(True)("1+1?")) == "<bos>user: 1+1?<eos>A: "
 
 
@@ -130,24 +133,25 @@ def test_a_prompt_with_a_token_that_the_model_lacks_is_refused():
 
 
 def test_a_tokenizer_that_is_not_there_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="model.path: the directory has no tokenizer.json"):
-        load_tokenizer(str(tmp_path))
+    with pytest.raises(ConfigError, match="model.tokenizer: the directory has no tokenizer.json"):
+        load_tokenizer(TokenizerFiles(str(tmp_path)))
     (tmp_path / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1")
-    with pytest.raises(ConfigError, match="model.path: its tokenizer can't be loaded"):
-        load_tokenizer(str(tmp_path))
-    with pytest.raises(ConfigError, match="model.path: no such directory"):
-        load_tokenizer(str(tmp_path / "missing"))
+    with pytest.raises(ConfigError, match="model.tokenizer: its tokenizer can't be loaded"):
+        load_tokenizer(TokenizerFiles(str(tmp_path)))
     with pytest.raises(ConfigError, match="model.tokenizer: no such directory"):
-        load_tokenizer(str(tmp_path / "missing"), "model.tokenizer")
+        load_tokenizer(TokenizerFiles(str(tmp_path / "missing")))
+    with pytest.raises(ConfigError, match="model.path: no such directory"):
+        load_tokenizer(TokenizerFiles(str(tmp_path / "missing"), "model.path"))
 
 
 @pytest.mark.parametrize("content", ["", "{}", '{"model":'])
 def test_a_broken_tokenizer_names_its_key(tmp_path, content):
     (tmp_path / "tokenizer.json").write_text(content)
-    with pytest.raises(ConfigError, match="model.path: its tokenizer can't be loaded"):
-        load_tokenizer(str(tmp_path))
+    with pytest.raises(ConfigError, match="model.tokenizer: its tokenizer can't be loaded"):
+        load_tokenizer(TokenizerFiles(str(tmp_path)))
 
 
 def test_the_tokenizer_is_loaded_without_torch():
-    code = f"import sys, asyncdapo.model.tokenizer as t; t.load_tokenizer({START!r}); print('torch' in sys.modules)"
+    load = f"t.load_tokenizer(t.TokenizerFiles({START!r}))"
+    code = f"import sys, asyncdapo.model.tokenizer as t; {load}; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"

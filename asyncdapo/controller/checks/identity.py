@@ -129,8 +129,8 @@ def different_files(known: Identity, identity: Identity, config: Config) -> Iter
         if changed := _different(there, {"id": path} if "id" in there else now):
             yield f"{key} (other {', '.join(changed)})"
     there, now = known.tokenizer, identity.tokenizer
-    if there and (changed := _different(there, {"id": config.model.tokenizer_path} if "id" in there else now)):
-        yield f"{config.model.tokenizer_key} (other {', '.join(changed)})"
+    if there and (changed := _different(there, {"id": config.model.tokenizer_files.path} if "id" in there else now)):
+        yield f"{config.model.tokenizer_files.key} (other {', '.join(changed)})"
     for key in _different(known.data, identity.data):
         yield f"{key} (other data)"
     for key, digest in identity.extensions.items():

@@ -115,7 +115,7 @@ def check_prompts(config: Config, task: Task) -> None:
     if config.model.tokenizer_files.here:
         from asyncdapo.model.tokenizer import load_tokenizer
 
-        tokenizer, prompts = load_tokenizer(config.model.tokenizer_path, config.model.tokenizer_key), config.prompts
+        tokenizer, prompts = load_tokenizer(config.model.tokenizer_files), config.prompts
         encode = tokenizer.prompt_encoder(prompts.chat_template, prompts.system_prompt, config.model.files.vocab_size)
         if few:
             PromptStream(prompts, task, encode, config.run.seed)

@@ -11,7 +11,6 @@ Invariant: a folder named after a step is whole. Does not own: when to evaluate 
 
 from __future__ import annotations
 
-import re
 import shutil
 from pathlib import Path
 
@@ -20,8 +19,8 @@ from asyncdapo.controller.eval.answers import AnswerFiles
 from asyncdapo.controller.eval.evaluation import Ask, Evaluation
 from asyncdapo.controller.roles.opening import Opened
 from asyncdapo.disk import disk_errors
+from asyncdapo.learner.storage.checkpoint import STEP_NAME
 
-STEP_NAME = re.compile(r"step-(\d{6,})")
 ENDED = "ended"
 """A whole evaluation whose step isn't known yet."""
 

@@ -45,7 +45,7 @@ class RolloutProcess(ProcessBase):
         config = spec.config
         fitted = make_engine(config, memory_fraction)
         await fitted.engine.start()
-        decode = load_tokenizer(config.model.tokenizer_path, config.model.tokenizer_key).decode
+        decode = load_tokenizer(config.model.tokenizer_files).decode
         scorer = _make_scorer(config, decode)
         await scorer.start()
         worker = RolloutWorker(

@@ -18,7 +18,6 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from hashlib import sha256
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
@@ -26,7 +25,7 @@ from typing import NamedTuple
 import msgspec
 
 from asyncdapo import faults
-from asyncdapo.disk import disk_errors, sync
+from asyncdapo.disk import disk_errors, sha256_of, sync
 from asyncdapo.errors import RunError, UserError
 
 MANIFEST = "checkpoint.json"
@@ -37,8 +36,6 @@ AVERAGES = ("exp_avg", "exp_avg_sq")
 LEARNERS_OWN = (MANIFEST, STATE_FILE, *AVERAGES)
 """What only the learner reads. The rest is a model in Hugging Face format."""
 MANIFEST_SCHEMA = 2
-READ_BYTES = 64 << 20
-"""Digested at a time."""
 STEP_NAME = re.compile(r"step-(\d{6,})")
 
 
@@ -247,20 +244,10 @@ def _wrong_size(path: Path, file: str, written: int) -> Iterator[str]:
 
 def _damage(directory: Path, piece: Piece) -> str:
     try:
-        same = _sha256_of(directory / piece.file, piece.offset, piece.num_bytes) == piece.sha256
+        same = sha256_of(directory / piece.file, piece.offset, piece.num_bytes) == piece.sha256
         return "" if same else f"{piece.file} is damaged (another sha256 than was written)"
     except OSError as error:
         return f"{piece.file} can't be read ({error.strerror})"
-
-
-def _sha256_of(path: Path, offset: int, num_bytes: int) -> str:
-    digest = sha256()
-    with path.open("rb") as file:
-        file.seek(offset)
-        while num_bytes and (content := file.read(min(num_bytes, READ_BYTES))):
-            digest.update(content)
-            num_bytes -= len(content)
-    return digest.hexdigest()
 
 
 def _others(directory: Path, written: Iterable[Piece]) -> list[Piece]:
@@ -268,9 +255,7 @@ def _others(directory: Path, written: Iterable[Piece]) -> list[Piece]:
     known = {piece.file for piece in written}
     files = {path.relative_to(directory).as_posix(): path.stat().st_size for path in _files(directory)}
     return [
-        Piece(file, 0, num_bytes, _sha256_of(directory / file, 0, num_bytes))
-        for file, num_bytes in files.items()
-        if file not in known
+        Piece(file, 0, num_bytes, sha256_of(directory / file)) for file, num_bytes in files.items() if file not in known
     ]
 
 

@@ -1,15 +1,13 @@
 """Slices: the rows of each tensor that one rank holds, and how they come from a model's files.
 
 In: sharded parameters on the device, and where the files have each tensor (`model/files`). Out: the same parameters,
-filled; a rank reads its own rows and no others, one tensor at a time. Invariant: FSDP2 cuts the first dimension into
-equal parts, the last ones smaller, so a shard is a range of rows. Does not own: which names belong together (`names`),
-writing (`host_copy`).
+filled; a rank reads its own rows and no others, one tensor at a time. Does not own: which rows a shard has (`rows`),
+which names belong together (`names`), writing (`host_copy`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,21 +16,13 @@ from torch.distributed.tensor import DTensor
 
 from asyncdapo.errors import ConfigError
 from asyncdapo.model.files import FETCH, ModelFiles
-
-
-class Rows(NamedTuple):
-    """Of the first dimension."""
-
-    start: int
-    end: int
+from asyncdapo.model.rows import Rows, rows_of_shard
 
 
 def rows_of(tensor: DTensor) -> Rows:
     """Those that this rank holds; maybe none."""
-    num_rows, mesh = tensor.shape[0], tensor.device_mesh
-    size = -(-num_rows // mesh.size(-1))
-    start = min(num_rows, size * mesh.get_local_rank(mesh.ndim - 1))
-    rows = Rows(start, min(num_rows, start + size))
+    mesh = tensor.device_mesh
+    rows = rows_of_shard(tensor.shape[0], mesh.get_local_rank(mesh.ndim - 1), mesh.size(-1))
     assert tensor.to_local().shape[0] == rows.end - rows.start, "shards are equal parts of the first dimension"
     return rows
 

@@ -203,9 +203,10 @@ def _length_check(args: argparse.Namespace, system: SystemPrompt) -> Callable[[s
     """Counts tokens as the run does. The encoder is made at the first prompt, when the system prompt is known."""
     if args.model is None:
         return lambda prompt: True
+    from asyncdapo.model.files import TokenizerFiles
     from asyncdapo.model.tokenizer import load_tokenizer
 
-    tokenizer = load_tokenizer(args.model, "--model")
+    tokenizer = load_tokenizer(TokenizerFiles(args.model, "--model"))
     encoders: list[Callable[[str], list[int]]] = []
 
     def fits(prompt: str) -> bool:
