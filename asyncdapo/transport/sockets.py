@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import weakref
 from collections.abc import Sequence
 from functools import partial
 from types import UnionType
@@ -62,9 +63,11 @@ class Server(Generic[Accepted]):
         reaches the address is accepted."""
         self._accepts, self._limits = accepts, limits
         self._link = _lossy_link()
-        self._context = zmq.asyncio.Context()  # its own, because a context has one door
-        self._door = Door(self._context, curve.allowed) if curve else None
-        self._socket = _socket(self._context, zmq.ROUTER, limits, curve)
+        context = zmq.asyncio.Context()  # its own, because a context has one door
+        self._door = Door(context, curve.allowed) if curve else None
+        self._socket = _socket(context, zmq.ROUTER, limits, curve)
+        self._leave = weakref.finalize(self, _leave, context, self._socket, self._door)
+        self._leave.atexit = False  # its event loop may still run then
         self._socket.set(zmq.ROUTER_MANDATORY, 1)
         self._socket.set(zmq.ROUTER_HANDOVER, 1)
         self._socket.set(zmq.SNDHWM, PEER_QUEUE)
@@ -122,10 +125,7 @@ class Server(Generic[Accepted]):
         """Drop queued messages and free the port, at once."""
         if self._link:
             self._link.close()
-        self._socket.close()
-        if self._door:
-            self._door.close()
-        self._context.term()
+        self._leave()
 
 
 class Client(Generic[Accepted]):
@@ -170,6 +170,14 @@ class Client(Generic[Accepted]):
         if self._link:
             self._link.close()
         self._socket.close()
+
+
+def _leave(context: zmq.asyncio.Context, socket: zmq.asyncio.Socket, door: Door | None) -> None:
+    """Not a method, so that a server that was dropped while open leaves too (see `store`)."""
+    socket.close()
+    if door:
+        door.close()
+    context.term()
 
 
 def _socket(

@@ -126,9 +126,11 @@ class DistantStore(GroupStore):
         self._lock = Lock()
         """Held while a thread uses the socket."""
         self._closed = False
-        self._context = zmq.Context()
-        self._socket = _socket(self._context, zmq.REQ, keys)
+        context = zmq.Context()
+        self._socket = _socket(context, zmq.REQ, keys)
         self._gone = self._socket.get_monitor_socket(GONE)
+        self._leave = weakref.finalize(self, _leave, context, self._socket, self._gone)
+        self._leave.atexit = False  # other threads may still use the socket then
         self._socket.connect(f"tcp://{where}")
         self.look([], deadline)
 
@@ -142,10 +144,7 @@ class DistantStore(GroupStore):
     def close(self) -> None:
         self._closed = True
         with self._lock:
-            self._socket.disable_monitor()
-            self._gone.close()
-            self._socket.close()
-            self._context.term()
+            self._leave()
 
     def _ask(self, request: Sequence[bytes], deadline: Deadline) -> list[bytes]:
         until = time.monotonic() + max(deadline.left().total_seconds(), ANSWER_S * deadline.passed)
@@ -160,6 +159,15 @@ class DistantStore(GroupStore):
                 if time.monotonic() >= until:
                     raise dist.DistStoreError("rank 0, which keeps the store, gives no answer")
         raise dist.DistStoreError("the store is closed")
+
+
+def _leave(context: zmq.Context[Socket], socket: Socket, gone: Socket) -> None:
+    """Not a method, so that a store that was dropped while open leaves too. The garbage collector may end its context
+    before its sockets, and a context waits for its sockets for ever."""
+    socket.disable_monitor()
+    gone.close()
+    socket.close()
+    context.term()
 
 
 def join_address(host: str, port: int, keys: ClientKeys) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
+import weakref
 
 import pytest
 import zmq
@@ -27,6 +29,19 @@ async def test_messages_and_buffers_travel_both_ways() -> None:
     assert message == Ack(lease_id=7)
     assert buffer == large
     close(server, client)
+
+
+def test_a_server_that_was_dropped_while_open_is_collected() -> None:
+    """As with a traceback that holds one."""
+
+    async def collected() -> weakref.ref[Server[Hello]]:
+        circle = [Server(Hello, curve=RunKeys.make().server)]
+        circle.append(circle)
+        return weakref.ref(circle[0])
+
+    server = asyncio.run(collected())
+    gc.collect()
+    assert server() is None
 
 
 @asynchronous

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import timedelta
@@ -40,6 +42,18 @@ def test_values_of_one_rank_are_at_the_other_once_they_are_there():
         store.set("far", b"value")
         assert waiting.result() == b"value"
     distant.close()
+    store.close()
+
+
+def test_an_end_that_was_dropped_while_open_is_collected():
+    """As with a traceback that holds one."""
+    store = HostedStore("127.0.0.1", TIMEOUT_S)
+    circle = [DistantStore(store.address, TIMEOUT_S, Deadline(TIMEOUT_S))]
+    circle.append(circle)
+    collected = weakref.ref(circle[0])
+    del circle
+    gc.collect()
+    assert collected() is None
     store.close()
 
 
