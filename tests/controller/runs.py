@@ -14,6 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from asyncdapo.config.config import Config
+from asyncdapo.controller.checks.preflight import prepare_run
+from asyncdapo.controller.checks.resume import Resume
 from asyncdapo.metrics.jsonl import read_metrics
 
 START_MODEL = Path(__file__).resolve().parents[2] / "configs" / "models" / "chain_start"
@@ -37,6 +40,12 @@ class FinishedRun:
     @property
     def lines(self) -> list[dict[str, Any]]:
         return read_metrics(self.dir)
+
+
+def prepare(run_dir: Path, *overrides: str) -> tuple[Config, Resume]:
+    """A launch that gets as far as its first process."""
+    with prepare_run("quickstart", [f"run.dir={run_dir}", "metrics.wandb=disabled", *overrides]) as prepared:
+        return prepared
 
 
 def launch(run_dir: Path, *overrides: str, config: str = "quickstart", timeout_s: float = 300) -> FinishedRun:

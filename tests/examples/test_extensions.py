@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 
 from asyncdapo.controller.checks.identity import IDENTITY_FILE
-from asyncdapo.controller.checks.preflight import prepare_run
 from asyncdapo.errors import ConfigError
 from asyncdapo.metrics.jsonl import read_metrics
-from tests.controller.runs import launch
+from tests.controller.runs import launch, prepare
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
@@ -24,11 +23,6 @@ LOSS = (
 )
 ENGINE = f"rollout.engine={EXAMPLES}/engine.py:LateEngine"
 BAD_VARIANT = "def f(logp_BT, old_logp_BT, advantages_BT, mask_BT, *, clip_low, clip_high):\n    return "
-
-
-def prepare(run_dir: Path, *overrides: str) -> None:
-    with prepare_run("quickstart", [f"run.dir={run_dir}", "metrics.wandb=disabled", *overrides]):
-        pass
 
 
 @pytest.mark.parametrize(

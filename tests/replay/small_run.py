@@ -5,6 +5,7 @@ four branches.
 """
 
 import json
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from asyncdapo.replay.core import events as core
 from asyncdapo.replay.core.recovery import Recovered
 from asyncdapo.replay.core.state import ReplayState
 from asyncdapo.replay.ledger.journal import Journal
+from asyncdapo.replay.ledger.ledger import open_ledger
 from asyncdapo.replay.server.dispatch import Exchange
 from asyncdapo.replay.server.sessions import Sessions
 from asyncdapo.replay.server.settings import ServerSettings
@@ -171,10 +173,29 @@ class SmallRun:
         self.lines.append({"step": step, **metrics})
 
 
+def rows(run_dir: Path, query: str) -> list[dict]:
+    """What the ledger answers."""
+    with closing(open_ledger(run_dir)) as ledger:
+        return [dict(row) for row in ledger.execute(query)]
+
+
+def segments(run_dir: Path) -> list[int]:
+    """The numbers of the payload segments that are there."""
+    return sorted(int(path.stem) for path in (run_dir / "payloads").iterdir())
+
+
 def write_files(run_dir: Path, lines, *, mode="filter"):
     (run_dir / "config.yaml").write_text(CONFIG.replace("MODE", mode))
     records = [{"step": 0, "eval/accuracy": 0.4}, *lines]
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def trained_run(run_dir: Path, steps: int, **settings) -> SmallRun:
+    """`steps` batches trained by worker 0, each on groups of the newest weights; the run continues."""
+    run = SmallRun(run_dir, **settings)
+    run.join(0)
+    run.advance(0, *range(1, steps + 1))
+    return run
 
 
 def finished_run(run_dir: Path) -> Path:

@@ -2,16 +2,13 @@
 
 import json
 import os
-import re
 import signal
 import sqlite3
 import subprocess
 import sys
 import threading
-from contextlib import closing
 from itertools import pairwise
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 import pytest
@@ -21,16 +18,9 @@ from asyncdapo.messages import Lease
 from asyncdapo.replay.core import events as core
 from asyncdapo.replay.ledger.audit import audit
 from asyncdapo.replay.ledger.journal import Journal
-from asyncdapo.replay.ledger.ledger import last_trained, open_ledger, read_group
-from asyncdapo.replay.ledger.payloads import BadRecord, Place, Segments, read_record
-from asyncdapo.replay.ledger.schema import UNDOABLE
+from asyncdapo.replay.ledger.ledger import last_trained, read_group
 from asyncdapo.replay.server.validate import arrival
-from tests.replay.small_run import SmallRun, finished_run, make_group, prompt_at, resumed_run
-
-
-def rows(run_dir, query):
-    with closing(open_ledger(run_dir)) as ledger:
-        return [dict(row) for row in ledger.execute(query)]
+from tests.replay.small_run import SmallRun, finished_run, make_group, prompt_at, resumed_run, rows, segments
 
 
 def lease(lease_id, prompt_id=0):
@@ -40,40 +30,6 @@ def lease(lease_id, prompt_id=0):
 def same(payload, other):
     pairs = zip(payload.frames(), other.frames(), strict=True)
     return all(mine == theirs for mine, theirs in pairs)
-
-
-def test_a_group_comes_back_from_its_segment_as_it_was(tmp_path):
-    segments = Segments(tmp_path)
-    arrived = [make_group(lease(i), versions=((0, 3), (1, i + 1))) for i in range(3)]
-    places = [segments.append(*group) for group in arrived]
-    for (group, payload), place in zip(arrived, places, strict=True):
-        read, buffers = segments.read(place)
-        assert read == group
-        assert same(buffers, payload)
-
-
-def test_a_full_segment_is_followed_by_the_next(tmp_path):
-    segments = Segments(tmp_path, segment_bytes=600)
-    places = [segments.append(*make_group(lease(i))) for i in range(4)]
-    assert [place.segment for place in places] == [1, 1, 2, 2]
-    assert all(segments.read(place)[0].lease_id == i for i, place in enumerate(places))
-
-
-def test_a_new_writer_leaves_the_torn_end_of_an_old_segment_alone(tmp_path):
-    first = Segments(tmp_path)
-    kept = first.append(*make_group(lease(1)))
-    with (tmp_path / "000001.bin").open("ab") as file:
-        file.write(b"half a rec")
-    second = Segments(tmp_path)
-    assert second.append(*make_group(lease(2))).segment == 2
-    assert second.read(kept)[0].lease_id == 1
-
-
-def test_a_record_that_ends_too_soon_is_an_error(tmp_path):
-    segments = Segments(tmp_path)
-    place = segments.append(*make_group(lease(1)))
-    with pytest.raises(BadRecord, match="the file ends before"):
-        read_record(tmp_path, Place(place.segment, place.offset, place.num_bytes + 1))
 
 
 def test_each_event_is_one_position_and_rows_remember_theirs(tmp_path):
@@ -290,10 +246,6 @@ def test_a_segment_with_one_open_group_stays_whole(tmp_path):
     assert read_group(tmp_path, 1)[0].lease_id == 1
 
 
-def segments(run_dir):
-    return sorted(int(path.stem) for path in (run_dir / "payloads").iterdir())
-
-
 # ---------------------------------------------------------------------------------------------------------------- kill
 
 
@@ -337,44 +289,3 @@ def test_a_group_of_many_metrics_is_described_by_those_that_all_completions_shar
     event = arrival(group)
     assert event.metrics == {"acc": (1.0, 0.0), "score": (1.0, -1.0), "seq_reward": (1.0, -1.0)}
     assert (event.min_version, event.max_version, event.num_loss_tokens) == (0, 0, 8)
-
-
-# ---------------------------------------------------------------------------------------------------------------- docs
-
-PAGE = (Path(__file__).parents[3] / "docs" / "ledger.md").read_text()
-
-
-def test_the_page_on_the_ledger_names_every_table_and_column(tmp_path):
-    Journal(tmp_path).close()
-    for table in rows(tmp_path, "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'undone_%'"):
-        [section] = [part for part in PAGE.split("\n**")[1:] if part.startswith(f"`{table['name']}`**")]
-        columns = rows(tmp_path, f"SELECT name FROM pragma_table_info('{table['name']}')")
-        assert [column["name"] for column in columns if f"`{column['name']}`" not in section] == []
-
-
-def test_every_table_that_a_rollback_touches_has_an_undone_one_of_the_same_columns(tmp_path):
-    Journal(tmp_path).close()
-    tables = {row["name"] for row in rows(tmp_path, "SELECT name FROM sqlite_master WHERE type = 'table'")}
-    assert {name for name in tables if not name.startswith("undone_")} == {*UNDOABLE, "meta", "branches"}
-    for table in UNDOABLE:
-        assert f"`undone_{table}`" in PAGE
-        [columns, undone] = [
-            [row["name"] for row in rows(tmp_path, f"SELECT name FROM pragma_table_info('{name}')")]
-            for name in (table, f"undone_{table}")
-        ]
-        assert undone == [*columns, "undone_by"]
-
-
-def test_the_query_on_the_page_shows_what_a_rollback_undid(tmp_path):
-    resumed_run(tmp_path)
-    [query] = re.findall(r"```sql\n(.*?)```", PAGE, re.DOTALL)
-    [first, *_] = rows(tmp_path, query)
-    [undone] = rows(tmp_path, "SELECT COUNT(*) AS groups, SUM(tokens) AS tokens FROM undone_groups WHERE undone_by = 1")
-    assert first == {"branch": 1, "step": 1, "reason": "the learner died"} | undone
-    assert undone["tokens"] > 0
-
-
-def test_the_page_on_the_ledger_names_every_state_and_event(tmp_path):
-    kinds = {row["kind"] for row in rows(finished_run(tmp_path), "SELECT kind FROM events")}
-    states = {*get_args(core.PromptState), *get_args(core.GroupState)}
-    assert [word for word in kinds | states if not re.search(rf"\b{word}\b", PAGE)] == []

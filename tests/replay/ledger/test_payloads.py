@@ -49,6 +49,36 @@ def read_harmed(folder: Path, places: list[Place], content: bytes | bytearray) -
     return whole
 
 
+def test_a_group_comes_back_from_its_segment_as_it_was(tmp_path: Path) -> None:
+    segments = Segments(tmp_path)
+    places = [segments.append(*arrived(lease_id)) for lease_id in range(NUM)]
+    assert all(same(segments.read(place), lease_id) for lease_id, place in enumerate(places))
+
+
+def test_a_full_segment_is_followed_by_the_next(tmp_path: Path) -> None:
+    segments = Segments(tmp_path, segment_bytes=600)
+    places = [segments.append(*arrived(i)) for i in range(4)]
+    assert [place.segment for place in places] == [1, 1, 2, 2]
+    assert all(segments.read(place)[0].lease_id == i for i, place in enumerate(places))
+
+
+def test_a_new_writer_leaves_the_torn_end_of_an_old_segment_alone(tmp_path: Path) -> None:
+    first = Segments(tmp_path)
+    kept = first.append(*arrived(1))
+    with (tmp_path / "000001.bin").open("ab") as file:
+        file.write(b"half a rec")
+    second = Segments(tmp_path)
+    assert second.append(*arrived(2)).segment == 2
+    assert second.read(kept)[0].lease_id == 1
+
+
+def test_a_record_that_ends_too_soon_is_an_error(tmp_path: Path) -> None:
+    segments = Segments(tmp_path)
+    place = segments.append(*arrived(1))
+    with pytest.raises(BadRecord, match="the file ends before"):
+        read_record(tmp_path, Place(place.segment, place.offset, place.num_bytes + 1))
+
+
 @settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_a_record_whose_bytes_changed_is_bad_and_its_neighbours_are_not(
