@@ -127,16 +127,33 @@ def plan_buckets(manifest: Manifest, bucket_bytes: int) -> list[Bucket]:
     return buckets
 
 
-def part_of(bucket: Bucket, manifest: Manifest, shard: int, num_shards: int) -> tuple[Piece, ...]:
-    """What one of `num_shards` shards has of a bucket, at offsets in the bucket. The shards' parts are the bucket."""
-    part: list[Piece] = []
+@dataclass(frozen=True)
+class Part:
+    """What one shard has of a bucket. The parts of all shards are the bucket."""
+
+    pieces: tuple[Piece, ...]
+    """At their offsets in the bucket."""
+    packed: tuple[Piece, ...]
+    """The same one after the other, each at a multiple of `ALIGN_BYTES`."""
+    num_bytes: int
+    """What they take so."""
+
+
+def part_of(bucket: Bucket, manifest: Manifest, shard: int, num_shards: int) -> Part:
+    """What shard number `shard` of `num_shards` has of this bucket."""
+    pieces: list[Piece] = []
+    packed: list[Piece] = []
+    num_bytes = 0
     for piece in bucket.pieces:
         spec = manifest.tensors[piece.tensor]
         first, last = elements_of(spec.shape, shard, num_shards)
         start, stop = max(piece.start, first), min(piece.stop, last)
         if start < stop:
-            part.append(Piece(piece.tensor, start, stop, piece.offset + (start - piece.start) * spec.itemsize))
-    return tuple(part)
+            offset = piece.offset + (start - piece.start) * spec.itemsize
+            pieces.append(Piece(piece.tensor, start, stop, offset))
+            packed.append(Piece(piece.tensor, start, stop, num_bytes))
+            num_bytes += _align((stop - start) * spec.itemsize)
+    return Part(tuple(pieces), tuple(packed), num_bytes)
 
 
 def elements_of(shape: Sequence[int], shard: int, num_shards: int) -> tuple[int, int]:
@@ -144,16 +161,6 @@ def elements_of(shape: Sequence[int], shard: int, num_shards: int) -> tuple[int,
     num_rows, of_a_row = (shape[0], math.prod(shape[1:])) if shape else (1, 1)
     rows = rows_of_shard(num_rows, shard, num_shards)
     return rows.start * of_a_row, rows.end * of_a_row
-
-
-def packed(pieces: Sequence[Piece], manifest: Manifest) -> tuple[tuple[Piece, ...], int]:
-    """The same pieces one after the other, each at a multiple of `ALIGN_BYTES`, and the bytes that they take so."""
-    moved: list[Piece] = []
-    num_bytes = 0
-    for piece in pieces:
-        moved.append(Piece(piece.tensor, piece.start, piece.stop, num_bytes))
-        num_bytes += _align((piece.stop - piece.start) * manifest.tensors[piece.tensor].itemsize)
-    return tuple(moved), num_bytes
 
 
 def _cuts(spec: TensorSpec, bucket_bytes: int) -> list[tuple[int, int]]:

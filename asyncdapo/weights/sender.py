@@ -13,7 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, zip_longest
+from itertools import zip_longest
 
 import torch
 import torch.distributed as dist
@@ -23,7 +23,7 @@ from asyncdapo.transport.deadline import Deadline
 from asyncdapo.weights.checksum import Checksum
 from asyncdapo.weights.group import WeightGroup
 from asyncdapo.weights.header import Header, agree, confirm
-from asyncdapo.weights.manifest import Bucket, Manifest, packed, part_of, plan_buckets
+from asyncdapo.weights.manifest import Manifest, Part, part_of, plan_buckets
 from asyncdapo.weights.shards import Copies, Shards, copy, local_shards, views
 
 
@@ -48,11 +48,15 @@ class WeightSender:
         self._bucket_bytes = bucket_bytes
         buckets = plan_buckets(manifest, bucket_bytes)
         buffers = group.carrier.buffers(max((bucket.stop - bucket.start for bucket in buckets), default=0))
-        from_others = max((sum(bytes_of_others(bucket, manifest, self._shards)) for bucket in buckets), default=0)
-        collected_U = torch.zeros(from_others, dtype=torch.uint8, device=self._shards.device)
+        parts = [
+            [part_of(bucket, manifest, shard, self._shards.count) for shard in range(self._shards.count)]
+            for bucket in buckets
+        ]
+        most = max((sum(part.num_bytes for part in others) for _, *others in parts), default=0)
+        collected_U = torch.zeros(most, dtype=torch.uint8, device=self._shards.device)
         self._gathers = [
-            Gather(buffers[number % 2], collected_U, bucket, manifest, self._shards)
-            for number, bucket in enumerate(buckets)
+            Gather(buffers[number % 2][: bucket.stop - bucket.start], collected_U, of_bucket, manifest, self._shards)
+            for number, (bucket, of_bucket) in enumerate(zip(buckets, parts, strict=True))
         ]
 
     def send(self, version: int, tensors: Mapping[str, torch.Tensor], *, branch: int = 0) -> SendReport:
@@ -89,9 +93,9 @@ class WeightSender:
         coming = self._gathers[0].ask(deadline) if self._gathers else None
         for gather, after in zip_longest(self._gathers, self._gathers[1:]):
             gather.fill(sources, coming)
-            under_way = self._group.carrier.carry(gather.buffer_U, deadline)
+            under_way = self._group.carrier.carry(gather.bucket_U, deadline)
             coming = after.ask(deadline) if after else None
-            checksum.update(gather.buffer_U)
+            checksum.update(gather.bucket_U)
             if before:
                 before.wait()
             before = under_way
@@ -105,25 +109,24 @@ class Gather:
 
     def __init__(
         self,
-        buffer_U: torch.Tensor,
+        bucket_U: torch.Tensor,
         collected_U: torch.Tensor,
-        bucket: Bucket,
+        parts: Sequence[Part],
         manifest: Manifest,
         shards: Shards,
     ) -> None:
-        """Into the beginning of a buffer, which may be longer than the bucket; `collected_U` is memory for what other
-        shards send."""
-        self.buffer_U = buffer_U[: bucket.stop - bucket.start]
-        own, *others = (part_of(bucket, manifest, shard, shards.count) for shard in range(shards.count))
-        self._own = Copies.into(buffer_U, own, manifest, shards)
-        self._shards, self._num_bytes = shards, bytes_of_others(bucket, manifest, shards)
+        """`parts`: of each shard, the sender's first; `collected_U` is memory for those of the others, or more."""
+        own, *others = parts
+        self.bucket_U, self._shards = bucket_U, shards
+        self._own = Copies.into(bucket_U, own.pieces, manifest, shards)
+        self._num_bytes = [0, *(part.num_bytes for part in others)]
         self._collected_U = collected_U[: sum(self._num_bytes)]
-        self._places = views(buffer_U, [piece for part in others for piece in part], manifest)
-        starts = accumulate(self._num_bytes)
+        self._places = [view for part in others for view in views(bucket_U, part.pieces, manifest)]
+        memories = self._collected_U.split(self._num_bytes[1:])
         self._parts = [
             view
-            for start, part in zip(starts, others, strict=False)
-            for view in views(collected_U[start:], packed(part, manifest)[0], manifest)
+            for memory_U, part in zip(memories, others, strict=True)
+            for view in views(memory_U, part.packed, manifest)
         ]
 
     def ask(self, deadline: Deadline) -> dist.Work | None:
@@ -137,9 +140,3 @@ class Gather:
         if coming:
             coming.wait()
         copy(self._places, self._parts)
-
-
-def bytes_of_others(bucket: Bucket, manifest: Manifest, shards: Shards) -> list[int]:
-    """What each shard sends of this bucket; the first, which is at the sender, sends nothing."""
-    others = (part_of(bucket, manifest, shard, shards.count) for shard in range(1, shards.count))
-    return [0, *(packed(part, manifest)[1] for part in others)]

@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from asyncdapo.errors import RunError
 from asyncdapo.transport.deadline import Deadline
-from asyncdapo.weights.manifest import Manifest, Piece, elements_of, packed, part_of, plan_buckets
+from asyncdapo.weights.manifest import Manifest, Piece, elements_of, part_of, plan_buckets
 
 SENDER = 0
 """The shard of the rank that sends."""
@@ -130,11 +130,13 @@ class Giver:
     def __init__(self, shards: Shards, manifest: Manifest, bucket_bytes: int) -> None:
         self._shards, self._manifest = shards, manifest
         parts = [
-            packed(part_of(bucket, manifest, shards.number, shards.count), manifest)
-            for bucket in plan_buckets(manifest, bucket_bytes)
+            part_of(bucket, manifest, shards.number, shards.count) for bucket in plan_buckets(manifest, bucket_bytes)
         ]
-        memory_U = torch.zeros(max((size for _, size in parts), default=0), dtype=torch.uint8, device=shards.device)
-        self._parts = [(memory_U[:size], Copies.into(memory_U, pieces, manifest, shards)) for pieces, size in parts]
+        most = max((part.num_bytes for part in parts), default=0)
+        memory_U = torch.zeros(most, dtype=torch.uint8, device=shards.device)
+        self._parts = [
+            (memory_U[: part.num_bytes], Copies.into(memory_U, part.packed, manifest, shards)) for part in parts
+        ]
 
     def give(self, tensors: Mapping[str, torch.Tensor], timeout_s: float) -> bool:
         """Take part in one transfer of these tensors, whose deadline is `timeout_s`. Returns whether every part was

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asyncdapo.weights.manifest import ALIGN_BYTES, Manifest, TensorSpec, elements_of, packed, part_of, plan_buckets
+from asyncdapo.weights.manifest import ALIGN_BYTES, Manifest, TensorSpec, elements_of, part_of, plan_buckets
 
 specs = st.builds(
     TensorSpec,
@@ -111,7 +111,7 @@ def test_the_parts_of_all_shards_are_the_bucket(manifest: Manifest, bucket_bytes
 
     for bucket in plan_buckets(manifest, bucket_bytes):
         parts = [part_of(bucket, manifest, shard, num_shards) for shard in range(num_shards)]
-        assert elements(piece for part in parts for piece in part) == elements(bucket.pieces)
+        assert elements(piece for part in parts for piece in part.pieces) == elements(bucket.pieces)
 
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=3), st.integers(1, 5))
@@ -123,11 +123,17 @@ def test_a_shard_has_the_rows_that_torch_gives_it(shape: list[int], num_shards: 
     assert [whole.flatten()[first:last].tolist() for first, last in ranges] == chunks
 
 
-@given(manifests, bucket_sizes)
-def test_packed_pieces_are_aligned_and_do_not_overlap(manifest: Manifest, bucket_bytes: int):
+@given(manifests, bucket_sizes, st.integers(1, 5))
+def test_packed_pieces_are_the_same_elements_aligned_without_overlap(
+    manifest: Manifest, bucket_bytes: int, num_shards: int
+):
     for bucket in plan_buckets(manifest, bucket_bytes):
-        pieces, num_bytes = packed(bucket.pieces[1:], manifest)
-        ends = [piece.offset + (piece.stop - piece.start) * manifest.tensors[piece.tensor].itemsize for piece in pieces]
-        assert all(piece.offset % ALIGN_BYTES == 0 for piece in pieces)
-        starts = [*(piece.offset for piece in pieces), num_bytes]
+        part = part_of(bucket, manifest, num_shards - 1, num_shards)
+        ranges = [[(piece.tensor, piece.start, piece.stop) for piece in some] for some in (part.pieces, part.packed)]
+        assert ranges[0] == ranges[1]
+        ends = [
+            piece.offset + (piece.stop - piece.start) * manifest.tensors[piece.tensor].itemsize for piece in part.packed
+        ]
+        assert all(piece.offset % ALIGN_BYTES == 0 for piece in part.packed)
+        starts = [*(piece.offset for piece in part.packed), part.num_bytes]
         assert all(end <= start for end, start in zip(ends, starts[1:], strict=True))
