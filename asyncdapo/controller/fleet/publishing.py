@@ -20,6 +20,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from asyncdapo.controller.fleet.process import Process, ProcessDied, R
+from asyncdapo.controller.process.waits import Waits
 from asyncdapo.errors import EngineError, RanksError, RunError, WeightsError
 from asyncdapo.transport.backend import Backend
 from asyncdapo.weights.backend import choose_backend, device_of_ranks
@@ -50,11 +51,14 @@ class Publishing:
     def __init__(
         self,
         config: WeightsConfig,
+        waits: Waits,
         learner: Process[LearnerProcess],
         workers: Sequence[Process[RolloutProcess]],
         other_shards: Sequence[Process[LearnerProcess]] = (),
     ) -> None:
-        """`learner`: rank 0, which sends; `other_shards`: the ranks that have the other shards of what it sends."""
+        """`waits`: the controller's. `learner`: rank 0, which sends. `other_shards`: the ranks that have the other
+        shards of what it sends."""
+        self._waits = waits
         self.config, self.learner, self.workers, self.other_shards = config, learner, workers, other_shards
         self.turn = asyncio.Lock()
         """Held while the learner trains or sends."""
@@ -141,7 +145,7 @@ class Publishing:
             await self._regroup(workers)
         version, branch, learner = self.version, self.branch, self.learner
         sent, *others = await self._within_deadline(
-            f"send version {version}",
+            f"the transfer of version {version}",
             {learner: learner.call(lambda learner: learner.send_weights, version, branch)}
             | {rank: rank.call(lambda rank: rank.give_shards) for rank in self.other_shards}
             | {worker: worker.call(lambda worker: worker.receive_weights, version, branch) for worker in workers},
@@ -159,7 +163,7 @@ class Publishing:
         self._members = []
         if not workers:
             return
-        what, learner = "make the weight group", self.learner
+        what, learner = "the weight group", self.learner
         devices = await self._within_deadline(
             what,
             {learner: learner.call(lambda learner: learner.devices)}
@@ -172,7 +176,7 @@ class Publishing:
         hosts = learner.call(lambda learner: learner.host_weights, world_size, backend)
         [(address, manifest)] = await self._within_deadline(what, {learner: hosts})
         rooms = {worker: worker.call(lambda worker: worker.make_weights_room, manifest) for worker in workers}
-        await self._within_deadline("make room for the weights", rooms, ROOM_S)
+        await self._within_deadline("room for the weights", rooms, ROOM_S)
         joins = {
             worker: worker.call(lambda worker: worker.join_weights, address, first_rank, world_size, backend, manifest)
             for worker, first_rank in zip(workers, first_ranks, strict=True)
@@ -193,9 +197,10 @@ class Publishing:
     ) -> list[R]:
         """All answers, in the order of `calls`. Each call is waited for to its end, so that none is left behind; then
         the first error is raised, a death before any other. Ends that give no answer within `deadline_s` (default: a
-        transfer's) are killed."""
+        transfer's) are killed. Until an end answers, the controller waits for it, and `what` says for what."""
         deadline_s = deadline_s or self.config.timeout_s + COMMAND_MARGIN_S
-        tasks = {asyncio.ensure_future(_outcome(process, call)): process for process, call in calls.items()}
+        outcomes = ((process, self._outcome(process, call, what, deadline_s)) for process, call in calls.items())
+        tasks = {asyncio.ensure_future(outcome): process for process, outcome in outcomes}
         try:
             with suppress(TimeoutError):
                 async with asyncio.timeout(deadline_s):
@@ -218,17 +223,17 @@ class Publishing:
             raise error
         return [answer for answer in answers if not isinstance(answer, BaseException)]
 
-
-async def _outcome(process: Process[Any], call: Coroutine[Any, Any, R]) -> R:
-    """What it answers to this call. A worker whose engine has failed is as good as dead: it is killed, and the fleet
-    starts it again. Raises ProcessDied for it."""
-    life = process.life
-    try:
-        return await call
-    except EngineError as error:
-        if process.life == life:
-            process.end()
-        raise ProcessDied(process.name, str(error)) from None
+    async def _outcome(self, process: Process[Any], call: Coroutine[Any, Any, R], what: str, deadline_s: float) -> R:
+        """What it answers to this call. A worker whose engine has failed is as good as dead: it is killed, and the
+        fleet starts it again. Raises ProcessDied for it."""
+        life = process.life
+        try:
+            with self._waits.on(process.name, what, deadline_s):
+                return await call
+        except EngineError as error:
+            if process.life == life:
+                process.end()
+            raise ProcessDied(process.name, str(error)) from None
 
 
 def _lives(processes: Sequence[Process[Any]]) -> list[Life]:

@@ -21,7 +21,7 @@ from asyncdapo.controller.fleet.process import Process
 from asyncdapo.controller.fleet.supervisor import ANSWER_S, Supervisor
 from asyncdapo.controller.process.health import Pulse
 from asyncdapo.controller.process.stacks import ask
-from asyncdapo.controller.process.waits import NOBODY, UNKNOWN, Wait, Waits, chain, processes_in, render
+from asyncdapo.controller.process.waits import NOBODY, UNKNOWN, Wait, chain, processes_in, render
 from asyncdapo.controller.roles.base import ProcessBase
 from asyncdapo.errors import RunError
 from asyncdapo.metrics.reporter import View
@@ -38,7 +38,6 @@ class StallWatch:
 
     def __init__(self, config: ControllerConfig, supervisor: Supervisor, view: View) -> None:
         self._config, self._supervisor, self._view = config, supervisor, view
-        self._waits = Waits("controller")
         self._breaking = asyncio.Lock()
         """Several waits may see the same stall; one of them breaks it."""
         self.stopping = asyncio.Event()
@@ -50,7 +49,7 @@ class StallWatch:
         ends = {task, stop} if until_stopped else {task}
         report_at = time.monotonic() + self._config.report_wait_s
         try:
-            with self._waits.on(whom, what):
+            with self._supervisor.waits.on(whom, what):
                 while not task.done():
                     done, _ = await asyncio.wait(ends, timeout=LOOK_S, return_when=asyncio.FIRST_COMPLETED)
                     if stop in done and not task.done():
@@ -83,7 +82,7 @@ class StallWatch:
         for process in self._supervisor.processes:
             if not process.up.is_set():
                 waits[process.name] = [Wait(who=process.name, whom=NOBODY, what="is being started")]
-        return chain(waits | {"controller": self._waits.open()}, "controller"), pulses
+        return chain(waits | {"controller": self._supervisor.waits.open()}, "controller"), pulses
 
     async def _break_stall(self) -> None:
         """Print who waits for whom and where they stand, then kill who is at the root. Raises RunError when the root is

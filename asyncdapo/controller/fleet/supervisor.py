@@ -21,7 +21,7 @@ from asyncdapo.controller.fleet.restarts import Restarts
 from asyncdapo.controller.process.health import Pulse
 from asyncdapo.controller.process.roster import Roster, this_process
 from asyncdapo.controller.process.roster import end as end_entries
-from asyncdapo.controller.process.waits import Stall
+from asyncdapo.controller.process.waits import Stall, Waits
 from asyncdapo.controller.roles.base import ProcessBase, ProcessSpec, log_path
 from asyncdapo.errors import RunError
 
@@ -45,6 +45,8 @@ class Supervisor:
         self._roster.set("controller", [this_process("controller")])
         self._stall = Stall(time.monotonic())
         self._silent: set[str] = set()
+        self.waits = Waits("controller")
+        """Of the controller itself."""
         self.processes: Sequence[Process[ProcessBase]] = ()
         """All that have a place; none before the fleet is placed."""
         self.still_s = 0.0

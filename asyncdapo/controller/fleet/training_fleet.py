@@ -39,7 +39,7 @@ class TrainingFleet(Fleet):
         super().__init__(supervisor, placed, opened)
         self.learners = Learners(placed.ranks)
         first, *other_shards = placed.ranks[: placed.config.learner.num_shards]
-        self.publishing = Publishing(placed.config.weights, first, self.workers, other_shards)
+        self.publishing = Publishing(placed.config.weights, supervisor.waits, first, self.workers, other_shards)
 
     @classmethod
     async def start(cls, config: Config, supervisor: Supervisor, start: Start, checkpoint: Path | None = None) -> Self:

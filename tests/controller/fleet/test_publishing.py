@@ -11,6 +11,7 @@ import pytest
 from asyncdapo.controller.fleet import publishing
 from asyncdapo.controller.fleet.process import ProcessDied
 from asyncdapo.controller.fleet.publishing import Publishing
+from asyncdapo.controller.process.waits import Waits
 from asyncdapo.errors import ConfigError, EngineError, RunError, WeightsError
 from asyncdapo.weights.config import WeightsConfig
 from tests.controller.fakes import Pick, picked
@@ -67,7 +68,7 @@ class FakeProcess:
 
 
 def connected(learner: FakeProcess, workers: list[FakeProcess], *, version: int = 4, **config: Any) -> Publishing:
-    made = Publishing(WeightsConfig(**config), learner, workers)
+    made = Publishing(WeightsConfig(**config), Waits("controller"), learner, workers)
     asyncio.run(made.begin())
     made.learner_has(version, branch=0)
     return made
@@ -91,7 +92,7 @@ def test_an_engine_on_several_devices_has_consecutive_ranks() -> None:
 
 def test_what_is_wrong_with_one_device_of_an_engine_names_it() -> None:
     worker = FakeProcess("rollout-0", num_ranks=2)
-    made = Publishing(WeightsConfig(backend="ipc"), FakeProcess("learner"), [worker])
+    made = Publishing(WeightsConfig(backend="ipc"), Waits("controller"), FakeProcess("learner"), [worker])
 
     async def devices_of_two_machines(pick: Pick, *args: Any) -> Any:
         return ["cuda a on x", "cuda b on y"] if picked("rollout-0", pick, *args) == "devices" else None
@@ -196,15 +197,36 @@ def test_with_no_worker_up_a_version_is_published_to_nobody() -> None:
     assert asyncio.run(made.publish())["weights/bytes"] == 0
 
 
+class Silent(FakeProcess):
+    """It hangs in every transfer."""
+
+    async def call(self, pick: Pick, *args: Any) -> Any:
+        if picked(self.name, pick, *args) in ("receive_weights", "give_shards"):
+            await asyncio.Event().wait()
+        return await super().call(pick, *args)
+
+
+def test_a_transfer_is_a_wait_for_each_end_that_has_not_answered_yet() -> None:
+    waits = Waits("controller")
+    ends = FakeProcess("learner"), [FakeProcess("rollout-0")], [Silent("learner-1")]
+    made = Publishing(WeightsConfig(), waits, *ends)
+
+    async def hang() -> list[tuple[str, str]]:
+        publishing = asyncio.ensure_future(made.publish())
+        while not ends[1][0].received():
+            await asyncio.sleep(0.001)
+        await asyncio.sleep(0.01)
+        left = [(wait.whom, wait.what) for wait in waits.open()]
+        publishing.cancel()
+        await asyncio.gather(publishing, return_exceptions=True)
+        return left
+
+    assert asyncio.run(hang()) == [("learner-1", "the transfer of version 0")]
+    assert waits.open() == []
+
+
 def test_an_end_that_never_answers_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(publishing, "COMMAND_MARGIN_S", 0.05)
-
-    class Silent(FakeProcess):
-        async def call(self, pick: Pick, *args: Any) -> Any:
-            if picked(self.name, pick, *args) == "receive_weights":
-                await asyncio.Event().wait()
-            return await super().call(pick, *args)
-
     silent, other = Silent("rollout-0"), FakeProcess("rollout-1")
     made = connected(FakeProcess("learner"), [silent, other], timeout_s=0.05)
     asyncio.run(made.publish())
