@@ -18,7 +18,7 @@ from asyncdapo.replay.core.recovery import Recovered
 from asyncdapo.replay.core.state import ReplayState
 from asyncdapo.replay.ledger.journal import Journal
 from asyncdapo.replay.ledger.ledger import open_ledger
-from asyncdapo.replay.server.dispatch import Exchange
+from asyncdapo.replay.server.dispatch import Dispatch
 from asyncdapo.replay.server.sessions import Sessions
 from asyncdapo.replay.server.settings import ServerSettings
 from asyncdapo.replay.server.validate import arrival
@@ -86,7 +86,7 @@ def _make_state(recovered: Recovered, **settings) -> ReplayState:
 
 
 class SmallRun:
-    """The exchange with a hand on every event."""
+    """The dispatch with a hand on every event."""
 
     def __init__(
         self, run_dir: Path, *, keep_payloads=False, segment_bytes=1 << 20, filter=None, make_journal=Journal, **replay
@@ -99,13 +99,13 @@ class SmallRun:
         self.journal = make_journal(run_dir, keep_payloads=keep_payloads, segment_bytes=segment_bytes)
         self.sessions = Sessions(stall_ticks=10)
         server_settings = ServerSettings(replay=self.config, group_size=GROUP_SIZE, seed=1, total_slots=8)
-        self.exchange = Exchange(server_settings, self.make_state, self.journal, self.sessions, prompt_at)
+        self.dispatch = Dispatch(server_settings, self.make_state, self.journal, self.sessions, prompt_at)
         self.leases: dict[int, Lease] = {}
         self.lines: list[dict] = []
 
     @property
     def state(self):
-        return self.exchange.state
+        return self.dispatch.state
 
     def join(self, worker, session="first", version=0):
         hello = Hello(
@@ -113,29 +113,29 @@ class SmallRun:
             worker=worker,
             session=session,
             loaded_version=version,
-            branch=self.exchange.branch,
+            branch=self.dispatch.branch,
             granted=0,
         )
         self.sessions.begin(f"peer-{worker}-{session}".encode(), hello)
-        self.exchange.apply(core.WorkerJoined(worker=worker, loaded_version=version), detail=session)
+        self.dispatch.apply(core.WorkerJoined(worker=worker, loaded_version=version), detail=session)
 
     def roll_back(self, step):
         """Back to the checkpoint of `step`, the lines of metrics too; worker 0 is there again with its weights."""
-        self.exchange.roll_back(step, "the learner died")
+        self.dispatch.roll_back(step, "the learner died")
         self.lines = self.lines[:step]
         self.messages()
-        self.join(0, session=f"branch {self.exchange.branch}", version=step)
+        self.join(0, session=f"branch {self.dispatch.branch}", version=step)
 
     def ready(self, worker, credits):
         """The leases that come of it."""
         before = set(self.leases)
-        self.exchange.apply(core.Ready(worker=worker, credits=credits))
+        self.dispatch.apply(core.Ready(worker=worker, credits=credits))
         return [lease_id for lease_id in self.messages() if lease_id not in before]
 
     def messages(self):
         """Take what is to be sent; returns the ids of all leases seen so far."""
-        while not self.exchange.outgoing.empty():
-            message = self.exchange.outgoing.get_nowait().message
+        while not self.dispatch.outgoing.empty():
+            message = self.dispatch.outgoing.get_nowait().message
             if isinstance(message, Lease):
                 self.leases[message.lease_id] = message
         return list(self.leases)
@@ -143,7 +143,7 @@ class SmallRun:
     def answer(self, lease_id, **group):
         lease = self.sessions.leases.get(lease_id)
         arrived = make_group(self.leases[lease_id], worker=lease.worker if lease else 0, **group)
-        self.exchange.apply(arrival(arrived[0]), arrived=arrived)
+        self.dispatch.apply(arrival(arrived[0]), arrived=arrived)
         self.messages()
 
     def fill(self, worker, **group):
@@ -164,11 +164,11 @@ class SmallRun:
         return sorted(lease_id for lease_id, lease in self.sessions.leases.items() if lease.worker == worker)
 
     def train(self, step):
-        self.exchange.want_batch(b"learner", CutWanted(step=step))
-        metrics = self.exchange.trained(step, {"learner/loss": 0.25})
-        self.exchange.apply(core.Published(version=step))
+        self.dispatch.want_batch(b"learner", CutWanted(step=step))
+        metrics = self.dispatch.trained(step, {"learner/loss": 0.25})
+        self.dispatch.apply(core.Published(version=step))
         for worker in self.state.leases.workers:
-            self.exchange.apply(core.WeightsLoaded(worker=worker, version=step))
+            self.dispatch.apply(core.WeightsLoaded(worker=worker, version=step))
         self.messages()
         self.lines.append({"step": step, **metrics})
 
@@ -206,15 +206,15 @@ def finished_run(run_dir: Path) -> Path:
     first, _ = run.ready(0, 2)
     [slow] = run.ready(2, 1)
     broken, *rest = run.ready(1, 3)
-    run.exchange.apply(core.SamplingBegan(lease_id=slow, version=0))
-    run.exchange.apply(core.LeaseLost(lease_id=broken, reason="rejected"), detail="broken")
+    run.dispatch.apply(core.SamplingBegan(lease_id=slow, version=0))
+    run.dispatch.apply(core.LeaseLost(lease_id=broken, reason="rejected"), detail="broken")
     run.ready(1, 3)
     run.answer(first)
     run.answer(run.running(1)[0], accs=(1.0, 1.0))
     run.fill(0)
     run.train(1)
-    run.exchange.apply(core.LeaseFailed(lease_id=run.running(0)[0]), detail="ValueError")
-    run.exchange.apply(core.WorkerLost(worker=1))
+    run.dispatch.apply(core.LeaseFailed(lease_id=run.running(0)[0]), detail="ValueError")
+    run.dispatch.apply(core.WorkerLost(worker=1))
     run.fill(0, versions=((0, 2), (1, 2)))
     run.train(2)
     run.answer(slow)
@@ -263,7 +263,7 @@ def replaced_run(run_dir: Path) -> Path:
 
 
 def end(run: SmallRun, run_dir: Path, *, mode="filter") -> Path:
-    run.exchange.apply(core.RunEnded())
+    run.dispatch.apply(core.RunEnded())
     run.journal.close()
     write_files(run_dir, run.lines, mode=mode)
     return run_dir

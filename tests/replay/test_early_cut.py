@@ -84,15 +84,15 @@ def test_a_batch_that_was_sent_early_is_the_same_in_the_branch_after_a_rollback(
     run = SmallRun(tmp_path, max_staleness=2, run_ahead=2)
     run.join(0)
     run.fill(0)
-    run.exchange.want_batch(b"learner", CutWanted(step=1))
+    run.dispatch.want_batch(b"learner", CutWanted(step=1))
     [first] = batches(run)
     run.fill(0)
-    run.exchange.want_batch(b"learner", CutWanted(step=2))
+    run.dispatch.want_batch(b"learner", CutWanted(step=2))
     [second] = batches(run)
     assert (first.step, second.step, second.branch) == (1, 2, 0)
-    run.exchange.trained(1, {})
-    run.exchange.roll_back(1, "the learner died")
-    run.exchange.want_batch(b"its next life", CutWanted(step=2))
+    run.dispatch.trained(1, {})
+    run.dispatch.roll_back(1, "the learner died")
+    run.dispatch.want_batch(b"its next life", CutWanted(step=2))
     [again] = batches(run)
     assert again.branch == 1, "what the dead one had is of another branch"
     assert [group.lease_id for group in again.groups] == [group.lease_id for group in second.groups]
@@ -100,5 +100,5 @@ def test_a_batch_that_was_sent_early_is_the_same_in_the_branch_after_a_rollback(
 
 def batches(run: SmallRun) -> list[Batch]:
     """Those that were sent since the last time."""
-    sent = [run.exchange.outgoing.get_nowait().message for _ in range(run.exchange.outgoing.qsize())]
+    sent = [run.dispatch.outgoing.get_nowait().message for _ in range(run.dispatch.outgoing.qsize())]
     return [message for message in sent if isinstance(message, Batch)]

@@ -118,7 +118,7 @@ def recorded_run(run_dir: Path, monkeypatch: pytest.MonkeyPatch, **settings: obj
         while run.state.num_ready() < 2:
             run.ready(0, 4)
             together = run.running(0)[:2]
-            with run.exchange.together():
+            with run.dispatch.together():
                 for number, lease_id in enumerate(together):
                     run.answer(lease_id, accs=(1.0, float(number == step)), versions=((step - 1, 4),))
                     recorder.see()

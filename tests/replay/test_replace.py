@@ -244,10 +244,10 @@ def test_barren_are_whole_batches_before_the_first_kept_group(verdicts: str, bar
 
 def batch_sent(run: SmallRun, step: int) -> Batch:
     run.messages()
-    run.exchange.want_batch(b"learner", CutWanted(step=step))
+    run.dispatch.want_batch(b"learner", CutWanted(step=step))
     messages = []
-    while not run.exchange.outgoing.empty():
-        messages.append(run.exchange.outgoing.get_nowait().message)
+    while not run.dispatch.outgoing.empty():
+        messages.append(run.dispatch.outgoing.get_nowait().message)
     [batch] = [message for message in messages if isinstance(message, Batch)]
     return batch
 
@@ -283,8 +283,8 @@ def test_a_batch_has_the_same_copies_after_a_restart_of_the_server_and_after_a_r
     again = SmallRun(tmp_path, filter=FilterConfig(mode="replace"), prompts_per_step=5)
     assert batch_sent(again, 1).copies == before.copies
     assert again.state.in_training == {1: 5}
-    again.exchange.trained(1, {})
-    again.exchange.roll_back(0, "test")
+    again.dispatch.trained(1, {})
+    again.dispatch.roll_back(0, "test")
     assert batch_sent(again, 1).copies == before.copies
     assert again.state.in_training == {1: 5}
 

@@ -75,7 +75,7 @@ class Replay(Process):
         """Where it goes back to, if it does."""
         self.server: ReplayServer = self.inside(self._open, roll_back_to)
         if roll_back_to is None:
-            world.judge.reloaded(self.server._exchange.state)
+            world.judge.reloaded(self.server._dispatch.state)
         self.serving = self.spawn(self.server.run())
         self.serving.add_done_callback(self._note_failure)
 
@@ -129,7 +129,7 @@ class Replay(Process):
 
     def die(self, why: str) -> None:
         if self.alive and hasattr(self, "server") and not self.world.over:
-            state = None if self.in_event else snapshot(self.server._exchange.state)
+            state = None if self.in_event else snapshot(self.server._dispatch.state)
             self.world.judge.died(state)
         super().die(why)
         self.journal.close()

@@ -15,7 +15,7 @@ from asyncdapo.replay.core.leases import Lease, Leases
 from asyncdapo.replay.core.state import ReplayState
 from asyncdapo.replay.ledger import reload
 from asyncdapo.replay.ledger.rollback import Rollback
-from asyncdapo.replay.server.dispatch import Exchange
+from asyncdapo.replay.server.dispatch import Dispatch
 from asyncdapo.replay.server.sessions import Sessions
 from tests.simulation.world import simulate
 
@@ -39,7 +39,7 @@ def admission_holds_back_the_last_lease(patch: pytest.MonkeyPatch) -> None:
 
 def _accept_again(patch: pytest.MonkeyPatch, outcome: str) -> None:
     """A group passes although its lease has ended with `outcome`, at every place that would notice."""
-    end, end_session, over = Leases.end, Exchange._end_lease, {}
+    end, end_session, over = Leases.end, Dispatch._end_lease, {}
 
     def end_and_remember(self: Leases, lease: Lease, how: str, reason: str = "") -> None:
         end(self, lease, how, reason)
@@ -51,7 +51,7 @@ def _accept_again(patch: pytest.MonkeyPatch, outcome: str) -> None:
             self.running[lease_id] = lease
         return real(self, lease_id, how, reason)
 
-    def keep(self: Exchange, action: EndLease, detail: str) -> None:
+    def keep(self: Dispatch, action: EndLease, detail: str) -> None:
         held = self._sessions.leases.get(action.lease_id)
         end_session(self, action, detail)
         if action.outcome == outcome and held:
@@ -60,7 +60,7 @@ def _accept_again(patch: pytest.MonkeyPatch, outcome: str) -> None:
     real = Leases.end_if_running
     patch.setattr(Leases, "end", end_and_remember)
     patch.setattr(Leases, "end_if_running", end_if_running)
-    patch.setattr(Exchange, "_end_lease", keep)
+    patch.setattr(Dispatch, "_end_lease", keep)
     anything = frozenset(get_args(PromptState))
     patch.setattr(lifecycle, "MOVES", dict.fromkeys(lifecycle.MOVES, anything))
 

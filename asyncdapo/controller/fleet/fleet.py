@@ -173,8 +173,8 @@ class Fleet:
         """Look at all processes, and kill workers that the replay server has lost though their process lives."""
         while True:
             await asyncio.sleep(LOOK_S)
-            pulses = await self._supervisor.look()
-            replay = pulses[self.replay.name]
+            health = await self._supervisor.look()
+            replay = health[self.replay.name]
             if replay and replay.filling:
                 on_filling(replay.filling)
             for worker in [self.workers[index] for index in (replay.lost if replay else ())]:

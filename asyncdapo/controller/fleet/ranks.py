@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("learner")
 
 
-class Learners:
+class LearnerRanks:
     """The ranks of one learner, rank 0 first."""
 
     def __init__(self, ranks: Sequence[Process[LearnerProcess]]) -> None:

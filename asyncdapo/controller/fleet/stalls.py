@@ -19,7 +19,7 @@ from asyncdapo.config.run import ControllerConfig
 from asyncdapo.controller.fleet.fleet import LOOK_S
 from asyncdapo.controller.fleet.process import Process
 from asyncdapo.controller.fleet.supervisor import ANSWER_S, Supervisor
-from asyncdapo.controller.process.health import Pulse
+from asyncdapo.controller.process.health import Health
 from asyncdapo.controller.process.stacks import ask
 from asyncdapo.controller.process.waits import NOBODY, UNKNOWN, Wait, chain, processes_in, render
 from asyncdapo.controller.roles.base import ProcessBase
@@ -75,25 +75,25 @@ class StallWatch:
         lines = render([links[0], *batch[:1], roots[-1]] if roots else links).splitlines()
         self._view.status("; ".join(lines if roots else dict.fromkeys((lines[0], lines[-1]))))
 
-    async def _chain(self) -> tuple[list[Wait], Mapping[str, Pulse | None]]:
+    async def _chain(self) -> tuple[list[Wait], Mapping[str, Health | None]]:
         """From the controller's oldest wait to its roots, and what every process said."""
-        pulses = await self._supervisor.pulses()
-        waits: dict[str, list[Wait] | None] = {name: pulse and list(pulse.waits) for name, pulse in pulses.items()}
+        reports = await self._supervisor.health()
+        waits: dict[str, list[Wait] | None] = {name: report and list(report.waits) for name, report in reports.items()}
         for process in self._supervisor.processes:
             if not process.up.is_set():
                 waits[process.name] = [Wait(who=process.name, whom=NOBODY, what="is being started")]
-        return chain(waits | {"controller": self._supervisor.waits.open()}, "controller"), pulses
+        return chain(waits | {"controller": self._supervisor.waits.open()}, "controller"), reports
 
     async def _break_stall(self) -> None:
         """Print who waits for whom and where they stand, then kill who is at the root. Raises RunError when the root is
         no process that could be started again."""
         still_s = self._supervisor.still_s
-        links, pulses = await self._chain()
+        links, reports = await self._chain()
         self._view.note(f"stalled: nothing has moved for {still_s:.0f} s\n{render(links)}")
         by_name = {process.name: process for process in self._supervisor.processes}
         for name in processes_in(links):
             if name in by_name:
-                self._view.note(f"stacks of {name}:\n{await self._stacks(by_name[name], pulses[name])}")
+                self._view.note(f"stacks of {name}:\n{await self._stacks(by_name[name], reports[name])}")
         roots = [by_name[wait.who] for wait in links if wait.is_root and wait.who in by_name]
         if not roots:
             raise RunError(f"nothing has moved for {still_s:.0f} s: {render(links)}")
@@ -102,8 +102,8 @@ class StallWatch:
             process.end()
         self._supervisor.note_progress()
 
-    async def _stacks(self, process: Process[ProcessBase], pulse: Pulse | None) -> str:
-        if pulse is None:
+    async def _stacks(self, process: Process[ProcessBase], report: Health | None) -> str:
+        if report is None:
             if process.entry is None:
                 return "it is being started"
             return await asyncio.to_thread(ask, process.entry, self._supervisor.log_path(process))

@@ -1,6 +1,6 @@
 """The supervisor of the processes on Ray: brings them up, counts their deaths, asks them how they are.
 
-In: processes, and what begins a life of one. Out: processes that are up, the roster, their pulses, and for how long
+In: processes, and what begins a life of one. Out: processes that are up, the roster, their reports, and for how long
 nothing has moved. Invariant: a process is `up` only when it was started completely; deaths are counted against a budget
 (`restarts`), past which the run ends with the cause of the last one. Does not own: which processes there are, what a
 death means for the others (`fleet`).
@@ -18,7 +18,7 @@ from typing import Any, Concatenate
 from asyncdapo.config.config import Config
 from asyncdapo.controller.fleet.process import P, Params, Process, ProcessDied, R
 from asyncdapo.controller.fleet.restarts import Restarts
-from asyncdapo.controller.process.health import Pulse
+from asyncdapo.controller.process.health import Health
 from asyncdapo.controller.process.roster import Roster, this_process
 from asyncdapo.controller.process.roster import end as end_entries
 from asyncdapo.controller.process.waits import Stall, Waits
@@ -125,32 +125,32 @@ class Supervisor:
         except TimeoutError:
             raise RunError(f"{process.name} is not ready after controller.start_timeout_s ({timeout_s:g} s)") from None
 
-    # --------------------------------------------------------------------------------------------------------- pulses
+    # --------------------------------------------------------------------------------------------------------- reports
 
-    async def look(self) -> Mapping[str, Pulse | None]:
-        """Keep the roster, and notice when nothing moves. Returns the pulses."""
-        pulses = await self.pulses()
-        counters = {f"{name} {key}": n for name, p in pulses.items() if p for key, n in p.progress.items()}
+    async def look(self) -> Mapping[str, Health | None]:
+        """Keep the roster, and notice when nothing moves. Returns the reports."""
+        reports = await self.health()
+        counters = {f"{name} {key}": n for name, p in reports.items() if p for key, n in p.progress.items()}
         self.still_s = self._stall.feed(time.monotonic(), counters)
         if not all(process.up.is_set() for process in self.processes):
             self.note_progress()  # a start has a deadline of its own
         for process in self.processes:
-            pulse = pulses[process.name]
-            if pulse and process.up.is_set() and process.entry in pulse.entries:
-                self._roster.set(process.name, pulse.entries)
-        return pulses
+            report = reports[process.name]
+            if report and process.up.is_set() and process.entry in report.entries:
+                self._roster.set(process.name, report.entries)
+        return reports
 
-    async def pulses(self) -> Mapping[str, Pulse | None]:
+    async def health(self) -> Mapping[str, Health | None]:
         """Of every process; None where there is no answer."""
-        answers = await asyncio.gather(*map(self._pulse, self.processes))
+        answers = await asyncio.gather(*map(self._health_of, self.processes))
         return dict(zip((process.name for process in self.processes), answers, strict=True))
 
-    async def _pulse(self, process: Process[ProcessBase]) -> Pulse | None:
+    async def _health_of(self, process: Process[ProcessBase]) -> Health | None:
         try:
             async with asyncio.timeout(SILENT_ANSWER_S if process.name in self._silent else ANSWER_S):
-                pulse = await process.call(lambda process: process.pulse)
+                report = await process.call(lambda process: process.health)
         except (TimeoutError, RunError):
             self._silent.add(process.name)
             return None
         self._silent.discard(process.name)
-        return pulse
+        return report

@@ -20,7 +20,7 @@ from asyncdapo.config.config import Config
 from asyncdapo.controller.fleet.fleet import Fleet, Placed
 from asyncdapo.controller.fleet.process import Process
 from asyncdapo.controller.fleet.publishing import Publishing
-from asyncdapo.controller.fleet.ranks import Learners, together
+from asyncdapo.controller.fleet.ranks import LearnerRanks, together
 from asyncdapo.controller.fleet.supervisor import Supervisor
 from asyncdapo.controller.roles.actors import start_learner
 from asyncdapo.controller.roles.opening import Opened, Start
@@ -37,7 +37,7 @@ class TrainingFleet(Fleet):
 
     def __init__(self, supervisor: Supervisor, placed: Placed, opened: Opened) -> None:
         super().__init__(supervisor, placed, opened)
-        self.learners = Learners(placed.ranks)
+        self.learners = LearnerRanks(placed.ranks)
         first, *other_shards = placed.ranks[: placed.config.learner.num_shards]
         self.publishing = Publishing(placed.config.weights, supervisor.waits, first, self.workers, other_shards)
 

@@ -14,7 +14,7 @@ from typing import Any
 Work = Callable[[], Coroutine[Any, Any, dict[str, float]]]
 
 
-class Aside:
+class BackgroundWork:
     """One kind of work, at most one piece of it at a time."""
 
     def __init__(self, every: int, last_step: int) -> None:

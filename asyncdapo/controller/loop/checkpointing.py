@@ -19,7 +19,7 @@ from pathlib import Path
 from asyncdapo import faults
 from asyncdapo.controller.fleet.stalls import StallWatch
 from asyncdapo.controller.fleet.training_fleet import TrainingFleet
-from asyncdapo.controller.loop.background import Aside
+from asyncdapo.controller.loop.background import BackgroundWork
 from asyncdapo.learner.storage.checkpoint import oldest_kept
 
 
@@ -32,7 +32,7 @@ class Checkpointing:
         self.step = step
         """Of the last one that was copied."""
         self._num_bytes = 0
-        self._writing = Aside(0, 0)
+        self._writing = BackgroundWork(0, 0)
 
     async def begin(self, step: int, counters: dict[str, int]) -> None:
         """Copy a checkpoint, and have it written from now on. Waits for the one before."""

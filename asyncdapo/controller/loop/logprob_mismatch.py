@@ -29,7 +29,7 @@ import numpy as np
 
 from asyncdapo.controller.fleet.process import Process, ProcessDied
 from asyncdapo.controller.fleet.publishing import Publishing
-from asyncdapo.controller.fleet.ranks import Learners
+from asyncdapo.controller.fleet.ranks import LearnerRanks
 from asyncdapo.errors import EngineError, RunError
 from asyncdapo.messages import Sampling
 from asyncdapo.rollout.config import RolloutConfig
@@ -72,14 +72,14 @@ class Differences:
         return f"mean {self.mean:.2g}, p99 {self.p99:.2g}, max {self.max:.2g} nats over {self.num_tokens} tokens"
 
 
-class Parity:
+class LogprobMismatch:
     """The comparisons of one run."""
 
     def __init__(
         self,
         config: RolloutConfig,
         workers: Sequence[Process[RolloutProcess]],
-        learners: Learners,
+        learners: LearnerRanks,
         publishing: Publishing,
         prompts: Sequence[list[int]],
         seed: int,

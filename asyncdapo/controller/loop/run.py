@@ -28,7 +28,7 @@ from asyncdapo.controller.fleet.stalls import StallWatch, Stopped
 from asyncdapo.controller.fleet.supervisor import Supervisor
 from asyncdapo.controller.fleet.training_fleet import TrainingFleet
 from asyncdapo.controller.loop.inside_step import InsideStep
-from asyncdapo.controller.loop.step_metrics import Lines
+from asyncdapo.controller.loop.step_metrics import StepMetrics
 from asyncdapo.controller.loop.training import Training, set_undone_aside
 from asyncdapo.controller.process.ray_servers import death as ray_death
 from asyncdapo.controller.process.waits import NOBODY
@@ -42,7 +42,7 @@ class Controller:
     def __init__(self, config: Config, resume: Resume, reporter: Reporter, started: float) -> None:
         self._config, self._resume, self._reporter = config, resume, reporter
         self._run_dir = Path(config.run.dir)
-        self._lines = Lines(reporter, resume.first_line, resume.last_line, started)
+        self._lines = StepMetrics(reporter, resume.first_line, resume.last_line, started)
         self._supervisor = Supervisor(config)
         self._stalls = StallWatch(config.controller, self._supervisor, reporter)
         self._watch = Watch()

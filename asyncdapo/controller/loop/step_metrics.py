@@ -23,7 +23,7 @@ COUNTERS = {
 """What a run has used up so far, as its checkpoints call it and as its lines do."""
 
 
-class Lines:
+class StepMetrics:
     """The lines of one launch."""
 
     def __init__(

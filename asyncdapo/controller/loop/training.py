@@ -23,11 +23,11 @@ from asyncdapo.controller.fleet.process import Params, Pick, R, Watch
 from asyncdapo.controller.fleet.ranks import together
 from asyncdapo.controller.fleet.stalls import StallWatch
 from asyncdapo.controller.fleet.training_fleet import TrainingFleet
-from asyncdapo.controller.loop.background import Aside
+from asyncdapo.controller.loop.background import BackgroundWork
 from asyncdapo.controller.loop.checkpointing import Checkpointing
 from asyncdapo.controller.loop.forecast import Forecast
-from asyncdapo.controller.loop.logprob_mismatch import Parity
-from asyncdapo.controller.loop.step_metrics import Lines, counters_of
+from asyncdapo.controller.loop.logprob_mismatch import LogprobMismatch
+from asyncdapo.controller.loop.step_metrics import StepMetrics, counters_of
 from asyncdapo.controller.process.waits import NOBODY
 from asyncdapo.errors import BatchError, RunError
 from asyncdapo.learner.storage.checkpoint import set_aside
@@ -43,7 +43,7 @@ class Training:
     """One run, with every process up."""
 
     def __init__(
-        self, fleet: TrainingFleet, resume: Resume, reporter: Reporter, lines: Lines, stalls: StallWatch
+        self, fleet: TrainingFleet, resume: Resume, reporter: Reporter, lines: StepMetrics, stalls: StallWatch
     ) -> None:
         self.fleet, self._resume, self._reporter, self._lines, self._stalls = fleet, resume, reporter, lines, stalls
         self._config = config = fleet.config
@@ -53,9 +53,11 @@ class Training:
             config, fleet.opened, partial(fleet.replay.ask, lambda replay: replay.evaluate)
         )
         learners, prompts = fleet.learners, fleet.opened.probe_prompts
-        self._parity = Parity(config.rollout, fleet.workers, learners, fleet.publishing, prompts, config.run.seed)
-        self._evaluating = Aside(config.eval.every, config.run.steps)
-        self._comparing = Aside(config.rollout.parity_every, config.run.steps)
+        self._parity = LogprobMismatch(
+            config.rollout, fleet.workers, learners, fleet.publishing, prompts, config.run.seed
+        )
+        self._evaluating = BackgroundWork(config.eval.every, config.run.steps)
+        self._comparing = BackgroundWork(config.rollout.parity_every, config.run.steps)
         self._checkpoints = Checkpointing(fleet, stalls, resume.step)
         self.step = resume.step
         """Last train step that is done."""

@@ -1,4 +1,4 @@
-"""The pulse of a process: who it is, what it waits for, and counters that move as long as it makes progress.
+"""The health of a process: who it is, what it waits for, and counters that move as long as it makes progress.
 
 It is the answer to a Ray call of the controller. From it the controller updates the roster, builds the chain of waits,
 detects stalls and shows how far the next batch is.
@@ -27,7 +27,7 @@ class Filling:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pulse:
+class Health:
     """One answer of one process."""
 
     entries: Sequence[Entry]

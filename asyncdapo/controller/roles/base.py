@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import ray
 
 from asyncdapo.config.config import Config
-from asyncdapo.controller.process.health import Pulse
+from asyncdapo.controller.process.health import Health
 from asyncdapo.controller.process.roster import Entry, process_name, this_process
 from asyncdapo.controller.process.stacks import stacks
 from asyncdapo.controller.process.waits import Waits
@@ -75,7 +75,7 @@ class ProcessBase:
         """Do the process's work for as long as it lives; raises what ends it."""
         raise NotImplementedError
 
-    async def pulse(self) -> Pulse:
+    async def health(self) -> Health:
         """What it waits for, and how far it is."""
         raise NotImplementedError
 

@@ -26,7 +26,7 @@ import torch
 
 from asyncdapo import faults
 from asyncdapo.config.config import Config
-from asyncdapo.controller.process.health import Pulse
+from asyncdapo.controller.process.health import Health
 from asyncdapo.controller.process.waits import NOBODY, Wait
 from asyncdapo.controller.roles.base import ProcessBase, ProcessSpec, T
 from asyncdapo.controller.roles.model_check import check_rotations
@@ -105,9 +105,9 @@ class LearnerProcess(ProcessBase):
         """Lasts as long as the process: everything that it does is a command of the controller."""
         await asyncio.Event().wait()
 
-    async def pulse(self) -> Pulse:
+    async def health(self) -> Health:
         usage = resource.getrusage(resource.RUSAGE_SELF)
-        return Pulse(
+        return Health(
             entries=[self.spec.entry()],
             waits=self.waits.open() or self._idle(),
             progress={
@@ -173,7 +173,7 @@ class LearnerProcess(ProcessBase):
         """Leave the group. Who waits in it for a worker that has died fails now, not at the deadline.
 
         Beside the thread for blocking work, which may be waiting in this very group. NCCL's abort waits for the GPU,
-        and the pulse must not."""
+        and the health must not."""
         if self.weight_group:
             await asyncio.to_thread(self.weight_group.close)
 

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from asyncdapo.config.config import Config
-from asyncdapo.controller.process.health import Filling, Pulse
+from asyncdapo.controller.process.health import Filling, Health
 from asyncdapo.controller.process.waits import replay_wait
 from asyncdapo.controller.roles.base import ProcessBase, ProcessSpec
 from asyncdapo.controller.roles.opening import NUM_PROBE_PROMPTS, Opened, Start
@@ -81,11 +81,11 @@ class ReplayProcess(ProcessBase):
         """Serve both sockets; raises what ends the run."""
         await self.server.run()
 
-    async def pulse(self) -> Pulse:
+    async def health(self) -> Health:
         status = self.server.status()
         self.waits.stand(*replay_wait(status["why_waiting"]))
         silence_s = LOST_TICKS * self.config.replay.heartbeat_s
-        return Pulse(
+        return Health(
             entries=[self.spec.entry()],
             waits=self.waits.open(),
             progress={key: status[key] for key in ("sampled_tokens", "filling_step", "branch")},

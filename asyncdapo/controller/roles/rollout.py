@@ -12,7 +12,7 @@ import time
 from dataclasses import asdict
 
 from asyncdapo.config.config import Config
-from asyncdapo.controller.process.health import Pulse
+from asyncdapo.controller.process.health import Health
 from asyncdapo.controller.process.roster import Entry, entry_of
 from asyncdapo.controller.process.waits import NOBODY
 from asyncdapo.controller.roles.base import ProcessBase, ProcessSpec
@@ -74,7 +74,7 @@ class RolloutProcess(ProcessBase):
                 end.cancel()
             await asyncio.gather(*ends, return_exceptions=True)
 
-    async def pulse(self) -> Pulse:
+    async def health(self) -> Health:
         gauges = self.worker.gauges()
         if num_running := self.engine.num_outstanding:
             self.waits.stand(
@@ -84,7 +84,7 @@ class RolloutProcess(ProcessBase):
             self.waits.stand(NOBODY, f"the verifier judges {num_running} groups")
         else:
             self.waits.stand("replay", "a lease")
-        return Pulse(
+        return Health(
             entries=[self.spec.entry(), *self._children()],
             waits=self.waits.open(),
             progress={

@@ -63,7 +63,7 @@ class Letter:
     to_learner: bool = False
 
 
-class Exchange:
+class Dispatch:
     """Joins the core to the journal, the accounts and the queue of outgoing messages."""
 
     def __init__(

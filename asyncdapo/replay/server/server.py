@@ -1,7 +1,7 @@
 """The replay server: joins rollout workers and the learner to the pure core and the journal.
 
     workers ──Hello, Ask, Started, Loaded, GroupDone, EvalDone, Heartbeat──▶ ROUTER ─▶ workers ─┐
-            ◀──Welcome, Lease, Ack, Reject, Withdraw, EvalRequest──                             ├─▶ exchange: event ─▶
+            ◀──Welcome, Lease, Ack, Reject, Withdraw, EvalRequest──                             ├─▶ dispatch: event ─▶
     learner ──CutWanted──▶ ROUTER ──────────────────────────────────────────────────────────────┤   core ─▶ journal ─▶
             ◀──Batch, NoBatch──                                                                 │   messages
     controller ──begin, trained, published, evaluate, roll_back, finish (Ray calls)─────────────┘
@@ -30,7 +30,7 @@ from asyncdapo.eval_messages import EvalAnswer, EvalRequest
 from asyncdapo.messages import CutWanted, Prompt
 from asyncdapo.replay.core.waits import why_waiting
 from asyncdapo.replay.ledger.journal import Journal
-from asyncdapo.replay.server.dispatch import Exchange, MakeState
+from asyncdapo.replay.server.dispatch import Dispatch, MakeState
 from asyncdapo.replay.server.sessions import GAUGES, Session, Sessions
 from asyncdapo.replay.server.settings import ServerSettings
 from asyncdapo.replay.server.workers import FromWorker, Workers
@@ -63,8 +63,8 @@ class ReplayServer:
         self._journal, self._heartbeat_s = journal, settings.replay.heartbeat_s
         self._num_ranks = settings.dealer.num_ranks
         self._sessions = Sessions(settings.stall_ticks, settings.totals)
-        self._exchange = Exchange(settings, make_state, journal, self._sessions, prompt_at)
-        self._workers = Workers(settings, self._exchange, self._sessions, journal)
+        self._dispatch = Dispatch(settings, make_state, journal, self._sessions, prompt_at)
+        self._workers = Workers(settings, self._dispatch, self._sessions, journal)
         rollout_port, learner_port = ports
         self._rollout_socket = Server(FromWorker, host, port=rollout_port, curve=curve)
         self._learner_socket = Server(CutWanted, host, port=learner_port, curve=curve)
@@ -73,7 +73,7 @@ class ReplayServer:
     @property
     def branch(self) -> int:
         """The run's branch. Every rollback raises it."""
-        return self._exchange.branch
+        return self._dispatch.branch
 
     @property
     def ports(self) -> tuple[int, int]:
@@ -102,7 +102,7 @@ class ReplayServer:
     async def begin(self) -> None:
         """Grant leases from now on. Before that only evaluation runs."""
         self._workers.leasing = True
-        with self._exchange.together():
+        with self._dispatch.together():
             self._workers.offer_all()
 
     async def pause(self) -> None:
@@ -117,22 +117,22 @@ class ReplayServer:
 
     async def lose_worker(self, worker: int) -> None:
         """The worker's process is dead. Call it before the next one is started."""
-        with self._exchange.together():
+        with self._dispatch.together():
             self._workers.lose(worker)
 
     async def trained(self, step: int, summary: Mapping[str, float]) -> dict[str, float]:
         """Batch `step` was trained on; `summary` is the learner's report. Returns the metrics of the step that
         docs/metrics.md lists: reward/…, filter/…, rollout/…, replay/…"""
         return {
-            **self._exchange.trained(step, summary),
+            **self._dispatch.trained(step, summary),
             **{f"rollout/{gauge}": self._sessions.total(gauge) for gauge in GAUGES},
-            **{f"replay/{name}": number for name, number in self._exchange.state.gauges().items()},
+            **{f"replay/{name}": number for name, number in self._dispatch.state.gauges().items()},
             **{f"replay/{what}": number for what, number in self._workers.dropped.items()},
         }
 
     async def published(self, version: int) -> None:
         """The send of `version` is over."""
-        self._exchange.published(version)
+        self._dispatch.published(version)
 
     async def covered(self, step: int) -> None:
         """A checkpoint of `step` exists. Payloads that nothing can need any more are freed."""
@@ -148,20 +148,20 @@ class ReplayServer:
     async def finish(self) -> None:
         """No further step: leases are withdrawn, prompts without an end become `unused`. Evaluation continues."""
         self._workers.leasing = False
-        self._exchange.finish()
+        self._dispatch.finish()
         self._journal.fold()
 
     def status(self) -> dict[str, Any]:
         """For progress lines and the report of waits: who waits for whom, which workers exist, and current counts."""
-        evaluations, state = self._workers.evaluations, self._exchange.state
+        evaluations, state = self._workers.evaluations, self._dispatch.state
         return {
             "why_waiting": self._why_waiting(),
             "branch": self.branch,
             "filling_step": state.next_step,
             "ready": state.num_ready(),
-            "failed": self._exchange.failures.num_failed,
-            "last_failure": self._exchange.failures.last_words,
-            "first_lease_at_s": self._exchange.first_lease_at_s,
+            "failed": self._dispatch.failures.num_failed,
+            "last_failure": self._dispatch.failures.last_words,
+            "first_lease_at_s": self._dispatch.first_lease_at_s,
             "known_workers": {session.worker: self._describe(session) for session in self._sessions.known},
             "suspected_workers": self._sessions.suspected,
             "lost_workers": self._sessions.lost,
@@ -185,12 +185,12 @@ class ReplayServer:
         }
 
     def _why_waiting(self) -> str:
-        state, evaluations = self._exchange.state, self._workers.evaluations
+        state, evaluations = self._dispatch.state, self._workers.evaluations
         why, num_open = why_waiting(state), evaluations.num_waiting + evaluations.num_under_way
         if num_open and (state.over or not (state.cut_wanted or state.in_training)):
             why = "rollout: no batch is wanted"  # only an evaluation runs, and its answers are waited for
         elif why.startswith("rollout") and (
-            unkept := self._exchange.accounts.describe_unkept(2 * state.config.prompts_per_step)
+            unkept := self._dispatch.accounts.describe_unkept(2 * state.config.prompts_per_step)
         ):
             why += f"; {unkept}"
         if behind := [session.worker for session in self._sessions.known if session.branch != self.branch]:
@@ -208,7 +208,7 @@ class ReplayServer:
         after it, since no other task runs before its end."""
         while True:
             messages = await self._rollout_socket.receive_some(MAX_TOGETHER)
-            with self._exchange.together():
+            with self._dispatch.together():
                 for message in messages:
                     self._workers.hear(*message)
 
@@ -216,18 +216,18 @@ class ReplayServer:
         while True:
             peer, message, _ = await self._learner_socket.receive()
             if isinstance(message, CutWanted) and self._can_be(message):
-                self._exchange.want_batch(peer, message)
+                self._dispatch.want_batch(peer, message)
             else:
                 self._workers.dropped["malformed"] += 1
                 log.warning("on the learner's socket: %s", message)
 
     def _can_be(self, wanted: CutWanted) -> bool:
         """Whether a rank of a learner can have asked this. Otherwise the message is damaged."""
-        return wanted.step <= self._exchange.state.next_step and 0 <= wanted.rank < self._num_ranks
+        return wanted.step <= self._dispatch.state.next_step and 0 <= wanted.rank < self._num_ranks
 
     async def _send(self) -> None:
         while True:
-            letter = await self._exchange.outgoing.get()
+            letter = await self._dispatch.outgoing.get()
             socket = self._learner_socket if letter.to_learner else self._rollout_socket
             await socket.send(letter.peer, letter.message, letter.frames)
             faults.point("after_send")
@@ -235,8 +235,8 @@ class ReplayServer:
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(self._heartbeat_s)
-            with self._exchange.together():
+            with self._dispatch.together():
                 self._workers.tick()
 
     async def _fail(self) -> None:
-        raise RunError(await self._exchange.failure.get())
+        raise RunError(await self._dispatch.failure.get())

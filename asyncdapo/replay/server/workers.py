@@ -45,7 +45,7 @@ from asyncdapo.messages import (
 )
 from asyncdapo.replay.core import events as core
 from asyncdapo.replay.ledger.journal import Journal
-from asyncdapo.replay.server.dispatch import Exchange
+from asyncdapo.replay.server.dispatch import Dispatch
 from asyncdapo.replay.server.evaluations import Evaluation, Evaluations
 from asyncdapo.replay.server.sessions import Session, Sessions
 from asyncdapo.replay.server.settings import ServerSettings
@@ -65,8 +65,8 @@ log = logging.getLogger("replay")
 class Workers:
     """All rollout workers, as the replay server sees them."""
 
-    def __init__(self, settings: ServerSettings, exchange: Exchange, sessions: Sessions, journal: Journal) -> None:
-        self._settings, self._exchange, self._sessions, self._journal = settings, exchange, sessions, journal
+    def __init__(self, settings: ServerSettings, dispatch: Dispatch, sessions: Sessions, journal: Journal) -> None:
+        self._settings, self._dispatch, self._sessions, self._journal = settings, dispatch, sessions, journal
         self._answered: dict[Evaluation, asyncio.Event] = {}
         self.evaluations = Evaluations(settings.total_slots)
         self.dropped = Counter({what: int(settings.totals.get(f"replay/{what}", 0)) for what in DROPPED})
@@ -95,9 +95,9 @@ class Workers:
         for lease_id in sessions.stalled():
             if lease_id in sessions.leases:  # the loss of another may have ended it
                 log.warning("lease %d is lost: no progress", lease_id)
-                self._exchange.apply(core.LeaseLost(lease_id=lease_id, reason="stalled"))
-        if sessions.deserted and self._exchange.failure.empty():
-            self._exchange.failure.put_nowait("no live worker: nothing has been heard from any for long")
+                self._dispatch.apply(core.LeaseLost(lease_id=lease_id, reason="stalled"))
+        if sessions.deserted and self._dispatch.failure.empty():
+            self._dispatch.failure.put_nowait("no live worker: nothing has been heard from any for long")
         self.evaluations.lose_silent(sessions.tick - EVAL_PATIENCE * sessions.stall_ticks)
         self.offer_all()
 
@@ -110,7 +110,7 @@ class Workers:
         """Grant no further lease, not even those that workers have already asked for."""
         self.leasing = False
         for session in self._sessions.live:
-            self._exchange.apply(core.Ready(worker=session.worker, credits=0))
+            self._dispatch.apply(core.Ready(worker=session.worker, credits=0))
 
     def lose(self, worker: int) -> None:
         """The worker's process is dead: its leases end at once, and nobody waits for it."""
@@ -120,8 +120,8 @@ class Workers:
             self._sessions.forget(session)
 
     def roll_back(self, step: int, reason: str) -> None:
-        """See `Exchange.roll_back`. Open evaluations begin again with the first worker that joins."""
-        self._exchange.roll_back(step, reason)
+        """See `Dispatch.roll_back`. Open evaluations begin again with the first worker that joins."""
+        self._dispatch.roll_back(step, reason)
         self.evaluations.start_again()
 
     async def evaluate(self, requests: Sequence[EvalRequest], share: float) -> list[EvalAnswer]:
@@ -168,9 +168,9 @@ class Workers:
             self.dropped["malformed"] += 1
             log.warning("%s is not welcome, this end has schema %d", hello, SCHEMA_VERSION)
             return
-        if hello.branch == self._exchange.branch and not self._exists(hello.loaded_version):
+        if hello.branch == self._dispatch.branch and not self._exists(hello.loaded_version):
             self.dropped["malformed"] += 1
-            log.warning("%s is not welcome, the newest version is %d", hello, self._exchange.newest_version)
+            log.warning("%s is not welcome, the newest version is %d", hello, self._dispatch.newest_version)
             return
         session = self._sessions.recognise(peer, hello)
         if session is None:
@@ -180,36 +180,36 @@ class Workers:
             session = self._sessions.begin(peer, hello)
         self._note_weights(session, hello.loaded_version, hello.branch)
         session.heard_tick = self._sessions.tick
-        self._exchange.send(session, Welcome(branch=self._exchange.branch, granted=session.granted))
+        self._dispatch.send(session, Welcome(branch=self._dispatch.branch, granted=session.granted))
         self.offer_all()
 
     def _note_weights(self, session: Session, version: int, branch: int) -> None:
         """The worker generates with these weights. If they are of the run's branch, it joins, for the first time or
         again. Weights of another branch don't count. A version lower than one heard before is old news, and ignored."""
-        if branch != self._exchange.branch or not self._exists(version):
+        if branch != self._dispatch.branch or not self._exists(version):
             return
         if branch == session.branch and self._exists(session.loaded_version):
             version = max(version, session.loaded_version)
         before, session.loaded_version, session.branch = session.loaded_version, version, branch
         if not session.alive:
             session.alive = True
-            self._exchange.apply(core.WorkerJoined(worker=session.worker, loaded_version=version), detail=session.name)
+            self._dispatch.apply(core.WorkerJoined(worker=session.worker, loaded_version=version), detail=session.name)
         elif version != before:
-            self._exchange.apply(core.WeightsLoaded(worker=session.worker, version=version))
+            self._dispatch.apply(core.WeightsLoaded(worker=session.worker, version=version))
 
     def _lose(self, session: Session) -> None:
         session.alive = False
-        self._exchange.apply(core.WorkerLost(worker=session.worker))
+        self._dispatch.apply(core.WorkerLost(worker=session.worker))
         self.evaluations.lose_worker(session.worker)
 
     def _take_heartbeat(self, session: Session, heartbeat: Heartbeat) -> None:
         found = self._sessions.note_heartbeat(session, heartbeat)
         if found.over:
-            self._exchange.send(session, Withdraw(lease_ids=found.over))
+            self._dispatch.send(session, Withdraw(lease_ids=found.over))
         for lease_id in found.unlisted:
-            self._exchange.send_again(lease_id)
+            self._dispatch.send_again(lease_id)
         for request in self.evaluations.note_listed(session.worker, heartbeat.evaluations):
-            self._exchange.send(session, replace(request, number=session.granted))
+            self._dispatch.send(session, replace(request, number=session.granted))
         for lease_id, version in found.started:
             self._note_started(session, lease_id, version)
         self._note_weights(session, heartbeat.loaded_version, heartbeat.branch)
@@ -218,16 +218,16 @@ class Workers:
     def _note_started(self, session: Session, lease_id: int, version: int) -> None:
         if self._holds(session, lease_id) and self._exists(version):
             self._sessions.leases[lease_id].started = True
-            self._exchange.apply(core.SamplingBegan(lease_id=lease_id, version=version))
+            self._dispatch.apply(core.SamplingBegan(lease_id=lease_id, version=version))
 
     def _offer(self, session: Session) -> None:
         if not session.alive:
             return
         while session.owed and (request := self.evaluations.next_for(session.worker, self._sessions.tick)):
             session.granted += 1
-            self._exchange.send(session, replace(request, number=session.granted))
+            self._dispatch.send(session, replace(request, number=session.granted))
         if self.leasing:
-            self._exchange.apply(core.Ready(worker=session.worker, credits=session.owed))
+            self._dispatch.apply(core.Ready(worker=session.worker, credits=session.owed))
 
     # ------------------------------------------------------------------------------------------------------- groups
 
@@ -236,7 +236,7 @@ class Workers:
         if lease is None:
             self._settle_late(session, group.lease_id)
             return
-        exchange = self._exchange
+        dispatch = self._dispatch
         try:
             if lease.worker != session.worker:
                 raise BadGroup(f"the lease is worker {lease.worker}'s")
@@ -245,20 +245,20 @@ class Workers:
                 frames,
                 lease,
                 group_size=self._settings.group_size,
-                branch=exchange.branch,
-                newest_version=exchange.newest_version,
+                branch=dispatch.branch,
+                newest_version=dispatch.newest_version,
                 vocab_size=self._settings.vocab_size,
             )
         except BadGroup as problem:
             self._reject(session, group.lease_id, str(problem))
             return
-        exchange.apply(arrival(group), arrived=(group, payload))
+        dispatch.apply(arrival(group), arrived=(group, payload))
 
     def _take_failure(self, session: Session, failure: GroupFailed) -> None:
         if failure.lease_id not in self._sessions.leases:
             self._settle_late(session, failure.lease_id)
         elif self._holds(session, failure.lease_id):
-            self._exchange.apply(core.LeaseFailed(lease_id=failure.lease_id), detail=failure.reason)
+            self._dispatch.apply(core.LeaseFailed(lease_id=failure.lease_id), detail=failure.reason)
         else:
             self._reject(session, failure.lease_id, "the lease is another worker's")
 
@@ -274,22 +274,22 @@ class Workers:
             self.dropped["duplicates"] += 1
         else:
             late = core.GroupArrived(lease_id=lease_id, min_version=0, max_version=0, metrics={}, num_loss_tokens=0)
-            self._exchange.apply(late)
-        self._exchange.send(session, Ack(lease_id=lease_id))
+            self._dispatch.apply(late)
+        self._dispatch.send(session, Ack(lease_id=lease_id))
 
     def _reject(self, session: Session, lease_id: int, reason: str) -> None:
         """The worker forgets the group. Its lease is over if this worker holds it."""
         self._drop("rejected", session, f"group of lease {lease_id}: {reason}")
         if self._holds(session, lease_id):
-            self._exchange.apply(core.LeaseLost(lease_id=lease_id, reason="rejected"), detail=reason)
+            self._dispatch.apply(core.LeaseLost(lease_id=lease_id, reason="rejected"), detail=reason)
         else:
-            self._exchange.send(session, Reject(lease_id=lease_id, reason=reason))
+            self._dispatch.send(session, Reject(lease_id=lease_id, reason=reason))
 
     def _take_answers(self, session: Session, done: EvalDone, frames: Sequence[memoryview]) -> None:
         """Bad answers are dropped, and their request is given out again when it is due. So are the answers of a worker
         whose weights are of another branch: they were asked for before a rollback."""
-        self._exchange.send(session, EvalAck(request_id=done.request_id))
-        if session.branch != self._exchange.branch:
+        self._dispatch.send(session, EvalAck(request_id=done.request_id))
+        if session.branch != self._dispatch.branch:
             return
         try:
             evaluation = self.evaluations.answer(done.request_id, unpack_answers(done, frames))
@@ -298,7 +298,7 @@ class Workers:
             return
         if evaluation is None:
             return
-        self._exchange.accounts.count_evaluation(done.answers)
+        self._dispatch.accounts.count_evaluation(done.answers)
         if evaluation.done:
             self._answered[evaluation].set()
         self.offer_all()
@@ -308,7 +308,7 @@ class Workers:
         return lease is not None and lease.worker == session.worker
 
     def _exists(self, version: int) -> bool:
-        return 0 <= version <= self._exchange.newest_version
+        return 0 <= version <= self._dispatch.newest_version
 
     def _drop(self, what: str, session: Session, problem: str) -> None:
         self.dropped[what] += 1

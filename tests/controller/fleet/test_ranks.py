@@ -10,7 +10,7 @@ import pytest
 
 from asyncdapo.controller.fleet import ranks as learners_module
 from asyncdapo.controller.fleet.process import ProcessDied
-from asyncdapo.controller.fleet.ranks import Learners, together
+from asyncdapo.controller.fleet.ranks import LearnerRanks, together
 from asyncdapo.errors import RanksError, RunError
 from tests.controller.fakes import Pick, picked
 
@@ -43,9 +43,9 @@ async def fail(error: Exception, after_s: float = 0.0) -> None:
     raise error
 
 
-def team(*devices: str) -> Learners:
+def team(*devices: str) -> LearnerRanks:
     names = ["learner", *(f"learner-{rank}" for rank in range(1, len(devices)))]
-    return Learners([FakeRank(name, device) for name, device in zip(names, devices, strict=True)])
+    return LearnerRanks([FakeRank(name, device) for name, device in zip(names, devices, strict=True)])
 
 
 def test_a_command_for_all_reaches_every_rank_and_the_first_answers() -> None:

@@ -7,7 +7,7 @@ import gc
 
 import pytest
 
-from asyncdapo.controller.loop.background import Aside
+from asyncdapo.controller.loop.background import BackgroundWork
 from asyncdapo.errors import RunError
 
 
@@ -21,7 +21,7 @@ async def failing() -> dict[str, float]:
 
 def test_metrics_come_out_once_in_the_step_in_which_the_work_ended():
     async def main() -> None:
-        aside, may_end = Aside(every=2, last_step=10), asyncio.Event()
+        aside, may_end = BackgroundWork(every=2, last_step=10), asyncio.Event()
 
         async def work() -> dict[str, float]:
             await may_end.wait()
@@ -41,7 +41,7 @@ def test_metrics_come_out_once_in_the_step_in_which_the_work_ended():
 @pytest.mark.parametrize(("every", "begun"), [(3, [3, 6]), (1, [1, 2, 3, 4, 5, 6, 7, 8]), (0, [])])
 def test_work_begins_after_every_so_many_steps_but_not_after_the_last(every, begun):
     async def main() -> list[int]:
-        aside, steps = Aside(every, last_step=9), []
+        aside, steps = BackgroundWork(every, last_step=9), []
         for step in range(1, 10):
             aside.after(step, done_at_once)
             if aside.task:
@@ -54,7 +54,7 @@ def test_work_begins_after_every_so_many_steps_but_not_after_the_last(every, beg
 
 def test_work_that_is_due_while_other_work_runs_is_left_out():
     async def main() -> None:
-        aside = Aside(every=1, last_step=9)
+        aside = BackgroundWork(every=1, last_step=9)
         aside.begin(asyncio.Event().wait)
         before = aside.task
         aside.after(1, done_at_once)
@@ -64,10 +64,12 @@ def test_work_that_is_due_while_other_work_runs_is_left_out():
     asyncio.run(main())
 
 
-@pytest.mark.parametrize("look", [Aside.check, Aside.take, lambda aside: aside.after(1, done_at_once)])
+@pytest.mark.parametrize(
+    "look", [BackgroundWork.check, BackgroundWork.take, lambda aside: aside.after(1, done_at_once)]
+)
 def test_an_error_is_raised_where_the_loop_looks(look):
     async def main() -> None:
-        aside = Aside(every=0, last_step=9)
+        aside = BackgroundWork(every=0, last_step=9)
         aside.begin(failing)
         aside.check()  # not yet
         await asyncio.wait([aside.task])
@@ -83,7 +85,7 @@ def test_cancelled_work_is_forgotten_with_its_error(work):
 
     async def main() -> None:
         asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context["message"]))
-        aside = Aside(every=0, last_step=9)
+        aside = BackgroundWork(every=0, last_step=9)
         aside.begin(work)
         await asyncio.wait([aside.task], timeout=0)
         aside.cancel()

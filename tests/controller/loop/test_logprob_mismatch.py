@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 
 from asyncdapo.controller.fleet.process import ProcessDied
-from asyncdapo.controller.fleet.ranks import Learners
+from asyncdapo.controller.fleet.ranks import LearnerRanks
 from asyncdapo.controller.loop import logprob_mismatch as parity
-from asyncdapo.controller.loop.logprob_mismatch import Differences, Parity
+from asyncdapo.controller.loop.logprob_mismatch import Differences, LogprobMismatch
 from asyncdapo.errors import EngineError, RunError
 from asyncdapo.learner.step.learner import Learner
 from asyncdapo.messages import Sampling
@@ -58,10 +58,14 @@ class Publishing:
         self.turn = asyncio.Lock()
 
 
-def made(workers: Sequence[FakeProcess], learner: Probe, publishing: Publishing | None = None, **config: Any) -> Parity:
+def made(
+    workers: Sequence[FakeProcess], learner: Probe, publishing: Publishing | None = None, **config: Any
+) -> LogprobMismatch:
     """`learner` answers `probe(version, pairs)`."""
     one = FakeProcess("learner", learner)
-    return Parity(replace(CONFIG, **config), workers, Learners([one]), publishing or Publishing(), PROMPTS, seed=0)
+    return LogprobMismatch(
+        replace(CONFIG, **config), workers, LearnerRanks([one]), publishing or Publishing(), PROMPTS, seed=0
+    )
 
 
 # ------------------------------------------------------------------------------------------- real engines and learners

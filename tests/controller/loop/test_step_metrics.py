@@ -1,10 +1,10 @@
-"""Lines: alarms are said with the line that raises them; the counters of a checkpoint."""
+"""Step metrics: alarms are said with the line that raises them; the counters of a checkpoint."""
 
 from __future__ import annotations
 
 import math
 
-from asyncdapo.controller.loop.step_metrics import Lines, counters_of
+from asyncdapo.controller.loop.step_metrics import StepMetrics, counters_of
 
 LEARNER = {"learner/tokens": 10.0, "learner/entropy": 1.0, "learner/bad_updates": 0.0}
 REPLAY = {
@@ -29,14 +29,14 @@ class NoteTaker:
         self.lines.append(line)
 
 
-def lines_of(reporter: NoteTaker, first: dict | None = None, last: dict | None = None) -> Lines:
-    lines = Lines(reporter, first or {}, last or {}, started=0.0)
+def lines_of(reporter: NoteTaker, first: dict | None = None, last: dict | None = None) -> StepMetrics:
+    lines = StepMetrics(reporter, first or {}, last or {}, started=0.0)
     lines.begin()
     lines.clock.enter("wait")
     return lines
 
 
-def hold(lines: Lines, step: int, learner: dict | None = None, replay: dict | None = None) -> None:
+def hold(lines: StepMetrics, step: int, learner: dict | None = None, replay: dict | None = None) -> None:
     lines.clock.enter("wait")
     lines.hold(step, LEARNER | (learner or {}), REPLAY | (replay or {}))
 

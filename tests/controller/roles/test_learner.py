@@ -159,7 +159,7 @@ def test_a_group_that_takes_long_to_leave_holds_up_nothing_else(path, tmp_path) 
         async with learner(path, tmp_path, []) as process:
             process.weight_group = SlowGroup()
             leaving = asyncio.create_task(process.abandon_workers())
-            assert (await asyncio.wait_for(process.pulse(), PATIENCE_S)).progress
+            assert (await asyncio.wait_for(process.health(), PATIENCE_S)).progress
             assert not leaving.done()
             left.set()
             await leaving

@@ -22,8 +22,8 @@ def test_a_reload_knows_workers_leases_and_the_queue(tmp_path):
     run.join(1, session="b")
     kept, running = run.ready(0, 2)
     run.answer(kept)
-    run.exchange.apply(core.SamplingBegan(lease_id=running, version=0))
-    run.exchange.apply(core.WorkerLost(worker=1))
+    run.dispatch.apply(core.SamplingBegan(lease_id=running, version=0))
+    run.dispatch.apply(core.WorkerLost(worker=1))
     recovered = run.journal.recover()
     assert recovered.workers == {0: KnownWorker(session="a", loaded_version=0)}
     [lease] = recovered.leases

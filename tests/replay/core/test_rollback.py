@@ -75,7 +75,7 @@ def test_those_in_flight_go_first_and_a_lost_one_waits_in_its_own_place_without_
     run = trained_run(tmp_path, 1)
     run.ready(0, 9)
     lost = run.running(0)[0]
-    run.exchange.apply(core.LeaseLost(lease_id=lost, reason="stalled"))
+    run.dispatch.apply(core.LeaseLost(lease_id=lost, reason="stalled"))
     run.messages()
     running = run.running(0)
     prompts = {lease_id: run.leases[lease_id].prompt.prompt_id for lease_id in [lost, *running]}
@@ -94,7 +94,7 @@ def test_at_the_barrier_all_go_in_rising_prompt_id(tmp_path):
     run = SmallRun(tmp_path, run_ahead=0, max_staleness=0)
     run.join(0)
     first, second = run.ready(0, 2)
-    run.exchange.apply(core.LeaseLost(lease_id=first, reason="stalled"))
+    run.dispatch.apply(core.LeaseLost(lease_id=first, reason="stalled"))
     assert run.running(0) == [second]
     run.roll_back(0)
     assert [run.leases[lease_id].prompt.prompt_id for lease_id in run.ready(0, 2)] == [0, 1]

@@ -75,7 +75,7 @@ def test_a_started_lease_remembers_its_version_and_session(tmp_path):
     run = SmallRun(tmp_path)
     run.join(0, session="a1")
     [first] = run.ready(0, 1)
-    run.exchange.apply(core.SamplingBegan(lease_id=first, version=0))
+    run.dispatch.apply(core.SamplingBegan(lease_id=first, version=0))
     [row] = rows(tmp_path, "SELECT started_version, session, outcome FROM leases")
     assert row == {"started_version": 0, "session": "a1", "outcome": None}
 
@@ -83,9 +83,9 @@ def test_a_started_lease_remembers_its_version_and_session(tmp_path):
 def test_an_event_without_consequences_makes_no_transaction(tmp_path):
     run = SmallRun(tmp_path)
     run.join(0)
-    run.exchange.apply(core.Ready(worker=0, credits=0))
-    run.exchange.apply(core.BatchWanted(step=1))
-    run.exchange.apply(core.WeightsLoaded(worker=0, version=0))
+    run.dispatch.apply(core.Ready(worker=0, credits=0))
+    run.dispatch.apply(core.BatchWanted(step=1))
+    run.dispatch.apply(core.WeightsLoaded(worker=0, version=0))
     assert [row["pos"] for row in rows(tmp_path, "SELECT pos FROM loads")] == [1, 2]
 
 

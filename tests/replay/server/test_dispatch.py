@@ -1,4 +1,4 @@
-"""The exchange without sockets: commit before send, batches, and what the accounts say."""
+"""The dispatch without sockets: commit before send, batches, and what the accounts say."""
 
 import errno
 import os
@@ -18,27 +18,27 @@ from tests.replay.small_run import SmallRun
 class WatchedJournal(Journal):
     """Notes how many messages wait to be sent when a transaction has just been committed."""
 
-    exchange = None
+    dispatch = None
 
     def write(self, event, actions, **facts):
         super().write(event, actions, **facts)
-        if self.exchange is not None:
-            self.sent_before_commit = self.exchange.outgoing.qsize()
+        if self.dispatch is not None:
+            self.sent_before_commit = self.dispatch.outgoing.qsize()
 
 
 def outgoing(run):
     letters = []
-    while not run.exchange.outgoing.empty():
-        letters.append(run.exchange.outgoing.get_nowait().message)
+    while not run.dispatch.outgoing.empty():
+        letters.append(run.dispatch.outgoing.get_nowait().message)
     return letters
 
 
 def test_nothing_is_sent_before_its_event_is_committed(tmp_path):
     run = SmallRun(tmp_path, make_journal=WatchedJournal)
-    run.journal.exchange = run.exchange
+    run.journal.dispatch = run.dispatch
     run.join(0)
 
-    run.exchange.apply(core.Ready(worker=0, credits=2))
+    run.dispatch.apply(core.Ready(worker=0, credits=2))
     assert run.journal.sent_before_commit == 0
     leases = outgoing(run)
     assert [type(message) for message in leases] == [Lease, Lease]
@@ -51,7 +51,7 @@ def test_nothing_is_sent_before_its_event_is_committed(tmp_path):
 
     run.answer(leases[1].lease_id)
     outgoing(run)
-    run.exchange.want_batch(b"learner", CutWanted(step=1))
+    run.dispatch.want_batch(b"learner", CutWanted(step=1))
     assert run.journal.sent_before_commit == 0
     assert [type(message) for message in outgoing(run)] == [Batch]
 
@@ -62,9 +62,9 @@ def test_groups_that_come_together_wait_for_the_disk_once_and_are_acknowledged_a
     leases = run.ready(0, 2)
     run.messages = lambda: None
     syncs, commits = [], []
-    monkeypatch.setattr(os, "fsync", lambda descriptor: syncs.append(run.exchange.outgoing.qsize()))
+    monkeypatch.setattr(os, "fsync", lambda descriptor: syncs.append(run.dispatch.outgoing.qsize()))
     run.journal._db.set_trace_callback(lambda statement: commits.append(statement) if statement == "COMMIT" else None)
-    with run.exchange.together():
+    with run.dispatch.together():
         for lease_id in leases:
             run.answer(lease_id)
         assert not syncs + commits
@@ -83,7 +83,7 @@ def test_of_events_that_the_disk_refuses_together_none_is_answered_and_none_is_i
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     def answer_both():
-        with run.exchange.together():
+        with run.dispatch.together():
             for lease_id in leases:
                 run.answer(lease_id)
 
@@ -99,7 +99,7 @@ def test_a_batch_that_cannot_be_read_back_is_said_and_cut_anew_by_a_rollback(tmp
     run = SmallRun(tmp_path)
     run.join(0)
     run.fill(0)
-    run.exchange.apply(core.BatchWanted(step=1))
+    run.dispatch.apply(core.BatchWanted(step=1))
     outgoing(run)
     harmed, whole = (group.group_id for group in run.state.untrained[1])
     segment = tmp_path / "payloads" / "000001.bin"
@@ -108,7 +108,7 @@ def test_a_batch_that_cannot_be_read_back_is_said_and_cut_anew_by_a_rollback(tmp
     content[place.end - 1] ^= 1
     segment.write_bytes(content)
     for _ in range(2):
-        run.exchange.want_batch(b"learner", CutWanted(step=1))
+        run.dispatch.want_batch(b"learner", CutWanted(step=1))
         [answer] = outgoing(run)
         assert (type(answer), answer.unreadable) == (NoBatch, True)
         assert answer.reason.startswith("batch 1 can't be read back: payloads/000001.bin, record at 0: its tokens are")
@@ -118,7 +118,7 @@ def test_a_batch_that_cannot_be_read_back_is_said_and_cut_anew_by_a_rollback(tmp
         tmp_path, branch=1
     )
     run.fill(0)
-    run.exchange.want_batch(b"learner", CutWanted(step=1))
+    run.dispatch.want_batch(b"learner", CutWanted(step=1))
     batch = outgoing(run)[-1]
     assert isinstance(batch, Batch)
     assert whole in [group.lease_id for group in batch.groups]
@@ -130,7 +130,7 @@ def test_a_batch_that_is_trained_is_forgotten(tmp_path):
     run.join(0)
     run.fill(0)
     run.train(1)
-    run.exchange.want_batch(b"learner", CutWanted(step=1))
+    run.dispatch.want_batch(b"learner", CutWanted(step=1))
     assert outgoing(run) == []
 
 
@@ -138,7 +138,7 @@ def test_a_batch_cut_at_the_limit_is_sent_when_it_is_wanted_and_not_before(tmp_p
     run = SmallRun(tmp_path, filter=FilterConfig(max_gen_batches=1, on_limit="partial"))
     run.join(0)
     run.fill(0)
-    run.exchange.want_batch(b"learner", CutWanted(step=1))
+    run.dispatch.want_batch(b"learner", CutWanted(step=1))
     run.messages()
     for accs in ((1.0, 0.0), (1.0, 1.0)):
         run.ready(0, 4)
@@ -146,7 +146,7 @@ def test_a_batch_cut_at_the_limit_is_sent_when_it_is_wanted_and_not_before(tmp_p
     assert run.state.next_step == 3
     run.ready(0, 4)
     assert outgoing(run) == []
-    run.exchange.want_batch(b"learner", CutWanted(step=2))
+    run.dispatch.want_batch(b"learner", CutWanted(step=2))
     [batch] = outgoing(run)
     assert (batch.step, len(batch.groups)) == (2, 1)
 
@@ -170,7 +170,7 @@ def test_groups_on_which_the_reward_function_raised_have_a_ratio_of_their_own(tm
     run = SmallRun(tmp_path)
     run.join(0)
     failed, *leases = run.ready(0, 3)
-    run.exchange.apply(core.LeaseFailed(lease_id=failed), detail="LookupError")
+    run.dispatch.apply(core.LeaseFailed(lease_id=failed), detail="LookupError")
     for lease_id in leases:
         run.answer(lease_id)
     run.train(1)
@@ -204,8 +204,8 @@ def test_every_sampled_token_is_accounted_for(tmp_path):
         held = {lease_id: Progress(num_tokens=tokens, phase="sampling") for lease_id, tokens in progress.items()}
         beat = Heartbeat(asked=1, loaded_version=0, branch=0, progress=held, evaluations=[], gauges={"tokens": 50.0})
         run.sessions.note_heartbeat(run.sessions.of_worker(worker), beat)
-    run.exchange.apply(core.SamplingBegan(lease_id=slow, version=0))
-    run.exchange.apply(core.WorkerLost(worker=2))
+    run.dispatch.apply(core.SamplingBegan(lease_id=slow, version=0))
+    run.dispatch.apply(core.WorkerLost(worker=2))
     run.answer(run.running(0)[0], accs=(0.0, 0.0))
     run.advance(0, 1, 2, 3)
     last = run.lines[-1]
@@ -230,7 +230,7 @@ def test_tokens_of_a_former_session_stay_counted(tmp_path):
     run.join(0, session="old")
     beat = Heartbeat(asked=0, loaded_version=0, branch=0, progress={}, evaluations=[], gauges={"tokens": 30.0})
     run.sessions.note_heartbeat(run.sessions.of_worker(0), beat)
-    run.exchange.apply(core.WorkerLost(worker=0))
+    run.dispatch.apply(core.WorkerLost(worker=0))
     run.join(0, session="new")
     assert run.sessions.total("tokens") == 30
 
