@@ -217,6 +217,14 @@ def test_a_refused_transfer_leaves_the_ranks_in_step() -> None:
         assert publish(ranks, [receiver], manifest, 1) == [fingerprint(weights_of(0))]
 
 
+def test_a_rank_that_has_had_a_mesh_makes_the_next_one_with_a_new_process() -> None:
+    with shards_of(2) as [first, _], members(1, ShardRank) as [new]:
+        address = first.do("open", 2)
+        new.start("join", address, 1, 2, 2)
+        assert first.do("join", address, 0, 2, 2) is None
+        assert new.result() is None
+
+
 @pytest.mark.parametrize(
     ("num_publishes", "num_kills", "backend"),
     [(5, 1, "ipc"), *(pytest.param(40, 10, way, marks=pytest.mark.soak) for way in ("gloo", "ipc"))],

@@ -48,7 +48,7 @@ class MeshGroup(ProcessGroup):
             name, store, timeout = f"mesh_of_ranks_{next(_numbers)}", self._open_store(), timedelta(seconds=timeout_s)
             dist.Backend.register_backend(name, self._make_gloo, extended_api=True, devices=["cpu", "cuda"])
             backend = f"cpu:{name},cuda:nccl" if self.backend == "nccl" else name
-            prefix = PrefixStore(name, store)
+            prefix = PrefixStore(f"mesh/{len(self._of_mesh)}", store)  # the same at every rank, unlike the name
             dist.init_process_group(backend, store=prefix, rank=self.rank, world_size=self.world_size, timeout=timeout)
             return _mesh(device, self.world_size // num_shards, num_shards)
 
