@@ -14,6 +14,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "asyncdapo"
 STAGES = {"prompts", "rollout", "reward", "replay", "learner", "weights", "metrics"}
 LOWER = {
     "algorithm",
+    "child",
     "disk",
     "eval_messages",
     "errors",

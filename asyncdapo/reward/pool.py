@@ -7,11 +7,11 @@
     dies (signal, exit, out of memory)      process replaced; the text is retried once, alone; then RewardError
     raises                                  RewardError; the process lives on
     returns something else                  VerdictError
-    can't be started                        `MAX_STARTS` tries in a row; then RunError, which ends the worker
+    can't be started                        a few tries in a row (`child/place`); then RunError, which ends the worker
     the caller is cancelled                 its process is killed, so that no answer reaches the next request
 
 Invariant: a process has one request at a time, so the callers bound the queue. Verdicts are in the order of the texts.
-Start, use and stop it in one event loop, which has to live as long as the pool: see `verifier_process`. Does not own:
+Start, use and stop it in one event loop, which has to live as long as the pool: see `child/process`. Does not own:
 tokens, scale, metrics (the scorer).
 """
 
@@ -23,16 +23,14 @@ import os
 import sys
 from collections import Counter
 
+from asyncdapo.child.place import Place
 from asyncdapo.errors import RewardError, RunError, VerdictError
 from asyncdapo.reward.config import pauses_s
-from asyncdapo.reward.verifier_process import VerifierProcess
+from asyncdapo.reward.verifier_process import KIND, VerifierProcess
 from asyncdapo.reward.wire import NoVerdict, Raised, Request, Setup, Verdict
 
 MAX_TRIES = 2
 """Processes that may fail on one text."""
-MAX_STARTS = 3
-BACKOFF_S = (0.0, 0.0, 0.1, 0.5, 2.0)
-"""Pause before a process is started, by the number of failures in a row before it. The first is replaced at once."""
 
 log = logging.getLogger("reward")
 
@@ -45,9 +43,10 @@ class ScorerPool:
     ) -> None:
         """`timeout_s`: for all tries of one text together, without the pauses between them."""
         self._timeout_s = timeout_s + sum(pauses_s(retries))
+        self._verifier, self._concurrency, self._retries = verifier, concurrency, retries
         self._counts: Counter[str] = Counter()
-        self._places = [_Place(verifier, concurrency, retries, self._counts) for _ in range(num_processes)]
-        self._free: asyncio.Queue[_Place] = asyncio.Queue()
+        self._places = [self._place() for _ in range(num_processes)]
+        self._free: asyncio.Queue[Place[VerifierProcess]] = asyncio.Queue()
 
     async def start(self) -> None:
         """Start every process. If one can't start, ends all of them and raises RunError."""
@@ -70,7 +69,8 @@ class ScorerPool:
     def gauges(self) -> dict[str, float]:
         """Cumulative: `scorer_timeouts`, completions that count 0 because the verifier took too long;
         `scorer_restarts`, processes replaced because they took too long or died."""
-        return {key: self._counts[key] for key in ("scorer_timeouts", "scorer_restarts")}
+        restarts = sum(place.num_restarts for place in self._places)
+        return {"scorer_timeouts": self._counts["scorer_timeouts"], "scorer_restarts": restarts}
 
     @property
     def num_verdicts(self) -> int:
@@ -86,7 +86,22 @@ class ScorerPool:
         finally:
             self._free.put_nowait(place)
 
-    async def _verify(self, place: _Place, texts: list[str], answer: str) -> list[Verdict]:
+    def _place(self) -> Place[VerifierProcess]:
+        async def start() -> VerifierProcess:
+            setup = Setup([os.path.abspath(path) for path in sys.path], self._concurrency, self._retries)
+            try:
+                return await VerifierProcess.start(self._verifier, setup, note_verdict)
+            except RunError as error:
+                raise RunError(f"verifier {self._verifier!r}: {error}") from error
+
+        def note_verdict() -> None:
+            place.note_work()
+            self._counts["verdicts"] += 1
+
+        place = Place(KIND, start, log)
+        return place
+
+    async def _verify(self, place: Place[VerifierProcess], texts: list[str], answer: str) -> list[Verdict]:
         verdicts: list[Verdict] = []
         texts, answer = [_encodable(text) for text in texts], _encodable(answer)
         num_tries = 0
@@ -122,54 +137,3 @@ class ScorerPool:
 def _encodable(text: str) -> str:
     """The text as it can be sent: a lone surrogate becomes a question mark."""
     return text if text.isascii() else text.encode(errors="replace").decode()
-
-
-class _Place:
-    """A place in the pool: one process after another."""
-
-    def __init__(self, verifier: str, concurrency: int, retries: int, counts: Counter[str]) -> None:
-        self._verifier, self._concurrency, self._retries, self._counts = verifier, concurrency, retries, counts
-        self.current: VerifierProcess | None = None
-        self._num_failed = 0
-        """Processes in a row that ended, or didn't start, without a verdict."""
-        self._closed = False
-
-    async def process(self) -> VerifierProcess:
-        """The live process; if the last one is gone, a fresh one, started after a pause if it failed repeatedly."""
-        if self.current is not None and self.current.alive:
-            return self.current
-        if self.current is not None:
-            await self._bury(self.current)
-        for left in reversed(range(MAX_STARTS)):
-            await asyncio.sleep(BACKOFF_S[min(self._num_failed, len(BACKOFF_S) - 1)])
-            if self._closed:
-                raise RunError("the scorer pool has been stopped")
-            try:
-                setup = Setup([os.path.abspath(path) for path in sys.path], self._concurrency, self._retries)
-                self.current = await VerifierProcess.start(self._verifier, setup, self._note_verdict)
-                return self.current
-            except RunError as error:
-                problem = f"no process of verifier {self._verifier!r} can be started: {error}"
-                log.warning("%s (%d more tries)", problem, left)
-                self._num_failed += 1
-        raise RunError(problem)
-
-    async def close(self) -> None:
-        """End the process. No other is started."""
-        self._closed = True
-        if self.current is not None:
-            await self.current.end()
-
-    async def _bury(self, process: VerifierProcess) -> None:
-        how = await process.end()
-        self.current = None
-        if process.given_up:
-            return
-        self._num_failed += 1
-        self._counts["scorer_restarts"] += 1
-        why = "took too long over a completion" if process.timed_out else how
-        log.warning("verifier process %d: %s; a fresh one takes its place", process.pid, why)
-
-    def _note_verdict(self) -> None:
-        self._num_failed = 0
-        self._counts["verdicts"] += 1

@@ -4,8 +4,7 @@ In: requests on standard input, which is a socket. Out: a verdict for each text,
 
 The verifier is the user's code and may do anything. So its standard input is /dev/null, its output goes to the worker's
 log, processes that it forks don't inherit the socket, and only the worker handles Ctrl-C. The process ends when the
-pool closes the socket. On Linux it also dies with its parent, even inside a verifier that never returns. When memory
-runs out, the kernel kills this process first.
+pool closes the socket. On Linux it also dies with its parent, even inside a verifier that never returns.
 
 Imports nothing heavy. Does not own: verdicts (`judge`), time-outs (the pool).
 """
@@ -19,7 +18,6 @@ import os
 import signal
 import socket
 import sys
-from contextlib import suppress
 from functools import partial
 from typing import cast
 
@@ -31,8 +29,6 @@ from asyncdapo.reward.wire import Broken, FromPool, FromProcess, Ready, Request,
 
 PR_SET_PDEATHSIG = 1
 READ_BYTES = 1 << 16
-FIRST_TO_GO = "1000"
-"""The highest score for the kernel's out-of-memory killer: it kills this process first."""
 
 
 class Channel:
@@ -62,7 +58,6 @@ def main(verifier: str, parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     faulthandler.enable()
     end_with(parent)
-    go_first_without_memory()
     channel = take_over_stdin()
     setup = channel.receive()
     if setup is None:
@@ -97,13 +92,6 @@ def end_with(parent: int) -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL))
     if os.getppid() != parent:
         sys.exit(f"process {parent}, which started this verifier process, is gone")
-
-
-def go_first_without_memory() -> None:
-    """Let the kernel kill this process first, so that a verifier that eats all memory doesn't cost the worker or the
-    learner their lives."""
-    with suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:  # not there, or not ours to write
-        file.write(FIRST_TO_GO)
 
 
 def take_over_stdin() -> Channel:

@@ -121,7 +121,7 @@ async def test_a_stop_ends_a_process_in_the_middle_of_a_text() -> None:
         await until(lambda: cpu_s(pid) > 0.2)
         await pool.stop()
         assert not is_alive(pid)
-        with pytest.raises(RunError, match="has been stopped"):
+        with pytest.raises(RunError, match="has been closed"):
             await request
         assert pool.pids() == []
 
@@ -146,7 +146,7 @@ async def test_a_verifier_that_cannot_be_imported_ends_the_start_with_the_cause(
 async def test_a_process_that_dies_at_its_start_is_told_with_its_last_lines(tmp_path) -> None:
     path = tmp_path / "dying.py"
     path.write_text("import os\nprint('no licence for today')\nos._exit(9)\n")
-    with pytest.raises(RunError, match="can be started: ended with exit code 9: no licence for today"):
+    with pytest.raises(RunError, match="can be started: verifier .*: ended with exit code 9: no licence for today"):
         await ScorerPool(f"{path}:verify", 1, 1.0).start()
 
 
