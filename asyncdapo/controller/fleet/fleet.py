@@ -7,8 +7,8 @@ This is all that an evaluation needs. A run has a learner beside it, from which 
 
 In: where to begin (`Start`). Out: processes to call. What a process raises on purpose (UserError, RunError) ends the
 run. Only a worker, of which there may be others, is restarted whatever RunError but VerdictError ended it, or its next
-start (a GPU's memory may not be free yet). Does not own: how a process is brought up (`supervisor`), what the processes
-are told to do (`run`, `eval.alone`).
+start (a GPU's memory may not be free yet). Does not own: who notices a death and brings a process up (`supervisor`),
+what the processes are told to do (`run`, `eval.alone`).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from asyncdapo.controller.process.health import Filling
 from asyncdapo.controller.roles.actors import LearnerActor, ReplayActor, RolloutActor, start_replay, start_rollout
 from asyncdapo.controller.roles.base import ProcessBase, ProcessSpec
 from asyncdapo.controller.roles.opening import Opened, Start
-from asyncdapo.errors import RunError, UserError, VerdictError
+from asyncdapo.errors import RunError
 from asyncdapo.transport.keys import RunKeys
 
 if TYPE_CHECKING:
@@ -134,40 +134,36 @@ class Fleet:
         """Keep the replay server and the workers alive from now on. `on_filling` is told at every look how far the next
         batch is."""
         watch.add("the look at all processes", self._look(on_filling))
-        watch.add("replay", self._keep_replay())
+        keep = self._supervisor.keep
+        watch.add("replay", keep(self.replay, self._serve_replay, self._revive_replay))
         for index, worker in enumerate(self.workers):
-            watch.add(worker.name, self._keep_worker(index, worker))
+            serve, revive = partial(self._serve_worker, worker), partial(self._revive_worker, index, worker)
+            watch.add(worker.name, keep(worker, serve, revive, outlives=RunError))
 
     async def catch_up(self, worker: Process[RolloutProcess]) -> None:
         """Give a worker that was started again the weights in force: here the model's own, which it has loaded."""
 
-    async def _keep_replay(self) -> None:
-        while True:
-            try:
-                await self.replay.call(lambda replay: replay.serve)
-                raise RunError("replay ended before the run did")
-            except ProcessDied as death:
-                await self._supervisor.pause(self.replay, death)
-            again = Start(ports=self.opened.ports, totals=self.totals)
-            self.opened = await _bring_up_replay(self._supervisor, self.replay, again, leasing=self.leasing)
+    async def _serve_replay(self) -> None:
+        await self.replay.call(lambda replay: replay.serve)
 
-    async def _keep_worker(self, index: int, worker: Process[RolloutProcess]) -> None:
-        while True:
-            serving = asyncio.ensure_future(worker.call(lambda worker: worker.serve))
-            try:
-                if worker.life > 1:
-                    await self.catch_up(worker)
-                await serving
-                death: Exception = RunError(f"{worker.name} ended before the run did")
-            except (UserError, VerdictError):
-                raise
-            except RunError as error:
-                death = error
-            finally:
-                serving.cancel()
-            await self.replay.ask(lambda replay: replay.lose_worker, index)
-            await self._supervisor.pause(worker, death)
-            await self._bring_up_worker(worker)
+    async def _revive_replay(self, death: RunError) -> None:
+        await self._supervisor.pause(self.replay, death)
+        again = Start(ports=self.opened.ports, totals=self.totals)
+        self.opened = await _bring_up_replay(self._supervisor, self.replay, again, leasing=self.leasing)
+
+    async def _serve_worker(self, worker: Process[RolloutProcess]) -> None:
+        serving = asyncio.ensure_future(worker.call(lambda worker: worker.serve))
+        try:
+            if worker.life > 1:
+                await self.catch_up(worker)
+            await serving
+        finally:
+            serving.cancel()
+
+    async def _revive_worker(self, index: int, worker: Process[RolloutProcess], death: RunError) -> None:
+        await self.replay.ask(lambda replay: replay.lose_worker, index)
+        await self._supervisor.pause(worker, death)
+        await self._bring_up_worker(worker)
 
     async def _look(self, on_filling: Callable[[Filling], None]) -> None:
         """Look at all processes, and kill workers that the replay server has lost though their process lives."""

@@ -1,4 +1,4 @@
-"""The supervisor of the processes on Ray: brings them up, counts their deaths, asks them how they are.
+"""The supervisor of the processes on Ray: brings them up, notices and counts their deaths, asks them how they are.
 
 In: processes, and what begins a life of one. Out: processes that are up, the roster, their reports, and for how long
 nothing has moved. Invariant: a process is `up` only when it was started completely; deaths are counted against a budget
@@ -23,7 +23,7 @@ from asyncdapo.controller.process.roster import Roster, this_process
 from asyncdapo.controller.process.roster import end as end_entries
 from asyncdapo.controller.process.waits import Stall, Waits
 from asyncdapo.controller.roles.base import ProcessBase, ProcessSpec, log_path
-from asyncdapo.errors import RunError
+from asyncdapo.errors import RunError, VerdictError
 
 ANSWER_S = 5.0
 """A process whose event loop is free answers at once."""
@@ -98,6 +98,24 @@ class Supervisor:
         for process in processes:
             process.up.set()
         self.note_progress()
+
+    async def keep(
+        self,
+        process: Process[ProcessBase],
+        serve: Callable[[], Awaitable[None]],
+        revive: Callable[[RunError], Awaitable[None]],
+        outlives: type[RunError] = ProcessDied,
+    ) -> None:
+        """Notice each death of a process that is up. `serve` lasts as long as one of its lives; `revive` begins the
+        next, and says what the death means for the others. `outlives`: what may end a life and not the run."""
+        while True:
+            try:
+                await serve()
+                raise RunError(f"{process.name} ended before the run did")
+            except VerdictError:
+                raise
+            except outlives as death:
+                await revive(death)
 
     async def pause(self, process: Process[ProcessBase], death: Exception) -> None:
         """Count the death, say it, wait a little longer after each. Raises RunError past the budget."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -107,7 +108,8 @@ def test_a_worker_whose_reward_function_breaks_its_contract_ends_the_run_and_any
     worker = Serving(None, None)
     worker.ends = [FAILURE, VerdictError("score returned -1")]
     with pytest.raises(VerdictError, match="score returned -1"):
-        asyncio.run(fleet._keep_worker(0, worker))
+        serve, revive = partial(fleet._serve_worker, worker), partial(fleet._revive_worker, 0, worker)
+        asyncio.run(fleet._supervisor.keep(worker, serve, revive, outlives=RunError))
     assert worker.ends == []
 
 
