@@ -75,7 +75,7 @@ class Worker:
             memory_fraction=args.memory_fraction,
             stop_token_ids=[],
         )
-        self.end = EngineReceiver(self.engine.rpc, TIMEOUT_S, self.engine.paused)
+        self.end = EngineReceiver(self.engine.rpc, TIMEOUT_S)
         self._load: list[asyncio.Future] = []
 
     async def start(self, slots: int) -> None:
@@ -108,15 +108,13 @@ class Worker:
 
 
 async def connect(workers: list[Worker], manifest: Manifest, device: torch.device, args: argparse.Namespace):
-    devices = [await worker.end.devices() for worker in workers]
-    names = [device_name(device), *(name for own in devices for name in own)]
+    names = [device_name(device), *[await worker.end.device() for worker in workers]]
     config = WeightsConfig(backend=args.backend)
     backend, reason = choose_backend(config, {f"rank {rank}": name for rank, name in enumerate(names)})
     group = WeightGroup.create_master("127.0.0.1", len(names), backend, TIMEOUT_S, device)
-    joins, rank = [], 1
-    for worker, own in zip(workers, devices, strict=True):
-        joins.append(worker.end.join(group.address, rank, len(names), backend, manifest))
-        rank += len(own)
+    joins = [
+        worker.end.join(group.address, rank, len(names), backend, manifest) for rank, worker in enumerate(workers, 1)
+    ]
     await asyncio.gather(asyncio.to_thread(group.connect), *joins)
     print(f"{backend}: {reason}")
     return WeightSender(group, manifest, config.bucket_mb << 20)

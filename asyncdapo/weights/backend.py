@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from asyncdapo.errors import ConfigError
 from asyncdapo.transport.backend import Backend, fitting_backend, host_of, is_cpu
@@ -13,19 +13,9 @@ HOST_ID = "NCCL_HOSTID"
 """NCCL treats processes with different values of this variable as on different hosts, and lets them share a GPU."""
 
 
-def device_of_ranks(ends: Mapping[str, Sequence[str]]) -> dict[str, str]:
-    """The device of each rank, by a name for messages. `ends`: for each process or engine, its ranks' devices in
-    order."""
-    return {
-        end if len(devices) == 1 else f"{end} (GPU {number} of {len(devices)})": device
-        for end, devices in ends.items()
-        for number, device in enumerate(devices, start=1)
-    }
-
-
 def choose_backend(config: WeightsConfig, devices: Mapping[str, str]) -> tuple[Backend, str]:
-    """Backend for these ranks (`device_of_ranks`, the learner first), and the reason, for the log. Raises ConfigError
-    if the config says `nccl` and a rank has no GPU of its own, or `ipc` and a rank is on another machine."""
+    """Backend for these devices, each end's by its name and the learner's first, and the reason, for the log. Raises
+    ConfigError if the config says `nccl` and an end has no GPU of its own, or `ipc` and one is on another machine."""
     if config.backend == "auto":
         return _fitting(devices)
     _refuse_impossible(config.backend, devices)
@@ -33,7 +23,7 @@ def choose_backend(config: WeightsConfig, devices: Mapping[str, str]) -> tuple[B
 
 
 def _fitting(devices: Mapping[str, str]) -> tuple[Backend, str]:
-    """As `fitting_backend`, but ranks on one machine that can't use NCCL use shared memory instead of the network."""
+    """As `fitting_backend`, but ends on one machine that can't use NCCL use shared memory instead of the network."""
     backend, reason = fitting_backend(devices)
     if backend == "nccl" or len({host_of(device) for device in devices.values()}) > 1:
         return backend, reason

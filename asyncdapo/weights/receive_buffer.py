@@ -1,8 +1,10 @@
-"""Receive buffer: one rank of the weight group. It receives in a thread of its own while the engine generates.
+"""Receive buffer: where a version waits, whole, until an engine loads it. One process of the engine receives it, in a
+thread of its own while the engine generates.
 
     make_room ──▶ thread: memory for the stream              settled
     join ──▶ thread: find the others                         settled
     receive ──▶ thread: the stream into that memory          settled ──▶ take
+    open: another process of the engine maps that memory                 take
 
 In: the learner's stream. Out: the tensors of a version that is complete at every rank. One operation runs at a time,
 and no method waits for it: `settled` says whether the last one is over. An operation that still runs when another group
@@ -11,7 +13,8 @@ version that it was asked for, and only after every rank confirmed the checksum.
 
 The stream is stored on the engine's device if it has room to spare; loading is then a copy on the device. Otherwise it
 is stored in host memory, which is pinned if as much again stays free, since a device copies faster from pinned memory.
-Pinning takes a second for every few GiB, so `make_room` is a separate step outside the deadline of a transfer.
+Pinning takes a second for every few GiB, so `make_room` is a separate step outside the deadline of a transfer. An
+engine of several processes has the stream in host memory that all of them map, so that it is there once.
 
 Shape: U bytes (uint8).
 """
@@ -22,6 +25,7 @@ import logging
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from functools import partial
 
 import psutil
@@ -31,9 +35,10 @@ from asyncdapo.errors import WeightsError
 from asyncdapo.transport.backend import Backend
 from asyncdapo.transport.deadline import Deadline
 from asyncdapo.transport.process_group import numbered
+from asyncdapo.transport.shared_memory import Block, make_block, open_block
 from asyncdapo.weights.group import WeightGroup
-from asyncdapo.weights.manifest import Manifest
-from asyncdapo.weights.receiver import WeightReceiver
+from asyncdapo.weights.manifest import ALIGN_BYTES, Manifest
+from asyncdapo.weights.receiver import WeightReceiver, tensors_in
 
 ROOM_FACTOR = 1.2
 ROOM_BYTES = 1 << 30
@@ -41,16 +46,19 @@ ROOM_BYTES = 1 << 30
 PIN_FACTOR = 2.0
 """Host memory is pinned only if this many times the wanted amount is free, since nothing else can use it then."""
 GIB = 1 << 30
+HOST = torch.device("cpu")
+NOTHING = -1
+"""In place of a version: there is none, or a part of one."""
 
 log = logging.getLogger("weights")
 
 
 class ReceiveBuffer:
-    """This process's memory for versions on their way to an engine on `device`. `num_alike`: the engine's processes on
-    this machine; each needs as much memory."""
+    """Memory for versions on their way to an engine on `device`. `shared`: the engine has several processes; one
+    receives, the others `open` its memory."""
 
-    def __init__(self, device: torch.device, num_alike: int = 1) -> None:
-        self._device, self._num_alike = numbered(device), num_alike
+    def __init__(self, device: torch.device, *, shared: bool = False) -> None:
+        self._device, self._shared = numbered(device), shared
         self._thread = ThreadPoolExecutor(1, "weights", self._prepare_thread)
         self._stream: AbstractContextManager = nullcontext()
         """The thread works in it: on a GPU, a CUDA stream of its own."""
@@ -58,14 +66,14 @@ class ReceiveBuffer:
         self._group: WeightGroup | None = None
         self._receiver: WeightReceiver | None = None
         """None until this rank has joined a group."""
-        self._memory_U = torch.empty(0, dtype=torch.uint8)
-        self._staged: tuple[int, dict[str, torch.Tensor]] | None = None
+        self._room = Room()
+        self._tensors: dict[str, torch.Tensor] = {}
 
     def make_room(self, manifest: Manifest) -> Future[None]:
         """Leave the group, and begin to allocate memory for this stream unless it is there. Fails with WeightsError
         if the machine has too little."""
         self._leave()
-        return self._begin(partial(self._make_room, manifest.offsets[-1]))
+        return self._begin(partial(self._make_room, manifest))
 
     def join(
         self, address: str, rank: int, world_size: int, backend: Backend, manifest: Manifest, timeout_s: float
@@ -76,7 +84,7 @@ class ReceiveBuffer:
 
     def receive(self, version: int, branch: int) -> Future[None]:
         """Begin to receive this version. Fails with WeightsError; the buffer then holds no version."""
-        self._staged = None
+        self._room.version = NOTHING
         return self._begin(partial(self._receive, version, branch))
 
     def settled(self) -> bool:
@@ -89,16 +97,31 @@ class ReceiveBuffer:
     def take(self, version: int) -> dict[str, torch.Tensor]:
         """The tensors of this version by name, valid until the next `receive` or `join`. Raises WeightsError if the
         buffer holds another version or none."""
-        if self._staged is None or self._staged[0] != version:
-            there = f"version {self._staged[0]} is" if self._staged else "nothing is"
+        if (staged := self._room.version) != version:
+            there = "nothing is" if staged == NOTHING else f"version {staged} is"
             raise WeightsError(f"version {version} has not arrived here: {there} staged")
-        return self._staged[1]
+        return dict(self._tensors)
+
+    @property
+    def handle(self) -> bytes:
+        """With which another process of the engine can `open` the memory, once this rank has joined; b"" if it isn't
+        shared."""
+        return self._room.block.handle if self._room.block else b""
+
+    def open(self, handle: bytes, manifest: Manifest) -> None:
+        """Take versions of this manifest from the memory of the process that receives. Raises WeightsError."""
+        try:
+            self._room = Room.within(open_block(handle, HOST))
+        except OSError as error:
+            raise WeightsError(f"a process of the engine can't reach the weights in another one: {error}") from error
+        self._tensors = tensors_in(self._room.stream_U, manifest)
 
     @property
     def memory(self) -> str:
         """Size and kind of the buffer's memory, for the log."""
-        kind = "memory of the GPU" if self._memory_U.is_cuda else "memory of the host"
-        return f"{len(self._memory_U) / 2**20:.1f} MiB in {kind}"
+        stream_U = self._room.stream_U
+        kind = "memory of the GPU" if stream_U.is_cuda else "memory of the host"
+        return f"{len(stream_U) / 2**20:.1f} MiB in {kind}" + ", shared by the engine's processes" * self._shared
 
     def close(self) -> None:
         """Leave the group. A running operation fails."""
@@ -106,8 +129,8 @@ class ReceiveBuffer:
         self._thread.shutdown(wait=False)
 
     def _leave(self) -> None:
-        self._staged = None
         if self._group:
+            self._room.version = NOTHING
             self._group.close()
 
     def _begin(self, work: Callable[[], None]) -> Future[None]:
@@ -126,35 +149,66 @@ class ReceiveBuffer:
         self, address: str, rank: int, world_size: int, backend: Backend, manifest: Manifest, timeout_s: float
     ) -> None:
         deadline = Deadline(timeout_s)
-        self._make_room(manifest.offsets[-1])
+        self._make_room(manifest)
         with self._stream:
             self._group = WeightGroup(address, rank, world_size, backend, timeout_s, self._device)
             self._group.connect(deadline)
-            self._receiver = WeightReceiver(self._group, manifest, self._memory_U)
+            self._receiver = WeightReceiver(self._group, manifest, self._room.stream_U)
 
     def _receive(self, version: int, branch: int) -> None:
-        assert self._receiver is not None, "a version before a group"
         assert self._receiver is not None, "`join` comes first"
         with self._stream:
-            tensors = self._receiver.receive(version, branch=branch)
+            self._receiver.receive(version, branch=branch)
             if self._device.type == "cuda":
                 torch.cuda.current_stream(self._device).synchronize()
-        self._staged = version, tensors
+        self._room.version = version
 
-    def _make_room(self, num_bytes: int) -> None:
-        if len(self._memory_U) == num_bytes:
-            return
-        on_gpu = self._device.type == "cuda"
-        self._memory_U = torch.empty(0, dtype=torch.uint8)  # the old memory counts as free
-        if on_gpu and torch.cuda.mem_get_info(self._device)[0] > ROOM_FACTOR * num_bytes + ROOM_BYTES:
+    def _make_room(self, manifest: Manifest) -> None:
+        num_bytes = manifest.offsets[-1]
+        if len(self._room.stream_U) != num_bytes:
+            self._room, self._tensors, self._receiver = Room(), {}, None  # their memory counts as free
             with self._stream:
-                self._memory_U = torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
-            return
-        wanted, free = self._num_alike * num_bytes, psutil.virtual_memory().available
-        if wanted > free:
+                self._room = self._new_room(num_bytes)
+        self._tensors = tensors_in(self._room.stream_U, manifest)
+
+    def _new_room(self, num_bytes: int) -> Room:
+        on_gpu = self._device.type == "cuda"
+        may_be_there = on_gpu and not self._shared
+        if may_be_there and torch.cuda.mem_get_info(self._device)[0] > ROOM_FACTOR * num_bytes + ROOM_BYTES:
+            return Room(torch.empty(num_bytes, dtype=torch.uint8, device=self._device))
+        free = psutil.virtual_memory().available
+        if num_bytes > free:
             raise WeightsError(
-                f"new weights take {num_bytes / GIB:.3g} GiB of the machine's memory in each of {self._num_alike} "
-                f"processes of an engine, and {free / GIB:.3g} are free; with a smaller rollout.memory_fraction the "
-                "GPU has room for them"
+                f"new weights take {num_bytes / GIB:.3g} GiB of the machine's memory for each engine, and "
+                f"{free / GIB:.3g} are free"
+                + "; with a smaller rollout.memory_fraction the GPU has room for them"
+                * may_be_there
             )
-        self._memory_U = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=on_gpu and PIN_FACTOR * wanted <= free)
+        if self._shared:
+            room = Room.within(make_block(num_bytes + ALIGN_BYTES, HOST))
+            room.version = NOTHING
+            return room
+        return Room(torch.empty(num_bytes, dtype=torch.uint8, pin_memory=on_gpu and PIN_FACTOR * num_bytes <= free))
+
+
+@dataclass
+class Room:
+    """Memory for a stream, and which version is complete in it. Processes that map the same block see both."""
+
+    stream_U: torch.Tensor = field(default_factory=partial(torch.empty, 0, dtype=torch.uint8))
+    version_1: torch.Tensor = field(default_factory=partial(torch.tensor, [NOTHING]))
+    block: Block | None = None
+    """None for memory of this process alone."""
+
+    @staticmethod
+    def within(block: Block) -> Room:
+        """The stream, and the version behind it."""
+        return Room(block.bytes_U[:-ALIGN_BYTES], block.bytes_U[-ALIGN_BYTES:].view(torch.int64)[:1], block)
+
+    @property
+    def version(self) -> int:
+        return int(self.version_1.item())
+
+    @version.setter
+    def version(self, version: int) -> None:
+        self.version_1.fill_(version)

@@ -28,15 +28,12 @@ class WeightReceiver:
 
     def __init__(self, group: WeightGroup, manifest: Manifest, stream_U: torch.Tensor) -> None:
         self._group, self._stream_U = group, stream_U
-        *offsets, self._stream_bytes = manifest.offsets
+        self._stream_bytes = manifest.offsets[-1]
         if len(stream_U) != self._stream_bytes:
             raise ValueError(f"the stream has {self._stream_bytes} bytes, the memory for it {len(stream_U)}")
         self._digest = manifest.digest
         self._plan = lru_cache(1)(partial(plan_buckets, manifest))
-        self._tensors = {
-            spec.name: stream_U[start : start + spec.num_bytes].view(getattr(torch, spec.dtype)).view(spec.shape)
-            for spec, start in zip(manifest.tensors, offsets, strict=True)
-        }
+        self._tensors = tensors_in(stream_U, manifest)
 
     def receive(self, expected_version: int, *, branch: int = 0) -> dict[str, torch.Tensor]:
         """The weights of `expected_version` by their names in the manifest; blocks until they are complete.
@@ -92,3 +89,11 @@ class Arrival:
         if self.landing_U is not self.target_U:
             self.target_U.copy_(self.landing_U)
         return self.target_U
+
+
+def tensors_in(stream_U: torch.Tensor, manifest: Manifest) -> dict[str, torch.Tensor]:
+    """The manifest's tensors by name, as views of its stream."""
+    return {
+        spec.name: stream_U[start : start + spec.num_bytes].view(getattr(torch, spec.dtype)).view(spec.shape)
+        for spec, start in zip(manifest.tensors, manifest.offsets[:-1], strict=True)
+    }

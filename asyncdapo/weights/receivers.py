@@ -1,13 +1,12 @@
-"""Receivers: a rollout worker's ranks in the weight group, wherever its engine keeps the model.
+"""Receivers: a rollout worker's rank in the weight group, wherever its engine keeps the model.
 
-    LocalReceiver     the engine computes in this process: one rank, and `receive` returns the tensors
-    EngineReceiver    the engine has processes of its own, one rank each, and the tensors stay there; they run
-                      `vllm_worker.WorkerReceiver`
+    LocalReceiver     the engine computes in this process, and `receive` returns the tensors
+    EngineReceiver    the engine has processes of its own, which run `vllm_worker.WorkerReceiver`; the first one
+                      receives, the others map its memory, and the tensors stay there
 
 In: the learner's address and its stream. Out: a version that is complete at every rank of the group; the engine may
-then load it. Generation continues during a transfer, with one exception: NCCL across several GPUs of one engine pauses
-it, since two communicators on one device could deadlock. Every failure is a WeightsError, and the engine keeps its
-weights. Does not own: loading, and what happens to a worker that can't be reached.
+then load it. Generation continues during a transfer. Every failure is a WeightsError, and the engine keeps its weights.
+Does not own: loading, and what happens to a worker that can't be reached.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, nullcontext
 from typing import Any, Protocol
 
 import msgspec
@@ -39,16 +37,16 @@ log = logging.getLogger("weights")
 
 
 class Receiver(Protocol):
-    """A worker's ranks in the weight group. They are consecutive."""
+    """A worker's rank in the weight group."""
 
-    async def devices(self) -> list[str]:
-        """The name of each rank's device."""
+    async def device(self) -> str:
+        """The name of its device."""
         ...
 
     async def make_room(self, manifest: Manifest) -> None:
         """Leave the group and allocate memory for these tensors. There is no deadline."""
 
-    async def join(self, address: str, first_rank: int, world_size: int, backend: Backend, manifest: Manifest) -> None:
+    async def join(self, address: str, rank: int, world_size: int, backend: Backend, manifest: Manifest) -> None:
         """Leave the old group and join the one at `address`."""
 
     async def receive(self, version: int, branch: int) -> Any:
@@ -65,18 +63,18 @@ class LocalReceiver:
         self._device, self._timeout_s = device, timeout_s
         self._buffer: ReceiveBuffer | None = None
 
-    async def devices(self) -> list[str]:
-        return [device_name(self._device())]
+    async def device(self) -> str:
+        return device_name(self._device())
 
     async def make_room(self, manifest: Manifest) -> None:
         self._buffer = self._buffer or ReceiveBuffer(self._device())
         # in a thread: leaving a group waits for NCCL's work on the GPU
         await asyncio.wrap_future(await asyncio.to_thread(self._buffer.make_room, manifest))
 
-    async def join(self, address: str, first_rank: int, world_size: int, backend: Backend, manifest: Manifest) -> None:
+    async def join(self, address: str, rank: int, world_size: int, backend: Backend, manifest: Manifest) -> None:
         self._buffer = self._buffer or ReceiveBuffer(self._device())
         join = self._buffer.join
-        joining = asyncio.to_thread(join, address, first_rank, world_size, backend, manifest, self._timeout_s)
+        joining = asyncio.to_thread(join, address, rank, world_size, backend, manifest, self._timeout_s)
         await asyncio.wrap_future(await joining)
 
     async def receive(self, version: int, branch: int) -> dict[str, torch.Tensor]:
@@ -91,40 +89,34 @@ class LocalReceiver:
 
 
 class EngineReceiver:
-    """The receivers in an engine's processes. `rpc` calls a method of `WorkerReceiver` in all of them and returns their
-    answers by rank. Inside `paused()` the engine generates nothing."""
+    """The receiver of an engine with processes of its own. `rpc` calls a method of `WorkerReceiver` in all of them and
+    returns their answers, the first process's first."""
 
-    def __init__(
-        self,
-        rpc: Callable[..., Awaitable[list[Any]]],
-        timeout_s: float,
-        paused: Callable[[], AbstractAsyncContextManager[Any]],
-    ) -> None:
-        self._rpc, self._timeout_s, self._paused = rpc, timeout_s, paused
-        self._pauses = False
+    def __init__(self, rpc: Callable[..., Awaitable[list[Any]]], timeout_s: float) -> None:
+        self._rpc, self._timeout_s = rpc, timeout_s
         self._memory = ""
 
-    async def devices(self) -> list[str]:
-        return await self._ask("weights_device")
+    async def device(self) -> str:
+        return (await self._ask("weights_device"))[0]
 
     async def make_room(self, manifest: Manifest) -> None:
         await self._ask("make_weights_room", msgspec.msgpack.encode(manifest))
         await self._settled()
 
-    async def join(self, address: str, first_rank: int, world_size: int, backend: Backend, manifest: Manifest) -> None:
+    async def join(self, address: str, rank: int, world_size: int, backend: Backend, manifest: Manifest) -> None:
         packed = msgspec.msgpack.encode(manifest)
-        ranks = await self._ask("join_weights", address, first_rank, world_size, backend, packed, self._timeout_s)
+        await self._ask("join_weights", address, rank, world_size, backend, packed, self._timeout_s)
         await self._settled()
-        self._pauses = backend == "nccl" and len(ranks) > 1
-        memory = ", ".join(await self._ask("weights_memory"))
+        (memory, handle), *others = await self._ask("weights_memory")
+        if others:
+            await self._ask("open_weights_memory", handle, packed)
         if memory != self._memory:
             self._memory = memory
             log.info("new weights are received into %s", memory)
 
     async def receive(self, version: int, branch: int) -> None:
-        async with self._paused() if self._pauses else nullcontext():
-            await self._ask("receive_weights", version, branch)
-            await self._settled()
+        await self._ask("receive_weights", version, branch)
+        await self._settled()
 
     def close(self) -> None:
         """Nothing: the engine's processes leave the group when they end."""

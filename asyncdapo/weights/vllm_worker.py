@@ -4,10 +4,10 @@ vLLM imports this module in each of its workers because the engine names `Worker
 import registers the transfer backend `TRANSFER`. The engine's process calls `WorkerReceiver` by RPC, with plain
 arguments and answers. vLLM calls `StagedTransfer` between two tokens, while generation is paused.
 
-In: the learner's stream, into `receive_buffer` while the model generates; then the version to load. Out: the model
-computes with that version, in vLLM's own layout. Invariant: a load is one call that loads every parameter or raises. A
-version with a missing tensor is refused before anything is touched. A load that raises later leaves the model unusable
-until the next complete load.
+In: the learner's stream, which the engine's first process receives into its `receive_buffer` while the model generates;
+the others map that memory. Then the version to load. Out: the model computes with that version, in vLLM's own layout.
+Invariant: a load is one call that loads every parameter or raises. A version with a missing tensor is refused before
+anything is touched. A load that raises later leaves the model unusable until the next complete load.
 
 Works with vLLM 0.25 to 0.32.
 """
@@ -43,6 +43,8 @@ from asyncdapo.weights.manifest import Manifest
 from asyncdapo.weights.receive_buffer import ReceiveBuffer
 from asyncdapo.weights.receivers import TRANSFER
 
+RECEIVES = 0
+"""The process of an engine that is in the weight group."""
 PROBE_ROWS = 256
 """Rows of the identity matrix that are multiplied with a packed weight in one product."""
 
@@ -69,7 +71,7 @@ class StagedTransfer(WeightTransferEngine[NoInit, StagedUpdate]):
 
     def __init__(self, config: Any, vllm_config: Any, device: torch.device, model: torch.nn.Module) -> None:
         super().__init__(config, vllm_config, device, model)
-        self.receive_buffer = ReceiveBuffer(device, vllm_config.parallel_config.tensor_parallel_size)
+        self.receive_buffer = ReceiveBuffer(device, shared=vllm_config.parallel_config.world_size > 1)
 
     def init_transfer_engine(self, init_info: NoInit) -> None:
         """Nothing: see `NoInit`."""
@@ -146,20 +148,32 @@ class WorkerReceiver:
 
     def make_weights_room(self, manifest: bytes) -> None:
         """Begin to allocate memory for these tensors."""
-        self.weight_transfer_engine.receive_buffer.make_room(msgspec.msgpack.decode(manifest, type=Manifest))
+        if self.rank == RECEIVES:
+            self.weight_transfer_engine.receive_buffer.make_room(msgspec.msgpack.decode(manifest, type=Manifest))
 
     def join_weights(
-        self, address: str, first_rank: int, world_size: int, backend: Backend, manifest: bytes, timeout_s: float
-    ) -> int:
-        """Begin to join. Returns this worker's rank in the group."""
-        rank = first_rank + self.rank
-        layout = msgspec.msgpack.decode(manifest, type=Manifest)
-        self.weight_transfer_engine.receive_buffer.join(address, rank, world_size, backend, layout, timeout_s)
-        return rank
+        self, address: str, rank: int, world_size: int, backend: Backend, manifest: bytes, timeout_s: float
+    ) -> None:
+        """Begin to join."""
+        if self.rank == RECEIVES:
+            layout = msgspec.msgpack.decode(manifest, type=Manifest)
+            self.weight_transfer_engine.receive_buffer.join(address, rank, world_size, backend, layout, timeout_s)
+
+    def weights_memory(self) -> tuple[str, bytes]:
+        """Size and kind of the memory that receives the stream, and its handle."""
+        buffer = self.weight_transfer_engine.receive_buffer
+        return buffer.memory, buffer.handle
+
+    def open_weights_memory(self, handle: bytes, manifest: bytes) -> None:
+        """Map the memory of the process that receives."""
+        if self.rank != RECEIVES:
+            layout = msgspec.msgpack.decode(manifest, type=Manifest)
+            self.weight_transfer_engine.receive_buffer.open(handle, layout)
 
     def receive_weights(self, version: int, branch: int) -> None:
         """Begin to receive."""
-        self.weight_transfer_engine.receive_buffer.receive(version, branch)
+        if self.rank == RECEIVES:
+            self.weight_transfer_engine.receive_buffer.receive(version, branch)
 
     def weights_state(self) -> tuple[bool, str]:
         """Whether the operation is over, and why it failed; "" if it didn't."""
@@ -167,10 +181,6 @@ class WorkerReceiver:
             return self.weight_transfer_engine.receive_buffer.settled(), ""
         except WeightsError as error:
             return True, str(error)
-
-    def weights_memory(self) -> str:
-        """Size and kind of the memory that receives the stream."""
-        return self.weight_transfer_engine.receive_buffer.memory
 
     def weights_digest(self) -> str:
         """Digest of all parameters of the model, as the products use them. Engines of the same shape have equal digests

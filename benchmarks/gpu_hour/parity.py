@@ -109,8 +109,8 @@ async def _sampled(engine: VllmEngine, prompts: list[list[int]], num_tokens: int
 
 
 async def _connected(engine: VllmEngine, learner: Learner, dtype: str) -> tuple[WeightSender, EngineReceiver]:
-    end = EngineReceiver(engine.rpc, TIMEOUT_S, engine.paused)
-    names = [device_name(learner.device), *await end.devices()]
+    end = EngineReceiver(engine.rpc, TIMEOUT_S)
+    names = [device_name(learner.device), await end.device()]
     config = WeightsConfig()
     backend, _ = choose_backend(config, {f"rank {rank}": name for rank, name in enumerate(names)})
     manifest = Manifest.of(learner.weights(), getattr(torch, dtype))

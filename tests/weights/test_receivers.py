@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Coroutine, Iterator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Coroutine, Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -75,46 +75,41 @@ class Learner:
 
 
 class Workers:
-    """An engine of `num_ranks` workers that all live in this process, and how often it was paused."""
+    """An engine of several processes, which all live in this one; the first one receives."""
 
-    def __init__(self, num_ranks: int) -> None:
-        self.buffers = [ReceiveBuffer(HOST) for _ in range(num_ranks)]
-        self.is_paused, self.num_pauses, self.dead = False, 0, False
-        self.received_paused: list[bool] = []
+    def __init__(self, num_processes: int) -> None:
+        self.buffers = [ReceiveBuffer(HOST, shared=num_processes > 1) for _ in range(num_processes)]
+        self.dead = False
 
     async def rpc(self, method: str, *args: Any) -> list[Any]:
         if self.dead:
             raise EngineError("the engine is gone")
-        return [getattr(self, method)(rank, buffer, *args) for rank, buffer in enumerate(self.buffers)]
+        return [getattr(self, method)(number, buffer, *args) for number, buffer in enumerate(self.buffers)]
 
-    @asynccontextmanager
-    async def paused(self) -> AsyncIterator[None]:
-        self.is_paused, self.num_pauses = True, self.num_pauses + 1
-        yield
-        self.is_paused = False
+    def weights_device(self, number: int, buffer: ReceiveBuffer) -> str:
+        return f"cuda {number} on x"
 
-    def weights_device(self, rank: int, buffer: ReceiveBuffer) -> str:
-        return f"cuda {rank} on x"
+    def join_weights(self, number: int, buffer: ReceiveBuffer, *args: Any) -> None:
+        *where, manifest, timeout_s = args
+        if number == 0:
+            buffer.join(*where, msgspec.msgpack.decode(manifest, type=Manifest), timeout_s)
 
-    def join_weights(self, rank: int, buffer: ReceiveBuffer, address: str, first_rank: int, *args: Any) -> int:
-        world_size, backend, manifest, timeout_s = args
-        layout = msgspec.msgpack.decode(manifest, type=Manifest)
-        backend = "gloo" if backend == "nccl" else backend
-        buffer.join(address, first_rank + rank, world_size, backend, layout, timeout_s)
-        return first_rank + rank
+    def receive_weights(self, number: int, buffer: ReceiveBuffer, version: int, branch: int) -> None:
+        if number == 0:
+            buffer.receive(version, branch)
 
-    def receive_weights(self, rank: int, buffer: ReceiveBuffer, version: int, branch: int) -> None:
-        self.received_paused.append(self.is_paused)
-        buffer.receive(version, branch)
-
-    def weights_state(self, rank: int, buffer: ReceiveBuffer) -> tuple[bool, str]:
+    def weights_state(self, number: int, buffer: ReceiveBuffer) -> tuple[bool, str]:
         try:
             return buffer.settled(), ""
         except WeightsError as error:
             return True, str(error)
 
-    def weights_memory(self, rank: int, buffer: ReceiveBuffer) -> str:
-        return buffer.memory
+    def weights_memory(self, number: int, buffer: ReceiveBuffer) -> tuple[str, bytes]:
+        return buffer.memory, buffer.handle
+
+    def open_weights_memory(self, number: int, buffer: ReceiveBuffer, handle: bytes, manifest: bytes) -> None:
+        if number:
+            buffer.open(handle, msgspec.msgpack.decode(manifest, type=Manifest))
 
 
 def same(arrived: dict[str, torch.Tensor], sent: dict[str, torch.Tensor]) -> bool:
@@ -193,46 +188,56 @@ def test_an_end_without_a_group_says_so() -> None:
 
 
 @both_ways
-def test_every_worker_of_an_engine_stages_the_version(backend: Backend) -> None:
+@pytest.mark.parametrize("num_processes", [1, 3])
+def test_every_process_of_an_engine_finds_the_version_that_the_first_one_received(
+    backend: Backend, num_processes: int
+) -> None:
     async def body() -> None:
-        learner, workers = Learner(3, backend), Workers(2)
-        end = EngineReceiver(workers.rpc, 20.0, workers.paused)
-        assert await end.devices() == ["cuda 0 on x", "cuda 1 on x"]
-        await learner.accept(end.join(learner.address, 1, 3, backend, MANIFEST))
-        arriving = asyncio.ensure_future(end.receive(7, 0))
-        await learner.send(7, tensors_of(7))
-        assert await arriving is None
-        assert all(same(buffer.take(7), tensors_of(7)) for buffer in workers.buffers)
-        assert workers.num_pauses == 0
+        learner, workers = Learner(backend=backend), Workers(num_processes)
+        end = EngineReceiver(workers.rpc, 20.0)
+        assert await end.device() == "cuda 0 on x"
+        await learner.accept(end.join(learner.address, 1, 2, backend, MANIFEST))
+        for version in (7, 8):
+            arriving = asyncio.ensure_future(end.receive(version, 0))
+            await learner.send(version, tensors_of(version))
+            assert await arriving is None
+            assert all(same(buffer.take(version), tensors_of(version)) for buffer in workers.buffers)
 
     asyncio.run(body())
 
 
-def test_nccl_among_several_gpus_of_one_engine_pauses_it_for_the_transfer() -> None:
+def test_no_process_of_an_engine_takes_a_version_while_the_next_one_arrives_or_after_it_failed() -> None:
     async def body() -> None:
-        learner, workers = Learner(3), Workers(2)
-        end = EngineReceiver(workers.rpc, 20.0, workers.paused)
-        await learner.accept(end.join(learner.address, 1, 3, "nccl", MANIFEST))
+        learner, workers = Learner(), Workers(2)
+        end = EngineReceiver(workers.rpc, 20.0)
+        await learner.accept(end.join(learner.address, 1, 2, "gloo", MANIFEST))
         arriving = asyncio.ensure_future(end.receive(1, 0))
         await learner.send(1, tensors_of(1))
         await arriving
-        assert workers.received_paused == [True, True]
-        assert not workers.is_paused
+        arriving = asyncio.ensure_future(end.receive(2, 0))
+        await asyncio.sleep(0)
+        for buffer in workers.buffers:
+            with pytest.raises(WeightsError, match="version 1 has not arrived here: nothing is staged"):
+                buffer.take(1)
+        learner.group.close()
+        with pytest.raises(WeightsError):
+            await arriving
+        for buffer in workers.buffers:
+            with pytest.raises(WeightsError, match="nothing is staged"):
+                buffer.take(2)
 
     asyncio.run(body())
 
 
-def test_what_fails_in_one_worker_fails_the_end() -> None:
+def test_what_fails_in_the_process_that_receives_fails_the_end() -> None:
     async def body() -> None:
-        learner, workers = Learner(3), Workers(2)
-        end = EngineReceiver(workers.rpc, 1.0, workers.paused)
-        await learner.accept(end.join(learner.address, 1, 3, "gloo", MANIFEST))
+        learner, workers = Learner(), Workers(2)
+        end = EngineReceiver(workers.rpc, 1.0)
+        await learner.accept(end.join(learner.address, 1, 2, "gloo", MANIFEST))
         arriving = asyncio.ensure_future(end.receive(1, 0))
         await asyncio.to_thread(learner.announce, 2)
         with pytest.raises(WeightsError, match="expects another version"):
             await arriving
-        with pytest.raises(WeightsError, match="version 1 has not arrived here: nothing is staged"):
-            workers.buffers[0].take(1)
 
     asyncio.run(body())
 
@@ -240,7 +245,7 @@ def test_what_fails_in_one_worker_fails_the_end() -> None:
 def test_an_engine_that_dies_meanwhile_ends_the_wait() -> None:
     async def body() -> None:
         learner, workers = Learner(), Workers(1)
-        end = EngineReceiver(workers.rpc, 20.0, workers.paused)
+        end = EngineReceiver(workers.rpc, 20.0)
         await learner.accept(end.join(learner.address, 1, 2, "gloo", MANIFEST))
         arriving = asyncio.ensure_future(end.receive(1, 0))
         await asyncio.sleep(0)
@@ -295,9 +300,9 @@ async def _finished(future: asyncio.Future[None]) -> None:
 def test_an_end_makes_room_before_it_joins_so_that_no_deadline_of_a_transfer_runs_meanwhile(monkeypatch) -> None:
     making = ReceiveBuffer._make_room
 
-    def slowly(self: ReceiveBuffer, num_bytes: int) -> None:
-        time.sleep(0.5 if len(self._memory_U) != num_bytes else 0)
-        making(self, num_bytes)
+    def slowly(self: ReceiveBuffer, manifest: Manifest) -> None:
+        time.sleep(0.5 if len(self._room.stream_U) != manifest.offsets[-1] else 0)
+        making(self, manifest)
 
     monkeypatch.setattr(ReceiveBuffer, "_make_room", slowly)
 
@@ -314,9 +319,11 @@ def test_an_end_makes_room_before_it_joins_so_that_no_deadline_of_a_transfer_run
     asyncio.run(body())
 
 
-def test_processes_of_an_engine_that_the_machine_has_no_memory_for_say_how_much_they_are_short_of(monkeypatch) -> None:
+@pytest.mark.parametrize("shared", [False, True])
+def test_an_engine_that_the_machine_has_no_memory_for_says_how_much_it_is_short_of(monkeypatch, shared: bool) -> None:
     num_bytes = MANIFEST.offsets[-1]
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=3 * num_bytes))
-    ReceiveBuffer(HOST, num_alike=3).make_room(MANIFEST).result()
-    with pytest.raises(WeightsError, match=r"GiB of the machine's memory in each of 4 processes .*memory_fraction"):
-        ReceiveBuffer(HOST, num_alike=4).make_room(MANIFEST).result()
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=num_bytes))
+    ReceiveBuffer(HOST, shared=shared).make_room(MANIFEST).result()
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=num_bytes - 1))
+    with pytest.raises(WeightsError, match=r"GiB of the machine's memory for each engine, and .* are free"):
+        ReceiveBuffer(HOST, shared=shared).make_room(MANIFEST).result()

@@ -69,8 +69,9 @@ def loop() -> Iterator[object]:
         yield lambda work: runner.run(asyncio.wait_for(work, 200))
 
 
-def engine_of(path: Path) -> VllmEngine:
-    config = RolloutConfig(engine="vllm", slots=NUM_IN_FLIGHT, max_response_length=RESPONSE_LENGTH)
+def engine_of(path: Path, num_processes: int = 1) -> VllmEngine:
+    sizes = {"slots": NUM_IN_FLIGHT, "max_response_length": RESPONSE_LENGTH}
+    config = RolloutConfig(engine="vllm", tensor_parallel=num_processes, **sizes)
     return VllmEngine(
         str(path),
         config,
@@ -131,7 +132,7 @@ async def traffic(engines: list[VllmEngine]) -> object:
 
 
 def ends_of(engines: list[VllmEngine], timeout_s: float) -> list[EngineReceiver]:
-    return [EngineReceiver(engine.rpc, timeout_s, engine.paused) for engine in engines]
+    return [EngineReceiver(engine.rpc, timeout_s) for engine in engines]
 
 
 async def joined(
@@ -310,6 +311,31 @@ def test_a_tied_model_whose_file_also_holds_the_output_layer_takes_versions(loop
     finally:
         for engine in engines:
             loop(engine.stop())
+
+
+def test_an_engine_of_two_processes_receives_a_version_once_and_computes_with_it(loop, trainer, directory):
+    engine = engine_of(directory / "checkpoint", num_processes=2)
+
+    async def body() -> None:
+        await engine.start()
+        ends = await joined(trainer, [engine], directory / "0.safetensors", "ipc")
+        memory = {answer for answer, _ in await engine.rpc("weights_memory")}
+        assert len(memory) == 1
+        assert "shared by the engine's processes" in memory.pop()
+        async with traffic([engine]):
+            for version in (1, 2, 3):
+                await publish(trainer, [engine], ends, version, directory / f"{version}.safetensors")
+        await assert_computes_with(engine, 3)
+        trainer.start("die", 4)
+        with pytest.raises(WeightsError):
+            await ends[0].receive(4, 0)
+        with pytest.raises(WeightsError, match="version 4 has not arrived here: nothing is staged"):
+            await engine.load_weights(4, None)
+
+    try:
+        loop(body())
+    finally:
+        loop(engine.stop())
 
 
 def test_a_version_that_has_not_arrived_is_not_loaded(engines, loop, trainer, directory):

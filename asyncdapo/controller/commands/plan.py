@@ -44,7 +44,7 @@ from asyncdapo.model.location import find_directory
 from asyncdapo.prompts.mixture import whole_numbers
 from asyncdapo.prompts.registry import open_task
 from asyncdapo.transport.backend import CPU, name_device
-from asyncdapo.weights.backend import choose_backend, device_of_ranks
+from asyncdapo.weights.backend import choose_backend
 
 RESERVED_FOR = "for CUDA, NCCL, cuBLAS and fragmentation, not measured yet"
 INDENT = 11
@@ -61,7 +61,7 @@ def plan(name_or_path: str, overrides: Sequence[str], gpus_of_nodes: Sequence[in
     asked = config
     config, placement = settle_placement(asked, [gpus_asked(asked)] if gpus_of_nodes is None else gpus_of_nodes)
     dtypes = dtype_lines(asked, placement)
-    backend, reason = choose_backend(config.weights, device_of_ranks(_devices(config, placement)))
+    backend, reason = choose_backend(config.weights, _devices(config, placement))
     sections = {
         "model": _model_lines(config),
         "data": _data_lines(config),
@@ -180,13 +180,14 @@ def _roles(bundle: Bundle) -> tuple[str, ...]:
     return tuple(name.partition("-")[0] for name in bundle.processes)
 
 
-def _devices(config: Config, placement: Placement) -> dict[str, list[str]]:
-    """Of every end of the weight group, rank 0 of the learner first; all on one machine, for all a plan knows."""
+def _devices(config: Config, placement: Placement) -> dict[str, str]:
+    """Of every end of the weight group, an engine's first; rank 0 of the learner comes first. All are on one machine,
+    for all a plan knows."""
     devices = {}
     for name in [learner_names(config)[0], *worker_names(config)]:
         index = placement.index(name)
         gpus = [f"cuda {index}.{gpu}" for gpu in placement.bundles[index].gpus_of(name)]
-        devices[name] = [name_device(device, "this machine") for device in gpus or [CPU]]
+        devices[name] = name_device(gpus[0] if gpus else CPU, "this machine")
     return devices
 
 

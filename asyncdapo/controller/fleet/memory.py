@@ -144,8 +144,8 @@ def sequences_in(shape: Shape, config: Config, num_bytes: float) -> int:
 
 def engine_bytes(shape: Shape, config: Config) -> dict[str, int]:
     """Of each engine, over all of its GPUs, with a full-length sequence in every slot. vLLM may have less for the KV
-    cache: then sequences wait. New weights arrive whole in every process of the engine, where its GPU has no room in
-    memory of the host."""
+    cache: then sequences wait. New weights arrive once: those of an engine on several GPUs in memory of the host, those
+    of another one there if its GPU has no room."""
     rollout = config.rollout
     weights = DTYPE_BYTES[rollout.dtype] * shape.num_parameters
     longest = _longest(config)
@@ -153,12 +153,8 @@ def engine_bytes(shape: Shape, config: Config) -> dict[str, int]:
     return {
         "weights": weights,
         f"KV cache of {rollout.slots} x {longest:,} tokens": cache,
-        _arriving(rollout.tensor_parallel): rollout.tensor_parallel * weights,
+        "new weights as they arrive" + ", on the host" * (rollout.tensor_parallel > 1): weights,
     }
-
-
-def _arriving(num_processes: int) -> str:
-    return "new weights as they arrive" + (f", whole in each of {num_processes} processes" * (num_processes > 1))
 
 
 # ---------------------------------------------------------------------------------------------------------------- room

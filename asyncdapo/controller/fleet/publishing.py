@@ -16,14 +16,13 @@ import asyncio
 import logging
 from collections.abc import Coroutine, Mapping, Sequence
 from contextlib import suppress
-from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from asyncdapo.controller.fleet.process import Process, ProcessDied, R
 from asyncdapo.controller.process.waits import Waits
 from asyncdapo.errors import EngineError, RanksError, RunError, WeightsError
 from asyncdapo.transport.backend import Backend
-from asyncdapo.weights.backend import choose_backend, device_of_ranks
+from asyncdapo.weights.backend import choose_backend
 from asyncdapo.weights.config import WeightsConfig
 
 if TYPE_CHECKING:
@@ -36,7 +35,7 @@ COMMAND_MARGIN_S = 10.0
 """What a command may take beyond the transfer's own timeout before it counts as failed."""
 
 ROOM_S = 300.0
-"""What workers may take to make room for the weights: to pin 64 GiB in each of some processes may take minutes."""
+"""What workers may take to make room for the weights: to pin 64 GiB may take minutes."""
 
 PARTS = ("receive_s", "pause_s", "load_s", "resume_s")
 """Of what a worker does with a version, in this order; the slowest worker's is reported."""
@@ -158,35 +157,33 @@ class Publishing:
         }
 
     async def _regroup(self, workers: Sequence[Process[RolloutProcess]]) -> None:
-        """Make the process group: the learner is rank 0 and hosts the store, the workers follow, with a rank for each
-        device of their engines."""
+        """Make the process group: the learner is rank 0 and hosts the store, the workers follow."""
         self._members = []
         if not workers:
             return
         what, learner = "the weight group", self.learner
         devices = await self._within_deadline(
             what,
-            {learner: learner.call(lambda learner: learner.devices)}
-            | {worker: worker.call(lambda worker: worker.devices) for worker in workers},
+            {learner: learner.call(lambda learner: learner.device)}
+            | {worker: worker.call(lambda worker: worker.device) for worker in workers},
         )
         ends = [learner, *workers]
         backend = self._choose_backend(dict(zip((end.name for end in ends), devices, strict=True)))
-        first_ranks = list(accumulate(map(len, devices)))
-        world_size = first_ranks.pop()
+        world_size = len(ends)
         hosts = learner.call(lambda learner: learner.host_weights, world_size, backend)
         [(address, manifest)] = await self._within_deadline(what, {learner: hosts})
         rooms = {worker: worker.call(lambda worker: worker.make_weights_room, manifest) for worker in workers}
         await self._within_deadline("room for the weights", rooms, ROOM_S)
         joins = {
-            worker: worker.call(lambda worker: worker.join_weights, address, first_rank, world_size, backend, manifest)
-            for worker, first_rank in zip(workers, first_ranks, strict=True)
+            worker: worker.call(lambda worker: worker.join_weights, address, rank, world_size, backend, manifest)
+            for rank, worker in enumerate(workers, start=1)
         }
         await self._within_deadline(what, {learner: learner.call(lambda learner: learner.accept_workers)} | joins)
         self._members = _lives(ends)
 
-    def _choose_backend(self, devices: Mapping[str, Sequence[str]]) -> Backend:
+    def _choose_backend(self, devices: Mapping[str, str]) -> Backend:
         """For these devices of each end; said whenever it is another one."""
-        backend, reason = choose_backend(self.config, device_of_ranks(devices))
+        backend, reason = choose_backend(self.config, devices)
         if backend != self._backend:
             self._backend = backend
             log.info("by %s: %s", backend, reason)

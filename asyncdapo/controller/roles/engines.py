@@ -46,7 +46,7 @@ def make_engine(config: Config, memory_fraction: float) -> Fitted:
         memory_fraction=memory_fraction,
         stop_token_ids=stop,
     )
-    return Fitted(vllm, EngineReceiver(vllm.rpc, timeout_s, vllm.paused), vllm.pids)
+    return Fitted(vllm, EngineReceiver(vllm.rpc, timeout_s), vllm.pids)
 
 
 def _stop_token_ids(model: ModelConfig) -> list[int] | None:

@@ -154,10 +154,6 @@ class LearnerProcess(ProcessBase):
 
     # ----------------------------------------------------------------------------------------------------- weights
 
-    async def devices(self) -> list[str]:
-        """The device of the one rank that the learner has in the weight group."""
-        return [await self.device()]
-
     async def host_weights(self, world_size: int, backend: Backend) -> tuple[str, Manifest]:
         """Open the store of a new process group. Returns its address, and what will be sent."""
         await self.abandon_workers()

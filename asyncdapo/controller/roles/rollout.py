@@ -119,9 +119,9 @@ class RolloutProcess(ProcessBase):
 
     # ----------------------------------------------------------------------------------------------------- weights
 
-    async def devices(self) -> list[str]:
-        """The device of each rank that this worker has in the weight group."""
-        return await self.end.devices()
+    async def device(self) -> str:
+        """The name of the device of its rank in the weight group."""
+        return await self.end.device()
 
     async def make_weights_room(self, manifest: Manifest) -> None:
         """Have memory for these tensors."""
@@ -129,11 +129,11 @@ class RolloutProcess(ProcessBase):
             await self.end.make_room(manifest)
 
     async def join_weights(
-        self, address: str, first_rank: int, world_size: int, backend: Backend, manifest: Manifest
+        self, address: str, rank: int, world_size: int, backend: Backend, manifest: Manifest
     ) -> None:
         """Join the process group in which the learner sends; leave the one before."""
         with self.waits.on("learner", "the weight group", self.config.weights.timeout_s):
-            await self.end.join(address, first_rank, world_size, backend, manifest)
+            await self.end.join(address, rank, world_size, backend, manifest)
 
     async def receive_weights(self, version: int, branch: int) -> dict[str, float]:
         """Receive while generating, then generate with the new weights from the next token on. Returns what of it took

@@ -84,12 +84,11 @@ def test_a_rank_whose_tensors_fit_and_whose_reserve_does_not_does_not_fit() -> N
     assert "doesn't fit: it has 79 and takes 80.5, of which 5.26 are the reserve" in lines_of(config, shape, 3)[0]
 
 
-def test_new_weights_are_counted_once_for_every_process_of_an_engine() -> None:
+def test_new_weights_are_counted_once_for_an_engine_of_several_processes_on_the_host() -> None:
     one, four = (
         engine_bytes(SHAPE, config_of(rollout={"engine": "vllm", "tensor_parallel": parts})) for parts in (1, 4)
     )
-    arriving = [of_one for what, of_one in four.items() if what.endswith("whole in each of 4 processes")]
-    assert arriving == [4 * one["new weights as they arrive"]]
+    assert four["new weights as they arrive, on the host"] == one["new weights as they arrive"]
 
 
 def test_of_gpus_with_more_and_with_fewer_processes_the_fuller_one_counts() -> None:

@@ -26,11 +26,9 @@ def never(command: str, nth: int) -> bool:
 class FakeProcess:
     """A process that answers as told; `fails` and `dies` decide by command and how often it was called."""
 
-    def __init__(
-        self, name: str, *, fails: Fails = never, dies: Fails = never, num_ranks: int = 1, **seconds: float
-    ) -> None:
+    def __init__(self, name: str, *, fails: Fails = never, dies: Fails = never, **seconds: float) -> None:
         """`seconds` are what parts of a worker's transfer take."""
-        self.name, self.fails, self.dies, self.num_ranks, self.calls = name, fails, dies, num_ranks, []
+        self.name, self.fails, self.dies, self.calls = name, fails, dies, []
         self.seconds = dict.fromkeys(publishing.PARTS, 0.0) | seconds
         self.life, self.up = 1, asyncio.Event()
         self.up.set()
@@ -45,7 +43,7 @@ class FakeProcess:
         if self.fails(command, nth):
             raise WeightsError(f"{self.name} lost the connection")
         answers = {
-            "devices": [f"cuda {self.name} {rank} on x" for rank in range(self.num_ranks)],
+            "device": f"cuda {self.name} on x",
             "host_weights": ("127.0.0.1:1", "manifest"),
             "send_weights": {"seconds": 0.5, "bytes": 100},
             "receive_weights": self.seconds,
@@ -82,23 +80,15 @@ def test_every_worker_joins_with_a_rank_of_its_own() -> None:
     assert joins == [("join_weights", "127.0.0.1:1", rank, 3, "nccl", "manifest") for rank in (1, 2)]
 
 
-def test_an_engine_on_several_devices_has_consecutive_ranks() -> None:
-    learner = FakeProcess("learner")
-    workers = [FakeProcess("rollout-0", num_ranks=2), FakeProcess("rollout-1"), FakeProcess("rollout-2", num_ranks=4)]
-    connected(learner, workers)
-    assert learner.calls[1] == ("host_weights", 8, "nccl")
-    assert [worker.calls[-1][2] for worker in workers] == [1, 3, 4]
-
-
-def test_what_is_wrong_with_one_device_of_an_engine_names_it() -> None:
-    worker = FakeProcess("rollout-0", num_ranks=2)
+def test_an_end_on_another_machine_is_named_where_all_have_to_be_on_one() -> None:
+    worker = FakeProcess("rollout-0")
     made = Publishing(WeightsConfig(backend="ipc"), Waits("controller"), FakeProcess("learner"), [worker])
 
-    async def devices_of_two_machines(pick: Pick, *args: Any) -> Any:
-        return ["cuda a on x", "cuda b on y"] if picked("rollout-0", pick, *args) == "devices" else None
+    async def device_elsewhere(pick: Pick, *args: Any) -> Any:
+        return "cuda b on y" if picked("rollout-0", pick, *args) == "device" else None
 
-    worker.call = devices_of_two_machines
-    with pytest.raises(ConfigError, match=r"learner is on x and rollout-0 \(GPU 2 of 2\) on y"):
+    worker.call = device_elsewhere
+    with pytest.raises(ConfigError, match="learner is on x and rollout-0 on y"):
         asyncio.run(made.begin())
 
 
@@ -125,7 +115,7 @@ def test_a_failed_transfer_is_sent_again_through_a_new_group() -> None:
     learner = FakeProcess("learner")
     worker = FakeProcess("rollout-0", fails=lambda command, nth: command == "receive_weights" and nth == 1)
     asyncio.run(connected(learner, [worker]).publish())
-    assert worker.commands() == ["devices", "make_weights_room", "join_weights", "receive_weights"] * 2
+    assert worker.commands() == ["device", "make_weights_room", "join_weights", "receive_weights"] * 2
     assert [call for call in learner.calls if call[0] == "send_weights"] == [("send_weights", 4, 0)] * 2
 
 
@@ -250,7 +240,7 @@ def test_a_send_waits_until_the_learner_has_trained_and_then_sends_what_is_new()
     assert worker.received() == [(5, 0)]
 
 
-@pytest.mark.parametrize("command", ["receive_weights", "devices", "make_weights_room", "join_weights"])
+@pytest.mark.parametrize("command", ["receive_weights", "device", "make_weights_room", "join_weights"])
 def test_a_worker_whose_engine_has_ended_is_ended_and_the_others_get_the_version(command: str) -> None:
     learner, workers = FakeProcess("learner"), [FakeProcess("rollout-0"), FakeProcess("rollout-1")]
     made = connected(learner, workers)
