@@ -47,7 +47,7 @@ from asyncdapo.learner.step.probe import Pair, response_logprobs
 from asyncdapo.learner.step.ranks import ALONE, Ranks
 from asyncdapo.learner.step.times import Times
 from asyncdapo.learner.step.updates import Update, ratio, update_metrics
-from asyncdapo.learner.storage.checkpoint import AVERAGES, STATE_FILE, check_checkpoint
+from asyncdapo.learner.storage.checkpoint import STATE_FILE, check_checkpoint
 from asyncdapo.learner.storage.host_copy import HostCopy
 from asyncdapo.learner.storage.slices import read_slices
 from asyncdapo.messages import NOBODY, Batch
@@ -181,7 +181,7 @@ class Learner:
         """This rank's part of a checkpoint, in host memory: training may continue while it is written. Every rank makes
         one after the same step."""
         copied = HostCopy(self.ranks.rank == 0, partial(self._write_others, self._own_state()))
-        for folder, shards in self._stored().items():
+        for folder, shards in {"": self.shards(), **self._averages()}.items():
             copied.add(folder, shards)
         return copied
 
@@ -196,8 +196,8 @@ class Learner:
         try:
             read_slices(self.shards(), ModelFiles(str(path)))
             self._optimizer.load_state_dict(state["optimizer"])
-            for average in AVERAGES if state["optimizer"]["num_steps"] else ():
-                read_slices(self._stored()[average], ModelFiles(str(path / average)))
+            for folder, averages in self._averages().items():
+                read_slices(averages, ModelFiles(str(path / folder)))
         except ConfigError as error:
             raise RunError(f"checkpoint {path} can't be used: {error.problem}") from error
         self.version = state["version"]
@@ -205,13 +205,14 @@ class Learner:
         if self.device.type == "cuda" and state["cuda_rng"] is not None:
             torch.cuda.set_rng_state(state["cuda_rng"], self.device)
 
-    def _stored(self) -> dict[str, dict[str, DTensor]]:
-        """What a checkpoint has of the shards, by folders: weights and averages under the weights' names; live."""
-        stored, names = {"": self.shards()}, list(self.shards())
-        for which in AVERAGES:
-            averages = self._optimizer.averages(which).items()
-            stored[which] = {names[place]: cast(DTensor, average) for place, average in averages}
-        return stored
+    def _averages(self) -> dict[str, dict[str, DTensor]]:
+        """The optimizer's, by their folders in a checkpoint, under the weights' names; live. None before the first
+        update."""
+        names = list(self.shards())
+        return {
+            which: {names[place]: cast(DTensor, average) for place, average in averages.items()}
+            for which, averages in self._optimizer.averages().items()
+        }
 
     def _check(self, batch: Batch) -> None:
         if batch.step != self.version + 1:

@@ -73,10 +73,11 @@ class Optimizer:
             "bad_places": self._bad_places,
         }
 
-    def averages(self, which: str) -> dict[int, Tensor]:
-        """`exp_avg` or `exp_avg_sq` of each parameter that was ever updated, by its place: live, sharded as the
-        parameter."""
-        return {place: states[which] for place, states in self._states().items()}
+    def averages(self) -> dict[str, dict[int, Tensor]]:
+        """`AVERAGES`, each by the places of the parameters that were ever updated: live, sharded as the parameters.
+        Empty before the first update."""
+        states = self._states()
+        return {which: {place: of_place[which] for place, of_place in states.items()} for which in AVERAGES if states}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Counts are those of the state; the averages of what was ever updated are there, for the caller to fill.

@@ -67,7 +67,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Found(NamedTuple):
-    """Where a run goes on from."""
+    """Where a run resumes from."""
 
     step: int
     path: Path | None
@@ -145,8 +145,8 @@ def remove_old_checkpoints(run_dir: Path, keep: int) -> None:
 
 
 def set_aside(run_dir: Path, after_step: int) -> list[str]:
-    """Rename what a run that goes on from `after_step` leaves behind, so that it neither counts as one of the newest
-    nor is ever gone on from. Returns the new names; one that an earlier rollback set aside makes room."""
+    """Rename what a run that resumes from `after_step` leaves behind, so that it neither counts as one of the newest
+    nor is ever resumed from. Returns the new names; one that an earlier rollback set aside makes room."""
     _remove_unfinished(run_dir / "checkpoints")
     names = []
     for step in [step for step in kept_steps(run_dir) if step > after_step]:

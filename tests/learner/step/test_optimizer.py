@@ -51,7 +51,7 @@ def test_an_update_that_is_not_finite_changes_nothing_and_is_counted(loss, gradi
     assert weight.tolist() == [1.0, 2.0]
     assert weight.grad is None
     assert (optimizer.num_updates, optimizer.num_bad) == (0, 1)
-    assert not optimizer.averages("exp_avg")
+    assert not optimizer.averages()
 
 
 def feed(weight, optimizer, losses):
