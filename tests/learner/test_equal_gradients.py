@@ -8,6 +8,8 @@ every update and the weights at the end, in float64.
 
 from __future__ import annotations
 
+from functools import partial
+
 import msgspec
 import numpy as np
 import pytest
@@ -30,6 +32,7 @@ from tests.learner.tiny import (
     make_batch,
     make_exact_learner,
     make_learner,
+    needs_compiler,
     save_tiny_llama,
     with_equal_rewards,
 )
@@ -86,21 +89,20 @@ def lengths_of(batch: Batch) -> list[int]:
     return [completion.num_tokens for group in batch.groups for completion in group.completions]
 
 
-def train(path: str, case: Case, ranks: Ranks) -> Result:
+def train(path: str, case: Case, ranks: Ranks, **config: object) -> Result:
     loss, batch, payload, max_tokens = case
-    learner = make_exact_learner(
-        path, loss=loss, ranks=ranks, tokens_per_microbatch=max_tokens, updates_per_step=NUM_UPDATES, epochs=2
-    )
+    sizes = {"tokens_per_microbatch": max_tokens, "updates_per_step": NUM_UPDATES, "epochs": 2}
+    learner = make_exact_learner(path, loss=loss, ranks=ranks, **sizes, **config)
     gradients = clipped_gradients(learner)
     metrics = train_step(learner, batch, payload)
     return gradients, torch.cat([weight.flatten() for weight in learner.weights().values()]).clone(), metrics
 
 
-def train_each(ranks: Ranks, meshes: list[int], cases: list[tuple[str, Case]]) -> list[list[Result]]:
+def train_each(ranks: Ranks, meshes: list[int], cases: list[tuple[str, Case]], **config: object) -> list[list[Result]]:
     """Of each mesh, which is a number of shards. Every block is gathered on its own."""
     sharding.GATHERED_BYTES = 0
     return [
-        [train(path, case, of_mesh) for path, case in cases]
+        [train(path, case, of_mesh, **config) for path, case in cases]
         for of_mesh in (with_shards(ranks, num_shards) for num_shards in meshes)
     ]
 
@@ -155,8 +157,11 @@ def test_every_micro_batch_size_gives_the_same_gradient(path, loss):
         assert_equal(train(path, (LOSSES[loss], batch, payload, LONGEST * num_rows), ALONE), whole)
 
 
-def assert_every_mesh_is_exact(num_ranks: int, meshes: list[int], cases: list[tuple[str, Case]]) -> None:
-    results = in_processes(num_ranks, train_each, meshes, cases)
+def assert_every_mesh_is_exact(
+    num_ranks: int, meshes: list[int], cases: list[tuple[str, Case]], **config: object
+) -> None:
+    """`config`: of the learners on the meshes, not of the one alone that they are compared with."""
+    results = in_processes(num_ranks, partial(train_each, **config), meshes, cases)
     assert not [result for result in results if isinstance(result, Exception)], results
     for number, (path, case) in enumerate(cases):
         expected = train(path, case, ALONE)
@@ -201,6 +206,16 @@ def test_every_loss_has_the_same_gradient_on_every_mesh(path, other_paths, num_r
         for num_rows in (1, 4)
     ]
     assert_every_mesh_is_exact(num_ranks, meshes, of_losses + hard_cases(path))
+
+
+@needs_compiler
+@pytest.mark.soak
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+def test_compiled_blocks_have_the_same_gradient_on_every_mesh(path, other_paths, checkpointing):
+    batch, payload = a_batch()
+    of_models = [(of_model, (LOSSES["token-mean"], batch, payload, 4 * LONGEST)) for of_model in (path, *other_paths)]
+    assert_every_mesh_is_exact(2, [1, 2], of_models, compile=True, activation_checkpointing=checkpointing)
 
 
 @pytest.mark.parametrize("loss", [name for name, loss in LOSSES.items() if loss.outlier_band])
