@@ -19,17 +19,17 @@ def write_questions(path: Path, num: int = 50) -> None:
     path.write_text("".join(json.dumps({"question": q, "answer": a}) + "\n" for q, a in pairs[:num]))
 
 
-def test_synchronous_training_ends_well_at_the_end_of_the_data_with_staleness_0(tmp_path: Path) -> None:
+def test_synchronous_training_ends_well_at_the_end_of_prepared_data_with_staleness_0(tmp_path: Path) -> None:
     write_questions(tmp_path / "questions.jsonl", num=20)
+    words = ("data", "prepare", "questions.jsonl", "--out", "data", "--template", "Q: {prompt} mod 10\n")
+    prepared = subprocess.run(command(*words), cwd=tmp_path, capture_output=True, text=True, check=True)
+    [keys] = [line.split() for line in prepared.stdout.splitlines() if "prompts.path=" in line]
     run = launch(
         tmp_path / "run",
         "run.steps=100",
         "replay.run_ahead=0",
         "replay.prompts_per_step=4",
-        "prompts.task=file",
-        f"prompts.path={tmp_path / 'questions.jsonl'}",
-        "prompts.prompt_column=question",
-        'prompts.template="Q: {prompt} mod 10\\n"',
+        *(key.replace("prompts.path=", f"prompts.path={tmp_path}/") for key in keys),
         "prompts.epochs=1",
         "filter.enabled=false",
         "eval.num_prompts=4",

@@ -65,6 +65,7 @@ def write_data(folder: Path, odd: list[str]) -> list[str]:
     ]
 
 
+@pytest.mark.soak
 def test_a_verdict_outside_0_to_1_ends_the_run_at_once(tmp_path: Path) -> None:
     verifier = f"{tmp_path / 'verifiers.py'}:plus_minus_one"
     run = launch(tmp_path / "run", *SHORT, *write_data(tmp_path, []), f"reward.verifier={verifier}")

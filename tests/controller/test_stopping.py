@@ -18,6 +18,7 @@ from tests.controller.interruptions import (
     SHORT,
     assert_nothing_lives,
     go_on,
+    interrupt,
     processes,
     survey,
     wait_for_batch,
@@ -53,7 +54,7 @@ def wait_for_line(run_dir: Path, words: str, process: subprocess.Popen[str]) -> 
 
 
 @pytest.mark.timeout(600)
-def test_stopped_during_its_start_and_by_sigterm_in_the_middle_a_run_keeps_the_step_it_finished(tmp_path: Path) -> None:
+def test_a_run_stopped_in_its_start_and_in_the_middle_and_then_killed_resumes_each_time(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     with started(run_dir, *SHORT, "run.steps=100000") as process:
         wait_for_line(run_dir, "starting processes", process)
@@ -68,6 +69,9 @@ def test_stopped_during_its_start_and_by_sigterm_in_the_middle_a_run_keeps_the_s
     assert list(run_dir.glob("wandb/offline-run-*/run-*.wandb")), "W&B was left to finish"
     assert_nothing_lives(run_dir)
     assert audit(run_dir) == []
+    killed = interrupt(run_dir, signal.SIGKILL, 0.5)
+    assert killed.checkpoint >= before.checkpoint
+    go_on(run_dir, killed, num_steps=2)
 
 
 @pytest.mark.soak

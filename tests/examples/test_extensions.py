@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from asyncdapo.config.config import find_config, load_config
 from asyncdapo.controller.checks.identity import IDENTITY_FILE
 from asyncdapo.errors import ConfigError
 from asyncdapo.metrics.jsonl import read_metrics
 from tests.controller.runs import launch, prepare
+from tests.learner.tiny import make_batch, make_learner, save_tiny_llama, train
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
@@ -98,6 +100,13 @@ def test_an_identity_of_before_extensions_still_loads(tmp_path):
     prepare(tmp_path / "run")
 
 
+def test_a_learner_trains_with_the_example_loss_and_advantage(tmp_path):
+    loss = load_config(find_config("quickstart"), list(LOSS)).loss
+    learner = make_learner(save_tiny_llama(tmp_path), loss=loss)
+    assert train(learner, *make_batch())["learner/grad_norm"] > 0
+
+
+@pytest.mark.soak  # half a minute
 def test_the_example_task_and_loss_train(tmp_path):
     run = launch(tmp_path, *LOSS, "run.steps=3")
     assert run.exit_code == 0, run.output

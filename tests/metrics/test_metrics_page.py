@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from functools import cache
 from pathlib import Path
 
 from asyncdapo.metrics.curve import PANELS
@@ -18,10 +19,12 @@ METRIC = re.compile(rf"(?:{PREFIXES})/[a-z0-9_]*[a-z0-9](?:@K)?")
 DOCUMENTED = set(re.findall(rf"^\| `({METRIC.pattern})` \|", PAGE, re.MULTILINE))
 
 
+@cache
 def trees() -> list[ast.Module]:
     return [ast.parse(path.read_text()) for path in sorted((ROOT / "asyncdapo").rglob("*.py"))]
 
 
+@cache
 def strings() -> set[str]:
     """Every string constant of the package, docstrings among them."""
     return {

@@ -61,8 +61,13 @@ def start_own(**options: Any) -> Path:
     os.environ.pop("RAY_AUTH_TOKEN", None)  # which would win
     _use({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)})
     ray_constants.ENABLE_RAY_CLUSTER = False  # a machine without clusters is what Ray keeps to loopback on
-    where = {"_temp_dir": str(home / "r")}  # not `home`, which Ray would open to everybody
-    ray.init(address="local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **where, **options)
+    own: dict[str, Any] = {
+        "include_dashboard": False,
+        "object_store_memory": OBJECT_STORE_BYTES,
+        "_temp_dir": str(home / "r"),  # not `home`, which Ray would open to everybody
+        "_system_config": {"prestart_worker_first_driver": False},  # a process for each core, of no use to actors
+    }
+    ray.init(address="local", **own, **options)
     if not ipaddress.ip_address(host := ray.util.get_node_ip_address()).is_loopback:
         raise RunError(f"Ray {ray.__version__} listens on {host}, for others too: asyncdapo knows Ray 2.52 to 2.60")
     return home

@@ -22,6 +22,7 @@ from tests.controller.runs import launch, started
 pytestmark = pytest.mark.timeout(600)
 
 
+@pytest.mark.soak
 def test_stopped_and_then_killed_a_run_resumes_each_time_and_says_when_it_is_finished(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     stopped = interrupt(run_dir, signal.SIGINT, 1.0)
