@@ -3,6 +3,7 @@ for an example: on a busy machine any example may take a second, and that is no 
 
 import os
 
+import pytest
 from hypothesis import settings
 
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -10,3 +11,10 @@ os.environ.setdefault("WANDB_MODE", "offline")
 
 settings.register_profile("asyncdapo", deadline=None)
 settings.load_profile("asyncdapo")
+
+WITH_WHOLE_RUNS = ("tests/controller/", "tests/test_api.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first: the last one that a worker is dealt is short, and the workers end together."""
+    items.sort(key=lambda item: not item.nodeid.startswith(WITH_WHOLE_RUNS))
