@@ -24,9 +24,9 @@ from asyncdapo.controller.fleet.memory import (
     engine_bytes,
     flop,
     gib,
+    host_bytes,
     learner_bytes,
     listed,
-    state_bytes,
     step_flops,
 )
 from asyncdapo.controller.fleet.placement import (
@@ -232,9 +232,8 @@ def _memory_lines(config: Config, placement: Placement) -> list[str]:
     ]
     for role, of_role in parts.items():
         lines.append(f"{words[role]}: {gib(totals[role])} ({listed(of_role)})")
-    if config.learner.offload == "optimizer":
-        of_host = state_bytes(shape, config)
-        lines.append(f"on the host for each rank: {gib(sum(of_host.values()))} ({listed(of_host)})")
+    of_host = host_bytes(shape, config)
+    lines.append(f"on the host for each rank: {gib(sum(of_host.values()))} ({listed(of_host)})")
     for roles in sorted({_roles(bundle) for bundle in placement.bundles if bundle.shares_gpu}):
         lines.append(f"{' + '.join(roles)} on one GPU: {gib(sum(totals[role] for role in roles))}")
     return lines + room_lines(config, shape, placement)

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from asyncdapo.config.config import Config
-from asyncdapo.controller.fleet.memory import GIB, GPU_GIB, gib, learner_fits, state_bytes
+from asyncdapo.controller.fleet.memory import GIB, GPU_GIB, gib, host_bytes, learner_fits
 from asyncdapo.controller.fleet.placement import Placement, learner_names, place
 from asyncdapo.errors import ConfigError
 from asyncdapo.model.shape import settled_dtype
@@ -88,12 +88,12 @@ def check_host(config: Config, placement: Placement, num_bytes: int) -> None:
     shape = config.model.files.shape
     if config.learner.offload == "none" or shape is None or not placement.on_gpus("learner"):
         return
-    each = sum(state_bytes(shape, config).values())
+    each = sum(host_bytes(shape, config).values())
     needed = config.learner.ranks * each
     if needed > num_bytes:
         problem = (
-            f"takes {gib(needed)} GiB of this host's memory ({config.learner.ranks} x {gib(each)}), which has "
-            f"{gib(num_bytes)}"
+            f"takes {gib(needed)} GiB of this host's memory ({config.learner.ranks} x {gib(each)}, with the copy of a "
+            f"checkpoint), which has {gib(num_bytes)}"
         )
         raise ConfigError("learner.offload", problem, config.learner.offload, "use none, or more learner.shards")
 

@@ -29,6 +29,8 @@ GATHERED_BYTES = 16 << 20
 """As `learner.model.sharding` has it: smaller blocks, in float32, are gathered together with all else."""
 GATHERED_BLOCKS = 2
 """One that computes, and the next one, which arrives."""
+CHECKPOINT_BYTES = 3 * FLOAT32_BYTES
+"""Of each parameter: the weight and two averages of AdamW."""
 RESERVE_BYTES = 3 << 29
 """Of a process on a GPU, whatever the model: half a GiB for CUDA and its kernels, as much for NCCL's buffers, as much
 for cuBLAS and small things. To be measured."""
@@ -69,20 +71,37 @@ def state_bytes(shape: Shape, config: Config) -> dict[str, int]:
     return {"weights": shard, "gradients": shard, "AdamW": 2 * shard, **reference}
 
 
+def host_bytes(shape: Shape, config: Config) -> dict[str, int]:
+    """Of each rank in memory of the host, wherever it computes, but for what a process takes anyway: what
+    `learner.offload` keeps there, and its part of a checkpoint, from the copy until it is written: replicas share it
+    out by whole tensors, so of a rank it is the mean."""
+    copied = math.ceil(CHECKPOINT_BYTES * shape.num_parameters / config.learner.ranks)
+    kept = state_bytes(shape, config) if config.learner.offload == "optimizer" else {}
+    return {**kept, "the copy of a checkpoint": copied}
+
+
 def _num_gathered(shape: Shape, config: Config) -> int:
     """Parameters that are whole at a rank while it computes: those outside the blocks all the time, of the blocks those
     of a few, or all that a forward pass has left for the backward pass."""
-    small = FLOAT32_BYTES * shape.num_block_parameters < GATHERED_BYTES
-    if small or not config.learner.reshard_after_forward:
+    if _are_one_group(shape) or not config.learner.reshard_after_forward:
         return shape.num_parameters
     return shape.num_root_parameters + min(GATHERED_BLOCKS, shape.num_layers) * shape.num_block_parameters
 
 
+def _are_one_group(shape: Shape) -> bool:
+    """Whether the blocks are so small that they are gathered, and their gradients summed, with all else."""
+    return FLOAT32_BYTES * shape.num_block_parameters < GATHERED_BYTES
+
+
 def _gradient_bytes(shape: Shape, config: Config, activations: int) -> int:
     """Gradients that aren't divided yet: of a block as the backward pass makes them, and of the block before it in
-    float32, as they are summed over ranks. Those outside the blocks come last, when activations are free again."""
-    size = DTYPE_BYTES[config.learner.dtype] + FLOAT32_BYTES
-    return max(size * shape.num_block_parameters, size * shape.num_root_parameters - activations)
+    float32, as they are summed over ranks; where there is one shard, PyTorch copies these once more instead. Those
+    outside the blocks, and of small blocks, come last, when activations are free again."""
+    size = DTYPE_BYTES[config.learner.dtype]
+    summed = FLOAT32_BYTES + (size if config.learner.num_shards > 1 else FLOAT32_BYTES)
+    if _are_one_group(shape):
+        return max(size * shape.num_parameters, summed * shape.num_parameters - activations)
+    return max(summed * shape.num_block_parameters, summed * shape.num_root_parameters - activations)
 
 
 def with_reserve(num_bytes: int) -> int:

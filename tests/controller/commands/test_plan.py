@@ -97,10 +97,13 @@ def test_ranks_that_are_kept_on_one_node_have_a_gpu_each() -> None:
     assert sections["weights"] == ["by nccl: every end has a GPU of its own"]
 
 
-def test_a_plan_says_what_offload_takes_of_the_host(qwen: str) -> None:
-    overrides = [qwen, "learner.ranks=2", "learner.shards=2", "learner.offload=optimizer"]
+def test_a_plan_says_what_a_checkpoint_and_offload_take_of_the_host(qwen: str) -> None:
+    overrides = [qwen, "learner.ranks=2", "learner.shards=2"]
     lines = sections_of(plan(GSM8K[1], overrides))["memory"]
-    assert "on the host for each rank: 3.68 (weights 0.92, gradients 0.92, AdamW 1.84)" in lines
+    assert "on the host for each rank: 2.76 (the copy of a checkpoint 2.76)" in lines  # 6 bytes x 494,032,768
+    lines = sections_of(plan(GSM8K[1], [*overrides, "learner.offload=optimizer"]))["memory"]
+    on_host = "weights 0.92, gradients 0.92, AdamW 1.84, the copy of a checkpoint 2.76"
+    assert f"on the host for each rank: 6.44 ({on_host})" in lines
     assert lines[1].startswith("a rank of the learner: ")
     assert "AdamW" not in lines[1]
 
@@ -139,7 +142,7 @@ def test_the_shared_gpu_has_room_for_all_by_formula(qwen: str) -> None:
     assert lines[1].startswith("a rank of the learner: ")
     assert "weights 1.84, gradients 1.84, AdamW 3.68, gathered in bfloat16 " in lines[1]
     assert "KV cache of 256 x 1,536 tokens 4.5" in lines[2]
-    together = float(lines[3].removeprefix("learner + rollout on one GPU: "))
+    together = float(lines[4].removeprefix("learner + rollout on one GPU: "))
     parts = [float(line.split(": ")[1].split(" ")[0]) for line in lines[1:3]]
     assert together == pytest.approx(sum(parts), abs=0.1)
     assert "494,032,768 parameters" in plan(GSM8K[0], [qwen])

@@ -134,12 +134,12 @@ def test_it_is_said_how_the_ranks_divide_the_weights(learner: dict[str, object],
 
 def test_offload_without_room_on_the_host_is_refused_with_the_numbers() -> None:
     config, placement = settle_placement(paper_like(ranks=4, shards=4, offload="optimizer"), [8])
-    needed = 16 * 7_615_616_512  # bytes a parameter, over all four ranks
+    needed = (16 + 12) * 7_615_616_512  # bytes a parameter, over all four ranks, and of a checkpoint
     check_host(config, placement, needed)
     with pytest.raises(ConfigError) as caught:
         check_host(config, placement, needed - 1)
     assert str(caught.value) == (
-        "learner.offload: takes 113 GiB of this host's memory (4 x 28.4), which has 113, got 'optimizer' "
-        "(use none, or more learner.shards)"
+        "learner.offload: takes 199 GiB of this host's memory (4 x 49.6, with the copy of a checkpoint), which has "
+        "199, got 'optimizer' (use none, or more learner.shards)"
     )
     check_host(*settle_placement(paper_like(ranks=4, shards=4), [8]), 0)

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from itertools import accumulate
+from pathlib import Path
 
 import pytest
+from torch.profiler import ProfilerActivity, profile
 
 from asyncdapo.config.config import Config, config_from_dict
+from asyncdapo.controller.fleet import memory
 from asyncdapo.controller.fleet.memory import (
+    CHECKPOINT_BYTES,
     CHUNK_COLUMNS,
     CHUNK_ELEMENTS,
     GATHERED_BYTES,
     GIB,
     engine_bytes,
     flop,
+    host_bytes,
     learner_bytes,
     learner_forecast,
     learner_measured,
@@ -21,7 +28,9 @@ from asyncdapo.controller.fleet.memory import (
     step_flops,
 )
 from asyncdapo.learner.model import logprobs, sharding
+from asyncdapo.model.files import ModelFiles
 from asyncdapo.model.shape import PUBLISHED, Shape, read_shape
+from tests.learner.tiny import make_batch, make_learner, save_tiny_llama, train
 
 SHAPE = Shape(
     num_layers=3,
@@ -55,6 +64,12 @@ def test_each_shard_holds_its_part_of_four_numbers_a_parameter_and_of_a_fifth_wi
     num_parameters = SHAPE.num_parameters / num_shards
     assert sum(plain.values()) == pytest.approx(16 * num_parameters, rel=1e-4)
     assert sum(with_reference.values()) == pytest.approx(20 * num_parameters, rel=1e-4)
+
+
+def test_ranks_share_out_the_copy_of_a_checkpoint_replicas_as_well() -> None:
+    for num_shards in (1, 4):
+        config = config_of(learner={"ranks": 4, "shards": num_shards})
+        assert host_bytes(SHAPE, config) == {"the copy of a checkpoint": 12 * SHAPE.num_parameters // 4}
 
 
 def test_a_learner_in_bfloat16_gathers_half_as_much_and_leaves_half_as_much_of_a_token() -> None:
@@ -93,18 +108,65 @@ def test_offload_leaves_a_gpu_what_a_step_computes_with_and_nothing_that_lasts()
 
 
 def test_gradients_outside_the_blocks_count_as_far_as_they_exceed_the_activations_that_are_gone_then() -> None:
-    wide = replace(SHAPE, vocab_size=1_000_000)
+    wide = replace(SHAPE, vocab_size=1_000_000, intermediate_size=20_000)
     config = config_of(
         learner={"tokens_per_microbatch": 1},
         rollout={"max_response_length": 1},
         prompts={"max_prompt_length": 1},
         reward={"overlong_buffer": 0},
     )
-    parts = learner_bytes(wide, config, on_gpu=False)
-    [activations] = [number for what, number in parts.items() if what.startswith("activations")]
-    assert parts["gradients on their way"] == 8 * wide.num_root_parameters - activations
-    narrow = learner_bytes(SHAPE, config_of(), on_gpu=False)
-    assert narrow["gradients on their way"] == 8 * SHAPE.num_block_parameters
+    small = replace(wide, intermediate_size=320)  # its blocks' gradients come with them
+    for shape, num_last in ((wide, wide.num_root_parameters), (small, small.num_parameters)):
+        parts = learner_bytes(shape, config, on_gpu=False)
+        [activations] = [number for what, number in parts.items() if what.startswith("activations")]
+        assert parts["gradients on their way"] == 8 * num_last - activations
+
+
+@pytest.mark.parametrize(("num_shards", "num_bytes"), [(1, 4 + 4), (2, 4 + 2)])
+def test_gradients_of_a_block_are_copied_to_be_summed_and_where_nothing_is_to_be_summed_once_more(
+    num_shards: int, num_bytes: int
+) -> None:
+    large = replace(SHAPE, intermediate_size=20_000)
+    learner = {"dtype": "bfloat16", "ranks": 2, "shards": num_shards}
+    parts = learner_bytes(large, config_of(learner=learner), on_gpu=False)
+    assert parts["gradients on their way"] == num_bytes * large.num_block_parameters
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("gathered_bytes", [0, GATHERED_BYTES], ids=["group of each block", "one group"])
+def test_what_one_shard_really_holds_at_its_peak_is_what_the_formula_says_at_most(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, gathered_bytes: int
+) -> None:
+    for module, columns in ((memory, "CHUNK_COLUMNS"), (logprobs, "COLUMNS")):  # their chunks would hide the weights
+        monkeypatch.setitem(module.CHUNK_ELEMENTS, "cpu", 1 << 10)
+        monkeypatch.setattr(module, columns, 64)
+    for module in (memory, sharding):
+        monkeypatch.setattr(module, "GATHERED_BYTES", gathered_bytes)
+    sizes = {"hidden_size": 128, "intermediate_size": 512, "vocab_size": 1024, "num_hidden_layers": 4}
+    path = save_tiny_llama(tmp_path, **sizes)
+    learner = make_learner(path, dtype=dtype, tokens_per_microbatch=24)
+    train(learner, *make_batch(1))
+    shape = ModelFiles(path).shape
+    assert shape is not None
+    held = CHECKPOINT_BYTES * shape.num_parameters + peak_bytes(lambda: train(learner, *make_batch(2)))
+    config = config_of(
+        learner={"dtype": dtype, "tokens_per_microbatch": 24},
+        rollout={"max_response_length": 16, "dtype": dtype},
+        prompts={"max_prompt_length": 8},
+        reward={"overlong_buffer": 0},
+    )
+    parts = learner_bytes(shape, config, on_gpu=False)
+    assert held <= sum(parts.values()) - parts["two buckets"] < 1.25 * held
+
+
+def peak_bytes(work: Callable[[], object]) -> int:
+    """Of all that torch allocates on the CPU while `work` lasts, at most at once."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        work()
+    assert profiled.profiler is not None
+    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
+    return max(held)
 
 
 PAPER_SIZES = {
