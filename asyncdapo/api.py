@@ -119,7 +119,8 @@ def _follow(command: list[str]) -> tuple[int, str]:
 
 @dataclass(frozen=True, eq=False)
 class Completion:
-    """One sampled response of T tokens. The arrays are aligned: element t is about `token_ids[t]`."""
+    """One sampled response, or episode of several turns, of T tokens behind the prompt. The arrays are aligned: element
+    t is about `token_ids[t]`. An episode that forked has several contexts, which stand one after the other."""
 
     group_id: int
     prompt_id: int
@@ -130,15 +131,21 @@ class Completion:
     prompt: str
     """As the model read it, with special tokens."""
     response: str
-    """As the verifier read it, without special tokens."""
+    """As the verifier read it, without special tokens; of an episode with what its environment answered."""
     token_ids: np.ndarray
     """int32 [T]."""
+    sampled: np.ndarray
+    """int64 [T]: 1 where the model sampled the token, 0 where it observed it."""
+    contexts: np.ndarray
+    """int64 [T]: number of each token's context, from 0."""
     logprobs: np.ndarray
-    """float32 [T]: log-probs under the policy that sampled them (μ), at the sampling temperature."""
+    """float32 [T]: log-probs under the policy that sampled them (μ), at the sampling temperature; 0 if observed."""
     versions: np.ndarray
-    """int64 [T]: version of the weights that sampled each token, 0 for the initial model."""
+    """int64 [T]: version of the weights that sampled each token, 0 for the initial model; -1 if observed."""
     loss_mask: np.ndarray
     """int64 [T]: 1 where the token bears loss, else 0."""
+    turns: int
+    """Responses that were sampled."""
     reward: float
     """The number that the advantage is computed from."""
     metrics: dict[str, float]
@@ -218,26 +225,31 @@ class Run:
         from asyncdapo.model.tokenizer import load_tokenizer
         from asyncdapo.replay.ledger.ledger import PAYLOAD_FOLDER
         from asyncdapo.replay.ledger.payloads import Place, read_record
+        from asyncdapo.transport.payload import expand
 
         model = self.config.model
         tokenizer = load_tokenizer(model.tokenizer_files)
         for row in rows:
             place = Place(row["segment"], row["offset"], row["bytes"])
             group, payload = read_record(self.dir / PAYLOAD_FOLDER, place)
-            prompt, end = tokenizer.spell(payload.prompt_ids.tolist()), 0
+            prompt, contexts = tokenizer.spell(payload.prompt_ids.tolist()), list(payload.of_contexts(group))
             for sample, completion in enumerate(group.completions):
-                start, end = end, end + completion.num_tokens
+                own = [context for context in contexts if context.index == sample]
+                token_ids = np.concatenate([context.own_ids for context in own])
                 yield Completion(
                     group_id=row["group_id"],
                     prompt_id=row["prompt_id"],
                     step=row["step"],
                     sample=sample,
                     prompt=prompt,
-                    response=tokenizer.decode(payload.token_ids[start:end]),
-                    token_ids=payload.token_ids[start:end],
-                    logprobs=payload.logprobs[start:end],
-                    versions=np.repeat(*np.array(completion.versions, np.int64).T),
-                    loss_mask=np.repeat(*np.array(completion.loss_mask, np.int64).T),
+                    response=tokenizer.decode(token_ids),
+                    token_ids=token_ids,
+                    sampled=np.concatenate([expand(context.header.sampled) for context in own]),
+                    contexts=np.repeat(range(len(own)), [len(context.own_ids) for context in own]),
+                    logprobs=np.concatenate([context.spread(context.logprobs_S) for context in own]),
+                    versions=np.concatenate([context.spread(expand(context.header.versions), -1) for context in own]),
+                    loss_mask=np.concatenate([context.spread(expand(context.header.loss_mask)) for context in own]),
+                    turns=completion.turns,
                     reward=completion.reward,
                     metrics=completion.metrics,
                     finish_reason=completion.finish_reason,

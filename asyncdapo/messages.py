@@ -1,34 +1,44 @@
-"""Every record on a wire or in the journal, except those of evaluations (`eval_messages`). Uses msgspec, without numpy
-and torch.
+"""Every record on a wire or in the journal, except those of batches (`shares`) and of evaluations
+(`eval_messages`). Uses msgspec, without numpy and torch.
 
 A wire message is one msgpack header frame (a tagged `Struct` below). Tokens follow as raw little-endian buffers, in
 frames of their own (`payload`). Nothing on a socket is ever pickled.
 
     prompt      one position of the seeded prompt stream; it ends exactly once
-    completion  one sampled response
+    completion  one sampled attempt at a prompt: a response, or an episode of several turns
+    turn        one sampled response of an episode
+    context     what the model has read and written in a completion, token by token; an episode has one, or several
+                where it forked
+    observed    tokens that the environment gave; the model reads them, and they bear no loss
     group       the `group_size` scored completions of one prompt: the unit of transport, filter, queue and loss
     lease       permission to generate one prompt's group; `lease_id` is never reused
     version     number of the train step whose weights these are; 0 is the initial model
     branch      grows at every rollback, so that records from before the rollback are recognised
 
 Every sampled token has a version. `versions` are run lengths `[(version, num_tokens), …]`, since new weights may be
-loaded in the middle of a response. `loss_mask` are run lengths `[(0 or 1, num_tokens), …]`, all ones for a single turn.
+loaded in the middle of a response. `loss_mask` are run lengths `[(0 or 1, num_tokens), …]` of the sampled tokens alone:
+an observed token can't bear loss.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal, dataclass_transform
 
 from msgspec import Struct, field
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 """Raised when a record changes its meaning. A peer with another version is refused at `Hello`."""
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "turns", "time"]
+"""Of a completion. `length`: a limit on tokens cut it off. Of an episode alone: `turns`, it had as many as it may have;
+`time`, a step of its environment took too long."""
 Phase = Literal["waiting", "sampling", "sampled"]
 """Of a lease at its worker. `waiting`: none of its samples has a slot. `sampling`: some have. `sampled`: all tokens are
 there, and it is being scored or waits for its acknowledgement."""
 Runs = list[tuple[int, int]]
+NO_CHECKSUM = -1
+"""In `Context.checksums`: of a record from before they were taken."""
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(field,))  # a subclass is frozen without saying so
@@ -50,13 +60,53 @@ class Prompt(Struct, frozen=True, kw_only=True):
     answer: str
 
 
-class Completion(Struct, frozen=True, kw_only=True):
-    """One sampled and scored response; its tokens and rollout log-probs are in the group's payload."""
+class Context(Struct, frozen=True, kw_only=True, array_like=True, forbid_unknown_fields=True):
+    """What the model has read and written, token by token; the last token is sampled. The tokens, and the rollout
+    log-probs of the sampled ones, are in the group's payload."""
 
-    num_tokens: int
-    finish_reason: FinishReason
+    rooted: bool = True
+    """Whether its tokens stand behind the group's prompt. If not, it begins elsewhere: with observed tokens."""
+    sampled: Runs
+    """`[(1, num_tokens), …]` of sampled tokens, `[(0, num_tokens), …]` of observed ones. What a context shares with an
+    earlier one of its completion counts as observed, so that a token is sampled, and may bear loss, only once."""
     versions: Runs
+    """Of the sampled tokens."""
     loss_mask: Runs
+    """Of the sampled tokens."""
+    checksums: Runs
+    """Of the sampled tokens, one run `(crc, num_tokens)` for each turn. The checksum (`payload.checksum`) is of all
+    that the engine had read and sampled when the turn ended, so it shows behind which tokens the turn was sampled."""
+
+    @staticmethod
+    def of_turn(versions: Runs, loss_mask: Runs, crc: int) -> Context:
+        """A single turn behind the group's prompt."""
+        num_tokens = sum(count for _, count in versions)
+        return Context(sampled=[(1, num_tokens)], versions=versions, loss_mask=loss_mask, checksums=[(crc, num_tokens)])
+
+    @property
+    def num_tokens(self) -> int:
+        """Sampled and observed."""
+        return sum(count for _, count in self.sampled)
+
+    @property
+    def num_sampled_tokens(self) -> int:
+        return _num_set(self.sampled)
+
+    @property
+    def num_loss_tokens(self) -> int:
+        """Tokens that bear loss."""
+        return _num_set(self.loss_mask)
+
+
+def _num_set(mask: Runs) -> int:
+    return sum(count for value, count in mask if value)
+
+
+class Completion(Struct, frozen=True, kw_only=True):
+    """One sampled and scored response, or episode of several turns."""
+
+    contexts: list[Context]
+    finish_reason: FinishReason
     reward: float
     """Final sequence reward (verdict → scale → shaping). The advantage is computed from it."""
     metrics: dict[str, float]
@@ -64,9 +114,24 @@ class Completion(Struct, frozen=True, kw_only=True):
     may add others."""
 
     @property
+    def turns(self) -> int:
+        """Sampled responses in it."""
+        return sum(len(context.checksums) for context in self.contexts)
+
+    @property
+    def num_tokens(self) -> int:
+        """Sampled and observed tokens of all contexts."""
+        return sum(context.num_tokens for context in self.contexts)
+
+    @property
+    def num_sampled_tokens(self) -> int:
+        """Sampled tokens of all contexts."""
+        return sum(context.num_sampled_tokens for context in self.contexts)
+
+    @property
     def num_loss_tokens(self) -> int:
         """Tokens that bear loss."""
-        return sum(count for value, count in self.loss_mask if value)
+        return sum(context.num_loss_tokens for context in self.contexts)
 
 
 class Score(Struct, frozen=True, kw_only=True):
@@ -99,13 +164,18 @@ class Group(Struct, frozen=True, kw_only=True):
 
     @property
     def num_tokens(self) -> int:
-        """Sampled tokens of all completions."""
+        """Sampled and observed tokens of all completions."""
         return sum(completion.num_tokens for completion in self.completions)
 
     @property
+    def num_sampled_tokens(self) -> int:
+        """Sampled tokens of all completions."""
+        return sum(completion.num_sampled_tokens for completion in self.completions)
+
+    @property
     def min_version(self) -> int:
-        """Lowest version over all sampled tokens. Staleness is measured from it."""
-        return min(version for completion in self.completions for version, _ in completion.versions)
+        """Lowest version over all sampled tokens of all contexts. Staleness is measured from it."""
+        return min(self._versions)
 
     def staleness(self, step: int) -> int:
         """Train steps between the weights of its oldest token and those that train on it in batch `step`."""
@@ -113,7 +183,13 @@ class Group(Struct, frozen=True, kw_only=True):
 
     @property
     def max_version(self) -> int:
-        return max(version for completion in self.completions for version, _ in completion.versions)
+        """Highest version over the same tokens."""
+        return max(self._versions)
+
+    @property
+    def _versions(self) -> Iterator[int]:
+        contexts = (context for completion in self.completions for context in completion.contexts)
+        return (version for context in contexts for version, _ in context.versions)
 
     @property
     def num_loss_tokens(self) -> int:
@@ -247,55 +323,3 @@ class Withdraw(Message):
     """replay -> rollout. These leases are over. Stop generating them, and send nothing for them."""
 
     lease_ids: list[int]
-
-
-# ------------------------------------------------------------------------------------------------- replay <-> learner
-
-
-NOBODY = -1
-"""In a `Deal`: at no update, at no rank."""
-
-
-class CutWanted(Message):
-    """learner -> replay. One rank asks for its share of batch `step`. A repeated request gets the same batch."""
-
-    step: int
-    rank: int = 0
-
-
-class Deal(Struct, frozen=True, kw_only=True, array_like=True, forbid_unknown_fields=True):
-    """Who trains on what of a batch (`shares`)."""
-
-    updates: list[int]
-    """Optimizer update of each group, from 0; NOBODY for a group without a loss-bearing token."""
-    ranks: list[int]
-    """Rank of each completion, group after group; NOBODY for one that bears no loss."""
-
-    @property
-    def num_updates(self) -> int:
-        return max(self.updates, default=NOBODY) + 1
-
-
-class Batch(Message):
-    """replay -> learner: batch `step`, immutable, with the frames of one `Payload` over the rank's share
-    (`shares.share_of`) in order. All but the frames is the same for every rank.
-
-    Sorted by `prompt_id`. `Group.staleness(step)` of each group is at most `max_staleness`.
-    """
-
-    step: int
-    branch: int
-    max_staleness: int
-    groups: list[Group]
-    deal: Deal
-    copies: list[int] = []
-    """Extra copies of each group in the batch (`filter.mode: replace`); empty if there are none."""
-
-
-class NoBatch(Message):
-    """replay -> learner. The data is used up: there is no batch `step`, and the run ends successfully."""
-
-    step: int
-    reason: str
-    unreadable: bool = False
-    """Batch `step` was cut, but its payloads are damaged: the run has to roll back to its checkpoint."""

@@ -1,9 +1,11 @@
-"""Who trains on what: the groups of a batch are dealt to optimizer updates, their completions to the learner's ranks.
+"""Batches between the replay server and the learner, and who trains on what of them: groups are dealt to optimizer
+updates, their completions to the learner's ranks, each with all of its contexts.
 
-In: the headers of a batch. Out: a `Deal`, and by it the share of a rank. The replay server deals a batch once, and
-every rank receives the whole deal. Invariants: every loss-bearing completion is at exactly one rank, every other one is
-at none; the same headers give the same deal; which groups an update holds depends neither on the number of ranks nor on
-the model. Does not own: micro-batches, which a rank makes of its share; denominators, which are made of all headers.
+The rules of `messages` hold for the records here. In: the headers of a batch. Out: a `Deal`, and by it the share of a
+rank. The replay server deals a batch once, and every rank receives the whole deal. Invariants: every loss-bearing
+completion is at exactly one rank, every other one is at none; the same headers give the same deal; which groups an
+update holds depends neither on the number of ranks nor on the model. Does not own: micro-batches, which a rank makes of
+its share; denominators, which are made of all headers.
 """
 
 from __future__ import annotations
@@ -12,9 +14,62 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
+from msgspec import Struct
 from msgspec.structs import replace
 
-from asyncdapo.messages import NOBODY, Batch, Deal, Group
+from asyncdapo.messages import Context, Group, Message
+
+NOBODY = -1
+"""In a `Deal`: at no update, at no rank."""
+
+
+class CutWanted(Message):
+    """learner -> replay. One rank asks for its share of batch `step`. A repeated request gets the same batch."""
+
+    step: int
+    rank: int = 0
+
+
+class Deal(Struct, frozen=True, kw_only=True, array_like=True, forbid_unknown_fields=True):
+    """Who trains on what of a batch."""
+
+    updates: list[int]
+    """Optimizer update of each group, from 0; NOBODY for a group without a loss-bearing token."""
+    ranks: list[int]
+    """Rank of each completion, group after group; NOBODY for one that bears no loss."""
+
+    @property
+    def num_updates(self) -> int:
+        return max(self.updates, default=NOBODY) + 1
+
+
+class Batch(Message):
+    """replay -> learner: batch `step`, immutable, with the frames of one `Payload` over the rank's share
+    (`share_of`) in order. All but the frames is the same for every rank.
+
+    Sorted by `prompt_id`. `Group.staleness(step)` of each group is at most `max_staleness`.
+    """
+
+    step: int
+    branch: int
+    max_staleness: int
+    groups: list[Group]
+    """As the learner needs them: without metrics and checksums."""
+    deal: Deal
+    copies: list[int] = []
+    """Extra copies of each group in the batch (`filter.mode: replace`); empty if there are none."""
+
+
+class NoBatch(Message):
+    """replay -> learner. The data is used up: there is no batch `step`, and the run ends successfully."""
+
+    step: int
+    reason: str
+    unreadable: bool = False
+    """Batch `step` was cut, but its payloads are damaged: the run has to roll back to its checkpoint."""
+
+
+# Who trains on what.
 
 STEP = 1.005
 """The limit on the work of a rank grows by this factor until the ranks have room for an update."""
@@ -48,16 +103,20 @@ class Dealer:
         return Deal(updates=updates, ranks=[rank for of_group in ranks for rank in of_group])
 
     def _load(self, group: Group) -> _Load:
-        """The work of its loss-bearing completions. A response attends to its prompt and to itself."""
+        """The work of its loss-bearing completions. A context attends to itself, and to its prompt if it is rooted."""
         num_prompt = group.num_prompt_tokens
         work = [
-            (one.num_tokens * (1 + self.pair_cost * (num_prompt + one.num_tokens / 2)), index)
+            (sum(self._work(context, num_prompt) for context in one.contexts), index)
             for index, one in enumerate(group.completions)
             if one.num_loss_tokens
         ]
         return _Load(
             num_prompt * (1 + self.pair_cost * num_prompt / 2), sorted(work, key=lambda one: (-one[0], one[1]))
         )
+
+    def _work(self, context: Context, num_prompt: int) -> float:
+        num_tokens = context.num_tokens
+        return num_tokens * (1 + self.pair_cost * (num_prompt * context.rooted + num_tokens / 2))
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from asyncdapo.messages import Completion, Group, Prompt
+from asyncdapo.messages import NO_CHECKSUM, Completion, Context, Group, Prompt
 from asyncdapo.replay.core import events as core
 from asyncdapo.replay.ledger.journal import Journal
 from asyncdapo.transport.payload import Payload
@@ -31,10 +31,8 @@ FSYNC = os.fsync
 def make_group(lease_id: int, num_tokens: int) -> tuple[Group, Payload]:
     each = num_tokens // GROUP_SIZE
     completion = Completion(
-        num_tokens=each,
+        contexts=[Context.of_turn([(0, each)], [(1, each)], NO_CHECKSUM)],
         finish_reason="stop",
-        versions=[(0, each)],
-        loss_mask=[(1, each)],
         reward=1.0,
         metrics={"acc": 1.0},
     )

@@ -19,11 +19,11 @@ from pathlib import Path
 import numpy as np
 
 from asyncdapo import Run, load_config
-from asyncdapo.messages import Batch, Completion, Group
+from asyncdapo.messages import NO_CHECKSUM, Completion, Context, Group
 from asyncdapo.model.shape import PUBLISHED, Shape, read_shape
 from asyncdapo.replay.ledger.ledger import PAYLOAD_FOLDER
 from asyncdapo.replay.ledger.payloads import Place, read_record
-from asyncdapo.shares import Dealer, share_of
+from asyncdapo.shares import Batch, Dealer, share_of
 
 NUM_GROUPS, GROUP_SIZE = 32, 16
 MEDIAN, LONGEST, SIGMA = 4_000, 20_000, 1.0
@@ -40,10 +40,8 @@ def drawn(seed: int) -> list[Group]:
 def group(number: int, num_prompt_tokens: int, lengths: Sequence[int]) -> Group:
     completions = [
         Completion(
-            num_tokens=length,
+            contexts=[Context.of_turn([(0, length)], [(1, length)], NO_CHECKSUM)],
             finish_reason="stop",
-            versions=[(0, length)],
-            loss_mask=[(1, length)],
             reward=0.0,
             metrics={},
         )

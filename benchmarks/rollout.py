@@ -25,7 +25,7 @@ from pathlib import Path
 from asyncdapo.config.config import Config, find_config, load_config
 from asyncdapo.controller.roles.engines import make_engine
 from asyncdapo.learner.batches.feed import BatchFeed
-from asyncdapo.messages import Batch, Prompt
+from asyncdapo.messages import Prompt
 from asyncdapo.model.tokenizer import load_tokenizer
 from asyncdapo.prompts.registry import open_task
 from asyncdapo.prompts.stream import PromptStream
@@ -37,6 +37,7 @@ from asyncdapo.reward.pool import ScorerPool
 from asyncdapo.reward.scorer import Scorer
 from asyncdapo.rollout.engine import Engine
 from asyncdapo.rollout.worker import RolloutWorker
+from asyncdapo.shares import Batch
 
 OVERRIDES = (
     "rollout.engine=vllm",

@@ -211,7 +211,7 @@ def test_completions_are_what_the_payloads_hold(run: asyncdapo.Run) -> None:
     for completion, header in zip(mine, group.completions, strict=True):
         arrays = (completion.token_ids, completion.logprobs, completion.versions, completion.loss_mask)
         assert {len(array) for array in arrays} == {header.num_tokens}
-        assert set(completion.versions) == {version for version, _ in header.versions}
+        assert set(completion.versions) == {version for version, _ in header.contexts[0].versions}
         assert (completion.reward, completion.metrics) == (header.reward, header.metrics)
         assert completion.prompt
         assert completion.response

@@ -6,9 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from asyncdapo.messages import NOBODY
 from asyncdapo.model.shape import PUBLISHED, read_shape
-from asyncdapo.shares import Dealer, share_of
+from asyncdapo.shares import NOBODY, Dealer, share_of
 from tests.learner.tiny import batch_of, make_group
 
 QWEN_7B = read_shape(PUBLISHED["Qwen/Qwen2.5-7B"])

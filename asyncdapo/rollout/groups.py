@@ -11,9 +11,9 @@ import numpy as np
 
 from asyncdapo.errors import RewardError
 from asyncdapo.eval_messages import EvalAnswer
-from asyncdapo.messages import Completion, FinishReason, Group, Lease, Prompt, Runs, Score
+from asyncdapo.messages import Completion, Context, FinishReason, Group, Lease, Prompt, Runs, Score
 from asyncdapo.rollout.engine import Sample
-from asyncdapo.transport.payload import LOGPROB_DTYPE, TOKEN_DTYPE, Payload
+from asyncdapo.transport.payload import LOGPROB_DTYPE, TOKEN_DTYPE, Payload, checksum
 
 MAX_FAILURE = 500
 """Characters kept of a reward function's error: a header has to hold those of many answers."""
@@ -28,14 +28,12 @@ def build_group(
     *,
     overlong_filter: bool = False,
 ) -> tuple[Group, Payload]:
-    """The scored group of a lease and its token buffers. Every sampled token bears loss (a single turn), except those
-    of a completion that overlong filtering leaves out."""
+    """The scored group of a lease and its token buffers. Every sampled token bears loss, except those of a completion
+    that overlong filtering leaves out."""
     completions = [
         Completion(
-            num_tokens=len(sample.token_ids),
+            contexts=[_context(lease.prompt, sample, overlong_filter)],
             finish_reason=sample.finish_reason,
-            versions=sample.versions,
-            loss_mask=loss_mask(len(sample.token_ids), sample.finish_reason, overlong_filter),
             reward=score.reward,
             metrics=score.metrics,
         )
@@ -57,6 +55,11 @@ def build_group(
         np.concatenate([sample.logprobs for sample in samples], dtype=LOGPROB_DTYPE),
     )
     return group, payload
+
+
+def _context(prompt: Prompt, sample: Sample, overlong_filter: bool) -> Context:
+    bears_loss = loss_mask(len(sample.token_ids), sample.finish_reason, overlong_filter)
+    return Context.of_turn(sample.versions, bears_loss, checksum([*prompt.token_ids, *sample.token_ids]))
 
 
 def loss_mask(num_tokens: int, finish_reason: FinishReason, overlong_filter: bool) -> Runs:

@@ -6,18 +6,24 @@ Does not own: what the frames mean. Their header says that (`messages`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate, islice, pairwise
+from zlib import crc32
 
 import numpy as np
 from msgspec.structs import replace
 
 from asyncdapo.eval_messages import EvalAnswer, EvalDone
-from asyncdapo.messages import Group
+from asyncdapo.messages import Context, Group, Runs
 
 TOKEN_DTYPE = np.dtype("<i4")
 LOGPROB_DTYPE = np.dtype("<f4")
+
+
+def checksum(token_ids: np.ndarray | Sequence[int]) -> int:
+    """CRC-32 of tokens, as a payload holds them. Of a turn: what the engine read, and then what it sampled."""
+    return crc32(np.ascontiguousarray(token_ids, TOKEN_DTYPE).tobytes())
 
 
 @dataclass(frozen=True)
@@ -25,8 +31,8 @@ class Payload:
     """Token buffers of one group, or of several joined in order.
 
     prompt_ids  int32 [sum of num_prompt_tokens]
-    token_ids   int32 [sum of num_tokens], completion after completion
-    logprobs    float32 [sum of num_tokens], rollout_logprobs (μ) at the sampling temperature
+    token_ids   int32 [sum of num_tokens], completion after completion, context after context
+    logprobs    float32 [sum of num_sampled_tokens], rollout_logprobs (μ) at the sampling temperature
     """
 
     prompt_ids: np.ndarray
@@ -51,12 +57,14 @@ class Payload:
         groups = list(groups)
         num_prompt = sum(group.num_prompt_tokens for group in groups)
         num_tokens = sum(group.num_tokens for group in groups)
+        num_sampled = sum(group.num_sampled_tokens for group in groups)
         if len(frames) != 3:
             raise ValueError(f"a payload has 3 frames, got {len(frames)}")
         sizes = tuple(memoryview(frame).nbytes for frame in frames)
-        if sizes != (4 * num_prompt, 4 * num_tokens, 4 * num_tokens):
+        if sizes != (4 * num_prompt, 4 * num_tokens, 4 * num_sampled):
             raise ValueError(
-                f"payload frames of {sizes} bytes don't hold {num_prompt} prompt and {num_tokens} sampled tokens"
+                f"payload frames of {sizes} bytes don't hold {num_prompt} prompt tokens, {num_tokens} others and "
+                f"{num_sampled} sampled ones"
             )
         return Payload(
             np.frombuffer(frames[0], TOKEN_DTYPE),
@@ -66,10 +74,23 @@ class Payload:
 
     def of_completions(self, group: Group, indices: Sequence[int]) -> Payload:
         """The prompt of `group`, whose payload this is, and the tokens of these completions in this order."""
-        ends = list(accumulate((completion.num_tokens for completion in group.completions), initial=0))
-        kept = [slice(ends[index], ends[index + 1]) for index in indices]
-        cut = [np.concatenate([column[part] for part in kept]) for column in (self.token_ids, self.logprobs)]
-        return Payload(self.prompt_ids, *cut)
+        tokens = _slices(completion.num_tokens for completion in group.completions)
+        sampled = _slices(completion.num_sampled_tokens for completion in group.completions)
+        return Payload(
+            self.prompt_ids,
+            np.concatenate([self.token_ids[tokens[index]] for index in indices]),
+            np.concatenate([self.logprobs[sampled[index]] for index in indices]),
+        )
+
+    def of_contexts(self, group: Group) -> Iterator[ContextTokens]:
+        """The contexts of `group`, whose payload this is, in order. Views."""
+        contexts = [one for completion in group.completions for one in completion.contexts]
+        tokens = _slices(context.num_tokens for context in contexts)
+        sampled = _slices(context.num_sampled_tokens for context in contexts)
+        pieces = zip(contexts, tokens, sampled, strict=True)
+        for index, completion in enumerate(group.completions):
+            for number, (context, own, its) in enumerate(islice(pieces, len(completion.contexts))):
+                yield ContextTokens(index, number, context, self.prompt_ids, self.token_ids[own], self.logprobs[its])
 
     @staticmethod
     def join(payloads: Sequence[Payload]) -> Payload:
@@ -81,18 +102,61 @@ class Payload:
 
     def split(self, groups: Iterable[Group]) -> list[Payload]:
         """One payload per group, views on the joined buffers."""
-        parts, prompt_at, token_at = [], 0, 0
-        for group in groups:
-            prompt_end, token_end = prompt_at + group.num_prompt_tokens, token_at + group.num_tokens
-            parts.append(
-                Payload(
-                    self.prompt_ids[prompt_at:prompt_end],
-                    self.token_ids[token_at:token_end],
-                    self.logprobs[token_at:token_end],
-                )
-            )
-            prompt_at, token_at = prompt_end, token_end
-        return parts
+        groups = list(groups)
+        prompts = _slices(group.num_prompt_tokens for group in groups)
+        tokens = _slices(group.num_tokens for group in groups)
+        sampled = _slices(group.num_sampled_tokens for group in groups)
+        return [
+            Payload(self.prompt_ids[prompt], self.token_ids[own], self.logprobs[its])
+            for prompt, own, its in zip(prompts, tokens, sampled, strict=True)
+        ]
+
+
+@dataclass(frozen=True)
+class ContextTokens:
+    """One context with its buffers: P prompt tokens, S sampled ones."""
+
+    index: int
+    """Of its completion in the group."""
+    number: int
+    """Of the context in its completion."""
+    header: Context
+    group_prompt_ids: np.ndarray
+    own_ids: np.ndarray
+    """int32: all that `header.sampled` counts."""
+    logprobs_S: np.ndarray
+
+    @property
+    def prompt_ids(self) -> np.ndarray:
+        """int32 [P]: the group's prompt, or what a context that isn't rooted begins with."""
+        return self.group_prompt_ids if self.header.rooted else self.own_ids[: self.response.start]
+
+    @property
+    def response(self) -> slice:
+        """Of its own tokens, those behind its prompt."""
+        return slice(0 if self.header.rooted else self.header.sampled[0][1], None)
+
+    def spread(self, values_S: np.ndarray, observed: int = 0) -> np.ndarray:
+        """Numbers of the sampled tokens at their places among its own; `observed` at those of the observed ones."""
+        values = np.full(len(self.own_ids), observed, values_S.dtype)
+        values[self.is_sampled] = values_S
+        return values
+
+    @property
+    def is_sampled(self) -> np.ndarray:
+        """bool, of each of its own tokens."""
+        return expand(self.header.sampled) == 1
+
+
+def expand(runs: Runs) -> np.ndarray:
+    """int64 [number of tokens] from run lengths `[(value, num_tokens), …]`."""
+    values, counts = zip(*runs, strict=True)
+    return np.repeat(np.array(values, np.int64), counts)
+
+
+def _slices(lengths: Iterable[int]) -> list[slice]:
+    """Where pieces of these lengths stand one after the other."""
+    return [slice(begin, end) for begin, end in pairwise(accumulate(lengths, initial=0))]
 
 
 def pack_answers(request_id: int, answers: Sequence[EvalAnswer]) -> tuple[EvalDone, list[bytes]]:

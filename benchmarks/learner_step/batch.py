@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from asyncdapo.messages import Batch, Completion, Group
-from asyncdapo.shares import Dealer
+from asyncdapo.messages import NO_CHECKSUM, Completion, Context, Group
+from asyncdapo.shares import Batch, Dealer
 from asyncdapo.transport.payload import Payload
 from benchmarks.learner_step.lengths import GroupLengths
 
@@ -89,10 +89,8 @@ def messages_of(file: BatchFile) -> tuple[Batch, Payload]:
         ours = slice(place * file.group_size, (place + 1) * file.group_size)
         completions = [
             Completion(
-                num_tokens=num_tokens,
+                contexts=[Context.of_turn([(0, num_tokens)], [(1, num_tokens)], NO_CHECKSUM)],
                 finish_reason="stop",
-                versions=[(0, num_tokens)],
-                loss_mask=[(1, num_tokens)],
                 reward=reward,
                 metrics={},
             )

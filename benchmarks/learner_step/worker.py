@@ -136,7 +136,7 @@ def our_gradient(spec: dict, file: BatchFile) -> list[torch.Tensor]:
 def _unshared(prepared: Prepared) -> Prepared:
     """Every row a group of its own behind its advantage, so that each response has its prompt computed. No key does
     this, since sharing always pays: it is for the table that shows it."""
-    return replace(prepared, rows=[[replace(row, group=row.index) for row in rows] for rows in prepared.rows])
+    return replace(prepared, rows=[[replace(row, prompt=row.index) for row in rows] for rows in prepared.rows])
 
 
 def _padded(spec: dict, file: BatchFile) -> PaddedStep:

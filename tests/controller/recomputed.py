@@ -51,14 +51,9 @@ def spanning_completions(run_dir: Path, last_version: int, num: int) -> list[tup
     found = []
     for (group_id,) in rows:
         group, payload = read_group(run_dir, group_id)
-        at = 0
-        for completion in group.completions:
-            end = at + completion.num_tokens
-            if len(completion.versions) > 1:
-                found.append(
-                    (payload.prompt_ids, payload.token_ids[at:end], payload.logprobs[at:end], completion.versions)
-                )
-            at = end
+        for one in payload.of_contexts(group):
+            if len(one.header.versions) > 1:
+                found.append((one.prompt_ids, one.own_ids, one.logprobs_S, one.header.versions))
     return sorted(found, key=lambda completion: -len(completion[1]))[:num]
 
 

@@ -20,8 +20,7 @@ from asyncdapo.learner.config import AGGREGATIONS, LossConfig
 from asyncdapo.learner.model import sharding
 from asyncdapo.learner.model.attention import NAME
 from asyncdapo.learner.step.ranks import ALONE, Ranks
-from asyncdapo.messages import Batch
-from asyncdapo.shares import Dealer, share_of
+from asyncdapo.shares import Batch, Dealer, share_of
 from asyncdapo.transport.payload import Payload
 from tests.learner.ranks import in_processes, with_shards
 from tests.learner.tiny import (

@@ -45,7 +45,7 @@ def rows_of(num_groups: int, num_tokens: int) -> list[Row]:
     """One token in four bears loss, which is enough to see and quicker."""
     places = np.arange(num_tokens, dtype=np.int32)
     columns = {"token_ids": places % SMALL, "loss_mask": places % 4 == 0}
-    return [replace(make_row(1, num_tokens, group=group), **columns) for group in range(num_groups)]
+    return [replace(make_row(1, num_tokens, prompt=group), **columns) for group in range(num_groups)]
 
 
 @pytest.mark.timeout(300)

@@ -11,7 +11,7 @@ import torch
 from asyncdapo.algorithm.variants import ADVANTAGES
 from asyncdapo.learner.batches.samples import rows_by_update
 from asyncdapo.learner.config import LossConfig
-from asyncdapo.messages import Batch
+from asyncdapo.shares import Batch
 from asyncdapo.transport.payload import Payload
 from tests.learner.tiny import (
     clipped_gradients,

@@ -21,9 +21,9 @@ from asyncdapo.learner.model.sharding import gather, named_shards, shard
 from asyncdapo.learner.step.learner import Learner
 from asyncdapo.learner.step.ranks import ALONE, Ranks
 from asyncdapo.learner.storage.checkpoint import begin_checkpoint, commit_checkpoint, remove_old_checkpoints
-from asyncdapo.messages import Batch, Completion, Group
+from asyncdapo.messages import NO_CHECKSUM, Completion, Context, Group
 from asyncdapo.model.config import ModelConfig
-from asyncdapo.shares import Dealer, share_of
+from asyncdapo.shares import Batch, Dealer, share_of
 from asyncdapo.transport.payload import Payload
 
 VOCAB_SIZE = 29
@@ -158,10 +158,8 @@ def make_group(
     loss_masks = loss_masks or [[(1, length)] for length in lengths]
     completions = [
         Completion(
-            num_tokens=length,
+            contexts=[Context.of_turn([(version, length)], loss_mask, NO_CHECKSUM)],
             finish_reason="stop",
-            versions=[(version, length)],
-            loss_mask=loss_mask,
             reward=reward,
             metrics={},
         )
@@ -199,11 +197,11 @@ def save(learner: Learner, run_dir: Path, step: int, branch: int = 0) -> Path:
     return path
 
 
-def make_row(num_prompt_tokens: int, num_tokens: int, advantage: float = 1.0, *, group: int = 0, **columns) -> Row:
+def make_row(num_prompt_tokens: int, num_tokens: int, advantage: float = 1.0, *, prompt: int = 0, **columns) -> Row:
     """Tokens are numbered within prompt and response."""
     return Row(
         index=0,
-        group=group,
+        prompt=prompt,
         prompt_ids=np.arange(num_prompt_tokens, dtype=np.int32),
         token_ids=np.arange(num_tokens, dtype=np.int32),
         rollout_logprobs=-np.ones(num_tokens, dtype=np.float32),

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from asyncdapo.messages import Completion, Group, Prompt
+from asyncdapo.messages import NO_CHECKSUM, Completion, Context, Group, Prompt
 from asyncdapo.replay.core import events as core
 from asyncdapo.replay.core.state import ReplayState
 from asyncdapo.replay.ledger.invariants import INVARIANTS
@@ -75,10 +75,8 @@ class Restarts(Simulation):
     def _arrived(self, event: core.GroupArrived) -> tuple[Group, Payload]:
         branch, grant = self.branch_of[event.lease_id]
         completion = Completion(
-            num_tokens=2,
+            contexts=[Context.of_turn([(event.min_version, 1), (event.max_version, 1)], [(1, 2)], NO_CHECKSUM)],
             finish_reason="stop",
-            versions=[(event.min_version, 1), (event.max_version, 1)],
-            loss_mask=[(1, 2)],
             reward=1.0,
             metrics={},
         )

@@ -9,13 +9,10 @@ from asyncdapo.messages import (
     SCHEMA_VERSION,
     Ack,
     Ask,
-    Batch,
-    CutWanted,
     GroupDone,
     Heartbeat,
     Hello,
     Lease,
-    NoBatch,
     Progress,
     Reject,
     Sampling,
@@ -28,6 +25,7 @@ from asyncdapo.replay.ledger.journal import Journal
 from asyncdapo.replay.ledger.ledger import open_ledger
 from asyncdapo.replay.server.server import ReplayServer
 from asyncdapo.replay.server.settings import ServerSettings
+from asyncdapo.shares import Batch, CutWanted, NoBatch
 from asyncdapo.transport.payload import pack_answers
 from asyncdapo.transport.sockets import Client
 from tests.replay.small_run import GROUP_SIZE, make_group, prompt_at

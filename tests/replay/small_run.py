@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from asyncdapo.messages import Completion, CutWanted, Group, Hello, Lease, Prompt
+from asyncdapo.messages import Completion, Context, Group, Hello, Lease, Prompt
 from asyncdapo.replay.config import FilterConfig, ReplayConfig
 from asyncdapo.replay.core import events as core
 from asyncdapo.replay.core.recovery import Recovered
@@ -22,7 +22,8 @@ from asyncdapo.replay.server.dispatch import Dispatch
 from asyncdapo.replay.server.sessions import Sessions
 from asyncdapo.replay.server.settings import ServerSettings
 from asyncdapo.replay.server.validate import arrival
-from asyncdapo.transport.payload import Payload
+from asyncdapo.shares import CutWanted
+from asyncdapo.transport.payload import Payload, checksum
 
 GROUP_SIZE = 2
 CONFIG = """
@@ -50,12 +51,16 @@ def make_group(
     """A sound answer to a lease: each completion has these versions, its reward is ±1. `loss`: whether its tokens bear
     any. `own`: further metrics, a number for each completion."""
     num_tokens = sum(count for _, count in versions)
+    total = num_tokens * len(accs)
+    token_ids = np.arange(total, dtype=np.int32) + lease.lease_id % 1000
+
+    def crc(index: int) -> int:
+        return checksum([*lease.prompt.token_ids, *token_ids[index * num_tokens :][:num_tokens]])
+
     completions = [
         Completion(
-            num_tokens=num_tokens,
+            contexts=[Context.of_turn([tuple(run) for run in versions], [(loss, num_tokens)], crc(index))],
             finish_reason=finish,
-            versions=[tuple(run) for run in versions],
-            loss_mask=[(loss, num_tokens)],
             reward=2 * acc - 1,
             metrics={"acc": acc, "score": 2 * acc - 1, "seq_reward": 2 * acc - 1}
             | {name: numbers[index] for name, numbers in own.items()},
@@ -72,10 +77,9 @@ def make_group(
         completions=completions,
         generate_s=0.5,
     )
-    total = num_tokens * len(accs)
     payload = Payload(
         np.array(lease.prompt.token_ids, np.int32),
-        np.arange(total, dtype=np.int32) + lease.lease_id % 1000,
+        token_ids,
         np.linspace(-2, -0.5, total, dtype=np.float32),
     )
     return group, payload

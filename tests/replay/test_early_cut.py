@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from asyncdapo.messages import Batch, CutWanted
 from asyncdapo.replay.config import ReplayConfig
 from asyncdapo.replay.core import events as core
+from asyncdapo.shares import Batch, CutWanted
 from tests.replay.scenario import Scenario
 from tests.replay.small_run import SmallRun
 

@@ -7,10 +7,10 @@ from itertools import permutations
 
 import pytest
 
-from asyncdapo.messages import Batch, CutWanted
 from asyncdapo.replay.config import FilterConfig, ReplayConfig
 from asyncdapo.replay.core import events as core
 from asyncdapo.replay.core.batch import HeldGroup, cut_with_copies, draw_copies, num_barren
+from asyncdapo.shares import Batch, CutWanted
 from tests.replay.scenario import Scenario, stop_of
 from tests.replay.small_run import SmallRun
 

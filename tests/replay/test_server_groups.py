@@ -6,7 +6,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from asyncdapo.messages import Ack, GroupDone, GroupFailed, Lease, Reject, Withdraw
+from asyncdapo.messages import NO_CHECKSUM, Ack, GroupDone, GroupFailed, Lease, Reject, Withdraw
 from asyncdapo.replay.core import events as core
 from asyncdapo.replay.ledger.journal import Journal
 from asyncdapo.transport.payload import Payload
@@ -102,6 +102,11 @@ def with_completion(group, **changes):
     return msgspec.structs.replace(group, completions=[msgspec.structs.replace(first, **changes), *rest])
 
 
+def with_context(group, **changes):
+    """The group with the context of its first completion changed."""
+    return with_completion(group, contexts=[msgspec.structs.replace(group.completions[0].contexts[0], **changes)])
+
+
 def with_logprob(payload, value):
     logprobs = payload.logprobs.copy()
     logprobs[3] = value
@@ -115,13 +120,18 @@ BAD_GROUPS = {
     "another worker": lambda g, p: (msgspec.structs.replace(g, worker=3), p),
     "one completion": lambda g, p: (msgspec.structs.replace(g, completions=g.completions[:1]), p),
     "no completion": lambda g, p: (msgspec.structs.replace(g, completions=[]), p),
-    "an empty completion": lambda g, p: (with_completion(g, num_tokens=0, versions=[], loss_mask=[]), p),
-    "versions too short": lambda g, p: (with_completion(g, versions=[(0, 3)]), p),
-    "a negative run": lambda g, p: (with_completion(g, versions=[(0, 5), (0, -1)]), p),
-    "a mask too long": lambda g, p: (with_completion(g, loss_mask=[(1, 5)]), p),
-    "a mask of 2": lambda g, p: (with_completion(g, loss_mask=[(2, 4)]), p),
-    "weights of the future": lambda g, p: (with_completion(g, versions=[(1, 4)]), p),
-    "a negative version": lambda g, p: (with_completion(g, versions=[(-1, 4)]), p),
+    "no context": lambda g, p: (with_completion(g, contexts=[]), p),
+    "an empty context": lambda g, p: (with_context(g, sampled=[], versions=[], loss_mask=[], checksums=[]), p),
+    "an observed token at the end": lambda g, p: (with_context(g, sampled=[(1, 4), (0, 1)]), p),
+    "no prompt of its own": lambda g, p: (with_context(g, rooted=False), p),
+    "versions too short": lambda g, p: (with_context(g, versions=[(0, 3)]), p),
+    "a negative run": lambda g, p: (with_context(g, versions=[(0, 5), (0, -1)]), p),
+    "a mask too long": lambda g, p: (with_context(g, loss_mask=[(1, 5)]), p),
+    "a mask of 2": lambda g, p: (with_context(g, loss_mask=[(2, 4)]), p),
+    "weights of the future": lambda g, p: (with_context(g, versions=[(1, 4)]), p),
+    "a negative version": lambda g, p: (with_context(g, versions=[(-1, 4)]), p),
+    "a turn without a checksum": lambda g, p: (with_context(g, checksums=[(NO_CHECKSUM, 4)]), p),
+    "another turn than was sampled": lambda g, p: (with_context(g, checksums=[(7, 4)]), p),
     "a reward that is no number": lambda g, p: (with_completion(g, reward=float("nan")), p),
     "a metric that is no number": lambda g, p: (with_completion(g, metrics={"acc": float("inf")}), p),
     "a time that is no number": lambda g, p: (msgspec.structs.replace(g, generate_s=float("nan")), p),

@@ -4,8 +4,7 @@ import asyncio
 
 import pytest
 
-from asyncdapo.messages import NoBatch
-from asyncdapo.shares import Dealer, share_of
+from asyncdapo.shares import Dealer, NoBatch, share_of
 from asyncdapo.transport.payload import Payload
 from tests.replay.serving import FakeLearner, FakeWorker, scenario, serving, until
 from tests.replay.small_run import make_group

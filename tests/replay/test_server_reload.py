@@ -6,8 +6,9 @@ import pytest
 
 from asyncdapo.errors import RunError
 from asyncdapo.eval_messages import EvalRequest
-from asyncdapo.messages import Ack, Lease, NoBatch, Welcome, Withdraw
+from asyncdapo.messages import Ack, Lease, Welcome, Withdraw
 from asyncdapo.replay.ledger.audit import audit
+from asyncdapo.shares import NoBatch
 from tests.replay.serving import TICK_S, FakeLearner, FakeWorker, eval_request, rows, scenario, serving, until
 from tests.replay.small_run import write_files
 

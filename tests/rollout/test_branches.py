@@ -7,21 +7,10 @@ import asyncio
 import pytest
 
 from asyncdapo.eval_messages import EvalDone
-from asyncdapo.messages import (
-    Ack,
-    Ask,
-    CutWanted,
-    GroupDone,
-    Heartbeat,
-    Hello,
-    Loaded,
-    Message,
-    Progress,
-    Started,
-    Withdraw,
-)
+from asyncdapo.messages import Ack, Ask, GroupDone, Heartbeat, Hello, Loaded, Message, Progress, Started, Withdraw
 from asyncdapo.rollout import worker as worker_module
 from asyncdapo.rollout.worker import MAX_MALFORMED
+from asyncdapo.shares import CutWanted
 from tests.asynchronous import asynchronous
 from tests.rollout.fakes import (
     GROUP_SIZE,

@@ -41,6 +41,6 @@ def test_a_group_keeps_its_cut_off_completions_and_their_rewards(overlong_filter
 
     group = asyncio.run(complete())
     masked = 0 if overlong_filter else 1
-    assert [completion.loss_mask for completion in group.completions] == [[(masked, 3)], [(1, 2)]] * 2
+    assert [completion.contexts[0].loss_mask for completion in group.completions] == [[(masked, 3)], [(1, 2)]] * 2
     assert (group.num_tokens, group.num_loss_tokens) == (10, 4 + 6 * masked)
     assert all(completion.reward in (-1.0, 1.0) for completion in group.completions)

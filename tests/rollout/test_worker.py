@@ -12,7 +12,7 @@ from asyncdapo.eval_messages import EvalAck, EvalDone
 from asyncdapo.messages import (
     Ack,
     Ask,
-    CutWanted,
+    Context,
     GroupDone,
     GroupFailed,
     Heartbeat,
@@ -24,7 +24,8 @@ from asyncdapo.messages import (
 )
 from asyncdapo.rollout.worker import MAX_MALFORMED
 from asyncdapo.seeds import eval_seed, sample_seed
-from asyncdapo.transport.payload import Payload, unpack_answers
+from asyncdapo.shares import CutWanted
+from asyncdapo.transport.payload import Payload, checksum, unpack_answers
 from tests.asynchronous import asynchronous, until
 from tests.rollout.fakes import (
     GROUP_SIZE,
@@ -56,7 +57,8 @@ async def test_a_lease_becomes_a_scored_group_with_its_tokens() -> None:
         for completion, token_ids in zip(group.completions, tokens, strict=True):
             verdict = float(token_ids[0] % 2)
             assert (completion.reward, completion.metrics) == (2 * verdict - 1, {"acc": verdict})
-            assert (completion.versions, completion.loss_mask) == ([(0, 3)], [(1, 3)])
+            crc = checksum([1, 2, 107, *token_ids])
+            assert completion.contexts == [Context.of_turn([(0, 3)], [(1, 3)], crc)]
 
 
 @asynchronous

@@ -19,11 +19,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from asyncdapo.eval_messages import EvalRequest
-from asyncdapo.messages import Batch, Lease
+from asyncdapo.messages import Lease
 from asyncdapo.replay.core import events as core
 from asyncdapo.replay.ledger.invariants import INVARIANTS
 from asyncdapo.replay.server.sessions import Session
-from asyncdapo.transport.payload import Payload
+from asyncdapo.shares import Batch
+from asyncdapo.transport.payload import Payload, expand
 from tests.replay.past import TruthWithPast
 from tests.replay.restarts import snapshot
 from tests.simulation.plan import GROUP_SIZE
@@ -145,7 +146,8 @@ class Judge:
         assert num == size or (num < size and plan.filter.on_limit != "raise"), "a short batch"
         for group, part in zip(batch.groups, payload.split(batch.groups), strict=True):
             assert part.prompt_ids.tolist() == [group.prompt_id], "tokens of another group"
-            versions = [v for c in group.completions for version, num in c.versions for v in [version] * num]
+            contexts = [context for completion in group.completions for context in completion.contexts]
+            versions = [version for context in contexts for version in expand(context.versions).tolist()]
             assert part.token_ids.tolist() == [learner.lineage[version] for version in versions], "undone weights"
             assert step - 1 - min(versions) <= plan.replay.staleness_bound, "too stale"
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from asyncdapo import faults
 from asyncdapo.learner.batches.batches import Batches
 from asyncdapo.learner.batches.feed import BatchFeed
-from asyncdapo.messages import Batch, NoBatch
+from asyncdapo.shares import Batch, NoBatch
 from asyncdapo.transport.payload import Payload
 from tests.simulation.disk import Checkpoint
 from tests.simulation.process import Process

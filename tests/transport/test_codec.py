@@ -16,9 +16,8 @@ from asyncdapo.eval_messages import EvalAnswer, EvalDone, EvalRequest
 from asyncdapo.messages import (
     Ack,
     Ask,
-    Batch,
     Completion,
-    Deal,
+    Context,
     Group,
     GroupDone,
     Heartbeat,
@@ -30,12 +29,13 @@ from asyncdapo.messages import (
     Sampling,
     Welcome,
 )
+from asyncdapo.shares import Batch, Deal
 from asyncdapo.transport.codec import Limits, Malformed, decode, encode
 from asyncdapo.transport.payload import Payload, pack_answers, unpack_answers
 
 PROMPT = Prompt(prompt_id=3, epoch=0, source="sums", row=7, token_ids=[5, 6, 7], answer="12")
 COMPLETION = Completion(
-    num_tokens=2, finish_reason="stop", versions=[(4, 1), (5, 1)], loss_mask=[(1, 2)], reward=-1.0, metrics={"acc": 0.0}
+    contexts=[Context.of_turn([(4, 1), (5, 1)], [(1, 2)], 77)], finish_reason="stop", reward=-1.0, metrics={"acc": 0.0}
 )
 GROUP = Group(
     prompt_id=3,

@@ -20,20 +20,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from asyncdapo.messages import (
-    Ack,
-    Ask,
-    CutWanted,
-    GroupDone,
-    GroupFailed,
-    Heartbeat,
-    Loaded,
-    Message,
-    Progress,
-    Started,
-)
+from asyncdapo.messages import Ack, Ask, GroupDone, GroupFailed, Heartbeat, Loaded, Message, Progress, Started
 from asyncdapo.replay.ledger.audit import audit
 from asyncdapo.replay.server.server import ReplayServer
+from asyncdapo.shares import CutWanted
 from asyncdapo.transport.codec import Malformed, encode
 from asyncdapo.transport.keys import RunKeys
 from asyncdapo.transport.payload import pack_answers

@@ -10,7 +10,8 @@ import weakref
 import pytest
 import zmq
 
-from asyncdapo.messages import Ack, Ask, CutWanted, Hello
+from asyncdapo.messages import Ack, Ask, Hello
+from asyncdapo.shares import CutWanted
 from asyncdapo.transport.codec import Limits, Malformed, encode
 from asyncdapo.transport.keys import RunKeys
 from asyncdapo.transport.sockets import CLIENT_QUEUE, PEER_QUEUE, Client, Server

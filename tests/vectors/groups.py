@@ -11,7 +11,7 @@ from torch import Tensor
 from asyncdapo.algorithm.dapo import soft_overlong_punishment
 from asyncdapo.controller.eval.sampled import avg_at_k, maj_at_k, pass_at_k
 from asyncdapo.errors import ConfigError
-from asyncdapo.messages import Completion, Group
+from asyncdapo.messages import NO_CHECKSUM, Completion, Context, Group
 from asyncdapo.replay.config import FilterConfig
 from asyncdapo.replay.core.filter import MIN_SPREAD, judge
 from asyncdapo.replay.server.validate import arrival
@@ -93,7 +93,10 @@ def _group(metrics: list[dict[str, float]]) -> Group:
     """A group whose completions have these metrics and one token each."""
     completions = [
         Completion(
-            num_tokens=1, finish_reason="stop", versions=[(0, 1)], loss_mask=[(1, 1)], reward=0.0, metrics=numbers
+            contexts=[Context.of_turn([(0, 1)], [(1, 1)], NO_CHECKSUM)],
+            finish_reason="stop",
+            reward=0.0,
+            metrics=numbers,
         )
         for numbers in metrics
     ]

@@ -45,7 +45,7 @@ from asyncdapo.learner.storage.checkpoint import (
     remove_old_checkpoints,
 )
 from asyncdapo.learner.storage.host_copy import HostCopy
-from asyncdapo.messages import Batch, NoBatch
+from asyncdapo.shares import Batch, NoBatch
 from asyncdapo.transport.backend import Backend
 from asyncdapo.transport.payload import Payload
 from asyncdapo.transport.process_group import device_name

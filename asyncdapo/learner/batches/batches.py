@@ -25,7 +25,7 @@ from typing import Any, Generic, TypeVar
 
 from asyncdapo.errors import RunError
 from asyncdapo.learner.batches.feed import BatchFeed
-from asyncdapo.messages import Batch, NoBatch
+from asyncdapo.shares import Batch, NoBatch
 from asyncdapo.transport.payload import Payload
 
 P = TypeVar("P")

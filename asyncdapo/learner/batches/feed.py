@@ -14,8 +14,7 @@ import os
 from collections.abc import Sequence
 
 from asyncdapo.errors import BatchError, RunError
-from asyncdapo.messages import Batch, CutWanted, NoBatch
-from asyncdapo.shares import share_of
+from asyncdapo.shares import Batch, CutWanted, NoBatch, share_of
 from asyncdapo.transport.codec import Malformed
 from asyncdapo.transport.keys import ClientKeys
 from asyncdapo.transport.payload import Payload

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from asyncdapo.learner.batches.samples import Columns, Row
-from asyncdapo.messages import Batch
+from asyncdapo.shares import Batch
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,11 @@
-"""From a batch to rows: one rank gets a row for each of its completions that has a gradient.
+"""From a batch to rows: one rank gets a row for each context of its completions that has a gradient.
 
-    Batch, Payload ──rows_by_update──▶ a Row for each completion of this rank that is computed, with its advantage
+    Batch, Payload ──rows_by_update──▶ a Row for each context of this rank that is computed, with its advantage
     Batch ──columns──▶ what every rank knows about every completion ──aggregation──▶ weight of each row in its update
+
+A completion has one advantage, and its tokens are counted over all its contexts: however often an episode forked, it
+counts as one. Observed tokens are read and bear no loss, as if they were prompt: they are in no numerator and no
+denominator. What is about sequences (`loss.variant: gspo`, a correction of sequences) is about contexts.
 
 An optimizer update trains whole groups; their completions may be at several ranks. A completion that bears no loss is
 at no rank, but its reward counts in the mean and the standard deviation of its group. A completion of advantage 0 has a
@@ -21,9 +25,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from asyncdapo.messages import Batch, Runs
-from asyncdapo.shares import share_of
-from asyncdapo.transport.payload import Payload
+from asyncdapo.shares import Batch, share_of
+from asyncdapo.transport.payload import Payload, expand
 
 Advantage = Callable[[Tensor], Tensor]
 """Rewards of a group [G] -> advantages [G]."""
@@ -31,23 +34,25 @@ Advantage = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Row:
-    """One completion to train on. Arrays are views on the payload: P prompt tokens, R response tokens."""
+    """One context to train on: P prompt tokens, R tokens behind them, called the response, sampled and observed."""
 
     index: int
-    """Its place among the N completions of the batch."""
-    group: int
-    """Its group's place in the batch: rows of one group have the same prompt."""
+    """Place of its completion among the N of the batch."""
+    prompt: int
+    """Number of its prompt: rows with the same number have the same prompt tokens."""
     prompt_ids: np.ndarray
     """int32 [P]"""
     token_ids: np.ndarray
     """int32 [R]"""
     rollout_logprobs: np.ndarray
-    """float32 [R]: μ, at the sampling temperature."""
+    """float32 [R]: μ, at the sampling temperature; 0 of an observed token."""
     loss_mask: np.ndarray
-    """bool [R]"""
+    """bool [R]; false at every observed token."""
     advantage: float
     staleness: int
     """Of its group, in train steps."""
+    context: int = 0
+    """Place of the context in its completion."""
     start_logprobs: np.ndarray | None = None
     """[R]: of the policy at the start of the train step. None where the loss needs none, or takes them from the forward
     pass of its own update."""
@@ -98,21 +103,23 @@ def rows_by_update(
     first_of_group = np.cumsum([0, *(len(group.completions) for group in batch.groups)]).tolist()
     share = share_of(batch, rank)
     rows: list[list[Row]] = [[] for _ in range(batch.deal.num_updates)]
+    prompts: dict[tuple[int, bytes], int] = {}
     for piece, part in zip(share, payload.split([piece.header for piece in share]), strict=True):
         group = batch.groups[piece.place]
         rewards_G = torch.tensor([completion.reward for completion in group.completions], dtype=torch.float64)
-        advantages, end = advantage(rewards_G).tolist(), 0
-        for index, completion in zip(piece.indices, piece.header.completions, strict=True):
-            tokens = slice(end, end := end + completion.num_tokens)
+        advantages = advantage(rewards_G).tolist()
+        for tokens in part.of_contexts(piece.header):
+            index, response = piece.indices[tokens.index], tokens.response
             row = Row(
                 first_of_group[piece.place] + index,
-                piece.place,
-                part.prompt_ids,
-                part.token_ids[tokens],
-                part.logprobs[tokens],
-                expand_mask(completion.loss_mask),
+                prompts.setdefault((piece.place, tokens.prompt_ids.tobytes()), len(prompts)),
+                tokens.prompt_ids,
+                tokens.own_ids[response],
+                tokens.spread(tokens.logprobs_S)[response],
+                tokens.spread(expand(tokens.header.loss_mask) == 1)[response],
                 advantages[index],
                 staleness=group.staleness(batch.step),
+                context=tokens.number,
             )
             if with_zeros or row.advantage:
                 rows[batch.deal.updates[piece.place]].append(row)
@@ -128,12 +135,6 @@ def columns(batch: Batch) -> Columns:
         for completion in group.completions
     ]
     return Columns(*torch.tensor(completions, dtype=torch.int64).reshape(-1, 4).T)
-
-
-def expand_mask(runs: Runs) -> np.ndarray:
-    """bool [number of tokens] from run lengths `[(0 or 1, num_tokens), …]`."""
-    values = np.array([value for value, _ in runs], dtype=bool)
-    return np.repeat(values, [count for _, count in runs])
 
 
 def weighted(rows: Iterable[Row], indices_N: Tensor, weights_N: Tensor) -> list[Row]:

@@ -1,6 +1,6 @@
-"""From rows to packed micro-batches: no token is padding, and the prompt of a group stands once for all its responses.
+"""From rows to packed micro-batches: no token is padding, and a prompt stands once for all the responses to it.
 
-    rows ──micro_batches──▶ rows of one forward pass, those of a group side by side ──pack──▶ flat tokens
+    rows ──micro_batches──▶ rows of one forward pass, those of a prompt side by side ──pack──▶ flat tokens
 
     tokens_S    prompt a │ response a0 │ response a1 │ prompt b │ response b0 │ …
 
@@ -8,12 +8,12 @@ A response attends to its prompt and to itself (`attention_layout`), and its pos
 token of a response predicts nothing, so it isn't computed. The log-prob of a response's first token comes from the
 output at the prompt's last token, that of each other one from the output at the token before it.
 
-Invariants: which rows share a micro-batch is a deterministic function of their groups and lengths; a row is in exactly
+Invariants: which rows share a micro-batch is a deterministic function of their prompts and lengths; a row is in exactly
 one; it holds at most the given number of computed tokens, unless it is a single row that is longer. Parts of the loss
-are known per row, so a group may be spread over micro-batches: then each of them has the prompt. Does not own: the
+are known per row, so the rows of a prompt may be spread over micro-batches: then each of them has it. Does not own: the
 model, the loss, devices, how attention is computed.
 
-Shapes: B completions of a micro-batch, T tokens of its longest response, S tokens that are computed, n loss-bearing
+Shapes: B rows of a micro-batch, T tokens of its longest response, S tokens that are computed, n loss-bearing
 tokens in the order of `loss_mask_BT`.
 """
 
@@ -34,7 +34,7 @@ from asyncdapo.learner.model.attention_layout import Layout, on_device
 _NOTHING = np.zeros(1, np.float32)
 IDLE = Row(
     index=0,
-    group=0,
+    prompt=0,
     prompt_ids=np.zeros(1, np.int32),
     token_ids=np.zeros(1, np.int32),
     rollout_logprobs=_NOTHING,
@@ -113,18 +113,18 @@ class MicroBatch:
 def micro_batches(rows: Sequence[Row], max_tokens: int) -> list[list[Row]]:
     """The rows in micro-batches of at most `max_tokens` computed tokens, about equally many in each, the largest first.
     A row longer than that is alone in one."""
-    bundles = [bundle for group in _by_group(rows) for bundle in _cut(group, max_tokens)]
+    bundles = [bundle for same in _by_prompt(rows) for bundle in _cut(same, max_tokens)]
     bundles.sort(key=lambda bundle: -num_computed(bundle))
     few = _fill(bundles, max_tokens, num_bins=0)
     even = _fill(bundles, max_tokens, num_bins=len(few))
     bins = even if len(even) == len(few) else few
     bins.sort(key=lambda members: -sum(map(num_computed, members)))
-    # Two parts of a group may meet in one: then they share the prompt after all.
-    return [sorted(sum(members, start=[]), key=lambda row: row.group) for members in bins]
+    # Two parts of a prompt may meet in one: then they share it after all.
+    return [sorted(sum(members, start=[]), key=lambda row: row.prompt) for members in bins]
 
 
 def num_computed(bundle: Sequence[Row]) -> int:
-    """Tokens that go through the blocks for rows of one group in one micro-batch."""
+    """Tokens that go through the blocks for rows of one prompt in one micro-batch."""
     return len(bundle[0].prompt_ids) + sum(map(_num_behind_prompt, bundle))
 
 
@@ -133,23 +133,23 @@ def _num_behind_prompt(row: Row) -> int:
     return len(row.token_ids) - 1
 
 
-def _by_group(rows: Iterable[Row]) -> list[list[Row]]:
-    """Rows of each group, longest first, in the order in which the groups come up."""
-    groups: dict[int, list[Row]] = {}
+def _by_prompt(rows: Iterable[Row]) -> list[list[Row]]:
+    """Rows of each prompt, longest first, in the order in which the prompts come up."""
+    found: dict[int, list[Row]] = {}
     for row in rows:
-        groups.setdefault(row.group, []).append(row)
-    return [sorted(group, key=lambda row: -row.num_tokens) for group in groups.values()]
+        found.setdefault(row.prompt, []).append(row)
+    return [sorted(same, key=lambda row: -row.num_tokens) for same in found.values()]
 
 
-def _cut(group: list[Row], max_tokens: int) -> Iterator[list[Row]]:
-    """Bundles of rows that are computed together: the whole group, or as few parts as longest first allows."""
-    start, room = 0, max_tokens - len(group[0].prompt_ids)
-    for end, row in enumerate(group):
+def _cut(same: list[Row], max_tokens: int) -> Iterator[list[Row]]:
+    """Bundles of rows that are computed together: all of a prompt, or as few parts as longest first allows."""
+    start, room = 0, max_tokens - len(same[0].prompt_ids)
+    for end, row in enumerate(same):
         room -= _num_behind_prompt(row)
         if room < 0 and end > start:
-            yield group[start:end]
+            yield same[start:end]
             start, room = end, max_tokens - num_computed([row])
-    yield group[start:]
+    yield same[start:]
 
 
 def _fill(bundles: Sequence[list[Row]], max_tokens: int, num_bins: int) -> list[list[list[Row]]]:
@@ -172,10 +172,10 @@ def _fill(bundles: Sequence[list[Row]], max_tokens: int, num_bins: int) -> list[
 
 
 def pack(rows: Sequence[Row], device: torch.device) -> MicroBatch:
-    """The tensors of one forward pass. Neighbouring rows of one group share their prompt. No rows at all are an empty
+    """The tensors of one forward pass. Neighbouring rows of one prompt share it. No rows at all are an empty
     pass: `IDLE`."""
     rows = rows or [IDLE]
-    bundles = [list(bundle) for _, bundle in groupby(rows, key=lambda row: row.group)]
+    bundles = [list(bundle) for _, bundle in groupby(rows, key=lambda row: row.prompt)]
     prompt_starts_B, starts_B = _places(bundles)
     num_prompt_B = np.array([len(row.prompt_ids) for row in rows])
     num_behind_B = np.array([_num_behind_prompt(row) for row in rows])

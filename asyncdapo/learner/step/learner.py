@@ -50,10 +50,10 @@ from asyncdapo.learner.step.updates import Update, ratio, update_metrics
 from asyncdapo.learner.storage.checkpoint import STATE_FILE, check_checkpoint
 from asyncdapo.learner.storage.host_copy import HostCopy
 from asyncdapo.learner.storage.slices import read_slices
-from asyncdapo.messages import NOBODY, Batch
 from asyncdapo.model.config import ModelConfig
 from asyncdapo.model.files import TOKENIZER_FILES, ModelFiles
 from asyncdapo.model.shape import settled_dtype
+from asyncdapo.shares import NOBODY, Batch
 from asyncdapo.transport.payload import Payload
 
 DIGEST_ELEMENTS = 1 << 20
@@ -238,13 +238,13 @@ class Learner:
         """The rows with what is fixed before the first backward pass, and the columns that count the masks made there
         by any rank."""
         rows = self._first_pass([row for rows in updates for row in rows], len(updates) * self._config.epochs)
-        by_index = {row.index: row for row in rows}
-        passed = [[by_index[row.index] for row in rows] for rows in updates]
+        found = {(row.index, row.context): row for row in rows}
+        passed = [[found[row.index, row.context] for row in rows] for rows in updates]
         if not self._loss.masks_by_policy:
             return passed, counted
         num_tokens_N = torch.zeros_like(counted.num_tokens_N)
         for row in rows:
-            num_tokens_N[row.index] = row.num_loss_tokens
+            num_tokens_N[row.index] += row.num_loss_tokens
         with self.times.on("sum"):
             return passed, replace(counted, num_tokens_N=self.ranks.sum(num_tokens_N))
 

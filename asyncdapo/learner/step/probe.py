@@ -35,7 +35,7 @@ def response_logprobs(policy: Policy, pairs: Sequence[Pair], max_tokens: int) ->
 
 
 def _row(index: int, prompt_ids: Sequence[int], token_ids: np.ndarray) -> Row:
-    """A completion whose tokens all count."""
+    """A response whose tokens all count."""
     return Row(
         index,
         index,

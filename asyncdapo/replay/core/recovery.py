@@ -45,6 +45,7 @@ class GroupFacts:
 
     group_id: int
     num_tokens: int
+    """Sampled."""
     num_completions: int
     reward_mean: float
     min_version: int

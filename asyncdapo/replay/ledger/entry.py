@@ -214,7 +214,7 @@ def _group_row(
         "step": action.step,
         "reason": action.reason,
         "completions": len(completions),
-        "tokens": group.num_tokens,
+        "tokens": group.num_sampled_tokens,
         "truncated": sum(completion.finish_reason == "length" for completion in completions),
         "reward_mean": sum(completion.reward for completion in completions) / len(completions),
         "acc_mean": sum(accs) / len(accs) if accs else None,

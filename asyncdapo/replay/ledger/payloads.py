@@ -2,12 +2,13 @@
 
 In: a group's header and buffers. Out: their place, and from the place the same group, or `BadRecord`. One record:
 
-    "RC2\\xff" | uint32 header bytes, uint32 crc of the buffers, uint32 crc of these two and the header
+    "RC3\\xff" | uint32 header bytes, uint32 crc of the buffers, uint32 crc of these two and the header
     msgpack `Group` | prompt_ids int32 | token_ids int32 | logprobs float32                          (little-endian)
 
 Both checksums are CRC-32: they guard against accidents. The header has one of its own because it is also read alone.
-Records of an earlier format have no checksum. They begin with the header's length, which is always smaller than the
-mark. In them only wrong sizes and broken msgpack are noticed.
+Records of earlier formats are read, too (`former`). Those with the mark "RC2\\xff" have another header. Those before
+them also have no checksum: they begin with the header's length, which is always smaller than a mark, and only wrong
+sizes and broken msgpack are noticed.
 
 Records are never changed. A segment is written by one process: the next one that opens the folder starts a new file, so
 nothing follows half a record of a killed writer. Only the ledger knows the place of a record. Bytes to which no row of
@@ -30,10 +31,11 @@ import msgspec
 
 from asyncdapo.disk import sync
 from asyncdapo.messages import Group
+from asyncdapo.replay.ledger.former import former_group
 from asyncdapo.transport.payload import Payload
 
 SEGMENT_BYTES = 64 << 20
-MARK = b"RC2\xff"
+MARK, FORMER_MARK = b"RC3\xff", b"RC2\xff"
 
 _HEADER_SIZE = struct.Struct("<I")
 _SIZE_AND_CRC = struct.Struct("<II")
@@ -171,17 +173,17 @@ def _opened(folder: Path, place: Place) -> Iterator[BinaryIO]:
 
 
 def _read_header(file: BinaryIO, place: Place) -> tuple[Group, int | None]:
-    """The header of the record that begins here, and the checksum of its buffers; None in the earlier format."""
+    """The header of the record that begins here, and the checksum of its buffers; None in the earliest format."""
     start = _take(file, place, _HEADER_SIZE.size)
-    if start != MARK:
-        return _decoder.decode(_take(file, place, *_HEADER_SIZE.unpack(start))), None
+    if start not in (MARK, FORMER_MARK):
+        return former_group(_take(file, place, *_HEADER_SIZE.unpack(start))), None
     sizes = _take(file, place, _SIZE_AND_CRC.size)
     num_bytes, crc = _SIZE_AND_CRC.unpack(sizes)
     (expected,) = _HEADER_SIZE.unpack(_take(file, place, _HEADER_SIZE.size))
     header = _take(file, place, num_bytes)
     if crc32(header, crc32(sizes)) != expected:
         raise ValueError("its header is damaged: another checksum than was written")
-    return _decoder.decode(header), crc
+    return (_decoder.decode(header) if start == MARK else former_group(header)), crc
 
 
 def _take(file: BinaryIO, place: Place, num_bytes: int) -> bytes:

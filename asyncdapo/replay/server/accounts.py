@@ -173,12 +173,12 @@ class Accounts:
             "all_wrong": all(acc == 0 for acc in accs),
             "truncated": sum(completion.finish_reason == "length" for completion in completions),
             "completions": len(completions),
-            "tokens": group.num_tokens,
+            "tokens": group.num_sampled_tokens,
         }.items():
             self._interval[name] += number
         return GroupFacts(
             group_id=group.lease_id,
-            num_tokens=group.num_tokens,
+            num_tokens=group.num_sampled_tokens,
             num_completions=len(completions),
             reward_mean=reward_mean,
             min_version=group.min_version,

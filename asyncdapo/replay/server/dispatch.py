@@ -25,18 +25,7 @@ from dataclasses import dataclass
 from msgspec import structs
 
 from asyncdapo.errors import RunError
-from asyncdapo.messages import (
-    Ack,
-    Batch,
-    CutWanted,
-    Group,
-    Lease,
-    Message,
-    NoBatch,
-    Prompt,
-    Reject,
-    Withdraw,
-)
+from asyncdapo.messages import Ack, Group, Lease, Message, Prompt, Reject, Withdraw
 from asyncdapo.replay.core import events as core
 from asyncdapo.replay.core.recovery import Recovered
 from asyncdapo.replay.core.state import ReplayState
@@ -47,7 +36,7 @@ from asyncdapo.replay.server.failures import Failures
 from asyncdapo.replay.server.sessions import HeldLease, Session, Sessions
 from asyncdapo.replay.server.settings import ServerSettings
 from asyncdapo.seeds import sample_seed
-from asyncdapo.shares import share_of
+from asyncdapo.shares import Batch, CutWanted, NoBatch, share_of
 from asyncdapo.transport.payload import Payload
 
 MakeState = Callable[[Recovered], ReplayState]
@@ -251,7 +240,7 @@ class Dispatch:
         return batch, Payload.join(share).frames()
 
     def _dealt(self, step: int, ids: Sequence[int]) -> Batch:
-        groups = [without_metrics(self._journal.read_header(group_id)) for group_id in ids]
+        groups = [for_learner(self._journal.read_header(group_id)) for group_id in ids]
         return Batch(
             step=step,
             branch=self.branch,
@@ -330,7 +319,15 @@ class Dispatch:
                 self.send(session, Reject(lease_id=action.lease_id, reason=detail))
 
 
-def without_metrics(group: Group) -> Group:
-    """The group as the learner needs it, without the numbers of the reward function, which may be many."""
-    completions = [structs.replace(completion, metrics={}) for completion in group.completions]
+def for_learner(group: Group) -> Group:
+    """The group as the learner needs it: without the numbers of the reward function, which may be many, and without
+    checksums, of which a long episode has many. The header of a batch is limited."""
+    completions = [
+        structs.replace(
+            completion,
+            contexts=[structs.replace(context, checksums=[]) for context in completion.contexts],
+            metrics={},
+        )
+        for completion in group.completions
+    ]
     return structs.replace(group, completions=completions)

@@ -27,13 +27,14 @@ from typing import Any
 from asyncdapo import faults
 from asyncdapo.errors import RunError
 from asyncdapo.eval_messages import EvalAnswer, EvalRequest
-from asyncdapo.messages import CutWanted, Prompt
+from asyncdapo.messages import Prompt
 from asyncdapo.replay.core.waits import why_waiting
 from asyncdapo.replay.ledger.journal import Journal
 from asyncdapo.replay.server.dispatch import Dispatch, MakeState
 from asyncdapo.replay.server.sessions import GAUGES, Session, Sessions
 from asyncdapo.replay.server.settings import ServerSettings
 from asyncdapo.replay.server.workers import FromWorker, Workers
+from asyncdapo.shares import CutWanted
 from asyncdapo.transport.keys import ServerKeys
 from asyncdapo.transport.sockets import Server
 

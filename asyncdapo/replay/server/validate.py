@@ -12,8 +12,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from asyncdapo.messages import Completion, Group
+from asyncdapo.messages import NO_CHECKSUM, Completion, Group
 from asyncdapo.replay.core.events import GroupArrived
+from asyncdapo.replay.ledger.contexts import header_problem, token_problem
 from asyncdapo.replay.server.sessions import HeldLease
 from asyncdapo.transport.payload import Payload
 
@@ -51,6 +52,8 @@ def check_group(
         payload = Payload.from_frames(frames, [group])
     except ValueError as error:
         raise BadGroup(str(error)) from error
+    if problem := token_problem(group, payload):
+        raise BadGroup(problem)
     if payload.prompt_ids.tolist() != lease.prompt.token_ids:
         raise BadGroup("its prompt tokens are not those of its lease")
     if payload.token_ids.min() < 0:
@@ -76,15 +79,13 @@ def arrival(group: Group) -> GroupArrived:
 
 
 def _problem(completion: Completion, newest_version: int) -> str | None:
-    if completion.num_tokens < 1:
-        return f"{completion.num_tokens} tokens"
-    for name, runs in (("versions", completion.versions), ("loss_mask", completion.loss_mask)):
-        if any(count < 1 for _, count in runs) or sum(count for _, count in runs) != completion.num_tokens:
-            return f"the run lengths of {name} are {runs} for {completion.num_tokens} tokens"
-    if not all(0 <= version <= newest_version for version, _ in completion.versions):
-        return f"versions {completion.versions}, the newest weights are version {newest_version}"
-    if not all(value in (0, 1) for value, _ in completion.loss_mask):
-        return f"loss mask {completion.loss_mask} has values other than 0 and 1"
+    if problem := header_problem(completion):
+        return problem
+    for context in completion.contexts:
+        if not all(0 <= version <= newest_version for version, _ in context.versions):
+            return f"versions {context.versions}, the newest weights are version {newest_version}"
+        if any(crc == NO_CHECKSUM for crc, _ in context.checksums):
+            return "a turn has no checksum"
     if not all(math.isfinite(number) for number in (completion.reward, *completion.metrics.values())):
         return "its reward or a metric is not finite"
     return None

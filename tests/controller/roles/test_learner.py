@@ -17,7 +17,7 @@ from asyncdapo.controller.roles.learner import LearnerProcess, load_learner
 from asyncdapo.errors import ConfigError
 from asyncdapo.learner.step.ranks import ALONE
 from asyncdapo.learner.step.times import STATES, Times
-from asyncdapo.messages import CutWanted, NoBatch
+from asyncdapo.shares import CutWanted, NoBatch
 from asyncdapo.transport.sockets import Server
 from tests.learner.tiny import make_batch, save_tiny_llama
 

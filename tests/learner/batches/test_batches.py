@@ -10,7 +10,7 @@ import pytest
 from asyncdapo.errors import RunError
 from asyncdapo.learner.batches.batches import Batches
 from asyncdapo.learner.batches.feed import MAX_DAMAGED, BatchFeed
-from asyncdapo.messages import CutWanted, NoBatch
+from asyncdapo.shares import CutWanted, NoBatch
 from asyncdapo.transport.sockets import Server
 from tests.learner.tiny import make_batch
 

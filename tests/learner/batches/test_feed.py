@@ -7,8 +7,8 @@ import pytest
 
 from asyncdapo.errors import BatchError, RunError
 from asyncdapo.learner.batches.feed import MAX_DAMAGED, BatchFeed
-from asyncdapo.messages import CutWanted, NoBatch, Welcome
-from asyncdapo.shares import share_of
+from asyncdapo.messages import Welcome
+from asyncdapo.shares import CutWanted, NoBatch, share_of
 from asyncdapo.transport.payload import Payload
 from asyncdapo.transport.sockets import Server
 from tests.learner.tiny import batch_of, make_batch, payload_of

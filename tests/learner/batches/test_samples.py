@@ -8,9 +8,9 @@ import torch
 from msgspec.structs import replace
 
 from asyncdapo.algorithm.dapo import group_advantage
-from asyncdapo.learner.batches.samples import columns, expand_mask, rows_by_update, weighted
+from asyncdapo.learner.batches.samples import columns, rows_by_update, weighted
 from asyncdapo.shares import share_of
-from asyncdapo.transport.payload import Payload
+from asyncdapo.transport.payload import Payload, expand
 from tests.learner.tiny import batch_of, make_batch, make_group, make_row, payload_of
 
 
@@ -23,7 +23,7 @@ def test_every_row_gets_its_own_part_of_the_payload():
     )
     (rows,) = rows_by_update(batch_of(groups), payload, 0, group_advantage)
     assert [row.index for row in rows] == [0, 1, 2, 3]
-    assert [row.group for row in rows] == [0, 0, 1, 1]
+    assert [row.prompt for row in rows] == [0, 0, 1, 1]
     assert [row.prompt_ids.tolist() for row in rows] == [[20, 21], [20, 21], [22], [22]]
     assert [row.token_ids.tolist() for row in rows] == [[0, 1, 2], [3], [4, 5], [6, 7]]
     assert [row.rollout_logprobs.tolist() for row in rows] == [[0, -1, -2], [-3], [-4, -5], [-6, -7]]
@@ -43,8 +43,8 @@ def test_a_completion_without_loss_counts_in_the_mean_and_is_not_trained():
     assert [row.advantage for row in rows] == pytest.approx([1.0, 0.0], abs=1e-5)  # mean 0.5, std 0.5 of all three
 
 
-def test_run_lengths_become_a_mask():
-    assert expand_mask([(1, 2), (0, 3), (1, 1)]).tolist() == [True, True, False, False, False, True]
+def test_run_lengths_become_a_number_for_each_token():
+    assert expand([(1, 2), (0, 3), (1, 1)]).tolist() == [1, 1, 0, 0, 0, 1]
 
 
 def test_the_rows_of_all_ranks_are_those_of_one_rank():
@@ -59,7 +59,7 @@ def test_the_rows_of_all_ranks_are_those_of_one_rank():
             update += more
     for rows, same in zip(updates, (whole[:6], whole[6:]), strict=True):
         for row, expected in zip(sorted(rows, key=lambda row: row.index), same, strict=True):
-            assert (row.index, row.group, row.advantage) == (expected.index, expected.group, expected.advantage)
+            assert (row.index, row.context, row.advantage) == (expected.index, expected.context, expected.advantage)
             assert row.prompt_ids.tolist() == expected.prompt_ids.tolist()
             assert row.token_ids.tolist() == expected.token_ids.tolist()
             assert row.rollout_logprobs.tolist() == expected.rollout_logprobs.tolist()

@@ -17,7 +17,7 @@ GROUPS = st.lists(
 
 
 def layout_of(groups) -> Layout:
-    rows = [make_row(num_prompt, num, group=at) for at, (num_prompt, nums) in enumerate(groups) for num in nums]
+    rows = [make_row(num_prompt, num, prompt=at) for at, (num_prompt, nums) in enumerate(groups) for num in nums]
     return pack(rows, CPU).layout
 
 

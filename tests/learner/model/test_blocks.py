@@ -44,7 +44,7 @@ def exact_llama(**changes) -> PreTrainedModel:
 
 def pass_over(model: PreTrainedModel, num_tokens: int) -> Tensor:
     """Outputs for a prompt of so many tokens with two responses, and another prompt with one."""
-    rows = [make_row(num_tokens, num_tokens), make_row(num_tokens, 3), make_row(4, 7, group=1)]
+    rows = [make_row(num_tokens, num_tokens), make_row(num_tokens, 3), make_row(4, 7, prompt=1)]
     packed = pack(rows, CPU)
     return Policy(model).packed_outputs(packed.tokens_S % VOCAB_SIZE, packed.positions_S, packed.layout)
 

@@ -13,20 +13,20 @@ CPU = torch.device("cpu")
 
 
 def test_a_prompt_stands_once_before_the_responses_of_its_group():
-    packed = pack([make_row(2, 3, group=4), make_row(2, 4, group=4), make_row(3, 2, group=5)], CPU)
+    packed = pack([make_row(2, 3, prompt=4), make_row(2, 4, prompt=4), make_row(3, 2, prompt=5)], CPU)
     assert packed.tokens_S.tolist() == [0, 1, 0, 1, 0, 1, 2, 0, 1, 2, 0]
     assert packed.positions_S.tolist() == [0, 1, 2, 3, 2, 3, 4, 0, 1, 2, 3]
 
 
 def test_a_token_is_predicted_from_the_output_before_it_the_first_one_from_its_prompts_last():
-    packed = pack([make_row(2, 3, group=4), make_row(2, 2, group=4), make_row(3, 1, group=5)], CPU)
+    packed = pack([make_row(2, 3, prompt=4), make_row(2, 2, prompt=4), make_row(3, 1, prompt=5)], CPU)
     assert packed.sources_n.tolist() == [1, 2, 3, 1, 4, 7]
     assert packed.targets_n.tolist() == [0, 1, 2, 0, 1, 0]
 
 
 def test_columns_stand_at_the_tokens_of_the_responses_and_are_zero_behind_them():
     found = {"start_logprobs": np.array([-1.0, -2.0]), "correction": np.array([0.5, 2.0])}
-    packed = pack([make_row(2, 2, 0.5, **found), make_row(1, 2, -2.0, weight=0.1, group=1, **found)], CPU)
+    packed = pack([make_row(2, 2, 0.5, **found), make_row(1, 2, -2.0, weight=0.1, prompt=1, **found)], CPU)
     assert packed.start_logprobs_BT.tolist() == [[-1, -2], [-1, -2]]
     assert packed.correction_BT.tolist() == [[0.5, 2], [0.5, 2]]
     assert packed.reference_logprobs_BT is None
@@ -46,7 +46,7 @@ def test_logits_are_computed_for_loss_bearing_tokens_only_and_come_back_to_their
 
 
 def test_work_counts_what_was_delivered_computed_and_attended_to():
-    work = pack([make_row(3, 3), make_row(3, 1), make_row(2, 2, group=1)], CPU).work
+    work = pack([make_row(3, 3), make_row(3, 1), make_row(2, 2, prompt=1)], CPU).work
     assert work.num_tokens == 6 + 4 + 4
     assert work.num_computed_tokens == 3 + 2 + 0 + 2 + 1
     assert work.num_loss_tokens == 6
@@ -59,15 +59,15 @@ GROUPS = st.lists(st.tuples(st.integers(1, 20), st.lists(st.integers(1, 60), min
 
 def rows_of(groups):
     return [
-        make_row(num_prompt, num_tokens, group=group)
+        make_row(num_prompt, num_tokens, prompt=group)
         for group, (num_prompt, responses) in enumerate(groups)
         for num_tokens in responses
     ]
 
 
 def bundles_of(chunk):
-    groups = dict.fromkeys(row.group for row in chunk)
-    return [[row for row in chunk if row.group == group] for group in groups]
+    groups = dict.fromkeys(row.prompt for row in chunk)
+    return [[row for row in chunk if row.prompt == group] for group in groups]
 
 
 @settings(deadline=None)
@@ -77,7 +77,7 @@ def test_micro_batches_hold_every_row_once_within_the_budget_and_groups_side_by_
     chunks = micro_batches(rows, max_tokens)
     assert sorted(id(row) for chunk in chunks for row in chunk) == sorted(map(id, rows))
     for chunk in chunks:
-        assert [row.group for row in chunk] == [row.group for bundle in bundles_of(chunk) for row in bundle]
+        assert [row.prompt for row in chunk] == [row.prompt for bundle in bundles_of(chunk) for row in bundle]
         assert sum(map(num_computed, bundles_of(chunk))) <= max_tokens or len(chunk) == 1
         assert pack(chunk, CPU).work.num_computed_tokens == sum(map(num_computed, bundles_of(chunk)))
 
@@ -94,12 +94,12 @@ def test_parts_of_a_group_that_meet_in_a_micro_batch_share_the_prompt():
 def test_micro_batches_follow_from_groups_and_lengths_alone(groups, max_tokens):
     again = micro_batches(rows_of(groups), max_tokens)
     for chunk, same in zip(micro_batches(rows_of(groups), max_tokens), again, strict=True):
-        assert [(row.group, row.num_tokens) for row in chunk] == [(row.group, row.num_tokens) for row in same]
+        assert [(row.prompt, row.num_tokens) for row in chunk] == [(row.prompt, row.num_tokens) for row in same]
 
 
 def test_micro_batches_are_about_equally_large():
     rng = np.random.default_rng(0)
-    rows = [make_row(10, int(num), group=group) for group in range(64) for num in rng.integers(20, 60, 8)]
+    rows = [make_row(10, int(num), prompt=group) for group in range(64) for num in rng.integers(20, 60, 8)]
     sizes = [pack(chunk, CPU).work.num_computed_tokens for chunk in micro_batches(rows, 2048)]
     assert max(sizes) <= 2048
     assert min(sizes) > 0.8 * max(sizes)

@@ -98,10 +98,10 @@ def test_gradients_of_many_micro_batches_are_summed_in_float32(monkeypatch, gath
     """In bfloat16 every one of the small ones would vanish beside the first."""
     monkeypatch.setattr(sharding, "GATHERED_BYTES", gathered_bytes)
     num_small = 200
-    large, small = make_row(3, 9, group=0), replace(make_row(3, 9), weight=2.0**-10)
+    large, small = make_row(3, 9, prompt=0), replace(make_row(3, 9), weight=2.0**-10)
     alone, many = in_bfloat16(), in_bfloat16()
     gradient_step(alone, [large])
-    gradient_step(many, [large, *(replace(small, group=1 + number) for number in range(num_small))], max_tokens=12)
+    gradient_step(many, [large, *(replace(small, prompt=1 + number) for number in range(num_small))], max_tokens=12)
     one, sum_of_all = gather(norm_of(alone).grad), gather(norm_of(many).grad)
     torch.testing.assert_close(sum_of_all, one * (1 + num_small * 2.0**-10), rtol=1e-2, atol=0)
 
@@ -111,7 +111,7 @@ def test_gradients_are_those_of_float32_within_the_error_of_bfloat16(tied: bool)
     """That of a tied weight is the sum of its two, once."""
     plain, policy = sharded(tiny_llama(tie_word_embeddings=tied)), in_bfloat16(tie_word_embeddings=tied)
     for each in (plain, policy):
-        gradient_step(each, [make_row(3, 9, group=0), make_row(2, 7, -1.0, group=1)], max_tokens=12)
+        gradient_step(each, [make_row(3, 9, prompt=0), make_row(2, 7, -1.0, prompt=1)], max_tokens=12)
     assert ("lm_head.weight" in named_shards(policy)) is not tied
     assert named_shards(policy).keys() == named_shards(plain).keys()
     for name, shard in named_shards(policy).items():

@@ -48,7 +48,9 @@ def test_a_group_past_the_staleness_bound_is_never_trained(path):
         train(learner, *make_batch(step, version=max(0, step - 2)))
     before = weights_of(learner)
     batch, payload = make_batch(step=4, version=2)
-    groups = [*batch.groups[:2], make_group(77, 2, [1, 1], [0.0, 1.0], version=1), *batch.groups[2:]]
+    lengths = [completion.num_tokens for completion in batch.groups[2].completions]
+    stale = make_group(77, batch.groups[2].num_prompt_tokens, lengths, [0.0, 1.0, 0.5], version=1)
+    groups = [*batch.groups[:2], stale, *batch.groups[3:]]
     with pytest.raises(StalenessError, match="prompt 77 in batch 4 has staleness 2, the bound is 1"):
         train(learner, msgspec.structs.replace(batch, groups=groups), payload)
     assert torch.equal(weights_of(learner), before)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
-from asyncdapo.messages import Lease
+from asyncdapo.messages import NO_CHECKSUM, Lease
 from asyncdapo.replay.ledger.payloads import BadRecord, Place, Segments, read_record, segment_path
+from tests.replay.former import former_record
 from tests.replay.small_run import make_group, prompt_at
 
 NUM = 3
@@ -119,12 +120,22 @@ def test_a_place_that_no_record_has_is_bad_however_large(written: tuple[Path, li
             read_record(folder, place)
 
 
-def test_a_record_of_before_which_has_no_checksum_is_read(tmp_path: Path) -> None:
+@pytest.mark.parametrize("marked", [False, True])
+def test_a_record_of_before_contexts_is_read_as_one_of_a_single_turn(tmp_path: Path, marked: bool) -> None:
+    """Those of before marks have no checksum."""
     group, payload = arrived(1)
-    header = msgspec.msgpack.encode(group)
-    record = b"".join((len(header).to_bytes(4, "little"), header, *payload.frames()))
+    record = former_record(group, payload, marked=marked)
     segment_path(tmp_path, 1).write_bytes(record)
-    assert same(read_record(tmp_path, Place(1, 0, len(record))), 1)
+    read, its_payload = read_record(tmp_path, Place(1, 0, len(record)))
+    turns = [
+        replace(
+            completion,
+            contexts=[replace(context, checksums=[(NO_CHECKSUM, 5)]) for context in completion.contexts],
+        )
+        for completion in group.completions
+    ]
+    assert read == replace(group, completions=turns)
+    assert its_payload.frames() == payload.frames()
     segment_path(tmp_path, 1).write_bytes(bytes(len(record)))
     with pytest.raises(BadRecord):
         read_record(tmp_path, Place(1, 0, len(record)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from asyncdapo.messages import Completion, Group
+from asyncdapo.messages import NO_CHECKSUM, Completion, Context, Group
 from asyncdapo.replay.core.events import EndLease, MoveGroup
 from asyncdapo.replay.core.recovery import Recovered
 from asyncdapo.replay.server.accounts import Accounts
@@ -11,10 +11,8 @@ from asyncdapo.replay.server.accounts import Accounts
 def group(number: int, *accs: float) -> Group:
     completions = [
         Completion(
-            num_tokens=3,
+            contexts=[Context.of_turn([(0, 3)], [(1, 3)], NO_CHECKSUM)],
             finish_reason="stop",
-            versions=[(0, 3)],
-            loss_mask=[(1, 3)],
             reward=acc,
             metrics={"acc": acc},
         )

@@ -6,12 +6,13 @@ import os
 import pytest
 
 from asyncdapo.errors import ConfigError, DiskError
-from asyncdapo.messages import Ack, Batch, CutWanted, Heartbeat, Lease, NoBatch, Progress
+from asyncdapo.messages import Ack, Heartbeat, Lease, Progress
 from asyncdapo.replay.config import FilterConfig
 from asyncdapo.replay.core import events as core
 from asyncdapo.replay.ledger.journal import Journal
 from asyncdapo.replay.ledger.ledger import describe_unreadable, place_of
 from asyncdapo.replay.server.accounts import TOKEN_ENDS
+from asyncdapo.shares import Batch, CutWanted, NoBatch
 from tests.replay.small_run import SmallRun
 
 

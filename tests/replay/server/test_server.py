@@ -7,11 +7,12 @@ import pytest
 
 from asyncdapo.errors import RunError
 from asyncdapo.eval_messages import EvalRequest
-from asyncdapo.messages import Ack, Lease, Loaded, NoBatch, Started, Welcome
+from asyncdapo.messages import Ack, Lease, Loaded, Started, Welcome
 from asyncdapo.replay.config import FilterConfig
 from asyncdapo.replay.ledger.audit import audit
-from asyncdapo.replay.server.dispatch import without_metrics
+from asyncdapo.replay.server.dispatch import for_learner
 from asyncdapo.seeds import sample_seed
+from asyncdapo.shares import NoBatch
 from asyncdapo.transport.payload import Payload
 from tests.replay.serving import FakeLearner, FakeWorker, eval_request, rows, scenario, serving, until
 from tests.replay.small_run import make_group, prompt_at, write_files
@@ -113,7 +114,7 @@ async def test_the_learner_gets_its_batch_when_it_is_full_after_the_ledger_has_t
         by_id = {lease.lease_id: lease for lease in leases}
         for group, part in zip(batch.groups, parts, strict=True):
             expected, payload = make_group(by_id[group.lease_id])
-            assert group == without_metrics(expected)
+            assert group == for_learner(expected)
             assert part.frames() == payload.frames()
 
 
