@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import random
 import re
 import signal
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -26,6 +29,9 @@ from tests.controller.runs import FinishedRun, launch, started
 pytestmark = pytest.mark.timeout(600)
 
 TWO = (*SHORT, "learner.ranks=2", "learner.shards=2", "learner.updates_per_step=2")
+EVERY = 3
+"""Steps from one checkpoint to the next, as in `SHORT`."""
+NUM_KILLS = 6
 
 
 def finish(run_dir: Path, output: str, num_branches: int) -> None:
@@ -92,6 +98,46 @@ def test_a_rank_that_hangs_is_found_and_all_of_them_are_started_again(tmp_path: 
     assert re.search(rf"controller waits for \S+ since \d+ s: .*; {name}: does not answer\n", output), output
     assert f"{name} is killed and started again" in output
     finish(run_dir, output, num_branches=2)
+
+
+@pytest.mark.soak
+def test_ranks_killed_while_a_checkpoint_is_written_lose_what_is_promised_and_no_more(tmp_path: Path) -> None:
+    run_dir, rng, written = tmp_path / "run", random.Random(0), []
+    with started(run_dir, *TWO, "run.steps=100000", "controller.max_restarts=100") as process:
+        for number in range(NUM_KILLS):
+            written.append(step_being_written(run_dir, process))
+            time.sleep(rng.uniform(0, 0.2))
+            os.kill(processes(run_dir, "learner")[number % 2], signal.SIGKILL)
+            wait_until(lambda number=number: num_branches(run_dir) == number + 2, process)
+        wait_for_batch(run_dir, written[-1] + 1, process)
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=180)
+        assert process.returncode == 130, output
+    resumed = [step for (step,) in query(run_dir, "SELECT step FROM branches WHERE branch > 0 ORDER BY branch")]
+    last = "SELECT COALESCE(MAX(step), ?) FROM undone_batches WHERE undone_by = ?"
+    trained = [query(run_dir, last, step, branch)[0][0] for branch, step in enumerate(resumed, 1)]
+    for begun, step, newest in zip(written, resumed, trained, strict=True):
+        assert step in (begun - EVERY, begun), "the one before is whole, or this one"
+        assert newest - step <= EVERY + max(0, newest - begun)
+    print("steps lost:", [newest - step for newest, step in zip(trained, resumed, strict=True)])
+    finish(run_dir, output, NUM_KILLS + 1)
+
+
+def step_being_written(run_dir: Path, process: subprocess.Popen[str]) -> int:
+    """Wait until a checkpoint is begun. Returns its step."""
+    deadline = time.monotonic() + 240
+    while (
+        not (names := [path.name for path in (run_dir / "checkpoints").glob(".step-*.new")])
+        or names[0][6:12] == "000000"
+    ):
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    return int(names[0][6:12])
+
+
+def num_branches(run_dir: Path) -> int:
+    return query(run_dir, "SELECT COUNT(*) FROM branches")[0][0]
 
 
 @pytest.mark.soak

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import time
@@ -65,6 +66,8 @@ def test_a_run_stopped_in_its_start_and_in_the_middle_and_then_killed_resumes_ea
         output = stop(process, signal.SIGTERM)
     before = survey(run_dir)
     assert before.checkpoint == max(before.trained) >= 2
+    written = rf"waits for the checkpoint of step {before.checkpoint} \(\d+\.\d MiB\) to be written, within 20 s"
+    assert re.search(written, output), output
     assert f"stopped after step {before.checkpoint}: the same command resumes from there" in output
     assert list(run_dir.glob("wandb/offline-run-*/run-*.wandb")), "W&B was left to finish"
     assert_nothing_lives(run_dir)

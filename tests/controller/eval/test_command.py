@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 
 from asyncdapo.controller.process.roster import read as read_roster
+from asyncdapo.learner.storage.checkpoint import checkpoint_dir
 from asyncdapo.metrics.jsonl import read_metrics
-from tests.controller.runs import START_MODEL, command
+from asyncdapo.model.files import WHOLE
+from tests.controller.runs import START_MODEL, command, launch
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(600)]
 
@@ -111,6 +113,22 @@ def test_the_same_samples_of_the_same_weights_are_the_runs_own_answers(quickstar
     assert "greedy: 256 answers to 256 prompts" in printed
     assert "has all its answers" in evaluate(quickstart, tmp_path)
     assert not list(tmp_path.glob("ledger*"))
+
+
+def test_run_checkpoint_and_export_of_two_shards_have_the_same_answers(tmp_path: Path) -> None:
+    few = ("eval.num_prompts=64", "eval.num_greedy_prompts=32", "replay.prompts_per_step=4")
+    run = launch(tmp_path / "run", *few, "learner.ranks=2", "learner.shards=2", "run.steps=3")
+    assert run.exit_code == 0, run.output
+    checkpoint, exported = checkpoint_dir(run.dir, 3), tmp_path / "model"
+    subprocess.run(command("export", str(checkpoint), "--out", str(exported)), check=True, capture_output=True)
+    assert (exported / WHOLE).read_bytes() == (checkpoint / WHOLE).read_bytes()
+    recorded = responses_in(run.dir / "eval" / "step-000003")
+    assert len(recorded) == 64 + 32
+    assert recorded != responses_in(run.dir / "eval" / "step-000000"), "the weights are the trained ones"
+    evaluate(checkpoint, tmp_path / "of checkpoint")
+    evaluate(exported, tmp_path / "of export", "--config", "quickstart", *few[:2])
+    assert responses_in(tmp_path / "of checkpoint") == recorded
+    assert responses_in(tmp_path / "of export") == recorded
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
