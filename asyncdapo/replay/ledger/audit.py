@@ -3,7 +3,7 @@
 In: `ledger.db`, `payloads/`, `metrics.jsonl`, and `config.yaml` with the limits that the run promised, above all the
 staleness bound. Out: the breaches, one line each; none for a sound run.
 It trusts no number that the run computed about itself: counts and staleness are recounted from the rows of the groups.
-Does not own: the invariants of the ledger (`invariants`).
+Does not own: the invariants of the ledger (`invariants`), what the tokens of a group show (`contexts`).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from asyncdapo.errors import UserError
+from asyncdapo.replay.ledger.contexts import header_problem, token_problem
 from asyncdapo.replay.ledger.invariants import INVARIANTS, NUM_COPIES
 from asyncdapo.replay.ledger.ledger import LEDGER_FILE, PAYLOAD_FOLDER, check_values, is_begun, open_ledger
 from asyncdapo.replay.ledger.payloads import BadRecord, Place, read_record
@@ -43,9 +44,9 @@ def run_audit(run_dir: Path) -> int:
         raise UserError(f"{run_dir}: no run there (give the run.dir of a launch)")
     if (run_dir / EVALUATION_FILE).exists():
         raise UserError(f"{run_dir}: is an evaluation, which keeps no ledger: give the run.dir of a launch")
-    breaches = audit(run_dir)
+    breaches, lost = _audit(run_dir)
     print(run_dir)
-    for line in _summary(run_dir):
+    for line in _summary(run_dir, lost):
         print(f"  {line}")
     for breach in breaches:
         print(f"breach: {breach}")
@@ -56,18 +57,24 @@ def run_audit(run_dir: Path) -> int:
 
 def audit(run_dir: Path) -> list[str]:
     """Every breach found, as a sentence and the rows that show it."""
+    return _audit(run_dir)[0]
+
+
+def _audit(run_dir: Path) -> tuple[list[str], list[dict]]:
+    """The breaches; and the ended groups whose payload can't be read any more, which breaks no promise."""
     try:
         limits = _limits(run_dir / CONFIG_FILE)
         with closing(_open(run_dir)) as ledger:
             ledger.execute("BEGIN")  # a consistent view: the run may still write
             finished = ledger.execute("SELECT EXISTS (SELECT 1 FROM events WHERE kind = 'run_ended')").fetchone()[0]
+            harmed, wrong = _read_payloads(ledger, run_dir / PAYLOAD_FOLDER)
             return [
                 *_ledger_breaches(ledger, limits | {"finished": finished}),
-                *_payload_breaches(ledger, run_dir / PAYLOAD_FOLDER),
+                *_payload_breaches(ledger, harmed, wrong),
                 *_metrics_breaches(ledger, run_dir / METRICS_FILE, bool(finished)),
-            ]
+            ], [group for group in harmed if group["state"] not in HELD_STATES]
     except (_Unreadable, sqlite3.Error) as error:
-        return [f"{LEDGER_FILE}: {error}" if isinstance(error, sqlite3.Error) else str(error)]
+        return [f"{LEDGER_FILE}: {error}" if isinstance(error, sqlite3.Error) else str(error)], []
 
 
 def ledger_breach(run_dir: Path, config: dict[str, object]) -> str:
@@ -134,28 +141,36 @@ def _ledger_breaches(ledger: sqlite3.Connection, parameters: dict[str, int]) -> 
             yield f"{invariant}: {_show([dict(row) for row in rows])}"
 
 
-def _payload_breaches(ledger: sqlite3.Connection, folder: Path) -> Iterator[str]:
-    """Groups that may still be trained on and whose payload is missing or damaged."""
-    held = f"state IN {HELD_STATES}"
-    lacking = [
-        dict(row) for row in ledger.execute(f"SELECT group_id, state FROM groups WHERE {held} AND segment IS NULL")
-    ]
-    if harmed := [*lacking, *_harmed(ledger, folder, held)]:
-        yield f"a group that may still be trained has its payload: {_show(harmed)}"
-
-
-def _harmed(ledger: sqlite3.Connection, folder: Path, condition: str) -> list[dict]:
-    """Groups whose payload is kept but unreadable."""
-    rows = ledger.execute(
-        f"SELECT group_id, state, segment, offset, bytes FROM groups WHERE segment IS NOT NULL AND ({condition})"
-    )
-    harmed = []
-    for group_id, state, *place in rows:
+def _read_payloads(ledger: sqlite3.Connection, folder: Path) -> tuple[list[dict], list[dict]]:
+    """Of all groups whose payload is kept: those that can't be read, and those whose tokens contradict what is said of
+    them."""
+    columns = "group_id, state, segment, offset, bytes, min_version, max_version, tokens"
+    harmed, wrong = [], []
+    for group_id, state, *place, low, high, num_tokens in ledger.execute(
+        f"SELECT {columns} FROM groups WHERE segment IS NOT NULL"
+    ):
         try:
-            read_record(folder, Place(*place))
+            group, payload = read_record(folder, Place(*place))
         except BadRecord as bad:
             harmed.append({"group_id": group_id, "state": state, "file": bad})
-    return harmed
+            continue
+        problem = next(filter(None, map(header_problem, group.completions)), None) or token_problem(group, payload)
+        found, known = (group.min_version, group.max_version, group.num_sampled_tokens), (low, high, num_tokens)
+        if problem is None and found != known:
+            problem = f"lowest and highest version and number of tokens are {found}, the ledger has {known}"
+        if problem:
+            wrong.append({"group_id": group_id, "state": state, "problem": problem})
+    return harmed, wrong
+
+
+def _payload_breaches(ledger: sqlite3.Connection, harmed: list[dict], wrong: list[dict]) -> Iterator[str]:
+    """Groups that may still be trained on and whose payload is missing or damaged; groups of wrong tokens."""
+    held = f"SELECT group_id, state FROM groups WHERE state IN {HELD_STATES} AND segment IS NULL"
+    lacking = [dict(row) for row in ledger.execute(held)]
+    if harmed := [*lacking, *(group for group in harmed if group["state"] in HELD_STATES)]:
+        yield f"a group that may still be trained has its payload: {_show(harmed)}"
+    if wrong:
+        yield f"a group is what its tokens show: {_show(wrong)}"
 
 
 def _metrics_breaches(ledger: sqlite3.Connection, path: Path, finished: bool) -> Iterator[str]:
@@ -218,12 +233,11 @@ def _show(rows: list[dict]) -> str:
     return shown + (f"; and {more} more" if more > 0 else "")
 
 
-def _summary(run_dir: Path) -> list[str]:
-    """Counts from the ledger, for people; empty if it can't be read."""
+def _summary(run_dir: Path, lost: list[dict]) -> list[str]:
+    """Counts from the ledger, for people; empty if it can't be read. `lost`: ended groups without a payload."""
     try:
         with closing(_open(run_dir)) as ledger:
-            harmed = _harmed(ledger, run_dir / PAYLOAD_FOLDER, f"state NOT IN {HELD_STATES}")
-            return [*_counts(ledger), _batches(ledger), *_rollbacks(ledger), *_unreadable(ledger, harmed)]
+            return [*_counts(ledger), _batches(ledger), *_rollbacks(ledger), *_unreadable(ledger, lost)]
     except (_Unreadable, sqlite3.Error):
         return []
 

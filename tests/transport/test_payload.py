@@ -1,0 +1,72 @@
+"""Payloads of episodes: every token and log-prob is found again where its context has it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from asyncdapo.messages import GroupDone
+from asyncdapo.transport.codec import decode, encode
+from asyncdapo.transport.payload import Payload, expand
+from tests.episodes import Episodes, MadeContext
+
+seeds = st.integers(0, 1 << 32)
+
+
+def made(seed: int):
+    """A group, its payload, and its contexts as they were made."""
+    kept: list[list[MadeContext]] = []
+    group, payload = Episodes(seed, versions=(0, 3)).group(change=kept.extend)
+    return group, payload, kept
+
+
+@given(seeds)
+def test_the_contexts_of_a_group_come_back_from_its_frames(seed: int) -> None:
+    group, payload, kept = made(seed)
+    message, buffers = decode(encode(GroupDone(group=group), payload.frames()), GroupDone)
+    found = list(Payload.from_frames(buffers, [message.group]).of_contexts(message.group))
+    places = [(index, number) for index, contexts in enumerate(kept) for number in range(len(contexts))]
+    assert [(tokens.index, tokens.number) for tokens in found] == places
+    for tokens, context in zip(found, sum(kept, start=[]), strict=True):
+        assert tokens.own_ids.tolist() == context.token_ids
+        assert tokens.logprobs_S.tolist() == np.array(context.logprobs, np.float32).tolist()
+        whole = [*(payload.prompt_ids.tolist() if context.rooted else []), *context.token_ids]
+        assert [*tokens.prompt_ids, *tokens.own_ids[tokens.response]] == whole
+        is_sampled = [bool(value) for value, count in context.sampled for _ in range(count)]
+        assert tokens.is_sampled.tolist() == is_sampled
+        versions = tokens.spread(expand(tokens.header.versions), observed=-1)
+        assert [version >= 0 for version in versions] == is_sampled
+        assert versions[is_sampled].tolist() == expand(context.versions).tolist()
+
+
+@given(seeds)
+def test_a_part_of_a_payload_has_the_tokens_of_its_completions(seed: int) -> None:
+    """And what is joined comes apart again."""
+    (one, of_one, _), (other, of_other, _) = made(seed), made(seed + 1)
+    joined = Payload.join([of_one, of_other])
+    assert [part.frames() for part in joined.split([one, other])] == [of_one.frames(), of_other.frames()]
+    of_last = of_one.of_completions(one, [len(one.completions) - 1])
+    last = [tokens for tokens in of_one.of_contexts(one) if tokens.index == len(one.completions) - 1]
+    assert of_last.token_ids.tolist() == np.concatenate([tokens.own_ids for tokens in last]).tolist()
+    assert of_last.logprobs.tolist() == np.concatenate([tokens.logprobs_S for tokens in last]).tolist()
+
+
+@given(seeds)
+def test_counts_and_versions_of_a_group_are_those_of_all_its_contexts(seed: int) -> None:
+    group, payload, kept = made(seed)
+    contexts = sum(kept, start=[])
+    versions = [version for context in contexts for version, _ in context.versions]
+    assert (group.min_version, group.max_version) == (min(versions), max(versions))
+    assert group.num_tokens == len(payload.token_ids)
+    assert group.num_sampled_tokens == len(payload.logprobs)
+    assert [one.turns for one in group.completions] == [sum(len(c.checksums) for c in own) for own in kept]
+
+
+def test_frames_that_hold_a_log_prob_for_observed_tokens_too_are_refused() -> None:
+    group, payload, _ = made(1)
+    assert group.num_sampled_tokens < group.num_tokens
+    too_many = Payload(payload.prompt_ids, payload.token_ids, np.zeros(group.num_tokens, np.float32))
+    with pytest.raises(ValueError, match="sampled ones"):
+        Payload.from_frames(too_many.frames(), [group])
