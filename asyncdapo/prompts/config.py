@@ -18,8 +18,8 @@ class PromptsConfig:
     """Where prompts come from, and how a row becomes tokens."""
 
     task: str = "chain"
-    """Where questions come from: `chain` (arithmetic, made on the fly) or `file` (your own JSONL or parquet). Or a
-    class of yours: `path/to/file.py:name`, `package.module:name`."""
+    """Where questions come from: `chain` and `product` (arithmetic, made on the fly) or `file` (your own JSONL or
+    parquet). Or a class of yours: `path/to/file.py:name`, `package.module:name`."""
     path: str | dict[str, float] | None = None
     """Data file of the task `file`, .jsonl or .parquet. Or a mixture of several: `{a.parquet: 3, b.parquet: 1}` draws
     three prompts from the first for each one from the second."""

@@ -15,10 +15,12 @@ from asyncdapo.prompts.config import PromptsConfig
 from asyncdapo.prompts.task import Question, Task
 from asyncdapo.prompts.tasks.chain import ChainTask
 from asyncdapo.prompts.tasks.file import FileTask
+from asyncdapo.prompts.tasks.product import ProductTask
 
 TASKS: dict[str, Callable[[PromptsConfig, int, int], Task]] = {
     "chain": lambda config, num_eval, seed: ChainTask(seed),
     "file": lambda config, num_eval, seed: FileTask(config, num_eval),
+    "product": lambda config, num_eval, seed: ProductTask(),
 }
 
 

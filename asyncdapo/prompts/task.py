@@ -33,7 +33,8 @@ class Part:
 
 
 class Task(Protocol):
-    """Two tables of questions. Implementations: `tasks/chain.py` (endless), `tasks/file.py` (the user's data)."""
+    """Two tables of questions. Implementations: `tasks/chain.py` (endless), `tasks/product.py`, `tasks/file.py`
+    (the user's data)."""
 
     @property
     def parts(self) -> Sequence[Part] | None:

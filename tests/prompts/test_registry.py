@@ -16,7 +16,7 @@ def test_a_task_is_opened_by_its_name():
 
 def test_an_unknown_task_is_refused_with_the_nearest():
     with pytest.raises(
-        ConfigError, match=r"prompts.task: unknown, there are chain, file, got 'chian' \(prompts.task=ch"
+        ConfigError, match=r"prompts.task: unknown, there are chain, file, product, got 'chian' \(prompts.task=ch"
     ):
         open_task(PromptsConfig(task="chian"), num_eval=8, seed=0)
 
