@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
+from asyncdapo.messages import Context
 from asyncdapo.model.shape import PUBLISHED, read_shape
 from asyncdapo.shares import NOBODY, Dealer, share_of
 from tests.learner.tiny import batch_of, make_group
@@ -144,3 +145,14 @@ def test_a_long_sequence_weighs_more_than_as_many_tokens_in_short_ones():
 def test_with_fewer_completions_than_ranks_some_ranks_have_none():
     batch = batch_of([group([5, 5])], num_ranks=3)
     assert [[piece.indices for piece in share_of(batch, rank)] for rank in range(3)] == [[[0]], [[1]], []]
+
+
+def test_the_work_of_an_episode_counts_what_it_observes():
+    """90 tokens that the first one reads weigh as much as 90 that another one writes."""
+    context = Context(sampled=[(0, 90), (1, 10)], versions=[(0, 10)], loss_mask=[(1, 10)], checksums=[(0, 10)])
+    short = group([10, 50, 50])
+    episode = replace(short.completions[0], contexts=[context])
+    long = replace(short, completions=[episode, *short.completions[1:]])
+    assert batch_of([short], num_ranks=2).deal.ranks[1] != batch_of([short], num_ranks=2).deal.ranks[2]
+    first, *others = batch_of([long], num_ranks=2).deal.ranks
+    assert others == [1 - first, 1 - first]
