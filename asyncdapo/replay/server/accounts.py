@@ -45,6 +45,8 @@ MEANS = (
 )
 """Over the groups that arrived since the last step. Those on which the reward function raised count only in
 `reward/failed_ratio`."""
+EPISODE_MEANS = ("rollout/turns_mean", "rollout/contexts_mean", "rollout/observed_tokens_mean")
+"""Of a completion, over the same groups; there are none before the first completion that isn't a single turn."""
 
 
 @dataclass(kw_only=True)
@@ -79,6 +81,7 @@ class Accounts:
     def __init__(self, totals: Mapping[str, float], recovered: Recovered) -> None:
         """`totals`: the last metrics line before this process; empty in a new run."""
         self._means = {name: totals.get(name, math.nan) for name in MEANS}
+        self._means |= {name: totals[name] for name in EPISODE_MEANS if name in totals}
         self._interval: Counter[str] = Counter()
         """Sums over the groups that arrived since the last step."""
         self._arrived_groups = self._arrived_tokens = 0
@@ -174,6 +177,9 @@ class Accounts:
             "truncated": sum(completion.finish_reason == "length" for completion in completions),
             "completions": len(completions),
             "tokens": group.num_sampled_tokens,
+            "turns": sum(completion.turns for completion in completions),
+            "contexts": sum(len(completion.contexts) for completion in completions),
+            "observed": group.num_tokens - group.num_sampled_tokens,
         }.items():
             self._interval[name] += number
         return GroupFacts(
@@ -199,6 +205,9 @@ class Accounts:
                 "rollout/truncated_ratio": sums["truncated"] / sums["completions"],
                 "rollout/response_tokens_mean": sums["tokens"] / sums["completions"],
             }
+            if sums["turns"] > sums["completions"] or sums["observed"] or EPISODE_MEANS[0] in self._means:
+                of_episodes = [sums[name] / sums["completions"] for name in ("turns", "contexts", "observed")]
+                self._means |= dict(zip(EPISODE_MEANS, of_episodes, strict=True))
 
     def _dropped_against_trained(self) -> dict[str, float]:
         """Stale groups have long answers. How many are dropped, and how much longer they are, shows the bias."""

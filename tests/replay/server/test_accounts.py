@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from msgspec.structs import replace
+
 from asyncdapo.messages import NO_CHECKSUM, Completion, Context, Group
 from asyncdapo.replay.core.events import EndLease, MoveGroup
-from asyncdapo.replay.core.recovery import Recovered
-from asyncdapo.replay.server.accounts import Accounts
+from asyncdapo.replay.core.recovery import GroupFacts, Recovered
+from asyncdapo.replay.server.accounts import EPISODE_MEANS, Accounts
 
 
 def group(number: int, *accs: float) -> Group:
@@ -52,3 +54,27 @@ def test_groups_on_which_the_reward_function_raised_are_said_from_the_first_on()
     failed = "2 groups failed since the last batch: the reward function raised"
     assert accounts.describe_unkept(2) == failed
     assert accounts.describe_unkept(1) == f"1 groups filtered since the last batch: 1 all right, 0 all wrong; {failed}"
+
+
+def step_line(accounts: Accounts, step: int, arrived: Group) -> dict[str, float]:
+    """Of a step that trains on this group alone."""
+    verdicts = {"prompt_id": arrived.prompt_id, "group_id": arrived.lease_id, "verdict": "kept"}
+    accounts.move_group(MoveGroup(**verdicts, state="queued"), arrived)
+    accounts.move_group(MoveGroup(**verdicts, state="trained", step=step), None)
+    facts = GroupFacts(group_id=1, num_tokens=6, num_completions=2, reward_mean=0.5, min_version=0)
+    return accounts.trained(step, [facts], 0)
+
+
+def test_turns_contexts_and_observed_tokens_are_counted_from_the_first_episode_on() -> None:
+    accounts = Accounts({}, Recovered())
+    assert not set(step_line(accounts, 1, group(1, 0.0, 1.0))) & set(EPISODE_MEANS)
+    single = group(2, 0.0, 1.0)
+    [turn] = single.completions[0].contexts
+    two_turns = replace(turn, sampled=[(1, 2), (0, 5), (1, 1)], checksums=[(0, 2), (0, 1)])
+    fork = replace(turn, sampled=[(0, 4), (1, 3)])
+    episode = replace(single.completions[0], contexts=[two_turns, fork])
+    line = step_line(accounts, 2, replace(single, completions=[episode, *single.completions[1:]]))
+    assert [line[name] for name in EPISODE_MEANS] == [2.0, 1.5, 4.5]
+    assert line["rollout/response_tokens_mean"] == 4.5
+    resumed = Accounts(line, Recovered())
+    assert [step_line(resumed, 3, group(3, 0.0, 1.0))[name] for name in EPISODE_MEANS] == [1.0, 1.0, 0.0]
