@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from asyncdapo.model.shape import read_shape
+from benchmarks.learner import main
 from benchmarks.learner_step.bench import _flops, _wrong
 from benchmarks.learner_step.lengths import GroupLengths
 from benchmarks.learner_step.shapes import SHAPES
@@ -50,11 +51,14 @@ def test_a_run_prints_its_batch_its_formula_and_a_row_for_each_variant(tmp_path:
         (["--group-size", "1"], "--group-size: must be at least 2"),
     ],
 )
-def test_a_wrong_option_is_told_with_code_2(options: list[str], said: str) -> None:
-    done = bench(*options)
-    assert done.returncode == 2
-    assert said in done.stderr
-    assert not done.stdout
+def test_a_wrong_option_is_told_with_code_2(
+    options: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [COMMAND, *options])
+    assert main() == 2
+    out, err = capsys.readouterr()
+    assert said in err
+    assert not out
 
 
 def row(kind: str, seconds: float, *, loss: float = 0.5, norm: float = 2.0, dtype: str = "float32") -> Measured:
