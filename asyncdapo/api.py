@@ -144,7 +144,7 @@ class Completion:
     """int64 [T]: version of the weights that sampled each token, 0 for the initial model; -1 if observed."""
     loss_mask: np.ndarray
     """int64 [T]: 1 where the token bears loss, else 0."""
-    turns: int
+    num_turns: int
     """Responses that were sampled."""
     reward: float
     """The number that the advantage is computed from."""
@@ -249,7 +249,7 @@ class Run:
                     logprobs=np.concatenate([context.spread(context.logprobs_S) for context in own]),
                     versions=np.concatenate([context.spread(expand(context.header.versions), -1) for context in own]),
                     loss_mask=np.concatenate([context.spread(expand(context.header.loss_mask)) for context in own]),
-                    turns=completion.turns,
+                    num_turns=completion.num_turns,
                     reward=completion.reward,
                     metrics=completion.metrics,
                     finish_reason=completion.finish_reason,

@@ -38,7 +38,7 @@ Phase = Literal["waiting", "sampling", "sampled"]
 there, and it is being scored or waits for its acknowledgement."""
 Runs = list[tuple[int, int]]
 NO_CHECKSUM = -1
-"""In `Context.checksums`: of a record from before they were taken."""
+"""Of a turn in a record from before they were taken."""
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(field,))  # a subclass is frozen without saying so
@@ -60,6 +60,17 @@ class Prompt(Struct, frozen=True, kw_only=True):
     answer: str
 
 
+class SampledTurn(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """One response in a context: tokens that the engine sampled in one go."""
+
+    number: int
+    """In its completion, from 0, in the order in which the engine answered. No other turn of any context has it."""
+    num_tokens: int
+    checksum: int
+    """Taken where the engine answers (`payload.checksum`): of all that it had read and sampled, and of the number. So
+    it shows behind which tokens the turn was sampled, and that it stands in one place."""
+
+
 class Context(Struct, frozen=True, kw_only=True, array_like=True, forbid_unknown_fields=True):
     """What the model has read and written, token by token; the last token is sampled. The tokens, and the rollout
     log-probs of the sampled ones, are in the group's payload."""
@@ -73,15 +84,15 @@ class Context(Struct, frozen=True, kw_only=True, array_like=True, forbid_unknown
     """Of the sampled tokens."""
     loss_mask: Runs
     """Of the sampled tokens."""
-    checksums: Runs
-    """Of the sampled tokens, one run `(crc, num_tokens)` for each turn. The checksum (`payload.checksum`) is of all
-    that the engine had read and sampled when the turn ended, so it shows behind which tokens the turn was sampled."""
+    turns: list[SampledTurn]
+    """The sampled tokens, turn by turn."""
 
     @staticmethod
-    def of_turn(versions: Runs, loss_mask: Runs, crc: int) -> Context:
+    def of_turn(versions: Runs, loss_mask: Runs, checksum: int) -> Context:
         """A single turn behind the group's prompt."""
         num_tokens = sum(count for _, count in versions)
-        return Context(sampled=[(1, num_tokens)], versions=versions, loss_mask=loss_mask, checksums=[(crc, num_tokens)])
+        turn = SampledTurn(0, num_tokens, checksum)
+        return Context(sampled=[(1, num_tokens)], versions=versions, loss_mask=loss_mask, turns=[turn])
 
     @property
     def num_tokens(self) -> int:
@@ -114,9 +125,9 @@ class Completion(Struct, frozen=True, kw_only=True):
     may add others."""
 
     @property
-    def turns(self) -> int:
+    def num_turns(self) -> int:
         """Sampled responses in it."""
-        return sum(len(context.checksums) for context in self.contexts)
+        return sum(len(context.turns) for context in self.contexts)
 
     @property
     def num_tokens(self) -> int:

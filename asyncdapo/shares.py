@@ -54,7 +54,7 @@ class Batch(Message):
     branch: int
     max_staleness: int
     groups: list[Group]
-    """As the learner needs them: without metrics and checksums."""
+    """As the learner needs them: without metrics and turns."""
     deal: Deal
     copies: list[int] = []
     """Extra copies of each group in the batch (`filter.mode: replace`); empty if there are none."""

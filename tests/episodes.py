@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import count
 
 import numpy as np
 
-from asyncdapo.messages import Completion, Context, Group
+from asyncdapo.messages import Completion, Context, Group, SampledTurn
 from asyncdapo.transport.payload import Payload, checksum
 
 VOCAB_SIZE = 29
@@ -23,20 +24,21 @@ class MadeContext:
     token_ids: list[int] = field(default_factory=list)
     sampled: list[tuple[int, int]] = field(default_factory=list)
     versions: list[tuple[int, int]] = field(default_factory=list)
-    checksums: list[tuple[int, int]] = field(default_factory=list)
+    turns: list[SampledTurn] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
 
     def observe(self, token_ids: list[int]) -> None:
         self.token_ids += token_ids
         self.sampled += [(0, len(token_ids))] if token_ids else []
 
-    def sample(self, token_ids: list[int], logprobs: list[float], versions: list[tuple[int, int]]) -> None:
+    def sample(self, number: int, token_ids: list[int], logprobs: list[float], versions: list[tuple[int, int]]) -> None:
         """One turn."""
         self.token_ids += token_ids
         self.logprobs += logprobs
         self.sampled.append((1, len(token_ids)))
         self.versions += versions
-        self.checksums.append((checksum([*self.prompt_ids, *self.token_ids]), len(token_ids)))
+        crc = checksum([*self.prompt_ids, *self.token_ids], number)
+        self.turns.append(SampledTurn(number, len(token_ids), crc))
 
     def header(self, bears_loss: bool) -> Context:
         return Context(
@@ -44,7 +46,7 @@ class MadeContext:
             sampled=self.sampled,
             versions=self.versions,
             loss_mask=[(int(bears_loss), len(self.logprobs))],
-            checksums=self.checksums,
+            turns=self.turns,
         )
 
 
@@ -58,7 +60,7 @@ class Episodes:
     def tokens(self, low: int, high: int) -> list[int]:
         return self.rng.integers(0, VOCAB_SIZE, self.rng.integers(low, high + 1)).tolist()
 
-    def take_turns(self, context: MadeContext, turns: int) -> MadeContext:
+    def take_turns(self, context: MadeContext, turns: int, numbers: Iterator[int]) -> MadeContext:
         for turn in range(turns):
             context.observe(self.tokens(0, 4) if turn or context.token_ids else [])
             token_ids = self.tokens(1, 6)
@@ -66,22 +68,23 @@ class Episodes:
             low, high = sorted(self.rng.integers(self._versions[0], self._versions[1] + 1, 2).tolist())
             versions = [(low, first), (high, len(token_ids) - first)]
             logprobs = self.rng.normal(-3, 0.5, len(token_ids)).clip(max=0).tolist()
-            context.sample(token_ids, logprobs, [run for run in versions if run[1]])
+            context.sample(next(numbers), token_ids, logprobs, [run for run in versions if run[1]])
         return context
 
     def completion(self, prompt_ids: list[int], turns: int, forks: int, elsewhere: bool) -> list[MadeContext]:
         """A context with so many turns; others that fork from one before; one that begins with a prompt of its own."""
-        contexts = [self.take_turns(MadeContext(prompt_ids), turns)]
+        numbers = count()
+        contexts = [self.take_turns(MadeContext(prompt_ids), turns, numbers)]
         for _ in range(forks):
             earlier = contexts[self.rng.integers(len(contexts))]
             fork = MadeContext(earlier.prompt_ids, earlier.rooted)
             shared = int(self.rng.integers(0, len(earlier.token_ids) + 1))
             fork.observe(earlier.token_ids[:shared] + self.tokens(1, 3))
-            contexts.append(self.take_turns(fork, int(self.rng.integers(1, 3))))
+            contexts.append(self.take_turns(fork, int(self.rng.integers(1, 3)), numbers))
         if elsewhere:
             alone = MadeContext([], rooted=False)
             alone.observe(self.tokens(1, 7))
-            contexts.append(self.take_turns(alone, 1))
+            contexts.append(self.take_turns(alone, 1, numbers))
         return contexts
 
     def group(

@@ -26,6 +26,7 @@ from asyncdapo.config.config import load_config as load_file
 from asyncdapo.errors import RunError, UserError
 from asyncdapo.learner.storage.checkpoint import check_checkpoint, checkpoint_dir, kept_steps
 from asyncdapo.replay.ledger.ledger import read_group
+from tests.replay.run_of_episodes import run_of_episodes
 from tests.replay.small_run import finished_run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -216,6 +217,33 @@ def test_completions_are_what_the_payloads_hold(run: asyncdapo.Run) -> None:
         assert completion.prompt
         assert completion.response
     assert len(list(run.completions())) == sum(row["completions"] for row in run.groups())
+
+
+def test_an_episode_says_of_each_token_whether_it_was_sampled(tmp_path: Path, monkeypatch) -> None:
+    """Where it forked, its contexts stand one after the other."""
+
+    class Numbers:
+        def spell(self, token_ids: list[int]) -> str:
+            return " ".join(map(str, token_ids))
+
+        decode = spell
+
+    monkeypatch.setattr("asyncdapo.model.tokenizer.load_tokenizer", lambda files: Numbers())
+    run = asyncdapo.Run(run_of_episodes(tmp_path))
+    with (tmp_path / "config.yaml").open("a") as config:
+        config.write("model: {path: some/model}\nrun: {steps: 2}\n")
+    completions = list(run.completions(step=1))
+    assert max(completion.contexts.max() for completion in completions) > 0
+    assert max(completion.num_turns for completion in completions) > 1
+    for completion in completions:
+        group, payload = read_group(run.dir, completion.group_id)
+        contexts = [one for one in payload.of_contexts(group) if one.index == completion.sample]
+        assert completion.response == " ".join(str(token) for one in contexts for token in one.own_ids)
+        is_sampled = completion.sampled == 1
+        assert completion.logprobs[is_sampled].tolist() == [value for one in contexts for value in one.logprobs_S]
+        assert (completion.versions >= 0).tolist() == is_sampled.tolist()
+        assert not completion.loss_mask[~is_sampled].any()
+        assert np.bincount(completion.contexts).tolist() == [len(one.own_ids) for one in contexts]
 
 
 def test_freed_tokens_and_unknown_groups_are_said_at_once(freed: asyncdapo.Run) -> None:

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from asyncdapo.messages import Context
+from asyncdapo.messages import Context, SampledTurn
 from asyncdapo.model.shape import PUBLISHED, read_shape
 from asyncdapo.shares import NOBODY, Dealer, share_of
 from tests.learner.tiny import batch_of, make_group
@@ -149,7 +149,8 @@ def test_with_fewer_completions_than_ranks_some_ranks_have_none():
 
 def test_the_work_of_an_episode_counts_what_it_observes():
     """90 tokens that the first one reads weigh as much as 90 that another one writes."""
-    context = Context(sampled=[(0, 90), (1, 10)], versions=[(0, 10)], loss_mask=[(1, 10)], checksums=[(0, 10)])
+    turn = SampledTurn(0, 10, 7)
+    context = Context(sampled=[(0, 90), (1, 10)], versions=[(0, 10)], loss_mask=[(1, 10)], turns=[turn])
     short = group([10, 50, 50])
     episode = replace(short.completions[0], contexts=[context])
     long = replace(short, completions=[episode, *short.completions[1:]])

@@ -59,7 +59,7 @@ def build_group(
 
 def _context(prompt: Prompt, sample: Sample, overlong_filter: bool) -> Context:
     bears_loss = loss_mask(len(sample.token_ids), sample.finish_reason, overlong_filter)
-    return Context.of_turn(sample.versions, bears_loss, checksum([*prompt.token_ids, *sample.token_ids]))
+    return Context.of_turn(sample.versions, bears_loss, checksum([*prompt.token_ids, *sample.token_ids], 0))
 
 
 def loss_mask(num_tokens: int, finish_reason: FinishReason, overlong_filter: bool) -> Runs:

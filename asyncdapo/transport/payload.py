@@ -21,9 +21,14 @@ TOKEN_DTYPE = np.dtype("<i4")
 LOGPROB_DTYPE = np.dtype("<f4")
 
 
-def checksum(token_ids: np.ndarray | Sequence[int]) -> int:
-    """CRC-32 of tokens, as a payload holds them. Of a turn: what the engine read, and then what it sampled."""
-    return crc32(np.ascontiguousarray(token_ids, TOKEN_DTYPE).tobytes())
+def checksum(token_ids: np.ndarray | Sequence[int], number: int) -> int:
+    """Of the `number`-th turn of a completion: what the engine read, and then what it sampled."""
+    return numbered(crc32(np.ascontiguousarray(token_ids, TOKEN_DTYPE).tobytes()), number)
+
+
+def numbered(crc: int, number: int) -> int:
+    """The checksum of a turn from the CRC-32 of its tokens and those before them, as a payload holds them."""
+    return crc32(number.to_bytes(4, "little"), crc)
 
 
 @dataclass(frozen=True)
@@ -138,6 +143,8 @@ class ContextTokens:
 
     def spread(self, values_S: np.ndarray, observed: int = 0) -> np.ndarray:
         """Numbers of the sampled tokens at their places among its own; `observed` at those of the observed ones."""
+        if len(values_S) == len(self.own_ids):
+            return values_S
         values = np.full(len(self.own_ids), observed, values_S.dtype)
         values[self.is_sampled] = values_S
         return values

@@ -55,7 +55,7 @@ def make_group(
     token_ids = np.arange(total, dtype=np.int32) + lease.lease_id % 1000
 
     def crc(index: int) -> int:
-        return checksum([*lease.prompt.token_ids, *token_ids[index * num_tokens :][:num_tokens]])
+        return checksum([*lease.prompt.token_ids, *token_ids[index * num_tokens :][:num_tokens]], 0)
 
     completions = [
         Completion(

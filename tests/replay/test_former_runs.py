@@ -54,7 +54,7 @@ def test_a_former_run_is_resumed_with_the_groups_that_it_had_queued(tmp_path: Pa
     run.roll_back(1)
     [queued] = rows(tmp_path, "SELECT group_id FROM groups WHERE state = 'queued'")
     group, payload = read_group(tmp_path, queued["group_id"])
-    assert [completion.turns for completion in group.completions] == [1, 1]
+    assert [completion.num_turns for completion in group.completions] == [1, 1]
     assert group.num_tokens == group.num_sampled_tokens == len(payload.token_ids) == len(payload.logprobs) == 8
     run.advance(0, 2, 3)
     assert rows(tmp_path, f"SELECT step FROM groups WHERE group_id = {queued['group_id']}") == [{"step": 2}]

@@ -6,7 +6,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from asyncdapo.messages import NO_CHECKSUM, Ack, GroupDone, GroupFailed, Lease, Reject, Withdraw
+from asyncdapo.messages import NO_CHECKSUM, Ack, GroupDone, GroupFailed, Lease, Reject, SampledTurn, Withdraw
 from asyncdapo.replay.core import events as core
 from asyncdapo.replay.ledger.journal import Journal
 from asyncdapo.transport.payload import Payload
@@ -121,7 +121,7 @@ BAD_GROUPS = {
     "one completion": lambda g, p: (msgspec.structs.replace(g, completions=g.completions[:1]), p),
     "no completion": lambda g, p: (msgspec.structs.replace(g, completions=[]), p),
     "no context": lambda g, p: (with_completion(g, contexts=[]), p),
-    "an empty context": lambda g, p: (with_context(g, sampled=[], versions=[], loss_mask=[], checksums=[]), p),
+    "an empty context": lambda g, p: (with_context(g, sampled=[], versions=[], loss_mask=[], turns=[]), p),
     "an observed token at the end": lambda g, p: (with_context(g, sampled=[(1, 4), (0, 1)]), p),
     "no prompt of its own": lambda g, p: (with_context(g, rooted=False), p),
     "versions too short": lambda g, p: (with_context(g, versions=[(0, 3)]), p),
@@ -130,8 +130,9 @@ BAD_GROUPS = {
     "a mask of 2": lambda g, p: (with_context(g, loss_mask=[(2, 4)]), p),
     "weights of the future": lambda g, p: (with_context(g, versions=[(1, 4)]), p),
     "a negative version": lambda g, p: (with_context(g, versions=[(-1, 4)]), p),
-    "a turn without a checksum": lambda g, p: (with_context(g, checksums=[(NO_CHECKSUM, 4)]), p),
-    "another turn than was sampled": lambda g, p: (with_context(g, checksums=[(7, 4)]), p),
+    "a turn without a checksum": lambda g, p: (with_context(g, turns=[SampledTurn(0, 4, NO_CHECKSUM)]), p),
+    "a turn of another number": lambda g, p: (with_context(g, turns=[SampledTurn(1, 4, 7)]), p),
+    "another turn than was sampled": lambda g, p: (with_context(g, turns=[SampledTurn(0, 4, 7)]), p),
     "a reward that is no number": lambda g, p: (with_completion(g, reward=float("nan")), p),
     "a metric that is no number": lambda g, p: (with_completion(g, metrics={"acc": float("inf")}), p),
     "a time that is no number": lambda g, p: (msgspec.structs.replace(g, generate_s=float("nan")), p),

@@ -57,7 +57,7 @@ async def test_a_lease_becomes_a_scored_group_with_its_tokens() -> None:
         for completion, token_ids in zip(group.completions, tokens, strict=True):
             verdict = float(token_ids[0] % 2)
             assert (completion.reward, completion.metrics) == (2 * verdict - 1, {"acc": verdict})
-            crc = checksum([1, 2, 107, *token_ids])
+            crc = checksum([1, 2, 107, *token_ids], 0)
             assert completion.contexts == [Context.of_turn([(0, 3)], [(1, 3)], crc)]
 
 

@@ -61,7 +61,7 @@ def test_counts_and_versions_of_a_group_are_those_of_all_its_contexts(seed: int)
     assert (group.min_version, group.max_version) == (min(versions), max(versions))
     assert group.num_tokens == len(payload.token_ids)
     assert group.num_sampled_tokens == len(payload.logprobs)
-    assert [one.turns for one in group.completions] == [sum(len(c.checksums) for c in own) for own in kept]
+    assert [one.num_turns for one in group.completions] == [sum(len(c.turns) for c in own) for own in kept]
 
 
 def test_frames_that_hold_a_log_prob_for_observed_tokens_too_are_refused() -> None:

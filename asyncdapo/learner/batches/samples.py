@@ -107,7 +107,7 @@ def rows_by_update(
     for piece, part in zip(share, payload.split([piece.header for piece in share]), strict=True):
         group = batch.groups[piece.place]
         rewards_G = torch.tensor([completion.reward for completion in group.completions], dtype=torch.float64)
-        advantages = advantage(rewards_G).tolist()
+        advantages, staleness = advantage(rewards_G).tolist(), group.staleness(batch.step)
         for tokens in part.of_contexts(piece.header):
             index, response = piece.indices[tokens.index], tokens.response
             row = Row(
@@ -118,7 +118,7 @@ def rows_by_update(
                 tokens.spread(tokens.logprobs_S)[response],
                 tokens.spread(expand(tokens.header.loss_mask) == 1)[response],
                 advantages[index],
-                staleness=group.staleness(batch.step),
+                staleness=staleness,
                 context=tokens.number,
             )
             if with_zeros or row.advantage:

@@ -177,7 +177,7 @@ class Accounts:
             "truncated": sum(completion.finish_reason == "length" for completion in completions),
             "completions": len(completions),
             "tokens": group.num_sampled_tokens,
-            "turns": sum(completion.turns for completion in completions),
+            "turns": sum(completion.num_turns for completion in completions),
             "contexts": sum(len(completion.contexts) for completion in completions),
             "observed": group.num_tokens - group.num_sampled_tokens,
         }.items():

@@ -321,11 +321,11 @@ class Dispatch:
 
 def for_learner(group: Group) -> Group:
     """The group as the learner needs it: without the numbers of the reward function, which may be many, and without
-    checksums, of which a long episode has many. The header of a batch is limited."""
+    turns, of which a long episode has many. The header of a batch is limited."""
     completions = [
         structs.replace(
             completion,
-            contexts=[structs.replace(context, checksums=[]) for context in completion.contexts],
+            contexts=[structs.replace(context, turns=[]) for context in completion.contexts],
             metrics={},
         )
         for completion in group.completions

@@ -84,7 +84,7 @@ def _problem(completion: Completion, newest_version: int) -> str | None:
     for context in completion.contexts:
         if not all(0 <= version <= newest_version for version, _ in context.versions):
             return f"versions {context.versions}, the newest weights are version {newest_version}"
-        if any(crc == NO_CHECKSUM for crc, _ in context.checksums):
+        if any(turn.checksum == NO_CHECKSUM for turn in context.turns):
             return "a turn has no checksum"
     if not all(math.isfinite(number) for number in (completion.reward, *completion.metrics.values())):
         return "its reward or a metric is not finite"

@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from asyncdapo.messages import Completion, Context, Group
+from asyncdapo.messages import Completion, Context, Group, SampledTurn
 from asyncdapo.replay.ledger.contexts import header_problem, token_problem
-from asyncdapo.transport.payload import Payload
+from asyncdapo.transport.payload import Payload, checksum
 from tests.episodes import Episodes, MadeContext
 
 Made = list[list[MadeContext]]
@@ -29,9 +29,9 @@ def two_turns(episodes: Made) -> MadeContext:
     """The first context, made anew."""
     context = episodes[0][0]
     context.__init__(context.prompt_ids)
-    context.sample([1, 2, 3], [-0.5, -0.25, -0.125], [(0, 3)])
+    context.sample(0, [1, 2, 3], [-0.5, -0.25, -0.125], [(0, 3)])
     context.observe([9, 8])
-    context.sample([4, 5], [-1.0, -2.0], [(1, 2)])
+    context.sample(1, [4, 5], [-1.0, -2.0], [(1, 2)])
     del episodes[0][1:]
     return context
 
@@ -42,12 +42,10 @@ def retokenise(episodes: Made) -> None:
 
 
 def retokenise_before_the_second_turn(episodes: Made) -> None:
-    """The engine was given another spelling of its first turn than it had sampled, and that is recorded."""
+    """The engine was given another spelling of its first turn than it had sampled."""
     context = two_turns(episodes)
-    told = [*context.prompt_ids, 1, 7, 6, 9, 8, 4, 5]
-    engine = MadeContext([])
-    engine.sample(told, [0.0] * 7, [])
-    context.checksums[1] = (engine.checksums[0][0], 2)
+    read = [*context.prompt_ids, 1, 7, 6, 9, 8, 4, 5]
+    context.turns[1] = SampledTurn(1, 2, checksum(read, 1))
 
 
 def leave_out_an_observation(episodes: Made) -> None:
@@ -59,33 +57,42 @@ def change_the_last_token(episodes: Made) -> None:
     two_turns(episodes).token_ids[-1] += 1
 
 
+def fork(episodes: Made, first: int, second: int) -> MadeContext:
+    """The first turn stands in a fork, too, with these numbers of its turns."""
+    context = MadeContext(two_turns(episodes).prompt_ids)
+    context.sample(first, [1, 2, 3], [-0.5, -0.25, -0.125], [(0, 3)])
+    context.observe([9, 9])
+    context.sample(second, [4, 5], [-1.0, -2.0], [(1, 2)])
+    episodes[0].append(context)
+    return context
+
+
 def sample_a_turn_in_two_contexts(episodes: Made) -> None:
-    first = two_turns(episodes)
-    fork = MadeContext(first.prompt_ids)
-    fork.sample([1, 2, 3], [-0.5, -0.25, -0.125], [(0, 3)])
-    fork.observe([9, 9])
-    fork.sample([4, 5], [-1.0, -2.0], [(1, 2)])
-    episodes[0].append(fork)
+    fork(episodes, 0, 2)
 
 
-def sample_half_a_turn_in_two_contexts(episodes: Made) -> None:
-    first = two_turns(episodes)
-    fork = MadeContext(first.prompt_ids)
-    fork.sample([1, 2], [-0.5, -0.25], [(0, 2)])
-    fork.observe([9, 9])
-    fork.sample([4, 5], [-1.0, -2.0], [(1, 2)])
-    episodes[0].append(fork)
+def sample_a_turn_in_two_contexts_under_a_new_number(episodes: Made) -> None:
+    """The checksum can't be had from the engine, which has sampled it once."""
+    context = fork(episodes, 0, 2)
+    context.turns = [SampledTurn(3, 3, context.turns[0].checksum), *context.turns[1:]]
+
+
+def leave_out_a_context(episodes: Made) -> None:
+    context = fork(episodes, 2, 3)
+    context.observe([1])
+    context.sample(5, [4], [-1.0], [(1, 1)])
 
 
 @pytest.mark.parametrize(
     ("harm", "problem"),
     [
-        (retokenise, "a turn was sampled behind other tokens"),
-        (retokenise_before_the_second_turn, "a turn was sampled behind other tokens"),
-        (leave_out_an_observation, "a turn was sampled behind other tokens"),
-        (change_the_last_token, "a turn was sampled behind other tokens"),
-        (sample_a_turn_in_two_contexts, "completion 0: 3 sampled tokens are in two contexts"),
-        (sample_half_a_turn_in_two_contexts, "completion 0: 2 sampled tokens are in two contexts"),
+        (retokenise, "turn 0 was sampled behind other tokens"),
+        (retokenise_before_the_second_turn, "turn 1 was sampled behind other tokens"),
+        (leave_out_an_observation, "turn 1 was sampled behind other tokens"),
+        (change_the_last_token, "turn 1 was sampled behind other tokens"),
+        (sample_a_turn_in_two_contexts, "numbered [0, 0, 1, 2]: one is missing, or in two places"),
+        (sample_a_turn_in_two_contexts_under_a_new_number, "completion 0: turn 3 was sampled behind other tokens"),
+        (leave_out_a_context, "numbered [0, 1, 2, 3, 5]: one is missing, or in two places"),
     ],
 )
 def test_tokens_that_are_not_what_was_sampled_are_found(harm, problem: str) -> None:
@@ -95,18 +102,16 @@ def test_tokens_that_are_not_what_was_sampled_are_found(harm, problem: str) -> N
 
 
 def test_two_draws_of_the_same_tokens_are_two_turns() -> None:
-    """An agent may ask twice. Their log-probs differ, since the weights or the rounding did."""
-
-    def ask_twice(episodes: Made) -> None:
-        first = two_turns(episodes)
-        again = MadeContext(first.prompt_ids)
-        again.sample([1, 2, 3], [-0.51, -0.26, -0.13], [(1, 3)])
-        episodes[0].append(again)
-
-    assert problem_of(*Episodes(0).group(change=ask_twice)) is None
+    """An agent may ask twice."""
+    assert problem_of(*Episodes(0).group(change=lambda episodes: fork(episodes, 2, 3))) is None
 
 
-SOUND = Context(sampled=[(1, 2), (0, 3), (1, 1)], versions=[(0, 3)], loss_mask=[(1, 3)], checksums=[(7, 2), (8, 1)])
+SOUND = Context(
+    sampled=[(1, 2), (0, 3), (1, 1)],
+    versions=[(0, 3)],
+    loss_mask=[(1, 3)],
+    turns=[SampledTurn(0, 2, 7), SampledTurn(1, 1, 8)],
+)
 
 
 def completion(context: Context) -> Completion:
@@ -120,9 +125,10 @@ def completion(context: Context) -> Completion:
         ({"loss_mask": [(1, 2), (0, 3), (1, 1)]}, "the run lengths of loss_mask"),
         ({"versions": [(0, 6)]}, "the run lengths of versions"),
         ({"versions": [(0, 4), (1, -1)]}, "the run lengths of versions"),
-        ({"checksums": [(7, 3)]}, "have observed tokens inside"),
-        ({"checksums": [(7, 1), (8, 2)]}, "have observed tokens inside"),
-        ({"checksums": [(7, 2)]}, "the run lengths of checksums"),
+        ({"turns": [SampledTurn(0, 3, 7)]}, "have observed tokens inside"),
+        ({"turns": [SampledTurn(0, 1, 7), SampledTurn(1, 2, 8)]}, "have observed tokens inside"),
+        ({"turns": [SampledTurn(0, 2, 7)]}, "the run lengths of turns"),
+        ({"turns": [SampledTurn(0, 2, 7), SampledTurn(-1, 1, 8)]}, "one is missing"),
         ({"sampled": [(1, 2), (0, 3), (1, 1), (0, 1)]}, "doesn't end in a sampled token"),
         ({"sampled": [(1, 3), (0, 0)]}, "doesn't end in a sampled token"),
         ({"sampled": [(2, 2), (0, 3), (1, 1)]}, "values other than 0 and 1"),

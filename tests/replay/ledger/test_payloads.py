@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from asyncdapo.messages import NO_CHECKSUM, Lease
+from asyncdapo.messages import NO_CHECKSUM, Lease, SampledTurn
 from asyncdapo.replay.ledger.payloads import BadRecord, Place, Segments, read_record, segment_path
 from tests.replay.former import former_record
 from tests.replay.small_run import make_group, prompt_at
@@ -130,7 +130,7 @@ def test_a_record_of_before_contexts_is_read_as_one_of_a_single_turn(tmp_path: P
     turns = [
         replace(
             completion,
-            contexts=[replace(context, checksums=[(NO_CHECKSUM, 5)]) for context in completion.contexts],
+            contexts=[replace(context, turns=[SampledTurn(0, 5, NO_CHECKSUM)]) for context in completion.contexts],
         )
         for completion in group.completions
     ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from msgspec.structs import replace
 
-from asyncdapo.messages import NO_CHECKSUM, Completion, Context, Group
+from asyncdapo.messages import NO_CHECKSUM, Completion, Context, Group, SampledTurn
 from asyncdapo.replay.core.events import EndLease, MoveGroup
 from asyncdapo.replay.core.recovery import GroupFacts, Recovered
 from asyncdapo.replay.server.accounts import EPISODE_MEANS, Accounts
@@ -70,7 +70,7 @@ def test_turns_contexts_and_observed_tokens_are_counted_from_the_first_episode_o
     assert not set(step_line(accounts, 1, group(1, 0.0, 1.0))) & set(EPISODE_MEANS)
     single = group(2, 0.0, 1.0)
     [turn] = single.completions[0].contexts
-    two_turns = replace(turn, sampled=[(1, 2), (0, 5), (1, 1)], checksums=[(0, 2), (0, 1)])
+    two_turns = replace(turn, sampled=[(1, 2), (0, 5), (1, 1)], turns=[SampledTurn(0, 2, 7), SampledTurn(1, 1, 7)])
     fork = replace(turn, sampled=[(0, 4), (1, 3)])
     episode = replace(single.completions[0], contexts=[two_turns, fork])
     line = step_line(accounts, 2, replace(single, completions=[episode, *single.completions[1:]]))
