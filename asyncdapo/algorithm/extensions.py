@@ -18,9 +18,9 @@ from asyncdapo.plugins import broken, cached_plugin, check_call
 
 
 class LossVariant(Protocol):
-    """Loss of each token, [B, T]. A row is a whole response, so a row may depend on all of its own tokens. It must not
-    depend on other rows, and nothing is reduced: the update's row weights (`loss.agg`) do that. Tokens outside the mask
-    may hold any finite value. `advantages_BT` is [B, 1] or [B, T]."""
+    """Loss of each token, [B, T]. A row is a whole response, or a context of an episode, so it may depend on all of its
+    own tokens. It must not depend on other rows, and nothing is reduced: the update's row weights (`loss.agg`) do that.
+    Tokens outside the mask may hold any finite value. `advantages_BT` is [B, 1] or [B, T]."""
 
     def __call__(
         self,
