@@ -92,11 +92,12 @@ class Episodes:
         prompt_id: int = 0,
         *,
         group_size: int = 3,
+        prompt_ids: list[int] | None = None,
         change: Callable[[list[list[MadeContext]]], object] = lambda episodes: None,
         **identity: int,
     ) -> tuple[Group, Payload]:
         """`change` may harm the episodes before the group is made of them."""
-        prompt_ids = self.tokens(1, 6)
+        prompt_ids = prompt_ids or self.tokens(1, 6)
         shapes = self.rng.integers(0, [4, 3, 2], (group_size, 3)).tolist()
         episodes = [self.completion(prompt_ids, 1 + turns, forks, bool(other)) for turns, forks, other in shapes]
         change(episodes)

@@ -9,8 +9,10 @@ import pytest
 from asyncdapo.messages import NO_CHECKSUM, Ack, GroupDone, GroupFailed, Lease, Reject, SampledTurn, Withdraw
 from asyncdapo.replay.core import events as core
 from asyncdapo.replay.ledger.journal import Journal
+from asyncdapo.replay.server.dispatch import for_learner
 from asyncdapo.transport.payload import Payload
-from tests.replay.serving import FakeWorker, rows, scenario, serving
+from tests.episodes import Episodes
+from tests.replay.serving import FakeLearner, FakeWorker, rows, scenario, serving
 from tests.replay.small_run import make_group, prompt_at
 
 
@@ -164,6 +166,52 @@ def test_a_group_that_contradicts_itself_or_its_lease_is_rejected(tmp_path, what
             assert rows(tmp_path, "SELECT COUNT(*) FROM groups") == [(0,)]
 
     asyncio.run(asyncio.wait_for(run(), 20))
+
+
+def episodes(lease, change=list):
+    return Episodes(lease.lease_id).group(
+        lease.prompt.prompt_id,
+        group_size=2,
+        prompt_ids=lease.prompt.token_ids,
+        change=change,
+        lease_id=lease.lease_id,
+    )
+
+
+@scenario
+async def test_episodes_reach_the_learner_with_all_their_contexts(tmp_path):
+    async with serving(tmp_path) as server:
+        worker, learner = FakeWorker(server), FakeLearner(server)
+        await worker.join()
+        await server.begin()
+        leases = await worker.leases(3)
+        for lease in leases:
+            await worker.send_group(*episodes(lease))
+            assert await worker.take(Ack) == Ack(lease_id=lease.lease_id)
+        await learner.want(1)
+        batch, frames = await learner.receive()
+        by_id = {lease.lease_id: episodes(lease) for lease in leases}
+        for group, part in zip(
+            batch.groups, Payload.from_frames(frames, batch.groups).split(batch.groups), strict=True
+        ):
+            sent, payload = by_id[group.lease_id]
+            assert group == for_learner(sent)
+            assert part.frames() == payload.frames()
+
+
+@scenario
+async def test_an_episode_whose_turn_was_sampled_behind_other_tokens_is_rejected(tmp_path):
+    def retokenise(made):
+        made[1][0].token_ids[0] += 1
+
+    async with serving(tmp_path) as server:
+        worker = FakeWorker(server)
+        await worker.join()
+        await server.begin()
+        lease, _ = await worker.leases(2)
+        await worker.send_group(*episodes(lease, retokenise))
+        reject = await worker.take(Reject)
+        assert reject.reason == "completion 1: turn 0 was sampled behind other tokens, or is another one"
 
 
 @scenario
