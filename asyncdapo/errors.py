@@ -11,6 +11,7 @@
       EngineError             the inference engine failed
       RewardError             the reward function raised, or killed its process; the worker reports a failed group
       VerdictError            the reward function returned something that isn't a verdict; the worker isn't restarted
+      EpisodeError            an environment failed on an episode; the worker reports a failed group
       DiskError               the disk is full or broken; the write was not done
 
 Any other error that escapes is a bug of ours and keeps its traceback.
@@ -19,6 +20,7 @@ Any other error that escapes is a bug of ours and keeps its traceback.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 EXIT_INTERRUPTED = 130
 """Exit code of a command that Ctrl-C or SIGTERM ended."""
@@ -107,6 +109,20 @@ class RewardError(RunError):
 
 class VerdictError(RunError):
     """The reward function returned something that isn't a verdict, and would do so again."""
+
+
+class EpisodeError(RunError):
+    """An environment raised, killed its process or broke its contract, as often as it may on one episode."""
+
+
+class EpisodeOver(Exception):  # noqa: N818 - an end, not an error
+    """The environment ends an episode where it stands. It is scored like any other."""
+
+    def __init__(self, finish_reason: Literal["time", "length"], reward: float = 0.0) -> None:
+        """`reward`: of the step that ended it."""
+        super().__init__(finish_reason)
+        self.finish_reason: Literal["time", "length"] = finish_reason
+        self.reward = reward
 
 
 class DiskError(RunError):

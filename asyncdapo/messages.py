@@ -33,9 +33,10 @@ SCHEMA_VERSION = 5
 FinishReason = Literal["stop", "length", "turns", "time"]
 """Of a completion. `length`: a limit on tokens cut it off. Of an episode alone: `turns`, it had as many as it may have;
 `time`, a step of its environment took too long."""
-Phase = Literal["waiting", "sampling", "sampled"]
-"""Of a lease at its worker. `waiting`: none of its samples has a slot. `sampling`: some have. `sampled`: all tokens are
-there, and it is being scored or waits for its acknowledgement."""
+Phase = Literal["waiting", "sampling", "environment", "sampled"]
+"""Of a lease at its worker. `waiting`: none of its samples has a slot. `sampling`: some have. `environment`: none has,
+and some wait for their environments. `sampled`: all tokens are there, and it is being scored or waits for its
+acknowledgement."""
 Runs = list[tuple[int, int]]
 NO_CHECKSUM = -1
 """Of a turn in a record from before they were taken."""
@@ -58,6 +59,8 @@ class Prompt(Struct, frozen=True, kw_only=True):
     row: int
     token_ids: list[int]
     answer: str
+    text: str = ""
+    """Its question, for an environment; empty without one."""
 
 
 class SampledTurn(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):

@@ -34,8 +34,9 @@ from asyncdapo.replay.ledger.journal import Journal
 from asyncdapo.replay.server.server import ReplayServer
 from asyncdapo.replay.server.settings import ServerSettings
 from asyncdapo.reward.pool import ScorerPool
-from asyncdapo.reward.scorer import Scorer
+from asyncdapo.reward.scorer import Scale, Scorer
 from asyncdapo.rollout.engine import Engine
+from asyncdapo.rollout.episodes import SingleTurn
 from asyncdapo.rollout.worker import RolloutWorker
 from asyncdapo.shares import Batch
 
@@ -175,8 +176,10 @@ class Whole:
             reward.verifier, reward.processes, reward.timeout_s, concurrency=reward.concurrency, retries=reward.retries
         )
         decode = load_tokenizer(config.model.tokenizer_files).decode
-        self.scorer = Scorer(reward, pool, decode, config.rollout.max_response_length)
-        self.worker = RolloutWorker(0, config.rollout, config.replay.heartbeat_s, engine, self.scorer, decode, address)
+        self.scorer = Scorer(reward.verifier, pool, decode, Scale(reward, config.rollout.max_response_length))
+        self.worker = RolloutWorker(
+            0, config.rollout, config.replay.heartbeat_s, engine, SingleTurn(engine, self.scorer), decode, address
+        )
         self._engine, self._controller = engine, controller
 
     @property

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "asyncdapo"
-STAGES = {"prompts", "rollout", "reward", "replay", "learner", "weights", "metrics"}
+STAGES = {"prompts", "rollout", "environment", "reward", "replay", "learner", "weights", "metrics"}
 LOWER = {
     "algorithm",
     "child",

@@ -33,15 +33,33 @@ class Place(Generic[P]):
         """Processes that were replaced because they ended, or were killed for a fault of theirs."""
         self._num_failed = 0
         """Processes in a row that ended, or didn't start, before they did any work."""
+        self._starting = asyncio.Lock()
         self._closed = False
 
     async def process(self) -> P:
         """The live process; if the last one is gone, a fresh one, started after a pause if it failed repeatedly. Raises
         RunError after `MAX_STARTS` failures."""
-        if self.current is not None and self.current.alive:
-            return self.current
-        if self.current is not None:
-            await self._bury(self.current)
+        async with self._starting:
+            if self.current is not None and self.current.alive:
+                return self.current
+            await self.empty()
+            return await self._start_one()
+
+    async def empty(self) -> None:
+        """End the process if there is one, and wait until it is gone."""
+        if self.current is None:
+            return
+        process, was_alive = self.current, self.current.alive
+        how = await process.end()
+        self.current = None
+        if was_alive or process.killed_for == "":
+            return
+        self._num_failed += 1
+        self.num_restarts += 1
+        why = process.killed_for or how
+        self._log.warning("%s %d: %s; a fresh one takes its place", self._kind, process.pid, why)
+
+    async def _start_one(self) -> P:
         for left in reversed(range(MAX_STARTS)):
             await asyncio.sleep(BACKOFF_S[min(self._num_failed, len(BACKOFF_S) - 1)])
             if self._closed:
@@ -64,13 +82,3 @@ class Place(Generic[P]):
         self._closed = True
         if self.current is not None:
             await self.current.end()
-
-    async def _bury(self, process: P) -> None:
-        how = await process.end()
-        self.current = None
-        if process.killed_for == "":
-            return
-        self._num_failed += 1
-        self.num_restarts += 1
-        why = process.killed_for or how
-        self._log.warning("%s %d: %s; a fresh one takes its place", self._kind, process.pid, why)

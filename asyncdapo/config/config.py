@@ -26,6 +26,7 @@ from yaml import YAMLError
 from asyncdapo.config.mistakes import convert_section, unknown_key, unresolved
 from asyncdapo.config.run import ControllerConfig, EvalConfig, RunConfig
 from asyncdapo.config.yaml_file import read_yaml, with_colon
+from asyncdapo.environment.config import EnvironmentConfig
 from asyncdapo.errors import ConfigError, SeveralKeysError, UserError, raise_all
 from asyncdapo.faults import FaultsConfig
 from asyncdapo.learner.config import LearnerConfig, LossConfig
@@ -46,6 +47,7 @@ class Config:
     model: ModelConfig
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     filter: FilterConfig = field(default_factory=FilterConfig)
     replay: ReplayConfig = field(default_factory=ReplayConfig)
@@ -60,8 +62,19 @@ class Config:
     def __post_init__(self) -> None:
         raise_all(list(self._contradictions()))
 
+    @property
+    def max_context(self) -> int:
+        """Most tokens of a sequence: prompt, response, and what an environment says in between."""
+        return self.environment.max_context or self.prompts.max_prompt_length + self.rollout.max_response_length
+
+    @property
+    def longest_prompt(self) -> int:
+        """Most tokens that the engine reads before it samples: the context of a later turn is a prompt to it."""
+        return self.max_context - 1 if self.environment.enabled else self.prompts.max_prompt_length
+
     def _contradictions(self) -> Iterator[ConfigError]:
         """Keys of different sections that exclude each other."""
+        yield from self._environment_problems()
         if self.rollout.group_size == 1 and self.filter.enabled:
             yield ConfigError(
                 "rollout.group_size",
@@ -104,6 +117,25 @@ class Config:
             yield from self._unshared()
         if self.eval.temperature:  # 0 is greedy for every engine
             self.rollout.check_temperature("eval.temperature", self.eval.temperature)
+
+    def _environment_problems(self) -> Iterator[ConfigError]:
+        environment, key = self.environment, "environment.max_context"
+        if not environment.enabled:
+            if environment.max_context is not None:
+                yield ConfigError(key, "does nothing without environment.path", environment.max_context, "remove it")
+            return
+        if self.max_context <= self.prompts.max_prompt_length:
+            problem = f"must be above prompts.max_prompt_length ({self.prompts.max_prompt_length})"
+            yield ConfigError(key, problem, environment.max_context)
+        if self.rollout.deterministic:
+            problem = "samples one group at a time, and an environment's turns are requests of their own"
+            yield ConfigError("rollout.deterministic", problem, True, "remove it, or environment.path")
+        if self.reward.verifier != RewardConfig.verifier:
+            problem = "does nothing with environment.path: its rewards are the verdict"
+            yield ConfigError("reward.verifier", problem, self.reward.verifier, "remove it")
+        if self.controller.stall_s <= environment.step_timeout_s:
+            problem = f"must be above environment.step_timeout_s ({environment.step_timeout_s:g})"
+            yield ConfigError("controller.stall_s", problem, self.controller.stall_s)
 
     def _unshared(self) -> Iterator[ConfigError]:
         """Learner and engine on one GPU both need one."""

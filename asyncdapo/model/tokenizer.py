@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
@@ -29,6 +29,20 @@ class TextTokenizer:
     def encode(self, text: str) -> list[int]:
         """Ids of a plain text, with the special tokens that the tokenizer puts around it (usually bos in front)."""
         return self._backend.encode(text).ids
+
+    def encode_more(self, text: str) -> list[int]:
+        """Ids of a text that follows others: without special tokens around it."""
+        return self._backend.encode(text, add_special_tokens=False).ids
+
+    def render(self, messages: Sequence[dict[str, Any]]) -> str:
+        """The messages in the chat template, up to where the assistant writes."""
+        text = self._tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
+        return cast(str, text)
+
+    @property
+    def end_of_turn(self) -> str:
+        """The stop token's text."""
+        return cast(str, self._tokenizer.eos_token or "")
 
     @property
     def unknown_id(self) -> int | None:

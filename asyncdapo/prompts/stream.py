@@ -27,14 +27,21 @@ class PromptStream:
     """Random access to the prompts of a task. Opening it encodes every row of a finite task once.
 
     `encode` turns a question into token ids for the model. `unknown_id`: the token for text that the tokenizer doesn't
-    know. Raises ConfigError if no row fits.
+    know. `with_text`: an environment needs the questions as text, too. Raises ConfigError if no row fits.
     """
 
     def __init__(
-        self, config: PromptsConfig, task: Task, encode: Encode, seed: int, unknown_id: int | None = None
+        self,
+        config: PromptsConfig,
+        task: Task,
+        encode: Encode,
+        seed: int,
+        unknown_id: int | None = None,
+        *,
+        with_text: bool = False,
     ) -> None:
         self._task = task
-        self._unknown_id = unknown_id
+        self._unknown_id, self._with_text = unknown_id, with_text
         self.num_unknown = 0
         """Rows of a finite task that fit and contain `unknown_id`."""
         self.first_unknown: list[int] = []
@@ -117,6 +124,7 @@ class PromptStream:
             row=question.row,
             token_ids=token_ids,
             answer=question.answer,
+            text=question.text if self._with_text else "",
         )
 
 

@@ -1,22 +1,25 @@
 """Reward: the completions of one prompt in, one Score each out.
 
-    token ids ──decode──▶ text ──pool──▶ verdict ──scale──▶ score ──overlong──▶ seq_reward ══▶ reward
+    Scorer   token ids ──decode──▶ text ──pool──▶ verdict ──▶ Scale
+    Scale    verdict ──scale──▶ score ──overlong──▶ seq_reward ══▶ reward
 
-    acc                           the verdict, 0 to 1
+    acc                           the verdict: 0 to 1, or the sum of an environment's rewards
     score                         the verdict scaled to `reward.incorrect` … `reward.correct`
     overlong                      the soft overlong punishment: 0 to −`reward.overlong_penalty` (DAPO eq. 13)
     seq_reward, seq_final_reward  score + overlong: the reward, from which advantages are computed
-    timed_out                     1 if the verifier took too long; the verdict is then 0
-    any other                     the verifier's own metrics, as it returned them
+    timed_out                     1 if the verifier, or a step of the environment, took too long; the verdict is then 0
+    any other                     the verifier's or the environment's own metrics
 
 Owns: the order of these steps and the names of the metrics; starts and stops its pool. Does not own: decoding (it is
-passed in), what is right (the pool's verifier), which tokens bear loss (rollout), the advantage (the learner).
+passed in), what is right (the pool's verifier, an environment), which tokens bear loss (rollout), the advantage (the
+learner).
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -25,6 +28,7 @@ from asyncdapo.algorithm.dapo import soft_overlong_punishment
 from asyncdapo.errors import RewardError, VerdictError
 from asyncdapo.messages import FinishReason, Prompt, Score
 from asyncdapo.reward.config import RewardConfig
+from asyncdapo.reward.judge import METRIC_NAME
 from asyncdapo.reward.pool import ScorerPool
 from asyncdapo.reward.wire import METRICS, Verdict
 
@@ -32,27 +36,84 @@ Decode = Callable[[np.ndarray], str]
 """Token ids int32 [T] -> text without special tokens (no stop token at its end)."""
 
 
-class Scorer:
-    """Scores the completions of a prompt together: the control experiment needs the whole group."""
+class Played(Protocol):
+    """An episode, as far as its scores depend on it."""
 
-    def __init__(
-        self,
-        config: RewardConfig,
-        pool: ScorerPool,
-        decode: Decode,
-        max_response_length: int,
-        *,
-        filter_metric: str | None = None,
-    ) -> None:
+    @property
+    def reward(self) -> float:
+        """Sum of its rewards."""
+        ...
+
+    @property
+    def metrics(self) -> Mapping[str, float]: ...
+
+    @property
+    def num_sampled_tokens(self) -> int: ...
+
+    @property
+    def timed_out(self) -> bool: ...
+
+
+class Scale:
+    """Makes the scores of a group: the control experiment needs all of them together."""
+
+    def __init__(self, config: RewardConfig, max_response_length: int, *, filter_metric: str | None = None) -> None:
         """`max_response_length`, in tokens: where the overlong punishment reaches its maximum. `filter_metric`: the
         metric that the filter compares, which every completion must have; None without a filter."""
         self._config = config
-        self._pool = pool
-        self._decode = decode
         self._max_response_length = max_response_length
         own = (filter_metric,) if filter_metric is not None and filter_metric not in METRICS else ()
         self._own_names: dict[str, None] = dict.fromkeys(own)
-        """Names of the verifier's own metrics: the filter's, and those that it has returned so far."""
+        """Names of metrics that aren't ours: the filter's, and those that came so far."""
+
+    def scores(self, verdicts: Sequence[Verdict], num_tokens: Sequence[int], seed: int) -> list[Score]:
+        """One Score per completion, in order. `num_tokens`: sampled ones of each. `seed`: the group's; only
+        `reward.shuffle` uses it. It shuffles whole scores, so that a time-out still counts 0 and the length punishment
+        teaches nothing either."""
+        for verdict in verdicts:
+            self._own_names |= dict.fromkeys(verdict.metrics)
+        punishments = self._punish(num_tokens)
+        scores = [self._score(verdict, overlong) for verdict, overlong in zip(verdicts, punishments, strict=True)]
+        if self._config.shuffle:
+            random.Random(seed).shuffle(scores)
+        return scores
+
+    def rate(self, episodes: Sequence[Played], seed: int) -> list[Score]:
+        """The scores of episodes, whose verdicts are the sums of their rewards. One that took too long is wrong. Raises
+        VerdictError for a metric that can't have its name."""
+        for name in {name for episode in episodes for name in episode.metrics}:
+            if name in METRICS or not METRIC_NAME.fullmatch(name):
+                raise VerdictError(f"the environment's metric {name!r} needs another name; taken: {', '.join(METRICS)}")
+        verdicts = [
+            Verdict(0.0 if episode.timed_out else episode.reward, episode.timed_out, metrics=dict(episode.metrics))
+            for episode in episodes
+        ]
+        return self.scores(verdicts, [episode.num_sampled_tokens for episode in episodes], seed)
+
+    def _punish(self, lengths: Sequence[int]) -> list[float]:
+        """The length punishment of each completion: 0 or less."""
+        config = self._config
+        return soft_overlong_punishment(
+            torch.tensor(list(lengths)),
+            max_length=self._max_response_length,
+            buffer=config.overlong_buffer,
+            penalty=config.overlong_penalty,
+        ).tolist()
+
+    def _score(self, verdict: Verdict, overlong: float) -> Score:
+        score = scale(verdict.value, correct=self._config.correct, incorrect=self._config.incorrect)
+        reward = score + overlong
+        numbers = (verdict.value, score, reward, reward, float(verdict.timed_out), overlong)
+        # After a time-out there are no metrics of the verifier; the filter needs those that the others have.
+        own = dict.fromkeys(self._own_names, 0.0) if verdict.timed_out else verdict.metrics
+        return Score(reward=reward, metrics=dict(zip(METRICS, numbers, strict=True)) | own, pred=verdict.pred)
+
+
+class Scorer:
+    """Has the completions of a prompt judged, and scores them together."""
+
+    def __init__(self, verifier: str, pool: ScorerPool, decode: Decode, scale: Scale) -> None:
+        self._verifier, self._pool, self._decode, self._scale = verifier, pool, decode, scale
 
     async def start(self) -> None:
         """Start the verifier processes. Raises RunError if they can't be started."""
@@ -78,8 +139,7 @@ class Scorer:
     async def __call__(
         self, prompt: Prompt, token_ids: Sequence[np.ndarray], finish_reasons: Sequence[FinishReason], seed: int
     ) -> list[Score]:
-        """One Score per completion, in order. `seed`: the group's; only `reward.shuffle` uses it. It shuffles whole
-        scores, so that a time-out still counts 0 and the length punishment teaches nothing either.
+        """One Score per completion, in order. `seed`: as in `Scale.scores`.
 
         A completion that the length limit cut off is judged by its text like any other. Raises RewardError if the
         verifier fails on one, VerdictError if it returns something that isn't a verdict, RunError if it can't be
@@ -91,32 +151,8 @@ class Scorer:
         except (RewardError, VerdictError) as error:
             where = f"{prompt.source} row {prompt.row} (prompt {prompt.prompt_id})"
             failed = "failed" if isinstance(error, RewardError) else "broke its contract"
-            raise type(error)(f"verifier {self._config.verifier!r} {failed} on {where}: {error}") from error
-        for verdict in verdicts:
-            self._own_names |= dict.fromkeys(verdict.metrics)
-        punishments = self._punish([len(ids) for ids in token_ids])
-        scores = [self._score(verdict, overlong) for verdict, overlong in zip(verdicts, punishments, strict=True)]
-        if self._config.shuffle:
-            random.Random(seed).shuffle(scores)
-        return scores
-
-    def _punish(self, lengths: list[int]) -> list[float]:
-        """The length punishment of each completion: 0 or less."""
-        config = self._config
-        return soft_overlong_punishment(
-            torch.tensor(lengths),
-            max_length=self._max_response_length,
-            buffer=config.overlong_buffer,
-            penalty=config.overlong_penalty,
-        ).tolist()
-
-    def _score(self, verdict: Verdict, overlong: float) -> Score:
-        score = scale(verdict.value, correct=self._config.correct, incorrect=self._config.incorrect)
-        reward = score + overlong
-        numbers = (verdict.value, score, reward, reward, float(verdict.timed_out), overlong)
-        # After a time-out there are no metrics of the verifier; the filter needs those that the others have.
-        own = dict.fromkeys(self._own_names, 0.0) if verdict.timed_out else verdict.metrics
-        return Score(reward=reward, metrics=dict(zip(METRICS, numbers, strict=True)) | own, pred=verdict.pred)
+            raise type(error)(f"verifier {self._verifier!r} {failed} on {where}: {error}") from error
+        return self._scale.scores(verdicts, [len(ids) for ids in token_ids], seed)
 
 
 def scale(acc: float, *, correct: float, incorrect: float) -> float:

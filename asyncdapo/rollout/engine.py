@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from enum import IntEnum
 from typing import Any, Protocol
 
 import numpy as np
@@ -29,6 +30,15 @@ class Sample:
     finish_reason: FinishReason
 
 
+class Priority(IntEnum):
+    """Of a request; the lowest goes first."""
+
+    EVALUATION = 0
+    CONTINUATION = 1
+    """A later turn of an episode: what is begun is ended before anything else begins."""
+    FRESH = 2
+
+
 @dataclass(kw_only=True)
 class Request:
     """A request for samples of one prompt. The engine updates `num_sampled` and `num_running`, and makes the two
@@ -38,8 +48,8 @@ class Request:
     seeds: list[int]
     """One per sample. The same seed, prompt and weights draw the same uniform numbers."""
     sampling: Sampling
-    urgent: bool = False
-    """Goes ahead of every waiting request that isn't urgent (evaluation)."""
+    priority: Priority = Priority.FRESH
+    """Waiting requests with a lower number go first."""
     on_started: Callable[[int], None] | None = None
     """Called in the event loop with the version that sampled the request's first token."""
     on_sample_done: Callable[[], None] | None = None
@@ -56,6 +66,8 @@ class Limits:
 
     max_prompt_length: int
     max_response_length: int
+    max_context: int
+    """Of prompt and response together."""
     vocab_size: int
 
     def refuse_unfit(self, request: Request) -> None:
@@ -65,6 +77,9 @@ class Limits:
             raise ValueError(f"a prompt has 1 to {self.max_prompt_length} tokens, got {length}")
         if not 1 <= sampling.max_tokens <= self.max_response_length:
             raise ValueError(f"max_tokens is 1 to {self.max_response_length}, got {sampling.max_tokens}")
+        if length + sampling.max_tokens > self.max_context:
+            got = f"{length} + {sampling.max_tokens}"
+            raise ValueError(f"prompt and max_tokens are at most {self.max_context} together, got {got}")
         if not 0 <= min(request.prompt_ids) <= max(request.prompt_ids) < self.vocab_size:
             got = f"{min(request.prompt_ids)} to {max(request.prompt_ids)}"
             raise ValueError(f"a prompt's token ids are 0 to {self.vocab_size - 1}, got {got}")

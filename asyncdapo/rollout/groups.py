@@ -1,19 +1,21 @@
-"""Builds the group of a lease, and the answers of an evaluation, from samples and scores.
+"""Builds the group of a lease, and the answers of an evaluation, from episodes and scores.
 
-In: a lease or prompt, the engine's samples, the scorer's scores. Out: records of `messages` and their payload.
+In: a lease or prompt, sampled episodes, their scores. Out: records of `messages` and their payload.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+from operator import itemgetter
 
 import numpy as np
 
-from asyncdapo.errors import RewardError
+from asyncdapo.errors import EpisodeError, RewardError
 from asyncdapo.eval_messages import EvalAnswer
-from asyncdapo.messages import Completion, Context, FinishReason, Group, Lease, Prompt, Runs, Score
-from asyncdapo.rollout.engine import Sample
-from asyncdapo.transport.payload import LOGPROB_DTYPE, TOKEN_DTYPE, Payload, checksum
+from asyncdapo.messages import Completion, Context, FinishReason, Group, Lease, Prompt, Runs, SampledTurn, Score
+from asyncdapo.rollout.episodes import Decode, Episode
+from asyncdapo.transport.payload import LOGPROB_DTYPE, TOKEN_DTYPE, Payload
 
 MAX_FAILURE = 500
 """Characters kept of a reward function's error: a header has to hold those of many answers."""
@@ -22,7 +24,7 @@ MAX_FAILURE = 500
 def build_group(
     lease: Lease,
     worker: int,
-    samples: Sequence[Sample],
+    episodes: Sequence[Episode],
     scores: Sequence[Score],
     generate_s: float,
     *,
@@ -32,12 +34,12 @@ def build_group(
     that overlong filtering leaves out."""
     completions = [
         Completion(
-            contexts=[_context(lease.prompt, sample, overlong_filter)],
-            finish_reason=sample.finish_reason,
+            contexts=[_context(episode, overlong_filter)],
+            finish_reason=episode.finish_reason,
             reward=score.reward,
             metrics=score.metrics,
         )
-        for sample, score in zip(samples, scores, strict=True)
+        for episode, score in zip(episodes, scores, strict=True)
     ]
     group = Group(
         prompt_id=lease.prompt.prompt_id,
@@ -49,29 +51,49 @@ def build_group(
         completions=completions,
         generate_s=generate_s,
     )
+    turns = [turn for episode in episodes for turn in episode.turns]
     payload = Payload(
         np.array(lease.prompt.token_ids, TOKEN_DTYPE),
-        np.concatenate([sample.token_ids for sample in samples], dtype=TOKEN_DTYPE),
-        np.concatenate([sample.logprobs for sample in samples], dtype=LOGPROB_DTYPE),
+        np.concatenate([episode.token_ids for episode in episodes], dtype=TOKEN_DTYPE),
+        np.concatenate([turn.sample.logprobs for turn in turns], dtype=LOGPROB_DTYPE),
     )
     return group, payload
 
 
-def _context(prompt: Prompt, sample: Sample, overlong_filter: bool) -> Context:
-    bears_loss = loss_mask(len(sample.token_ids), sample.finish_reason, overlong_filter)
-    return Context.of_turn(sample.versions, bears_loss, checksum([*prompt.token_ids, *sample.token_ids], 0))
+def _context(episode: Episode, overlong_filter: bool) -> Context:
+    sampled: Runs = []
+    for turn in episode.turns:
+        if turn.observed:
+            sampled.append((0, len(turn.observed)))
+        sampled.append((1, len(turn.sample.token_ids)))
+    return Context(
+        rooted=episode.rooted,
+        sampled=joined(sampled),
+        versions=joined([run for turn in episode.turns for run in turn.sample.versions]),
+        loss_mask=loss_mask(episode.num_sampled_tokens, episode.finish_reason, overlong_filter),
+        turns=[
+            SampledTurn(number, len(turn.sample.token_ids), turn.checksum) for number, turn in enumerate(episode.turns)
+        ],
+    )
+
+
+def joined(runs: Iterable[tuple[int, int]]) -> Runs:
+    """The same, with neighbours of one value as one run."""
+    return [(value, sum(count for _, count in same)) for value, same in groupby(runs, key=itemgetter(0))]
 
 
 def loss_mask(num_tokens: int, finish_reason: FinishReason, overlong_filter: bool) -> Runs:
-    """Which of a completion's tokens bear loss, as run lengths: all of them, or none if `overlong_filter` is on and the
-    length limit cut it off (overlong filtering, DAPO §3.4). A completion whose last allowed token is its stop token
-    isn't cut off."""
+    """Which of a completion's sampled tokens bear loss, as run lengths: all of them, or none if `overlong_filter` is on
+    and the length limit cut it off (overlong filtering, DAPO §3.4). A completion whose last allowed token is its stop
+    token isn't cut off."""
     return [(int(not (overlong_filter and finish_reason == "length")), num_tokens)]
 
 
-def build_answer(prompt: Prompt, number: int, sample: Sample, score: Score | RewardError, response: str) -> EvalAnswer:
+def build_answer(
+    prompt: Prompt, number: int, episode: Episode, score: Score | RewardError, decode: Decode
+) -> EvalAnswer:
     """The result of one evaluated completion, the prompt's `number`-th. Without a score it counts as wrong."""
-    versions = [version for version, _ in sample.versions]
+    versions = [version for turn in episode.turns for version, _ in turn.sample.versions]
     failed = isinstance(score, RewardError)
     return EvalAnswer(
         prompt_id=prompt.prompt_id,
@@ -79,9 +101,24 @@ def build_answer(prompt: Prompt, number: int, sample: Sample, score: Score | Rew
         acc=0.0 if failed else score.metrics["acc"],
         failure=str(score)[:MAX_FAILURE] if failed else "",
         pred=None if failed else score.pred,
-        response=response,
-        num_tokens=len(sample.token_ids),
-        finish_reason=sample.finish_reason,
+        response=decode(episode.token_ids),
+        num_tokens=episode.num_sampled_tokens,
+        finish_reason=episode.finish_reason,
         version_min=min(versions),
         version_max=max(versions),
+    )
+
+
+def build_failure(prompt: Prompt, number: int, error: EpisodeError, version: int) -> EvalAnswer:
+    """The result of an episode whose environment failed: it counts as wrong, and has no tokens. `version`: that of the
+    weights in use."""
+    return EvalAnswer(
+        prompt_id=prompt.prompt_id,
+        sample=number,
+        acc=0.0,
+        failure=str(error)[:MAX_FAILURE],
+        num_tokens=0,
+        finish_reason="stop",
+        version_min=version,
+        version_max=version,
     )

@@ -4,10 +4,10 @@
            ──Ack, Reject, Withdraw, EvalAck──▶ receive: the lease or evaluation is over
            ◀──Hello, Ask, Started, Loaded, Heartbeat── send
 
-Owns: its session, its credits, its outbox. Does not own: the engine (its owner starts and stops it), the scorer, the
-weight transfer, and what happens to a group. One task receives, one sends, and each job is a task. All are in one task
-group, so that the first failure ends `run` with that error. Only the send task sends; the others change state and wake
-it.
+Owns: its session, its credits, its outbox. Does not own: the engine (its owner starts and stops it), turns and scores,
+the weight transfer, and what happens to a group. One task receives, one sends, and each job is a task. All are in one
+task group, so that the first failure ends `run` with that error. Only the send task sends; the others change state and
+wake it.
 
 Until the server answers `Welcome`, only `Hello` is sent. If the server is silent for `QUIET_HEARTBEATS` heartbeats, the
 link may be lost, or the server may have restarted and can't reach a peer that it doesn't know. The worker then repeats
@@ -52,7 +52,9 @@ from asyncdapo.messages import (
 from asyncdapo.rollout.config import RolloutConfig
 from asyncdapo.rollout.credits import Credits
 from asyncdapo.rollout.engine import Engine, LoadTimes
-from asyncdapo.rollout.jobs import Decode, Job, Jobs, Outgoing, Scorer
+from asyncdapo.rollout.episodes import Decode, Rollouts
+from asyncdapo.rollout.job import Job
+from asyncdapo.rollout.jobs import Jobs, Outgoing
 from asyncdapo.transport.codec import Malformed
 from asyncdapo.transport.delivery import Outbox
 from asyncdapo.transport.keys import ClientKeys
@@ -74,7 +76,7 @@ log = logging.getLogger("rollout")
 
 
 class RolloutWorker:
-    """One worker: an engine and a scorer, joined to the replay server."""
+    """One worker: an engine and what judges, joined to the replay server."""
 
     def __init__(
         self,
@@ -82,22 +84,23 @@ class RolloutWorker:
         config: RolloutConfig,
         heartbeat_s: float,
         engine: Engine,
-        score: Scorer,
+        rollouts: Rollouts,
         decode: Decode,
         address: str,
         *,
         curve: ClientKeys | None = None,
         overlong_filter: bool = False,
     ) -> None:
-        """`index`: the worker's number in records. `address`: the replay server's, "tcp://host:port".
-        `overlong_filter`: completions cut off at the length limit bear no loss."""
+        """`rollouts`: samples with the engine. `index`: the worker's number in records. `address`: the replay server's,
+        "tcp://host:port". `overlong_filter`: completions cut off at the length limit bear no loss."""
         self._index, self._config, self._heartbeat_s = index, config, heartbeat_s
-        self._engine, self._address, self._curve = engine, address, curve
+        self._engine, self._rollouts = engine, rollouts
+        self._address, self._curve = address, curve
         self._session = secrets.token_hex(8)
         self._wake = asyncio.Event()
         self._tasks = asyncio.TaskGroup()
 
-        self._jobs = Jobs(index, config, engine, score, decode, self._wake.set, overlong_filter=overlong_filter)
+        self._jobs = Jobs(index, config, rollouts, decode, self._wake.set, overlong_filter=overlong_filter)
         self._held: dict[int, Job] = {}
         """Leases that aren't over, by `lease_id`."""
         self._over: dict[int, None] = {}
@@ -316,9 +319,12 @@ class RolloutWorker:
         return self._engine.loaded_version, self._branch
 
     def _num_free_slots(self) -> int:
-        """Slots that no sequence uses or waits for. Deterministic: those of one group, if nothing runs."""
+        """Slots that no sequence uses or waits for; with environments seats, which an episode keeps while its
+        environment works. Deterministic: those of one group, if nothing runs."""
         if self._config.deterministic:
             return 0 if self._running else self._config.group_size
+        if self._rollouts.num_seats is not None:
+            return self._rollouts.num_seats - sum(job.num_unfinished for job, _ in self._running.values())
         num_starting = sum(job.num_starting for job, _ in self._running.values())
         return self._engine.num_slots - self._engine.num_outstanding - num_starting
 

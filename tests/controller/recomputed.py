@@ -28,11 +28,11 @@ def assert_versions_are_true(run_dir: Path, last_version: int, *, at_least: int,
     completions = spanning_completions(run_dir, last_version, num)
     assert len(completions) >= at_least  # how many there are depends on how fast the two sides were
     num_shifted_apart = 0
-    for prompt_ids, token_ids, logprobs, versions in completions:
+    for prompt_ids, token_ids, is_sampled, logprobs, versions in completions:
         first, last = versions[0][0] - 1, versions[-1][0] + 1
-        table = np.stack([recomputed(model, prompt_ids, token_ids) for model in models[first : last + 1]])
+        table = np.stack([recomputed(model, prompt_ids, token_ids)[is_sampled] for model in models[first : last + 1]])
         labels = np.repeat([version - first for version, _ in versions], [count for _, count in versions])
-        at = np.arange(len(token_ids))
+        at = np.arange(len(logprobs))
         assert np.abs(table[labels, at] - logprobs).max() < 1e-3
         num_shifted_apart += all(np.abs(table[labels + by, at] - logprobs).max() > 1e-2 for by in (-1, 1))
     assert num_shifted_apart >= len(completions) - 2
@@ -53,7 +53,7 @@ def spanning_completions(run_dir: Path, last_version: int, num: int) -> list[tup
         group, payload = read_group(run_dir, group_id)
         for one in payload.of_contexts(group):
             if len(one.header.versions) > 1:
-                found.append((one.prompt_ids, one.own_ids, one.logprobs_S, one.header.versions))
+                found.append((one.prompt_ids, one.own_ids, one.is_sampled, one.logprobs_S, one.header.versions))
     return sorted(found, key=lambda completion: -len(completion[1]))[:num]
 
 

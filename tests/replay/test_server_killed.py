@@ -8,6 +8,7 @@ import pytest
 from asyncdapo.learner.batches.feed import BatchFeed
 from asyncdapo.replay.ledger.audit import audit
 from asyncdapo.rollout.config import RolloutConfig
+from asyncdapo.rollout.episodes import SingleTurn
 from asyncdapo.rollout.worker import RolloutWorker
 from tests.replay.server_process import HEARTBEAT_S, ServerProcess
 from tests.replay.serving import rows
@@ -35,17 +36,20 @@ class Run:
         await self.server.start()
         await self.server.call("begin")
         config = RolloutConfig(slots=4 * GROUP_SIZE, group_size=GROUP_SIZE)
+        engines = [
+            SlowEngine(num_slots=4 * GROUP_SIZE, num_tokens=lambda sample: 2 + sample) for _ in range(NUM_WORKERS)
+        ]
         self.workers = [
             RolloutWorker(
                 index,
                 config,
                 HEARTBEAT_S,
-                SlowEngine(num_slots=4 * GROUP_SIZE, num_tokens=lambda sample: 2 + sample),
-                score_first_token,
+                engine,
+                SingleTurn(engine, score_first_token),
                 say_tokens,
                 self.server.rollout_address,
             )
-            for index in range(NUM_WORKERS)
+            for index, engine in enumerate(engines)
         ]
         tasks = [asyncio.create_task(worker.run()) for worker in self.workers]
         tasks.append(asyncio.create_task(self.kill_again_and_again()))

@@ -16,7 +16,7 @@ from asyncdapo.replay.config import FilterConfig
 from asyncdapo.replay.core.filter import judge
 from asyncdapo.reward.config import RewardConfig
 from asyncdapo.reward.pool import ScorerPool
-from asyncdapo.reward.scorer import Scorer
+from asyncdapo.reward.scorer import Scale, Scorer
 from asyncdapo.reward.wire import METRICS, Verdict
 from tests.reward.processes import is_alive
 
@@ -47,7 +47,7 @@ class FakePool:
 
 
 def make_scorer(pool, **keys):
-    return Scorer(RewardConfig(**keys), pool, decode, MAX_LENGTH)
+    return Scorer("answer", pool, decode, Scale(RewardConfig(**keys), MAX_LENGTH))
 
 
 def score(verdicts, seed=0, verify=verify, slow=(), lengths=None, **keys):
@@ -117,7 +117,9 @@ def test_a_completion_that_took_too_long_has_the_same_names_with_zeros():
 )
 def test_a_group_that_takes_too_long_before_any_other_was_judged_has_the_number_of_the_filter(filter_metric, own):
     """A worker that has just begun doesn't know what a verifier's own numbers are called, but for this one."""
-    scorer = Scorer(RewardConfig(), FakePool(slow=["no"]), decode, MAX_LENGTH, filter_metric=filter_metric)
+    scorer = Scorer(
+        "answer", FakePool(slow=["no"]), decode, Scale(RewardConfig(), MAX_LENGTH, filter_metric=filter_metric)
+    )
     scores = asyncio.run(scorer(PROMPT, [np.array([0])] * 2, ["stop"] * 2, 0))
     assert all(s.metrics.keys() == {*METRICS} | own for s in scores)
     metrics = {name: [s.metrics[name] for s in scores] for name in scores[0].metrics}
@@ -198,7 +200,7 @@ def test_a_scorer_starts_and_stops_its_processes():
     async def lives():
         config = RewardConfig(processes=2)
         pool = ScorerPool(config.verifier, config.processes, config.timeout_s)
-        scorer = Scorer(config, pool, lambda ids: "Answer: 6", MAX_LENGTH)
+        scorer = Scorer(config.verifier, pool, lambda ids: "Answer: 6", Scale(config, MAX_LENGTH))
         await scorer.start()
         pids = scorer.pids()
         assert len(pids) == 2

@@ -31,6 +31,7 @@ from asyncdapo.messages import (
 )
 from asyncdapo.rollout.config import RolloutConfig
 from asyncdapo.rollout.engine import LoadTimes, Request, Sample
+from asyncdapo.rollout.episodes import SingleTurn
 from asyncdapo.rollout.worker import RolloutWorker
 from asyncdapo.transport.sockets import Server
 
@@ -220,7 +221,8 @@ def join(
     """A worker and the server that it is going to join."""
     replay = FakeReplay()
     config = RolloutConfig(slots=engine.num_slots, group_size=GROUP_SIZE, deterministic=deterministic)
-    return RolloutWorker(0, config, heartbeat_s, engine, score, say_tokens, replay.address), replay
+    rollouts = SingleTurn(engine, score, one_at_a_time=deterministic)
+    return RolloutWorker(0, config, heartbeat_s, engine, rollouts, say_tokens, replay.address), replay
 
 
 @asynccontextmanager

@@ -7,6 +7,7 @@ import pytest
 
 from asyncdapo.messages import GroupDone
 from asyncdapo.rollout.config import RolloutConfig
+from asyncdapo.rollout.episodes import SingleTurn
 from asyncdapo.rollout.groups import loss_mask
 from asyncdapo.rollout.jobs import Jobs
 from tests.rollout.fakes import FakeEngine, make_lease, say_tokens, score_first_token
@@ -34,7 +35,9 @@ def test_a_group_keeps_its_cut_off_completions_and_their_rewards(overlong_filter
 
     async def complete():
         engine = CuttingEngine(num_tokens=lambda sample: 3 - sample % 2)
-        jobs = Jobs(0, config, engine, score_first_token, say_tokens, lambda: None, overlong_filter=overlong_filter)
+        jobs = Jobs(
+            0, config, SingleTurn(engine, score_first_token), say_tokens, lambda: None, overlong_filter=overlong_filter
+        )
         answer, _ = await jobs.complete(jobs.for_lease(make_lease(7), lambda lease, version: None))
         assert isinstance(answer, GroupDone)
         return answer.group

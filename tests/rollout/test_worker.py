@@ -22,6 +22,7 @@ from asyncdapo.messages import (
     Started,
     Withdraw,
 )
+from asyncdapo.rollout.engine import Priority
 from asyncdapo.rollout.worker import MAX_MALFORMED
 from asyncdapo.seeds import eval_seed, sample_seed
 from asyncdapo.shares import CutWanted
@@ -170,8 +171,8 @@ async def test_an_evaluation_is_urgent_and_answered_until_acknowledged() -> None
         assert [answer.prompt_id for answer in done.answers] == [1, 2]
         seeds = [sample_seed(11, prompt_id) for prompt_id in (1, 2)]
         assert [answer.acc for answer in done.answers] == [float(tokens_of(seed, 3)[0] % 2) for seed in seeds]
-        assert [(request.urgent, request.seeds) for request in engine.requests[1:]] == [
-            (True, [seed]) for seed in seeds
+        assert [(request.priority, request.seeds) for request in engine.requests[1:]] == [
+            (Priority.EVALUATION, [seed]) for seed in seeds
         ]
         assert await replay.expect(EvalDone) == done
         await replay.expect(Heartbeat, lambda heartbeat: heartbeat.evaluations == [5])

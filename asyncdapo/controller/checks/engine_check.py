@@ -68,10 +68,13 @@ def _check_parts(config: Config, model: Mapping[str, Any]) -> None:
 
 def _check_length(config: Config, model: Mapping[str, Any]) -> None:
     """How far a scaled rotation reaches is left to the engine."""
-    needed = config.prompts.max_prompt_length + config.rollout.max_response_length
+    needed = config.max_context
     known = model.get("max_position_embeddings")
     scaled = "factor" in (model.get("rope_parameters") or model.get("rope_scaling") or {})
     if known and needed > known and not scaled:
+        if config.environment.max_context:
+            problem = f"is above the {known} positions of the model"
+            raise ConfigError("environment.max_context", problem, needed, f"environment.max_context={known}")
         prompt = config.prompts.max_prompt_length
         problem = f"with prompts.max_prompt_length {prompt} needs {needed} positions, the model has {known}"
         prompt = prompt if prompt < known else known // 2

@@ -26,7 +26,7 @@ from asyncdapo.replay.ledger.audit import CONFIG_FILE
 IDENTITY_FILE = "identity.json"
 IDENTITY_SCHEMA = 1
 
-FIXED_SECTIONS = ("prompts", "reward", "filter", "loss")
+FIXED_SECTIONS = ("prompts", "environment", "reward", "filter", "loss")
 FIXED_KEYS = {
     "run.seed",
     "rollout.group_size",
@@ -39,6 +39,13 @@ FREE_KEYS = {
     "prompts.path",
     "prompts.eval_path",
     "prompts.epochs",
+    "environment.processes",
+    "environment.concurrency",
+    "environment.max_seconds",
+    "environment.step_timeout_s",
+    "environment.retries",
+    "environment.oversubscribe",
+    "environment.python",
     "reward.processes",
     "reward.concurrency",
     "reward.retries",
@@ -46,9 +53,9 @@ FREE_KEYS = {
     "reward.max_failure_ratio",
 }
 """Keys of fixed sections that may change: where the data is (its digest counts), how long the run is, and how
-patient it is with its verifier."""
+patient it is with its verifier or environment."""
 
-EXTENSIONS = ("prompts.task", "loss.variant", "loss.advantage", "loss.agg", "rollout.engine")
+EXTENSIONS = ("prompts.task", "environment.path", "loss.variant", "loss.advantage", "loss.agg", "rollout.engine")
 """Keys that may name something of the user's, whose source can't change within a run."""
 
 
@@ -168,7 +175,7 @@ def _extensions(config: Config) -> dict[str, str]:
     values = (
         (f"{section}.{key}", value) for section, entries in to_dict(config).items() for key, value in entries.items()
     )
-    return {key: value for key, value in values if key in EXTENSIONS and is_plugin(value)}
+    return {key: value for key, value in values if key in EXTENSIONS and value and is_plugin(value)}
 
 
 def _different(there: Mapping[str, object], now: Mapping[str, object]) -> list[str]:

@@ -30,7 +30,8 @@ from asyncdapo.controller.process.roster import end_survivors
 from asyncdapo.controller.process.surroundings import check_surroundings
 from asyncdapo.controller.roles.model_check import check_files, check_learnable
 from asyncdapo.disk import LockedError, lock_file, replace_file
-from asyncdapo.errors import ConfigError
+from asyncdapo.environment.trial import try_environment
+from asyncdapo.errors import ConfigError, EpisodeError, RunError
 from asyncdapo.learner.model.compiler import check_compiler
 from asyncdapo.metrics.wandb_log import choose_mode
 from asyncdapo.model.location import check_model_path, check_tokenizer_path
@@ -49,6 +50,8 @@ UNFINISHED_START = {LOCK_FILE, IDENTITY_FILE, f".{IDENTITY_FILE}.new", f".{CONFI
 """Files left by a launch that was killed before it had taken the directory."""
 FEW_ROWS = 500
 """A launch makes the prompts of data with at most this many rows before it starts a process."""
+NUM_TRIED_ROWS = 2
+"""Rows on which an environment is tried."""
 FORMER_LAUNCH_S = 15.0
 """Time for the processes of a launch whose driver was killed to end by themselves, which takes them up to 10 s."""
 
@@ -83,7 +86,9 @@ def check_config(config: Config) -> None:
     check_reference(config)
     check_files(config)
     choose_mode(config.metrics)
-    check_prompts(config, open_task(config.prompts, num_eval=config.eval.num_held_out, seed=config.run.seed))
+    task = open_task(config.prompts, num_eval=config.eval.num_held_out, seed=config.run.seed)
+    check_prompts(config, task)
+    check_environment(config, task)
 
 
 def check_extensions(config: Config) -> None:
@@ -119,6 +124,32 @@ def check_prompts(config: Config, task: Task) -> None:
         encode = tokenizer.prompt_encoder(prompts.chat_template, prompts.system_prompt, config.model.files.vocab_size)
         if few:
             PromptStream(prompts, task, encode, config.run.seed)
+
+
+def check_environment(config: Config, task: Task) -> None:
+    """Whether the environment can be loaded, and begins and answers as it has to, on two rows; whether what it says can
+    be encoded, where the tokenizer's files are here already."""
+    environment = config.environment
+    if not environment.enabled:
+        return
+    tried = (task.parts[0].rows if task.parts else range(NUM_TRIED_ROWS))[:NUM_TRIED_ROWS]
+    questions = [task.question_at(row) for row in tried]
+    rows = [{"prompt": one.text, "answer": one.answer, "source": one.source, "row": one.row} for one in questions]
+    try:
+        said = try_environment(environment, config.max_context, rows)
+        if config.model.tokenizer_files.here:
+            from asyncdapo.model.tokenizer import load_tokenizer
+            from asyncdapo.model.turn_encoder import turn_encoder
+
+            prompts, tokenizer = config.prompts, load_tokenizer(config.model.tokenizer_files)
+            encoder = turn_encoder(tokenizer, prompts.chat_template, prompts.system_prompt)
+            for one in said:
+                if one.first is not None:
+                    encoder.begin(one.first)
+                if one.observation is not None:
+                    encoder.observe(one.observation)
+    except (EpisodeError, RunError) as error:
+        raise ConfigError("environment.path", f"a trial failed: {error}", environment.path) from error
 
 
 def check_reward(config: Config) -> None:
@@ -173,6 +204,11 @@ def effective(config: Config, config_dir: Path) -> Config:
             path=_absolute_data(config.prompts.path),
             eval_path=_absolute(config.prompts.eval_path),
         ),
+        environment=replace(
+            config.environment,
+            path=config.environment.path and absolute_plugin(config.environment.path),
+            python=_absolute_program(config.environment.python),
+        ),
         rollout=replace(config.rollout, engine=absolute_plugin(config.rollout.engine)),
         reward=replace(config.reward, verifier=absolute_plugin(config.reward.verifier)),
         loss=replace(
@@ -187,6 +223,11 @@ def effective(config: Config, config_dir: Path) -> Config:
 
 def _absolute(path: str | None) -> str | None:
     return None if path is None else str(Path(path).absolute())
+
+
+def _absolute_program(name: str | None) -> str | None:
+    """A name without a folder is looked up in PATH."""
+    return _absolute(name) if name and "/" in name else name
 
 
 def _absolute_data(path: str | dict[str, float] | None) -> str | dict[str, float] | None:

@@ -49,7 +49,7 @@ def learner_bytes(shape: Shape, config: Config, *, on_gpu: bool) -> dict[str, in
     """Of each rank, where it computes, at the peak of a micro-batch's backward pass. `learner.shards` is a number."""
     learner = config.learner
     size = DTYPE_BYTES[learner.dtype]
-    num_tokens = max(learner.tokens_per_microbatch, _longest(config))
+    num_tokens = max(learner.tokens_per_microbatch, config.max_context)
     how = {"checkpointing": learner.activation_checkpointing, "flash": on_gpu and learner.dtype != "float32"}
     activations = num_tokens * (shape.kept_bytes(learner.dtype, **how) + shape.work_bytes(learner.dtype, **how))
     return {
@@ -122,7 +122,7 @@ def step_flops(shape: Shape, config: Config) -> int:
     """At most so many in the forward and backward passes of a train step: every completion as long as it may be, no
     prompt shared. Passes without gradient, which some losses need, come on top."""
     num_completions = config.replay.prompts_per_step * config.rollout.group_size
-    longest, num_logits = _longest(config), config.rollout.max_response_length
+    longest, num_logits = config.max_context, config.rollout.max_response_length
     num_pairs = longest * (longest + 1) // 2
     return config.learner.epochs * num_completions * shape.train_flops(longest, num_logits, num_pairs)
 
@@ -146,10 +146,6 @@ def learner_measured(forecast_bytes: int, metrics: Mapping[str, float]) -> str:
     return line
 
 
-def _longest(config: Config) -> int:
-    return config.prompts.max_prompt_length + config.rollout.max_response_length
-
-
 # -------------------------------------------------------------------------------------------------------------- engine
 
 
@@ -158,7 +154,7 @@ def sequences_in(shape: Shape, config: Config, num_bytes: float) -> int:
     negative where its weights alone are more. New weights then arrive in memory of the host."""
     rollout = config.rollout
     left = rollout.tensor_parallel * num_bytes - DTYPE_BYTES[rollout.dtype] * shape.num_parameters
-    return math.floor(left / (_longest(config) * shape.kv_bytes(rollout.dtype)))
+    return math.floor(left / (config.max_context * shape.kv_bytes(rollout.dtype)))
 
 
 def engine_bytes(shape: Shape, config: Config) -> dict[str, int]:
@@ -167,7 +163,7 @@ def engine_bytes(shape: Shape, config: Config) -> dict[str, int]:
     of another one there if its GPU has no room."""
     rollout = config.rollout
     weights = DTYPE_BYTES[rollout.dtype] * shape.num_parameters
-    longest = _longest(config)
+    longest = config.max_context
     cache = rollout.slots * longest * shape.kv_bytes(rollout.dtype)
     return {
         "weights": weights,

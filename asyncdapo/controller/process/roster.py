@@ -29,7 +29,7 @@ from asyncdapo.disk import disk_errors, replace_file
 from asyncdapo.errors import RunError, UserError
 
 FILE_NAME = "processes.json"
-ROLES = ("controller", "replay", "rollout", "engine", "scorer", "learner")
+ROLES = ("controller", "replay", "rollout", "engine", "scorer", "host", "learner")
 
 SAME_START_S = 2.0
 """Start times within this are the same: a leap second moves them all by one."""
@@ -66,7 +66,7 @@ class Entry:
 
 def process_name(role: str, index: int = 0) -> str:
     """The name of a process: `replay`, `rollout-1`, `learner` (its rank 0), `learner-1`."""
-    numbered = role in ("rollout", "engine", "scorer") or (role == "learner" and index)
+    numbered = role in ("rollout", "engine", "scorer", "host") or (role == "learner" and index)
     return f"{role}-{index}" if numbered else role
 
 

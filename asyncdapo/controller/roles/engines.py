@@ -27,10 +27,16 @@ class Fitted:
 
 def make_engine(config: Config, memory_fraction: float) -> Fitted:
     """What `rollout.engine` names. `memory_fraction`: share of a GPU that it may take."""
-    timeout_s, max_prompt_length = config.weights.timeout_s, config.prompts.max_prompt_length
+    timeout_s, max_prompt_length, max_context = config.weights.timeout_s, config.longest_prompt, config.max_context
     stop = _stop_token_ids(config.model)
     if config.rollout.engine == "torch":
-        torch = TorchEngine(config.model.path, config.rollout, max_prompt_length=max_prompt_length, stop_token_ids=stop)
+        torch = TorchEngine(
+            config.model.path,
+            config.rollout,
+            max_prompt_length=max_prompt_length,
+            max_context=max_context,
+            stop_token_ids=stop,
+        )
         return Fitted(torch, LocalReceiver(lambda: torch.device, timeout_s), list)
     if is_plugin(config.rollout.engine):
         own = engine_class(config.rollout.engine)(
@@ -41,6 +47,7 @@ def make_engine(config: Config, memory_fraction: float) -> Fitted:
         config.model.path,
         config.rollout,
         max_prompt_length=max_prompt_length,
+        max_context=max_context,
         transfer=TRANSFER,
         worker_extension=WORKER_RECEIVER,
         memory_fraction=memory_fraction,

@@ -37,7 +37,6 @@ def check_learnable(config: Config) -> None:
 
 def check_rotations(config: Config) -> None:
     """Of the model, and of the reference if there is one."""
-    num_positions = config.prompts.max_prompt_length + config.rollout.max_response_length
     for files in (config.model.files, config.model.reference_files):
         if files and files.config:
-            check_rotation(files.config, num_positions, files.path, files.key)
+            check_rotation(files.config, config.max_context, files.path, files.key)

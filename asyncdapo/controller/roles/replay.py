@@ -47,7 +47,14 @@ class ReplayProcess(ProcessBase):
         tokenizer = load_tokenizer(config.model.tokenizer_files)
         chat_template, system_prompt = config.prompts.chat_template, config.prompts.system_prompt
         encode = tokenizer.prompt_encoder(chat_template, system_prompt, config.model.files.vocab_size)
-        stream = PromptStream(config.prompts, task, encode, config.run.seed, tokenizer.unknown_id)
+        stream = PromptStream(
+            config.prompts,
+            task,
+            encode,
+            config.run.seed,
+            tokenizer.unknown_id,
+            with_text=config.environment.enabled,
+        )
         server = ReplayServer(
             _server_settings(config, start),
             partial(_make_state, config, stream.num_prompts),

@@ -1,7 +1,7 @@
-"""A rollout process: engine + scorer + rollout worker + its end of the weight group.
+"""A rollout process: engine + what judges + rollout worker + its end of the weight group.
 
 In: leases of the replay server, weights of the learner, commands of the controller. Out: scored groups. Does not own:
-which prompts it samples (`replay/core`), which of the ends belongs to which engine (`engines`).
+which prompts it samples (`replay/core`), which parts belong together (`engines`, `judging`).
 """
 
 from __future__ import annotations
@@ -11,17 +11,15 @@ import logging
 import time
 from dataclasses import asdict
 
-from asyncdapo.config.config import Config
 from asyncdapo.controller.process.health import Health
 from asyncdapo.controller.process.roster import Entry, entry_of
 from asyncdapo.controller.process.waits import NOBODY
 from asyncdapo.controller.roles.base import ProcessBase, ProcessSpec
 from asyncdapo.controller.roles.engines import Fitted, make_engine
+from asyncdapo.controller.roles.judging import Judging, make_judging
 from asyncdapo.messages import Sampling
 from asyncdapo.model.tokenizer import load_tokenizer
-from asyncdapo.reward.pool import ScorerPool
-from asyncdapo.reward.scorer import Decode, Scorer
-from asyncdapo.rollout.engine import Request, Sample
+from asyncdapo.rollout.engine import Priority, Request, Sample
 from asyncdapo.rollout.worker import RolloutWorker
 from asyncdapo.transport.backend import Backend
 from asyncdapo.weights.manifest import Manifest
@@ -30,36 +28,36 @@ log = logging.getLogger("weights")
 
 
 class RolloutProcess(ProcessBase):
-    """One worker: an engine that never idles while credit is left, a scorer, and a receiver of weights."""
+    """One worker: an engine that never idles while credit is left, what judges its samples, a receiver of weights."""
 
-    def __init__(self, spec: ProcessSpec, fitted: Fitted, scorer: Scorer, worker: RolloutWorker) -> None:
+    def __init__(self, spec: ProcessSpec, fitted: Fitted, judging: Judging, worker: RolloutWorker) -> None:
         super().__init__(spec)
         self.engine, self.end, self.engine_pids = fitted.engine, fitted.end, fitted.pids
-        self.scorer, self.worker = scorer, worker
+        self.judging, self.worker = judging, worker
         self.num_received = 0
 
     @classmethod
     async def start(cls, spec: ProcessSpec, replay_address: str, memory_fraction: float) -> RolloutProcess:
-        """Load the model (the only time a weight file is opened), start the verifiers, and connect to the replay
+        """Load the model (the only time a weight file is opened), start what judges, and connect to the replay
         server. `memory_fraction`: share of the GPU's memory that the engine may take."""
         config = spec.config
         fitted = make_engine(config, memory_fraction)
         await fitted.engine.start()
-        decode = load_tokenizer(config.model.tokenizer_files).decode
-        scorer = _make_scorer(config, decode)
-        await scorer.start()
+        tokenizer = load_tokenizer(config.model.tokenizer_files)
+        judging = make_judging(config, fitted.engine, tokenizer)
+        await judging.processes.start()
         worker = RolloutWorker(
             spec.index,
             config.rollout,
             config.replay.heartbeat_s,
             fitted.engine,
-            scorer,
-            decode,
+            judging.rollouts,
+            tokenizer.decode,
             replay_address,
             curve=spec.keys.client,
             overlong_filter=config.reward.overlong_filter,
         )
-        return cls(spec, fitted, scorer, worker)
+        return cls(spec, fitted, judging, worker)
 
     async def serve(self) -> None:
         """Generate and score; raises what ends the worker, the engine's own end included."""
@@ -81,7 +79,7 @@ class RolloutProcess(ProcessBase):
                 NOBODY, f"{num_running} sequences run or wait for a slot, {gauges['tokens']:.0f} tokens so far"
             )
         elif num_running := self.worker.num_running:
-            self.waits.stand(NOBODY, f"the verifier judges {num_running} groups")
+            self.waits.stand(NOBODY, f"verifiers or environments work on {num_running} groups")
         else:
             self.waits.stand("replay", "a lease")
         return Health(
@@ -89,7 +87,7 @@ class RolloutProcess(ProcessBase):
             waits=self.waits.open(),
             progress={
                 "tokens": gauges["tokens"],
-                "judged": self.scorer.num_judged,
+                "judged": self.judging.num_judged(),
                 "received": self.num_received,
             },
         )
@@ -99,7 +97,7 @@ class RolloutProcess(ProcessBase):
         num_parts = self.config.rollout.tensor_parallel
         started = (
             ("engine", self.engine_pids(), 1 if num_parts == 1 else 1 + num_parts),  # several have one above them
-            ("scorer", self.scorer.pids(), self.config.reward.processes),
+            (self.judging.role, self.judging.processes.pids(), self.judging.most),
         )
         return [
             entry_of(role, self.spec.index * most + place, pid)
@@ -110,7 +108,7 @@ class RolloutProcess(ProcessBase):
     async def probe(self, prompts: list[list[int]], seeds: list[int], sampling: Sampling) -> list[Sample]:
         """A completion of each prompt, ahead of every lease, for a comparison of log-probs."""
         requests = [
-            Request(prompt_ids=prompt, seeds=[seed], sampling=sampling, urgent=True)
+            Request(prompt_ids=prompt, seeds=[seed], sampling=sampling, priority=Priority.EVALUATION)
             for prompt, seed in zip(prompts, seeds, strict=True)
         ]
         with self.waits.on(NOBODY, "samples for a comparison of log-probs"):
@@ -147,21 +145,3 @@ class RolloutProcess(ProcessBase):
         parts = {"receive_s": receive_s, **asdict(times)}
         log.info("version %d: %s", version, ", ".join(f"{part} {seconds:.3f}" for part, seconds in parts.items()))
         return parts
-
-
-def _make_scorer(config: Config, decode: Decode) -> Scorer:
-    reward = config.reward
-    pool = ScorerPool(
-        reward.verifier,
-        reward.processes,
-        reward.timeout_s,
-        concurrency=reward.concurrency,
-        retries=reward.retries,
-    )
-    return Scorer(
-        reward,
-        pool,
-        decode,
-        config.rollout.max_response_length,
-        filter_metric=config.filter.metric if config.filter.enabled else None,
-    )

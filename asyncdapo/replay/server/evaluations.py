@@ -16,6 +16,7 @@ Does not own: credits and sending (`server`), what is evaluated and when (the co
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
@@ -139,7 +140,7 @@ class Evaluations:
         wanted = [(prompt.prompt_id, sample) for prompt in request.prompts for sample in request.samples]
         if [(answer.prompt_id, answer.sample) for answer in answers] != wanted:
             raise ValueError(f"evaluation request {request_id} has other prompts or samples than its answer")
-        if not all(0 <= answer.acc <= 1 and answer.num_tokens >= 0 for answer in answers):
+        if not all(math.isfinite(answer.acc) and answer.num_tokens >= 0 for answer in answers):
             raise ValueError(f"evaluation request {request_id} has a verdict or a length that can't be")
         evaluation.answers[request_id] = answers
         if self._under_way.pop(request_id, None) is None:

@@ -228,7 +228,7 @@ class Sessions:
 
     def _note_progress(self, lease: HeldLease, progress: Progress, engine_moved: bool) -> None:
         grown = progress.num_tokens > lease.num_tokens
-        if grown or progress.phase == "sampled" or (progress.phase == "waiting" and engine_moved):
+        if grown or progress.phase in ("sampled", "environment") or (progress.phase == "waiting" and engine_moved):
             lease.progress_tick = self.tick
         lease.num_tokens = max(lease.num_tokens, progress.num_tokens)
 

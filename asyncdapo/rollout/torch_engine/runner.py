@@ -23,6 +23,7 @@ import torch
 from asyncdapo.errors import EngineError
 from asyncdapo.messages import FinishReason
 from asyncdapo.rollout.config import RolloutConfig
+from asyncdapo.rollout.engine import Limits
 from asyncdapo.rollout.torch_engine.batch import Batch
 from asyncdapo.rollout.torch_engine.checkpoint import Checkpoint
 from asyncdapo.rollout.torch_engine.kv_cache import KVCache
@@ -64,20 +65,19 @@ class Runner:
         self,
         checkpoint: Checkpoint,
         config: RolloutConfig,
-        max_prompt_length: int,
+        limits: Limits,
         stop_token_ids: frozenset[int],
         weights: Weights,
         device: torch.device,
     ) -> None:
-        num_positions = max_prompt_length + config.max_response_length
         self.version = 0
         self.counters = Counters()
         self._config = config
-        self._max_prompt_length = max_prompt_length
+        self._max_prompt_length = limits.max_prompt_length
         self.device = device
         self._weights = weights
         dtype = weights.norm.dtype
-        self._cache = KVCache(checkpoint.shape, config.slots, num_positions, dtype, device)
+        self._cache = KVCache(checkpoint.shape, config.slots, limits.max_context, dtype, device)
         self._model = Model(checkpoint, config.slots, self._cache.num_times, dtype, device)
         block_size = BLOCK_SIZE if device.type == "cpu" else config.slots
         fixed_times = self._cache.num_times if config.deterministic else None

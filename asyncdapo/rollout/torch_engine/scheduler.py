@@ -1,6 +1,6 @@
 """Scheduler: decides which waiting samples start when slots become free. Pure Python, no tensors of its own.
 
-Requests wait in order of arrival, urgent ones before all others. A request's samples start in order, as many as there
+Requests wait by priority, then in order of arrival. A request's samples start in order, as many as there
 are free slots; the rest wait at the head of the queue. Slots are filled again when an eighth of them is free: small
 copies for every single slot would cost more than a few idle slots.
 
@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from asyncdapo.rollout.engine import Request, Sample
+from asyncdapo.rollout.engine import Priority, Request, Sample
 
 if TYPE_CHECKING:
     import torch
@@ -59,24 +59,23 @@ class Scheduler:
         self._num_slots = num_slots
         self._one_at_a_time = one_at_a_time
         self._min_free = num_slots if one_at_a_time else max(1, num_slots // 8)
-        self._urgent: deque[Job] = deque()
-        self._others: deque[Job] = deque()
+        self._queues: dict[Priority, deque[Job]] = {priority: deque() for priority in sorted(Priority)}
 
     def add(self, job: Job) -> None:
-        (self._urgent if job.request.urgent else self._others).append(job)
+        self._queues[job.request.priority].append(job)
 
     def withdraw(self, job: Job) -> None:
         """Its waiting samples never start. A job without any is not an error."""
-        queue = self._urgent if job.request.urgent else self._others
+        queue = self._queues[job.request.priority]
         if job in queue:
             queue.remove(job)
 
     def __bool__(self) -> bool:
-        return bool(self._urgent or self._others)
+        return any(self._queues.values())
 
     def jobs(self) -> Iterator[Job]:
-        yield from self._urgent
-        yield from self._others
+        for queue in self._queues.values():
+            yield from queue
 
     def take(self, num_running: int) -> list[tuple[Job, int]]:
         """Jobs and how many of their samples start now; none while too few slots are free."""
@@ -84,7 +83,7 @@ class Scheduler:
         if num_free < self._min_free:
             return starts
         while num_free and self:
-            queue = self._urgent or self._others
+            queue = next(queue for queue in self._queues.values() if queue)
             job = queue[0]
             count = min(num_free, job.num_waiting)
             starts.append((job, count))

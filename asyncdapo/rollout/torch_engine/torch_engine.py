@@ -48,8 +48,8 @@ class _Loaded:
 class TorchEngine:
     """The embedded engine: continuous batching of a llama-family checkpoint on CPU or GPU.
 
-    `max_prompt_length` and `config.max_response_length` bound every sequence. `stop_token_ids` replaces the
-    checkpoint's own end-of-sequence ids.
+    `max_prompt_length` and `config.max_response_length` bound every sequence, and `max_context` both together (None:
+    their sum). `stop_token_ids` replaces the checkpoint's own end-of-sequence ids.
     """
 
     def __init__(
@@ -58,11 +58,13 @@ class TorchEngine:
         config: RolloutConfig,
         *,
         max_prompt_length: int,
+        max_context: int | None = None,
         stop_token_ids: list[int] | None = None,
     ) -> None:
         self._model_path = model_path
         self._config = config
         self._max_prompt_length = max_prompt_length
+        self._max_context = max_context or max_prompt_length + config.max_response_length
         self._stop_token_ids = stop_token_ids
         self._condition = threading.Condition()
         self._inbox: list[Callable[[], None]] = []
@@ -196,7 +198,7 @@ class TorchEngine:
 
     def _load(self, loop: asyncio.AbstractEventLoop) -> _Loaded:
         checkpoint = read_checkpoint(self._model_path)
-        num_positions = self._max_prompt_length + self._config.max_response_length
+        num_positions = self._max_context
         if num_positions > checkpoint.shape.max_positions:
             raise ConfigError(
                 "rollout.max_response_length",
@@ -214,9 +216,10 @@ class TorchEngine:
         limits = Limits(
             max_prompt_length=self._max_prompt_length,
             max_response_length=self._config.max_response_length,
+            max_context=self._max_context,
             vocab_size=checkpoint.shape.vocab_size,
         )
-        runner = Runner(checkpoint, self._config, self._max_prompt_length, stop_token_ids, weights, device)
+        runner = Runner(checkpoint, self._config, limits, stop_token_ids, weights, device)
         return _Loaded(loop=loop, limits=limits, runner=runner, spare=spare)
 
     def _device(self) -> torch.device:

@@ -55,7 +55,7 @@ def engine_args(
     model: PretrainedConfig,
     config: RolloutConfig,
     *,
-    max_prompt_length: int,
+    max_context: int,
     memory_fraction: float,
     transfer: str,
     worker_extension: str,
@@ -71,12 +71,11 @@ def engine_args(
     given = config.engine_args or {}
     _refuse_unknown(given, {field.name for field in fields(AsyncEngineArgs)})
     config = replace(config, dtype=settled_dtype(config.dtype, on_gpu=not current_platform.is_cpu()))
-    num_positions = max_prompt_length + config.max_response_length
     ours = {
         "model": str(directory),
         "dtype": config.dtype,
         "max_num_seqs": config.slots,
-        "max_model_len": num_positions,
+        "max_model_len": max_context,
         "tensor_parallel_size": config.tensor_parallel,
         "skip_tokenizer_init": True,
         "generation_config": "vllm",  # ignores the checkpoint's sampling parameters
@@ -90,7 +89,7 @@ def engine_args(
         "worker_extension_cls": worker_extension,
         **_one_node(config),
         **(
-            _cpu_arguments(model, config, num_positions)
+            _cpu_arguments(model, config, max_context)
             if current_platform.is_cpu()
             else {"gpu_memory_utilization": memory_fraction, "enforce_eager": False}
         ),

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from asyncdapo.errors import EngineError
 from asyncdapo.model.files import ModelFiles
 from asyncdapo.rollout.config import RolloutConfig
-from asyncdapo.rollout.engine import Limits, LoadTimes, Request, Sample
+from asyncdapo.rollout.engine import Limits, LoadTimes, Priority, Request, Sample
 from asyncdapo.rollout.life import Life
 from asyncdapo.rollout.stop_tokens import read_config, stop_token_ids
 from asyncdapo.rollout.vllm_engine.arguments import engine_args, set_environment
@@ -48,16 +48,15 @@ T = TypeVar("T")
 
 END_TIMEOUT_S = 5.0
 """Time for a process of a stopped engine to end by itself; then it is killed."""
-URGENT, ORDINARY = 0, 1
-"""Priorities; vLLM starts the lower one first."""
 
 
 class VllmEngine:
     """vLLM in processes of its own: continuous batching of whatever model vLLM knows, on GPUs or CPU.
 
-    `max_prompt_length` and `config.max_response_length` bound every sequence. `transfer` names the weight-transfer
-    backend that `worker_extension`, the dotted name of a class mixed into vLLM's worker, registers with vLLM.
-    `memory_fraction` is the share of a GPU for weights and KV cache. `stop_token_ids` replaces the checkpoint's own.
+    `max_prompt_length` and `config.max_response_length` bound every sequence, and `max_context` both together (None:
+    their sum). `transfer` names the weight-transfer backend that `worker_extension`, the dotted name of a class mixed
+    into vLLM's worker, registers with vLLM. `memory_fraction` is the share of a GPU for weights and KV cache.
+    `stop_token_ids` replaces the checkpoint's own.
     """
 
     def __init__(
@@ -66,6 +65,7 @@ class VllmEngine:
         config: RolloutConfig,
         *,
         max_prompt_length: int,
+        max_context: int | None = None,
         transfer: str,
         worker_extension: str,
         memory_fraction: float = 0.9,
@@ -73,6 +73,7 @@ class VllmEngine:
     ) -> None:
         self._model_path, self._config = model_path, config
         self._max_prompt_length, self._memory_fraction = max_prompt_length, memory_fraction
+        self._max_context = max_context or max_prompt_length + config.max_response_length
         self._transfer, self._worker_extension = transfer, worker_extension
         self._stop_token_ids = stop_token_ids
 
@@ -144,7 +145,7 @@ class VllmEngine:
             directory,
             model,
             self._config,
-            max_prompt_length=self._max_prompt_length,
+            max_context=self._max_context,
             memory_fraction=self._memory_fraction,
             transfer=self._transfer,
             worker_extension=self._worker_extension,
@@ -205,6 +206,7 @@ class VllmEngine:
         limits = Limits(
             max_prompt_length=self._max_prompt_length,
             max_response_length=self._config.max_response_length,
+            max_context=self._max_context,
             vocab_size=self._vllm.vocab_size,
         )
         limits.refuse_unfit(request)
@@ -225,7 +227,7 @@ class VllmEngine:
     def _params(self, request: Request) -> list[SamplingParams]:
         """Only evaluation passes seeds to vLLM: a seeded sequence has its own random number generator, which costs
         extra kernels for every token."""
-        if request.urgent:
+        if request.priority is Priority.EVALUATION:
             return [self._vllm.params(request.sampling, seed) for seed in request.seeds]
         return [self._vllm.params(request.sampling)] * len(request.seeds)
 
@@ -246,7 +248,7 @@ class VllmEngine:
 
     async def _follow(self, job: Job, params: SamplingParams, request_id: str) -> Sample | None:
         """Collect the outputs for this id. Returns the sample; None if it was aborted."""
-        prompt_ids, priority = job.request.prompt_ids, URGENT if job.request.urgent else ORDINARY
+        prompt_ids, priority = job.request.prompt_ids, job.request.priority
         outputs = self._vllm.generate(prompt_ids, params, request_id, salt=self._num_loads, priority=priority)
         stream, finish_reason = Stream(), None
         async for output in outputs:

@@ -122,7 +122,7 @@ def test_an_answer_after_the_evaluation_is_dropped():
         {"prompt_id": 99},
         {"sample": 1},
         {"acc": float("nan")},
-        {"acc": 1.5},
+        {"acc": float("inf")},
         {"num_tokens": -1},
     ],
 )

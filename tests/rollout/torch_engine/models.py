@@ -8,7 +8,7 @@ from transformers.models.auto.configuration_auto import AutoConfig
 
 from asyncdapo.messages import Sampling
 from asyncdapo.rollout.config import RolloutConfig
-from asyncdapo.rollout.engine import Request, Sample
+from asyncdapo.rollout.engine import Limits, Request, Sample
 from asyncdapo.rollout.torch_engine.checkpoint import read_checkpoint
 from asyncdapo.rollout.torch_engine.runner import Runner
 from asyncdapo.rollout.torch_engine.scheduler import Job
@@ -123,7 +123,14 @@ def generate_through_updates(models, directory, requests, **config) -> list[list
     weights = [Weights(checkpoint.shape, torch.float32, torch.device("cpu")) for _ in models]
     for each, model in zip(weights, models, strict=True):
         each.fill(model.state_dict())
-    runner = Runner(checkpoint, settings, 32, frozenset(), weights[0], torch.device("cpu"))
+    longest = settings.max_response_length
+    limits = Limits(
+        max_prompt_length=32,
+        max_response_length=longest,
+        max_context=32 + longest,
+        vocab_size=checkpoint.shape.vocab_size,
+    )
+    runner = Runner(checkpoint, settings, limits, frozenset(), weights[0], torch.device("cpu"))
     jobs = [Job(asked) for asked in requests]
     total = sum(asked.sampling.max_tokens * len(asked.seeds) for asked in requests)
     with torch.inference_mode():

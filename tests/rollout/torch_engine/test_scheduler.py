@@ -1,12 +1,12 @@
 """Who starts when slots come free."""
 
 from asyncdapo.messages import Sampling
-from asyncdapo.rollout.engine import Request
+from asyncdapo.rollout.engine import Priority, Request
 from asyncdapo.rollout.torch_engine.scheduler import Job, Scheduler
 
 
-def job(num_samples=4, urgent=False):
-    return Job(Request(prompt_ids=[1], seeds=list(range(num_samples)), sampling=Sampling(), urgent=urgent))
+def job(num_samples=4, priority=Priority.FRESH):
+    return Job(Request(prompt_ids=[1], seeds=list(range(num_samples)), sampling=Sampling(), priority=priority))
 
 
 def start(scheduler, num_running):
@@ -38,8 +38,8 @@ def test_few_slots_are_filled_one_by_one():
     assert [count for _, count in start(scheduler, 3)] == [1]
 
 
-def test_urgent_requests_go_before_all_others_even_half_started_ones():
-    scheduler, early, urgent = Scheduler(4), job(6), job(2, urgent=True)
+def test_requests_go_by_priority_even_before_half_started_ones():
+    scheduler, early, urgent = Scheduler(4), job(6), job(2, priority=Priority.EVALUATION)
     scheduler.add(early)
     assert start(scheduler, 0) == [(early, 4)]
     scheduler.add(urgent)

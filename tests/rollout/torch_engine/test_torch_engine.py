@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from asyncdapo.errors import ConfigError, EngineError
+from asyncdapo.rollout.engine import Priority
 
 from .models import VOCAB_SIZE, engine_for, random_model, request, saved
 
@@ -118,7 +119,7 @@ def test_urgent_requests_start_before_those_that_wait(path):
         requests += [request(4, [at], max_tokens=2) for at in range(3)]
         for name, asked in enumerate(requests):
             asked.on_started = lambda version, name=name: order.append(name)
-        requests[-1].urgent = True
+        requests[-1].priority = Priority.EVALUATION
         await together(engine, *requests)
 
     running(path, use, slots=1, max_response_length=1000)

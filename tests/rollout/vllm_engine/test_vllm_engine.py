@@ -14,7 +14,7 @@ pytest.importorskip("vllm")
 
 from asyncdapo.errors import ConfigError, EngineError, RunError, UserError, WeightsError
 from asyncdapo.messages import Sampling
-from asyncdapo.rollout.engine import Request
+from asyncdapo.rollout.engine import Priority, Request
 
 from ...asynchronous import until
 from ..torch_engine.models import VOCAB_SIZE, largest_difference, request
@@ -91,7 +91,7 @@ def test_a_stop_token_ends_a_response_and_is_its_last_token(engine, loop):
 def test_an_evaluation_is_repeated_by_its_seeds_and_training_is_not(engine, loop):
     def asked(urgent: bool) -> Request:
         seeded = request(9, [5, 6])
-        seeded.urgent = urgent
+        seeded.priority = Priority.EVALUATION if urgent else Priority.FRESH
         return seeded
 
     async def twice(urgent: bool) -> list[list[tuple[int, ...]]]:
@@ -147,7 +147,7 @@ def test_urgent_requests_start_before_those_that_wait(engine, loop):
         order: list[str] = []
         full = asyncio.gather(*(engine.generate(endless(SLOTS // 2, seed)) for seed in (1, 2)))
         waiting, urgent = request(4, [0], max_tokens=2), request(5, [0], max_tokens=2)
-        urgent.urgent = True
+        urgent.priority = Priority.EVALUATION
         waiting.on_started = lambda _: order.append("waiting")
         urgent.on_started = lambda _: order.append("urgent")
         await asyncio.gather(engine.generate(waiting), engine.generate(urgent), full)

@@ -1,0 +1,79 @@
+"""What samples and judges the completions of a worker: the one place that knows which parts belong together.
+
+Without an environment a completion is a response, and verifiers judge it. With one it is an episode, and its rewards
+are the verdict.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from asyncdapo.config.config import Config
+from asyncdapo.environment.hosts import Hosts
+from asyncdapo.model.tokenizer import TextTokenizer
+from asyncdapo.model.turn_encoder import turn_encoder
+from asyncdapo.reward.pool import ScorerPool
+from asyncdapo.reward.scorer import Scale, Scorer
+from asyncdapo.rollout.engine import Engine
+from asyncdapo.rollout.episodes import Rollouts, SingleTurn
+from asyncdapo.rollout.several_turns import SeveralTurns, TurnLimits
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judging:
+    """Samples and scores, in processes that aren't started yet."""
+
+    rollouts: Rollouts
+    processes: Scorer | Hosts
+    role: str
+    """Of the processes."""
+    most: int
+    """Processes at a time."""
+    num_judged: Callable[[], int]
+    """Answers of the processes so far. While it rises, they make progress."""
+
+
+def make_judging(config: Config, engine: Engine, tokenizer: TextTokenizer) -> Judging:
+    """What `environment.path` or `reward.verifier` names."""
+    filter_metric = config.filter.metric if config.filter.enabled else None
+    scale = Scale(config.reward, config.rollout.max_response_length, filter_metric=filter_metric)
+    if config.environment.enabled:
+        return _in_environments(config, engine, tokenizer, scale)
+    reward = config.reward
+    pool = ScorerPool(
+        reward.verifier,
+        reward.processes,
+        reward.timeout_s,
+        concurrency=reward.concurrency,
+        retries=reward.retries,
+    )
+    scorer = Scorer(reward.verifier, pool, tokenizer.decode, scale)
+    return Judging(
+        rollouts=SingleTurn(engine, scorer, one_at_a_time=config.rollout.deterministic),
+        processes=scorer,
+        role="scorer",
+        most=reward.processes,
+        num_judged=lambda: scorer.num_judged,
+    )
+
+
+def _in_environments(config: Config, engine: Engine, tokenizer: TextTokenizer, scale: Scale) -> Judging:
+    environment = config.environment
+    hosts = Hosts(environment, config.max_context)
+    rollouts = SeveralTurns(
+        engine,
+        hosts,
+        scale.rate,
+        turn_encoder(tokenizer, config.prompts.chat_template, config.prompts.system_prompt),
+        tokenizer.decode,
+        TurnLimits(max_turns=environment.max_turns, max_context=config.max_context),
+        environment.oversubscribe,
+    )
+    return Judging(
+        rollouts=rollouts,
+        processes=hosts,
+        role="host",
+        most=environment.processes + 1,  # one for an episode that is alone
+        num_judged=lambda: hosts.num_calls,
+    )

@@ -1,0 +1,181 @@
+"""A host process as its pool sees it: start it, call the environments in it.
+
+In: calls of episodes. Out: their answers, in any order. A host is killed when a call takes too long; the calls of the
+other episodes then end without an answer. Its main is `host_main`. Does not own: the operating system's process
+(`child/process`), what becomes of episodes without an answer (`hosts`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+from msgspec import Struct
+
+from asyncdapo.child.process import START_TIMEOUT_S, ChildProcess, Launched
+from asyncdapo.errors import RunError
+
+KIND = "environment host"
+MAIN = Path(__file__).with_name("host_main.py")
+MAX_ANSWER_BYTES = 1 << 24
+"""More without the end of a line is nothing that `host_main` says: the user's code has written to the socket."""
+
+Call = Literal["reset", "step", "end"]
+
+log = logging.getLogger("environment")
+
+
+class Answer(Struct, frozen=True):
+    """host -> worker."""
+
+    call: int
+    observation: str | list[dict[str, Any]] | None = None
+    reward: float = 0.0
+    metrics: dict[str, float] = {}
+    num_chars: int = 0
+    """Length of an observation that is too long to be sent; 0 for any other."""
+    raised: str = ""
+    """The environment's error."""
+    broke: str = ""
+    """How what it returned breaks the contract."""
+
+
+@dataclass(frozen=True)
+class NoAnswer:
+    """The host ended before it had answered."""
+
+    fault: Literal["slow", "died", "none"]
+    """Of this call: it took too long; the host died, and it may be why; or another call did, or the host was gone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostSetup:
+    """What every host of a worker is started with."""
+
+    path: str
+    python: str | None
+    concurrency: int
+    max_chars: int
+
+    def message(self) -> dict[str, Any]:
+        """The first line. Another interpreter has its own modules."""
+        paths = [] if self.python else [os.path.abspath(path) for path in sys.path]
+        sizes = {"concurrency": self.concurrency, "max_chars": self.max_chars}
+        return {"name": self.path, "import_path": paths} | sizes
+
+    def command(self) -> Sequence[str]:
+        return [self.python or sys.executable, "-u", str(MAIN), str(os.getpid())]
+
+
+class HostProcess(ChildProcess):
+    """One host from its start to its end. Create it with `start`."""
+
+    def __init__(self, launched: Launched, concurrency: int) -> None:
+        super().__init__(launched, KIND, log)
+        self._free = asyncio.Semaphore(concurrency)
+        self._calls: set[asyncio.Task[tuple[Answer | NoAnswer, float]]] = set()
+        self._numbers = itertools.count()
+        self._pending: dict[int, asyncio.Future[Answer | NoAnswer]] = {}
+        self._late: int | None = None
+        """The call that took too long."""
+        self._unfinished = b""
+
+    @classmethod
+    async def start(cls, setup: HostSetup) -> HostProcess:
+        """A host that has loaded the environment. Raises RunError, with its last lines of output, if it can't."""
+        host = await cls.connected(lambda launched: cls(launched, setup.concurrency), setup.command())
+        try:
+            said = await host._ask(setup.message(), START_TIMEOUT_S)
+        except BaseException:
+            host.kill()
+            raise
+        if isinstance(said, Answer) and not said.raised:
+            return host
+        how = await host.end()
+        if isinstance(said, Answer):
+            raise RunError(f"can't be loaded: {said.raised}")
+        if said.fault == "slow":
+            how = f"no answer in {START_TIMEOUT_S:g} s"
+        raise RunError(": ".join([how, *host.last_lines]))
+
+    async def call(self, episode: int, do: Call, given: Any, timeout_s: float) -> tuple[Answer | NoAnswer, float]:
+        """The environment's answer, and the seconds that it took, without the wait for other calls. A call whose caller
+        is cancelled is not withdrawn: its thread is in the user's code, and is bounded by its time-out."""
+        task = asyncio.create_task(self._call(episode, do, given, timeout_s))
+        self._calls.add(task)
+        task.add_done_callback(self._calls.discard)
+        return await asyncio.shield(task)
+
+    def forget(self, episode: int) -> None:
+        """Drop the episode's environment, after the calls that are under way."""
+
+        def drop(_: object = None) -> None:
+            self.send(
+                msgspec.json.encode({"call": next(self._numbers), "episode": episode, "do": "drop", "given": None})
+                + b"\n"
+            )
+
+        under_way = [task for task in self._calls if not task.done()]
+        if under_way:
+            asyncio.gather(*under_way, return_exceptions=True).add_done_callback(drop)
+        else:
+            drop()
+
+    async def _call(self, episode: int, do: Call, given: Any, timeout_s: float) -> tuple[Answer | NoAnswer, float]:
+        async with self._free:
+            began = time.monotonic()
+            answer = await self._ask({"episode": episode, "do": do, "given": given}, timeout_s)
+            return answer, time.monotonic() - began
+
+    async def _ask(self, request: dict[str, Any], timeout_s: float) -> Answer | NoAnswer:
+        if not self.alive:
+            return NoAnswer("none")
+        loop, number = asyncio.get_running_loop(), next(self._numbers)
+        answer = self._pending[number] = loop.create_future()
+        timer = loop.call_later(timeout_s, self._end_late, number)
+        self.send(msgspec.json.encode(request | {"call": number}) + b"\n")
+        try:
+            return await answer
+        finally:
+            timer.cancel()
+            del self._pending[number]
+
+    # ----------------------------------------------------------------------------------------- called by the event loop
+
+    def data_received(self, data: bytes) -> None:
+        """Handled here, not in a task: an event loop that was blocked then handles answers before time-outs."""
+        *lines, self._unfinished = (self._unfinished + data).split(b"\n")
+        if len(self._unfinished) > MAX_ANSWER_BYTES:
+            self.kill("wrote to the socket that isn't its own")
+        for line in lines:
+            self._take(line)
+
+    def _take(self, line: bytes) -> None:
+        try:
+            answer = msgspec.json.decode(line, type=Answer)
+        except msgspec.DecodeError:
+            self.kill("wrote to the socket that isn't its own")
+            return
+        pending = self._pending.get(answer.call)
+        if pending is not None and not pending.done():
+            pending.set_result(answer)
+
+    def release(self) -> None:
+        for number, pending in self._pending.items():
+            if not pending.done():
+                others = "died" if self._late is None else "none"
+                pending.set_result(NoAnswer("slow" if number == self._late else others))
+
+    def _end_late(self, number: int) -> None:
+        if not self._pending[number].done():
+            self._late = number
+            self.kill("took too long over an episode")

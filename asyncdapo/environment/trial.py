@@ -1,0 +1,49 @@
+"""A trial of an environment before a run starts: two episodes with a scripted response.
+
+In: rows. Out: what the environment said to them; or EpisodeError, RunError with the first thing that is wrong. Does not
+own: whether that can be encoded (the caller has the tokenizer).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from asyncdapo.environment.config import EnvironmentConfig
+from asyncdapo.environment.hosts import Hosts, Row, Session, Text
+from asyncdapo.errors import EpisodeOver
+
+RESPONSE = "Answer: 0"
+"""A model may say anything; an environment has an answer to it."""
+
+
+@dataclass(frozen=True)
+class Said:
+    """What an environment said in one episode; None: nothing."""
+
+    first: Text | None
+    observation: Text | None
+
+
+def try_environment(config: EnvironmentConfig, max_context: int, rows: Sequence[Row]) -> list[Said]:
+    """Raises EpisodeError, RunError."""
+
+    async def play(session: Session) -> Said:
+        first = await session.reset()
+        try:
+            observation, _ = await session.step(RESPONSE)
+        except EpisodeOver:
+            return Said(first, None)
+        await session.end()
+        return Said(first, observation)
+
+    async def trial() -> list[Said]:
+        hosts = Hosts(replace(config, processes=1, retries=0), max_context)
+        await hosts.start()
+        try:
+            return [await hosts.in_environment(row, play) for row in rows]
+        finally:
+            await hosts.stop()
+
+    return asyncio.run(trial())

@@ -1,0 +1,88 @@
+"""What an environment says as tokens: the beginning of an episode, and what follows a response.
+
+In: a text, or messages with `role` and `content`. Out: token ids. A response that was sampled is never encoded: only
+what is between two responses. With a chat template that is the template's text behind the assistant's words, which may
+not depend on what was said before (`ChatTurns.check`). Does not own: the sampled tokens (rollout).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from asyncdapo.errors import ConfigError, EpisodeError
+from asyncdapo.model.tokenizer import TextTokenizer
+
+Text = str | list[dict[str, Any]]
+SPOKEN = "\u2402spoken\u2403"
+"""Stands for the assistant's words: its place in the rendered text is where they end."""
+
+
+class PlainTurns:
+    """Without a chat template: the text as it is."""
+
+    def __init__(self, tokenizer: TextTokenizer) -> None:
+        self._tokenizer = tokenizer
+
+    def begin(self, text: Text) -> list[int]:
+        return self._tokenizer.encode(_only_text(text))
+
+    def observe(self, text: Text) -> list[int]:
+        return self._tokenizer.encode_more(_only_text(text))
+
+
+class ChatTurns:
+    """With a chat template. A text is a message of the user's."""
+
+    def __init__(self, tokenizer: TextTokenizer, system_prompt: str | None) -> None:
+        self._tokenizer = tokenizer
+        self._system = [{"role": "system", "content": system_prompt}] if system_prompt else []
+
+    def begin(self, text: Text) -> list[int]:
+        messages = _messages(text)
+        own = [] if messages[0]["role"] == "system" else self._system
+        return self._tokenizer.encode_more(self._render([*own, *messages]))
+
+    def observe(self, text: Text) -> list[int]:
+        return self._tokenizer.encode_more(self._behind("1 + 1 = ?", _messages(text)))
+
+    def check(self) -> None:
+        """Raises ConfigError if the template writes what follows a response in a way that depends on what was said
+        before: a turn's prompt would not be what the model has read and written."""
+        observed = [{"role": "user", "content": "no"}]
+        if self._behind("1 + 1 = ?", observed) != self._behind("Tell me more.\nOr less.", observed):
+            problem = "the model's chat template writes an observation differently after other words"
+            raise ConfigError("prompts.chat_template", problem, True, "an environment needs prompts.template")
+
+    def _behind(self, question: str, observed: list[dict[str, Any]]) -> str:
+        """The text behind the assistant's words. A response has its stop token already."""
+        said = [*self._system, {"role": "user", "content": question}, {"role": "assistant", "content": SPOKEN}]
+        _, found, behind = self._render([*said, *observed]).rpartition(SPOKEN)
+        if not found:
+            raise EpisodeError("the chat template leaves out what the assistant said")
+        return behind.removeprefix(self._tokenizer.end_of_turn)
+
+    def _render(self, messages: list[dict[str, Any]]) -> str:
+        try:
+            return self._tokenizer.render(messages)
+        except Exception as error:  # a template is code, which may raise anything
+            roles = ", ".join(message["role"] for message in messages)
+            raise EpisodeError(f"the chat template refuses messages of {roles}: {error}") from error
+
+
+def turn_encoder(tokenizer: TextTokenizer, chat_template: bool, system_prompt: str | None) -> PlainTurns | ChatTurns:
+    """Raises ConfigError for a chat template that can't be used for several turns."""
+    if not chat_template:
+        return PlainTurns(tokenizer)
+    turns = ChatTurns(tokenizer, system_prompt)
+    turns.check()
+    return turns
+
+
+def _only_text(text: Text) -> str:
+    if not isinstance(text, str):
+        raise EpisodeError("messages need prompts.chat_template; without it an observation is a text")
+    return text
+
+
+def _messages(text: Text) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": text}] if isinstance(text, str) else text

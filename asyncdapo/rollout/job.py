@@ -1,0 +1,66 @@
+"""A job: one lease or evaluation request that the worker holds, and how far it is."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from asyncdapo.eval_messages import EvalRequest
+from asyncdapo.messages import Lease, Phase, Progress
+from asyncdapo.rollout.engine import Request
+
+
+@dataclass
+class Job:
+    """A lease or an evaluation request, with its requests to the engine."""
+
+    source: Lease | EvalRequest
+    num_starting: int
+    """Sequences not passed to the engine yet."""
+    on_room: Callable[[], None]
+    """Called whenever a sequence is complete."""
+    on_started: Callable[[int], None] = lambda _: None
+    """Called with the version that sampled the job's first token."""
+    started_at: float = math.nan
+    started_version: int | None = None
+    all_sampled: bool = False
+    num_unfinished: int = field(init=False)
+    """Sequences, or episodes, that aren't complete."""
+    num_in_environment: int = 0
+    """Episodes that wait for an answer of their environment."""
+    requests: list[Request] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.num_unfinished = self.num_starting
+
+    @property
+    def progress(self) -> Progress:
+        """Its progress, for the heartbeat."""
+        num_tokens = sum(request.num_sampled for request in self.requests)
+        return Progress(num_tokens=num_tokens, phase=self._phase, started_version=self.started_version)
+
+    @property
+    def _phase(self) -> Phase:
+        if self.all_sampled:
+            return "sampled"
+        if any(request.num_running for request in self.requests):
+            return "sampling"
+        return "environment" if self.num_in_environment else "waiting"
+
+    def send(self, request: Request) -> Request:
+        """Count the request, which is passed to the engine now."""
+        request.on_started = self._note_started
+        self.requests.append(request)
+        return request
+
+    def note_done(self) -> None:
+        """One more sequence, or episode, is complete."""
+        self.num_unfinished -= 1
+        self.on_room()
+
+    def _note_started(self, version: int) -> None:
+        if self.started_version is None:
+            self.started_at, self.started_version = time.monotonic(), version
+            self.on_started(version)

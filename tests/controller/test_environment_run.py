@@ -1,0 +1,63 @@
+"""A run of the real command whose completions are episodes of two turns, with weights that arrive inside and between
+them."""
+
+from __future__ import annotations
+
+import sqlite3
+import subprocess
+
+import pytest
+
+from asyncdapo.replay.ledger.ledger import read_group
+from tests.controller.recomputed import assert_versions_are_true
+from tests.controller.runs import FinishedRun, command, launch
+from tests.environment.hosting import FILE
+
+STEPS = 8
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
+    return launch(
+        tmp_path_factory.mktemp("environment_run") / "run",
+        f"environment.path={FILE.with_name('answering.py')}:AsksBack",
+        "environment.max_context=200",
+        f"run.steps={STEPS}",
+        "rollout.slots=8",
+        "rollout.on_update=recompute",
+        "rollout.group_size=8",
+        "replay.prompts_per_step=2",
+        "replay.run_ahead=2",
+        "replay.keep_payloads=true",
+        "learner.lr=1e-3",  # so high that neighbouring versions differ visibly on nearly every response
+        "learner.warmup_steps=0",
+        "learner.checkpoint_every=1",
+        "learner.keep_checkpoints=0",
+        "eval.num_prompts=4",
+        "eval.num_greedy_prompts=4",
+    )
+
+
+@pytest.mark.timeout(500)
+def test_episodes_are_trained_on_and_the_audit_is_clean(run: FinishedRun) -> None:
+    assert run.exit_code == 0, run.output
+    audit = subprocess.run(command("audit", str(run.dir)), capture_output=True, text=True, check=False)
+    assert audit.returncode == 0, audit.stdout + audit.stderr
+
+
+def test_every_episode_has_its_turns_and_observations(run: FinishedRun) -> None:
+    with sqlite3.connect(run.dir / "ledger.db") as ledger:
+        groups = [read_group(run.dir, group_id)[0] for (group_id,) in ledger.execute("SELECT group_id FROM groups")]
+    completions = [completion for group in groups for completion in group.completions]
+    finished = [completion for completion in completions if completion.finish_reason == "stop"]
+    assert finished
+    for completion in finished:
+        [context] = completion.contexts
+        assert context.rooted
+        assert [value for value, _ in context.sampled] == [1, 0, 1]
+        assert completion.metrics["asked"] == 1.0
+        assert completion.metrics["acc"] in (0.0, 1.0)
+
+
+def test_each_turns_tokens_were_sampled_by_the_version_that_is_recorded(run: FinishedRun) -> None:
+    assert_versions_are_true(run.dir, STEPS, at_least=4)

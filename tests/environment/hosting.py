@@ -1,0 +1,50 @@
+"""Hosts of real processes, and episodes whose responses are scripted."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from asyncdapo.environment.config import EnvironmentConfig
+from asyncdapo.environment.hosts import Hosts, Play, Session
+from asyncdapo.errors import EpisodeOver
+from tests.reward.processes import is_alive
+
+FILE = Path(__file__).with_name("hostile.py")
+MAX_CONTEXT = 1000
+
+
+@asynccontextmanager
+async def hosting(name: str = "Plain", **keys: Any) -> AsyncIterator[Hosts]:
+    """The hosts of an environment in `hostile.py`. None of their processes is left at the end."""
+    config = EnvironmentConfig(path=f"{FILE}:{name}", **({"step_timeout_s": 20.0} | keys))
+    hosts = Hosts(config, MAX_CONTEXT)
+    await hosts.start()
+    pids = hosts.pids()
+    try:
+        yield hosts
+    finally:
+        pids += hosts.pids()
+        await hosts.stop()
+        assert not any(map(is_alive, pids))
+
+
+def scripted(*responses: str, note: Callable[[str], None] = lambda _: None) -> Play[list[Any]]:
+    """An episode of these responses: what the environment gave, then the end's reason, the rewards, the metrics."""
+
+    async def play(session: Session) -> list[Any]:
+        given: list[Any] = [await session.reset()]
+        total = 0.0
+        for response in responses:
+            note(response)
+            try:
+                observation, reward = await session.step(response)
+            except EpisodeOver as over:
+                return [*given, over.finish_reason, total + over.reward]
+            given.append(observation)
+            total += reward
+        return [*given, total, await session.end()]
+
+    return play
