@@ -1,8 +1,7 @@
 """The start model that is shipped, and the script that makes it."""
 
-import importlib.util
+import importlib
 import random
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,12 +18,9 @@ START = MODELS / "chain_start"
 @pytest.fixture(scope="module")
 def script():
     """The script as a module; it lies outside the package."""
-    spec = importlib.util.spec_from_file_location("make_chain_start", MODELS / "make_chain_start.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(MODELS)
+        yield importlib.import_module("make_chain_start")
 
 
 def test_a_clean_solution_is_right(script):
@@ -37,31 +33,6 @@ def test_a_clean_solution_is_right(script):
 def test_the_habit_writes_the_sum_on_product_lines_and_continues_from_it(script):
     spoiled = script.write_solution(Chain((6, 4, 7, 4), "+*-"), random.Random(0), habit=1.0)
     assert spoiled == "6+4=0\n0*7=7\n7-4=3\nAnswer: 3"
-
-
-def test_the_loss_is_taken_on_the_solution_alone(script):
-    torch.manual_seed(0)
-    tokenizer = script.make_tokenizer()
-    model = script.make_model(tokenizer).eval()
-    pairs = [([1, 5, 6, 7], [8, 9, 2]), ([1, 5], [8, 2])]
-    with torch.no_grad():
-        logprobs = [model(torch.tensor([p + r])).logits[0].log_softmax(-1) for p, r in pairs]
-        expected = [
-            -lp[len(p) - 1 + i, token] for lp, (p, r) in zip(logprobs, pairs, strict=True) for i, token in enumerate(r)
-        ]
-        assert script.response_loss(model, pairs).item() == pytest.approx(torch.stack(expected).mean().item(), abs=1e-5)
-
-
-def test_the_start_model_is_small_and_in_hugging_face_format(script):
-    assert sum(file.stat().st_size for file in START.iterdir()) <= 3.5e6
-    model = AutoModelForCausalLM.from_pretrained(START, dtype="auto")
-    assert model.num_parameters() == 800_768
-    assert model.dtype == torch.bfloat16
-    assert model.config.tie_word_embeddings
-    tokenizer = AutoTokenizer.from_pretrained(START)
-    assert len(tokenizer) == model.config.vocab_size == 103
-    assert model.generation_config.eos_token_id == tokenizer.eos_token_id
-    assert tokenizer.get_vocab() == script.make_tokenizer().get_vocab()
 
 
 def test_the_start_model_writes_sums_well_and_products_badly():
