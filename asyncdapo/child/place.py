@@ -42,11 +42,15 @@ class Place(Generic[P]):
         async with self._starting:
             if self.current is not None and self.current.alive:
                 return self.current
-            await self.empty()
+            await self._bury()
             return await self._start_one()
 
     async def empty(self) -> None:
         """End the process if there is one, and wait until it is gone."""
+        async with self._starting:
+            await self._bury()
+
+    async def _bury(self) -> None:
         if self.current is None:
             return
         process, was_alive = self.current, self.current.alive

@@ -141,6 +141,8 @@ class Hosts:
         self._seats = [_Seats(self._place()) for _ in range(config.processes)]
         self._lone = self._place()
         self._alone = asyncio.Lock()
+        self._num_suspects = 0
+        """Episodes that are alone, one after the other, or wait for that."""
         self._numbers = itertools.count()
         self._counts: Counter[str] = Counter()
 
@@ -192,10 +194,14 @@ class Hosts:
     @asynccontextmanager
     async def _seat(self, *, alone: bool) -> AsyncIterator[HostProcess]:
         if alone:
-            async with self._alone:
-                try:
+            self._num_suspects += 1
+            try:
+                async with self._alone:
                     yield await self._lone.process()
-                finally:
+                    self._lone.note_work()
+            finally:
+                self._num_suspects -= 1
+                if not self._num_suspects:
                     await self._lone.empty()
             return
         seats = min(self._seats, key=lambda seats: seats.num_taken)

@@ -1,0 +1,62 @@
+"""Observations as tokens: behind a response stands what the chat template writes there, whatever was said before."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from asyncdapo.errors import ConfigError, EpisodeError
+from asyncdapo.model.tokenizer import TextTokenizer
+from asyncdapo.model.turn_encoder import ChatTurns, turn_encoder
+
+START = str(Path(__file__).parents[2] / "configs" / "models" / "chain_start")
+CHAT = "{% for m in messages %}{{ m.role }}: {{ m.content }}<eos>\n{% endfor %}assistant: "
+NO_TOOLS = "{% for m in messages if m.role != 'tool' or raise_exception('no tools') %}{{ m.content }}{% endfor %}"
+COUNTS_WORDS = "{% for m in messages %}{{ m.content }}<eos>{% endfor %}{{ messages[0].content|length }}: "
+LEAVES_OUT = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
+TOOL = [{"role": "tool", "content": "42"}]
+
+
+def tokenizer_of(template: str | None) -> TextTokenizer:
+    reference = PreTrainedTokenizerFast.from_pretrained(START)
+    reference.chat_template = template
+    return TextTokenizer(reference)
+
+
+def test_without_a_chat_template_an_observation_is_its_text_alone() -> None:
+    tokenizer = tokenizer_of(None)
+    turns = turn_encoder(tokenizer, chat_template=False, system_prompt=None)
+    assert tokenizer.spell(turns.observe("42\n")) == "42\n"
+    assert turns.begin("Q: 6*7\n") == tokenizer.encode("Q: 6*7\n")
+    with pytest.raises(EpisodeError, match=r"messages need prompts\.chat_template"):
+        turns.observe(TOOL)
+
+
+@pytest.mark.parametrize(("said", "role"), [("42", "user"), (TOOL, "tool")])
+def test_a_sampled_response_and_the_observation_behind_it_read_as_the_template_writes_them(said, role) -> None:
+    tokenizer = tokenizer_of(CHAT)
+    turns = turn_encoder(tokenizer, chat_template=True, system_prompt="Be brief.")
+    sampled = tokenizer.encode_more("6*7<eos>")
+    whole = tokenizer.spell([*turns.begin("Q"), *sampled, *turns.observe(said)])
+    assert whole == f"system: Be brief.<eos>\nuser: Q<eos>\nassistant: 6*7<eos>\n{role}: 42<eos>\nassistant: "
+
+
+def test_messages_may_have_a_system_prompt_of_their_own() -> None:
+    tokenizer = tokenizer_of(CHAT)
+    turns = ChatTurns(tokenizer, "Be brief.")
+    begun = turns.begin([{"role": "system", "content": "Be wordy."}, {"role": "user", "content": "Q"}])
+    assert tokenizer.spell(begun) == "system: Be wordy.<eos>\nuser: Q<eos>\nassistant: "
+
+
+def test_a_template_whose_turns_depend_on_what_was_said_before_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"prompts\.chat_template: .*writes an observation differently"):
+        turn_encoder(tokenizer_of(COUNTS_WORDS), chat_template=True, system_prompt=None)
+
+
+def test_what_a_template_can_not_write_is_told() -> None:
+    with pytest.raises(EpisodeError, match=r"refuses messages of user, assistant, tool: no tools"):
+        ChatTurns(tokenizer_of(NO_TOOLS), None).observe(TOOL)
+    with pytest.raises(EpisodeError, match="leaves out what the assistant said"):
+        ChatTurns(tokenizer_of(LEAVES_OUT), None).observe("42")
