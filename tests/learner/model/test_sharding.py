@@ -88,7 +88,8 @@ def test_averages_of_the_optimizer_are_float32() -> None:
     gradient_step(policy, [make_row(3, 9)])
     optimizer = Optimizer(named_shards(policy).values(), LearnerConfig())
     optimizer.update(loss=0.0)
-    for averages in map(optimizer.averages, AVERAGES):
+    assert optimizer.averages().keys() == set(AVERAGES)
+    for averages in optimizer.averages().values():
         assert len(averages) == len(named_shards(policy))
         assert {average.dtype for average in averages.values()} == {torch.float32}
 
