@@ -16,6 +16,7 @@ import secrets
 import signal
 import socket
 import subprocess
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -39,8 +40,10 @@ FIRST_TO_GO = "1000"
 """The highest score for the kernel's out-of-memory killer: what eats all memory is not to cost the worker its life."""
 MARK = "ASYNCDAPO_CHILD"
 """Environment variable of a process and all that it starts."""
-MAX_SWEEPS = 20
+MAX_SWEEPS = 100
 """Looks for processes left behind, until one finds none. They may be starting others."""
+EXEC_S = 5.0
+"""A process as young as this may be in the middle of its `exec`."""
 
 
 class Output(asyncio.Protocol):
@@ -211,19 +214,26 @@ def _launch(command: Sequence[str], standard_input: socket.socket) -> Launched:
 def _kill_marked(mark: str) -> None:
     """Kill what has the mark, wherever its session or parent."""
     for _ in range(MAX_SWEEPS):
-        found = [process for process in psutil.process_iter() if _has_mark(process, mark)]
-        if not found:
+        marks = [(process, _mark_of(process)) for process in psutil.process_iter()]
+        found = [process for process, its_mark in marks if its_mark == mark]
+        if not found and not any(its_mark == "" for _, its_mark in marks):
             return
         for process in found:
             with suppress(psutil.Error):
                 process.kill()
+        time.sleep(POLL_S)
 
 
-def _has_mark(process: psutil.Process, mark: str) -> bool:
+def _mark_of(process: psutil.Process) -> str | None:
+    """Its mark, None for a process without; empty if that isn't known yet. In the middle of an `exec`, the kernel shows
+    no environment."""
     try:
-        return process.environ().get(MARK) == mark
+        if environment := process.environ():
+            return environment.get(MARK)
+        is_starting = time.time() - process.create_time() < EXEC_S and process.uids().real == os.getuid()
+        return "" if is_starting and process.status() != psutil.STATUS_ZOMBIE else None
     except (psutil.Error, OSError):  # gone, a zombie, or another user's
-        return False
+        return None
 
 
 def _describe_exit(code: int | None) -> str:

@@ -16,12 +16,13 @@ from tests.environment.hosting import FILE
 STEPS = 8
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
+@pytest.fixture(scope="module", params=["torch", pytest.param("vllm", marks=pytest.mark.vllm)])
+def run(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> FinishedRun:
     return launch(
         tmp_path_factory.mktemp("environment_run") / "run",
         f"environment.path={FILE.with_name('answering.py')}:AsksBack",
         "environment.max_context=200",
+        f"rollout.engine={request.param}",
         f"run.steps={STEPS}",
         "rollout.slots=8",
         "rollout.on_update=recompute",
