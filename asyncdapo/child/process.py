@@ -44,6 +44,8 @@ MAX_SWEEPS = 100
 """Looks for processes left behind, until one finds none. They may be starting others."""
 EXEC_S = 5.0
 """A process as young as this may be in the middle of its `exec`."""
+KERNEL = 2
+"""Linux's parent of kernel threads, which have no environment."""
 
 
 class Output(asyncio.Protocol):
@@ -231,7 +233,7 @@ def _mark_of(process: psutil.Process) -> str | None:
         if environment := process.environ():
             return environment.get(MARK)
         is_starting = time.time() - process.create_time() < EXEC_S and process.uids().real == os.getuid()
-        return "" if is_starting and process.status() != psutil.STATUS_ZOMBIE else None
+        return "" if is_starting and process.ppid() != KERNEL and process.status() != psutil.STATUS_ZOMBIE else None
     except (psutil.Error, OSError):  # gone, a zombie, or another user's
         return None
 
