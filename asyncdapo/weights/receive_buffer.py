@@ -134,7 +134,7 @@ class ReceiveBuffer:
             self._group.close()
 
     def _begin(self, work: Callable[[], None]) -> Future[None]:
-        self._under_way = self._thread.submit(work)
+        self._under_way = self._thread.submit(_without_frames, work)
         return self._under_way
 
     # ------------------------------------------------------------------------------------------------- in the thread
@@ -189,6 +189,16 @@ class ReceiveBuffer:
             room.version = NOTHING
             return room
         return Room(torch.empty(num_bytes, dtype=torch.uint8, pin_memory=on_gpu and PIN_FACTOR * num_bytes <= free))
+
+
+def _without_frames(work: Callable[[], None]) -> None:
+    """The buffer keeps an operation's error until the next operation. With its traceback it would keep the collectives
+    in those frames, and so the connections of a group that this rank has left: ranks behind it would wait for their
+    deadlines."""
+    try:
+        work()
+    except WeightsError as error:
+        raise error.with_traceback(None) from error.__cause__
 
 
 @dataclass

@@ -179,6 +179,26 @@ def test_a_learner_that_leaves_the_group_fails_an_end_at_once_and_the_next_group
     asyncio.run(body())
 
 
+@both_ways
+def test_an_end_that_fails_fails_the_ends_behind_it_before_their_deadline(backend: Backend) -> None:
+    """With four ranks a broadcast reaches the last one by way of another end."""
+
+    async def body() -> None:
+        learner, ends = Learner(4, backend, 5.0), [LocalReceiver(lambda: HOST, 5.0) for _ in range(3)]
+        joins = (end.join(learner.address, rank, 4, backend, MANIFEST) for rank, end in enumerate(ends, 1))
+        await learner.accept(*joins)
+        arriving = [asyncio.ensure_future(end.receive(1, 0)) for end in ends]
+        await asyncio.to_thread(learner.announce, 1)
+        learner.group.close()
+        for error in await asyncio.gather(*arriving, return_exceptions=True):
+            assert isinstance(error, WeightsError)
+            assert "no end within" not in str(error)
+        for end in ends:
+            end.close()
+
+    asyncio.run(body())
+
+
 def test_an_end_without_a_group_says_so() -> None:
     with pytest.raises(WeightsError, match="joined no group"):
         asyncio.run(LocalReceiver(lambda: HOST, 1.0).receive(1, 0))
