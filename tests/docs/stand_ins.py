@@ -113,7 +113,7 @@ def _is_for_gpus(config: str) -> bool:
     from asyncdapo.config.config import find_config, load_config
 
     path = find_config(config)
-    return path.is_relative_to("configs") and load_config(path).model.path != "models/chain_start"
+    return path.is_relative_to("configs") and not load_config(path).model.path.startswith("models/")
 
 
 if __name__ == "__main__":

@@ -109,18 +109,19 @@ def _data_lines(config: Config) -> list[str]:
         columns = f"{prompts.prompt_column!r} and {prompts.answer_column!r}"
         return [f"{path}, which isn't here yet: a file with the columns {columns}" for path in missing]
     task = open_task(prompts, num_eval=config.eval.num_held_out, seed=config.run.seed)
-    verifier = f"verifier {config.reward.verifier}"
+    environment = config.environment.path
+    judge = f"environment {environment}" if environment else f"verifier {config.reward.verifier}"
     if task.parts is None:
-        return [f"{prompts.task} (endless), {verifier}"]
+        return [f"{prompts.task} (endless), {judge}"]
     counts = [f"{len(part.rows):,} questions" for part in task.parts]
     if len(counts) == 1:
-        return [f"{paths[0]} ({counts[0]}), {verifier}"]
+        return [f"{next(iter(prompts.weights), prompts.task)} ({counts[0]}), {judge}"]
     shares = whole_numbers([part.weight for part in task.parts])
     lines = [
         f"{path} ({count}), {share} of every {sum(shares):,} prompts"
         for path, count, share in zip(prompts.weights, counts, shares, strict=True)
     ]
-    return [*lines, verifier]
+    return [*lines, judge]
 
 
 def _engine_lines(config: Config) -> list[str]:
