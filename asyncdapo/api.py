@@ -46,8 +46,9 @@ def load_config(name_or_path: str | Path, /, *overrides: str, **sections: Mappin
     section wins over an override. Model paths relative to the file become absolute. Raises UserError that names every
     wrong key, its value and the fix.
     """
-    from asyncdapo.config.config import find_config, models_beside, to_dict
     from asyncdapo.config.config import load_config as load
+    from asyncdapo.config.config import models_beside, to_dict
+    from asyncdapo.config.found import find_config
 
     path = find_config(str(name_or_path))
     config = load(path, [*overrides, *_as_overrides(sections)])

@@ -204,7 +204,8 @@ def _hush_ray() -> None:
 
 
 def _config(args: argparse.Namespace) -> int:
-    from asyncdapo.config.config import find_config, load_config, to_yaml
+    from asyncdapo.config.config import load_config, to_yaml
+    from asyncdapo.config.found import find_config
 
     print(to_yaml(load_config(find_config(args.config), args.overrides)), end="")
     return 0

@@ -22,7 +22,8 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from asyncdapo.config.config import Config, find_config, load_config
+from asyncdapo.config.config import Config, load_config
+from asyncdapo.config.found import find_config
 from asyncdapo.controller.roles.engines import make_engine
 from asyncdapo.learner.batches.feed import BatchFeed
 from asyncdapo.messages import Prompt

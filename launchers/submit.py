@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING
 
 from omegaconf import OmegaConf
 
-from asyncdapo.config.config import Config, find_config, load_config
+from asyncdapo.config.config import Config, load_config
+from asyncdapo.config.found import find_config
 from asyncdapo.controller.commands.plan import plan
 from asyncdapo.errors import UserError
 

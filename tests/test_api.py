@@ -21,8 +21,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import asyncdapo
 from asyncdapo import api
-from asyncdapo.config.config import find_config
 from asyncdapo.config.config import load_config as load_file
+from asyncdapo.config.found import find_config
 from asyncdapo.errors import RunError, UserError
 from asyncdapo.learner.storage.checkpoint import check_checkpoint, checkpoint_dir, kept_steps
 from asyncdapo.replay.ledger.ledger import read_group

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from asyncdapo.config.config import SECTIONS, config_dirs, find_config, load_config, to_dict
+from asyncdapo.config.config import SECTIONS, load_config, to_dict
+from asyncdapo.config.found import config_dirs, find_config
 from asyncdapo.controller.commands.plan import plan
 from asyncdapo.errors import ConfigError
 

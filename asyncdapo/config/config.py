@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import difflib
 import inspect
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +22,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 from yaml import YAMLError
 
+from asyncdapo.config.found import config_names, find_config
 from asyncdapo.config.mistakes import convert_section, unknown_key, unresolved
 from asyncdapo.config.run import ControllerConfig, EvalConfig, RunConfig
 from asyncdapo.config.yaml_file import read_yaml, with_colon
@@ -299,32 +299,6 @@ def _section(name: str, given: Mapping[str, Any]) -> tuple[Any, list[ConfigError
             if key not in left:
                 return None, problems
             del left[key]
-
-
-# ---------------------------------------------------------------------------------------------------- where configs are
-
-
-def config_dirs() -> list[Path]:
-    """Folders searched for a config by name: the working directory's, then the ones that come with the package."""
-    package = Path(__file__).resolve().parents[1]
-    return [Path("configs"), package / "configs", package.parent / "configs"]
-
-
-def config_names() -> list[str]:
-    return sorted({path.stem for folder in config_dirs() if folder.is_dir() for path in folder.glob("*.yaml")})
-
-
-def find_config(name_or_path: str, beside: Path = Path()) -> Path:
-    """A path relative to `beside`, or a name looked up in `configs/`. Raises UserError that lists the names."""
-    path = beside / name_or_path
-    if path.suffix in (".yaml", ".yml") or path.is_file():
-        return path
-    for folder in config_dirs():
-        if (folder / f"{name_or_path}.yaml").is_file():
-            return folder / f"{name_or_path}.yaml"
-    near = difflib.get_close_matches(name_or_path, config_names(), n=1)
-    hint = f"did you mean {near[0]}?" if near else f"names: {', '.join(config_names())}"
-    raise UserError(f"{name_or_path}: no such config ({hint})")
 
 
 # ------------------------------------------------------------------------------------------------------------ printing

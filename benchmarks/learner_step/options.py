@@ -6,7 +6,8 @@ import argparse
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from asyncdapo.config.config import config_dirs, field_docs
+from asyncdapo.config.config import field_docs
+from asyncdapo.config.found import config_dirs
 from asyncdapo.errors import ConfigError
 from benchmarks.learner_step.shapes import SHAPES
 from benchmarks.learner_step.variants import CHECKPOINTING, DEFAULT, DTYPES

@@ -10,7 +10,8 @@ from typing import Any, get_type_hints
 import pytest
 from omegaconf import OmegaConf
 
-from asyncdapo.config.config import SECTIONS, config_from_dict, field_docs, find_config, load_config, to_dict, to_yaml
+from asyncdapo.config.config import SECTIONS, config_from_dict, field_docs, load_config, to_dict, to_yaml
+from asyncdapo.config.found import find_config
 from asyncdapo.config.mistakes import LIMITS, convert_section, limits_of, numbers_of
 from asyncdapo.errors import ConfigError, UserError
 

@@ -110,7 +110,8 @@ def _preflight(config: str, overrides: list[str]) -> int:
 
 def _is_for_gpus(config: str) -> bool:
     """Whether it names a config of ours that wants another model than the shipped one."""
-    from asyncdapo.config.config import find_config, load_config
+    from asyncdapo.config.config import load_config
+    from asyncdapo.config.found import find_config
 
     path = find_config(config)
     return path.is_relative_to("configs") and not load_config(path).model.path.startswith("models/")

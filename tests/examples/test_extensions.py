@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from asyncdapo.config.config import find_config, load_config
+from asyncdapo.config.config import load_config
+from asyncdapo.config.found import find_config
 from asyncdapo.controller.checks.identity import IDENTITY_FILE
 from asyncdapo.errors import ConfigError
 from asyncdapo.metrics.jsonl import read_metrics

@@ -22,7 +22,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from asyncdapo.config.config import Config, find_config, load_config, to_dict, to_yaml
+from asyncdapo.config.config import Config, load_config, to_dict, to_yaml
+from asyncdapo.config.found import find_config
 from asyncdapo.controller.checks.engine_check import check_installed, check_model
 from asyncdapo.controller.checks.identity import IDENTITY_FILE, Identity, check_same_run, identify, to_json
 from asyncdapo.controller.checks.resume import Resume, survey, unusable_ledger

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 
-from asyncdapo.config.config import Config, find_config, load_config
+from asyncdapo.config.config import Config, load_config
+from asyncdapo.config.found import find_config
 from asyncdapo.controller.checks.engine_check import INSTALL, check_installed, check_model, installed_vllm
 from asyncdapo.controller.checks.preflight import check_reward
 from asyncdapo.controller.commands.fits import room_lines

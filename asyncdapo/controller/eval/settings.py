@@ -18,7 +18,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from asyncdapo.config.config import Config, find_config, load_config, load_recorded
+from asyncdapo.config.config import Config, load_config, load_recorded
+from asyncdapo.config.found import find_config
 from asyncdapo.controller.checks.engine_check import check_model
 from asyncdapo.controller.checks.preflight import check_config, effective
 from asyncdapo.controller.eval.subject import Subject

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from asyncdapo.cli import main
-from asyncdapo.config.config import find_config, load_config
+from asyncdapo.config.config import load_config
+from asyncdapo.config.found import find_config
 from asyncdapo.controller.commands.plan import plan
 from asyncdapo.errors import ConfigError, UserError
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from asyncdapo.config.config import Config, find_config, load_config
+from asyncdapo.config.config import Config, load_config
+from asyncdapo.config.found import find_config
 from asyncdapo.controller.eval.in_run import RunEvaluation, folder, set_answers_aside
 from asyncdapo.controller.roles.opening import Opened
 from asyncdapo.errors import RunError

@@ -11,7 +11,8 @@ import ray
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from asyncdapo.config.config import Config, find_config, load_config
+from asyncdapo.config.config import Config, load_config
+from asyncdapo.config.found import find_config
 from asyncdapo.config.run import ControllerConfig
 from asyncdapo.controller.fleet.placement import Placement, gpus_asked, learner_names, place, worker_names
 from asyncdapo.controller.fleet.process import Process, gpus_of_nodes, reserve

@@ -11,7 +11,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from asyncdapo.config.config import find_config, load_config
+from asyncdapo.config.config import load_config
+from asyncdapo.config.found import find_config
 from asyncdapo.controller.roles.base import ProcessSpec
 from asyncdapo.controller.roles.learner import LearnerProcess, load_learner
 from asyncdapo.errors import ConfigError

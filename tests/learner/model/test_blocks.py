@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM, PreTrainedModel
 
-from asyncdapo.config.config import find_config, load_config
+from asyncdapo.config.config import load_config
+from asyncdapo.config.found import find_config
 from asyncdapo.controller.checks.preflight import check_config
 from asyncdapo.errors import ConfigError
 from asyncdapo.learner.model.blocks import compiles, settle_blocks
