@@ -168,7 +168,8 @@ class ProcessGroup:
             return self._open_store().get_all([f"note/{key}"], deadline)[0]
 
     def close(self) -> None:
-        """Leave the group. Running collectives fail, here and at the other ranks."""
+        """Leave the group. Running collectives fail, here and at the other ranks. Gloo closes its connections once
+        nothing refers to a collective any more: don't keep an error's traceback."""
         group, store = self._group, self._store
         self._group, self._store, self._left = None, None, True
         if group is not None:
