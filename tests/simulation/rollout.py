@@ -18,6 +18,7 @@ from asyncdapo.errors import RewardError
 from asyncdapo.messages import Prompt, Score
 from asyncdapo.rollout.config import RolloutConfig
 from asyncdapo.rollout.engine import LoadTimes, Request, Sample
+from asyncdapo.rollout.episodes import SingleTurn
 from asyncdapo.rollout.worker import RolloutWorker
 from tests.simulation.plan import GROUP_SIZE
 from tests.simulation.process import Killed, Process
@@ -104,7 +105,14 @@ class Rollout(Process):
         config = RolloutConfig(group_size=GROUP_SIZE, slots=world.plan.num_slots)
         self.engine = Engine(world)
         self.worker: RolloutWorker = self.inside(
-            RolloutWorker, index, config, world.plan.replay.heartbeat_s, self.engine, self._score, str, ROLLOUT_ADDRESS
+            RolloutWorker,
+            index,
+            config,
+            world.plan.replay.heartbeat_s,
+            self.engine,
+            SingleTurn(self.engine, self._score),
+            str,
+            ROLLOUT_ADDRESS,
         )
         self.spawn(self.worker.run()).add_done_callback(self._note_failure)
 
