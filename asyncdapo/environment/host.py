@@ -119,10 +119,7 @@ class HostProcess(ChildProcess):
         """Drop the episode's environment, after the calls that are under way."""
 
         def drop(_: object = None) -> None:
-            self.send(
-                msgspec.json.encode({"call": next(self._numbers), "episode": episode, "do": "drop", "given": None})
-                + b"\n"
-            )
+            self._say(next(self._numbers), {"episode": episode, "do": "drop", "given": None})
 
         under_way = [task for task in self._calls if not task.done()]
         if under_way:
@@ -142,12 +139,15 @@ class HostProcess(ChildProcess):
         loop, number = asyncio.get_running_loop(), next(self._numbers)
         answer = self._pending[number] = loop.create_future()
         timer = loop.call_later(timeout_s, self._end_late, number)
-        self.send(msgspec.json.encode(request | {"call": number}) + b"\n")
+        self._say(number, request)
         try:
             return await answer
         finally:
             timer.cancel()
             del self._pending[number]
+
+    def _say(self, number: int, request: dict[str, Any]) -> None:
+        self.send(msgspec.json.encode(request | {"call": number}) + b"\n")
 
     # ----------------------------------------------------------------------------------------- called by the event loop
 

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from asyncdapo.environment.config import EnvironmentConfig
-from asyncdapo.environment.hosts import Hosts, Row, Session, Text
+from asyncdapo.environment.contract import Text
+from asyncdapo.environment.hosts import Hosts, Row, Session
 from asyncdapo.errors import EpisodeOver
 
 RESPONSE = "Answer: 0"

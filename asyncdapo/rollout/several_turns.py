@@ -130,10 +130,9 @@ class SeveralTurns:
 
         async def one(seed: int) -> Episode | EpisodeError:
             try:
-                [episode] = await self.sample(job, prompt, [seed], sampling, priority)
+                return await self._episode(job, prompt, seed, sampling, priority)
             except EpisodeError as error:
                 return error
-            return episode
 
         return await asyncio.gather(*map(one, seeds))
 
