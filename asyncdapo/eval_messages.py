@@ -8,9 +8,11 @@ The rules of `messages` hold: one msgpack header, then raw frames. Nothing here 
 
 from __future__ import annotations
 
+from itertools import accumulate, pairwise
+
 from msgspec import Struct, field
 
-from asyncdapo.messages import FinishReason, Message, Prompt, Sampling
+from asyncdapo.messages import FinishReason, Message, Prompt, Runs, Sampling
 
 
 class EvalRequest(Message):
@@ -49,7 +51,24 @@ class EvalAnswer(Struct, frozen=True, kw_only=True):
     version_min: int
     version_max: int
     response: str = ""
-    """Its text without special tokens."""
+    """Its text without special tokens; of an episode the whole exchange."""
+    sampled: Runs = []
+    """Whose the characters of an episode's `response` are: run lengths, one for each response of the model (1) and each
+    observation (0). Empty for a single response, which is the model's."""
+
+    @property
+    def parts(self) -> list[tuple[int, str]]:
+        """The response as pairs of 1, the model's, or 0, the environment's, and text."""
+        if not self.sampled:
+            return [(1, self.response)]
+        ends = list(accumulate((length for _, length in self.sampled), initial=0))
+        texts = (self.response[begin:end] for begin, end in pairwise(ends))
+        return [(whose, text) for (whose, _), text in zip(self.sampled, texts, strict=True)]
+
+    @property
+    def num_turns(self) -> int:
+        """Responses of the model."""
+        return sum(whose for whose, _ in self.sampled) or 1
 
     @property
     def failed(self) -> bool:

@@ -94,6 +94,7 @@ def build_answer(
 ) -> EvalAnswer:
     """The result of one evaluated completion, the prompt's `number`-th. Without a score it counts as wrong."""
     versions = [version for turn in episode.turns for version, _ in turn.sample.versions]
+    parts = _transcript(episode, decode)
     failed = isinstance(score, RewardError)
     return EvalAnswer(
         prompt_id=prompt.prompt_id,
@@ -101,12 +102,23 @@ def build_answer(
         acc=0.0 if failed else score.metrics["acc"],
         failure=str(score)[:MAX_FAILURE] if failed else "",
         pred=None if failed else score.pred,
-        response=decode(episode.token_ids),
+        response="".join(text for _, text in parts),
+        sampled=[(whose, len(text)) for whose, text in parts] if len(parts) > 1 else [],
         num_tokens=episode.num_sampled_tokens,
         finish_reason=episode.finish_reason,
         version_min=min(versions),
         version_max=max(versions),
     )
+
+
+def _transcript(episode: Episode, decode: Decode) -> list[tuple[int, str]]:
+    """Responses (1) and observations (0), in order."""
+    return [
+        (whose, decode(np.array(token_ids, TOKEN_DTYPE)))
+        for turn in episode.turns
+        for whose, token_ids in ((0, turn.observed), (1, turn.sample.token_ids))
+        if whose or len(token_ids)
+    ]
 
 
 def build_failure(prompt: Prompt, number: int, error: EpisodeError, version: int) -> EvalAnswer:

@@ -230,3 +230,7 @@ async def test_an_evaluation_goes_first_in_every_turn_and_its_answer_is_the_whol
     assert {request.priority for request in engine.requests} == {Priority.EVALUATION}
     [answer] = done.answers
     assert (answer.acc, answer.num_tokens, answer.finish_reason) == (1.25, 6, "stop")
+    observed = (0, len(say_tokens(np.array(OBSERVED))))
+    assert [run for run in answer.sampled if run[0] == 0] == [observed]
+    assert [whose for whose, _ in answer.sampled] == [1, 0, 1]
+    assert sum(length for _, length in answer.sampled) == done.response_bytes[0]

@@ -6,8 +6,8 @@
 
 In: answers as they arrive. Out: these files; of an evaluation that was interrupted, the answers that it has. Raises
 DiskError. Invariant: metrics.json stands in DIR only beside all the answers it is made of. An evaluation that may be
-gone on with writes in DIR from the start; any other has a name of its own until it is whole, so that no half one is
-taken for it. Does not own: what is asked, the metrics (`evaluation`).
+resumed writes in DIR from the start; any other has a name of its own until it is whole, so that no half one is taken
+for it. Does not own: what is asked, the metrics (`evaluation`).
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ class AnswerFiles:
         self._file: IO[bytes] | None = None
 
     def open(self, keep: bool) -> list[Answered]:
-        """Begin to write. With `keep` go on with what is there, which is returned, but for answers that could not be
-        judged, which are removed; else begin anew, beside what may be there until `close`. Raises UserError when these
-        are answers to other prompts."""
+        """Begin to write. With `keep` add to what is there. That is returned, but for answers that could not be judged,
+        which are removed. Else begin anew, beside what may be there until `close`. Raises UserError when these are
+        answers to other prompts."""
         if not keep:
             self._directory = self._final.with_name(f".{self._final.name}.new")
         with disk_errors(self._directory):
@@ -87,7 +87,7 @@ class AnswerFiles:
                 self._directory.rename(self._final)
 
     def give_up(self) -> None:
-        """It won't be whole. What was begun anew is removed, what can be gone on with stays."""
+        """It won't be whole. What was begun anew is removed, what can be resumed stays."""
         assert self._file is not None, "`open` comes first"
         with suppress(OSError):  # what a full disk refused before it refuses again, and that is said already
             self._file.close()

@@ -3,8 +3,8 @@
     CHECKPOINT ─▶ subject ─▶ config ─▶ OUT/eval.json ─▶ run ─▶ OUT/answers.jsonl ─▶ table
                 (subject)   (settings)    (record)    (alone)
 
-The same command goes on where it was interrupted, and prints the table again when nothing is missing. Exit codes as of
-every command.
+After an interruption the same command asks for what is missing. When nothing is, it prints the table again. Exit codes
+as of every command.
 """
 
 from __future__ import annotations
@@ -127,10 +127,13 @@ def _summary(name: str, lines: Sequence[AnswerLine]) -> str:
     num_prompts = len({line.prompt_id for line in lines})
     lengths = [line.num_tokens for line in lines]
     truncated = fmean(line.finish_reason == "length" for line in lines)
+    turns = [line.answered().answer.num_turns for line in lines]
+    of_turns = f"{fmean(turns):.1f} turns and " if max(turns) > 1 else ""
     num_failed = sum(line.failed for line in lines)
     failed = f"; {num_failed:,} weren't judged and count as wrong" if num_failed else ""
     return (
         f"{name}: {len(lines):,} answers to {num_prompts:,} prompts, accuracy {fmean(line.acc for line in lines):.3f}, "
+        f"{of_turns}"
         f"{fmean(lengths):,.1f} tokens on average, {max(lengths):,} at most, {truncated:.1%} truncated{failed}"
     )
 

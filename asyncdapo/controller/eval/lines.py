@@ -14,11 +14,11 @@ import msgspec
 from asyncdapo.controller.eval.evaluation import Answered
 from asyncdapo.errors import UserError
 from asyncdapo.eval_messages import EvalAnswer
-from asyncdapo.messages import FinishReason, Prompt
+from asyncdapo.messages import FinishReason, Prompt, Runs
 
 
-class AnswerLine(msgspec.Struct, frozen=True, kw_only=True):
-    """One line, in this order."""
+class AnswerLine(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One line, in this order. What has a default is left out where it has it."""
 
     prompt_id: int
     sample: int
@@ -32,7 +32,7 @@ class AnswerLine(msgspec.Struct, frozen=True, kw_only=True):
     answer: str
     """What the verifier expected."""
     response: str
-    """What the model wrote, without special tokens."""
+    """What the model wrote, without special tokens; of an episode, what its environment said between, too."""
     pred: str | None
     """What the verifier took for the response's answer; null where it found none or doesn't say."""
     acc: float
@@ -45,6 +45,8 @@ class AnswerLine(msgspec.Struct, frozen=True, kw_only=True):
     version_min: int
     """Lowest and highest version of the weights that sampled it."""
     version_max: int
+    sampled: Runs = []
+    """Of an episode: whose the response's characters are (`EvalAnswer`)."""
 
     @property
     def failed(self) -> bool:

@@ -64,12 +64,12 @@ def longest_shown(lengths: Iterable[int], budget: int) -> int:
 
 
 def _texts(lines: Iterable[AnswerLine]) -> Iterable[str]:
-    """Every response, and the prompts: those of an answer's neighbours are mostly the same."""
+    """Every response and observation, and the prompts: those of an answer's neighbours are mostly the same."""
     for _, together in groupby(lines, key=lambda line: line.prompt_id):
         for place, line in enumerate(together):
             if place == 0:
                 yield line.prompt
-            yield line.response
+            yield from (text for _, text in line.answered().answer.parts)
 
 
 def _prompt(line: AnswerLine, longest: int) -> dict[str, Any]:
@@ -95,7 +95,7 @@ def _answer(number: int, line: AnswerLine, longest: int) -> dict[str, Any]:
         "tokens": line.num_tokens,
         "finish": line.finish_reason,
         "versions": [line.version_min, line.version_max],
-        "text": _cut(line.response, longest),
+        "parts": [[whose, _cut(text, longest)] for whose, text in line.answered().answer.parts],
     }
 
 

@@ -108,6 +108,8 @@ def summarise(answers: Sequence[EvalAnswer]) -> dict[str, float]:
         metrics[f"eval/pass@{k}"] = at.pass_
         if at.maj is not None:
             metrics[f"eval/maj@{k}"] = at.maj
+    if any(answer.sampled for answer in answers):
+        metrics["eval/turns_mean"] = fmean(answer.num_turns for answer in answers)
     return metrics | {
         "eval/num_prompts": len({answer.prompt_id for answer in answers}),
         "eval/response_tokens_mean": fmean(answer.num_tokens for answer in answers),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from asyncdapo.controller.eval.evaluation import Answered
 from asyncdapo.eval_messages import EvalAnswer
 from asyncdapo.messages import Prompt
@@ -27,7 +29,9 @@ def answered(
     pred: str | None = "1",
     cut: bool = False,
     num_tokens: int = 7,
+    parts: Sequence[tuple[int, str]] = (),
 ) -> Answered:
+    """`parts`: of an episode, in place of `response`."""
     answer = EvalAnswer(
         prompt_id=prompt_id,
         sample=sample,
@@ -38,6 +42,7 @@ def answered(
         finish_reason="length" if cut else "stop",
         version_min=3,
         version_max=4,
-        response=response,
+        response="".join(text for _, text in parts) if parts else response,
+        sampled=[(whose, len(text)) for whose, text in parts],
     )
     return Answered(answer, greedy)

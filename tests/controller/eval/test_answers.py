@@ -1,4 +1,4 @@
-"""The files of an evaluation: what a killed process leaves can be gone on with, and what isn't whole isn't there."""
+"""The files of an evaluation: what a killed process leaves can be resumed, and what isn't whole isn't there."""
 
 from __future__ import annotations
 
@@ -48,6 +48,18 @@ def test_a_line_says_all_that_is_needed_to_judge_an_answer_by_eye(tmp_path: Path
         "version_min": 3,
         "version_max": 4,
     }
+
+
+def test_a_line_of_an_episode_says_which_of_its_text_the_model_wrote(tmp_path: Path) -> None:
+    parts = [(1, "47*86"), (0, "4042\n"), (1, ""), (0, "ü𝄞"), (1, "Answer: 4042")]
+    files = files_in(tmp_path)
+    files.open(keep=True)
+    files.append([answered(0, parts=parts)])
+    written = json.loads((tmp_path / "answers.jsonl").read_text())
+    assert written["response"] == "47*864042\nü𝄞Answer: 4042"
+    assert written["sampled"] == [[1, 5], [0, 5], [1, 0], [0, 2], [1, 12]]
+    [line] = read_lines(tmp_path / "answers.jsonl")
+    assert line.answered().answer.parts == parts
 
 
 def test_answers_are_on_disk_as_soon_as_they_are_there_and_known_when_opened_again(

@@ -58,8 +58,16 @@ def test_whatever_a_model_writes_the_page_has_the_same_elements_and_the_same_tex
     html = page(line(0, response=written + hostile, pred=hostile + written), title=hostile or "t")
     assert Elements(html).names == Elements(page(line(0), title="t")).names
     answer = data_of(html)["prompts"][0]["answers"][0]
-    assert answer["text"] == [written + hostile]
+    assert answer["parts"] == [[1, [written + hostile]]]
     assert answer["pred"] == hostile + written
+
+
+@given(st.lists(st.tuples(st.integers(0, 1), st.text(st.characters(exclude_categories=["Cs"]))), min_size=2))
+def test_the_page_of_an_episode_has_what_was_sampled_and_what_was_observed_apart(parts: list[tuple[int, str]]) -> None:
+    parts = [(whose, text + HOSTILE) for whose, text in parts]
+    html = page(line(0, parts=parts))
+    assert Elements(html).names == Elements(page(line(0), title="t")).names
+    assert data_of(html)["prompts"][0]["answers"][0]["parts"] == [[whose, [text]] for whose, text in parts]
 
 
 def test_the_page_asks_no_network_for_anything_and_runs_no_program_but_its_own() -> None:
@@ -81,21 +89,27 @@ def test_texts_cut_to_the_limit_fit_and_a_higher_one_would_not_do(lengths: list[
 
 
 def test_a_page_with_room_shows_everything() -> None:
-    assert [answer["text"] for answer in data_of(page(line(0, response="x" * 5000)))["prompts"][0]["answers"]] == [
-        ["x" * 5000]
-    ]
+    [answer] = data_of(page(line(0, response="x" * 5000)))["prompts"][0]["answers"]
+    assert answer["parts"] == [[1, ["x" * 5000]]]
 
 
 def test_long_responses_show_both_ends_and_say_how_much_is_missing_and_where_it_is() -> None:
     short, long = line(0, response="short"), line(0, 1, response="a" * 5000 + "b" * 5000)
     answers = data_of(page(short, long, budget=2000))["prompts"][0]["answers"]
-    assert answers[0]["text"] == ["short"]
-    begin, end, num_missing = answers[1]["text"]
+    assert answers[0]["parts"] == [[1, ["short"]]]
+    [[_, (begin, end, num_missing)]] = answers[1]["parts"]
     assert set(begin) == {"a"}
     assert set(end) == {"b"}
     assert len(begin) + len(end) + num_missing == 10_000
     assert 1900 < len(begin) + len(end) <= 2000
     assert answers[1]["line"] == 2
+
+
+def test_a_long_observation_is_cut_and_the_responses_around_it_are_not() -> None:
+    html = page(line(0, parts=[(1, "ask"), (0, "x" * 5000), (1, "tell")]), budget=2000)
+    asked, (_, observed), told = data_of(html)["prompts"][0]["answers"][0]["parts"]
+    assert (asked, told) == ([1, ["ask"]], [1, ["tell"]])
+    assert len(observed) == 3
 
 
 def test_answers_are_in_order_though_they_arrive_in_none_and_greedy_ones_are_last() -> None:

@@ -9,6 +9,7 @@ from statistics import fmean
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from asyncdapo.controller.eval.sampled import at_k, avg_at_k, maj_at_k, pass_at_k, summarise, table
 from asyncdapo.eval_messages import EvalAnswer
@@ -134,3 +135,9 @@ def test_lengths_and_truncation_are_over_all_completions() -> None:
     metrics = summarise([answer(0, 0, 1.0, num_tokens=9), answer(0, 1, 1.0, num_tokens=1)])
     assert (metrics["eval/response_tokens_mean"], metrics["eval/response_tokens_max"]) == (5, 9)
     assert metrics["eval/truncated_ratio"] == 0.5
+
+
+def test_answers_that_are_episodes_have_a_mean_number_of_turns() -> None:
+    episode = replace(answer(0, 0, 1.0), response="abc", sampled=[(1, 1), (0, 1), (1, 1)])
+    assert summarise([episode, answer(1, 0, 1.0)])["eval/turns_mean"] == 1.5
+    assert "eval/turns_mean" not in summarise([answer(1, 0, 1.0)])
