@@ -23,7 +23,7 @@ an observed token can't bear loss.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal, dataclass_transform
+from typing import Any, Literal, dataclass_transform
 
 from msgspec import Struct, field
 
@@ -37,6 +37,8 @@ Phase = Literal["waiting", "sampling", "environment", "sampled"]
 """Of a lease at its worker. `waiting`: none of its samples has a slot. `sampling`: some have. `environment`: none has,
 and some wait for their environments. `sampled`: all tokens are there, and it is being scored or waits for its
 acknowledgement."""
+Text = str | list[dict[str, Any]]
+"""What an environment says: a text, or messages with `role` and `content` for the model's chat template."""
 Runs = list[tuple[int, int]]
 NO_CHECKSUM = -1
 """Of a turn in a record from before they were taken."""

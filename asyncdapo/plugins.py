@@ -11,13 +11,12 @@ import functools
 import importlib
 import importlib.util
 import inspect
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from traceback import TracebackException
-from types import ModuleType
 from typing import Any
 
+from asyncdapo.child.entry import load_file
 from asyncdapo.disk import sha256_of
 from asyncdapo.errors import ConfigError
 
@@ -43,7 +42,7 @@ def load_plugin(key: str, name: str, fix: str = "") -> Callable[..., Any]:
     if is_file and not Path(where).is_file():
         raise ConfigError(key, f"no such file ({Path(where).absolute()})", name, fix or "path/to/file.py:name")
     try:
-        module = _load_file(Path(where)) if is_file else importlib.import_module(where)
+        module = load_file(Path(where)) if is_file else importlib.import_module(where)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{where}.".startswith(f"{error.name}."):
             raise broken(key, name, error) from error
@@ -95,17 +94,3 @@ def broken(key: str, name: str, error: BaseException, what: str = "can't be impo
     frames = [frame for frame in report.stack if not frame.filename.startswith("<frozen")]
     where = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames and not isinstance(error, SyntaxError) else ""
     return ConfigError(key, f"{what}: {type(error).__name__}: {report}{where}", name)
-
-
-def _load_file(path: Path) -> ModuleType:
-    """The module in a file, under a name that no installed module has."""
-    folder = str(path.absolute().parent)
-    if folder not in sys.path:
-        sys.path.append(folder)
-    spec = importlib.util.spec_from_file_location(f"asyncdapo_plugin_{path.stem}", path)
-    assert spec is not None, "the name ends in .py"
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses and pickle look there for the module of a class
-    spec.loader.exec_module(module)
-    return module

@@ -1,4 +1,4 @@
-"""What a turn costs beside the engine: 64 episodes at once with the calculator of examples/, without tokens.
+"""What a turn costs beside the engine: 64 episodes at once with the calculator of `quickstart_tools`, without tokens.
 
     python benchmarks/environment_turns.py
 
@@ -10,12 +10,11 @@ from __future__ import annotations
 import asyncio
 import resource
 import time
-from pathlib import Path
 
 from asyncdapo.environment.config import EnvironmentConfig
 from asyncdapo.environment.hosts import Hosts, Session
 
-CALCULATOR = Path(__file__).resolve().parents[1] / "examples" / "calculator.py"
+CALCULATOR = "asyncdapo.environment.calculator:Calculator"
 NUM_EPISODES, NUM_TURNS, NUM_REPEATS = 64, 20, 4
 
 
@@ -27,7 +26,7 @@ async def play(session: Session) -> None:
 
 
 async def main() -> None:
-    hosts = Hosts(EnvironmentConfig(path=f"{CALCULATOR}:Calculator"), max_context=1000)
+    hosts = Hosts(EnvironmentConfig(path=CALCULATOR), max_context=1000)
     await hosts.start()
     began, began_cpu = time.monotonic(), time.process_time()
     for _ in range(NUM_REPEATS):

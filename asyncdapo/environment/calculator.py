@@ -1,36 +1,31 @@
-"""An environment: multiplies for a model that can't. `environment.path=asyncdapo.environment.calculator:Calculator`
+"""A calculator for a model that can't multiply. `environment.path=asyncdapo.environment.calculator:Calculator`
 
-    Q: 47*86        the prompt, of the task `product`
-    47*86           a response: asks the calculator
-    4042            the observation
-    Answer: 4042    a response: ends the episode, and is right
-
-A response that isn't a product ends the episode. The reward is 1 for the right answer and 0 for any other.
+Q: 47*86        the prompt, of the task `product`
+47*86           a response: asks the calculator
+4042            the observation
+Answer: 4042    a response: ends the episode, and is right
 """
 
-from __future__ import annotations
-
 import re
-from typing import Any
 
 PRODUCT = re.compile(r"([0-9]{1,9})\*([0-9]{1,9})")
 
 
 class Calculator:
-    """One episode. `calls` counts what the calculator was asked."""
+    """One episode."""
 
-    def __init__(self) -> None:
-        self._answer, self._num_calls = "", 0
+    def __init__(self):
+        self.answer, self.num_calls = "", 0
 
-    def reset(self, row: dict[str, Any]) -> None:
-        self._answer = row["answer"]
+    def reset(self, row):
+        self.answer = row["answer"]
 
-    def step(self, response: str) -> str | tuple[None, float]:
+    def step(self, response):
         asked = PRODUCT.fullmatch(response)
         if asked is None:
-            return None, float(response == f"Answer: {self._answer}")
-        self._num_calls += 1
+            return None, float(response == f"Answer: {self.answer}")
+        self.num_calls += 1
         return f"{int(asked[1]) * int(asked[2])}\n"
 
-    def metrics(self) -> dict[str, float]:
-        return {"calls": self._num_calls}
+    def metrics(self):
+        return {"calls": self.num_calls}

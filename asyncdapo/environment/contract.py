@@ -1,14 +1,4 @@
-"""What an environment of the user's is: a class with these methods, each plain or async.
-
-    class Calculator:
-        def reset(self, row):
-            self.answer = row["answer"]
-
-        def step(self, response):
-            if response.startswith("Answer: "):
-                return None, float(response == f"Answer: {self.answer}")
-            a, b = response.split("*")
-            return f"{int(a) * int(b)}\n"
+"""What an environment of the user's is: a class with these methods, each plain or async. `calculator` is one.
 
 An object serves one episode. It is made without arguments, in a host process, and its methods are called one after the
 other. Several objects live in a host at a time. Does not own: how hosts are killed (`hosts`), what is tokenised when
@@ -20,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Awaitable
 from typing import Any, Protocol
 
-Text = str | list[dict[str, Any]]
-"""A text, or messages with `role` and `content` for the model's chat template."""
+from asyncdapo.messages import Text
+
 Observation = Text | None
 Step = Observation | tuple[Observation, float]
 """An observation, or one with a reward. None ends the episode."""

@@ -1,7 +1,7 @@
 """A host process as its pool sees it: start it, call the environments in it.
 
 In: calls of episodes. Out: their answers, in any order. A host is killed when a call takes too long; the calls of the
-other episodes then end without an answer. Its main is `host_main`. Does not own: the operating system's process
+other episodes then end without an answer. Its main is `in_host/host_main`. Does not own: the operating system's process
 (`child/process`), what becomes of episodes without an answer (`hosts`).
 """
 
@@ -23,11 +23,18 @@ from msgspec import Struct
 
 from asyncdapo.child.process import START_TIMEOUT_S, ChildProcess, Launched
 from asyncdapo.errors import RunError
+from asyncdapo.messages import Text
 
 KIND = "environment host"
-MAIN = Path(__file__).with_name("host_main.py")
+MAIN = "asyncdapo.environment.in_host.host_main"
+PACKAGE = Path(__file__).parents[1]
+IN_ANOTHER_INTERPRETER = (
+    "import sys, types; package = types.ModuleType('asyncdapo'); package.__path__ = [sys.argv.pop(1)];"
+    f" sys.modules['asyncdapo'] = package; from {MAIN} import main; main(int(sys.argv[1]))"
+)
+"""That has its own modules, and perhaps no asyncdapo: ours is found by its path, without what a plain import runs."""
 MAX_ANSWER_BYTES = 1 << 24
-"""More without the end of a line is nothing that `host_main` says: the user's code has written to the socket."""
+"""More without the end of a line is nothing that a host says: the user's code has written to the socket."""
 
 Call = Literal["reset", "step", "end"]
 
@@ -38,7 +45,7 @@ class Answer(Struct, frozen=True):
     """host -> worker."""
 
     call: int
-    observation: str | list[dict[str, Any]] | None = None
+    observation: Text | None = None
     reward: float = 0.0
     metrics: dict[str, float] = {}
     num_chars: int = 0
@@ -73,7 +80,9 @@ class HostSetup:
         return {"name": self.path, "import_path": paths} | sizes
 
     def command(self) -> Sequence[str]:
-        return [self.python or sys.executable, "-u", str(MAIN), str(os.getpid())]
+        if self.python is None:
+            return [sys.executable, "-u", "-m", MAIN, str(os.getpid())]
+        return [self.python, "-u", "-c", IN_ANOTHER_INTERPRETER, str(PACKAGE), str(os.getpid())]
 
 
 class HostProcess(ChildProcess):

@@ -29,9 +29,9 @@ from typing import Any, TypeVar
 
 from asyncdapo.child.place import Place
 from asyncdapo.environment.config import NUM_TRIES, EnvironmentConfig
-from asyncdapo.environment.contract import Text
 from asyncdapo.environment.host import KIND, Answer, Call, HostProcess, HostSetup, NoAnswer, log
 from asyncdapo.errors import EpisodeError, EpisodeOver, RunError
+from asyncdapo.messages import Text
 
 CHARS_PER_TOKEN = 32
 """A text with more characters for each token of a full context can't fit it, and isn't sent."""

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from asyncdapo.environment.config import EnvironmentConfig
-from asyncdapo.environment.contract import Text
 from asyncdapo.environment.hosts import Hosts, Row, Session
 from asyncdapo.errors import EpisodeOver
+from asyncdapo.messages import Text
 
 RESPONSE = "Answer: 0"
 """A model may say anything; an environment has an answer to it."""

@@ -10,9 +10,9 @@ from __future__ import annotations
 from typing import Any
 
 from asyncdapo.errors import ConfigError, EpisodeError
+from asyncdapo.messages import Text
 from asyncdapo.model.tokenizer import TextTokenizer
 
-Text = str | list[dict[str, Any]]
 SPOKEN = "\u2402spoken\u2403"
 """Stands for the assistant's words: its place in the rendered text is where they end."""
 

@@ -2,32 +2,27 @@
 
 In: requests on standard input, which is a socket. Out: a verdict for each text, on the same socket.
 
-The verifier is the user's code and may do anything. So its standard input is /dev/null, its output goes to the worker's
-log, processes that it forks don't inherit the socket, and only the worker handles Ctrl-C. The process ends when the
-pool closes the socket. On Linux it also dies with its parent, even inside a verifier that never returns.
+The verifier is the user's code and may do anything (`child/entry`); its output goes to the worker's log. The process
+ends when the pool closes the socket.
 
 Imports nothing heavy. Does not own: verdicts (`judge`), time-outs (the pool).
 """
 
 from __future__ import annotations
 
-import ctypes
-import faulthandler
 import inspect
-import os
-import signal
 import socket
 import sys
 from functools import partial
 from typing import cast
 
+from asyncdapo.child.entry import enter
 from asyncdapo.errors import ConfigError
 from asyncdapo.reward.config import pauses_s
 from asyncdapo.reward.judge import Judge, judge
 from asyncdapo.reward.registry import AsyncVerify, Verify, make_verifier
 from asyncdapo.reward.wire import Broken, FromPool, FromProcess, Ready, Request, Setup, Unpacker, pack
 
-PR_SET_PDEATHSIG = 1
 READ_BYTES = 1 << 16
 
 
@@ -49,16 +44,10 @@ class Channel:
     def send(self, message: FromProcess) -> None:
         self._socket.sendall(pack(message))
 
-    def close(self) -> None:
-        self._socket.close()
-
 
 def main(verifier: str, parent: int) -> None:
     """Judge texts until the pool closes the socket."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    faulthandler.enable()
-    end_with(parent)
-    channel = take_over_stdin()
+    channel = Channel(enter(parent))
     setup = channel.receive()
     if setup is None:
         return
@@ -84,24 +73,6 @@ def make_judge(verify: Verify, concurrency: int, retries: int) -> Judge:
 
         return AsyncJudge(cast(AsyncVerify, verify), concurrency, retries)
     return partial(judge, verify, pauses_s(retries))
-
-
-def end_with(parent: int) -> None:
-    """Ask the kernel to kill this process as soon as the thread that started it is gone."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL))
-    if os.getppid() != parent:
-        sys.exit(f"process {parent}, which started this verifier process, is gone")
-
-
-def take_over_stdin() -> Channel:
-    """The socket at standard input, moved to a descriptor that no child inherits."""
-    channel = Channel(socket.socket(fileno=os.dup(0)))
-    os.register_at_fork(after_in_child=channel.close)
-    devnull = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(devnull, 0)
-    os.close(devnull)
-    return channel
 
 
 if __name__ == "__main__":

@@ -20,14 +20,12 @@ from typing import Any, Protocol, TypeVar
 from msgspec.structs import replace
 
 from asyncdapo.errors import EpisodeError, EpisodeOver
-from asyncdapo.messages import FinishReason, Prompt, Sampling, Score
+from asyncdapo.messages import FinishReason, Prompt, Sampling, Score, Text
 from asyncdapo.rollout.engine import Engine, Priority, Request, Sample
 from asyncdapo.rollout.episodes import Decode, Episode, Turn, turn_of
 from asyncdapo.rollout.job import Job
 from asyncdapo.seeds import sample_seed
 
-Text = str | list[dict[str, Any]]
-"""What an environment says: a text, or messages."""
 Rate = Callable[[Sequence[Episode], int], list[Score]]
 """(episodes of a group, seed) -> a score for each, from its rewards."""
 T = TypeVar("T")

@@ -73,6 +73,6 @@ def test_keys_that_exclude_each_other_are_named(tmp_path: Path, override: str, p
 
 
 def test_the_example_of_the_page_is_the_file_and_passes_its_trial(tmp_path: Path) -> None:
-    example = ROOT / "examples" / "calculator.py"
+    example = ROOT / "asyncdapo" / "environment" / "calculator.py"
     assert f"```python\n{example.read_text()}```" in (ROOT / "docs" / "environments.md").read_text()
     prepare(tmp_path / "run", f"environment.path={example}:Calculator")
