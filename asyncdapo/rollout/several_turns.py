@@ -54,6 +54,10 @@ class Environments(Protocol):
         """What `play` returns. `play` is called again if the attempt is given up. Raises EpisodeError."""
         ...
 
+    def gauges(self) -> dict[str, float]:
+        """Cumulative counters."""
+        ...
+
 
 class TurnEncoder(Protocol):
     """Tokens of what an environment says. Raises EpisodeError for messages without a chat template."""
@@ -107,7 +111,7 @@ class SeveralTurns:
     def gauges(self) -> dict[str, float]:
         """Cumulative: `turns` sampled, `observed_tokens`, `environment_s` (summed over calls, waits included)."""
         counts = {key: self._counts[key] for key in ("turns", "observed_tokens")}
-        return counts | {"environment_s": self._environment_s}
+        return counts | {"environment_s": self._environment_s} | self._environments.gauges()
 
     async def sample(
         self, job: Job, prompt: Prompt, seeds: Sequence[int], sampling: Sampling, priority: Priority

@@ -50,6 +50,9 @@ class Scripted:
         self.rows.append(row)
         return await play(ScriptedSession(self))
 
+    def gauges(self) -> dict[str, float]:
+        return {}
+
 
 class ScriptedSession:
     def __init__(self, script: Scripted) -> None:

@@ -45,8 +45,19 @@ MEANS = (
 )
 """Over the groups that arrived since the last step. Those on which the reward function raised count only in
 `reward/failed_ratio`."""
-EPISODE_MEANS = ("rollout/turns_mean", "rollout/contexts_mean", "rollout/observed_tokens_mean")
-"""Of a completion, over the same groups; there are none before the first completion that isn't a single turn."""
+EPISODE_MEANS = {
+    "rollout/turns_mean": "turns",
+    "rollout/contexts_mean": "contexts",
+    "rollout/observed_tokens_mean": "observed",
+    "rollout/out_of_turns_ratio": "out_of_turns",
+    "rollout/out_of_time_ratio": "out_of_time",
+}
+"""Of a completion, over the same groups, with the sum that each is made of. There are none before the first completion
+that isn't a single turn."""
+SCORED = "reward/metrics/"
+"""In front of the name of a number that the reward function or the environment gave each completion."""
+MAX_SCORED = 128
+"""Names of such numbers in a line. More than any completion may have: names that differ from one to another."""
 
 
 @dataclass(kw_only=True)
@@ -82,8 +93,11 @@ class Accounts:
         """`totals`: the last metrics line before this process; empty in a new run."""
         self._means = {name: totals.get(name, math.nan) for name in MEANS}
         self._means |= {name: totals[name] for name in EPISODE_MEANS if name in totals}
+        self._scored_means = {name: number for name, number in totals.items() if name.startswith(SCORED)}
         self._interval: Counter[str] = Counter()
         """Sums over the groups that arrived since the last step."""
+        self._scored: dict[str, list[float]] = {}
+        """Over the same: sum and count of each number of the completions."""
         self._arrived_groups = self._arrived_tokens = 0
         self._last_step = 0
         self._ungrouped = Counter({end: int(totals.get(f"replay/tokens_{end}", 0)) for end in UNGROUPED_ENDS})
@@ -147,6 +161,7 @@ class Accounts:
         ages = [staleness(step, facts.min_version) for facts in batch]
         return {
             **self._means,
+            **self._scored_means,
             "rollout/arrived_groups": self._arrived_groups,
             "rollout/arrived_tokens": self._arrived_tokens,
             "reward/filtered_mean": sum(facts.reward_mean for facts in batch) / len(batch),
@@ -180,8 +195,16 @@ class Accounts:
             "turns": sum(completion.num_turns for completion in completions),
             "contexts": sum(len(completion.contexts) for completion in completions),
             "observed": group.num_tokens - group.num_sampled_tokens,
+            "out_of_turns": sum(completion.finish_reason == "turns" for completion in completions),
+            "out_of_time": sum(completion.finish_reason == "time" for completion in completions),
         }.items():
             self._interval[name] += number
+        for completion in completions:
+            for name, number in completion.metrics.items():
+                if name in self._scored or len(self._scored) < MAX_SCORED:
+                    scored = self._scored.setdefault(name, [0.0, 0])
+                    scored[0] += number
+                    scored[1] += 1
         return GroupFacts(
             group_id=group.lease_id,
             num_tokens=group.num_sampled_tokens,
@@ -193,6 +216,7 @@ class Accounts:
     def _close_interval(self) -> None:
         """If nothing arrived (the whole batch was queued before), the means stay as they are."""
         sums, self._interval = self._interval, Counter()
+        scored, self._scored = self._scored, {}
         self._arrived_groups, self._arrived_tokens = sums["groups"] + sums["failed"], sums["tokens"]
         if self._arrived_groups:
             self._means["reward/failed_ratio"] = sums["failed"] / self._arrived_groups
@@ -205,9 +229,9 @@ class Accounts:
                 "rollout/truncated_ratio": sums["truncated"] / sums["completions"],
                 "rollout/response_tokens_mean": sums["tokens"] / sums["completions"],
             }
-            if sums["turns"] > sums["completions"] or sums["observed"] or EPISODE_MEANS[0] in self._means:
-                of_episodes = [sums[name] / sums["completions"] for name in ("turns", "contexts", "observed")]
-                self._means |= dict(zip(EPISODE_MEANS, of_episodes, strict=True))
+            if sums["turns"] > sums["completions"] or sums["observed"] or "rollout/turns_mean" in self._means:
+                self._means |= {name: sums[part] / sums["completions"] for name, part in EPISODE_MEANS.items()}
+            self._scored_means = {f"{SCORED}{name}": total / count for name, (total, count) in scored.items()}
 
     def _dropped_against_trained(self) -> dict[str, float]:
         """Stale groups have long answers. How many are dropped, and how much longer they are, shows the bias."""

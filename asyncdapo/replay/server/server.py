@@ -31,7 +31,7 @@ from asyncdapo.messages import Prompt
 from asyncdapo.replay.core.waits import why_waiting
 from asyncdapo.replay.ledger.journal import Journal
 from asyncdapo.replay.server.dispatch import Dispatch, MakeState
-from asyncdapo.replay.server.sessions import GAUGES, Session, Sessions
+from asyncdapo.replay.server.sessions import Session, Sessions
 from asyncdapo.replay.server.settings import ServerSettings
 from asyncdapo.replay.server.workers import FromWorker, Workers
 from asyncdapo.shares import CutWanted
@@ -126,7 +126,7 @@ class ReplayServer:
         docs/metrics.md lists: reward/…, filter/…, rollout/…, replay/…"""
         return {
             **self._dispatch.trained(step, summary),
-            **{f"rollout/{gauge}": self._sessions.total(gauge) for gauge in GAUGES},
+            **self._sessions.totals(),
             **{f"replay/{name}": number for name, number in self._dispatch.state.gauges().items()},
             **{f"replay/{what}": number for what, number in self._workers.dropped.items()},
         }

@@ -35,8 +35,18 @@ DESERTED_TICKS = 2 * LOST_TICKS
 """If all workers are silent for longer, none is expected back, and the run ends."""
 MAX_UNLISTED = 2
 """One heartbeat may have crossed the lease or the evaluation request on its way."""
-GAUGES = ("tokens", "busy_s", "idle_s")
-"""Counters of a worker. They are summed over all workers and all their sessions."""
+GAUGES = {
+    "tokens": "rollout/tokens",
+    "busy_s": "rollout/busy_s",
+    "idle_s": "rollout/idle_s",
+    "environment_s": "environment/wait_s",
+    "environment_timeouts": "environment/timeouts",
+    "environment_repeats": "environment/repeats",
+    "host_restarts": "environment/host_restarts",
+}
+"""Counters of a worker, as metrics. They are summed over all workers and all their sessions."""
+ALWAYS = ("rollout/tokens", "rollout/busy_s", "rollout/idle_s")
+"""Those of every worker; the others are of environments."""
 
 
 @dataclass(kw_only=True)
@@ -106,7 +116,8 @@ class Sessions:
         self.stall_ticks = stall_ticks
         self._by_peer: dict[bytes, Session] = {}
         self._by_worker: dict[int, Session] = {}
-        self._past_gauges = Counter({gauge: (totals or {}).get(f"rollout/{gauge}", 0.0) for gauge in GAUGES})
+        before = dict.fromkeys(ALWAYS, 0.0) | dict(totals or {})
+        self._past_gauges = Counter({gauge: before[name] for gauge, name in GAUGES.items() if name in before})
         self.leases: dict[int, HeldLease] = {}
         self.tick = 0
 
@@ -142,6 +153,11 @@ class Sessions:
     def total(self, gauge: str) -> float:
         """Sum of one of `GAUGES` over all sessions so far, from their heartbeats."""
         return self._past_gauges[gauge] + sum(session.gauges.get(gauge, 0.0) for session in self._by_worker.values())
+
+    def totals(self) -> dict[str, float]:
+        """The metrics of `GAUGES`; those that not every worker has, once one has them."""
+        known = self._past_gauges.keys() | {gauge for session in self._by_worker.values() for gauge in session.gauges}
+        return {metric: self.total(gauge) for gauge, metric in GAUGES.items() if gauge in known}
 
     # ------------------------------------------------------------------------------------------------- begin and end
 

@@ -7,7 +7,7 @@ from msgspec.structs import replace
 from asyncdapo.messages import NO_CHECKSUM, Completion, Context, Group, SampledTurn
 from asyncdapo.replay.core.events import EndLease, MoveGroup
 from asyncdapo.replay.core.recovery import GroupFacts, Recovered
-from asyncdapo.replay.server.accounts import EPISODE_MEANS, Accounts
+from asyncdapo.replay.server.accounts import EPISODE_MEANS, MAX_SCORED, Accounts
 
 
 def group(number: int, *accs: float) -> Group:
@@ -69,12 +69,50 @@ def test_turns_contexts_and_observed_tokens_are_counted_from_the_first_episode_o
     accounts = Accounts({}, Recovered())
     assert not set(step_line(accounts, 1, group(1, 0.0, 1.0))) & set(EPISODE_MEANS)
     single = group(2, 0.0, 1.0)
+    late = replace(single.completions[1], finish_reason="time")
     [turn] = single.completions[0].contexts
     two_turns = replace(turn, sampled=[(1, 2), (0, 5), (1, 1)], turns=[SampledTurn(0, 2, 7), SampledTurn(1, 1, 7)])
     fork = replace(turn, sampled=[(0, 4), (1, 3)])
-    episode = replace(single.completions[0], contexts=[two_turns, fork])
-    line = step_line(accounts, 2, replace(single, completions=[episode, *single.completions[1:]]))
-    assert [line[name] for name in EPISODE_MEANS] == [2.0, 1.5, 4.5]
+    episode = replace(single.completions[0], contexts=[two_turns, fork], finish_reason="turns")
+    line = step_line(accounts, 2, replace(single, completions=[episode, late]))
+    assert [line[name] for name in EPISODE_MEANS] == [2.0, 1.5, 4.5, 0.5, 0.5]
     assert line["rollout/response_tokens_mean"] == 4.5
     resumed = Accounts(line, Recovered())
-    assert [step_line(resumed, 3, group(3, 0.0, 1.0))[name] for name in EPISODE_MEANS] == [1.0, 1.0, 0.0]
+    assert [step_line(resumed, 3, group(3, 0.0, 1.0))[name] for name in EPISODE_MEANS] == [1.0, 1.0, 0.0, 0.0, 0.0]
+
+
+def test_each_number_of_the_completions_has_its_mean_over_those_that_have_it() -> None:
+    accounts, first = Accounts({}, Recovered()), group(1, 0.0, 1.0)
+    called = replace(first.completions[0], metrics={"acc": 0.0, "calls": 3.0})
+    line = step_line(accounts, 1, replace(first, completions=[called, first.completions[1]]))
+    assert (line["reward/metrics/acc"], line["reward/metrics/calls"]) == (0.5, 3.0)
+    resumed = Accounts(line, Recovered())
+    assert "reward/metrics/calls" not in step_line(resumed, 2, group(2, 0.0, 1.0))
+
+
+def test_the_means_stay_as_they_are_in_a_step_in_which_nothing_arrived() -> None:
+    accounts = Accounts({}, Recovered())
+    line = step_line(accounts, 1, group(1, 0.0, 1.0))
+    facts = GroupFacts(group_id=1, num_tokens=6, num_completions=2, reward_mean=0.5, min_version=0)
+    again = accounts.trained(2, [facts], 0)
+    assert {name for name in line if line[name] != again[name]} == {
+        "replay/staleness_max",
+        "replay/staleness_mean",
+        "replay/train_steps",
+        "rollout/arrived_groups",
+        "rollout/arrived_tokens",
+    }
+    assert again["reward/metrics/acc"] == 0.5
+
+
+def test_names_that_differ_from_one_completion_to_another_do_not_fill_the_line() -> None:
+    accounts = Accounts({}, Recovered())
+    for number in range(1, 200):
+        arrived = group(number, 0.0, 1.0)
+        named = [replace(one, metrics={"acc": 1.0, f"n{number}": 1.0}) for one in arrived.completions]
+        line = step_line(accounts, number, replace(arrived, completions=named))
+        assert line[f"reward/metrics/n{number}"] == 1.0
+    many = group(200, 0.0, 1.0)
+    named = [replace(one, metrics={f"m{name}": 1.0 for name in range(200)}) for one in many.completions]
+    line = step_line(accounts, 200, replace(many, completions=named))
+    assert sum(name.startswith("reward/metrics/") for name in line) == MAX_SCORED

@@ -3,7 +3,7 @@
 import pytest
 
 from asyncdapo.messages import SCHEMA_VERSION, Heartbeat, Hello, Progress
-from asyncdapo.replay.server.sessions import DESERTED_TICKS, HeldLease, Sessions
+from asyncdapo.replay.server.sessions import ALWAYS, DESERTED_TICKS, HeldLease, Sessions
 from tests.replay.small_run import prompt_at
 
 STALL_TICKS = 4
@@ -22,14 +22,13 @@ def joined(totals=None):
     return sessions
 
 
-def beat(sessions, progress, tokens=0.0, asked=0):
+def beat(sessions, progress, tokens=0.0, asked=0, **gauges):
     """One heartbeat interval with its heartbeat."""
     sessions.tick += 1
     session = sessions.of_worker(0)
     session.heard_tick = sessions.tick
-    heartbeat = Heartbeat(
-        asked=asked, loaded_version=0, branch=0, progress=progress, evaluations=[], gauges={"tokens": tokens}
-    )
+    gauges["tokens"] = tokens
+    heartbeat = Heartbeat(asked=asked, loaded_version=0, branch=0, progress=progress, evaluations=[], gauges=gauges)
     return sessions.note_heartbeat(session, heartbeat)
 
 
@@ -124,6 +123,17 @@ def test_a_session_that_the_ledger_did_not_know_but_that_has_a_past_counts_from_
     beat(sessions, {}, tokens=801.0)
     assert sessions.total("tokens") == 1001
     assert sessions.of_worker(0).granted == 12
+
+
+def test_counters_of_environments_are_metrics_once_a_worker_has_them_and_stay_so():
+    sessions = joined()
+    beat(sessions, {}, tokens=30.0)
+    assert sessions.totals() == dict.fromkeys(ALWAYS, 0.0) | {"rollout/tokens": 30.0}
+    beat(sessions, {}, tokens=40.0, host_restarts=2.0)
+    sessions.begin(b"next", hello(session="second"))
+    assert sessions.totals()["environment/host_restarts"] == 2.0
+    resumed = Sessions(STALL_TICKS, {"environment/host_restarts": 2.0})
+    assert resumed.totals()["environment/host_restarts"] == 2.0
 
 
 def test_a_counter_that_isnt_a_number_is_left_out():
