@@ -116,12 +116,12 @@ class EpisodeError(RunError):
 
 
 class EpisodeOver(Exception):  # noqa: N818 - an end, not an error
-    """The environment ends an episode where it stands. It is scored like any other."""
+    """The environment, or a limit, ends an episode where it stands. It is scored like any other."""
 
-    def __init__(self, finish_reason: Literal["time", "length"], reward: float = 0.0) -> None:
+    def __init__(self, finish_reason: Literal["time", "length", "turns"], reward: float = 0.0) -> None:
         """`reward`: of the step that ended it."""
         super().__init__(finish_reason)
-        self.finish_reason: Literal["time", "length"] = finish_reason
+        self.finish_reason: Literal["time", "length", "turns"] = finish_reason
         self.reward = reward
 
 

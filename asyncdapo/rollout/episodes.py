@@ -1,7 +1,8 @@
 """Episodes: what the model reads and writes until a completion has its end.
 
-    Rollouts       what samples and scores the completions of a prompt: `SingleTurn`, or `several_turns.SeveralTurns`
-    Episode        a completion with its tokens, turn after turn; that of a single response has one turn
+    Rollouts       what samples and scores the completions of a prompt: `SingleTurn`, or `several_turns`
+    Episode        a completion with its tokens, context after context, turn after turn; that of a single response has
+                   one of each
 
 In: prompts, the engine's samples. Out: an `Episode` for each seed, and its score. Does not own: jobs, records.
 """
@@ -32,8 +33,10 @@ Decode = Callable[[np.ndarray], str]
 
 @dataclass(frozen=True, kw_only=True)
 class Turn:
-    """One response, and what the model had read since the one before."""
+    """One response, and what the model had read since the one before in its context."""
 
+    number: int
+    """In its episode, from 0, in the order in which the engine answered."""
     observed: Sequence[int] = ()
     sample: Sample
     checksum: int
@@ -41,17 +44,12 @@ class Turn:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Episode:
-    """One attempt at a prompt. It has at least one turn."""
+class SampledContext:
+    """What the model has read and written, turn after turn. It has at least one turn."""
 
-    turns: Sequence[Turn]
-    finish_reason: FinishReason
     rooted: bool = True
     """Whether it begins behind the prompt. If not, the first turn's observed tokens are its beginning."""
-    reward: float = 0.0
-    """Sum of the environment's rewards."""
-    metrics: Mapping[str, float] = field(default_factory=dict)
-    """The environment's own."""
+    turns: Sequence[Turn]
 
     @property
     def token_ids(self) -> np.ndarray:
@@ -63,6 +61,28 @@ class Episode:
     def num_sampled_tokens(self) -> int:
         return sum(len(turn.sample.token_ids) for turn in self.turns)
 
+
+@dataclass(frozen=True, kw_only=True)
+class Episode:
+    """One attempt at a prompt. It has at least one context."""
+
+    contexts: Sequence[SampledContext]
+    """More than one where it forked."""
+    finish_reason: FinishReason
+    reward: float = 0.0
+    """Sum of the environment's rewards."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """The environment's own."""
+
+    @property
+    def turns(self) -> list[Turn]:
+        """Context after context."""
+        return [turn for context in self.contexts for turn in context.turns]
+
+    @property
+    def num_sampled_tokens(self) -> int:
+        return sum(context.num_sampled_tokens for context in self.contexts)
+
     @property
     def timed_out(self) -> bool:
         """A step took too long: the episode counts as wrong."""
@@ -73,7 +93,7 @@ def turn_of(request: Request, sample: Sample, number: int, observed: Sequence[in
     """The turn in which the engine answered the request. Its checksum is of what the engine was given, not of what is
     put together later."""
     taken = checksum([*request.prompt_ids, *sample.token_ids], number)
-    return Turn(observed=observed, sample=sample, checksum=taken)
+    return Turn(number=number, observed=observed, sample=sample, checksum=taken)
 
 
 class Rollouts(Protocol):
@@ -143,7 +163,11 @@ class SingleTurn:
             job.num_starting -= len(seeds)
             samples = await self._engine.generate(request)
         turns = [turn_of(request, sample, 0) for sample in samples]
-        return [Episode(turns=[turn], finish_reason=turn.sample.finish_reason) for turn in turns]
+        contexts = [SampledContext(turns=[turn]) for turn in turns]
+        return [
+            Episode(contexts=[context], finish_reason=sample.finish_reason)
+            for context, sample in zip(contexts, samples, strict=True)
+        ]
 
     sample_each = sample
     """No episode of a single turn fails."""

@@ -14,7 +14,7 @@ import numpy as np
 from asyncdapo.errors import EpisodeError, RewardError
 from asyncdapo.eval_messages import EvalAnswer
 from asyncdapo.messages import Completion, Context, FinishReason, Group, Lease, Prompt, Runs, SampledTurn, Score
-from asyncdapo.rollout.episodes import Decode, Episode
+from asyncdapo.rollout.episodes import Decode, Episode, SampledContext
 from asyncdapo.transport.payload import LOGPROB_DTYPE, TOKEN_DTYPE, Payload
 
 MAX_FAILURE = 500
@@ -34,7 +34,7 @@ def build_group(
     that overlong filtering leaves out."""
     completions = [
         Completion(
-            contexts=[_context(episode, overlong_filter)],
+            contexts=[_context(one, episode.finish_reason, overlong_filter) for one in episode.contexts],
             finish_reason=episode.finish_reason,
             reward=score.reward,
             metrics=score.metrics,
@@ -51,29 +51,28 @@ def build_group(
         completions=completions,
         generate_s=generate_s,
     )
-    turns = [turn for episode in episodes for turn in episode.turns]
+    contexts = [context for episode in episodes for context in episode.contexts]
+    turns = [turn for context in contexts for turn in context.turns]
     payload = Payload(
         np.array(lease.prompt.token_ids, TOKEN_DTYPE),
-        np.concatenate([episode.token_ids for episode in episodes], dtype=TOKEN_DTYPE),
+        np.concatenate([context.token_ids for context in contexts], dtype=TOKEN_DTYPE),
         np.concatenate([turn.sample.logprobs for turn in turns], dtype=LOGPROB_DTYPE),
     )
     return group, payload
 
 
-def _context(episode: Episode, overlong_filter: bool) -> Context:
+def _context(context: SampledContext, finish_reason: FinishReason, overlong_filter: bool) -> Context:
     sampled: Runs = []
-    for turn in episode.turns:
+    for turn in context.turns:
         if turn.observed:
             sampled.append((0, len(turn.observed)))
         sampled.append((1, len(turn.sample.token_ids)))
     return Context(
-        rooted=episode.rooted,
+        rooted=context.rooted,
         sampled=joined(sampled),
-        versions=joined([run for turn in episode.turns for run in turn.sample.versions]),
-        loss_mask=loss_mask(episode.num_sampled_tokens, episode.finish_reason, overlong_filter),
-        turns=[
-            SampledTurn(number, len(turn.sample.token_ids), turn.checksum) for number, turn in enumerate(episode.turns)
-        ],
+        versions=joined([run for turn in context.turns for run in turn.sample.versions]),
+        loss_mask=loss_mask(context.num_sampled_tokens, finish_reason, overlong_filter),
+        turns=[SampledTurn(turn.number, len(turn.sample.token_ids), turn.checksum) for turn in context.turns],
     )
 
 

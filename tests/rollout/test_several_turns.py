@@ -15,7 +15,9 @@ from asyncdapo.eval_messages import EvalDone
 from asyncdapo.messages import Ask, GroupDone, GroupFailed, Heartbeat, Hello, SampledTurn, Score
 from asyncdapo.rollout.config import RolloutConfig
 from asyncdapo.rollout.engine import Priority
-from asyncdapo.rollout.several_turns import SeveralTurns, TurnLimits
+from asyncdapo.rollout.several_turns.attempt import TurnLimits
+from asyncdapo.rollout.several_turns.several_turns import SeveralTurns
+from asyncdapo.rollout.several_turns.steps import Steps
 from asyncdapo.rollout.worker import RolloutWorker
 from asyncdapo.seeds import sample_seed
 from asyncdapo.transport.payload import Payload, checksum
@@ -97,7 +99,7 @@ async def playing(
     """A running worker whose completions are episodes, and the server that has welcomed it."""
     replay = FakeReplay()
     limits = TurnLimits(max_turns=max_turns, max_context=max_context)
-    rollouts = SeveralTurns(engine, script, rate, Encoder(), say_tokens, limits, oversubscribe)
+    rollouts = SeveralTurns(engine, script, Steps(Encoder(), say_tokens), rate, limits, oversubscribe)
     config = RolloutConfig(slots=engine.num_slots, group_size=GROUP_SIZE, max_response_length=20)
     worker = RolloutWorker(0, config, HEARTBEAT_S, engine, rollouts, say_tokens, replay.address)
     async with asyncio.TaskGroup() as tasks:

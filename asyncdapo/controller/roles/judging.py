@@ -17,7 +17,9 @@ from asyncdapo.reward.pool import ScorerPool
 from asyncdapo.reward.scorer import Scale, Scorer
 from asyncdapo.rollout.engine import Engine
 from asyncdapo.rollout.episodes import Rollouts, SingleTurn
-from asyncdapo.rollout.several_turns import SeveralTurns, TurnLimits
+from asyncdapo.rollout.several_turns.attempt import TurnLimits
+from asyncdapo.rollout.several_turns.several_turns import SeveralTurns
+from asyncdapo.rollout.several_turns.steps import Steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,9 +66,8 @@ def _in_environments(config: Config, engine: Engine, tokenizer: TextTokenizer, s
     rollouts = SeveralTurns(
         engine,
         hosts,
+        Steps(turn_encoder(tokenizer, config.prompts.chat_template, config.prompts.system_prompt), tokenizer.decode),
         scale.rate,
-        turn_encoder(tokenizer, config.prompts.chat_template, config.prompts.system_prompt),
-        tokenizer.decode,
         TurnLimits(max_turns=environment.max_turns, max_context=config.max_context),
         environment.oversubscribe,
     )

@@ -1,0 +1,84 @@
+"""Steps: the model and an environment take turns.
+
+    prompt ──engine──▶ response ──step──▶ observation ──engine──▶ response ──step──▶ … ──▶ None, with the rewards
+
+In: an attempt, what its environment says. Out: an `Episode` of one context. Invariants: a token that was sampled is
+never made from text again; each turn's prompt is all that was read and sampled before, and the observation; an episode
+ends in a sampled token. After an update of the weights, the next turn reads the whole context anew. Does not own: how
+text becomes tokens (`TurnEncoder`).
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from asyncdapo.errors import EpisodeError, EpisodeOver
+from asyncdapo.messages import FinishReason, Text
+from asyncdapo.rollout.episodes import Decode, Episode
+from asyncdapo.rollout.several_turns.attempt import Attempt
+
+
+class Session(Protocol):
+    """The environment of one attempt at an episode."""
+
+    async def reset(self) -> Text | None:
+        """What the model reads first; None is the row's prompt."""
+        ...
+
+    async def step(self, response: str) -> tuple[Text | None, float]:
+        """Observation, None at the end, and reward. Raises EpisodeOver."""
+        ...
+
+    async def end(self) -> dict[str, float]:
+        """The environment's metrics."""
+        ...
+
+
+class TurnEncoder(Protocol):
+    """Tokens of what an environment says. Raises EpisodeError for messages without a chat template."""
+
+    def begin(self, text: Text) -> list[int]:
+        """A whole prompt."""
+        ...
+
+    def observe(self, text: Text) -> list[int]:
+        """What follows a response, up to where the model writes again."""
+        ...
+
+
+class Steps:
+    """Plays episodes with environments that have `reset` and `step`."""
+
+    def __init__(self, encoder: TurnEncoder, decode: Decode) -> None:
+        self._encoder, self._decode = encoder, decode
+
+    async def play(self, attempt: Attempt, session: Session) -> Episode:
+        """Turn after turn, up to the end. Raises EpisodeError."""
+        with attempt.in_environment():
+            said = await session.reset()
+        context = list(attempt.wanted.prompt.token_ids) if said is None else self._encoder.begin(said)
+        finish_reason, reward = await self._take_turns(attempt, session, context)
+        if not attempt.num_turns:
+            raise EpisodeError(f"reset: {len(context)} tokens to begin with leave no room in environment.max_context")
+        if finish_reason == "time":
+            return attempt.episode(finish_reason, reward, {})
+        with attempt.in_environment():
+            metrics = await session.end()
+        return attempt.episode(finish_reason, reward, metrics)
+
+    async def _take_turns(self, attempt: Attempt, session: Session, context: list[int]) -> tuple[FinishReason, float]:
+        """Why it ended, and the sum of the rewards."""
+        total = 0.0
+        try:
+            while True:
+                sample = await attempt.sample(context)
+                if sample.finish_reason == "length":
+                    return "length", total
+                with attempt.in_environment():
+                    said, reward = await session.step(self._decode(sample.token_ids))
+                total += reward
+                if said is None:
+                    return "stop", total
+                context = [*context, *sample.token_ids.tolist(), *self._encoder.observe(said)]
+        except EpisodeOver as over:
+            return over.finish_reason, total + over.reward
