@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from asyncdapo.ranges import NonNegativeInt
+
 
 @dataclass(frozen=True, kw_only=True)
 class MetricsConfig:
@@ -14,3 +16,6 @@ class MetricsConfig:
     """W&B: `auto` is online if you are logged in, and offline otherwise."""
     wandb_project: str = "asyncdapo"
     """Name of the W&B project."""
+    samples_every: NonNegativeInt = 0
+    """Train steps from one table of samples at W&B to the next: up to 8 completions of the step's batch, prompts and
+    texts included. 0 is none."""

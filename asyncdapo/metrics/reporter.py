@@ -16,13 +16,14 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 from asyncdapo.metrics.config import MetricsConfig
 from asyncdapo.metrics.jsonl import MetricsFile
 from asyncdapo.metrics.progress import ProgressLines
+from asyncdapo.metrics.samples import Sample
 from asyncdapo.metrics.terminal import LiveTable, terminal_of
 from asyncdapo.metrics.wandb_log import WandbLog, choose_mode
 
@@ -63,6 +64,11 @@ class Reporter:
         """The metrics of one step, `step` among them."""
         self._file.log(metrics)
         self._show(metrics)
+
+    def show_samples(self, samples: Sequence[Sample]) -> None:
+        """Completions of one step to look at."""
+        for upload in self._uploads if samples else ():
+            upload.log_samples(samples)
 
     def amend(self, metrics: Mapping[str, float]) -> None:
         """Add metrics to the step that was logged last."""

@@ -16,7 +16,7 @@ import logging
 import netrc
 import os
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
@@ -25,6 +25,7 @@ from urllib.parse import urlsplit
 
 from asyncdapo.errors import ConfigError, RunError
 from asyncdapo.metrics.config import MetricsConfig
+from asyncdapo.metrics.samples import COLUMNS, Sample
 
 Mode = Literal["online", "offline", "disabled"]
 
@@ -76,7 +77,7 @@ class WandbLog:
             "config": dict(settings),
             "allow_val_change": True,
         }
-        self._lines: SimpleQueue[dict[str, float] | None] = SimpleQueue()
+        self._lines: SimpleQueue[dict[str, float] | Sequence[Sample] | None] = SimpleQueue()
         self._error: Exception | None = None
         self._thread = Thread(target=self._write, args=(arguments, mode, config.wandb == "auto"), daemon=True)
         self._thread.start()
@@ -85,6 +86,11 @@ class WandbLog:
         """Queue one step. Raises RunError if W&B has failed."""
         self._raise_failure()
         self._lines.put(dict(metrics))
+
+    def log_samples(self, samples: Sequence[Sample]) -> None:
+        """Queue a table of one step's samples, at least one. Raises RunError if W&B has failed."""
+        self._raise_failure()
+        self._lines.put(samples)
 
     def close(self) -> None:
         """Wait for the upload, at most a minute. Raises RunError if W&B has failed."""
@@ -118,7 +124,11 @@ class WandbLog:
         run.define_metric("step")
         run.define_metric("*", step_metric="step")
         for line in iter(self._lines.get, None):
-            run.log(line)
+            if isinstance(line, dict):
+                run.log(line)
+            else:
+                table = wandb.Table(columns=list(COLUMNS), data=[sample.row() for sample in line])
+                run.log({"step": line[0].step, "samples": table})
         run.finish()
         wandb.teardown()  # end its process now, not when this one ends
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 
 from asyncdapo.errors import ConfigError, RunError
 from asyncdapo.metrics.config import MetricsConfig
+from asyncdapo.metrics.samples import COLUMNS
 from asyncdapo.metrics.wandb_log import WandbLog, choose_mode, describe, open_run, run_id
 
 
@@ -56,7 +58,7 @@ def test_an_unreachable_server_takes_auto_offline_and_fails_what_was_said_to_be_
         open_run(unreachable, "online", False, NoServerError)
 
 
-def log_offline(run_dir: Path, steps: list[int], settings: dict) -> str:
+def log_offline(run_dir: Path, steps: list[int], settings: dict, more: str = "") -> str:
     """A launch that logs these steps, in a process of its own. Returns what it prints."""
     code = f"""
 import logging, sys
@@ -68,6 +70,7 @@ logging.getLogger("metrics").setLevel(logging.INFO)
 log = WandbLog(Path({str(run_dir)!r}), MetricsConfig(), "offline", "name", {settings})
 for step in {steps}:
     log.log({{"step": step, "reward/filtered_mean": step / 2}})
+{more}
 log.close()
 """
     clean = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
@@ -80,6 +83,17 @@ def test_an_offline_run_holds_the_same_names_and_says_in_one_line_what_uploads_i
     [record] = tmp_path.glob("wandb/offline-run-*/*.wandb")
     assert said == f"metrics: W&B is offline: wandb sync {os.path.relpath(record.parent)} uploads it"
     assert b"reward/filtered_mean" in record.read_bytes()
+
+
+def test_samples_of_a_step_are_a_table_beside_its_numbers(tmp_path: Path):
+    sample = """Sample(step=2, prompt_id=7, prompt="Q: 47*86", parts=[(1, "<b>"), (0, "4042")], reward=1.0, acc=1.0,
+        turns=2, tokens=9, finish_reason="stop", versions=(1, 2))"""
+    log_offline(tmp_path, [1, 2], {}, f"from asyncdapo.metrics.samples import Sample\nlog.log_samples([{sample}] * 2)")
+    [table] = tmp_path.glob("wandb/offline-run-*/files/media/table/samples*.json")
+    written = json.loads(table.read_text())
+    assert written["columns"] == list(COLUMNS)
+    row = [2, 7, "Q: 47*86", "[model]\n<b>\n[environment]\n4042", 1, 1, 2, 9, "stop", "1 to 2"]
+    assert written["data"] == [row, row]
 
 
 def test_an_online_run_says_its_address():

@@ -206,6 +206,11 @@ class Training:
         """Have the replay server write that the step is done. Returns its metrics of it."""
         replay = await self._replay(f"the account of step {step}", lambda replay: replay.trained, step, learner)
         faults.point("after_trained")
+        every = self._config.metrics.samples_every
+        if every and step % every == 0:
+            self._reporter.show_samples(
+                await self._replay(f"samples of step {step}", lambda replay: replay.samples, step)
+            )
         return replay
 
     async def _publish(self, step: int) -> dict[str, float]:

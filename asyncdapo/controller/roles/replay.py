@@ -6,6 +6,7 @@ Does not own: what is granted, cut and dropped (`replay/core`), the sockets (`re
 
 from __future__ import annotations
 
+import asyncio
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +15,9 @@ from asyncdapo.controller.process.health import Filling, Health
 from asyncdapo.controller.process.waits import replay_wait
 from asyncdapo.controller.roles.base import ProcessBase, ProcessSpec
 from asyncdapo.controller.roles.opening import NUM_PROBE_PROMPTS, Opened, Start
+from asyncdapo.controller.roles.samples import read_samples
 from asyncdapo.eval_messages import EvalAnswer, EvalRequest
+from asyncdapo.metrics.samples import Sample
 from asyncdapo.model.tokenizer import TextTokenizer, load_tokenizer
 from asyncdapo.prompts.registry import open_task
 from asyncdapo.prompts.stream import PromptStream
@@ -128,6 +131,10 @@ class ReplayProcess(ProcessBase):
     async def trained(self, step: int, summary: dict[str, float]) -> dict[str, float]:
         """Batch `step` is trained on. Returns replay's metrics of the step."""
         return await self.server.trained(step, summary)
+
+    async def samples(self, step: int) -> list[Sample]:
+        """Completions of the batch of `step` to look at. Ask before a checkpoint covers the step."""
+        return await asyncio.to_thread(read_samples, Path(self.config.run.dir), step, self.tokenizer)
 
     async def published(self, version: int) -> None:
         """The send of `version` is over."""
