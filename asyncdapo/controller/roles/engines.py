@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from asyncdapo.config.config import Config
 from asyncdapo.model.config import ModelConfig
@@ -27,33 +28,25 @@ class Fitted:
 
 def make_engine(config: Config, memory_fraction: float) -> Fitted:
     """What `rollout.engine` names. `memory_fraction`: share of a GPU that it may take."""
-    timeout_s, max_prompt_length, max_context = config.weights.timeout_s, config.longest_prompt, config.max_context
-    stop = _stop_token_ids(config.model)
-    if config.rollout.engine == "torch":
-        torch = TorchEngine(
+    name, timeout_s = config.rollout.engine, config.weights.timeout_s
+    bounds: dict[str, Any] = {
+        "max_prompt_length": config.longest_prompt,
+        "max_context": config.max_context,
+        "stop_token_ids": _stop_token_ids(config.model),
+    }
+    if name == "vllm":
+        vllm = VllmEngine(
             config.model.path,
             config.rollout,
-            max_prompt_length=max_prompt_length,
-            max_context=max_context,
-            stop_token_ids=stop,
+            **bounds,
+            transfer=TRANSFER,
+            worker_extension=WORKER_RECEIVER,
+            memory_fraction=memory_fraction,
         )
-        return Fitted(torch, LocalReceiver(lambda: torch.device, timeout_s), list)
-    if is_plugin(config.rollout.engine):
-        own = engine_class(config.rollout.engine)(
-            config.model.path, config.rollout, max_prompt_length=max_prompt_length, stop_token_ids=stop
-        )
-        return Fitted(own, LocalReceiver(lambda: own.device, timeout_s), list)
-    vllm = VllmEngine(
-        config.model.path,
-        config.rollout,
-        max_prompt_length=max_prompt_length,
-        max_context=max_context,
-        transfer=TRANSFER,
-        worker_extension=WORKER_RECEIVER,
-        memory_fraction=memory_fraction,
-        stop_token_ids=stop,
-    )
-    return Fitted(vllm, EngineReceiver(vllm.rpc, timeout_s), vllm.pids)
+        return Fitted(vllm, EngineReceiver(vllm.rpc, timeout_s), vllm.pids)
+    make = engine_class(name) if is_plugin(name) else TorchEngine
+    engine = make(config.model.path, config.rollout, **bounds)
+    return Fitted(engine, LocalReceiver(lambda: engine.device, timeout_s), list)
 
 
 def _stop_token_ids(model: ModelConfig) -> list[int] | None:

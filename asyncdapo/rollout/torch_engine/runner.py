@@ -153,12 +153,18 @@ class Runner:
             self._cache.move(source, target, int(self._batch.rows["position"][target]))
 
     def _prefill(self, jobs: Sequence[Job]) -> None:
-        prompts = [job.request.prompt_ids for job in jobs]
+        """Once for each different prompt of the jobs. Others that wait with the same prompt get it, too."""
+        sharing: dict[bytes, list[Job]] = {job.prompt: [] for job in jobs}
+        for job in (*jobs, *self._scheduler.jobs()):
+            if job.prompt in sharing:
+                sharing[job.prompt].append(job)
+        alike = list(sharing.values())
+        prompts = [first.request.prompt_ids for first, *_ in alike]
         for chunk, logits_NV, kv_LNKTD in self._forward_all(prompts, self._max_prompt_length):
             for row, prompt in enumerate(chunk):
-                num_tokens = len(prompts[prompt])
-                kv_L1KTD = kv_LNKTD[:, row : row + 1, :, :num_tokens]
-                jobs[prompt].prefill = Prefill(logits_NV[row : row + 1], kv_L1KTD)
+                kv_L1KTD = kv_LNKTD[:, row : row + 1, :, : len(prompts[prompt])]
+                for job in alike[prompt]:
+                    job.prefill = Prefill(logits_NV[row : row + 1], kv_L1KTD)
 
     def _recompute(self) -> None:
         """Recompute the keys and values of running sequences, prompt and response, with the weights in use."""

@@ -9,6 +9,7 @@ In deterministic mode a request starts only when nothing runs, and never shares 
 
 from __future__ import annotations
 
+from array import array
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -37,9 +38,12 @@ class Job:
     num_unfinished: int = field(init=False)
     num_started: int = field(default=0, init=False)
     prefill: Prefill | None = field(default=None, init=False)
-    """Shared by the waiting samples; dropped at a weight update."""
+    """Shared by all samples that wait with the same prompt; dropped at a weight update."""
+    prompt: bytes = field(init=False)
+    """Equal for jobs with the same prompt."""
 
     def __post_init__(self) -> None:
+        self.prompt = array("i", self.request.prompt_ids).tobytes()
         self.samples = [None] * len(self.request.seeds)
         self.num_unfinished = len(self.samples)
 

@@ -300,3 +300,17 @@ def test_a_model_with_too_few_positions_is_refused_at_the_start(tmp_path):
     path = saved(random_model(max_position_embeddings=64), tmp_path)
     with pytest.raises(ConfigError, match="need 80 positions, the model has 64"):
         running(path, together)
+
+
+def test_requests_that_wait_with_the_same_prompt_share_its_prefill(path):
+    """As the first turns of a group's episodes do, each of which is a request of its own."""
+
+    async def use(engine):
+        before = request(9, range(2), max_tokens=200)
+        _, *apart = await together(engine, before, *(request(20, [seed]) for seed in range(6)))
+        return [sample for [sample] in apart], engine.gauges()["prefill_tokens"]
+
+    apart, num_prefilled = running(path, use, slots=2, max_response_length=200)
+    assert num_prefilled == 9 + 20
+    [group] = running(path, lambda engine: together(engine, request(20, range(6))))
+    assert same(apart, group)

@@ -1,6 +1,7 @@
 """New weights between two tokens: which token was sampled with which, and what becomes of the cache."""
 
 import asyncio
+import itertools
 import shutil
 
 import numpy as np
@@ -68,12 +69,14 @@ def test_under_keep_older_keys_and_values_stay_in_use(models, tmp_path):
         assert largest_difference(models[2], asked, sample) > 1e-2
 
 
-def test_samples_that_start_after_an_update_have_a_prompt_prefill_of_their_own(models, tmp_path):
+@pytest.mark.parametrize("num_requests", [1, 24])
+def test_samples_that_start_after_an_update_have_a_prompt_prefill_of_their_own(models, tmp_path, num_requests):
     """One prompt, few slots: its later samples see nothing of the weights that were there before."""
-    requests = [request(32, range(24), max_tokens=40)]
-    [samples] = generate_through_updates(models, tmp_path, requests, slots=4, on_update="keep")
+    seeds = np.split(np.arange(24), num_requests)
+    requests = [request(32, some.tolist(), max_tokens=40) for some in seeds]
+    results = generate_through_updates(models, tmp_path, requests, slots=4, on_update="keep")
     whole = {}
-    for sample in samples:
+    for sample in itertools.chain(*results):
         if len(sample.versions) == 1:
             [(version, _)] = sample.versions
             whole[version] = sample
