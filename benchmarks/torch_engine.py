@@ -25,7 +25,7 @@ from asyncdapo.rollout.torch_engine.torch_engine import TorchEngine
 GROUP_SIZE, MAX_TOKENS, STOP_TOKEN_IDS, PAD = 16, 128, [1, 2, 3], 0
 
 
-def random_model() -> LlamaForCausalLM:
+def random_model(max_position_embeddings: int = 256) -> LlamaForCausalLM:
     torch.manual_seed(0)
     return LlamaForCausalLM(
         LlamaConfig(
@@ -36,7 +36,7 @@ def random_model() -> LlamaForCausalLM:
             intermediate_size=384,
             vocab_size=103,
             tie_word_embeddings=True,
-            max_position_embeddings=256,
+            max_position_embeddings=max_position_embeddings,
             eos_token_id=STOP_TOKEN_IDS,
             pad_token_id=PAD,
         )
