@@ -13,6 +13,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "asyncdapo"
 STAGES = {"prompts", "rollout", "environment", "reward", "replay", "learner", "weights", "metrics"}
 LOWER = {
+    "accounting",
     "algorithm",
     "child",
     "disk",

@@ -21,8 +21,10 @@ import asyncio
 import logging
 import os
 import sys
+import time
 from collections import Counter
 
+from asyncdapo.accounting.clock import Level
 from asyncdapo.child.place import Place
 from asyncdapo.errors import RewardError, RunError, VerdictError
 from asyncdapo.reward.config import pauses_s
@@ -47,6 +49,9 @@ class ScorerPool:
         self._counts: Counter[str] = Counter()
         self._places = [self._place() for _ in range(num_processes)]
         self._free: asyncio.Queue[Place[VerifierProcess]] = asyncio.Queue()
+        self._began_s = time.monotonic()
+        self._busy, self._queued = Level(), Level()
+        """Processes that work on a request, and requests that wait for one."""
 
     async def start(self) -> None:
         """Start every process. If one can't start, ends all of them and raises RunError."""
@@ -72,6 +77,16 @@ class ScorerPool:
         restarts = sum(place.num_restarts for place in self._places)
         return {"scorer_timeouts": self._counts["scorer_timeouts"], "scorer_restarts": restarts}
 
+    def account(self) -> dict[str, float]:
+        """Cumulative seconds: of processes with a request (`verifier_busy_s`) and without (`verifier_idle_s`), of
+        requests without a process (`verifier_queue_s`)."""
+        busy_s, wall_s = self._busy.total(), time.monotonic() - self._began_s
+        return {
+            "verifier_busy_s": busy_s,
+            "verifier_idle_s": len(self._places) * wall_s - busy_s,
+            "verifier_queue_s": self._queued.total(),
+        }
+
     @property
     def num_verdicts(self) -> int:
         """Texts judged so far, over all requests. It rises while the pool makes progress."""
@@ -80,9 +95,11 @@ class ScorerPool:
     async def verify(self, texts: list[str], answer: str) -> list[Verdict]:
         """A verdict for each text. Raises RewardError if the verifier fails, VerdictError if it returns something that
         isn't a verdict, RunError if it can't be started."""
-        place = await self._free.get()
+        with self._queued.raised():
+            place = await self._free.get()
         try:
-            return await self._verify(place, texts, answer)
+            with self._busy.raised():
+                return await self._verify(place, texts, answer)
         finally:
             self._free.put_nowait(place)
 

@@ -131,6 +131,10 @@ class Scorer:
         """Cumulative: `scorer_timeouts` (completions), `scorer_restarts` (processes)."""
         return self._pool.gauges()
 
+    def account(self) -> dict[str, float]:
+        """What the time of the verifiers goes into: see `ScorerPool.account`."""
+        return self._pool.account()
+
     @property
     def num_judged(self) -> int:
         """Completions judged so far, of any prompt. While it rises, scoring makes progress."""

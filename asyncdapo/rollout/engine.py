@@ -119,6 +119,11 @@ class Engine(Protocol):
         """Version of the weights in use."""
         ...
 
+    @property
+    def stops_to_load(self) -> bool:
+        """Whether nothing is sampled during `load_weights`."""
+        ...
+
     async def start(self) -> None:
         """Load the model. Raises UserError if the checkpoint can't be used."""
 
@@ -141,6 +146,6 @@ class Engine(Protocol):
         """Fail every request with EngineError and free the memory."""
 
     def gauges(self) -> dict[str, float]:
-        """Cumulative counters since the start: `tokens` sampled, `prefill_tokens` computed, `busy_s`, `idle_s`. An
-        engine may add its own."""
+        """Cumulative counters since the start: `tokens` sampled, `prefill_tokens` computed. An engine may add its
+        own."""
         ...

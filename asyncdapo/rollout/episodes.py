@@ -133,8 +133,16 @@ class Rollouts(Protocol):
 class SingleTurn:
     """A completion is one response. The samples of a prompt are one request to the engine: they share its prefill."""
 
-    def __init__(self, engine: Engine, score: Scorer, *, one_at_a_time: bool = False) -> None:
-        self._engine, self._score = engine, score
+    def __init__(
+        self,
+        engine: Engine,
+        score: Scorer,
+        *,
+        one_at_a_time: bool = False,
+        account: Callable[[], dict[str, float]] = dict,
+    ) -> None:
+        """`account`: cumulative counters of what scores."""
+        self._engine, self._score, self._account = engine, score, account
         self._turn = asyncio.Lock() if one_at_a_time else nullcontext()
 
     @property
@@ -146,7 +154,7 @@ class SingleTurn:
         return None
 
     def gauges(self) -> dict[str, float]:
-        return {}
+        return self._account()
 
     async def sample(
         self, job: Job, prompt: Prompt, seeds: Sequence[int], sampling: Sampling, priority: Priority

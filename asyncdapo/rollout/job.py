@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from asyncdapo.eval_messages import EvalRequest
@@ -20,26 +21,34 @@ class Job:
     num_starting: int
     """Sequences not passed to the engine yet."""
     on_room: Callable[[], None]
-    """Called whenever a sequence is complete."""
+    """Called whenever a sequence is complete, or an episode begins or ends to wait."""
     on_started: Callable[[int], None] = lambda _: None
     """Called with the version that sampled the job's first token."""
     started_at: float = math.nan
     started_version: int | None = None
     all_sampled: bool = False
+    scored: bool = False
+    """Its group, with all of its tokens, is the answer."""
     num_unfinished: int = field(init=False)
     """Sequences, or episodes, that aren't complete."""
     num_in_environment: int = 0
     """Episodes that wait for an answer of their environment."""
+    num_told_tokens: int = 0
+    """Of its tokens, those that the server was told of."""
     requests: list[Request] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.num_unfinished = self.num_starting
 
     @property
-    def progress(self) -> Progress:
+    def num_tokens(self) -> int:
+        """Sampled so far."""
+        return sum(request.num_sampled for request in self.requests)
+
+    def tell(self) -> Progress:
         """Its progress, for the heartbeat."""
-        num_tokens = sum(request.num_sampled for request in self.requests)
-        return Progress(num_tokens=num_tokens, phase=self._phase, started_version=self.started_version)
+        self.num_told_tokens = self.num_tokens
+        return Progress(num_tokens=self.num_told_tokens, phase=self._phase, started_version=self.started_version)
 
     @property
     def _phase(self) -> Phase:
@@ -54,6 +63,17 @@ class Job:
         request.on_started = self._note_started
         self.requests.append(request)
         return request
+
+    @contextmanager
+    def in_environment(self) -> Iterator[None]:
+        """One of its episodes waits for its environment in the body."""
+        self.num_in_environment += 1
+        self.on_room()
+        try:
+            yield
+        finally:
+            self.num_in_environment -= 1
+            self.on_room()
 
     def note_done(self) -> None:
         """One more sequence, or episode, is complete."""

@@ -81,6 +81,7 @@ class Jobs:
             log.warning("prompt %d failed: %s", lease.prompt.prompt_id, error)
             self._counts["failed_groups"] += 1
             return GroupFailed(lease_id=lease.lease_id, reason=str(error)), ()
+        job.scored = True
         self._counts["scored_groups"] += 1
         group, payload = build_group(
             lease, self._worker, episodes, scores, generate_s, overlong_filter=self._overlong_filter

@@ -49,6 +49,7 @@ from asyncdapo.messages import (
     Welcome,
     Withdraw,
 )
+from asyncdapo.rollout.account import WorkerAccount
 from asyncdapo.rollout.config import RolloutConfig
 from asyncdapo.rollout.credits import Credits
 from asyncdapo.rollout.engine import Engine, LoadTimes
@@ -107,6 +108,7 @@ class RolloutWorker:
         """The latest `REMEMBERED` leases that are over, in the order in which they ended."""
         self._running: dict[Key, tuple[Job, asyncio.Task[None]]] = {}
         self._credits = Credits(config.group_size)
+        self.account = WorkerAccount(engine)
         self._outbox: Outbox[Key] = Outbox(RESEND_HEARTBEATS * heartbeat_s)
         self._started: list[Started] = []
 
@@ -138,7 +140,8 @@ class RolloutWorker:
         """Switch to these weights between two tokens, tell the server, and return. Weights of a newer branch end
         everything that the worker holds."""
         faults.point("in_load_weights")
-        times = await self._engine.load_weights(version, weights)
+        with self.account.loading():
+            times = await self._engine.load_weights(version, weights)
         self._note_branch(branch)
         self._branch = branch
         self._wake.set()
@@ -152,7 +155,8 @@ class RolloutWorker:
     def gauges(self) -> dict[str, float]:
         """Counters since the session began: the engine's, the jobs', and the worker's own of leases and messages."""
         own = {key: self._counts[key] for key in ("rejected_groups", "withdrawn_groups", "malformed")}
-        return self._engine.gauges() | self._jobs.gauges() | own | {"resent": self._outbox.num_resent}
+        own["resent"] = self._outbox.num_resent
+        return self._engine.gauges() | self._jobs.gauges() | self.account.gauges() | own
 
     # ------------------------------------------------------------------------------------------------------- receive
 
@@ -186,7 +190,7 @@ class RolloutWorker:
             case EvalRequest():
                 self._take_evaluation(message)
             case Ack(lease_id=lease_id):
-                self._end_lease(lease_id)
+                self._end_lease(lease_id, arrived=True)
             case Reject(lease_id=lease_id, reason=reason):
                 log.warning("the group of lease %d was rejected: %s", lease_id, reason)
                 self._counts["rejected_groups"] += self._end_lease(lease_id)
@@ -231,13 +235,16 @@ class RolloutWorker:
         del self._running[key]
         self._wake.set()
 
-    def _end_lease(self, lease_id: int) -> bool:
+    def _end_lease(self, lease_id: int, *, arrived: bool = False) -> bool:
         """Stop its task, and send nothing more for it. False if it was over before."""
         self._stop(("lease", lease_id))
         self._over[lease_id] = None
         if len(self._over) > REMEMBERED:
             del self._over[next(iter(self._over))]
-        return self._held.pop(lease_id, None) is not None
+        job = self._held.pop(lease_id, None)
+        if job and not (arrived and job.scored):
+            self.account.count_late(job)
+        return job is not None
 
     def _stop(self, key: Key) -> None:
         if key in self._running:
@@ -253,7 +260,8 @@ class RolloutWorker:
         self._newest_branch = branch
         for lease_id in list(self._held):
             self._end_lease(lease_id)
-        for key in list(self._running):
+        for key, (job, _) in list(self._running.items()):
+            self.account.count_late(job)
             self._stop(key)
         self._outbox.clear()
         self._started.clear()
@@ -263,6 +271,7 @@ class RolloutWorker:
     async def _send(self, client: Client[Incoming]) -> None:
         while True:
             self._wake.clear()
+            self.account.note([job for job, _ in self._running.values()], len(self._outbox))
             now = time.monotonic()
             self._welcomed &= now - self._heard_at <= QUIET_HEARTBEATS * self._heartbeat_s
             for message, frames in self._due(now) if self._welcomed else self._hello(now):
@@ -309,7 +318,7 @@ class RolloutWorker:
             asked=self._credits.asked,
             loaded_version=version,
             branch=branch,
-            progress={lease_id: job.progress for lease_id, job in self._held.items()},
+            progress={lease_id: job.tell() for lease_id, job in self._held.items()},
             evaluations=[number for kind, number in (*self._running, *self._outbox) if kind == "eval"],
             gauges=self.gauges(),
         )

@@ -10,7 +10,7 @@ from asyncdapo.learner.config import LearnerConfig, LossConfig
 from asyncdapo.learner.step.learner import Learner
 from asyncdapo.model.config import ModelConfig
 from asyncdapo.model.files import ModelFiles
-from asyncdapo.rollout.stop_tokens import read_config, stop_token_ids
+from asyncdapo.model.stop_tokens import read_config, stop_token_ids
 from tests.learner.tiny import save
 
 START = Path(__file__).parents[2] / "configs" / "models" / "chain_start"

@@ -49,6 +49,7 @@ class FakeEngine:
 
     def __init__(self, num_slots: int = 8, num_tokens: Callable[[int], int] = lambda _: 3) -> None:
         self.num_slots = num_slots
+        self.stops_to_load = False
         self.num_outstanding = 0
         self.loaded_version = 0
         self.requests: list[Request] = []

@@ -34,6 +34,7 @@ class Engine:
     def __init__(self, world: World) -> None:
         self._world, self.num_slots = world, world.plan.num_slots
         self.num_outstanding = self.loaded_version = self.weights = 0
+        self.stops_to_load = False
         self._num_running = self._num_tokens = 0
         self._freed = asyncio.Event()
 

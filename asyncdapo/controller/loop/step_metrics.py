@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 
-from asyncdapo.learner.step.times import StateClock
+from asyncdapo.accounting.clock import StateClock
 from asyncdapo.metrics.alarms import Alarms
 from asyncdapo.metrics.reporter import Reporter
 
@@ -40,7 +40,7 @@ class StepMetrics:
         self._held: dict[str, float] = {}
         self.last = dict(last_line)
         """The newest line that is written."""
-        self.clock = StateClock(time.monotonic)
+        self.clock = StateClock()
         """What the controller does."""
 
     def begin(self) -> None:

@@ -8,10 +8,10 @@ from typing import Any
 
 from asyncdapo.config.config import Config
 from asyncdapo.model.config import ModelConfig
+from asyncdapo.model.stop_tokens import read_config, stop_token_ids
 from asyncdapo.plugins import is_plugin
 from asyncdapo.rollout.engine import Engine
 from asyncdapo.rollout.own_engine import engine_class
-from asyncdapo.rollout.stop_tokens import read_config, stop_token_ids
 from asyncdapo.rollout.torch_engine.torch_engine import TorchEngine
 from asyncdapo.rollout.vllm_engine.vllm_engine import VllmEngine
 from asyncdapo.weights.receivers import TRANSFER, WORKER_RECEIVER, EngineReceiver, LocalReceiver, Receiver

@@ -113,7 +113,9 @@ class RolloutProcess(ProcessBase):
         ]
         with self.waits.on(NOBODY, "samples for a comparison of log-probs"):
             groups = await asyncio.gather(*map(self.engine.generate, requests))
-        return [sample for [sample] in groups]
+        samples = [sample for [sample] in groups]
+        self.worker.account.count_probe(sum(len(sample.token_ids) for sample in samples))
+        return samples
 
     # ----------------------------------------------------------------------------------------------------- weights
 

@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers.utils.logging import disable_progress_bar
 
+from asyncdapo.accounting.clock import Spans
 from asyncdapo.algorithm.variants import advantage_of, aggregation_weights
 from asyncdapo.errors import ConfigError, RunError, StalenessError
 from asyncdapo.learner.batches.prepared import Prepared
@@ -45,7 +46,6 @@ from asyncdapo.learner.step.measured import Measured
 from asyncdapo.learner.step.optimizer import Optimizer
 from asyncdapo.learner.step.probe import Pair, response_logprobs
 from asyncdapo.learner.step.ranks import ALONE, Ranks
-from asyncdapo.learner.step.times import Times
 from asyncdapo.learner.step.updates import Update, ratio, update_metrics
 from asyncdapo.learner.storage.checkpoint import STATE_FILE, check_checkpoint
 from asyncdapo.learner.storage.host_copy import HostCopy
@@ -55,6 +55,9 @@ from asyncdapo.model.files import TOKENIZER_FILES, ModelFiles
 from asyncdapo.model.shape import settled_dtype
 from asyncdapo.shares import NOBODY, Batch
 from asyncdapo.transport.payload import Payload
+
+STATES = ("wait", "prepare", "first_pass", "gradient", "sum", "optimizer", "publish", "checkpoint")
+"""What the time of a learner's process goes into, besides the rest."""
 
 DIGEST_ELEMENTS = 1 << 20
 """A sum in int64 copies what it adds: so many elements at a time."""
@@ -99,7 +102,7 @@ class Learner:
         _check_vocabulary(model, reference, self._policy)
         self._first_pass = FirstPass(self._policy, reference, loss, config.tokens_per_microbatch, ranks)
         self.version = 0
-        self.times = Times()
+        self.times = Spans(STATES)
         """What the time of the learner's process goes into; a train step enters its own states."""
 
     @property

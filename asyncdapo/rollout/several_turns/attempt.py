@@ -109,12 +109,11 @@ class Attempt:
     @contextmanager
     def in_environment(self) -> Iterator[None]:
         """While the episode waits for its environment."""
-        began, job = time.monotonic(), self.wanted.job
-        job.num_in_environment += 1
+        began = time.monotonic()
         try:
-            yield
+            with self.wanted.job.in_environment():
+                yield
         finally:
-            job.num_in_environment -= 1
             self._counts["environment_s"] += time.monotonic() - began
 
     async def _reserve(self, num_read: int, max_tokens: int | None) -> int:

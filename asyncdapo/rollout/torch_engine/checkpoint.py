@@ -18,7 +18,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from asyncdapo.errors import ConfigError
 from asyncdapo.model.files import WHOLE, ModelFiles
 from asyncdapo.model.shape import MODEL_TYPES, Shape, read_shape
-from asyncdapo.rollout.stop_tokens import read_config, stop_token_ids
+from asyncdapo.model.stop_tokens import read_config, stop_token_ids
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Rotary variants whose frequencies don't depend on the length of the sequence."""

@@ -78,8 +78,6 @@ class TorchEngine:
         self._thread: threading.Thread | None = None
         self._version = 0
         self._counters = Counters()
-        self._busy_s = 0.0
-        self._started_s = 0.0
 
     @property
     def num_slots(self) -> int:
@@ -94,19 +92,21 @@ class TorchEngine:
         return self._version
 
     @property
+    def stops_to_load(self) -> bool:
+        return False
+
+    @property
     def device(self) -> torch.device:
         return self._alive().runner.device
 
     def gauges(self) -> dict[str, float]:
         """Adds `steps`, and `slot_steps`: the slots in use, summed over steps."""
-        counters, elapsed_s = self._counters, time.monotonic() - self._started_s
+        counters = self._counters
         return {
             "tokens": counters.tokens,
             "prefill_tokens": counters.prefill_tokens,
             "steps": counters.steps,
             "slot_steps": counters.slot_steps,
-            "busy_s": self._busy_s,
-            "idle_s": elapsed_s - self._busy_s,
         }
 
     # ---------------------------------------------------------------------------------------------- in the event loop
@@ -117,7 +117,6 @@ class TorchEngine:
         loaded = await loop.run_in_executor(self._filler, self._load, loop)
         self._loaded = loaded
         self._counters = loaded.runner.counters
-        self._started_s = time.monotonic()
         self._life.begin()
         generate = partial(self._generate_until_stopped, loaded)
         self._thread = threading.Thread(target=generate, name="torch-engine", daemon=True)
@@ -250,13 +249,11 @@ class TorchEngine:
 
     def _turn(self, loaded: _Loaded, orders: list[Callable[[], None]]) -> None:
         """Execute the orders, then sample the next token of every sequence."""
-        begin_s = time.monotonic()
         for order in orders:
             order()
         progress = loaded.runner.step()
         if progress.started or progress.ended:
             loaded.loop.call_soon_threadsafe(self._deliver, self._version, progress)
-        self._busy_s += time.monotonic() - begin_s
 
     def _swap(self, loaded: _Loaded, version: int, swapped: asyncio.Future[None]) -> None:
         loaded.spare = loaded.runner.swap(version, loaded.spare)

@@ -29,12 +29,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from asyncdapo.errors import EngineError
 from asyncdapo.model.files import ModelFiles
+from asyncdapo.model.stop_tokens import read_config, stop_token_ids
 from asyncdapo.rollout.config import RolloutConfig
 from asyncdapo.rollout.engine import Limits, LoadTimes, Priority, Request, Sample
 from asyncdapo.rollout.life import Life
-from asyncdapo.rollout.stop_tokens import read_config, stop_token_ids
 from asyncdapo.rollout.vllm_engine.arguments import engine_args, set_environment
-from asyncdapo.rollout.vllm_engine.meter import Meter
 from asyncdapo.rollout.vllm_engine.processes import Family, child_pids
 from asyncdapo.rollout.vllm_engine.samples import Job, Stream
 
@@ -94,7 +93,7 @@ class VllmEngine:
         self._num_pauses = self._num_loads = self._version = 0
         self._half_loaded = False
 
-        self._meter = Meter()
+        self._num_tokens = self._num_prefill_tokens = 0
 
     @property
     def num_slots(self) -> int:
@@ -109,6 +108,10 @@ class VllmEngine:
         return self._version
 
     @property
+    def stops_to_load(self) -> bool:
+        return True
+
+    @property
     def _vllm(self) -> Adapter:
         assert self._adapter is not None, "the engine has not been started"
         return self._adapter
@@ -118,7 +121,7 @@ class VllmEngine:
         return self._family.pids() if self._family else []
 
     def gauges(self) -> dict[str, float]:
-        return self._meter.gauges()
+        return {"tokens": self._num_tokens, "prefill_tokens": self._num_prefill_tokens}
 
     # --------------------------------------------------------------------------------------------------- start and end
 
@@ -129,7 +132,6 @@ class VllmEngine:
         self._family.watch(self._on_death)
         self._life.begin()
         await self._unless_ended(self._vllm.begin(self._version))
-        self._meter.start()
 
     def _make(self) -> tuple[Adapter, Family]:
         """Start vLLM. Runs in the thread that stays the parent of the engine's processes."""
@@ -213,7 +215,6 @@ class VllmEngine:
         params_of_samples = self._params(request)
         job = Job(request)
         done = self._jobs[job] = asyncio.get_running_loop().create_future()
-        self._note_activity()
         for index, params in enumerate(params_of_samples):
             self._spawn(self._sample(job, index, params)).add_done_callback(self._note_failure)
         try:
@@ -222,7 +223,6 @@ class VllmEngine:
             del self._jobs[job]
             if job.request_ids and self._life.alive:
                 self._spawn(self._vllm.abort(job.request_ids))
-            self._note_activity()
 
     def _params(self, request: Request) -> list[SamplingParams]:
         """Only evaluation passes seeds to vLLM: a seeded sequence has its own random number generator, which costs
@@ -259,7 +259,7 @@ class VllmEngine:
                     self._tokenless.discard(request_id)
                     self._note_start(job, output)
                 job.request.num_sampled += num_tokens
-                self._meter.num_tokens += num_tokens
+                self._num_tokens += num_tokens
             finish_reason = completion.finish_reason
         if finish_reason == "abort":  # tokens that arrived after the load chose what to abort are dropped, too
             job.request.num_running -= bool(stream.token_ids)
@@ -269,7 +269,7 @@ class VllmEngine:
         return stream.finish(finish_reason)
 
     def _note_start(self, job: Job, output: RequestOutput) -> None:
-        self._meter.num_prefill_tokens += len(job.request.prompt_ids) - (output.num_cached_tokens or 0)
+        self._num_prefill_tokens += len(job.request.prompt_ids) - (output.num_cached_tokens or 0)
         job.request.num_running += 1
         if not job.started:
             job.started = True
@@ -288,9 +288,6 @@ class VllmEngine:
         """One failed sequence ends the engine: others may be stuck in the same way."""
         if not task.cancelled() and task.exception() is not None:
             self._on_end(task.exception())
-
-    def _note_activity(self) -> None:
-        self._meter.note(busy=bool(self._jobs) and not self._num_pauses and not self._half_loaded)
 
     # --------------------------------------------------------------------------------------------------------- weights
 
@@ -331,11 +328,9 @@ class VllmEngine:
         try:
             async with self._pausing:
                 await self._vllm.pause(recompute=self._config.on_update == "recompute")
-            self._note_activity()
             yield
         finally:
             self._num_pauses -= 1
             async with self._pausing:
                 if not self._num_pauses and not self._half_loaded and self._life.alive:
                     await self._vllm.resume()
-            self._note_activity()

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from asyncdapo.errors import ConfigError
 from asyncdapo.model.files import ModelFiles, TokenizerFiles
-from asyncdapo.rollout.stop_tokens import read_config, stop_token_ids
+from asyncdapo.model.stop_tokens import read_config, stop_token_ids
 from asyncdapo.rollout.torch_engine.checkpoint import read_checkpoint
 from asyncdapo.rollout.torch_engine.weights import Weights
 

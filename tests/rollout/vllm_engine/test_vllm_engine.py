@@ -138,7 +138,6 @@ def test_progress_and_counters_add_up(engine, loop):
     assert room == [8, 7, 6, 5, 4, 3, 2, 1, 0]
     assert spent["tokens"] == sum(lengths)
     assert 0 < spent["prefill_tokens"] <= 3 * (4 + 7 + 12)
-    assert spent["busy_s"] > 0
     assert engine.num_outstanding == 0
 
 

@@ -1,4 +1,4 @@
-"""Where a learner's time goes: states that exclude each other, whatever overlaps, and sum to the wall time."""
+"""Where a process's time goes: states that exclude each other, whatever overlaps, and sum to the wall time."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asyncdapo.learner.step.times import STATES, Times
+from asyncdapo.accounting.clock import Spans
+
+STATES = ("wait", "gradient", "sum", "publish", "checkpoint")
 
 
 class Watch:
@@ -25,14 +27,14 @@ class Watch:
         self.time_s += seconds
 
 
-def begun() -> tuple[Times, Watch]:
+def begun() -> tuple[Spans, Watch]:
     watch = Watch()
-    times = Times(watch)
+    times = Spans(STATES, watch)
     times.begin()
     return times, watch
 
 
-def spent(times: Times) -> dict[str, float]:
+def spent(times: Spans) -> dict[str, float]:
     return {state: seconds for state, seconds in times.take().items() if seconds}
 
 
@@ -64,7 +66,7 @@ def test_weights_sent_while_a_batch_is_waited_for_take_the_time_until_they_are_s
 
 def test_nothing_counts_before_the_beginning_and_a_second_one_changes_nothing() -> None:
     watch = Watch()
-    times = Times(watch)
+    times = Spans(STATES, watch)
     with times.on("publish"):
         watch.go(1)
         times.begin()
@@ -83,7 +85,7 @@ def test_a_span_ends_with_an_error_too() -> None:
     assert spent(times) == {"checkpoint": 1, "other": 2}
 
 
-@given(st.lists(st.tuples(st.sampled_from(STATES[:-1]), st.integers(1, 9), st.booleans(), st.booleans())))
+@given(st.lists(st.tuples(st.sampled_from(STATES), st.integers(1, 9), st.booleans(), st.booleans())))
 def test_the_states_of_a_step_sum_to_its_wall_time_whatever_overlaps(moves: list) -> None:
     times, watch = begun()
     taken_at, stack = watch.time_s, []

@@ -5,7 +5,7 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asyncdapo.learner.step.times import StateClock
+from asyncdapo.accounting.clock import StateClock
 
 
 class Watch:
