@@ -65,7 +65,7 @@ def measure(run_dir: Path, mode: str, seed: int, overrides: list[str]) -> dict[s
         "staleness_mean": round(statistics.mean(line["replay/staleness_mean"] for line in steps), 2),
         "staleness_max": max(line["replay/staleness_max"] for line in steps),
         "stale_steps": sum(line["replay/staleness_max"] > 0 for line in steps),
-        "generate_s": round(steps[-1]["rollout/busy_s"], 1),
+        "generate_s": round(steps[-1]["rollout/time/generate_s"], 1),
         **{f"{state}_s": round(sum(line[f"controller/{state}_s"] for line in steps), 1) for state in STATES},
     }
 

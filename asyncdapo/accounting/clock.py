@@ -15,9 +15,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-REST = "other"
-"""The state of spans while none is open."""
-
 
 class StateClock:
     """Splits the wall time of one process or task into states.
@@ -64,14 +61,16 @@ class Spans:
     """The time of one process, in any thread. Nothing is counted before `begin`.
 
     Spans may lie inside each other or overlap (weights go to a worker that came back while the next batch is waited
-    for); time belongs to the span that was opened last and is still open, or to `REST`. What goes on beside all this,
+    for); time belongs to the span that was opened last and is still open, or to the rest. What goes on beside all this,
     such as the preparation of the next batch during a train step, has no span. A GPU has to be done with a span's work
     before the span ends, if the time is to be that of the work.
     """
 
-    def __init__(self, states: Sequence[str], now: Callable[[], float] = time.monotonic) -> None:
-        """`states`: those of the spans; `REST` is added."""
-        self._states = (*states, REST)
+    def __init__(
+        self, states: Sequence[str], now: Callable[[], float] = time.monotonic, *, rest: str = "other"
+    ) -> None:
+        """`states`: those of the spans. `rest`: the state while none is open."""
+        self._states, self._rest = (*states, rest), rest
         self._clock = StateClock(now)
         self._open: dict[object, str] = {}
         self._lock = threading.Lock()
@@ -113,7 +112,7 @@ class Spans:
 
     def _enter(self) -> None:
         if self._begun:
-            self._clock.enter(next(reversed(self._open.values()), REST))
+            self._clock.enter(next(reversed(self._open.values()), self._rest))
 
 
 class Level:

@@ -35,6 +35,8 @@ class SendReport:
     num_bytes: int
     """Bytes of the tensors, counted once for any number of receivers."""
     seconds: float
+    gather_s: float
+    """Of these, until the buckets were filled: with what other shards have, too, and in the dtypes of the wire."""
 
 
 class WeightSender:
@@ -72,9 +74,9 @@ class WeightSender:
             sources = local_shards(tensors, self._manifest)
             deadline = Deadline(self._group.timeout_s)
             agree(self._group, self._header(version, branch), deadline)
-            checksum = self._send_buckets(sources, deadline)
+            checksum, gather_s = self._send_buckets(sources, deadline)
         confirm(self._group, checksum.words(), deadline)
-        return SendReport(version, self._manifest.num_bytes, time.monotonic() - began_s)
+        return SendReport(version, self._manifest.num_bytes, time.monotonic() - began_s, gather_s)
 
     def _header(self, version: int, branch: int) -> Header:
         return Header(
@@ -85,14 +87,16 @@ class WeightSender:
             bucket_bytes=self._bucket_bytes,
         )
 
-    def _send_buckets(self, sources: list[torch.Tensor], deadline: Deadline) -> Checksum:
+    def _send_buckets(self, sources: list[torch.Tensor], deadline: Deadline) -> tuple[Checksum, float]:
         """Fill a bucket and update the checksum while the bucket before it is sent, and the next one comes from the
-        other shards."""
-        checksum = Checksum()
+        other shards. Returns the seconds that filling took, too."""
+        checksum, gather_s = Checksum(), 0.0
         before: Transfer | None = None
         coming = self._gathers[0].ask(deadline) if self._gathers else None
         for gather, after in zip_longest(self._gathers, self._gathers[1:]):
+            began_s = time.monotonic()
             gather.fill(sources, coming)
+            gather_s += time.monotonic() - began_s
             under_way = self._group.carrier.carry(gather.bucket_U, deadline)
             coming = after.ask(deadline) if after else None
             checksum.update(gather.bucket_U)
@@ -101,7 +105,7 @@ class WeightSender:
             before = under_way
         if before:
             before.wait()
-        return checksum
+        return checksum, gather_s
 
 
 class Gather:

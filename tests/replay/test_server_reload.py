@@ -8,6 +8,7 @@ from asyncdapo.errors import RunError
 from asyncdapo.eval_messages import EvalRequest
 from asyncdapo.messages import Ack, Lease, Welcome, Withdraw
 from asyncdapo.replay.ledger.audit import audit
+from asyncdapo.replay.server.server import STATES
 from asyncdapo.shares import NoBatch
 from tests.replay.serving import TICK_S, FakeLearner, FakeWorker, eval_request, rows, scenario, serving, until
 from tests.replay.small_run import write_files
@@ -156,7 +157,10 @@ async def test_trained_published_and_finish_change_nothing_when_they_are_told_ag
         await learner.want(1)
         await learner.receive()
         first = await server.trained(1, {"learner/loss": 0.5})
-        assert await server.trained(1, {"learner/loss": 0.5}) == first
+        told_again = await server.trained(1, {"learner/loss": 0.5})
+        assert {name for name in first if str(told_again[name]) != str(first[name])} <= {
+            f"replay/time/{state}_s" for state in (*STATES, "idle")
+        }
         for _ in range(2):
             await server.published(1)
             await server.covered(0)
@@ -164,7 +168,7 @@ async def test_trained_published_and_finish_change_nothing_when_they_are_told_ag
         told_again = await server.trained(1, {"learner/loss": 0.5})
         same = [name for name in first if name.startswith(("replay/tokens", "replay/staleness", "reward/filtered"))]
         assert {name: told_again[name] for name in same} == {name: first[name] for name in same}
-        assert told_again.keys() == first.keys()
+        assert first.keys() - told_again.keys() <= {name for name in first if name.startswith("reward/metrics/")}
         await server.published(1)
         await server.finish()
         await server.finish()

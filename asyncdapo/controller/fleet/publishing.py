@@ -139,7 +139,8 @@ class Publishing:
 
     async def _send_to(self, workers: Sequence[Process[RolloutProcess]]) -> dict[str, float]:
         if not workers:
-            return {"weights/publish_s": 0.0, "weights/bytes": 0} | {f"weights/{part}": 0.0 for part in PARTS}
+            sent_s = dict.fromkeys(("weights/publish_s", "weights/gather_s", "weights/send_s", "weights/bytes"), 0.0)
+            return sent_s | {f"weights/{part}": 0.0 for part in PARTS}
         if self._members != _lives([self.learner, *workers]):
             await self._regroup(workers)
         version, branch, learner = self.version, self.branch, self.learner
@@ -152,8 +153,12 @@ class Publishing:
         received = others[len(self.other_shards) :]
         self._loaded |= {worker.name: (worker.life, branch, version) for worker in workers}
         slowest = {part: max(report[part] for report in received) for part in PARTS}
-        return {"weights/publish_s": sent["seconds"], "weights/bytes": sent["bytes"]} | {
-            f"weights/{part}": seconds for part, seconds in slowest.items()
+        return {
+            "weights/publish_s": sent["seconds"],
+            "weights/gather_s": sent["gather_s"],
+            "weights/send_s": sent["seconds"] - sent["gather_s"],
+            "weights/bytes": sent["bytes"],
+            **{f"weights/{part}": seconds for part, seconds in slowest.items()},
         }
 
     async def _regroup(self, workers: Sequence[Process[RolloutProcess]]) -> None:

@@ -37,6 +37,8 @@ class StepMetrics:
         self._total_before = last_line.get("time/total_s", 0.0)
         self._began: float | None = None
         self._line_at = started
+        self._wall_of = {int(last_line.get("step", 0)): self._wall_before}
+        """Training time up to each line."""
         self._held: dict[str, float] = {}
         self.last = dict(last_line)
         """The newest line that is written."""
@@ -56,7 +58,7 @@ class StepMetrics:
 
     def hold(self, step: int, learner: Mapping[str, float], replay: Mapping[str, float], **others: float) -> None:
         """Keep the line of a step until `write`."""
-        self._held = {"step": step, **self._times(learner, replay), **replay, **learner, **others}
+        self._held = {"step": step, **self._times(step, learner, replay), **replay, **learner, **others}
         for alarm in self._alarms.check(self._held):
             self._reporter.note(alarm)
 
@@ -78,20 +80,22 @@ class StepMetrics:
     def _total_s(self) -> float:
         return self._total_before + time.monotonic() - self._started
 
-    def _times(self, learner: Mapping[str, float], replay: Mapping[str, float]) -> dict[str, float]:
+    def _times(self, step: int, learner: Mapping[str, float], replay: Mapping[str, float]) -> dict[str, float]:
         """Clocks, and what each side did in the wall time since the last line."""
         assert self._began is not None, "`begin` comes first"
         now = time.monotonic()
         step_s, self._line_at = now - self._line_at, now
         times = self.clock.take()
+        wall_s = self._wall_of[step] = self._wall_before + now - self._began
         return {
-            "time/wall_s": self._wall_before + now - self._began,
+            "time/wall_s": wall_s,
             "time/total_s": self._total_s(),
             "time/step_s": step_s,
             "rollout/tokens_per_s": replay["rollout/arrived_tokens"] / step_s,
             "learner/tokens_per_s": learner["learner/tokens"] / step_s,
             "learner/waiting_ratio": times["wait"] / step_s,
             **{f"controller/{state}_s": seconds for state, seconds in times.items()},
+            "controller/undone_s": wall_s - step_s - self._wall_of.get(step - 1, wall_s - step_s),
         }
 
 

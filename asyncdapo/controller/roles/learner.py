@@ -190,7 +190,7 @@ class LearnerProcess(ProcessBase):
             report = await self.blocking(self._in, "publish", partial(self._send, self.sender, version, branch))
         self.num_sent += 1
         log.info("version %d: %.1f MiB sent in %.3f s", version, report.num_bytes / 2**20, report.seconds)
-        return {"bytes": report.num_bytes, "seconds": report.seconds}
+        return {"bytes": report.num_bytes, "seconds": report.seconds, "gather_s": report.gather_s}
 
     def _send(self, sender: WeightSender, version: int, branch: int) -> SendReport:
         with self.ranks.together("gather weights", in_step_after=WeightsError):

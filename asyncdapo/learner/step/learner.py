@@ -30,6 +30,7 @@ from torch.distributed.tensor import DTensor
 from transformers.utils.logging import disable_progress_bar
 
 from asyncdapo.accounting.clock import Spans
+from asyncdapo.accounting.quantiles import quantiles
 from asyncdapo.algorithm.variants import advantage_of, aggregation_weights
 from asyncdapo.errors import ConfigError, RunError, StalenessError
 from asyncdapo.learner.batches.prepared import Prepared
@@ -57,7 +58,7 @@ from asyncdapo.shares import NOBODY, Batch
 from asyncdapo.transport.payload import Payload
 
 STATES = ("wait", "prepare", "first_pass", "gradient", "sum", "optimizer", "publish", "checkpoint")
-"""What the time of a learner's process goes into, besides the rest."""
+"""What the time of a learner's process goes into; `other` is the rest."""
 
 DIGEST_ELEMENTS = 1 << 20
 """A sum in int64 copies what it adds: so many elements at a time."""
@@ -142,6 +143,7 @@ class Learner:
             **update_metrics(done, self._loss),
             **self._masked(before, counted),
             **self._measured.metrics(self._shape, work, seconds, self.ranks.num_ranks),
+            **{f"learner/response_tokens_{name}": n for name, n in quantiles(_lengths(batch)).items()},
             "learner/version": float(version),
             "learner/bad_updates": float(self._optimizer.num_bad),
             "learner/forward_tokens": float(work.num_computed_tokens),
@@ -306,6 +308,11 @@ class Learner:
                 shutil.copyfile(self._tokenizer_source / name, directory / name)
         with (directory / STATE_FILE).open("wb") as file:  # of a full disk torch.save hears only through a file
             torch.save(state, file)
+
+
+def _lengths(batch: Batch) -> list[int]:
+    """Sampled tokens of each completion."""
+    return [completion.num_sampled_tokens for group in batch.groups for completion in group.completions]
 
 
 def _check_vocabulary(config: ModelConfig, reference: Policy | None, policy: Policy) -> None:

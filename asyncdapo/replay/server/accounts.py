@@ -5,14 +5,14 @@ of metrics per step. Ratios, means and `rollout/arrived_…` are over the groups
 other counts are totals since the start, so that
 
     rollout/tokens = replay/tokens_{trained, filtered, expired, surplus, undone, failed, withdrawn, lost, evaluation}
-                     + tokens queued, running or being sent
+                     + replay/tokens_{held, late, probe} + tokens of running leases and evaluations
 
-except for tokens since the last heartbeat and those that a worker samples for a lease after its end. After a restart of
-this process the totals of groups resume from the ledger, exactly. The ledger lacks the tokens of evaluations and of
-leases that ended without a group. Their totals resume from the last metrics line, so what was sampled for them after
-that line is missing.
+except for those since the last heartbeat. After a restart of this process the totals of groups resume from the ledger,
+exactly. The ledger lacks the tokens of evaluations and of leases that ended without a group. Their totals resume from
+the last metrics line, so what was sampled for them after that line is missing. What was running at that line and didn't
+become a group is lost with its workers.
 
-Memory: the facts of held groups, within the limits of admission.
+Memory: the facts of held groups, and the lengths of their completions, within the limits of admission.
 Does not own: the numbers of learner and engine; writing (the controller).
 """
 
@@ -24,6 +24,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 
+from asyncdapo.accounting.quantiles import QUANTILES, quantiles
 from asyncdapo.eval_messages import EvalAnswer
 from asyncdapo.messages import Group, staleness
 from asyncdapo.replay.core.events import LEASE_ENDS, VERDICT_STATES, EndLease, GroupState, MoveGroup
@@ -34,6 +35,8 @@ GROUP_ENDS = ("trained", "filtered", "expired", "surplus", "undone")
 UNGROUPED_ENDS = ("failed", "withdrawn", "lost", "evaluation")
 """How tokens ended that never were in a group of the ledger."""
 TOKEN_ENDS = (*GROUP_ENDS, *UNGROUPED_ENDS)
+WORKERS_ENDS = ("late", "probe")
+"""Tokens whose end only their worker knows."""
 MEANS = (
     "reward/mean",
     "filter/kept_ratio",
@@ -104,11 +107,27 @@ class Accounts:
         self._counts = _Counts.of(recovered)
         undone_before = int(totals.get("replay/tokens_undone", 0))
         self._ungrouped["undone"] = max(0, undone_before - self._counts.tokens["undone"])
+        self._sampled: list[int] = []
+        """Lengths of the completions that arrived since the last step."""
+        self._dropped: list[int] = []
+        """Of those dropped for staleness since then, as far as they arrived at this process."""
+        self._held_lengths: dict[int, list[int]] = {}
+        """Of the held groups that arrived at this process."""
+        sampled = dict.fromkeys((f"rollout/response_tokens_{name}" for name in QUANTILES), math.nan)
+        dropped = [f"replay/dropped_response_tokens_{name}" for name in QUANTILES]
+        self._lengths = sampled | {name: totals[name] for name in (*sampled, *dropped) if name in totals}
+        self.num_tokens = self._sum() + sum(int(totals.get(f"replay/tokens_{end}", 0)) for end in WORKERS_ENDS)
+        """Accounted for at the start."""
+        if not recovered.workers:
+            running = max(0, int(totals.get("rollout/tokens", 0)) - self.num_tokens)
+            self._ungrouped["lost"] += running
+            self.num_tokens += running
 
     def resume_from(self, recovered: Recovered) -> None:
         """Count from what the ledger has after a rollback."""
         self._counts = _Counts.of(recovered)
         self._last_step = 0
+        self._held_lengths.clear()
 
     def move_group(self, action: MoveGroup, arrived: Group | None) -> None:
         """A group has a new state. With its first state comes the group itself."""
@@ -118,6 +137,8 @@ class Accounts:
             facts = self._counts.held[action.group_id] = self._arrive(arrived, action.state)
         if action.state in TOKEN_ENDS:
             del self._counts.held[action.group_id]
+            lengths = self._held_lengths.pop(action.group_id, [])
+            self._dropped += lengths if action.state == "expired" else []
             self._counts.tokens[action.state] += facts.num_tokens
             self._counts.completions[action.state] += facts.num_completions
             self._counts.groups[action.state] += 1
@@ -135,8 +156,11 @@ class Accounts:
         """A rollback ended all leases. `num_tokens` were sampled for them."""
         self._ungrouped["undone"] += num_tokens
 
-    def count_evaluation(self, answers: Sequence[EvalAnswer]) -> None:
-        self._ungrouped["evaluation"] += sum(answer.num_tokens for answer in answers)
+    def count_evaluation(self, answers: Sequence[EvalAnswer]) -> int:
+        """Returns their tokens."""
+        num_tokens = sum(answer.num_tokens for answer in answers)
+        self._ungrouped["evaluation"] += num_tokens
+        return num_tokens
 
     def close_gen_batch(self) -> None:
         self._counts.num_gen_batches += 1
@@ -174,8 +198,17 @@ class Accounts:
             "replay/staleness_max": max(ages),
             **{f"rollout/{end}_leases": self._counts.lease_ends[end] for end in LEASE_ENDS},
             **{f"replay/tokens_{end}": self._counts.tokens[end] + self._ungrouped[end] for end in TOKEN_ENDS},
+            "replay/tokens_held": self._num_held(),
+            **self._lengths,
             **self._dropped_against_trained(),
         }
+
+    def _sum(self) -> int:
+        """Of all tokens that have an end here, or are of a held group."""
+        return sum(self._counts.tokens[end] + self._ungrouped[end] for end in TOKEN_ENDS) + self._num_held()
+
+    def _num_held(self) -> int:
+        return sum(facts.num_tokens for facts in self._counts.held.values())
 
     def _arrive(self, group: Group, state: GroupState) -> GroupFacts:
         completions = group.completions
@@ -199,6 +232,9 @@ class Accounts:
             "out_of_time": sum(completion.finish_reason == "time" for completion in completions),
         }.items():
             self._interval[name] += number
+        lengths = [completion.num_sampled_tokens for completion in completions]
+        self._sampled += lengths
+        self._held_lengths[group.lease_id] = lengths
         for completion in completions:
             for name, number in completion.metrics.items():
                 if name in self._scored or len(self._scored) < MAX_SCORED:
@@ -217,10 +253,15 @@ class Accounts:
         """If nothing arrived (the whole batch was queued before), the means stay as they are."""
         sums, self._interval = self._interval, Counter()
         scored, self._scored = self._scored, {}
+        dropped, self._dropped = self._dropped, []
+        if dropped:
+            self._lengths |= {f"replay/dropped_response_tokens_{name}": n for name, n in quantiles(dropped).items()}
         self._arrived_groups, self._arrived_tokens = sums["groups"] + sums["failed"], sums["tokens"]
         if self._arrived_groups:
             self._means["reward/failed_ratio"] = sums["failed"] / self._arrived_groups
         if sums["groups"]:
+            sampled, self._sampled = self._sampled, []
+            self._lengths |= {f"rollout/response_tokens_{name}": n for name, n in quantiles(sampled).items()}
             self._means |= {
                 "reward/mean": sums["reward"] / sums["groups"],
                 "filter/kept_ratio": sums["kept"] / max(1, sums["verdicts"]),
@@ -243,3 +284,10 @@ class Accounts:
             "replay/trained_response_tokens_mean": counts.tokens["trained"] / counts.completions["trained"],
             "replay/dropped_response_tokens_mean": counts.tokens["expired"] / max(1, counts.completions["expired"]),
         }
+
+
+def in_flight(metrics: Mapping[str, float]) -> float:
+    """Of the tokens sampled so far, as of each worker's last heartbeat or answer, those without any end: of running
+    leases and evaluations."""
+    ended = sum(metrics[f"replay/tokens_{end}"] for end in (*TOKEN_ENDS, *WORKERS_ENDS))
+    return metrics["rollout/tokens"] - ended - metrics["replay/tokens_held"]

@@ -25,11 +25,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from asyncdapo import faults
+from asyncdapo.accounting.clock import Spans
 from asyncdapo.errors import RunError
 from asyncdapo.eval_messages import EvalAnswer, EvalRequest
 from asyncdapo.messages import Prompt
 from asyncdapo.replay.core.waits import why_waiting
 from asyncdapo.replay.ledger.journal import Journal
+from asyncdapo.replay.server.accounts import in_flight
 from asyncdapo.replay.server.dispatch import Dispatch, MakeState
 from asyncdapo.replay.server.sessions import Session, Sessions
 from asyncdapo.replay.server.settings import ServerSettings
@@ -38,6 +40,8 @@ from asyncdapo.shares import CutWanted
 from asyncdapo.transport.keys import ServerKeys
 from asyncdapo.transport.sockets import Server
 
+STATES = ("workers", "learner", "commands", "clock")
+"""On whose behalf the server works; `idle` is the rest of its time."""
 MAX_TOGETHER = 64
 """Most messages of workers in one transaction."""
 
@@ -65,7 +69,11 @@ class ReplayServer:
         self._num_ranks = settings.dealer.num_ranks
         self._sessions = Sessions(settings.stall_ticks, settings.totals)
         self._dispatch = Dispatch(settings, make_state, journal, self._sessions, prompt_at)
+        self._sessions.count_tokens_from(self._dispatch.accounts.num_tokens)
         self._workers = Workers(settings, self._dispatch, self._sessions, journal)
+        self._spans = Spans(STATES, rest="idle")
+        self._spans.begin()
+        self._totals = settings.totals
         rollout_port, learner_port = ports
         self._rollout_socket = Server(FromWorker, host, port=rollout_port, curve=curve)
         self._learner_socket = Server(CutWanted, host, port=learner_port, curve=curve)
@@ -124,21 +132,27 @@ class ReplayServer:
     async def trained(self, step: int, summary: Mapping[str, float]) -> dict[str, float]:
         """Batch `step` was trained on; `summary` is the learner's report. Returns the metrics of the step that
         docs/metrics.md lists: reward/…, filter/…, rollout/…, replay/…"""
+        with self._spans.on("commands"):
+            replay, workers = self._dispatch.trained(step, summary), self._sessions.totals()
         return {
-            **self._dispatch.trained(step, summary),
-            **self._sessions.totals(),
+            **replay,
+            **workers,
+            "replay/tokens_in_flight": in_flight({**replay, **workers}),
+            **self._times(),
             **{f"replay/{name}": number for name, number in self._dispatch.state.gauges().items()},
             **{f"replay/{what}": number for what, number in self._workers.dropped.items()},
         }
 
     async def published(self, version: int) -> None:
         """The send of `version` is over."""
-        self._dispatch.published(version)
+        with self._spans.on("commands"):
+            self._dispatch.published(version)
 
     async def covered(self, step: int) -> None:
         """A checkpoint of `step` exists. Payloads that nothing can need any more are freed."""
-        self._journal.covered(step)
-        self._journal.fold()
+        with self._spans.on("commands"):
+            self._journal.covered(step)
+            self._journal.fold()
 
     async def evaluate(self, requests: Sequence[EvalRequest], share: float) -> list[EvalAnswer]:
         """All answers, in the order of requests and prompts. The evaluation takes at most `share` of all slots. The
@@ -172,6 +186,11 @@ class ReplayServer:
             "dropped": dict(self._workers.dropped),
             **state.gauges(),
         }
+
+    def _times(self) -> dict[str, float]:
+        """Of this server and of those before it, as of the line from which it counts."""
+        times = {f"replay/time/{state}_s": seconds for state, seconds in self._spans.totals().items()}
+        return {name: self._totals.get(name, 0.0) + seconds for name, seconds in times.items()}
 
     def _describe(self, session: Session) -> dict[str, float]:
         """What a worker said last. `stalled`: leases in a row that stalled there, so its engine may hang."""
@@ -209,7 +228,7 @@ class ReplayServer:
         after it, since no other task runs before its end."""
         while True:
             messages = await self._rollout_socket.receive_some(MAX_TOGETHER)
-            with self._dispatch.together():
+            with self._spans.on("workers"), self._dispatch.together():
                 for message in messages:
                     self._workers.hear(*message)
 
@@ -217,7 +236,8 @@ class ReplayServer:
         while True:
             peer, message, _ = await self._learner_socket.receive()
             if isinstance(message, CutWanted) and self._can_be(message):
-                self._dispatch.want_batch(peer, message)
+                with self._spans.on("learner"):
+                    self._dispatch.want_batch(peer, message)
             else:
                 self._workers.dropped["malformed"] += 1
                 log.warning("on the learner's socket: %s", message)
@@ -236,7 +256,7 @@ class ReplayServer:
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(self._heartbeat_s)
-            with self._dispatch.together():
+            with self._spans.on("clock"), self._dispatch.together():
                 self._workers.tick()
 
     async def _fail(self) -> None:

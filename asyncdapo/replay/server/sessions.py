@@ -28,6 +28,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from asyncdapo.messages import Heartbeat, Hello, Progress, Prompt
+from asyncdapo.replay.server.pace import Pace, spread
 
 SUSPECT_TICKS = 5
 LOST_TICKS = 15
@@ -37,16 +38,29 @@ MAX_UNLISTED = 2
 """One heartbeat may have crossed the lease or the evaluation request on its way."""
 GAUGES = {
     "tokens": "rollout/tokens",
-    "busy_s": "rollout/busy_s",
-    "idle_s": "rollout/idle_s",
+    "late_tokens": "replay/tokens_late",
+    "probe_tokens": "replay/tokens_probe",
+    "time/generate_s": "rollout/time/generate_s",
+    "time/load_s": "rollout/time/load_s",
+    "time/environment_s": "rollout/time/environment_s",
+    "time/score_s": "rollout/time/score_s",
+    "time/send_s": "rollout/time/send_s",
+    "time/lease_s": "rollout/time/lease_s",
+    "running_s": "rollout/running_s",
+    "waiting_s": "rollout/waiting_s",
+    "unsent_s": "rollout/unsent_s",
+    "cpu_s": "rollout/cpu_s",
+    "verifier_busy_s": "reward/time/busy_s",
+    "verifier_idle_s": "reward/time/idle_s",
+    "verifier_queue_s": "reward/queue_s",
     "environment_s": "environment/wait_s",
     "environment_timeouts": "environment/timeouts",
     "environment_repeats": "environment/repeats",
     "host_restarts": "environment/host_restarts",
 }
 """Counters of a worker, as metrics. They are summed over all workers and all their sessions."""
-ALWAYS = ("rollout/tokens", "rollout/busy_s", "rollout/idle_s")
-"""Those of every worker; the others are of environments."""
+ALWAYS = tuple(name for name in GAUGES.values() if name.startswith(("rollout/", "replay/")))
+"""Those of every worker; the others are of verifiers or environments."""
 
 
 @dataclass(kw_only=True)
@@ -100,6 +114,7 @@ class Session:
     """The totals already contain the counters of its first heartbeat."""
     num_stalled: int = 0
     """Leases in a row that stalled here."""
+    pace: Pace = field(default_factory=Pace)
 
     @property
     def owed(self) -> int:
@@ -155,9 +170,15 @@ class Sessions:
         return self._past_gauges[gauge] + sum(session.gauges.get(gauge, 0.0) for session in self._by_worker.values())
 
     def totals(self) -> dict[str, float]:
-        """The metrics of `GAUGES`; those that not every worker has, once one has them."""
+        """The metrics of `GAUGES`, those that not every worker has, once one has them; and how fast workers are."""
         known = self._past_gauges.keys() | {gauge for session in self._by_worker.values() for gauge in session.gauges}
-        return {metric: self.total(gauge) for gauge, metric in GAUGES.items() if gauge in known}
+        totals = {metric: self.total(gauge) for gauge, metric in GAUGES.items() if gauge in known}
+        return totals | spread((session.worker, session.pace) for session in self.live)
+
+    def count_tokens_from(self, num_tokens: int) -> None:
+        """So many tokens are accounted for at the start. Those that workers of an earlier server are sampling come
+        with their first heartbeats."""
+        self._past_gauges["tokens"] = num_tokens
 
     # ------------------------------------------------------------------------------------------------- begin and end
 
@@ -217,7 +238,7 @@ class Sessions:
     def note_heartbeat(self, session: Session, heartbeat: Heartbeat) -> Findings:
         """Update credits, gauges and progress."""
         session.asked = max(session.asked, heartbeat.asked)
-        engine_moved = self._note_gauges(session, heartbeat.gauges)
+        engine_moved = self._note_gauges(session, heartbeat)
         held = self.held_by(session.worker)
         findings = Findings([lease_id for lease_id in heartbeat.progress if lease_id not in held], [], [])
         for lease_id, lease in held.items():
@@ -233,13 +254,23 @@ class Sessions:
                 findings.started.append((lease_id, progress.started_version))
         return findings
 
-    def _note_gauges(self, session: Session, gauges: Mapping[str, float]) -> bool:
+    def note_answer(self, session: Session, num_tokens: int) -> None:
+        """A group or an answer has arrived, with so many tokens that no heartbeat had yet. The next one has them; the
+        worker may die before it."""
+        session.gauges["tokens"] = session.gauges.get("tokens", 0.0) + num_tokens
+
+    def _note_gauges(self, session: Session, heartbeat: Heartbeat) -> bool:
         """Update the gauges. Returns whether the worker's engine has sampled a token since the last heartbeat."""
-        tokens_before = session.gauges.get("tokens", 0.0)
+        gauges, tokens_before = heartbeat.gauges, session.gauges.get("tokens", 0.0)
         session.gauges = {name: gauges[name] for name in GAUGES if math.isfinite(gauges.get(name, math.nan))}
         if session.counted_before:
             self._past_gauges.subtract(session.gauges)
+            running = sum(progress.num_tokens for progress in heartbeat.progress.values())
+            self._past_gauges["tokens"] += tokens_before + running
             session.counted_before = False
+        else:  # an answer may have been ahead of a heartbeat that was sent before it
+            session.gauges["tokens"] = max(tokens_before, session.gauges.get("tokens", 0.0))
+        session.pace.note(session.gauges)
         return session.gauges.get("tokens", 0.0) > tokens_before
 
     def _note_progress(self, lease: HeldLease, progress: Progress, engine_moved: bool) -> None:

@@ -252,6 +252,7 @@ class Workers:
         except BadGroup as problem:
             self._reject(session, group.lease_id, str(problem))
             return
+        self._sessions.note_answer(session, group.num_sampled_tokens - lease.num_tokens)
         dispatch.apply(arrival(group), arrived=(group, payload))
 
     def _take_failure(self, session: Session, failure: GroupFailed) -> None:
@@ -298,7 +299,7 @@ class Workers:
             return
         if evaluation is None:
             return
-        self._dispatch.accounts.count_evaluation(done.answers)
+        self._sessions.note_answer(session, self._dispatch.accounts.count_evaluation(done.answers))
         if evaluation.done:
             self._answered[evaluation].set()
         self.offer_all()

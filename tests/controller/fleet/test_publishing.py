@@ -45,7 +45,7 @@ class FakeProcess:
         answers = {
             "device": f"cuda {self.name} on x",
             "host_weights": ("127.0.0.1:1", "manifest"),
-            "send_weights": {"seconds": 0.5, "bytes": 100},
+            "send_weights": {"seconds": 0.5, "gather_s": 0.2, "bytes": 100},
             "receive_weights": self.seconds,
         }
         return answers.get(command)
@@ -103,6 +103,8 @@ def test_a_publish_reports_bytes_and_the_slowest_of_each_part() -> None:
     metrics = asyncio.run(made.publish())
     assert metrics == {
         "weights/publish_s": 0.5,
+        "weights/gather_s": 0.2,
+        "weights/send_s": 0.3,
         "weights/bytes": 100,
         "weights/receive_s": 2.0,
         "weights/pause_s": 0.25,
