@@ -64,11 +64,11 @@ class WorkerAccount:
         self._probe_tokens += num_tokens
 
     def gauges(self) -> dict[str, float]:
-        """Cumulative: `time/STATE_s` of each state; `running_s` of slots in use, `waiting_s` of sequences without a
+        """Cumulative: `STATE_time_s` of each state; `running_s` of slots in use, `waiting_s` of sequences without a
         slot, `unsent_s` of answers; `cpu_s` of this process; `late_tokens`, `probe_tokens`."""
         seconds = self._clock.totals()
         return {
-            **{f"time/{state}_s": seconds.get(state, 0.0) for state in STATES},
+            **{f"{state}_time_s": seconds.get(state, 0.0) for state in STATES},
             "running_s": self._running.total(),
             "waiting_s": self._waiting.total(),
             "unsent_s": self._unsent.total(),

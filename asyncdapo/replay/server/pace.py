@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 HEARTBEATS = 10
 MIN_WORKING_S = 1.0
 """Less says nothing."""
-WITHOUT_LEASE = "time/lease_s"
+WITHOUT_LEASE = "lease_time_s"
 
 
 class Pace:
@@ -26,7 +26,7 @@ class Pace:
     def note(self, gauges: Mapping[str, float]) -> None:
         """One heartbeat."""
         working_s = sum(
-            seconds for name, seconds in gauges.items() if name.startswith("time/") and name != WITHOUT_LEASE
+            seconds for name, seconds in gauges.items() if name.endswith("_time_s") and name != WITHOUT_LEASE
         )
         self._latest.append((gauges.get("tokens", 0.0), working_s))
 

@@ -40,12 +40,12 @@ GAUGES = {
     "tokens": "rollout/tokens",
     "late_tokens": "replay/tokens_late",
     "probe_tokens": "replay/tokens_probe",
-    "time/generate_s": "rollout/time/generate_s",
-    "time/load_s": "rollout/time/load_s",
-    "time/environment_s": "rollout/time/environment_s",
-    "time/score_s": "rollout/time/score_s",
-    "time/send_s": "rollout/time/send_s",
-    "time/lease_s": "rollout/time/lease_s",
+    "generate_time_s": "rollout/time/generate_s",
+    "load_time_s": "rollout/time/load_s",
+    "environment_time_s": "rollout/time/environment_s",
+    "score_time_s": "rollout/time/score_s",
+    "send_time_s": "rollout/time/send_s",
+    "lease_time_s": "rollout/time/lease_s",
     "running_s": "rollout/running_s",
     "waiting_s": "rollout/waiting_s",
     "unsent_s": "rollout/unsent_s",
@@ -266,7 +266,7 @@ class Sessions:
         if session.counted_before:
             self._past_gauges.subtract(session.gauges)
             running = sum(progress.num_tokens for progress in heartbeat.progress.values())
-            self._past_gauges["tokens"] += tokens_before + running
+            self._past_gauges["tokens"] += int(tokens_before) + running
             session.counted_before = False
         else:  # an answer may have been ahead of a heartbeat that was sent before it
             session.gauges["tokens"] = max(tokens_before, session.gauges.get("tokens", 0.0))
