@@ -33,6 +33,8 @@ SCHEMA_VERSION = 5
 FinishReason = Literal["stop", "length", "turns", "time"]
 """Of a completion. `length`: a limit on tokens cut it off. Of an episode alone: `turns`, it had as many as it may have;
 `time`, a step of its environment took too long."""
+Limit = Literal["length", "turns"]
+"""That an episode may reach."""
 Phase = Literal["waiting", "sampling", "environment", "sampled"]
 """Of a lease at its worker. `waiting`: none of its samples has a slot. `sampling`: some have. `environment`: none has,
 and some wait for their environments. `sampled`: all tokens are there, and it is being scored or waits for its

@@ -61,14 +61,16 @@ cached_plugin = functools.cache(load_plugin)
 
 
 def absolute_plugin(name: str) -> str:
-    """The same value for any working directory: a file's path is made absolute."""
-    where, _, attribute = name.rpartition(":")
-    return f"{Path(where).absolute()}:{attribute}" if where.endswith(".py") else name
+    """The same value for any working directory: a file's path is made absolute. A kind in front, as in
+    `agent:path/to/file.py:name`, stays."""
+    before, _, attribute = name.rpartition(":")
+    kind, colon, where = before.rpartition(":")
+    return f"{kind}{colon}{Path(where).absolute()}:{attribute}" if where.endswith(".py") else name
 
 
 def plugin_digest(key: str, name: str) -> str:
     """Digest of the source file that the value names, not of what the file imports."""
-    where, _, _ = name.rpartition(":")
+    where = name.rpartition(":")[0].rpartition(":")[2]
     try:
         module = None if where.endswith(".py") else importlib.util.find_spec(where)
         return sha256_of(Path((module and module.origin) or where))

@@ -7,6 +7,7 @@ from typing import Annotated
 
 from msgspec import Meta
 
+from asyncdapo.environment.in_host.loading import AGENT
 from asyncdapo.errors import ConfigError
 from asyncdapo.ranges import NonNegativeInt, PositiveFloat, PositiveInt
 
@@ -20,7 +21,8 @@ class EnvironmentConfig:
 
     path: str | None = None
     """Your environment's class: `path/to/file.py:Class` or `package.module:Class`, with the methods `reset` and `step`
-    ([environments](environments.md)). null is none: completions are judged by `reward.verifier`."""
+    ([environments](environments.md)); or `agent:path/to/file.py:run`, a function that calls the model by itself. null
+    is none: completions are judged by `reward.verifier`."""
     processes: PositiveInt = 1
     """Host processes of each rollout worker, in which environments run."""
     concurrency: PositiveInt = 16
@@ -43,8 +45,8 @@ class EnvironmentConfig:
     """Interpreter of the hosts, such as that of another virtual environment. null is the run's own."""
 
     def __post_init__(self) -> None:
-        if self.path is not None and ":" not in self.path:
-            fix = "path/to/file.py:Class or package.module:Class"
+        if self.path is not None and ":" not in self.path.removeprefix(AGENT):
+            fix = "path/to/file.py:Class or package.module:Class, or agent:path/to/file.py:function"
             raise ConfigError("environment.path", "names no class", self.path, fix)
         if self.step_timeout_s > self.max_seconds:
             problem = f"must be at most environment.max_seconds ({self.max_seconds:g})"
@@ -54,3 +56,8 @@ class EnvironmentConfig:
     def enabled(self) -> bool:
         """Whether completions are episodes."""
         return self.path is not None
+
+    @property
+    def is_agent(self) -> bool:
+        """Whether it is a program that calls the model by itself."""
+        return self.path is not None and self.path.startswith(AGENT)

@@ -12,7 +12,6 @@ import itertools
 import logging
 import os
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ import msgspec
 from msgspec import Struct
 
 from asyncdapo.child.process import START_TIMEOUT_S, ChildProcess, Launched
+from asyncdapo.environment.clock import Clock
 from asyncdapo.errors import RunError
 from asyncdapo.messages import Text
 
@@ -36,7 +36,7 @@ IN_ANOTHER_INTERPRETER = (
 MAX_ANSWER_BYTES = 1 << 24
 """More without the end of a line is nothing that a host says: the user's code has written to the socket."""
 
-Call = Literal["reset", "step", "end"]
+Call = Literal["reset", "step", "end", "run"]
 
 log = logging.getLogger("environment")
 
@@ -91,7 +91,7 @@ class HostProcess(ChildProcess):
     def __init__(self, launched: Launched, concurrency: int) -> None:
         super().__init__(launched, KIND, log)
         self._free = asyncio.Semaphore(concurrency)
-        self._calls: set[asyncio.Task[tuple[Answer | NoAnswer, float]]] = set()
+        self._calls: set[asyncio.Task[Answer | NoAnswer]] = set()
         self._numbers = itertools.count()
         self._pending: dict[int, asyncio.Future[Answer | NoAnswer]] = {}
         self._late: int | None = None
@@ -103,7 +103,7 @@ class HostProcess(ChildProcess):
         """A host that has loaded the environment. Raises RunError, with its last lines of output, if it can't."""
         host = await cls.connected(lambda launched: cls(launched, setup.concurrency), setup.command())
         try:
-            said = await host._ask(setup.message(), START_TIMEOUT_S)
+            said = await host._ask(setup.message(), Clock(START_TIMEOUT_S, START_TIMEOUT_S))
         except BaseException:
             host.kill()
             raise
@@ -116,10 +116,10 @@ class HostProcess(ChildProcess):
             how = f"no answer in {START_TIMEOUT_S:g} s"
         raise RunError(": ".join([how, *host.last_lines]))
 
-    async def call(self, episode: int, do: Call, given: Any, timeout_s: float) -> tuple[Answer | NoAnswer, float]:
-        """The environment's answer, and the seconds that it took, without the wait for other calls. A call whose caller
-        is cancelled is not withdrawn: its thread is in the user's code, and is bounded by its time-out."""
-        task = asyncio.create_task(self._call(episode, do, given, timeout_s))
+    async def call(self, episode: int, do: Call, given: Any, clock: Clock) -> Answer | NoAnswer:
+        """The environment's answer. The wait for other calls takes no time of the clock. A call whose caller is
+        cancelled is not withdrawn: its thread is in the user's code, and is bounded by the clock."""
+        task = asyncio.create_task(self._call(episode, do, given, clock))
         self._calls.add(task)
         task.add_done_callback(self._calls.discard)
         return await asyncio.shield(task)
@@ -136,23 +136,21 @@ class HostProcess(ChildProcess):
         else:
             drop()
 
-    async def _call(self, episode: int, do: Call, given: Any, timeout_s: float) -> tuple[Answer | NoAnswer, float]:
+    async def _call(self, episode: int, do: Call, given: Any, clock: Clock) -> Answer | NoAnswer:
         async with self._free:
-            began = time.monotonic()
-            answer = await self._ask({"episode": episode, "do": do, "given": given}, timeout_s)
-            return answer, time.monotonic() - began
+            return await self._ask({"episode": episode, "do": do, "given": given}, clock)
 
-    async def _ask(self, request: dict[str, Any], timeout_s: float) -> Answer | NoAnswer:
+    async def _ask(self, request: dict[str, Any], clock: Clock) -> Answer | NoAnswer:
         if not self.alive:
             return NoAnswer("none")
-        loop, number = asyncio.get_running_loop(), next(self._numbers)
-        answer = self._pending[number] = loop.create_future()
-        timer = loop.call_later(timeout_s, self._end_late, number)
+        number = next(self._numbers)
+        answer = self._pending[number] = asyncio.get_running_loop().create_future()
+        clock.begin(lambda: self._end_late(number))
         self._say(number, request)
         try:
             return await answer
         finally:
-            timer.cancel()
+            clock.end()
             del self._pending[number]
 
     def _say(self, number: int, request: dict[str, Any]) -> None:

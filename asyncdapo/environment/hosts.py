@@ -28,10 +28,11 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from asyncdapo.child.place import Place
+from asyncdapo.environment.clock import Clock
 from asyncdapo.environment.config import NUM_TRIES, EnvironmentConfig
 from asyncdapo.environment.host import KIND, Answer, Call, HostProcess, HostSetup, NoAnswer, log
 from asyncdapo.errors import EpisodeError, EpisodeOver, RunError
-from asyncdapo.messages import Text
+from asyncdapo.messages import Limit, Text
 
 CHARS_PER_TOKEN = 32
 """A text with more characters for each token of a full context can't fit it, and isn't sent."""
@@ -39,6 +40,8 @@ CHARS_PER_TOKEN = 32
 T = TypeVar("T")
 Row = dict[str, Any]
 Play = Callable[["Session"], Awaitable[T]]
+Excuse = Callable[[], Limit | None]
+"""The limit that a program which raises has run into; None: it has no excuse."""
 
 
 class _BeginAgainError(Exception):
@@ -66,7 +69,7 @@ class Session:
     ) -> None:
         self._host, self._number, self._row, self._config = host, number, row, config
         self._faults, self._counts = faults, counts
-        self._left_s = config.max_seconds
+        self._clock = Clock(config.step_timeout_s, config.max_seconds)
 
     async def reset(self) -> Text | None:
         """What the model reads first; None is the row's prompt."""
@@ -87,15 +90,29 @@ class Session:
         """The environment's metrics."""
         return (await self._call("end", None)).metrics
 
-    async def _call(self, do: Call, given: Any) -> Answer:
-        timeout_s = min(self._config.step_timeout_s, self._left_s)
-        answer, seconds = await self._host.call(self._number, do, given, timeout_s)
-        self._left_s = max(self._left_s - seconds, 0.0)
+    async def run(self, base_url: str, api_key: str, excuse: Excuse) -> tuple[float, dict[str, float]]:
+        """Reward and metrics of a program that calls the model by itself. Raises EpisodeOver: `time`, or what `excuse`
+        gives for a program that raises."""
+        given = {"row": self._row, "base_url": base_url, "api_key": api_key}
+        answer = await self._call("run", given, excuse)
+        return answer.reward, answer.metrics
+
+    def set_busy(self, busy: bool) -> None:
+        """Whether the model works for the program, which takes none of its time."""
+        if busy:
+            self._clock.stand_still()
+        else:
+            self._clock.go_on()
+
+    async def _call(self, do: Call, given: Any, excuse: Excuse = lambda: None) -> Answer:
+        answer = await self._host.call(self._number, do, given, self._clock)
         if isinstance(answer, NoAnswer):
             raise self._without_answer(do, answer)
         if answer.broke:
             raise EpisodeError(answer.broke)
         if answer.raised:
+            if reached := excuse():
+                raise EpisodeOver(reached)
             self._faults.num_raised += 1
             if self._faults.num_raised > self._config.retries:
                 raise EpisodeError(answer.raised)
@@ -109,7 +126,7 @@ class Session:
         faults.num_died += answer.fault == "died"
         if answer.fault == "none" or faults.num_slow + faults.num_died < NUM_TRIES:
             return _BeginAgainError()
-        if answer.fault == "slow" and do == "step":
+        if answer.fault == "slow" and do in ("step", "run"):
             self._counts["timeouts"] += 1
             log.warning("an episode counts as wrong: a step took too long, the second time alone in a host")
             return EpisodeOver("time")

@@ -18,8 +18,9 @@ MAX_CONTEXT = 1000
 
 @asynccontextmanager
 async def hosting(name: str = "Plain", **keys: Any) -> AsyncIterator[Hosts]:
-    """The hosts of an environment in `hostile.py`. None of their processes is left at the end."""
-    config = EnvironmentConfig(path=f"{FILE}:{name}", **({"step_timeout_s": 20.0} | keys))
+    """The hosts of an environment in `hostile.py`, or at a path. None of their processes is left at the end."""
+    path = name if ":" in name else f"{FILE}:{name}"
+    config = EnvironmentConfig(path=path, **({"step_timeout_s": 20.0} | keys))
     hosts = Hosts(config, MAX_CONTEXT)
     await hosts.start()
     pids = hosts.pids()

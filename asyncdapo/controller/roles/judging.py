@@ -6,7 +6,7 @@ are the verdict.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from asyncdapo.config.config import Config
@@ -15,8 +15,10 @@ from asyncdapo.model.tokenizer import TextTokenizer
 from asyncdapo.model.turn_encoder import turn_encoder
 from asyncdapo.reward.pool import ScorerPool
 from asyncdapo.reward.scorer import Scale, Scorer
+from asyncdapo.rollout.endpoint.endpoint import Endpoint
 from asyncdapo.rollout.engine import Engine
 from asyncdapo.rollout.episodes import Rollouts, SingleTurn
+from asyncdapo.rollout.several_turns.agents import Agents
 from asyncdapo.rollout.several_turns.attempt import TurnLimits
 from asyncdapo.rollout.several_turns.several_turns import SeveralTurns
 from asyncdapo.rollout.several_turns.steps import Steps
@@ -34,6 +36,18 @@ class Judging:
     """Processes at a time."""
     num_judged: Callable[[], int]
     """Answers of the processes so far. While it rises, they make progress."""
+    endpoint: Endpoint | None = None
+    """For programs that call the model by themselves."""
+
+    async def start(self) -> None:
+        """Raises RunError if a process can't be started."""
+        if self.endpoint is not None:
+            await self.endpoint.start()
+        await self.processes.start()
+
+    def ends(self) -> list[Awaitable[None]]:
+        """What never ends, unless it fails."""
+        return [] if self.endpoint is None else [self.endpoint.failed()]
 
 
 def make_judging(config: Config, engine: Engine, tokenizer: TextTokenizer) -> Judging:
@@ -63,10 +77,12 @@ def make_judging(config: Config, engine: Engine, tokenizer: TextTokenizer) -> Ju
 def _in_environments(config: Config, engine: Engine, tokenizer: TextTokenizer, scale: Scale) -> Judging:
     environment = config.environment
     hosts = Hosts(environment, config.max_context)
+    encoder = turn_encoder(tokenizer, config.prompts.chat_template, config.prompts.system_prompt)
+    endpoint = Endpoint(config.max_context) if environment.is_agent else None
     rollouts = SeveralTurns(
         engine,
         hosts,
-        Steps(turn_encoder(tokenizer, config.prompts.chat_template, config.prompts.system_prompt), tokenizer.decode),
+        Agents(endpoint) if endpoint else Steps(encoder, tokenizer.decode),
         scale.rate,
         TurnLimits(max_turns=environment.max_turns, max_context=config.max_context),
         environment.oversubscribe,
@@ -77,4 +93,5 @@ def _in_environments(config: Config, engine: Engine, tokenizer: TextTokenizer, s
         role="host",
         most=environment.processes + 1,  # one for an episode that is alone
         num_judged=lambda: hosts.num_calls,
+        endpoint=endpoint,
     )

@@ -45,7 +45,7 @@ class RolloutProcess(ProcessBase):
         await fitted.engine.start()
         tokenizer = load_tokenizer(config.model.tokenizer_files)
         judging = make_judging(config, fitted.engine, tokenizer)
-        await judging.processes.start()
+        await judging.start()
         worker = RolloutWorker(
             spec.index,
             config.rollout,
@@ -61,7 +61,8 @@ class RolloutProcess(ProcessBase):
 
     async def serve(self) -> None:
         """Generate and score; raises what ends the worker, the engine's own end included."""
-        ends = [asyncio.ensure_future(self.worker.run()), asyncio.ensure_future(self.engine.ended())]
+        waits = (self.worker.run(), self.engine.ended(), *self.judging.ends())
+        ends = [asyncio.ensure_future(wait) for wait in waits]
         try:
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
             for end in ends:

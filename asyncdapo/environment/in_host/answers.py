@@ -46,6 +46,15 @@ def check_messages(said: Any) -> None:
         )
 
 
+def graded(said: Any) -> Answer:
+    """What a program that calls the model returns: a reward, or (reward, metrics)."""
+    if not isinstance(said, tuple):
+        return {"reward": finite("a reward", said)}
+    if len(said) != 2:
+        raise BrokenContractError(f"returned a tuple of {len(said)}; (reward, metrics) has two")
+    return {"reward": finite("a reward", said[0]), "metrics": read_metrics(said[1])}
+
+
 def finite(what: str, value: Any) -> float:
     """The value as a number. Raises BrokenContractError if it isn't a finite one."""
     if isinstance(value, str | bytes):

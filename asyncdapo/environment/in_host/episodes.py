@@ -16,6 +16,7 @@ from asyncdapo.environment.in_host.answers import (
     BrokenContractError,
     describe,
     finite,
+    graded,
     observed,
     read_metrics,
 )
@@ -45,6 +46,8 @@ class Episodes:
         if do == "end":
             metrics = getattr(self._environments[episode], "metrics", None)
             return {"metrics": read_metrics(await self._call(metrics) if metrics else {})}
+        if do == "run":
+            return graded(await self._call(self._make, given["row"], given["base_url"], given["api_key"]))
         if do == "reset":
             environment = self._environments[episode] = await self._call(self._make)
             return observed(await self._call(environment.reset, given), self._max_chars)

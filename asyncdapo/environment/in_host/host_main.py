@@ -1,7 +1,7 @@
 """Main of a host process: `host_main PID`. PID is the worker's process.
 
     worker ──{"name", "import_path", "concurrency", "max_chars"}──▶ host ──{"call": 0, "raised"?}──▶ worker
-    worker ──{"call", "episode", "do": "reset" | "step" | "end" | "drop", "given"}──▶ host
+    worker ──{"call", "episode", "do": "reset" | "step" | "end" | "run" | "drop", "given"}──▶ host
            ◀──{"call", "observation", "reward", "metrics", "num_chars"}──  or {"call", "raised"}, {"call", "broke"}
 
 In: JSON lines on standard input, which is a socket. Out: an answer to each call, on the same socket, in the order in

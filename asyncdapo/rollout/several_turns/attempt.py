@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from msgspec.structs import replace
 
 from asyncdapo.errors import EpisodeOver
-from asyncdapo.messages import FinishReason, Prompt, Sampling
+from asyncdapo.messages import FinishReason, Limit, Prompt, Sampling
 from asyncdapo.rollout.engine import Engine, Priority, Request, Sample
 from asyncdapo.rollout.episodes import Episode, SampledContext, Turn, turn_of
 from asyncdapo.rollout.job import Job
@@ -67,7 +67,7 @@ class Attempt:
     def __init__(self, engine: Engine, wanted: Wanted, limits: TurnLimits, counts: Counts) -> None:
         """`counts`: of all attempts together."""
         self.wanted = wanted
-        self.limit: FinishReason | None = None
+        self.limit: Limit | None = None
         """The limit that cut off, or refused, the latest call; None: it wasn't."""
         self._engine, self._limits, self._counts = engine, limits, counts
         self._contexts: list[_Growing] = []

@@ -45,6 +45,10 @@ class Player(Protocol):
         """Raises EpisodeError, EngineError."""
         ...
 
+    def gauges(self) -> dict[str, float]:
+        """Cumulative counters."""
+        ...
+
 
 class SeveralTurns:
     """A completion is an episode in an environment. Each of its turns is a request to the engine."""
@@ -74,7 +78,7 @@ class SeveralTurns:
     def gauges(self) -> dict[str, float]:
         """Cumulative: `turns` sampled, `observed_tokens`, `environment_s` (summed over calls, waits included)."""
         counts = {key: self._counts[key] for key in ("turns", "observed_tokens", "environment_s")}
-        return counts | self._environments.gauges()
+        return counts | self._player.gauges() | self._environments.gauges()
 
     async def sample(
         self, job: Job, prompt: Prompt, seeds: Sequence[int], sampling: Sampling, priority: Priority

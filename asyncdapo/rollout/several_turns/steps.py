@@ -52,6 +52,9 @@ class Steps:
     def __init__(self, encoder: TurnEncoder, decode: Decode) -> None:
         self._encoder, self._decode = encoder, decode
 
+    def gauges(self) -> dict[str, float]:
+        return {}
+
     async def play(self, attempt: Attempt, session: Session) -> Episode:
         """Turn after turn, up to the end. Raises EpisodeError."""
         with attempt.in_environment():
