@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -160,6 +161,15 @@ def test_the_exit_code_of_a_launch_becomes_its_error(
         asyncdapo.launch(_program(monkeypatch, tmp_path, code))
 
 
+@pytest.fixture
+def ctrl_c_raises() -> Iterator[None]:
+    """Also if these tests were started in the background, where shells have it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c_raises")
 def test_ctrl_c_is_passed_on_and_waited_for(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -22,6 +22,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from asyncdapo.model.type_defaults import with_defaults
+
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 """`model_type`s whose formulas are known; those that the torch engine computes."""
 
@@ -207,7 +209,8 @@ def read_shape(config: Mapping[str, Any]) -> Shape | None:
     kind = config.get("model_type")
     if kind not in MODEL_TYPES or not config.keys() >= SIZES:
         return None
-    heads, biases = config["num_attention_heads"], config.get("attention_bias", False)
+    config = with_defaults(config)
+    heads, biases = config["num_attention_heads"], config["attention_bias"]
     return Shape(
         num_layers=config["num_hidden_layers"],
         hidden_size=config["hidden_size"],
@@ -216,7 +219,7 @@ def read_shape(config: Mapping[str, Any]) -> Shape | None:
         num_kv_heads=config.get("num_key_value_heads") or heads,
         head_dim=config.get("head_dim") or config["hidden_size"] // heads,
         vocab_size=config["vocab_size"],
-        tied_embeddings=config.get("tie_word_embeddings", False),
+        tied_embeddings=config["tie_word_embeddings"],
         qkv_bias=biases or kind == "qwen2",
         out_bias=biases,
         mlp_bias=config.get("mlp_bias", False),

@@ -1,7 +1,7 @@
-"""Which tokens end a model's responses, and the model's config with the defaults of its type.
+"""Which tokens end a model's responses.
 
-In: the files of a model, and of its tokenizer where that isn't the model's own. Out: a config, token ids. Does not own:
-where the files are (`model.files`).
+In: the files of a model, and of its tokenizer where that isn't the model's own. Out: token ids. Does not own: where the
+files are (`model.files`).
 """
 
 from __future__ import annotations
@@ -11,30 +11,21 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
-from transformers import AutoConfig, PretrainedConfig
 
 from asyncdapo.errors import ConfigError
 from asyncdapo.model.files import ModelFiles, TokenizerFiles
-from asyncdapo.model.location import TOKENIZER
+from asyncdapo.model.location import CONFIG, TOKENIZER
+from asyncdapo.model.shape import MODEL_TYPES
+from asyncdapo.model.type_defaults import with_defaults
 
 SPECIAL_TOKEN_FILES = ("tokenizer_config.json", "special_tokens_map.json")
 
 
-def read_config(files: ModelFiles) -> PretrainedConfig:
-    """`config.json` with the defaults of its model type. Raises ConfigError for one that can't be read."""
-    try:
-        return AutoConfig.from_pretrained(files.directory)
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(files.key, f"config.json can't be used: {error}", files.path) from error
-
-
-def stop_token_ids(
-    files: ModelFiles, config: PretrainedConfig, tokenizer: TokenizerFiles | None = None
-) -> frozenset[int]:
+def stop_token_ids(files: ModelFiles, tokenizer: TokenizerFiles | None = None) -> frozenset[int]:
     """End-of-sequence ids of `generation_config.json`, of `config.json` (either may hold a list) and of the tokenizer,
     together: a model that was taught to chat often names the end of a turn in only one of them. `tokenizer`: where it
     isn't the model's own; downloaded if need be. Raises ConfigError for files that can't be read."""
-    found = [getattr(config, "eos_token_id", None)]
+    found = [_of_config(files)]
     generation = files.directory / "generation_config.json"
     if generation.is_file():
         found.append(_read_object(files.key, generation).get("eos_token_id"))
@@ -45,6 +36,19 @@ def stop_token_ids(
     for value in found:
         ids.update([value] if isinstance(value, int) else value or [])
     return frozenset(ids)
+
+
+def _of_config(files: ModelFiles) -> int | list[int] | None:
+    """As config.json says, or else its model type."""
+    config = _read_object(files.key, files.directory / CONFIG)
+    if config.get("model_type") in MODEL_TYPES:
+        return with_defaults(config).get("eos_token_id")
+    from transformers import AutoConfig  # knows all types, and takes seconds
+
+    try:
+        return getattr(AutoConfig.from_pretrained(files.directory), "eos_token_id", None)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(files.key, f"config.json can't be used: {error}", files.path) from error
 
 
 def _tokenizer_eos(key: str, directory: Path) -> int | None:

@@ -10,7 +10,7 @@ from asyncdapo.learner.config import LearnerConfig, LossConfig
 from asyncdapo.learner.step.learner import Learner
 from asyncdapo.model.config import ModelConfig
 from asyncdapo.model.files import ModelFiles
-from asyncdapo.model.stop_tokens import read_config, stop_token_ids
+from asyncdapo.model.stop_tokens import stop_token_ids
 from tests.learner.tiny import save
 
 START = Path(__file__).parents[2] / "configs" / "models" / "chain_start"
@@ -38,7 +38,7 @@ def test_chat_template_and_generation_config_of_the_model_are_kept(tmp_path):
     kept = GenerationConfig.from_pretrained(path)
     assert (kept.eos_token_id, kept.temperature, kept.top_k) == ([2, 5], 0.6, 20)
     files = ModelFiles(str(path))
-    assert stop_token_ids(files, read_config(files)) == {2, 5}
+    assert stop_token_ids(files) == {2, 5}
 
 
 def test_a_tokenizer_of_its_own_goes_into_the_checkpoint(tmp_path):
@@ -50,4 +50,4 @@ def test_a_tokenizer_of_its_own_goes_into_the_checkpoint(tmp_path):
     path = saved(ModelConfig(path=str(copy_start(tmp_path / "model")), tokenizer=str(other)), tmp_path / "run")
     assert AutoTokenizer.from_pretrained(path).chat_template == TEMPLATE
     files = ModelFiles(str(path))
-    assert stop_token_ids(files, read_config(files)) == {0, 2}
+    assert stop_token_ids(files) == {0, 2}

@@ -8,8 +8,8 @@ In: a configuration. Out: Ray started, and RayDied as soon as Ray fails. By itse
 GCS has died, with a message of its own, and never after its raylet has died. Invariant: a Ray that would listen on
 other interfaces, or without the token, is not used. Does not own: the session around it (`fleet/process`).
 
-Holds for Ray 2.52 to 2.60, of which it uses internals: whether this machine can be part of a cluster, and how settings
-are read again.
+Holds for Ray 2.52 to 2.60, of which it uses internals: whether this machine can be part of a cluster, how settings are
+read again, and which processes a node starts.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import Any
 
 import psutil
 import ray
-from ray._private import ray_constants
+from ray._private import node, ray_constants
 from ray._raylet import AuthenticationTokenLoader  # pyright: ignore[reportAttributeAccessIssue] (compiled, without a stub)
 from ray._raylet import Config as RaySettings  # pyright: ignore[reportAttributeAccessIssue] (compiled, without a stub)
 
@@ -47,6 +47,20 @@ SILENT_S = 30.0
 RESUME = "the same command resumes from the last checkpoint"
 
 
+class BareNode(node.Node):
+    """Starts no process of which actors make no use. Each takes half a second of a core, and `ray.init` waits for the
+    last one."""
+
+    def start_monitor(self) -> None:
+        """No autoscaler."""
+
+    def start_log_monitor(self) -> None:
+        """No output of workers on the driver's terminal: each has its log."""
+
+    def start_api_server(self, **_: object) -> None:
+        """No dashboard, and no statistics of use."""
+
+
 class RayDied(RunError):  # noqa: N818 - what happened to it, not a failure of ours
     """Ray has failed, and can't be shut down either."""
 
@@ -60,6 +74,7 @@ def start_own(**options: Any) -> Path:
     token.write_text(secrets.token_hex(32))
     os.environ.pop("RAY_AUTH_TOKEN", None)  # which would win
     _use({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)})
+    node.Node = BareNode
     ray_constants.ENABLE_RAY_CLUSTER = False  # a machine without clusters is what Ray keeps to loopback on
     own: dict[str, Any] = {
         "include_dashboard": False,

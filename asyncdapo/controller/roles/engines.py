@@ -8,7 +8,7 @@ from typing import Any
 
 from asyncdapo.config.config import Config
 from asyncdapo.model.config import ModelConfig
-from asyncdapo.model.stop_tokens import read_config, stop_token_ids
+from asyncdapo.model.stop_tokens import stop_token_ids
 from asyncdapo.plugins import is_plugin
 from asyncdapo.rollout.engine import Engine
 from asyncdapo.rollout.own_engine import engine_class
@@ -54,4 +54,4 @@ def _stop_token_ids(model: ModelConfig) -> list[int] | None:
     if model.tokenizer is None:
         return None
     model.files.fetch()
-    return sorted(stop_token_ids(model.files, read_config(model.files), model.tokenizer_files))
+    return sorted(stop_token_ids(model.files, model.tokenizer_files))

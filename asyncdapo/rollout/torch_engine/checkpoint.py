@@ -7,18 +7,20 @@ Does not own: the layout in which weights are computed with (`weights.py`).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import PretrainedConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from asyncdapo.errors import ConfigError
 from asyncdapo.model.files import WHOLE, ModelFiles
-from asyncdapo.model.shape import MODEL_TYPES, Shape, read_shape
-from asyncdapo.model.stop_tokens import read_config, stop_token_ids
+from asyncdapo.model.shape import MODEL_TYPES, SIZES, Shape, read_shape
+from asyncdapo.model.stop_tokens import stop_token_ids
+from asyncdapo.model.type_defaults import with_defaults
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Rotary variants whose frequencies don't depend on the length of the sequence."""
@@ -60,62 +62,60 @@ class Checkpoint:
 def read_checkpoint(model_path: str) -> Checkpoint:
     """Raises ConfigError for a directory that isn't there or a model that this engine doesn't compute."""
     files = ModelFiles(model_path)
-    files.fetch()
-    config = read_config(files)
+    directory = files.fetch()
+    config = with_defaults(files.config or {})
     _refuse_unknown(config, model_path)
-    frequencies_P, rotation_scale = _frequencies(config, model_path)
+    shape = _shape(config, model_path)
+    frequencies_P, rotation_scale = _frequencies(config, shape, directory)
     return Checkpoint(
         files=files,
-        shape=_shape(config),
+        shape=shape,
         frequencies_P=frequencies_P,
         rotation_scale=rotation_scale,
-        stop_token_ids=stop_token_ids(files, config),
+        stop_token_ids=stop_token_ids(files),
     )
 
 
-def _refuse_unknown(config: PretrainedConfig, model_path: str) -> None:
-    if config.model_type not in MODEL_TYPES:
+def _refuse_unknown(config: Mapping[str, Any], model_path: str) -> None:
+    if config.get("model_type") not in MODEL_TYPES:
         raise ConfigError(
             "model.path",
-            f"the torch engine doesn't know the model type {config.model_type!r}",
+            f"the torch engine doesn't know the model type {config.get('model_type')!r}",
             model_path,
             f"it computes {', '.join(MODEL_TYPES)}",
         )
-    layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if layer_types != {"full_attention"} or _sliding_window(config):
-        raise ConfigError("model.path", "the torch engine has no sliding window attention", model_path)
-    if config.hidden_act != "silu":
-        raise ConfigError("model.path", f"the torch engine has no activation {config.hidden_act!r}", model_path)
+    rope = config["rope_parameters"]
+    if set(config.get("layer_types") or ["full_attention"]) != {"full_attention"} or _sliding_window(config):
+        problem, fix = "the torch engine has no sliding window attention", ""
+    elif config["hidden_act"] != "silu":
+        problem, fix = f"the torch engine has no activation {config['hidden_act']!r}", ""
+    elif rope["rope_type"] not in ROPE_TYPES or rope.get("partial_rotary_factor", 1.0) != 1.0:
+        problem = f"the torch engine doesn't know the rope_parameters {rope}"
+        fix = f"it computes whole-head rotations of type {', '.join(ROPE_TYPES)}"
+    else:
+        return
+    raise ConfigError("model.path", problem, model_path, fix)
 
 
-def _sliding_window(config: PretrainedConfig) -> int | None:
-    if not getattr(config, "use_sliding_window", True):
-        return None
-    return getattr(config, "sliding_window", None)
+def _sliding_window(config: Mapping[str, Any]) -> int | None:
+    return config.get("sliding_window") if config.get("use_sliding_window", True) else None
 
 
-def _shape(config: PretrainedConfig) -> ModelShape:
-    sizes = read_shape(config.to_dict())
-    assert sizes is not None, f"{config.model_type} has no formula for its size"
-    return ModelShape(**asdict(sizes), max_positions=config.max_position_embeddings, norm_eps=config.rms_norm_eps)
+def _shape(config: Mapping[str, Any], model_path: str) -> ModelShape:
+    sizes = read_shape(config)
+    if sizes is None:
+        missing = ", ".join(sorted(SIZES - config.keys()))
+        raise ConfigError("model.path", f"config.json lacks {missing}", model_path)
+    return ModelShape(**asdict(sizes), max_positions=config["max_position_embeddings"], norm_eps=config["rms_norm_eps"])
 
 
-def _head_dim(config: PretrainedConfig) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
-def _frequencies(config: PretrainedConfig, model_path: str) -> tuple[torch.Tensor, float]:
+def _frequencies(config: Mapping[str, Any], shape: Shape, directory: Path) -> tuple[torch.Tensor, float]:
     """Rotary frequencies: Su et al. 2021 (default), and the scaled variants as Hugging Face computes them."""
-    rope = dict(config.rope_parameters)
-    kind = rope.get("rope_type", "default")
-    if kind not in ROPE_TYPES or rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ConfigError(
-            "model.path",
-            f"the torch engine doesn't know the rope_parameters {rope}",
-            model_path,
-            f"it computes whole-head rotations of type {', '.join(ROPE_TYPES)}",
-        )
-    if kind != "default":
-        return ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
-    dims_P = torch.arange(0, _head_dim(config), 2, dtype=torch.float32)
-    return 1.0 / rope["rope_theta"] ** (dims_P / _head_dim(config)), 1.0
+    rope = config["rope_parameters"]
+    if rope["rope_type"] != "default":
+        from transformers import AutoConfig  # takes seconds
+        from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+        return ROPE_INIT_FUNCTIONS[rope["rope_type"]](AutoConfig.from_pretrained(directory), torch.device("cpu"))
+    dims_P = torch.arange(0, shape.head_dim, 2, dtype=torch.float32)
+    return 1.0 / rope["rope_theta"] ** (dims_P / shape.head_dim), 1.0

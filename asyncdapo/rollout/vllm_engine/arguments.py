@@ -16,8 +16,6 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import PretrainedConfig
-
 from asyncdapo.errors import ConfigError
 from asyncdapo.model.shape import DTYPE_BYTES, settled_dtype
 from asyncdapo.rollout.config import RolloutConfig
@@ -52,7 +50,6 @@ def set_environment(config: RolloutConfig) -> None:
 
 def engine_args(
     directory: Path,
-    model: PretrainedConfig,
     config: RolloutConfig,
     *,
     max_context: int,
@@ -89,7 +86,7 @@ def engine_args(
         "worker_extension_cls": worker_extension,
         **_one_node(config),
         **(
-            _cpu_arguments(model, config, max_context)
+            _cpu_arguments(directory, config, max_context)
             if current_platform.is_cpu()
             else {"gpu_memory_utilization": memory_fraction, "enforce_eager": False}
         ),
@@ -124,22 +121,24 @@ def _one_node(config: RolloutConfig) -> dict[str, Any]:
     return {"distributed_executor_backend": "mp"} if config.tensor_parallel > 1 else {}
 
 
-def _cpu_arguments(model: PretrainedConfig, config: RolloutConfig, num_positions: int) -> dict[str, Any]:
+def _cpu_arguments(directory: Path, config: RolloutConfig, num_positions: int) -> dict[str, Any]:
     """Without CUDA there are no graphs to replay, and the machine's memory is shared with other processes."""
     from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
     # Otherwise vLLM compiles one small function of the sampler: 3 to 16 s for the first request, and later ones slower.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-    arguments = {"enforce_eager": True, "kv_cache_memory_bytes": _kv_cache_bytes(model, config, num_positions)}
+    arguments = {"enforce_eager": True, "kv_cache_memory_bytes": _kv_cache_bytes(directory, config, num_positions)}
     if config.tensor_parallel == 1:
         # Given by name ("uni"), the CPU build would start another process for the one worker: seconds at every start.
         arguments["distributed_executor_backend"] = UniProcExecutor
     return arguments
 
 
-def _kv_cache_bytes(model: PretrainedConfig, config: RolloutConfig, num_positions: int) -> int:
+def _kv_cache_bytes(directory: Path, config: RolloutConfig, num_positions: int) -> int:
     """Bytes of one process's KV cache: sequences of full length in all slots, and cached prompts."""
-    text = model.get_text_config()
+    from transformers import AutoConfig
+
+    text = AutoConfig.from_pretrained(directory).get_text_config()
     num_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     num_heads_here = -(-num_heads // config.tensor_parallel)

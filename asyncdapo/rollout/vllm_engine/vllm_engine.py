@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from asyncdapo.errors import EngineError
 from asyncdapo.model.files import ModelFiles
-from asyncdapo.model.stop_tokens import read_config, stop_token_ids
+from asyncdapo.model.stop_tokens import stop_token_ids
 from asyncdapo.rollout.config import RolloutConfig
 from asyncdapo.rollout.engine import Limits, LoadTimes, Priority, Request, Sample
 from asyncdapo.rollout.life import Life
@@ -140,12 +140,10 @@ class VllmEngine:
 
         files = ModelFiles(self._model_path)
         directory = files.fetch()
-        model = read_config(files)
         stop = self._stop_token_ids
-        stop = sorted(stop_token_ids(files, model)) if stop is None else stop
+        stop = sorted(stop_token_ids(files)) if stop is None else stop
         arguments = engine_args(
             directory,
-            model,
             self._config,
             max_context=self._max_context,
             memory_fraction=self._memory_fraction,

@@ -16,6 +16,7 @@ from asyncdapo.config.found import find_config
 from asyncdapo.config.run import ControllerConfig
 from asyncdapo.controller.fleet.placement import Placement, gpus_asked, learner_names, place, worker_names
 from asyncdapo.controller.fleet.process import Process, gpus_of_nodes, reserve
+from asyncdapo.controller.process.ray_servers import close_own, start_own
 from asyncdapo.controller.roles.base import ProcessSpec
 from asyncdapo.errors import ConfigError
 from asyncdapo.learner.config import LearnerConfig
@@ -240,9 +241,9 @@ class Sighted:
 @pytest.fixture(scope="module")
 def four_gpus() -> Iterator[None]:
     """Ray takes our word for them."""
-    ray.init(address="local", num_gpus=4, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+    home = start_own(num_gpus=4, logging_level="ERROR", log_to_driver=False)
     yield
-    ray.shutdown()
+    close_own(home)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from asyncdapo.errors import ConfigError
 from asyncdapo.model.files import ModelFiles, TokenizerFiles
-from asyncdapo.model.stop_tokens import read_config, stop_token_ids
+from asyncdapo.model.stop_tokens import stop_token_ids
 from asyncdapo.rollout.torch_engine.checkpoint import read_checkpoint
 from asyncdapo.rollout.torch_engine.weights import Weights
 
@@ -48,9 +48,9 @@ def test_the_end_token_of_the_tokenizer_stops_too(tmp_path):
 
 def test_another_tokenizer_says_its_own_end(tmp_path):
     files = ModelFiles(saved(random_model(eos_token_id=3), tmp_path))
-    assert stop_token_ids(files, read_config(files), TokenizerFiles(str(START))) == {2, 3}
+    assert stop_token_ids(files, TokenizerFiles(str(START))) == {2, 3}
     with pytest.raises(ConfigError, match="model.tokenizer: is neither a directory nor a tokenizer that the hub"):
-        stop_token_ids(files, read_config(files), TokenizerFiles("../no/such"))
+        stop_token_ids(files, TokenizerFiles("../no/such"))
 
 
 @pytest.mark.parametrize("name", ["generation_config.json", "tokenizer_config.json", "tokenizer.json"])
@@ -61,7 +61,7 @@ def test_a_file_of_stop_ids_that_cannot_be_read_is_named(tmp_path, name, content
         shutil.copy(START / file, tmp_path)
     (tmp_path / name).write_text(content)
     with pytest.raises(ConfigError, match=f"model.path: {name}"):
-        stop_token_ids(files, read_config(files))
+        stop_token_ids(files)
 
 
 def test_a_model_without_stop_ids_has_none(tmp_path):
