@@ -233,17 +233,26 @@ def _override(text: str) -> Any:
 
 def _resolved(tree: Any) -> dict[str, Any]:
     """Plain dictionaries with every `${section.key}` replaced. It may refer to a default as well."""
-    defaults = {
-        name: {f.name: f.default for f in dataclasses.fields(cls) if f.default is not dataclasses.MISSING}
-        for name, cls in SECTIONS.items()
-    }
-    return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.merge(_plain(defaults), tree), resolve=True))
+    defaults = DEFAULTS if _refers(OmegaConf.to_container(tree)) else REFERRING
+    return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.merge(defaults, tree), resolve=True))
+
+
+def _refers(value: Any) -> bool:
+    return "${" in repr(value)
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     return list(value) if isinstance(value, tuple) else value
+
+
+DEFAULTS: dict[str, dict[str, Any]] = {
+    name: {f.name: _plain(f.default) for f in dataclasses.fields(cls) if f.default is not dataclasses.MISSING}
+    for name, cls in SECTIONS.items()
+}
+REFERRING = {name: section for name, section in DEFAULTS.items() if _refers(section)}
+"""Those with a default that refers to a key of its own section. Merging all sections is most of the time of a load."""
 
 
 def config_from_dict(tree: dict[str, Any], places: Mapping[str, str] | None = None) -> Config:

@@ -27,6 +27,7 @@ def bench(*options: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
+@pytest.mark.soak  # a process of its own for each variant
 def test_a_run_prints_its_batch_its_formula_and_a_row_for_each_variant(tmp_path: Path) -> None:
     done = bench(*SMALL, "--json", str(tmp_path / "figures.json"))
     assert done.returncode == 0, done.stderr

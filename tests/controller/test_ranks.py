@@ -1,4 +1,5 @@
-"""Whole runs with a learner of several ranks: they train as one, and live and die as one."""
+"""Longer runs with a learner of several ranks: they train as one, and live and die as one. A short one is in
+`test_two_ranks`."""
 
 from __future__ import annotations
 
@@ -24,9 +25,9 @@ from tests.controller.interruptions import (
     wait_for_batch,
     wait_until,
 )
-from tests.controller.runs import FinishedRun, launch, started
+from tests.controller.runs import launch, started
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.soak, pytest.mark.timeout(600)]
 
 TWO = (*SHORT, "learner.ranks=2", "learner.shards=2", "learner.updates_per_step=2")
 EVERY = 3
@@ -41,24 +42,6 @@ def finish(run_dir: Path, output: str, num_branches: int) -> None:
     assert_nothing_lives(run_dir)
 
 
-def test_a_run_of_two_ranks_outlives_the_death_of_one(tmp_path: Path) -> None:
-    run_dir = tmp_path / "run"
-    with started(run_dir, *TWO, "run.steps=8") as process:
-        wait_for_batch(run_dir, 4, process)
-        before = processes(run_dir, "learner")
-        assert len(before) == 2
-        os.kill(before[1], signal.SIGKILL)
-        wait_until(lambda: len(processes(run_dir, "learner")) == 2 and processes(run_dir, "learner") != before, process)
-        assert not set(before) & set(processes(run_dir, "learner")), "the other one is started again, too"
-        output, _ = process.communicate(timeout=300)
-        assert process.returncode == 0, output
-    assert "learner-1: the process died" in (run_dir / "run.log").read_text()
-    assert [line["step"] for line in FinishedRun(run_dir, 0, output).lines] == list(range(9))
-    assert (run_dir / "logs" / "learner-1.log").exists()
-    finish(run_dir, output, num_branches=2)
-
-
-@pytest.mark.soak
 @pytest.mark.parametrize("point", ["learner-1.before_train:2", "learner-1.after_train:3", "learner.in_checkpoint:2"])
 def test_a_death_at_any_point_of_a_step_is_outlived(tmp_path: Path, point: str) -> None:
     run = launch(tmp_path / "run", *TWO, "run.steps=6", f"faults.kill=[{point}]")
@@ -67,7 +50,6 @@ def test_a_death_at_any_point_of_a_step_is_outlived(tmp_path: Path, point: str) 
     finish(run.dir, run.output, num_branches=2)
 
 
-@pytest.mark.soak
 @pytest.mark.parametrize(
     ("point", "num_branches"),
     [("learner.in_send_weights:3", 2), ("learner-1.in_give_shards:3", 2), ("rollout-0.in_load_weights:2", 1)],
@@ -80,7 +62,6 @@ def test_a_death_while_shards_are_published_is_outlived(tmp_path: Path, point: s
     finish(run.dir, run.output, num_branches=num_branches)
 
 
-@pytest.mark.soak
 @pytest.mark.parametrize("stopped", [0, 1])
 def test_a_rank_that_hangs_is_found_and_all_of_them_are_started_again(tmp_path: Path, stopped: int) -> None:
     run_dir, name = tmp_path / "run", ["learner", "learner-1"][stopped]
@@ -100,7 +81,6 @@ def test_a_rank_that_hangs_is_found_and_all_of_them_are_started_again(tmp_path: 
     finish(run_dir, output, num_branches=2)
 
 
-@pytest.mark.soak
 def test_ranks_killed_while_a_checkpoint_is_written_lose_what_is_promised_and_no_more(tmp_path: Path) -> None:
     run_dir, rng, written = tmp_path / "run", random.Random(0), []
     with started(run_dir, *TWO, "run.steps=100000", "controller.max_restarts=100") as process:
@@ -140,7 +120,6 @@ def num_branches(run_dir: Path) -> int:
     return query(run_dir, "SELECT COUNT(*) FROM branches")[0][0]
 
 
-@pytest.mark.soak
 def test_a_learner_that_dies_too_often_ends_the_run_with_the_rank_in_its_last_line(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     with started(run_dir, *TWO, "run.steps=100000", "controller.max_restarts=0") as process:
@@ -152,7 +131,6 @@ def test_a_learner_that_dies_too_often_ends_the_run_with_the_rank_in_its_last_li
     assert_nothing_lives(run_dir)
 
 
-@pytest.mark.soak
 def test_synchronous_and_deterministic_two_ranks_make_the_weights_of_one(tmp_path: Path) -> None:
     same = (*SHORT, "replay.run_ahead=0", "rollout.deterministic=true", "learner.updates_per_step=2", "run.steps=2")
     members = "SELECT step, prompt_id FROM groups WHERE step IS NOT NULL ORDER BY step, prompt_id"
@@ -172,7 +150,6 @@ def test_synchronous_and_deterministic_two_ranks_make_the_weights_of_one(tmp_pat
         assert apart < 0.01 * moved, name
 
 
-@pytest.mark.soak
 def test_a_run_resumes_with_another_number_of_ranks_and_shards(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     layouts = {3: (2, 2), 6: (4, 2), 9: (1, 1)}

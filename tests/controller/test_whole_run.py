@@ -20,7 +20,7 @@ from asyncdapo.learner.storage.checkpoint import checkpoint_dir
 from tests.controller.recomputed import assert_versions_are_true
 from tests.controller.runs import FinishedRun, command, copy_start_model, started, wait_for_step
 
-STEPS = 18
+STEPS = 16
 STALENESS = 3
 KEYS = """step time/wall_s time/total_s reward/mean reward/filtered_mean filter/kept_ratio replay/staleness_mean
 replay/staleness_max replay/queued rollout/tokens_per_s learner/tokens_per_s learner/waiting_ratio learner/loss
@@ -37,6 +37,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
         f"run.steps={STEPS}",
         "rollout.num_workers=2",
         "rollout.slots=4",
+        "rollout.group_size=8",
         "rollout.on_update=recompute",
         "replay.run_ahead=3",  # else too little runs when weights arrive
         f"replay.max_staleness={STALENESS}",
@@ -46,7 +47,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
         "learner.warmup_steps=0",
         "learner.checkpoint_every=1",
         "learner.keep_checkpoints=0",
-        "eval.every=4",
+        "eval.every=6",
         "eval.num_samples=2",
     ) as process:
         wait_for_step(folder / "run", 0, process)

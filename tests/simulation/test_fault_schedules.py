@@ -17,10 +17,10 @@ import pytest
 from tests.simulation.world import simulate
 
 FIRST = int(os.environ.get("SIMULATION_SEED", "0"))
-NUM_TESTS, NUM_SEEDS = 5, 250
-"""1,250 runs: about a quarter of a minute on one core."""
+NUM_TESTS, NUM_SEEDS = 5, 120
+"""600 runs: about eight seconds on one core."""
 NUM_ON_FILES = 40
-SOAK = 40
+SOAK = 80
 """A soak has so many times as many runs."""
 
 
