@@ -88,6 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     audit.set_defaults(command=_audit)
     _add_data(commands)
     _add_eval(commands)
+    _add_env(commands)
     export = commands.add_parser("export", help="copy the model of a checkpoint to a directory of its own")
     export.add_argument("source", metavar="RUN", help="a run (its newest undamaged checkpoint), or a checkpoint of it")
     export.add_argument("--out", metavar="DIR", type=Path, required=True, help="new directory to write to")
@@ -147,6 +148,28 @@ def _add_eval(commands: argparse._SubParsersAction) -> None:
     evaluate.add_argument("--out", metavar="DIR", type=Path, help="directory to write to")
     evaluate.add_argument("overrides", metavar="key=value", nargs="*", help="keys to change: eval.top_p=0.7")
     evaluate.set_defaults(command=_eval)
+
+
+def _add_env(commands: argparse._SubParsersAction) -> None:
+    env = commands.add_parser("env", help="check an environment for episodes of several turns")
+    actions = env.add_subparsers(required=True, metavar="ACTION")
+    check = actions.add_parser(
+        "check",
+        help="play two episodes with scripted responses, print their tokens and the first thing that is wrong",
+        description="Play two episodes with scripted responses in a real host, print what is sampled and what is "
+        "observed, token by token, and the first thing that is wrong. Needs a tokenizer, and no weights.",
+    )
+    check.add_argument("path", metavar="PATH", help="a config, or an environment: path/to/file.py:Class, with --config")
+    check.add_argument("--config", metavar="CONFIG", help="config for rows, tokenizer and limits, if PATH isn't one")
+    check.add_argument(
+        "--response",
+        metavar="TEXT",
+        dest="responses",
+        action="append",
+        help="what the model says, once for each turn; {answer} is the row's. Else: Answer: {answer}",
+    )
+    check.add_argument("overrides", metavar="key=value", nargs="*", help="keys to change: environment.max_turns=4")
+    check.set_defaults(command=_env_check)
 
 
 def _add_convert(commands: argparse._SubParsersAction) -> None:
@@ -240,6 +263,12 @@ def _data_prepare(args: argparse.Namespace) -> int:
 def _eval(args: argparse.Namespace) -> int:
     _hush_ray()
     from asyncdapo.controller.eval.command import command
+
+    return command(args)
+
+
+def _env_check(args: argparse.Namespace) -> int:
+    from asyncdapo.controller.commands.env_check import command
 
     return command(args)
 

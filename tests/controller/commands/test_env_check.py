@@ -1,0 +1,110 @@
+"""`asyncdapo env check`: the tokens of two scripted episodes, and the first thing that is wrong with an environment."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from asyncdapo.cli import main
+from asyncdapo.controller.commands.env_check import STYLES, check, make_config, printable
+from asyncdapo.errors import ConfigError
+from tests.docs.blocks import ROOT
+
+TOKENIZER = ROOT / "configs" / "models" / "tool_start"
+CALCULATOR = "asyncdapo.environment.calculator:Calculator"
+
+
+def checked(path: str, *responses: str, **options: object) -> str:
+    shown = io.StringIO()
+    console = Console(file=shown, width=200, highlight=False, soft_wrap=True, **options)  # pyright: ignore[reportArgumentType]
+    check(make_config(path, None, []), responses, console)
+    return shown.getvalue()
+
+
+def test_the_transcript_has_every_token_of_the_episodes_and_says_who_wrote_it() -> None:
+    first, second, last = checked("quickstart_tools", "12*12", "Answer: {answer}").rstrip().split("\n\n")
+    answer = re.search(r"answer (\d+)", first)
+    assert answer
+    assert first.splitlines()[2:] == [
+        "  sampled      6  12*12<eos>",
+        "  observed     4  144⏎",
+        f"  sampled      6  Answer: {answer[1]}<eos>",
+        "  stop after 2 turns; reward 1; calls 1",
+    ]
+    assert re.fullmatch(r"  observed     8  <bos>Q: \d\d\*\d\d⏎", first.splitlines()[1])
+    assert second.startswith("episode 2: product row ")
+    assert last == f"{CALCULATOR}: nothing is wrong in 2 episodes"
+
+
+def test_on_a_terminal_sampled_and_observed_tokens_differ_in_colour() -> None:
+    shown = checked("quickstart_tools", "12*12", "Answer: 1", force_terminal=True, color_system="standard")
+    colours = {word: re.search(rf"{word} +\d+  \x1b\[([\d;]+)m", shown) for word in STYLES}
+    assert colours["sampled"]
+    assert colours["observed"]
+    assert colours["sampled"][1] != colours["observed"][1]
+
+
+RAISES = "raise ValueError('no such city')"
+WRONG = [
+    (RAISES, "the environment failed on product row .*: step: ValueError: no such city"),
+    ("return None, float('nan')", "step: a reward is a finite number, got nan"),
+    ("return 'Kyōto'", "the tokenizer doesn't know all of an observation; the model reads 'Ky<unk>to'"),
+    ("return [{'role': 'user', 'content': '1'}]", "messages need prompts.chat_template"),
+    ("return '1' * 60", r"an episode was cut off: rollout.max_response_length \(32\) .* raise one"),
+    ("self.metrics = lambda: {'acc': 1.0}", "the environment's metric 'acc' needs another name"),
+]
+
+
+@pytest.mark.parametrize(("step", "problem"), WRONG)
+def test_the_first_thing_that_is_wrong_is_one_line_and_an_exit_code(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], step: str, problem: str
+) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(f"class Mine:\n    def reset(self, row): pass\n    def step(self, response):\n        {step}\n")
+    code = main(["env", "check", f"{path}:Mine", "--config", "quickstart_tools", "environment.max_context=80"])
+    said = capsys.readouterr().err
+    assert code == 2
+    assert re.fullmatch(rf"asyncdapo: {re.escape(str(path))}:Mine: .*{problem}.*\n", said)
+
+
+def test_a_template_that_writes_an_observation_by_what_was_said_before_is_told(tmp_path: Path) -> None:
+    for file in TOKENIZER.glob("tokenizer*.json"):
+        (tmp_path / file.name).write_text(file.read_text())
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    template = "{% for one in messages %}{{ messages[0].content }}{{ one.content }}{% endfor %}"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": template}))
+    overrides = [f"model.tokenizer={tmp_path}", "prompts.chat_template=true"]
+    config = make_config("quickstart_tools", None, overrides)
+    with pytest.raises(ConfigError, match="writes an observation differently after other words"):
+        check(config, ["1"], Console(file=io.StringIO()))
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        ([CALCULATOR], "needs the rows and the tokenizer of a config"),
+        (["quickstart_tools", "--config", "quickstart"], "is a config itself"),
+        (["quickstart"], "environment.path: names no environment to check"),
+        (["quickstart_tolls"], "did you mean quickstart_tools"),
+        ([f"{CALCULATOR}s", "--config", "quickstart_tools"], "has no attribute 'Calculators'"),
+    ],
+)
+def test_what_is_no_environment_is_told(capsys: pytest.CaptureFixture[str], words: list[str], problem: str) -> None:
+    assert main(["env", "check", *words]) == 2
+    said = capsys.readouterr().err
+    assert problem in said
+    assert said.count("\n") == 1
+
+
+@given(st.text())
+def test_no_text_moves_the_cursor(text: str) -> None:
+    shown = printable(text, indent=4)
+    assert all(char.isprintable() or char == "\n" for char in shown)
+    assert shown.count("⏎") >= text.count("\n")
