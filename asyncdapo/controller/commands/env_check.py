@@ -26,7 +26,7 @@ from rich.text import Text
 from asyncdapo.config.config import Config, load_config
 from asyncdapo.config.found import find_config
 from asyncdapo.controller.roles.judging import make_judging
-from asyncdapo.errors import ConfigError, EpisodeError, RunError, UserError, VerdictError
+from asyncdapo.errors import ConfigError, RunError, UserError
 from asyncdapo.eval_messages import EvalRequest
 from asyncdapo.messages import Prompt, Sampling, Score
 from asyncdapo.model.location import check_tokenizer_path
@@ -138,7 +138,7 @@ def check(config: Config, responses: Sequence[str], console: Console) -> None:
 
     try:
         asyncio.run(play_all())
-    except (EpisodeError, VerdictError, RunError) as error:
+    except RunError as error:
         raise UserError(f"{name}: {error}") from error
     console.print(f"{name}: nothing is wrong in {len(prompts)} episodes", markup=False)
 
