@@ -14,7 +14,8 @@
                  seq-mean-token-sum-norm  Σ_i S_i / (#i · L)                   Dr. GRPO
                  prompt-mean              Σ_g (Σ_{i∈g} S_i / Σ_{i∈g} n_i) / #g ScaleRL (Khatri et al., 2025, 2510.13786)
 
-`#i` and `#g` count only completions and prompts with a token; every denominator is at least 1, so that nothing is NaN.
+L bounds the sampled tokens of a completion, and of an episode those of all turns together, so that n_i ≤ L. `#i` and
+`#g` count only completions and prompts with a token; every denominator is at least 1, so that nothing is NaN.
 
     policy = policy_loss("ppo", logp_BT, old_logp_BT, advantages_BT, mask_BT, clip_low=0.2, clip_high=0.28)
     weights_N = aggregation_weights("token-mean", num_tokens_N, group_ids_N, copies_N, max_response_length=L)

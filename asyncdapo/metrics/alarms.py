@@ -17,6 +17,9 @@ BAD_UPDATES = "learner/bad_updates"
 ENTROPY = "learner/entropy"
 MIN_ENTROPY_SHARE = 0.1
 """Share of the first step's entropy. Below it a policy has nearly stopped exploring."""
+ALL_CORRECT = "filter/all_correct_ratio"
+MANY_CORRECT = 0.5
+"""Share of the groups that are all correct. From here on low entropy is what a nearly solved task has."""
 MIN_GROUPS = 100
 ARRIVED = "rollout/arrived_groups"
 
@@ -132,7 +135,7 @@ class Alarms:
                 yield limit.metric, limit.sentence(value) if limit.broken(value) else None
         entropy = _finite(line, ENTROPY)
         if entropy is not None:
-            yield ENTROPY, self._judge_entropy(entropy)
+            yield ENTROPY, self._judge_entropy(entropy, line.get(ALL_CORRECT, 0.0))
         num_bad = _finite(line, BAD_UPDATES)
         if num_bad is not None:
             yield BAD_UPDATES, self._judge_bad_updates(num_bad)
@@ -151,10 +154,10 @@ class Alarms:
         self._gathered[limit.metric] = num, counting
         return None
 
-    def _judge_entropy(self, entropy: float) -> str | None:
+    def _judge_entropy(self, entropy: float, all_correct: float) -> str | None:
         if self._first_entropy is None:
             self._first_entropy = entropy
-        if entropy >= MIN_ENTROPY_SHARE * self._first_entropy:
+        if entropy >= MIN_ENTROPY_SHARE * self._first_entropy or all_correct >= MANY_CORRECT:
             return None
         return _sentence(
             ENTROPY,

@@ -122,6 +122,14 @@ def test_dropped_groups_raise_nothing_before_the_run_has_enough() -> None:
     assert len(alarms.check(bad | {"filter/prompts_consumed": MIN_GROUPS})) == 1
 
 
+def test_low_entropy_is_no_alarm_while_most_prompts_are_solved_and_is_one_when_they_no_longer_are() -> None:
+    alarms = new_run()
+    low = SOUND | {"learner/entropy": 0.01}
+    assert alarms.check(low | {"filter/all_correct_ratio": 0.6}) == []
+    assert len(alarms.check(low | {"filter/all_correct_ratio": 0.4})) == 1
+    assert alarms.check(low | {"filter/all_correct_ratio": 0.3}) == []
+
+
 def test_the_entropy_of_the_first_step_is_the_first_one_that_is_known() -> None:
     alarms = Alarms({}, {})
     assert alarms.check({"learner/entropy": math.nan}) == []

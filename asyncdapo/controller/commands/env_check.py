@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -50,31 +51,30 @@ class ScriptedEngine:
     num_slots = 1
     num_outstanding = 0
     loaded_version = 0
+    stops_to_load = False
 
     def __init__(self, tokenizer: TextTokenizer, responses: Sequence[str]) -> None:
         self._tokenizer, self._responses = tokenizer, responses
-        self._turns: dict[int, int] = {}
-        self._answer = ""
+        self._answer, self._seed = "", 0
 
-    def begin(self, seed: int, answer: str, max_turns: int) -> None:
-        """The next episode's `seed`, and what stands for {answer}."""
-        self._answer = answer
-        self._turns = {sample_seed(seed, number): number for number in range(max_turns)}
+    def begin(self, answer: str, seed: int) -> None:
+        """The next episode: what stands for {answer}, and its seed, of which those of its turns are made."""
+        self._answer, self._seed = answer, seed
 
     async def generate(self, request: Request) -> list[Sample]:
-        return [self._sample(request, self._turns[seed]) for seed in request.seeds]
-
-    def _sample(self, request: Request, turn: int) -> Sample:
+        [seed] = request.seeds
+        turn = next(number for number in itertools.count() if sample_seed(self._seed, number) == seed)
         text = self._responses[min(turn, len(self._responses) - 1)].replace("{answer}", self._answer)
         token_ids = self._tokenizer.encode_more(text + self._tokenizer.end_of_turn)
         longest = request.sampling.max_tokens
         cut = np.array(token_ids[:longest], np.int32)
-        return Sample(
+        sample = Sample(
             token_ids=cut,
             logprobs=np.zeros(len(cut), np.float32),
             versions=[(0, len(cut))],
             finish_reason="length" if len(token_ids) > longest else "stop",
         )
+        return [sample]
 
     async def start(self) -> None: ...
 
@@ -129,7 +129,7 @@ def check(config: Config, responses: Sequence[str], console: Console) -> None:
         await judging.processes.start()
         try:
             for prompt in prompts:
-                engine.begin(prompt.prompt_id, prompt.answer, config.environment.max_turns)
+                engine.begin(prompt.answer, seed=prompt.prompt_id)
                 episode, score = await _play(judging.rollouts, prompt, config.rollout.max_response_length)
                 _print(console, tokenizer, prompt, episode, score)
                 _check_episode(config, tokenizer, episode)

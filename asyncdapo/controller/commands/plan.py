@@ -118,9 +118,10 @@ def _data_lines(config: Config) -> list[str]:
     if len(counts) == 1:
         return [f"{next(iter(prompts.weights), prompts.task)} ({counts[0]}), {judge}"]
     shares = whole_numbers([part.weight for part in task.parts])
+    names = prompts.weights if prompts.task == "file" else [part.name for part in task.parts]
     lines = [
-        f"{path} ({count}), {share} of every {sum(shares):,} prompts"
-        for path, count, share in zip(prompts.weights, counts, shares, strict=True)
+        f"{name} ({count}), {share} of every {sum(shares):,} prompts"
+        for name, count, share in zip(names, counts, shares, strict=True)
     ]
     return [*lines, judge]
 
@@ -204,12 +205,33 @@ def _step_lines(config: Config) -> list[str]:
         f"{replay.prompts_per_step:,} groups of {rollout.group_size} completions: {num_completions:,}, "
         f"at most {num_completions * rollout.max_response_length:,} sampled tokens; {num_updates:,} "
         f"{'update' if num_updates == 1 else 'updates'}",
-        f"{rollout.num_workers * rollout.slots:,} sequences at once, of at most "
-        f"{config.prompts.max_prompt_length:,} + {rollout.max_response_length:,} tokens",
+        f"{rollout.num_workers * rollout.slots:,} sequences at once, of at most {_lengths(config)}",
     ]
+    if config.environment.enabled:
+        lines += _turns_lines(config)
     if shape := config.model.files.shape:
         lines.append(f"at most {flop(step_flops(shape, config))} in the learner, if all are of that length")
     return lines
+
+
+def _lengths(config: Config) -> str:
+    if config.environment.enabled:
+        return f"{config.max_context:,} tokens, observations included"
+    return f"{config.prompts.max_prompt_length:,} + {config.rollout.max_response_length:,} tokens"
+
+
+def _turns_lines(config: Config) -> list[str]:
+    """How the context of an episode grows, and what that costs the engine, which reads it at each turn."""
+    most, sampled, rollout = config.environment.max_turns, config.rollout.max_response_length, config.rollout
+    under_way = int(rollout.num_workers * rollout.slots * config.environment.oversubscribe)
+    observed = max(0, config.max_context - config.prompts.max_prompt_length - sampled)
+    beside = f", beside {observed:,} observed ones behind the longest prompt" if observed else ""
+    return [
+        f"{under_way:,} episodes under way, each of at most {most:,} {'turn' if most == 1 else 'turns'} and "
+        f"{sampled:,} sampled tokens{beside}",
+        f"each turn reads what came before: at most {most * (config.max_context - 1):,} tokens of an episode, "
+        "less what the engine has cached",
+    ]
 
 
 def _staleness_lines(config: Config) -> list[str]:

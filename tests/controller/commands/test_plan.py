@@ -109,6 +109,52 @@ def test_a_plan_says_what_a_checkpoint_and_offload_take_of_the_host(qwen: str) -
     assert "AdamW" not in lines[1]
 
 
+TWO_PARTS = """
+from fractions import Fraction
+from asyncdapo.prompts.task import Part, Question
+
+def part(name, begin, end, weight):
+    return Part(name=name, rows=range(begin, end), weight=Fraction(weight))
+
+class Two:
+    num_eval_rows = 600
+    parts = [part("easy", 0, 3, 1), part("hard", 3, 10, 2)]
+    def __init__(self, config, num_eval, seed): pass
+    def question_at(self, row): return Question(text=f"Q: {row}", answer="1", source="two", row=row)
+    eval_question_at = question_at
+"""
+
+
+def test_a_task_of_yours_may_have_several_parts(tmp_path: Path) -> None:
+    (tmp_path / "two.py").write_text(TWO_PARTS)
+    assert sections_of(plan("quickstart", [f"prompts.task={tmp_path / 'two.py'}:Two"]))["data"] == [
+        "easy (3 questions), 1 of every 3 prompts",
+        "hard (7 questions), 2 of every 3 prompts",
+        "verifier answer",
+    ]
+
+
+def test_the_plan_of_episodes_has_their_context_in_the_lengths_and_the_memory() -> None:
+    def planned(*overrides: str) -> dict[str, list[str]]:
+        return sections_of(plan("quickstart_tools", ["prompts.max_prompt_length=48", *overrides]))
+
+    short = planned()
+    assert short["a step"][1:4] == [
+        "64 sequences at once, of at most 80 tokens, observations included",
+        "64 episodes under way, each of at most 8 turns and 32 sampled tokens",
+        "each turn reads what came before: at most 632 tokens of an episode, less what the engine has cached",
+    ]
+    long = planned("environment.max_context=200", "environment.max_turns=3", "environment.oversubscribe=1.5")
+    assert long["a step"][1:4] == [
+        "64 sequences at once, of at most 200 tokens, observations included",
+        "96 episodes under way, each of at most 3 turns and 32 sampled tokens, beside 120 observed ones behind the "
+        "longest prompt",
+        "each turn reads what came before: at most 597 tokens of an episode, less what the engine has cached",
+    ]
+    assert "KV cache of 64 x 80 tokens" in " ".join(short["memory"])
+    assert "KV cache of 64 x 200 tokens" in " ".join(long["memory"])
+
+
 def test_synchronous_training_has_the_bound_0() -> None:
     lines = sections_of(plan("quickstart", ["replay.run_ahead=0"]))["staleness"]
     assert lines == ["0: nothing is sampled while the learner trains (replay.run_ahead is 0)"]
