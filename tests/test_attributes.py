@@ -35,7 +35,7 @@ def methods_of(owner: ast.ClassDef) -> Iterator[ast.FunctionDef | ast.AsyncFunct
 
 def set_in(method: ast.FunctionDef | ast.AsyncFunctionDef) -> set[str]:
     """Names that the method assigns on its object, in functions inside of it too."""
-    me = method.args.args[0].arg
+    me = [*method.args.posonlyargs, *method.args.args][0].arg
     return {
         node.attr
         for node in ast.walk(method)

@@ -24,6 +24,7 @@ from asyncdapo.child.process import START_TIMEOUT_S, ChildProcess, Launched
 from asyncdapo.environment.clock import Clock
 from asyncdapo.errors import RunError
 from asyncdapo.messages import Text
+from asyncdapo.model.tool_calls import Tools
 
 KIND = "environment host"
 MAIN = "asyncdapo.environment.in_host.host_main"
@@ -36,7 +37,7 @@ IN_ANOTHER_INTERPRETER = (
 MAX_ANSWER_BYTES = 1 << 24
 """More without the end of a line is nothing that a host says: the user's code has written to the socket."""
 
-Call = Literal["reset", "step", "end", "run"]
+Call = Literal["reset", "step", "tools", "end", "run"]
 
 log = logging.getLogger("environment")
 
@@ -54,6 +55,8 @@ class Answer(Struct, frozen=True):
     """The environment's error."""
     broke: str = ""
     """How what it returned breaks the contract."""
+    tools: list[dict[str, Any]] = []
+    """JSON schemas of the environment's, once it is loaded."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,8 @@ class HostProcess(ChildProcess):
 
     def __init__(self, launched: Launched, concurrency: int) -> None:
         super().__init__(launched, KIND, log)
+        self.tools: Tools = ()
+        """What the model may call in every episode; known once the environment is loaded."""
         self._free = asyncio.Semaphore(concurrency)
         self._calls: set[asyncio.Task[Answer | NoAnswer]] = set()
         self._numbers = itertools.count()
@@ -108,6 +113,7 @@ class HostProcess(ChildProcess):
             host.kill()
             raise
         if isinstance(said, Answer) and not said.raised:
+            host.tools = said.tools
             return host
         how = await host.end()
         if isinstance(said, Answer):

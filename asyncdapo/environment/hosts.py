@@ -22,7 +22,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -33,6 +33,7 @@ from asyncdapo.environment.config import NUM_TRIES, EnvironmentConfig
 from asyncdapo.environment.host import KIND, Answer, Call, HostProcess, HostSetup, NoAnswer, log
 from asyncdapo.errors import EpisodeError, EpisodeOver, RunError
 from asyncdapo.messages import Limit, Text
+from asyncdapo.model.tool_calls import ToolCall, Tools
 
 CHARS_PER_TOKEN = 32
 """A text with more characters for each token of a full context can't fit it, and isn't sent."""
@@ -71,6 +72,11 @@ class Session:
         self._faults, self._counts = faults, counts
         self._clock = Clock(config.step_timeout_s, config.max_seconds)
 
+    @property
+    def tools(self) -> Tools:
+        """JSON schemas of what the model may call."""
+        return self._host.tools
+
     async def reset(self) -> Text | None:
         """What the model reads first; None is the row's prompt."""
         answer = await self._call("reset", self._row)
@@ -86,9 +92,18 @@ class Session:
             raise EpisodeOver("length", answer.reward)
         return answer.observation, answer.reward
 
-    async def end(self) -> dict[str, float]:
-        """The environment's metrics."""
-        return (await self._call("end", None)).metrics
+    async def use_tools(self, calls: Sequence[ToolCall]) -> Text:
+        """What they say, a message for each. Raises EpisodeOver as `step`."""
+        answer = await self._call("tools", calls)
+        if answer.num_chars:
+            raise EpisodeOver("length")
+        assert answer.observation is not None, "a call has an answer"
+        return answer.observation
+
+    async def end(self) -> tuple[dict[str, float], float]:
+        """The environment's metrics, and the reward that it gives at the end."""
+        answer = await self._call("end", None)
+        return answer.metrics, answer.reward
 
     async def run(self, base_url: str, api_key: str, excuse: Excuse) -> tuple[float, dict[str, float]]:
         """Reward and metrics of a program that calls the model by itself. Raises EpisodeOver: `time`, or what `excuse`
@@ -126,7 +141,7 @@ class Session:
         faults.num_died += answer.fault == "died"
         if answer.fault == "none" or faults.num_slow + faults.num_died < NUM_TRIES:
             return _BeginAgainError()
-        if answer.fault == "slow" and do in ("step", "run"):
+        if answer.fault == "slow" and do in ("step", "tools", "run"):
             self._counts["timeouts"] += 1
             log.warning("an episode counts as wrong: a step took too long, the second time alone in a host")
             return EpisodeOver("time")

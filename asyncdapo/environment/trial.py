@@ -1,4 +1,4 @@
-"""A trial of an environment before a run starts: two episodes with a scripted response.
+"""A trial of an environment before a run starts: episodes with a scripted response, and a call of an unknown tool.
 
 In: rows. Out: what the environment said to them; or EpisodeError, RunError with the first thing that is wrong. Does not
 own: whether that can be encoded (the caller has the tokenizer).
@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from asyncdapo.environment.config import EnvironmentConfig
 from asyncdapo.environment.hosts import Hosts, Row, Session
 from asyncdapo.errors import EpisodeOver
 from asyncdapo.messages import Text
+from asyncdapo.model.tool_calls import ToolCall, Tools
 
 RESPONSE = "Answer: 0"
 """A model may say anything; an environment has an answer to it."""
@@ -21,23 +22,29 @@ RESPONSE = "Answer: 0"
 
 @dataclass(frozen=True)
 class Said:
-    """What an environment said in one episode; None: nothing."""
+    """What an environment said in one episode."""
 
+    tools: Tools
     first: Text | None
-    observation: Text | None
+    """None: the row's prompt."""
+    observations: list[Text] = field(default_factory=list)
 
 
 def try_environment(config: EnvironmentConfig, max_context: int, rows: Sequence[Row]) -> list[Said]:
     """Raises EpisodeError, RunError."""
 
     async def play(session: Session) -> Said:
-        first = await session.reset()
+        said = Said(session.tools, await session.reset())
         try:
+            if session.tools:
+                said.observations.append(await session.use_tools([ToolCall("no_such_tool")]))
             observation, _ = await session.step(RESPONSE)
         except EpisodeOver:
-            return Said(first, None)
+            return said
+        if observation is not None:
+            said.observations.append(observation)
         await session.end()
-        return Said(first, observation)
+        return said
 
     async def trial() -> list[Said]:
         hosts = Hosts(replace(config, processes=1, retries=0), max_context)

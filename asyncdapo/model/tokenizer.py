@@ -34,9 +34,11 @@ class TextTokenizer:
         """Ids of a text that follows others: without special tokens around it."""
         return self._backend.encode(text, add_special_tokens=False).ids
 
-    def render(self, messages: Sequence[dict[str, Any]]) -> str:
-        """The messages in the chat template, up to where the assistant writes."""
-        text = self._tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
+    def render(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] = ()) -> str:
+        """The messages in the chat template, up to where the assistant writes. `tools`: their JSON schemas."""
+        text = self._tokenizer.apply_chat_template(
+            list(messages), tools=list(tools) or None, add_generation_prompt=True, tokenize=False
+        )
         return cast(str, text)
 
     @property

@@ -1,17 +1,21 @@
-"""What an environment says as tokens: the beginning of an episode, and what follows a response.
+"""What an environment says as tokens: the beginning of an episode, and what follows a response. And a response's calls.
 
-In: a text, or messages with `role` and `content`. Out: token ids. A response that was sampled is never encoded: only
-what is between two responses. With a chat template that is the template's text behind the assistant's words, which may
-not depend on what was said before (`ChatTurns.check`). Does not own: the sampled tokens (rollout).
+In: a text, or messages with `role` and `content`; the tokens of a response. Out: token ids; tool calls. A response that
+was sampled is never encoded: only what is between two responses. With a chat template that is the template's text
+behind the assistant's words, which may not depend on what was said before (`ChatTurns.check`). Does not own: the
+sampled tokens (rollout).
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from asyncdapo.errors import ConfigError, EpisodeError
 from asyncdapo.messages import Text
 from asyncdapo.model.tokenizer import TextTokenizer
+from asyncdapo.model.tool_calls import ToolCall, Tools, parse_tool_calls
 
 SPOKEN = "\u2402spoken\u2403"
 """Stands for the assistant's words: its place in the rendered text is where they end."""
@@ -23,11 +27,19 @@ class PlainTurns:
     def __init__(self, tokenizer: TextTokenizer) -> None:
         self._tokenizer = tokenizer
 
-    def begin(self, text: Text) -> list[int]:
+    def begin(self, text: Text, tools: Tools = ()) -> list[int]:
+        if tools:
+            raise EpisodeError("its tools need prompts.chat_template")
         return self._tokenizer.encode(_only_text(text))
 
     def observe(self, text: Text) -> list[int]:
         return self._tokenizer.encode_more(_only_text(text))
+
+    def tool_calls(self, response_ids: np.ndarray, tools: Tools) -> list[ToolCall]:
+        return []
+
+    def check(self, role: str = "user") -> None:
+        """A text without a template stands alone: it depends on nothing."""
 
 
 class ChatTurns:
@@ -37,18 +49,26 @@ class ChatTurns:
         self._tokenizer = tokenizer
         self._system = [{"role": "system", "content": system_prompt}] if system_prompt else []
 
-    def begin(self, text: Text) -> list[int]:
+    def begin(self, text: Text, tools: Tools = ()) -> list[int]:
         messages = _messages(text)
         own = [] if messages[0]["role"] == "system" else self._system
-        return self._tokenizer.encode_more(self._render([*own, *messages]))
+        rendered = self._render([*own, *messages], tools)
+        if unseen := [name for tool in tools if (name := tool["function"]["name"]) not in rendered]:
+            raise EpisodeError(f"the model's chat template leaves out the tools ({', '.join(unseen)})")
+        return self._tokenizer.encode_more(rendered)
 
     def observe(self, text: Text) -> list[int]:
         return self._tokenizer.encode_more(self._behind("1 + 1 = ?", _messages(text)))
 
-    def check(self) -> None:
+    def tool_calls(self, response_ids: np.ndarray, tools: Tools) -> list[ToolCall]:
+        """Of a response, in their order. In some vocabularies the marks around a call are special tokens."""
+        spelled = self._tokenizer.spell(response_ids.tolist()) if tools else ""
+        return parse_tool_calls(spelled.removesuffix(self._tokenizer.end_of_turn), tools)
+
+    def check(self, role: str = "user") -> None:
         """Raises ConfigError if the template writes what follows a response in a way that depends on what was said
-        before: a turn's prompt would not be what the model has read and written."""
-        observed = [{"role": "user", "content": "no"}]
+        before: a turn's prompt would not be what the model has read and written. `role`: who answers the response."""
+        observed = [{"role": role, "content": "no"}]
         if self._behind("1 + 1 = ?", observed) != self._behind("Tell me more.\nOr less.", observed):
             problem = "the model's chat template writes an observation differently after other words"
             raise ConfigError("prompts.chat_template", problem, True, "an environment needs prompts.template")
@@ -61,9 +81,9 @@ class ChatTurns:
             raise EpisodeError("the chat template leaves out what the assistant said")
         return behind.removeprefix(self._tokenizer.end_of_turn)
 
-    def _render(self, messages: list[dict[str, Any]]) -> str:
+    def _render(self, messages: list[dict[str, Any]], tools: Tools = ()) -> str:
         try:
-            return self._tokenizer.render(messages)
+            return self._tokenizer.render(messages, tools)
         except Exception as error:  # a template is code, which may raise anything
             roles = ", ".join(message["role"] for message in messages)
             raise EpisodeError(f"the chat template refuses messages of {roles}: {error}") from error
@@ -71,9 +91,7 @@ class ChatTurns:
 
 def turn_encoder(tokenizer: TextTokenizer, chat_template: bool, system_prompt: str | None) -> PlainTurns | ChatTurns:
     """Raises ConfigError for a chat template that can't be used for several turns."""
-    if not chat_template:
-        return PlainTurns(tokenizer)
-    turns = ChatTurns(tokenizer, system_prompt)
+    turns = ChatTurns(tokenizer, system_prompt) if chat_template else PlainTurns(tokenizer)
     turns.check()
     return turns
 

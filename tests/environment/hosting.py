@@ -10,9 +10,11 @@ from typing import Any
 from asyncdapo.environment.config import EnvironmentConfig
 from asyncdapo.environment.hosts import Hosts, Play, Session
 from asyncdapo.errors import EpisodeOver
+from asyncdapo.model.tool_calls import ToolCall
 from tests.reward.processes import is_alive
 
 FILE = Path(__file__).with_name("hostile.py")
+SHAPES = Path(__file__).with_name("shapes.py")
 MAX_CONTEXT = 1000
 
 
@@ -32,8 +34,9 @@ async def hosting(name: str = "Plain", **keys: Any) -> AsyncIterator[Hosts]:
         assert not any(map(is_alive, pids))
 
 
-def scripted(*responses: str, note: Callable[[str], None] = lambda _: None) -> Play[list[Any]]:
-    """An episode of these responses: what the environment gave, then the end's reason, the rewards, the metrics."""
+def scripted(*responses: str | list[ToolCall], note: Callable[[Any], None] = lambda _: None) -> Play[list[Any]]:
+    """An episode of these responses, texts or tool calls: what the environment gave, then the end's reason, the
+    rewards, the metrics."""
 
     async def play(session: Session) -> list[Any]:
         given: list[Any] = [await session.reset()]
@@ -41,11 +44,15 @@ def scripted(*responses: str, note: Callable[[str], None] = lambda _: None) -> P
         for response in responses:
             note(response)
             try:
-                observation, reward = await session.step(response)
+                if isinstance(response, list):
+                    observation, reward = await session.use_tools(response), 0.0
+                else:
+                    observation, reward = await session.step(response)
             except EpisodeOver as over:
                 return [*given, over.finish_reason, total + over.reward]
             given.append(observation)
             total += reward
-        return [*given, total, await session.end()]
+        metrics, reward = await session.end()
+        return [*given, total + reward, metrics]
 
     return play

@@ -11,6 +11,17 @@ from tests.controller.runs import prepare
 from tests.docs.blocks import ROOT
 from tests.environment.hosting import FILE
 
+TAKES_NO_ROW = """
+class Mine:
+    def reset(self): pass
+    def step(self, response): pass
+"""
+TOOL = """
+class Mine:
+    def reset(self, row): pass
+    def tool(self):
+        'A tool.'
+"""
 MESSAGES = """
 class Mine:
     def reset(self, row):
@@ -23,8 +34,9 @@ class Mine:
 @pytest.mark.parametrize(
     ("source", "problem"),
     [
-        ("class Mine:\n    pass\n", "a trial failed: reset: AttributeError: 'Mine' object has no attribute 'reset'"),
-        ("class Mine:\n    def reset(self): pass\n", "reset: TypeError: Mine.reset.. takes 1 positional argument"),
+        ("class Mine:\n    pass\n", "a trial failed: .*: can't be loaded: Mine has no method reset"),
+        (TAKES_NO_ROW, "reset: TypeError: Mine.reset.. takes 1 positional argument"),
+        (TOOL, "a trial failed: its tools need prompts.chat_template"),
         ("class Yours:\n    pass\n", "a trial failed: no environment host can be started: .*no attribute 'Mine'"),
         ("1 / 0\n", "can't be loaded: ZeroDivisionError: division by zero"),
         (MESSAGES, "a trial failed: messages need prompts.chat_template; without it an observation is a text"),

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
 from asyncdapo.errors import ConfigError, EpisodeError
 from asyncdapo.model.tokenizer import TextTokenizer
+from asyncdapo.model.tool_calls import ToolCall
 from asyncdapo.model.turn_encoder import ChatTurns, turn_encoder
 
 START = str(Path(__file__).parents[2] / "configs" / "models" / "chain_start")
@@ -60,3 +62,23 @@ def test_what_a_template_can_not_write_is_told() -> None:
         ChatTurns(tokenizer_of(NO_TOOLS), None).observe(TOOL)
     with pytest.raises(EpisodeError, match="leaves out what the assistant said"):
         ChatTurns(tokenizer_of(LEAVES_OUT), None).observe("42")
+
+
+WITH_TOOLS = "{% for t in tools or [] %}{{ t.function.name }} {% endfor %}" + CHAT
+MULTIPLY = [{"type": "function", "function": {"name": "multiply", "parameters": {"properties": {}}}}]
+
+
+def test_tools_stand_in_the_beginning_as_the_template_writes_them_and_calls_are_found_in_the_tokens() -> None:
+    tokenizer = tokenizer_of(WITH_TOOLS)
+    turns = ChatTurns(tokenizer, None)
+    assert tokenizer.spell(turns.begin("Q", MULTIPLY)) == "multiply user: Q<eos>\nassistant: "
+    response = np.array(tokenizer.encode_more('<tool_call>{"name": "multiply"}</tool_call><eos>'), np.int32)
+    assert turns.tool_calls(response, MULTIPLY) == [ToolCall("multiply")]
+    assert turns.tool_calls(response, []) == []
+
+
+def test_a_template_that_leaves_the_tools_out_and_a_text_without_template_can_not_show_them() -> None:
+    with pytest.raises(EpisodeError, match=r"chat template leaves out the tools \(multiply\)"):
+        ChatTurns(tokenizer_of(CHAT), None).begin("Q", MULTIPLY)
+    with pytest.raises(EpisodeError, match=r"its tools need prompts\.chat_template"):
+        turn_encoder(tokenizer_of(None), chat_template=False, system_prompt=None).begin("Q", MULTIPLY)

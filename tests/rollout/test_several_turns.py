@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -13,6 +13,7 @@ import pytest
 from asyncdapo.errors import EpisodeError, EpisodeOver
 from asyncdapo.eval_messages import EvalDone
 from asyncdapo.messages import Ask, GroupDone, GroupFailed, Heartbeat, Hello, SampledTurn, Score
+from asyncdapo.model.tool_calls import ToolCall
 from asyncdapo.rollout.config import RolloutConfig
 from asyncdapo.rollout.engine import Priority
 from asyncdapo.rollout.several_turns.attempt import TurnLimits
@@ -46,6 +47,9 @@ class Scripted:
         self.gate = asyncio.Event()
         self.gate.set()
         self.over: EpisodeOver | None = None
+        self.tools: list[dict[str, Any]] = []
+        self.called: list[list[str]] = []
+        self.reward_at_the_end = 0.0
         self.error: EpisodeError | None = None
 
     async def in_environment(self, row: dict[str, Any], play: Callable) -> Any:
@@ -60,6 +64,7 @@ class ScriptedSession:
     def __init__(self, script: Scripted) -> None:
         self.script = script
         self.heard: list[str] = []
+        self.tools = script.tools
         script.heard.append(self.heard)
 
     async def reset(self) -> str | None:
@@ -76,13 +81,26 @@ class ScriptedSession:
             raise self.script.over
         return None, 1.0
 
-    async def end(self) -> dict[str, float]:
-        return {"steps": float(len(self.heard))}
+    async def use_tools(self, calls: Sequence[ToolCall]) -> str:
+        self.script.called.append([call.name for call in calls])
+        return "used"
+
+    async def end(self) -> tuple[dict[str, float], float]:
+        return {"steps": float(len(self.heard))}, self.script.reward_at_the_end
 
 
 class Encoder:
-    def begin(self, text: Any) -> list[int]:
+    """A response calls two tools, if there are any, and if its first token is odd."""
+
+    def __init__(self) -> None:
+        self.begun: list[tuple[Any, Any]] = []
+
+    def begin(self, text: Any, tools: Any) -> list[int]:
+        self.begun.append((text, tools))
         return [40, 41, 42]
+
+    def tool_calls(self, response_ids: np.ndarray, tools: Any) -> list[ToolCall]:
+        return [ToolCall("one"), ToolCall("two")] if tools and response_ids[0] % 2 else []
 
     def observe(self, text: Any) -> list[int]:
         return OBSERVED
@@ -94,12 +112,18 @@ def rate(episodes: Any, seed: int) -> list[Score]:
 
 @asynccontextmanager
 async def playing(
-    script: Scripted, engine: FakeEngine, *, max_turns: int = 4, max_context: int = 100, oversubscribe: float = 1.0
+    script: Scripted,
+    engine: FakeEngine,
+    *,
+    max_turns: int = 4,
+    max_context: int = 100,
+    oversubscribe: float = 1.0,
+    encoder: Encoder | None = None,
 ) -> AsyncIterator[FakeReplay]:
     """A running worker whose completions are episodes, and the server that has welcomed it."""
     replay = FakeReplay()
     limits = TurnLimits(max_turns=max_turns, max_context=max_context)
-    rollouts = SeveralTurns(engine, script, Steps(Encoder(), say_tokens), rate, limits, oversubscribe)
+    rollouts = SeveralTurns(engine, script, Steps(encoder or Encoder(), say_tokens), rate, limits, oversubscribe)
     config = RolloutConfig(slots=engine.num_slots, group_size=GROUP_SIZE, max_response_length=20)
     worker = RolloutWorker(0, config, HEARTBEAT_S, engine, rollouts, say_tokens, replay.address)
     async with asyncio.TaskGroup() as tasks:
@@ -145,6 +169,28 @@ async def test_an_episode_that_begins_elsewhere_is_not_rooted_in_the_prompt() ->
     for one in payload.of_contexts(group):
         assert (one.header.rooted, one.header.sampled) == (False, [(0, 3), (1, 3)])
         assert one.own_ids[:3].tolist() == [40, 41, 42]
+
+
+@asynchronous
+async def test_a_response_that_calls_tools_is_answered_by_them_and_the_prompt_shows_them() -> None:
+    script, encoder = Scripted(num_turns=1), Encoder()
+    script.tools, script.reward_at_the_end = [{"type": "function"}], 0.5
+    async with playing(script, FakeEngine(), max_turns=8, encoder=encoder) as replay:
+        await replay.grant(make_lease(7))
+        group = (await replay.expect(GroupDone)).group
+        payload = Payload.from_frames(replay.frames, [group])
+    assert encoder.begun == [("", script.tools)] * GROUP_SIZE  # a prompt without its text
+    num_calling = 0
+    for sample, (completion, one) in enumerate(zip(group.completions, payload.of_contexts(group), strict=True)):
+        sampled = [tokens_of(sample_seed(sample_seed(7, sample), turn), 3) for turn in range(8)]
+        num_turns = next(turn for turn in range(8) if sampled[turn][0] % 2 == 0) + 1
+        assert one.own_ids.tolist()[3:] == [
+            token for ids in sampled[:num_turns] for token in (*([] if ids is sampled[0] else OBSERVED), *ids)
+        ]
+        assert (completion.num_turns, completion.reward, one.header.rooted) == (num_turns, 1.5, False)
+        num_calling += num_turns - 1
+    assert script.called == [["one", "two"]] * num_calling
+    assert num_calling
 
 
 @asynchronous

@@ -144,11 +144,12 @@ def check_environment(config: Config, task: Task) -> None:
 
             prompts, tokenizer = config.prompts, load_tokenizer(config.model.tokenizer_files)
             encoder = turn_encoder(tokenizer, prompts.chat_template, prompts.system_prompt)
-            for one in said:
-                if one.first is not None:
-                    encoder.begin(one.first)
-                if one.observation is not None:
-                    encoder.observe(one.observation)
+            for row, one in zip(rows, said, strict=True):
+                encoder.begin(row["prompt"] if one.first is None else one.first, one.tools)
+                for observation in one.observations:
+                    encoder.observe(observation)
+            if said[0].tools:
+                encoder.check("tool")
     except (EpisodeError, RunError) as error:
         raise ConfigError("environment.path", f"a trial failed: {error}", environment.path) from error
 

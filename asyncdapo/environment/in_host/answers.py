@@ -17,6 +17,10 @@ Answer = dict[str, Any]
 """JSON: the fields of `host.Answer`."""
 
 
+class UnusableError(Exception):
+    """What `environment.path` names can't be used. The message says why, and what to do."""
+
+
 class BrokenContractError(Exception):
     """The environment returned what the contract doesn't allow."""
 
@@ -79,6 +83,8 @@ def read_metrics(said: Any) -> dict[str, float]:
 
 def describe(error: BaseException) -> str:
     """Type and message of an error in one line, and where it was raised."""
+    if isinstance(error, UnusableError):
+        return str(error)
     report = traceback.TracebackException.from_exception(error)
     problem = " ".join(f"{type(error).__name__}: {report}"[:MAX_PROBLEM_CHARS].split())
     last = report.stack[-1]

@@ -1,7 +1,7 @@
-"""The environments of the episodes under way in a host.
+"""The episodes under way in a host.
 
 In: requests. Out: an answer to each, whatever the user's code does. Async methods run in the event loop, others in
-threads.
+threads. Does not own: what is called (`native`), what may be returned (`answers`).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import inspect
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from asyncdapo.environment.in_host.agent import Agent
 from asyncdapo.environment.in_host.answers import (
     Answer,
     BrokenContractError,
@@ -20,15 +21,16 @@ from asyncdapo.environment.in_host.answers import (
     observed,
     read_metrics,
 )
+from asyncdapo.environment.in_host.native import Native
 
 
 class Episodes:
-    """The environments of the episodes under way."""
+    """The episodes under way."""
 
-    def __init__(self, make: Any, concurrency: int, max_chars: int) -> None:
-        self._make, self._max_chars = make, max_chars
+    def __init__(self, environment: Native | Agent, concurrency: int, max_chars: int) -> None:
+        self._environment, self._max_chars = environment, max_chars
         self._threads = ThreadPoolExecutor(concurrency)
-        self._environments: dict[int, Any] = {}
+        self._episodes: dict[int, Any] = {}
 
     async def answer(self, request: dict[str, Any]) -> Answer:
         """What the environment says to a request. Never raises."""
@@ -39,33 +41,41 @@ class Episodes:
         except BaseException as error:  # noqa: BLE001 - whatever it raises fails only its episode
             return {"raised": f"{request['do']}: {describe(error)}"}
 
-    async def _do(self, episode: int, do: str, given: Any) -> Answer:
+    async def _do(self, number: int, do: str, given: Any) -> Answer:
         if do == "drop":
-            self._environments.pop(episode, None)
+            if number in self._episodes:
+                await self._episodes.pop(number).close()
             return {}
-        if do == "end":
-            metrics = getattr(self._environments[episode], "metrics", None)
-            return {"metrics": read_metrics(await self._call(metrics) if metrics else {})}
-        if do == "run":
-            return graded(await self._call(self._make, given["row"], given["base_url"], given["api_key"]))
-        if do == "reset":
-            environment = self._environments[episode] = await self._call(self._make)
-            return observed(await self._call(environment.reset, given), self._max_chars)
-        said = await self._call(self._environments[episode].step, given)
+        if do in ("reset", "run"):
+            self._episodes[number] = self._environment.episode(self._run)
+        episode = self._episodes[number]
+        match do:
+            case "run":
+                return graded(await episode.run(**given))
+            case "reset":
+                return observed(await episode.reset(given), self._max_chars)
+            case "tools":
+                return observed(await episode.use_tools(given), self._max_chars)
+            case "end":
+                metrics, reward = await episode.end()
+                return {"metrics": read_metrics(metrics), "reward": finite("a reward", reward)}
+        return self._stepped(await episode.step(given))
+
+    def _stepped(self, said: Any) -> Answer:
         if not isinstance(said, tuple):
             return observed(said, self._max_chars)
         if len(said) != 2:
             raise BrokenContractError(f"returned a tuple of {len(said)}; (observation, reward) has two")
         return observed(said[0], self._max_chars) | {"reward": finite("a reward", said[1])}
 
-    async def _call(self, function: Any, *given: Any) -> Any:
+    async def _run(self, function: Any, /, *given: Any, **named: Any) -> Any:
         """Async functions run in the event loop, others in a thread."""
         if inspect.iscoroutinefunction(function):
-            return await function(*given)
+            return await function(*given, **named)
 
         def call() -> tuple[Any, BaseException | None]:
             try:
-                return function(*given), None
+                return function(*given, **named), None
             except BaseException as error:  # noqa: BLE001 - as a value: a future can't carry a StopIteration
                 return None, error
 

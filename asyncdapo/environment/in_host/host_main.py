@@ -1,7 +1,7 @@
 """Main of a host process: `host_main PID`. PID is the worker's process.
 
-    worker ──{"name", "import_path", "concurrency", "max_chars"}──▶ host ──{"call": 0, "raised"?}──▶ worker
-    worker ──{"call", "episode", "do": "reset" | "step" | "end" | "run" | "drop", "given"}──▶ host
+    worker ──{"name", "import_path", "concurrency", "max_chars"}──▶ host ──{"call": 0, "tools"}, or "raised"──▶ worker
+    worker ──{"call", "episode", "do": "reset" | "step" | "tools" | "end" | "run" | "drop", "given"}──▶ host
            ◀──{"call", "observation", "reward", "metrics", "num_chars"}──  or {"call", "raised"}, {"call", "broke"}
 
 In: JSON lines on standard input, which is a socket. Out: an answer to each call, on the same socket, in the order in
@@ -40,13 +40,13 @@ async def serve(sock: socket.socket) -> None:
     setup = json.loads(await reader.readline())
     sys.path[:0] = [path for path in setup["import_path"] if path not in sys.path]
     try:
-        make = load(setup["name"])
+        environment = load(setup["name"])
     except BaseException as error:  # noqa: BLE001 - the user's module runs its own code when it is imported
         tell(0, {"raised": describe(error)})
         await writer.drain()
         return
-    episodes, answering = Episodes(make, setup["concurrency"], setup["max_chars"]), set()
-    tell(0, {})
+    episodes, answering = Episodes(environment, setup["concurrency"], setup["max_chars"]), set()
+    tell(0, {"tools": environment.tools})
 
     async def handle(request: dict[str, Any]) -> None:
         tell(request["call"], await episodes.answer(request))

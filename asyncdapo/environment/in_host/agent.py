@@ -1,0 +1,34 @@
+"""A program that calls the model by itself: `run(row, base_url, api_key)`, as a host runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from asyncdapo.environment.in_host.native import Run
+
+
+class Agent:
+    """What `agent:` names."""
+
+    tools: tuple[()] = ()
+
+    def __init__(self, program: Callable[..., Any]) -> None:
+        self._program = program
+
+    def episode(self, run: Run) -> AgentEpisode:
+        return AgentEpisode(self._program, run)
+
+
+class AgentEpisode:
+    """One episode: one call."""
+
+    def __init__(self, program: Callable[..., Any], run: Run) -> None:
+        self._program, self._run = program, run
+
+    async def run(self, row: dict[str, Any], base_url: str, api_key: str) -> Any:
+        """The reward, or it and metrics."""
+        return await self._run(self._program, row, base_url, api_key)
+
+    async def close(self) -> None:
+        """It has ended, or its process is killed."""
