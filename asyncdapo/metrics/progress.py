@@ -14,6 +14,9 @@ from datetime import datetime
 from statistics import fmean
 from typing import TextIO
 
+from asyncdapo.metrics.running_verdict import verdict_of
+from asyncdapo.metrics.verdict import BALANCED, UNSURE
+
 NUM_RECENT_STEPS = 12
 """Whose time says how long the others will take."""
 
@@ -38,6 +41,14 @@ class Column:
         return self.show(value) if math.isfinite(value) else "-"
 
 
+class VerdictColumn(Column):
+    """What limits the run."""
+
+    def cell(self, metrics: Mapping[str, float]) -> str:
+        verdict = verdict_of(metrics)
+        return {BALANCED: "none", UNSURE: "unsure"}.get(verdict.limit, verdict.limit) if verdict else ""
+
+
 def _decimals(value: float) -> str:
     return f"{value:.3f}"
 
@@ -60,8 +71,8 @@ COLUMNS = (
     Column("reward", "reward/mean", 6, _decimals),
     Column("rollout tok/s", "rollout/tokens_per_s", 6, _thousands, label="tok/s"),
     Column("learner tok/s", "learner/tokens_per_s", 6, _thousands, label="/"),
-    Column("staleness", "replay/staleness_mean", 4, lambda value: f"{value:.2f}"),
-    Column("waiting", "learner/waiting_ratio", 4, _percent),
+    Column("staleness", "replay/staleness_mean", 4, lambda value: f"{value:.2f}", label="stale"),
+    VerdictColumn("limit", "verdict/overlap_ratio", 8, _percent),
     Column("wall", "time/wall_s", 5, clock, label=None),
     Column("accuracy", "eval/accuracy", 5, _decimals),
     Column("greedy", "eval/greedy_accuracy", 5, _decimals),

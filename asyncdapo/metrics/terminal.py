@@ -20,7 +20,7 @@ from rich.text import Text
 from asyncdapo.metrics.progress import COLUMNS, NUM_RECENT_STEPS, TimeLeft
 
 REFRESHES_PER_S = 4
-FIRST_TO_GO = ("wall", "waiting", "learner tok/s", "staleness", "rollout tok/s", "greedy", "failed")
+FIRST_TO_GO = ("wall", "limit", "learner tok/s", "staleness", "rollout tok/s", "greedy", "failed")
 """Columns that a narrow terminal leaves out, in this order. They are always in metrics.jsonl."""
 
 

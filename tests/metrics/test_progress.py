@@ -4,7 +4,10 @@ import math
 from datetime import datetime
 from io import StringIO
 
+import pytest
+
 from asyncdapo.metrics.progress import ProgressLines
+from tests.metrics.accounts_of import lost_to
 
 METRICS = {
     "step": 7,
@@ -15,7 +18,7 @@ METRICS = {
     "replay/staleness_mean": 1.25,
     "replay/staleness_max": 2,
     "replay/queued": 3,
-    "learner/waiting_ratio": 0.127,
+    **lost_to("rollout", 0.127),
     "time/wall_s": 12.34,
     "time/step_s": 3.456,
 }
@@ -37,19 +40,27 @@ def test_a_step_is_one_short_line_that_shows_both_sides():
     [line] = lines_of(METRICS)
     assert len(line) <= 120
     assert line == (
-        "12:00:00  step  7/36  reward -0.250  tok/s  5,123  /  4,100  staleness 1.25  waiting  13%  accuracy 0.500  "
-        "left 1:40"
+        "12:00:00  step  7/36  reward -0.250  tok/s  5,123  /  4,100  stale 1.25  limit  rollout  "
+        "accuracy 0.500  left 1:40"
     )
 
 
 def test_a_line_has_at_most_120_columns_also_with_both_evaluations():
     [line] = lines_of(
         METRICS
-        | {"step": 36, "rollout/tokens_per_s": 12938, "learner/tokens_per_s": 10505, "learner/waiting_ratio": 1.0}
+        | {"step": 36, "rollout/tokens_per_s": 12938, "learner/tokens_per_s": 10505}
+        | lost_to("environment", 0.52)
         | {"eval/greedy_accuracy": 0.5}
     )
     assert line.endswith("accuracy 0.500  greedy 0.500")
     assert len(line) <= 120
+
+
+@pytest.mark.parametrize(("shares", "said"), [((0.04, 0.02), "none"), ((0.3, 0.28), "unsure"), ((0.3, 0.1), "reward")])
+def test_a_line_says_what_limits_the_run(shares: tuple[float, float], said: str):
+    first, second = shares
+    [line] = lines_of(METRICS | lost_to("reward", first) | {"verdict/rollout_ratio": second})
+    assert f"limit {said:>8}  " in line
 
 
 def test_lines_are_aligned_and_a_number_that_is_none_is_a_dash():

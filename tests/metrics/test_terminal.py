@@ -7,6 +7,7 @@ from rich.console import Console
 
 from asyncdapo.metrics.progress import COLUMNS
 from asyncdapo.metrics.terminal import NUM_RECENT_STEPS, LiveTable, terminal_of
+from tests.metrics.accounts_of import lost_to
 
 
 @pytest.fixture
@@ -62,7 +63,7 @@ LINE = {
     "rollout/tokens_per_s": 12938,
     "learner/tokens_per_s": 105059,
     "replay/staleness_mean": 0.75,
-    "learner/waiting_ratio": 1.0,
+    **lost_to("rollout", 0.34),
     "time/wall_s": 123456,
     "eval/greedy_accuracy": 0.988,
     "reward/failed_ratio": 0.03,
@@ -81,7 +82,7 @@ def drawn(terminal: StringIO, width: int, line: dict[str, float]) -> tuple[set[s
 def test_on_80_columns_every_heading_and_number_is_whole(terminal: StringIO):
     headings, row = drawn(terminal, 80, LINE)
     assert headings == {word for column in COLUMNS for word in column.title.split()} | {"step"}
-    assert row == ["1036", "-0.924", "12,938", "105,059", "0.75", "100%", "34:17:36", "0.953", "0.988", "3%"]
+    assert row == ["1036", "-0.924", "12,938", "105,059", "0.75", "rollout", "34:17:36", "0.953", "0.988", "3%"]
 
 
 def test_a_narrow_terminal_has_fewer_columns_and_cuts_none(terminal: StringIO):

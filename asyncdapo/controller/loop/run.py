@@ -19,6 +19,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+from operator import attrgetter
 from pathlib import Path
 
 from asyncdapo.config.config import Config
@@ -33,7 +34,10 @@ from asyncdapo.controller.loop.training import Training, set_undone_aside
 from asyncdapo.controller.process.ray_servers import death as ray_death
 from asyncdapo.controller.process.waits import NOBODY
 from asyncdapo.controller.roles.opening import Start
+from asyncdapo.metrics.advice import KEYS
+from asyncdapo.metrics.jsonl import read_metrics
 from asyncdapo.metrics.reporter import Reporter
+from asyncdapo.metrics.running_verdict import final_words
 
 
 class Controller:
@@ -42,7 +46,8 @@ class Controller:
     def __init__(self, config: Config, resume: Resume, reporter: Reporter, started: float) -> None:
         self._config, self._resume, self._reporter = config, resume, reporter
         self._run_dir = Path(config.run.dir)
-        self._lines = StepMetrics(reporter, resume.first_line, resume.last_line, started)
+        self._keys = {key: float(attrgetter(key)(config)) for key in KEYS}
+        self._lines = StepMetrics(reporter, resume.first_line, resume.last_line, started, self._keys)
         self._supervisor = Supervisor(config)
         self._stalls = StallWatch(config.controller, self._supervisor, reporter)
         self._watch = Watch()
@@ -65,6 +70,8 @@ class Controller:
             loop.add_signal_handler(sent, self._handle_signal, main)
         self._watch.add("Ray", ray_death(self._config.controller.ray_address))
         await self._watch.guard(self._run())
+        for line in final_words(read_metrics(self._run_dir), self._keys):
+            self._reporter.note(line)
         from asyncdapo.metrics.curve import draw_curve  # matplotlib takes its time
 
         curve = os.path.relpath(draw_curve(self._run_dir))

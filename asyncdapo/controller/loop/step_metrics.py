@@ -12,8 +12,10 @@ import time
 from collections.abc import Mapping
 
 from asyncdapo.accounting.clock import StateClock
+from asyncdapo.metrics.advice import Keys
 from asyncdapo.metrics.alarms import Alarms
 from asyncdapo.metrics.reporter import Reporter
+from asyncdapo.metrics.running_verdict import RunningVerdict
 
 COUNTERS = {
     "gen_batches": "filter/gen_batches",
@@ -27,12 +29,18 @@ class StepMetrics:
     """The lines of one launch."""
 
     def __init__(
-        self, reporter: Reporter, first_line: Mapping[str, float], last_line: Mapping[str, float], started: float
+        self,
+        reporter: Reporter,
+        first_line: Mapping[str, float],
+        last_line: Mapping[str, float],
+        started: float,
+        keys: Keys,
     ) -> None:
         """`first_line`, `last_line`: of the first train step and of the launch before; empty for a new run. `started`:
-        when this launch was, `time.monotonic`."""
+        when this launch was, `time.monotonic`. `keys`: those that a verdict may advise to change."""
         self._reporter, self._started = reporter, started
         self._alarms = Alarms(first_line, last_line)
+        self._verdict = RunningVerdict(keys)
         self._wall_before = last_line.get("time/wall_s", 0.0)
         self._total_before = last_line.get("time/total_s", 0.0)
         self._began: float | None = None
@@ -50,6 +58,7 @@ class StepMetrics:
         self._line_at = time.monotonic()
         self._began = self._began or self._line_at
         self.clock.take()  # of a step that is undone
+        self._verdict.begin()
 
     def log_first(self, evaluated: Mapping[str, float]) -> None:
         """Write the line of step 0."""
@@ -59,8 +68,10 @@ class StepMetrics:
     def hold(self, step: int, learner: Mapping[str, float], replay: Mapping[str, float], **others: float) -> None:
         """Keep the line of a step until `write`."""
         self._held = {"step": step, **self._times(step, learner, replay), **replay, **learner, **others}
-        for alarm in self._alarms.check(self._held):
-            self._reporter.note(alarm)
+        verdict, news = self._verdict.add(self._held)
+        self._held |= verdict
+        for note in (*self._alarms.check(self._held), *filter(None, [news])):
+            self._reporter.note(note)
 
     def write(self) -> None:
         """Write the line that is held, if there is one."""

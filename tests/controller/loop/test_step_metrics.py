@@ -30,7 +30,7 @@ class NoteTaker:
 
 
 def lines_of(reporter: NoteTaker, first: dict | None = None, last: dict | None = None) -> StepMetrics:
-    lines = StepMetrics(reporter, first or {}, last or {}, started=0.0)
+    lines = StepMetrics(reporter, first or {}, last or {}, started=0.0, keys={})
     lines.begin()
     lines.clock.enter("wait")
     return lines

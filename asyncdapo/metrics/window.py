@@ -1,0 +1,111 @@
+"""Window: what the processes of a run did over some train steps, from the lines of metrics.jsonl alone.
+
+In: lines of successive steps; the first one is where counts that only rise begin. Out: shares of time that sum to 1, of
+the training loop and of the workers; what became of the tokens; how busy the stages were. Invariant: a pure function of
+the lines, so a run that is live, finished or resumed is read alike. Does not own: what limits the run (`verdict`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+Line = Mapping[str, float]
+
+LOOP = ("wait", "train", "publish", "checkpoint", "report", "parity")
+"""States of the training loop, `controller/STATE_s`."""
+WORKERS = ("generate", "load", "environment", "score", "send", "lease")
+"""States of the workers, `rollout/time/STATE_s`."""
+FATES = ("trained", "filtered", "evaluation", "expired", "withdrawn", "late", "surplus", "lost", "undone", "failed")
+"""How tokens end, `replay/tokens_FATE`."""
+MIN_COVERED = 0.5
+"""Share of the time for which workers must have told what they did. Their heartbeats may lag."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Window:
+    """Shares are of 1; NaN stands for what isn't known."""
+
+    num_steps: int
+    step_s: float
+    """Mean time of a step."""
+    loop: Mapping[str, float]
+    """Shares of `LOOP`."""
+    workers: Mapping[str, float]
+    """Shares of `WORKERS`."""
+    slots: float
+    """Mean number of sequences that a worker runs while it generates."""
+    verifiers_busy: float
+    replay_busy: float
+    fates: Mapping[str, float]
+    """Shares of `FATES`, of the tokens that ended."""
+    all_correct: float
+    all_wrong: float
+    slowest_worker: int
+    slowest_pace: float
+    """Its tokens per second, as a share of the mean of the other workers."""
+    num_workers: float
+
+    @classmethod
+    def of(cls, lines: Sequence[Line]) -> Self | None:
+        """None if the lines are too few, or lack what workers did."""
+        steps = lines[1:]
+        seconds = sum(line.get("time/step_s", 0.0) for line in steps)
+        workers = {state: _rise(lines, f"rollout/time/{state}_s") for state in WORKERS}
+        num_workers = max((line.get("replay/workers", 0.0) for line in steps), default=0.0)
+        covered_s = sum(workers.values())
+        if not steps or not seconds or not covered_s >= MIN_COVERED * num_workers * seconds > 0:
+            return None
+        loop = {state: sum(line.get(f"controller/{state}_s", 0.0) for line in steps) for state in LOOP}
+        busy_s, idle_s = (_rise(lines, f"reward/time/{state}_s") for state in ("busy", "idle"))
+        replay_idle_s = _rise(lines, "replay/time/idle_s")
+        fates = {fate: _rise(lines, f"replay/tokens_{fate}") for fate in FATES}
+        return cls(
+            num_steps=len(steps),
+            step_s=seconds / len(steps),
+            loop=_shares(loop),
+            workers=_shares(workers),
+            slots=_share(_rise(lines, "rollout/running_s"), workers["generate"]),
+            verifiers_busy=_share(busy_s, busy_s + idle_s),
+            replay_busy=1 - _share(replay_idle_s, seconds),
+            fates=_shares(fates),
+            all_correct=_mean(steps, "filter/all_correct_ratio"),
+            all_wrong=_mean(steps, "filter/all_wrong_ratio"),
+            slowest_worker=int(steps[-1].get("rollout/slowest_worker", 0)),
+            slowest_pace=_slowest(steps[-1], num_workers),
+            num_workers=num_workers,
+        )
+
+    @property
+    def overlap(self) -> float:
+        """How much of the time the busiest stage works: 1 if every other is hidden behind it."""
+        stages = (1 - self.loop["wait"], 1 - self.workers["lease"], self.verifiers_busy, self.replay_busy)
+        return max((busy for busy in stages if math.isfinite(busy)), default=math.nan)
+
+
+def _rise(lines: Sequence[Line], name: str) -> float:
+    """Of a count that only rises; NaN without it."""
+    return lines[-1].get(name, math.nan) - lines[0].get(name, math.nan) if lines else math.nan
+
+
+def _mean(lines: Sequence[Line], name: str) -> float:
+    known = [line[name] for line in lines if math.isfinite(line.get(name, math.nan))]
+    return sum(known) / len(known) if known else math.nan
+
+
+def _share(part: float, whole: float) -> float:
+    return part / whole if whole > 0 else math.nan
+
+
+def _shares(parts: Mapping[str, float]) -> dict[str, float]:
+    """A part that isn't known, or fell because it was counted again, is 0."""
+    known = {name: max(0.0, part) if math.isfinite(part) else 0.0 for name, part in parts.items()}
+    whole = sum(known.values())
+    return {name: part / whole if whole else 0.0 for name, part in known.items()}
+
+
+def _slowest(line: Line, num_workers: float) -> float:
+    mean, slowest = (line.get(f"rollout/worker_tokens_per_s_{which}", math.nan) for which in ("mean", "min"))
+    return _share(slowest, (num_workers * mean - slowest) / (num_workers - 1)) if num_workers > 1 else math.nan

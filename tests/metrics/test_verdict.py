@@ -1,0 +1,171 @@
+"""The verdict: what limits a run, from its accounts; each rule with the accounts of a run that it is about."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from asyncdapo.metrics.advice import KEYS, RULES, advise, sentence
+from asyncdapo.metrics.running_verdict import RunningVerdict, final_words, verdict_of
+from asyncdapo.metrics.verdict import BALANCED, LIMITS, UNSURE, judge, lost_shares
+from asyncdapo.metrics.window import FATES, LOOP, WORKERS, Window
+from tests.metrics.accounts_of import STEP_S, lines_of
+
+KEYS_IN_FORCE = dict.fromkeys(KEYS, 1.0) | {
+    "rollout.slots": 64.0,
+    "rollout.group_size": 16.0,
+    "replay.max_staleness": 2.0,
+    "eval.every": 4.0,
+    "learner.tokens_per_microbatch": 1024.0,
+}
+WAITING = {"wait": 0.5, "train": 0.45, "publish": 0.05}
+TRAINING = {"wait": 0.02, "train": 0.9, "publish": 0.08}
+
+PLANTED = {
+    "rollout": {"loop": WAITING, "workers": {"generate": 1.0}},
+    "straggler": {
+        "loop": WAITING,
+        "workers": {"generate": 1.0},
+        "num_workers": 2,
+        "rollout__worker_tokens_per_s_mean": 55.0,
+        "rollout__worker_tokens_per_s_min": 10.0,
+        "rollout__slowest_worker": 1,
+        "fates": {"trained": 0.5, "filtered": 0.5},
+    },
+    "data": {"loop": WAITING, "workers": {"generate": 1.0}, "fates": {"trained": 0.2, "filtered": 0.8}},
+    "evaluation": {"loop": WAITING, "workers": {"generate": 1.0}, "fates": {"trained": 0.3, "evaluation": 0.7}},
+    "dropped": {"loop": WAITING, "workers": {"generate": 1.0}, "fates": {"trained": 0.3, "expired": 0.4, "late": 0.3}},
+    "reward": {"loop": WAITING, "workers": {"generate": 0.3, "score": 0.7}, "reward__time__busy_s": 0.0},
+    "environment": {"loop": WAITING, "workers": {"generate": 0.3, "environment": 0.7}},
+    "transport": {"loop": WAITING, "workers": {"generate": 0.3, "send": 0.7}},
+    "publish": {"loop": {"wait": 0.02, "train": 0.3, "publish": 0.68}, "workers": {"generate": 0.4, "lease": 0.6}},
+    "learner": {"loop": TRAINING, "workers": {"generate": 0.4, "lease": 0.6}},
+    "checkpoint": {"loop": {"train": 0.4, "checkpoint": 0.6}, "workers": {"generate": 0.5, "lease": 0.5}},
+    "run_ahead": {"loop": WAITING, "workers": {"generate": 0.5, "lease": 0.5}},
+}
+
+
+def window_of(**planted) -> Window:
+    window = Window.of(lines_of(**planted))
+    assert window is not None
+    return window
+
+
+@pytest.mark.parametrize("limit", LIMITS)
+def test_a_planted_bottleneck_gets_its_verdict_and_its_advice(limit: str) -> None:
+    window = window_of(**PLANTED[limit])
+    verdict = judge(lost_shares(window))
+    assert verdict.limit == limit
+    assert verdict.lost >= 0.2
+    advice = advise(verdict, window, KEYS_IN_FORCE)
+    assert advice is not None
+    assert all(value > KEYS_IN_FORCE[key] for key, value in advice.changes.items())
+    assert sentence(verdict, advice).startswith(f"{limit}-bound: ")
+    assert any(key in advice.text for key in (*KEYS, "controller.placement", "prompts.path", "reward.concurrency"))
+
+
+def test_there_is_a_rule_and_a_planted_run_for_every_limit() -> None:
+    assert set(RULES) == set(LIMITS) == set(PLANTED)
+
+
+def test_a_run_in_which_nobody_waits_is_balanced() -> None:
+    window = window_of(loop={"wait": 0.04, "train": 0.96}, workers={"generate": 0.95, "lease": 0.05})
+    verdict = judge(lost_shares(window))
+    assert verdict.limit == BALANCED
+    assert advise(verdict, window, KEYS_IN_FORCE) is None
+    assert str(verdict) == "balanced"
+
+
+def test_two_limits_that_cost_the_same_are_not_told_apart() -> None:
+    window = window_of(loop=WAITING, workers={"generate": 0.5, "score": 0.5})
+    verdict = judge(lost_shares(window))
+    assert verdict.limit == UNSURE
+    assert set(verdict.rivals) == {"rollout", "reward"}
+    assert sentence(verdict, None).startswith("not sure, ")
+
+
+@pytest.mark.parametrize(("all_correct", "said"), [(0.8, "harder prompts"), (0.1, "easier prompts")])
+def test_the_advice_on_data_depends_on_which_groups_teach_nothing(all_correct: float, said: str) -> None:
+    planted = {"filter__all_correct_ratio": all_correct, "filter__all_wrong_ratio": 0.9 - all_correct}
+    window = window_of(**PLANTED["data"], **planted)
+    advice = advise(judge(lost_shares(window)), window, KEYS_IN_FORCE)
+    assert advice is not None
+    assert said in advice.text
+
+
+def test_workers_with_empty_slots_are_not_given_more_of_them() -> None:
+    window = window_of(loop=WAITING, workers={"generate": 1.0})
+    advice = advise(judge(lost_shares(window)), window, KEYS_IN_FORCE | {"rollout.slots": 256.0})
+    assert advice is not None
+    assert set(advice.changes) == {"replay.run_ahead"}
+
+
+def test_more_run_ahead_than_staleness_allows_raises_both() -> None:
+    keys = KEYS_IN_FORCE | {"replay.run_ahead": 2.0}
+    window = window_of(**PLANTED["run_ahead"])
+    advice = advise(judge(lost_shares(window)), window, keys)
+    assert advice is not None
+    assert advice.changes == {"replay.run_ahead": 2.5, "replay.max_staleness": 3.0}
+
+
+shares = st.floats(0, 1)
+
+
+@given(
+    wait=shares,
+    loop=st.dictionaries(st.sampled_from(LOOP[1:]), shares),
+    workers=st.dictionaries(st.sampled_from(WORKERS), shares, min_size=1),
+    fates=st.dictionaries(st.sampled_from(FATES), shares),
+)
+def test_what_is_lost_sums_to_the_larger_of_the_two_waits(wait, loop, workers, fates) -> None:
+    loop, workers, fates = (
+        {name: share / sum(parts.values()) for name, share in parts.items()} if sum(parts.values()) else {}
+        for parts in ({"wait": wait, **loop}, workers, fates)
+    )
+    window = Window.of(lines_of(loop=loop, workers=workers, fates=fates))
+    if window is None:
+        return
+    lost = lost_shares(window)
+    assert all(-1e-9 <= share <= 1 + 1e-9 for share in lost.values())
+    whole = max(window.loop["wait"], window.workers["lease"])
+    assert sum(lost.values()) == pytest.approx(whole, abs=1e-6) or not loop.keys() & {"train", "publish", "checkpoint"}
+
+
+def test_too_few_steps_or_missing_heartbeats_give_no_verdict() -> None:
+    planted = PLANTED["rollout"]
+    running = RunningVerdict(KEYS_IN_FORCE)
+    assert [running.add(line) for line in lines_of(2, **planted)] == [({}, "")] * 3
+    assert Window.of(lines_of(6, loop=WAITING, workers={"generate": 0.4})) is None
+    assert Window.of([]) is None
+    assert verdict_of({"verdict/rollout_ratio": 1.0}) is None
+    assert list(final_words(lines_of(2, **planted), KEYS_IN_FORCE)) == []
+
+
+def test_a_verdict_that_stands_is_said_once_and_the_next_one_when_it_stands() -> None:
+    running = RunningVerdict(KEYS_IN_FORCE)
+    told = [running.add(line)[1] for line in lines_of(12, **PLANTED["rollout"])]
+    [said] = filter(None, told)
+    assert said.startswith("verdict: rollout-bound: 50% of the time is lost, since the learner waits for tokens")
+    running.begin()
+    told = [running.add(line)[1] for line in lines_of(12, **PLANTED["learner"])]
+    assert [text.partition(": ")[2].partition(":")[0] for text in told if text] == ["learner-bound"]
+
+
+def test_a_line_holds_its_verdict() -> None:
+    running = RunningVerdict(KEYS_IN_FORCE)
+    metrics = [running.add(line)[0] for line in lines_of(6, **PLANTED["reward"])][-1]
+    verdict = verdict_of(metrics)
+    assert verdict is not None
+    assert verdict.limit == "reward"
+    assert metrics["verdict/overlap_ratio"] == pytest.approx(1.0)
+    assert all(math.isfinite(number) for number in metrics.values())
+
+
+def test_the_last_words_say_what_a_step_took_and_what_it_could_take() -> None:
+    words = list(final_words(lines_of(8, **PLANTED["learner"]), KEYS_IN_FORCE))
+    assert words[0].startswith("verdict on 8 steps: learner-bound: 53% of the time is lost")
+    assert f"a step takes {STEP_S:.2f} s, the busiest stage alone {0.98 * STEP_S:.2f} s of it (98%)" in words[1]
+    assert "workers lease 60%, generate 40%; tokens trained 100%" in words[2]
