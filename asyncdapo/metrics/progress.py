@@ -14,8 +14,8 @@ from datetime import datetime
 from statistics import fmean
 from typing import TextIO
 
-from asyncdapo.metrics.running_verdict import verdict_of
-from asyncdapo.metrics.verdict import BALANCED, UNSURE
+from asyncdapo.metrics.verdict.running_verdict import verdict_of
+from asyncdapo.metrics.verdict.verdict import BALANCED, UNSURE
 
 NUM_RECENT_STEPS = 12
 """Whose time says how long the others will take."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from asyncdapo.metrics.verdict import LIMITS
-from asyncdapo.metrics.window import FATES, LOOP, WORKERS
+from asyncdapo.metrics.verdict.verdict import LIMITS
+from asyncdapo.metrics.verdict.window import FATES, LOOP, WORKERS
 
 STEP_S = 2.0
 

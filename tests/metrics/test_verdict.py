@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asyncdapo.metrics.advice import KEYS, RULES, advise, sentence
-from asyncdapo.metrics.running_verdict import RunningVerdict, final_words, verdict_of
-from asyncdapo.metrics.verdict import BALANCED, LIMITS, UNSURE, judge, lost_shares
-from asyncdapo.metrics.window import FATES, LOOP, WORKERS, Window
+from asyncdapo.metrics.verdict.advice import KEYS, RULES, advise, sentence
+from asyncdapo.metrics.verdict.running_verdict import RunningVerdict, final_words, verdict_of
+from asyncdapo.metrics.verdict.verdict import BALANCED, LIMITS, UNSURE, judge, lost_shares
+from asyncdapo.metrics.verdict.window import FATES, LOOP, WORKERS, Window
 from tests.metrics.accounts_of import STEP_S, lines_of
 
 KEYS_IN_FORCE = dict.fromkeys(KEYS, 1.0) | {
@@ -168,4 +168,4 @@ def test_the_last_words_say_what_a_step_took_and_what_it_could_take() -> None:
     words = list(final_words(lines_of(8, **PLANTED["learner"]), KEYS_IN_FORCE))
     assert words[0].startswith("verdict on 8 steps: learner-bound: 53% of the time is lost")
     assert f"a step takes {STEP_S:.2f} s, the busiest stage alone {0.98 * STEP_S:.2f} s of it (98%)" in words[1]
-    assert "workers lease 60%, generate 40%; tokens trained 100%" in words[2]
+    assert "time of workers: lease 60%, generate 40%; ends of tokens: trained 100%" in words[2]

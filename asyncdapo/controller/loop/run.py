@@ -34,10 +34,10 @@ from asyncdapo.controller.loop.training import Training, set_undone_aside
 from asyncdapo.controller.process.ray_servers import death as ray_death
 from asyncdapo.controller.process.waits import NOBODY
 from asyncdapo.controller.roles.opening import Start
-from asyncdapo.metrics.advice import KEYS
 from asyncdapo.metrics.jsonl import read_metrics
 from asyncdapo.metrics.reporter import Reporter
-from asyncdapo.metrics.running_verdict import final_words
+from asyncdapo.metrics.verdict.advice import KEYS
+from asyncdapo.metrics.verdict.running_verdict import final_words
 
 
 class Controller:

@@ -12,10 +12,10 @@ import time
 from collections.abc import Mapping
 
 from asyncdapo.accounting.clock import StateClock
-from asyncdapo.metrics.advice import Keys
 from asyncdapo.metrics.alarms import Alarms
 from asyncdapo.metrics.reporter import Reporter
-from asyncdapo.metrics.running_verdict import RunningVerdict
+from asyncdapo.metrics.verdict.advice import Keys
+from asyncdapo.metrics.verdict.running_verdict import RunningVerdict
 
 COUNTERS = {
     "gen_batches": "filter/gen_batches",

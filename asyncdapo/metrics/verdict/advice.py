@@ -11,8 +11,8 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from asyncdapo.metrics.verdict import LIMITS, UNSURE, Verdict
-from asyncdapo.metrics.window import Window
+from asyncdapo.metrics.verdict.verdict import LIMITS, UNSURE, Verdict
+from asyncdapo.metrics.verdict.window import Window
 
 Keys = Mapping[str, float]
 """The values in force of `KEYS`."""

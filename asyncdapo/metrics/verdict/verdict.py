@@ -17,7 +17,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from asyncdapo.metrics.window import Window
+from asyncdapo.metrics.verdict.window import Window
 
 LIMITS = {
     "rollout": "the learner waits for tokens that are trained on",

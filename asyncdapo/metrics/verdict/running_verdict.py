@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 
-from asyncdapo.metrics.advice import Keys, advise, sentence
-from asyncdapo.metrics.verdict import BALANCED, LIMITS, Verdict, judge, lost_shares
-from asyncdapo.metrics.window import Line, Window
+from asyncdapo.metrics.verdict.advice import Keys, advise, sentence
+from asyncdapo.metrics.verdict.verdict import BALANCED, LIMITS, Verdict, judge, lost_shares
+from asyncdapo.metrics.verdict.window import Line, Window
 
 NUM_STEPS = 12
 MIN_STEPS = 3
@@ -75,7 +75,7 @@ def final_words(lines: Sequence[Line], keys: Keys) -> Iterator[str]:
         f"verdict: a step takes {window.step_s:.2f} s, the busiest stage alone {ideal_s:.2f} s of it "
         f"({window.overlap:.0%}); the learner waits {window.loop['wait']:.0%} of the time"
     )
-    yield f"verdict: workers {_listed(window.workers)}; tokens {_listed(window.fates)}"
+    yield f"verdict: time of workers: {_listed(window.workers)}; ends of tokens: {_listed(window.fates)}"
 
 
 def _listed(shares: Mapping[str, float]) -> str:
