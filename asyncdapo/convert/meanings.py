@@ -44,7 +44,6 @@ CONSTANT = "the learning rate is constant after warm-up here"
 ALL_WEIGHTS = "LoRA there, full training here: it takes more memory, and a learning rate for LoRA is too high for it"
 ADVANTAGES = "loss.advantage is grpo here, or dr_grpo, rloo"
 CRITIC = "there is no critic here"
-TURNS = "one turn only here: tools and further turns are left out"
 
 SYNCHRONOUS = (
     Differs(

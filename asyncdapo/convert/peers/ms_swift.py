@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from asyncdapo.convert import deepspeed, gpus
+from asyncdapo.convert import deepspeed, gpus, turns
 from asyncdapo.convert import meanings as mean
 from asyncdapo.convert.peers import ms_swift_values as its
 from asyncdapo.convert.rules import Differs, Left, Made, Peer, Rank, Rule, flag, number, same, text
@@ -60,15 +60,15 @@ RULES = (
     same("rollout.engine_args.enable_prefix_caching", "vllm_enable_prefix_caching"),
     same("rollout.slots", "vllm_max_num_seqs"),
     Rule("rollout.group_size", ("num_generations",), mean.group),
-    same("rollout.max_response_length", "max_completion_length"),
+    *turns.SWIFT_RULES,
     same("rollout.temperature", "temperature"),
     *(mean.otherwise(*entry) for entry in its.OTHERWISE),
     Rule("", ("tuner_type", "global_batch_size", "micro_batch_size"), its.tuner),
     Rule("", ("top_p",), mean.whole_distribution),
     Rule("", ("top_k",), mean.whole_distribution),
     Rule("rollout.dtype", ("torch_dtype",), mean.dtype),
-    Rule("reward.verifier", ("reward_funcs",), its.verifier),
-    Rule("", ("reward_funcs",), its.left_functions),
+    turns.unless(turns.swift_several, turns.SWIFT_KEYS, Rule("reward.verifier", ("reward_funcs",), its.verifier)),
+    turns.unless(turns.swift_several, turns.SWIFT_KEYS, Rule("", ("reward_funcs",), its.left_functions)),
     Rule("", ("reward_model",), lambda model: mean.not_carried_over(f"REWARD MODEL {model}") if model else None),
     Rule("reward.correct", ("reward_funcs", "reward_weights"), its.correct),
     Rule("reward.incorrect", ("reward_funcs",), its.incorrect),
@@ -170,7 +170,7 @@ WITHOUT = (
     ("tau_*", "belongs to a loss that doesn't exist here"),
     ("fipo_*", "belongs to a loss that doesn't exist here"),
     ("real_tau", "belongs to a loss that doesn't exist here"),
-    ("max_turns", mean.TURNS),
+    *turns.SWIFT_WITHOUT,
     ("quant_*", "all weights are trained here"),
     ("bnb_*", "all weights are trained here"),
     ("finetune", "a run begins with the model's weights here"),

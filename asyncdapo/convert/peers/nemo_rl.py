@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from asyncdapo.convert import gpus
+from asyncdapo.convert import gpus, turns
 from asyncdapo.convert import meanings as mean
 from asyncdapo.convert.peers import nemo_rl_data as data
 from asyncdapo.convert.peers import nemo_rl_values as its
@@ -26,7 +26,6 @@ MEGATRON, DTENSOR = "policy.megatron_cfg.", "policy.dtensor_cfg."
 ESTIMATOR = "grpo.adv_estimator."
 TEMPLATE = ("data.train.prompt_file", "data.default.prompt_file")
 SYSTEM = ("data.train.system_prompt_file", "data.default.system_prompt_file")
-ENVIRONMENT = ("data.train.env_name", "data.default.env_name")
 
 
 OVERLONG = (f"{SHAPING}max_response_length", f"{SHAPING}stop_properly_penalty_coef", *LENGTHS)
@@ -67,12 +66,20 @@ RULES = (
         lambda recompute: "recompute" if flag(recompute) else "keep",
     ),
     Rule("rollout.dtype", ("policy.precision",), mean.dtype),
-    Rule(
-        "reward.verifier",
-        ("env.math.math_verify_impl", *ENVIRONMENT, "data.train.dataset_name", "data.train.data_path"),
-        its.verifier,
+    *turns.NEMO_RULES,
+    turns.unless(
+        turns.nemo_several,
+        turns.NEMO_KEYS,
+        Rule(
+            "reward.verifier",
+            ("env.math.math_verify_impl", *turns.NEMO_NAMES, "data.train.dataset_name", "data.train.data_path"),
+            its.verifier,
+        ),
     ),
-    *(Rule("", (key,), its.own_environment) for key in ENVIRONMENT),
+    *(
+        turns.unless(turns.nemo_several, turns.NEMO_KEYS, Rule("", (key,), its.own_environment))
+        for key in turns.NEMO_NAMES
+    ),
     *(mean.otherwise(*entry) for entry in its.OTHERWISE),
     Rule("", (f"{SHAPING}stop_properly_penalty_coef", f"{SHAPING}enabled"), its.stop_properly),
     Rule("reward.correct", SCALE, lambda *scaling: its.scaled(1.0, *scaling)),
@@ -242,7 +249,6 @@ DEFAULTS = {
 WITHOUT = (
     (f"{SHAPING}*", "reward_shaping has no length punishment"),
     (f"{ASYNC}*", "weights are always updated while sequences run here; see replay.run_ahead, replay.max_staleness"),
-    ("grpo.max_rollout_turns", "one turn only here"),
     ("grpo.val_batch_size", "evaluation fills whatever slots are free here"),
     ("grpo.val_at_*", "the first and the last evaluation always run here"),
     ("grpo.val_start_at", "the first and the last evaluation always run here"),
@@ -266,7 +272,7 @@ WITHOUT = (
     ("policy.*", mean.SPEED),
     ("checkpointing.*", "checkpoints hold the model's own files and all of the optimizer here"),
     ("data.*", "asyncdapo data prepare and prompts.* here"),
-    ("env.*", "reward.* here; for their environments see docs/reward.md"),
+    ("env.*", f"reward.* here; for their environments see docs/reward.md, and {turns.PAGE} for several turns"),
     ("logger.*", "RUN_DIR/metrics.jsonl and W&B here"),
     ("cluster.*", "controller.ray_address joins a cluster, which must be running"),
     ("reward_penalties.*", "reward.verifier may be your own function (docs/reward.md)"),

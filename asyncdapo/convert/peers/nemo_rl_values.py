@@ -9,8 +9,6 @@ from asyncdapo.convert.gpus import Gpus, number_of
 from asyncdapo.convert.rules import Left, Made, Rank, either, flag, number, plain, whole
 
 OTHERWISE: tuple[tuple[str, str, Rank, tuple[Any, ...]], ...] = (
-    ("grpo.max_rollout_turns", mean.TURNS, Rank.TASK, (1,)),
-    ("env.should_use_nemo_gym", mean.TURNS, Rank.TASK, ()),
     ("on_policy_distillation.enabled", "no distillation here", Rank.TASK, ()),
     ("policy.dtensor_cfg.lora_cfg.enabled", mean.ALL_WEIGHTS, Rank.LOSS, ()),
     ("policy.megatron_cfg.peft.enabled", mean.ALL_WEIGHTS, Rank.LOSS, ()),

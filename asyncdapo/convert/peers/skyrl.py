@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from asyncdapo.convert import gpus
+from asyncdapo.convert import gpus, turns
 from asyncdapo.convert import meanings as mean
 from asyncdapo.convert.peers import skyrl_values as its
 from asyncdapo.convert.peers.skyrl_values import ALGORITHM, POLICY, SAMPLING
@@ -55,7 +55,6 @@ RULES = (
     ),
     same("rollout.slots", f"{ENGINE}max_num_seqs"),
     Rule("rollout.group_size", ("generator.n_samples_per_prompt",), mean.group),
-    same("rollout.max_response_length", f"{SAMPLING}max_generate_length"),
     same("rollout.temperature", f"{SAMPLING}temperature"),
     Rule("", (f"{SAMPLING}top_p",), mean.whole_distribution),
     Rule("", (f"{SAMPLING}top_k",), mean.whole_distribution),
@@ -65,8 +64,11 @@ RULES = (
         lambda clear: "recompute" if flag(clear) else "keep",
     ),
     Rule("rollout.dtype", (f"{ENGINE}model_dtype",), mean.dtype),
-    Rule("reward.verifier", ("environment.env_class",), its.verifier),
-    Rule("", ("environment.env_class",), its.own_environment),
+    *turns.SKYRL_RULES,
+    turns.unless(
+        turns.skyrl_several, turns.SKYRL_KEYS, Rule("reward.verifier", ("environment.env_class",), its.verifier)
+    ),
+    turns.unless(turns.skyrl_several, turns.SKYRL_KEYS, Rule("", ("environment.env_class",), its.own_environment)),
     Rule("reward.incorrect", ("environment.env_class",), lambda name: 0.0 if name == "gsm8k" else None),
     same("reward.overlong_buffer", f"{ALGORITHM}overlong_buffer_len"),
     same("reward.overlong_penalty", f"{ALGORITHM}overlong_buffer_penalty_factor"),
@@ -272,8 +274,9 @@ WITHOUT = (
     (f"{ENGINE}*", mean.ENGINE),
     ("generator.zero_reward_on_non_stop", "reward.overlong_filter or reward.overlong_buffer instead"),
     ("generator.batched", "sequences are always batched continuously here"),
-    ("generator.*", "one turn only here"),
-    ("environment.*", "no such environment here: see docs/reward.md"),
+    *turns.SKYRL_WITHOUT,
+    ("generator.*", "belongs to their generator; see rollout.* and environment.*"),
+    ("environment.*", f"no such environment here: see docs/reward.md, and {turns.PAGE} for several turns"),
     ("data.*", "belongs to their data loader"),
     ("[A-Z]*", "a shell variable"),
 )

@@ -11,8 +11,12 @@ from asyncdapo.convert.rules import Left, Made, Rank, either, flag, number, plai
 VERIFIERS = {"gsm8k": "gsm8k", "aime": "dapo"}
 ALGORITHM, SAMPLING, POLICY = "trainer.algorithm.", "generator.sampling_params.", "trainer.policy."
 OTHERWISE: tuple[tuple[str, str, Rank, tuple[Any, ...]], ...] = (
-    ("generator.max_turns", mean.TURNS, Rank.TASK, (1,)),
-    ("generator.step_wise_trajectories", mean.TURNS, Rank.TASK, ()),
+    (
+        "generator.step_wise_trajectories",
+        "an episode has one advantage here, and a row for each of its contexts",
+        Rank.LOSS,
+        (),
+    ),
     ("generator.chat_template_kwargs", "the chat template gets no arguments here", Rank.TASK, ()),
     ("generator.vision_language_generator", "prompts have no images here", Rank.TASK, ()),
     (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from asyncdapo.convert import gpus
+from asyncdapo.convert import gpus, turns
 from asyncdapo.convert import meanings as mean
 from asyncdapo.convert.peers import verl_values as its
 from asyncdapo.convert.peers.verl_values import ACTOR, CORRECTION, ROLLOUT
@@ -54,9 +54,16 @@ RULES = (
     Rule("", (f"{ROLLOUT}top_p",), mean.whole_distribution),
     Rule("", (f"{ROLLOUT}top_k",), mean.whole_distribution),
     Rule("rollout.dtype", (f"{ROLLOUT}dtype",), mean.dtype),
-    Rule("reward.verifier", ("reward_model.reward_manager", "data.train_files", *OWN), its.verifier),
-    Rule("", (OWN[0], "custom_reward_function.name"), mean.own_function),
-    Rule("", (OWN[1], "reward_manager.name"), mean.own_function),
+    *turns.VERL_RULES,
+    turns.unless(
+        turns.verl_several,
+        turns.VERL_KEYS,
+        Rule("reward.verifier", ("reward_model.reward_manager", "data.train_files", *OWN), its.verifier),
+    ),
+    *(
+        turns.unless(turns.verl_several, turns.VERL_KEYS, Rule("", (key, name), mean.own_function))
+        for key, name in ((OWN[0], "custom_reward_function.name"), (OWN[1], "reward_manager.name"))
+    ),
     Rule("", (OWN[2],), lambda on: mean.not_carried_over("REWARD MODEL") if flag(on) else None),
     Rule("reward.incorrect", ("data.train_files", *OWN), its.incorrect),
     Rule(
@@ -261,7 +268,7 @@ WITHOUT = (
     (f"{ROLLOUT}max_model_len", "is prompts.max_prompt_length + rollout.max_response_length here"),
     (f"{ROLLOUT}prompt_length", "is prompts.max_prompt_length"),
     (f"{ROLLOUT}response_length", "is rollout.max_response_length"),
-    (f"{ROLLOUT}multi_turn.*", mean.TURNS),
+    *turns.VERL_WITHOUT,
     (f"{ROLLOUT}*", mean.ENGINE),
     (f"{OVERLONG}log", "metrics always hold it here"),
     ("reward_model.max_resp_len", "is rollout.max_response_length"),
@@ -306,6 +313,7 @@ PEER = Peer(
         ("reward.reward_manager.name", "reward_model.reward_manager"),
         ("reward.reward_manager.", "reward_manager."),
         ("reward.reward_model.", "reward_model."),
+        (f"{turns.VERL}max_turns", f"{turns.VERL}max_assistant_turns"),
         ("algorithm.rollout_is_threshold", f"{CORRECTION}rollout_is_threshold"),
         ("algorithm.rollout_is", f"{CORRECTION}rollout_is"),
         (f"{ACTOR}optim.clip_grad", f"{ACTOR}grad_clip"),

@@ -142,7 +142,6 @@ def test_a_template_that_is_not_here_is_said_aloud(recipe: Path) -> None:
             "grpo.reward_shaping.stop_properly_penalty_coef=null grpo.reward_shaping.enabled=true",
             "truncated response is multiplied by 0.0",
         ),
-        ("grpo.max_rollout_turns=3", "grpo.max_rollout_turns=1", "one turn only"),
     ],
 )
 def test_what_trains_something_else_is_said_at_the_top(word: str, off: str, said: str) -> None:

@@ -108,7 +108,6 @@ def test_a_key_of_theirs_is_our_key(words: str, expected: dict[str, Any]) -> Non
             "no such loss here",
         ),
         ("generator.sampling_params.top_p=0.9", "generator.sampling_params.top_p=1.0", "the whole distribution"),
-        ("generator.max_turns=5", "generator.max_turns=1", "one turn only"),
         (
             "trainer.policy.optimizer_config.scheduler=cosine",
             "trainer.policy.optimizer_config.scheduler=constant_with_warmup",

@@ -198,7 +198,7 @@ def test_a_key_of_siirl_is_our_key(words: str, expected: dict[str, Any]) -> None
         (f"{ACTOR}optim.lr_warmup_steps_ratio=0.1", f"{ACTOR}optim.lr_warmup_steps_ratio=0", "number isn't known"),
         (f"{ACTOR}optim.warmup_style=cosine", f"{ACTOR}optim.warmup_style=constant", "constant after warm-up"),
         ("data.train_max_samples=1000", "data.train_max_samples=-1", "only that many rows"),
-        (f"{ROLLOUT}multi_turn.enable=True", f"{ROLLOUT}multi_turn.enable=False", "one turn only"),
+        (f"{ROLLOUT}multi_turn.enable=True", f"{ROLLOUT}multi_turn.enable=False", "YOUR AGENT LOOP tool_agent"),
         ("algorithm.use_kl_in_reward=True", "algorithm.use_kl_in_reward=False", "loss.kl_coef"),
         ("data.truncation=left", "data.truncation=error", "longer prompts are cut there"),
     ],
