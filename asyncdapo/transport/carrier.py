@@ -43,8 +43,9 @@ class Transfer(Protocol):
 class Carrier(Protocol):
     """One rank's way to send or receive buckets; made when the group is connected."""
 
-    def buffers(self, num_bytes: int) -> list[torch.Tensor]:
-        """At rank 0: two buffers, uint8 [num_bytes], to fill in turn. Call it once."""
+    def buffers(self, num_bytes: int) -> list[Block]:
+        """At rank 0: two buffers of this size, to fill in turn. Other processes can open those in host memory. Call it
+        once."""
         ...
 
     def reaches(self, device: torch.device) -> bool:
@@ -68,8 +69,10 @@ class GroupCarrier:
     def __init__(self, group: ProcessGroup) -> None:
         self._group = group
 
-    def buffers(self, num_bytes: int) -> list[torch.Tensor]:
-        return [torch.zeros(num_bytes, dtype=torch.uint8, device=self.device) for _ in range(2)]
+    def buffers(self, num_bytes: int) -> list[Block]:
+        if self.device.type == "cpu":
+            return [make_block(num_bytes, self.device) for _ in range(2)]
+        return [Block(torch.zeros(num_bytes, dtype=torch.uint8, device=self.device)) for _ in range(2)]
 
     def reaches(self, device: torch.device) -> bool:
         return device.type == self.device.type
@@ -90,13 +93,13 @@ class SharedCarrier:
         self._made: list[Block] = []
         """At rank 0: both blocks, once `buffers` was called."""
 
-    def buffers(self, num_bytes: int) -> list[torch.Tensor]:
+    def buffers(self, num_bytes: int) -> list[Block]:
         try:
             self._made = [make_block(num_bytes, self._device) for _ in range(2)]
         except OSError as error:
             raise self._group.error(f"the memory of rank 0 can't be shared: {error}") from error
         self._group.post(NOTE, msgspec.msgpack.encode([block.handle for block in self._made]))
-        return [block.bytes_U for block in self._made]
+        return self._made
 
     def reaches(self, device: torch.device) -> bool:
         return True

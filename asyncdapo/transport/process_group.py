@@ -141,9 +141,17 @@ class ProcessGroup:
     def exchange_rows(self, words: Sequence[int], deadline: Deadline) -> list[list[int]]:
         """Send int64 words to every rank, the same number at each. Returns the words of all, by rank."""
         table_WN = torch.zeros(self.world_size, len(words), dtype=torch.int64)
-        table_WN[self.rank] = torch.tensor(words)
-        table_WN = table_WN.to(self.device)
-        self.all_reduce(table_WN, deadline)
+        if self.backend == "nccl":  # which would first connect every two ranks
+            table_WN[self.rank] = torch.tensor(words)
+            table_WN = table_WN.to(self.device)
+            self.all_reduce(table_WN, deadline)
+        else:  # at once: Gloo's sum goes round the ranks twice
+            options = dist.AllToAllOptions()
+            options.timeout = deadline.left()
+            own_WN = torch.tensor(words).repeat(self.world_size, 1)
+            with self._translated("start an exchange", deadline):
+                work = self._open_group().alltoall_base(table_WN, own_WN, [], [], options)
+            self.wait(work, deadline)
         return table_WN.tolist()
 
     def wait(self, work: dist.Work, deadline: Deadline) -> None:

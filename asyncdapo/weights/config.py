@@ -16,8 +16,8 @@ class WeightsConfig:
     """How weights travel: `nccl` between GPUs, `ipc` (shared memory) between processes on one GPU or one machine,
     `gloo` elsewhere. `auto` chooses, and the run says why."""
     bucket_mb: PositiveInt = 16
-    """Largest piece of a broadcast in MiB. The learner holds two: it fills one while it sends the other. Of a sharded
-    learner rank 0 holds a third at most, and each other rank its part of one."""
+    """Largest piece of a broadcast in MiB. The learner holds two: it fills one while it sends the other. Where shards
+    are on GPUs or on several machines, rank 0 holds a third at most, and each other rank its part of one."""
     timeout_s: PositiveFloat = 60.0
     """Seconds after which a transfer has failed. Workers then keep the weights that they have. The learner's ranks have
     the same time to find each other."""

@@ -1,9 +1,9 @@
 """Sender of the weights: the learner's side of a transfer.
 
 In: the learner's tensors, on any device and in any dtype, or this rank's shards of them. Out: the same numbers at every
-receiver, in the manifest's dtypes. It needs two buckets of memory: while one is sent, the next is filled and converted;
-and where the learner is sharded, memory for what the other shards have of one bucket. Invariant: `send` returns only
-after every receiver has confirmed the version's checksum. Owns no weights.
+receiver, in the manifest's dtypes. It needs two buckets of memory: while one is sent, the next is filled and converted,
+by all shards on this machine together; and memory for what the shards elsewhere have of one bucket. Invariant: `send`
+returns only after every receiver has confirmed the version's checksum. Owns no weights.
 
 Shape: U bytes (uint8).
 """
@@ -24,7 +24,7 @@ from asyncdapo.weights.checksum import Checksum
 from asyncdapo.weights.group import WeightGroup
 from asyncdapo.weights.header import Header, agree, confirm
 from asyncdapo.weights.manifest import Manifest, Part, part_of, plan_buckets
-from asyncdapo.weights.shards import Copies, Shards, copy, local_shards, views
+from asyncdapo.weights.shards import SENDER, Copies, Shards, copy, local_shards, views
 
 
 @dataclass(frozen=True)
@@ -48,18 +48,11 @@ class WeightSender:
         self._group, self._manifest, self._shards = group, manifest, shards or Shards({})
         self._digest, self._stream_bytes = manifest.digest, manifest.offsets[-1]
         self._bucket_bytes = bucket_bytes
-        buckets = plan_buckets(manifest, bucket_bytes)
-        buffers = group.carrier.buffers(max((bucket.stop - bucket.start for bucket in buckets), default=0))
-        parts = [
-            [part_of(bucket, manifest, shard, self._shards.count) for shard in range(self._shards.count)]
-            for bucket in buckets
-        ]
-        most = max((sum(part.num_bytes for part in others) for _, *others in parts), default=0)
-        collected_U = torch.zeros(most, dtype=torch.uint8, device=self._shards.device)
-        self._gathers = [
-            Gather(buffers[number % 2][: bucket.stop - bucket.start], collected_U, of_bucket, manifest, self._shards)
-            for number, (bucket, of_bucket) in enumerate(zip(buckets, parts, strict=True))
-        ]
+        self._buckets = plan_buckets(manifest, bucket_bytes)
+        largest = max((bucket.stop - bucket.start for bucket in self._buckets), default=0)
+        self._memory = group.carrier.buffers(largest)
+        self._gathers: list[Gather] = []
+        """Of each bucket, once the other ranks have heard of its memory."""
 
     def send(self, version: int, tensors: Mapping[str, torch.Tensor], *, branch: int = 0) -> SendReport:
         """Send these tensors as the weights of `version`; blocks until every receiver has them. Of a sharded learner
@@ -88,17 +81,18 @@ class WeightSender:
         )
 
     def _send_buckets(self, sources: list[torch.Tensor], deadline: Deadline) -> tuple[Checksum, float]:
-        """Fill a bucket and update the checksum while the bucket before it is sent, and the next one comes from the
-        other shards. Returns the seconds that filling took, too."""
+        """Fill a bucket and update the checksum while the bucket before it is sent. What comes from shards elsewhere is
+        on its way meanwhile. Returns the seconds that filling took, too."""
         checksum, gather_s = Checksum(), 0.0
+        gathers = self._gathers = self._gathers or self._meet(deadline)
         before: Transfer | None = None
-        coming = self._gathers[0].ask(deadline) if self._gathers else None
-        for gather, after in zip_longest(self._gathers, self._gathers[1:]):
+        coming: dist.Work | None = None
+        for gather, after in zip_longest(gathers, gathers[1:]):
             began_s = time.monotonic()
-            gather.fill(sources, coming)
+            gather.fill(sources, coming or gather.ask(deadline))
             gather_s += time.monotonic() - began_s
             under_way = self._group.carrier.carry(gather.bucket_U, deadline)
-            coming = after.ask(deadline) if after else None
+            coming = after.ask(deadline) if after and after.asks_ahead else None
             checksum.update(gather.bucket_U)
             if before:
                 before.wait()
@@ -106,6 +100,24 @@ class WeightSender:
         if before:
             before.wait()
         return checksum, gather_s
+
+    def _meet(self, deadline: Deadline) -> list[Gather]:
+        """Tell the other ranks where the buckets are. Returns how each is filled."""
+        near = self._shards.offer(self._memory, deadline)
+        parts = [
+            [part_of(bucket, self._manifest, shard, self._shards.count) for shard in range(self._shards.count)]
+            for bucket in self._buckets
+        ]
+        far = [number for number, is_near in enumerate(near) if not is_near]
+        most = max((sum(of_bucket[number].num_bytes for number in far) for of_bucket in parts), default=0)
+        collected_U = torch.zeros(most, dtype=torch.uint8, device=self._shards.device)
+        memory = [block.bytes_U for block in self._memory]
+        return [
+            Gather(
+                memory[n % 2][: bucket.stop - bucket.start], collected_U, parts[n], near, self._manifest, self._shards
+            )
+            for n, bucket in enumerate(self._buckets)
+        ]
 
 
 class Gather:
@@ -116,22 +128,26 @@ class Gather:
         bucket_U: torch.Tensor,
         collected_U: torch.Tensor,
         parts: Sequence[Part],
+        near: Sequence[bool],
         manifest: Manifest,
         shards: Shards,
     ) -> None:
-        """`parts`: of each shard, the sender's first; `collected_U` is memory for those of the others, or more."""
-        own, *others = parts
+        """`parts`: of each shard, the sender's first; `near`: which of them are written into the bucket; `collected_U`
+        is memory for the others, or more."""
         self.bucket_U, self._shards = bucket_U, shards
-        self._own = Copies.into(bucket_U, own.pieces, manifest, shards)
-        self._num_bytes = [0, *(part.num_bytes for part in others)]
+        self._own = Copies.into(bucket_U, parts[SENDER].pieces, manifest, shards)
+        self._num_bytes = [0 if is_near else part.num_bytes for part, is_near in zip(parts, near, strict=True)]
         self._collected_U = collected_U[: sum(self._num_bytes)]
-        self._places = [view for part in others for view in views(bucket_U, part.pieces, manifest)]
-        memories = self._collected_U.split(self._num_bytes[1:])
+        far = [part for part, is_near in zip(parts, near, strict=True) if not is_near]
+        self._places = [view for part in far for view in views(bucket_U, part.pieces, manifest)]
+        memories = self._collected_U.split([part.num_bytes for part in far])
         self._parts = [
             view
-            for memory_U, part in zip(memories, others, strict=True)
+            for memory_U, part in zip(memories, far, strict=True)
             for view in views(memory_U, part.packed, manifest)
         ]
+        self.asks_ahead = 0 < len(far) == len(parts) - 1
+        """Whether it may `ask` while its memory is still in use: no other rank writes into it."""
 
     def ask(self, deadline: Deadline) -> dist.Work | None:
         """Start to collect what the other shards have; the bucket before has to be filled."""

@@ -1,16 +1,19 @@
 """Shards: how the parts of each bucket come from the ranks of a sharded learner to the one that sends.
 
     the sender, shard 0                    the ranks of the other shards
-    says that it wants a bucket  ───────▶  their parts are packed, in the dtypes of the wire
-    its own part into the bucket ◀───────  all parts, in one collective
-    the bucket on its way, next wanted     the next part is packed meanwhile
+    where its two buckets are    ───────▶  on its machine: map them             (once for each sender)
+    says that it wants a bucket  ───────▶  on its machine: write their parts into it
+                                           elsewhere: pack them, in the dtypes of the wire
+    its own part into the bucket ◀───────  what was packed, in one collective; nothing says that a part is written
     says that there is no more   ───────▶  over
 
 In: tensors that FSDP2 has divided by rows among the ranks of one replica; plain ones are a single shard, for which
-there is no collective. Out: buckets at the sender, the same bits as from whole tensors. Memory: at the sender, for what
-the others have of one bucket; elsewhere for this rank's part of one. Invariant: whatever ends a transfer, the other
-ranks are told, so that all stay in step and the learner continues. A rank that is gone fails the others' collectives
-with PyTorch's own error. Does not own: what follows from that (`learner/step/ranks`), how buckets get to the engines.
+there is no collective. Out: buckets at the sender, the same bits as from whole tensors. Memory: for packed parts alone,
+at the sender those of one bucket, elsewhere this rank's part of one. Buckets on a GPU aren't mapped: NCCL brings the
+parts. Invariants: a rank writes into a bucket only between the word that it is wanted and the collective. Whatever ends
+a transfer, the other ranks are told, so that all stay in step and the learner continues. A rank that is gone fails the
+others' collectives with PyTorch's own error. Does not own: what follows from that (`learner/step/ranks`), how buckets
+get to the engines.
 
 Shape: U bytes (uint8).
 """
@@ -21,16 +24,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import msgspec
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Shard
 
 from asyncdapo.errors import RunError
 from asyncdapo.transport.deadline import Deadline
+from asyncdapo.transport.shared_memory import Block, open_block
 from asyncdapo.weights.manifest import Manifest, Piece, elements_of, part_of, plan_buckets
 
 SENDER = 0
 """The shard of the rank that sends."""
+OVER, NEXT = 0, 1
+"""Words of the sender."""
 MARGIN_S = 5.0
 """What the others wait beyond a transfer's own timeout, to be told that it is over."""
 
@@ -63,23 +70,49 @@ class Shards:
             raise
         self.tell(Deadline(MARGIN_S), more=False)
 
+    def offer(self, memory: Sequence[Block], deadline: Deadline) -> list[bool]:
+        """At the sender, before the first bucket: where its buckets are. Returns for each shard whether it writes its
+        parts into them."""
+        if self._group is None:
+            return [True]
+        shareable = self.device.type == "cpu" and all(block.handle for block in memory)
+        handles = msgspec.msgpack.encode([block.handle for block in memory] if shareable else [])
+        self._broadcast(torch.tensor([NEXT + len(handles)]), deadline)
+        self._broadcast(torch.frombuffer(bytearray(handles), dtype=torch.uint8), deadline)
+        answers_U = torch.zeros(self.count - 1, dtype=torch.uint8)
+        if work := self.collect(answers_U, [0, *[1] * (self.count - 1)], deadline):
+            work.wait()
+        return [True, *map(bool, answers_U.tolist())]
+
+    def reach(self, num_bytes: int, deadline: Deadline) -> list[Block]:
+        """Elsewhere: the sender's buckets, of which `hear` has told, if they can be mapped here."""
+        handles_U = torch.zeros(num_bytes, dtype=torch.uint8)
+        self._broadcast(handles_U, deadline)
+        try:
+            memory = [open_block(handle, self.device) for handle in msgspec.msgpack.decode(handles_U.numpy().tobytes())]
+        except OSError:  # the sender is on another machine
+            memory = []
+        self.give(torch.tensor([bool(memory)], dtype=torch.uint8), deadline)
+        return memory
+
     def tell(self, deadline: Deadline, *, more: bool) -> None:
         """At the sender: whether it wants another bucket."""
-        self._broadcast(torch.tensor([int(more)]), deadline)
+        self._broadcast(torch.tensor([NEXT if more else OVER]), deadline)
 
-    def hear(self, deadline: Deadline) -> bool:
-        """Elsewhere: whether the sender wants another bucket."""
+    def hear(self, deadline: Deadline) -> int:
+        """Elsewhere: what the sender says. `NEXT`: it wants another bucket. `OVER`: no more. More than `NEXT`: it says
+        where its buckets are, in so many bytes more."""
         word = torch.zeros(1, dtype=torch.int64)
         self._broadcast(word, deadline)
-        return bool(word.item())
+        return int(word.item())
 
     def collect(self, memory_U: torch.Tensor, num_bytes: Sequence[int], deadline: Deadline) -> dist.Work | None:
         """At the sender: start to receive the packed parts of one bucket, so many bytes of each shard, into this memory
-        by shards. None if nothing comes."""
+        by shards. It ends after every shard has called `give`, also with 0 bytes. None if there is one shard."""
         return self._all_to_all(memory_U, memory_U[:0], list(num_bytes), [0] * self.count, deadline)
 
     def give(self, packed_U: torch.Tensor, deadline: Deadline) -> None:
-        """Elsewhere: this rank's part to the sender."""
+        """Elsewhere: this rank's part to the sender, or nothing once it's written."""
         to_sender = [len(packed_U), *[0] * (self.count - 1)]
         if work := self._all_to_all(packed_U[:0], packed_U, [0] * self.count, to_sender, deadline):
             work.wait()
@@ -129,25 +162,48 @@ class Giver:
 
     def __init__(self, shards: Shards, manifest: Manifest, bucket_bytes: int) -> None:
         self._shards, self._manifest = shards, manifest
-        parts = [
-            part_of(bucket, manifest, shards.number, shards.count) for bucket in plan_buckets(manifest, bucket_bytes)
-        ]
-        most = max((part.num_bytes for part in parts), default=0)
-        memory_U = torch.zeros(most, dtype=torch.uint8, device=shards.device)
-        self._parts = [
-            (memory_U[: part.num_bytes], Copies.into(memory_U, part.packed, manifest, shards)) for part in parts
-        ]
+        buckets = plan_buckets(manifest, bucket_bytes)
+        self._parts = [part_of(bucket, manifest, shards.number, shards.count) for bucket in buckets]
+        self._ways: list[tuple[Copies, torch.Tensor]] = []
+        """How each part gets to the sender that was met last: what is copied, and what is sent then."""
 
     def give(self, tensors: Mapping[str, torch.Tensor], timeout_s: float) -> bool:
         """Take part in one transfer of these tensors, whose deadline is `timeout_s`. Returns whether every part was
         given; if not, the transfer has failed. Raises PyTorch's error if another rank is gone or late."""
         sources, deadline = local_shards(tensors, self._manifest), Deadline(timeout_s + MARGIN_S)
-        for packed_U, copies in self._parts:
-            copies.run(sources)
-            if not self._shards.hear(deadline):
+        for number in range(len(self._parts)):
+            if not self._wanted(deadline):
                 return False
+            copies, packed_U = self._ways[number]
+            copies.run(sources)
             self._shards.give(packed_U, deadline)
-        return not self._shards.hear(deadline)
+        return not self._wanted(deadline)
+
+    def _wanted(self, deadline: Deadline) -> bool:
+        """Whether the sender wants another bucket. A new sender says first where its buckets are."""
+        word = self._shards.hear(deadline)
+        if word > NEXT:
+            memory = self._shards.reach(word - NEXT, deadline)
+            self._ways = self._into(memory) if memory else self._packed()
+            word = self._shards.hear(deadline)
+        return word == NEXT
+
+    def _into(self, memory: Sequence[Block]) -> list[tuple[Copies, torch.Tensor]]:
+        """Into the sender's two buckets, in turn; nothing is sent."""
+        nothing_U = torch.empty(0, dtype=torch.uint8)
+        return [
+            (Copies.into(memory[number % 2].bytes_U, part.pieces, self._manifest, self._shards), nothing_U)
+            for number, part in enumerate(self._parts)
+        ]
+
+    def _packed(self) -> list[tuple[Copies, torch.Tensor]]:
+        """Into memory of this rank, for one part, which is sent."""
+        most = max((part.num_bytes for part in self._parts), default=0)
+        memory_U = torch.zeros(most, dtype=torch.uint8, device=self._shards.device)
+        return [
+            (Copies.into(memory_U, part.packed, self._manifest, self._shards), memory_U[: part.num_bytes])
+            for part in self._parts
+        ]
 
 
 def local_shards(tensors: Mapping[str, torch.Tensor], manifest: Manifest) -> list[torch.Tensor]:

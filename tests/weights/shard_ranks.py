@@ -5,7 +5,10 @@ from __future__ import annotations
 
 import os
 import signal
+import time
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -15,10 +18,12 @@ from asyncdapo.errors import RanksError, WeightsError
 from asyncdapo.learner.model.mesh import SHARDS
 from asyncdapo.learner.step.ranks import GradientGroup, Ranks
 from asyncdapo.transport.backend import Backend
+from asyncdapo.transport.shared_memory import Block
+from asyncdapo.weights import shards
 from asyncdapo.weights.group import WeightGroup
 from asyncdapo.weights.manifest import Manifest
-from asyncdapo.weights.sender import WeightSender
-from asyncdapo.weights.shards import Giver, Shards
+from asyncdapo.weights.sender import Gather, WeightSender
+from asyncdapo.weights.shards import Copies, Giver, Shards
 from tests.learner.tiny import make_batch, make_learner
 from tests.learner.tiny import train as train_step
 from tests.weights.members import Print, fingerprint
@@ -58,7 +63,26 @@ class ShardRank:
             self.ranks_group.connect()
         self.ranks = Ranks(rank, num_ranks, num_shards)
         self.ranks.join(self.ranks_group)
+        self.giver: Giver | None = None
         self.make(0)
+
+    def move_away(self) -> None:
+        """From now on it can't map memory of the other ranks, as if it were on another machine."""
+
+        def open_block(*_: Any) -> Block:
+            raise OSError("there is no such process")
+
+        shards.open_block = open_block
+
+    def slow_down(self) -> None:
+        """From now on every copy takes a while."""
+        run = Copies.run
+
+        def run_late(*args: Any) -> None:
+            time.sleep(0.01)
+            run(*args)
+
+        Copies.run = run_late
 
     def make(self, version: int) -> None:
         """From now on its weights are its shards of those of this version."""
@@ -113,7 +137,8 @@ class ShardRank:
         """Whether all was given, or why the ranks lost each other."""
         try:
             with self.ranks.together("give"):
-                return Giver(Shards(self.shards), self.manifest(), BUCKET_BYTES).give(self.shards, timeout_s)
+                self.giver = self.giver or Giver(Shards(self.shards), self.manifest(), BUCKET_BYTES)
+                return self.giver.give(self.shards, timeout_s)
         except RanksError as error:
             return str(error)
 
@@ -127,6 +152,12 @@ class ShardRank:
 
     def die_in_send(self, version: int) -> None:
         """Say that buckets are wanted, take two, and be killed then."""
-        gather = self.sender._gathers[2]
-        gather.fill = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        fill, num_filled = Gather.fill, count()
+
+        def fill_or_die(*args: Any) -> None:
+            if next(num_filled) == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+            fill(*args)
+
+        Gather.fill = fill_or_die
         self.sender.send(version, self.shards)

@@ -75,14 +75,26 @@ def make(ranks: list[Member], version: int) -> None:
 
 
 @pytest.mark.parametrize("backend", ["gloo", "ipc"])
-@pytest.mark.parametrize(("num_shards", "num_ranks"), [(2, 2), (3, 3), (4, 4), (2, 4)])
-def test_receivers_get_the_whole_weights_bit_by_bit(num_shards: int, num_ranks: int, backend: Backend) -> None:
+@pytest.mark.parametrize(("num_shards", "num_ranks", "num_elsewhere"), [(2, 2, 0), (3, 3, 1), (4, 4, 3), (2, 4, 0)])
+def test_receivers_get_the_whole_weights_bit_by_bit(
+    num_shards: int, num_ranks: int, num_elsewhere: int, backend: Backend
+) -> None:
     with shards_of(num_shards, num_ranks) as ranks, members(2) as receivers:
+        for rank in ranks[num_ranks - num_elsewhere :]:
+            rank.do("move_away")
         manifest = connect(ranks[0], receivers, backend)
         for version in (1, 2, 3):
             make(ranks, version)
             got = publish(ranks[:num_shards], receivers, manifest, version)
             assert got == [fingerprint(weights_of(version))] * 2
+
+
+def test_a_bucket_is_sent_after_a_slow_shard_has_written_its_part() -> None:
+    with shards_of(2) as ranks, members(1) as [receiver]:
+        manifest = connect(ranks[0], [receiver], "gloo")
+        ranks[1].do("slow_down")
+        make(ranks, 1)
+        assert publish(ranks, [receiver], manifest, 1) == [fingerprint(weights_of(1))]
 
 
 def test_a_learner_s_trained_shards_arrive_as_its_gathered_weights_at_every_version(tmp_path: Path) -> None:

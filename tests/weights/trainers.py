@@ -41,7 +41,7 @@ class Trainer:
         deadline = Deadline(self.group.timeout_s)
         agree(self.group, header_of(self.manifest, version, BUCKET_BYTES), deadline)
         first, second, *_ = plan_buckets(self.manifest, BUCKET_BYTES)
-        buffers = self.group.carrier.buffers(BUCKET_BYTES)
+        buffers = [block.bytes_U for block in self.group.carrier.buffers(BUCKET_BYTES)]
         arriving = self.group.carrier.carry(buffers[0][: first.stop - first.start], deadline)
         self.group.carrier.carry(buffers[1][: second.stop - second.start], deadline)
         arriving.wait()
