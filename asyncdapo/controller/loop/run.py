@@ -46,7 +46,7 @@ class Controller:
     def __init__(self, config: Config, resume: Resume, reporter: Reporter, started: float) -> None:
         self._config, self._resume, self._reporter = config, resume, reporter
         self._run_dir = Path(config.run.dir)
-        self._keys = {key: float(attrgetter(key)(config)) for key in KEYS}
+        self._keys = keys_in_force(config)
         self._lines = StepMetrics(reporter, resume.first_line, resume.last_line, started, self._keys)
         self._supervisor = Supervisor(config)
         self._stalls = StallWatch(config.controller, self._supervisor, reporter)
@@ -131,3 +131,8 @@ class Controller:
             step = self._training.step
         self._lines.write()
         self._reporter.status(f"stopped after step {step}: the same command resumes from there")
+
+
+def keys_in_force(config: Config) -> dict[str, float]:
+    """The keys that a verdict may advise to change."""
+    return {key: float(attrgetter(key)(config)) for key in KEYS}

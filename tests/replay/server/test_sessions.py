@@ -171,3 +171,38 @@ def test_a_worker_whose_process_is_known_to_be_dead_is_not_missed():
     assert not sessions.deserted
     assert sessions.of_peer(b"peer") is None
     assert sessions.total("tokens") == 30
+
+
+# --------------------------------------------------------------------------------------------------------------- tokens
+
+
+def test_tokens_of_an_answer_count_at_once_and_only_once():
+    sessions = joined()
+    beat(sessions, {LEASE: Progress(num_tokens=40, phase="sampling")}, tokens=40.0)
+    sessions.note_answer(sessions.of_worker(0), 25)  # the group has 65
+    assert sessions.total("tokens") == 65
+    beat(sessions, {}, tokens=40.0)  # sent before the answer, and arrived after it
+    assert sessions.total("tokens") == 65
+    beat(sessions, {}, tokens=80.0)
+    assert sessions.total("tokens") == 80
+
+
+def test_tokens_of_a_worker_that_dies_behind_its_answer_stay():
+    sessions = joined()
+    beat(sessions, {LEASE: Progress(num_tokens=40, phase="sampling")}, tokens=40.0)
+    session = sessions.of_worker(0)
+    sessions.note_answer(session, 25)
+    sessions.forget(session)
+    assert sessions.total("tokens") == 65
+
+
+def test_a_server_that_is_started_again_counts_on_from_its_accounts_and_what_is_running():
+    sessions = Sessions(STALL_TICKS)
+    sessions.count_tokens_from(1000)
+    sessions.recover(0, "first", 0, 0)
+    sessions.recognise(b"peer", hello())
+    sessions.note_answer(sessions.of_worker(0), 30)
+    beat(sessions, {LEASE: Progress(num_tokens=40, phase="sampling")}, tokens=5000.0)
+    assert sessions.total("tokens") == 1000 + 30 + 40
+    beat(sessions, {LEASE: Progress(num_tokens=50, phase="sampling")}, tokens=5010.0)
+    assert sessions.total("tokens") == 1000 + 30 + 50
