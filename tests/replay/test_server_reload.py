@@ -159,7 +159,8 @@ async def test_trained_published_and_finish_change_nothing_when_they_are_told_ag
         first = await server.trained(1, {"learner/loss": 0.5})
         told_again = await server.trained(1, {"learner/loss": 0.5})
         assert {name for name in first if str(told_again[name]) != str(first[name])} <= {
-            f"replay/time/{state}_s" for state in (*STATES, "idle")
+            "replay/cpu_s",
+            *(f"replay/time/{state}_s" for state in (*STATES, "idle")),
         }
         for _ in range(2):
             await server.published(1)

@@ -85,6 +85,8 @@ class LearnerProcess(ProcessBase):
         self.giver: Giver | None = None
         """None until this rank has given its shards for the first time."""
         self.num_sent = 0
+        self.cpu_s = time.process_time()
+        """Of this process, when the last train step ended."""
         self.copied: HostCopy | None = None
         """What is to be written of a checkpoint."""
         self.writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"{spec.name} writes")
@@ -239,7 +241,12 @@ class LearnerProcess(ProcessBase):
         self.prepared = None  # the next one may be here: two batches are what there is memory for
         faults.point("after_train")
         times = self.learner.times.take()
-        return metrics | {f"learner/time/{state}_s": seconds for state, seconds in times.items()}
+        cpu_before_s, self.cpu_s = self.cpu_s, time.process_time()
+        return {
+            **metrics,
+            **{f"learner/time/{state}_s": seconds for state, seconds in times.items()},
+            "learner/cpu_s": self.cpu_s - cpu_before_s,
+        }
 
     async def probe(self, version: int, pairs: Sequence[Pair]) -> list[np.ndarray]:
         """What the weights of `version` make of what the engines have sampled with it: see `Learner.logprobs`. Every

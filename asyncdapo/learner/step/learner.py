@@ -143,7 +143,7 @@ class Learner:
             **update_metrics(done, self._loss),
             **self._masked(before, counted),
             **self._measured.metrics(self._shape, work, seconds, self.ranks.num_ranks),
-            **{f"learner/response_tokens_{name}": n for name, n in quantiles(_lengths(batch)).items()},
+            **{f"learner/response_tokens_{name}": float(n) for name, n in quantiles(_lengths(batch)).items()},
             "learner/version": float(version),
             "learner/bad_updates": float(self._optimizer.num_bad),
             "learner/forward_tokens": float(work.num_computed_tokens),

@@ -38,6 +38,8 @@ MIN_LOST = 0.1
 """Less is not worth a change."""
 MIN_LEAD = 0.05
 """Two shares that are nearer to each other can't be told apart."""
+MIN_FILTERED = 0.6
+"""A filter that drops a smaller share of the tokens does what it is there for."""
 SLOW = 0.6
 """A worker that is slower than this share of the others' pace is a straggler."""
 OF_LOOP = {"train": "learner", "publish": "publish", "checkpoint": "checkpoint"}
@@ -69,9 +71,8 @@ def lost_shares(window: Window) -> dict[str, float]:
     lost["run_ahead"] = min(waiting, unleased)
     alone = abs(waiting - unleased)
     if waiting > unleased:
-        slow = _lost_to_straggler(window)
-        lost["straggler"] = alone * slow
-        _divide(lost, alone * (1 - slow), _of_workers(window))
+        lost["straggler"] = min(alone, _lost_to_straggler(window))
+        _divide(lost, alone - lost["straggler"], _of_workers(window))
     else:
         _divide(lost, alone, {OF_LOOP[state]: window.loop[state] for state in OF_LOOP})
     return lost
@@ -95,12 +96,15 @@ def _of_workers(window: Window) -> dict[str, float]:
         parts[limit] += window.workers[state]
     fates = window.fates if any(window.fates.values()) else {"trained": 1.0}
     for fate, share in fates.items():
-        parts[OF_TOKENS.get(fate, "dropped")] += window.workers["generate"] * share
+        limit = OF_TOKENS.get(fate, "dropped")
+        usual = limit == "data" and share < MIN_FILTERED
+        parts["rollout" if usual else limit] += window.workers["generate"] * share
     return parts
 
 
 def _lost_to_straggler(window: Window) -> float:
-    """Share of all workers' speed that would be there if the slowest were as fast as the others."""
+    """Share of a step that would be saved if the slowest worker were as fast as the others, and the learner waited for
+    nothing else."""
     pace = window.slowest_pace
     return (1 - pace) / window.num_workers if math.isfinite(pace) and pace < SLOW else 0.0
 

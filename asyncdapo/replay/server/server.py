@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -190,6 +191,7 @@ class ReplayServer:
     def _times(self) -> dict[str, float]:
         """Of this server and of those before it, as of the line from which it counts."""
         times = {f"replay/time/{state}_s": seconds for state, seconds in self._spans.totals().items()}
+        times["replay/cpu_s"] = time.process_time()
         return {name: self._totals.get(name, 0.0) + seconds for name, seconds in times.items()}
 
     def _describe(self, session: Session) -> dict[str, float]:
