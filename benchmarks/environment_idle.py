@@ -27,7 +27,9 @@ from asyncdapo.messages import Lease, Prompt, Sampling
 from asyncdapo.rollout.config import RolloutConfig
 from asyncdapo.rollout.engine import Priority
 from asyncdapo.rollout.job import Job
-from asyncdapo.rollout.several_turns import SeveralTurns, TurnLimits
+from asyncdapo.rollout.several_turns.attempt import TurnLimits
+from asyncdapo.rollout.several_turns.several_turns import SeveralTurns
+from asyncdapo.rollout.several_turns.steps import Steps
 from asyncdapo.rollout.torch_engine.torch_engine import TorchEngine
 
 MAX_TOKENS, MAX_CONTEXT = 2000, 3000
@@ -88,7 +90,7 @@ async def measure(engine: TorchEngine, path: Path, oversubscribe: float, seconds
     hosts = Hosts(EnvironmentConfig(path=f"{path}:Slow", concurrency=seats), MAX_CONTEXT)
     await hosts.start()
     limits = TurnLimits(max_turns=8, max_context=MAX_CONTEXT)
-    rollouts = SeveralTurns(engine, hosts, lambda *_: [], EightTokens(), lambda _: "", limits, oversubscribe)
+    rollouts = SeveralTurns(engine, hosts, Steps(EightTokens(), lambda _: ""), lambda *_: [], limits, oversubscribe)
     running = asyncio.create_task(Worker(rollouts).run())
     await asyncio.sleep(WARM_UP_S)
     before = engine.gauges() | rollouts.gauges()

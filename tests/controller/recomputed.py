@@ -8,6 +8,8 @@ of the versions next to them. Needs `rollout.on_update=recompute`: a kept KV cac
 from __future__ import annotations
 
 import sqlite3
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,45 +18,73 @@ from transformers import AutoModelForCausalLM
 
 from asyncdapo.learner.storage.checkpoint import checkpoint_dir
 from asyncdapo.replay.ledger.ledger import read_group
+from asyncdapo.transport.payload import expand
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """One context, and a version before its first one and after its last one."""
+
+    prompt_ids: np.ndarray
+    token_ids: np.ndarray
+    is_sampled: np.ndarray
+    logprobs: np.ndarray
+    versions: np.ndarray
+    """Of each sampled token."""
+    turn_ends: list[int]
+    """Sampled tokens up to the end of each turn but the last."""
+
+    @property
+    def spans(self) -> bool:
+        """Whether its tokens are of two versions or more."""
+        return len(set(self.versions)) > 1
+
+    @property
+    def updated_between_turns(self) -> bool:
+        """Whether new weights came after the end of a turn and before the next one began."""
+        return any(self.versions[end - 1] != self.versions[end] for end in self.turn_ends)
 
 
 def assert_versions_are_true(run_dir: Path, last_version: int, *, at_least: int, num: int = 32) -> None:
     """Of the completions that span versions there are `at_least` so many, and up to `num` of them are recomputed. Two
     may fit neighbouring versions as well: an answer that is certain has log-probs near 0 under each."""
+    spanning = [one for one in recorded_contexts(run_dir, last_version) if one.spans][:num]
+    assert len(spanning) >= at_least  # how many there are depends on how fast the two sides were
+    assert num_shifted_apart(run_dir, last_version, spanning) >= len(spanning) - 2
+
+
+def num_shifted_apart(run_dir: Path, last_version: int, contexts: Sequence[Recorded]) -> int:
+    """How many of these log-probs don't fit the versions next to the recorded ones. All of them fit those."""
     models = [
         AutoModelForCausalLM.from_pretrained(checkpoint_dir(run_dir, step), dtype=torch.float32)
         for step in range(last_version + 1)
     ]
-    completions = spanning_completions(run_dir, last_version, num)
-    assert len(completions) >= at_least  # how many there are depends on how fast the two sides were
-    num_shifted_apart = 0
-    for prompt_ids, token_ids, is_sampled, logprobs, versions in completions:
-        first, last = versions[0][0] - 1, versions[-1][0] + 1
-        table = np.stack([recomputed(model, prompt_ids, token_ids)[is_sampled] for model in models[first : last + 1]])
-        labels = np.repeat([version - first for version, _ in versions], [count for _, count in versions])
-        at = np.arange(len(logprobs))
-        assert np.abs(table[labels, at] - logprobs).max() < 1e-3
-        num_shifted_apart += all(np.abs(table[labels + by, at] - logprobs).max() > 1e-2 for by in (-1, 1))
-    assert num_shifted_apart >= len(completions) - 2
+    num = 0
+    for one in contexts:
+        first, last = one.versions.min() - 1, one.versions.max() + 1
+        whole = [recomputed(model, one.prompt_ids, one.token_ids) for model in models[first : last + 1]]
+        table, labels, at = np.stack(whole)[:, one.is_sampled], one.versions - first, np.arange(len(one.versions))
+        assert np.abs(table[labels, at] - one.logprobs).max() < 1e-3
+        num += all(np.abs(table[labels + by, at] - one.logprobs).max() > 1e-2 for by in (-1, 1))
+    return num
 
 
-def spanning_completions(run_dir: Path, last_version: int, num: int) -> list[tuple]:
-    """The longest recorded completions whose tokens are of two versions or more, each with a version before and after.
-
-    The longest, because a short chain without a product is certain: its log-probs are near 0 under every version.
-    """
+def recorded_contexts(run_dir: Path, last_version: int) -> list[Recorded]:
+    """All recorded contexts with a version before and after theirs, the longest first: a short chain without a product
+    is certain, its log-probs are near 0 under every version."""
     with sqlite3.connect(run_dir / "ledger.db") as ledger:
         rows = ledger.execute(
-            "SELECT group_id FROM groups WHERE 0 < min_version AND min_version < max_version AND max_version < ?",
-            (last_version,),
+            "SELECT group_id FROM groups WHERE 0 < min_version AND max_version < ?", (last_version,)
         ).fetchall()
     found = []
     for (group_id,) in rows:
         group, payload = read_group(run_dir, group_id)
         for one in payload.of_contexts(group):
-            if len(one.header.versions) > 1:
-                found.append((one.prompt_ids, one.own_ids, one.is_sampled, one.logprobs_S, one.header.versions))
-    return sorted(found, key=lambda completion: -len(completion[1]))[:num]
+            ends = np.cumsum([turn.num_tokens for turn in one.header.turns])[:-1].tolist()
+            response, is_sampled = one.own_ids[one.response], one.is_sampled[one.response]
+            versions = expand(one.header.versions)
+            found.append(Recorded(one.prompt_ids, response, is_sampled, one.logprobs_S, versions, ends))
+    return sorted(found, key=lambda one: -len(one.token_ids))
 
 
 @torch.inference_mode()

@@ -5,24 +5,26 @@ from __future__ import annotations
 
 import sqlite3
 import subprocess
+from pathlib import Path
 
 import pytest
 
 from asyncdapo.replay.ledger.ledger import read_group
-from tests.controller.recomputed import assert_versions_are_true
+from tests.controller.recomputed import assert_versions_are_true, num_shifted_apart, recorded_contexts
 from tests.controller.runs import FinishedRun, command, launch
 from tests.environment.hosting import FILE
 
 STEPS = 8
+ENGINES = ["torch", pytest.param("vllm", marks=pytest.mark.vllm)]
 
 
-@pytest.fixture(scope="module", params=["torch", pytest.param("vllm", marks=pytest.mark.vllm)])
-def run(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> FinishedRun:
+def launched(run_dir: Path, environment: str, engine: str, *overrides: str) -> FinishedRun:
+    """A run with payloads and a checkpoint of every step."""
     return launch(
-        tmp_path_factory.mktemp("environment_run") / "run",
-        f"environment.path={FILE.with_name('answering.py')}:AsksBack",
+        run_dir,
+        f"environment.path={FILE.with_name('answering.py')}:{environment}",
         "environment.max_context=200",
-        f"rollout.engine={request.param}",
+        f"rollout.engine={engine}",
         f"run.steps={STEPS}",
         "rollout.slots=8",
         "rollout.on_update=recompute",
@@ -36,7 +38,13 @@ def run(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
         "learner.keep_checkpoints=0",
         "eval.num_prompts=4",
         "eval.num_greedy_prompts=4",
+        *overrides,
     )
+
+
+@pytest.fixture(scope="module", params=ENGINES)
+def run(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> FinishedRun:
+    return launched(tmp_path_factory.mktemp("environment_run") / "run", "AsksBack", request.param)
 
 
 @pytest.mark.timeout(500)
@@ -62,3 +70,20 @@ def test_every_episode_has_its_turns_and_observations(run: FinishedRun) -> None:
 
 def test_each_turns_tokens_were_sampled_by_the_version_that_is_recorded(run: FinishedRun) -> None:
     assert_versions_are_true(run.dir, STEPS, at_least=4)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_of_200_episodes_no_log_prob_fits_the_versions_next_to_its_own(engine: str, tmp_path: Path) -> None:
+    steps = 24
+    run = launched(
+        tmp_path / "run", "AsksBackLater", engine, f"run.steps={steps}", "rollout.slots=32", "replay.max_staleness=4"
+    )
+    assert run.exit_code == 0, run.output
+    contexts = [one for one in recorded_contexts(run.dir, steps) if one.updated_between_turns]
+    print(f"{engine}: {len(contexts)} episodes with an update between turns")
+    assert len(contexts) >= 200
+    apart = num_shifted_apart(run.dir, steps, contexts[:200])
+    print(f"{engine}: {apart} of 200 differ by more than 1e-2 under the versions next to theirs")
+    assert apart >= 190

@@ -1,5 +1,8 @@
 """An environment for the quickstart's start model: it asks back once, and then rewards what it can't have known."""
 
+import asyncio
+import random
+
 
 class AsksBack:
     def reset(self, row):
@@ -14,3 +17,11 @@ class AsksBack:
 
     def metrics(self):
         return {"asked": self.num_asked}
+
+
+class AsksBackLater(AsksBack):
+    """Takes so long that train steps fall between two turns."""
+
+    async def step(self, response):
+        await asyncio.sleep(random.uniform(0.2, 2))
+        return await super().step(response)

@@ -1,6 +1,7 @@
-"""Environments that do what they are told: by the row at `reset`, by the response at `step`."""
+"""Environments that do what they are told: by the row at `reset`, by the response at `step`, or by a script."""
 
 import asyncio
+import json
 import os
 import subprocess
 import sys
@@ -55,6 +56,10 @@ def obey(order):
         case "fork":
             if not os.fork():
                 time.sleep(600)
+        case "bomb":
+            for _ in range(int(rest)):
+                os.fork()  # 2 ** rest processes, this one among them
+            time.sleep(600)
         case "sessions":
             for _ in range(4):
                 subprocess.Popen(["sleep", "600"], start_new_session=True)
@@ -91,6 +96,24 @@ class Plain:
 
     def metrics(self):
         return {"num_steps": self.num_steps}
+
+
+class Script:
+    """The row's text has an order for each call: `reset`, every `step`, `metrics`. Responses don't matter."""
+
+    def reset(self, row):
+        script = json.loads(row["prompt"])
+        self.orders, self.measured = iter(script["step"]), script["metrics"]
+        return obey(script["reset"]) if script["reset"] else None
+
+    def step(self, response):
+        order = next(self.orders, "end 1")
+        if order == "forever":
+            self.orders = iter([order] * 2)
+        return obey(order)
+
+    def metrics(self):
+        return obey(self.measured) if self.measured else {}
 
 
 class Async:
