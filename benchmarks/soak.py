@@ -90,12 +90,14 @@ class Soak:
         self.expect_nobody("the end")
 
     def kill_one(self) -> None:
-        """Kill a process of a random role, if there is one, and check the consequences."""
-        role = self.random.choice(ROLES[self.config])
-        entries = [entry for entry in self.roster() if entry.role == role]
+        """Kill a process of a random role, if there is one, and check the consequences. The driver is spared until its
+        launch has made progress: a run whose driver dies in every start has none."""
+        spared = "" if self.last_progress_s() > self.launched_at[-1] else "controller"
+        entries = [one for one in self.roster() if one.role in ROLES[self.config] and one.role != spared]
         if not entries:
             return
-        victim = self.random.choice(entries)
+        role = self.random.choice(sorted({entry.role for entry in entries}))
+        victim = self.random.choice([entry for entry in entries if entry.role == role])
         try:
             os.kill(victim.pid, signal.SIGKILL)
         except ProcessLookupError:
@@ -135,13 +137,19 @@ class Soak:
         except sqlite3.OperationalError:
             return [(0,)]
 
+    def last_progress_s(self) -> float:
+        return max(self.progress_s(), default=0.0)
+
     def longest_stall_s(self) -> float:
-        """Longest time without a trained batch or an arrived group, undone ones included."""
+        """Longest time without progress."""
+        at_s = sorted(self.progress_s())
+        return max(after - before for before, after in zip(at_s, at_s[1:], strict=False))
+
+    def progress_s(self) -> list[float]:
+        """When a group arrived or a batch was trained, undone ones included; in seconds since 1970."""
         tables = ("groups", "undone_groups"), ("batches", "undone_batches")
         at_s = [at for (at,) in self.query(" UNION ".join(f"SELECT arrived_at_s FROM {t}" for t in tables[0]))]
-        at_s += [at for (at,) in self.query(" UNION ".join(f"SELECT trained_at_s FROM {t}" for t in tables[1]))]
-        at_s.sort()
-        return max(after - before for before, after in zip(at_s, at_s[1:], strict=False))
+        return at_s + [at for (at,) in self.query(" UNION ".join(f"SELECT trained_at_s FROM {t}" for t in tables[1]))]
 
 
 def main() -> int:
