@@ -6,8 +6,10 @@ the Python layer above it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast
 
 import numpy as np
@@ -20,8 +22,11 @@ from asyncdapo.model.files import TokenizerFiles
 class TextTokenizer:
     """A Hugging Face tokenizer reduced to what a run needs."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        self._tokenizer = tokenizer
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerFast, template_arguments: Mapping[str, Any] = MappingProxyType({})
+    ) -> None:
+        """`template_arguments`: for the chat template, wherever it is used."""
+        self._tokenizer, self._arguments = tokenizer, template_arguments
         self._backend = tokenizer.backend_tokenizer
         self._backend.no_truncation()  # a tokenizer.json may carry settings of the job that saved it
         self._backend.no_padding()
@@ -37,7 +42,11 @@ class TextTokenizer:
     def render(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] = ()) -> str:
         """The messages in the chat template, up to where the assistant writes. `tools`: their JSON schemas."""
         text = self._tokenizer.apply_chat_template(
-            list(messages), tools=list(tools) or None, add_generation_prompt=True, tokenize=False
+            list(messages),
+            tools=list(tools) or None,
+            add_generation_prompt=True,
+            tokenize=False,
+            **self._arguments,
         )
         return cast(str, text)
 
@@ -55,9 +64,7 @@ class TextTokenizer:
     def encode_chat(self, question: str, system_prompt: str | None = None) -> list[int]:
         """Ids of the question as the user's turn in the chat template, after the system prompt if there is one. They
         end where the assistant's turn begins."""
-        turns = _turns(question, system_prompt)
-        token_ids = self._tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
-        return cast(list[int], token_ids)
+        return self.encode_more(self.render(_turns(question, system_prompt)))
 
     def prompt_encoder(
         self, chat_template: bool, system_prompt: str | None = None, vocab_size: int | None = None
@@ -79,15 +86,22 @@ class TextTokenizer:
     def _check_chat(self, system_prompt: str | None) -> None:
         if self._tokenizer.chat_template is None:
             raise ConfigError("prompts.chat_template", "the model's tokenizer has none", True, "use prompts.template")
+        self._check_arguments()
         key, value = ("prompts.system_prompt", system_prompt) if system_prompt else ("prompts.chat_template", True)
         fix = "put its words into prompts.template" if system_prompt else "use prompts.template"
         try:
-            turns = _turns("1 + 1 = ?", system_prompt)
-            text = self._tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+            text = self.render(_turns("1 + 1 = ?", system_prompt))
         except Exception as error:  # noqa: BLE001 - a template is code, which may raise anything
             raise ConfigError(key, f"the model's chat template refuses it ({error})", value, fix) from error
         if system_prompt and system_prompt.strip() not in text:
             raise ConfigError(key, "the model's chat template leaves it out", value, fix)
+
+    def _check_arguments(self) -> None:
+        """A template doesn't say that it has no use for one."""
+        for name, value in self._arguments.items():
+            if not re.search(rf"\b{re.escape(name)}\b", self._tokenizer.get_chat_template()):
+                problem = f"the model's chat template knows no {name}"
+                raise ConfigError("prompts.chat_template", problem, {name: value}, "remove it")
 
     def _unknown_token(self, token_id: int, vocab_size: int) -> ConfigError:
         token = self._tokenizer.convert_ids_to_tokens(token_id)
@@ -105,7 +119,9 @@ class TextTokenizer:
         return self._backend.decode(list(token_ids), skip_special_tokens=False)
 
 
-def load_tokenizer(files: TokenizerFiles) -> TextTokenizer:
+def load_tokenizer(
+    files: TokenizerFiles, template_arguments: Mapping[str, Any] = MappingProxyType({})
+) -> TextTokenizer:
     """The tokenizer of a Hugging Face id or directory. Raises ConfigError, for the files' key, when it has no
     readable `tokenizer.json`."""
     path, key, local = files.path, files.key, Path(files.path)
@@ -113,7 +129,7 @@ def load_tokenizer(files: TokenizerFiles) -> TextTokenizer:
         fix = "save it with AutoTokenizer.from_pretrained(path).save_pretrained(path)"
         raise ConfigError(key, "the directory has no tokenizer.json", path, fix)
     try:
-        return TextTokenizer(PreTrainedTokenizerFast.from_pretrained(path))
+        return TextTokenizer(PreTrainedTokenizerFast.from_pretrained(path), template_arguments)
     except Exception as error:  # noqa: BLE001 - of a broken tokenizer.json the library raises KeyError, or its own
         what = "its tokenizer" if local.is_dir() else "no such directory, and as a Hugging Face id it"
         raise ConfigError(key, f"{what} can't be loaded: {(str(error).splitlines() or [''])[0]}", path) from error

@@ -19,6 +19,13 @@ from asyncdapo.model.tool_calls import ToolCall, Tools, parse_tool_calls
 
 SPOKEN = "\u2402spoken\u2403"
 """Stands for the assistant's words: its place in the rendered text is where they end."""
+THOUGHT = "<think>\nWhat now?\n</think>\n\n"
+"""What some models write first, and some templates leave out of earlier turns."""
+REWRITES = (
+    "prompts.chat_template: the model's chat template leaves thoughts out of earlier turns; in this run they stay as "
+    "they were sampled. A server that uses the template shows the model something else. Give the template the argument "
+    "that keeps them, if it has one (prompts.chat_template={NAME: VALUE}), or take another template (model.tokenizer)"
+)
 
 
 class PlainTurns:
@@ -40,6 +47,9 @@ class PlainTurns:
 
     def check(self, role: str = "user") -> None:
         """A text without a template stands alone: it depends on nothing."""
+
+    def warning(self, role: str = "user") -> str:
+        return ""
 
 
 class ChatTurns:
@@ -72,6 +82,14 @@ class ChatTurns:
         if self._behind("1 + 1 = ?", observed) != self._behind("Tell me more.\nOr less.", observed):
             problem = "the model's chat template writes an observation differently after other words"
             raise ConfigError("prompts.chat_template", problem, True, "an environment needs prompts.template")
+
+    def warning(self, role: str = "user") -> str:
+        """What the template does with earlier turns that the user should know; empty if it keeps them as they were.
+        `role`: who answers the response."""
+        asked = [*self._system, {"role": "user", "content": "1 + 1 = ?"}]
+        said = THOUGHT + SPOKEN
+        told = [*asked, {"role": "assistant", "content": said}, {"role": role, "content": "no"}]
+        return "" if self._render(told).startswith(self._render(asked) + said) else REWRITES
 
     def _behind(self, question: str, observed: list[dict[str, Any]]) -> str:
         """The text behind the assistant's words. A response has its stop token already."""

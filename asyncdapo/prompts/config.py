@@ -6,6 +6,7 @@ import math
 import os
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 from asyncdapo.errors import ConfigError
 from asyncdapo.plugins import is_plugin
@@ -32,8 +33,9 @@ class PromptsConfig:
     template: str = "{prompt}"
     """Text for the model, or the user's message if `chat_template` is on. `{prompt}` is replaced by the row's
     question."""
-    chat_template: bool = False
-    """Send the text as the user's message, in the tokenizer's chat template."""
+    chat_template: bool | dict[str, Any] = False
+    """Send the text as the user's message, in the tokenizer's chat template. A dict does so with arguments of the
+    template's own, such as `{enable_thinking: false}`."""
     system_prompt: str | None = None
     """System message before the user's message. null leaves it to the chat template, which may have one."""
     max_prompt_length: PositiveInt = 1024
@@ -55,6 +57,8 @@ class PromptsConfig:
                 )
         if "{prompt}" not in self.template:
             raise ConfigError("prompts.template", "must contain {prompt}", self.template)
+        if self.chat_template == {}:
+            raise ConfigError("prompts.chat_template", "has no arguments for the template", {}, "use true")
         if self.system_prompt is not None and not self.chat_template:
             problem = "does nothing without prompts.chat_template"
             fix = "set prompts.chat_template, or put the words into prompts.template"
@@ -75,6 +79,11 @@ class PromptsConfig:
             if same != path:
                 raise ConfigError("prompts.path", "names one file twice", [same, path], "add up the two weights")
         Mixture(list(self.weights.values()), seed=0)  # refuses weights that would make too long a block
+
+    @property
+    def template_arguments(self) -> dict[str, Any]:
+        """For the chat template."""
+        return self.chat_template if isinstance(self.chat_template, dict) else {}
 
     @property
     def weights(self) -> dict[str, Fraction]:

@@ -18,7 +18,7 @@ STEPS = 8
 ENGINES = ["torch", pytest.param("vllm", marks=pytest.mark.vllm)]
 
 
-def launched(run_dir: Path, environment: str, engine: str, *overrides: str) -> FinishedRun:
+def launched(run_dir: Path, environment: str, engine: str, *overrides: str, timeout_s: float = 300) -> FinishedRun:
     """A run with payloads and a checkpoint of every step."""
     return launch(
         run_dir,
@@ -39,6 +39,7 @@ def launched(run_dir: Path, environment: str, engine: str, *overrides: str) -> F
         "eval.num_prompts=4",
         "eval.num_greedy_prompts=4",
         *overrides,
+        timeout_s=timeout_s,
     )
 
 
@@ -76,10 +77,8 @@ def test_each_turns_tokens_were_sampled_by_the_version_that_is_recorded(run: Fin
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_of_200_episodes_no_log_prob_fits_the_versions_next_to_its_own(engine: str, tmp_path: Path) -> None:
-    steps = 24
-    run = launched(
-        tmp_path / "run", "AsksBackLater", engine, f"run.steps={steps}", "rollout.slots=32", "replay.max_staleness=4"
-    )
+    steps, wide = 16, ("rollout.slots=64", "replay.prompts_per_step=4", "replay.max_staleness=4")
+    run = launched(tmp_path / "run", "AsksBackLater", engine, f"run.steps={steps}", *wide, timeout_s=800)
     assert run.exit_code == 0, run.output
     contexts = [one for one in recorded_contexts(run.dir, steps) if one.updated_between_turns]
     print(f"{engine}: {len(contexts)} episodes with an update between turns")

@@ -55,6 +55,18 @@ def test_a_chat_template_wraps_the_question_once():
     assert tokenizer.prompt_encoder(chat_template=False)("1+1?") == tokenizer.encode("1+1?")
 
 
+def test_arguments_of_the_chat_template_reach_it_and_one_that_it_has_no_use_for_is_refused():
+    reference = PreTrainedTokenizerFast.from_pretrained(START)
+    reference.chat_template = "{{ messages[0].content }}{% if enable_thinking is false %} at once{% endif %}: "
+    encode = TextTokenizer(reference, {"enable_thinking": False}).prompt_encoder(chat_template=True)
+    assert reference.decode(encode("1+1?")) == "1+1? at once: "
+    problem = (
+        r"prompts.chat_template: the model's chat template knows no thinking, got {'thinking': False} \(remove it\)"
+    )
+    with pytest.raises(ConfigError, match=problem):
+        TextTokenizer(reference, {"thinking": False}).prompt_encoder(chat_template=True)
+
+
 def test_truncation_and_padding_saved_with_a_tokenizer_are_ignored(tmp_path):
     reference = PreTrainedTokenizerFast.from_pretrained(START)
     reference.backend_tokenizer.enable_truncation(4)

@@ -18,13 +18,21 @@ CHAT = "{% for m in messages %}{{ m.role }}: {{ m.content }}<eos>\n{% endfor %}a
 NO_TOOLS = "{% for m in messages if m.role != 'tool' or raise_exception('no tools') %}{{ m.content }}{% endfor %}"
 COUNTS_WORDS = "{% for m in messages %}{{ m.content }}<eos>{% endfor %}{{ messages[0].content|length }}: "
 LEAVES_OUT = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
+THINKS = """
+{%- set asked = namespace(at=0) %}
+{%- for m in messages if m.role == 'user' %}{% set asked.at = messages.index(m) %}{% endfor %}
+{%- for m in messages %}
+{%- set forgotten = m.role == 'assistant' and loop.index0 < asked.at and not keep_thoughts %}
+{{- m.role }}: {{ m.content.split('</think>')[-1].lstrip('\\n') if forgotten else m.content }}<eos>{{ '\\n' }}
+{%- endfor %}assistant: {% if think is false %}<think></think>{% endif %}"""
+"""As Qwen3's does, it leaves thoughts out of all that stands before the last question."""
 TOOL = [{"role": "tool", "content": "42"}]
 
 
-def tokenizer_of(template: str | None) -> TextTokenizer:
+def tokenizer_of(template: str | None, **arguments: object) -> TextTokenizer:
     reference = PreTrainedTokenizerFast.from_pretrained(START)
     reference.chat_template = template
-    return TextTokenizer(reference)
+    return TextTokenizer(reference, arguments)
 
 
 def test_without_a_chat_template_an_observation_is_its_text_alone() -> None:
@@ -82,3 +90,35 @@ def test_a_template_that_leaves_the_tools_out_and_a_text_without_template_can_no
         ChatTurns(tokenizer_of(CHAT), None).begin("Q", MULTIPLY)
     with pytest.raises(EpisodeError, match=r"its tools need prompts\.chat_template"):
         turn_encoder(tokenizer_of(None), chat_template=False, system_prompt=None).begin("Q", MULTIPLY)
+
+
+def test_a_template_that_forgets_thoughts_is_named_and_what_was_thought_stays_in_the_episode() -> None:
+    tokenizer = tokenizer_of(THINKS)
+    turns = turn_encoder(tokenizer, chat_template=True, system_prompt=None)
+    sampled = "<think>6 times 7</think>\n42<eos>"
+    read = tokenizer.spell([*turns.begin("Q"), *tokenizer.encode_more(sampled), *turns.observe("no")])
+    assert read == f"user: Q<eos>\nassistant: {sampled}\nuser: no<eos>\nassistant: "
+    told = [("user", "Q"), ("assistant", sampled.removesuffix("<eos>")), ("user", "no")]
+    anew = tokenizer.render([{"role": role, "content": content} for role, content in told])
+    assert anew == "user: Q<eos>\nassistant: 42<eos>\nuser: no<eos>\nassistant: "
+    assert "leaves thoughts out of earlier turns" in turns.warning()
+    assert "prompts.chat_template={NAME: VALUE}" in turns.warning()
+    assert turns.warning("tool") == "", (
+        "thoughts before the last question are forgotten, not those before a tool's answer"
+    )
+
+
+@pytest.mark.parametrize(
+    ("template", "arguments", "is_kept"),
+    [
+        (CHAT, {}, True),
+        (THINKS, {}, False),
+        (THINKS, {"keep_thoughts": True}, True),
+        # What it writes for a model that doesn't think isn't in earlier turns either.
+        (THINKS, {"keep_thoughts": True, "think": False}, False),
+    ],
+)
+def test_an_argument_of_the_template_may_keep_earlier_turns_as_they_were(template, arguments, is_kept) -> None:
+    turns = turn_encoder(tokenizer_of(template, **arguments), chat_template=True, system_prompt=None)
+    assert (turns.warning() == "") == is_kept
+    assert turn_encoder(tokenizer_of(template), chat_template=False, system_prompt=None).warning() == ""

@@ -121,8 +121,9 @@ def check_prompts(config: Config, task: Task) -> None:
     if config.model.tokenizer_files.here:
         from asyncdapo.model.tokenizer import load_tokenizer
 
-        tokenizer, prompts = load_tokenizer(config.model.tokenizer_files), config.prompts
-        encode = tokenizer.prompt_encoder(prompts.chat_template, prompts.system_prompt, config.model.files.vocab_size)
+        prompts, vocab_size = config.prompts, config.model.files.vocab_size
+        tokenizer = load_tokenizer(config.model.tokenizer_files, prompts.template_arguments)
+        encode = tokenizer.prompt_encoder(bool(prompts.chat_template), prompts.system_prompt, vocab_size)
         if few:
             PromptStream(prompts, task, encode, config.run.seed)
 
@@ -142,14 +143,17 @@ def check_environment(config: Config, task: Task) -> None:
             from asyncdapo.model.tokenizer import load_tokenizer
             from asyncdapo.model.turn_encoder import turn_encoder
 
-            prompts, tokenizer = config.prompts, load_tokenizer(config.model.tokenizer_files)
-            encoder = turn_encoder(tokenizer, prompts.chat_template, prompts.system_prompt)
+            prompts = config.prompts
+            tokenizer = load_tokenizer(config.model.tokenizer_files, prompts.template_arguments)
+            encoder = turn_encoder(tokenizer, bool(prompts.chat_template), prompts.system_prompt)
             for row, one in zip(rows, said, strict=True):
                 encoder.begin(row["prompt"] if one.first is None else one.first, one.tools)
                 for observation in one.observations:
                     encoder.observe(observation)
-            if said[0].tools:
-                encoder.check("tool")
+            role = "tool" if said[0].tools else "user"
+            encoder.check(role)
+            if warning := encoder.warning(role):
+                print(warning)
     except (EpisodeError, RunError) as error:
         raise ConfigError("environment.path", f"a trial failed: {error}", environment.path) from error
 

@@ -120,7 +120,8 @@ def make_config(path: str, config_name: str | None, overrides: Sequence[str]) ->
 
 def check(config: Config, responses: Sequence[str], console: Console) -> None:
     """Print the episodes. Raises UserError with the first thing that is wrong."""
-    tokenizer, name = load_tokenizer(config.model.tokenizer_files), config.environment.path
+    name = config.environment.path
+    tokenizer = load_tokenizer(config.model.tokenizer_files, config.prompts.template_arguments)
     prompts = _prompts(config, tokenizer)
     engine = ScriptedEngine(tokenizer, responses)
 
@@ -146,7 +147,7 @@ def check(config: Config, responses: Sequence[str], console: Console) -> None:
 def _prompts(config: Config, tokenizer: TextTokenizer) -> list[Prompt]:
     prompts = config.prompts
     task = open_task(prompts, num_eval=config.eval.num_held_out, seed=config.run.seed)
-    encode = tokenizer.prompt_encoder(prompts.chat_template, prompts.system_prompt)
+    encode = tokenizer.prompt_encoder(bool(prompts.chat_template), prompts.system_prompt)
     stream = PromptStream(prompts, task, encode, config.run.seed, with_text=True)
     found = map(stream.prompt_at, range(NUM_EPISODES))
     return [prompt for prompt in found if prompt is not None]

@@ -77,7 +77,7 @@ def make_judging(config: Config, engine: Engine, tokenizer: TextTokenizer) -> Ju
 def _in_environments(config: Config, engine: Engine, tokenizer: TextTokenizer, scale: Scale) -> Judging:
     environment = config.environment
     hosts = Hosts(environment, config.max_context)
-    encoder = turn_encoder(tokenizer, config.prompts.chat_template, config.prompts.system_prompt)
+    encoder = turn_encoder(tokenizer, bool(config.prompts.chat_template), config.prompts.system_prompt)
     endpoint = Endpoint(config.max_context) if environment.is_agent else None
     rollouts = SeveralTurns(
         engine,

@@ -47,8 +47,8 @@ class ReplayProcess(ProcessBase):
         """Open stream, journal and sockets, and resume from what the ledger says."""
         config = spec.config
         task = open_task(config.prompts, num_eval=config.eval.num_held_out, seed=config.run.seed)
-        tokenizer = load_tokenizer(config.model.tokenizer_files)
-        chat_template, system_prompt = config.prompts.chat_template, config.prompts.system_prompt
+        tokenizer = load_tokenizer(config.model.tokenizer_files, config.prompts.template_arguments)
+        chat_template, system_prompt = bool(config.prompts.chat_template), config.prompts.system_prompt
         encode = tokenizer.prompt_encoder(chat_template, system_prompt, config.model.files.vocab_size)
         stream = PromptStream(
             config.prompts,

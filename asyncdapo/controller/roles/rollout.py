@@ -43,7 +43,7 @@ class RolloutProcess(ProcessBase):
         config = spec.config
         fitted = make_engine(config, memory_fraction)
         await fitted.engine.start()
-        tokenizer = load_tokenizer(config.model.tokenizer_files)
+        tokenizer = load_tokenizer(config.model.tokenizer_files, config.prompts.template_arguments)
         judging = make_judging(config, fitted.engine, tokenizer)
         await judging.start()
         worker = RolloutWorker(

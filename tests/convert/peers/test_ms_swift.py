@@ -151,7 +151,7 @@ def test_a_system_prompt_of_its_own_words_is_kept() -> None:
         ("--dataset a/b#1000", "--dataset a/b", "only that many rows"),
         ("--scale_rewards batch", "--scale_rewards group", "scaled over the batch there"),
         ("--reward_funcs accuracy format", "--reward_funcs accuracy", "only accuracy counts here"),
-        ("--enable_thinking true", "--rlhf_type grpo", "the chat template gets no arguments"),
+        ("--enable_thinking true", "--rlhf_type grpo", "set prompts.chat_template to {enable_thinking"),
     ],
 )
 def test_what_trains_something_else_is_said_at_the_top(words: str, off: str, said: str) -> None:
