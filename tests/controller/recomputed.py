@@ -23,8 +23,10 @@ from asyncdapo.transport.payload import expand
 
 @dataclass(frozen=True)
 class Recorded:
-    """One context, and a version before its first one and after its last one."""
+    """One context of a completion, whose versions have another before and after them."""
 
+    completion: tuple[int, int]
+    """Its group, and its place there."""
     prompt_ids: np.ndarray
     token_ids: np.ndarray
     is_sampled: np.ndarray
@@ -83,7 +85,9 @@ def recorded_contexts(run_dir: Path, last_version: int) -> list[Recorded]:
             ends = np.cumsum([turn.num_tokens for turn in one.header.turns])[:-1].tolist()
             response, is_sampled = one.own_ids[one.response], one.is_sampled[one.response]
             versions = expand(one.header.versions)
-            found.append(Recorded(one.prompt_ids, response, is_sampled, one.logprobs_S, versions, ends))
+            found.append(
+                Recorded((group_id, one.index), one.prompt_ids, response, is_sampled, one.logprobs_S, versions, ends)
+            )
     return sorted(found, key=lambda one: -len(one.token_ids))
 
 

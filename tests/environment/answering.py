@@ -1,7 +1,14 @@
-"""An environment for the quickstart's start model: it asks back once, and then rewards what it can't have known."""
+"""Environments for the quickstart's start model: they ask back once, and then reward what it can't have known."""
 
-import asyncio
 import random
+import time
+from pathlib import Path
+
+from agents import call
+from tokenizers import Tokenizer
+
+START_MODEL = Path(__file__).parents[2] / "configs" / "models" / "chain_start"
+MORE = "Q: 7*6\n"
 
 
 class AsksBack:
@@ -13,15 +20,19 @@ class AsksBack:
         if self.num_asked:
             return None, float(sum(map(ord, response)) % 2)
         self.num_asked = 1
-        return "Q: 7*6\n"
+        return MORE
 
     def metrics(self):
         return {"asked": self.num_asked}
 
 
-class AsksBackLater(AsksBack):
-    """Takes so long that train steps fall between two turns."""
-
-    async def step(self, response):
-        await asyncio.sleep(random.uniform(0.2, 2))
-        return await super().step(response)
+def forgets(row, base_url, api_key):
+    """A history of two turns, then one that has forgotten the first. Train steps fall between them."""
+    tokenizer = Tokenizer.from_file(str(START_MODEL / "tokenizer.json"))
+    question, more = tokenizer.encode(row["prompt"]).ids, tokenizer.encode(MORE, add_special_tokens=False).ids
+    first = call(base_url, api_key, question)
+    time.sleep(random.uniform(0.2, 2))
+    second = call(base_url, api_key, [*question, *first, *more])
+    time.sleep(random.uniform(0.2, 2))
+    third = call(base_url, api_key, [*question, *more])
+    return float((sum(second) + sum(third)) % 2)
