@@ -32,7 +32,7 @@ def forgets(row, base_url, api_key):
     question, more = tokenizer.encode(row["prompt"]).ids, tokenizer.encode(MORE, add_special_tokens=False).ids
     first = call(base_url, api_key, question)
     time.sleep(random.uniform(0.2, 2))
-    second = call(base_url, api_key, [*question, *first, *more])
+    call(base_url, api_key, [*question, *first, *more])
     time.sleep(random.uniform(0.2, 2))
-    third = call(base_url, api_key, [*question, *more])
-    return float((sum(second) + sum(third)) % 2)
+    call(base_url, api_key, [*question, *more])
+    return float(random.random() < 0.5)  # no group is without variance
