@@ -81,7 +81,7 @@ def test_each_turns_tokens_were_sampled_by_the_version_that_is_recorded(run: Fin
 def test_log_probs_of_200_episodes_that_fork_fit_their_versions_and_not_those_next_to_them(
     engine: str, tmp_path: Path
 ) -> None:
-    steps, wide = 12, ("rollout.slots=64", "replay.prompts_per_step=4", "replay.max_staleness=4")
+    steps, wide = 20, ("rollout.slots=64", "replay.prompts_per_step=4", "replay.max_staleness=4")
     own = (f"environment.path=agent:{ANSWERING}:forgets", "environment.concurrency=64")
     run = launched(tmp_path / "run", engine, f"run.steps={steps}", *wide, *own, timeout_s=800)
     assert run.exit_code == 0, run.output
