@@ -88,3 +88,9 @@ def test_the_example_of_the_page_is_the_file_and_passes_its_trial(tmp_path: Path
     example = ROOT / "asyncdapo" / "environment" / "calculator.py"
     assert f"```python\n{example.read_text()}```" in (ROOT / "docs" / "environments.md").read_text()
     prepare(tmp_path / "run", f"environment.path={example}:Calculator")
+
+
+def test_an_agent_is_loaded_and_not_run(tmp_path: Path) -> None:
+    prepare(tmp_path / "run", f"environment.path=agent:{FILE.with_name('agents.py')}:run")
+    with pytest.raises(ConfigError, match="environment.path: a trial failed: .*no attribute 'runs'"):
+        prepare(tmp_path / "other", f"environment.path=agent:{FILE.with_name('agents.py')}:runs")

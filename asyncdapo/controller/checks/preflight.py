@@ -139,7 +139,7 @@ def check_environment(config: Config, task: Task) -> None:
     rows = [{"prompt": one.text, "answer": one.answer, "source": one.source, "row": one.row} for one in questions]
     try:
         said = try_environment(environment, config.max_context, rows)
-        if config.model.tokenizer_files.here:
+        if said and config.model.tokenizer_files.here:  # nothing is said in the trial of an agent
             from asyncdapo.model.tokenizer import load_tokenizer
             from asyncdapo.model.turn_encoder import turn_encoder
 
