@@ -106,6 +106,13 @@ def _parser() -> argparse.ArgumentParser:
     ps.add_argument("run_dir", metavar="RUN_DIR", type=Path)
     ps.add_argument("--json", action="store_true", help="a list of objects instead of a table")
     ps.set_defaults(command=_ps)
+    watch = commands.add_parser(
+        "watch",
+        help="show what a run does, what limits it, and what to change",
+        description="Show what runs do, from their files alone: live ones until Ctrl-C, those that are over once.",
+    )
+    watch.add_argument("run_dirs", metavar="RUN_DIR", type=Path, nargs="+", help="several are compared, a row each")
+    watch.set_defaults(command=_watch)
     return parser
 
 
@@ -289,6 +296,12 @@ def _ps(args: argparse.Namespace) -> int:
     from asyncdapo.controller.commands.ps import show
 
     return show(args.run_dir, args.json)
+
+
+def _watch(args: argparse.Namespace) -> int:
+    from asyncdapo.controller.watch.watch import watch
+
+    return watch(args.run_dirs)
 
 
 if __name__ == "__main__":

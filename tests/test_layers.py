@@ -29,7 +29,7 @@ LOWER = {
     "transport",
 }
 ROOMS = {
-    "controller": ("process", "roles", "checks", "fleet", "eval", "loop", "commands"),
+    "controller": ("process", "roles", "checks", "fleet", "eval", "loop", "commands", "watch"),
     "learner": ("batches", "storage", "model", "step"),
     "replay": ("core", "ledger", "server"),
 }

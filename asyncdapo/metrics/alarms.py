@@ -110,7 +110,8 @@ class Alarms:
 
     def __init__(self, first: Mapping[str, float], last: Mapping[str, float]) -> None:
         """Lines of the first and of the last train step of a resumed run; empty for a new run."""
-        self._active: set[str] = set()
+        self.active: dict[str, str] = {}
+        """Sentences of the alarms that have begun and not ended, by metric."""
         self._gathered: dict[str, tuple[float, float]] = {}
         """For ratios over too few groups so far: number of groups, and how many of them count."""
         self._first_entropy = _finite(first, ENTROPY)
@@ -121,10 +122,10 @@ class Alarms:
         begun = []
         for metric, sentence in self._judged(line):
             if sentence is None:
-                self._active.discard(metric)
-            elif metric not in self._active:
-                self._active.add(metric)
+                self.active.pop(metric, None)
+            elif metric not in self.active:
                 begun.append(sentence)
+                self.active[metric] = sentence
         return begun
 
     def _judged(self, line: Mapping[str, float]) -> Iterator[tuple[str, str | None]]:

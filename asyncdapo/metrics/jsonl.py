@@ -100,11 +100,12 @@ def whole_lines(run_dir: Path, name: str = FILE_NAME) -> tuple[list[dict], int]:
     file."""
     path = run_dir / name
     texts = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []
-    records = [record for text in texts if (record := _parse(text)) is not None]
+    records = [record for text in texts if (record := parse_line(text)) is not None]
     return records, sum(bool(text) for text in texts) - len(records)
 
 
-def _parse(text: str) -> dict | None:
+def parse_line(text: str) -> dict | None:
+    """A line of metrics.jsonl as written, null as None; None for one that isn't whole."""
     try:
         record = json.loads(text)
     except ValueError:

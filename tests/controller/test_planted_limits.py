@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from asyncdapo.config.config import load_config
-from asyncdapo.controller.loop.run import keys_in_force
-from asyncdapo.metrics.verdict.advice import Advice, advise
+from asyncdapo.metrics.verdict.advice import Advice, advise, keys_in_force
 from asyncdapo.metrics.verdict.verdict import Verdict, judge, lost_shares
 from asyncdapo.metrics.verdict.window import Window
 from tests.controller.runs import FinishedRun, launch

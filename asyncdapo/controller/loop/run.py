@@ -19,7 +19,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from operator import attrgetter
 from pathlib import Path
 
 from asyncdapo.config.config import Config
@@ -36,7 +35,7 @@ from asyncdapo.controller.process.waits import NOBODY
 from asyncdapo.controller.roles.opening import Start
 from asyncdapo.metrics.jsonl import read_metrics
 from asyncdapo.metrics.reporter import Reporter
-from asyncdapo.metrics.verdict.advice import KEYS
+from asyncdapo.metrics.verdict.advice import keys_in_force
 from asyncdapo.metrics.verdict.running_verdict import final_words
 
 
@@ -131,8 +130,3 @@ class Controller:
             step = self._training.step
         self._lines.write()
         self._reporter.status(f"stopped after step {step}: the same command resumes from there")
-
-
-def keys_in_force(config: Config) -> dict[str, float]:
-    """The keys that a verdict may advise to change."""
-    return {key: float(attrgetter(key)(config)) for key in KEYS}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from operator import attrgetter
 
 from asyncdapo.metrics.verdict.verdict import LIMITS, UNSURE, Verdict
 from asyncdapo.metrics.verdict.window import Window
@@ -44,6 +45,11 @@ class Advice:
 
     text: str
     changes: Mapping[str, float] = field(default_factory=dict)
+
+
+def keys_in_force(config: object) -> Keys:
+    """From the whole configuration of a run."""
+    return {key: float(attrgetter(key)(config)) for key in KEYS}
 
 
 def advise(verdict: Verdict, window: Window, keys: Keys) -> Advice | None:

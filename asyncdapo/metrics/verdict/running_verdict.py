@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import takewhile
 
 from asyncdapo.metrics.verdict.advice import Keys, advise, sentence
 from asyncdapo.metrics.verdict.verdict import BALANCED, LIMITS, Verdict, judge, lost_shares
@@ -61,6 +62,17 @@ def verdict_of(line: Line) -> Verdict | None:
     """The verdict that a line holds; None where little was known."""
     lost = {limit: line[name] for limit in LIMITS if (name := f"verdict/{limit}_ratio") in line}
     return judge(lost) if len(lost) == len(LIMITS) else None
+
+
+def latest_words(lines: Sequence[Line], keys: Keys) -> str:
+    """The verdict that the newest line holds, with advice; empty where it holds none. The first lines of a launch have
+    none, so those before them, whose counts may have ended differently, are left out."""
+    verdict = verdict_of(lines[-1]) if lines else None
+    if verdict is None:
+        return ""
+    judged = sum(1 for _ in takewhile(verdict_of, reversed(lines[-NUM_STEPS:])))
+    window = Window.of(lines[-min(judged + MIN_STEPS, NUM_STEPS + 1) :])
+    return sentence(verdict, advise(verdict, window, keys) if window else None)
 
 
 def final_words(lines: Sequence[Line], keys: Keys) -> Iterator[str]:
