@@ -1,7 +1,7 @@
 """Thousands of ordinary and hostile answers in random order, over every kind of verifier: each gets its verdict, or the
 word that its verifier failed, no pool hangs, and no process is left.
 
-By default 1,200 answers; with `-m soak` 10,000, which take some minutes, for the answers that have to be killed.
+By default 600 answers; with `-m soak` 10,000, which take some minutes, for the answers that have to be killed.
 """
 
 import asyncio
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from asyncdapo.errors import RewardError
+from asyncdapo.errors import RewardError, VerdictError
 from asyncdapo.reward.wire import Verdict
 from tests.asynchronous import until
 from tests.reward.hostile import EXPECTED, make_cases
@@ -53,7 +53,7 @@ async def judge_all(pool, cases):
         failing = [place for place, case in enumerate(left[:size]) if case.outcome == "fails"]
         request = left[: max(1, failing[0])] if failing else left[:size]
         if request[0].outcome == "fails":
-            with pytest.raises(RewardError):
+            with pytest.raises((RewardError, VerdictError)):
                 pytest.fail(f"{request[0]} got {await pool.verify([request[0].text], EXPECTED)}")
         else:
             said = await pool.verify([case.text for case in request], EXPECTED)
@@ -90,7 +90,7 @@ def judge_everything(num_cases, num_deadly, monkeypatch):
 
 @pytest.mark.timeout(240)
 def test_every_answer_of_a_sample_gets_a_verdict_and_no_process_is_left(monkeypatch):
-    judge_everything(1_200, 3, monkeypatch)
+    judge_everything(600, 2, monkeypatch)
 
 
 @pytest.mark.soak
