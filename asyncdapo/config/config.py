@@ -15,6 +15,7 @@ import inspect
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, cast, get_type_hints
 
@@ -313,6 +314,7 @@ def _section(name: str, given: Mapping[str, Any]) -> tuple[Any, list[ConfigError
 # ------------------------------------------------------------------------------------------------------------ printing
 
 
+@cache
 def field_docs(cls: type) -> dict[str, str]:
     """The doc line under each field of a dataclass, read from its source."""
     body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body  # type: ignore[attr-defined]

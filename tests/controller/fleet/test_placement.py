@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import os
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 import ray
@@ -23,6 +22,7 @@ from asyncdapo.learner.config import LearnerConfig
 from asyncdapo.model.config import ModelConfig
 from asyncdapo.rollout.config import RolloutConfig
 from asyncdapo.transport.keys import RunKeys
+from tests.controller.fleet.sighted import Sighted
 
 
 def config_of(
@@ -223,19 +223,6 @@ def test_an_engine_takes_most_of_a_gpu_alone_less_than_half_with_the_learner_and
     assert alone.memory_fraction("rollout-0", None) == 0.9
     assert shared.memory_fraction("rollout-0", None) == 0.4
     assert shared.memory_fraction("rollout-0", 0.55) == 0.55
-
-
-class Sighted:
-    """An actor that knows which GPUs it was given."""
-
-    def __init__(self, spec: ProcessSpec) -> None:
-        self.spec = spec
-
-    async def call(self, pick: Callable[[Sighted], Callable[[], Awaitable[str]]]) -> str:
-        return await pick(self)()
-
-    async def gpus(self) -> str:
-        return os.environ.get("CUDA_VISIBLE_DEVICES", "")
 
 
 @pytest.fixture(scope="module")
