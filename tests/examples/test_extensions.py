@@ -54,7 +54,7 @@ BAD_VARIANT = "def f(logp_BT, old_logp_BT, advantages_BT, mask_BT, *, clip_low, 
         ("loss.agg", "def f(counts): return -1.0 - counts.num_tokens_N", "returned a weight below 0"),
         ("prompts.task", "def f(config): ...", "can't be called as (config, num_eval, seed)"),
         ("prompts.task", "def f(config, num_eval, seed): ...", "raised on a trial of two rows: AttributeError"),
-        ("rollout.engine", "class f: ...", "can't be called as (model_path, config, *, max_prompt_length, stop"),
+        ("rollout.engine", "class f: ...", "can't be called as (model_path, config, *, max_prompt_length, max_c"),
         ("rollout.engine", "class f:\n    def __init__(self, *a, **k): ...", "has no device, num_slots, num_outsta"),
     ],
 )
