@@ -11,6 +11,7 @@ from asyncdapo.environment.in_host.loading import AGENT
 from asyncdapo.errors import ConfigError
 from asyncdapo.ranges import NonNegativeInt, PositiveFloat, PositiveInt
 
+CONCURRENCY = 16
 NUM_TRIES = 2
 """Times that an episode may be in a host when it dies or is killed because the episode took too long."""
 
@@ -25,8 +26,9 @@ class EnvironmentConfig:
     is none: completions are judged by `reward.verifier`."""
     processes: PositiveInt = 1
     """Host processes of each rollout worker, in which environments run."""
-    concurrency: PositiveInt = 16
-    """Calls that a host works on at once. Plain methods run in so many threads."""
+    concurrency: PositiveInt | None = None
+    """Calls that a host works on at once. Plain methods run in so many threads. null is 16; for an `agent:`, whose call
+    is a whole episode, as many as the worker has seats for."""
     max_turns: PositiveInt = 8
     """Most turns of an episode. The last response is still given to `step`."""
     max_context: PositiveInt | None = None

@@ -29,7 +29,7 @@ from typing import Any, TypeVar
 
 from asyncdapo.child.place import Place
 from asyncdapo.environment.clock import Clock
-from asyncdapo.environment.config import NUM_TRIES, EnvironmentConfig
+from asyncdapo.environment.config import CONCURRENCY, NUM_TRIES, EnvironmentConfig
 from asyncdapo.environment.host import KIND, Answer, Call, HostProcess, HostSetup, NoAnswer, log
 from asyncdapo.errors import EpisodeError, EpisodeOver, RunError
 from asyncdapo.messages import Limit, Text
@@ -167,7 +167,7 @@ class Hosts:
         self._setup = HostSetup(
             path=config.path,
             python=config.python,
-            concurrency=config.concurrency,
+            concurrency=config.concurrency or CONCURRENCY,
             max_chars=CHARS_PER_TOKEN * max_context,
         )
         self._seats = [_Seats(self._place()) for _ in range(config.processes)]

@@ -50,8 +50,6 @@ def try_environment(config: EnvironmentConfig, max_context: int, rows: Sequence[
         hosts = Hosts(replace(config, processes=1, retries=0), max_context)
         await hosts.start()
         try:
-            if config.is_agent:  # it can be loaded; more would need a model
-                return []
             return [await hosts.in_environment(row, play) for row in rows]
         finally:
             await hosts.stop()

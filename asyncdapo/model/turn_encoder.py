@@ -31,16 +31,28 @@ REWRITES = (
 class PlainTurns:
     """Without a chat template: the text as it is."""
 
-    def __init__(self, tokenizer: TextTokenizer) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: TextTokenizer, *, joins: bool) -> None:
+        """`joins`: messages are allowed, and are their texts one after the other."""
+        self._tokenizer, self._joins = tokenizer, joins
 
     def begin(self, text: Text, tools: Tools = ()) -> list[int]:
         if tools:
             raise EpisodeError("its tools need prompts.chat_template")
-        return self._tokenizer.encode(_only_text(text))
+        return self._tokenizer.encode(self._joined(text))
 
-    def observe(self, text: Text) -> list[int]:
-        return self._tokenizer.encode_more(_only_text(text))
+    def observe(self, text: Text, *, cut_off: bool = False) -> list[int]:
+        return self._tokenizer.encode_more(self._joined(text))
+
+    def written(self, response_ids: np.ndarray) -> str:
+        return self._tokenizer.decode(response_ids)
+
+    def _joined(self, text: Text) -> str:
+        if isinstance(text, str):
+            return text
+        if not self._joins:
+            raise EpisodeError("messages need prompts.chat_template; without it an observation is a text")
+        ends = {"assistant": self._tokenizer.end_of_turn}
+        return "".join(message["content"] + ends.get(message["role"], "") for message in text)
 
     def tool_calls(self, response_ids: np.ndarray, tools: Tools) -> list[ToolCall]:
         return []
@@ -67,13 +79,18 @@ class ChatTurns:
             raise EpisodeError(f"the model's chat template leaves out the tools ({', '.join(unseen)})")
         return self._tokenizer.encode_more(rendered)
 
-    def observe(self, text: Text) -> list[int]:
-        return self._tokenizer.encode_more(self._behind("1 + 1 = ?", _messages(text)))
+    def observe(self, text: Text, *, cut_off: bool = False) -> list[int]:
+        """`cut_off`: the response has no stop token, which the template then writes."""
+        stop = self._tokenizer.end_of_turn if cut_off else ""
+        return self._tokenizer.encode_more(stop + self._behind("1 + 1 = ?", _messages(text)))
+
+    def written(self, response_ids: np.ndarray) -> str:
+        """The response with its special tokens, but for the stop token."""
+        return self._tokenizer.spell(response_ids.tolist()).removesuffix(self._tokenizer.end_of_turn)
 
     def tool_calls(self, response_ids: np.ndarray, tools: Tools) -> list[ToolCall]:
         """Of a response, in their order. In some vocabularies the marks around a call are special tokens."""
-        spelled = self._tokenizer.spell(response_ids.tolist()) if tools else ""
-        return parse_tool_calls(spelled.removesuffix(self._tokenizer.end_of_turn), tools)
+        return parse_tool_calls(self.written(response_ids) if tools else "", tools)
 
     def check(self, role: str = "user") -> None:
         """Raises ConfigError if the template writes what follows a response in a way that depends on what was said
@@ -107,17 +124,14 @@ class ChatTurns:
             raise EpisodeError(f"the chat template refuses messages of {roles}: {error}") from error
 
 
-def turn_encoder(tokenizer: TextTokenizer, chat_template: bool, system_prompt: str | None) -> PlainTurns | ChatTurns:
-    """Raises ConfigError for a chat template that can't be used for several turns."""
-    turns = ChatTurns(tokenizer, system_prompt) if chat_template else PlainTurns(tokenizer)
+def turn_encoder(
+    tokenizer: TextTokenizer, chat_template: bool, system_prompt: str | None, *, joins: bool = False
+) -> PlainTurns | ChatTurns:
+    """Raises ConfigError for a chat template that can't be used for several turns. `joins`: messages without one are
+    their texts one after the other."""
+    turns = ChatTurns(tokenizer, system_prompt) if chat_template else PlainTurns(tokenizer, joins=joins)
     turns.check()
     return turns
-
-
-def _only_text(text: Text) -> str:
-    if not isinstance(text, str):
-        raise EpisodeError("messages need prompts.chat_template; without it an observation is a text")
-    return text
 
 
 def _messages(text: Text) -> list[dict[str, Any]]:

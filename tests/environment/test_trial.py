@@ -52,6 +52,25 @@ def test_what_is_wrong_is_told_before_a_process_starts(tmp_path: Path, source: s
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("source", "problem"),
+    [
+        ("run = 1\n", "an agent is called as .row, base_url, api_key.: 1 is not a callable object"),
+        ("def run(row): ...\n", "an agent is called as .row, base_url, api_key.: too many positional arguments"),
+    ],
+)
+def test_what_is_wrong_with_a_program_that_calls_the_model_is_told_as_early(
+    tmp_path: Path, source: str, problem: str
+) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(source)
+    with pytest.raises(ConfigError, match=problem):
+        prepare(tmp_path / "run", f"environment.path=agent:{path}:run")
+    path.write_text("def run(row, base_url, api_key): ...\n")
+    config, _ = prepare(tmp_path / "run", f"environment.path=agent:{path}:run")
+    assert config.environment.path == f"agent:{path}:run"
+
+
 def test_a_resumed_run_has_the_same_environment(tmp_path: Path) -> None:
     path = tmp_path / "mine.py"
     path.write_text(FILE.read_text())

@@ -53,7 +53,7 @@ class Playing:
 async def playing(
     *, num_tokens: Callable[[int], int] = lambda _: 3, function: str = "run", **keys: Any
 ) -> AsyncIterator[Playing]:
-    engine, endpoint = FakeEngine(num_tokens=num_tokens), Endpoint(100)
+    engine, endpoint = FakeEngine(num_tokens=num_tokens), Endpoint(100, lambda: None)
     await endpoint.start()
     async with hosting(f"agent:{FILE}:{function}", **keys) as hosts:
         limits = TurnLimits(max_turns=6, max_context=100)

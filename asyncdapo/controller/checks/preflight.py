@@ -130,16 +130,17 @@ def check_prompts(config: Config, task: Task) -> None:
 
 def check_environment(config: Config, task: Task) -> None:
     """Whether the environment can be loaded, and begins and answers as it has to, on two rows; whether what it says can
-    be encoded, where the tokenizer's files are here already."""
+    be encoded, where the tokenizer's files are here already. A program that calls the model is loaded, and no more."""
     environment = config.environment
     if not environment.enabled:
         return
-    tried = (task.parts[0].rows if task.parts else range(NUM_TRIED_ROWS))[:NUM_TRIED_ROWS]
+    num_tried = 0 if environment.is_agent else NUM_TRIED_ROWS
+    tried = (task.parts[0].rows if task.parts else range(num_tried))[:num_tried]
     questions = [task.question_at(row) for row in tried]
     rows = [{"prompt": one.text, "answer": one.answer, "source": one.source, "row": one.row} for one in questions]
     try:
         said = try_environment(environment, config.max_context, rows)
-        if said and config.model.tokenizer_files.here:  # nothing is said in the trial of an agent
+        if config.model.tokenizer_files.here:
             from asyncdapo.model.tokenizer import load_tokenizer
             from asyncdapo.model.turn_encoder import turn_encoder
 
@@ -150,7 +151,7 @@ def check_environment(config: Config, task: Task) -> None:
                 encoder.begin(row["prompt"] if one.first is None else one.first, one.tools)
                 for observation in one.observations:
                     encoder.observe(observation)
-            role = "tool" if said[0].tools else "user"
+            role = "tool" if said and said[0].tools else "user"
             encoder.check(role)
             if warning := encoder.warning(role):
                 print(warning)

@@ -127,7 +127,7 @@ def check(config: Config, responses: Sequence[str], console: Console) -> None:
 
     async def play_all() -> None:
         judging = make_judging(config, engine, tokenizer)
-        await judging.processes.start()
+        await judging.start()
         try:
             for prompt in prompts:
                 engine.begin(prompt.answer, seed=prompt.prompt_id)
@@ -135,7 +135,7 @@ def check(config: Config, responses: Sequence[str], console: Console) -> None:
                 _print(console, tokenizer, prompt, episode, score)
                 _check_episode(config, tokenizer, episode)
         finally:
-            await judging.processes.stop()
+            await judging.stop()
 
     try:
         asyncio.run(play_all())

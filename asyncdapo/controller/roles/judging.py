@@ -6,8 +6,9 @@ are the verdict.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from asyncdapo.config.config import Config
 from asyncdapo.environment.hosts import Hosts
@@ -15,12 +16,13 @@ from asyncdapo.model.tokenizer import TextTokenizer
 from asyncdapo.model.turn_encoder import turn_encoder
 from asyncdapo.reward.pool import ScorerPool
 from asyncdapo.reward.scorer import Scale, Scorer
+from asyncdapo.rollout.endpoint.chat import Chat
 from asyncdapo.rollout.endpoint.endpoint import Endpoint
 from asyncdapo.rollout.engine import Engine
 from asyncdapo.rollout.episodes import Rollouts, SingleTurn
 from asyncdapo.rollout.several_turns.agents import Agents
 from asyncdapo.rollout.several_turns.attempt import TurnLimits
-from asyncdapo.rollout.several_turns.several_turns import SeveralTurns
+from asyncdapo.rollout.several_turns.several_turns import Player, SeveralTurns
 from asyncdapo.rollout.several_turns.steps import Steps
 
 
@@ -44,6 +46,12 @@ class Judging:
         if self.endpoint is not None:
             await self.endpoint.start()
         await self.processes.start()
+
+    async def stop(self) -> None:
+        """End the processes; returns when they are gone."""
+        await self.processes.stop()
+        if self.endpoint is not None:
+            await self.endpoint.stop()
 
     def ends(self) -> list[Awaitable[None]]:
         """What never ends, unless it fails."""
@@ -75,20 +83,18 @@ def make_judging(config: Config, engine: Engine, tokenizer: TextTokenizer) -> Ju
 
 
 def _in_environments(config: Config, engine: Engine, tokenizer: TextTokenizer, scale: Scale) -> Judging:
-    environment = config.environment
+    environment, prompts, endpoint = config.environment, config.prompts, None
+    encoder = turn_encoder(tokenizer, bool(prompts.chat_template), prompts.system_prompt, joins=environment.is_agent)
+    player: Player = Steps(encoder, tokenizer.decode)
+    if environment.is_agent:
+        num_seats = math.ceil(config.rollout.slots * environment.oversubscribe / environment.processes)
+        environment = replace(environment, concurrency=environment.concurrency or num_seats)
+        endpoint = Endpoint(config.max_context, lambda: Chat(encoder, tokenizer.decode))
+        player = Agents(endpoint)
     hosts = Hosts(environment, config.max_context)
-    encoder = turn_encoder(tokenizer, bool(config.prompts.chat_template), config.prompts.system_prompt)
-    endpoint = Endpoint(config.max_context) if environment.is_agent else None
-    rollouts = SeveralTurns(
-        engine,
-        hosts,
-        Agents(endpoint) if endpoint else Steps(encoder, tokenizer.decode),
-        scale.rate,
-        TurnLimits(max_turns=environment.max_turns, max_context=config.max_context),
-        environment.oversubscribe,
-    )
+    limits = TurnLimits(max_turns=environment.max_turns, max_context=config.max_context)
     return Judging(
-        rollouts=rollouts,
+        rollouts=SeveralTurns(engine, hosts, player, scale.rate, limits, environment.oversubscribe),
         processes=hosts,
         role="host",
         most=environment.processes + 1,  # one for an episode that is alone

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
+from asyncdapo.environment.in_host.answers import UnusableError
 from asyncdapo.environment.in_host.native import Run
 
 
@@ -14,6 +16,11 @@ class Agent:
     tools: tuple[()] = ()
 
     def __init__(self, program: Callable[..., Any]) -> None:
+        """Raises UnusableError for what can't be called."""
+        try:
+            inspect.signature(program).bind({}, "", "")
+        except TypeError as error:
+            raise UnusableError(f"an agent is called as (row, base_url, api_key): {error}") from error
         self._program = program
 
     def episode(self, run: Run) -> AgentEpisode:

@@ -57,6 +57,9 @@ GAUGES = {
     "environment_timeouts": "environment/timeouts",
     "environment_repeats": "environment/repeats",
     "host_restarts": "environment/host_restarts",
+    "endpoint_calls": "environment/calls",
+    "refused_calls": "environment/refused_calls",
+    "overridden_calls": "environment/overridden_calls",
 }
 """Counters of a worker, as metrics. They are summed over all workers and all their sessions."""
 ALWAYS = tuple(name for name in GAUGES.values() if name.startswith(("rollout/", "replay/")))

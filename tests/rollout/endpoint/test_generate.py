@@ -33,7 +33,7 @@ async def test_a_call_is_answered_with_its_tokens_logprobs_and_versions() -> Non
     content = [{"token": f"token_id:{token}", "token_id": token, "logprob": -0.5} for token in turn(0)]
     assert choice["logprobs"] == {"content": content}
     assert answer["weight_versions"] == [[0, 3]]
-    assert it.endpoint.gauges() == {"calls": 1, "refused_calls": 0, "overridden_calls": 0}
+    assert it.endpoint.gauges() == {"endpoint_calls": 1, "refused_calls": 0, "overridden_calls": 0}
 
 
 @asynchronous
