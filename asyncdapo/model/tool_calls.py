@@ -74,5 +74,5 @@ def _arguments(inside: str, schemas: dict[str, Any]) -> Iterator[tuple[str, Any]
 
 
 def _parameters(name: str, tools: Tools) -> dict[str, Any]:
-    functions = (tool["function"] for tool in tools)
-    return next((one["parameters"]["properties"] for one in functions if one["name"] == name), {})
+    function = next((tool["function"] for tool in tools if tool["function"]["name"] == name), {})
+    return function.get("parameters", {}).get("properties", {})

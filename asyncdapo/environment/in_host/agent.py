@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,8 @@ class Agent:
         except TypeError as error:
             raise UnusableError(f"an agent is called as (row, base_url, api_key): {error}") from error
         self._program = program
+        for name in ("no_proxy", "NO_PROXY"):  # a proxy can't reach the endpoint
+            os.environ[name] = ",".join([*filter(None, [os.environ.get(name)]), "127.0.0.1"])
 
     def episode(self, run: Run) -> AgentEpisode:
         return AgentEpisode(self._program, run)

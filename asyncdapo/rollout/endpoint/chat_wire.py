@@ -76,6 +76,21 @@ class ChatMessage(Struct, frozen=True, omit_defaults=True):
         return msgspec.json.encode([self.role, self.text, calls], order="deterministic")
 
 
+class Parameters(Struct, frozen=True):
+    properties: dict[str, dict[str, Any]] = {}
+
+
+class Signature(Struct, frozen=True):
+    name: str
+    parameters: Parameters = Parameters()
+
+
+class Tool(Struct, frozen=True):
+    """What of a tool has to be as it is; the chat template gets all of it."""
+
+    function: Signature
+
+
 class StreamOptions(Struct, frozen=True):
     include_usage: bool = False
 
@@ -104,6 +119,7 @@ def read_chat(raw: dict[str, Any]) -> ChatBody:
     """Raises Refused."""
     try:
         body = msgspec.convert(raw, ChatBody)
+        msgspec.convert(body.tools or [], list[Tool])
     except msgspec.ValidationError as error:
         raise Refused(400, f"the body is no such request: {error}") from error
     if not body.messages:

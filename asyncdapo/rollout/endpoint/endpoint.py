@@ -26,7 +26,7 @@ from asyncdapo.errors import EpisodeOver
 from asyncdapo.messages import Sampling
 from asyncdapo.rollout.endpoint.chat import Chat
 from asyncdapo.rollout.endpoint.chat_wire import chat_answer, read_chat
-from asyncdapo.rollout.endpoint.http import HttpAnswer, HttpRequest, HttpServer
+from asyncdapo.rollout.endpoint.http import HttpAnswer, HttpRequest, HttpServer, problem
 from asyncdapo.rollout.endpoint.wire import Asked, GenerateBody, Refused, generated, models, read_body, read_sampling
 from asyncdapo.rollout.engine import Sample
 from asyncdapo.rollout.several_turns.attempt import Attempt
@@ -132,8 +132,11 @@ class Endpoint:
         try:
             return await self._route(request)
         except Refused as refused:
-            self._counts["refused_calls"] += 1
-            return refused.answer
+            answer = refused.answer
+        except RecursionError:
+            answer = problem(400, "the body is nested too deeply")
+        self._counts["refused_calls"] += 1
+        return answer
 
     async def _route(self, request: HttpRequest) -> HttpAnswer:
         session = self._session_of(request.headers)

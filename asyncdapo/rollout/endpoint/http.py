@@ -10,6 +10,7 @@ number of connections. Does not own: what is asked and answered (`endpoint`).
 from __future__ import annotations
 
 import asyncio
+import resource
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 
@@ -20,7 +21,8 @@ HOST = "127.0.0.1"
 MAX_HEADER_BYTES = 1 << 16
 REQUEST_TIMEOUT_S = 75.0
 """Of a connection without a complete request. Clients close their idle ones earlier."""
-MAX_CONNECTIONS = 4096
+MAX_SHARE_OF_FILES = 0.5
+"""Connections among the files that the process may have open."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +59,7 @@ class HttpServer:
 
     def __init__(self, handler: Handler, max_body_bytes: int) -> None:
         self.handler, self.max_body_bytes = handler, max_body_bytes
+        self.max_connections = int(MAX_SHARE_OF_FILES * resource.getrlimit(resource.RLIMIT_NOFILE)[0])
         self.connections: set[Connection] = set()
         self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._server: asyncio.Server | None = None
@@ -109,7 +112,7 @@ class Connection(asyncio.Protocol):
         self._transport = transport
         self._server.connections.add(self)
         self._begin()
-        if len(self._server.connections) > MAX_CONNECTIONS:
+        if len(self._server.connections) > self._server.max_connections:
             self.abort()
 
     def connection_lost(self, error: Exception | None) -> None:

@@ -68,7 +68,7 @@ class Attempt:
         """`counts`: of all attempts together."""
         self.wanted = wanted
         self.limit: Limit | None = None
-        """The limit that cut off, or refused, the latest call; None: it wasn't."""
+        """The limit that has cut off or refused a call, none having begun since; None: there is none."""
         self._engine, self._limits, self._counts = engine, limits, counts
         self._contexts: list[_Growing] = []
         self._num_left = wanted.sampling.max_tokens
@@ -98,7 +98,8 @@ class Attempt:
             self._num_left += room - num_sampled
             self._ended.set()
         self._take(request, sample)
-        self.limit = "length" if sample.finish_reason == "length" and room != max_tokens else None
+        if sample.finish_reason == "length" and room != max_tokens:
+            self.limit = "length"
         return sample
 
     def episode(self, finish_reason: FinishReason, reward: float, metrics: Mapping[str, float]) -> Episode:
@@ -125,6 +126,7 @@ class Attempt:
         if self._num_begun >= self._limits.max_turns or room < 1:
             self.limit = "turns" if self._num_begun >= self._limits.max_turns else "length"
             raise EpisodeOver(self.limit)
+        self.limit = None
         room = min(room, max_tokens or room)
         self._num_left -= room
         self._num_running += 1

@@ -189,6 +189,14 @@ async def test_tool_calls_that_cant_be_read_are_text() -> None:
 
 
 @asynchronous
+async def test_a_tool_may_have_no_parameters() -> None:
+    call = "<tool_call><function=now></function></tool_call><|im_end|>"
+    async with conversing(write=lambda _: call) as (it, _), raw(it) as say:
+        said = await say(QUESTION, tools=[{"type": "function", "function": {"name": "now"}}])
+        assert [one["function"] for one in said["tool_calls"]] == [{"name": "now", "arguments": "{}"}]
+
+
+@asynchronous
 async def test_a_response_that_was_cut_off_is_continued_behind_the_end_that_the_template_writes() -> None:
     async with conversing() as (it, engine), raw(it) as say:
         said = await say(QUESTION, max_tokens=5)
@@ -243,6 +251,9 @@ async def test_the_sdk_reads_the_stream_and_the_errors() -> None:
         ({"messages": QUESTION, "stop": "x"}, "stop isn't supported"),
         ({"messages": QUESTION, "response_format": {"type": "json_object"}}, "response_format isn't supported"),
         ({"messages": QUESTION, "tools": [TOOL], "tool_choice": "required"}, "tool_choice isn't supported"),
+        ({"messages": QUESTION, "tools": [{}]}, "function"),
+        ({"messages": QUESTION, "tools": [{"function": {"name": "f", "parameters": {"properties": 3}}}]}, "properties"),
+        (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', "no such request"),
         ({"messages": QUESTION, "max_completion_tokens": -1}, "max_tokens is at least 1"),
         ({"messages": [{"role": "user", "content": "x" * 2000}]}, "maximum context length"),
         ([1], "no such request"),
@@ -254,6 +265,20 @@ async def test_what_cant_be_had_is_400_with_the_reason(body: object, words: str)
         status, answer = await it.post(body, PATH)
     assert (status, engine.requests) == (400, [])
     assert words in answer["error"]["message"]
+
+
+@asynchronous
+async def test_arguments_without_an_end_to_their_depth_harm_no_one() -> None:
+    async with conversing() as (it, _):
+        for depth in (100, 900, 5_000, 100_000):
+            call = {"id": "x", "type": "function", "function": {"name": "f", "arguments": "[" * depth + "]" * depth}}
+            body = {"messages": [*QUESTION, {"role": "assistant", "tool_calls": [call]}], "tools": [TOOL]}
+            status, _ = await it.post(body, PATH)
+            assert status in (200, 400)
+        failed = asyncio.ensure_future(it.endpoint.failed())
+        await asyncio.sleep(0)
+        assert not failed.done()
+        failed.cancel()
 
 
 @asynchronous

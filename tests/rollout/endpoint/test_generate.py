@@ -162,6 +162,19 @@ async def test_limits_of_the_episode_end_it_and_are_remembered_until_a_call_succ
 
 
 @asynchronous
+async def test_a_refused_call_is_remembered_while_those_beside_it_succeed() -> None:
+    engine = FakeEngine()
+    engine.gate.clear()
+    async with called(engine) as it:
+        beside = asyncio.create_task(it.generate(PROMPT, max_tokens=5))
+        await until(lambda: engine.num_outstanding == 1)
+        assert (await it.generate([1] * MAX_CONTEXT))[0] == 400
+        engine.gate.set()
+        assert (await beside)[0] == 200
+        assert it.attempt.limit == "length"
+
+
+@asynchronous
 async def test_sampled_tokens_of_calls_at_the_same_time_stay_within_the_limit_of_all() -> None:
     engine = FakeEngine(num_tokens=lambda _: MAX_RESPONSE_LENGTH - 5)
     attempt = make_attempt(engine)

@@ -93,9 +93,10 @@ async def test_connections_without_a_whole_request_end_after_a_while(monkeypatch
 
 
 @asynchronous
-async def test_connections_beyond_the_bound_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http, "MAX_CONNECTIONS", 3)
+async def test_connections_beyond_the_bound_are_refused() -> None:
     async with called() as it:
+        assert it.endpoint._open.max_connections > 100
+        it.endpoint._open.max_connections = 3
         held = [await dial(it.endpoint.url) for _ in range(3)]
         with pytest.raises((ConnectionError, IndexError)):
             await ask(it.endpoint.url, "GET", "/v1/models")
