@@ -112,6 +112,8 @@ def _parser() -> argparse.ArgumentParser:
         description="Show what runs do, from their files alone: live ones until Ctrl-C, those that are over once.",
     )
     watch.add_argument("run_dirs", metavar="RUN_DIR", type=Path, nargs="+", help="several are compared, a row each")
+    watch.add_argument("--web", action="store_true", help="a page on this machine instead: charts, groups, tokens")
+    watch.add_argument("--port", type=int, default=0, help="of the page; else any free one")
     watch.set_defaults(command=_watch)
     return parser
 
@@ -299,6 +301,10 @@ def _ps(args: argparse.Namespace) -> int:
 
 
 def _watch(args: argparse.Namespace) -> int:
+    if args.web:
+        from asyncdapo.controller.watch.web import serve
+
+        return serve(args.run_dirs, args.port)
     from asyncdapo.controller.watch.watch import watch
 
     return watch(args.run_dirs)

@@ -46,11 +46,11 @@ class RunState:
 
     def __init__(self, run_dir: Path) -> None:
         """Raises UserError if there is no run."""
-        config = Run(run_dir).config
-        self.dir, self.name, self.total_steps = run_dir, config.run.name, config.run.steps
-        self.max_staleness = config.replay.max_staleness
+        run = Run(run_dir)
+        config = run.config
+        self.dir, self.name, self.total_steps = run.dir, run.dir.name, config.run.steps
         self._keys = keys_in_force(config)
-        self._tail = MetricsTail(run_dir)
+        self._tail = MetricsTail(run.dir)
         self._alarms, self._num_checked = Alarms({}, {}), 0
         self.state = OVER
         self.rows: list[Row] = []

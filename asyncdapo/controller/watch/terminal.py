@@ -181,7 +181,7 @@ def _comparison(runs: Sequence[RunState], width: int) -> RenderableType:
             for metric in ("reward/mean", "eval/accuracy")
         )
         table.add_row(
-            Text(run.dir.name, "bold"),
+            Text(run.name, "bold"),
             Text(run.state, COLORS.get(run.state, "yellow")),
             f"{run.step}/{run.total_steps}",
             Text(sparkline(rewards, max(8, width - 75)), "cyan"),

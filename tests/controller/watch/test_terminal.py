@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import subprocess
 from io import StringIO
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from asyncdapo.cli import main
 from asyncdapo.controller.watch.run_state import RunState
 from asyncdapo.controller.watch.terminal import picture
-from tests.controller.runs import command
 from tests.controller.watch.run_files import bound_by_learner, run_files
 
 NOTE = "16:00:02  note [bold] that is longer than a narrow terminal is wide, so that it needs lines of its own\n"
@@ -28,7 +27,7 @@ def drawn(run_dirs: list[Path], width: int, height: int) -> list[str]:
 
 @pytest.mark.parametrize(("width", "height"), [(80, 24), (100, 30), (160, 50)])
 def test_one_run_fits_with_its_pipeline_curves_and_verdict(tmp_path: Path, width: int, height: int) -> None:
-    run_dir = run_files(tmp_path / "run", bound_by_learner(40), "run.steps=50", "run.name=my [red]run")
+    run_dir = run_files(tmp_path / "my [red]run", bound_by_learner(40), "run.steps=50")
     (run_dir / "run.log").write_text(NOTE * 60)
     lines = drawn([run_dir], width, height)
     text = "\n".join(lines)
@@ -56,10 +55,11 @@ def test_several_runs_are_a_row_each(tmp_path: Path) -> None:
     assert (second.split()[-3:]) == ["0.5", "learner", "-"]
 
 
-def test_the_command_shows_a_run_that_is_over_once_and_names_a_directory_without_one(tmp_path: Path) -> None:
+def test_the_command_shows_a_run_that_is_over_once_and_names_a_directory_without_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run_files(tmp_path / "run", bound_by_learner(5))
-    shown = subprocess.run(command("watch", str(tmp_path / "run")), capture_output=True, text=True, check=True)
-    assert "step 6/36" in shown.stdout
-    refused = subprocess.run(command("watch", str(tmp_path)), capture_output=True, text=True, check=False)
-    assert refused.returncode == 2
-    assert "no run there" in refused.stderr
+    assert main(["watch", str(tmp_path / "run")]) == 0
+    assert "step 6/36" in capsys.readouterr().out
+    assert main(["watch", str(tmp_path)]) == 2
+    assert "no run there" in capsys.readouterr().err

@@ -1,0 +1,240 @@
+"""`asyncdapo watch RUN… --web`: a page on loopback that shows runs.
+
+    GET /KEY/                          the page; page.js, page.css and plotly.js beside it
+        /KEY/runs                      of each run what it does now
+        /KEY/charts?run=0              the numbers of every chart
+        /KEY/groups?run=0&step=12      groups of a batch
+        /KEY/group?run=0&id=5          a group: prompt, completions
+        /KEY/completion?run=0&id=5&sample=0
+
+In: run directories. Out: HTTP on 127.0.0.1. It only reads files. KEY is drawn anew at each start, and everything
+without it is 404: other users of the machine, and pages of other sites in the same browser, don't know it. Everything
+that the page needs comes from here, and its rules (Content-Security-Policy) forbid it any other address. Does not own:
+what is known of a run (`run_state`), the charts (`charts`), the ledger's pages (`pages`).
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import cache
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+import msgspec
+
+from asyncdapo.api import Run
+from asyncdapo.controller.watch.charts import CHARTS, columns
+from asyncdapo.controller.watch.pages import Speller, completion_page, group_page, groups_of
+from asyncdapo.controller.watch.run_state import RunState
+from asyncdapo.errors import UserError
+from asyncdapo.replay.ledger.payloads import BadRecord
+
+FRESH_S = 1.0
+"""What was read is not read again for so long."""
+FOLDER = Path(__file__).with_name("page")
+RULES = (
+    "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; connect-src 'self'; img-src data: blob:"
+)
+"""Plotly writes its own styles into the page."""
+KINDS = {".html": "text/html", ".js": "text/javascript", ".css": "text/css"}
+
+
+def plotly_file() -> Path:
+    """Plotly's program. Raises UserError if the package is missing."""
+    try:
+        import plotly
+    except ImportError as error:
+        raise UserError("watch --web: needs plotly (pip install 'asyncdapo[web]')") from error
+    return Path(plotly.__file__).with_name("package_data") / "plotly.min.js"
+
+
+def tokenizer_of(run_dir: Path) -> Speller:
+    """The tokenizer of a run."""
+    from asyncdapo.model.tokenizer import load_tokenizer  # takes some seconds
+
+    return load_tokenizer(Run(run_dir).config.model.tokenizer_files)
+
+
+class Site:
+    """What the page asks for. Safe in several threads."""
+
+    def __init__(self, run_dirs: Sequence[Path], tokenizer_of: Callable[[Path], Speller] = tokenizer_of) -> None:
+        """Raises UserError if one isn't a run."""
+        self._runs = [RunState(run_dir) for run_dir in run_dirs]
+        self._lock = threading.Lock()
+        self._read_at = -math.inf
+        self._tokenizer = cache(tokenizer_of)
+
+    def warm_up(self) -> None:
+        """Load tokenizers before they are asked for. Who asks for one that can't be loaded hears why."""
+        for run in self._runs:
+            with suppress(UserError):
+                self._tokenizer(run.dir)
+
+    def runs(self) -> list[dict[str, Any]]:
+        """Of each run what it does now."""
+        with self._lock:
+            if time.monotonic() - self._read_at > FRESH_S:
+                for run in self._runs:
+                    run.update()
+                self._read_at = time.monotonic()
+            return [_summary(run) for run in self._runs]
+
+    def charts(self, run: int) -> dict[str, Any]:
+        """Steps and times, and the columns of every chart."""
+        self.runs()
+        with self._lock:
+            lines = list(self._runs[run].lines)
+        return {
+            "step": [line["step"] for line in lines],
+            "wall_s": [line.get("time/wall_s", math.nan) for line in lines],
+            "charts": [
+                {
+                    "title": chart.title,
+                    "axis": chart.axis,
+                    "look": chart.look,
+                    "labels": list(chart.series.values()),
+                    "columns": columns(chart, lines),
+                }
+                for chart in CHARTS
+            ],
+        }
+
+    def groups(self, run: int, step: int) -> list[dict[str, Any]]:
+        return groups_of(self._runs[run].dir, step)
+
+    def group(self, run: int, id: int) -> dict[str, Any]:
+        run_dir = self._runs[run].dir
+        return group_page(run_dir, id, self._tokenizer(run_dir))
+
+    def completion(self, run: int, id: int, sample: int) -> list[dict[str, Any]]:
+        run_dir = self._runs[run].dir
+        return completion_page(run_dir, id, sample, self._tokenizer(run_dir))
+
+
+def _summary(run: RunState) -> dict[str, Any]:
+    now = time.time()
+    return {
+        "name": run.name,
+        "dir": str(run.dir),
+        "state": run.state,
+        "step": run.step,
+        "total_steps": run.total_steps,
+        "lines": len(run.lines),
+        "time_left": run.time_left,
+        "verdict": run.verdict,
+        "alarms": run.alarms,
+        "notes": run.notes,
+        "processes": [
+            {
+                "name": f"{row.role} {row.index}",
+                "pid": row.pid,
+                "host": row.host,
+                "state": row.state,
+                "behind": "" if row.lag is None else f"{row.lag} {row.lag_unit}",
+                "memory_mib": row.memory_mib,
+                "groups": work.groups if work else None,
+                "tokens": work.tokens if work else None,
+                "ago_s": now - work.arrived_at_s if work and work.arrived_at_s else None,
+            }
+            for row in run.rows
+            for work in [run.work.get(row.index) if row.role == "rollout" else None]
+        ],
+    }
+
+
+class Server(ThreadingHTTPServer):
+    """Serves one site on loopback."""
+
+    daemon_threads = True
+
+    def __init__(self, site: Site, port: int) -> None:
+        """Port 0 is any free one. Raises UserError if the port is in use."""
+        self.key = secrets.token_urlsafe(16)
+        self.answers: dict[str, Callable[..., Any]] = {
+            "runs": site.runs,
+            "charts": site.charts,
+            "groups": site.groups,
+            "group": site.group,
+            "completion": site.completion,
+        }
+        self.files = {"": FOLDER / "page.html", "plotly.js": plotly_file()}
+        self.files |= {name: FOLDER / name for name in ("page.js", "page.css")}
+        try:
+            super().__init__(("127.0.0.1", port), Handler)
+        except OSError as error:
+            raise UserError(f"--port {port}: {error.strerror} (choose another, or 0 for any)") from error
+
+    @property
+    def address(self) -> str:
+        """Of the page."""
+        return f"http://127.0.0.1:{self.server_port}/{self.key}/"
+
+
+class Handler(BaseHTTPRequestHandler):
+    """One request."""
+
+    server: Server  # pyright: ignore[reportIncompatibleVariableOverride] (it is served by no other)
+
+    def do_GET(self) -> None:  # noqa: N802 - the name that the standard library calls
+        url = urlsplit(self.path)
+        _, key, *rest = url.path.split("/")
+        name = "/".join(rest)
+        if not rest or not secrets.compare_digest(key.encode(), self.server.key.encode()):
+            self._send_text(HTTPStatus.NOT_FOUND, "not here: take the whole address that `asyncdapo watch` prints")
+        elif name in self.server.files:
+            path = self.server.files[name]
+            self._send(HTTPStatus.OK, KINDS[path.suffix], path.read_bytes(), keep=name == "plotly.js")
+        elif name in self.server.answers:
+            self._answer(self.server.answers[name], url.query)
+        else:
+            self._send_text(HTTPStatus.NOT_FOUND, f"nothing is called {name}")
+
+    def _answer(self, answer: Callable[..., Any], query: str) -> None:
+        try:
+            found = answer(**{name: int(values[0]) for name, values in parse_qs(query).items()})
+        except (TypeError, ValueError) as error:
+            self._send_text(HTTPStatus.BAD_REQUEST, str(error))
+        except (LookupError, BadRecord, UserError, sqlite3.Error) as error:
+            self._send_text(HTTPStatus.NOT_FOUND, str(error))
+        else:
+            self._send(HTTPStatus.OK, "application/json", msgspec.json.encode(found))
+
+    def _send_text(self, status: HTTPStatus, text: str) -> None:
+        self._send(status, "text/plain", text.encode())
+
+    def _send(self, status: HTTPStatus, kind: str, body: bytes, keep: bool = False) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", f"{kind}; charset=utf-8")
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Content-Security-Policy", RULES)
+        self.send_header("X-Content-Type-Options", "nosniff")
+        self.send_header("Referrer-Policy", "no-referrer")
+        self.send_header("Cache-Control", "max-age=86400" if keep else "no-store")
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Requests aren't logged: their addresses hold the key."""
+
+
+def serve(run_dirs: Sequence[Path], port: int) -> int:
+    """Serve until Ctrl-C, which is no error. Raises UserError if one isn't a run, or the port is in use."""
+    site = Site(run_dirs)
+    with Server(site, port) as server:
+        threading.Thread(target=site.warm_up, daemon=True).start()
+        print(f"{server.address}\nCtrl-C ends it", flush=True)
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            return 0
+    return 0
