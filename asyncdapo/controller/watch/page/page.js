@@ -189,6 +189,7 @@ async function openGroup(run, group, row) {
   by("group").replaceChildren(
     node("h2", {}, `Prompt ${page.prompt_id}`), node("pre", {}, page.prompt),
     node("h2", {}, "Completions and their rewards"), node("div", { className: "buttons" }, ...buttons), completion);
+  by("group").scrollIntoView({ block: "nearest" });
   press(0);
 }
 
