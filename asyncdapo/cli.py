@@ -305,6 +305,8 @@ def _watch(args: argparse.Namespace) -> int:
         from asyncdapo.controller.watch.web import serve
 
         return serve(args.run_dirs, args.port)
+    if args.port:
+        raise UserError(f"--port {args.port}: is of the page (add --web)")
     from asyncdapo.controller.watch.watch import watch
 
     return watch(args.run_dirs)

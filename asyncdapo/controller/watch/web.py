@@ -158,7 +158,7 @@ class Server(ThreadingHTTPServer):
     daemon_threads = True
 
     def __init__(self, site: Site, port: int) -> None:
-        """Port 0 is any free one. Raises UserError if the port is in use."""
+        """Port 0 is any free one. Raises UserError if the port is in use, or isn't one."""
         self.key = secrets.token_urlsafe(16)
         self.answers: dict[str, Callable[..., Any]] = {
             "runs": site.runs,
@@ -171,8 +171,8 @@ class Server(ThreadingHTTPServer):
         self.files |= {name: FOLDER / name for name in ("page.js", "page.css")}
         try:
             super().__init__(("127.0.0.1", port), Handler)
-        except OSError as error:
-            raise UserError(f"--port {port}: {error.strerror} (choose another, or 0 for any)") from error
+        except (OSError, OverflowError) as error:
+            raise UserError(f"--port {port}: {error} (choose another, or 0 for any)") from error
 
     @property
     def address(self) -> str:
@@ -202,7 +202,7 @@ class Handler(BaseHTTPRequestHandler):
     def _answer(self, answer: Callable[..., Any], query: str) -> None:
         try:
             found = answer(**{name: int(values[0]) for name, values in parse_qs(query).items()})
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             self._send_text(HTTPStatus.BAD_REQUEST, str(error))
         except (LookupError, BadRecord, UserError, sqlite3.Error) as error:
             self._send_text(HTTPStatus.NOT_FOUND, str(error))
@@ -228,7 +228,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def serve(run_dirs: Sequence[Path], port: int) -> int:
-    """Serve until Ctrl-C, which is no error. Raises UserError if one isn't a run, or the port is in use."""
+    """Serve until Ctrl-C, which is no error. Raises UserError if one isn't a run, or the port can't be had."""
     site = Site(run_dirs)
     with Server(site, port) as server:
         threading.Thread(target=site.warm_up, daemon=True).start()

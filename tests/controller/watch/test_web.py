@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from asyncdapo.cli import main
 from asyncdapo.controller.watch import web
 from asyncdapo.controller.watch.web import Server, Site
 from asyncdapo.errors import UserError
@@ -113,6 +114,7 @@ def test_a_sample_is_reached_from_its_step_and_html_in_it_is_only_a_text(tmp_pat
     [
         ("charts?run=x", 400, "invalid literal"),
         ("charts", 400, "missing 1 required"),
+        (f"groups?run=0&step={10**30}", 400, "too large"),
         ("charts?run=7", 404, "out of range"),
         ("group?run=0&id=999", 404, "no group 999"),
         ("nothing", 404, "nothing is called nothing"),
@@ -136,7 +138,12 @@ def test_a_tokenizer_that_is_gone_is_named_to_who_asks_for_text(tmp_path: Path) 
         assert get(server, "groups?run=0&step=1")
 
 
-def test_a_port_in_use_is_named(tmp_path: Path) -> None:
-    site = Site([run_files(tmp_path / "run", [])])
-    with serving(site) as server, pytest.raises(UserError, match="--port .* in use"):
-        Server(site, server.server_port)
+def test_a_port_that_can_not_be_had_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_dir = run_files(tmp_path / "run", [])
+    with serving(Site([run_dir])) as server, pytest.raises(UserError, match="--port .* in use"):
+        Server(Site([run_dir]), server.server_port)
+    assert main(["watch", str(run_dir), "--web", "--port", "70000"]) == 2
+    assert main(["watch", str(run_dir), "--port", "8000"]) == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert "--port 70000: " in first
+    assert second == "asyncdapo: --port 8000: is of the page (add --web)"
