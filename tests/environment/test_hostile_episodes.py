@@ -107,7 +107,7 @@ def num_left_behind() -> int:
 @pytest.mark.parametrize(
     ("num", "hostile_share", "kill_every_s"),
     [
-        (120, 0.05, None),
+        (60, 0.05, None),
         pytest.param(10_000, 0.05, None, marks=pytest.mark.soak),
         pytest.param(2_000, 0.01, 2.0, marks=pytest.mark.soak),
     ],
