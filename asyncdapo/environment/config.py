@@ -7,7 +7,7 @@ from typing import Annotated
 
 from msgspec import Meta
 
-from asyncdapo.environment.in_host.loading import AGENT
+from asyncdapo.environment.in_host.loading import AGENT, OPENENV, VERIFIERS
 from asyncdapo.errors import ConfigError
 from asyncdapo.ranges import NonNegativeInt, PositiveFloat, PositiveInt
 
@@ -22,8 +22,9 @@ class EnvironmentConfig:
 
     path: str | None = None
     """Your environment's class: `path/to/file.py:Class` or `package.module:Class`, with the methods `reset` and `step`
-    ([environments](environments.md)); or `agent:path/to/file.py:run`, a function that calls the model by itself. null
-    is none: completions are judged by `reward.verifier`."""
+    ([environments](environments.md)), or one of TRL's or SkyRL's. Or `agent:path/to/file.py:run`, a function that calls
+    the model by itself; `openenv:http://host:8000`, a server of OpenEnv; `verifiers:TASKSET`, a taskset of verifiers.
+    null is none: completions are judged by `reward.verifier`."""
     processes: PositiveInt = 1
     """Host processes of each rollout worker, in which environments run."""
     concurrency: PositiveInt | None = None
@@ -47,6 +48,9 @@ class EnvironmentConfig:
     """Interpreter of the hosts, such as that of another virtual environment. null is the run's own."""
 
     def __post_init__(self) -> None:
+        path = self.path or ""
+        if path.startswith(OPENENV) and not path.removeprefix(OPENENV).startswith(("http://", "https://")):
+            raise ConfigError("environment.path", "names no server", path, "openenv:http://host:8000")
         if self.path is not None and ":" not in self.path.removeprefix(AGENT):
             fix = "path/to/file.py:Class or package.module:Class, or agent:path/to/file.py:function"
             raise ConfigError("environment.path", "names no class", self.path, fix)
@@ -60,6 +64,11 @@ class EnvironmentConfig:
         return self.path is not None
 
     @property
+    def has_source(self) -> bool:
+        """Whether `path` says where its source is."""
+        return self.path is not None and not self.path.startswith((OPENENV, VERIFIERS))
+
+    @property
     def is_agent(self) -> bool:
         """Whether it is a program that calls the model by itself."""
-        return self.path is not None and self.path.startswith(AGENT)
+        return self.path is not None and self.path.startswith((AGENT, VERIFIERS))

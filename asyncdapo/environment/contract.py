@@ -1,4 +1,5 @@
-"""What an environment of the user's is: a class with these methods, each plain or async. `calculator` is one.
+"""What an environment of the user's is: a class with these methods, each plain or async. `calculator` is one. Its other
+public methods with a docstring are tools, which the model may call (`in_host/tools`).
 
 An object serves one episode. It is made without arguments, in a host process, and its methods are called one after the
 other. Several objects live in a host at a time. Does not own: how hosts are killed (`hosts`), what is tokenised when
@@ -27,7 +28,8 @@ class Environment(Protocol):
         ...
 
     def step(self, response: str) -> Step | Awaitable[Step]:
-        """Answer a response, its text without special tokens. The rewards of all steps are summed up; any finite number
+        """Answer a response that calls no tool, its text without special tokens. Without this method, which a class
+        with tools may leave out, such a response is the last. The rewards of all steps are summed up; any finite number
         is allowed. The sum is the episode's `acc`, and is scaled like the verdict of a verifier."""
         ...
 

@@ -73,6 +73,8 @@ class HostSetup:
 
     path: str
     python: str | None
+    tokenizer: str
+    """Where the model's is."""
     concurrency: int
     max_chars: int
 
@@ -80,7 +82,7 @@ class HostSetup:
         """The first line. Another interpreter has its own modules."""
         paths = [] if self.python else [os.path.abspath(path) for path in sys.path]
         sizes = {"concurrency": self.concurrency, "max_chars": self.max_chars}
-        return {"name": self.path, "import_path": paths} | sizes
+        return {"name": self.path, "import_path": paths, "tokenizer": self.tokenizer} | sizes
 
     def command(self) -> Sequence[str]:
         if self.python is None:

@@ -160,13 +160,15 @@ class _Seats:
 class Hosts:
     """A fixed number of hosts, and one more while an episode is alone."""
 
-    def __init__(self, config: EnvironmentConfig, max_context: int) -> None:
-        """`max_context`, in tokens: `environment.max_context` in force."""
+    def __init__(self, config: EnvironmentConfig, max_context: int, tokenizer: str = "") -> None:
+        """`max_context`, in tokens: `environment.max_context` in force. `tokenizer`: where the model's is, for programs
+        that make its tokens."""
         assert config.path is not None, "no hosts without an environment"
         self._config = config
         self._setup = HostSetup(
             path=config.path,
             python=config.python,
+            tokenizer=tokenizer,
             concurrency=config.concurrency or CONCURRENCY,
             max_chars=CHARS_PER_TOKEN * max_context,
         )

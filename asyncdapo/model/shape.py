@@ -55,6 +55,9 @@ PUBLISHED = {
     "Qwen/Qwen2.5-0.5B-Instruct": QWEN25
     | {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24}
     | {"num_attention_heads": 14, "num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True},
+    "Qwen/Qwen3-0.6B": {"model_type": "qwen3", "tie_word_embeddings": True, "vocab_size": 151936}
+    | {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "head_dim": 128}
+    | {"num_attention_heads": 16, "num_key_value_heads": 8},
     "Qwen/Qwen2.5-1.5B": QWEN25
     | {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28}
     | {"num_attention_heads": 12, "num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True},

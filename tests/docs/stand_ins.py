@@ -31,6 +31,9 @@ NOT_RUN = {
     "ray stop": "would end every Ray of this machine",
     "ray job": "tests/launchers does it",
     "python launchers/submit.py": "tests/launchers does it",
+    "python examples/taskset_rows.py": "needs verifiers: tests/environment/test_verifiers.py does it",
+    "asyncdapo launch qwen3_0.6b_wordle_1gpu": "needs verifiers and what the command above writes",
+    "asyncdapo launch qwen2.5_0.5b_gsm8k_python_1gpu": "its tool needs a chat template: test_launches.py",
 }
 """Commands by their first words, and why they are not run."""
 

@@ -19,11 +19,11 @@ MAX_CONTEXT = 1000
 
 
 @asynccontextmanager
-async def hosting(name: str = "Plain", **keys: Any) -> AsyncIterator[Hosts]:
+async def hosting(name: str = "Plain", tokenizer: str = "", **keys: Any) -> AsyncIterator[Hosts]:
     """The hosts of an environment in `hostile.py`, or at a path. None of their processes is left at the end."""
     path = name if ":" in name else f"{FILE}:{name}"
     config = EnvironmentConfig(path=path, **({"step_timeout_s": 20.0} | keys))
-    hosts = Hosts(config, MAX_CONTEXT)
+    hosts = Hosts(config, MAX_CONTEXT, tokenizer)
     await hosts.start()
     pids = hosts.pids()
     try:

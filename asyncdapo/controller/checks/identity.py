@@ -175,7 +175,8 @@ def _extensions(config: Config) -> dict[str, str]:
     values = (
         (f"{section}.{key}", value) for section, entries in to_dict(config).items() for key, value in entries.items()
     )
-    return {key: value for key, value in values if key in EXTENSIONS and value and is_plugin(value)}
+    keys = set(EXTENSIONS) - (set() if config.environment.has_source else {"environment.path"})
+    return {key: value for key, value in values if key in keys and value and is_plugin(value)}
 
 
 def _different(there: Mapping[str, object], now: Mapping[str, object]) -> list[str]:

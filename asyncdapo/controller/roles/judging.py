@@ -91,7 +91,7 @@ def _in_environments(config: Config, engine: Engine, tokenizer: TextTokenizer, s
         environment = replace(environment, concurrency=environment.concurrency or num_seats)
         endpoint = Endpoint(config.max_context, lambda: Chat(encoder, tokenizer.decode))
         player = Agents(endpoint)
-    hosts = Hosts(environment, config.max_context)
+    hosts = Hosts(environment, config.max_context, config.model.tokenizer_files.path)
     limits = TurnLimits(max_turns=environment.max_turns, max_context=config.max_context)
     return Judging(
         rollouts=SeveralTurns(engine, hosts, player, scale.rate, limits, environment.oversubscribe),

@@ -22,12 +22,14 @@ from asyncdapo.environment.in_host.answers import (
     read_metrics,
 )
 from asyncdapo.environment.in_host.native import Native
+from asyncdapo.environment.in_host.openenv import OpenEnv
+from asyncdapo.environment.in_host.verifiers_taskset import Taskset
 
 
 class Episodes:
     """The episodes under way."""
 
-    def __init__(self, environment: Native | Agent, concurrency: int, max_chars: int) -> None:
+    def __init__(self, environment: Native | Agent | OpenEnv | Taskset, concurrency: int, max_chars: int) -> None:
         self._environment, self._max_chars = environment, max_chars
         self._threads = ThreadPoolExecutor(concurrency)
         self._episodes: dict[int, Any] = {}

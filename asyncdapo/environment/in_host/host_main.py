@@ -1,6 +1,7 @@
 """Main of a host process: `host_main PID`. PID is the worker's process.
 
-    worker ──{"name", "import_path", "concurrency", "max_chars"}──▶ host ──{"call": 0, "tools"}, or "raised"──▶ worker
+    worker ──{"name", "import_path", "tokenizer", "concurrency", "max_chars"}──▶ host
+           ◀──{"call": 0, "tools"}, or {"call": 0, "raised"}
     worker ──{"call", "episode", "do": "reset" | "step" | "tools" | "end" | "run" | "drop", "given"}──▶ host
            ◀──{"call", "observation", "reward", "metrics", "num_chars"}──  or {"call", "raised"}, {"call", "broke"}
 
@@ -40,7 +41,7 @@ async def serve(sock: socket.socket) -> None:
     setup = json.loads(await reader.readline())
     sys.path[:0] = [path for path in setup["import_path"] if path not in sys.path]
     try:
-        environment = load(setup["name"])
+        environment = load(setup["name"], setup["tokenizer"])
     except BaseException as error:  # noqa: BLE001 - the user's module runs its own code when it is imported
         tell(0, {"raised": describe(error)})
         await writer.drain()

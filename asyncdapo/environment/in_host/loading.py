@@ -1,6 +1,8 @@
 """What `environment.path` names, in a host.
 
 agent:…                        a program that calls the model by itself
+    openenv:URL                    a server of OpenEnv
+    verifiers:TASKSET              a taskset of verifiers
 reset, step                    a class of the native contract
 reset, get_reward, no step     TRL's
 init, step, close              SkyRL's
@@ -15,14 +17,20 @@ from asyncdapo.child.entry import load_file
 from asyncdapo.environment.in_host.agent import Agent
 from asyncdapo.environment.in_host.answers import UnusableError
 from asyncdapo.environment.in_host.native import Native
+from asyncdapo.environment.in_host.openenv import OpenEnv
 from asyncdapo.environment.in_host.skyrl import SkyRL
 from asyncdapo.environment.in_host.trl import Trl
+from asyncdapo.environment.in_host.verifiers_taskset import Taskset
 
-AGENT = "agent:"
+AGENT, OPENENV, VERIFIERS = "agent:", "openenv:", "verifiers:"
 
 
-def load(name: str) -> Native | Agent:
-    """Raises UnusableError, and what the user's module raises."""
+def load(name: str, tokenizer: str) -> Native | Agent | OpenEnv | Taskset:
+    """`tokenizer`: where the model's is. Raises UnusableError, and what the user's module raises."""
+    if name.startswith(OPENENV):
+        return OpenEnv(name.removeprefix(OPENENV))
+    if name.startswith(VERIFIERS):
+        return Taskset(name.removeprefix(VERIFIERS), tokenizer)
     where, _, attribute = name.removeprefix(AGENT).rpartition(":")
     module = load_file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
     found = getattr(module, attribute)

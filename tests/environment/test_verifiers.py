@@ -1,0 +1,144 @@
+"""A taskset of verifiers: its agent's calls are the episode, to the exact token. With the real package: soak."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+from asyncdapo.environment.in_host.verifiers_taskset import merged, nested
+from asyncdapo.errors import EpisodeError, RunError
+from asyncdapo.messages import Sampling
+from asyncdapo.rollout.endpoint.endpoint import Endpoint
+from asyncdapo.rollout.engine import Priority, Request, Sample
+from asyncdapo.rollout.episodes import Episode
+from asyncdapo.rollout.job import Job
+from asyncdapo.rollout.several_turns.agents import Agents
+from asyncdapo.rollout.several_turns.attempt import TurnLimits
+from asyncdapo.rollout.several_turns.several_turns import SeveralTurns
+from tests.asynchronous import asynchronous
+from tests.environment.chat_model import save_tokenizer
+from tests.environment.hosting import hosting
+from tests.environment.test_launches import PYTHON, needs
+from tests.rollout.fakes import FakeEngine, make_lease, make_prompt
+
+ECHO = "verifiers:verifiers_echo?renderer.name=qwen3"
+
+
+class SpeakingEngine(FakeEngine):
+    """Says its words, one after the other."""
+
+    def __init__(self, tokenizer: str, *words: str) -> None:
+        super().__init__()
+        self.tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+        self.words = list(words)
+
+    async def generate(self, request: Request) -> list[Sample]:
+        self.requests.append(request)
+        ids = self.tokenizer.encode(self.words[len(self.requests) - 1] + "<|im_end|>")
+        logprobs = np.full(len(ids), -0.5, np.float32)
+        sample = Sample(
+            token_ids=np.array(ids, np.int32), logprobs=logprobs, versions=[(0, len(ids))], finish_reason="stop"
+        )
+        return [sample]
+
+
+@asynccontextmanager
+async def playing(path: str, engine: SpeakingEngine, folder: Path) -> AsyncIterator[SeveralTurns]:
+    endpoint = Endpoint(2000)
+    await endpoint.start()
+    async with hosting(path, str(folder), python=PYTHON, retries=0, step_timeout_s=60.0) as hosts:
+        limits = TurnLimits(max_turns=6, max_context=2000)
+        yield SeveralTurns(engine, hosts, Agents(endpoint), lambda *_: [], limits, 1.0)
+    await endpoint.stop()
+
+
+async def play(rollouts: SeveralTurns, answer: str) -> Episode:
+    prompt = msgspec.structs.replace(make_prompt(3), answer=answer)
+    job = Job(make_lease(7), 1, lambda: None)
+    [episode] = await rollouts.sample(job, prompt, [5], Sampling(max_tokens=500), Priority.FRESH)
+    return episode
+
+
+@pytest.mark.soak
+def test_each_turn_continues_the_one_before_and_the_reward_is_the_tasks(tmp_path, monkeypatch) -> None:
+    needs("verifiers")
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    save_tokenizer(tmp_path)
+    asyncio.run(two_turns(tmp_path))
+
+
+async def two_turns(tmp_path: Path) -> None:
+    engine = SpeakingEngine(str(tmp_path), "<think>\nhm\n</think>\n\none", "<think>\nso\n</think>\n\nfive!")
+    async with playing(ECHO, engine, tmp_path) as rollouts:
+        episode = await play(rollouts, json.dumps({"prompt": "Say 3.", "wanted": 3}))
+        [context] = episode.contexts
+        spelled = engine.tokenizer.decode(context.token_ids)
+        assert spelled.startswith("<|im_start|>user\nSay 3.<|im_end|>\n<|im_start|>assistant\n<think>\nhm")
+        assert "one<|im_end|>\n<|im_start|>user\nyou said " in spelled
+        assert spelled.endswith("five!<|im_end|>")
+        assert (episode.finish_reason, episode.reward, episode.metrics["wanted"]) == ("stop", 1.0, 3.0)
+        with pytest.raises(EpisodeError, match="run: ValidationError"):
+            await play(rollouts, "{}")
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(
+    ("path", "problem"),
+    [
+        ("verifiers:nowhere?renderer.name=qwen3", "taskset 'nowhere': taskset 'nowhere' not found"),
+        ("verifiers:verifiers_echo", "which of verifiers' renderers writes the model's chat template"),
+        (f"{ECHO}&taskset.size=3", "taskset 'verifiers_echo': .*size"),
+        (f"{ECHO}&renderer.nose=3", "taskset 'verifiers_echo': .*nose"),
+    ],
+)
+def test_what_cannot_work_is_told_in_one_line(path: str, problem: str, monkeypatch) -> None:
+    needs("verifiers")
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+
+    async def start() -> None:
+        async with hosting(path, python=PYTHON):
+            pass
+
+    with pytest.raises(RunError, match=problem) as caught:
+        asyncio.run(start())
+    assert "\n" not in str(caught.value)
+
+
+@asynchronous
+async def test_an_interpreter_without_verifiers_is_refused_in_one_line(tmp_path) -> None:
+    bare = tmp_path / "python"
+    bare.write_text(f'#!/bin/sh\nexec {sys.executable} -S -E "$@"\n')
+    bare.chmod(0o755)
+    with pytest.raises(RunError, match=r"needs the package verifiers .*environment\.python of an environment that has"):
+        async with hosting(ECHO, python=str(bare)):
+            pass
+
+
+def test_keys_of_a_query_are_nested_and_defaults_fill_what_they_leave_out() -> None:
+    said = nested("a.b=1&a.c=x&d=true&a.e.f=[1]")
+    assert said == {"a": {"b": 1, "c": "x", "e": {"f": [1]}}, "d": True}
+    assert merged({"a": {"b": 2, "g": {"h": 3}}, "i": 4}, said) == said | {
+        "a": {"b": 1, "c": "x", "e": {"f": [1]}, "g": {"h": 3}},
+        "i": 4,
+    }
+
+
+@pytest.mark.soak
+def test_the_rows_of_a_taskset_are_those_that_its_tasks_are_made_of(monkeypatch) -> None:
+    needs("verifiers")
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    script = Path(__file__).parents[2] / "examples" / "taskset_rows.py"
+    lines = subprocess.run([PYTHON, script, "verifiers_echo"], capture_output=True, text=True, check=True).stdout
+    rows = [json.loads(line) for line in lines.splitlines()]
+    assert [row["prompt"] for row in rows] == [f"Say {number}." for number in range(8)]
+    assert json.loads(rows[3]["answer"])["wanted"] == 3
