@@ -25,6 +25,7 @@ from contextlib import suppress
 from functools import cache
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -50,11 +51,10 @@ KINDS = {".html": "text/html", ".js": "text/javascript", ".css": "text/css"}
 
 def plotly_file() -> Path:
     """Plotly's program. Raises UserError if the package is missing."""
-    try:
-        import plotly
-    except ImportError as error:
-        raise UserError("watch --web: needs plotly (pip install 'asyncdapo[web]')") from error
-    return Path(plotly.__file__).with_name("package_data") / "plotly.min.js"
+    found = find_spec("plotly")
+    if found is None or found.origin is None:
+        raise UserError("watch --web: needs plotly (pip install 'asyncdapo[web]')")
+    return Path(found.origin).with_name("package_data") / "plotly.min.js"
 
 
 def tokenizer_of(run_dir: Path) -> Speller:
