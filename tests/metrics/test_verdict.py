@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asyncdapo.metrics.verdict.advice import KEYS, RULES, advise, sentence
+from asyncdapo.metrics.verdict.advice import KEYS, RULES, advise, words
 from asyncdapo.metrics.verdict.running_verdict import RunningVerdict, final_words, verdict_of
 from asyncdapo.metrics.verdict.verdict import BALANCED, LIMITS, UNSURE, judge, lost_shares
 from asyncdapo.metrics.verdict.window import FATES, LOOP, WORKERS, Window
@@ -63,7 +63,9 @@ def test_a_planted_bottleneck_gets_its_verdict_and_its_advice(limit: str) -> Non
     advice = advise(verdict, window, KEYS_IN_FORCE)
     assert advice is not None
     assert all(value > KEYS_IN_FORCE[key] for key, value in advice.changes.items())
-    assert sentence(verdict, advice).startswith(f"{limit}-bound: ")
+    said = list(words(verdict, window, KEYS_IN_FORCE))
+    assert said == [f"{limit}-bound, {verdict.lost:.0%} of the time is lost: {LIMITS[limit]}", advice.text]
+    assert all(len(f"12:00:00  verdict: {line}") <= 120 for line in said)
     assert any(key in advice.text for key in (*KEYS, "controller.placement", "prompts.path", "reward.concurrency"))
 
 
@@ -76,7 +78,7 @@ def test_a_run_in_which_nobody_waits_is_balanced() -> None:
     verdict = judge(lost_shares(window))
     assert verdict.limit == BALANCED
     assert advise(verdict, window, KEYS_IN_FORCE) is None
-    assert str(verdict) == "balanced"
+    assert list(words(verdict, window, KEYS_IN_FORCE)) == ["balanced"]
 
 
 def test_two_limits_that_cost_the_same_are_not_told_apart() -> None:
@@ -84,7 +86,9 @@ def test_two_limits_that_cost_the_same_are_not_told_apart() -> None:
     verdict = judge(lost_shares(window))
     assert verdict.limit == UNSURE
     assert set(verdict.rivals) == {"rollout", "reward"}
-    assert sentence(verdict, None).startswith("not sure, ")
+    [said] = words(verdict, window, KEYS_IN_FORCE)
+    assert said.startswith("not sure, ")
+    assert all(LIMITS[limit] in said for limit in verdict.rivals)
 
 
 @pytest.mark.parametrize(("all_correct", "said"), [(0.8, "harder prompts"), (0.1, "easier prompts")])
@@ -137,7 +141,7 @@ def test_what_is_lost_sums_to_the_larger_of_the_two_waits(wait, loop, workers, f
 def test_too_few_steps_or_missing_heartbeats_give_no_verdict() -> None:
     planted = PLANTED["rollout"]
     running = RunningVerdict(KEYS_IN_FORCE)
-    assert [running.add(line) for line in lines_of(2, **planted)] == [({}, "")] * 3
+    assert [running.add(line) for line in lines_of(2, **planted)] == [({}, [])] * 3
     assert Window.of(lines_of(6, loop=WAITING, workers={"generate": 0.4})) is None
     assert Window.of([]) is None
     assert verdict_of({"verdict/rollout_ratio": 1.0}) is None
@@ -146,12 +150,15 @@ def test_too_few_steps_or_missing_heartbeats_give_no_verdict() -> None:
 
 def test_a_verdict_that_stands_is_said_once_and_the_next_one_when_it_stands() -> None:
     running = RunningVerdict(KEYS_IN_FORCE)
-    told = [running.add(line)[1] for line in lines_of(12, **PLANTED["rollout"])]
-    [said] = filter(None, told)
-    assert said.startswith("verdict: rollout-bound: 50% of the time is lost, since the learner waits for tokens")
+    told = [text for line in lines_of(12, **PLANTED["rollout"]) for text in running.add(line)[1]]
+    assert [text.partition(",")[0] for text in told] == [
+        "verdict: rollout-bound",
+        "verdict: raise rollout.slots from 64 to 128",
+    ]
     running.begin()
-    told = [running.add(line)[1] for line in lines_of(12, **PLANTED["learner"])]
-    assert [text.partition(": ")[2].partition(":")[0] for text in told if text] == ["learner-bound"]
+    told = [text for line in lines_of(12, **PLANTED["learner"]) for text in running.add(line)[1]]
+    assert [text.partition(",")[0] for text in told][0] == "verdict: learner-bound"
+    assert len(told) == 2
 
 
 def test_a_line_holds_its_verdict() -> None:
@@ -165,7 +172,11 @@ def test_a_line_holds_its_verdict() -> None:
 
 
 def test_the_last_words_say_what_a_step_took_and_what_it_could_take() -> None:
-    words = list(final_words(lines_of(8, **PLANTED["learner"]), KEYS_IN_FORCE))
-    assert words[0].startswith("verdict on 8 steps: learner-bound: 53% of the time is lost")
-    assert f"a step takes {STEP_S:.2f} s, the busiest stage alone {0.98 * STEP_S:.2f} s of it (98%)" in words[1]
-    assert "time of workers: lease 60%, generate 40%; ends of tokens: trained 100%" in words[2]
+    said = list(final_words(lines_of(8, **PLANTED["learner"]), KEYS_IN_FORCE))
+    assert said[0].startswith("verdict on 8 steps: learner-bound, 53% of the time is lost: ")
+    assert said[2:] == [
+        f"verdict: a step takes {STEP_S:.2f} s; the busiest stage works {0.98 * STEP_S:.2f} s of it",
+        "verdict: the learner: train 90%, publish 8%, wait 2%",
+        "verdict: workers: lease 60%, generate 40%",
+        "verdict: tokens: trained 100%",
+    ]

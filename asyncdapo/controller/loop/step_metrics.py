@@ -70,7 +70,7 @@ class StepMetrics:
         self._held = {"step": step, **self._times(step, learner, replay), **replay, **learner, **others}
         verdict, news = self._verdict.add(self._held)
         self._held |= verdict
-        for note in (*self._alarms.check(self._held), *filter(None, [news])):
+        for note in (*self._alarms.check(self._held), *news):
             self._reporter.note(note)
 
     def write(self) -> None:

@@ -8,11 +8,11 @@ Does not own: what limits a run (`verdict`), whether there is room for more work
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from operator import attrgetter
 
-from asyncdapo.metrics.verdict.verdict import LIMITS, UNSURE, Verdict
+from asyncdapo.metrics.verdict.verdict import BALANCED, LIMITS, Verdict
 from asyncdapo.metrics.verdict.window import Window
 
 Keys = Mapping[str, float]
@@ -58,35 +58,36 @@ def advise(verdict: Verdict, window: Window, keys: Keys) -> Advice | None:
     return rule(window, keys) if rule else None
 
 
-def sentence(verdict: Verdict, advice: Advice | None) -> str:
-    """For people."""
-    if verdict.limit == UNSURE:
-        return f"{verdict}: {'; or '.join(LIMITS[limit] for limit in verdict.rivals)}"
-    return f"{verdict}, since {LIMITS[verdict.limit]}; {advice.text}" if advice else str(verdict)
+def words(verdict: Verdict, window: Window, keys: Keys) -> Iterator[str]:
+    """For people: what it is, why, and what to change."""
+    if verdict.limit == BALANCED:
+        yield BALANCED
+        return
+    rivals = verdict.rivals or (verdict.limit,)
+    yield f"{verdict}: {', or '.join(LIMITS[limit] for limit in rivals)}"
+    if advice := advise(verdict, window, keys):
+        yield advice.text
 
 
 def _more_rollout(window: Window, keys: Keys) -> Advice:
     factor = _factor(window.loop["wait"])
     if window.slots < USED * keys["rollout.slots"]:
         used = window.slots / keys["rollout.slots"]
-        return _run_ahead(window, keys, f"only {used:.0%} of the slots are used, for want of leases: ")
+        return _run_ahead(window, keys, f"only {used:.0%} of the slots are used: ")
     slots, workers = (_raised(key, keys, factor) for key in ("rollout.slots", "rollout.num_workers"))
     return Advice(f"{_said(slots, keys)}, or {_said(workers, keys)}", slots)
 
 
 def _other_worker(window: Window, keys: Keys) -> Advice:
-    slow = f"worker {window.slowest_worker} samples {window.slowest_pace:.0%} of what another does"
-    return Advice(f"{slow}: see what else its host or GPU does, or move it (controller.placement)")
+    slow = f"worker {window.slowest_worker} has {window.slowest_pace:.0%} of the others' speed"
+    return Advice(f"{slow}: see what else its host does, or move it (controller.placement)")
 
 
 def _other_data(window: Window, keys: Keys) -> Advice:
-    filtered = f"{window.fates['filtered']:.0%} of the tokens are filtered"
     if not window.all_correct < window.all_wrong:
-        return Advice(f"{filtered}, mostly all right: take harder prompts (prompts.path)")
+        return Advice("mostly all right: take harder prompts (prompts.path)")
     group_size = {"rollout.group_size": 2 * keys["rollout.group_size"]}
-    return Advice(
-        f"{filtered}, mostly all wrong: take easier prompts (prompts.path), or {_said(group_size, keys)}", group_size
-    )
+    return Advice(f"mostly all wrong: take easier prompts (prompts.path), or {_said(group_size, keys)}", group_size)
 
 
 def _rarer_evaluation(window: Window, keys: Keys) -> Advice:
@@ -100,8 +101,8 @@ def _fewer_dropped(window: Window, keys: Keys) -> Advice:
 
 def _more_verifiers(window: Window, keys: Keys) -> Advice:
     if window.verifiers_busy < USED:
-        idle = f"verifier processes are idle {1 - window.verifiers_busy:.0%} of their time, so each call takes long"
-        return Advice(f"{idle}: make the verifier faster, or async with reward.concurrency above 1")
+        idle = f"verifiers are idle {1 - window.verifiers_busy:.0%} of the time, a call takes long"
+        return Advice(f"{idle}: make it faster, or async (reward.concurrency)")
     return _change(_raised("reward.processes", keys, _hidden(window, "score")), keys)
 
 
@@ -111,21 +112,19 @@ def _more_environments(window: Window, keys: Keys) -> Advice:
 
 
 def _faster_replay(window: Window, keys: Keys) -> Advice:
-    busy = f"the replay server is busy {window.replay_busy:.0%} of the time"
-    return _run_ahead(window, keys, f"{busy}, so its disk or the link is slow: ")
+    return _run_ahead(window, keys, f"replay works {window.replay_busy:.0%} of the time, a disk or link is slow: ")
 
 
 def _rarer_publish(window: Window, keys: Keys) -> Advice:
     factor = min(MOST, window.loop["publish"] / PUBLISH_SHARE)
     prompts = _raised("replay.prompts_per_step", keys, factor)
-    parts = "weights/gather_s, send_s and load_s say which part is slow"
-    return Advice(f"{parts} (weights.backend, rollout.dtype); or publish less often: {_said(prompts, keys)}", prompts)
+    return Advice(f"see weights/…_s and weights.backend; or publish less often: {_said(prompts, keys)}", prompts)
 
 
 def _faster_learner(window: Window, keys: Keys) -> Advice:
     factor = _factor(window.workers["lease"])
     ranks, packed = (_raised(key, keys, factor) for key in ("learner.ranks", "learner.tokens_per_microbatch"))
-    return Advice(f"{_said(packed, keys)}, or {_said(ranks, keys)}; or give workers' GPUs to the learner", packed)
+    return Advice(f"{_said(packed, keys)}, or {_said(ranks, keys)}", packed)
 
 
 def _rarer_checkpoint(window: Window, keys: Keys) -> Advice:
@@ -176,4 +175,4 @@ def _change(changes: Mapping[str, float], keys: Keys) -> Advice:
 
 
 def _said(changes: Mapping[str, float], keys: Keys) -> str:
-    return " and ".join(f"raise {key} from {keys[key]:g} to {value:g}" for key, value in changes.items())
+    return "raise " + " and ".join(f"{key} from {keys[key]:g} to {value:g}" for key, value in changes.items())

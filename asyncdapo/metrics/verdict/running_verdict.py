@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import takewhile
 
-from asyncdapo.metrics.verdict.advice import Keys, advise, sentence
+from asyncdapo.metrics.verdict.advice import Keys, words
 from asyncdapo.metrics.verdict.verdict import BALANCED, LIMITS, Verdict, judge, lost_shares
 from asyncdapo.metrics.verdict.window import Line, Window
 
@@ -33,22 +33,22 @@ class RunningVerdict:
         """The next line doesn't follow those before: the run goes back, or begins."""
         self._lines.clear()
 
-    def add(self, line: Line) -> tuple[dict[str, float], str]:
-        """The metrics of this step, and a sentence where there is news; both empty while little is known."""
+    def add(self, line: Line) -> tuple[dict[str, float], list[str]]:
+        """The metrics of this step, and what there is to say; both empty while little is known."""
         self._lines.append(line)
         window = Window.of(list(self._lines))
         if window is None or window.num_steps < MIN_STEPS:
-            return {}, ""
+            return {}, []
         lost = lost_shares(window)
         verdict = judge(lost)
         return metrics_of(window, lost), self._news(verdict, window)
 
-    def _news(self, verdict: Verdict, window: Window) -> str:
+    def _news(self, verdict: Verdict, window: Window) -> list[str]:
         self._latest.append(verdict.limit)
         if verdict.limit == self._said or self._latest.count(verdict.limit) < STEADY:
-            return ""
+            return []
         self._said = verdict.limit
-        return f"verdict: {sentence(verdict, advise(verdict, window, self._keys))}"
+        return [f"verdict: {line}" for line in words(verdict, window, self._keys)]
 
 
 def metrics_of(window: Window, lost: Mapping[str, float]) -> dict[str, float]:
@@ -80,14 +80,14 @@ def final_words(lines: Sequence[Line], keys: Keys) -> Iterator[str]:
     window = Window.of([line for line in lines if line.get("step", 0) > 0])
     if window is None or window.num_steps < MIN_STEPS:
         return
-    verdict = judge(lost_shares(window))
-    yield f"verdict on {window.num_steps} steps: {sentence(verdict, advise(verdict, window, keys))}"
+    first, *rest = words(judge(lost_shares(window)), window, keys)
+    yield f"verdict on {window.num_steps} steps: {first}"
+    yield from (f"verdict: {line}" for line in rest)
     ideal_s = window.overlap * window.step_s
-    yield (
-        f"verdict: a step takes {window.step_s:.2f} s, the busiest stage alone {ideal_s:.2f} s of it "
-        f"({window.overlap:.0%}); the learner waits {window.loop['wait']:.0%} of the time"
-    )
-    yield f"verdict: time of workers: {_listed(window.workers)}; ends of tokens: {_listed(window.fates)}"
+    yield f"verdict: a step takes {window.step_s:.2f} s; the busiest stage works {ideal_s:.2f} s of it"
+    yield f"verdict: the learner: {_listed(window.loop)}"
+    yield f"verdict: workers: {_listed(window.workers)}"
+    yield f"verdict: tokens: {_listed(window.fates)}"
 
 
 def _listed(shares: Mapping[str, float]) -> str:

@@ -22,9 +22,9 @@ from asyncdapo.metrics.verdict.window import Window
 LIMITS = {
     "rollout": "the learner waits for tokens that are trained on",
     "straggler": "one worker is slower than the others",
-    "data": "the learner waits while groups are sampled that the filter drops",
+    "data": "groups are sampled that the filter drops",
     "evaluation": "the learner waits while evaluations are sampled",
-    "dropped": "the learner waits while tokens are sampled that are never trained on",
+    "dropped": "tokens are sampled that are never trained on",
     "reward": "engines stand idle while verifiers judge",
     "environment": "engines stand idle while environments work",
     "transport": "engines stand idle until the replay server has their groups",
@@ -61,7 +61,7 @@ class Verdict:
         if self.limit == BALANCED:
             return BALANCED
         what = f"not sure, {' or '.join(self.rivals)}-bound" if self.rivals else f"{self.limit}-bound"
-        return f"{what}: {self.lost:.0%} of the time is lost"
+        return f"{what}, {self.lost:.0%} of the time is lost"
 
 
 def lost_shares(window: Window) -> dict[str, float]:
