@@ -5,6 +5,7 @@ In: what happens, as it happens. Out: AssertionError at the first breach.
     every committed event     `Truth` of the property tests: admission, staleness, exactly once, batch membership
     every new server          the state is the one before the death
     every grant               the worker has asked for it
+    every step's metrics      tokens are counted once; counters are those of the ledger
     every batch               nothing is trained twice; no token is newer than the bound allows, or of weights that a
                               rollback undid; after a rollback batch k + 1 is what it was
     every request             the engine has room for it, as long as no message can be lost
@@ -33,6 +34,10 @@ if TYPE_CHECKING:
     from tests.simulation.controller import Controller
     from tests.simulation.learner import Learner
     from tests.simulation.world import World
+
+
+MOST_TOKENS = 40
+"""Of a group, or of what ended leases have had since the last heartbeats."""
 
 
 class Truth(TruthWithPast):
@@ -169,6 +174,7 @@ class Judge:
             assert metrics["replay/copies"] == sum(self.copies[step]), "metrics of another batch"
         assert metrics["replay/train_steps"] == step
         self._check_counters(metrics)
+        self._check_tokens(metrics)
         assert metrics["replay/staleness_max"] <= self.world.plan.replay.staleness_bound
 
     def _check_counters(self, metrics: dict[str, float]) -> None:
@@ -177,6 +183,13 @@ class Judge:
         [(verdicts,)] = query("SELECT COUNT(*) FROM groups WHERE entered <> 'expired'")
         [(closed,)] = query("SELECT COUNT(*) FROM events WHERE kind = 'gen_batch_closed'")
         assert (metrics["filter/prompts_consumed"], metrics["filter/gen_batches"]) == (verdicts, closed)
+
+    def _check_tokens(self, metrics: dict[str, float]) -> None:
+        """The classes of tokens sum to what the engines count, but for what is on its way: whatever died."""
+        in_flight = metrics["replay/tokens_in_flight"]
+        assert in_flight <= (metrics["replay/running"] + 1) * MOST_TOKENS, "tokens that nobody counts"
+        if self.world.plan.gentle:
+            assert in_flight >= 0, "tokens that are counted twice"
 
     def engine_takes(self, num_outstanding: int, num: int, num_slots: int) -> None:
         """A worker never works on more than its free slots can start."""
