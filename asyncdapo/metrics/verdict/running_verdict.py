@@ -72,7 +72,7 @@ def latest_words(lines: Sequence[Line], keys: Keys) -> str:
         return ""
     judged = sum(1 for _ in takewhile(verdict_of, reversed(lines[-NUM_STEPS:])))
     window = Window.of(lines[-min(judged + MIN_STEPS, NUM_STEPS + 1) :])
-    return sentence(verdict, advise(verdict, window, keys) if window else None)
+    return "; ".join(words(verdict, window, keys)) if window else str(verdict)
 
 
 def final_words(lines: Sequence[Line], keys: Keys) -> Iterator[str]:
