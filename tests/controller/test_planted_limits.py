@@ -42,7 +42,7 @@ PLANTED = {
     "slow learner": Plant(("learner.tokens_per_microbatch=128", "learner.epochs=4"), ("learner",)),
     "slow verifier": Plant((f"reward.verifier={PLANTS}:slow_verdict",), ("reward",)),
     "slow publish": Plant((f"rollout.engine={PLANTS}:SlowToLoad",), ("publish",)),
-    "slow link": Plant(("faults.delay_s=1",), ("transport", "run_ahead")),
+    "slow link": Plant(("faults.delay_s=2",), ("transport", "run_ahead")),
     "a straggler": Plant(
         ("rollout.num_workers=2", "faults.slow_worker_s=3"), ("straggler",), ("faults.slow_worker_s=0",)
     ),
