@@ -41,7 +41,7 @@ def check_tokens(line: dict[str, Any]) -> None:
 @pytest.mark.timeout(500)
 def test_the_sums_hold_in_a_run_with_kills_and_resumes(tmp_path: Path) -> None:
     common = (*SHORT, f"replay.heartbeat_s={HEARTBEAT_S}", "rollout.num_workers=2", "learner.checkpoint_every=2")
-    kills = "[rollout-0.before_send_group:9, learner.after_train:5, replay.after_commit:150]"
+    kills = "[rollout-0.before_send_group:9, learner.after_train:5, replay.after_commit:60]"
     first = launch(tmp_path, *common, "run.steps=8", f"faults.kill={kills}")
     assert first.exit_code == 0, first.output
     assert len(list((tmp_path / "faults").iterdir())) == 3, first.output
