@@ -24,8 +24,8 @@ from asyncdapo.weights.receivers import EngineReceiver
 from tests.rollout.torch_engine.models import largest_difference, request, saved
 from tests.weights.members import Failed, Member, fingerprint, members
 from tests.weights.test_shards import shards_of
-from tests.weights.test_vllm_worker import NUM_VERSIONS, PARITY, Traffic, engine_of, model_of, tensors_of
 from tests.weights.torch_worker import TorchWorker
+from tests.weights.vllm_engines import NUM_VERSIONS, PARITY, Traffic, engine_of, model_of, tensors_of
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(1800)]
 
