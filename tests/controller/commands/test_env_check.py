@@ -51,6 +51,34 @@ def test_on_a_terminal_sampled_and_observed_tokens_differ_in_colour() -> None:
     assert colours["sampled"][1] != colours["observed"][1]
 
 
+FORKS = """
+from tests.environment.agents import call
+
+def run(row, base_url, api_key):
+    first = call(base_url, api_key, [1, 10, 11])
+    call(base_url, api_key, [1, 10, 11, *first, 12])
+    call(base_url, api_key, [1, 13])
+    return 1.0
+"""
+
+
+def test_a_program_that_calls_the_model_shows_its_contexts_one_after_the_other(tmp_path: Path) -> None:
+    (tmp_path / "forks.py").write_text(FORKS)
+    shown = io.StringIO()
+    config = make_config(f"agent:{tmp_path / 'forks.py'}:run", "quickstart_tools", [])
+    check(config, ["1", "2"], Console(file=shown, width=200, highlight=False, soft_wrap=True))
+    first = shown.getvalue().split("\n\n")[0]
+    assert [line.split()[:2] for line in first.splitlines()[1:5]] == [
+        ["observed", "3"],
+        ["sampled", "2"],
+        ["observed", "1"],
+        ["sampled", "2"],
+    ]
+    assert [line.split()[:2] for line in first.splitlines()[6:8]] == [["observed", "2"], ["sampled", "2"]]
+    assert "a context that doesn't continue those before" in first.splitlines()[5]
+    assert "stop after 3 turns; reward 1" in first
+
+
 RAISES = "raise ValueError('no such city')"
 WRONG = [
     (RAISES, "the environment failed on product row .*: step: ValueError: no such city"),
