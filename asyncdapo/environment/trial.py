@@ -7,10 +7,13 @@ own: whether that can be encoded (the caller has the tokenizer).
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 from asyncdapo.environment.config import EnvironmentConfig
+from asyncdapo.environment.host import log
 from asyncdapo.environment.hosts import Hosts, Row, Session
 from asyncdapo.errors import EpisodeOver
 from asyncdapo.messages import Text
@@ -28,6 +31,17 @@ class Said:
     first: Text | None
     """None: the row's prompt."""
     observations: list[Text] = field(default_factory=list)
+
+
+@contextmanager
+def told_once() -> Iterator[None]:
+    """What goes wrong in a trial is raised: the log doesn't say it as well, with each try."""
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def try_environment(config: EnvironmentConfig, max_context: int, rows: Sequence[Row]) -> list[Said]:
@@ -54,4 +68,5 @@ def try_environment(config: EnvironmentConfig, max_context: int, rows: Sequence[
         finally:
             await hosts.stop()
 
-    return asyncio.run(trial())
+    with told_once():
+        return asyncio.run(trial())

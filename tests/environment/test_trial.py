@@ -42,13 +42,16 @@ class Mine:
         (MESSAGES, "a trial failed: messages need prompts.chat_template; without it an observation is a text"),
     ],
 )
-def test_what_is_wrong_is_told_before_a_process_starts(tmp_path: Path, source: str, problem: str) -> None:
+def test_what_is_wrong_is_told_once_before_a_process_starts(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, source: str, problem: str
+) -> None:
     path = tmp_path / "mine.py"
     path.write_text(source)
     with pytest.raises(ConfigError, match=problem) as caught:
         prepare(tmp_path / "run", f"environment.path={path}:Mine")
     assert caught.value.key == "environment.path"
     assert "\n" not in str(caught.value)
+    assert [record for record in caplog.records if record.name == "environment"] == []
     assert not (tmp_path / "run").exists()
 
 

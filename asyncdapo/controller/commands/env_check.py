@@ -27,6 +27,7 @@ from rich.text import Text
 from asyncdapo.config.config import Config, load_config
 from asyncdapo.config.found import find_config
 from asyncdapo.controller.roles.judging import make_judging
+from asyncdapo.environment.trial import told_once
 from asyncdapo.errors import ConfigError, RunError, UserError
 from asyncdapo.eval_messages import EvalRequest
 from asyncdapo.messages import Prompt, Sampling, Score
@@ -138,7 +139,8 @@ def check(config: Config, responses: Sequence[str], console: Console) -> None:
             await judging.stop()
 
     try:
-        asyncio.run(play_all())
+        with told_once():
+            asyncio.run(play_all())
     except RunError as error:
         raise UserError(f"{name}: {error}") from error
     console.print(f"{name}: nothing is wrong in {len(prompts)} episodes", markup=False)
