@@ -113,12 +113,12 @@ def test_a_taskset_of_verifiers_trains(tmp_path: Path, monkeypatch: pytest.Monke
     needs("verifiers")
     monkeypatch.setenv("PYTHONPATH", str(SHAPES.parent))
     rows = subprocess.run(
-        [PYTHON, str(SHAPES.parents[2] / "examples" / "taskset_rows.py"), "verifiers_echo"],
+        [PYTHON, str(SHAPES.parents[2] / "examples" / "taskset_rows.py"), "verifiers_echo", "num=200"],
         capture_output=True,
         text=True,
         check=True,
     ).stdout
-    (tmp_path / "tasks.jsonl").write_text(rows * 64)
+    (tmp_path / "tasks.jsonl").write_text(rows)
     train(
         tmp_path,
         "environment.path=verifiers:verifiers_echo?renderer.name=qwen3",
