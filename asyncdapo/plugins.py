@@ -11,6 +11,7 @@ import functools
 import importlib
 import importlib.util
 import inspect
+import subprocess
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from traceback import TracebackException
@@ -68,14 +69,28 @@ def absolute_plugin(name: str) -> str:
     return f"{kind}{colon}{Path(where).absolute()}:{attribute}" if where.endswith(".py") else name
 
 
-def plugin_digest(key: str, name: str) -> str:
-    """Digest of the source file that the value names, not of what the file imports."""
+def plugin_digest(key: str, name: str, interpreter: str | None = None) -> str:
+    """Digest of the source file that the value names, not of what the file imports. `interpreter`: the one that imports
+    a module, if not this one. Raises ConfigError."""
     where = name.rpartition(":")[0].rpartition(":")[2]
     try:
-        module = None if where.endswith(".py") else importlib.util.find_spec(where)
-        return sha256_of(Path((module and module.origin) or where))
+        return sha256_of(Path(where if where.endswith(".py") else _origin(where, interpreter)))
     except (OSError, ImportError, ValueError) as error:
         raise ConfigError(key, f"its source can't be read ({error})", name) from error
+
+
+def _origin(module: str, interpreter: str | None) -> str:
+    """The module's source file. Raises ImportError."""
+    if interpreter is None:
+        spec = importlib.util.find_spec(module)
+        origin = spec.origin if spec else None
+    else:
+        program = "import importlib.util as util, sys; print(util.find_spec(sys.argv[1]).origin)"
+        found = subprocess.run([interpreter, "-c", program, module], capture_output=True, text=True, check=False)
+        origin = found.stdout.splitlines()[-1] if found.returncode == 0 else None  # packages may print, too
+    if origin is None:
+        raise ImportError(f"no module {module}" + (f" for {interpreter}" if interpreter else ""))
+    return origin
 
 
 def check_call(key: str, name: str, function: Callable[..., Any], form: str, *given: object, **named: object) -> None:

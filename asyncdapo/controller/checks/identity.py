@@ -84,7 +84,10 @@ def identify(config: Config) -> Identity:
         reference=_file_digests(reference) if reference else {},
         tokenizer=_tokenizer_digests(config),
         data={name: _data_digest(key, path) for name, (key, path) in _data_files(config).items()},
-        extensions={key: plugin_digest(key, name) for key, name in _extensions(config).items()},
+        extensions={
+            key: plugin_digest(key, name, config.environment.python if key == "environment.path" else None)
+            for key, name in _extensions(config).items()
+        },
     )
 
 

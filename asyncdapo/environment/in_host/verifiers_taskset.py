@@ -12,6 +12,7 @@ own: contexts (the endpoint takes them from the tokens).
 
 from __future__ import annotations
 
+import asyncio
 import json
 import sys
 from contextlib import AsyncExitStack
@@ -70,6 +71,7 @@ class Taskset:
         except (ImportError, AttributeError, TypeError, ValueError) as error:
             raise UnusableError(f"taskset {identifier!r}: {' '.join(str(error).split())}") from error
         self._context: Any = None
+        self._starting = asyncio.Lock()
         self._serving = AsyncExitStack()
         """Open as long as the process lives."""
 
@@ -82,13 +84,14 @@ class Taskset:
         return kind(kind.data_type().model_validate_json(data), self.environment.config.taskset.task)
 
     async def context(self, base_url: str) -> Any:
-        """The model, for all episodes: each client has tokenizers of its own."""
-        if self._context is None:
-            import verifiers.v1 as vf  # pyright: ignore[reportMissingImports]
+        """The model, for all episodes: each client has tokenizers of its own. Returns when the taskset is served."""
+        async with self._starting:
+            if self._context is None:
+                import verifiers.v1 as vf  # pyright: ignore[reportMissingImports]
 
-            client = self._client.model_copy(update={"base_url": base_url})
-            self._context = vf.ModelContext(model="policy", client=client, sampling=vf.SamplingConfig())
-            await self._serving.enter_async_context(self.environment.serving())
+                await self._serving.enter_async_context(self.environment.serving())
+                client = self._client.model_copy(update={"base_url": base_url})
+                self._context = vf.ModelContext(model="policy", client=client, sampling=vf.SamplingConfig())
         return self._context
 
 
