@@ -76,41 +76,33 @@ def number_in(text: str) -> Fraction | None:
 async def run_program(code: str) -> str:
     """What it printed, errors included, and how it ended if it didn't end well."""
     limits = map(str, (CPU_S, MEMORY_BYTES, FILE_BYTES))
-    with tempfile.TemporaryDirectory(prefix="asyncdapo-") as folder:
+    with tempfile.TemporaryDirectory(prefix="asyncdapo-") as folder, tempfile.TemporaryFile() as output:
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-I", str(SANDBOX), *limits),
             stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
+            stdout=output,  # a file, which FILE_BYTES bounds: a pipe stays open as long as any process has it
             stderr=asyncio.subprocess.STDOUT,
             start_new_session=True,
             cwd=folder,
             env={name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ},
         )
         assert process.stdin is not None
-        assert process.stdout is not None
         try:
             async with asyncio.timeout(WALL_S):
                 process.stdin.write(code.encode(errors="replace"))
                 process.stdin.close()
-                output = await _read(process.stdout)
-                end = "" if len(output) > MAX_OUTPUT_BYTES else _describe(await process.wait())
+                end = _describe(await process.wait())
         except TimeoutError:
-            output, end = b"", f"[ended: it took more than {WALL_S:g} s]"
+            end = f"[ended: it took more than {WALL_S:g} s]"
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             await process.wait()
-    text = output[:MAX_OUTPUT_BYTES].decode(errors="replace")
-    cut = "[cut off]" if len(output) > MAX_OUTPUT_BYTES else ""
+        output.seek(0)
+        printed = output.read(MAX_OUTPUT_BYTES + 1)
+    text = printed[:MAX_OUTPUT_BYTES].decode(errors="replace")
+    cut = "[cut off]" if len(printed) > MAX_OUTPUT_BYTES else ""
     return "\n".join(filter(None, [text.rstrip(), cut, end])) or "[it printed nothing]"
-
-
-async def _read(stream: asyncio.StreamReader) -> bytes:
-    """All of it, or a little more than is kept."""
-    output = b""
-    while len(output) <= MAX_OUTPUT_BYTES and (part := await stream.read(MAX_OUTPUT_BYTES)):
-        output += part
-    return output
 
 
 def _describe(code: int) -> str:

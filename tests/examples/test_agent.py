@@ -26,7 +26,7 @@ def test_the_page_shows_the_example() -> None:
 
 
 def test_a_host_loads_it() -> None:
-    assert load(f"agent:{AGENT}:run") is not None
+    assert load(f"agent:{AGENT}:run", tokenizer="") is not None
 
 
 @pytest.mark.parametrize(("end", "reward"), [("Answer: 4042", 1.0), ("Answer: 4", 0.0)])

@@ -32,7 +32,7 @@ class Chart:
 
 
 def _states(prefix: str, states: str) -> dict[str, str]:
-    return {f"{prefix}/{state}_s": state.replace("_", " ") for state in states.split()}
+    return {f"{prefix}{state}_s": state.replace("_", " ") for state in states.split()}
 
 
 CHARTS = (
@@ -67,7 +67,7 @@ CHARTS = (
         title="What a step's time goes into",
         axis="s",
         look="stack",
-        series=_states("controller", "wait train publish checkpoint report parity"),
+        series=_states("controller/", "wait train publish checkpoint report parity"),
     ),
     Chart(
         title="Time of the workers",
@@ -75,13 +75,13 @@ CHARTS = (
         look="stack",
         counts=True,
         shares=True,
-        series=_states("rollout/time", "generate load environment score send lease"),
+        series=_states("rollout/time/", "generate load environment score send lease"),
     ),
     Chart(
         title="Time of the learner",
         axis="s",
         look="stack",
-        series=_states("learner/time", "wait prepare first_pass gradient sum optimizer publish checkpoint other"),
+        series=_states("learner/time/", "wait prepare first_pass gradient sum optimizer publish checkpoint other"),
     ),
     Chart(
         title="What became of tokens",
