@@ -88,7 +88,7 @@ def _asyncdapo(words: list[str]) -> int:
         words = [*words, *small, *(ON_A_CPU if _is_for_gpus(words[1]) else [])]
         if runs == PREFLIGHT:
             return _preflight(words[1], words[2:])
-    elif words[0] in ("eval", "audit", "ps") and runs == PREFLIGHT:
+    elif words[0] in ("eval", "audit", "ps", "watch") and runs == PREFLIGHT:
         print(f"not run: {words}: there is no run where nothing has run")
         return 0
     from asyncdapo.cli import main as asyncdapo
