@@ -53,11 +53,13 @@ def _decimals(value: float) -> str:
     return f"{value:.3f}"
 
 
-def _thousands(value: float) -> str:
+def thousands(value: float) -> str:
+    """A whole number, by thousands."""
     return f"{value:,.0f}"
 
 
-def _percent(value: float) -> str:
+def percent(value: float) -> str:
+    """A share as a whole number of percent."""
     return f"{value:.0%}"
 
 
@@ -69,14 +71,14 @@ def clock(seconds: float) -> str:
 
 COLUMNS = (
     Column("reward", "reward/mean", 6, _decimals),
-    Column("rollout tok/s", "rollout/tokens_per_s", 6, _thousands, label="tok/s"),
-    Column("learner tok/s", "learner/tokens_per_s", 6, _thousands, label="/"),
+    Column("rollout tok/s", "rollout/tokens_per_s", 6, thousands, label="tok/s"),
+    Column("learner tok/s", "learner/tokens_per_s", 6, thousands, label="/"),
     Column("staleness", "replay/staleness_mean", 4, lambda value: f"{value:.2f}", label="stale"),
-    VerdictColumn("limit", "verdict/overlap_ratio", 8, _percent),
+    VerdictColumn("limit", "verdict/overlap_ratio", 8, percent),
     Column("wall", "time/wall_s", 5, clock, label=None),
     Column("accuracy", "eval/accuracy", 5, _decimals),
     Column("greedy", "eval/greedy_accuracy", 5, _decimals),
-    Column("failed", "reward/failed_ratio", 3, _percent, only_above_0=True),
+    Column("failed", "reward/failed_ratio", 3, percent, only_above_0=True),
 )
 """`accuracy` and `greedy` are only in the line of a step in which an evaluation finished."""
 

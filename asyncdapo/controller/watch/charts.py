@@ -8,11 +8,12 @@ are lines; a number that isn't known is NaN. Pure. Does not own: how a chart is 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-Line = Mapping[str, float]
+from asyncdapo.metrics.verdict.verdict import LIMITS
+from asyncdapo.metrics.verdict.window import LOOP, WORKERS, Line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +32,8 @@ class Chart:
     """What a step has is shown as shares that sum to 1."""
 
 
-def _states(prefix: str, states: str) -> dict[str, str]:
-    return {f"{prefix}{state}_s": state.replace("_", " ") for state in states.split()}
+def _states(prefix: str, states: Iterable[str]) -> dict[str, str]:
+    return {f"{prefix}{state}_s": state.replace("_", " ") for state in states}
 
 
 CHARTS = (
@@ -55,19 +56,13 @@ CHARTS = (
         title="Time that is lost, by what limits",
         axis="share of the time",
         look="stack",
-        series={
-            f"verdict/{limit}_ratio": limit.replace("_", " ")
-            for limit in (
-                "rollout straggler data evaluation dropped reward environment transport publish learner checkpoint "
-                "run_ahead"
-            ).split()
-        },
+        series={f"verdict/{limit}_ratio": limit.replace("_", " ") for limit in LIMITS},
     ),
     Chart(
         title="What a step's time goes into",
         axis="s",
         look="stack",
-        series=_states("controller/", "wait train publish checkpoint report parity"),
+        series=_states("controller/", LOOP),
     ),
     Chart(
         title="Time of the workers",
@@ -75,13 +70,15 @@ CHARTS = (
         look="stack",
         counts=True,
         shares=True,
-        series=_states("rollout/time/", "generate load environment score send lease"),
+        series=_states("rollout/time/", WORKERS),
     ),
     Chart(
         title="Time of the learner",
         axis="s",
         look="stack",
-        series=_states("learner/time/", "wait prepare first_pass gradient sum optimizer publish checkpoint other"),
+        series=_states(
+            "learner/time/", "wait prepare first_pass gradient sum optimizer publish checkpoint other".split()
+        ),
     ),
     Chart(
         title="What became of tokens",

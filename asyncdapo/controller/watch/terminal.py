@@ -23,21 +23,13 @@ from rich.text import Text
 
 from asyncdapo.controller.watch.run_state import FINISHED, RUNNING, RunState
 from asyncdapo.controller.watch.sparkline import sparkline
-from asyncdapo.metrics.progress import clock
+from asyncdapo.metrics.progress import clock, percent, thousands
 
 PROCESSES_FROM = (100, 32)
 """Width and height from which there is room for the table of processes."""
 COLORS = {RUNNING: "green", FINISHED: "blue"}
 
 Show = Callable[[float], str]
-
-
-def _count(number: float) -> str:
-    return f"{number:,.0f}"
-
-
-def _share(number: float) -> str:
-    return f"{number:.0%}"
 
 
 def _decimals(number: float) -> str:
@@ -58,22 +50,22 @@ class Cell:
 
 
 PIPELINE = {
-    "prompts": (Cell("filter/prompts_consumed", _count, " used"), Cell("replay/credits", _count, " credits")),
-    "rollout": (Cell("replay/running", _count, " leases"), Cell("rollout/tokens_per_s", _count, " tok/s")),
-    "filter": (Cell("filter/kept_ratio", _share, " kept"), Cell("filter/all_correct_ratio", _share, " solved")),
-    "replay": (Cell("replay/queued", _count, " queued"), Cell("replay/staleness_mean", _decimals, " stale")),
-    "learner": (Cell("replay/in_training", _count, " groups"), Cell("learner/tokens_per_s", _count, " tok/s")),
-    "weights": (Cell("step", _count, " versions"), Cell("weights/publish_s", _decimals, " s to send")),
+    "prompts": (Cell("filter/prompts_consumed", thousands, " used"), Cell("replay/credits", thousands, " credits")),
+    "rollout": (Cell("replay/running", thousands, " leases"), Cell("rollout/tokens_per_s", thousands, " tok/s")),
+    "filter": (Cell("filter/kept_ratio", percent, " kept"), Cell("filter/all_correct_ratio", percent, " solved")),
+    "replay": (Cell("replay/queued", thousands, " queued"), Cell("replay/staleness_mean", _decimals, " stale")),
+    "learner": (Cell("replay/in_training", thousands, " groups"), Cell("learner/tokens_per_s", thousands, " tok/s")),
+    "weights": (Cell("step", thousands, " versions"), Cell("weights/publish_s", _decimals, " s to send")),
 }
 """Depth and rate of each stage."""
 CURVES: tuple[tuple[str, str, Show], ...] = (
     ("reward", "reward/mean", _decimals),
     ("accuracy", "eval/accuracy", _decimals),
-    ("rollout tok/s", "rollout/tokens_per_s", _count),
-    ("learner tok/s", "learner/tokens_per_s", _count),
+    ("rollout tok/s", "rollout/tokens_per_s", thousands),
+    ("learner tok/s", "learner/tokens_per_s", thousands),
     ("staleness", "replay/staleness_mean", _decimals),
     ("entropy, nats", "learner/entropy", _decimals),
-    ("answer, tokens", "rollout/response_tokens_mean", _count),
+    ("answer, tokens", "rollout/response_tokens_mean", thousands),
     ("step, s", "time/step_s", _decimals),
 )
 

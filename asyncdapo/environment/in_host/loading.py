@@ -1,8 +1,8 @@
 """What `environment.path` names, in a host.
 
 agent:…                        a program that calls the model by itself
-    openenv:URL                    a server of OpenEnv
-    verifiers:TASKSET              a taskset of verifiers
+openenv:URL                    a server of OpenEnv
+verifiers:TASKSET              a taskset of verifiers
 reset, step                    a class of the native contract
 reset, get_reward, no step     TRL's
 init, step, close              SkyRL's
