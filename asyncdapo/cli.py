@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from asyncdapo.api import __version__
+from asyncdapo.api import Run, __version__
 from asyncdapo.errors import EXIT_INTERRUPTED, UserError
 
 EXIT_READER_GONE = 141
@@ -115,6 +115,11 @@ def _parser() -> argparse.ArgumentParser:
     watch.add_argument("--web", action="store_true", help="a page on this machine instead: charts, groups, tokens")
     watch.add_argument("--port", type=int, default=0, help="of the page; else any free one")
     watch.set_defaults(command=_watch)
+    trace = commands.add_parser("trace", help="write what all processes did when, to open in ui.perfetto.dev")
+    trace.add_argument("run_dir", metavar="RUN_DIR", type=Path)
+    trace.add_argument("--steps", metavar="A:B", type=_steps, help="the first and the last; else all that are kept")
+    trace.add_argument("-o", "--out", metavar="FILE", type=Path, default=Path("trace.json"), help="else trace.json")
+    trace.set_defaults(command=_trace)
     return parser
 
 
@@ -298,6 +303,19 @@ def _ps(args: argparse.Namespace) -> int:
     from asyncdapo.controller.commands.ps import show
 
     return show(args.run_dir, args.json)
+
+
+def _steps(text: str) -> tuple[int, int]:
+    """The type of `--steps`."""
+    if not (found := re.fullmatch(r"(\d+)(?::(\d+))?", text)):
+        raise argparse.ArgumentTypeError(f"must be steps, such as 10:20, got {text!r}")
+    return int(found[1]), int(found[2] or found[1])
+
+
+def _trace(args: argparse.Namespace) -> int:
+    from asyncdapo.controller.watch.trace import write_trace
+
+    return write_trace(Run(args.run_dir).dir, args.steps, args.out)
 
 
 def _watch(args: argparse.Namespace) -> int:

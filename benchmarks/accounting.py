@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from asyncdapo.accounting.clock import Level, Spans, StateClock
+from asyncdapo.accounting.clock import Level, SharedClock, StateClock
 from asyncdapo.accounting.quantiles import quantiles
 from asyncdapo.messages import Lease, Prompt
 from asyncdapo.metrics.verdict.advice import KEYS
@@ -32,7 +32,7 @@ def microseconds(work: Callable[[], object], times: int = 20_000) -> float:
 
 
 def main() -> None:
-    clock, level, spans = StateClock(), Level(), Spans(("train",))
+    clock, level, spans = StateClock(), Level(), SharedClock(("train",))
     spans.begin()
 
     def span() -> None:

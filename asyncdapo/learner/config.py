@@ -186,8 +186,14 @@ class LearnerConfig:
     activations, 10 to 28 % more operations), or the whole block (nearly all activations, some 30 % more operations)."""
     threads: PositiveInt = 1
     """CPU threads of each rank."""
+    profile_steps: tuple[int, int] | None = None
+    """The first and the last of the train steps over which torch's profiler runs in every rank. Its trace, which may
+    take 100 MB a step, goes to RUN_DIR/profile. null is none."""
 
     def __post_init__(self) -> None:
+        if self.profile_steps and not 1 <= self.profile_steps[0] <= self.profile_steps[1]:
+            problem = "must be the first and the last step"
+            raise ConfigError("learner.profile_steps", problem, list(self.profile_steps), "such as [10,12]")
         if self.num_shards > self.ranks:
             problem = f"must be at most learner.ranks, which is {self.ranks}"
             raise ConfigError("learner.shards", problem, self.shards, f"learner.ranks={self.shards}")

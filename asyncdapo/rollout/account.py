@@ -19,6 +19,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 from asyncdapo.accounting.clock import Level, StateClock
+from asyncdapo.accounting.spans import Span
 from asyncdapo.rollout.engine import Engine
 from asyncdapo.rollout.job import Job
 
@@ -76,6 +77,10 @@ class WorkerAccount:
             "late_tokens": self._late_tokens,
             "probe_tokens": self._probe_tokens,
         }
+
+    def take_spans(self) -> list[Span]:
+        """What it did when since the `take_spans` before."""
+        return self._clock.take_spans()
 
     def _state(self, jobs: Collection[Job], num_unsent: int) -> str:
         if self._loading:

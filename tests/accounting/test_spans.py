@@ -1,120 +1,91 @@
-"""Where a process's time goes: states that exclude each other, whatever overlaps, and sum to the wall time."""
+"""What a process did when: as many spans as there is room for, in files that a kill may cut off anywhere."""
 
 from __future__ import annotations
 
-import threading
-from contextlib import ExitStack
+import math
+import time
+from pathlib import Path
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asyncdapo.accounting.clock import Spans
-
-STATES = ("wait", "gradient", "sum", "publish", "checkpoint")
-
-
-class Watch:
-    """A clock that a test sets."""
-
-    def __init__(self) -> None:
-        self.time_s = 100.0
-
-    def __call__(self) -> float:
-        return self.time_s
-
-    def go(self, seconds: float) -> None:
-        self.time_s += seconds
+from asyncdapo.accounting.clock import StateClock
+from asyncdapo.accounting.spans import FOLDER, NOT_KEPT, STATES, Span, SpanFile, SpanRing, read, read_process
 
 
-def begun() -> tuple[Spans, Watch]:
-    watch = Watch()
-    times = Spans(STATES, watch)
-    times.begin()
-    return times, watch
+def spans_of(run_dir: Path, process: str = "replay") -> list[Span]:
+    return read_process(run_dir, process, -math.inf, math.inf).get(STATES, [])
 
 
-def spent(times: Spans) -> dict[str, float]:
-    return {state: seconds for state, seconds in times.take().items() if seconds}
+def at(now_s: float, *names: str) -> list[Span]:
+    """One each tenth of a second from then on."""
+    return [Span(name, now_s + 0.1 * place, now_s + 0.1 * (place + 1)) for place, name in enumerate(names)]
 
 
-def test_time_inside_a_span_is_the_inner_one_s() -> None:
-    times, watch = begun()
-    with times.on("gradient"):
-        watch.go(1)
-        with times.on("sum"):
-            watch.go(2)
-        watch.go(4)
-    watch.go(8)
-    assert spent(times) == {"gradient": 5, "sum": 2, "other": 8}
-    assert spent(times) == {}
-
-
-def test_weights_sent_while_a_batch_is_waited_for_take_the_time_until_they_are_sent() -> None:
-    times, watch = begun()
-    wait, publish = times.on("wait"), times.on("publish")
-    wait.__enter__()
-    watch.go(1)
-    publish.__enter__()
-    watch.go(2)
-    wait.__exit__(None, None, None)
-    watch.go(4)
-    publish.__exit__(None, None, None)
-    watch.go(8)
-    assert spent(times) == {"wait": 1, "publish": 6, "other": 8}
-
-
-def test_nothing_counts_before_the_beginning_and_a_second_one_changes_nothing() -> None:
-    watch = Watch()
-    times = Spans(STATES, watch)
-    with times.on("publish"):
-        watch.go(1)
-        times.begin()
-        watch.go(2)
-        times.begin()
-    watch.go(4)
-    assert spent(times) == {"publish": 2, "other": 4}
-
-
-def test_a_span_ends_with_an_error_too() -> None:
-    times, watch = begun()
-    with pytest.raises(ValueError, match="in it"), times.on("checkpoint"):
-        watch.go(1)
-        raise ValueError("in it")
-    watch.go(2)
-    assert spent(times) == {"checkpoint": 1, "other": 2}
-
-
-@given(st.lists(st.tuples(st.sampled_from(STATES), st.integers(1, 9), st.booleans(), st.booleans())))
-def test_the_states_of_a_step_sum_to_its_wall_time_whatever_overlaps(moves: list) -> None:
-    times, watch = begun()
-    taken_at, stack = watch.time_s, []
-    for state, seconds, closes, takes in moves:
-        if closes and stack:
-            stack.pop(seconds % len(stack)).__exit__(None, None, None)
-        else:
-            stack.append(times.on(state))
-            stack[-1].__enter__()
-        watch.go(seconds)
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 5), st.booleans())), st.integers(1, 5))
+def test_spans_of_a_clock_follow_each_other_and_sum_to_its_account(moves: list, seconds: int) -> None:
+    now = [100.0]
+    clock = StateClock(lambda: now[0])
+    taken: list[Span] = []
+    for state, passed_s, takes in moves:
+        clock.enter(state)
+        now[0] += passed_s
         if takes:
-            assert sum(times.take().values()) == watch.time_s - taken_at
-            taken_at = watch.time_s
-    for span in stack:
-        span.__exit__(None, None, None)
-    assert sum(times.take().values()) == watch.time_s - taken_at
+            taken += clock.take_spans()
+    now[0] += seconds
+    taken += clock.take_spans()
+    assert all(before.ended_s == after.began_s for before, after in zip(taken, taken[1:], strict=False))
+    for state, total_s in clock.totals().items():
+        assert sum(span.ended_s - span.began_s for span in taken if span.name == state) == total_s
 
 
-def test_threads_share_one_account() -> None:
-    times, watch = begun()
-    with ExitStack() as stack:
-        stack.enter_context(times.on("wait"))
+def test_a_ring_keeps_the_newest_and_says_when_the_others_were() -> None:
+    ring = SpanRing(most=2)
+    first, second, third, fourth = at(5, *"abcd")
+    for span in (first, second, third, fourth):
+        ring.add(span)
+    assert ring.take() == [Span(NOT_KEPT, first.began_s, second.ended_s), third, fourth]
+    assert ring.take() == []
 
-        def send() -> None:
-            with times.on("publish"):
-                watch.go(2)
 
-        thread = threading.Thread(target=send)
-        thread.start()
-        thread.join()
-        watch.go(1)
-    assert spent(times) == {"publish": 2, "wait": 1}
+def test_what_is_written_is_read_in_time_of_day_and_cut_to_what_was_asked_for(tmp_path: Path) -> None:
+    now_s = time.monotonic()
+    epoch_s = time.time() - now_s
+    file = SpanFile(tmp_path, "replay")
+    file.write(states=at(now_s, "idle", "workers"), waits=[])
+    file.write(states=at(now_s + 0.2, "idle", "learner"))
+    spans = spans_of(tmp_path)
+    assert [span.name for span in spans] == ["idle", "workers", "idle", "learner"]
+    assert all(before.ended_s == after.began_s for before, after in zip(spans, spans[1:], strict=False))
+    assert abs(spans[0].began_s - (epoch_s + now_s)) < 0.01
+    middle = read(tmp_path, spans[1].began_s + 0.05, spans[2].began_s + 0.05)
+    assert list(middle) == ["replay"]
+    assert [(span.name, round(span.ended_s - span.began_s, 3)) for span in middle["replay"][STATES]] == [
+        ("workers", 0.05),
+        ("idle", 0.05),
+    ]
+
+
+def test_a_line_that_a_kill_cut_off_costs_nothing_but_itself(tmp_path: Path) -> None:
+    SpanFile(tmp_path, "replay").write(states=at(1, "idle"))
+    path = tmp_path / FOLDER / "replay.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(whole + whole[: len(whole) // 2])
+    SpanFile(tmp_path, "replay").write(states=at(9, "workers"))
+    assert [span.name for span in spans_of(tmp_path)] == ["idle", "workers"]
+
+
+def test_the_files_of_a_process_stay_below_twice_their_bound(tmp_path: Path) -> None:
+    file = SpanFile(tmp_path, "replay", most_bytes=1000)
+    for place in range(105):
+        file.write(states=at(place, f"state {place}"))
+    sizes = [path.stat().st_size for path in (tmp_path / FOLDER).iterdir()]
+    assert len(sizes) == 2
+    assert sum(sizes) < 2 * 1100
+    assert spans_of(tmp_path)[-1].name == "state 104"
+    assert len(spans_of(tmp_path)) > 10
+
+
+def test_nothing_is_written_of_nothing(tmp_path: Path) -> None:
+    SpanFile(tmp_path, "replay").write(states=[], waits=[])
+    assert read(tmp_path, -math.inf, math.inf) == {}

@@ -7,6 +7,9 @@ from typing import Any
 
 import pytest
 
+from asyncdapo.accounting.spans import STATES as TRACK
+from asyncdapo.accounting.spans import read
+from asyncdapo.controller.watch.trace import step_times
 from asyncdapo.metrics.verdict.window import LOOP, WORKERS
 from asyncdapo.replay.server.accounts import TOKEN_ENDS, WORKERS_ENDS
 from asyncdapo.replay.server.server import STATES
@@ -37,6 +40,18 @@ def check_tokens(line: dict[str, Any]) -> None:
     assert -some <= line["replay/tokens_in_flight"] <= (line["replay/running"] + 1) * GROUP_TOKENS + some
 
 
+def check_spans(run_dir: Path, lines: list[dict[str, Any]]) -> None:
+    """What the controller did in a step by its spans is what the step's line says, and so is the step's time."""
+    times = step_times(run_dir)
+    for line in lines:
+        step = times[int(line["step"])]
+        spans = read(run_dir, step.began_s, step.ended_s)["controller"][TRACK]
+        for state in LOOP:
+            spent_s = sum(span.ended_s - span.began_s for span in spans if span.name == state)
+            assert spent_s == pytest.approx(line[f"controller/{state}_s"], rel=0.01, abs=0.005)
+        assert step.ended_s - step.began_s == pytest.approx(line["time/step_s"], rel=0.01, abs=0.005)
+
+
 @pytest.mark.soak
 @pytest.mark.timeout(500)
 def test_the_sums_hold_in_a_run_with_kills_and_resumes(tmp_path: Path) -> None:
@@ -56,6 +71,7 @@ def test_the_sums_hold_in_a_run_with_kills_and_resumes(tmp_path: Path) -> None:
     check_loop(resumed, lines[-1]["time/wall_s"])
     for line in resumed:
         check_tokens(line)
+    check_spans(tmp_path, [*lines, *resumed])
     before, after = resumed[0], resumed[-1]
     wall_s = after["time/total_s"] - before["time/total_s"]
     lag_s = 2 * HEARTBEAT_S + 0.01 * wall_s

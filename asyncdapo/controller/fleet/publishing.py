@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Coroutine, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+from asyncdapo.accounting.spans import Span, SpanRing
 from asyncdapo.controller.fleet.process import Process, ProcessDied, R
 from asyncdapo.controller.process.waits import Waits
 from asyncdapo.errors import EngineError, RanksError, RunError, WeightsError
@@ -68,6 +70,8 @@ class Publishing:
         self._loaded: dict[str, tuple[int, int, int]] = {}
         """Life, branch and version of what each worker generates with, as far as it came from here."""
         self._backend = ""
+        self.sends = SpanRing()
+        """Of versions, to all workers or to one."""
 
     async def begin(self) -> None:
         """Make the first group, so that what is wrong with it shows before anything is sampled. An end that dies
@@ -143,13 +147,14 @@ class Publishing:
             return sent_s | {f"weights/{part}": 0.0 for part in PARTS}
         if self._members != _lives([self.learner, *workers]):
             await self._regroup(workers)
-        version, branch, learner = self.version, self.branch, self.learner
+        version, branch, learner, began_s = self.version, self.branch, self.learner, time.monotonic()
         sent, *others = await self._within_deadline(
             f"the transfer of version {version}",
             {learner: learner.call(lambda learner: learner.send_weights, version, branch)}
             | {rank: rank.call(lambda rank: rank.give_shards) for rank in self.other_shards}
             | {worker: worker.call(lambda worker: worker.receive_weights, version, branch) for worker in workers},
         )
+        self.sends.add(Span(f"send version {version}", began_s, time.monotonic()))
         received = others[len(self.other_shards) :]
         self._loaded |= {worker.name: (worker.life, branch, version) for worker in workers}
         slowest = {part: max(report[part] for report in received) for part in PARTS}

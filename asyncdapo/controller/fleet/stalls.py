@@ -15,6 +15,7 @@ import time
 from collections.abc import Awaitable, Mapping
 from typing import TypeVar
 
+from asyncdapo.accounting.spans import Span
 from asyncdapo.config.run import ControllerConfig
 from asyncdapo.controller.fleet.fleet import LOOK_S
 from asyncdapo.controller.fleet.process import Process
@@ -65,6 +66,10 @@ class StallWatch:
         finally:
             stop.cancel()
             task.cancel()
+
+    def take_spans(self) -> list[Span]:
+        """The controller's waits that ended since the `take_spans` before."""
+        return self._supervisor.waits.take_spans()
 
     async def _report(self) -> None:
         """Say what is waited for, what the next batch lacks, and the root of it all; of several, one that does not

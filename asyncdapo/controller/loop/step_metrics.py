@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping
 
 from asyncdapo.accounting.clock import StateClock
+from asyncdapo.accounting.spans import Span, SpanRing
 from asyncdapo.metrics.alarms import Alarms
 from asyncdapo.metrics.reporter import Reporter
 from asyncdapo.metrics.verdict.advice import Keys
@@ -52,6 +53,8 @@ class StepMetrics:
         """The newest line that is written."""
         self.clock = StateClock()
         """What the controller does."""
+        self.steps = SpanRing()
+        """Train steps, from line to line."""
 
     def begin(self) -> None:
         """Leases are granted from now on: for the first time in this launch, or again after a learner's death."""
@@ -95,6 +98,7 @@ class StepMetrics:
         """Clocks, and what each side did in the wall time since the last line."""
         assert self._began is not None, "`begin` comes first"
         now = time.monotonic()
+        self.steps.add(Span(f"step {step}", self._line_at, now))
         step_s, self._line_at = now - self._line_at, now
         times = self.clock.take()
         wall_s = self._wall_of[step] = self._wall_before + now - self._began

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from asyncdapo import faults
+from asyncdapo.accounting.spans import SpanFile
 from asyncdapo.controller.checks.resume import Resume, survey
 from asyncdapo.controller.eval.in_run import RunEvaluation, set_answers_aside
 from asyncdapo.controller.fleet.process import Params, Pick, R, Watch
@@ -59,6 +60,7 @@ class Training:
         self._evaluating = BackgroundWork(config.eval.every, config.run.steps)
         self._comparing = BackgroundWork(config.rollout.parity_every, config.run.steps)
         self._checkpoints = Checkpointing(fleet, stalls, resume.step)
+        self._span_file = SpanFile(self._run_dir, "controller")
         self.step = resume.step
         """Last train step that is done."""
         self._counters = counters_of({})
@@ -201,6 +203,12 @@ class Training:
         self._lines.hold(step, learner, replay, **weights, **compared, **saved, **evaluated)
         for line in self._forecast.compare(learner):
             self._reporter.note(line)
+        self._span_file.write(
+            steps=self._lines.steps.take(),
+            states=clock.take_spans(),
+            weights=fleet.publishing.sends.take(),
+            waits=self._stalls.take_spans(),
+        )
 
     async def _account(self, step: int, learner: dict[str, float]) -> dict[str, float]:
         """Have the replay server write that the step is done. Returns its metrics of it."""

@@ -23,6 +23,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from asyncdapo.accounting.spans import Span, SpanRing
+
 NOBODY = ""
 """The process works or is idle, and waits for nobody; `what` says which."""
 UNKNOWN = "?"
@@ -63,19 +65,21 @@ class Waits:
         self.who, self._now = who, now
         self._open: dict[object, _Open] = {}
         self._standing: _Open | None = None
+        self._over = SpanRing()
         self._lock = threading.Lock()
 
     @contextmanager
     def on(self, whom: str, what: str, deadline_s: float | None = None) -> Iterator[None]:
         """Record a wait for `whom` while the body runs. The deadline is shown, not enforced."""
-        key = object()
+        key, wait = object(), _Open(whom, what, self._now(), deadline_s)
         with self._lock:
-            self._open[key] = _Open(whom, what, self._now(), deadline_s)
+            self._open[key] = wait
         try:
             yield
         finally:
             with self._lock:
                 del self._open[key]
+                self._over.add(Span(f"{whom}: {what}" if whom else what, wait.since, self._now()))
 
     def stand(self, whom: str, what: str) -> None:
         """For a process that is a state machine: replaces the wait recorded by the last call. The clock keeps running
@@ -84,6 +88,11 @@ class Waits:
             before = self._standing
             since = before.since if before and before.whom == whom else self._now()
             self._standing = _Open(whom, what, since, None)
+
+    def take_spans(self) -> list[Span]:
+        """Those of `on` that ended since the `take_spans` before, with whom and what was waited for."""
+        with self._lock:
+            return self._over.take()
 
     def open(self) -> list[Wait]:
         """All of them, the oldest first."""

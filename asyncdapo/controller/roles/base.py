@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import ray
 
+from asyncdapo.accounting.spans import SpanFile
 from asyncdapo.config.config import Config
 from asyncdapo.controller.process.health import Health
 from asyncdapo.controller.process.roster import Entry, process_name, this_process
@@ -65,6 +66,8 @@ class ProcessBase:
     def __init__(self, spec: ProcessSpec) -> None:
         self.spec, self.config = spec, spec.config
         self.waits = Waits(spec.name)
+        self.span_file = SpanFile(Path(spec.config.run.dir), spec.name)
+        """What it did when, written at the end of each train step."""
         self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=spec.name)
 
     async def blocking(self, work: Callable[..., T], *args: Any) -> T:

@@ -37,6 +37,7 @@ from asyncdapo.learner.batches.prepared import Prepared
 from asyncdapo.learner.model.model import device_of
 from asyncdapo.learner.step.learner import Learner
 from asyncdapo.learner.step.probe import Pair
+from asyncdapo.learner.step.profiler import StepProfiler
 from asyncdapo.learner.step.ranks import GradientGroup, Ranks
 from asyncdapo.learner.storage.checkpoint import (
     Piece,
@@ -90,6 +91,7 @@ class LearnerProcess(ProcessBase):
         self.copied: HostCopy | None = None
         """What is to be written of a checkpoint."""
         self.writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"{spec.name} writes")
+        self.profiler = StepProfiler(config.profile_steps, Path(self.config.run.dir), spec.name)
 
     @classmethod
     async def start(cls, spec: ProcessSpec, replay_address: str) -> LearnerProcess:
@@ -237,16 +239,21 @@ class LearnerProcess(ProcessBase):
         if step < self.config.run.steps:
             self.batches.ask(step + 1)
         with self.waits.on(NOBODY, f"trains step {step}"):
-            metrics = await self.blocking(self.learner.train, self.prepared)
+            metrics = await self.blocking(self._train, self.prepared)
         self.prepared = None  # the next one may be here: two batches are what there is memory for
         faults.point("after_train")
         times = self.learner.times.take()
+        self.span_file.write(states=self.learner.times.take_spans(), waits=self.waits.take_spans())
         cpu_before_s, self.cpu_s = self.cpu_s, time.process_time()
         return {
             **metrics,
             **{f"learner/time/{state}_s": seconds for state, seconds in times.items()},
             "learner/cpu_s": self.cpu_s - cpu_before_s,
         }
+
+    def _train(self, prepared: Prepared) -> dict[str, float]:
+        with self.profiler.on(prepared.batch.step):
+            return self.learner.train(prepared)
 
     async def probe(self, version: int, pairs: Sequence[Pair]) -> list[np.ndarray]:
         """What the weights of `version` make of what the engines have sampled with it: see `Learner.logprobs`. Every

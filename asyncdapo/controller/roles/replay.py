@@ -130,7 +130,9 @@ class ReplayProcess(ProcessBase):
 
     async def trained(self, step: int, summary: dict[str, float]) -> dict[str, float]:
         """Batch `step` is trained on. Returns replay's metrics of the step."""
-        return await self.server.trained(step, summary)
+        metrics = await self.server.trained(step, summary)
+        self.span_file.write(states=self.server.take_spans())
+        return metrics
 
     async def samples(self, step: int) -> list[Sample]:
         """Completions of the batch of `step` to look at. Ask before a checkpoint covers the step."""

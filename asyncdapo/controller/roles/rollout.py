@@ -11,6 +11,7 @@ import logging
 import time
 from dataclasses import asdict
 
+from asyncdapo.accounting.spans import Span, SpanRing
 from asyncdapo.controller.process.health import Health
 from asyncdapo.controller.process.roster import Entry, entry_of
 from asyncdapo.controller.process.waits import NOBODY
@@ -35,6 +36,8 @@ class RolloutProcess(ProcessBase):
         self.engine, self.end, self.engine_pids = fitted.engine, fitted.end, fitted.pids
         self.judging, self.worker = judging, worker
         self.num_received = 0
+        self.updates = SpanRing()
+        """Of its weights."""
 
     @classmethod
     async def start(cls, spec: ProcessSpec, replay_address: str, memory_fraction: float) -> RolloutProcess:
@@ -145,6 +148,9 @@ class RolloutProcess(ProcessBase):
         receive_s = time.monotonic() - began
         times = await self.worker.load_weights(version, weights, branch)
         self.num_received += 1
+        self.updates.add(Span(f"receive version {version}", began, began + receive_s))
+        self.updates.add(Span(f"load version {version}", began + receive_s, time.monotonic()))
+        self.span_file.write(states=self.worker.account.take_spans(), weights=self.updates.take())
         parts = {"receive_s": receive_s, **asdict(times)}
         log.info("version %d: %s", version, ", ".join(f"{part} {seconds:.3f}" for part, seconds in parts.items()))
         return parts

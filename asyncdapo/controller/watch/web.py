@@ -3,6 +3,7 @@
     GET /KEY/                          the page; page.js, page.css and plotly.js beside it
         /KEY/runs                      of each run what it does now
         /KEY/charts?run=0              the numbers of every chart
+        /KEY/gantt?run=0               what all processes did in the latest steps
         /KEY/groups?run=0&step=12      groups of a batch
         /KEY/group?run=0&id=5          a group: prompt, completions
         /KEY/completion?run=0&id=5&sample=0
@@ -10,7 +11,7 @@
 In: run directories. Out: HTTP on 127.0.0.1. It only reads files. KEY is drawn anew at each start, and everything
 without it is 404: other users of the machine, and pages of other sites in the same browser, don't know it. Everything
 that the page needs comes from here, and its rules (Content-Security-Policy) forbid it any other address. Does not own:
-what is known of a run (`run_state`), the charts (`charts`), the ledger's pages (`pages`).
+what is known of a run (`run_state`), the charts (`charts`, `gantt`), the ledger's pages (`pages`).
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ import msgspec
 
 from asyncdapo.api import Run
 from asyncdapo.controller.watch.charts import CHARTS, columns
+from asyncdapo.controller.watch.gantt import gantt
 from asyncdapo.controller.watch.pages import Speller, completion_page, group_page, groups_of
 from asyncdapo.controller.watch.run_state import RunState
 from asyncdapo.errors import UserError
@@ -109,6 +111,9 @@ class Site:
             ],
         }
 
+    def gantt(self, run: int) -> dict[str, Any]:
+        return gantt(self._runs[run].dir)
+
     def groups(self, run: int, step: int) -> list[dict[str, Any]]:
         return groups_of(self._runs[run].dir, step)
 
@@ -163,6 +168,7 @@ class Server(ThreadingHTTPServer):
         self.answers: dict[str, Callable[..., Any]] = {
             "runs": site.runs,
             "charts": site.charts,
+            "gantt": site.gantt,
             "groups": site.groups,
             "group": site.group,
             "completion": site.completion,

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers.utils.logging import disable_progress_bar
 
-from asyncdapo.accounting.clock import Spans
+from asyncdapo.accounting.clock import SharedClock
 from asyncdapo.accounting.quantiles import quantiles
 from asyncdapo.algorithm.variants import advantage_of, aggregation_weights
 from asyncdapo.errors import ConfigError, RunError, StalenessError
@@ -103,7 +103,7 @@ class Learner:
         _check_vocabulary(model, reference, self._policy)
         self._first_pass = FirstPass(self._policy, reference, loss, config.tokens_per_microbatch, ranks)
         self.version = 0
-        self.times = Spans(STATES)
+        self.times = SharedClock(STATES)
         """What the time of the learner's process goes into; a train step enters its own states."""
 
     @property

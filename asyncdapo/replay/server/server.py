@@ -26,7 +26,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from asyncdapo import faults
-from asyncdapo.accounting.clock import Spans
+from asyncdapo.accounting.clock import SharedClock
+from asyncdapo.accounting.spans import Span
 from asyncdapo.errors import RunError
 from asyncdapo.eval_messages import EvalAnswer, EvalRequest
 from asyncdapo.messages import Prompt
@@ -72,8 +73,8 @@ class ReplayServer:
         self._dispatch = Dispatch(settings, make_state, journal, self._sessions, prompt_at)
         self._sessions.count_tokens_from(self._dispatch.accounts.num_tokens)
         self._workers = Workers(settings, self._dispatch, self._sessions, journal)
-        self._spans = Spans(STATES, rest="idle")
-        self._spans.begin()
+        self._clock = SharedClock(STATES, rest="idle")
+        self._clock.begin()
         self._totals = settings.totals
         rollout_port, learner_port = ports
         self._rollout_socket = Server(FromWorker, host, port=rollout_port, curve=curve)
@@ -133,7 +134,7 @@ class ReplayServer:
     async def trained(self, step: int, summary: Mapping[str, float]) -> dict[str, float]:
         """Batch `step` was trained on; `summary` is the learner's report. Returns the metrics of the step that
         docs/metrics.md lists: reward/…, filter/…, rollout/…, replay/…"""
-        with self._spans.on("commands"):
+        with self._clock.on("commands"):
             replay, workers = self._dispatch.trained(step, summary), self._sessions.totals()
         return {
             **replay,
@@ -146,12 +147,12 @@ class ReplayServer:
 
     async def published(self, version: int) -> None:
         """The send of `version` is over."""
-        with self._spans.on("commands"):
+        with self._clock.on("commands"):
             self._dispatch.published(version)
 
     async def covered(self, step: int) -> None:
         """A checkpoint of `step` exists. Payloads that nothing can need any more are freed."""
-        with self._spans.on("commands"):
+        with self._clock.on("commands"):
             self._journal.covered(step)
             self._journal.fold()
 
@@ -188,9 +189,13 @@ class ReplayServer:
             **state.gauges(),
         }
 
+    def take_spans(self) -> list[Span]:
+        """What it did when since the `take_spans` before."""
+        return self._clock.take_spans()
+
     def _times(self) -> dict[str, float]:
         """Of this server and of those before it, as of the line from which it counts."""
-        times = {f"replay/time/{state}_s": seconds for state, seconds in self._spans.totals().items()}
+        times = {f"replay/time/{state}_s": seconds for state, seconds in self._clock.totals().items()}
         times["replay/cpu_s"] = time.process_time()
         return {name: self._totals.get(name, 0.0) + seconds for name, seconds in times.items()}
 
@@ -230,7 +235,7 @@ class ReplayServer:
         after it, since no other task runs before its end."""
         while True:
             messages = await self._rollout_socket.receive_some(MAX_TOGETHER)
-            with self._spans.on("workers"), self._dispatch.together():
+            with self._clock.on("workers"), self._dispatch.together():
                 for message in messages:
                     self._workers.hear(*message)
 
@@ -238,7 +243,7 @@ class ReplayServer:
         while True:
             peer, message, _ = await self._learner_socket.receive()
             if isinstance(message, CutWanted) and self._can_be(message):
-                with self._spans.on("learner"):
+                with self._clock.on("learner"):
                     self._dispatch.want_batch(peer, message)
             else:
                 self._workers.dropped["malformed"] += 1
@@ -258,7 +263,7 @@ class ReplayServer:
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(self._heartbeat_s)
-            with self._spans.on("clock"), self._dispatch.together():
+            with self._clock.on("clock"), self._dispatch.together():
                 self._workers.tick()
 
     async def _fail(self) -> None:

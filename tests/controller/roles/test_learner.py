@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from asyncdapo.accounting.clock import Spans
+from asyncdapo.accounting.clock import SharedClock
 from asyncdapo.config.config import load_config
 from asyncdapo.config.found import find_config
 from asyncdapo.controller.roles.base import ProcessSpec
@@ -133,14 +133,14 @@ def test_the_states_of_a_step_sum_to_the_time_since_the_step_before(path, tmp_pa
                 readings.append(float(next(ticks)))  # time advances by 1 at every reading
                 return readings[-1]
 
-            process.learner.times = Spans(STATES, now)
+            process.learner.times = SharedClock(STATES, now)
             ended_at = 0.0
             for step in range(1, NUM_STEPS + 1):
                 await process.take_batch(step)
                 metrics = await process.train_step()
                 await process.check_ranks()
                 times = {state: metrics[f"learner/time/{state}_s"] for state in (*STATES, "other")}
-                taken_at = readings[-1] - 2  # when `train_step` looked last; `check_ranks` has looked twice since
+                taken_at = readings[-1] - 3  # its spans were taken since, and `check_ranks` has looked twice
                 assert sum(times.values()) == taken_at - ended_at
                 assert all(times[state] > 0 for state in ("gradient", "sum", "optimizer", "first_pass"))
                 assert (times["checkpoint"] > 0) == (step > 1), "that of the step before"

@@ -29,7 +29,7 @@ pytestmark = [
     pytest.mark.timeout(900),
 ]
 SIZES = {"wide": (1280, 900), "narrow": (390, 844)}
-TITLES = [chart.title for chart in CHARTS]
+TITLES = [*(chart.title for chart in CHARTS), "What processes did in the latest steps"]
 
 
 @pytest.fixture(scope="module")

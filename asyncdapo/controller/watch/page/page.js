@@ -1,10 +1,11 @@
 // The page of `asyncdapo watch --web`. Whatever comes from a run is shown as text: `node` sets nothing as markup.
 "use strict";
 const COLORS = ["#2f6db3", "#d9742b", "#3c8c4d", "#b3478a", "#7a5cc0", "#a3842b", "#2a9aa0", "#c23b3b", "#8a8f98", "#6b4a2f", "#5a8fd6", "#9ab83c"];
+const PALE = { idle: "#c9ced6", lease: "#c9ced6", wait: "#c9ced6", other: "#e3e6ea" }; // nothing is done in these states
 const DASHES = ["solid", "dot", "dash", "dashdot"];
 const POLL_MS = 2000;
 const by = (id) => document.getElementById(id);
-const state = { runs: [], charts: [], shown: 0, over: "step", seen: new Set() };
+const state = { runs: [], charts: [], gantts: [], shown: 0, over: "step", seen: new Set() };
 
 async function get(path) {
   const answer = await fetch(path);
@@ -93,6 +94,10 @@ function makeCharts() {
     watcher.observe(figure);
     return figure;
   }));
+  const figure = node("figure", { className: "wide" }, node("figcaption", {}, "What processes did in the latest steps"), node("div"));
+  figure.dataset.number = state.charts[0].charts.length;
+  watcher.observe(figure);
+  by("charts").append(figure);
 }
 
 function redraw() {
@@ -126,9 +131,36 @@ function traces(number) {
   });
 }
 
+function bars() {
+  const kinds = new Map();
+  for (const row of [...state.gantts[state.shown].rows].reverse()) {
+    for (const [name, began, ended] of row.bars) {
+      const kind = name.replace(/ \d+$/, "");
+      if (!kinds.has(kind)) kinds.set(kind, { type: "bar", orientation: "h", name: kind, base: [], x: [], y: [], customdata: [], hovertemplate: "%{customdata}", marker: { color: PALE[kind] || COLORS[kinds.size % COLORS.length] } });
+      const drawn = kinds.get(kind);
+      drawn.base.push(began);
+      drawn.x.push(ended - began);
+      drawn.y.push(row.name);
+      drawn.customdata.push(`${name}: ${short(ended - began)} s`);
+    }
+  }
+  return [...kinds.values()];
+}
+
+function ganttLayout() {
+  const { steps, rows } = state.gantts[state.shown];
+  const beginning = ([, at]) => ({ type: "line", x0: at, x1: at, yref: "paper", y0: 0, y1: 1, line: { width: 1, dash: "dot" } });
+  const label = ([step, at]) => ({ x: at, y: 1, yref: "paper", xanchor: "left", yanchor: "bottom", showarrow: false, text: `${step}` });
+  return {
+    barmode: "overlay", bargap: 0.25, hovermode: "closest", height: 190 + 24 * rows.length, shapes: steps.map(beginning),
+    annotations: steps.map(label), names: rows.map((row) => row.name).reverse(), x: `s since step ${steps[0][0]} began`, y: "process",
+  };
+}
+
 async function draw(figure, number) {
   await plotly;
-  const drawn = traces(number);
+  const gantt = number === state.charts[0].charts.length;
+  const drawn = gantt ? bars() : traces(number);
   const place = figure.lastChild;
   place.className = drawn.length ? "" : "none";
   if (!drawn.length) {
@@ -140,17 +172,17 @@ async function draw(figure, number) {
   const style = getComputedStyle(document.body);
   const [text, grid] = ["--text", "--line"].map((name) => style.getPropertyValue(name).trim());
   const axis = (title) => ({ title: { text: title, standoff: 6, font: { size: 12 } }, gridcolor: grid, zeroline: false, automargin: true });
+  const own = gantt ? ganttLayout() : { x: state.over === "step" ? "train step" : "training time, s", y: state.charts[0].charts[number].axis };
   const layout = {
-    margin: { l: 50, r: 12, t: 8, b: 40 }, font: { color: text, size: 11 }, hovermode: "x unified", showlegend: true,
+    margin: { l: 50, r: 12, t: gantt ? 24 : 8, b: 40 }, font: { color: text, size: 11 }, hovermode: "x unified", showlegend: true,
     paper_bgcolor: "transparent", plot_bgcolor: "transparent", hoverlabel: { bgcolor: style.getPropertyValue("--card").trim() },
     legend: { orientation: "h", y: -0.28, yanchor: "top", font: { size: 10.5 } },
-    xaxis: axis(state.over === "step" ? "train step" : "training time, s"),
-    yaxis: axis(state.charts[0].charts[number].axis),
-    uirevision: state.over,
+    uirevision: state.over, ...own, xaxis: axis(own.x), yaxis: { ...axis(own.y), ...(gantt ? { categoryarray: own.names } : {}) },
   };
+  if (gantt) place.style.height = `${own.height}px`;
   await Plotly.react(place, drawn, layout, { displaylogo: false, responsive: true, modeBarButtonsToRemove: ["select2d", "lasso2d"] });
   place.removeAllListeners("plotly_click");
-  place.on("plotly_click", (event) => openStep(...event.points[0].customdata));
+  if (!gantt) place.on("plotly_click", (event) => openStep(...event.points[0].customdata));
 }
 
 // ----------------------------------------------------------------------------------------------------------------------- samples
@@ -237,6 +269,7 @@ async function refresh() {
   showRuns();
   if (state.runs.every((run, number) => run.lines === before[number])) return;
   state.charts = await Promise.all(state.runs.map((_, number) => get(`charts?run=${number}`)));
+  state.gantts = await Promise.all(state.runs.map((_, number) => get(`gantt?run=${number}`)));
   if (!by("charts").children.length) makeCharts();
   redraw();
 }
