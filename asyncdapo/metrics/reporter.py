@@ -25,6 +25,7 @@ from asyncdapo.metrics.jsonl import MetricsFile
 from asyncdapo.metrics.progress import ProgressLines
 from asyncdapo.metrics.samples import Sample
 from asyncdapo.metrics.terminal import LiveTable, terminal_of
+from asyncdapo.metrics.verdict.advice import Keys
 from asyncdapo.metrics.wandb_log import WandbLog, choose_mode
 
 LOG_FILE = "run.log"
@@ -34,7 +35,7 @@ STAGES = ("prompts", "rollout", "reward", "filter", "replay", "learner", "weight
 
 class Reporter:
     """Opens the files of RUN_DIR, which exists; with `go_on` those of a run that is resumed. `settings` is shown by W&B
-    beside the curves.
+    beside the curves, `keys` are those that a verdict may advise to change.
 
     Raises ConfigError for `metrics.wandb: online` without a login."""
 
@@ -46,12 +47,16 @@ class Reporter:
         total_steps: int,
         *,
         go_on: bool = False,
+        keys: Keys,
         settings: Mapping[str, Any] | None = None,
         stream: TextIO | None = None,
     ) -> None:
         mode = choose_mode(config)
         self._run_log = (run_dir / LOG_FILE).open("a", encoding="utf-8")
-        self._views = [ProgressLines(self._run_log, total_steps), _open_view(stream or sys.stdout, name, total_steps)]
+        self._views = [
+            ProgressLines(self._run_log, total_steps),
+            _open_view(stream or sys.stdout, name, total_steps, keys),
+        ]
         self._file = MetricsFile(run_dir, go_on=go_on)
         self._uploads: list[WandbLog] = []
         if mode != "disabled":
@@ -146,6 +151,6 @@ class NoteHandler(logging.Handler):
         self._view.note(f"{record.name}{level}: {self.format(record)}")
 
 
-def _open_view(stream: TextIO, name: str, total_steps: int) -> ProgressLines | LiveTable:
+def _open_view(stream: TextIO, name: str, total_steps: int, keys: Keys) -> ProgressLines | LiveTable:
     console = terminal_of(stream)
-    return LiveTable(console, name, total_steps) if console else ProgressLines(stream, total_steps)
+    return LiveTable(console, name, total_steps, keys) if console else ProgressLines(stream, total_steps)

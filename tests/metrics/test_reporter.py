@@ -22,7 +22,7 @@ class Terminal(StringIO):
 
 def test_a_step_goes_to_the_record_the_log_and_the_output(tmp_path: Path):
     output = StringIO()
-    reporter = Reporter(tmp_path, CONFIG, "quickstart", 36, stream=output)
+    reporter = Reporter(tmp_path, CONFIG, "quickstart", 36, keys={}, stream=output)
     reporter.status("waits for batch 1")
     reporter.log({"step": 1, "reward/mean": 0.5})
     reporter.note("checkpoint written")
@@ -36,7 +36,7 @@ def test_a_step_goes_to_the_record_the_log_and_the_output(tmp_path: Path):
 
 def test_log_records_of_our_stages_and_warnings_of_others_become_notes(tmp_path: Path):
     output = StringIO()
-    reporter = Reporter(tmp_path, CONFIG, "quickstart", 36, stream=output)
+    reporter = Reporter(tmp_path, CONFIG, "quickstart", 36, keys={}, stream=output)
     logging.getLogger("weights").info("travel by %s", "gloo")
     library = logging.getLogger("somelibrary")
     library.setLevel(logging.INFO)
@@ -51,7 +51,7 @@ def test_log_records_of_our_stages_and_warnings_of_others_become_notes(tmp_path:
 def test_a_terminal_gets_the_live_view_and_the_log_still_gets_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("TERM", "xterm")
     terminal = Terminal()
-    reporter = Reporter(tmp_path, CONFIG, "quickstart", 36, stream=terminal)
+    reporter = Reporter(tmp_path, CONFIG, "quickstart", 36, keys={}, stream=terminal)
     reporter.log({"step": 1, "reward/mean": 0.5})
     reporter.close()
     assert "quickstart, 36 steps" in terminal.getvalue()
@@ -66,7 +66,7 @@ def test_elsewhere_the_output_is_lines_without_codes_of_a_terminal(where, tmp_pa
     if where == "a cell of Jupyter":
         monkeypatch.setenv("JPY_PARENT_PID", "1")
     output = Terminal() if where == "a cell of Jupyter" else StringIO()
-    reporter = Reporter(tmp_path, CONFIG, "quickstart", 36, stream=output)
+    reporter = Reporter(tmp_path, CONFIG, "quickstart", 36, keys={}, stream=output)
     reporter.progress("batch 1: 3/16 groups")
     reporter.log({"step": 1, "reward/mean": 0.5})
     reporter.close()
@@ -74,18 +74,18 @@ def test_elsewhere_the_output_is_lines_without_codes_of_a_terminal(where, tmp_pa
 
 
 def test_files_of_another_run_are_not_continued(tmp_path: Path):
-    Reporter(tmp_path, CONFIG, "quickstart", 36, stream=StringIO()).close()
+    Reporter(tmp_path, CONFIG, "quickstart", 36, keys={}, stream=StringIO()).close()
     with pytest.raises(FileExistsError):
-        Reporter(tmp_path, CONFIG, "quickstart", 36, stream=StringIO())
+        Reporter(tmp_path, CONFIG, "quickstart", 36, keys={}, stream=StringIO())
 
 
 def test_a_rollback_takes_lines_out_of_the_record_and_is_a_note_elsewhere(tmp_path: Path):
-    first = Reporter(tmp_path, CONFIG, "quickstart", 36, stream=StringIO())
+    first = Reporter(tmp_path, CONFIG, "quickstart", 36, keys={}, stream=StringIO())
     for step in range(4):
         first.log({"step": step})
     first.close()
     output = StringIO()
-    reporter = Reporter(tmp_path, CONFIG, "quickstart", 48, go_on=True, stream=output)
+    reporter = Reporter(tmp_path, CONFIG, "quickstart", 48, go_on=True, keys={}, stream=output)
     reporter.roll_back(1, undone_by=1)
     reporter.log({"step": 2, "reward/mean": 0.5})
     reporter.close()
@@ -98,7 +98,7 @@ def test_a_rollback_takes_lines_out_of_the_record_and_is_a_note_elsewhere(tmp_pa
 def test_lines_that_were_never_written_are_shown_once_they_are_put_in(tmp_path: Path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n{"step": 1, "rew')
     output = StringIO()
-    reporter = Reporter(tmp_path, CONFIG, "quickstart", 36, go_on=True, stream=output)
+    reporter = Reporter(tmp_path, CONFIG, "quickstart", 36, go_on=True, keys={}, stream=output)
     reporter.roll_back(1, undone_by=1, missing=[{"step": 1, "reward/mean": 0.25}])
     reporter.amend({"eval/accuracy": 0.75})
     reporter.close()

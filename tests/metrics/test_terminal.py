@@ -6,8 +6,10 @@ import pytest
 from rich.console import Console
 
 from asyncdapo.metrics.progress import COLUMNS
+from asyncdapo.metrics.sparkline import sparkline
 from asyncdapo.metrics.terminal import NUM_RECENT_STEPS, LiveTable, terminal_of
-from tests.metrics.accounts_of import lost_to
+from asyncdapo.metrics.verdict.advice import KEYS
+from tests.metrics.accounts_of import lines_of, lost_to
 
 
 @pytest.fixture
@@ -15,9 +17,9 @@ def terminal() -> StringIO:
     return StringIO()
 
 
-def live_table(terminal: StringIO, times_s: list[float], width: int = 140) -> LiveTable:
-    console = Console(file=terminal, force_terminal=True, width=width, height=40, color_system=None)
-    return LiveTable(console, "quickstart", 36, now=lambda: times_s[0])
+def live_table(terminal: StringIO, times_s: list[float], width: int = 140, height: int = 40) -> LiveTable:
+    console = Console(file=terminal, force_terminal=True, width=width, height=height, color_system=None)
+    return LiveTable(console, "quickstart", 36, dict.fromkeys(KEYS, 2.0), now=lambda: times_s[0])
 
 
 def last_picture(terminal: StringIO) -> str:
@@ -75,7 +77,7 @@ def drawn(terminal: StringIO, width: int, line: dict[str, float]) -> tuple[set[s
     live = live_table(terminal, [0.0], width)
     live.log(line)
     live.close()
-    *headings, row = last_picture(terminal).replace("\x1b[?25h", "").rstrip().splitlines()[1:]
+    *headings, row = last_picture(terminal).replace("\x1b[?25h", "").partition("verdict")[0].rstrip().splitlines()[1:]
     return {word for heading in headings for word in heading.split()}, row.split()
 
 
@@ -96,7 +98,7 @@ def test_a_column_that_no_step_has_a_number_for_is_left_out(terminal: StringIO):
     assert (headings, row) == ({"step", "reward"}, ["1", "0.500"])
 
 
-def test_below_the_table_stands_how_far_the_step_is_and_how_long_the_rest_takes(terminal: StringIO):
+def test_a_step_s_progress_stands_below_the_table_and_the_time_left_above_it(terminal: StringIO):
     live = live_table(terminal, [0.0])
     live.progress("batch 1: 3/16 groups")
     live._live.refresh()
@@ -104,7 +106,29 @@ def test_below_the_table_stands_how_far_the_step_is_and_how_long_the_rest_takes(
     live.log({"step": 6, "time/step_s": 20.0})
     live.progress("batch 7: 7/16 groups")
     live._live.refresh()
-    assert last_picture(terminal).endswith("batch 7: 7/16 groups, about 10:00 left")
+    assert last_picture(terminal).startswith(", 36 steps, about 10:00 left")
+    assert last_picture(terminal).endswith("batch 7: 7/16 groups")
+    live.close()
+
+
+def test_on_80_by_24_everything_has_room_but_the_older_steps(terminal: StringIO):
+    live = live_table(terminal, [0.0], width=80, height=24)
+    for line in lines_of(20, loop={"wait": 0.1, "train": 0.9}, workers={"generate": 0.5, "lease": 0.5}):
+        live.log(LINE | {"reward/mean": line["step"] / 100} | line | lost_to("learner", 0.4))
+    live.progress("batch 21: 7/16 groups")
+    live.status("controller waits for learner: train step 20, and much else of which there is a lot to say here")
+    live._live.refresh()
+    picture = last_picture(terminal)
+    lines = picture.splitlines()
+    assert len(lines) <= 23
+    assert all(len(line) <= 80 for line in lines)
+    assert f"{sparkline(range(21), 50)}  0.010 → 0.210" in picture
+    said = " ".join(picture.split())
+    assert "verdict learner-bound, 40% of the time is lost: workers get no lease" in said
+    assert "raise learner.tokens_per_microbatch from 2 to 4" in said
+    assert said.endswith("a lot to say here 0 s")
+    assert {"0.200", "0.210"} < set(said.split())
+    assert "0.090" not in said
     live.close()
 
 

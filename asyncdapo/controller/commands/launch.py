@@ -20,6 +20,7 @@ from asyncdapo.controller.loop.run import Controller
 from asyncdapo.controller.process.reaper import reaper
 from asyncdapo.errors import EXIT_INTERRUPTED, RunError, UserError
 from asyncdapo.metrics.reporter import Reporter
+from asyncdapo.metrics.verdict.advice import keys_in_force
 
 
 def launch(config: Config, resume: Resume) -> int:
@@ -31,7 +32,13 @@ def launch(config: Config, resume: Resume) -> int:
 def _launch_watched(config: Config, resume: Resume) -> int:
     started, run_dir = time.monotonic(), Path(config.run.dir)
     reporter = Reporter(
-        run_dir, config.metrics, config.run.name, config.run.steps, go_on=not resume.new, settings=to_dict(config)
+        run_dir,
+        config.metrics,
+        config.run.name,
+        config.run.steps,
+        go_on=not resume.new,
+        keys=keys_in_force(config),
+        settings=to_dict(config),
     )
     faults.install("controller", config.faults, run_dir)
     controller = Controller(config, resume, reporter, started)

@@ -22,8 +22,8 @@ from rich.table import Table
 from rich.text import Text
 
 from asyncdapo.controller.watch.run_state import FINISHED, RUNNING, RunState
-from asyncdapo.controller.watch.sparkline import sparkline
 from asyncdapo.metrics.progress import clock, percent, thousands
+from asyncdapo.metrics.sparkline import sparkline
 
 PROCESSES_FROM = (100, 32)
 """Width and height from which there is room for the table of processes."""

@@ -7,7 +7,7 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asyncdapo.controller.watch.sparkline import BARS, sparkline
+from asyncdapo.metrics.sparkline import BARS, sparkline
 
 NUMBERS = st.lists(st.floats(-1e9, 1e9) | st.just(math.nan), max_size=200)
 
