@@ -19,3 +19,6 @@ class MetricsConfig:
     samples_every: NonNegativeInt = 0
     """Train steps from one table of samples at W&B to the next: up to 8 completions of the step's batch, prompts and
     texts included. 0 is none."""
+    keep_samples: NonNegativeInt = 2
+    """Groups of each batch whose tokens stay in RUN_DIR/samples when replay frees its payloads, for the page of
+    `asyncdapo watch --web`. A token takes 8 bytes. 0 is none."""

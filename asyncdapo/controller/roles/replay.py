@@ -24,6 +24,7 @@ from asyncdapo.prompts.stream import PromptStream
 from asyncdapo.replay.core.recovery import Recovered
 from asyncdapo.replay.core.state import ReplayState
 from asyncdapo.replay.ledger.journal import Journal
+from asyncdapo.replay.ledger.kept import keep_samples
 from asyncdapo.replay.server.server import ReplayServer
 from asyncdapo.replay.server.sessions import LOST_TICKS
 from asyncdapo.replay.server.settings import ServerSettings
@@ -132,6 +133,9 @@ class ReplayProcess(ProcessBase):
         """Batch `step` is trained on. Returns replay's metrics of the step."""
         metrics = await self.server.trained(step, summary)
         self.span_file.write(states=self.server.take_spans())
+        num_samples = 0 if self.config.replay.keep_payloads else self.config.metrics.keep_samples
+        if num_samples:
+            await asyncio.to_thread(keep_samples, Path(self.config.run.dir), step, num_samples)
         return metrics
 
     async def samples(self, step: int) -> list[Sample]:

@@ -1,7 +1,8 @@
 """Pages of the ledger: the groups of a step, a group, a completion token by token.
 
 In: a run directory, and what is asked for. Out: plain values for JSON. Each page reads its own rows by an index and its
-own record of the payloads, so the size of the ledger doesn't matter. Tokens are there as long as their payload is kept.
+own record of the payloads, so the size of the ledger doesn't matter. Tokens are there as long as their payload is
+kept, and those of a few groups of each batch for good (`metrics.keep_samples`).
 Does not own: how it is shown (page.js).
 """
 
@@ -15,7 +16,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from asyncdapo.messages import Group
-from asyncdapo.replay.ledger.ledger import is_begun, open_ledger, read_group
+from asyncdapo.replay.ledger.kept import places_of, read_kept
+from asyncdapo.replay.ledger.ledger import is_begun, open_ledger
 from asyncdapo.transport.payload import ContextTokens, Payload, expand
 
 GROUPS = """
@@ -37,16 +39,18 @@ class Speller(Protocol):
 
 
 def groups_of(run_dir: Path, step: int) -> list[dict[str, Any]]:
-    """The groups in the batch of a step, by prompt."""
+    """The groups in the batch of a step, by prompt. Raises BadRecord for a damaged file."""
     if not is_begun(run_dir):
         return []
     with closing(open_ledger(run_dir)) as ledger:
-        return [dict(row) for row in ledger.execute(GROUPS, (step,))]
+        rows = [dict(row) for row in ledger.execute(GROUPS, (step,))]
+    samples = places_of(run_dir, step)
+    return [row | {"kept": bool(row["kept"] or row["group_id"] in samples)} for row in rows]
 
 
 def group_page(run_dir: Path, group_id: int, tokenizer: Speller) -> dict[str, Any]:
     """Its prompt, and what is known of each completion. Raises LookupError or BadRecord if it can't be read."""
-    group, payload = read_group(run_dir, group_id)
+    group, payload = read_kept(run_dir, group_id)
     return {
         "prompt_id": group.prompt_id,
         "prompt": tokenizer.spell(payload.prompt_ids.tolist()),
@@ -66,7 +70,7 @@ def group_page(run_dir: Path, group_id: int, tokenizer: Speller) -> dict[str, An
 def completion_page(run_dir: Path, group_id: int, sample: int, tokenizer: Speller) -> list[dict[str, Any]]:
     """The pieces of a completion in order: mostly a token each, several where only together they are whole characters.
     Of one that was observed, log-prob and version are None. Raises LookupError or BadRecord if it can't be read."""
-    group, payload = read_group(run_dir, group_id)
+    group, payload = read_kept(run_dir, group_id)
     if not 0 <= sample < len(group.completions):
         raise LookupError(f"group {group_id} has completions 0 to {len(group.completions) - 1}, not {sample}")
     return [piece for context in _contexts(group, payload, sample) for piece in _pieces(context, tokenizer)]

@@ -141,6 +141,12 @@ def encode_record(group: Group, payload: Payload) -> bytes:
     return b"".join((MARK, sizes, _HEADER_SIZE.pack(crc32(header, crc32(sizes))), header, buffers))
 
 
+def read_bytes(folder: Path, place: Place) -> bytes:
+    """A record as it is. Raises BadRecord if the file lacks some of it."""
+    with _opened(folder, place) as file:
+        return file.read(place.num_bytes)
+
+
 def read_record(folder: Path, place: Place) -> tuple[Group, Payload]:
     """Header and buffers (views on the bytes read) of a group. Raises BadRecord if they aren't as they were written, as
     far as checksums show."""

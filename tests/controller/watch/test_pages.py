@@ -45,7 +45,7 @@ def test_a_step_leads_to_its_groups_and_each_to_its_tokens(tmp_path: Path) -> No
     run_dir = finished_run(tmp_path)
     groups = groups_of(run_dir, 1)
     assert len(groups) == 2
-    assert all(row["kept"] == 1 and row["completions"] == 2 for row in groups)
+    assert all(row["kept"] and row["completions"] == 2 for row in groups)
     page = group_page(run_dir, groups[0]["group_id"], Bytes())
     assert page["prompt_id"] == groups[0]["prompt_id"]
     assert {each["reward"] for each in page["completions"]} == {1.0, -1.0}
