@@ -84,8 +84,11 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("overrides", metavar="key=value", nargs="*", help="keys to change: run.steps=10")
         command.set_defaults(command=function)
     audit = commands.add_parser("audit", help="check every promise of a run from its files alone")
-    audit.add_argument("run_dir", metavar="RUN_DIR", type=Path)
-    audit.set_defaults(command=_audit)
+    sync = commands.add_parser("sync", help="upload to W&B what a run without login or network has kept for it")
+    report = commands.add_parser("report", help="make a report of a run at W&B: verdict, alarms, results, curves")
+    for command, function in ((audit, _audit), (sync, _sync), (report, _report)):
+        command.add_argument("run_dir", metavar="RUN_DIR", type=Path)
+        command.set_defaults(command=function)
     _add_data(commands)
     _add_eval(commands)
     _add_env(commands)
@@ -328,6 +331,18 @@ def _watch(args: argparse.Namespace) -> int:
     from asyncdapo.controller.watch.watch import watch
 
     return watch(args.run_dirs)
+
+
+def _sync(args: argparse.Namespace) -> int:
+    from asyncdapo.controller.commands.sync import sync
+
+    return sync(args.run_dir)
+
+
+def _report(args: argparse.Namespace) -> int:
+    from asyncdapo.controller.commands.report import report
+
+    return report(args.run_dir)
 
 
 if __name__ == "__main__":

@@ -71,8 +71,10 @@ def _of_another_kind(name: str, cls: type, given: Mapping[str, Any], error: str)
         return ConfigError(f"{name}.{key}", "is missing", fix=fix)
     if "`str` of length" in problem:
         return ConfigError(f"{name}.{key}", "is empty", fix=fix)
-    if get_origin(hint) is Literal:
-        expected = f"must be one of {', '.join(map(str, get_args(hint)))}"
+    kind = get_args(hint)[0] if get_origin(hint) is tuple and "enum" in problem else hint
+    if get_origin(kind) is Literal:
+        of = "must be one of" if kind is hint else "each must be one of"
+        expected = f"{of} {', '.join(map(str, get_args(kind)))}"
     elif ", got" in problem:
         expected = problem[0].lower() + problem[1:].split(", got")[0]
     else:

@@ -60,9 +60,12 @@ class MetricsFile:
         self._rewrite(lines)
         return self.last_line
 
-    def roll_back(self, step: int, undone_by: int, missing: Iterable[Mapping[str, float]] = ()) -> list[dict]:
+    def roll_back(
+        self, step: int, undone_by: int, missing: Iterable[Mapping[str, float]] = ()
+    ) -> tuple[list[int], list[dict]]:
         """Move the lines past `step` to metrics.undone.jsonl, signed by the branch that undoes them, and put in the
-        `missing` ones of earlier steps that have none. Returns those that were put in."""
+        `missing` ones of earlier steps that have none. Returns the steps that were undone and the lines that were put
+        in, in order."""
         lines, _ = whole_lines(self._run_dir)
         undone = [line for line in lines if line["step"] > step]
         kept = {line["step"]: line for line in lines if line["step"] <= step}
@@ -72,7 +75,7 @@ class MetricsFile:
             logger.info("lines after step %d moved to %s", step, UNDONE_NAME)
         lines = [*kept.values(), *map(_to_record, put_in)]
         self._rewrite(sorted(lines, key=lambda line: line["step"]))
-        return put_in
+        return [int(line["step"]) for line in undone], put_in
 
     def close(self) -> None:
         self._file.close()

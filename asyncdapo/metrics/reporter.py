@@ -1,15 +1,15 @@
 """Reporter: everything a run shows, behind one object that the controller owns.
 
                      ┌▶ metrics.jsonl          one line a step, the record
-    log(metrics) ────┼▶ W&B                    the same names
+    log(metrics) ────┼▶ sinks                  W&B and others: the same names, each in a thread of its own
                      ├▶ run.log                one line a step
     status(text) ────┤
     note(text)   ────┤
     progress(text)   └▶ standard output        live on a terminal, lines elsewhere, without progress
 
 Log records of the stages' loggers, and warnings of all others, become notes. A rollback removes lines from
-metrics.jsonl. Elsewhere it is a note, and what was shown before stays. Invariant: a step is in metrics.jsonl before it
-is shown anywhere else. Does not own: what is measured, and when.
+metrics.jsonl. Sinks mark the steps; elsewhere it is a note, and what was shown before stays. Invariant: a step is in
+metrics.jsonl before it is shown anywhere else, and no call waits for a sink. Does not own: what is measured, and when.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ from asyncdapo.metrics.config import MetricsConfig
 from asyncdapo.metrics.jsonl import MetricsFile
 from asyncdapo.metrics.progress import ProgressLines
 from asyncdapo.metrics.samples import Sample
+from asyncdapo.metrics.sinks.opening import check_sinks, open_sinks
+from asyncdapo.metrics.sinks.sink import close_all
 from asyncdapo.metrics.terminal import LiveTable, terminal_of
 from asyncdapo.metrics.verdict.advice import Keys
-from asyncdapo.metrics.wandb_log import WandbLog, choose_mode
 
 LOG_FILE = "run.log"
 STAGES = ("prompts", "rollout", "reward", "filter", "replay", "learner", "weights", "eval", "controller", "metrics")
@@ -34,10 +35,10 @@ STAGES = ("prompts", "rollout", "reward", "filter", "replay", "learner", "weight
 
 
 class Reporter:
-    """Opens the files of RUN_DIR, which exists; with `go_on` those of a run that is resumed. `settings` is shown by W&B
-    beside the curves, `keys` are those that a verdict may advise to change.
+    """Opens the files of RUN_DIR, which exists; with `go_on` those of a run that is resumed. `settings` are what sinks
+    show beside the curves, `keys` those that a verdict may advise to change.
 
-    Raises ConfigError for `metrics.wandb: online` without a login."""
+    Raises ConfigError for a sink that can't be opened here."""
 
     def __init__(
         self,
@@ -51,17 +52,15 @@ class Reporter:
         settings: Mapping[str, Any] | None = None,
         stream: TextIO | None = None,
     ) -> None:
-        mode = choose_mode(config)
+        check_sinks(config)
         self._run_log = (run_dir / LOG_FILE).open("a", encoding="utf-8")
         self._views = [
             ProgressLines(self._run_log, total_steps),
             _open_view(stream or sys.stdout, name, total_steps, keys),
         ]
         self._file = MetricsFile(run_dir, go_on=go_on)
-        self._uploads: list[WandbLog] = []
-        if mode != "disabled":
-            self._uploads.append(WandbLog(run_dir, config, mode, name, settings or {}))
         self._handler = listen(self)
+        self._sinks = open_sinks(run_dir, config, name, settings or {})
         if self._file.num_torn:
             self.note(f"metrics: lines of metrics.jsonl that can't be read and are left out: {self._file.num_torn}")
 
@@ -72,8 +71,8 @@ class Reporter:
 
     def show_samples(self, samples: Sequence[Sample]) -> None:
         """Completions of one step to look at."""
-        for upload in self._uploads if samples else ():
-            upload.log_samples(samples)
+        for sink in self._sinks if samples else ():
+            sink.show_samples(samples)
 
     def amend(self, metrics: Mapping[str, float]) -> None:
         """Add metrics to the step that was logged last."""
@@ -82,12 +81,15 @@ class Reporter:
     def roll_back(self, step: int, undone_by: int, missing: Iterable[Mapping[str, float]] = ()) -> None:
         """Undo the lines after `step`, in the name of the branch that undoes them. The next line logged is of a later
         step. `missing`: lines of earlier steps; each is added if its step has no line yet."""
-        for line in self._file.roll_back(step, undone_by, missing):
+        undone, put_in = self._file.roll_back(step, undone_by, missing)
+        for sink in self._sinks if undone else ():
+            sink.mark_undone(undone, undone_by)
+        for line in put_in:
             self._show(line)
 
     def _show(self, line: Mapping[str, float]) -> None:
-        for sink in (*self._uploads, *self._views):
-            sink.log(line)
+        for shown in (*self._sinks, *self._views):
+            shown.log(line)
 
     def status(self, text: str) -> None:
         """What the run does or waits for now, until the next step is logged."""
@@ -105,11 +107,10 @@ class Reporter:
             view.note(text)
 
     def close(self) -> None:
-        """Finish all files, and leave the last state on the terminal. Raises RunError if W&B has failed."""
+        """Finish all files, and leave the last state on the terminal."""
         try:
             self._file.close()
-            for upload in self._uploads:
-                upload.close()
+            close_all(self._sinks)
         finally:
             logging.getLogger().removeHandler(self._handler)
             for view in self._views:

@@ -1,7 +1,7 @@
 """Samples: completions of a train step for people to read, as a table.
 
 In: a few completions of a batch. Out: rows of a table, whose long texts are cut. Does not own: which completions (the
-replay process), where the table is shown (`wandb_log`).
+replay process), where the table is shown (`sinks/`).
 """
 
 from __future__ import annotations
@@ -46,6 +46,17 @@ class Sample:
         if len(self.parts) == 1:
             return self.parts[0][1]
         return "\n".join(f"[{SPEAKERS[sampled]}]\n{text}" for sampled, text in self.parts)
+
+
+def as_markdown(samples: Sequence[Sample]) -> str:
+    """A table, whose texts are code: nothing in them is read as markup. At least one sample."""
+    rows = [COLUMNS, ["---"] * len(COLUMNS), *(map(_cell, sample.row()) for sample in samples)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _cell(value: str | int | float) -> str:
+    """A line of code cannot hold a line break, nor a cell its border."""
+    return f"`{str(value).translate({10: '⏎', 96: 'ˋ', 124: '¦'})}`"
 
 
 def cut(text: str) -> str:

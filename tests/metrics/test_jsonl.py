@@ -89,7 +89,7 @@ def test_a_line_in_which_the_writer_died_is_left_out(tmp_path: Path):
 def test_a_rollback_moves_later_lines_word_for_word_and_the_file_continues_after_them(tmp_path: Path):
     file = write_steps(tmp_path, 0, 1, 2, 3, 4)
     former = lines_of(tmp_path)
-    assert file.roll_back(2, undone_by=1) == []
+    assert file.roll_back(2, undone_by=1) == ([3, 4], [])
     assert lines_of(tmp_path) == former[:3]
     assert lines_of(tmp_path, "metrics.undone.jsonl") == [
         line.replace("}", ', "undone_by": 1}') for line in former[3:]
@@ -124,7 +124,7 @@ def test_lines_that_a_power_cut_spoiled_are_left_out_and_may_be_put_in_again(tmp
     file = MetricsFile(tmp_path, go_on=True)
     assert file.num_torn == 1
     known = [{"step": step, "replay/trained_groups": 4} for step in (1, 2, 3)]
-    assert file.roll_back(2, undone_by=1, missing=known) == [{"step": 1, "replay/trained_groups": 4}]
+    assert file.roll_back(2, undone_by=1, missing=known) == ([], [{"step": 1, "replay/trained_groups": 4}])
     file.close()
     assert lines_of(tmp_path) == [lines[0], '{"step": 1, "replay/trained_groups": 4}', lines[2]]
 

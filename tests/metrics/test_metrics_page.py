@@ -9,14 +9,10 @@ from pathlib import Path
 
 from asyncdapo.metrics.curve import PANELS
 from asyncdapo.metrics.progress import COLUMNS
+from tests.metrics.documented import METRIC, PREFIXES, UNITS
 
 ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "docs" / "metrics.md").read_text()
-
-PREFIXES = "time|prompts|rollout|reward|filter|replay|learner|weights|eval|controller|environment|verdict"
-METRIC = re.compile(rf"(?:{PREFIXES})/(?:time/)?[a-z0-9_]*[a-z0-9](?:@K)?")
-
-DOCUMENTED = set(re.findall(rf"^\| `({METRIC.pattern})` \|", PAGE, re.MULTILINE))
+DOCUMENTED = set(UNITS)
 
 
 @cache

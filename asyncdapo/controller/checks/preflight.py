@@ -34,7 +34,7 @@ from asyncdapo.disk import LockedError, lock_file, replace_file
 from asyncdapo.environment.trial import try_environment
 from asyncdapo.errors import ConfigError, EpisodeError, RunError
 from asyncdapo.learner.model.compiler import check_compiler
-from asyncdapo.metrics.wandb_log import choose_mode
+from asyncdapo.metrics.sinks.opening import check_sinks
 from asyncdapo.model.location import check_model_path, check_tokenizer_path
 from asyncdapo.plugins import absolute_plugin, is_plugin
 from asyncdapo.prompts.registry import open_task
@@ -86,7 +86,7 @@ def check_config(config: Config) -> None:
     check_reward(config)
     check_reference(config)
     check_files(config)
-    choose_mode(config.metrics)
+    check_sinks(config.metrics)
     task = open_task(config.prompts, num_eval=config.eval.num_held_out, seed=config.run.seed)
     check_prompts(config, task)
     check_environment(config, task)

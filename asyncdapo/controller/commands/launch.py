@@ -8,7 +8,6 @@ the checks before it (`preflight`), the run itself (`run`).
 from __future__ import annotations
 
 import shutil
-import sys
 import time
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from asyncdapo.controller.checks.resume import Resume
 from asyncdapo.controller.fleet.ending import run_on_ray
 from asyncdapo.controller.loop.run import Controller
 from asyncdapo.controller.process.reaper import reaper
-from asyncdapo.errors import EXIT_INTERRUPTED, RunError, UserError
+from asyncdapo.errors import EXIT_INTERRUPTED, UserError
 from asyncdapo.metrics.reporter import Reporter
 from asyncdapo.metrics.verdict.advice import keys_in_force
 
@@ -48,18 +47,9 @@ def _launch_watched(config: Config, resume: Resume) -> int:
         if controller.stopped:
             code = code or EXIT_INTERRUPTED
     except UserError:
-        _close(reporter)
+        reporter.close()
         if resume.new and not controller.leasing:
             shutil.rmtree(run_dir)  # nothing was sampled: the corrected command may have the directory
         raise
-    return _close(reporter) or code
-
-
-def _close(reporter: Reporter) -> int:
-    """Finish the files. Returns the exit code: 1 when the upload of the metrics has failed."""
-    try:
-        reporter.close()
-    except RunError as error:
-        print(f"asyncdapo: {error}", file=sys.stderr)
-        return 1
-    return 0
+    reporter.close()
+    return code
