@@ -14,6 +14,8 @@ Backend = Literal["gloo", "nccl", "ipc"]
 
 CPU = "cpu"
 ON = " on "
+HOST_ID = "NCCL_HOSTID"
+"""NCCL treats processes with different values of this variable as on different hosts, and lets them share a GPU."""
 
 
 def name_device(device: str, host: str) -> str:

@@ -1,36 +1,39 @@
 """Carriers: how buckets of bytes get from rank 0 of a connected process group to all others.
 
-    GroupCarrier     by broadcasts of the group: over a network, or NCCL
-    SharedCarrier    through two blocks of memory that all ranks map; only short notices go through the group
+    BroadcastCarrier    by broadcasts of NCCL, which knows the links between GPUs and machines
+    RelayCarrier        through memory within a host, over the network from host to host (`route`)
 
 In: buckets. Rank 0 sends from its two `buffers`, in turn; the other ranks pass buckets to fill. Out: the same bytes at
 every rank. Invariants: at most two buckets are on their way. Either pipeline (`carry(n+1)` before `wait(n)`) or issue
 all carries first; every rank does the same. When `wait` returns, rank 0 may reuse the buffer, and the others have
 their bytes. Every failure is the group's error, within the deadline. Does not own: what the bytes mean.
 
-    rank 0                                   the others
-    bucket into block 0, word (0, size) ───▶ word is there: copy block 0
-    bucket into block 1, word (1, size) ───▶ …
-    block 0 is free          ◀────────────── roll call: copied
+    rank 0, or a leader              the other ranks of its host          the leader of the next host
+    bucket into block 0, notice ───▶ notice: copy block 0
+    the bucket's bytes ─────────────────────────────────────────────────▶ as on the left, and copy
+    bucket into block 1, notice ───▶ …
+    block 0 is free    ◀──────────── copied
 
 Shape: U bytes (uint8).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import lru_cache, partial
+from struct import Struct
 from typing import Protocol
 
-import msgspec
 import torch
 
 from asyncdapo.transport.deadline import Deadline
-from asyncdapo.transport.process_group import ROOT, Collective, ProcessGroup
+from asyncdapo.transport.process_group import Collective, ProcessGroup
+from asyncdapo.transport.route import Route
 from asyncdapo.transport.shared_memory import Block, make_block, open_block
 
-NOTE = "memory"
-"""Key in the group's store under which rank 0 leaves the blocks' handles."""
+NOTICE = Struct("<qq1008s")
+"""Of a bucket: its bytes, and the handle of the block in which it is, with its length."""
 
 
 class Transfer(Protocol):
@@ -62,16 +65,17 @@ class Carrier(Protocol):
         it."""
         ...
 
+    def close(self) -> None:
+        """Forget what is on its way; the group is closed."""
 
-class GroupCarrier:
+
+class BroadcastCarrier:
     """Every bucket is a broadcast."""
 
     def __init__(self, group: ProcessGroup) -> None:
         self._group = group
 
     def buffers(self, num_bytes: int) -> list[Block]:
-        if self.device.type == "cpu":
-            return [make_block(num_bytes, self.device) for _ in range(2)]
         return [Block(torch.zeros(num_bytes, dtype=torch.uint8, device=self.device)) for _ in range(2)]
 
     def reaches(self, device: torch.device) -> bool:
@@ -84,83 +88,108 @@ class GroupCarrier:
     def carry(self, bucket_U: torch.Tensor, deadline: Deadline) -> Transfer:
         return self._group.broadcast(bucket_U, deadline)
 
+    def close(self) -> None:
+        """Nothing is kept here."""
 
-class SharedCarrier:
-    """Every bucket is in memory that rank 0 has made on `device`: the host, or the GPU that all ranks share."""
 
-    def __init__(self, group: ProcessGroup, device: torch.device) -> None:
-        self._group, self._device = group, device
-        self._made: list[Block] = []
-        """At rank 0: both blocks, once `buffers` was called."""
+class RelayCarrier:
+    """Each rank hears of a bucket from one other rank, and passes it on. Blocks are on `device`: the host, or the GPU
+    that all ranks share."""
+
+    def __init__(self, group: ProcessGroup, route: Route, device: torch.device) -> None:
+        self._group, self._route, self._device = group, route, device
+        self._blocks = [Block(torch.empty(0, dtype=torch.uint8))] * 2
+        """What the other ranks of this host read, the one to fill next first."""
+        self._passing: list[Collective] = []
+        """What tells other ranks of the bucket before last, and brings it to them."""
+        self._open = lru_cache(2)(partial(open_block, device=device))
 
     def buffers(self, num_bytes: int) -> list[Block]:
         try:
-            self._made = [make_block(num_bytes, self._device) for _ in range(2)]
+            self._blocks = [make_block(num_bytes, self._device) for _ in range(2)]
         except OSError as error:
             raise self._group.error(f"the memory of rank 0 can't be shared: {error}") from error
-        self._group.post(NOTE, msgspec.msgpack.encode([block.handle for block in self._made]))
-        return self._made
+        return list(self._blocks)
 
     def reaches(self, device: torch.device) -> bool:
-        return True
+        return not self._route.leads or device.type == "cpu"
 
     @property
     def device(self) -> torch.device:
         return self._device
 
     def carry(self, bucket_U: torch.Tensor, deadline: Deadline) -> Transfer:
-        if self._group.rank == ROOT:
-            self.settle()
-            number = [block.bytes_U.data_ptr() for block in self._made].index(bucket_U.data_ptr())
-            word = torch.tensor([number, len(bucket_U)])
-            return Offer(self._group, self._group.broadcast(word, deadline), deadline)
-        word = torch.zeros(2, dtype=torch.int64)
-        return Fetch(self, self._group, word, self._group.broadcast(word, deadline), bucket_U, deadline)
+        source = self._route.source
+        if source is None:
+            [block] = [block for block in self._blocks if block.bytes_U.data_ptr() == bucket_U.data_ptr()]
+            self._synchronize()
+            return Relay(self._passed_on(bucket_U, block, deadline))
+        self._finish_passing()
+        if self._route.leads:
+            arriving = self._group.receive(bucket_U, source, deadline)
+            return Relay([arriving], partial(self._pass_on, bucket_U, deadline))
+        notice_U = torch.zeros(NOTICE.size, dtype=torch.uint8)
+        heard = self._group.receive(notice_U, source, deadline)
+        return Relay([heard], partial(self._copy, notice_U, bucket_U, source, deadline))
 
-    @cached_property
-    def opened(self) -> list[Block]:
-        """Both blocks of rank 0. They exist once its first notice has arrived."""
-        handles = msgspec.msgpack.decode(self._group.read(NOTE))
+    def close(self) -> None:
+        self._passing = []
+
+    def _finish_passing(self) -> None:
+        """From then on the memory of the bucket before last may be written."""
+        passing, self._passing = self._passing, []
+        for collective in passing:
+            collective.wait()
+
+    def _pass_on(self, bucket_U: torch.Tensor, deadline: Deadline) -> None:
+        """At the leader of another host than rank 0's, once the bucket is here."""
+        block = self._blocks.pop(0)
+        if self._route.readers:
+            if len(block.bytes_U) < len(bucket_U):
+                block = make_block(len(bucket_U), self._device)
+            block.bytes_U[: len(bucket_U)].copy_(bucket_U)
+        self._blocks.append(block)
+        self._passing += self._passed_on(bucket_U, block, deadline)
+
+    def _passed_on(self, bucket_U: torch.Tensor, block: Block, deadline: Deadline) -> list[Collective]:
+        """Begin to send the bucket to the next host, and to tell the readers of this one, for whom it is in `block`.
+        They answer when they have copied it."""
+        group, route = self._group, self._route
+        passing = [] if route.next is None else [group.send(bucket_U, route.next, deadline)]
+        notice = NOTICE.pack(len(bucket_U), len(block.handle), block.handle)
+        for reader in route.readers:
+            notice_U = torch.frombuffer(bytearray(notice), dtype=torch.uint8)
+            passing += [group.send(notice_U, reader, deadline), group.receive(torch.zeros(1), reader, deadline)]
+        return passing
+
+    def _copy(self, notice_U: torch.Tensor, bucket_U: torch.Tensor, leader: int, deadline: Deadline) -> None:
+        """At a reader: copy the bucket of which the leader has told, and say so."""
+        num_bytes, handle_bytes, handle = NOTICE.unpack(notice_U.numpy())
+        if num_bytes != len(bucket_U):
+            raise self._group.error(f"a bucket of {num_bytes} bytes where {len(bucket_U)} were expected")
         try:
-            return [open_block(handle, self._device) for handle in handles]
+            block = self._open(handle[:handle_bytes])
         except OSError as error:
-            raise self._group.error(f"rank {self._group.rank} can't reach the memory of rank 0: {error}") from error
+            ranks = f"rank {self._group.rank} can't reach the memory of rank {leader}"
+            raise self._group.error(f"{ranks}: {error}") from error
+        bucket_U.copy_(block.bytes_U[:num_bytes])
+        self._synchronize()
+        self._passing.append(self._group.send(torch.zeros(1), leader, deadline))
 
-    def settle(self) -> None:
+    def _synchronize(self) -> None:
         """Wait for copies on the GPU: other processes can't see whether they are over."""
         if self._device.type == "cuda":
             torch.cuda.current_stream(self._device).synchronize()
 
 
 @dataclass(frozen=True)
-class Offer:
-    """At rank 0: a bucket for the others to copy."""
+class Relay:
+    """A bucket at one rank: what has to arrive there or elsewhere, and what follows from it."""
 
-    group: ProcessGroup
-    word: Collective
-    deadline: Deadline
-
-    def wait(self) -> None:
-        self.word.wait()
-        self.group.roll_call(self.deadline).wait()
-
-
-@dataclass(frozen=True)
-class Fetch:
-    """At the other ranks: a bucket that `wait` copies."""
-
-    carrier: SharedCarrier
-    group: ProcessGroup
-    word: torch.Tensor
-    told: Collective
-    bucket_U: torch.Tensor
-    deadline: Deadline
+    collectives: Sequence[Collective]
+    then: Callable[[], None] = lambda: None
 
     def wait(self) -> None:
-        self.told.wait()
-        number, num_bytes = self.word.tolist()
-        if num_bytes != len(self.bucket_U):
-            raise self.group.error(f"a bucket of {num_bytes} bytes where {len(self.bucket_U)} were expected")
-        self.bucket_U.copy_(self.carrier.opened[number].bytes_U[:num_bytes])
-        self.carrier.settle()
-        self.group.roll_call(self.deadline)  # only rank 0 waits for it
+        for collective in self.collectives:
+            collective.wait()
+        self.then()

@@ -30,7 +30,7 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, Store  # pyright: ignore[reportPrivateImportUsage] (torch documents them here)
 
 from asyncdapo.errors import RunError
-from asyncdapo.transport.backend import CPU, Backend, name_device
+from asyncdapo.transport.backend import CPU, HOST_ID, Backend, name_device
 from asyncdapo.transport.deadline import Deadline
 from asyncdapo.transport.store import POLL_S, DistantStore, GroupStore, HostedStore, split_address
 
@@ -44,7 +44,7 @@ class ProcessGroup:
     """The process group of one membership. Create it with `create_master` or `join`.
 
     `device`: where tensors have to be. `closed`: whether the group can no longer be used. Under `ipc` this is a Gloo
-    group, and a `carrier` uses shared memory beside it.
+    group, and a `carrier` uses shared memory beside it within a host.
     """
 
     purpose = "a process group"
@@ -125,14 +125,16 @@ class ProcessGroup:
             work = self._open_group().allreduce([tensor], options)
         self.wait(work, deadline)
 
-    def roll_call(self, deadline: Deadline) -> Collective:
-        """Start to tell rank 0 that this rank has reached this point. Rank 0 waits for all of them. Over Gloo."""
-        options = dist.GatherOptions()
-        options.rootRank, options.timeout = ROOT, deadline.left()
-        here = torch.zeros(1)
-        heard = [[torch.zeros(1) for _ in range(self.world_size)]] if self.rank == ROOT else []
-        with self._translated("start a roll call", deadline):
-            return Collective(self, self._open_group().gather(heard, [here], options), deadline)
+    def send(self, tensor: torch.Tensor, rank: int, deadline: Deadline) -> Collective:
+        """Start to send `tensor` to one rank, over Gloo. Don't change it until `Collective.wait` returns. What one rank
+        sends to another arrives in order."""
+        with self._translated(f"start to send to rank {rank}", deadline):
+            return Collective(self, self._open_group().send([tensor], rank, 0), deadline)
+
+    def receive(self, tensor: torch.Tensor, rank: int, deadline: Deadline) -> Collective:
+        """Start to fill `tensor` with the next one that this rank sends, of the same length, over Gloo."""
+        with self._translated(f"start to receive from rank {rank}", deadline):
+            return Collective(self, self._open_group().recv([tensor], rank, 0), deadline)
 
     def exchange(self, verdict: int, deadline: Deadline) -> list[int]:
         """Send an int64 to every rank. Returns the numbers of all, by rank."""
@@ -161,19 +163,8 @@ class ProcessGroup:
         with self._translated("transfer", deadline):
             if self.backend == "nccl":
                 _watch(work)
-            work.wait(deadline.left())
-
-    def post(self, key: str, value: bytes) -> None:
-        """Rank 0 leaves a note in the group's store, which it hosts."""
-        deadline = Deadline(self.timeout_s)
-        with self._translated("leave a note", deadline):
-            self._open_store().put(f"note/{key}", value, deadline)
-
-    def read(self, key: str) -> bytes:
-        """Read a note that rank 0 has left, or wait for it."""
-        deadline = Deadline(self.timeout_s)
-        with self._translated("read a note", deadline):
-            return self._open_store().get_all([f"note/{key}"], deadline)[0]
+            if not work.wait(deadline.left()):
+                raise RuntimeError("it was ended")
 
     def close(self) -> None:
         """Leave the group. Running collectives fail, here and at the other ranks. Gloo closes its connections once
@@ -222,7 +213,7 @@ def _watch(work: dist.Work) -> None:
 
 @dataclass(frozen=True)
 class Collective:
-    """A running broadcast or roll call."""
+    """A running broadcast, or one rank's part of a tensor's way to another."""
 
     group: ProcessGroup
     work: dist.Work
@@ -240,9 +231,10 @@ def numbered(device: torch.device) -> torch.device:
 
 def device_name(device: torch.device) -> str:
     """A unique name of the device, the same in every process of this host (`backend`). Containers that can't see each
-    other's processes count as separate hosts."""
+    other's processes count as separate hosts, and so do processes with different values of `HOST_ID`."""
     kind = CPU if device.type == "cpu" else f"cuda {torch.cuda.get_device_properties(device).uuid}"
-    return name_device(kind, f"{socket.gethostname()}/{os.stat('/proc/self/ns/pid').st_ino}")
+    host = f"{socket.gethostname()}/{os.stat('/proc/self/ns/pid').st_ino}"
+    return name_device(kind, "/".join([host, *filter(None, [os.environ.get(HOST_ID)])]))
 
 
 def _joined(rank: int) -> str:

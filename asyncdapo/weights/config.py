@@ -13,8 +13,8 @@ class WeightsConfig:
     """The broadcast of new weights from the learner to the rollout workers."""
 
     backend: Literal["auto", "gloo", "nccl", "ipc"] = "auto"
-    """How weights travel: `nccl` between GPUs, `ipc` (shared memory) between processes on one GPU or one machine,
-    `gloo` elsewhere. `auto` chooses, and the run says why."""
+    """How weights travel: `nccl` between GPUs; `ipc` through shared memory within a machine, or a GPU, and by Gloo from
+    machine to machine; `gloo` by Gloo to every worker. `auto` takes `nccl` or `ipc`, and the run says why."""
     bucket_mb: PositiveInt = 16
     """Largest piece of a broadcast in MiB. The learner holds two: it fills one while it sends the other. Where shards
     are on GPUs or on several machines, rank 0 holds a third at most, and each other rank its part of one."""

@@ -8,10 +8,11 @@ from hashlib import blake2b
 import torch
 
 from asyncdapo.errors import WeightsError
-from asyncdapo.transport.backend import Backend
-from asyncdapo.transport.carrier import Carrier, GroupCarrier, SharedCarrier
+from asyncdapo.transport.backend import Backend, host_of
+from asyncdapo.transport.carrier import BroadcastCarrier, Carrier, RelayCarrier
 from asyncdapo.transport.deadline import Deadline
 from asyncdapo.transport.process_group import ProcessGroup, device_name, numbered
+from asyncdapo.transport.route import route_of
 
 HOST = torch.device("cpu")
 
@@ -32,16 +33,20 @@ class WeightGroup(ProcessGroup):
         device: torch.device = HOST,
     ) -> None:
         """`device`: where this rank keeps its weights."""
-        super().__init__(address, rank, world_size, backend, timeout_s)
         self._own_device = numbered(device)
         self._carrier: Carrier | None = None
+        super().__init__(address, rank, world_size, backend, timeout_s)
 
     def connect(self, deadline: Deadline | None = None) -> None:
         deadline = deadline or Deadline(self.timeout_s)
         super().connect(deadline)
         own = weakref.proxy(self)  # no cycle: an old group's buffers and threads must go at once
-        shared = self.backend == "ipc"
-        self._carrier = SharedCarrier(own, self._common_device(deadline)) if shared else GroupCarrier(own)
+        self._carrier = BroadcastCarrier(own) if self.backend == "nccl" else self._relay(own, deadline)
+
+    def close(self) -> None:
+        super().close()
+        if self._carrier:
+            self._carrier.close()
 
     @property
     def carrier(self) -> Carrier:
@@ -49,8 +54,16 @@ class WeightGroup(ProcessGroup):
         assert self._carrier is not None, "the group is not connected"
         return self._carrier
 
-    def _common_device(self, deadline: Deadline) -> torch.device:
-        """The GPU that all ranks share, else the host. Every rank finds the same."""
-        name = device_name(self._own_device).encode()
-        words = self.exchange(int.from_bytes(blake2b(name, digest_size=7).digest()), deadline)
-        return self._own_device if len(set(words)) == 1 else HOST
+    def _relay(self, own: ProcessGroup, deadline: Deadline) -> RelayCarrier:
+        """By way of the ranks' hosts. Memory is shared on the GPU that all ranks have, else on each host. Without `ipc`
+        every rank counts as a host."""
+        name = device_name(self._own_device)
+        rows = self.exchange_rows([_word(host_of(name)), _word(name)], deadline)
+        hosts, devices = zip(*rows, strict=True)
+        route = route_of(self.rank, hosts if self.backend == "ipc" else range(self.world_size))
+        return RelayCarrier(own, route, self._own_device if len(set(devices)) == 1 else HOST)
+
+
+def _word(name: str) -> int:
+    """Equal for equal names."""
+    return int.from_bytes(blake2b(name.encode(), digest_size=7).digest())

@@ -11,7 +11,7 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from asyncdapo.errors import WeightsError
-from asyncdapo.transport.backend import Backend
+from asyncdapo.transport.backend import HOST_ID, Backend
 from asyncdapo.transport.carrier import Carrier, Transfer
 from asyncdapo.transport.deadline import Deadline
 from asyncdapo.weights.group import WeightGroup
@@ -92,10 +92,16 @@ def members(count: int, life: type | None = None) -> Iterator[list[Member]]:
 
 
 def form_group(
-    joining: list[Member], timeout_s: float = 20.0, backend: Backend = "gloo", device: str = "cpu"
+    joining: list[Member],
+    timeout_s: float = 20.0,
+    backend: Backend = "gloo",
+    device: str = "cpu",
+    hosts: Sequence[str] = (),
 ) -> WeightGroup:
     """A connected group of this process (the learner) and the members, in the order of their ranks; all keep their
-    weights on `device`."""
+    weights on `device`. `hosts`: the members' own, as if they were on other machines than the learner."""
+    for member, host in zip(joining, hosts, strict=False):
+        assert member.do("set_environment", {HOST_ID: host}) is None
     group = WeightGroup.create_master("127.0.0.1", len(joining) + 1, backend, timeout_s, torch.device(device))
     for rank, member in enumerate(joining, start=1):
         member.start("join", group.address, rank, len(joining) + 1, backend, timeout_s, torch.device(device))
@@ -189,6 +195,9 @@ class FlippingCarrier:
 
     def carry(self, bucket_U: torch.Tensor, deadline: Deadline) -> Transfer:
         return FlippedTransfer(self.carrier.carry(bucket_U, deadline), bucket_U)
+
+    def close(self) -> None:
+        self.carrier.close()
 
 
 @dataclass(frozen=True)

@@ -22,15 +22,15 @@ def test_auto_takes_nccl_when_every_end_has_a_gpu_of_its_own():
     assert "GPU of its own" in reason
 
 
-def test_auto_takes_gloo_and_names_the_end_without_a_gpu():
+def test_auto_shares_memory_on_each_machine_and_names_the_end_without_a_gpu():
     backend, reason = choose_backend(WeightsConfig(), OWN_GPUS | {"rollout 1": "cpu on y"})
-    assert backend == "gloo"
-    assert "rollout 1 has no GPU" in reason
+    assert backend == "ipc"
+    assert reason == "shared memory on each of 2 machines, Gloo between them: rollout 1 has no GPU"
 
 
-def test_auto_takes_gloo_and_names_the_ends_that_share_a_gpu():
+def test_auto_shares_memory_on_each_machine_and_names_the_ends_that_share_a_gpu():
     backend, reason = choose_backend(WeightsConfig(), OWN_GPUS | {"rollout 2": "cuda A on x"})
-    assert backend == "gloo"
+    assert backend == "ipc"
     assert "learner and rollout 2 share" in reason
 
 
@@ -48,10 +48,6 @@ def test_auto_takes_shared_memory_on_one_machine_where_nccl_can_not_be(device: s
     assert "one machine, and" in reason
 
 
-def test_auto_takes_gloo_between_machines_without_gpu():
-    assert choose_backend(WeightsConfig(), {"learner": "cpu on x", "rollout 0": "cpu on y"})[0] == "gloo"
-
-
 def test_auto_with_no_worker_has_nothing_to_share():
     assert choose_backend(WeightsConfig(), {"learner": "cuda A on x"})[0] == "nccl"
 
@@ -62,29 +58,23 @@ def test_the_learners_ranks_never_sum_through_shared_memory():
     assert "learner and learner-1 share" in reason
 
 
-def test_what_the_user_names_is_taken(monkeypatch):
-    shared = {"learner": "cuda A on x", "rollout 0": "cuda A on x"}
+def test_what_the_user_names_is_taken():
     without_gpu = {"learner": "cpu on x", "rollout 0": "cpu on x"}
     assert choose_backend(WeightsConfig(backend="gloo"), OWN_GPUS)[0] == "gloo"
     assert choose_backend(WeightsConfig(backend="nccl"), OWN_GPUS)[0] == "nccl"
-    monkeypatch.setenv("NCCL_HOSTID", "learner")
-    assert choose_backend(WeightsConfig(backend="nccl"), shared)[0] == "nccl"
+    assert choose_backend(WeightsConfig(backend="ipc"), OWN_GPUS)[0] == "ipc"
     assert choose_backend(WeightsConfig(backend="ipc"), without_gpu)[0] == "ipc"
 
 
-def test_shared_memory_across_machines_is_a_configuration_error_that_names_both():
-    with pytest.raises(ConfigError, match="weights.backend: needs all ends on one machine, learner is on x and roll"):
-        choose_backend(WeightsConfig(backend="ipc"), OWN_GPUS)
-
-
 def test_nccl_without_a_gpu_is_a_configuration_error_that_names_the_end():
-    with pytest.raises(ConfigError, match="weights.backend: needs a GPU at every end, rollout 0 has none"):
+    with pytest.raises(ConfigError, match="weights.backend: needs a GPU of its own at every end: rollout 0 has no GPU"):
         choose_backend(WeightsConfig(backend="nccl"), {"learner": "cuda A on x", "rollout 0": "cpu on x"})
 
 
-def test_nccl_on_a_shared_gpu_is_a_configuration_error_that_names_who_shares_it(monkeypatch):
-    monkeypatch.delenv("NCCL_HOSTID", raising=False)
-    with pytest.raises(ConfigError, match="weights.backend: needs a GPU of its own .* learner and rollout 0 share"):
+def test_nccl_on_a_shared_gpu_is_a_configuration_error_that_names_who_shares_it():
+    with pytest.raises(
+        ConfigError, match="weights.backend: needs a GPU of its own at every end: learner and rollout 0 share"
+    ):
         choose_backend(WeightsConfig(backend="nccl"), {"learner": "cuda A on x", "rollout 0": "cuda A on x"})
 
 
@@ -92,6 +82,12 @@ def test_a_cpu_is_named_after_its_machine():
     name = device_name(torch.device("cpu"))
     assert is_cpu(name)
     assert host_of(name).startswith(socket.gethostname())
+
+
+def test_processes_with_host_ids_of_their_own_are_on_hosts_of_their_own(monkeypatch):
+    here = device_name(torch.device("cpu"))
+    monkeypatch.setenv("NCCL_HOSTID", "b")
+    assert host_of(device_name(torch.device("cpu"))) != host_of(here)
 
 
 def test_the_controller_can_plan_and_choose_without_torch():

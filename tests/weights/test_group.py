@@ -141,8 +141,9 @@ class Looked:
         self.num_looks += 1
         return self.num_looks == 3
 
-    def wait(self, timeout: object) -> None:
+    def wait(self, timeout: object) -> bool:
         self.waited_after = self.num_looks
+        return True
 
 
 def test_a_collective_of_nccl_is_looked_at_before_it_is_waited_for() -> None:

@@ -228,7 +228,7 @@ def test_a_plan_says_what_engine_and_learner_compute_in_on_the_devices_that_it_s
         (["model.path=./no/such/model"], None, "model.path: no such directory"),
         (["model.path=no such model"], None, "model.path: is neither a directory nor an id: Repo id must"),
         (["controller.placement=separate"], [1], "asks for 2 GPUs (1 learner rank, 1 engine), there is 1"),
-        (["weights.backend=nccl"], [0], "weights.backend: needs a GPU at every end, learner has none"),
+        (["weights.backend=nccl"], [0], "weights.backend: needs a GPU of its own at every end: learner has no GPU"),
         (["rollout.engine=vllm", "rollout.tensor_parallel=3"], None, "rollout.tensor_parallel: must divide the"),
     ],
 )

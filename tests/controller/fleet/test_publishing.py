@@ -80,15 +80,15 @@ def test_every_worker_joins_with_a_rank_of_its_own() -> None:
     assert joins == [("join_weights", "127.0.0.1:1", rank, 3, "nccl", "manifest") for rank in (1, 2)]
 
 
-def test_an_end_on_another_machine_is_named_where_all_have_to_be_on_one() -> None:
+def test_an_end_that_can_not_use_the_backend_is_named() -> None:
     worker = FakeProcess("rollout-0")
-    made = Publishing(WeightsConfig(backend="ipc"), Waits("controller"), FakeProcess("learner"), [worker])
+    made = Publishing(WeightsConfig(backend="nccl"), Waits("controller"), FakeProcess("learner"), [worker])
 
-    async def device_elsewhere(pick: Pick, *args: Any) -> Any:
-        return "cuda b on y" if picked("rollout-0", pick, *args) == "device" else None
+    async def device_without_gpu(pick: Pick, *args: Any) -> Any:
+        return "cpu on y" if picked("rollout-0", pick, *args) == "device" else None
 
-    worker.call = device_elsewhere
-    with pytest.raises(ConfigError, match="learner is on x and rollout-0 on y"):
+    worker.call = device_without_gpu
+    with pytest.raises(ConfigError, match="rollout-0 has no GPU"):
         asyncio.run(made.begin())
 
 
