@@ -1,16 +1,24 @@
 """Carriers: how buckets of bytes get from rank 0 of a connected process group to all others.
 
     BroadcastCarrier    by broadcasts of NCCL, which knows the links between GPUs and machines
-    RelayCarrier        through memory within a host, over the network from host to host (`route`)
+    RelayCarrier        through memory within a host, over the network from host to host
 
 In: buckets. Rank 0 sends from its two `buffers`, in turn; the other ranks pass buckets to fill. Out: the same bytes at
 every rank. Invariants: at most two buckets are on their way. Either pipeline (`carry(n+1)` before `wait(n)`) or issue
 all carries first; every rank does the same. When `wait` returns, rank 0 may reuse the buffer, and the others have
 their bytes. Every failure is the group's error, within the deadline. Does not own: what the bytes mean.
 
-    rank 0, or a leader              the other ranks of its host          the leader of the next host
+The first rank of each host leads it, and the leaders form a chain. So each host receives the weights once and sends
+them once, however many there are. A chain of H hosts takes as long as one link, and H - 2 buckets longer.
+
+    host a                        host b                        host c
+    rank 0 ─────── network ─────▶ rank 2 ─────── network ─────▶ rank 5
+      └─ memory ─▶ rank 1           ├─ memory ─▶ rank 3
+                                    └─ memory ─▶ rank 4
+
+    a leader                         a reader of its host              the leader of the next host
     bucket into block 0, notice ───▶ notice: copy block 0
-    the bucket's bytes ─────────────────────────────────────────────────▶ as on the left, and copy
+    the bucket's bytes ──────────────────────────────────────────────▶ as on the left
     bucket into block 1, notice ───▶ …
     block 0 is free    ◀──────────── copied
 
@@ -19,7 +27,7 @@ Shape: U bytes (uint8).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from struct import Struct
@@ -29,11 +37,41 @@ import torch
 
 from asyncdapo.transport.deadline import Deadline
 from asyncdapo.transport.process_group import Collective, ProcessGroup
-from asyncdapo.transport.route import Route
 from asyncdapo.transport.shared_memory import Block, make_block, open_block
 
 NOTICE = Struct("<qq1008s")
 """Of a bucket: its bytes, and the handle of the block in which it is, with its length."""
+
+
+@dataclass(frozen=True)
+class Route:
+    """One rank's place on the way of a bucket."""
+
+    source: int | None
+    """Whom it hears of a bucket; None at rank 0."""
+    leads: bool
+    """Whether it is the first of its host. Its bytes then come over the network; those of other ranks are in memory of
+    their leader."""
+    next: int | None
+    """The leader to which it sends the bytes over the network; None if there is none after it."""
+    readers: tuple[int, ...]
+    """The other ranks of its host, if it leads it."""
+
+
+def route_of(rank: int, hosts: Sequence[Hashable]) -> Route:
+    """The route of this rank; `hosts` has the host of each. Every rank but 0 hears of each bucket from one rank; bytes
+    enter a host once, and leave it at most once."""
+    leaders = list({host: hosts.index(host) for host in hosts}.values())
+    leader = hosts.index(hosts[rank])
+    if rank != leader:
+        return Route(source=leader, leads=False, next=None, readers=())
+    place = leaders.index(rank)
+    return Route(
+        source=leaders[place - 1] if place else None,
+        leads=True,
+        next=leaders[place + 1] if place + 1 < len(leaders) else None,
+        readers=tuple(other for other, host in enumerate(hosts) if host == hosts[rank] and other != rank),
+    )
 
 
 class Transfer(Protocol):

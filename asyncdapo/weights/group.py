@@ -9,10 +9,9 @@ import torch
 
 from asyncdapo.errors import WeightsError
 from asyncdapo.transport.backend import Backend, host_of
-from asyncdapo.transport.carrier import BroadcastCarrier, Carrier, RelayCarrier
+from asyncdapo.transport.carrier import BroadcastCarrier, Carrier, RelayCarrier, route_of
 from asyncdapo.transport.deadline import Deadline
 from asyncdapo.transport.process_group import ProcessGroup, device_name, numbered
-from asyncdapo.transport.route import route_of
 
 HOST = torch.device("cpu")
 

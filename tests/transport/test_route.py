@@ -3,7 +3,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asyncdapo.transport.route import Route, route_of
+from asyncdapo.transport.carrier import Route, route_of
 
 hosts_of_groups = st.lists(st.integers(0, 4), min_size=1, max_size=12)
 
