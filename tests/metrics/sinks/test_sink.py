@@ -56,7 +56,7 @@ def recordings(monkeypatch: pytest.MonkeyPatch) -> list[Recording]:
 
 
 def test_steps_are_done_before_a_sink_has_taken_any_of_them(tmp_path: Path, recordings: list[Recording]):
-    reporter = Reporter(tmp_path, MetricsConfig(), "quickstart", 36, stream=StringIO())
+    reporter = Reporter(tmp_path, MetricsConfig(), "quickstart", 36, keys={}, stream=StringIO())
     for step in range(3):
         reporter.log({"step": step})
         assert read_metrics(tmp_path)[-1] == {"step": step}
@@ -72,7 +72,7 @@ def test_a_sink_that_fails_is_named_once_and_dropped_and_the_others_continue(
     tmp_path: Path, recordings: list[Recording]
 ):
     output = StringIO()
-    reporter = Reporter(tmp_path, MetricsConfig(), "quickstart", 36, stream=output)
+    reporter = Reporter(tmp_path, MetricsConfig(), "quickstart", 36, keys={}, stream=output)
     for one in recordings:
         one.gate.set()
     for step in range(4):
