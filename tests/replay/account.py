@@ -177,7 +177,7 @@ class Account:
         match event:
             case core.WorkerJoined():
                 self.loaded[event.worker], self.credits[event.worker] = event.loaded_version, 0
-            case core.WorkerLost():
+            case core.WorkerLost() | core.WorkerDrained():
                 del self.loaded[event.worker], self.credits[event.worker]
             case core.Ready():
                 self.credits[event.worker] = event.credits

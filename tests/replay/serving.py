@@ -80,7 +80,7 @@ async def serving(
     *,
     filter=None,
     num_prompts=None,
-    total_slots=8,
+    slots=8,
     make_journal=Journal,
     server_settings=None,
     ports=(0, 0),
@@ -95,7 +95,7 @@ async def serving(
     make_state = partial(ReplayState, config, filter or FilterConfig(), max_attempts=3, num_prompts=num_prompts)
     server = ReplayServer(
         ServerSettings(
-            replay=config, group_size=GROUP_SIZE, seed=1, total_slots=total_slots, **(server_settings or {})
+            replay=config, group_size=GROUP_SIZE, seed=1, slots=slots, **(server_settings or {})
         ),
         lambda recovered: make_state(recovered=recovered),
         journal,

@@ -67,7 +67,7 @@ class Simulation:
                 self.workers[action.worker].running[action.lease_id] = None
         self.truth.observe(event, actions)
         for action in actions:
-            if isinstance(action, core.EndLease) and action.outcome == "withdrawn":
+            if isinstance(action, core.EndLease) and action.outcome == "withdrawn" and action.worker in self.workers:
                 self._withdraw(action.worker, action.lease_id)
         self.check_wait()
 
@@ -121,7 +121,7 @@ class Simulation:
         if len(self.workers) < self.world.num_workers:
             possible += [self._join] * 4
         if self.workers:
-            possible += [self._ask, self._ask, self._ask, self._load, self._die]
+            possible += [self._ask, self._ask, self._ask, self._load, self._leave]
         if any(worker.running for worker in self.workers.values()):
             possible += [self._start, self._start, self._fail, self._lose] + [self._finish] * self.world.rollout_pace
         if self.echoes:
@@ -151,14 +151,15 @@ class Simulation:
             worker.loaded += 1 + self._pick(sent - worker.loaded)
             self.tell(core.WeightsLoaded(worker=index, version=worker.loaded))
 
-    def _die(self) -> None:
+    def _leave(self) -> None:
+        """It dies, or is drained and hands back what it holds. Groups that it has begun may come all the same."""
         index = self._one_of(list(self.workers))
-        if self._pick(4) == 0:
+        if leave := self._one_of([core.WorkerLost, core.WorkerDrained, None, None, None]):
             worker = self.workers.pop(index)
             for lease_id, started in worker.running.items():
                 if started is not None:
                     self.echoes.append(group_done(lease_id, "kept", started, worker.loaded))
-            self.tell(core.WorkerLost(worker=index))
+            self.tell(leave(worker=index))
 
     def _one_lease(self) -> tuple[SimWorker, int]:
         return self._one_of([(w, lease_id) for w in self.workers.values() for lease_id in w.running])

@@ -102,7 +102,7 @@ class SmallRun:
         )
         self.journal = make_journal(run_dir, keep_payloads=keep_payloads, segment_bytes=segment_bytes)
         self.sessions = Sessions(stall_ticks=10)
-        server_settings = ServerSettings(replay=self.config, group_size=GROUP_SIZE, seed=1, total_slots=8)
+        server_settings = ServerSettings(replay=self.config, group_size=GROUP_SIZE, seed=1, slots=8)
         self.dispatch = Dispatch(server_settings, self.make_state, self.journal, self.sessions, prompt_at)
         self.leases: dict[int, Lease] = {}
         self.lines: list[dict] = []

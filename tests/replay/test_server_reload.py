@@ -255,8 +255,8 @@ async def test_the_leases_of_a_worker_whose_process_died_are_free_at_once(tmp_pa
         await other.join()
         await server.begin()
         held = await doomed.leases(4)
-        await server.lose_worker(0)
-        await server.lose_worker(0)
+        await server.lose_worker(0, "killed")
+        await server.lose_worker(0, "killed")
         assert list(server.status()["known_workers"]) == [1]
         leases = await other.leases(4)
         assert {lease.prompt.prompt_id for lease in held} & {lease.prompt.prompt_id for lease in leases}

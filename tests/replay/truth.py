@@ -92,6 +92,8 @@ class Truth(Account):
                 self._lose(lease)
                 return
         assert action.outcome == "withdrawn"
+        if isinstance(event, core.WorkerDrained) and action.worker == event.worker:
+            return
         if not isinstance(event, core.RunEnded):
             assert not self.fits(self.lease_version(lease), self.next_step), "withdrawn though it could still make it"
             self.attempts[lease.prompt_id] += self.config.on_stale == "requeue"

@@ -141,7 +141,7 @@ class Controller(Process):
         while True:
             await slot.death()
             try:
-                await self.replay.ask(lambda replay: replay.server.lose_worker(index))
+                await self.replay.ask(lambda replay: replay.server.lose_worker(index, "killed"))
             except RunError as error:
                 self.world.fail(error)
                 return

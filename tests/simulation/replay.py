@@ -90,7 +90,7 @@ class Replay(Process):
                     replay=plan.replay,
                     group_size=GROUP_SIZE,
                     seed=plan.seed,
-                    total_slots=plan.num_workers * plan.num_slots,
+                    slots=plan.num_slots,
                 ),
                 self._make_state,
                 self.journal,

@@ -125,9 +125,13 @@ class ReplayProcess(ProcessBase):
         """Go back to the checkpoint of `step`. Returns the new branch."""
         return await self.server.roll_back(step, reason)
 
-    async def lose_worker(self, index: int) -> None:
-        """The worker's process is dead: its leases are lost."""
-        await self.server.lose_worker(index)
+    async def lose_worker(self, index: int, cause: str) -> None:
+        """The worker's process is gone: its leases are lost."""
+        await self.server.lose_worker(index, cause)
+
+    async def drain_worker(self, index: int, within_s: float, cause: str) -> int:
+        """The worker is to leave: it finishes what it holds, at most for `within_s`. Returns the leases handed back."""
+        return await self.server.drain_worker(index, within_s, cause)
 
     async def trained(self, step: int, summary: dict[str, float]) -> dict[str, float]:
         """Batch `step` is trained on. Returns replay's metrics of the step."""
@@ -166,7 +170,7 @@ def _server_settings(config: Config, start: Start) -> ServerSettings:
         replay=config.replay,
         group_size=config.rollout.group_size,
         seed=config.run.seed,
-        total_slots=config.rollout.num_workers * config.rollout.slots,
+        slots=config.rollout.slots,
         dealer=Dealer(learner.ranks, learner.updates_per_step, files.shape.pair_cost if files.shape else 0.0),
         max_failure_ratio=config.reward.max_failure_ratio,
         vocab_size=files.vocab_size,

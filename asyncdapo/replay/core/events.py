@@ -45,6 +45,13 @@ class WorkerLost(Event):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class WorkerDrained(Event):
+    """A worker leaves. It hands back the leases that it still holds, which costs their prompts no attempt."""
+
+    worker: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Ready(Event):
     """`credits`: leases that the worker can start now, beyond all that were granted before this event."""
 
@@ -177,7 +184,8 @@ class EndLease(Action):
 
     done       its group was accepted: acknowledge it
     late       a group arrived for a lease that is over: acknowledge and drop it
-    withdrawn  the worker must stop: the lease would miss the staleness bound, or the step no longer needs it
+    withdrawn  the worker must stop: the lease would miss the staleness bound, the step no longer needs it, or the
+               worker leaves ("drained")
     lost, rejected, failed   as the event said
     """
 

@@ -69,11 +69,11 @@ class Leases:
         assert worker not in self.workers, f"worker {worker} joined twice"
         self.workers[worker] = Worker(loaded_version)
 
-    def leave(self, worker: int) -> list[Lease]:
+    def leave(self, worker: int, outcome: Outcome, reason: str) -> list[Lease]:
         """The worker is gone. Ends and returns the leases that it held."""
         held = [lease for lease in self.running.values() if lease.worker == worker]
         for lease in held:
-            self.end(lease, "lost", "worker lost")
+            self.end(lease, outcome, reason)
         del self.workers[worker]
         return held
 

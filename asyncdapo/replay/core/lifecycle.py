@@ -11,7 +11,7 @@ A prompt is in one of these states. Every change goes through `move`, which refu
 Ends are final. A prompt that was never leased is `waiting` and has no row anywhere.
 
 A lease costs an attempt if it ended lost or rejected, or, under `on_stale: requeue`, withdrawn or expired. A prompt
-that has used up its attempts ends `failed`. Surplus and rollback cost no attempt.
+that has used up its attempts ends `failed`. Surplus, a worker that is drained and rollback cost no attempt.
 
 Does not own: when something is lost, stale or cut (`state.py`).
 """
@@ -124,7 +124,11 @@ class Lifecycle:
         """Drop the group and put its prompt back in its own place, as if it had never been leased."""
         reason = "behind the last member"
         self.move_group(group, "surplus", reason=reason)
-        self.move(group.prompt_id, "waiting", reason=reason, place=self._stream.put_back(group.prompt_id))
+        self.hand_back(group.prompt_id, reason)
+
+    def hand_back(self, prompt_id: int, reason: str) -> None:
+        """Put the prompt back in its own place. It costs no attempt."""
+        self.move(prompt_id, "waiting", reason=reason, place=self._stream.put_back(prompt_id))
 
     def _try_again(self, prompt_id: int, reason: str, put: Callable[[int], int]) -> None:
         """Charge an attempt. If one is left, the prompt waits again, in the place that `put` gives it."""

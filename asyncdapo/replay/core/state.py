@@ -49,6 +49,7 @@ from asyncdapo.replay.core.events import (
     StopRun,
     Trained,
     WeightsLoaded,
+    WorkerDrained,
     WorkerJoined,
     WorkerLost,
 )
@@ -141,8 +142,11 @@ class ReplayState:
             case WorkerJoined():
                 self.leases.join(event.worker, event.loaded_version)
             case WorkerLost():
-                for lease in self.leases.leave(event.worker):
+                for lease in self.leases.leave(event.worker, "lost", "worker lost"):
                     self.prompts.lose(lease.prompt_id, "worker lost")
+            case WorkerDrained():
+                for lease in self.leases.leave(event.worker, "withdrawn", "drained"):
+                    self.prompts.hand_back(lease.prompt_id, "drained")
             case Ready():
                 self.leases.workers[event.worker].credits = event.credits
             case WeightsLoaded():

@@ -38,7 +38,7 @@ class Entry:
     arrived: tuple[Group, Payload] | None
     """Header and buffers of a `GroupDone`."""
     detail: str
-    """Session of a `WorkerJoined`; why a group was rejected or its reward function failed."""
+    """Session of a `WorkerJoined`; why a worker left, a group was rejected or its reward function failed."""
 
     def write(
         self,
@@ -81,7 +81,9 @@ class Entry:
                 self._insert_event("worker_joined", worker=worker, detail=self.detail)
                 self._insert_load(worker, version)
             case core.WorkerLost(worker=worker):
-                self._insert_event("worker_lost", worker=worker)
+                self._insert_event("worker_lost", worker=worker, detail=self.detail)
+            case core.WorkerDrained(worker=worker):
+                self._insert_event("worker_drained", worker=worker, detail=self.detail)
             case core.WeightsLoaded(worker=worker, version=version):
                 self._insert_load(worker, version)
             case core.SamplingBegan(lease_id=lease_id, version=version):

@@ -49,6 +49,7 @@ from asyncdapo.transport.payload import Payload
 RECORDED_EVENTS = (
     core.WorkerJoined,
     core.WorkerLost,
+    core.WorkerDrained,
     core.WeightsLoaded,
     core.SamplingBegan,
     core.Published,

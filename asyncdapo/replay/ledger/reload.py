@@ -183,7 +183,7 @@ def _known_workers(db: sqlite3.Connection, branch: int) -> dict[int, KnownWorker
     of the maximum.)"""
     latest = db.execute(
         "SELECT worker, kind, detail, MAX(event_id) FROM events"
-        " WHERE branch = ? AND kind IN ('worker_joined', 'worker_lost') GROUP BY worker",
+        " WHERE branch = ? AND kind IN ('worker_joined', 'worker_lost', 'worker_drained') GROUP BY worker",
         (branch,),
     )
     loads = db.execute("SELECT worker, version, MAX(pos) FROM loads WHERE branch = ? GROUP BY worker", (branch,))

@@ -253,7 +253,8 @@ class Rollback:
                 EXISTS (SELECT 1 FROM groups e
                     WHERE e.prompt_id = p.prompt_id AND e.state = 'expired' AND e.changed_pos > :pos),
                 (SELECT COUNT(*) FROM leases l WHERE l.prompt_id = p.prompt_id
-                    AND (l.outcome IN ('lost', 'rejected') OR (:requeue AND l.outcome = 'withdrawn')))
+                    AND (l.outcome IN ('lost', 'rejected')
+                        OR (:requeue AND l.outcome = 'withdrawn' AND l.reason <> 'drained')))
                 + (SELECT COUNT(*) FROM groups e WHERE :requeue
                     AND e.prompt_id = p.prompt_id AND e.state = 'expired' AND e.changed_pos <= :pos)
             FROM prompts p LEFT JOIN groups g ON g.prompt_id = p.prompt_id AND g.state IN {LIVE_STATES}

@@ -4,7 +4,8 @@ In: requests of the controller, workers with room, answers, lost workers. Out: t
 answers of an evaluation once they are there. Promises:
 
     ahead of leases   a worker with room gets a request rather than a lease, as far as the share allows
-    share             all running requests together hold at most `share × total_slots` slots, but one may always run
+    share             all running requests together hold at most this share of the slots of all live workers, but one
+                      may always run
     not listed        a request that its worker's heartbeats don't list was lost, and is sent again
     answered once     a request of a lost worker, or one without an answer for long, goes to another worker. The first
                       answer counts, later ones are dropped
@@ -18,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 from asyncdapo.errors import RunError
@@ -33,7 +34,8 @@ class Evaluation:
     """The requests of one `evaluate` call."""
 
     requests: dict[int, EvalRequest]
-    max_slots: float
+    share: float
+    """Of all slots."""
     answers: dict[int, list[EvalAnswer]] = field(default_factory=dict)
     num_callers: int = 0
 
@@ -58,7 +60,8 @@ class _UnderWay:
 class Evaluations:
     """Which requests wait, which run, and at which worker."""
 
-    def __init__(self, total_slots: int) -> None:
+    def __init__(self, total_slots: Callable[[], int]) -> None:
+        """`total_slots`: sequences that the workers that live generate at once."""
         self._total_slots = total_slots
         self._evaluations: list[Evaluation] = []
         self._waiting: deque[int] = deque()
@@ -79,7 +82,7 @@ class Evaluations:
         wanted = {request.request_id: request for request in requests}
         evaluation = next((evaluation for evaluation in self._evaluations if evaluation.requests == wanted), None)
         if evaluation is None:
-            evaluation = Evaluation(wanted, share * self._total_slots)
+            evaluation = Evaluation(wanted, share)
             taken = [request_id for request_id in wanted if self._evaluation_of(request_id)]
             if taken or len(wanted) != len(requests):
                 raise ValueError(f"evaluation request ids must be new, each used once; in use: {taken}")
@@ -107,7 +110,7 @@ class Evaluations:
         assert evaluation is not None, "what waits belongs to an evaluation"
         request = evaluation.requests[self._waiting[0]]
         in_use = sum(under_way.num_slots for under_way in self._under_way.values())
-        if in_use and in_use + request.num_sequences > evaluation.max_slots:
+        if in_use and in_use + request.num_sequences > evaluation.share * self._total_slots():
             return None
         self._waiting.popleft()
         self._under_way[request.request_id] = _UnderWay(worker, request.num_sequences, tick)
@@ -163,6 +166,10 @@ class Evaluations:
         """Requests given out before tick `since` go to the next worker with room: their message or answer may be lost.
         Raises RunError after `MAX_ISSUES`."""
         self._reissue([request_id for request_id, at in self._under_way.items() if at.since < since])
+
+    def held_by(self, worker: int) -> bool:
+        """Whether it works on a request."""
+        return any(at.worker == worker for at in self._under_way.values())
 
     def _reissue(self, request_ids: list[int]) -> None:
         for request_id in request_ids:

@@ -126,10 +126,15 @@ class ReplayServer:
         self._workers.roll_back(step, reason)
         return self.branch
 
-    async def lose_worker(self, worker: int) -> None:
-        """The worker's process is dead. Call it before the next one is started."""
+    async def lose_worker(self, worker: int, cause: str) -> None:
+        """The worker's process is gone. Call it before the next one is started."""
         with self._dispatch.together():
-            self._workers.lose(worker)
+            self._workers.lose(worker, cause)
+
+    async def drain_worker(self, worker: int, within_s: float, cause: str) -> int:
+        """The worker is to leave: it finishes what it holds, at most for `within_s`, and others get the rest. Returns
+        how many leases it hands back. Call it before its process is ended, and `lose_worker` after that."""
+        return await self._workers.drain(worker, within_s, cause)
 
     async def trained(self, step: int, summary: Mapping[str, float]) -> dict[str, float]:
         """Batch `step` was trained on; `summary` is the learner's report. Returns the metrics of the step that

@@ -117,6 +117,8 @@ class Session:
     """The totals already contain the counters of its first heartbeat."""
     num_stalled: int = 0
     """Leases in a row that stalled here."""
+    leaving: bool = False
+    """It is being drained, or was: it gets nothing more, and doesn't join again."""
     pace: Pace = field(default_factory=Pace)
 
     @property

@@ -22,8 +22,8 @@ class ServerSettings:
     """Completions of a group."""
     seed: int
     """The run's."""
-    total_slots: int
-    """Sequences that all workers generate at once. An evaluation gets a share of them."""
+    slots: int
+    """Sequences that one worker generates at once. An evaluation gets a share of those of all workers."""
     dealer: Dealer = Dealer()
     """Deals every batch to the learner's ranks."""
     max_failure_ratio: float = 1.0

@@ -10,6 +10,8 @@ no message ends the server.
     lost leases  a silent worker loses its leases, and joins again with its next message. A lease without progress for
                  `lease_stall_s` is lost alone
     late groups  are acknowledged and dropped, and so are repeated ones, whose acknowledgement was lost
+    draining     a worker that is asked to leave gets nothing more. Once it holds nothing, or after a time, it counts as
+                 gone, and what it still holds goes to others
     over         a lease that a heartbeat reports after its end is withdrawn (again)
     unknown      leases and evaluation requests that heartbeats don't report are sent again
 
@@ -46,6 +48,7 @@ from asyncdapo.messages import (
 from asyncdapo.replay.core import events as core
 from asyncdapo.replay.ledger.journal import Journal
 from asyncdapo.replay.server.dispatch import Dispatch
+from asyncdapo.replay.server.drains import Drains
 from asyncdapo.replay.server.evaluations import Evaluation, Evaluations
 from asyncdapo.replay.server.sessions import Session, Sessions
 from asyncdapo.replay.server.settings import ServerSettings
@@ -68,7 +71,8 @@ class Workers:
     def __init__(self, settings: ServerSettings, dispatch: Dispatch, sessions: Sessions, journal: Journal) -> None:
         self._settings, self._dispatch, self._sessions, self._journal = settings, dispatch, sessions, journal
         self._answered: dict[Evaluation, asyncio.Event] = {}
-        self.evaluations = Evaluations(settings.total_slots)
+        self.evaluations = Evaluations(lambda: settings.slots * len(sessions.live))
+        self._drains = Drains(sessions, self.evaluations)
         self.dropped = Counter({what: int(settings.totals.get(f"replay/{what}", 0)) for what in DROPPED})
         """Messages that led to nothing, by the `replay/` metric that counts them."""
         self.leasing = False
@@ -84,6 +88,7 @@ class Workers:
         else:
             session.heard_tick = self._sessions.tick
             self._listen(session, message, frames)
+        self._drains.note()
 
     def tick(self) -> None:
         """One heartbeat interval has passed: silent workers and leases without progress may be lost."""
@@ -91,7 +96,7 @@ class Workers:
         sessions.tick += 1
         for session in sessions.silent():
             log.warning("worker %d is lost: nothing heard from it", session.worker)
-            self._lose(session)
+            self._lose(session, "nothing heard from it")
         for lease_id in sessions.stalled():
             if lease_id in sessions.leases:  # the loss of another may have ended it
                 log.warning("lease %d is lost: no progress", lease_id)
@@ -99,6 +104,7 @@ class Workers:
         if sessions.deserted and self._dispatch.failure.empty():
             self._dispatch.failure.put_nowait("no live worker: nothing has been heard from any for long")
         self.evaluations.lose_silent(sessions.tick - EVAL_PATIENCE * sessions.stall_ticks)
+        self._drains.note()
         self.offer_all()
 
     def offer_all(self) -> None:
@@ -112,12 +118,29 @@ class Workers:
         for session in self._sessions.live:
             self._dispatch.apply(core.Ready(worker=session.worker, credits=0))
 
-    def lose(self, worker: int) -> None:
-        """The worker's process is dead: its leases end at once, and nobody waits for it."""
+    def lose(self, worker: int, cause: str) -> None:
+        """The worker's process is gone: its leases end at once, and nobody waits for it."""
         if session := self._sessions.of_worker(worker):
             if session.alive:
-                self._lose(session)
+                self._lose(session, cause)
             self._sessions.forget(session)
+
+    async def drain(self, worker: int, within_s: float, cause: str) -> int:
+        """Give the worker nothing more, and wait until it holds nothing, at most `within_s`. Then it counts as gone,
+        though its process lives. Returns the leases that it hands back."""
+        session = self._sessions.of_worker(worker)
+        if session is None or not session.alive:
+            return 0
+        self._dispatch.apply(core.Ready(worker=worker, credits=0))
+        await self._drains.drain(session, within_s)
+        if not session.alive:  # it has died meanwhile
+            return 0
+        num_held = len(self._sessions.held_by(worker))
+        session.alive = False
+        self._dispatch.apply(core.WorkerDrained(worker=worker), detail=cause)
+        self.evaluations.lose_worker(worker)
+        self.offer_all()
+        return num_held
 
     def roll_back(self, step: int, reason: str) -> None:
         """See `Dispatch.roll_back`. Open evaluations begin again with the first worker that joins."""
@@ -176,7 +199,7 @@ class Workers:
         if session is None:
             former = self._sessions.of_worker(hello.worker)
             if former is not None and former.alive:
-                self._lose(former)
+                self._lose(former, "it has begun again")
             session = self._sessions.begin(peer, hello)
         self._note_weights(session, hello.loaded_version, hello.branch)
         session.heard_tick = self._sessions.tick
@@ -186,7 +209,7 @@ class Workers:
     def _note_weights(self, session: Session, version: int, branch: int) -> None:
         """The worker generates with these weights. If they are of the run's branch, it joins, for the first time or
         again. Weights of another branch don't count. A version lower than one heard before is old news, and ignored."""
-        if branch != self._dispatch.branch or not self._exists(version):
+        if session.leaving or branch != self._dispatch.branch or not self._exists(version):
             return
         if branch == session.branch and self._exists(session.loaded_version):
             version = max(version, session.loaded_version)
@@ -197,9 +220,9 @@ class Workers:
         elif version != before:
             self._dispatch.apply(core.WeightsLoaded(worker=session.worker, version=version))
 
-    def _lose(self, session: Session) -> None:
+    def _lose(self, session: Session, cause: str) -> None:
         session.alive = False
-        self._dispatch.apply(core.WorkerLost(worker=session.worker))
+        self._dispatch.apply(core.WorkerLost(worker=session.worker), detail=cause)
         self.evaluations.lose_worker(session.worker)
 
     def _take_heartbeat(self, session: Session, heartbeat: Heartbeat) -> None:
@@ -221,7 +244,7 @@ class Workers:
             self._dispatch.apply(core.SamplingBegan(lease_id=lease_id, version=version))
 
     def _offer(self, session: Session) -> None:
-        if not session.alive:
+        if not session.alive or session.leaving:
             return
         while session.owed and (request := self.evaluations.next_for(session.worker, self._sessions.tick)):
             session.granted += 1

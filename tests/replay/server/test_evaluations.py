@@ -26,7 +26,7 @@ def answer(table, request, **fields):
 
 
 def test_answers_come_in_the_order_of_requests_whoever_was_first():
-    table, requests = Evaluations(total_slots=8), [eval_request(1), eval_request(2)]
+    table, requests = Evaluations(lambda: 8), [eval_request(1), eval_request(2)]
     evaluation = table.start(requests, share=1.0)
     first, second = table.next_for(0, tick=0), table.next_for(1, tick=0)
     assert answer(table, second) is evaluation
@@ -37,11 +37,11 @@ def test_answers_come_in_the_order_of_requests_whoever_was_first():
 
 
 def test_an_evaluation_without_requests_is_done_at_once():
-    assert Evaluations(total_slots=8).start([], share=1.0).done
+    assert Evaluations(lambda: 8).start([], share=1.0).done
 
 
 def test_requests_under_way_hold_at_most_their_share_of_the_slots():
-    table = Evaluations(total_slots=8)
+    table = Evaluations(lambda: 8)
     table.start([eval_request(i) for i in range(4)], share=0.5)
     first = table.next_for(0, tick=0)
     assert table.next_for(0, tick=0) is not None
@@ -51,7 +51,7 @@ def test_requests_under_way_hold_at_most_their_share_of_the_slots():
 
 
 def test_every_sample_of_a_prompt_takes_a_slot():
-    table = Evaluations(total_slots=8)
+    table = Evaluations(lambda: 8)
     table.start([eval_request(i, num_prompts=1, samples=range(3)) for i in range(3)], share=0.75)
     assert table.next_for(0, tick=0) is not None
     assert table.next_for(0, tick=0) is not None
@@ -59,14 +59,14 @@ def test_every_sample_of_a_prompt_takes_a_slot():
 
 
 def test_one_request_may_go_however_small_the_share_is():
-    table = Evaluations(total_slots=8)
+    table = Evaluations(lambda: 8)
     table.start([eval_request(1, num_prompts=6), eval_request(2)], share=0.1)
     assert table.next_for(0, tick=0).request_id == 1
     assert table.next_for(0, tick=0) is None
 
 
 def test_requests_of_a_lost_worker_go_to_the_next_one_first():
-    table = Evaluations(total_slots=8)
+    table = Evaluations(lambda: 8)
     table.start([eval_request(1), eval_request(2)], share=1.0)
     table.next_for(0, tick=0)
     table.lose_worker(0)
@@ -75,7 +75,7 @@ def test_requests_of_a_lost_worker_go_to_the_next_one_first():
 
 
 def test_a_request_that_is_silent_for_long_is_given_out_again():
-    table = Evaluations(total_slots=8)
+    table = Evaluations(lambda: 8)
     table.start([eval_request(1)], share=1.0)
     table.next_for(0, tick=3)
     table.lose_silent(since=3)
@@ -85,7 +85,7 @@ def test_a_request_that_is_silent_for_long_is_given_out_again():
 
 
 def test_a_request_that_its_workers_heartbeats_dont_know_is_sent_again():
-    table = Evaluations(total_slots=8)
+    table = Evaluations(lambda: 8)
     table.start([eval_request(1), eval_request(2), eval_request(3)], share=1.0)
     assert [table.next_for(0, tick=0).request_id for _ in range(2)] == [1, 2]
     table.next_for(1, tick=0)
@@ -97,7 +97,7 @@ def test_a_request_that_its_workers_heartbeats_dont_know_is_sent_again():
 
 
 def test_the_first_answer_counts_and_later_ones_are_dropped():
-    table = Evaluations(total_slots=8)
+    table = Evaluations(lambda: 8)
     evaluation = table.start([eval_request(1), eval_request(2)], share=1.0)
     given = table.next_for(0, tick=0)
     table.lose_worker(0)
@@ -108,7 +108,7 @@ def test_the_first_answer_counts_and_later_ones_are_dropped():
 
 
 def test_an_answer_after_the_evaluation_is_dropped():
-    table = Evaluations(total_slots=8)
+    table = Evaluations(lambda: 8)
     evaluation = table.start([eval_request(1)], share=1.0)
     given = table.next_for(0, tick=0)
     table.leave(evaluation)
@@ -127,7 +127,7 @@ def test_an_answer_after_the_evaluation_is_dropped():
     ],
 )
 def test_answers_that_are_not_the_requests_are_refused_and_it_stays_open(broken):
-    table = Evaluations(total_slots=8)
+    table = Evaluations(lambda: 8)
     evaluation = table.start([eval_request(1, num_prompts=1)], share=1.0)
     given = table.next_for(0, tick=0)
     [right] = eval_answers(given)
@@ -138,7 +138,7 @@ def test_answers_that_are_not_the_requests_are_refused_and_it_stays_open(broken)
 
 
 def test_a_request_that_nobody_ever_answers_ends_the_run():
-    table = Evaluations(total_slots=8)
+    table = Evaluations(lambda: 8)
     table.start([eval_request(1)], share=1.0)
     for _ in range(MAX_ISSUES - 1):
         table.next_for(0, tick=0)
@@ -149,7 +149,7 @@ def test_a_request_that_nobody_ever_answers_ends_the_run():
 
 
 def test_two_evaluations_at_once_keep_their_answers_apart():
-    table = Evaluations(total_slots=8)
+    table = Evaluations(lambda: 8)
     first, second = table.start([eval_request(1)], share=1.0), table.start([eval_request(2)], share=1.0)
     given = [table.next_for(0, tick=0), table.next_for(0, tick=0)]
     assert answer(table, given[1]) is second
@@ -157,7 +157,7 @@ def test_two_evaluations_at_once_keep_their_answers_apart():
 
 
 def test_who_asks_for_a_running_evaluation_joins_it():
-    table = Evaluations(total_slots=8)
+    table = Evaluations(lambda: 8)
     evaluation = table.start([eval_request(1), eval_request(2)], share=1.0)
     assert table.start([eval_request(1), eval_request(2)], share=1.0) is evaluation
     assert table.num_waiting == 2
@@ -169,7 +169,7 @@ def test_who_asks_for_a_running_evaluation_joins_it():
 
 
 def test_after_a_rollback_everything_is_asked_anew():
-    table = Evaluations(total_slots=8)
+    table = Evaluations(lambda: 8)
     evaluation = table.start([eval_request(1), eval_request(2)], share=1.0)
     answer(table, table.next_for(0, tick=0))
     table.next_for(0, tick=0)
@@ -179,7 +179,7 @@ def test_after_a_rollback_everything_is_asked_anew():
 
 
 def test_a_request_id_in_use_is_refused():
-    table = Evaluations(total_slots=8)
+    table = Evaluations(lambda: 8)
     table.start([eval_request(1)], share=1.0)
     with pytest.raises(ValueError, match="in use"):
         table.start([eval_request(1), eval_request(3)], share=1.0)
@@ -192,7 +192,7 @@ def test_a_request_id_in_use_is_refused():
 
 @scenario
 async def test_evaluation_goes_ahead_of_leases_and_uses_up_credits(tmp_path):
-    async with serving(tmp_path, total_slots=4) as server:
+    async with serving(tmp_path, slots=4) as server:
         worker = FakeWorker(server)
         await worker.join()
         evaluating = asyncio.create_task(server.evaluate([eval_request(1), eval_request(2)], share=0.5))
