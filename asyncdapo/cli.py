@@ -7,7 +7,6 @@ Exit codes: 0 done · 1 the run failed, or audit found a breach · 2 something t
 from __future__ import annotations
 
 import argparse
-import itertools
 import os
 import re
 import select
@@ -26,7 +25,12 @@ EXIT_READER_GONE = 141
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line, run the command, return its exit code."""
     parser = _parser()
-    args, others = parser.parse_known_args(_own_options_first(sys.argv[1:] if argv is None else argv))
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["convert"]:
+        from asyncdapo.convert.command import own_options_first
+
+        argv = own_options_first(argv)
+    args, others = parser.parse_known_args(argv)
     if others:  # overrides that stand behind an option
         if not hasattr(args, "overrides") or any(other.startswith("-") for other in others):
             parser.error(f"unrecognized arguments: {' '.join(others)}")
@@ -86,9 +90,11 @@ def _parser() -> argparse.ArgumentParser:
     audit = commands.add_parser("audit", help="check every promise of a run from its files alone")
     sync = commands.add_parser("sync", help="upload to W&B what a run without login or network has kept for it")
     report = commands.add_parser("report", help="make a report of a run at W&B: verdict, alarms, results, curves")
-    for command, function in ((audit, _audit), (sync, _sync), (report, _report)):
+    scale = commands.add_parser("scale", help="say how many rollout workers a run should have, within its range")
+    for command, function in ((audit, _audit), (sync, _sync), (report, _report), (scale, _scale)):
         command.add_argument("run_dir", metavar="RUN_DIR", type=Path)
         command.set_defaults(command=function)
+    scale.add_argument("num_workers", metavar="N", type=int, help="those that are too many finish what they hold")
     _add_data(commands)
     _add_eval(commands)
     _add_env(commands)
@@ -207,23 +213,6 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
     convert.set_defaults(command=_convert)
 
 
-def _own_options_first(argv: Sequence[str]) -> Sequence[str]:
-    """`convert` takes arguments of others, which begin with -- as well: its own are put in front of a bare --."""
-    if argv[:1] != ["convert"] or "--" in argv:
-        return argv
-    own: list[str] = []
-    others: list[str] = []
-    rest = iter(argv[1:])
-    for word in rest:
-        if word in ("--from", "--out"):
-            own += [word, *itertools.islice(rest, 1)]
-        elif word in ("-h", "--help", "--force") or word.startswith(("--from=", "--out=")):
-            own.append(word)
-        else:
-            others.append(word)
-    return ["convert", *own, "--", *others]
-
-
 def _launch(args: argparse.Namespace) -> int:
     from asyncdapo.controller.checks.preflight import prepare_run
 
@@ -319,6 +308,12 @@ def _trace(args: argparse.Namespace) -> int:
     from asyncdapo.controller.watch.trace import write_trace
 
     return write_trace(Run(args.run_dir).dir, args.steps, args.out)
+
+
+def _scale(args: argparse.Namespace) -> int:
+    from asyncdapo.controller.commands.scale import command
+
+    return command(args.run_dir, args.num_workers)
 
 
 def _watch(args: argparse.Namespace) -> int:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import sys
 import tempfile
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -169,3 +171,20 @@ def _value(value: Any) -> str:
     style = '"' if isinstance(value, str) and not value.isprintable() else None
     text = yaml.safe_dump(value, default_flow_style=True, default_style=style, width=10_000, allow_unicode=True)
     return text.removesuffix("\n...\n").strip()
+
+
+def own_options_first(argv: Sequence[str]) -> Sequence[str]:
+    """`convert` takes arguments of others, which begin with -- as well: its own are put in front of a bare --."""
+    if "--" in argv:
+        return argv
+    own: list[str] = []
+    others: list[str] = []
+    rest = iter(argv[1:])
+    for word in rest:
+        if word in ("--from", "--out"):
+            own += [word, *itertools.islice(rest, 1)]
+        elif word in ("-h", "--help", "--force") or word.startswith(("--from=", "--out=")):
+            own.append(word)
+        else:
+            others.append(word)
+    return ["convert", *own, "--", *others]

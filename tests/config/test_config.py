@@ -28,6 +28,19 @@ def test_the_quickstart_is_the_measured_recipe() -> None:
     assert (config.loss.clip_low, config.loss.clip_high, config.loss.dual_clip) == (0.2, 0.28, 10.0)
 
 
+def test_a_number_of_workers_is_a_range_of_one() -> None:
+    ranges = {"3": (3, 3), "{min: 1, max: 4}": (1, 4)}
+    for written, (least, most) in ranges.items():
+        rollout = load_config(QUICKSTART, [f"rollout.num_workers={written}"]).rollout
+        assert (rollout.min_workers, rollout.max_workers) == (least, most)
+
+
+@pytest.mark.parametrize("written", ["{min: 3, max: 2}", "{min: 1}", "{min: 1, max: 2, most: 3}"])
+def test_a_range_of_workers_that_is_none_is_refused(written: str) -> None:
+    with pytest.raises(ConfigError, match=r"rollout.num_workers: must be a number or a range.*\(\{min: 1, max: 4\}"):
+        load_config(QUICKSTART, [f"rollout.num_workers={written}"])
+
+
 def test_a_group_of_one_is_refused_without_the_filter_too() -> None:
     for advantage in ("grpo", "dr_grpo", "rloo"):
         with pytest.raises(ConfigError, match="rollout.group_size: a group of one has no baseline"):

@@ -14,8 +14,8 @@ from pathlib import Path
 from asyncdapo import faults
 from asyncdapo.config.config import Config, to_dict
 from asyncdapo.controller.checks.resume import Resume
-from asyncdapo.controller.fleet.ending import run_on_ray
 from asyncdapo.controller.loop.run import Controller
+from asyncdapo.controller.process.ending import run_on_ray
 from asyncdapo.controller.process.reaper import reaper
 from asyncdapo.errors import EXIT_INTERRUPTED, UserError
 from asyncdapo.metrics.reporter import Reporter

@@ -188,8 +188,8 @@ def _devices(config: Config, placement: Placement) -> dict[str, str]:
     for all a plan knows."""
     devices = {}
     for name in [learner_names(config)[0], *worker_names(config)]:
-        index = placement.index(name)
-        gpus = [f"cuda {index}.{gpu}" for gpu in placement.bundles[index].gpus_of(name)]
+        bundle = placement.bundle(name)
+        gpus = [f"cuda {placement.bundles.index(bundle)}.{gpu}" for gpu in bundle.gpus_of(name)]
         devices[name] = name_device(gpus[0] if gpus else CPU, "this machine")
     return devices
 
@@ -205,7 +205,7 @@ def _step_lines(config: Config) -> list[str]:
         f"{replay.prompts_per_step:,} groups of {rollout.group_size} completions: {num_completions:,}, "
         f"at most {num_completions * rollout.max_response_length:,} sampled tokens; {num_updates:,} "
         f"{'update' if num_updates == 1 else 'updates'}",
-        f"{rollout.num_workers * rollout.slots:,} sequences at once, of at most {_lengths(config)}",
+        f"{rollout.min_workers * rollout.slots:,} sequences at once, of at most {_lengths(config)}",
     ]
     if config.environment.enabled:
         lines += _turns_lines(config)
@@ -223,7 +223,7 @@ def _lengths(config: Config) -> str:
 def _turns_lines(config: Config) -> list[str]:
     """How the context of an episode grows, and what that costs the engine, which reads it at each turn."""
     most, sampled, rollout = config.environment.max_turns, config.rollout.max_response_length, config.rollout
-    under_way = int(rollout.num_workers * rollout.slots * config.environment.oversubscribe)
+    under_way = int(rollout.min_workers * rollout.slots * config.environment.oversubscribe)
     observed = max(0, config.max_context - config.prompts.max_prompt_length - sampled)
     beside = f", beside {observed:,} observed ones behind the longest prompt" if observed else ""
     return [

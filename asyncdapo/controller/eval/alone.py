@@ -28,11 +28,11 @@ from asyncdapo.config.config import Config
 from asyncdapo.controller.eval.answers import AnswerFiles
 from asyncdapo.controller.eval.evaluation import Answered, Evaluation, unjudged
 from asyncdapo.controller.eval.progress import EvalProgress
-from asyncdapo.controller.fleet.ending import run_on_ray
 from asyncdapo.controller.fleet.fleet import Fleet
 from asyncdapo.controller.fleet.process import Watch
 from asyncdapo.controller.fleet.stalls import StallWatch
 from asyncdapo.controller.fleet.supervisor import Supervisor
+from asyncdapo.controller.process.ending import run_on_ray
 from asyncdapo.controller.process.ray_servers import death as ray_death
 from asyncdapo.controller.process.reaper import reaper
 from asyncdapo.controller.process.waits import NOBODY

@@ -87,7 +87,7 @@ class Evaluation:
             config.eval,
             prompts,
             chunk=rollout.group_size,
-            total_slots=rollout.num_workers * rollout.slots,
+            total_slots=rollout.max_workers * rollout.slots,
             max_tokens=rollout.max_response_length,
             seed=config.run.seed,
             ask=ask,

@@ -1,7 +1,8 @@
 """The fleet: the processes that generate, kept alive, and started again after a death.
 
     replay server   its next life resumes from the ledger, on the same ports: peers reconnect and deliver again
-    rollout worker  its leases are lost at once; the next life joins with the model's own weights
+    rollout worker  its leases are lost at once; the next life joins with the model's own weights. Workers also come and
+                    go while the fleet lives: `elastic`
 
 This is all that an evaluation needs. A run has a learner beside it, from which workers catch up: `training_fleet`.
 
@@ -16,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -25,8 +27,10 @@ import psutil
 
 from asyncdapo.config.config import Config
 from asyncdapo.controller.fleet.auto import check_host, dtype_lines, settle_placement, shards_line
-from asyncdapo.controller.fleet.placement import Placement, learner_names
-from asyncdapo.controller.fleet.process import Process, ProcessDied, Watch, gpus_of_nodes, reserve
+from asyncdapo.controller.fleet.elastic import ElasticWorker, ElasticWorkers
+from asyncdapo.controller.fleet.placement import Bundle, Placement, learner_names
+from asyncdapo.controller.fleet.process import Process, ProcessDied, Watch
+from asyncdapo.controller.fleet.rooms import Room, gpus_of_nodes, reserve
 from asyncdapo.controller.fleet.supervisor import Supervisor
 from asyncdapo.controller.process.health import Filling
 from asyncdapo.controller.roles.actors import LearnerActor, ReplayActor, RolloutActor, start_replay, start_rollout
@@ -67,25 +71,29 @@ def settle(config: Config, gpus: Sequence[int], ranks: Sequence[str]) -> tuple[C
 
 @dataclass(frozen=True, kw_only=True)
 class Placed:
-    """Every process has room to live in; none is started."""
+    """Every process that a run starts with has room to live in; none is started."""
 
     config: Config
     """As `settle` returns it."""
     placement: Placement
+    rooms: dict[str, Room]
+    """By process."""
     replay: Process[ReplayProcess]
     ranks: Sequence[Process[LearnerProcess]]
     workers: Sequence[Process[RolloutProcess]]
+    """All that there may be."""
 
     @classmethod
     async def reserved(cls, config: Config, *, with_learner: bool) -> Placed:
         """Ask Ray for the room. Raises RunError after `controller.place_timeout_s`."""
         config, placement = settle(config, gpus_of_nodes(), learner_names(config) if with_learner else ())
-        room = await reserve(placement, config.controller.place_timeout_s)
-        placed = partial(Process.placed, room=room, placement=placement)
+        rooms = await reserve(placement, config.controller.place_timeout_s)
+        placed = partial(Process.placed, rooms=rooms)
         spec = partial(ProcessSpec, config=config, keys=RunKeys.make())
         return cls(
             config=config,
             placement=placement,
+            rooms=rooms,
             replay=placed(ReplayActor, spec(role="replay"), threads=1),
             ranks=[
                 placed(LearnerActor, spec(role="learner", index=rank), threads=config.learner.threads)
@@ -93,52 +101,102 @@ class Placed:
             ],
             workers=[
                 placed(RolloutActor, spec(role="rollout", index=index), threads=config.rollout.threads)
-                for index in range(config.rollout.num_workers)
+                for index in range(config.rollout.max_workers)
             ],
         )
 
     @property
+    def first_workers(self) -> Sequence[Process[RolloutProcess]]:
+        """Those that a run starts with."""
+        return self.workers[: self.config.rollout.min_workers]
+
+    @property
     def processes(self) -> Sequence[Process[ProcessBase]]:
-        return [self.replay, *self.ranks, *self.workers]
+        """Those that a run starts with."""
+        return [self.replay, *self.ranks, *self.first_workers]
 
 
 class Fleet:
-    """A replay server that is up, and its rollout workers. `start` returns it when all of them are."""
+    """A replay server that is up, and its rollout workers. `start` returns it when those that it starts with are."""
 
     def __init__(self, supervisor: Supervisor, placed: Placed, opened: Opened) -> None:
         """`opened`: by the replay server."""
         self._supervisor, self.opened = supervisor, opened
         self.config, self.placement = placed.config, placed.placement
-        self.replay, self.workers = placed.replay, placed.workers
+        self.replay, self.workers, self.first_workers = placed.replay, placed.workers, placed.first_workers
         self.totals: dict[str, float] = {}
         """The latest metrics line, from which counts of a replay server that is started again continue."""
         self.leasing = False
         """Whether a replay server that is started again grants leases at once."""
-        self._turns = [asyncio.Lock() for _ in placed.placement.bundles]
+        self._watched = False
+        """Whether the start is over."""
+        self._turns: defaultdict[Bundle, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._elastic = ElasticWorkers(
+            placed.config,
+            supervisor,
+            [
+                ElasticWorker(
+                    index,
+                    worker,
+                    placed.replay,
+                    supervisor,
+                    self,
+                    drain_s=placed.config.rollout.drain_s,
+                    placement=placed.placement,
+                    rooms=placed.rooms,
+                )
+                for index, worker in enumerate(placed.workers)
+            ],
+        )
 
     @classmethod
     async def start(cls, config: Config, supervisor: Supervisor, start: Start) -> Self:
         """Place and start everything."""
         fleet = await cls._with_replay_up(config, supervisor, start, with_learner=False)
-        await asyncio.gather(*map(fleet._bring_up_worker, fleet.workers))
+        await asyncio.gather(*map(fleet.bring_up_worker, fleet.first_workers))
         return fleet
 
     @classmethod
     async def _with_replay_up(cls, config: Config, supervisor: Supervisor, start: Start, *, with_learner: bool) -> Self:
         """All of it is placed; the replay server is up, the others are not."""
         placed = await Placed.reserved(config, with_learner=with_learner)
-        supervisor.processes = placed.processes
+        for process in placed.processes:
+            supervisor.include(process)
         return cls(supervisor, placed, await _bring_up_replay(supervisor, placed.replay, start, leasing=False))
 
     def watch(self, watch: Watch, on_filling: Callable[[Filling], None] = lambda _: None) -> None:
         """Keep the replay server and the workers alive from now on. `on_filling` is told at every look how far the next
         batch is."""
         watch.add("the look at all processes", self._look(on_filling))
-        keep = self._supervisor.keep
-        watch.add("replay", keep(self.replay, self._serve_replay, self._revive_replay))
-        for index, worker in enumerate(self.workers):
-            serve, revive = partial(self._serve_worker, worker), partial(self._revive_worker, index, worker)
-            watch.add(worker.name, keep(worker, serve, revive, outlives=RunError))
+        watch.add("replay", self._supervisor.keep(self.replay, self._serve_replay, self._revive_replay))
+        self._watched = True
+        self._elastic.watch(watch)
+
+    async def bring_up_worker(self, worker: Process[RolloutProcess]) -> None:
+        """After the others of its bundle: vLLM measures what is free on a GPU while it starts, and would count as its
+        own what others allocate meanwhile."""
+        memory_fraction = self.placement.memory_fraction(worker.name, self.config.rollout.memory_fraction)
+        outlives = RunError if worker.life or self._watched else ProcessDied
+
+        async def begin_life() -> None:
+            await self._supervisor.start(worker, start_rollout, self.opened.rollout_address, memory_fraction)
+
+        async with self._turns[self.placement.bundle(worker.name)]:
+            await self._supervisor.bring_up(worker, begin_life, outlives)
+
+    async def serve_worker(self, worker: Process[RolloutProcess], *, late: bool) -> None:
+        """As long as its life lasts. `late`: it lacks the weights in force."""
+        serving = asyncio.ensure_future(worker.call(lambda worker: worker.serve))
+        try:
+            if late:
+                await self.catch_up(worker)
+            await serving
+        finally:
+            serving.cancel()
+
+    async def end_worker(self, worker: Process[RolloutProcess]) -> None:
+        """End the process of a worker that was drained."""
+        worker.end()
 
     async def catch_up(self, worker: Process[RolloutProcess]) -> None:
         """Give a worker that was started again the weights in force: here the model's own, which it has loaded."""
@@ -151,22 +209,9 @@ class Fleet:
         again = Start(ports=self.opened.ports, totals=self.totals)
         self.opened = await _bring_up_replay(self._supervisor, self.replay, again, leasing=self.leasing)
 
-    async def _serve_worker(self, worker: Process[RolloutProcess]) -> None:
-        serving = asyncio.ensure_future(worker.call(lambda worker: worker.serve))
-        try:
-            if worker.life > 1:
-                await self.catch_up(worker)
-            await serving
-        finally:
-            serving.cancel()
-
-    async def _revive_worker(self, index: int, worker: Process[RolloutProcess], death: RunError) -> None:
-        await self.replay.ask(lambda replay: replay.lose_worker, index)
-        await self._supervisor.pause(worker, death)
-        await self._bring_up_worker(worker)
-
     async def _look(self, on_filling: Callable[[Filling], None]) -> None:
-        """Look at all processes, and kill workers that the replay server has lost though their process lives."""
+        """Look at all processes, kill workers that the replay server has lost though their process lives, and see which
+        should come and go."""
         while True:
             await asyncio.sleep(LOOK_S)
             health = await self._supervisor.look()
@@ -177,18 +222,7 @@ class Fleet:
                 if worker.up.is_set() and time.monotonic() - worker.since > JOIN_S:
                     log.warning("%s has fallen silent: it is killed", worker.name)
                     worker.end()
-
-    async def _bring_up_worker(self, worker: Process[RolloutProcess]) -> None:
-        """After the others of its bundle: vLLM measures what is free on a GPU while it starts, and would count as its
-        own what others allocate meanwhile."""
-        memory_fraction = self.placement.memory_fraction(worker.name, self.config.rollout.memory_fraction)
-        outlives = RunError if worker.life else ProcessDied
-
-        async def begin_life() -> None:
-            await self._supervisor.start(worker, start_rollout, self.opened.rollout_address, memory_fraction)
-
-        async with self._turns[self.placement.index(worker.name)]:
-            await self._supervisor.bring_up(worker, begin_life, outlives)
+            await self._elastic.look(health)
 
 
 async def _bring_up_replay(

@@ -4,6 +4,8 @@
     shared     learner rank r and rollout worker r are on the same GPU
     auto       separate where there are enough GPUs; with fewer, equal parts of each; with none, the CPU
 
+The workers of `rollout.num_workers` beyond its min have no place here: each gets room of its own while there is some.
+
 In: the configuration, the GPUs of each node, and the learner's ranks (none where nothing is trained). Out: bundles,
 each of which Ray gives whole on a node of its choice (as few nodes as it can). Raises ConfigError that says what is
 asked for and what there is. Invariant: every process is in one bundle; the processes of a bundle share one GPU, or each
@@ -44,6 +46,11 @@ class Bundle:
         return math.floor(SHARE_STEP * self.num_gpus / len(self.processes)) / SHARE_STEP
 
     @property
+    def is_lone_worker(self) -> bool:
+        """Whether a rollout worker is alone in it."""
+        return len(self.processes) == len(self.of_role("rollout")) == 1
+
+    @property
     def shares_gpu(self) -> bool:
         """Whether several processes are on its GPU."""
         return 0 < self.num_gpus < len(self.processes)
@@ -74,6 +81,8 @@ class Placement:
     bundles: tuple[Bundle, ...]
     reason: str
     """Which of the three it is and why, for the log."""
+    gpus_of_newcomer: int = 0
+    """That each worker beyond those placed asks for."""
 
     @property
     def num_processes(self) -> int:
@@ -96,14 +105,15 @@ class Placement:
         """The bundles in which processes of this role have GPUs."""
         return [bundle for bundle in self.bundles if bundle.num_gpus and bundle.of_role(role)]
 
-    def index(self, process: str) -> int:
-        """The bundle that this process is in."""
-        return next(index for index, bundle in enumerate(self.bundles) if process in bundle.processes)
+    def bundle(self, process: str) -> Bundle:
+        """The bundle that this process is in; of a worker that isn't placed one of its own."""
+        placed = (bundle for bundle in self.bundles if process in bundle.processes)
+        return next(placed, Bundle((process,), self.gpus_of_newcomer))
 
     def memory_fraction(self, process: str, given: float | None) -> float:
         """Share of the memory of its GPUs that an engine may take: what the user says, else what leaves the others on
         it as much."""
-        num_processes = len(self.bundles[self.index(process)].processes)
+        num_processes = len(self.bundle(process).processes)
         return given or (ALONE_FRACTION if num_processes == 1 else round(SHARED_FRACTION / num_processes, 4))
 
 
@@ -113,8 +123,8 @@ def learner_names(config: Config) -> list[str]:
 
 
 def worker_names(config: Config) -> list[str]:
-    """The rollout workers."""
-    return [process_name("rollout", index) for index in range(config.rollout.num_workers)]
+    """The rollout workers that a run starts with."""
+    return [process_name("rollout", index) for index in range(config.rollout.min_workers)]
 
 
 @dataclass(frozen=True)
@@ -238,7 +248,8 @@ def _on_gpus(asked: _Asked, bundles: Sequence[Bundle], reason: str) -> Placement
     """These bundles, and one without a GPU for every other process; the replay server's is the first."""
     placed = {name for bundle in bundles for name in bundle.processes}
     others = [name for name in [*asked.ranks, *asked.workers] if name not in placed]
-    return Placement((Bundle(("replay",)), *bundles, *(Bundle((name,)) for name in others)), reason)
+    of_newcomer = asked.config.rollout.tensor_parallel if set(asked.workers) & placed else 0
+    return Placement((Bundle(("replay",)), *bundles, *(Bundle((name,)) for name in others)), reason, of_newcomer)
 
 
 def _too_few(asked: _Asked, mode: str, gpus_of_nodes: Sequence[int], fix: str) -> ConfigError:

@@ -1,4 +1,4 @@
-"""The processes of a run on Ray: room for them, calls to them, and what a death means.
+"""The processes of a run on Ray: calls to them, and what a death means.
 
 Every Ray call goes through `Process._answer`, the one place where Ray's errors become ours: an error of ours keeps its
 kind and gains the name of its process, a death is `ProcessDied`, a defect carries the traceback of its process as its
@@ -10,30 +10,19 @@ Does not own: when a process is started again (`fleet`), what the commands do (`
 from __future__ import annotations
 
 import asyncio
-import atexit
-import logging
 import math
 import os
 import re
 import signal
-import subprocess
-import sys
-import textwrap
 import time
-from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from contextlib import suppress
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
-from ray.util.placement_group import PlacementGroup, placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from asyncdapo.config.config import Config
-from asyncdapo.controller.fleet.placement import Placement
-from asyncdapo.controller.process.ray_servers import RayDied, close_own, start_own
-from asyncdapo.controller.process.reaper import adopt_orphans
+from asyncdapo.controller.fleet.rooms import Room
 from asyncdapo.controller.process.roster import Entry, is_running
 from asyncdapo.controller.roles.actors import Actor
 from asyncdapo.controller.roles.base import ProcessBase, ProcessSpec
@@ -46,14 +35,8 @@ R = TypeVar("R")
 Pick = Callable[[P], Callable[Params, Coroutine[Any, Any, R]]]
 """Picks a method of what runs in a process."""
 
-CPUS_PER_PROCESS = 0.1
-"""Asked of Ray: small, so that every process is placed even on one core. Threads are what the config says."""
-
 MAX_CONCURRENCY = 64
 """Ray calls that one process serves at a time: commands, besides its `serve`."""
-
-CLUSTER_ANSWERS_S = 20.0
-"""Within which a cluster that is to be joined says that it is there."""
 
 CAUSE_GRACE_S = 2.0
 """Time for a death to become known, when what failed first may be a call to the process that died."""
@@ -65,98 +48,6 @@ class ProcessDied(RunError):  # noqa: N818 - what happened to it, not a failure 
     def __init__(self, name: str, how: str) -> None:
         super().__init__(f"{name}: the process died: {how}")
         self.name = name
-
-
-@contextmanager
-def ray_session(config: Config) -> Iterator[None]:
-    """Connected to `controller.ray_address`, or to a Ray of our own on this machine; every process ends with it. A Ray
-    that died is left as it is, with the directory of its logs."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
-    address = config.controller.ray_address
-    if address:
-        _check_cluster(address)
-    with ExitStack() as end:
-        end.callback(ray.shutdown)
-        adopt_orphans(True)
-        with _signals_held():
-            if address:
-                ray.init(address=address, **quiet)
-            else:
-                end.callback(close_own, start_own(**quiet))
-        adopt_orphans(False)
-        end.callback(adopt_orphans, True)
-        try:
-            yield
-        except RayDied:
-            end.pop_all()
-            atexit.register(os._exit, 1)  # before Ray's own end, which would wait for its dead
-            raise
-
-
-def _check_cluster(address: str) -> None:
-    """Whether a cluster answers. `ray.init` would try for minutes, and print as long, so a process asks that can be
-    ended."""
-    command = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
-    try:
-        asked = subprocess.run(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, timeout=CLUSTER_ANSWERS_S
-        )
-    except subprocess.TimeoutExpired:
-        said = f"nothing within {CLUSTER_ANSWERS_S:g} s"
-    else:
-        if asked.returncode == 0:
-            return
-        last = (asked.stdout.strip().splitlines() or [f"exit code {asked.returncode}"])[-1]
-        said = textwrap.shorten(last, 160, placeholder=" …")
-    fix = "`ray start --head` first, or leave controller.ray_address out"
-    raise UserError(f"controller.ray_address: no Ray cluster answers at {address} ({fix}; Ray says: {said})")
-
-
-@contextmanager
-def _signals_held() -> Iterator[None]:
-    """Ctrl-C and SIGTERM count when the body is done: a Ray that is interrupted while it starts may crash. The second
-    one doesn't wait. Afterwards the handlers from before are back, not those of Ray."""
-    received: list[int] = []
-
-    def hold(sent: int, frame: object) -> None:
-        received.append(sent)
-        if len(received) > 1:
-            raise KeyboardInterrupt
-
-    before = {sent: signal.signal(sent, hold) for sent in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for sent, handler in before.items():
-            signal.signal(sent, handler)
-    if received:
-        raise KeyboardInterrupt
-
-
-def gpus_of_nodes() -> list[int]:
-    """GPUs of each node of the cluster, those in use included."""
-    return [int(node["Resources"].get("GPU", 0)) for node in ray.nodes() if node["Alive"]]
-
-
-async def reserve(placement: Placement, timeout_s: float) -> PlacementGroup:
-    """Room for all of it. Raises RunError that names what was asked and what there is."""
-    bundles = [
-        {"CPU": CPUS_PER_PROCESS * len(bundle.processes)} | ({"GPU": bundle.num_gpus} if bundle.num_gpus else {})
-        for bundle in placement.bundles
-    ]
-    room = placement_group(bundles, strategy="PACK")
-    if not await asyncio.to_thread(room.wait, timeout_s):
-        asked = Counter()
-        for bundle in bundles:
-            asked.update(bundle)
-        raise RunError(
-            f"no room on Ray within controller.place_timeout_s ({timeout_s:g} s): {placement.num_processes} processes "
-            f"ask for {_amounts(asked)}, there are {_amounts(ray.cluster_resources())}, "
-            f"of which {_amounts(ray.available_resources())} are free"
-        )
-    return room
 
 
 class Process(Generic[P_co]):
@@ -178,20 +69,16 @@ class Process(Generic[P_co]):
 
     @classmethod
     def placed(
-        cls, actor: type[Actor[P_co]], spec: ProcessSpec, *, room: PlacementGroup, placement: Placement, threads: int
+        cls, actor: type[Actor[P_co]], spec: ProcessSpec, *, rooms: Mapping[str, Room], threads: int
     ) -> Process[P_co]:
-        """A process that lives in its bundle of the placement, for which `room` was reserved."""
-        index = placement.index(spec.name)
+        """A process each of whose lives is in the room that it has then."""
         options = {
-            "num_cpus": CPUS_PER_PROCESS,
-            "num_gpus": placement.bundles[index].share,
-            "scheduling_strategy": PlacementGroupSchedulingStrategy(room, placement_group_bundle_index=index),
             "max_concurrency": MAX_CONCURRENCY,
             "runtime_env": {
                 "env_vars": {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"},
             },
         }
-        return cls(spec.name, lambda: ray.remote(actor).options(**options).remote(spec))
+        return cls(spec.name, lambda: ray.remote(actor).options(**options, **rooms[spec.name].options()).remote(spec))
 
     def spawn(self) -> None:
         """Begin its next life. It is `up` when its owner says so."""
@@ -307,7 +194,3 @@ def _reason(error: RayActorError) -> str:
         return detail[1]
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return next((line for line in reversed(lines) if "killed" in line.lower()), lines[0])
-
-
-def _amounts(resources: Mapping[str, float]) -> str:
-    return f"{resources.get('CPU', 0):g} CPU and {resources.get('GPU', 0):g} GPU"

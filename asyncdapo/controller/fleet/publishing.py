@@ -63,6 +63,8 @@ class Publishing:
         self.config, self.learner, self.workers, self.other_shards = config, learner, workers, other_shards
         self.turn = asyncio.Lock()
         """Held while the learner trains or sends."""
+        self._sending = asyncio.Lock()
+        """Held while it sends."""
         self.version, self.branch = 0, 0
         """What the learner has, and in which branch."""
         self._members: list[Life] = []
@@ -93,7 +95,8 @@ class Publishing:
             missed: RunError | None = None
             for _ in range(self.config.max_missed):
                 try:
-                    return await self._send_to(self._up())
+                    async with self._sending:
+                        return await self._send_to(self._up())
                 except (WeightsError, ProcessDied) as error:
                     self._note_failure(error)
                     if not self._learner_is_up():
@@ -111,7 +114,8 @@ class Publishing:
                 if self._has_current(worker):
                     return
                 try:
-                    await self._send_to([worker])
+                    async with self._sending:
+                        await self._send_to([worker])
                     log.info("%s caught up with version %d", worker.name, self.version)
                     return
                 except RanksError as error:  # the train loop notices it too, and starts the learner again
@@ -123,6 +127,12 @@ class Publishing:
                         return
         log.warning("%s missed version %d %d times", worker.name, self.version, self.config.max_missed)
         worker.end()
+
+    async def let_go(self, worker: Process[RolloutProcess]) -> None:
+        """End a worker's process, when no transfer that counts on it is under way."""
+        worker.up.clear()
+        async with self._sending:
+            worker.end()
 
     # ----------------------------------------------------------------------------------------------------- transfers
 

@@ -87,6 +87,8 @@ class StallWatch:
         for process in self._supervisor.processes:
             if not process.up.is_set():
                 waits[process.name] = [Wait(who=process.name, whom=NOBODY, what="is being started")]
+        for name, what in self._supervisor.missing.items():
+            waits[name] = [Wait(who=name, whom=NOBODY, what=what)]
         return chain(waits | {"controller": self._supervisor.waits.open()}, "controller"), reports
 
     async def _break_stall(self) -> None:

@@ -11,14 +11,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from pathlib import Path
 from typing import Any, Concatenate
 
 from asyncdapo.config.config import Config
 from asyncdapo.controller.fleet.process import P, Params, Process, ProcessDied, R
-from asyncdapo.controller.fleet.restarts import Restarts
 from asyncdapo.controller.process.health import Health
+from asyncdapo.controller.process.restarts import Restarts
 from asyncdapo.controller.process.roster import Roster, this_process
 from asyncdapo.controller.process.roster import end as end_entries
 from asyncdapo.controller.process.waits import Stall, Waits
@@ -47,8 +47,10 @@ class Supervisor:
         self._silent: set[str] = set()
         self.waits = Waits("controller")
         """Of the controller itself."""
-        self.processes: Sequence[Process[ProcessBase]] = ()
-        """All that have a place; none before the fleet is placed."""
+        self.processes: list[Process[ProcessBase]] = []
+        """All that are up or being started; none before the fleet is placed."""
+        self.missing: dict[str, str] = {}
+        """What others wait for, by name."""
         self.still_s = 0.0
         """For how long no counter of progress has moved in any process, and none was being started."""
 
@@ -56,6 +58,23 @@ class Supervisor:
         """Something has happened that no counter shows."""
         self._stall.reset(time.monotonic())
         self.still_s = 0.0
+
+    def include(self, process: Process[ProcessBase]) -> None:
+        """It is about to be started, or is up."""
+        self.missing.pop(process.name, None)
+        if process not in self.processes:
+            self.processes.append(process)
+
+    def miss(self, process: Process[ProcessBase], what: str) -> None:
+        """It should be started, and can't be: `what` it waits for."""
+        self.forget(process)
+        self.missing[process.name] = what
+
+    def forget(self, process: Process[ProcessBase]) -> None:
+        """It isn't wanted."""
+        self.missing.pop(process.name, None)
+        if process in self.processes:
+            self.processes.remove(process)
 
     def log_path(self, process: Process[ProcessBase]) -> Path:
         """The process's own log."""
@@ -153,15 +172,16 @@ class Supervisor:
         if not all(process.up.is_set() for process in self.processes):
             self.note_progress()  # a start has a deadline of its own
         for process in self.processes:
-            report = reports[process.name]
+            report = reports.get(process.name)
             if report and process.up.is_set() and process.entry in report.entries:
                 self._roster.set(process.name, report.entries)
         return reports
 
     async def health(self) -> Mapping[str, Health | None]:
         """Of every process; None where there is no answer."""
-        answers = await asyncio.gather(*map(self._health_of, self.processes))
-        return dict(zip((process.name for process in self.processes), answers, strict=True))
+        processes = list(self.processes)
+        answers = await asyncio.gather(*map(self._health_of, processes))
+        return dict(zip((process.name for process in processes), answers, strict=True))
 
     async def _health_of(self, process: Process[ProcessBase]) -> Health | None:
         try:

@@ -49,7 +49,7 @@ class TrainingFleet(Fleet):
         learner = asyncio.ensure_future(fleet._bring_up_learner(checkpoint))
         if fleet.placement.shares_gpus:
             await learner
-        await asyncio.gather(learner, *map(fleet._bring_up_worker, fleet.workers))
+        await asyncio.gather(learner, *map(fleet.bring_up_worker, fleet.first_workers))
         fleet.publishing.learner_has(start.roll_back_to or 0, fleet.opened.branch)
         await fleet.publishing.begin()
         return fleet
@@ -57,6 +57,10 @@ class TrainingFleet(Fleet):
     async def catch_up(self, worker: Process[RolloutProcess]) -> None:
         """Send it what the learner has."""
         await self.publishing.catch_up(worker)
+
+    async def end_worker(self, worker: Process[RolloutProcess]) -> None:
+        """Between two transfers, so that none breaks under it."""
+        await self.publishing.let_go(worker)
 
     async def revive_learner(self, death: Exception, checkpoint: Path | None) -> None:
         """Start the learner again from a checkpoint (None: the initial model). The caller then rolls the run back."""

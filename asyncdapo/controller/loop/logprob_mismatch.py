@@ -11,7 +11,8 @@ the learner computes the log-probs that its own weights give those tokens. A mea
 is said once, until it is below again; one above `rollout.parity_stop` ends the run.
 
 Invariant: only completions sampled by that version alone are compared, so that a difference never comes of weights that
-are rightly older. A worker without any (it is dead, its engine is, it takes too long) is left out, and that is said.
+are rightly older. A worker without any (it or its engine dies, it takes too long) is left out, and that is said; one
+that isn't up is left out in silence.
 Does not own: when versions are compared, and that the learner doesn't train meanwhile (`run`).
 
 Shape: T sampled tokens of one worker.
@@ -98,8 +99,9 @@ class LogprobMismatch:
 
         Raises RunError for a worker above `rollout.parity_stop`, ProcessDied for the learner.
         """
-        answers = await asyncio.gather(*(self._sample(worker, version) for worker in self._workers))
-        sampled = {worker.name: samples for worker, samples in zip(self._workers, answers, strict=True) if samples}
+        workers = [worker for worker in self._workers if worker.up.is_set()]
+        answers = await asyncio.gather(*(self._sample(worker, version) for worker in workers))
+        sampled = {worker.name: samples for worker, samples in zip(workers, answers, strict=True) if samples}
         if not sampled:
             return {}
         pairs = [(self._prompts[at], sample.token_ids) for samples in sampled.values() for at, sample in samples]
@@ -122,8 +124,6 @@ class LogprobMismatch:
         """This worker's completions that are of `version` alone, each with the place of its prompt; none when it is
         left out."""
         try:
-            if not worker.up.is_set():
-                raise ProcessDied(worker.name, "it is being started")
             async with asyncio.timeout(SAMPLE_S):
                 samples = await worker.call(lambda worker: worker.probe, self._prompts, self._seeds, self._sampling)
         except TimeoutError:

@@ -37,5 +37,7 @@ class Health:
     """Counters by name. The process makes progress if any of them moves."""
     filling: Filling | None = None
     """Of the replay server."""
+    leaving: str = ""
+    """Of a rollout worker: why it should leave; empty if nobody has said so."""
     lost: Sequence[int] = ()
     """Of the replay server: workers that it counts as lost because they were silent for too long."""

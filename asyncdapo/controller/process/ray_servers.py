@@ -6,7 +6,7 @@
 
 In: a configuration. Out: Ray started, and RayDied as soon as Ray fails. By itself Ray ends a driver only 60 s after its
 GCS has died, with a message of its own, and never after its raylet has died. Invariant: a Ray that would listen on
-other interfaces, or without the token, is not used. Does not own: the session around it (`fleet/process`).
+other interfaces, or without the token, is not used. Does not own: the session around it (`ray_session`).
 
 Holds for Ray 2.52 to 2.60, of which it uses internals: whether this machine can be part of a cluster, how settings are
 read again, and which processes a node starts.

@@ -60,7 +60,7 @@ def _unusable(path: str) -> str:
 
 
 def _raise_file_limit(config: Config) -> None:
-    num_peers = config.learner.ranks + config.rollout.num_workers
+    num_peers = config.learner.ranks + config.rollout.max_workers
     needed = FILES_OF_A_PROCESS + FILES_OF_A_PEER * num_peers + FILES_OF_A_CORE * (os.cpu_count() or 1)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = ENOUGH_FILES if hard == resource.RLIM_INFINITY else hard

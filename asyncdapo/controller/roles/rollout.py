@@ -13,6 +13,7 @@ from dataclasses import asdict
 
 from asyncdapo.accounting.spans import Span, SpanRing
 from asyncdapo.controller.process.health import Health
+from asyncdapo.controller.process.notice import LeaveNotice
 from asyncdapo.controller.process.roster import Entry, entry_of
 from asyncdapo.controller.process.waits import NOBODY
 from asyncdapo.controller.roles.base import ProcessBase, ProcessSpec
@@ -38,6 +39,7 @@ class RolloutProcess(ProcessBase):
         self.num_received = 0
         self.updates = SpanRing()
         """Of its weights."""
+        self.notice = LeaveNotice()
 
     @classmethod
     async def start(cls, spec: ProcessSpec, replay_address: str, memory_fraction: float) -> RolloutProcess:
@@ -89,6 +91,7 @@ class RolloutProcess(ProcessBase):
         return Health(
             entries=[self.spec.entry(), *self._children()],
             waits=self.waits.open(),
+            leaving="SIGTERM" if self.notice.has_come else "",
             progress={
                 "tokens": gauges["tokens"],
                 "judged": self.judging.num_judged(),

@@ -48,8 +48,8 @@ class Advice:
 
 
 def keys_in_force(config: object) -> Keys:
-    """From the whole configuration of a run."""
-    return {key: float(attrgetter(key)(config)) for key in KEYS}
+    """From the whole configuration of a run. Of a range of workers it is the most."""
+    return {key: float(attrgetter(key.replace("num_workers", "max_workers"))(config)) for key in KEYS}
 
 
 def advise(verdict: Verdict, window: Window, keys: Keys) -> Advice | None:

@@ -47,6 +47,7 @@ class Window:
     slowest_pace: float
     """Its tokens per second, as a share of the mean of the other workers."""
     num_workers: float
+    """That lived, in the mean over time."""
 
     @classmethod
     def of(cls, lines: Sequence[Line]) -> Self | None:
@@ -54,9 +55,8 @@ class Window:
         steps = lines[1:]
         seconds = sum(line.get("time/step_s", 0.0) for line in steps)
         workers = {state: _rise(lines, f"rollout/time/{state}_s") for state in WORKERS}
-        num_workers = max((line.get("replay/workers", 0.0) for line in steps), default=0.0)
-        covered_s = sum(workers.values())
-        if not steps or not seconds or not covered_s >= MIN_COVERED * num_workers * seconds > 0:
+        worker_s = sum(line.get("replay/workers", 0.0) * line.get("time/step_s", 0.0) for line in steps)
+        if not steps or not seconds or not sum(workers.values()) >= MIN_COVERED * worker_s > 0:
             return None
         loop = {state: sum(line.get(f"controller/{state}_s", 0.0) for line in steps) for state in LOOP}
         busy_s, idle_s = (_rise(lines, f"reward/time/{state}_s") for state in ("busy", "idle"))
@@ -74,8 +74,8 @@ class Window:
             all_correct=_mean(steps, "filter/all_correct_ratio"),
             all_wrong=_mean(steps, "filter/all_wrong_ratio"),
             slowest_worker=int(steps[-1].get("rollout/slowest_worker", 0)),
-            slowest_pace=_slowest(steps[-1], num_workers),
-            num_workers=num_workers,
+            slowest_pace=_slowest(steps[-1], steps[-1].get("replay/workers", 0.0)),
+            num_workers=worker_s / seconds,
         )
 
     @property

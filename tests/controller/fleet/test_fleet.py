@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +11,9 @@ import pytest
 
 from asyncdapo.config.config import Config
 from asyncdapo.config.run import ControllerConfig, RunConfig
+from asyncdapo.controller.fleet.elastic import ElasticWorker
 from asyncdapo.controller.fleet.fleet import Fleet, Placed, settle
+from asyncdapo.controller.fleet.placement import Bundle
 from asyncdapo.controller.fleet.supervisor import Supervisor
 from asyncdapo.controller.process.roster import Entry, entry_of
 from asyncdapo.controller.roles.actors import start_rollout
@@ -55,6 +56,23 @@ class Replay:
         assert picked("replay", pick, *args) == "lose_worker"
 
 
+async def kept(fleet: Fleet, process: FakeWorker) -> None:
+    """Its worker, from its first start on."""
+    room = SimpleNamespace(bundle=Bundle((process.name,)), node=lambda: "here")
+    member = ElasticWorker(
+        0,
+        process,
+        fleet.replay,
+        fleet._supervisor,
+        fleet,
+        drain_s=1.0,
+        placement=fleet.placement,
+        rooms={process.name: room},
+    )
+    member.want()
+    await member.keep()
+
+
 def fleet_on(num_gpus: int, run_dir: Path) -> Fleet:
     """Of two workers."""
     config = Config(
@@ -64,7 +82,7 @@ def fleet_on(num_gpus: int, run_dir: Path) -> Fleet:
         controller=ControllerConfig(max_restarts=2),
     )
     config, placement = settle(config, [num_gpus], ranks=())
-    placed = Placed(config=config, placement=placement, replay=Replay(), ranks=(), workers=())
+    placed = Placed(config=config, placement=placement, rooms={}, replay=Replay(), ranks=(), workers=())
     return Fleet(Supervisor(config), placed, SimpleNamespace(rollout_address="nowhere"))
 
 
@@ -79,15 +97,15 @@ FAILURE = EngineError("its memory isn't free yet")
 
 def test_the_first_start_of_a_worker_that_fails_ends_the_run(fleet):
     with pytest.raises(EngineError, match="free yet"):
-        asyncio.run(fleet._bring_up_worker(FakeWorker(FAILURE, None)))
+        asyncio.run(fleet.bring_up_worker(FakeWorker(FAILURE, None)))
 
 
 def test_a_worker_that_was_up_is_started_again_until_its_budget_is_used_up(fleet):
     async def live_again(*starts) -> FakeWorker:
         worker = FakeWorker(None, *starts)
-        await fleet._bring_up_worker(worker)
+        await fleet.bring_up_worker(worker)
         worker.up.clear()
-        await fleet._bring_up_worker(worker)
+        await fleet.bring_up_worker(worker)
         return worker
 
     worker = asyncio.run(live_again(FAILURE, None))
@@ -108,8 +126,7 @@ def test_a_worker_whose_reward_function_breaks_its_contract_ends_the_run_and_any
     worker = Serving(None, None)
     worker.ends = [FAILURE, VerdictError("score returned -1")]
     with pytest.raises(VerdictError, match="score returned -1"):
-        serve, revive = partial(fleet._serve_worker, worker), partial(fleet._revive_worker, 0, worker)
-        asyncio.run(fleet._supervisor.keep(worker, serve, revive, outlives=RunError))
+        asyncio.run(kept(fleet, worker))
     assert worker.ends == []
 
 
@@ -118,7 +135,7 @@ def test_engines_start_at_once_unless_they_share_a_gpu(tmp_path, num_gpus, at_on
     async def main() -> list[FakeWorker]:
         fleet, starting = fleet_on(num_gpus, tmp_path), set()
         workers = [FakeWorker(None, name=name, starting=starting) for name in ("rollout-0", "rollout-1")]
-        await asyncio.gather(*map(fleet._bring_up_worker, workers))
+        await asyncio.gather(*map(fleet.bring_up_worker, workers))
         return workers
 
     assert any(worker.beside for worker in asyncio.run(main())) == at_once

@@ -6,15 +6,15 @@ import asyncio
 from collections.abc import Iterator
 
 import pytest
-import ray
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from asyncdapo.config.config import Config, load_config
 from asyncdapo.config.found import find_config
 from asyncdapo.config.run import ControllerConfig
-from asyncdapo.controller.fleet.placement import Placement, gpus_asked, learner_names, place, worker_names
-from asyncdapo.controller.fleet.process import Process, gpus_of_nodes, reserve
+from asyncdapo.controller.fleet.placement import Bundle, Placement, gpus_asked, learner_names, place, worker_names
+from asyncdapo.controller.fleet.process import Process
+from asyncdapo.controller.fleet.rooms import gpus_of_nodes, reserve
 from asyncdapo.controller.process.ray_servers import close_own, start_own
 from asyncdapo.controller.roles.base import ProcessSpec
 from asyncdapo.errors import ConfigError
@@ -108,7 +108,7 @@ def test_who_is_on_the_cpu_has_no_gpu_and_who_is_not_has_one_where_there_is_any(
         (worker_names(config), config.rollout.device),
     ):
         for name in names:
-            bundle = placement.bundles[placement.index(name)]
+            bundle = placement.bundle(name)
             assert bool(bundle.num_gpus) == (device != "cpu" and sum(nodes) > 0)
 
 
@@ -225,6 +225,13 @@ def test_an_engine_takes_most_of_a_gpu_alone_less_than_half_with_the_learner_and
     assert shared.memory_fraction("rollout-0", 0.55) == 0.55
 
 
+@pytest.mark.parametrize(("engine", "nodes", "num_gpus"), [("auto", [4], 2), ("auto", [0], 0), ("cpu", [4], 0)])
+def test_a_worker_beyond_those_placed_asks_for_as_much_as_they_have(engine, nodes, num_gpus) -> None:
+    placement = place(config_of(rollout=engine, tensor_parallel=2 if engine == "auto" else 1), nodes)
+    assert placement.bundle("rollout-7") == Bundle(("rollout-7",), num_gpus)
+    assert placement.memory_fraction("rollout-7", None) == 0.9
+
+
 @pytest.fixture(scope="module")
 def four_gpus() -> Iterator[None]:
     """Ray takes our word for them."""
@@ -259,18 +266,19 @@ def test_ray_gives_the_processes_of_a_bundle_the_same_gpus_and_others_other_ones
 
 async def gpus_seen(placement: Placement) -> dict[str, str]:
     """The GPUs of each process, when all live at once."""
-    room = await reserve(placement, 30)
+    rooms = await reserve(placement, 30)
     names = [name for bundle in placement.bundles[1:] for name in bundle.processes]
     parts = (name.partition("-") for name in names)
     config, keys = config_of(), RunKeys.make()
     specs = [ProcessSpec(role=role, index=int(index or 0), config=config, keys=keys) for role, _, index in parts]
-    processes = [Process.placed(Sighted, spec, room=room, placement=placement, threads=1) for spec in specs]
+    processes = [Process.placed(Sighted, spec, rooms=rooms, threads=1) for spec in specs]
     for process in processes:
         process.spawn()
     answers = await asyncio.gather(*(process.call(lambda sighted: sighted.gpus) for process in processes))
     for process in processes:
         process.end()
-    ray.util.remove_placement_group(room)
+    for room in {room.group.id: room for room in rooms.values()}.values():
+        room.give_back()
     return dict(zip(names, answers, strict=True))
 
 

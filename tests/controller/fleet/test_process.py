@@ -13,9 +13,11 @@ import pytest
 
 from asyncdapo.config.config import Config
 from asyncdapo.config.run import ControllerConfig
-from asyncdapo.controller.fleet import process as processes
 from asyncdapo.controller.fleet.placement import Bundle, Placement
-from asyncdapo.controller.fleet.process import Process, ProcessDied, ray_session, reserve
+from asyncdapo.controller.fleet.process import Process, ProcessDied
+from asyncdapo.controller.fleet.rooms import reserve
+from asyncdapo.controller.process import ray_session as sessions
+from asyncdapo.controller.process.ray_session import ray_session
 from asyncdapo.controller.process.roster import Entry
 from asyncdapo.controller.roles.base import ProcessSpec
 from asyncdapo.errors import ConfigError, RunError, StalenessError, UserError
@@ -31,8 +33,8 @@ def test_a_cluster_that_does_not_answer_is_the_users_to_fix(
     someone_listens: bool, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Nobody at the port, and one who says nothing. Ray itself tries for minutes, and prints as long."""
-    assert processes.CLUSTER_ANSWERS_S < 30
-    monkeypatch.setattr(processes, "CLUSTER_ANSWERS_S", 2.0)
+    assert sessions.CLUSTER_ANSWERS_S < 30
+    monkeypatch.setattr(sessions, "CLUSTER_ANSWERS_S", 2.0)
     with socket.socket() as port:
         port.bind(("", 0))
         if someone_listens:
@@ -78,9 +80,9 @@ class Faulty:
 def process() -> Iterator[Process[Any]]:
     with ray_session(CONFIG):
         placement = Placement((Bundle(("learner",)),), "alone")
-        room = asyncio.run(reserve(placement, 30))
+        rooms = asyncio.run(reserve(placement, 30))
         spec = ProcessSpec(role="learner", config=CONFIG, keys=RunKeys.make())
-        process = Process.placed(Faulty, spec, room=room, placement=placement, threads=2)
+        process = Process.placed(Faulty, spec, rooms=rooms, threads=2)
         process.spawn()
         yield process
 

@@ -243,7 +243,6 @@ async def never(*_: Any) -> list[Sample]:
 @pytest.mark.parametrize(
     ("other", "reason"),
     [
-        (FakeProcess("rollout-1", sampling_with(), up=False), "it is being started"),
         (FakeProcess("rollout-1", dies), "killed"),
         (FakeProcess("rollout-1", fails), "the engine is gone"),
         (FakeProcess("rollout-1", never), "has not sampled them in 0.05 s"),

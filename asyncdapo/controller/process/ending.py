@@ -14,7 +14,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from asyncdapo.config.config import Config
-from asyncdapo.controller.fleet.process import ray_session
+from asyncdapo.controller.process.ray_session import ray_session
 from asyncdapo.errors import EXIT_INTERRUPTED, RunError
 from asyncdapo.metrics.reporter import View
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asyncdapo.controller.fleet.restarts import MAX_DELAY_S, WINDOW_S, Restarts
+from asyncdapo.controller.process.restarts import MAX_DELAY_S, WINDOW_S, Restarts
 from asyncdapo.errors import RunError
 
 DEATH = RunError("rollout-0: the process died: killed")

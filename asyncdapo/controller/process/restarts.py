@@ -18,6 +18,10 @@ FIRST_DELAY_S = 0.5
 MAX_DELAY_S = 8.0
 
 
+class TooManyDeaths(RunError):  # noqa: N818 - what happened to it, not a failure of ours
+    """Of one process within an hour."""
+
+
 class Restarts:
     """Deaths of each process, by its name."""
 
@@ -26,14 +30,14 @@ class Restarts:
         self._deaths: defaultdict[str, deque[float]] = defaultdict(deque)
 
     def delay_s(self, name: str, cause: Exception) -> float:
-        """Count a death. Returns the seconds to wait before the next start, none after a first death. Raises RunError
-        with the cause when the budget is used up."""
+        """Count a death. Returns the seconds to wait before the next start, none after a first death. Raises
+        TooManyDeaths with the cause when the budget is used up."""
         deaths, now = self._deaths[name], self._now()
         while deaths and deaths[0] <= now - WINDOW_S:
             deaths.popleft()
         deaths.append(now)
         if len(deaths) > self._max_restarts:
-            raise RunError(
+            raise TooManyDeaths(
                 f"{cause} (death number {len(deaths)} within an hour; controller.max_restarts is {self._max_restarts})"
             ) from cause
         return min(MAX_DELAY_S, FIRST_DELAY_S * 2 ** (len(deaths) - 2)) if len(deaths) > 1 else 0.0
