@@ -6,7 +6,7 @@ loss.variant=examples/loss.py:soft_gate  loss.agg=examples/loss.py:root_length
 import torch
 from torch import Tensor
 
-from asyncdapo.algorithm.variants import UpdateCounts
+from asyncdapo.algorithm.averages import UpdateCounts
 
 SHARPNESS = 4.0
 

@@ -13,13 +13,15 @@ import pytest
 
 from tests.vectors.comparison import compute, differences
 from tests.vectors.file import read
+from tests.vectors.make import FILE
 
-OURS = Path(__file__).parent / "vectors" / "dapo_vectors.json"
+OURS = [Path(__file__).parent / "vectors" / "dapo_vectors.json", FILE]
+NAMED = os.environ.get("ASYNCDAPO_VECTORS")
 
 
 @pytest.mark.parametrize(
     "vector",
-    read(Path(os.environ.get("ASYNCDAPO_VECTORS") or OURS)),
+    [vector for path in ([Path(NAMED)] if NAMED else OURS) for vector in read(path)],
     ids=lambda vector: f"{vector['group']}: {vector['name']}",
 )
 def test_the_vector_is_reproduced(vector):

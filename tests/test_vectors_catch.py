@@ -12,9 +12,10 @@ import pytest
 from tests.test_vectors import OURS
 from tests.vectors.comparison import CHECKS, compute, differences
 from tests.vectors.file import MisunderstoodError, read
+from tests.vectors.make import FILE, text
 
 ROOT = Path(__file__).parents[1]
-VECTORS = read(OURS)
+VECTORS = [vector for path in OURS for vector in read(path)]
 each_vector = pytest.mark.parametrize("vector", VECTORS, ids=lambda vector: f"{vector['group']}: {vector['name']}")
 
 
@@ -227,6 +228,10 @@ def test_a_file_that_is_not_what_it_says_is_refused(tmp_path, change, problem):
     path.write_text(json.dumps({"format": "dapo-vectors/1", "count": 1, "vectors": VECTORS[:1]} | change))
     with pytest.raises(MisunderstoodError, match=problem):
         read(path)
+
+
+def test_our_file_is_what_the_reference_makes():
+    assert FILE.read_text() == text()
 
 
 def test_the_command_runs_one_test_for_each_vector_of_the_file_that_is_named(tmp_path):

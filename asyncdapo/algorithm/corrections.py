@@ -6,6 +6,7 @@
                 geometric   of the whole response, their geometric mean
     outliers    tokens, or responses with a token, whose w_t lies outside a band of its own are masked first
     decoupled   loss_t = w_t · clipped loss_t around π_prox (Hilton et al., 2021, arXiv 2110.00641; AReaL, 2505.24298)
+    loglinear   log π_prox ≈ log μ + (1 − 1/d) (log π_θ − log μ), d versions later (A-3PO; Li et al., 2025, 2512.06547)
     KL          k1, k2, k3 of KL(π_θ ‖ π_ref) (Schulman, "Approximating KL divergence", 2020)
     ESS, χ²     functions of sums, so that micro-batches and ranks can add up theirs first
 
@@ -101,6 +102,16 @@ def _correction(weights_BT: Tensor, left_BT: Tensor, cap: float = float("inf")) 
         mask_BT=left_BT,
         truncated_BT=left_BT & (weights_BT > cap),
     )
+
+
+@torch.no_grad()
+def loglinear_logprobs(logp_BT: Tensor, rollout_logp_BT: Tensor, staleness_BT: Tensor) -> Tensor:
+    """Log-probs of a proximal policy one version behind π_θ, on the line between μ and π_θ, [B, T]; a constant.
+
+    `staleness_BT`: d, the versions between the weights that sampled a token and those of π_θ; its proximal policy is μ
+    itself for d = 1, and for d = 0, where there is nothing in between.
+    """
+    return rollout_logp_BT + (1 - 1 / staleness_BT.clamp(min=1)) * (logp_BT - rollout_logp_BT)
 
 
 def kl_penalty(logp_BT: Tensor, ref_logp_BT: Tensor, mask_BT: Tensor, estimator: Literal["k1", "k2", "k3"]) -> Tensor:

@@ -22,7 +22,7 @@ Invariant: a position outside the mask may hold any finite value; it adds nothin
 Shapes: G completions of one prompt, B completions of a forward pass, N completions of an optimizer update, T tokens.
 Advantages may have any shape that broadcasts with the log-probs, so ratio and loss also take flat tokens. Log-probs are
 natural logarithms, lengths are in tokens. Does not own: masks, corrections for stale tokens (`corrections.py`),
-other ratios, advantages and averages (`variants.py`); each function can be replaced alone.
+other ratios, advantages and averages (files of these names); each function can be replaced alone.
 """
 
 from __future__ import annotations

@@ -12,7 +12,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from asyncdapo.algorithm.variants import PolicyLoss, UpdateCounts, policy_loss
+from asyncdapo.algorithm.averages import UpdateCounts
+from asyncdapo.algorithm.policy_loss import policy_loss
+from asyncdapo.algorithm.variants import PolicyLoss
 from asyncdapo.errors import ConfigError
 from asyncdapo.plugins import broken, cached_plugin, check_call
 

@@ -83,13 +83,17 @@ class Config:
                 self.rollout.group_size,
                 "use 2 or more, or filter.enabled=false",
             )
-        elif self.rollout.group_size == 1:
+        elif self.rollout.group_size == 1 and self.loss.advantage not in WITHOUT_GROUPS:
             yield ConfigError(
                 "rollout.group_size",
                 f"a group of one has no baseline: every advantage of loss.advantage={self.loss.advantage} would be 0",
                 self.rollout.group_size,
                 "use 2 or more",
             )
+        if self.loss.advantage == "maxrl" and (self.reward.incorrect < 0 or self.reward.overlong_buffer):
+            problem = "divides by the mean reward, which may not be below 0"
+            fix = "reward.incorrect=0 reward.overlong_buffer=0"
+            yield ConfigError("loss.advantage", problem, self.loss.advantage, fix)
         if self.filter.mode == "replace" and not self.filter.enabled:
             yield ConfigError("filter.mode", "does nothing without filter.enabled", self.filter.mode, "use filter")
         if self.model.reference is not None and not self.loss.kl_coef:
@@ -149,6 +153,8 @@ class Config:
             yield ConfigError("rollout.tensor_parallel", problem, self.rollout.tensor_parallel, "use separate")
 
 
+WITHOUT_GROUPS = ("reinforce_pp",)
+"""Values of `loss.advantage` that compare a completion with the whole batch: a group of one will do."""
 BASE = "base"
 """Key of a file that holds only what differs from another one."""
 SECTIONS: dict[str, type] = {name: hint for name, hint in get_type_hints(Config).items()}

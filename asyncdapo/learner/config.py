@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from msgspec import Meta
 
@@ -11,8 +12,31 @@ from asyncdapo.errors import ConfigError
 from asyncdapo.plugins import check_name, is_plugin
 from asyncdapo.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Share
 
-VARIANTS = ("ppo", "gspo", "cispo")
-ADVANTAGES = ("grpo", "dr_grpo", "rloo")
+DUAL_CLIP = 10.0
+"""Without this bound a single token at log ratio 12 outweighs 100,000 others. Healthy runs hardly ever reach it."""
+_CLIPS = {"clip_low": 0.2, "clip_high": 0.28}
+Numbers = Mapping[str, float | tuple[float, float] | None]
+VARIANTS: dict[str, Numbers] = {
+    "ppo": {**_CLIPS, "dual_clip": DUAL_CLIP},
+    "gspo": {"clip_low": None, "clip_high": None, "dual_clip": DUAL_CLIP},
+    "gmpo": {"clip_low": 0.4, "clip_high": 0.4},
+    "cispo": _CLIPS,
+    "m2po": {"m2po_threshold": 0.04},
+    "dppo_tv": {"clip_low": 0.15, "clip_high": 0.15, "dppo_ratio_cap": 20.0},
+    "dppo_kl": {"clip_low": 0.05, "clip_high": 0.05, "dppo_ratio_cap": 20.0},
+    "estr": {"estr_threshold": None, **_CLIPS, "dual_clip": DUAL_CLIP},
+    "sapo": {"sapo_tau": (1.0, 1.05)},
+    "vespo": {"vespo_k": (2.0, 3.0), "vespo_lambda": (3.0, 2.0)},
+}
+"""The losses of `algorithm/policy_loss.py`, here without torch: the keys that each has, with their defaults. None: it
+has to be given."""
+OWN_ANCHOR = ("m2po", "estr", "vespo")
+"""Variants whose trust region is about the policy that sampled."""
+MUST_BE_GIVEN = {
+    "gspo": "its ratio moves far less than a token's: 3e-4 and 4e-4 in its paper",
+    "estr": "largest (log ratio)² for each nat of entropy, such as 1",
+}
+ADVANTAGES = ("grpo", "dr_grpo", "rloo", "maxrl", "grpo_batch_std", "reinforce_pp", "reinforce_pp_baseline")
 AGGREGATIONS = (
     "token-mean",
     "token-sum",
@@ -21,9 +45,7 @@ AGGREGATIONS = (
     "seq-mean-token-sum-norm",
     "prompt-mean",
 )
-"""The names that `algorithm/variants.py` has, here without torch."""
-DUAL_CLIP = 10.0
-"""Without this bound a single token at log ratio 12 outweighs 100,000 others. Healthy runs hardly ever reach it."""
+"""The names that `algorithm/advantages.py` and `averages.py` have, here without torch."""
 Beta = Annotated[float, Meta(ge=0, lt=1)]
 
 
@@ -32,26 +54,48 @@ class LossConfig:
     """The loss. The defaults are DAPO: a clipped ratio to the rollout log-probs, a mean over tokens, no KL penalty."""
 
     variant: str = "ppo"
-    """What is clipped: `ppo` the ratio of each token, `gspo` the ratio of the whole response, `cispo` a constant
-    weight. Or a function of yours: `path/to/file.py:name`, `package.module:name`."""
-    anchor: Literal["behavior", "proximal"] = "behavior"
+    """How far a token may move. Clipped: `ppo` the ratio of each token, `gspo` the ratio of the whole response, `gmpo`
+    each token's before their geometric mean, `cispo` a constant weight. Masked: `m2po` by the second moment of an
+    update, `dppo_tv` and `dppo_kl` by a divergence, `estr` by the ratio in units of the entropy. Gated: `sapo` the
+    ratio of each token, `vespo` that of the whole response. Or a function of yours: `path/to/file.py:name`,
+    `package.module:name`."""
+    anchor: Literal["behavior", "proximal", "loglinear"] = "behavior"
     """Policy that the ratio is taken against. `behavior`: the one that sampled the tokens. `proximal`: the one at the
-    start of the train step; the ratio between these two policies is then a weight (`loss.correction`)."""
+    start of the train step; the ratio between these two policies is then a weight (`loss.correction`). `loglinear`:
+    as `proximal`, approximated from each token's staleness without a forward pass (A-3PO)."""
     clip_low: Share | None = None
-    """ε_low: the ratio is clipped below at 1 − ε_low. null is 0.2; `gspo` needs a value."""
+    """ε_low: the ratio is clipped below at 1 − ε_low. `gmpo` clips log ratios at −ε_low; for `dppo_…` it is the largest
+    divergence of a token that falls. null is 0.2; 0.4 for `gmpo`, 0.15 for `dppo_tv`, 0.05 for `dppo_kl`; `gspo` needs
+    a value."""
     clip_high: NonNegativeFloat | None = None
-    """ε_high: the ratio is clipped above at 1 + ε_high (clip-higher, DAPO §3.1). null is 0.28; `gspo` needs a value."""
+    """ε_high: the ratio is clipped above at 1 + ε_high (clip-higher, DAPO §3.1). `gmpo` clips log ratios at ε_high; for
+    `dppo_…` it is the largest divergence of a token that rises. null is 0.28, and as with `loss.clip_low`."""
     dual_clip: Annotated[float, Meta(gt=1, extra={"fix": "null is none"})] | None = DUAL_CLIP
     """Upper bound of a token's loss, in units of |advantage|, where the advantage is negative. Tokens with a larger
-    ratio have no gradient. null is no bound, as in the paper and always for `cispo`."""
+    ratio have no gradient. null is no bound, as in the paper and always but for `ppo`, `gspo` and `estr`."""
+    dppo_ratio_cap: Annotated[float, Meta(gt=1)] | None = None
+    """Largest ratio of a token under `dppo_…`; larger ones are truncated and keep their gradient. null is 20."""
+    m2po_threshold: PositiveFloat | None = None
+    """Under `m2po` the largest mean of (log ratio)² over the tokens of an update that are left. null is 0.04."""
+    estr_threshold: PositiveFloat | None = None
+    """Under `estr` the largest (log ratio)² / (entropy + 0.01) of a token; it has to be given."""
+    sapo_tau: tuple[PositiveFloat, PositiveFloat] | None = None
+    """Temperatures of `sapo`'s gate, for positive and for negative advantages. null is 1 and 1.05: negative ones are
+    attenuated sooner."""
+    vespo_k: tuple[NonNegativeFloat, NonNegativeFloat] | None = None
+    """k of `vespo`'s gate W^k e^(λ (1 − W)), for positive and for negative advantages. null is 2 and 3."""
+    vespo_lambda: tuple[NonNegativeFloat, NonNegativeFloat] | None = None
+    """λ of that gate, for positive and for negative advantages. null is 3 and 2."""
     agg: str = "token-mean"
     """How the losses of an update's tokens become one number: `token-mean` (DAPO §3.3), `token-sum`,
     `seq-mean-token-sum`, `seq-mean-token-mean`, `seq-mean-token-sum-norm`, `prompt-mean`. Or a function of yours."""
     advantage: str = "grpo"
-    """Advantage of a completion in its group: `grpo` is centred and divided by the group's standard deviation,
-    `dr_grpo` is centred, `rloo` compares with the mean of the others. Or a function of yours."""
+    """Advantage of a completion. In its group: `grpo` is centred and divided by the group's standard deviation,
+    `dr_grpo` is centred, `rloo` compares with the mean of the others, `maxrl` is centred and divided by the mean. In
+    the batch: `grpo_batch_std` is centred in the group and divided by the batch's standard deviation, `reinforce_pp`
+    is centred in the batch, too, `reinforce_pp_baseline` first in the group. Or a function of yours, of a group."""
     correction: Literal["none", "token", "sequence", "geometric"] | None = None
-    """Weight π_proximal / μ under `anchor: proximal`: of each `token`, of the `sequence` as a product, as a `geometric`
+    """Weight π_proximal / μ under the other anchors: of each `token`, of the `sequence` as a product, as a `geometric`
     mean, or `none`. null is `token`. Under `anchor: behavior` it has to be `none`, since the ratio already contains
     it."""
     correction_mode: Literal["truncate", "mask"] = "truncate"
@@ -75,13 +119,13 @@ class LossConfig:
         check_name("loss.variant", self.variant, VARIANTS)
         check_name("loss.advantage", self.advantage, ADVANTAGES)
         check_name("loss.agg", self.agg, AGGREGATIONS)
-        self._settle_defaults()
-        if self.dual_clip is not None and self.variant not in ("ppo", "gspo"):
-            problem = f"has no meaning for loss.variant {self.variant}"
-            raise ConfigError("loss.dual_clip", problem, self.dual_clip, "use null")
+        self._settle_variant()
+        if self.correction is None:
+            object.__setattr__(self, "correction", "none" if self.anchor == "behavior" else "token")
         if self.anchor == "behavior" and self.correction != "none":
             problem = "would weigh by the ratio that loss.anchor behavior clips already"
             raise ConfigError("loss.correction", problem, self.correction, "use none, or loss.anchor=proximal")
+        self._check_anchor()
         self._check_that_all_keys_act()
         if self.correction_mode == "truncate" and self.correction_band[0] != 0:
             fix = "begin it with 0, or loss.correction_mode=mask"
@@ -96,18 +140,30 @@ class LossConfig:
                 problem = "must hold 1, the ratio of tokens that nothing is wrong with"
                 raise ConfigError(f"loss.{key}", problem, band)
 
-    def _settle_defaults(self) -> None:
-        """Fill in defaults that depend on other keys of this section, so that the effective values are on record."""
-        for key, default in (("clip_low", 0.2), ("clip_high", 0.28)):
-            if getattr(self, key) is None:
-                if self.variant == "gspo":
-                    fix = "its ratio moves far less than a token's: 3e-4 and 4e-4 in its paper"
-                    raise ConfigError(f"loss.{key}", "must be given for loss.variant gspo", fix=fix)
-                object.__setattr__(self, key, default)
-        if self.variant not in ("ppo", "gspo") and self.dual_clip == DUAL_CLIP:
+    def _settle_variant(self) -> None:
+        """Fill in what the variant has as defaults, so that the effective values are on record."""
+        own = self._own_keys
+        if "dual_clip" not in own and self.dual_clip == DUAL_CLIP:
             object.__setattr__(self, "dual_clip", None)
-        if self.correction is None:
-            object.__setattr__(self, "correction", "token" if self.anchor == "proximal" else "none")
+        for key in {key: None for keys in VARIANTS.values() for key in keys}:
+            value = getattr(self, key)
+            if key not in own and value is not None:
+                fix = "use null, or loss.variant=" + next(name for name, keys in VARIANTS.items() if key in keys)
+                raise ConfigError(f"loss.{key}", f"has no meaning for loss.variant {self.variant}", value, fix)
+            if key in own and key != "dual_clip" and value is None:  # of a dual clip, null is none
+                if own[key] is None:
+                    fix = MUST_BE_GIVEN[self.variant]
+                    raise ConfigError(f"loss.{key}", f"must be given for loss.variant {self.variant}", fix=fix)
+                object.__setattr__(self, key, own[key])
+
+    def _check_anchor(self) -> None:
+        if self.anchor != "behavior" and self.variant in OWN_ANCHOR:
+            problem = f"has no meaning for loss.variant {self.variant}, whose ratio is against what sampled"
+            raise ConfigError("loss.anchor", problem, self.anchor, "use behavior")
+        if self.anchor == "loglinear" and self.masks_by_policy:
+            key = "correction_mode" if self.outlier_band is None else "outlier_band"
+            problem = "needs the forward pass that loss.anchor loglinear saves"
+            raise ConfigError(f"loss.{key}", problem, getattr(self, key), "loss.anchor=proximal")
 
     def _check_that_all_keys_act(self) -> None:
         """A key that does nothing is refused: whoever set it expects another run."""
@@ -122,10 +178,22 @@ class LossConfig:
                 raise ConfigError(f"loss.{key}", f"does nothing without {needed}", getattr(self, key), fix)
 
     @property
+    def _own_keys(self) -> Numbers:
+        """The variant's, with their defaults; a function of the user's is given the clips."""
+        return _CLIPS if is_plugin(self.variant) else VARIANTS[self.variant]
+
+    @property
+    def numbers(self) -> dict[str, Any]:
+        """What the variant's loss is called with. M2PO's threshold is of an update, not of a token."""
+        return {key: getattr(self, key) for key in self._own_keys if key != "m2po_threshold"}
+
+    @property
     def needs_all_completions(self) -> bool:
         """Whether completions of advantage 0 have to be computed, too: for a loss term without an advantage, for a
-        variant of the user's, which may have such a term, or for masks, which change the denominators."""
-        return is_plugin(self.variant) or self.kl_coef > 0 or self.entropy_coef > 0 or self.masks_by_policy
+        variant of the user's, which may have such a term, for masks, which change the denominators, or for a mean over
+        all tokens of an update."""
+        by_all = is_plugin(self.variant) or self.m2po_threshold is not None or self.masks_by_policy
+        return by_all or self.kl_coef > 0 or self.entropy_coef > 0
 
     @property
     def masks_by_policy(self) -> bool:

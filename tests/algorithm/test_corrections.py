@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from asyncdapo.algorithm.corrections import chi2, correction_weights, effective_sample_size, kl_penalty
-from asyncdapo.algorithm.variants import policy_loss
+from asyncdapo.algorithm.policy_loss import policy_loss
 from tests.algorithm.test_dapo import random_tokens
 
 LEVELS = ["token", "sequence", "geometric"]

@@ -47,6 +47,17 @@ def test_a_group_of_one_is_refused_without_the_filter_too() -> None:
             load_config(QUICKSTART, ["rollout.group_size=1", "filter.enabled=false", f"loss.advantage={advantage}"])
 
 
+def test_a_group_of_one_is_compared_with_the_batch() -> None:
+    alone = ["rollout.group_size=1", "filter.enabled=false", "loss.advantage=reinforce_pp"]
+    assert load_config(QUICKSTART, alone).loss.advantage == "reinforce_pp"
+
+
+def test_an_advantage_that_divides_by_the_mean_reward_wants_no_negative_one() -> None:
+    with pytest.raises(ConfigError, match="loss.advantage: divides by the mean reward.*reward.incorrect=0"):
+        load_config(QUICKSTART, ["loss.advantage=maxrl"])
+    assert load_config(QUICKSTART, ["loss.advantage=maxrl", "reward.incorrect=0"]).reward.incorrect == 0
+
+
 def test_overrides_change_keys_and_interpolations_follow() -> None:
     config = load_config(QUICKSTART, ["run.name=mine", "replay.run_ahead=0.5", "learner.betas=[0.8,0.9]"])
     assert config.run.dir == "runs/mine"
@@ -75,6 +86,16 @@ def test_overrides_change_keys_and_interpolations_follow() -> None:
         ("replay.run_ahead=.nan", "replay.run_ahead: must be a finite number"),
         ("replay.lease_stall_s=0.1", "replay.lease_stall_s: must be at least two heartbeats"),
         ("loss.variant=gspo", "loss.clip_low: must be given for loss.variant gspo (its ratio moves far less"),
+        (
+            "loss.variant=estr",
+            "loss.estr_threshold: must be given for loss.variant estr (largest (log ratio)² for each",
+        ),
+        (
+            "loss.sapo_tau=[1,2]",
+            "loss.sapo_tau: has no meaning for loss.variant ppo, got (1.0, 2.0) (use null, or loss.v",
+        ),
+        ("loss.vespo_k=[1]", "loss.vespo_k: expected `array` of length 2, got [1]"),
+        ("loss.m2po_threshold=0", "loss.m2po_threshold: must be above 0, got 0"),
         ("loss.correction=token", "loss.correction: would weigh by the ratio that loss.anchor behavior clips already"),
         (
             "loss.correction_mode=mask",
@@ -200,9 +221,35 @@ RANGES = [
 def test_a_number_just_out_of_its_range_is_refused_with_the_range(
     section: str, cls: type, key: str, number: float, limit: str
 ) -> None:
-    given = [number, number] if isinstance(getattr(cls, key), tuple) else number
+    given = [number, number] if "tuple" in cls.__annotations__[key] else number
     with pytest.raises(ConfigError, match=rf"{section}.{key}: must be .*{limit} .*, got .*{number}"):
         convert_section(section, cls, {key: given})
+
+
+def test_a_loss_has_its_own_numbers_and_no_others() -> None:
+    def loss_of(*overrides: str) -> dict[str, Any]:
+        return load_config(QUICKSTART, overrides).loss.numbers
+
+    assert loss_of("loss.variant=gmpo") == {"clip_low": 0.4, "clip_high": 0.4}
+    assert loss_of("loss.variant=dppo_kl", "loss.clip_low=0.1") == {
+        "clip_low": 0.1,
+        "clip_high": 0.05,
+        "dppo_ratio_cap": 20.0,
+    }
+    assert loss_of("loss.variant=vespo", "loss.vespo_k=[1,2]") == {"vespo_k": (1, 2), "vespo_lambda": (3, 2)}
+    assert loss_of("loss.variant=m2po") == {}
+    for variant, key in (("sapo", "clip_low=0.2"), ("m2po", "dual_clip=3"), ("vespo", "m2po_threshold=1")):
+        with pytest.raises(ConfigError, match=f"has no meaning for loss.variant {variant}"):
+            loss_of(f"loss.variant={variant}", f"loss.{key}")
+
+
+def test_a_trust_region_about_what_sampled_has_no_other_anchor() -> None:
+    for variant in ("m2po", "vespo"):
+        with pytest.raises(ConfigError, match=f"loss.anchor: has no meaning for loss.variant {variant}"):
+            load_config(QUICKSTART, [f"loss.variant={variant}", "loss.anchor=proximal"])
+    for override in ("loss.correction_mode=mask", "loss.outlier_band=[0.1,10]"):
+        with pytest.raises(ConfigError, match="needs the forward pass that loss.anchor loglinear saves"):
+            load_config(QUICKSTART, ["loss.anchor=loglinear", override])
 
 
 def test_broken_yaml_and_missing_files_are_named(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 from msgspec import structs
 from torch import Tensor
 
-from asyncdapo.algorithm.dapo import group_advantage
+from asyncdapo.algorithm.advantages import batch_advantages
 from asyncdapo.errors import StalenessError
 from asyncdapo.learner.batches.samples import Row, columns, rows_by_update
 from asyncdapo.learner.config import AGGREGATIONS, LossConfig
@@ -63,7 +63,7 @@ def a_batch(step: int = 1, seed: int = 5, num_groups: int = 3) -> tuple[Batch, P
 
 def rows_of(batch: Batch, payload: Payload, rank: int = 0) -> list[Row]:
     """Of the whole payload of a batch."""
-    [rows] = rows_by_update(batch, payload_of(batch, payload, rank), rank, group_advantage)
+    [rows] = rows_by_update(batch, payload_of(batch, payload, rank), rank, batch_advantages("grpo"))
     return rows
 
 

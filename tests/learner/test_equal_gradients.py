@@ -52,6 +52,8 @@ LOSSES = {
     "icepop": LossConfig(anchor="proximal", correction_mode="mask", correction_band=(0.5, 2.0)),
     "sequence": LossConfig(anchor="proximal", correction="sequence", **OUTLIERS),
     "geometric": LossConfig(anchor="proximal", correction="geometric", correction_mode="mask"),
+    "m2po": LossConfig(variant="m2po", m2po_threshold=0.1, **OUTLIERS),
+    "estr": LossConfig(variant="estr", estr_threshold=0.3, advantage="reinforce_pp"),
     "uncorrected": LossConfig(anchor="proximal", correction="none", advantage="rloo", kl_coef=0.1, kl_estimator="k2"),
 }
 
@@ -183,7 +185,7 @@ def hard_cases(path: str) -> list[tuple[str, Case]]:
 
 def test_two_ranks_give_the_same_gradient_as_replicas_and_as_shards(path):
     batch, payload = a_batch()
-    of_losses = [(path, (LOSSES[agg], batch, payload, 4 * LONGEST)) for agg in AGGREGATIONS]
+    of_losses = [(path, (LOSSES[name], batch, payload, 4 * LONGEST)) for name in (*AGGREGATIONS, "m2po")]
     assert_every_mesh_is_exact(2, [1, 2], of_losses + hard_cases(path)[1:])
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from asyncdapo.algorithm.dapo import group_advantage
+from asyncdapo.algorithm.advantages import batch_advantages
 from asyncdapo.learner.batches.samples import rows_by_update
 from asyncdapo.learner.config import LossConfig
 from asyncdapo.learner.model import logprobs
@@ -41,7 +41,7 @@ def qwen3(attn_implementation=NAME):
 
 
 def update_rows():
-    rows = rows_by_update(*make_batch(seed=3, num_groups=5), 0, group_advantage)[0]
+    rows = rows_by_update(*make_batch(seed=3, num_groups=5), 0, batch_advantages("grpo"))[0]
     num_tokens = sum(row.num_loss_tokens for row in rows)
     return [replace(row, weight=1 / num_tokens) for row in rows]
 

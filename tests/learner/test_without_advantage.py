@@ -8,7 +8,7 @@ import msgspec
 import pytest
 import torch
 
-from asyncdapo.algorithm.variants import ADVANTAGES
+from asyncdapo.algorithm.advantages import batch_advantages
 from asyncdapo.learner.batches.samples import rows_by_update
 from asyncdapo.learner.config import LossConfig
 from asyncdapo.shares import Batch
@@ -35,6 +35,7 @@ USES_ZERO_ADVANTAGE = {
     "kl": LossConfig(kl_coef=0.1),
     "entropy": LossConfig(entropy_coef=0.01),
     "masks": LossConfig(outlier_band=(0.5, 2.0)),
+    "m2po": LossConfig(variant="m2po"),
 }
 
 
@@ -57,7 +58,7 @@ def gradients_of(path: str, loss: LossConfig, *, all_rows: bool) -> tuple[list[t
     batch = dealt_to(learner, batch)
     prepared = learner.prepare(batch, payload)
     if all_rows:
-        prepared = replace(prepared, rows=rows_by_update(batch, payload, 0, ADVANTAGES[loss.advantage]))
+        prepared = replace(prepared, rows=rows_by_update(batch, payload, 0, batch_advantages(loss.advantage)))
     return gradients, learner.train(prepared)
 
 

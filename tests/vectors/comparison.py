@@ -22,6 +22,7 @@ from tests.vectors.loss import (
     check_policy_loss,
     check_tis,
 )
+from tests.vectors.off_policy import ADVANTAGE_CHECKS, LOSS_CHECKS
 
 CHECKS = {
     "policy_loss": check_policy_loss,
@@ -36,6 +37,8 @@ CHECKS = {
     "entropy": check_entropy,
     "eval": check_eval,
     "verifier": check_verifier,
+    **LOSS_CHECKS,
+    **ADVANTAGE_CHECKS,
 }
 """By the vector's group: Inputs -> what `expected` should be."""
 

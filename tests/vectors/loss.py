@@ -12,15 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from asyncdapo.algorithm.advantages import ADVANTAGES
+from asyncdapo.algorithm.averages import AGGREGATIONS, aggregation_weights
 from asyncdapo.algorithm.corrections import chi2, correction_weights, effective_sample_size, kl_penalty
 from asyncdapo.algorithm.dapo import group_advantage, importance_ratio
-from asyncdapo.algorithm.variants import (
-    ADVANTAGES,
-    AGGREGATIONS,
-    aggregation_weights,
-    policy_loss,
-    response_ratio,
-)
+from asyncdapo.algorithm.policy_loss import policy_loss
+from asyncdapo.algorithm.variants import response_ratio
 from asyncdapo.learner.model.logprobs import linear_logprobs
 from tests.vectors.file import Inputs
 
@@ -36,6 +33,7 @@ def check_policy_loss(inputs: Inputs) -> dict[str, Any]:
     logp_BT = inputs.tensor("logp").requires_grad_()
     decoupled = variant == "decoupled"
     anchor_logp_BT = inputs.tensor("prox_logp" if decoupled else "old_logp")
+    dual_clip = inputs.get("dual_clip_c")
     policy = policy_loss(
         VARIANTS[variant],
         logp_BT,
@@ -44,7 +42,7 @@ def check_policy_loss(inputs: Inputs) -> dict[str, Any]:
         mask_BT,
         clip_low=inputs["clip_low"],
         clip_high=inputs["clip_high"],
-        dual_clip=inputs.get("dual_clip_c"),
+        **({} if variant == "cispo" else {"dual_clip": dual_clip}),
     )
     computed, loss_BT = {}, policy.loss_BT
     if decoupled:

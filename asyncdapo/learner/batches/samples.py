@@ -18,18 +18,16 @@ Shapes: N completions of the batch, G completions of a group.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from asyncdapo.algorithm.advantages import OfBatch
 from asyncdapo.shares import Batch, share_of
 from asyncdapo.transport.payload import Payload, expand
-
-Advantage = Callable[[Tensor], Tensor]
-"""Rewards of a group [G] -> advantages [G]."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +56,10 @@ class Row:
     pass of its own update."""
     correction: np.ndarray | None = None
     """[R]: constant weight of each token's loss; None as with `start_logprobs`."""
+    trusted: np.ndarray | None = None
+    """bool [R]: false where `loss.variant: m2po` masks; None under others."""
+    token_staleness: np.ndarray | None = None
+    """int32 [R]: of each token, in train steps; 0 of an observed one. None unless asked for."""
     reference_logprobs: np.ndarray | None = None
     """[R]: of the reference model; None without a KL penalty."""
     weight: float = 1.0
@@ -96,18 +98,28 @@ class Columns:
 
 
 def rows_by_update(
-    batch: Batch, payload: Payload, rank: int, advantage: Advantage, *, with_zeros: bool = True
+    batch: Batch,
+    payload: Payload,
+    rank: int,
+    advantages_of: OfBatch,
+    *,
+    with_zeros: bool = True,
+    with_token_staleness: bool = False,
 ) -> list[list[Row]]:
     """The rows of this rank in each optimizer update, with their advantages; those of advantage 0 only `with_zeros`.
     `payload` holds the rank's share."""
     first_of_group = np.cumsum([0, *(len(group.completions) for group in batch.groups)]).tolist()
     share = share_of(batch, rank)
+    rewards = [
+        torch.tensor([completion.reward for completion in group.completions], dtype=torch.float64)
+        for group in batch.groups
+    ]
+    advantages = [one.tolist() for one in advantages_of(rewards, _times(batch))] if rewards else []
     rows: list[list[Row]] = [[] for _ in range(batch.deal.num_updates)]
     prompts: dict[tuple[int, bytes], int] = {}
     for piece, part in zip(share, payload.split([piece.header for piece in share]), strict=True):
         group = batch.groups[piece.place]
-        rewards_G = torch.tensor([completion.reward for completion in group.completions], dtype=torch.float64)
-        advantages, staleness = advantage(rewards_G).tolist(), group.staleness(batch.step)
+        staleness = group.staleness(batch.step)
         for tokens in part.of_contexts(piece.header):
             index, response = piece.indices[tokens.index], tokens.response
             row = Row(
@@ -117,10 +129,13 @@ def rows_by_update(
                 tokens.own_ids[response],
                 tokens.spread(tokens.logprobs_S)[response],
                 tokens.spread(expand(tokens.header.loss_mask) == 1)[response],
-                advantages[index],
+                advantages[piece.place][index],
                 staleness=staleness,
                 context=tokens.number,
             )
+            if with_token_staleness:
+                staleness_S = (batch.step - 1 - expand(tokens.header.versions)).astype(np.int32)
+                row = replace(row, token_staleness=tokens.spread(staleness_S)[response])
             if with_zeros or row.advantage:
                 rows[batch.deal.updates[piece.place]].append(row)
     return rows
@@ -128,13 +143,19 @@ def rows_by_update(
 
 def columns(batch: Batch) -> Columns:
     """From the headers alone."""
-    copies = batch.copies or [0] * len(batch.groups)
     completions = [
-        (place, update, completion.num_loss_tokens, 1 + more)
-        for place, (group, update, more) in enumerate(zip(batch.groups, batch.deal.updates, copies, strict=True))
+        (place, update, completion.num_loss_tokens, times)
+        for place, (group, update, times) in enumerate(
+            zip(batch.groups, batch.deal.updates, _times(batch), strict=True)
+        )
         for completion in group.completions
     ]
     return Columns(*torch.tensor(completions, dtype=torch.int64).reshape(-1, 4).T)
+
+
+def _times(batch: Batch) -> list[int]:
+    """How often each group counts."""
+    return [1 + more for more in batch.copies or [0] * len(batch.groups)]
 
 
 def weighted(rows: Iterable[Row], indices_N: Tensor, weights_N: Tensor) -> list[Row]:

@@ -43,6 +43,8 @@ IDLE = Row(
     staleness=0,
     start_logprobs=_NOTHING,
     correction=_NOTHING,
+    trusted=np.ones(1, bool),
+    token_staleness=np.zeros(1, np.int32),
     reference_logprobs=_NOTHING,
     weight=0.0,
 )
@@ -91,6 +93,9 @@ class MicroBatch:
     """As the following ones: 0 behind the end of a response."""
     start_logprobs_BT: Tensor | None
     correction_BT: Tensor | None
+    trusted_BT: Tensor | None
+    token_staleness_BT: Tensor | None
+    """int32"""
     reference_logprobs_BT: Tensor | None
     advantages_B: Tensor
     weights_B: Tensor
@@ -206,6 +211,8 @@ def pack(rows: Sequence[Row], device: torch.device) -> MicroBatch:
         rollout_logprobs_BT=on_device(_rectangle([row.rollout_logprobs for row in rows], shape), device),
         start_logprobs_BT=column([row.start_logprobs for row in rows]),
         correction_BT=column([row.correction for row in rows]),
+        trusted_BT=column([row.trusted for row in rows]),
+        token_staleness_BT=column([row.token_staleness for row in rows]),
         reference_logprobs_BT=column([row.reference_logprobs for row in rows]),
         advantages_B=on_device(np.array([row.advantage for row in rows], np.float32), device),
         weights_B=on_device(np.array([row.weight for row in rows], np.float64), device),

@@ -8,6 +8,7 @@ histogram of log ratios, whose bins are 2 % of |log ratio| wide and 0.0002 aroun
     ESS            (Σ r)² / (n Σ r²), from 1 (on policy) down to 1 / n
     χ²             mean r² − 1; of sequences with the product of r over a response
     k3             mean r − 1 − log r: estimates KL(μ ‖ π_θ) in nats (Schulman, 2020)
+    second moment  mean (log r)²
 
 Does not own: the gradient (`gradient`), what is alarming (`metrics/alarms`).
 
@@ -37,10 +38,13 @@ TOKEN_COLUMNS = (
     "ratio",
     "ratio_squared",
     "k3",
+    "log_ratio_squared",
     "entropy",
     "clip_low",
     "clip_high",
     "clip_dual",
+    "untrusted",
+    "gate",
     "correction",
     "kl",
 )
@@ -108,15 +112,19 @@ def measure(
     log_ratio_n = micro_batch.flat(logp_BT - micro_batch.rollout_logprobs_BT).double()
     log_ratio_n = log_ratio_n.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     ratio_n = log_ratio_n.exp()
+    none_BT = entropy_BT.new_zeros(())
     others = (
         entropy_BT,
         policy.clipped_low_BT,
         policy.clipped_high_BT,
         policy.clipped_dual_BT,
+        none_BT if policy.untrusted_BT is None else policy.untrusted_BT,
+        none_BT if policy.gate_BT is None else policy.gate_BT,
         correction_BT,
         kl_BT,
     )
-    columns = (torch.ones_like(ratio_n), ratio_n, ratio_n**2, ratio_n - 1 - log_ratio_n, *map(micro_batch.flat, others))
+    of_ratio = (torch.ones_like(ratio_n), ratio_n, ratio_n**2, ratio_n - 1 - log_ratio_n, log_ratio_n**2)
+    columns = (*of_ratio, *map(micro_batch.flat, others))
     tokens_nC = torch.stack([column_n.double() for column_n in columns], dim=-1)
     mask_BT = micro_batch.loss_mask_BT
     response_ratio_B = response_ratio(logp_BT, micro_batch.rollout_logprobs_BT, mask_BT, geometric=False)[:, 0].double()
@@ -154,10 +162,13 @@ def _summarise(sums_C: np.ndarray, histogram_H: np.ndarray) -> dict[str, float]:
         "chi2": chi2(sums["ratio_squared"], num),
         "chi2_sequence": chi2(sums["response_ratio_squared"], sums["responses"] or math.nan),
         "k3": mean("k3"),
+        "second_moment": mean("log_ratio_squared"),
         "entropy": mean("entropy"),
         "clip_low_ratio": mean("clip_low"),
         "clip_high_ratio": mean("clip_high"),
         "clip_dual_ratio": mean("clip_dual"),
+        "untrusted_ratio": mean("untrusted"),
+        "gate_mean": mean("gate"),
         "correction_mean": mean("correction"),
         "kl": mean("kl"),
         **{name: _quantile(histogram_H, share) for name, share in QUANTILES.items()},

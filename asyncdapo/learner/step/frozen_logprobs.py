@@ -2,13 +2,15 @@
 
 In: the rows of a rank. Out: the same rows with π_start, the policy at the start of the step (it is the proximal policy
 of `loss.anchor: proximal`), the correction weights and masks that follow from π_start / μ, and the log-probs of the
-reference model. Each is computed by forward passes without gradient, and only where the loss needs it.
+reference model. Each is computed by forward passes without gradient, and only where the loss needs it. M2PO's mask
+follows from all tokens of an update: each rank sends (log π_start / μ)² of its own to the others, 8 bytes a token.
 
 Invariant: a mask is final before the first backward pass, so every denominator of the step is known by then. Without
 masks, and with a single update, π_start is the policy of that update's own forward pass: then no pass is spent on it.
 Does not own: the formulas (`corrections`), the gradient (`gradient`).
 
-Shapes: B completions of a micro-batch, T tokens of its longest response.
+Shapes: B completions of a micro-batch, T tokens of its longest response; N completions of the batch, n loss-bearing
+tokens of an update.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ import torch
 from torch import Tensor
 
 from asyncdapo.algorithm.corrections import Correction, correction_weights
-from asyncdapo.learner.batches.samples import Row
+from asyncdapo.algorithm.trust_regions import second_moment_limit
+from asyncdapo.learner.batches.samples import Columns, Row
 from asyncdapo.learner.config import LossConfig
 from asyncdapo.learner.model.packing import MicroBatch, pack
 from asyncdapo.learner.model.policy import Policy
@@ -42,7 +45,9 @@ class FirstPass:
     def __call__(self, rows: Sequence[Row], num_updates: int) -> list[Row]:
         """The rows in any order, those included whose tokens are all masked now. `num_updates` are still to come in
         this step. Every rank has to call it."""
-        of_policy = self.loss.masks_by_policy or (self.loss.anchor == "proximal" and num_updates > 1)
+        loss = self.loss
+        masks = loss.masks_by_policy or loss.m2po_threshold is not None
+        of_policy = masks or (loss.anchor == "proximal" and num_updates > 1)
         if not of_policy and self.reference is None:
             return list(rows)
         done: list[Row] = []
@@ -70,6 +75,31 @@ class FirstPass:
             )
             for row, logp_T, weights_T, mask_T in zip(chunk, *found, strict=bool(chunk))
         ]
+
+
+def second_moment_masked(
+    rows: Sequence[Row], indices_N: Tensor, counted: Columns, threshold: float, ranks: Ranks
+) -> list[Row]:
+    """The rows with M2PO's mask. They are those that this rank has of an update, behind the first pass; `indices_N` are
+    the update's completions. Every token has one place among those of the update, so that the mask depends neither on
+    micro-batches nor on ranks. Every rank has to call it."""
+    num_tokens_N = counted.num_tokens_N[indices_N]
+    starts_N = num_tokens_N.cumsum(0) - num_tokens_N
+    places = dict(zip(indices_N.tolist(), starts_N.tolist(), strict=True))
+    squares_n = torch.zeros(int(num_tokens_N.sum()), dtype=torch.float64)
+    for row in sorted(rows, key=lambda row: row.context):
+        begin = places[row.index]
+        places[row.index] = end = begin + row.num_loss_tokens
+        squares_n[begin:end] = torch.from_numpy(_squares(row)[row.loss_mask])
+    counts_n = counted.copies_N[indices_N].repeat_interleave(num_tokens_N)
+    limit = second_moment_limit(ranks.sum(squares_n), counts_n, threshold)
+    return [replace(row, trusted=~(_squares(row) >= limit)) for row in rows]
+
+
+def _squares(row: Row) -> np.ndarray:
+    """float64 [R]"""
+    assert row.start_logprobs is not None, "the first pass has computed them"
+    return np.square(row.start_logprobs.astype(np.float64) - row.rollout_logprobs)
 
 
 def correct(loss: LossConfig, start_logp_BT: Tensor, micro_batch: MicroBatch) -> Correction:

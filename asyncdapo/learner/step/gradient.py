@@ -18,8 +18,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from asyncdapo.algorithm.corrections import kl_penalty
-from asyncdapo.algorithm.variants import policy_loss
+from asyncdapo.algorithm.corrections import kl_penalty, loglinear_logprobs
+from asyncdapo.algorithm.policy_loss import policy_loss
+from asyncdapo.algorithm.variants import PolicyLoss
 from asyncdapo.learner.batches.samples import Row
 from asyncdapo.learner.config import LossConfig
 from asyncdapo.learner.model.packing import MicroBatch, Work, pack
@@ -71,18 +72,10 @@ def _backward(policy: Policy, micro_batch: MicroBatch, loss: LossConfig) -> tupl
     logp_BT, entropy_BT = policy(micro_batch, entropy_gradient=loss.entropy_coef > 0)
     # Without a first pass the policy at the start of the step is the one of this very forward pass.
     start_BT = logp_BT.detach() if micro_batch.start_logprobs_BT is None else micro_batch.start_logprobs_BT
-    assert loss.clip_low is not None, "LossConfig settles it"
-    assert loss.clip_high is not None, "LossConfig settles it"
-    losses = policy_loss(
-        loss.variant,
-        logp_BT,
-        start_BT if loss.anchor == "proximal" else micro_batch.rollout_logprobs_BT,
-        micro_batch.advantages_B[:, None],
-        mask_BT,
-        clip_low=loss.clip_low,
-        clip_high=loss.clip_high,
-        dual_clip=loss.dual_clip,
-    )
+    if loss.anchor == "loglinear":
+        assert micro_batch.token_staleness_BT is not None, "the rows have it"
+        start_BT = loglinear_logprobs(logp_BT, micro_batch.rollout_logprobs_BT, micro_batch.token_staleness_BT)
+    losses = _policy_loss(loss, logp_BT, start_BT, entropy_BT, micro_batch)
     correction_BT, kl_BT = _correction(loss, start_BT, micro_batch), logp_BT.new_zeros(())
     loss_BT = losses.loss_BT * correction_BT
     if loss.kl_coef:
@@ -94,6 +87,20 @@ def _backward(policy: Policy, micro_batch: MicroBatch, loss: LossConfig) -> tupl
     part = (loss_BT.sum(-1) * micro_batch.weights_B).sum()
     part.backward()
     return part.detach(), measure(micro_batch, losses, logp_BT, entropy_BT, correction_BT, kl_BT)
+
+
+def _policy_loss(
+    loss: LossConfig, logp_BT: Tensor, start_logp_BT: Tensor, entropy_BT: Tensor, micro_batch: MicroBatch
+) -> PolicyLoss:
+    inputs = {"entropy_BT": entropy_BT} if loss.variant == "estr" else {}
+    if loss.variant == "m2po":
+        assert micro_batch.trusted_BT is not None, "fixed behind the first pass"
+        inputs = {"trusted_BT": micro_batch.trusted_BT}
+    anchor_BT = micro_batch.rollout_logprobs_BT if loss.anchor == "behavior" else start_logp_BT
+    advantages_B1 = micro_batch.advantages_B[:, None]
+    return policy_loss(
+        loss.variant, logp_BT, anchor_BT, advantages_B1, micro_batch.loss_mask_BT, **inputs, **loss.numbers
+    )
 
 
 def _correction(loss: LossConfig, start_logp_BT: Tensor, micro_batch: MicroBatch) -> Tensor:

@@ -31,7 +31,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from asyncdapo.accounting.clock import SharedClock
 from asyncdapo.accounting.quantiles import quantiles
-from asyncdapo.algorithm.variants import advantage_of, aggregation_weights
+from asyncdapo.algorithm.advantages import batch_advantages
+from asyncdapo.algorithm.averages import aggregation_weights
 from asyncdapo.errors import ConfigError, RunError, StalenessError
 from asyncdapo.learner.batches.prepared import Prepared
 from asyncdapo.learner.batches.samples import Columns, Row, columns, rows_by_update, weighted
@@ -41,7 +42,7 @@ from asyncdapo.learner.model.packing import Work
 from asyncdapo.learner.model.policy import Policy
 from asyncdapo.learner.model.sharding import gather, named_shards
 from asyncdapo.learner.step.diagnostics import Sums
-from asyncdapo.learner.step.frozen_logprobs import FirstPass
+from asyncdapo.learner.step.frozen_logprobs import FirstPass, second_moment_masked
 from asyncdapo.learner.step.gradient import Part, accumulate_gradient
 from asyncdapo.learner.step.measured import Measured
 from asyncdapo.learner.step.optimizer import Optimizer
@@ -114,8 +115,14 @@ class Learner:
     def prepare(self, batch: Batch, payload: Payload) -> Prepared:
         """All work on a batch that needs no weights; `payload` holds this rank's share. May be called in any thread,
         while another batch is trained."""
-        advantage, with_zeros = advantage_of(self._loss.advantage), self._loss.needs_all_completions
-        rows = rows_by_update(batch, payload, self.ranks.rank, advantage, with_zeros=with_zeros)
+        rows = rows_by_update(
+            batch,
+            payload,
+            self.ranks.rank,
+            batch_advantages(self._loss.advantage),
+            with_zeros=self._loss.needs_all_completions,
+            with_token_staleness=self._loss.anchor == "loglinear",
+        )
         return Prepared(batch, rows, columns(batch))
 
     def train(self, prepared: Prepared) -> dict[str, float]:
@@ -245,13 +252,16 @@ class Learner:
         rows = self._first_pass([row for rows in updates for row in rows], len(updates) * self._config.epochs)
         found = {(row.index, row.context): row for row in rows}
         passed = [[found[row.index, row.context] for row in rows] for rows in updates]
-        if not self._loss.masks_by_policy:
-            return passed, counted
-        num_tokens_N = torch.zeros_like(counted.num_tokens_N)
-        for row in rows:
-            num_tokens_N[row.index] += row.num_loss_tokens
         with self.times.on("sum"):
-            return passed, replace(counted, num_tokens_N=self.ranks.sum(num_tokens_N))
+            if self._loss.masks_by_policy:
+                num_tokens_N = torch.zeros_like(counted.num_tokens_N)
+                for row in rows:
+                    num_tokens_N[row.index] += row.num_loss_tokens
+                counted = replace(counted, num_tokens_N=self.ranks.sum(num_tokens_N))
+            if self._loss.m2po_threshold is not None:
+                mask = partial(second_moment_masked, threshold=self._loss.m2po_threshold, ranks=self.ranks)
+                passed = [mask(rows, counted.of_update(number), counted) for number, rows in enumerate(passed)]
+        return passed, counted
 
     def _masked(self, before: Columns, counted: Columns) -> dict[str, float]:
         """Share of the tokens that the first pass masked, where the loss has such masks."""

@@ -40,6 +40,8 @@ def update_metrics(updates: Sequence[Update], loss: LossConfig) -> dict[str, flo
         "learner/uncomputed_ratio": ratio(num_tokens - sums.num_tokens, num_tokens),
     }
     unused = {
+        "untrusted_ratio": loss.variant not in ("m2po", "estr"),
+        "gate_mean": loss.variant not in ("sapo", "vespo"),
         "correction_mean": loss.correction == "none",
         "kl": not loss.kl_coef,
         "uncomputed_ratio": loss.needs_all_completions,

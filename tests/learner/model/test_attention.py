@@ -18,7 +18,7 @@ from transformers import (
     Qwen2MoeConfig,
 )
 
-from asyncdapo.algorithm.dapo import group_advantage
+from asyncdapo.algorithm.advantages import batch_advantages
 from asyncdapo.errors import ConfigError
 from asyncdapo.learner.batches.samples import rows_by_update
 from asyncdapo.learner.model import attention
@@ -33,7 +33,7 @@ CPU = torch.device("cpu")
 
 
 def rows_of(seed=0):
-    return rows_by_update(*make_batch(seed=seed), 0, group_advantage)[0]
+    return rows_by_update(*make_batch(seed=seed), 0, batch_advantages("grpo"))[0]
 
 
 def in_plain_torch(query_SND, key_SMD, value_SMD, ends_q, ends_k, max_q, max_k, *, scale, window_size):

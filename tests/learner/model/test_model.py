@@ -13,7 +13,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from asyncdapo.algorithm.dapo import group_advantage
+from asyncdapo.algorithm.advantages import batch_advantages
 from asyncdapo.errors import ConfigError
 from asyncdapo.learner.batches.samples import rows_by_update
 from asyncdapo.learner.model.attention import NAME
@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 
 
 def random_rows(seed):
-    return rows_by_update(*make_batch(seed=seed), 0, group_advantage)[0]
+    return rows_by_update(*make_batch(seed=seed), 0, batch_advantages("grpo"))[0]
 
 
 def qwen2():

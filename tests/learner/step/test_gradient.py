@@ -4,11 +4,12 @@ import math
 from copy import deepcopy
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
-from asyncdapo.algorithm.dapo import group_advantage
-from asyncdapo.algorithm.variants import policy_loss
+from asyncdapo.algorithm.advantages import batch_advantages
+from asyncdapo.algorithm.policy_loss import policy_loss
 from asyncdapo.learner.batches.samples import rows_by_update
 from asyncdapo.learner.config import LossConfig
 from asyncdapo.learner.model.packing import Work
@@ -20,7 +21,7 @@ from tests.learner.tiny import make_batch, sharded, tiny_llama
 
 def update_rows(seed=0):
     """Rows of five groups, each token weighted as in a token mean."""
-    rows = rows_by_update(*make_batch(seed=seed, num_groups=5), 0, group_advantage)[0]
+    rows = rows_by_update(*make_batch(seed=seed, num_groups=5), 0, batch_advantages("grpo"))[0]
     num_tokens = sum(row.num_loss_tokens for row in rows)
     return [replace(row, weight=1 / num_tokens) for row in rows]
 
@@ -122,6 +123,55 @@ def test_under_the_proximal_anchor_the_distance_to_the_rollout_policy_is_a_const
     assert (got - gradient_of(model)).norm() <= 1e-6 * got.norm()
 
 
+def test_the_loglinear_anchor_lies_between_what_sampled_and_the_policy():
+    rows = [
+        replace(row, token_staleness=np.arange(len(row.token_ids), dtype=np.int32) % 4) for row in update_rows(seed=4)
+    ]
+    model = tiny_llama().double()
+    part = accumulate(model, rows, LossConfig(anchor="loglinear", dual_clip=None))
+    got = gradient_of(model)
+
+    model.zero_grad()
+    total = torch.zeros((), dtype=torch.float64)
+    for row in rows:
+        logp_T, _ = own_logprobs(model, row)
+        for logp, rollout_logprob, staleness in zip(
+            logp_T, row.rollout_logprobs.tolist(), row.token_staleness.tolist(), strict=True
+        ):
+            share = 1 / max(1, staleness)
+            anchor = share * rollout_logprob + (1 - share) * logp.detach()
+            ratio, weight = (logp - anchor).exp(), (anchor - rollout_logprob).exp().clamp(max=2.0)
+            objective = torch.minimum(ratio * row.advantage, ratio.clamp(0.8, 1.28) * row.advantage)
+            total = total - row.weight * weight * objective
+    total.backward()
+    assert (got - gradient_of(model)).norm() <= 1e-6 * got.norm()
+    assert part.loss == pytest.approx(total.item(), rel=1e-6)
+
+
+def test_a_trust_region_in_units_of_the_entropy_takes_that_of_the_policy():
+    rows, model = update_rows(seed=5), tiny_llama().double()
+    part = accumulate(model, rows, LossConfig(variant="estr", estr_threshold=0.1, dual_clip=None))
+    got = gradient_of(model)
+
+    model.zero_grad()
+    total, untrusted = torch.zeros((), dtype=torch.float64), 0
+    for row in rows:
+        logp_T, entropy_T = own_logprobs(model, row)
+        for logp, rollout_logprob, entropy in zip(
+            logp_T, row.rollout_logprobs.tolist(), entropy_T.tolist(), strict=True
+        ):
+            if (logp.item() - rollout_logprob) ** 2 > 0.1 * (entropy + 0.01):
+                untrusted += 1
+                continue
+            ratio = (logp - rollout_logprob).exp()
+            objective = torch.minimum(ratio * row.advantage, ratio.clamp(0.8, 1.28) * row.advantage)
+            total = total - row.weight * objective
+    total.backward()
+    assert 0 < untrusted < part.sums.num_tokens
+    assert part.sums.metrics()["learner/untrusted_ratio"] == pytest.approx(untrusted / part.sums.num_tokens)
+    assert (got - gradient_of(model)).norm() <= 1e-6 * got.norm()
+
+
 def test_masked_tokens_neither_train_nor_count():
     rows = update_rows(seed=2)
     rows[0].loss_mask[1:] = False
@@ -164,6 +214,7 @@ def test_sums_describe_ratio_divergence_and_clipping():
     assert metrics["learner/ess"] == pytest.approx(ratio**2 / (num_tokens * squared), rel=1e-5)
     assert metrics["learner/chi2"] == pytest.approx(squared / num_tokens - 1, rel=1e-5)
     assert metrics["learner/k3"] == pytest.approx(k3 / num_tokens, rel=1e-5)
+    assert metrics["learner/second_moment"] == pytest.approx(0.25, rel=1e-5)
     assert metrics["learner/ratio_p01"] == pytest.approx(math.exp(-0.5), rel=0.01)
     assert metrics["learner/ratio_p99"] == pytest.approx(math.exp(0.5), rel=0.01)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from asyncdapo.algorithm.dapo import group_advantage
+from asyncdapo.algorithm.advantages import batch_advantages
 from asyncdapo.errors import ConfigError, RunError, StalenessError
 from asyncdapo.learner.batches.samples import rows_by_update
 from asyncdapo.learner.config import LossConfig
@@ -98,7 +98,7 @@ def test_rewarded_responses_become_likelier(path):
     def logprobs(batch):
         model = tiny_llama()
         model.load_state_dict(learner.weights(), strict=False)
-        rows = rows_by_update(batch, payload, 0, group_advantage)[0]
+        rows = rows_by_update(batch, payload, 0, batch_advantages("grpo"))[0]
         packed = pack(rows, model.device)
         with torch.no_grad():
             logp_BT, _ = Policy(model)(packed)
