@@ -5,6 +5,7 @@
                 sequence    of the whole response, the product of its tokens' ratios
                 geometric   of the whole response, their geometric mean
     outliers    tokens, or responses with a token, whose w_t lies outside a band of its own are masked first
+    2nd moment  the largest (log w_t)² of an update, until the mean of the others is low (M2PO; Zheng, 2025, 2510.01161)
     decoupled   loss_t = w_t · clipped loss_t around π_prox (Hilton et al., 2021, arXiv 2110.00641; AReaL, 2505.24298)
     loglinear   log π_prox ≈ log μ + (1 − 1/d) (log π_θ − log μ), d versions later (A-3PO; Li et al., 2025, 2512.06547)
     KL          k1, k2, k3 of KL(π_θ ‖ π_ref) (Schulman, "Approximating KL divergence", 2020)
@@ -21,11 +22,13 @@ Weights are constants: no gradient passes through them, and denominators don't c
 which are fixed before the tokens of an update are counted.
 
 Pure torch, no state, no I/O. Shapes: B completions, T tokens; flat tokens will do where nothing is asked of whole
-responses. Log-probs are natural logarithms. Does not own: which log-probs are compared, averages.
+responses; n tokens of an update. Log-probs are natural logarithms. Does not own: which log-probs are compared,
+averages.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -102,6 +105,16 @@ def _correction(weights_BT: Tensor, left_BT: Tensor, cap: float = float("inf")) 
         mask_BT=left_BT,
         truncated_BT=left_BT & (weights_BT > cap),
     )
+
+
+def second_moment_limit(squares_n: Tensor, counts_n: Tensor, threshold: float) -> float:
+    """The least (log r_t)² that M2PO masks in an update, inf if it masks none: with all tokens below it the mean is at
+    most `threshold`, and no larger part of the sorted tokens has that. `counts_n`: how often each counts. Equal squares
+    are masked together, so that the result depends on no order."""
+    order_n = squares_n.argsort()
+    sorted_n, sorted_counts_n = squares_n[order_n], counts_n[order_n].double()
+    fits_n = (sorted_n * sorted_counts_n).cumsum(0) <= threshold * sorted_counts_n.cumsum(0)
+    return math.inf if bool(fits_n.all()) else sorted_n[int(fits_n.sum())].item()
 
 
 @torch.no_grad()

@@ -18,12 +18,11 @@ In: log-probs, advantages and the mask of some responses. Out: a `PolicyLoss`. I
 may hold any finite value; it adds nothing to a loss, a gradient or a count. NaN in the mask is never masked: it has to
 reach the loss, where it is detected.
 
-Shapes: B completions of a forward pass, T tokens, n tokens of an update.
+Shapes: B completions of a forward pass, T tokens.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 import torch
@@ -38,20 +37,11 @@ TINY = 1e-8
 """Added to both probabilities of the other tokens, as in the code of DPPO's authors: they may be 0."""
 
 
-def second_moment_limit(squares_n: Tensor, counts_n: Tensor, threshold: float) -> float:
-    """The least (log r_t)² that M2PO masks in an update, inf if it masks none: with all tokens below it the mean is at
-    most `threshold`, and no larger part of the sorted tokens has that. `counts_n`: how often each counts. Equal squares
-    are masked together, so that the result depends on no order."""
-    order_n = squares_n.argsort()
-    sorted_n, sorted_counts_n = squares_n[order_n], counts_n[order_n].double()
-    fits_n = (sorted_n * sorted_counts_n).cumsum(0) <= threshold * sorted_counts_n.cumsum(0)
-    return math.inf if bool(fits_n.all()) else sorted_n[int(fits_n.sum())].item()
-
-
 def m2po_loss(
     logp_BT: Tensor, old_logp_BT: Tensor, advantages_BT: Tensor, mask_BT: Tensor, *, trusted_BT: Tensor
 ) -> PolicyLoss:
-    """−M_t r_t Â (M2PO). `trusted_BT` is M: (log r_t)² is below `second_moment_limit` of the update."""
+    """−M_t r_t Â (M2PO). `trusted_BT` is M: (log r_t)² is below the update's limit
+    (`corrections.second_moment_limit`)."""
     ratio_BT = importance_ratio(logp_BT, old_logp_BT, mask_BT)
     return PolicyLoss(
         ratio_BT=ratio_BT,

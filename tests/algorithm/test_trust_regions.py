@@ -10,8 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from asyncdapo.algorithm.corrections import second_moment_limit
 from asyncdapo.algorithm.policy_loss import policy_loss
-from asyncdapo.algorithm.trust_regions import second_moment_limit
 from tests.vectors.reference import m2po_left
 
 exact = st.integers(0, 128).map(lambda number: number / 64)

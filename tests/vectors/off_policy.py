@@ -15,9 +15,8 @@ from torch import Tensor
 
 from asyncdapo.algorithm.advantages import BATCH_ADVANTAGES, batch_advantages
 from asyncdapo.algorithm.averages import AGGREGATIONS, aggregation_weights
-from asyncdapo.algorithm.corrections import correction_weights, loglinear_logprobs
+from asyncdapo.algorithm.corrections import correction_weights, loglinear_logprobs, second_moment_limit
 from asyncdapo.algorithm.policy_loss import policy_loss
-from asyncdapo.algorithm.trust_regions import second_moment_limit
 from tests.vectors.file import Inputs
 
 OWN_KEYS = {

@@ -22,8 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from asyncdapo.algorithm.corrections import Correction, correction_weights
-from asyncdapo.algorithm.trust_regions import second_moment_limit
+from asyncdapo.algorithm.corrections import Correction, correction_weights, second_moment_limit
 from asyncdapo.learner.batches.samples import Columns, Row
 from asyncdapo.learner.config import LossConfig
 from asyncdapo.learner.model.packing import MicroBatch, pack
