@@ -331,7 +331,7 @@ def test_every_key_has_a_doc_line_and_appears_in_the_printed_yaml() -> None:
 
 def test_the_set_of_keys_is_frozen_so_that_a_new_one_is_a_decision() -> None:
     keys = {f"{name}.{field.name}" for name, cls in SECTIONS.items() for field in dataclasses.fields(cls)}
-    assert sum(not key.startswith("faults.") for key in keys) < 140
+    assert sum(not key.startswith("faults.") for key in keys) < 150
     expected = set((Path(__file__).parents[1] / "config_keys.txt").read_text().split())
     assert keys == expected
 
