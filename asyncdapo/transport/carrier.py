@@ -202,7 +202,7 @@ class RelayCarrier:
 
     def _copy(self, notice_U: torch.Tensor, bucket_U: torch.Tensor, leader: int, deadline: Deadline) -> None:
         """At a reader: copy the bucket of which the leader has told, and say so."""
-        num_bytes, handle_bytes, handle = NOTICE.unpack(notice_U.numpy())
+        num_bytes, handle_bytes, handle = NOTICE.unpack(notice_U.numpy().data)
         if num_bytes != len(bucket_U):
             raise self._group.error(f"a bucket of {num_bytes} bytes where {len(bucket_U)} were expected")
         try:

@@ -5,11 +5,13 @@ thread of its own while the engine generates.
     join ──▶ thread: find the others                         settled
     receive ──▶ thread: the stream into that memory          settled ──▶ take
     open: another process of the engine maps that memory                 take
+    host, send ──▶ thread: that memory to a newcomer         settled
 
-In: the learner's stream. Out: the tensors of a version that is complete at every rank. One operation runs at a time,
-and no method waits for it: `settled` says whether the last one is over. An operation that still runs when another group
-is joined ends as soon as the learner leaves the old group, or at its deadline. Invariant: `take` returns only the
-version that it was asked for, and only after every rank confirmed the checksum.
+In: the learner's stream, or that of another worker's buffer. Out: the tensors of a version that is complete at every
+rank. One operation runs at a time, and no method waits for it: `settled` says whether the last one is over. An
+operation that still runs when another group is joined ends as soon as rank 0 leaves the old group, or at its deadline;
+`send` ends at once when another operation begins. Invariant: `take` returns only the version that it was asked for, and
+only after every rank confirmed the checksum.
 
 The stream is stored on the engine's device if it has room to spare; loading is then a copy on the device. Otherwise it
 is stored in host memory, which is pinned if as much again stays free, since a device copies faster from pinned memory.
@@ -24,7 +26,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -39,6 +41,7 @@ from asyncdapo.transport.shared_memory import Block, make_block, open_block
 from asyncdapo.weights.group import WeightGroup
 from asyncdapo.weights.manifest import ALIGN_BYTES, Manifest
 from asyncdapo.weights.receiver import WeightReceiver, tensors_in
+from asyncdapo.weights.sender import WeightSender
 
 ROOM_FACTOR = 1.2
 ROOM_BYTES = 1 << 30
@@ -66,6 +69,9 @@ class ReceiveBuffer:
         self._group: WeightGroup | None = None
         self._receiver: WeightReceiver | None = None
         """None until this rank has joined a group."""
+        self._newcomers: WeightGroup | None = None
+        """In which this rank sends what it holds."""
+        self._manifest = Manifest(tensors=())
         self._room = Room()
         self._tensors: dict[str, torch.Tensor] = {}
 
@@ -84,6 +90,7 @@ class ReceiveBuffer:
 
     def receive(self, version: int, branch: int) -> Future[None]:
         """Begin to receive this version. Fails with WeightsError; the buffer then holds no version."""
+        self.abandon()
         self._room.version = NOTHING
         return self._begin(partial(self._receive, version, branch))
 
@@ -101,6 +108,22 @@ class ReceiveBuffer:
             there = "nothing is" if staged == NOTHING else f"version {staged} is"
             raise WeightsError(f"version {version} has not arrived here: {there} staged")
         return dict(self._tensors)
+
+    def host(self, host: str, backend: Backend, timeout_s: float) -> tuple[str, Manifest]:
+        """Open a group in which this rank sends what it holds to one other, who reaches this machine as `host`. Returns
+        the group's address, and what is sent."""
+        self.abandon()
+        self._newcomers = WeightGroup.create_master(host, 2, backend, timeout_s, self._device)
+        return self._newcomers.address, self._manifest
+
+    def send(self, version: int, branch: int, bucket_bytes: int) -> Future[None]:
+        """Begin to send this version there. Fails with WeightsError."""
+        return self._begin(partial(self._send, version, branch, bucket_bytes))
+
+    def abandon(self) -> None:
+        """Leave that group; a `send` that still runs fails."""
+        if self._newcomers:
+            self._newcomers.close()
 
     @property
     def handle(self) -> bytes:
@@ -129,6 +152,7 @@ class ReceiveBuffer:
         self._thread.shutdown(wait=False)
 
     def _leave(self) -> None:
+        self.abandon()
         if self._group:
             self._room.version = NOTHING
             self._group.close()
@@ -163,13 +187,20 @@ class ReceiveBuffer:
                 torch.cuda.current_stream(self._device).synchronize()
         self._room.version = version
 
+    def _send(self, version: int, branch: int, bucket_bytes: int) -> None:
+        assert self._newcomers is not None, "`host` comes first"
+        with closing(self._newcomers) as group, self._stream:
+            tensors = self.take(version)
+            group.connect()
+            WeightSender(group, self._manifest, bucket_bytes).send(version, tensors, branch=branch)
+
     def _make_room(self, manifest: Manifest) -> None:
         num_bytes = manifest.offsets[-1]
         if len(self._room.stream_U) != num_bytes:
             self._room, self._tensors, self._receiver = Room(), {}, None  # their memory counts as free
             with self._stream:
                 self._room = self._new_room(num_bytes)
-        self._tensors = tensors_in(self._room.stream_U, manifest)
+        self._tensors, self._manifest = tensors_in(self._room.stream_U, manifest), manifest
 
     def _new_room(self, num_bytes: int) -> Room:
         on_gpu = self._device.type == "cuda"

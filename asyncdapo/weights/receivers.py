@@ -4,8 +4,9 @@
     EngineReceiver    the engine has processes of its own, which run `vllm_worker.WorkerReceiver`; the first one
                       receives, the others map its memory, and the tensors stay there
 
-In: the learner's address and its stream. Out: a version that is complete at every rank of the group; the engine may
-then load it. Generation continues during a transfer. Every failure is a WeightsError, and the engine keeps its weights.
+In: the address of who sends, and its stream: the learner, or a worker that has the version. Out: a version that is
+complete at every rank of the group; the engine may then load it, and a newcomer may have it from here. Generation
+continues during a transfer. Every failure is a WeightsError, and the engine keeps its weights.
 Does not own: loading, and what happens to a worker that can't be reached.
 """
 
@@ -52,6 +53,16 @@ class Receiver(Protocol):
     async def receive(self, version: int, branch: int) -> Any:
         """Receive this version. Returns what the engine's `load_weights` takes."""
 
+    async def host(self, host: str, backend: Backend) -> tuple[str, Manifest]:
+        """Open a group in which to send what it holds to a newcomer. Returns its address, and what is sent."""
+        ...
+
+    async def send(self, version: int, branch: int, bucket_bytes: int) -> None:
+        """Send this version there."""
+
+    async def abandon(self) -> None:
+        """Leave that group; what is being sent there fails."""
+
     def close(self) -> None:
         """Leave the group."""
 
@@ -80,8 +91,21 @@ class LocalReceiver:
     async def receive(self, version: int, branch: int) -> dict[str, torch.Tensor]:
         if self._buffer is None:
             raise WeightsError(f"version {version} can't arrive: this worker has joined no group")
-        await asyncio.wrap_future(self._buffer.receive(version, branch))
+        await asyncio.wrap_future(await asyncio.to_thread(self._buffer.receive, version, branch))
         return self._buffer.take(version)
+
+    async def host(self, host: str, backend: Backend) -> tuple[str, Manifest]:
+        if self._buffer is None:
+            raise WeightsError("this worker has no weights to send: it has received none")
+        return await asyncio.to_thread(self._buffer.host, host, backend, self._timeout_s)
+
+    async def send(self, version: int, branch: int, bucket_bytes: int) -> None:
+        if self._buffer:
+            await asyncio.wrap_future(self._buffer.send(version, branch, bucket_bytes))
+
+    async def abandon(self) -> None:
+        if self._buffer:
+            await asyncio.to_thread(self._buffer.abandon)
 
     def close(self) -> None:
         if self._buffer:
@@ -117,6 +141,17 @@ class EngineReceiver:
     async def receive(self, version: int, branch: int) -> None:
         await self._ask("receive_weights", version, branch)
         await self._settled()
+
+    async def host(self, host: str, backend: Backend) -> tuple[str, Manifest]:
+        address, manifest = (await self._ask("host_weights", host, backend, self._timeout_s))[0]
+        return address, msgspec.msgpack.decode(manifest, type=Manifest)
+
+    async def send(self, version: int, branch: int, bucket_bytes: int) -> None:
+        await self._ask("send_weights", version, branch, bucket_bytes)
+        await self._settled()
+
+    async def abandon(self) -> None:
+        await self._ask("abandon_weights")
 
     def close(self) -> None:
         """Nothing: the engine's processes leave the group when they end."""

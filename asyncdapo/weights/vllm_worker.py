@@ -175,6 +175,22 @@ class WorkerReceiver:
         if self.rank == RECEIVES:
             self.weight_transfer_engine.receive_buffer.receive(version, branch)
 
+    def host_weights(self, host: str, backend: Backend, timeout_s: float) -> tuple[str, bytes]:
+        """Open a group in which to send what was received. Returns its address, and what is sent."""
+        if self.rank != RECEIVES:
+            return "", b""
+        address, layout = self.weight_transfer_engine.receive_buffer.host(host, backend, timeout_s)
+        return address, msgspec.msgpack.encode(layout)
+
+    def send_weights(self, version: int, branch: int, bucket_bytes: int) -> None:
+        """Begin to send there."""
+        if self.rank == RECEIVES:
+            self.weight_transfer_engine.receive_buffer.send(version, branch, bucket_bytes)
+
+    def abandon_weights(self) -> None:
+        """Leave that group."""
+        self.weight_transfer_engine.receive_buffer.abandon()
+
     def weights_state(self) -> tuple[bool, str]:
         """Whether the operation is over, and why it failed; "" if it didn't."""
         try:

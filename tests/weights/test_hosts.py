@@ -10,11 +10,14 @@ import pytest
 import torch
 
 from asyncdapo.errors import WeightsError
+from asyncdapo.weights.group import WeightGroup
 from asyncdapo.weights.manifest import Manifest
+from asyncdapo.weights.receive_buffer import ReceiveBuffer
 from asyncdapo.weights.sender import WeightSender
 from tests.weights.members import Failed, Member, fingerprint, form_group, members
 
 BUCKET_BYTES = 4096
+TIMEOUT_S = 20.0
 LEARNERS = ""
 """The host of the learner."""
 LEADER, READER, LAST = range(3)
@@ -61,10 +64,9 @@ def test_weights_leave_the_learners_host_once_whatever_the_number_of_workers(mon
 
 @pytest.mark.parametrize("victim", [LEADER, *(pytest.param(one, marks=pytest.mark.soak) for one in (READER, LAST))])
 def test_a_worker_killed_in_a_transfer_between_hosts_fails_it_at_once_for_all(victim: int) -> None:
-    timeout_s = 20.0
     with members(3) as receivers:
         survivors = [receiver for receiver in receivers if receiver is not receivers[victim]]
-        group = form_group(receivers, timeout_s, "ipc", hosts=["b", "b", "c"])
+        group = form_group(receivers, TIMEOUT_S, "ipc", hosts=["b", "b", "c"])
         for receiver in survivors:
             receiver.start("receive", MANIFEST, 1)
         receivers[victim].start("die_in_transfer", MANIFEST, 1, 64)
@@ -72,11 +74,51 @@ def test_a_worker_killed_in_a_transfer_between_hosts_fails_it_at_once_for_all(vi
         with pytest.raises(WeightsError):
             WeightSender(group, MANIFEST, 64).send(1, TENSORS)
         assert all(isinstance(receiver.result(), Failed) for receiver in survivors)
-        assert time.monotonic() - began_s < timeout_s
+        assert time.monotonic() - began_s < TIMEOUT_S
 
         group = form_group(survivors, backend="ipc")
         assert send(survivors, WeightSender(group, MANIFEST, BUCKET_BYTES), 2) == [fingerprint(TENSORS)] * 2
         group.close()
+
+
+def received(version: int) -> tuple[ReceiveBuffer, WeightGroup]:
+    """A worker's buffer with this version of the learner, and the learner's group."""
+    group = WeightGroup.create_master("127.0.0.1", 2, "ipc", TIMEOUT_S)
+    buffer = ReceiveBuffer(torch.device("cpu"))
+    joining = buffer.join(group.address, 1, 2, "ipc", MANIFEST, TIMEOUT_S)
+    group.connect()
+    joining.result()
+    receiving = buffer.receive(version, 0)
+    WeightSender(group, MANIFEST, BUCKET_BYTES).send(version, TENSORS)
+    receiving.result()
+    return buffer, group
+
+
+def test_a_worker_sends_a_newcomer_what_it_has_and_stays_in_the_learners_group() -> None:
+    (buffer, group), newcomer = received(4), ReceiveBuffer(torch.device("cpu"))
+    address, manifest = buffer.host("127.0.0.1", "ipc", TIMEOUT_S)
+    sending = buffer.send(4, 0, BUCKET_BYTES)
+    newcomer.join(address, 1, 2, "ipc", manifest, TIMEOUT_S).result()
+    newcomer.receive(4, 0).result()
+    sending.result()
+    assert fingerprint(newcomer.take(4)) == fingerprint(buffer.take(4)) == fingerprint(TENSORS)
+    receiving = buffer.receive(5, 0)
+    WeightSender(group, MANIFEST, BUCKET_BYTES).send(5, TENSORS)
+    receiving.result()
+    for end in (buffer, newcomer):
+        end.close()
+
+
+def test_a_publish_ends_what_a_worker_sends_to_a_newcomer() -> None:
+    buffer, group = received(4)
+    buffer.host("127.0.0.1", "ipc", TIMEOUT_S)
+    sending = buffer.send(4, 0, BUCKET_BYTES)
+    receiving = buffer.receive(5, 0)
+    WeightSender(group, MANIFEST, BUCKET_BYTES).send(5, TENSORS)
+    receiving.result()
+    with pytest.raises(WeightsError):
+        sending.result()
+    buffer.close()
 
 
 def test_a_leader_that_is_stopped_fails_the_transfer_at_its_deadline() -> None:

@@ -6,8 +6,9 @@ The next one goes through a new process group of the workers that are up. An end
 fleet starts it again, and it catches up. After `weights.max_missed` failures of one version the run ends.
 
 One turn at a time: the learner trains, or sends to all, or sends to one; so a send never waits for a train step, and
-what is sent is always the newest that the learner has. Nothing here touches a tensor: the controller only tells both
-ends when.
+what is sent is always the newest that the learner has. A worker catches up beside that: another worker that has the
+version in force sends it. The learner does so only if none has it. A publish goes first: it ends such a transfer, and
+brings the newcomer what is new. Nothing here touches a tensor: the controller only tells both ends when.
 """
 
 from __future__ import annotations
@@ -23,13 +24,14 @@ from asyncdapo.accounting.spans import Span, SpanRing
 from asyncdapo.controller.fleet.process import Process, ProcessDied, R
 from asyncdapo.controller.process.waits import Waits
 from asyncdapo.errors import EngineError, RanksError, RunError, WeightsError
-from asyncdapo.transport.backend import Backend
+from asyncdapo.transport.backend import Backend, host_of
 from asyncdapo.weights.backend import choose_backend
 from asyncdapo.weights.config import WeightsConfig
 
 if TYPE_CHECKING:
     from asyncdapo.controller.roles.learner import LearnerProcess
     from asyncdapo.controller.roles.rollout import RolloutProcess
+    from asyncdapo.weights.manifest import Manifest
 
 log = logging.getLogger("weights")
 
@@ -72,6 +74,10 @@ class Publishing:
         self._loaded: dict[str, tuple[int, int, int]] = {}
         """Life, branch and version of what each worker generates with, as far as it came from here."""
         self._backend = ""
+        self._devices: dict[str, str] = {}
+        """Each end's, as it said last."""
+        self._newcomers = asyncio.Lock()
+        """Held while a worker sends to another one."""
         self.sends = SpanRing()
         """Of versions, to all workers or to one."""
 
@@ -107,9 +113,11 @@ class Publishing:
         )
 
     async def catch_up(self, worker: Process[RolloutProcess]) -> None:
-        """Send what the learner has to this worker, unless it has it. After `weights.max_missed` failures the worker is
-        killed. Returns early when the learner dies: then all workers are sent to when it is back."""
+        """Have what the learner has sent to this worker, unless it has it. After `weights.max_missed` failures the
+        worker is killed. Returns early when the learner dies: then all workers are sent to when it is back."""
         for _ in range(self.config.max_missed):
+            if await self._has_it_from_another(worker):
+                return
             async with self.turn:
                 if self._has_current(worker):
                     return
@@ -134,6 +142,25 @@ class Publishing:
         async with self._sending:
             worker.end()
 
+    async def _has_it_from_another(self, worker: Process[RolloutProcess]) -> bool:
+        """Have the version in force sent to it by another worker, unless it has it. Returns whether it then has it."""
+        async with self._newcomers:
+            async with self._sending:
+                pass  # a transfer to all may bring it
+            if self._has_current(worker):
+                return True
+            try:
+                [device] = await self._within_deadline(
+                    "its device", {worker: worker.call(lambda worker: worker.device)}, sender=worker
+                )
+                self._devices[worker.name] = device
+                if sender := self._nearest_with_current(worker):
+                    await self._send_from(sender, worker)
+                    return True
+            except (WeightsError, ProcessDied) as error:
+                log.warning("no other worker could bring version %d to %s: %s", self.version, worker.name, error)
+            return False
+
     # ----------------------------------------------------------------------------------------------------- transfers
 
     def _learner_is_up(self) -> bool:
@@ -146,6 +173,12 @@ class Publishing:
         """Version 0 of branch 0 is what every worker loads from the model's own file."""
         loaded = self._loaded.get(worker.name, (worker.life, 0, 0))
         return loaded == (worker.life, self.branch, self.version)
+
+    def _nearest_with_current(self, newcomer: Process[RolloutProcess]) -> Process[RolloutProcess] | None:
+        """A worker that has been sent the version in force, on the newcomer's machine if there is one."""
+        sent = [worker for worker in self._up() if worker.name in self._loaded and self._has_current(worker)]
+        here = host_of(self._devices[newcomer.name])
+        return min(sent, key=lambda worker: host_of(self._devices[worker.name]) != here, default=None)
 
     def _note_failure(self, error: RunError) -> None:
         self._members = []
@@ -166,7 +199,8 @@ class Publishing:
         )
         self.sends.add(Span(f"send version {version}", began_s, time.monotonic()))
         received = others[len(self.other_shards) :]
-        self._loaded |= {worker.name: (worker.life, branch, version) for worker in workers}
+        for worker in workers:
+            self._note_loaded(worker, branch, version)
         slowest = {part: max(report[part] for report in received) for part in PARTS}
         return {
             "weights/publish_s": sent["seconds"],
@@ -175,6 +209,31 @@ class Publishing:
             "weights/bytes": sent["bytes"],
             **{f"weights/{part}": seconds for part, seconds in slowest.items()},
         }
+
+    def _note_loaded(self, worker: Process[RolloutProcess], branch: int, version: int) -> None:
+        """Unless something newer came meanwhile."""
+        now = (worker.life, branch, version)
+        self._loaded[worker.name] = max(self._loaded.get(worker.name, now), now)
+
+    async def _send_from(self, sender: Process[RolloutProcess], newcomer: Process[RolloutProcess]) -> None:
+        """One worker sends the version in force to another one, through a group of these two."""
+        version, branch = self.version, self.branch
+        what, began_s = f"version {version} from {sender.name} to {newcomer.name}", time.monotonic()
+        backend, _ = choose_backend(self.config, {end.name: self._devices[end.name] for end in (sender, newcomer)})
+
+        async def receive(address: str, manifest: Manifest) -> None:
+            await newcomer.call(lambda worker: worker.join_weights, address, 1, 2, backend, manifest, sender.name)
+            await newcomer.call(lambda worker: worker.receive_weights, version, branch, sender.name)
+
+        hosts = {sender: sender.call(lambda worker: worker.host_weights, backend)}
+        [(address, manifest)] = await self._within_deadline(what, hosts, sender=sender)
+        rooms = {newcomer: newcomer.call(lambda worker: worker.make_weights_room, manifest)}
+        await self._within_deadline("room for the weights", rooms, ROOM_S, sender=sender)
+        sends = {sender: sender.call(lambda worker: worker.send_weights, version, branch, newcomer.name)}
+        await self._within_deadline(what, sends | {newcomer: receive(address, manifest)}, sender=sender)
+        self._note_loaded(newcomer, branch, version)
+        self.sends.add(Span(what, began_s, time.monotonic()))
+        log.info("%s caught up with version %d, from %s", newcomer.name, version, sender.name)
 
     async def _regroup(self, workers: Sequence[Process[RolloutProcess]]) -> None:
         """Make the process group: the learner is rank 0 and hosts the store, the workers follow."""
@@ -188,7 +247,9 @@ class Publishing:
             | {worker: worker.call(lambda worker: worker.device) for worker in workers},
         )
         ends = [learner, *workers]
-        backend = self._choose_backend(dict(zip((end.name for end in ends), devices, strict=True)))
+        names = [end.name for end in ends]
+        self._devices |= zip(names, devices, strict=True)
+        backend = self._choose_backend({name: self._devices[name] for name in names})
         world_size = len(ends)
         hosts = learner.call(lambda learner: learner.host_weights, world_size, backend)
         [(address, manifest)] = await self._within_deadline(what, {learner: hosts})
@@ -210,11 +271,16 @@ class Publishing:
         return backend
 
     async def _within_deadline(
-        self, what: str, calls: Mapping[Process[Any], Coroutine[Any, Any, R]], deadline_s: float | None = None
+        self,
+        what: str,
+        calls: Mapping[Process[Any], Coroutine[Any, Any, R]],
+        deadline_s: float | None = None,
+        sender: Process[LearnerProcess] | Process[RolloutProcess] | None = None,
     ) -> list[R]:
         """All answers, in the order of `calls`. Each call is waited for to its end, so that none is left behind; then
-        the first error is raised, a death before any other. Ends that give no answer within `deadline_s` (default: a
-        transfer's) are killed. Until an end answers, the controller waits for it, and `what` says for what."""
+        the first error is raised, a death before any other. After a failure `sender` (default: the learner) leaves the
+        group. Ends that give no answer within `deadline_s` (default: a transfer's) are killed. Until an end answers,
+        the controller waits for it, and `what` says for what."""
         deadline_s = deadline_s or self.config.timeout_s + COMMAND_MARGIN_S
         outcomes = ((process, self._outcome(process, call, what, deadline_s)) for process, call in calls.items())
         tasks = {asyncio.ensure_future(outcome): process for process, outcome in outcomes}
@@ -224,7 +290,7 @@ class Publishing:
                     await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
                     if not all(task.done() for task in tasks):
                         with suppress(ProcessDied):
-                            await self.learner.call(lambda learner: learner.abandon_workers)
+                            await (sender or self.learner).call(lambda sender: sender.abandon_workers)
                     await asyncio.wait(tasks)
         finally:
             pending = [task for task in tasks if not task.done()]

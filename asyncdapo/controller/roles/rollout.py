@@ -37,6 +37,8 @@ class RolloutProcess(ProcessBase):
         self.engine, self.end, self.engine_pids = fitted.engine, fitted.end, fitted.pids
         self.judging, self.worker = judging, worker
         self.num_received = 0
+        self._one_version = asyncio.Lock()
+        """Held from the first byte of a version to its load: the next one comes into the same memory."""
         self.updates = SpanRing()
         """Of its weights."""
         self.notice = LeaveNotice()
@@ -136,20 +138,21 @@ class RolloutProcess(ProcessBase):
             await self.end.make_room(manifest)
 
     async def join_weights(
-        self, address: str, rank: int, world_size: int, backend: Backend, manifest: Manifest
+        self, address: str, rank: int, world_size: int, backend: Backend, manifest: Manifest, sender: str = "learner"
     ) -> None:
-        """Join the process group in which the learner sends; leave the one before."""
-        with self.waits.on("learner", "the weight group", self.config.weights.timeout_s):
+        """Join the process group in which `sender` sends; leave the one before."""
+        with self.waits.on(sender, "the weight group", self.config.weights.timeout_s):
             await self.end.join(address, rank, world_size, backend, manifest)
 
-    async def receive_weights(self, version: int, branch: int) -> dict[str, float]:
+    async def receive_weights(self, version: int, branch: int, sender: str = "learner") -> dict[str, float]:
         """Receive while generating, then generate with the new weights from the next token on. Returns what of it took
         how many seconds."""
-        began = time.monotonic()
-        with self.waits.on("learner", f"the weights of version {version}", self.config.weights.timeout_s):
-            weights = await self.end.receive(version, branch)
-        receive_s = time.monotonic() - began
-        times = await self.worker.load_weights(version, weights, branch)
+        async with self._one_version:
+            began = time.monotonic()
+            with self.waits.on(sender, f"the weights of version {version}", self.config.weights.timeout_s):
+                weights = await self.end.receive(version, branch)
+            receive_s = time.monotonic() - began
+            times = await self.worker.load_weights(version, weights, branch)
         self.num_received += 1
         self.updates.add(Span(f"receive version {version}", began, began + receive_s))
         self.updates.add(Span(f"load version {version}", began + receive_s, time.monotonic()))
@@ -157,3 +160,16 @@ class RolloutProcess(ProcessBase):
         parts = {"receive_s": receive_s, **asdict(times)}
         log.info("version %d: %s", version, ", ".join(f"{part} {seconds:.3f}" for part, seconds in parts.items()))
         return parts
+
+    async def host_weights(self, backend: Backend) -> tuple[str, Manifest]:
+        """Open a group in which to send the newest weights to a newcomer. Returns its address, and what is sent."""
+        return await self.end.host(self.spec.host(), backend)
+
+    async def send_weights(self, version: int, branch: int, newcomer: str) -> None:
+        """Send what was received last, if it is this version, while generating."""
+        with self.waits.on(newcomer, f"version {version} to arrive", self.config.weights.timeout_s):
+            await self.end.send(version, branch, self.config.weights.bucket_mb << 20)
+
+    async def abandon_workers(self) -> None:
+        """Leave the group of the newcomer. Who waits in it fails now."""
+        await self.end.abandon()
