@@ -145,7 +145,8 @@ class Session:
             self._counts["timeouts"] += 1
             log.warning("an episode counts as wrong: a step took too long, the second time alone in a host")
             return EpisodeOver("time")
-        what = "took too long" if answer.fault == "slow" else "ended its process"
+        limits = f"environment.step_timeout_s {self._config.step_timeout_s:g}, max_seconds {self._config.max_seconds:g}"
+        what = f"took too long ({limits})" if answer.fault == "slow" else "ended its process"
         return EpisodeError(f"{do}: {what}, the second time alone in a host")
 
 

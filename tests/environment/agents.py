@@ -26,6 +26,8 @@ def run(row, base_url, api_key):
     order, _, rest = row["prompt"].partition(" ")
     if order == "silent":
         return 1.0
+    if order == "sleep":
+        time.sleep(600)
     first = call(base_url, api_key, START)
     context = [*START, *first, 50]
     match order:

@@ -66,7 +66,7 @@ async def test_episodes_are_spread_over_the_hosts() -> None:
         ("end inf", "step: a reward is a finite number, got inf"),
         ("return ('', 'much')", "a reward is a finite number, got 'much'"),
         ("return (1, 2, 3)", "a tuple of 3"),
-        ("return 7", "an observation is a text, a list of messages with role and content, or None: 7"),
+        ("return 7", "with role and content, or None; a step may return (observation, reward): got 7"),
         ("return [{'role': 'tool'}]", "list of messages with role and content"),
         ("exit 3", "step: ended its process, the second time alone in a host"),
         ("segfault", "step: ended its process"),

@@ -83,7 +83,7 @@ async def test_results_that_fit_no_context_end_the_episode() -> None:
         ("Variadic", r"the tool tool takes \*words: str: a model gives arguments by name"),
         ("Nothing", "Nothing has neither a method step nor tools: methods with a docstring"),
         ("Silent", "the tool undocumented of Silent has no docstring"),
-        ("asyncio", "asyncio is no class"),
+        ("asyncio", "asyncio is no class; a function that calls the model is named agent:"),
     ],
 )
 @asynchronous

@@ -37,7 +37,7 @@ class Mine:
         ("class Mine:\n    pass\n", "a trial failed: .*: can't be loaded: Mine has no method reset"),
         (TAKES_NO_ROW, "reset: TypeError: Mine.reset.. takes 1 positional argument"),
         (TOOL, "a trial failed: its tools need prompts.chat_template"),
-        ("class Yours:\n    pass\n", "a trial failed: no environment host can be started: .*no attribute 'Mine'"),
+        ("class Yours:\n    pass\n", "a trial failed: no environment host can be started: .*has no 'Mine'"),
         ("1 / 0\n", "can't be loaded: ZeroDivisionError: division by zero"),
         (MESSAGES, "a trial failed: messages need prompts.chat_template; without it an observation is a text"),
     ],
@@ -114,5 +114,5 @@ def test_the_example_of_the_page_is_the_file_and_passes_its_trial(tmp_path: Path
 
 def test_an_agent_is_loaded_and_not_run(tmp_path: Path) -> None:
     prepare(tmp_path / "run", f"environment.path=agent:{FILE.with_name('agents.py')}:run")
-    with pytest.raises(ConfigError, match="environment.path: a trial failed: .*no attribute 'runs'"):
+    with pytest.raises(ConfigError, match="environment.path: a trial failed: .*has no 'runs'"):
         prepare(tmp_path / "other", f"environment.path=agent:{FILE.with_name('agents.py')}:runs")

@@ -35,7 +35,7 @@ async def test_it_multiplies_for_the_model_and_judges_the_answer(end: str, rewar
     tokenizer = chat_tokenizer()
     encoder = turn_encoder(tokenizer, chat_template=False, system_prompt=None, joins=True)
     engine = Writer(tokenizer, lambda text: (end if text.endswith("4042\n") else "47*86") + "<|im_end|>")
-    async with called(engine, lambda: Chat(encoder, tokenizer.decode), max_tokens=200) as it:
+    async with called(engine, lambda: Chat(encoder, tokenizer), max_tokens=200) as it:
         row, url = {"prompt": "Q: 47*86\n", "answer": "4042"}, f"{it.endpoint.url}/v1"
         assert await asyncio.to_thread(load_file(AGENT).run, row, url, it.key) == (reward, {"calls": 1})
         [context] = it.attempt.episode("stop", reward, {}).contexts

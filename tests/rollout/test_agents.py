@@ -127,6 +127,8 @@ async def test_a_program_that_takes_too_long_twice_is_wrong() -> None:
         episode = await it.episode("hang")
         assert (episode.finish_reason, episode.timed_out, len(episode.turns)) == ("time", True, 1)
         assert it.hosts.gauges()["environment_timeouts"] == 1
+        with pytest.raises(EpisodeError, match="run: took too long, twice, without any answer of the model"):
+            await it.episode("sleep")
 
 
 @pytest.mark.parametrize(

@@ -156,7 +156,8 @@ def check_environment(config: Config, task: Task) -> None:
             if warning := encoder.warning(role):
                 print(warning)
     except (EpisodeError, RunError) as error:
-        raise ConfigError("environment.path", f"a trial failed: {error}", environment.path) from error
+        fix = "`asyncdapo env check` plays two episodes with it"
+        raise ConfigError("environment.path", f"a trial failed: {error}", environment.path, fix) from error
 
 
 def check_reward(config: Config) -> None:

@@ -27,7 +27,7 @@ from rich.text import Text
 from asyncdapo.config.config import Config, load_config
 from asyncdapo.config.found import find_config
 from asyncdapo.controller.roles.judging import make_judging
-from asyncdapo.environment.trial import told_once
+from asyncdapo.environment.trial import check_interpreter, told_once
 from asyncdapo.errors import ConfigError, RunError, UserError
 from asyncdapo.eval_messages import EvalRequest
 from asyncdapo.messages import Prompt, Sampling, Score
@@ -122,6 +122,7 @@ def make_config(path: str, config_name: str | None, overrides: Sequence[str]) ->
 def check(config: Config, responses: Sequence[str], console: Console) -> None:
     """Print the episodes. Raises UserError with the first thing that is wrong."""
     name = config.environment.path
+    check_interpreter(config.environment.python)
     tokenizer = load_tokenizer(config.model.tokenizer_files, config.prompts.template_arguments)
     prompts = _prompts(config, tokenizer)
     engine = ScriptedEngine(tokenizer, responses)
@@ -173,8 +174,10 @@ def _check_episode(config: Config, tokenizer: TextTokenizer, episode: Episode) -
             raise UserError(f"{name}: the tokenizer doesn't know all of an observation; the model reads {text!r}")
     if episode.finish_reason == "length":
         limits = f"rollout.max_response_length ({config.rollout.max_response_length}) bounds the sampled tokens of all"
-        problem = f"{limits} turns, environment.max_context ({config.max_context}) all tokens"
-        raise UserError(f"{name}: an episode was cut off: {problem}; raise one, or give shorter responses")
+        problem, shorter = f"{limits} turns, environment.max_context ({config.max_context}) all tokens", "responses"
+        if episode.turns[-1].sample.finish_reason == "stop":  # what would have come next found no room
+            shorter = "observations"
+        raise UserError(f"{name}: an episode was cut off: {problem}; raise one, or give shorter {shorter}")
     if episode.finish_reason == "time":
         limit = f"environment.step_timeout_s ({config.environment.step_timeout_s:g})"
         raise UserError(f"{name}: a step took longer than {limit}, twice: such an episode counts as wrong")

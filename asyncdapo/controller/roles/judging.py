@@ -89,7 +89,7 @@ def _in_environments(config: Config, engine: Engine, tokenizer: TextTokenizer, s
     if environment.is_agent:
         num_seats = math.ceil(config.rollout.slots * environment.oversubscribe / environment.processes)
         environment = replace(environment, concurrency=environment.concurrency or num_seats)
-        endpoint = Endpoint(config.max_context, lambda: Chat(encoder, tokenizer.decode))
+        endpoint = Endpoint(config.max_context, lambda: Chat(encoder, tokenizer))
         player = Agents(endpoint)
     hosts = Hosts(environment, config.max_context, config.model.tokenizer_files.path)
     limits = TurnLimits(max_turns=environment.max_turns, max_context=config.max_context)

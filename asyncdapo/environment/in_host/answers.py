@@ -5,11 +5,14 @@ In: whatever the user's code returned or raised. Out: an `Answer`, or BrokenCont
 
 from __future__ import annotations
 
+import importlib
 import math
 import reprlib
 import traceback
+from pathlib import Path
 from typing import Any
 
+OBSERVATION = "an observation is a text, a list of messages with role and content, or None"
 MAX_PROBLEM_CHARS = 1000
 MAX_METRICS = 100
 
@@ -45,9 +48,7 @@ def check_messages(said: Any) -> None:
     )
     if not messages or not said:
         shown = reprlib.repr(said)
-        raise BrokenContractError(
-            f"an observation is a text, a list of messages with role and content, or None: {shown}"
-        )
+        raise BrokenContractError(f"{OBSERVATION}; a step may return (observation, reward): got {shown}")
 
 
 def graded(said: Any) -> Answer:
@@ -82,10 +83,16 @@ def read_metrics(said: Any) -> dict[str, float]:
 
 
 def describe(error: BaseException) -> str:
-    """Type and message of an error in one line, and where it was raised."""
+    """Type and message of an error in one line, and where in the user's code, or what that calls, it was raised."""
     if isinstance(error, UnusableError):
         return str(error)
     report = traceback.TracebackException.from_exception(error)
-    problem = " ".join(f"{type(error).__name__}: {report}"[:MAX_PROBLEM_CHARS].split())
-    last = report.stack[-1]
-    return f"{problem} (in {last.name}, {last.filename}:{last.lineno})"
+    words = " ".join(f"{type(error).__name__}: {report}"[:MAX_PROBLEM_CHARS].split())
+    problem = "".join(char if char.isprintable() else "?" for char in words)
+    theirs = [frame for frame in report.stack if not _is_ours(frame.filename)]
+    return f"{problem} (in {theirs[-1].name}, {theirs[-1].filename}:{theirs[-1].lineno})" if theirs else problem
+
+
+def _is_ours(file: str) -> bool:
+    """Whether code there only calls the user's: a host's own, and what imports modules."""
+    return Path(file).parent == Path(__file__).parent or file.startswith("<frozen") or file == importlib.__file__

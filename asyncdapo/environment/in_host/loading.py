@@ -32,12 +32,16 @@ def load(name: str, tokenizer: str) -> Native | Agent | OpenEnv | Taskset:
     if name.startswith(VERIFIERS):
         return Taskset(name.removeprefix(VERIFIERS), tokenizer)
     where, _, attribute = name.removeprefix(AGENT).rpartition(":")
+    if where.endswith(".py") and not Path(where).is_file():
+        raise UnusableError(f"there is no file {where}")
     module = load_file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
+    if not hasattr(module, attribute):
+        raise UnusableError(f"{where} has no {attribute!r}")
     found = getattr(module, attribute)
     if name.startswith(AGENT):
         return Agent(found)
     if not isinstance(found, type):
-        raise UnusableError(f"{attribute} is no class")
+        raise UnusableError(f"{attribute} is no class; a function that calls the model is named agent:{name}")
     has = {method for method in ("init", "step", "close", "reset", "get_reward") if hasattr(found, method)}
     if has >= {"init", "step", "close"} and "reset" not in has:
         return SkyRL(found)

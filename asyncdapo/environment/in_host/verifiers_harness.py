@@ -1,6 +1,8 @@
 """A harness of verifiers that runs the conversation in this process: each turn is one call of the model. No tools.
 
-verifiers' own harnesses start a process for each turn, which costs seconds. Loaded by verifiers, as a plugin.
+verifiers' own harnesses start a process for each turn, which costs seconds. Loaded by verifiers, as a plugin. A call of
+the model takes as long as it takes: OpenAI's client would give up after 5 s without a connection, which a busy host may
+need, or 600 s without an answer, which a busy engine may need. The worker bounds an episode.
 """
 
 # pyright: reportMissingImports=false
@@ -37,6 +39,6 @@ class InProcess(vf.Harness[InProcessConfig]):
             messages.append({"role": "user", "content": prompt})
         else:
             messages += [message_to_wire(message) for message in prompt or []]
-        async with AsyncOpenAI(base_url=endpoint, api_key=secret, max_retries=0) as client:
+        async with AsyncOpenAI(base_url=endpoint, api_key=secret, max_retries=0, timeout=None) as client:
             await client.chat.completions.create(model=ctx.model, messages=messages)
         return ProgramResult(exit_code=0, stdout="", stderr="")

@@ -25,9 +25,10 @@ from asyncdapo.environment.in_host.native import Run
 HARNESS = "asyncdapo_inprocess"
 """Plugins are modules without a dot in their names."""
 AGENT = {"runtime": {"type": "subprocess"}, "harness": {"id": HARNESS}}
-DEFAULTS = {"timeout": {"episode": 600.0}, "renderer": {"thinking_retention": "all"}}
-"""Of every agent, and of the rest. Theirs are a runtime elsewhere, a harness in a process of its own, no limit on time,
-and turns that lose what was thought: the next prompt would not begin with what was read and written."""
+DEFAULTS = {"renderer": {"thinking_retention": "all"}}
+"""Of every agent, and of the rest. Theirs are a runtime elsewhere, a harness in a process of its own, and turns that
+lose what was thought: the next prompt would not begin with what was read and written. Their `timeout.episode` stays
+off: it counts the time in which the model works, too. The worker's clock doesn't."""
 
 
 class TasksetError(Exception):
@@ -67,6 +68,7 @@ class Taskset:
                 api_key_var="ASYNCDAPO_NO_KEY",
                 renderer=renderer,
                 renderer_model_name=tokenizer,
+                timeout={"connect": None},  # as the harness's: a busy worker answers late
             )
         except (ImportError, AttributeError, TypeError, ValueError) as error:
             raise UnusableError(f"taskset {identifier!r}: {' '.join(str(error).split())}") from error

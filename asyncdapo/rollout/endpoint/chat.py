@@ -11,7 +11,7 @@ model thought, begins another context. Does not own: tokens and limits (`several
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import msgspec
@@ -19,7 +19,14 @@ import numpy as np
 
 from asyncdapo.errors import EpisodeError
 from asyncdapo.messages import Text
-from asyncdapo.rollout.endpoint.chat_wire import CalledTool, ChatBody, ChatMessage, Completed, Function
+from asyncdapo.rollout.endpoint.chat_wire import (
+    CalledTool,
+    ChatBody,
+    ChatMessage,
+    Completed,
+    Function,
+    TokenLogprob,
+)
 from asyncdapo.rollout.endpoint.wire import Refused
 from asyncdapo.rollout.engine import Sample
 
@@ -47,11 +54,23 @@ class Conversing(Protocol):
         ...
 
 
+class Spelling(Protocol):
+    """Tokens as text."""
+
+    def decode(self, token_ids: np.ndarray) -> str:
+        """Without special tokens."""
+        ...
+
+    def spell(self, token_ids: Sequence[int]) -> str:
+        """With special tokens."""
+        ...
+
+
 class Chat:
     """The conversations of one attempt."""
 
-    def __init__(self, encoder: Conversing, decode: Callable[[np.ndarray], str]) -> None:
-        self._encoder, self._decode = encoder, decode
+    def __init__(self, encoder: Conversing, tokenizer: Spelling) -> None:
+        self._encoder, self._tokenizer = encoder, tokenizer
         self._sampled: dict[tuple[bytes, ...], tuple[list[int], bool]] = {}
         """By the keys of tools and messages: all tokens up to the last message, which was sampled; whether it was cut
         off."""
@@ -80,7 +99,13 @@ class Chat:
             finish_reason="tool_calls" if message.tool_calls else sample.finish_reason,
             num_prompt_tokens=len(prompt_ids),
             num_sampled_tokens=len(sample.token_ids),
+            logprobs=self._logprobs(sample) if body.logprobs else None,
         )
+
+    def _logprobs(self, sample: Sample) -> list[TokenLogprob]:
+        pairs = zip(sample.token_ids.tolist(), sample.logprobs.tolist(), strict=True)
+        spelled = [(self._tokenizer.spell([token_id]), logprob) for token_id, logprob in pairs]
+        return [TokenLogprob(token, logprob, list(token.encode())) for token, logprob in spelled]
 
     def _keys(self, body: ChatBody) -> tuple[bytes, ...]:
         tools = msgspec.json.encode(body.tools or [], order="deterministic")
@@ -89,7 +114,7 @@ class Chat:
     def _message(self, body: ChatBody, number: int, sample: Sample) -> ChatMessage:
         """With the tool calls that can all be read; otherwise they are text."""
         if not body.tools or body.tool_choice == "none":
-            return ChatMessage(role="assistant", content=self._decode(sample.token_ids))
+            return ChatMessage(role="assistant", content=self._tokenizer.decode(sample.token_ids))
         written, calls = (
             self._encoder.written(sample.token_ids),
             self._encoder.tool_calls(sample.token_ids, body.tools),

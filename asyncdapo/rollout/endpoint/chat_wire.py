@@ -103,6 +103,19 @@ class ChatBody(Struct, frozen=True):
     tool_choice: Any = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    logprobs: bool | None = None
+
+
+class TokenLogprob(Struct, frozen=True):
+    """Of a sampled token."""
+
+    token: str
+    """Its text, special tokens written out."""
+    logprob: float
+    bytes: list[int]
+    """Of `token` in UTF-8."""
+    top_logprobs: list[Any] = []
+    """None but the sampled token's are known."""
 
 
 class Completed(Struct, frozen=True):
@@ -113,6 +126,8 @@ class Completed(Struct, frozen=True):
     finish_reason: str
     num_prompt_tokens: int
     num_sampled_tokens: int
+    logprobs: list[TokenLogprob] | None
+    """None: the client hasn't asked for them."""
 
 
 def read_chat(raw: dict[str, Any]) -> ChatBody:
@@ -138,7 +153,7 @@ def chat_answer(done: Completed, body: ChatBody) -> HttpAnswer:
         "index": 0,
         "message": message | _tool_calls(done.message.tool_calls or ()),
         "finish_reason": done.finish_reason,
-        "logprobs": None,
+        "logprobs": _logprobs(done),
     }
     return json_answer(_head(done, "chat.completion") | {"choices": [choice], "usage": _usage(done)})
 
@@ -146,8 +161,8 @@ def chat_answer(done: Completed, body: ChatBody) -> HttpAnswer:
 def _events(done: Completed, *, usage: bool) -> Iterator[dict[str, Any]]:
     head, calls = _head(done, "chat.completion.chunk"), _tool_calls(done.message.tool_calls or (), numbered=True)
     whole = {"role": "assistant", "content": done.message.content} | calls
-    for delta, finish_reason in ((whole, None), ({}, done.finish_reason)):
-        choice = {"index": 0, "delta": delta, "finish_reason": finish_reason, "logprobs": None}
+    for delta, finish_reason, logprobs in ((whole, None, _logprobs(done)), ({}, done.finish_reason, None)):
+        choice = {"index": 0, "delta": delta, "finish_reason": finish_reason, "logprobs": logprobs}
         yield head | {"choices": [choice]}
     if usage:
         yield head | {"choices": [], "usage": _usage(done)}
@@ -160,6 +175,10 @@ def _head(done: Completed, kind: str) -> dict[str, Any]:
 def _usage(done: Completed) -> dict[str, int]:
     read, sampled = done.num_prompt_tokens, done.num_sampled_tokens
     return {"prompt_tokens": read, "completion_tokens": sampled, "total_tokens": read + sampled}
+
+
+def _logprobs(done: Completed) -> dict[str, Any] | None:
+    return None if done.logprobs is None else {"content": done.logprobs, "refusal": None}
 
 
 def _tool_calls(calls: Sequence[CalledTool], *, numbered: bool = False) -> dict[str, Any]:

@@ -68,7 +68,9 @@ class HttpServer:
     async def start(cls, handler: Handler, max_body_bytes: int) -> HttpServer:
         """Listen on a free port."""
         server = cls(handler, max_body_bytes)
-        server._server = await asyncio.get_running_loop().create_server(lambda: Connection(server), HOST, 0)
+        backlog = server.max_connections  # many programs begin at once, while this process may be busy
+        loop = asyncio.get_running_loop()
+        server._server = await loop.create_server(lambda: Connection(server), HOST, 0, backlog=backlog)
         return server
 
     @property

@@ -39,6 +39,7 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "response_format": ({"type": "text"},),
     "structured_outputs": (),
     "tool_choice": ("auto", "none"),
+    "top_logprobs": (0,),
 }
 """Parameters without which the client would get something other than it expects, and the values that do nothing."""
 

@@ -66,5 +66,6 @@ class Agents:
                 except EpisodeOver as over:
                     finish_reason = over.finish_reason
         if not attempt.num_turns:
-            raise EpisodeError("run: ended without any answer of the model")
+            how = "took too long, twice," if finish_reason == "time" else "ended"
+            raise EpisodeError(f"run: {how} without any answer of the model")
         return attempt.episode(finish_reason, reward, metrics)

@@ -85,7 +85,7 @@ WRONG = [
     ("return None, float('nan')", "step: a reward is a finite number, got nan"),
     ("return 'Kyōto'", "the tokenizer doesn't know all of an observation; the model reads 'Ky<unk>to'"),
     ("return [{'role': 'user', 'content': '1'}]", "messages need prompts.chat_template"),
-    ("return '1' * 60", r"an episode was cut off: rollout.max_response_length \(32\) .* raise one"),
+    ("return '1' * 60", r"an episode was cut off: rollout.max_response_length \(32\) .* give shorter observations"),
     ("self.metrics = lambda: {'acc': 1.0}", "the environment's metric 'acc' needs another name"),
 ]
 
@@ -121,7 +121,9 @@ def test_a_template_that_writes_an_observation_by_what_was_said_before_is_told(t
         (["quickstart_tools", "--config", "quickstart"], "is a config itself"),
         (["quickstart"], "environment.path: names no environment to check"),
         (["quickstart_tolls"], "did you mean quickstart_tools"),
-        ([f"{CALCULATOR}s", "--config", "quickstart_tools"], "has no attribute 'Calculators'"),
+        (["quickstart_tools", "environment.python=/bin/true"], "environment.python: is no interpreter of Python 3.11"),
+        (["quickstart_tools", "environment.python=/nowhere"], "environment.python: can't be run (No such file"),
+        ([f"{CALCULATOR}s", "--config", "quickstart_tools"], "has no 'Calculators'"),
     ],
 )
 def test_what_is_no_environment_is_told(capsys: pytest.CaptureFixture[str], words: list[str], problem: str) -> None:

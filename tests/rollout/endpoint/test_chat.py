@@ -43,7 +43,7 @@ def write(text: str) -> str:
 async def conversing(tokenizer=TOKENIZER, write=write, **attempt: Any) -> AsyncIterator[tuple[Called, Writer]]:
     engine = Writer(tokenizer, write)
     encoder = turn_encoder(tokenizer, chat_template=True, system_prompt=None)
-    chat = {"new_chat": lambda: Chat(encoder, tokenizer.decode), "max_tokens": 900}
+    chat = {"new_chat": lambda: Chat(encoder, tokenizer), "max_tokens": 900}
     async with called(engine, **(chat | attempt)) as it:
         yield it, engine
 
@@ -219,17 +219,32 @@ async def test_a_stream_has_the_whole_answer_in_one_piece() -> None:
     assert usage["usage"]["completion_tokens"] == len(FIRST) - len("<|im_end|>") + 1
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@asynchronous
+async def test_log_probs_that_are_asked_for_are_those_of_the_run_token_by_token(stream: bool) -> None:
+    async with conversing() as (it, engine):
+        body = {"messages": QUESTION, "logprobs": True, "stream": stream}
+        answer = json.loads((await it.stream(body, PATH))[0]) if stream else (await it.post(body, PATH))[1]
+        [turn] = it.attempt.episode("stop", 0.0, {}).contexts[0].turns
+    said = answer["choices"][0]["logprobs"]["content"]
+    assert [one["token"] for one in said] == [TOKENIZER.spell([token]) for token in engine.letters(FIRST)]
+    assert [one["logprob"] for one in said] == turn.sample.logprobs.tolist()
+    assert bytes(byte for one in said for byte in one["bytes"]).decode() == FIRST
+
+
 @pytest.mark.soak
 @asynchronous
 async def test_the_sdk_reads_the_stream_and_the_errors() -> None:
     sdk = pytest.importorskip("openai")
-    async with conversing(max_turns=2) as (it, _):
+    async with conversing(max_turns=3) as (it, _):
         client = sdk.AsyncOpenAI(base_url=f"{it.endpoint.url}/v1", api_key=it.key, max_retries=0)
         create, asked = client.chat.completions.create, {"model": "m", "messages": QUESTION}
         said = ""
         async for piece in await create(**asked, tools=[TOOL], stream=True):
             said += "".join(one.function.name for one in piece.choices[0].delta.tool_calls or ())
         assert said == "multiply"
+        [choice] = (await create(**asked, logprobs=True)).choices
+        assert "".join(one.token for one in choice.logprobs.content) == FIRST
         with pytest.raises(sdk.BadRequestError, match="n isn't supported"):
             await create(**asked, n=2)
         await create(**asked)
@@ -249,6 +264,7 @@ async def test_the_sdk_reads_the_stream_and_the_errors() -> None:
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "image_url"),
         ({"messages": QUESTION, "n": 2}, "n isn't supported"),
         ({"messages": QUESTION, "stop": "x"}, "stop isn't supported"),
+        ({"messages": QUESTION, "logprobs": True, "top_logprobs": 5}, "top_logprobs isn't supported"),
         ({"messages": QUESTION, "response_format": {"type": "json_object"}}, "response_format isn't supported"),
         ({"messages": QUESTION, "tools": [TOOL], "tool_choice": "required"}, "tool_choice isn't supported"),
         ({"messages": QUESTION, "tools": [{}]}, "function"),

@@ -58,7 +58,7 @@ async def sample(tensors: dict[str, torch.Tensor]) -> list[Episode]:
     encoder = turn_encoder(tokenizer, chat_template=False, system_prompt=None, joins=True)
     config = RolloutConfig(slots=64, max_response_length=120, on_update="recompute")
     engine = TorchEngine(str(START_MODEL), config, max_prompt_length=249, max_context=250)
-    endpoint, updated = Endpoint(250, lambda: Chat(encoder, tokenizer.decode)), asyncio.Event()
+    endpoint, updated = Endpoint(250, lambda: Chat(encoder, tokenizer)), asyncio.Event()
     await asyncio.gather(engine.start(), endpoint.start())
     episodes = [asyncio.create_task(episode(endpoint, engine, seed, updated)) for seed in range(NUM_EPISODES)]
     await until(lambda: endpoint.gauges()["endpoint_calls"] and engine.gauges()["tokens"] > 1000)
