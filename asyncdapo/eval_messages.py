@@ -52,6 +52,8 @@ class EvalAnswer(Struct, frozen=True, kw_only=True):
     version_max: int
     response: str = ""
     """Its text without special tokens; of an episode the whole exchange."""
+    metrics: dict[str, float] = {}
+    """Of an episode: its environment's own numbers."""
     sampled: Runs = []
     """Whose the characters of an episode's `response` are: run lengths, one for each response of the model (1) and each
     observation (0). Empty for a single response, which is the model's."""

@@ -208,6 +208,12 @@ class Hosts:
         }
 
     @property
+    def tools(self) -> Tools:
+        """JSON schemas of what the model may call, once started."""
+        [host, *_] = [seats.place.current for seats in self._seats if seats.place.current is not None]
+        return host.tools
+
+    @property
     def num_calls(self) -> int:
         """Answers of environments so far. It rises while they make progress."""
         return self._counts["calls"]

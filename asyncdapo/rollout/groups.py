@@ -101,6 +101,7 @@ def build_answer(
         acc=0.0 if failed else score.metrics["acc"],
         failure=str(score)[:MAX_FAILURE] if failed else "",
         pred=None if failed else score.pred,
+        metrics=dict(episode.metrics),
         response="".join(text for _, text in parts),
         sampled=[(whose, len(text)) for whose, text in parts] if len(parts) > 1 else [],
         num_tokens=episode.num_sampled_tokens,

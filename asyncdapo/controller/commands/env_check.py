@@ -26,13 +26,15 @@ from rich.text import Text
 
 from asyncdapo.config.config import Config, load_config
 from asyncdapo.config.found import find_config
-from asyncdapo.controller.roles.judging import make_judging
+from asyncdapo.controller.roles.judging import Judging, make_judging
+from asyncdapo.environment.hosts import Hosts
 from asyncdapo.environment.trial import check_interpreter, told_once
 from asyncdapo.errors import ConfigError, RunError, UserError
 from asyncdapo.eval_messages import EvalRequest
 from asyncdapo.messages import Prompt, Sampling, Score
 from asyncdapo.model.location import check_tokenizer_path
 from asyncdapo.model.tokenizer import TextTokenizer, load_tokenizer
+from asyncdapo.model.turn_encoder import turn_encoder
 from asyncdapo.plugins import is_plugin
 from asyncdapo.prompts.registry import open_task
 from asyncdapo.prompts.stream import PromptStream
@@ -136,6 +138,8 @@ def check(config: Config, responses: Sequence[str], console: Console) -> None:
                 episode, score = await _play(judging.rollouts, prompt, config.rollout.max_response_length)
                 _print(console, tokenizer, prompt, episode, score)
                 _check_episode(config, tokenizer, episode)
+            if warning := _template_warning(config, tokenizer, judging):
+                console.print(f"{warning}\n", markup=False)
         finally:
             await judging.stop()
 
@@ -163,6 +167,13 @@ async def _play(rollouts: Rollouts, prompt: Prompt, max_tokens: int) -> tuple[Ep
     episodes = await rollouts.sample(job, prompt, [prompt.prompt_id], sampling, Priority.FRESH)
     [score] = await rollouts.score(prompt, episodes, seed=0)
     return episodes[0], score
+
+
+def _template_warning(config: Config, tokenizer: TextTokenizer, judging: Judging) -> str:
+    """What the chat template does with earlier turns; empty if it keeps them as they were."""
+    assert isinstance(judging.processes, Hosts), "there is an environment"
+    encoder = turn_encoder(tokenizer, bool(config.prompts.chat_template), config.prompts.system_prompt)
+    return encoder.warning("tool" if judging.processes.tools else "user")
 
 
 def _check_episode(config: Config, tokenizer: TextTokenizer, episode: Episode) -> None:

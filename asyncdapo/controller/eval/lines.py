@@ -45,6 +45,8 @@ class AnswerLine(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     version_min: int
     """Lowest and highest version of the weights that sampled it."""
     version_max: int
+    metrics: dict[str, float] = {}
+    """Of an episode: its environment's own numbers."""
     sampled: Runs = []
     """Of an episode: whose the response's characters are (`EvalAnswer`)."""
 

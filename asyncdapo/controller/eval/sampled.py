@@ -99,8 +99,9 @@ def table(answers: Sequence[EvalAnswer]) -> list[AtK]:
 
 
 def summarise(answers: Sequence[EvalAnswer]) -> dict[str, float]:
-    """The metrics of an evaluation: accuracy over all samples and the same with several of each prompt, lengths, and
-    the versions that sampled them. Prompts with more samples than others weigh no more. Raises ValueError for none."""
+    """The metrics of an evaluation: accuracy over all samples and the same with several of each prompt, environments'
+    own numbers, lengths, and the versions that sampled them. Prompts with more samples than others weigh no more.
+    Raises ValueError for none."""
     k = _num_samples(answers)
     at = at_k(answers, k)
     metrics = {"eval/accuracy": at.avg, "eval/accuracy_stderr": at.avg_stderr}
@@ -110,6 +111,8 @@ def summarise(answers: Sequence[EvalAnswer]) -> dict[str, float]:
             metrics[f"eval/maj@{k}"] = at.maj
     if any(answer.sampled for answer in answers):
         metrics["eval/turns_mean"] = fmean(answer.num_turns for answer in answers)
+    for name in sorted({name for answer in answers for name in answer.metrics}):
+        metrics[f"eval/metrics/{name}"] = fmean(one.metrics[name] for one in answers if name in one.metrics)
     return metrics | {
         "eval/num_prompts": len({answer.prompt_id for answer in answers}),
         "eval/response_tokens_mean": fmean(answer.num_tokens for answer in answers),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -15,16 +16,17 @@ from rich.console import Console
 from asyncdapo.cli import main
 from asyncdapo.controller.commands.env_check import STYLES, check, make_config, printable
 from asyncdapo.errors import ConfigError
+from asyncdapo.model.turn_encoder import REWRITES
 from tests.docs.blocks import ROOT
 
 TOKENIZER = ROOT / "configs" / "models" / "tool_start"
 CALCULATOR = "asyncdapo.environment.calculator:Calculator"
 
 
-def checked(path: str, *responses: str, **options: object) -> str:
+def checked(path: str, *responses: str, keys: Sequence[str] = (), **options: object) -> str:
     shown = io.StringIO()
     console = Console(file=shown, width=200, highlight=False, soft_wrap=True, **options)  # pyright: ignore[reportArgumentType]
-    check(make_config(path, None, []), responses, console)
+    check(make_config(path, None, keys), responses, console)
     return shown.getvalue()
 
 
@@ -102,16 +104,28 @@ def test_the_first_thing_that_is_wrong_is_one_line_and_an_exit_code(
     assert re.fullmatch(rf"asyncdapo: {re.escape(str(path))}:Mine: .*{problem}.*\n", said)
 
 
-def test_a_template_that_writes_an_observation_by_what_was_said_before_is_told(tmp_path: Path) -> None:
+def with_template(folder: Path, template: str) -> list[str]:
+    """Keys of a run with the quickstart's tokenizer and this chat template."""
     for file in TOKENIZER.glob("tokenizer*.json"):
-        (tmp_path / file.name).write_text(file.read_text())
-    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+        (folder / file.name).write_text(file.read_text())
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": template}))
+    return [f"model.tokenizer={folder}", "prompts.chat_template=true"]
+
+
+def test_a_template_that_writes_an_observation_by_what_was_said_before_is_told(tmp_path: Path) -> None:
     template = "{% for one in messages %}{{ messages[0].content }}{{ one.content }}{% endfor %}"
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": template}))
-    overrides = [f"model.tokenizer={tmp_path}", "prompts.chat_template=true"]
-    config = make_config("quickstart_tools", None, overrides)
+    config = make_config("quickstart_tools", None, with_template(tmp_path, template))
     with pytest.raises(ConfigError, match="writes an observation differently after other words"):
         check(config, ["1"], Console(file=io.StringIO()))
+
+
+def test_a_template_that_leaves_thoughts_out_of_earlier_turns_is_told_and_is_no_error(tmp_path: Path) -> None:
+    template = "{% for one in messages %}{{ one.content.split('</think>')[-1] }}{% endfor %}"
+    shown = checked("quickstart_tools", "12*12", "Answer: {answer}", keys=with_template(tmp_path, template))
+    *_, warning, last = shown.rstrip().split("\n\n")
+    assert warning == REWRITES
+    assert last == f"{CALCULATOR}: nothing is wrong in 2 episodes"
 
 
 @pytest.mark.parametrize(

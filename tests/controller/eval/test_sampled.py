@@ -124,6 +124,13 @@ def test_without_any_prediction_there_is_no_majority() -> None:
     assert "eval/maj@2" not in summarise(answers)
 
 
+def test_numbers_of_environments_are_averaged_over_the_answers_that_have_them() -> None:
+    own = [{"calls": 1.0, "checks": 2.0}, {"calls": 4.0}, {}]
+    answers = [replace(answer(number, 0, 1.0), metrics=numbers) for number, numbers in enumerate(own)]
+    summary = summarise(answers)
+    assert (summary["eval/metrics/calls"], summary["eval/metrics/checks"]) == (2.5, 2.0)
+
+
 def test_a_summary_names_what_several_samples_say_only_where_there_are_several() -> None:
     metrics = summarise(FOUR)
     several = {name: metrics[name] for name in ("eval/accuracy", "eval/pass@4", "eval/maj@4", "eval/num_prompts")}
