@@ -18,6 +18,7 @@ from tests.environment.hosting import SHAPES, hosting, scripted
 )
 def test_the_schemas_are_those_that_transformers_makes(method) -> None:
     theirs = get_json_schema(method)
+    assert schema_of(method.__name__, method, shows_returned=True) == theirs
     theirs["function"].pop("return", None)
     assert schema_of(method.__name__, method) == theirs
 

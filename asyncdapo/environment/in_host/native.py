@@ -21,12 +21,17 @@ class Native:
 
     reserved = ("reset", "step", "metrics")
     """Methods that aren't tools."""
+    shows_returned = False
+    """Whether schemas of tools say what they return."""
+    told = staticmethod(told)
+    """What the model reads of a tool's result."""
 
     def __init__(self, cls: type) -> None:
         """Raises UnusableError for a class that is no environment."""
         self.cls = cls
         self.methods = tool_methods(cls, self.reserved)
-        self.tools = [schema_of(name, method) for name, method in self.methods.items()]
+        shows = self.shows_returned
+        self.tools = [schema_of(name, method, shows_returned=shows) for name, method in self.methods.items()]
         self.check()
 
     def check(self) -> None:
@@ -65,7 +70,7 @@ class Episode:
             if not content:
                 try:
                     method = getattr(self._environment, call["name"])
-                    content = told(await self._run(method, **call["arguments"]))
+                    content = self._shape.told(await self._run(method, **call["arguments"]))
                 except Exception as error:  # noqa: BLE001 - whatever it raises, the model is told
                     content = told_error(error)
             messages.append({"role": "tool", "name": call["name"], "content": content})

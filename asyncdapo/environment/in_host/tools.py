@@ -9,8 +9,8 @@
         \"\"\"
 
 In: a class; calls. Out: JSON schemas; an answer to each call. Every public method with a docstring is a tool, but those
-of the contract. The schemas are those that Transformers makes of the same methods, but for what is returned. Whatever
-goes wrong with a call is told the model: it may do better in its next turn.
+of the contract. The schemas are those that Transformers makes of the same methods, without what is returned; TRL shows
+its classes' models that, too. Whatever goes wrong with a call is told the model: it may do better in its next turn.
 """
 
 from __future__ import annotations
@@ -39,10 +39,11 @@ def tool_methods(cls: type, reserved: Collection[str]) -> dict[str, Callable[...
     return {name: one for name, one in methods if name[0] != "_" and name not in reserved and one.__doc__}
 
 
-def schema_of(name: str, method: Callable[..., Any]) -> Schema:
-    """Raises UnusableError for a parameter that has no annotation, or one that a model can't give."""
+def schema_of(name: str, method: Callable[..., Any], *, shows_returned: bool = False) -> Schema:
+    """`shows_returned`: with what it returns, as Transformers has it. Raises UnusableError for a parameter that has no
+    annotation, or one that a model can't give."""
     hints = typing.get_type_hints(method)
-    description, words = read_docstring(inspect.getdoc(method) or "")
+    description, words, returned = read_docstring(inspect.getdoc(method) or "")
     properties, required = {}, []
     for parameter in list(inspect.signature(method).parameters.values())[1:]:
         if parameter.name not in hints:
@@ -56,11 +57,14 @@ def schema_of(name: str, method: Callable[..., Any]) -> Schema:
         if parameter.default is parameter.empty:
             required.append(parameter.name)
     parameters = {"type": "object", "properties": properties} | ({"required": required} if required else {})
-    return {"type": "function", "function": {"name": name, "description": description, "parameters": parameters}}
+    function = {"name": name, "description": description, "parameters": parameters}
+    if shows_returned and "return" in hints:
+        function["return"] = type_schema(hints["return"]) | ({"description": returned} if returned else {})
+    return {"type": "function", "function": function}
 
 
-def read_docstring(text: str) -> tuple[str, dict[str, str]]:
-    """What it does, and what its arguments are, from a docstring in Google's style."""
+def read_docstring(text: str) -> tuple[str, dict[str, str], str]:
+    """What it does, what its arguments are, and what it returns, from a docstring in Google's style."""
     description, *sections = SECTION.split(text)
     named = dict(zip(sections[::2], sections[1::2], strict=True))
     words: dict[str, str] = {}
@@ -70,7 +74,7 @@ def read_docstring(text: str) -> tuple[str, dict[str, str]]:
             name, words[begun[1]] = begun[1], begun[2]
         elif name:
             words[name] += f" {line}"
-    return description.strip(), words
+    return description.strip(), words, named.get("Returns", "").strip()
 
 
 def type_schema(hint: Any) -> Schema:

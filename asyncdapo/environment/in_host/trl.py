@@ -1,7 +1,8 @@
 """TRL's environments: a class with `reset(**row) -> str | None`, tools, and perhaps `get_reward()`; without `step`.
 
 As its `GRPOTrainer(environment_factory=...)` plays them (TRL 1.16): what `reset` returns is appended to the prompt,
-every public method is a tool, and a response that calls none ends the episode. `get_reward` is asked once, at the end.
+every public method is a tool, whose result the model reads as `str` writes it, and a response that calls none ends the
+episode. `get_reward` is asked once, at the end.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ from asyncdapo.environment.in_host.native import Episode, Native, Run
 
 
 class Trl(Native):
-    """A class of TRL's."""
+    """A class of TRL's. Its model reads the same tokens as there."""
 
     reserved = ("reset", "get_reward")
+    shows_returned = True
+    told = str
 
     def check(self) -> None:
         public = (name for name, _ in inspect.getmembers(self.cls, inspect.isfunction) if name[0] != "_")
