@@ -9,13 +9,10 @@ at once.
 
 from __future__ import annotations
 
-import ast
 import dataclasses
-import inspect
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any, cast, get_type_hints
 
@@ -23,6 +20,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 from yaml import YAMLError
 
+from asyncdapo.config.field_docs import field_docs
 from asyncdapo.config.found import config_names, find_config
 from asyncdapo.config.mistakes import convert_section, unknown_key, unresolved
 from asyncdapo.config.run import ControllerConfig, EvalConfig, RunConfig
@@ -118,10 +116,23 @@ class Config:
                 f"must divide replay.prompts_per_step ({self.replay.prompts_per_step})",
                 self.learner.updates_per_step,
             )
+        yield from self._schedule_problems()
         if self.controller.placement == "shared":
             yield from self._unshared()
         if self.eval.temperature:  # 0 is greedy for every engine
             self.rollout.check_temperature("eval.temperature", self.eval.temperature)
+
+    def _schedule_problems(self) -> Iterator[ConfigError]:
+        """A learning rate that falls over the run needs to know how long that is."""
+        key, schedule, learner = "learner.lr_schedule", self.learner.lr_schedule, self.learner
+        if schedule == "constant":
+            return
+        if self.prompts.epochs:
+            problem = "falls over run.steps, but with prompts.epochs the run ends with its data"
+            yield ConfigError(key, problem, schedule, "prompts.epochs=0 and as many run.steps, or constant")
+        elif learner.warmup_steps >= learner.num_updates(self.run.steps):
+            problem = f"has nothing to fall over: of {learner.num_updates(self.run.steps)} updates in run.steps"
+            yield ConfigError(key, f"{problem}, learner.warmup_steps takes {learner.warmup_steps}", schedule)
 
     def _environment_problems(self) -> Iterator[ConfigError]:
         environment, key = self.environment, "environment.max_context"
@@ -318,17 +329,6 @@ def _section(name: str, given: Mapping[str, Any]) -> tuple[Any, list[ConfigError
 
 
 # ------------------------------------------------------------------------------------------------------------ printing
-
-
-@cache
-def field_docs(cls: type) -> dict[str, str]:
-    """The doc line under each field of a dataclass, read from its source."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body  # type: ignore[attr-defined]
-    docs = {}
-    for statement, following in zip(body, body[1:], strict=False):
-        if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr):
-            docs[statement.target.id] = inspect.cleandoc(following.value.value)  # type: ignore[union-attr]
-    return docs
 
 
 def to_dict(config: Config) -> dict[str, Any]:

@@ -209,6 +209,10 @@ class LearnerConfig:
     """Learning rate of AdamW after warm-up."""
     warmup_steps: NonNegativeInt = 0
     """Optimizer updates over which the learning rate rises linearly."""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """The learning rate after warm-up: `constant`, or falling to 0 over the updates of `run.steps`, in a line or along
+    half a cosine. It follows the updates made, so that a resumed run continues where it was; with other `run.steps` on
+    the curve of that number."""
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     """AdamW's averaging coefficients."""
     eps: PositiveFloat = 1e-8
@@ -271,6 +275,10 @@ class LearnerConfig:
         if self.offload != "none" and self.device == "cpu":
             problem = "needs GPUs: on a CPU everything is in host memory already"
             raise ConfigError("learner.offload", problem, self.offload, "none")
+
+    def num_updates(self, steps: int) -> int:
+        """Optimizer updates of so many train steps."""
+        return steps * self.updates_per_step * self.epochs
 
     @property
     def num_shards(self) -> int:

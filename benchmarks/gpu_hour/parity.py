@@ -96,7 +96,7 @@ async def _compare(figures: Figures, cpu: bool, folder: Path) -> None:
 def _learner(path: str, cpu: bool, dtype: str, num_tokens: int) -> Learner:
     device = "cpu" if cpu else "cuda"
     config = LearnerConfig(device=device, dtype=dtype, compile=False, tokens_per_microbatch=8192, threads=1)
-    common = {"temperature": 1.0, "staleness_bound": 1, "max_response_length": num_tokens, "seed": 0}
+    common = {"temperature": 1.0, "staleness_bound": 1, "max_response_length": num_tokens, "num_steps": 1, "seed": 0}
     return Learner(ModelConfig(path=path), LossConfig(), config, **common)
 
 

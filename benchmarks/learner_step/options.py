@@ -6,7 +6,7 @@ import argparse
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from asyncdapo.config.config import field_docs
+from asyncdapo.config.field_docs import field_docs
 from asyncdapo.config.found import config_dirs
 from asyncdapo.errors import ConfigError
 from benchmarks.learner_step.shapes import SHAPES

@@ -66,6 +66,7 @@ class OurStep:
             temperature=1.0,
             staleness_bound=sys.maxsize,
             max_response_length=int(file.num_response_N.max()),
+            num_steps=1,
             seed=0,
         )
 

@@ -10,7 +10,8 @@ from typing import Any, get_type_hints
 import pytest
 from omegaconf import OmegaConf
 
-from asyncdapo.config.config import SECTIONS, config_from_dict, field_docs, load_config, to_dict, to_yaml
+from asyncdapo.config.config import SECTIONS, config_from_dict, load_config, to_dict, to_yaml
+from asyncdapo.config.field_docs import field_docs
 from asyncdapo.config.found import find_config
 from asyncdapo.config.mistakes import LIMITS, convert_section, limits_of, numbers_of
 from asyncdapo.errors import ConfigError, UserError
@@ -241,6 +242,15 @@ def test_a_loss_has_its_own_numbers_and_no_others() -> None:
     for variant, key in (("sapo", "clip_low=0.2"), ("m2po", "dual_clip=3"), ("vespo", "m2po_threshold=1")):
         with pytest.raises(ConfigError, match=f"has no meaning for loss.variant {variant}"):
             loss_of(f"loss.variant={variant}", f"loss.{key}")
+
+
+def test_a_learning_rate_that_falls_needs_the_length_of_the_run() -> None:
+    falling = "learner.lr_schedule=cosine"
+    with pytest.raises(ConfigError, match=r"learner.lr_schedule: falls over run.steps, but .* \(prompts.epochs=0 and"):
+        load_config(QUICKSTART, [falling, "prompts.epochs=2"])
+    with pytest.raises(ConfigError, match="has nothing to fall over: of 4 updates in run.steps, learner.warmup_steps"):
+        load_config(QUICKSTART, [falling, "run.steps=4", "learner.warmup_steps=4"])
+    assert load_config(QUICKSTART, ["learner.lr_schedule=constant", "prompts.epochs=2"]).prompts.epochs == 2
 
 
 def test_a_trust_region_about_what_sampled_has_no_other_anchor() -> None:

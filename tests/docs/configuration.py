@@ -12,7 +12,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 from omegaconf import OmegaConf
 
-from asyncdapo.config.config import SECTIONS, field_docs
+from asyncdapo.config.config import SECTIONS
+from asyncdapo.config.field_docs import field_docs
 from asyncdapo.config.mistakes import numbers_of
 from tests.docs.blocks import ROOT
 

@@ -57,6 +57,25 @@ def test_a_restored_learner_resumes_bit_for_bit(tmp_path):
     assert same_weights(straight, restored)
 
 
+def test_a_resumed_run_has_the_learning_rates_of_an_uninterrupted_one(tmp_path):
+    config = {"num_steps": 6, "warmup_steps": 3, "updates_per_step": 2, "lr_schedule": "cosine"}
+    start = save_tiny_llama(tmp_path / "model")
+
+    def rates(learner, steps):
+        return [train(learner, *make_batch(step, seed=step))["learner/lr"] for step in steps]
+
+    straight = rates(make_learner(start, **config), range(1, 7))
+    learner, resumed = make_learner(start, **config), []
+    for step in range(1, 7):  # killed after every step
+        resumed += rates(learner, [step])
+        path = save(learner, tmp_path / "run", step)
+        learner = make_learner(start, **config)
+        learner.restore(path)
+    assert resumed == straight
+    assert len(set(straight)) == 6
+    assert straight[-1] < 0.2 * max(straight)
+
+
 def test_a_checkpoint_is_a_model_path(tmp_path):
     learner = make_learner(save_tiny_llama(tmp_path / "model"))
     train(learner, *make_batch())

@@ -19,7 +19,16 @@ TEMPLATE = "{% for m in messages %}<bos>{{ m.content }}{% endfor %}"
 
 def saved(model, run_dir):
     settings = LearnerConfig(device="cpu")
-    learner = Learner(model, LossConfig(), settings, temperature=1.0, staleness_bound=0, max_response_length=16, seed=0)
+    learner = Learner(
+        model,
+        LossConfig(),
+        settings,
+        temperature=1.0,
+        staleness_bound=0,
+        max_response_length=16,
+        num_steps=1,
+        seed=0,
+    )
     return save(learner, run_dir, 0)
 
 

@@ -77,6 +77,7 @@ def make_learner(
     reference: str | None = None,
     temperature: float = 1.0,
     staleness_bound: int = 0,
+    num_steps: int = 4,
     ranks: Ranks = ALONE,
     **config,
 ) -> Learner:
@@ -87,6 +88,7 @@ def make_learner(
         temperature=temperature,
         staleness_bound=staleness_bound,
         max_response_length=16,
+        num_steps=num_steps,
         seed=0,
         ranks=ranks,
     )

@@ -315,6 +315,7 @@ def load_learner(config: Config, ranks: Ranks, checkpoint: Path | None) -> Learn
         temperature=config.rollout.temperature,
         staleness_bound=config.replay.staleness_bound,
         max_response_length=config.rollout.max_response_length,
+        num_steps=config.run.steps,
         seed=config.run.seed,
         ranks=ranks,
     )

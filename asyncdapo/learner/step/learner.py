@@ -77,6 +77,7 @@ class Learner:
         temperature: float,
         staleness_bound: int,
         max_response_length: int,
+        num_steps: int,
         seed: int,
         ranks: Ranks = ALONE,
     ) -> None:
@@ -98,7 +99,7 @@ class Learner:
             mesh = ranks.mesh(device)
             load = partial(load_policy, mesh=mesh, config=config, device=device, dtype=dtype, temperature=temperature)
             self._policy = load(model.files, trained=True)
-            self._optimizer = Optimizer(self.shards().values(), config)
+            self._optimizer = Optimizer(self.shards().values(), config, num_steps)
             reference = load(model.reference_files or model.files, trained=False) if loss.kl_coef else None
         self._shape = model.files.shape
         _check_vocabulary(model, reference, self._policy)

@@ -1,4 +1,4 @@
-"""AdamW with linear warm-up and gradient clipping, and the budget of updates that may go wrong.
+"""AdamW with warm-up, a schedule and gradient clipping, and the budget of updates that may go wrong.
 
 In: sharded parameters with the gradients of a whole update (`model/sharding`). Invariant: an update with a NaN or Inf
 in its loss or gradient changes neither weights nor optimizer state; it is counted, and where too many of the last
@@ -24,11 +24,23 @@ BAD_WINDOW = 100
 updates in a row, every second one may be skipped for ever."""
 
 
+def lr_share(update: int, num_updates: int, num_warmup: int, schedule: str) -> float:
+    """Learning rate of this update (from 0) over the largest one. It rises linearly in the first `num_warmup`, and falls
+    from there to 0, which the update after the last would have."""
+    if update < num_warmup:
+        return (update + 1) / num_warmup
+    if schedule == "constant":
+        return 1.0
+    left = max(0.0, (num_updates - update) / (num_updates - num_warmup))
+    return left if schedule == "linear" else (1 - math.cos(math.pi * left)) / 2
+
+
 class Optimizer:
     """One `update` per mini-batch; `num_updates` counts the applied ones of the run, `num_bad` the skipped ones."""
 
-    def __init__(self, parameters: Iterable[Tensor], config: LearnerConfig) -> None:
-        self._config = config
+    def __init__(self, parameters: Iterable[Tensor], config: LearnerConfig, num_steps: int) -> None:
+        """`num_steps`: train steps of the run, over which the learning rate falls if it is to."""
+        self._config, self._num_planned = config, config.num_updates(num_steps)
         self._parameters = list(parameters)
         self._settings = {
             "lr": config.lr,
@@ -44,9 +56,10 @@ class Optimizer:
 
     @property
     def lr(self) -> float:
-        """Learning rate of the next update: rises linearly over `warmup_steps` updates, constant after."""
-        warm = min(1.0, (self.num_updates + 1) / max(1, self._config.warmup_steps))
-        return self._config.lr * warm
+        """Learning rate of the next update."""
+        config = self._config
+        share = lr_share(self.num_updates, self._num_planned, config.warmup_steps, config.lr_schedule)
+        return config.lr * share
 
     def update(self, loss: float) -> float | None:
         """Apply the accumulated gradient and clear it. Returns its global norm before clipping, None for an update that

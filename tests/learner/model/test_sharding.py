@@ -76,7 +76,7 @@ def test_a_thousand_updates_far_below_the_resolution_of_bfloat16_add_up() -> Non
     weight = gather(norm_of(policy))
     assert torch.equal(weight, torch.ones_like(weight))
     assert torch.equal((weight - 1e-6).to(torch.bfloat16), weight.to(torch.bfloat16))
-    optimizer = Optimizer([norm_of(policy)], LearnerConfig(lr=1e-6))
+    optimizer = Optimizer([norm_of(policy)], LearnerConfig(lr=1e-6), 1)
     for _ in range(1000):
         norm_of(policy).grad = torch.ones_like(norm_of(policy))
         optimizer.update(loss=0.0)
@@ -86,7 +86,7 @@ def test_a_thousand_updates_far_below_the_resolution_of_bfloat16_add_up() -> Non
 def test_averages_of_the_optimizer_are_float32() -> None:
     policy = in_bfloat16()
     gradient_step(policy, [make_row(3, 9)])
-    optimizer = Optimizer(named_shards(policy).values(), LearnerConfig())
+    optimizer = Optimizer(named_shards(policy).values(), LearnerConfig(), 1)
     optimizer.update(loss=0.0)
     assert optimizer.averages().keys() == set(AVERAGES)
     for averages in optimizer.averages().values():

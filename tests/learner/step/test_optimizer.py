@@ -10,9 +10,9 @@ from asyncdapo.learner.config import LearnerConfig
 from asyncdapo.learner.step.optimizer import BAD_WINDOW, Optimizer
 
 
-def make_optimizer(**config):
+def make_optimizer(num_steps=10, **config):
     weight = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
-    return weight, Optimizer([weight], LearnerConfig(**{"lr": 0.1, **config}))
+    return weight, Optimizer([weight], LearnerConfig(**{"lr": 0.1, **config}), num_steps)
 
 
 def test_the_learning_rate_rises_linearly_and_stays():
@@ -23,6 +23,24 @@ def test_the_learning_rate_rises_linearly_and_stays():
         weight.grad = torch.ones(2)
         optimizer.update(loss=0.0)
     assert rates == pytest.approx([0.025, 0.05, 0.075, 0.1, 0.1, 0.1])
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("constant", [0.05, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1]),
+        ("linear", [0.05, 0.1, 0.1, 0.075, 0.05, 0.025, 0.0]),
+        ("cosine", [0.05, 0.1, 0.1, 0.05 + 0.05 * 0.5**0.5, 0.05, 0.05 - 0.05 * 0.5**0.5, 0.0]),
+    ],
+)
+def test_after_warm_up_the_learning_rate_falls_to_nothing_at_the_end_of_the_run(schedule, expected):
+    weight, optimizer = make_optimizer(num_steps=3, updates_per_step=2, warmup_steps=2, lr_schedule=schedule)
+    rates = []
+    for _ in expected:  # one more than the run has
+        rates.append(optimizer.lr)
+        weight.grad = torch.ones(2)
+        optimizer.update(loss=0.0)
+    assert rates == pytest.approx(expected)
 
 
 def test_an_update_moves_the_weights_by_the_learning_rate_of_that_update():
