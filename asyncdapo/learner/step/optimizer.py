@@ -25,8 +25,8 @@ updates in a row, every second one may be skipped for ever."""
 
 
 def lr_share(update: int, num_updates: int, num_warmup: int, schedule: str) -> float:
-    """Learning rate of this update (from 0) over the largest one. It rises linearly in the first `num_warmup`, and falls
-    from there to 0, which the update after the last would have."""
+    """Learning rate of this update (from 0) over the largest one. It rises linearly in the first `num_warmup`, and
+    falls from there to 0, which the update after the last would have."""
     if update < num_warmup:
         return (update + 1) / num_warmup
     if schedule == "constant":
