@@ -40,9 +40,9 @@ OWN_FUNCTION = "path/to/file.py:function"
 """Placeholder for a verifier that the user has to name; a launch refuses it."""
 OWN_GPUS = "controller.placement, learner.ranks and rollout.num_workers decide the use of GPUs here"
 ENGINE = "the engine has other settings here; rollout.engine_args passes arguments to vLLM"
-CONSTANT = "the learning rate is constant after warm-up here"
+CONSTANT = "the learning rate is constant after warm-up here, unless learner.lr_schedule has it fall over run.steps"
 ALL_WEIGHTS = "LoRA there, full training here: it takes more memory, and a learning rate for LoRA is too high for it"
-ADVANTAGES = "loss.advantage is grpo here, or dr_grpo, rloo"
+ADVANTAGES = "loss.advantage is grpo here, or dr_grpo, rloo, maxrl, grpo_batch_std, reinforce_pp"
 CRITIC = "there is no critic here"
 
 SYNCHRONOUS = (
@@ -219,6 +219,13 @@ def otherwise(theirs: str, why: str, rank: Rank, off: tuple[Any, ...] = ()) -> R
 def known_loss(name: Any, table: dict[str, str]) -> Any:
     """Our loss for theirs; if there is none, the output says that another one is used."""
     return table.get(str(name)) or Left("no such loss here: PPO's clipped one is used instead", loud=Rank.LOSS)
+
+
+def soft_gate(pos: Any, neg: Any, variant: Any) -> Any:
+    """The temperatures of SAPO's gate, for positive and for negative advantages."""
+    if variant != "sapo" or (pos is None and neg is None):
+        return None if pos is None else Left("their loss is another")
+    return [1.0 if pos is None else number(pos), 1.05 if neg is None else number(neg)]
 
 
 def whole_distribution(value: Any) -> Left:

@@ -97,6 +97,7 @@ RULES = (
     Rule("loss.clip_low", ("epsilon", "loss_type"), its.clip_low),
     Rule("loss.clip_high", ("epsilon_high", "epsilon", "loss_type"), its.clip_high),
     Rule("loss.dual_clip", ("delta", "loss_type"), its.dual_clip),
+    Rule("loss.sapo_tau", ("tau_pos", "tau_neg", "loss_type"), mean.soft_gate),
     Rule("loss.agg", ("loss_type",), its.aggregation),
     Rule("loss.advantage", ("advantage_estimator", "scale_rewards"), its.advantage),
     Rule("loss.kl_coef", ("beta",), number),

@@ -17,6 +17,7 @@ LOSSES = {
     "dapo": "token-mean",
     "cispo": "token-mean",
     "dr_grpo": "seq-mean-token-sum-norm",
+    "sapo": "seq-mean-token-mean",
 }
 LEVELS = {"token": "ppo", "sequence": "gspo"}
 VERIFIED = {"accuracy": "math_verify"}
@@ -198,8 +199,8 @@ def gpus_of(processes: Any, nodes: Any, parallel: Any, mode: Any) -> Gpus | None
 
 
 def variant(loss: Any, level: Any) -> Any:
-    if loss == "cispo":
-        return "cispo"
+    if loss in ("cispo", "sapo"):
+        return loss
     if loss not in (None, *LOSSES):
         return mean.known_loss(loss, {})
     return None if level is None else mean.known_loss(level, LEVELS)
@@ -212,10 +213,14 @@ def aggregation(loss: Any) -> Any:
 
 
 def clip_low(epsilon: Any, loss: Any) -> Any:
+    if loss == "sapo":
+        return Left("their sapo has no clip")
     return Made(1.0, "their cispo has no lower bound") if loss == "cispo" else number(epsilon)
 
 
 def clip_high(high: Any, epsilon: Any, loss: Any) -> Any:
+    if loss == "sapo":
+        return Left("their sapo has no clip")
     bound = number(epsilon if high is None else high)
     return Made(bound - 1, "the bound itself there, its distance from 1 here") if loss == "cispo" else bound
 
@@ -224,8 +229,8 @@ def dual_clip(delta: Any, loss: Any) -> Any:
     if delta is None:
         return mean.dual_clip(None)
     return (
-        Left("their cispo has no such bound")
-        if loss == "cispo"
+        Left(f"their {loss} has no such bound")
+        if loss in ("cispo", "sapo")
         else Made(number(delta), "their bound on the ratio has the same effect")
     )
 
@@ -235,7 +240,9 @@ def advantage(estimator: Any, scale: Any) -> Any:
         return mean.advantage_of(estimator, {})
     if estimator == "rloo":
         return "rloo"
-    if scale in ("batch", "gdpo"):
+    if scale == "batch":
+        return "grpo_batch_std"
+    if scale == "gdpo":
         why = "scaled over the batch there, within a group here, or not at all"
         return Made("grpo", why, loud=Rank.LOSS)
     return None if scale is None else ("dr_grpo" if scale in ("none", False, None) else "grpo")

@@ -26,7 +26,7 @@ GPUS = (
 
 FSDP, MEGATRON = f"{POLICY}fsdp_config.", f"{POLICY}megatron_config."
 
-LOSSES = {"regular": "ppo", "dual_clip": "ppo", "gspo": "gspo", "cispo": "cispo"}
+LOSSES = {"regular": "ppo", "dual_clip": "ppo", "gspo": "gspo", "cispo": "cispo", "sapo": "sapo"}
 EVALUATED = tuple(f"{EVALUATION}{key}" for key in ("temperature", "top_p", "max_generate_length", "top_k", "min_p"))
 
 
@@ -140,6 +140,11 @@ RULES = (
         "loss.clip_high",
         (f"{ALGORITHM}eps_clip_high", f"{ALGORITHM}policy_loss_type", f"{ALGORITHM}cispo.cispo_eps_clip_high"),
         its.clip,
+    ),
+    Rule(
+        "loss.sapo_tau",
+        (f"{ALGORITHM}sapo.tau_pos", f"{ALGORITHM}sapo.tau_neg", f"{ALGORITHM}policy_loss_type"),
+        mean.soft_gate,
     ),
     Rule("loss.dual_clip", (f"{ALGORITHM}clip_ratio_c", f"{ALGORITHM}policy_loss_type"), its.dual_clip),
     Rule("loss.agg", (f"{ALGORITHM}loss_reduction", f"{ALGORITHM}policy_loss_type"), its.reduction),

@@ -70,7 +70,9 @@ def reduction(name: Any, variant: Any) -> Any:
 
 
 def clip(bound: Any, variant: Any, cispo: Any) -> Any:
-    """A bound of the ratio; CISPO has keys of its own."""
+    """A bound of the ratio; CISPO has keys of its own, SAPO has none."""
+    if variant == "sapo":
+        return Left("their sapo has no clip")
     bound = cispo if variant == "cispo" else bound
     return None if bound is None else number(bound)
 

@@ -24,7 +24,15 @@ GPUS = (
 
 OWN = ("custom_reward_function.path", "reward_manager.module.path", "reward_model.enable")
 """Keys that name a reward which isn't known here."""
-VARIANTS = {"vanilla": "ppo", "gspo": "gspo", "cispo": "cispo"}
+VARIANTS = {
+    "vanilla": "ppo",
+    "gspo": "gspo",
+    "cispo": "cispo",
+    "geo_mean": "gmpo",
+    "sapo": "sapo",
+    "dppo_tv": "dppo_tv",
+    "dppo_kl": "dppo_kl",
+}
 ESTIMATORS = {"kl": "k1", "k1": "k1", "mse": "k2", "k2": "k2", "low_var_kl": "k3", "k3": "k3"}
 
 
@@ -125,7 +133,9 @@ RULES = (
         its.band,
     ),
     Rule("loss.clip_low", (f"{ACTOR}clip_ratio_low", f"{ACTOR}policy_loss.loss_mode"), its.clip_low),
-    same("loss.clip_high", f"{ACTOR}clip_ratio_high"),
+    Rule("loss.clip_high", (f"{ACTOR}clip_ratio_high", f"{ACTOR}policy_loss.loss_mode"), its.clip_high),
+    Rule("loss.dppo_ratio_cap", (f"{ACTOR}clip_ratio_c", f"{ACTOR}policy_loss.loss_mode"), its.ratio_cap),
+    Rule("loss.sapo_tau", (f"{ACTOR}tau_pos", f"{ACTOR}tau_neg", f"{ACTOR}policy_loss.loss_mode"), mean.soft_gate),
     Rule("loss.dual_clip", (f"{ACTOR}clip_ratio_c", f"{ACTOR}policy_loss.loss_mode"), its.dual_clip),
     Rule("loss.agg", (f"{ACTOR}use_token_level_loss",), its.old_aggregation),
     Rule("loss.agg", (f"{ACTOR}loss_agg_mode", f"{ACTOR}policy_loss.loss_mode"), its.aggregation),

@@ -38,6 +38,10 @@ OTHERWISE: tuple[tuple[str, str, Rank, tuple[Any, ...]], ...] = (
 )
 """(key, reason, rank, harmless values): keys that change training unless empty or harmless."""
 ADVANTAGES = {"grpo": "grpo", "grpo_vectorized": "grpo", "rloo": "rloo", "rloo_vectorized": "rloo"}
+OF_BATCH = {"reinforce_plus_plus": "reinforce_pp", "reinforce_plus_plus_baseline": "reinforce_pp_baseline"}
+OF_SEQUENCES = ("gspo", "geo_mean", "sapo")
+"""Losses with an average of their own."""
+NO_CLIP = "their sapo has no clip"
 
 
 # ------------------------------------------------------------------------------------------------------------- batches
@@ -100,8 +104,8 @@ def gpus_of(nodes: Any, each: Any, parallel: Any, their_nodes: Any, their_each: 
 
 
 def aggregation(mode: Any, variant: Any) -> Any:
-    if variant == "gspo":
-        return Made("seq-mean-token-mean", "its gspo has no other")
+    if variant in OF_SEQUENCES:
+        return Made("seq-mean-token-mean", f"its {variant} has no other")
     if mode == "seq-mean-token-sum-norm":
         return Made(mode, "theirs lacks the mean over sequences: the same up to the number of completions, a constant")
     return None if mode is None else either(mode, AGGREGATIONS, "no such aggregation here")
@@ -115,16 +119,30 @@ def clip_low(bound: Any, variant: Any) -> Any:
     """The lower bound of the ratio. In their CISPO a value above 1 turns it off."""
     if variant == "cispo" and bound is not None and bound > 1:
         return Made(1.0, "no lower bound")
+    return clip_high(bound, variant)
+
+
+def clip_high(bound: Any, variant: Any) -> Any:
+    if variant == "sapo":
+        return Left(NO_CLIP)
     return None if bound is None else number(bound)
 
 
 def dual_clip(bound: Any, variant: Any) -> Any:
-    return Made(None, f"their {variant} has no such bound") if variant in ("gspo", "cispo") else mean.dual_clip(bound)
+    if variant in (None, "vanilla"):
+        return mean.dual_clip(bound)
+    return Made(None, f"their {variant} has no such bound")
+
+
+def ratio_cap(cap: Any, variant: Any) -> Any:
+    return number(cap) if cap is not None and variant in ("dppo_tv", "dppo_kl") else None
 
 
 def advantage(name: Any, by_std: Any) -> Any:
     if name in ("grpo", "grpo_vectorized") and by_std is not None and not flag(by_std):
         return "dr_grpo"
+    if name in OF_BATCH:
+        return Made(OF_BATCH[name], "mean and standard deviation over tokens there, over completions here")
     return None if name is None else mean.advantage_of(name, ADVANTAGES)
 
 

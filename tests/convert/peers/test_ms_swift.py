@@ -98,6 +98,11 @@ from tests.convert.test_convert import convert
             "--dataset a/b#800 --num_train_epochs 1 --generation_batch_size 80 --num_generations 8 --warmup_ratio 0.05",
             {"run.steps": 80, "learner.warmup_steps": 20},
         ),
+        (
+            "--loss_type sapo --tau_pos 1.2",
+            {"loss.variant": "sapo", "loss.sapo_tau": [1.2, 1.05], "loss.clip_low": None},
+        ),
+        ("--scale_rewards batch", {"loss.advantage": "grpo_batch_std"}),
         ("--global_batch_size 16 --lr_decay_style cosine --clip_grad 0.5", {"learner.grad_clip": 0.5}),
         ("--dataset a/b", {"eval.num_prompts": 0, "eval.num_greedy_prompts": 0}),
         (
@@ -142,14 +147,14 @@ def test_a_system_prompt_of_its_own_words_is_kept() -> None:
     [
         ("--tuner_type lora", "--tuner_type full", "full training here"),
         ("--train_type lora", "--train_type full", "full training here"),
-        ("--loss_type sapo", "--loss_type dapo", "no such loss here"),
+        ("--loss_type real", "--loss_type sapo", "no such loss here"),
         ("--chord_sft_dataset c/d", "--log_completions true", "CHORD's supervised loss"),
         ("--top_p 0.9", "--top_p 1.0", "the whole distribution"),
         ("--top_k 50", "--top_k -1", "the whole distribution"),
         ("--warmup_ratio 0.05", "--warmup_steps 10", "a share of the steps"),
         ("--lr_scheduler_type cosine", "--lr_scheduler_type constant", "constant after warm-up"),
         ("--dataset a/b#1000", "--dataset a/b", "only that many rows"),
-        ("--scale_rewards batch", "--scale_rewards group", "scaled over the batch there"),
+        ("--scale_rewards gdpo", "--scale_rewards batch", "scaled over the batch there"),
         ("--reward_funcs accuracy format", "--reward_funcs accuracy", "only accuracy counts here"),
         ("--enable_thinking true", "--rlhf_type grpo", "set prompts.chat_template to {enable_thinking"),
     ],
