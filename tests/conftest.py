@@ -12,7 +12,7 @@ os.environ.setdefault("WANDB_MODE", "offline")
 settings.register_profile("asyncdapo", deadline=None)
 settings.load_profile("asyncdapo")
 
-WITH_WHOLE_RUNS = ("tests/controller/", "tests/test_api.py")
+WITH_WHOLE_RUNS = "tests/controller/"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

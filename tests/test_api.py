@@ -1,11 +1,10 @@
-"""The front door in Python: the page about it, run as a notebook would, and what a run is asked."""
+"""The front door in Python: what it takes and what it says. tests/controller/test_whole_run.py reads a run with it."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -18,37 +17,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import asyncdapo
 from asyncdapo import api
 from asyncdapo.config.config import load_config as load_file
 from asyncdapo.config.found import find_config
 from asyncdapo.errors import RunError, UserError
-from asyncdapo.learner.storage.checkpoint import check_checkpoint, checkpoint_dir, kept_steps
 from asyncdapo.replay.ledger.ledger import read_group
+from tests.docs.blocks import python_cells_of
 from tests.replay.run_of_episodes import run_of_episodes
 from tests.replay.small_run import finished_run
 
 ROOT = Path(__file__).resolve().parents[1]
-CELLS = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "python.md").read_text(), re.DOTALL)
-
-
-@pytest.fixture(scope="module")
-def notebook(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The names that the cells of docs/python.md leave, run in their order in an empty directory."""
-    names: dict[str, Any] = {}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(tmp_path_factory.mktemp("notebook"))
-        patch.setenv("WANDB_MODE", "disabled")
-        for cell in CELLS:
-            exec(cell, names)
-    return names
-
-
-@pytest.fixture(scope="module")
-def run(notebook: dict[str, Any]) -> asyncdapo.Run:
-    return notebook["run"]
 
 
 @pytest.fixture
@@ -120,11 +100,17 @@ def test_a_wrong_section_key_or_value_is_named(sections: dict[str, Any], said: s
 # -------------------------------------------------------------------------------------------------------------- launch
 
 
-def test_a_launch_prints_its_lines_and_trains_to_the_last_step(
-    notebook: dict[str, Any], run: asyncdapo.Run, capfd: pytest.CaptureFixture[str]
+@pytest.mark.soak
+def test_the_page_launches_a_run_and_the_same_launch_finds_it_finished(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert [line["step"] for line in run.metrics()] == [0, 1, 2]
-    asyncdapo.launch(run.config)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    names: dict[str, Any] = {}
+    for cell in python_cells_of("docs/python.md"):
+        exec(cell, names)
+    assert [line["step"] for line in names["run"].metrics()] == [0, 1, 2]
+    asyncdapo.launch(names["config"])
     assert "has its 2 steps" in capfd.readouterr().out
 
 
@@ -204,31 +190,6 @@ def test_there_has_to_be_a_run(tmp_path: Path) -> None:
         asyncdapo.Run(tmp_path)
 
 
-def test_the_page_keeps_only_what_was_trained(notebook: dict[str, Any], run: asyncdapo.Run) -> None:
-    assert notebook["kept"]
-    assert {group["step"] for group in notebook["kept"]} == {1}
-    assert run.config.run.steps == 2
-    assert sum(len(run.groups(step)) for step in (1, 2)) <= len(run.groups())
-
-
-def test_completions_are_what_the_payloads_hold(run: asyncdapo.Run) -> None:
-    (group_row, *_), completions = run.groups(1), list(run.completions(1))
-    assert len(completions) == sum(row["completions"] for row in run.groups(1))
-    group, payload = read_group(run.dir, group_row["group_id"])
-    mine = list(run.completions(group_id=group_row["group_id"]))
-    assert [completion.sample for completion in mine] == list(range(len(group.completions)))
-    assert np.array_equal(np.concatenate([completion.token_ids for completion in mine]), payload.token_ids)
-    assert np.array_equal(np.concatenate([completion.logprobs for completion in mine]), payload.logprobs)
-    for completion, header in zip(mine, group.completions, strict=True):
-        arrays = (completion.token_ids, completion.logprobs, completion.versions, completion.loss_mask)
-        assert {len(array) for array in arrays} == {header.num_tokens}
-        assert set(completion.versions) == {version for version, _ in header.contexts[0].versions}
-        assert (completion.reward, completion.metrics) == (header.reward, header.metrics)
-        assert completion.prompt
-        assert completion.response
-    assert len(list(run.completions())) == sum(row["completions"] for row in run.groups())
-
-
 def test_an_episode_says_of_each_token_whether_it_was_sampled(tmp_path: Path, monkeypatch) -> None:
     """Where it forked, its contexts stand one after the other."""
 
@@ -292,35 +253,3 @@ def test_a_breach_is_a_sentence(freed: asyncdapo.Run, tmp_path: Path) -> None:
     assert freed.audit() == []
     (tmp_path / "metrics.jsonl").unlink()
     assert freed.audit() == ["metrics.jsonl: missing"]
-
-
-# -------------------------------------------------------------------------------------------------------------- export
-
-
-def test_an_export_is_a_model_that_others_read(notebook: dict[str, Any], run: asyncdapo.Run) -> None:
-    out = run.dir.parents[1] / notebook["model"]
-    assert not {path.name for path in out.iterdir()} & {"learner.pt", "checkpoint.json", "exp_avg", "exp_avg_sq"}
-    assert AutoModelForCausalLM.from_pretrained(out).num_parameters() > 100_000
-    assert AutoTokenizer.from_pretrained(out).vocab_size > 10
-    with pytest.raises(UserError, match="is in use"):
-        run.export(out)
-    with pytest.raises(UserError, match="no checkpoint of step 7 "):
-        run.export(out.with_name("other"), step=7)
-
-
-def test_a_damaged_checkpoint_is_named_and_an_older_one_taken(run: asyncdapo.Run, tmp_path: Path) -> None:
-    newest = checkpoint_dir(run.dir, kept_steps(run.dir)[-1])
-    older = checkpoint_dir(run.dir, kept_steps(run.dir)[0])
-    weights = newest / "model.safetensors"
-    whole = weights.read_bytes()
-    weights.write_bytes(whole[:-1])
-    try:
-        assert check_checkpoint(newest)
-        with pytest.raises(UserError, match="is damaged: model.safetensors has"):
-            run.export(tmp_path / "model", step=kept_steps(run.dir)[-1])
-        assert not (tmp_path / "model").exists()
-        with pytest.warns(UserWarning, match=f"{newest.name}: model.safetensors has"):
-            run.export(tmp_path / "model")
-    finally:
-        weights.write_bytes(whole)
-    assert (tmp_path / "model" / "model.safetensors").read_bytes() == (older / "model.safetensors").read_bytes()

@@ -109,6 +109,12 @@ def trained_steps(run_dir: Path) -> int:
     return _of_batches(run_dir, "MAX(step)")
 
 
+def num_lives_trained_on(run_dir: Path) -> int:
+    """In how many of its lives a worker has sampled groups that are trained on by now."""
+    trained = "SELECT COUNT(DISTINCT session) FROM groups JOIN leases USING (lease_id) WHERE state = 'trained'"
+    return query(run_dir, trained)[0][0]
+
+
 def last_trained_at_s(run_dir: Path) -> float:
     """When the last batch was trained, in seconds since 1970."""
     return _of_batches(run_dir, "MAX(trained_at_s)")

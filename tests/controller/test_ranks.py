@@ -1,5 +1,5 @@
 """Longer runs with a learner of several ranks: they train as one, and live and die as one. A short one is in
-`test_two_ranks`."""
+`test_deaths`."""
 
 from __future__ import annotations
 

@@ -16,7 +16,13 @@ pytest.importorskip("vllm")
 
 from asyncdapo.controller.process.roster import is_running, read
 from asyncdapo.replay.ledger.audit import audit
-from tests.controller.interruptions import assert_nothing_lives, processes, query, wait_for_batch, wait_until
+from tests.controller.interruptions import (
+    assert_nothing_lives,
+    num_lives_trained_on,
+    processes,
+    wait_for_batch,
+    wait_until,
+)
 from tests.controller.recomputed import assert_versions_are_true
 from tests.controller.runs import FinishedRun, started
 
@@ -38,12 +44,6 @@ OVERRIDES = (
     "learner.checkpoint_every=1",
     "learner.keep_checkpoints=0",
 )
-
-
-def num_lives_trained_on(run_dir: Path) -> int:
-    """In how many of its lives the worker has sampled groups that are trained on by now."""
-    trained = "SELECT COUNT(DISTINCT session) FROM groups JOIN leases USING (lease_id) WHERE state = 'trained'"
-    return query(run_dir, trained)[0][0]
 
 
 @pytest.fixture(scope="module")

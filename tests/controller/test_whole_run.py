@@ -1,4 +1,5 @@
-"""One small run of the real command through every stage, and what can be read off it afterwards.
+"""One small run of the real command through every stage, and what can be read off it afterwards: from its files, and in
+Python by the page about it.
 
 It trains with generation as the slow side (few slots), so that weights arrive in the middle of responses; payloads and
 a checkpoint of every step are kept; and the model's weight file is removed as soon as the workers run.
@@ -10,15 +11,22 @@ import json
 import sqlite3
 import subprocess
 from itertools import product
+from pathlib import Path
 from statistics import fmean
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from asyncdapo.learner.storage.checkpoint import checkpoint_dir
+import asyncdapo
+from asyncdapo.errors import UserError
+from asyncdapo.learner.storage.checkpoint import check_checkpoint, checkpoint_dir
+from asyncdapo.replay.ledger.ledger import read_group
 from tests.controller.recomputed import assert_versions_are_true
 from tests.controller.runs import FinishedRun, command, copy_start_model, started, wait_for_step
+from tests.docs.blocks import python_cells_of
 
 STEPS = 16
 STALENESS = 3
@@ -115,3 +123,74 @@ def test_staleness_is_there_and_within_the_bound(run: FinishedRun) -> None:
 def test_log_probs_are_those_of_the_recorded_versions(run: FinishedRun) -> None:
     """Versions, rollout_logprobs, temperature and broadcast in one."""
     assert_versions_are_true(run.dir, STEPS, at_least=16)
+
+
+# ----------------------------------------------------------------------------------------------------------- in Python
+
+
+@pytest.fixture(scope="module")
+def read(run: FinishedRun) -> asyncdapo.Run:
+    return asyncdapo.Run(run.dir)
+
+
+@pytest.fixture(scope="module")
+def notebook(read: asyncdapo.Run, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The names that the cells of docs/python.md leave, where their launch comes to this run."""
+    names: dict[str, Any] = {"folder": tmp_path_factory.mktemp("notebook")}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(names["folder"])
+        patch.setattr(asyncdapo, "launch", lambda config: read)
+        for cell in python_cells_of("docs/python.md"):
+            exec(cell, names)
+    return names
+
+
+def test_the_page_keeps_only_what_was_trained(notebook: dict[str, Any], read: asyncdapo.Run) -> None:
+    assert notebook["kept"]
+    assert {group["step"] for group in notebook["kept"]} == {1}
+    assert sum(len(read.groups(step)) for step in (1, 2)) <= len(read.groups())
+
+
+def test_completions_are_what_the_payloads_hold(read: asyncdapo.Run) -> None:
+    (group_row, *_), completions = read.groups(1), list(read.completions(1))
+    assert len(completions) == sum(row["completions"] for row in read.groups(1))
+    group, payload = read_group(read.dir, group_row["group_id"])
+    mine = list(read.completions(group_id=group_row["group_id"]))
+    assert [completion.sample for completion in mine] == list(range(len(group.completions)))
+    assert np.array_equal(np.concatenate([completion.token_ids for completion in mine]), payload.token_ids)
+    assert np.array_equal(np.concatenate([completion.logprobs for completion in mine]), payload.logprobs)
+    for completion, header in zip(mine, group.completions, strict=True):
+        arrays = (completion.token_ids, completion.logprobs, completion.versions, completion.loss_mask)
+        assert {len(array) for array in arrays} == {header.num_tokens}
+        assert set(completion.versions) == {version for version, _ in header.contexts[0].versions}
+        assert (completion.reward, completion.metrics) == (header.reward, header.metrics)
+        assert completion.prompt
+        assert completion.response
+    assert len(list(read.completions())) == sum(row["completions"] for row in read.groups())
+
+
+def test_an_export_is_a_model_that_others_read(notebook: dict[str, Any], read: asyncdapo.Run) -> None:
+    out = notebook["folder"] / notebook["model"]
+    assert not {path.name for path in out.iterdir()} & {"learner.pt", "checkpoint.json", "exp_avg", "exp_avg_sq"}
+    assert AutoModelForCausalLM.from_pretrained(out).num_parameters() > 100_000
+    assert AutoTokenizer.from_pretrained(out).vocab_size > 10
+    with pytest.raises(UserError, match="is in use"):
+        read.export(out)
+    with pytest.raises(UserError, match="no checkpoint of step 77 "):
+        read.export(out.with_name("other"), step=77)
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(read: asyncdapo.Run, tmp_path: Path) -> None:
+    newest, before = (checkpoint_dir(read.dir, step) / "model.safetensors" for step in (STEPS, STEPS - 1))
+    whole = newest.read_bytes()
+    newest.write_bytes(whole[:-1])
+    try:
+        assert check_checkpoint(newest.parent)
+        with pytest.raises(UserError, match="is damaged: model.safetensors has"):
+            read.export(tmp_path / "model", step=STEPS)
+        assert not (tmp_path / "model").exists()
+        with pytest.warns(UserWarning, match=f"{newest.parent.name}: model.safetensors has"):
+            read.export(tmp_path / "model")
+    finally:
+        newest.write_bytes(whole)
+    assert (tmp_path / "model" / "model.safetensors").read_bytes() == before.read_bytes()

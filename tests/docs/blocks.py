@@ -45,6 +45,11 @@ def blocks_of(page: str) -> list[Block]:
     return list(_blocks(page, lines))
 
 
+def python_cells_of(page: str) -> list[str]:
+    """The Python blocks of a page that is read like a notebook."""
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+
+
 def _blocks(page: str, lines: list[str]) -> Iterator[Block]:
     above, start = "", 0
     for number, line in enumerate(lines):
