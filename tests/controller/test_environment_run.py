@@ -13,9 +13,10 @@ from asyncdapo.replay.ledger.audit import audit
 from asyncdapo.replay.ledger.ledger import read_group
 from tests.controller.recomputed import assert_versions_are_true, num_shifted_apart, recorded_contexts
 from tests.controller.runs import FinishedRun, command, launch
-from tests.environment.hosting import FILE
+from tests.environment.hosting import ANSWERING
 
-ANSWERING = FILE.with_name("answering.py")
+pytestmark = pytest.mark.soak
+
 STEPS = 8
 ENGINES = ["torch", pytest.param("vllm", marks=pytest.mark.vllm)]
 
@@ -75,7 +76,6 @@ def test_each_turns_tokens_were_sampled_by_the_version_that_is_recorded(run: Fin
     assert_versions_are_true(run.dir, STEPS, at_least=4)
 
 
-@pytest.mark.soak
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_log_probs_of_200_episodes_that_fork_fit_their_versions_and_not_those_next_to_them(

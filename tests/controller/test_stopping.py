@@ -25,7 +25,9 @@ from tests.controller.interruptions import (
     wait_until,
 )
 from tests.controller.runs import launch, started
+from tests.environment.hosting import ANSWERING
 
+EPISODES = (f"environment.path={ANSWERING}:AsksBack", "environment.max_context=200")
 STOP_S = 20.0
 END_S = 15.0
 """For the processes to end, besides the time that the run has for its step."""
@@ -55,8 +57,9 @@ def wait_for_line(run_dir: Path, words: str, process: subprocess.Popen[str]) -> 
 
 @pytest.mark.timeout(600)
 def test_a_run_asked_to_stop_finishes_its_step_writes_a_checkpoint_and_resumes_from_there(tmp_path: Path) -> None:
+    """Of episodes of two turns, which stop and resume as all else does."""
     run_dir, rare = tmp_path / "run", ("learner.checkpoint_every=1000", "metrics.wandb=offline")
-    with started(run_dir, *SHORT, *rare, "run.steps=100000") as process:
+    with started(run_dir, *SHORT, *EPISODES, *rare, "run.steps=100000") as process:
         wait_for_batch(run_dir, 2, process)
         output = stop(process, signal.SIGTERM)
     before = survey(run_dir)
@@ -67,7 +70,8 @@ def test_a_run_asked_to_stop_finishes_its_step_writes_a_checkpoint_and_resumes_f
     assert list(run_dir.glob("wandb/offline-run-*/run-*.wandb")), "W&B was left to finish"
     assert_nothing_lives(run_dir)
     assert audit(run_dir) == []
-    go_on(run_dir, before, num_steps=2)
+    resumed = go_on(run_dir, before, 2, *EPISODES)
+    assert resumed.lines[-1]["rollout/turns_mean"] > 1
 
 
 @pytest.mark.soak

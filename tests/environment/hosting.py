@@ -14,7 +14,7 @@ from asyncdapo.model.tool_calls import ToolCall
 from tests.reward.processes import is_alive
 
 FILE = Path(__file__).with_name("hostile.py")
-SHAPES = Path(__file__).with_name("shapes.py")
+ANSWERING, SHAPES = (Path(__file__).with_name(name) for name in ("answering.py", "shapes.py"))
 MAX_CONTEXT = 1000
 
 

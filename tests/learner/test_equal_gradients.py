@@ -154,7 +154,7 @@ def assert_equal(got: Result, expected: Result) -> None:
 def test_every_micro_batch_size_gives_the_same_gradient(path, loss):
     batch, payload = a_batch()
     whole = train(path, (LOSSES[loss], batch, payload, LONGEST * NUM_ROWS), ALONE)
-    for num_rows in (1, 2, 3, 7, 12):
+    for num_rows in (1, 3, 7):
         assert_equal(train(path, (LOSSES[loss], batch, payload, LONGEST * num_rows), ALONE), whole)
 
 
@@ -185,14 +185,14 @@ def hard_cases(path: str) -> list[tuple[str, Case]]:
 
 def test_two_ranks_give_the_same_gradient_as_replicas_and_as_shards(path):
     batch, payload = a_batch()
-    of_losses = [(path, (LOSSES[name], batch, payload, 4 * LONGEST)) for name in (*AGGREGATIONS, "m2po")]
+    of_losses = [(path, (LOSSES[loss], batch, payload, 4 * LONGEST)) for loss in ("prompt-mean", "m2po")]
     assert_every_mesh_is_exact(2, [1, 2], of_losses + hard_cases(path)[1:])
 
 
-def test_four_ranks_give_the_same_gradient_of_every_model(path, other_paths):
+def test_two_replicas_of_two_shards_give_the_same_gradient_of_every_model(path, other_paths):
     batch, payload = a_batch()
     of_models = [(other, (LOSSES["token-mean"], batch, payload, 6 * LONGEST)) for other in other_paths]
-    assert_every_mesh_is_exact(4, [2, 4], of_models + hard_cases(path)[:1])
+    assert_every_mesh_is_exact(4, [2], of_models + hard_cases(path)[:1])
 
 
 @pytest.mark.soak

@@ -1,4 +1,4 @@
-"""Memory of a whole gradient step at answers of 20,480 tokens: the vocabulary is in weights and gradients only."""
+"""Memory of a whole gradient step at answers of 8,192 tokens: the vocabulary is in weights and gradients only."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from asyncdapo.learner.step.ranks import ALONE
 from tests.learner.tiny import make_row, tiny_llama
 from tests.model.test_shape import LivingBytes
 
-NUM_TOKENS = 20_480
+NUM_TOKENS = 8_192
 HIDDEN = 8
 SMALL, LARGE = 1 << 10, 1 << 15
 CHUNK = 1 << 20

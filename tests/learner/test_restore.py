@@ -3,8 +3,6 @@ bit."""
 
 import os
 import signal
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -12,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from asyncdapo.errors import RunError
 from asyncdapo.learner.storage.checkpoint import find_checkpoint
+from tests.learner.ranks import die, spawned
 from tests.learner.tiny import MEASURED, make_batch, make_learner, save, save_tiny_llama, train
 
 
@@ -131,24 +130,21 @@ def test_a_damaged_file_is_named_and_leaves_the_learner_as_it_was(tmp_path, name
     assert same_weights(other, untouched)
 
 
-KILLED = """
-import os, signal, sys
-import torch
-from tests.learner.tiny import MEASURED, make_batch, make_learner, save, train
-
-learner = make_learner(sys.argv[1])
-train(learner, *make_batch())
-save(learner, sys.argv[2], 1)
-train(learner, *make_batch(step=2))
-torch.save = lambda state, file: (file.write(b"half"), file.flush(), os.kill(os.getpid(), signal.SIGKILL))
-save(learner, sys.argv[2], 2)
-"""
+def die_while_it_saves(start, run_dir):
+    learner = make_learner(start)
+    train(learner, *make_batch())
+    save(learner, run_dir, 1)
+    train(learner, *make_batch(step=2))
+    torch.save = lambda state, file: (file.write(b"half"), file.flush(), die())
+    save(learner, run_dir, 2)
 
 
 def test_a_learner_killed_while_it_saves_resumes_from_the_checkpoint_before(tmp_path):
     start, run_dir = save_tiny_llama(tmp_path / "model"), tmp_path / "run"
-    killed = subprocess.run([sys.executable, "-c", KILLED, start, str(run_dir)], check=False)
-    assert killed.returncode == -signal.SIGKILL
+    killed = spawned.Process(target=die_while_it_saves, args=(start, run_dir))
+    killed.start()
+    killed.join()
+    assert killed.exitcode == -signal.SIGKILL
     assert names(run_dir) == [".step-000002.new", "step-000001"]
     step, path, problems = find_checkpoint(run_dir, {1: 0, 2: 0})
     assert (step, problems) == (1, [])

@@ -20,7 +20,8 @@ MULTIPLY = {
 NAMES = st.text(st.characters(exclude_characters=">\n<", exclude_categories=["Cs"]), min_size=1)
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.text(st.characters(exclude_categories=["Cs"])),
-    lambda inner: st.lists(inner) | st.dictionaries(NAMES, inner),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMES, inner, max_size=3),
+    max_leaves=5,
 )
 
 
@@ -28,7 +29,7 @@ def parse(text: str) -> list[ToolCall]:
     return parse_tool_calls(text, [MULTIPLY])
 
 
-@given(st.lists(st.tuples(NAMES, st.dictionaries(NAMES, VALUES)), max_size=3))
+@given(st.lists(st.tuples(NAMES, st.dictionaries(NAMES, VALUES, max_size=3)), max_size=3))
 def test_calls_are_found_in_their_order_between_other_words(calls) -> None:
     spelled = (json.dumps({"name": name, "arguments": given}).replace("<", "\\u003c") for name, given in calls)
     text = " and ".join(f"<tool_call>\n{one}\n</tool_call>" for one in spelled)

@@ -197,6 +197,7 @@ def test_weights_of_another_model_are_refused_and_the_next_load_resumes(
     loop(body())
 
 
+@pytest.mark.soak
 def test_a_tied_model_whose_file_also_holds_the_output_layer_takes_versions(loop, trainer, tmp_path):
     """vLLM's Qwen has no output layer of its own then, but the embedding under a second name."""
     sizes = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": True}
@@ -227,6 +228,7 @@ def test_a_tied_model_whose_file_also_holds_the_output_layer_takes_versions(loop
             loop(engine.stop())
 
 
+@pytest.mark.soak
 def test_an_engine_of_two_processes_receives_a_version_once_and_computes_with_it(loop, trainer, directory):
     engine = engine_of(directory / "checkpoint", num_processes=2)
 

@@ -244,10 +244,10 @@ def four_gpus() -> Iterator[None]:
     "config",
     [
         config_of("shared", ranks=2, workers=3),
-        config_of("separate", workers=2),
+        pytest.param(config_of("separate", workers=2), marks=pytest.mark.soak),
         config_of(workers=2, tensor_parallel=1, ranks=5),
-        config_of(tensor_parallel=3),
-        config_of(ranks=2, shards=2, tensor_parallel=2),
+        pytest.param(config_of(tensor_parallel=3), marks=pytest.mark.soak),
+        pytest.param(config_of(ranks=2, shards=2, tensor_parallel=2), marks=pytest.mark.soak),
     ],
     ids=["shared", "separate", "in parts", "tensor parallel", "shards"],
 )

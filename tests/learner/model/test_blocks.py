@@ -85,16 +85,16 @@ def test_checkpointing_leaves_gradients_as_they_are(checkpointing: str) -> None:
 
 
 @needs_compiler
+@pytest.mark.soak
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     ("backend", "checkpointing"),
-    [("aot_eager", "selective"), *(pytest.param("inductor", name, marks=pytest.mark.soak) for name in CHECKPOINTING)],
+    [("aot_eager", "selective"), *(("inductor", name) for name in CHECKPOINTING)],
 )
 def test_compiled_blocks_leave_gradients_as_they_are_and_share_graphs_among_all_lengths(
     backend: str, checkpointing: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """More blocks and more lengths than dynamo would compile anew, before it gave up and compiled none. By default the
-    graphs are those of a compiled block, forward and backward, and PyTorch's own operations compute them."""
+    """More blocks and more lengths than dynamo would compile anew, before it gave up and compiled none."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     torch._dynamo.reset()
     graphs = torch._dynamo.utils.counters["stats"]

@@ -17,7 +17,7 @@ from tests.test_configs import FOLDER
 from ..torch_engine.models import request, saved
 from .models import model_of, vllm_engine
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.soak]
 
 
 def greedy_tokens(path: Path | str) -> list[list[int]]:

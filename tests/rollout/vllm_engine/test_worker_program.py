@@ -16,7 +16,7 @@ pytest.importorskip("vllm")
 from .models import NUM_VERSIONS, differences, model_of, save_versions
 from .worker_program import PROMPT_IDS
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.soak]
 
 
 @pytest.fixture(scope="module")
