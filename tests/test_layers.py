@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,7 @@ def imports_of(path: Path) -> set[str]:
     return {name for name in all_imports_of(path) if name.split(".")[0] == "asyncdapo"}
 
 
+@cache
 def all_imports_of(path: Path) -> set[str]:
     """Dotted names of all modules that a file imports, wherever in the file."""
     names: set[str] = set()

@@ -30,7 +30,7 @@ def restarts(world: World) -> Iterator[Restarts]:
         shutil.rmtree(folder)
 
 
-@chaos(100)
+@chaos(60)
 @given(worlds(), CHAOS)
 def test_a_reload_gives_the_state_that_was_and_a_rollback_the_one_that_must_be(world: World, choices: bytes) -> None:
     with restarts(world) as simulation:

@@ -1,6 +1,6 @@
 """The real replay server under fire: no crash, flat memory, valid peers served; without a key, nothing at all.
 
-100,000 damaged messages of peers that have the run's key (in the soak 300,000), on both of its sockets: a stranger's,
+50,000 damaged messages of peers that have the run's key (in the soak 300,000), on both of its sockets: a stranger's,
 those of a worker that has joined and holds leases, hellos, and questions for batches. A worker and a learner do their
 work meanwhile.
 """
@@ -37,7 +37,7 @@ from tests.transport.mutations import Attacker, under_attack
 WARM_UP = 20_000
 """Messages after which memory counts: imports, caches and the allocator's pools are there by then."""
 MAX_GROWTH_MB = 64
-"""800 bytes a message, in the soak 230. Behind thousands of other tests in a process it was 47 MB, with no leak: alone
+"""In the soak 230 bytes a message. Behind thousands of other tests in a process it was 47 MB, with no leak: alone
 it shrinks, however many messages there are."""
 MAX_GAP_S = 5.0
 """Longest time without an acknowledged group; the machine may be busy with other things."""
@@ -47,7 +47,7 @@ VALID_WORKER = 60_000
 """Far from the numbers that damaged hellos bear: whoever has the key may speak for any worker."""
 
 
-@pytest.mark.parametrize("num_messages", [100_000, pytest.param(300_000, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("num_messages", [50_000, pytest.param(300_000, marks=pytest.mark.soak)])
 def test_damaged_messages_cost_no_memory_and_valid_peers_are_served_meanwhile(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, num_messages: int
 ) -> None:
@@ -82,7 +82,7 @@ def test_damaged_messages_cost_no_memory_and_valid_peers_are_served_meanwhile(
             assert heard["malformed"] > num_messages / 2
             assert growth_mb < MAX_GROWTH_MB
             assert life.longest_gap_s < MAX_GAP_S
-            assert len(life.lines) > 50
+            assert len(life.lines) > 20
         write_files(tmp_path, life.lines)
         config = tmp_path / "config.yaml"
         config.write_text(config.read_text().replace("max_staleness: 1", f"max_staleness: {ANY_STALENESS}"))
