@@ -7,9 +7,9 @@ gradients over the learner's ranks (`learner/step/ranks`). Each names its purpos
 In: an address from rank 0, which contains the group's keys. Out: broadcasts from rank 0, sums over all ranks, and words
 that every rank sends to every other. Does not own: how the ranks find each other (`store`), what the bytes mean.
 
-Invariants: every call ends within its deadline; it returns or raises the group's error. Calls release the GIL while
-they wait. A failed collective closes the group. If the backend notices that (Gloo), the other ranks then fail at once,
-not at their deadlines.
+Invariants: over Gloo, no rank is in a group without its keys. Every call ends within its deadline; it returns or raises
+the group's error. Calls release the GIL while they wait. A failed collective closes the group. If the backend notices
+that (Gloo), the other ranks then fail at once, not at their deadlines.
 
 Shapes: W ranks, N words.
 """
@@ -23,6 +23,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from hashlib import blake2b
+from struct import unpack
 from typing import Any, Self
 
 import torch
@@ -36,6 +38,8 @@ from asyncdapo.transport.store import POLL_S, DistantStore, GroupStore, HostedSt
 
 ROOT = 0
 """The rank that hosts the store and sends broadcasts."""
+PROOF_S = 5.0
+"""In which every rank has to show that it knows the group's keys, once all are connected."""
 WATCH_S, WATCH_LOOKS = 0.0001, 200
 """Pause between two polls of an NCCL collective, and number of polls before NCCL's own wait takes over."""
 
@@ -106,6 +110,18 @@ class ProcessGroup:
                 time.sleep(POLL_S)
         with self._translated("connect", deadline):
             self._group = _process_group(PrefixStore("group", store), self, deadline)
+        if self.backend != "nccl":
+            self._meet(deadline)
+
+    def _meet(self, deadline: Deadline) -> None:
+        """Gloo takes anyone who speaks its protocol while a group forms for the rank whose turn it is. Leave the group
+        unless every rank shows at once that it knows the group's keys."""
+        secret = split_address(self.address)[1].secret
+        shown_WN = torch.tensor([_proof(secret, self.rank, rank) for rank in range(self.world_size)])
+        proofs = self._swap(shown_WN, Deadline(min(PROOF_S, deadline.left().total_seconds())))
+        if strangers := [rank for rank, proof in enumerate(proofs) if proof != _proof(secret, rank, self.rank)]:
+            self.close()
+            raise self.error(f"a stranger is in the place of rank {strangers[0]} in the group of {self.purpose}")
 
     def broadcast(self, tensor: torch.Tensor, deadline: Deadline) -> Collective:
         """Start to send `tensor` from rank 0, or to receive it in place elsewhere. At most two may run at once. Don't
@@ -142,18 +158,22 @@ class ProcessGroup:
 
     def exchange_rows(self, words: Sequence[int], deadline: Deadline) -> list[list[int]]:
         """Send int64 words to every rank, the same number at each. Returns the words of all, by rank."""
-        table_WN = torch.zeros(self.world_size, len(words), dtype=torch.int64)
         if self.backend == "nccl":  # which would first connect every two ranks
+            table_WN = torch.zeros(self.world_size, len(words), dtype=torch.int64)
             table_WN[self.rank] = torch.tensor(words)
             table_WN = table_WN.to(self.device)
             self.all_reduce(table_WN, deadline)
-        else:  # at once: Gloo's sum goes round the ranks twice
-            options = dist.AllToAllOptions()
-            options.timeout = deadline.left()
-            own_WN = torch.tensor(words).repeat(self.world_size, 1)
-            with self._translated("start an exchange", deadline):
-                work = self._open_group().alltoall_base(table_WN, own_WN, [], [], options)
-            self.wait(work, deadline)
+            return table_WN.tolist()
+        return self._swap(torch.tensor(words).repeat(self.world_size, 1), deadline)
+
+    def _swap(self, own_WN: torch.Tensor, deadline: Deadline) -> list[list[int]]:
+        """Send a row of int64 words to each rank, over Gloo. Returns the rows that came here, by rank."""
+        table_WN = torch.zeros_like(own_WN)
+        options = dist.AllToAllOptions()
+        options.timeout = deadline.left()
+        with self._translated("start an exchange", deadline):
+            work = self._open_group().alltoall_base(table_WN, own_WN, [], [], options)
+        self.wait(work, deadline)
         return table_WN.tolist()
 
     def wait(self, work: dist.Work, deadline: Deadline) -> None:
@@ -235,6 +255,12 @@ def device_name(device: torch.device) -> str:
     kind = CPU if device.type == "cpu" else f"cuda {torch.cuda.get_device_properties(device).uuid}"
     host = f"{socket.gethostname()}/{os.stat('/proc/self/ns/pid').st_ino}"
     return name_device(kind, "/".join([host, *filter(None, [os.environ.get(HOST_ID)])]))
+
+
+def _proof(secret: bytes, sender: int, receiver: int) -> list[int]:
+    """What one rank shows another one: words that take the group's keys to make."""
+    words = blake2b(f"{sender} {receiver}".encode(), key=secret, digest_size=16).digest()
+    return list(unpack("<2q", words))
 
 
 def _joined(rank: int) -> str:

@@ -8,11 +8,13 @@ import signal
 import socket
 import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 from asyncdapo.errors import WeightsError
+from asyncdapo.transport import process_group
 from asyncdapo.transport.backend import Backend
 from asyncdapo.transport.deadline import Deadline
 from asyncdapo.transport.keys import RunKeys
@@ -20,6 +22,7 @@ from asyncdapo.transport.store import join_address
 from asyncdapo.weights.group import WeightGroup
 from asyncdapo.weights.manifest import Manifest
 from asyncdapo.weights.sender import WeightSender
+from tests.ports import listening
 from tests.weights.members import Failed, form_group, members
 
 BUCKET_BYTES = 4096
@@ -130,6 +133,41 @@ def test_a_group_that_nobody_has_joined_yet_says_so():
     with pytest.raises(WeightsError, match="isn't connected yet"):
         group.exchange(0, Deadline(1.0))
     group.close()
+
+
+def test_a_rank_that_does_not_know_the_keys_is_refused_by_the_others():
+    with members(1) as [stranger]:
+        assert stranger.do("forge") is None
+        with pytest.raises(WeightsError, match="a stranger is in the place of rank 1 in the group of the weights"):
+            form_group([stranger])
+
+
+def test_strangers_who_take_a_rank_s_place_while_a_group_forms_cost_that_group_and_no_time(monkeypatch):
+    """They know Gloo's protocol, and connect before the other rank: a handshake replayed at the worst moment."""
+    make, taken = process_group._gloo_device, []
+
+    def make_and_take(address: str) -> object:
+        before = set(listening([os.getpid()]))
+        device = make(address)
+        for port in set(listening([os.getpid()])) - before:
+            for number in range(4):
+                taken.append(socket.create_connection(("127.0.0.1", port.number)))
+                taken[-1].sendall(number.to_bytes(8, "little"))
+        return device
+
+    timeout_s, proof_s = 20.0, 0.3
+    monkeypatch.setattr(process_group, "_gloo_device", make_and_take)
+    monkeypatch.setattr(process_group, "PROOF_S", proof_s)
+    group = WeightGroup.create_master("127.0.0.1", 2, "gloo", timeout_s)
+    began_s = time.monotonic()
+    with ThreadPoolExecutor(1) as other:
+        joining = other.submit(WeightGroup.join, group.address, 1, 2, "gloo", timeout_s)
+        with pytest.raises(WeightsError):
+            group.connect()
+        with pytest.raises(WeightsError):
+            joining.result()
+    assert time.monotonic() - began_s < timeout_s / 4
+    assert taken
 
 
 class Looked:
