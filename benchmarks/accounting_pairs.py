@@ -41,6 +41,7 @@ spans.SpanRing.add = lambda self, span: None
 spans.SpanFile.write = lambda self, **tracks: None
 """
 WITH, WITHOUT = "with", "without"
+PYTHONPATH = os.environ.get("PYTHONPATH", "")
 
 
 def main() -> None:
@@ -67,7 +68,7 @@ def measure(folder: Path, mode: str, seed: int, overrides: list[str]) -> dict[st
     off = folder / "off"
     off.mkdir(exist_ok=True)
     (off / "sitecustomize.py").write_text(NOTHING)
-    os.environ["PYTHONPATH"] = str(off) if mode == WITHOUT else ""
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(off), PYTHONPATH]) if mode == WITHOUT else PYTHONPATH
     lines = run_quickstart(folder / f"{mode}-{seed}", seed, overrides)
     last, learner_s = lines[-1], sum(line["learner/cpu_s"] for line in lines[1:])
     cpu_s, tokens = learner_s + last["rollout/cpu_s"] + last["replay/cpu_s"], last["rollout/tokens"]
