@@ -110,6 +110,11 @@ class Placement:
         placed = (bundle for bundle in self.bundles if process in bundle.processes)
         return next(placed, Bundle((process,), self.gpus_of_newcomer))
 
+    def num_gpus_of(self, process: str) -> float:
+        """GPUs that it has; one that others share counts in equal parts."""
+        bundle = self.bundle(process)
+        return bundle.num_gpus / len(bundle.processes)
+
     def memory_fraction(self, process: str, given: float | None) -> float:
         """Share of the memory of its GPUs that an engine may take: what the user says, else what leaves the others on
         it as much."""

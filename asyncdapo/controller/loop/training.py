@@ -26,8 +26,10 @@ from asyncdapo.controller.fleet.stalls import StallWatch
 from asyncdapo.controller.fleet.training_fleet import TrainingFleet
 from asyncdapo.controller.loop.background import BackgroundWork
 from asyncdapo.controller.loop.checkpointing import Checkpointing
+from asyncdapo.controller.loop.costs import Costs
 from asyncdapo.controller.loop.forecast import Forecast
 from asyncdapo.controller.loop.logprob_mismatch import LogprobMismatch
+from asyncdapo.controller.loop.rank_metrics import of_ranks
 from asyncdapo.controller.loop.step_metrics import StepMetrics, counters_of
 from asyncdapo.controller.process.waits import NOBODY
 from asyncdapo.errors import BatchError, RunError
@@ -36,7 +38,6 @@ from asyncdapo.metrics.reporter import Reporter
 from asyncdapo.replay.ledger.ledger import describe_unreadable
 
 if TYPE_CHECKING:
-    from asyncdapo.controller.roles.learner import LearnerProcess
     from asyncdapo.controller.roles.replay import ReplayProcess
 
 
@@ -60,6 +61,7 @@ class Training:
         self._evaluating = BackgroundWork(config.eval.every, config.run.steps)
         self._comparing = BackgroundWork(config.rollout.parity_every, config.run.steps)
         self._checkpoints = Checkpointing(fleet, stalls, resume.step)
+        self._costs = Costs(fleet.placement, resume.last_line)
         self._span_file = SpanFile(self._run_dir, "controller")
         self.step = resume.step
         """Last train step that is done."""
@@ -183,7 +185,8 @@ class Training:
         fleet, clock = self.fleet, self._lines.clock
         clock.enter("train")
         async with fleet.publishing.turn:
-            learner = await self._learners(f"train step {step}", lambda learner: learner.train_step)
+            trained = fleet.learners.call_each(lambda learner: learner.train_step)
+            learner = of_ranks(await self._stalls.wait(trained, whom="learner", what=f"train step {step}"))
             fleet.publishing.learner_has(step, fleet.publishing.branch)
         faults.point("after_train")
         clock.enter("publish")
@@ -199,8 +202,9 @@ class Training:
         evaluate = partial(self._evaluation.run, step, greedy=False, share=self._config.eval.max_share)
         if evaluated := self._evaluating.after(step, evaluate):
             self._evaluation.belongs_to(step)
-        saved = self._checkpoints.take()
-        self._lines.hold(step, learner, replay, **weights, **compared, **saved, **evaluated)
+        up = (process.name for process in (*fleet.workers, *fleet.learners.ranks) if process.up.is_set())
+        others = {**weights, **compared, **self._checkpoints.take(), **evaluated, **self._costs.metrics(replay, up)}
+        self._lines.hold(step, learner, replay, **others)
         for line in self._forecast.compare(learner):
             self._reporter.note(line)
         self._span_file.write(
@@ -255,12 +259,6 @@ class Training:
         evaluated = await self._stalls.wait(evaluation, whom="replay", what=what, until_stopped=True)
         self._evaluation.belongs_to(self.step)
         return evaluated
-
-    async def _learners(
-        self, what: str, pick: Pick[LearnerProcess, Params, R], *args: Params.args, **kwargs: Params.kwargs
-    ) -> R:
-        """Wait for every rank of the learner. Returns what rank 0 answers."""
-        return await self._stalls.wait(self.fleet.learners.call_all(pick, *args, **kwargs), whom="learner", what=what)
 
     async def _replay(
         self, what: str, pick: Pick[ReplayProcess, Params, R], *args: Params.args, **kwargs: Params.kwargs

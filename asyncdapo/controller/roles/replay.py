@@ -7,12 +7,15 @@ Does not own: what is granted, cut and dropped (`replay/core`), the sockets (`re
 from __future__ import annotations
 
 import asyncio
+import time
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
 from asyncdapo.config.config import Config
 from asyncdapo.controller.process.health import Filling, Health
 from asyncdapo.controller.process.waits import replay_wait
+from asyncdapo.controller.process.workers_file import WorkerRow, write_rows
 from asyncdapo.controller.roles.base import ProcessBase, ProcessSpec
 from asyncdapo.controller.roles.opening import NUM_PROBE_PROMPTS, Opened, Start
 from asyncdapo.controller.roles.samples import read_samples
@@ -95,7 +98,8 @@ class ReplayProcess(ProcessBase):
     async def health(self) -> Health:
         status = self.server.status()
         self.waits.stand(*replay_wait(status["why_waiting"]))
-        silence_s = LOST_TICKS * self.config.replay.heartbeat_s
+        silence_s, workers = LOST_TICKS * self.config.replay.heartbeat_s, status["known_workers"]
+        write_rows(Path(self.config.run.dir), [_row(index, worker) for index, worker in workers.items()])
         return Health(
             entries=[self.spec.entry()],
             waits=self.waits.open(),
@@ -108,7 +112,7 @@ class ReplayProcess(ProcessBase):
             ),
             lost=[
                 index
-                for index, worker in status["known_workers"].items()
+                for index, worker in workers.items()
                 if worker["silent_s"] > silence_s or worker["stalled"] > MAX_STALLED
             ],
         )
@@ -175,6 +179,18 @@ def _server_settings(config: Config, start: Start) -> ServerSettings:
         max_failure_ratio=config.reward.max_failure_ratio,
         vocab_size=files.vocab_size,
         totals=start.totals,
+    )
+
+
+def _row(index: int, worker: Mapping[str, float]) -> WorkerRow:
+    """From what the server says of a worker."""
+    return WorkerRow(
+        worker=index,
+        heard_at_s=time.time() - worker["silent_s"],
+        leases=int(worker["leases"]),
+        tokens_per_s=worker["tokens_per_s"],
+        running=worker["running"],
+        waiting=worker["waiting"],
     )
 
 

@@ -1,8 +1,9 @@
 """What a run does now, from the files of its directory alone.
 
-In: config.yaml, metrics.jsonl, processes.json, run.log and ledger.db of a run that is live, over or resumed. Out: its
-lines, state, verdict, alarms, workers and newest notes. An update reads what is new, and nothing whole that grows with
-the run but metrics.jsonl, once. Writes nothing, asks no process. Does not own: how it is shown (`terminal`).
+In: config.yaml, metrics.jsonl, processes.json, workers.json, run.log and ledger.db of a run that is live, over or
+resumed. Out: its lines, state, verdict, alarms, workers and newest notes. An update reads what is new, and nothing
+whole that grows with the run but metrics.jsonl, once. Writes nothing, asks no process. Does not own: how it is shown
+(`terminal`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 from asyncdapo.api import Run
 from asyncdapo.controller.commands.ps import Row, processes
 from asyncdapo.controller.process import roster
+from asyncdapo.controller.process.workers_file import WorkerRow, read_rows
 from asyncdapo.errors import UserError
 from asyncdapo.metrics.alarms import Alarms
 from asyncdapo.metrics.progress import NUM_RECENT_STEPS, TimeLeft
@@ -28,7 +30,7 @@ from asyncdapo.replay.ledger.ledger import is_begun, open_ledger
 
 RUNNING, FINISHED, OVER = "running", "finished", "ended early"
 LOG_TAIL_BYTES = 16 << 10
-WORK = "SELECT worker, COUNT(*), SUM(tokens), MAX(arrived_at_s) FROM groups WHERE step = ? GROUP BY worker"
+WORK = "SELECT worker, COUNT(*), SUM(tokens) FROM groups WHERE step = ? GROUP BY worker"
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,6 @@ class Work:
 
     groups: int = 0
     tokens: int = 0
-    arrived_at_s: float | None = None
-    """When its last group of that batch arrived, in seconds since 1970."""
 
 
 class RunState:
@@ -57,6 +57,8 @@ class RunState:
         """The processes of the latest launch."""
         self.work: dict[int, Work] = {}
         """By worker."""
+        self.heard: dict[int, WorkerRow] = {}
+        """What replay heard from each worker last."""
         self.notes: list[str] = []
         """Newest lines of run.log but those of steps, oldest first."""
 
@@ -71,6 +73,7 @@ class RunState:
         self.state = self._read_state()
         self.rows = processes(self.dir) if (self.dir / roster.FILE_NAME).exists() else []
         self.work = dict(self._read_work())
+        self.heard = read_rows(self.dir)
         self.notes = [note for note in last_lines(self.dir / LOG_FILE) if note[10:].partition(" ")[0] != "step"]
 
     @property

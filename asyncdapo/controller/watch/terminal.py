@@ -146,10 +146,10 @@ def _height(console: Console, part: RenderableType) -> int:
 
 def _processes(run: RunState) -> RenderableType:
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for heading in ("process", "pid", "state", "behind", "memory", "of the last batch", "last group of it"):
+    for heading in ("process", "pid", "state", "behind", "memory", "of the last batch", "tok/s", "slots", "heartbeat"):
         table.add_column(heading, no_wrap=True, header_style="dim")
     for row in run.rows:
-        work = run.work.get(row.index) if row.role == "rollout" else None
+        work, heard = (known.get(row.index) if row.role == "rollout" else None for known in (run.work, run.heard))
         table.add_row(
             f"{row.role} {row.index}",
             str(row.pid),
@@ -157,7 +157,9 @@ def _processes(run: RunState) -> RenderableType:
             "-" if row.lag is None else f"{row.lag} {row.lag_unit}",
             "-" if row.memory_mib is None else f"{row.memory_mib:,.0f} MiB",
             f"{work.groups} groups, {work.tokens:,} tokens" if work else "",
-            f"{clock(time.time() - work.arrived_at_s)} ago" if work and work.arrived_at_s else "",
+            thousands(heard.tokens_per_s) if heard and heard.tokens_per_s is not None else "",
+            _decimals(heard.running) if heard and heard.running is not None else "",
+            f"{clock(max(0.0, time.time() - heard.heard_at_s))} ago" if heard else "",
         )
     return table
 

@@ -149,10 +149,15 @@ def _summary(run: RunState) -> dict[str, Any]:
                 "memory_mib": row.memory_mib,
                 "groups": work.groups if work else None,
                 "tokens": work.tokens if work else None,
-                "ago_s": now - work.arrived_at_s if work and work.arrived_at_s else None,
+                "tokens_per_s": heard.tokens_per_s if heard else None,
+                "running": heard.running if heard else None,
+                "waiting": heard.waiting if heard else None,
+                "heard_ago_s": max(0.0, now - heard.heard_at_s) if heard else None,
             }
             for row in run.rows
-            for work in [run.work.get(row.index) if row.role == "rollout" else None]
+            for work, heard in [
+                (run.work.get(row.index), run.heard.get(row.index)) if row.role == "rollout" else (None, None)
+            ]
         ],
     }
 

@@ -213,6 +213,9 @@ class ReplayServer:
             "leases": len(self._sessions.held_by(session.worker)),
             "silent_s": (self._sessions.tick - session.heard_tick) * self._heartbeat_s,
             "tokens": session.gauges.get("tokens", 0.0),
+            "tokens_per_s": session.pace.tokens_per_s,
+            "running": session.pace.running,
+            "waiting": session.pace.waiting,
             "stalled": session.num_stalled,
         }
 

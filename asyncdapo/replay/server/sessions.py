@@ -49,6 +49,7 @@ GAUGES = {
     "running_s": "rollout/running_s",
     "waiting_s": "rollout/waiting_s",
     "unsent_s": "rollout/unsent_s",
+    "preemptions": "rollout/preemptions",
     "cpu_s": "rollout/cpu_s",
     "verifier_busy_s": "reward/time/busy_s",
     "verifier_idle_s": "reward/time/idle_s",
@@ -275,7 +276,7 @@ class Sessions:
             session.counted_before = False
         else:  # an answer may have been ahead of a heartbeat that was sent before it
             session.gauges["tokens"] = max(tokens_before, session.gauges.get("tokens", 0.0))
-        session.pace.note(session.gauges)
+        session.pace.note(heartbeat.gauges | session.gauges)
         return session.gauges.get("tokens", 0.0) > tokens_before
 
     def _note_progress(self, lease: HeldLease, progress: Progress, engine_moved: bool) -> None:

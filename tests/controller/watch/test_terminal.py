@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from io import StringIO
 from pathlib import Path
 
@@ -9,6 +11,8 @@ import pytest
 from rich.console import Console
 
 from asyncdapo.cli import main
+from asyncdapo.controller.process.roster import Roster, this_process
+from asyncdapo.controller.process.workers_file import WorkerRow, write_rows
 from asyncdapo.controller.watch.run_state import RunState
 from asyncdapo.controller.watch.terminal import picture
 from tests.controller.watch.run_files import bound_by_learner, run_files
@@ -39,6 +43,18 @@ def test_one_run_fits_with_its_pipeline_curves_and_verdict(tmp_path: Path, width
         assert shown in text
     assert "verdict  learner-bound, 40%" in text
     assert "16:00:02  note [bold] that is longer" in text
+
+
+def test_a_large_terminal_shows_what_each_worker_said_last(tmp_path: Path) -> None:
+    run_dir = run_files(tmp_path, bound_by_learner(4))
+    Roster(run_dir).set("rollout-0", [this_process("rollout", 0), this_process("rollout", 1)])
+    heard_at_s = time.time() - 125
+    write_rows(run_dir, [WorkerRow(worker=0, heard_at_s=heard_at_s, leases=3, tokens_per_s=1234.4, running=math.nan)])
+    first, second = (line for line in drawn([run_dir], 130, 40) if line.startswith(("rollout 0", "rollout 1")))
+    assert first.rstrip().endswith("2:05 ago")
+    assert "1,234" in first
+    assert "nan" not in first
+    assert "ago" not in second
 
 
 def test_a_run_without_a_step_says_so(tmp_path: Path) -> None:

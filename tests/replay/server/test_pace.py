@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from asyncdapo.replay.server.pace import HEARTBEATS, Pace, spread
 
 
@@ -9,7 +11,8 @@ def paced(tokens_per_s: float, heartbeats: int = 5, working: float = 1.0) -> Pac
     pace = Pace()
     for beat in range(heartbeats):
         gauges = {"generate_time_s": beat * working, "lease_time_s": 50.0 * beat, "cpu_s": 9.0 * beat}
-        pace.note(gauges | {"tokens": beat * working * tokens_per_s})
+        busy = {"running_s": 4.0 * beat * working, "waiting_s": 2.0 * beat * working, "kv_use": tokens_per_s / 200}
+        pace.note(gauges | busy | {"tokens": beat * working * tokens_per_s})
     return pace
 
 
@@ -22,11 +25,25 @@ def test_the_slowest_worker_is_named_beside_the_mean() -> None:
         "rollout/worker_tokens_per_s_mean": 60.0,
         "rollout/worker_tokens_per_s_min": 20.0,
         "rollout/slowest_worker": 1,
+        "rollout/worker_running_mean": 4.0,
+        "rollout/worker_running_min": 4.0,
+        "rollout/worker_waiting_mean": 2.0,
+        "rollout/worker_waiting_max": 2.0,
+        "rollout/worker_kv_use_mean": pytest.approx(0.3),
+        "rollout/worker_kv_use_max": 0.5,
     }
 
 
+def test_an_engine_that_says_nothing_of_its_kv_cache_has_no_number() -> None:
+    pace = Pace()
+    for beat in range(3):
+        pace.note({"generate_time_s": beat, "tokens": beat, "running_s": beat})
+    assert not any("kv_use" in name for name in spread([(0, pace)]))
+
+
 def test_a_worker_that_has_hardly_worked_says_nothing() -> None:
-    assert spread([(0, paced(100.0, heartbeats=1)), (1, paced(100.0, working=0.1)), (2, Pace())]) == {}
+    found = spread([(0, paced(100.0, heartbeats=1)), (1, paced(100.0, working=0.1)), (2, Pace())])
+    assert set(found) == {"rollout/worker_kv_use_mean", "rollout/worker_kv_use_max"}
 
 
 def test_only_the_latest_heartbeats_count() -> None:

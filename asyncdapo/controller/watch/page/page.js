@@ -49,10 +49,11 @@ function showRuns() {
 }
 
 function showProcesses(processes) {
-  const headings = ["process", "host", "pid", "state", "behind", "memory, MiB", "groups of the last batch", "tokens of it", "its last, s ago"];
+  const headings = ["process", "host", "pid", "state", "behind", "memory, MiB", "groups of the last batch", "tokens of it", "tokens per s", "slots in use", "waiting", "heartbeat, s ago"];
   const rows = processes.map((each) => [
     each.name, each.host, String(each.pid), each.state, each.behind, short(each.memory_mib && Math.round(each.memory_mib)),
-    short(each.groups), short(each.tokens), short(each.ago_s && Math.round(each.ago_s)),
+    short(each.groups), short(each.tokens),
+    short(each.tokens_per_s && Math.round(each.tokens_per_s)), short(each.running), short(each.waiting), short(each.heard_ago_s && Math.round(each.heard_ago_s)),
   ]);
   fill(by("processes"), headings, rows);
 }
