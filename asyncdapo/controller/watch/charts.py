@@ -1,8 +1,8 @@
 """The charts of the page of `asyncdapo watch --web`, and their numbers.
 
-In: lines of metrics.jsonl. Out: of each chart its title, axis, look and a column for each series, all as long as there
-are lines; a number that isn't known is NaN. Pure. Does not own: how a chart is drawn (page.js), what metrics mean
-(docs/metrics.md).
+In: lines of metrics.jsonl. Out: of each chart its title, axis, look and a column for each series, with a number for
+each line, or for the mean of neighbours if there are more than `MOST_POINTS`; a number that isn't known is NaN. Pure.
+Does not own: how a chart is drawn (page.js), what metrics mean (docs/metrics.md).
 """
 
 from __future__ import annotations
@@ -12,8 +12,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from asyncdapo.metrics.sparkline import mean, parts
 from asyncdapo.metrics.verdict.verdict import LIMITS
 from asyncdapo.metrics.verdict.window import LOOP, WORKERS, Line
+
+MOST_POINTS = 400
+"""Of a series. A chart is about as many pixels wide."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,12 +154,18 @@ CHARTS = (
 )
 
 
+def ends(numbers: Sequence[float]) -> list[float]:
+    """Of a number that rises from line to line, such as the step: the highest of each point."""
+    return [part[-1] for part in parts(numbers, MOST_POINTS)]
+
+
 def columns(chart: Chart, lines: Sequence[Line]) -> list[list[float]]:
-    """A column for each series of the chart; a number for each line."""
+    """A column for each series of the chart; a number for each point."""
     numbers = [[line.get(metric, math.nan) for line in lines] for metric in chart.series]
     if chart.counts:
         numbers = [_rises(column) for column in numbers]
-    return _shares(numbers) if chart.shares else numbers
+    whole = _shares(numbers) if chart.shares else numbers
+    return [[mean(part) for part in parts(column, MOST_POINTS)] for column in whole]
 
 
 def _rises(column: Sequence[float]) -> list[float]:

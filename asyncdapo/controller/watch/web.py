@@ -34,7 +34,7 @@ from urllib.parse import parse_qs, urlsplit
 import msgspec
 
 from asyncdapo.api import Run
-from asyncdapo.controller.watch.charts import CHARTS, columns
+from asyncdapo.controller.watch.charts import CHARTS, columns, ends
 from asyncdapo.controller.watch.gantt import gantt
 from asyncdapo.controller.watch.pages import Speller, completion_page, group_page, groups_of
 from asyncdapo.controller.watch.run_state import RunState
@@ -77,7 +77,9 @@ class Site:
         self._tokenizer = cache(tokenizer_of)
 
     def warm_up(self) -> None:
-        """Load tokenizers before they are asked for. Who asks for one that can't be loaded hears why."""
+        """Read the runs and load tokenizers before they are asked for. Who asks for one that can't be loaded hears
+        why."""
+        self.runs()
         for run in self._runs:
             with suppress(UserError):
                 self._tokenizer(run.dir)
@@ -97,8 +99,9 @@ class Site:
         with self._lock:
             lines = list(self._runs[run].lines)
         return {
-            "step": [line["step"] for line in lines],
-            "wall_s": [line.get("time/wall_s", math.nan) for line in lines],
+            "step": ends([line["step"] for line in lines]),
+            "wall_s": ends([line.get("time/wall_s", math.nan) for line in lines]),
+            "lines": len(lines),
             "charts": [
                 {
                     "title": chart.title,

@@ -20,6 +20,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from asyncdapo.errors import EngineError, RunError, UserError, WeightsError
 from asyncdapo.messages import Sampling
+from asyncdapo.rollout.vllm_engine.stats import SchedulerStats
 
 if TYPE_CHECKING:
     from vllm.engine.arg_utils import AsyncEngineArgs
@@ -39,7 +40,7 @@ def launch(arguments: AsyncEngineArgs) -> AsyncLLM:
     except ValueError as error:
         raise UserError(f"vLLM refuses this model or rollout.engine_args: {_in_a_line(error)}") from error
     try:
-        return AsyncLLM.from_vllm_config(config, disable_log_stats=True)
+        return AsyncLLM.from_vllm_config(config, stat_loggers=[SchedulerStats], disable_log_stats=True)
     except RuntimeError as error:
         raise EngineError(f"vLLM could not start; its output in the log of this process says why: {error}") from error
 
@@ -50,6 +51,12 @@ class Adapter:
     def __init__(self, llm: AsyncLLM, stop_token_ids: list[int]) -> None:
         self._llm, self._stop_token_ids = llm, stop_token_ids
         self.vocab_size: int = llm.model_config.get_vocab_size()
+        loggers = llm.logger_manager.stat_loggers if llm.logger_manager else []
+        self._stats = next((logger for logger in loggers if isinstance(logger, SchedulerStats)), None)
+
+    def gauges(self) -> dict[str, float]:
+        """Of the scheduler, where this release records them."""
+        return self._stats.gauges() if self._stats else {}
 
     async def begin(self, version: int) -> None:
         """Label tokens with `version` from now on. Also makes vLLM's slow first call, so that no request waits for

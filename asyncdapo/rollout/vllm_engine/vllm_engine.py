@@ -121,7 +121,8 @@ class VllmEngine:
         return self._family.pids() if self._family else []
 
     def gauges(self) -> dict[str, float]:
-        return {"tokens": self._num_tokens, "prefill_tokens": self._num_prefill_tokens}
+        scheduler = self._adapter.gauges() if self._adapter else {}
+        return {"tokens": self._num_tokens, "prefill_tokens": self._num_prefill_tokens, **scheduler}
 
     # --------------------------------------------------------------------------------------------------- start and end
 

@@ -7,7 +7,7 @@ import math
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asyncdapo.controller.watch.charts import CHARTS, Chart, columns
+from asyncdapo.controller.watch.charts import CHARTS, MOST_POINTS, Chart, columns, ends
 from asyncdapo.learner.step.diagnostics import BUCKETS
 from tests.metrics.test_metrics_page import DOCUMENTED
 
@@ -37,6 +37,15 @@ def test_every_series_has_a_number_for_each_line_and_shares_sum_to_1(
         assert all(number >= 0 for number in known)
         if shares and known:
             assert math.isclose(sum(known), 1)
+
+
+def test_of_many_lines_a_point_is_the_mean_of_neighbours_at_their_last_step() -> None:
+    lines = [{"step": float(step), "a/x": float(step)} for step in range(1, 2 * MOST_POINTS + 1)]
+    lines[0]["a/x"] = math.nan
+    steps = ends([line["step"] for line in lines])
+    [column] = columns(Chart(title="t", axis="a", series={"a/x": "x"}), lines)
+    assert (steps[0], steps[-1], len(steps), len(column)) == (2, 2 * MOST_POINTS, MOST_POINTS, MOST_POINTS)
+    assert column[:2] == [2.0, 3.5]
 
 
 def test_a_count_shows_what_each_step_added_and_not_what_was_counted_again() -> None:

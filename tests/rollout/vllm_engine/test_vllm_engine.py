@@ -141,6 +141,20 @@ def test_progress_and_counters_add_up(engine, loop):
     assert engine.num_outstanding == 0
 
 
+def test_the_scheduler_says_how_full_its_cache_is(engine, loop):
+    async def use():
+        shares: list[float] = []
+        waiting = asyncio.ensure_future(engine.generate(request(40, range(3), max_tokens=50)))
+        while not waiting.done():
+            shares.append(engine.gauges()["kv_use"])
+            await asyncio.sleep(0.01)
+        return shares
+
+    shares = loop(use())
+    assert 0 < max(shares) < 1, shares
+    assert engine.gauges()["preemptions"] == 0
+
+
 def test_urgent_requests_start_before_those_that_wait(engine, loop):
     async def use():
         order: list[str] = []

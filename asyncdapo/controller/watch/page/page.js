@@ -132,6 +132,12 @@ function traces(number) {
   });
 }
 
+function overWhat() {
+  const { lines, step } = state.charts[state.shown];
+  const means = lines > step.length ? `, a point is the mean of ${Math.ceil(lines / step.length)}` : "";
+  return state.over === "step" ? `train step${means}` : `training time, s${means && `${means} steps`}`;
+}
+
 function bars() {
   const kinds = new Map();
   for (const row of [...state.gantts[state.shown].rows].reverse()) {
@@ -173,7 +179,7 @@ async function draw(figure, number) {
   const style = getComputedStyle(document.body);
   const [text, grid] = ["--text", "--line"].map((name) => style.getPropertyValue(name).trim());
   const axis = (title) => ({ title: { text: title, standoff: 6, font: { size: 12 } }, gridcolor: grid, zeroline: false, automargin: true });
-  const own = gantt ? ganttLayout() : { x: state.over === "step" ? "train step" : "training time, s", y: state.charts[0].charts[number].axis };
+  const own = gantt ? ganttLayout() : { x: overWhat(), y: state.charts[0].charts[number].axis };
   const layout = {
     margin: { l: 50, r: 12, t: gantt ? 24 : 8, b: 40 }, font: { color: text, size: 11 }, hovermode: "x unified", showlegend: true,
     paper_bgcolor: "transparent", plot_bgcolor: "transparent", hoverlabel: { bgcolor: style.getPropertyValue("--card").trim() },
