@@ -1,9 +1,9 @@
 """Costs: the GPU-seconds of workers and learner so far, and what each class of tokens took of a run's seconds.
 
 In: where processes live, which are up, the counts of replay and workers in a step. Out: metrics. A GPU is held as long
-as its process is up, whatever it does; one that several processes share is dealt to them in equal parts. A class of tokens took as much
-as its share of all tokens: what a token costs doesn't depend on what becomes of it. Pure but for the clock. Does not
-own: processor time (each process its own), classes of tokens (`replay/server/accounts`).
+as its process is up, whatever it does; one that several processes share is dealt to them in equal parts. A class of
+tokens took as much as its share of all tokens: what a token costs doesn't depend on what becomes of it. Pure but for
+the clock. Does not own: processor time (each process its own), classes of tokens (`replay/server/accounts`).
 """
 
 from __future__ import annotations
