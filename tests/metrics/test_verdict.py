@@ -91,6 +91,14 @@ def test_two_limits_that_cost_the_same_are_not_told_apart() -> None:
     assert all(LIMITS[limit] in said for limit in verdict.rivals)
 
 
+def test_workers_without_a_lease_beside_a_straggler_wait_for_it() -> None:
+    slow = {"num_workers": 2, "rollout__worker_tokens_per_s_mean": 2500.0, "rollout__worker_tokens_per_s_min": 1300.0}
+    workers = {"generate": 0.42, "score": 0.3, "lease": 0.28}
+    lost = lost_shares(window_of(loop={"wait": 0.68, "train": 0.32}, workers=workers, **slow))
+    assert judge(lost).limit == "straggler"
+    assert sum(lost.values()) == pytest.approx(0.68)
+
+
 @pytest.mark.parametrize(("all_correct", "said"), [(0.8, "harder prompts"), (0.1, "easier prompts")])
 def test_the_advice_on_data_depends_on_which_groups_teach_nothing(all_correct: float, said: str) -> None:
     planted = {"filter__all_correct_ratio": all_correct, "filter__all_wrong_ratio": 0.9 - all_correct}

@@ -16,8 +16,8 @@ def of_ranks(reports: Sequence[Mapping[str, float]]) -> dict[str, float]:
         return first
     gradients = [report["learner/time/gradient_s"] for report in reports]
     return first | {
-        "learner/rank_gradient_s_mean": sum(gradients) / len(gradients),
-        "learner/rank_gradient_s_max": max(gradients),
+        "learner/rank_gradient_mean_s": sum(gradients) / len(gradients),
+        "learner/rank_gradient_max_s": max(gradients),
         "learner/slowest_rank": gradients.index(max(gradients)),
         "learner/rank_peak_gib_max": max(report["learner/peak_gib"] for report in reports),
         "learner/ranks_cpu_s": sum(report["learner/cpu_s"] for report in reports),

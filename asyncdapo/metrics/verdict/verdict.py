@@ -65,14 +65,16 @@ class Verdict:
 
 
 def lost_shares(window: Window) -> dict[str, float]:
-    """By `LIMITS`."""
+    """By `LIMITS`. A straggler holds leases that others could have: they wait for it, too, so what it costs is taken
+    from both sides."""
     waiting, unleased = window.loop["wait"], window.workers["lease"]
     lost = dict.fromkeys(LIMITS, 0.0)
+    lost["straggler"] = min(waiting, _lost_to_straggler(window))
+    waiting, unleased = waiting - lost["straggler"], max(0.0, unleased - lost["straggler"])
     lost["run_ahead"] = min(waiting, unleased)
     alone = abs(waiting - unleased)
     if waiting > unleased:
-        lost["straggler"] = min(alone, _lost_to_straggler(window))
-        _divide(lost, alone - lost["straggler"], _of_workers(window))
+        _divide(lost, alone, _of_workers(window))
     else:
         _divide(lost, alone, {OF_LOOP[state]: window.loop[state] for state in OF_LOOP})
     return lost

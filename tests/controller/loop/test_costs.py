@@ -61,8 +61,8 @@ def test_of_several_ranks_the_slowest_is_named_and_of_one_nothing_is_added() -> 
     )
     assert of_ranks([first]) == first
     assert of_ranks([first, second]) == first | {
-        "learner/rank_gradient_s_mean": 4.0,
-        "learner/rank_gradient_s_max": 6.0,
+        "learner/rank_gradient_mean_s": 4.0,
+        "learner/rank_gradient_max_s": 6.0,
         "learner/slowest_rank": 1,
         "learner/rank_peak_gib_max": 3.0,
         "learner/ranks_cpu_s": 8.0,
