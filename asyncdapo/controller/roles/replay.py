@@ -15,7 +15,6 @@ from pathlib import Path
 from asyncdapo.config.config import Config
 from asyncdapo.controller.process.health import Filling, Health
 from asyncdapo.controller.process.waits import replay_wait
-from asyncdapo.controller.process.workers_file import WorkerRow, write_rows
 from asyncdapo.controller.roles.base import ProcessBase, ProcessSpec
 from asyncdapo.controller.roles.opening import NUM_PROBE_PROMPTS, Opened, Start
 from asyncdapo.controller.roles.samples import read_samples
@@ -31,6 +30,7 @@ from asyncdapo.replay.ledger.kept import keep_samples
 from asyncdapo.replay.server.server import ReplayServer
 from asyncdapo.replay.server.sessions import LOST_TICKS
 from asyncdapo.replay.server.settings import ServerSettings
+from asyncdapo.replay.server.workers_file import WorkerRow, write_rows
 from asyncdapo.shares import Dealer
 
 EXCERPT = 60

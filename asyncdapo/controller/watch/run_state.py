@@ -18,7 +18,6 @@ from pathlib import Path
 from asyncdapo.api import Run
 from asyncdapo.controller.commands.ps import Row, processes
 from asyncdapo.controller.process import roster
-from asyncdapo.controller.process.workers_file import WorkerRow, read_rows
 from asyncdapo.errors import UserError
 from asyncdapo.metrics.alarms import Alarms
 from asyncdapo.metrics.progress import NUM_RECENT_STEPS, TimeLeft
@@ -27,6 +26,7 @@ from asyncdapo.metrics.tail import MetricsTail
 from asyncdapo.metrics.verdict.advice import keys_in_force
 from asyncdapo.metrics.verdict.running_verdict import latest_words, verdict_of
 from asyncdapo.replay.ledger.ledger import is_begun, open_ledger
+from asyncdapo.replay.server.workers_file import WorkerRow, read_rows
 
 RUNNING, FINISHED, OVER = "running", "finished", "ended early"
 LOG_TAIL_BYTES = 16 << 10

@@ -1,7 +1,7 @@
 """RUN_DIR/workers.json: what the replay server heard from each worker last, for who watches the run from its files.
 
 In: rows. Out: the file, replaced as a whole, so a reader sees the rows before or those after. Not synced: the next look
-writes it again. Does not own: which workers are lost (`replay/server`), which processes there are (`roster`).
+writes it again. Does not own: which workers are lost (`sessions`), which processes there are (`roster`).
 """
 
 from __future__ import annotations
