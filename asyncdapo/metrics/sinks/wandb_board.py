@@ -3,11 +3,17 @@
 In: entity and project. Out: one saved view, `NAME` at W&B, that everyone in the project finds. Its title has the
 version of the sections. It is written when it is missing or of a lower version, so what people change in it stays until
 then. Does not own: what a report says (`wandb_report`), which uses the same panels.
+
+    python -m asyncdapo.metrics.sinks.wandb_board ENTITY PROJECT
+
+A run saves it by this command, in a process of its own: the import of W&B's package for it holds Python's lock for some
+tenths of a second, in which no other thread runs.
 """
 
 from __future__ import annotations
 
 import re
+import sys
 from typing import TYPE_CHECKING, Any
 
 from asyncdapo.metrics.dashboard.sections import SCHEMA, SECTIONS, Panel, Section
@@ -86,3 +92,7 @@ def plot(panel: Panel) -> LinePlot:
         plot_type=LOOKS[panel.look],
         **{f"smoothing_{key}": value for key, value in smoothing.items()},
     )
+
+
+if __name__ == "__main__":
+    save_board(*sys.argv[1:])

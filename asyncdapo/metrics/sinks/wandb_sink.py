@@ -14,6 +14,8 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,9 @@ from asyncdapo.metrics.samples import COLUMNS, Sample
 from asyncdapo.metrics.sinks.wandb_login import Mode
 
 ID_FILE = "wandb.id"
+INIT_TIMEOUT_S = 30.0
+"""For W&B's server to open the run; then it is offline. The end of a run waits longer (`FINISH_TIMEOUT_S`)."""
+BOARD_TIMEOUT_S = 60.0
 
 logger = logging.getLogger("metrics")
 
@@ -47,11 +52,11 @@ class WandbSink:
                 dir=str(run_dir),
                 config=dict(settings),
                 allow_val_change=True,
-                settings=wandb.Settings(silent=True, console="off"),
+                settings=wandb.Settings(silent=True, console="off", init_timeout=INIT_TIMEOUT_S),
             )
 
         self._wandb = wandb
-        self._run = open_run(start, mode, wandb.Error)
+        self._run = open_run(start, wandb.teardown, mode, wandb.Error)
         self._units: dict[str, str] = {}
         logger.info(describe(None if self._run.offline else self._run.url, run_dir))
         self._run.define_metric("step")
@@ -79,12 +84,14 @@ class WandbSink:
         self._wandb.teardown()  # end its process now, not when this one ends
 
     def _save_board(self) -> None:
-        from asyncdapo.metrics.sinks.wandb_board import save_board
-
+        """In a process of its own (`wandb_board` says why)."""
+        command = [sys.executable, "-m", "asyncdapo.metrics.sinks.wandb_board", self._run.entity, self._run.project]
         try:
-            save_board(self._run.entity, self._run.project)
-        except Exception as error:  # noqa: BLE001 - whatever is wrong with a server's answer, the curves are worth more
-            logger.warning("W&B: the project's board isn't saved: %s", " ".join(str(error).split()))
+            subprocess.run(command, check=True, capture_output=True, text=True, timeout=BOARD_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            logger.warning("W&B: the project's board isn't saved: no answer for %g s", BOARD_TIMEOUT_S)
+        except subprocess.CalledProcessError as error:
+            logger.warning("W&B: the project's board isn't saved: %s", error.stderr.strip().rpartition("\n")[2])
 
 
 def describe(url: str | None, run_dir: Path) -> str:
@@ -102,12 +109,13 @@ def run_id(run_dir: Path) -> str:
     return known
 
 
-def open_run(start: Callable[[Mode], Any], mode: Mode, error_type: type[Exception]) -> Any:
-    """Start a run in `mode`, or offline if the server can't be reached."""
+def open_run(start: Callable[[Mode], Any], give_up: Callable[[], None], mode: Mode, error_type: type[Exception]) -> Any:
+    """Start a run in `mode`, or offline if the server can't be reached, once `give_up` has ended the attempt."""
     try:
         return start(mode)
     except error_type as error:
         if mode != "online":
             raise
-        logger.warning("W&B continues offline: %s", error)
+        logger.warning("W&B continues offline: %s", " ".join(str(error).split()))
+        give_up()
         return start("offline")

@@ -17,7 +17,7 @@ from asyncdapo.metrics.dashboard.sections import SCHEMA, SECTIONS
 from asyncdapo.metrics.sinks.wandb_board import version_of
 from asyncdapo.metrics.sinks.wandb_upload import waiting_launches
 from tests.metrics.documented import EVERY
-from tests.metrics.sinks.wandb_server import WandbServer, wandb_server
+from tests.metrics.sinks.wandb_server import Mood, WandbServer, wandb_server
 
 ROOT = Path(__file__).parents[3]
 VIEW = "nw-asyncdapo-v"
@@ -125,6 +125,19 @@ def test_an_online_run_saves_the_board_and_uploads_its_lines(server: WandbServer
     assert list(server.views) == [VIEW]
     assert rows(server, "reward/mean") == [(0, 0.0), (1, 0.5)]
     assert rows(server, "undone_by") == [(0, 4)]
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("mood", ["errors", "silent"])
+def test_lines_that_the_server_never_took_wait_offline_for_sync(mood: Mood, tmp_path: Path):
+    with wandb_server(mood) as unwilling:
+        run(["-c", LAUNCH, "online", "0"], unwilling, tmp_path)
+    assert len(waiting_launches(tmp_path)) == 1
+    assert unwilling.lines == []
+    with wandb_server() as server:
+        upload_all = "from asyncdapo.metrics.sinks.wandb_upload import *; upload(waiting_launches(Path('.')))"
+        run(["-c", upload_all], server, tmp_path)
+    assert rows(server, "reward/mean") == [(0, 0.0), (1, 0.5)]
 
 
 @pytest.mark.soak

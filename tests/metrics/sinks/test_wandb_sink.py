@@ -21,10 +21,21 @@ class NoServerError(Exception):
     """What W&B raises when it can't reach its server."""
 
 
-def unreachable(mode: str) -> str:
-    if mode == "online":
-        raise NoServerError("no route")
-    return f"run {mode}"
+class Unreachable:
+    """A server, to which W&B keeps trying to connect until it is told to give up."""
+
+    def __init__(self) -> None:
+        self.tries = False
+
+    def start(self, mode: str) -> str:
+        if mode == "online":
+            self.tries = True
+            raise NoServerError("no route")
+        assert not self.tries, "the run is in use"
+        return f"run {mode}"
+
+    def give_up(self) -> None:
+        self.tries = False
 
 
 def environment(home: Path, **variables: str) -> dict[str, str]:
@@ -56,7 +67,8 @@ def test_online_without_a_login_is_a_configuration_error_instead_of_a_question(t
 
 
 def test_an_unreachable_server_takes_a_run_offline():
-    assert open_run(unreachable, "online", NoServerError) == "run offline"
+    server = Unreachable()
+    assert open_run(server.start, server.give_up, "online", NoServerError) == "run offline"
 
 
 @pytest.fixture(scope="module")
