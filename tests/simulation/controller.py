@@ -38,6 +38,13 @@ class Slot:
         self.process: Any = None
         self.up = asyncio.Event()
         self.life, self.since = 0, 0.0
+        self.leaving: tuple[float, float] | None = None
+        """How long it may finish what it holds, and for how long it then stays away."""
+        self.asked_to_leave = asyncio.Event()
+
+    def leave(self, within_s: float, away_s: float) -> None:
+        self.leaving = within_s, away_s
+        self.asked_to_leave.set()
 
     def fill(self, make: Callable[[], Process]) -> None:
         """Raises Killed when the process dies while it is made."""
@@ -139,15 +146,36 @@ class Controller(Process):
 
     async def _keep_worker(self, index: int, slot: Slot) -> None:
         while True:
-            await slot.death()
+            pause_s = RESTART_S
+            death, leave = self.spawn(slot.death()), self.spawn(slot.asked_to_leave.wait())
+            await asyncio.wait([death, leave], return_when=asyncio.FIRST_COMPLETED)
             try:
-                await self.replay.ask(lambda replay: replay.server.lose_worker(index, "killed"))
+                if leave.done() and slot.leaving:
+                    pause_s += slot.leaving[1]
+                    await self._drain(index, slot, slot.leaving[0])
+                slot.asked_to_leave.clear()
+                await self.replay.ask(lambda replay: replay.server.lose_worker(index, "gone"))
             except RunError as error:
                 self.world.fail(error)
                 return
-            await asyncio.sleep(RESTART_S)
+            finally:
+                death.cancel()
+                leave.cancel()
+            await asyncio.sleep(pause_s)
             await self._bring_up(slot, partial(Rollout, self.world, index))
             self.spawn(self._catch_up(index, slot))
+
+    async def _drain(self, index: int, slot: Slot, within_s: float) -> None:
+        """It may die meanwhile."""
+        asked = self.replay.ask(lambda replay: replay.server.drain_worker(index, within_s, "asked to leave"))
+        drained, death = self.spawn(asked), self.spawn(slot.death())
+        await asyncio.wait([drained, death], return_when=asyncio.FIRST_COMPLETED)
+        if drained.done():
+            drained.result()
+            if slot.up.is_set():
+                slot.process.die("it has left")
+        drained.cancel()
+        death.cancel()
 
     async def _look(self) -> None:
         """Workers that the replay server takes for lost are killed."""

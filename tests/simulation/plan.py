@@ -68,6 +68,8 @@ class Plan:
     """(role, point, which time) at which a process kills itself; the points are those of `faults`."""
     cuts: list[tuple[float, float, int]] = field(default_factory=list)
     """From when, for how long a worker's link is down, and whose."""
+    leaves: list[tuple[float, float, float, int]] = field(default_factory=list)
+    """When a worker is asked to leave, how long it may finish what it holds, for how long it stays away, and which."""
     curses: dict[int, str] = field(default_factory=dict)
     """What is wrong with a prompt: it kills its worker, hangs, is slow, breaks its group, or its reward raises."""
     disk_full_at: int = 0
@@ -93,7 +95,7 @@ class Plan:
     @property
     def gentle(self) -> bool:
         """No message is lost or overtaken and no process dies, so that nobody can lose count."""
-        links = self.links.drop or self.links.truncate or self.links.reorder or self.cuts
+        links = self.links.drop or self.links.truncate or self.links.reorder or self.cuts or self.leaves
         return not (links or self.kills_at or self.kills_in or self.curses)
 
 
@@ -127,7 +129,16 @@ def draw(seed: int) -> Plan:
         "ends_wildly": rng.random() < 0.3,
         "links": _links(rng, seed, wild),
     }
-    return Plan(**plan, **(_faults(rng, settles_at) if wild else {}))
+    return Plan(**plan, **(_faults(rng, settles_at) if wild else {}), leaves=_leaves(seed, settles_at))
+
+
+def _leaves(seed: int, settles_at: float) -> list[tuple[float, float, float, int]]:
+    """Of half of the runs. With numbers of their own, so that the other plans are what they were."""
+    rng = random.Random(f"{seed} leaves")
+    return [
+        (rng.uniform(0, settles_at), rng.choice((0.0, 1.0, 10.0)), rng.choice((0.0, 2.0, 12.0)), rng.randint(0, 2))
+        for _ in range(rng.choice((0, 0, 1, 2, 4)))
+    ]
 
 
 def _replay(rng: random.Random) -> ReplayConfig:

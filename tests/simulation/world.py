@@ -146,6 +146,8 @@ class World:
         for at, how_long, index in plan.cuts:
             later(at, self._cut_off, f"rollout-{index}")
             later(at + how_long, self.network.cut_off.discard, f"rollout-{index}")
+        for at, *how in plan.leaves:
+            later(at, self._ask_to_leave, *how)
         for at in plan.harms_at:
             later(at, self._do_harm)
         later(plan.settles_at, self.settle)
@@ -159,6 +161,11 @@ class World:
         process = controller if role == "controller" else slot.process
         if process:
             process.die("killed")
+
+    def _ask_to_leave(self, within_s: float, away_s: float, index: int) -> None:
+        if not self.settled and index < len(self.controller.workers):
+            self.note("leaves", f"rollout-{index} is asked to leave within {within_s:g} s")
+            self.controller.workers[index].leave(within_s, away_s)
 
     def _cut_off(self, name: str) -> None:
         if not self.settled:
