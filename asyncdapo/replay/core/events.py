@@ -57,6 +57,8 @@ class Ready(Event):
 
     worker: int
     credits: int
+    pace: float = 1.0
+    """How fast it samples a sequence, as a share of the mean of all; 1 if that isn't known."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

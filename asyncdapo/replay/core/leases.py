@@ -28,6 +28,8 @@ class Worker:
     loaded_version: int
     credits: int = 0
     """Leases that it can start now."""
+    pace: float = 1.0
+    """How fast it samples a sequence, as a share of the mean of all."""
 
 
 @dataclass(slots=True)
@@ -82,10 +84,11 @@ class Leases:
             self.running[lease_id].started_version = version
 
     def worker_for_next(self, step: int) -> int | None:
-        """The worker with most credits, of those whose weights fit batch `step`. Ties go to the newest weights, then to
-        the lowest index. None if no worker has a credit and weights that fit."""
+        """The worker with most credits for its pace, of those whose weights fit batch `step`: while leases are scarce,
+        each gets its share by what it does in the same time. Ties go to the newest weights, then to the lowest index.
+        None if no worker has a credit and weights that fit."""
         able = [
-            (worker.credits, worker.loaded_version, -index)
+            (worker.credits * worker.pace, worker.loaded_version, -index)
             for index, worker in self.workers.items()
             if worker.credits > 0 and self._bound.fits(worker.loaded_version, step)
         ]

@@ -148,7 +148,8 @@ class ReplayState:
                 for lease in self.leases.leave(event.worker, "withdrawn", "drained"):
                     self.prompts.hand_back(lease.prompt_id, "drained")
             case Ready():
-                self.leases.workers[event.worker].credits = event.credits
+                worker = self.leases.workers[event.worker]
+                worker.credits, worker.pace = event.credits, event.pace
             case WeightsLoaded():
                 self.leases.workers[event.worker].loaded_version = event.version
             case SamplingBegan():

@@ -44,6 +44,11 @@ class Pace:
         return self._rise("running_s")
 
     @property
+    def sequence_tokens_per_s(self) -> float:
+        """Of one sequence. It doesn't fall because a worker has few leases, as the tokens of all of them do."""
+        return self.tokens_per_s / self.running if self.running > 0 else math.nan
+
+    @property
     def waiting(self) -> float:
         """Sequences without a slot."""
         return self._rise("waiting_s")
@@ -70,6 +75,15 @@ SPREADS: tuple[tuple[str, str, Callable[..., float], Of], ...] = (
     ("rollout/worker_kv_use_mean", "rollout/worker_kv_use_max", max, lambda pace: pace.kv_use),
 )
 """Mean of the workers and the worst of them."""
+
+
+def relative(own: Pace, all_paces: Iterable[Pace]) -> float:
+    """The speed of its sequences as a share of the mean of all workers; 1 if it isn't known. So a slow worker gets less
+    while leases are scarce, and one that has few isn't given still fewer."""
+    speeds = [pace.sequence_tokens_per_s for pace in all_paces]
+    known = [speed for speed in speeds if math.isfinite(speed)]
+    mean = sum(known) / len(known) if known else 0.0
+    return own.sequence_tokens_per_s / mean if math.isfinite(own.sequence_tokens_per_s) and mean > 0 else 1.0
 
 
 def spread(paces: Iterable[tuple[int, Pace]]) -> dict[str, float]:

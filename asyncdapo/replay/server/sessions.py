@@ -28,7 +28,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from asyncdapo.messages import Heartbeat, Hello, Progress, Prompt
-from asyncdapo.replay.server.pace import Pace, spread
+from asyncdapo.replay.server.pace import Pace, relative, spread
 
 SUSPECT_TICKS = 5
 LOST_TICKS = 15
@@ -121,6 +121,8 @@ class Session:
     leaving: bool = False
     """It is being drained, or was: it gets nothing more, and doesn't join again."""
     pace: Pace = field(default_factory=Pace)
+    relative_pace: float = 1.0
+    """Speed of its sequences as a share of the mean of those that live, as of its latest heartbeat."""
 
     @property
     def owed(self) -> int:
@@ -277,6 +279,7 @@ class Sessions:
         else:  # an answer may have been ahead of a heartbeat that was sent before it
             session.gauges["tokens"] = max(tokens_before, session.gauges.get("tokens", 0.0))
         session.pace.note(heartbeat.gauges | session.gauges)
+        session.relative_pace = relative(session.pace, [other.pace for other in self.live])
         return session.gauges.get("tokens", 0.0) > tokens_before
 
     def _note_progress(self, lease: HeldLease, progress: Progress, engine_moved: bool) -> None:

@@ -250,7 +250,7 @@ class Workers:
             session.granted += 1
             self._dispatch.send(session, replace(request, number=session.granted))
         if self.leasing:
-            self._dispatch.apply(core.Ready(worker=session.worker, credits=session.owed))
+            self._dispatch.apply(core.Ready(worker=session.worker, credits=session.owed, pace=session.relative_pace))
 
     # ------------------------------------------------------------------------------------------------------- groups
 

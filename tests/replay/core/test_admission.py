@@ -9,6 +9,9 @@ from hypothesis import strategies as st
 from asyncdapo.replay.config import FilterConfig, ReplayConfig
 from asyncdapo.replay.core import events as core
 from asyncdapo.replay.core.admission import Admission, PromptStream
+from asyncdapo.replay.core.leases import Leases
+from asyncdapo.replay.core.recovery import KnownWorker
+from asyncdapo.replay.core.staleness import StalenessBound
 from asyncdapo.replay.core.waits import why_waiting
 from tests.replay.scenario import Scenario, grants_of, group_done, stop_of
 
@@ -94,6 +97,21 @@ def test_leases_are_spread_over_the_workers_with_most_room() -> None:
     scenario.tell(core.WorkerJoined(worker=0, loaded_version=0), core.WorkerJoined(worker=1, loaded_version=0))
     scenario.tell(core.Ready(worker=0, credits=1), core.Ready(worker=1, credits=4))
     assert [(grant.prompt_id, grant.worker) for grant in grants_of(scenario.actions)] == [(0, 0), (1, 1), (2, 1)]
+
+
+@pytest.mark.parametrize(("num_leases", "slow_gets"), [(3, 0), (8, 3), (12, 5), (16, 8)])
+def test_while_leases_are_scarce_a_slow_worker_gets_less_and_else_all_that_it_can_start(
+    num_leases: int, slow_gets: int
+) -> None:
+    workers = {index: KnownWorker(session="", loaded_version=0) for index in (0, 1)}
+    leases = Leases(StalenessBound(0), lambda action: None, workers=workers, running=(), num_granted=0)
+    for index, pace in ((0, 0.5), (1, 1.0)):
+        leases.workers[index].credits, leases.workers[index].pace = 8, pace
+    for prompt_id in range(num_leases):
+        worker = leases.worker_for_next(1)
+        assert worker is not None
+        leases.grant(prompt_id, worker, 1)
+    assert sum(lease.worker == 0 for lease in leases.running.values()) == slow_gets
 
 
 def test_the_keep_rate_lets_more_prompts_run_when_many_are_filtered() -> None:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import pytest
 
-from asyncdapo.replay.server.pace import HEARTBEATS, Pace, spread
+from asyncdapo.replay.server.pace import HEARTBEATS, Pace, relative, spread
 
 
-def paced(tokens_per_s: float, heartbeats: int = 5, working: float = 1.0) -> Pace:
+def paced(tokens_per_s: float, heartbeats: int = 5, working: float = 1.0, sequences: float = 4.0) -> Pace:
     pace = Pace()
     for beat in range(heartbeats):
         gauges = {"generate_time_s": beat * working, "lease_time_s": 50.0 * beat, "cpu_s": 9.0 * beat}
-        busy = {"running_s": 4.0 * beat * working, "waiting_s": 2.0 * beat * working, "kv_use": tokens_per_s / 200}
+        busy = {
+            "running_s": sequences * beat * working,
+            "waiting_s": 2.0 * beat * working,
+            "kv_use": tokens_per_s / 200,
+        }
         pace.note(gauges | busy | {"tokens": beat * working * tokens_per_s})
     return pace
 
@@ -51,3 +55,9 @@ def test_only_the_latest_heartbeats_count() -> None:
     for beat in range(HEARTBEATS):
         pace.note({"generate_time_s": 10.0 + beat, "tokens": 1000.0 + 10 * beat})
     assert pace.tokens_per_s == 10.0
+
+
+def test_the_speed_of_a_sequence_tells_a_slow_worker_from_one_with_few_leases() -> None:
+    full, half, slow = paced(100.0, sequences=10), paced(50.0, sequences=5), paced(40.0, sequences=10)
+    assert [relative(pace, [full, half, slow]) for pace in (full, half, slow)] == [1.25, 1.25, 0.5]
+    assert relative(Pace(), [full, slow]) == relative(full, []) == 1.0
