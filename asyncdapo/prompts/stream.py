@@ -80,13 +80,23 @@ class PromptStream:
 
         Raises ConfigError if an endless task makes a prompt that is too long.
         """
+        drawn = self._draw(prompt_id)
+        return None if drawn is None else self._prompt(prompt_id, *drawn)
+
+    def row_at(self, prompt_id: int) -> tuple[str, int] | None:
+        """Source and row of the prompt at this position, without its tokens; None past the end of the data."""
+        drawn = self._draw(prompt_id)
+        return None if drawn is None else (drawn[1].source, drawn[1].row)
+
+    def _draw(self, prompt_id: int) -> tuple[int, Question] | None:
+        """Epoch and question."""
         if self.num_prompts is not None and prompt_id >= self.num_prompts:
             return None
         epoch, row = 0, prompt_id
         if self._parts is not None:
             part, place = self._mixture.draw(prompt_id)
             epoch, row = self._parts[part].draw(place)
-        return self._prompt(prompt_id, epoch, self._task.question_at(row))
+        return epoch, self._task.question_at(row)
 
     def eval_prompts(self, num: int) -> list[Prompt]:
         """The first `num` held-out prompts, or fewer if the table is shorter. Their ids count from 0, separately."""

@@ -47,6 +47,9 @@ class ReplayConfig:
     """Batches that generation may be ahead of training. 0 is synchronous; fractions are allowed."""
     max_staleness: Annotated[int, Meta(ge=0, extra={"fix": "0 trains on fresh groups only"})] = 2
     """Most train steps between the weights that sampled a group's oldest token and the weights that train on it."""
+    order: Literal["arrival", "longest_first"] = "arrival"
+    """Which of the next `prompts_per_step` prompts is sampled first: that of the stream, or the one whose answers were
+    the longest in an earlier epoch, so that the longest don't come last."""
     on_stale: Literal["drop", "requeue", "wait"] = "drop"
     """What happens to a group that would exceed the bound: `drop` it, `requeue` its prompt, or `wait` with the cut of
     the batch until the group is done."""
@@ -66,6 +69,9 @@ class ReplayConfig:
                 self.run_ahead,
                 "else groups would be sampled only to be dropped",
             )
+        if self.synchronous and self.order != "arrival":
+            problem = "does nothing with replay.run_ahead 0, where a batch is the first kept of the stream"
+            raise ConfigError("replay.order", problem, self.order, "use arrival")
         if self.lease_stall_s < 2 * self.heartbeat_s:
             raise ConfigError(
                 "replay.lease_stall_s",

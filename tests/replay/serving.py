@@ -85,6 +85,7 @@ async def serving(
     server_settings=None,
     ports=(0, 0),
     curve=None,
+    lengths=None,
     **replay,
 ):
     """A server of batches of 2 groups of 2, at the end of the run's ledger; `server.serving` is the task that serves.
@@ -98,6 +99,7 @@ async def serving(
         lambda recovered: make_state(recovered=recovered),
         journal,
         prompt_at,
+        lengths=lengths,
         ports=ports,
         curve=curve,
     )

@@ -138,7 +138,7 @@ class Simulation:
         index = self._one_of(list(self.workers))
         worker = self.workers[index]
         credits = self._pick(worker.num_slots - len(worker.running) + 1)
-        self.tell(core.Ready(worker=index, credits=credits))
+        self.tell(core.Ready(worker=index, credits=credits, pace=(1.0, 0.3)[credits % 2]))
 
     def _load(self) -> None:
         """Some version that was sent since; a publish that is never loaded is one that was lost. It is sent while the

@@ -46,6 +46,8 @@ if TYPE_CHECKING:
 
 LOOK_S = 2.0
 """Between two looks at all processes."""
+NEWCOMERS = Bundle(())
+"""In place of the bundle of a worker that joins later on a CPU."""
 JOIN_S = 30.0
 """Time for a worker that was just started to be heard."""
 
@@ -174,14 +176,16 @@ class Fleet:
 
     async def bring_up_worker(self, worker: Process[RolloutProcess]) -> None:
         """After the others of its bundle: vLLM measures what is free on a GPU while it starts, and would count as its
-        own what others allocate meanwhile."""
+        own what others allocate meanwhile. On CPUs those that join later start one after the other, since each start
+        takes cores from the run."""
         memory_fraction = self.placement.memory_fraction(worker.name, self.config.rollout.memory_fraction)
         outlives = RunError if worker.life or self._watched else ProcessDied
 
         async def begin_life() -> None:
             await self._supervisor.start(worker, start_rollout, self.opened.rollout_address, memory_fraction)
 
-        async with self._turns[self.placement.bundle(worker.name)]:
+        bundle = self.placement.bundle(worker.name)
+        async with self._turns[bundle if bundle.num_gpus or not self._watched else NEWCOMERS]:
             await self._supervisor.bring_up(worker, begin_life, outlives)
 
     async def serve_worker(self, worker: Process[RolloutProcess], *, late: bool) -> None:

@@ -23,6 +23,7 @@ from asyncdapo.metrics.samples import Sample
 from asyncdapo.model.tokenizer import TextTokenizer, load_tokenizer
 from asyncdapo.prompts.registry import open_task
 from asyncdapo.prompts.stream import PromptStream
+from asyncdapo.replay.core.lengths import AnswerLengths
 from asyncdapo.replay.core.recovery import Recovered
 from asyncdapo.replay.core.state import ReplayState
 from asyncdapo.replay.ledger.journal import Journal
@@ -62,11 +63,15 @@ class ReplayProcess(ProcessBase):
             tokenizer.unknown_id,
             with_text=config.environment.enabled,
         )
+        journal, lengths = _open_journal(config, start), None
+        if config.replay.order == "longest_first":
+            lengths = AnswerLengths(journal.answer_lengths(), stream.row_at)
         server = ReplayServer(
             _server_settings(config, start),
-            partial(_make_state, config, stream.num_prompts),
-            _open_journal(config, start),
+            partial(_make_state, config, stream.num_prompts, lengths),
+            journal,
             stream.prompt_at,
+            lengths=lengths,
             host=spec.host(),
             ports=start.ports,
             curve=spec.keys.server,
@@ -201,13 +206,16 @@ def _open_journal(config: Config, start: Start) -> Journal:
     return journal
 
 
-def _make_state(config: Config, num_prompts: int | None, recovered: Recovered) -> ReplayState:
+def _make_state(
+    config: Config, num_prompts: int | None, lengths: AnswerLengths | None, recovered: Recovered
+) -> ReplayState:
     return ReplayState(
         config.replay,
         config.filter,
         max_attempts=config.prompts.max_attempts,
         num_prompts=num_prompts,
         recovered=recovered,
+        expected_tokens=lengths.expected if lengths else None,
     )
 
 

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 FIRST = -1
@@ -64,27 +64,47 @@ class PromptStream:
     - Prompts that were in flight at a rollback go first, so that repeated rollbacks don't postpone long ones for ever.
 
     At the barrier (no delay) all keep their own place, because there leases are granted in rising `prompt_id`.
+
+    With `expected_tokens` fresh prompts go by windows of `prompts_per_step`, in each of them the one with the longest
+    answer first (`replay.order: longest_first`). A window is used up before the next one, so no length is favoured.
     """
 
     def __init__(
-        self, num_prompts: int | None, delay: int, *, num_fresh: int = 0, places: Mapping[int, int] | None = None
+        self,
+        num_prompts: int | None,
+        delay: int,
+        *,
+        num_fresh: int = 0,
+        places: Mapping[int, int] | None = None,
+        expected_tokens: Callable[[int], float] | None = None,
     ) -> None:
         """`num_prompts`: where the stream ends; None if it doesn't. `delay`: fresh prompts that go before the prompt of
-        a lost lease. `places`: those of the prompts that came back before."""
+        a lost lease. `places`: those of the prompts that came back before. `expected_tokens`: of an answer to a prompt,
+        as far as that is known."""
         self.num_prompts = num_prompts
         self.num_fresh = num_fresh
-        """Fresh prompts taken so far; also the `prompt_id` of the next one."""
-        self._delay = delay
+        """The `prompt_id` of the next fresh prompt that is in no window."""
+        self._delay, self._expected_tokens = delay, expected_tokens
         waiting = (places or {}).items()
         self._returned = [(place if delay else prompt_id, prompt_id) for prompt_id, place in waiting]
         heapq.heapify(self._returned)
+        self._window: list[tuple[float, int]] = []
+        """Fresh prompts in the order of their leases: a heap of minus tokens, and `prompt_id`."""
+        self._draw_window()
+
+    @property
+    def num_taken(self) -> int:
+        """Fresh prompts taken so far."""
+        return self.num_fresh - len(self._window)
 
     @property
     def next(self) -> int | None:
         """The prompt to lease next; None if the data is used up."""
-        if self._returned and self._returned[0] <= (self.num_fresh, self.num_fresh):
+        if self._returned and self._returned[0] <= (self.num_taken, self.num_taken):
             return self._returned[0][1]
-        if self.num_prompts is None or self.num_fresh < self.num_prompts:
+        if self._window:
+            return self._window[0][1]
+        if self._has_fresh:
             return self.num_fresh
         return self._returned[0][1] if self._returned else None
 
@@ -92,7 +112,10 @@ class PromptStream:
         """Remove and return `next`."""
         prompt_id = self.next
         assert prompt_id is not None, "the data is used up"
-        if prompt_id == self.num_fresh:
+        if self._window and prompt_id == self._window[0][1]:
+            heapq.heappop(self._window)
+            self._draw_window()
+        elif prompt_id == self.num_fresh:
             self.num_fresh += 1
         else:
             heapq.heappop(self._returned)
@@ -105,14 +128,29 @@ class PromptStream:
 
     def put_back(self, prompt_id: int) -> int:
         """Put it in its own place, ahead of every fresh prompt. Returns the place."""
-        return self._put(prompt_id, prompt_id)
+        return self._put(prompt_id, min(prompt_id, self.num_taken))
 
     def put_behind(self, prompt_id: int) -> int:
         """Put it behind the next `delay` fresh prompts, and as far behind any other that came back. Without a delay it
         goes to its own place. Returns the place."""
         last = max((place for place, _ in self._returned), default=0)
-        return self._put(prompt_id, max(self.num_fresh, last) + self._delay if self._delay else prompt_id)
+        return self._put(prompt_id, max(self.num_taken, last) + self._delay if self._delay else prompt_id)
 
     def _put(self, prompt_id: int, place: int) -> int:
         heapq.heappush(self._returned, (place, prompt_id))
         return place
+
+    @property
+    def _has_fresh(self) -> bool:
+        return self.num_prompts is None or self.num_fresh < self.num_prompts
+
+    def _draw_window(self) -> None:
+        """The next one, once a window is used up."""
+        if self._expected_tokens is None or not self._delay:
+            return
+        while not self._window and self._has_fresh:
+            end = self.num_fresh + self._delay
+            prompt_ids = range(self.num_fresh, end if self.num_prompts is None else min(end, self.num_prompts))
+            self._window = [(-self._expected_tokens(prompt_id), prompt_id) for prompt_id in prompt_ids]
+            heapq.heapify(self._window)
+            self.num_fresh += len(prompt_ids)

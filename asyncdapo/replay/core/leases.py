@@ -79,6 +79,9 @@ class Leases:
         del self.workers[worker]
         return held
 
+    def note_ready(self, worker: int, credits: int, pace: float) -> None:
+        self.workers[worker].credits, self.workers[worker].pace = credits, pace
+
     def start(self, lease_id: int, version: int) -> None:
         if lease_id in self.running:
             self.running[lease_id].started_version = version

@@ -84,7 +84,8 @@ class Recovered:
     prompts: dict[int, tuple[PromptState, int]] = field(default_factory=dict[int, tuple[PromptState, int]])
     """State and attempts of every prompt that has a row but no end."""
     places: dict[int, int] = field(default_factory=dict[int, int])
-    """Place in the stream of each of these that waits; `FIRST` for those in flight at a rollback."""
+    """Place in the stream of each of these that waits; `FIRST` for those in flight at a rollback. Also of those before
+    `num_fresh` that have no row, since a longer one of their window was leased first."""
 
     queued: list[HeldGroup] = field(default_factory=list[HeldGroup])
     """In queue order."""

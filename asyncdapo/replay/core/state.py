@@ -28,6 +28,7 @@ Does not own: payloads, the journal, deadlines, seeds (`server.py`, `journal.py`
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from asyncdapo.replay.config import FilterConfig, ReplayConfig
 from asyncdapo.replay.core.admission import Admission, PromptStream
@@ -76,8 +77,10 @@ class ReplayState:
         max_attempts: int,
         num_prompts: int | None,
         recovered: Recovered | None = None,
+        expected_tokens: Callable[[int], float] | None = None,
     ) -> None:
-        """`num_prompts`: length of the stream, epochs included; None if it is endless. `recovered`: where to resume."""
+        """`num_prompts`: length of the stream, epochs included; None if it is endless. `expected_tokens`: see
+        `PromptStream`. `recovered`: where to resume."""
         self.config, self.filter = config, filter
         size, barrier, was = config.prompts_per_step, config.synchronous, recovered or Recovered()
         self._actions: list[Action] = []
@@ -93,7 +96,8 @@ class ReplayState:
             run_ahead=config.run_ahead,
             max_verdicts=filter.max_gen_batches * self.gen_batches.size if limited else math.inf,
         )
-        self.stream = PromptStream(num_prompts, 0 if barrier else size, num_fresh=was.num_fresh, places=was.places)
+        at, delay = {"num_fresh": was.num_fresh, "places": was.places}, 0 if barrier else size
+        self.stream = PromptStream(num_prompts, delay, expected_tokens=expected_tokens, **at)
         self.prompts = Lifecycle(
             self.stream, max_attempts=max_attempts, on_stale=config.on_stale, do=self._do, prompts=was.prompts
         )
@@ -148,8 +152,7 @@ class ReplayState:
                 for lease in self.leases.leave(event.worker, "withdrawn", "drained"):
                     self.prompts.hand_back(lease.prompt_id, "drained")
             case Ready():
-                worker = self.leases.workers[event.worker]
-                worker.credits, worker.pace = event.credits, event.pace
+                self.leases.note_ready(event.worker, event.credits, event.pace)
             case WeightsLoaded():
                 self.leases.workers[event.worker].loaded_version = event.version
             case SamplingBegan():

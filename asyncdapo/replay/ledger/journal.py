@@ -186,6 +186,10 @@ class Journal:
         """The group without its payload. Raises as `read`."""
         return self._segments.read_header(place_of(self._db, group_id))
 
+    def answer_lengths(self) -> dict[tuple[str, int], float]:
+        """See `reload.answer_lengths`."""
+        return reload.answer_lengths(self._db)
+
     def outcome(self, lease_id: int) -> str | None:
         """How a lease ended, or `undone`; None while it runs. Raises LookupError if it was never granted."""
         return reload.outcome(self._db, lease_id)

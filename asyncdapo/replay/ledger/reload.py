@@ -134,11 +134,29 @@ def _prompts(db: sqlite3.Connection) -> dict[str, Any]:
     rows = db.execute(
         f"SELECT prompt_id, state, attempts, place FROM prompts WHERE state IN {('waiting', 'leased', *HELD_STATES)}"
     ).fetchall()
+    highest, number = db.execute("SELECT MAX(prompt_id), COUNT(*) FROM prompts").fetchone()
+    num_fresh = 0 if highest is None else highest + 1
     return {
-        "num_fresh": 1 + (highest if (highest := _one(db, "SELECT MAX(prompt_id) FROM prompts")) is not None else -1),
+        "num_fresh": num_fresh,
         "prompts": {prompt_id: (state, attempts) for prompt_id, state, attempts, _ in rows},
-        "places": {prompt_id: place for prompt_id, state, _, place in rows if state == "waiting"},
+        "places": {prompt_id: place for prompt_id, state, _, place in rows if state == "waiting"}
+        | (_passed_over(db, num_fresh) if number < num_fresh else {}),
     }
+
+
+def _passed_over(db: sqlite3.Connection, num_fresh: int) -> dict[int, int]:
+    """Prompts that were never leased, before one that was (`replay.order: longest_first`): each is in its own place."""
+    leased = {prompt_id for (prompt_id,) in db.execute("SELECT prompt_id FROM prompts")}
+    return {prompt_id: prompt_id for prompt_id in range(num_fresh) if prompt_id not in leased}
+
+
+def answer_lengths(db: sqlite3.Connection) -> dict[tuple[str, int], float]:
+    """Mean tokens of a completion of the latest group of each row of the data."""
+    rows = db.execute(
+        "SELECT source, row, 1.0 * tokens / completions, MAX(arrived_pos) FROM groups JOIN prompts USING (prompt_id)"
+        " GROUP BY source, row"
+    )
+    return {(source, row): mean for source, row, mean, _ in rows}
 
 
 def _held_groups(db: sqlite3.Connection) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from asyncdapo.accounting.spans import Span
 from asyncdapo.errors import RunError
 from asyncdapo.eval_messages import EvalAnswer, EvalRequest
 from asyncdapo.messages import Prompt
+from asyncdapo.replay.core.lengths import AnswerLengths
 from asyncdapo.replay.core.waits import why_waiting
 from asyncdapo.replay.ledger.journal import Journal
 from asyncdapo.replay.server.accounts import in_flight
@@ -60,19 +61,20 @@ class ReplayServer:
         journal: Journal,
         prompt_at: Callable[[int], Prompt | None],
         *,
+        lengths: AnswerLengths | None = None,
         host: str = "127.0.0.1",
         ports: tuple[int, int] = (0, 0),
         curve: ServerKeys | None = None,
     ) -> None:
         """`make_state` makes the core from what the journal recovers, now and after a rollback. `prompt_at`: the prompt
-        stream by position. `ports`: for workers and for the learner, 0 is any. A server that is started again gets the
-        ports of its former life."""
+        stream by position. `lengths`: is told of every group. `ports`: for workers and for the learner, 0 is any. A
+        server that is started again gets the ports of its former life."""
         self._journal, self._heartbeat_s = journal, settings.replay.heartbeat_s
         self._num_ranks = settings.dealer.num_ranks
         self._sessions = Sessions(settings.stall_ticks, settings.totals)
         self._dispatch = Dispatch(settings, make_state, journal, self._sessions, prompt_at)
         self._sessions.count_tokens_from(self._dispatch.accounts.num_tokens)
-        self._workers = Workers(settings, self._dispatch, self._sessions, journal)
+        self._workers = Workers(settings, self._dispatch, self._sessions, journal, lengths)
         self._clock = SharedClock(STATES, rest="idle")
         self._clock.begin()
         self._totals = settings.totals

@@ -46,6 +46,7 @@ from asyncdapo.messages import (
     Withdraw,
 )
 from asyncdapo.replay.core import events as core
+from asyncdapo.replay.core.lengths import AnswerLengths
 from asyncdapo.replay.ledger.journal import Journal
 from asyncdapo.replay.server.dispatch import Dispatch
 from asyncdapo.replay.server.drains import Drains
@@ -68,7 +69,15 @@ log = logging.getLogger("replay")
 class Workers:
     """All rollout workers, as the replay server sees them."""
 
-    def __init__(self, settings: ServerSettings, dispatch: Dispatch, sessions: Sessions, journal: Journal) -> None:
+    def __init__(
+        self,
+        settings: ServerSettings,
+        dispatch: Dispatch,
+        sessions: Sessions,
+        journal: Journal,
+        lengths: AnswerLengths | None,
+    ) -> None:
+        self._lengths = lengths
         self._settings, self._dispatch, self._sessions, self._journal = settings, dispatch, sessions, journal
         self._answered: dict[Evaluation, asyncio.Event] = {}
         self.evaluations = Evaluations(lambda: settings.slots * len(sessions.live))
@@ -276,6 +285,8 @@ class Workers:
             self._reject(session, group.lease_id, str(problem))
             return
         self._sessions.note_answer(session, group.num_sampled_tokens - lease.num_tokens)
+        if self._lengths:
+            self._lengths.note(lease.prompt, group)
         dispatch.apply(arrival(group), arrived=(group, payload))
 
     def _take_failure(self, session: Session, failure: GroupFailed) -> None:
