@@ -18,6 +18,10 @@ from transformers import AutoTokenizer
 from asyncdapo.environment.in_host.verifiers_taskset import merged, nested
 from asyncdapo.errors import EpisodeError, RunError
 from asyncdapo.messages import Sampling
+from asyncdapo.model.files import TokenizerFiles
+from asyncdapo.model.tokenizer import load_tokenizer
+from asyncdapo.model.turn_encoder import turn_encoder
+from asyncdapo.rollout.endpoint.chat import Chat
 from asyncdapo.rollout.endpoint.endpoint import Endpoint
 from asyncdapo.rollout.engine import Priority, Request, Sample
 from asyncdapo.rollout.episodes import Episode
@@ -37,13 +41,15 @@ ECHO = "verifiers:verifiers_echo?renderer.name=qwen3"
 class SpeakingEngine(FakeEngine):
     """Says its words, one after the other."""
 
-    def __init__(self, tokenizer: str, *words: str) -> None:
+    def __init__(self, tokenizer: str, *words: str, takes_s: float = 0.0) -> None:
         super().__init__()
+        self.takes_s = takes_s
         self.tokenizer = AutoTokenizer.from_pretrained(tokenizer)
         self.words = list(words)
 
     async def generate(self, request: Request) -> list[Sample]:
         self.requests.append(request)
+        await asyncio.sleep(self.takes_s)
         ids = self.tokenizer.encode(self.words[len(self.requests) - 1] + "<|im_end|>")
         logprobs = np.full(len(ids), -0.5, np.float32)
         sample = Sample(
@@ -54,7 +60,9 @@ class SpeakingEngine(FakeEngine):
 
 @asynccontextmanager
 async def playing(path: str, engine: SpeakingEngine, folder: Path) -> AsyncIterator[SeveralTurns]:
-    endpoint = Endpoint(2000)
+    tokenizer = load_tokenizer(TokenizerFiles(str(folder)))
+    encoder = turn_encoder(tokenizer, chat_template=True, system_prompt=None)
+    endpoint = Endpoint(2000, lambda: Chat(encoder, tokenizer))
     await endpoint.start()
     async with hosting(path, str(folder), python=PYTHON, retries=0, step_timeout_s=60.0) as hosts:
         limits = TurnLimits(max_turns=6, max_context=2000)
@@ -89,6 +97,21 @@ async def two_turns(tmp_path: Path) -> None:
         assert (episode.finish_reason, episode.reward, episode.metrics["wanted"]) == ("stop", 1.0, 3.0)
         with pytest.raises(EpisodeError, match="run: ValidationError"):
             await play(rollouts, "{}")
+
+
+@pytest.mark.soak
+def test_a_call_waits_as_long_as_the_engine_is_busy(tmp_path, monkeypatch) -> None:
+    needs("verifiers")
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    save_tokenizer(tmp_path)
+
+    async def one_episode() -> Episode:
+        engine = SpeakingEngine(str(tmp_path), "one", "five!", takes_s=1.0)
+        async with playing(ECHO.replace("echo", "impatient"), engine, tmp_path) as rollouts:
+            return await play(rollouts, json.dumps({"prompt": "Say 3.", "wanted": 3}))
+
+    episode = asyncio.run(one_episode())
+    assert (episode.finish_reason, len(episode.turns)) == ("stop", 2)
 
 
 @pytest.mark.soak
