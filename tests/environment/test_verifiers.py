@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import subprocess
 import sys
@@ -13,8 +14,10 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
+from rich.console import Console
 from transformers import AutoTokenizer
 
+from asyncdapo.controller.commands.env_check import check, make_config
 from asyncdapo.environment.in_host.verifiers_taskset import merged, nested
 from asyncdapo.errors import EpisodeError, RunError
 from asyncdapo.messages import Sampling
@@ -160,8 +163,43 @@ def test_keys_of_a_query_are_nested_and_defaults_fill_what_they_leave_out() -> N
 def test_the_rows_of_a_taskset_are_those_that_its_tasks_are_made_of(monkeypatch) -> None:
     needs("verifiers")
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
-    script = Path(__file__).parents[2] / "examples" / "taskset_rows.py"
-    lines = subprocess.run([PYTHON, script, "verifiers_echo"], capture_output=True, text=True, check=True).stdout
-    rows = [json.loads(line) for line in lines.splitlines()]
+    rows = taskset_rows("verifiers_echo")
     assert [row["prompt"] for row in rows] == [f"Say {number}." for number in range(8)]
     assert json.loads(rows[3]["answer"])["wanted"] == 3
+    assert [row["prompt"] for row in taskset_rows("verifiers_echo", "same=true")] == [
+        "Say it.",
+        *(f"Say it. (task {number})" for number in range(1, 8)),
+    ]
+
+
+WORDS = ("apple", "crane", "stone")
+
+
+@pytest.mark.soak
+def test_wordle_plays_with_the_keys_of_its_config(tmp_path, monkeypatch) -> None:
+    """The game is the package's; its word lists, which it would download, are made here."""
+    needs("textarena")
+    folder = tmp_path / "taggers" / "averaged_perceptron_tagger_eng"
+    for made in (folder, tmp_path / "corpora" / "words"):
+        made.mkdir(parents=True)
+    for name, content in (("weights", "{}"), ("tagdict", "{}"), ("classes", '["NN"]')):
+        (folder / f"{folder.name}.{name}.json").write_text(content)
+    for name in ("en", "en-basic"):
+        (tmp_path / "corpora" / "words" / name).write_text("\n".join(WORDS))
+    monkeypatch.setenv("NLTK_DATA", str(tmp_path))
+    save_tokenizer(tmp_path)
+    rows = taskset_rows("textarena", "game=Wordle-v0")[:500]
+    (tmp_path / "tasks.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    keys = [f"prompts.path={tmp_path}/tasks.jsonl", f"model.tokenizer={tmp_path}", f"environment.python={PYTHON}"]
+    config = make_config("qwen3_0.6b_wordle_1gpu", None, [*keys, "prompts.max_prompt_length=2000"])  # a token a letter
+    shown = io.StringIO()
+    check(config, [f"[{word}]" for word in WORDS], Console(file=shown, width=200))
+    for episode in shown.getvalue().split("episode ")[1:3]:
+        assert episode.count("  sampled ") == episode.count("  observed ") <= len(WORDS)
+        assert "reward 1" in episode
+
+
+def taskset_rows(*words: str) -> list[dict[str, str]]:
+    script = Path(__file__).parents[2] / "examples" / "taskset_rows.py"
+    lines = subprocess.run([PYTHON, script, *words], capture_output=True, text=True, check=True).stdout
+    return [json.loads(line) for line in lines.splitlines()]

@@ -19,6 +19,7 @@ class EchoTask(vf.Task[Data, vf.State, vf.TaskConfig]):
 
 class EchoConfig(vf.TasksetConfig):
     num: int = 8
+    same: bool = False
 
 
 class EchoEnvConfig(vf.EnvConfig):
@@ -36,7 +37,8 @@ class EchoEnv(vf.Env[EchoEnvConfig]):
 class EchoTaskset(vf.Taskset[EchoTask, EchoConfig]):
     def load(self):
         for number in range(self.config.num):
-            yield EchoTask(Data(prompt=f"Say {number}.", wanted=number), self.config.task)
+            prompt = "Say it." if self.config.same else f"Say {number}."
+            yield EchoTask(Data(prompt=prompt, wanted=number), self.config.task)
 
 
 __all__ = ["EchoTaskset", "EchoEnv"]
