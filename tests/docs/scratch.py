@@ -21,6 +21,7 @@ from pyarrow import parquet
 
 from tests.docs.blocks import ROOT, Block
 from tests.docs.stand_ins import NOT_RUN
+from tests.environment.chat_model import save_tokenizer
 
 SHIMS = sorted({start.split()[0] for start in NOT_RUN} | {"asyncdapo", "python", "python3"})
 PAIRS = [(f"{a}+{b}*{c}", (a + b * c) % 10) for a in range(5) for b in range(1, 5) for c in range(2, 6)]
@@ -114,7 +115,8 @@ def _write_data(start: Path, page: str) -> None:
 
 
 def _write_hub(hub: Path) -> None:
-    """The cache of a machine that has the three published data sets, in their own columns, with few rows."""
+    """The cache of a machine that has the three published data sets, in their own columns, with few rows, and a
+    tokenizer with a chat template in the place of a published one."""
     messages = [[{"role": "user", "content": f"Q: {question} mod 10\n"}] for question, _ in PAIRS]
     of_dapo = {
         "data_source": ["math_dapo"] * len(PAIRS),
@@ -136,6 +138,10 @@ def _write_hub(hub: Path) -> None:
         },
     }
     commit = "0" * 40
+    model = hub / "models--Qwen--Qwen2.5-0.5B-Instruct"
+    (model / "refs").mkdir(parents=True)
+    (model / "refs" / "main").write_text(commit)
+    save_tokenizer(model / "snapshots" / commit)
     for repository, tables in files.items():
         folder = hub / f"datasets--{repository.replace('/', '--')}"
         (folder / "refs").mkdir(parents=True)

@@ -4,7 +4,7 @@ In: the words of a command, `DOCS_RUNS`. Out: its exit code and output. Whatever
 error, so that a new command on a page is a decision. Run as a program, by `scratch`.
 
     DOCS_RUNS   asyncdapo launch
-    preflight   as printed, up to the moment at which processes would start
+    preflight   as printed, up to the moment at which processes would start; `asyncdapo env check` is only read
     short       runs, with `SMALL`
     whole       runs as printed
 
@@ -32,6 +32,9 @@ NOT_RUN = {
     "ray job": "tests/launchers does it",
     "python launchers/submit.py": "tests/launchers does it",
     "python examples/taskset_rows.py": "needs verifiers: tests/environment/test_verifiers.py does it",
+    "asyncdapo env check qwen3_0.6b_wordle_1gpu": "as above",
+    "python examples/openenv_server.py": "needs openenv-core: tests/environment/test_launches.py does it",
+    "asyncdapo env check openenv:": "as above",
     "asyncdapo launch qwen3_0.6b_wordle_1gpu": "needs verifiers and what the command above writes",
     "asyncdapo launch qwen2.5_0.5b_gsm8k_python_1gpu": "its tool needs a chat template: test_launches.py",
 }
@@ -91,9 +94,23 @@ def _asyncdapo(words: list[str]) -> int:
     elif words[0] in ("eval", "audit", "ps", "watch") and runs == PREFLIGHT:
         print(f"not run: {words}: there is no run where nothing has run")
         return 0
+    elif words[:2] == ["env", "check"] and runs == PREFLIGHT:
+        return _read_check(words)
     from asyncdapo.cli import main as asyncdapo
 
     return asyncdapo(words)
+
+
+def _read_check(words: list[str]) -> int:
+    """Whether a command `env check` can be read, and its config. The tokenizer and the host would take seconds each."""
+    from asyncdapo.cli import _parser
+    from asyncdapo.config.config import load_config
+    from asyncdapo.config.found import find_config
+
+    args = _parser().parse_args(words)
+    load_config(find_config(args.config or args.path), args.overrides)
+    print(f"not run: {args.path}: two episodes would be played now")
+    return 0
 
 
 def _preflight(config: str, overrides: list[str]) -> int:

@@ -6,20 +6,26 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from urllib.error import URLError
+from urllib.request import urlopen
 
 import pytest
 
 from asyncdapo.metrics.jsonl import read_metrics
-from tests.controller.runs import command, launch
+from tests.controller.runs import FinishedRun, command, launch
 from tests.environment.chat_model import keys, save_chat_model
 from tests.environment.hosting import SHAPES
 
 PYTHON = os.environ.get("ENVIRONMENT_PYTHON", sys.executable)
+EXAMPLES = SHAPES.parents[2] / "examples"
+COUNTER, GUESS = EXAMPLES / "counter.py", EXAMPLES / "guess.py"
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(360)]
 
 
@@ -29,19 +35,22 @@ def needs(package: str) -> None:
 
 
 def train(folder: Path, *overrides: str) -> list[dict[str, float]]:
-    """The metrics of each step."""
-    run = launch(folder / "run", *keys(save_chat_model(folder / "model")), *overrides)
+    """The metrics of each step of a run with a small chat model."""
+    return trained(launch(folder / "run", *keys(save_chat_model(folder / "model")), *overrides))
+
+
+def trained(run: FinishedRun) -> list[dict[str, float]]:
     assert run.exit_code == 0, run.output
-    audit = subprocess.run(command("audit", str(folder / "run")), capture_output=True, text=True, check=False)
+    audit = subprocess.run(command("audit", str(run.dir)), capture_output=True, text=True, check=False)
     assert audit.returncode == 0, audit.stdout + audit.stderr
-    lines = [line for line in read_metrics(folder / "run") if line["step"]]
+    lines = [line for line in read_metrics(run.dir) if line["step"]]
     assert [line["step"] for line in lines] == [1, 2, 3]
     return lines
 
 
-@pytest.mark.parametrize("name", ["Workshop", "Counter", "Guess"])
-def test_a_class_of_each_shape_trains(name: str, tmp_path: Path) -> None:
-    lines = train(tmp_path, f"environment.path={SHAPES}:{name}")
+@pytest.mark.parametrize("path", [f"{SHAPES}:Workshop", f"{COUNTER}:Counter", f"{GUESS}:Guess"])
+def test_a_class_of_each_shape_trains(path: str, tmp_path: Path) -> None:
+    lines = train(tmp_path, f"environment.path={path}")
     assert all(line["learner/grad_norm"] >= 0 for line in lines)
 
 
@@ -50,54 +59,20 @@ def test_an_environment_of_skyrls_own_trains(tmp_path: Path) -> None:
     train(tmp_path, "environment.path=skyrl_gym.envs.gsm8k.env:GSM8kEnv", f"environment.python={PYTHON}")
 
 
-OPENENV_SERVER = """
-import sys
-import uvicorn
-from openenv.core.env_server import create_app
-from openenv.core.env_server.interfaces import Environment
-from openenv.core.env_server.types import Action, Observation, State
-
-class Said(Action):
-    message: str
-
-class Heard(Observation):
-    text: str = ""
-
-class Echo(Environment):
-    SUPPORTS_CONCURRENT_SESSIONS = True
-
-    def reset(self, seed=None, episode_id=None, answer="", **row):
-        self.answer, self.num_heard = answer, 0
-        return Heard(text=f"go {seed}")
-
-    def step(self, action, timeout_s=None, **more):
-        self.num_heard += 1
-        even = float(len(action.message) % 2)
-        return Heard(text=f"you said {action.message}", reward=even, done=self.num_heard == 2)
-
-    @property
-    def state(self):
-        return State(episode_id="one", step_count=self.num_heard)
-
-app = create_app(Echo, Said, Heard, env_name="echo", max_concurrent_envs=1024)
-server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error", lifespan="off"))
-config = server.config
-config.load()
-socket = config.bind_socket()
-print(socket.getsockname()[1], flush=True)
-server.run(sockets=[socket])
-"""
-
-
 @contextmanager
 def openenv_server(log: Path) -> Iterator[str]:
-    with (
-        log.open("w") as errors,
-        subprocess.Popen([PYTHON, "-c", OPENENV_SERVER], stdout=subprocess.PIPE, stderr=errors, text=True) as server,
-    ):
+    """Its address, once it answers."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    url, command_line = f"http://127.0.0.1:{port}", [PYTHON, str(EXAMPLES / "openenv_server.py"), str(port)]
+    with log.open("w") as output, subprocess.Popen(command_line, stdout=output, stderr=output) as server:
         try:
-            assert server.stdout is not None
-            yield f"http://127.0.0.1:{int(server.stdout.readline())}"
+            while True:
+                assert server.poll() is None, log.read_text()
+                with suppress(URLError), urlopen(f"{url}/schema"):
+                    break
+                time.sleep(0.2)
+            yield url
         finally:
             server.kill()
 
@@ -105,15 +80,16 @@ def openenv_server(log: Path) -> Iterator[str]:
 def test_a_real_server_of_openenv_trains(tmp_path: Path) -> None:
     needs("openenv")
     with openenv_server(tmp_path / "server.log") as url:
-        lines = train(tmp_path, f"environment.path=openenv:{url}")
-    assert all(line["learner/grad_norm"] >= 0 for line in lines)
+        own = (f"environment.path=openenv:{url}", "run.steps=3")
+        lines = trained(launch(tmp_path / "run", *own, config="quickstart_tools"))
+    assert all(line["rollout/turns_mean"] > 1 for line in lines)
 
 
 def test_a_taskset_of_verifiers_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     needs("verifiers")
     monkeypatch.setenv("PYTHONPATH", str(SHAPES.parent))
     rows = subprocess.run(
-        [PYTHON, str(SHAPES.parents[2] / "examples" / "taskset_rows.py"), "verifiers_echo", "num=200"],
+        [PYTHON, str(EXAMPLES / "taskset_rows.py"), "verifiers_echo", "num=200"],
         capture_output=True,
         text=True,
         check=True,
