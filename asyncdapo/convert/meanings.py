@@ -315,11 +315,14 @@ def kept_checkpoints(value: Any) -> Any:
     return 0 if value is None or whole(value) < 1 else whole(value)
 
 
-def wandb(loggers: Any) -> Any:
-    """`auto` if W&B is among the loggers."""
+def sinks(loggers: Any) -> Any:
+    """Those of the loggers that are sinks here."""
     if loggers is None:
         return None
-    return "auto" if "wandb" in (loggers if isinstance(loggers, list) else [loggers]) else "disabled"
+    given = loggers if isinstance(loggers, list) else [loggers]
+    known = [name for name in given if name in ("wandb", "tensorboard", "trackio")]
+    others = [str(name) for name in given if name not in (*known, "console", "none", None)]
+    return Made(known, f"{', '.join(others)} isn't a sink here") if others else known
 
 
 def top_k(value: Any) -> Any:

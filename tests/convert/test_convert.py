@@ -318,3 +318,11 @@ def test_a_name_that_is_left_empty_is_as_good_as_none(word: str) -> None:
     values = converted("verl", [*VERL, word])[1].values
     assert "model.path" not in values
     assert values["prompts.path"] == "path/to/train.parquet"
+
+
+def test_the_loggers_that_are_sinks_here_are_taken_over_and_the_others_are_named() -> None:
+    words = "trainer.logger=[console,tensorboard,mlflow,wandb]"
+    assert convert("verl", words)["metrics.sinks"] == ["tensorboard", "wandb"]
+    assert "mlflow isn't a sink here" in converted("verl", [words])[0]
+    assert convert("nemo-rl", "logger.tensorboard_enabled=true")["metrics.sinks"] == ["tensorboard"]
+    assert convert("nemo-rl", "logger.wandb_enabled=false")["metrics.sinks"] == []

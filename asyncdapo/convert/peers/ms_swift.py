@@ -132,7 +132,7 @@ RULES = (
     Rule("eval.num_prompts", ("val_dataset", "split_dataset_ratio"), its.eval_rows),
     Rule("eval.num_greedy_prompts", ("val_dataset",), lambda files: Made(0, "they have one evaluation, not two")),
     Rule("eval.temperature", ("temperature",), number),
-    Rule("metrics.wandb", ("report_to",), mean.wandb),
+    Rule("metrics.sinks", ("report_to",), mean.sinks),
 )
 
 DEFAULTS = {

@@ -208,7 +208,11 @@ RULES = (
     Rule("eval.temperature", ("policy.generation.temperature",), number),
     same("eval.top_p", "policy.generation.val_top_p"),
     Rule("eval.top_k", ("policy.generation.val_top_k",), mean.top_k),
-    Rule("metrics.wandb", ("logger.wandb_enabled",), lambda on: "auto" if flag(on) else "disabled"),
+    Rule(
+        "metrics.sinks",
+        ("logger.wandb_enabled", "logger.tensorboard_enabled"),
+        lambda *enabled: [name for name, on in zip(("wandb", "tensorboard"), enabled, strict=True) if flag(on)],
+    ),
     text("metrics.wandb_project", "logger.wandb.project"),
 )
 
@@ -273,7 +277,7 @@ WITHOUT = (
     ("checkpointing.*", "checkpoints hold the model's own files and all of the optimizer here"),
     ("data.*", "asyncdapo data prepare and prompts.* here"),
     ("env.*", f"reward.* here; for their environments see docs/reward.md, and {turns.PAGE} for several turns"),
-    ("logger.*", "RUN_DIR/metrics.jsonl and W&B here"),
+    ("logger.*", "RUN_DIR/metrics.jsonl and metrics.sinks here"),
     ("cluster.*", "controller.ray_address joins a cluster, which must be running"),
     ("reward_penalties.*", "reward.verifier may be your own function (docs/reward.md)"),
     ("async_rl.*", "belongs to their way of running ahead; see replay.run_ahead, replay.max_staleness"),

@@ -199,7 +199,7 @@ RULES = (
     Rule("", (f"{EVALUATION}max_generate_length",), lambda tokens: Left("is rollout.max_response_length here too")),
     same("eval.top_p", f"{EVALUATION}top_p"),
     Rule("eval.top_k", (f"{EVALUATION}top_k",), mean.top_k),
-    Rule("metrics.wandb", ("trainer.logger",), mean.wandb),
+    Rule("metrics.sinks", ("trainer.logger",), mean.sinks),
     text("metrics.wandb_project", "trainer.project_name"),
 )
 

@@ -209,7 +209,7 @@ RULES = (
         (f"{ROLLOUT}val_kwargs.top_k", f"{ROLLOUT}val_kwargs.do_sample"),
         lambda k, sample: its.eval_sampling(mean.top_k(k), sample),
     ),
-    Rule("metrics.wandb", ("trainer.logger",), mean.wandb),
+    Rule("metrics.sinks", ("trainer.logger",), mean.sinks),
     text("metrics.wandb_project", "trainer.project_name"),
     Rule("", ("data.truncation", "data.filter_overlong_prompts"), its.truncation),
     *(mean.otherwise(*entry) for entry in its.OTHERWISE),
