@@ -91,7 +91,8 @@ DATA = "data.train_data=gsm8k.parquet"
         (f"{CORRECTION}sequence_mask_metric=geometric", {"loss.correction_band": [0.99, 1.01]}),
         ("trainer.algorithm.policy_loss_type=dual_clip", {"loss.dual_clip": 3.0}),
         (
-            "trainer.algorithm.policy_loss_type=sapo trainer.algorithm.sapo.tau_neg=1.1 trainer.algorithm.eps_clip_low=0.2",
+            "trainer.algorithm.policy_loss_type=sapo trainer.algorithm.sapo.tau_neg=1.1 "
+            "trainer.algorithm.eps_clip_low=0.2",
             {"loss.variant": "sapo", "loss.sapo_tau": [1.0, 1.1], "loss.clip_low": None},
         ),
     ],
