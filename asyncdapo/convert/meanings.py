@@ -347,4 +347,5 @@ def dtype(name: Any) -> Any:
     if name is None:
         return None
     table = {"bfloat16": "bfloat16", "bf16": "bfloat16", "float32": "float32", "fp32": "float32"}
+    table |= {"float16": "float16", "fp16": "float16", "half": "float16"}
     return table.get(name) or Made("bfloat16", f"{name} isn't known here")

@@ -248,9 +248,10 @@ class LearnerConfig:
     """Newest checkpoints that are kept besides the first; 0 keeps all."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the learner computes. `auto` is a GPU if there is one."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Number format of forward and backward passes. `auto` is float32 on a CPU; on a GPU it is the engine's
-    (`rollout.dtype`), so that both round alike. Weights, gradients and optimizer states are always float32."""
+    (`rollout.dtype`), so that both round alike. Under `float16` the loss is scaled. Weights, gradients and optimizer
+    states are always float32."""
     compile: bool | None = None
     """Whether each block of the model goes through torch.compile. null: on a GPU it does."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"

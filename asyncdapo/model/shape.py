@@ -27,7 +27,7 @@ from asyncdapo.model.type_defaults import with_defaults
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 """`model_type`s whose formulas are known; those that the torch engine computes."""
 
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 FLOAT32_BYTES = DTYPE_BYTES["float32"]
 TOKEN_BYTES = 8
 SIZES = {"num_attention_heads", "num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size"}

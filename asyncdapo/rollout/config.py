@@ -11,8 +11,8 @@ from asyncdapo.errors import ConfigError
 from asyncdapo.plugins import check_name
 from asyncdapo.ranges import NonNegativeInt, PositiveFloat, PositiveInt, PositiveShare
 
-PARITY_WARN = {"float32": 1e-3, "bfloat16": 0.1}
-PARITY_STOP = {"float32": 0.05, "bfloat16": 0.5}
+PARITY_WARN = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.0125}
+PARITY_STOP = {"float32": 0.05, "bfloat16": 0.5, "float16": 0.0625}
 """By number format, in nats. Two fp32 engines differ by 1e-5 in the mean, two bf16 ones by 0.05."""
 VLLM_TEMPERATURES = 0.01, 2.0
 """vLLM silently raises a temperature below the first, and refuses one above the second."""
@@ -76,9 +76,9 @@ class RolloutConfig:
     """Sampling temperature in training. The log-probs that the engine records are at this temperature."""
     on_update: Literal["keep", "recompute"] = "keep"
     """KV cache of running requests when new weights arrive: `keep` the older keys and values, or `recompute` them."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Number format of the engine's weights and KV cache, and of the weights sent to it. `auto` is bfloat16 on a GPU,
-    float32 on a CPU."""
+    float32 on a CPU. `float16` rounds less than bfloat16, and no number above 65,504 fits in it."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the engine computes. `auto` is a GPU if there is one."""
     threads: PositiveInt = 1
@@ -88,9 +88,11 @@ class RolloutConfig:
     parity_every: NonNegativeInt = 20
     """Train steps between comparisons of the engine's log-probs with the learner's; 0 compares only at the start."""
     parity_warn: PositiveFloat | None = None
-    """Mean |engine − learner| of log-probs above which the run warns. null is 1e-3 for float32, 0.1 for bfloat16."""
+    """Mean |engine − learner| of log-probs above which the run warns. null is 1e-3 for float32, 0.1 for bfloat16,
+    0.0125 for float16."""
     parity_stop: PositiveFloat | None = None
-    """Mean |engine − learner| of log-probs above which the run ends. null is 0.05 for float32, 0.5 for bfloat16."""
+    """Mean |engine − learner| of log-probs above which the run ends. null is 0.05 for float32, 0.5 for bfloat16,
+    0.0625 for float16."""
 
     def __post_init__(self) -> None:
         check_name("rollout.engine", self.engine, ("torch", "vllm"))

@@ -326,6 +326,7 @@ def test_defaults_that_depend_on_other_keys_are_on_record() -> None:
     assert parity_of("rollout.parity_warn=1") == (1, None)
     assert parity_of("rollout.dtype=float32") == (1e-3, 0.05)
     assert parity_of("rollout.dtype=bfloat16") == (0.1, 0.5)
+    assert parity_of("rollout.dtype=float16") == (0.0125, 0.0625)
     assert parity_of("rollout.dtype=bfloat16", "rollout.parity_stop=2") == (0.1, 2)
 
 

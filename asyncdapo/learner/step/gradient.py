@@ -49,23 +49,23 @@ class Part:
 
 
 def accumulate_gradient(
-    policy: Policy, rows: Sequence[Row], loss: LossConfig, *, max_tokens: int, ranks: Ranks
+    policy: Policy, rows: Sequence[Row], loss: LossConfig, *, max_tokens: int, ranks: Ranks, scale: float = 1.0
 ) -> Part:
     """Make `.grad` of every shard the gradient of an update, of which this rank has these rows: the sum over all ranks.
     One forward and one backward pass for each micro-batch of at most `max_tokens` computed tokens, and as many at every
-    rank, at least one. Every rank has to call it. Returns this rank's part."""
+    rank, at least one. The gradient is times `scale`. Every rank has to call it. Returns this rank's part."""
     total, sums, work = torch.zeros((), dtype=torch.float64, device=policy.device), Sums.zeros(policy.device), Work()
     chunks = passes([row for row in rows if row.num_loss_tokens], max_tokens, ranks, at_least=1)
     for number, chunk in enumerate(chunks, 1):
         before_backward(policy, is_last=number == len(chunks))
         micro_batch = pack(chunk, policy.device)
-        loss_of_part, measured = _backward(policy, micro_batch, loss)
+        loss_of_part, measured = _backward(policy, micro_batch, loss, scale)
         if chunk:
             total, sums, work = total + loss_of_part, sums + measured, work + micro_batch.work
     return Part(total.item(), sums.cpu(), work)
 
 
-def _backward(policy: Policy, micro_batch: MicroBatch, loss: LossConfig) -> tuple[Tensor, Sums]:
+def _backward(policy: Policy, micro_batch: MicroBatch, loss: LossConfig, scale: float) -> tuple[Tensor, Sums]:
     """Back-propagate this micro-batch's part of the loss; returns the part and its sums, both on the policy's
     device."""
     mask_BT = micro_batch.loss_mask_BT
@@ -85,7 +85,7 @@ def _backward(policy: Policy, micro_batch: MicroBatch, loss: LossConfig) -> tupl
     if loss.entropy_coef:
         loss_BT = loss_BT - loss.entropy_coef * entropy_BT
     part = (loss_BT.sum(-1) * micro_batch.weights_B).sum()
-    part.backward()
+    (part * scale).backward()
     return part.detach(), measure(micro_batch, losses, logp_BT, entropy_BT, correction_BT, kl_BT)
 
 

@@ -99,7 +99,7 @@ class Learner:
             mesh = ranks.mesh(device)
             load = partial(load_policy, mesh=mesh, config=config, device=device, dtype=dtype, temperature=temperature)
             self._policy = load(model.files, trained=True)
-            self._optimizer = Optimizer(self.shards().values(), config, num_steps)
+            self._optimizer = Optimizer(self.shards().values(), config, num_steps, float16=dtype == torch.float16)
             reference = load(model.reference_files or model.files, trained=False) if loss.kl_coef else None
         self._shape = model.files.shape
         _check_vocabulary(model, reference, self._policy)
@@ -154,6 +154,7 @@ class Learner:
             **{f"learner/response_tokens_{name}": float(n) for name, n in quantiles(_lengths(batch)).items()},
             "learner/version": float(version),
             "learner/bad_updates": float(self._optimizer.num_bad),
+            **({"learner/loss_scale": self._optimizer.scale.value} if self._optimizer.scale.on else {}),
             "learner/forward_tokens": float(work.num_computed_tokens),
             "learner/shared_ratio": ratio(work.num_tokens - work.num_computed_tokens, work.num_tokens),
             "learner/train_s": seconds,
@@ -289,6 +290,7 @@ class Learner:
                 self._loss,
                 max_tokens=self._config.tokens_per_microbatch,
                 ranks=self.ranks,
+                scale=self._optimizer.scale.value,
             )
         with self.times.on("sum"):
             part = part.summed(self.ranks)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from asyncdapo.errors import RunError
 from asyncdapo.learner.config import LearnerConfig
 from asyncdapo.learner.model.sharding import gather
+from asyncdapo.learner.step.loss_scale import LossScale
 from asyncdapo.learner.storage.checkpoint import AVERAGES
 
 BAD_WINDOW = 100
@@ -38,9 +39,13 @@ def lr_share(update: int, num_updates: int, num_warmup: int, schedule: str) -> f
 class Optimizer:
     """One `update` per mini-batch; `num_updates` counts the applied ones of the run, `num_bad` the skipped ones."""
 
-    def __init__(self, parameters: Iterable[Tensor], config: LearnerConfig, num_steps: int) -> None:
-        """`num_steps`: train steps of the run, over which the learning rate falls if it is to."""
+    def __init__(
+        self, parameters: Iterable[Tensor], config: LearnerConfig, num_steps: int, *, float16: bool = False
+    ) -> None:
+        """`num_steps`: train steps of the run, over which the learning rate falls if it is to. `float16`: gradients
+        come from passes in that format, of a loss times `scale`."""
         self._config, self._num_planned = config, config.num_updates(num_steps)
+        self.scale = LossScale(on=float16)
         self._parameters = list(parameters)
         self._settings = {
             "lr": config.lr,
@@ -62,8 +67,13 @@ class Optimizer:
         return config.lr * share
 
     def update(self, loss: float) -> float | None:
-        """Apply the accumulated gradient and clear it. Returns its global norm before clipping, None for an update that
-        was skipped. Raises RunError when more than `max_bad_updates` of the last `BAD_WINDOW` were skipped."""
+        """Apply the accumulated gradient, which is of the loss times `scale`, and clear it. Returns its global norm
+        before clipping, None for an update that was skipped. One that only overflowed at this scale isn't counted as
+        bad. Raises RunError when more than `max_bad_updates` of the last `BAD_WINDOW` were."""
+        if self.scale.value != 1.0:
+            for parameter in self._parameters:
+                if parameter.grad is not None:
+                    parameter.grad.div_(self.scale.value)
         norm = self._clip()
         good = math.isfinite(loss) and math.isfinite(norm)
         if good:
@@ -71,8 +81,9 @@ class Optimizer:
                 group["lr"] = self.lr
             self._adamw.step()
             self.num_updates += 1
+            self.scale.fitted()
         self._adamw.zero_grad(set_to_none=True)
-        if not good:
+        if not good and not (math.isfinite(loss) and self.scale.overflowed()):
             self._count_bad(loss, norm)
         return norm if good else None
 
@@ -84,6 +95,7 @@ class Optimizer:
             "num_updates": self.num_updates,
             "num_bad": self.num_bad,
             "bad_places": self._bad_places,
+            "loss_scale": self.scale.state(),
         }
 
     def averages(self) -> dict[str, dict[int, Tensor]]:
@@ -109,6 +121,7 @@ class Optimizer:
         self.num_updates = state["num_updates"]
         self.num_bad = state["num_bad"]
         self._bad_places = list(state["bad_places"])
+        self.scale.restore(state.get("loss_scale", (1.0, 0)))
 
     def _states(self) -> dict[int, dict[str, Tensor]]:
         """Of AdamW, by the parameter's place."""

@@ -31,7 +31,7 @@ from asyncdapo.rollout.torch_engine.runner import Counters, Progress, Runner
 from asyncdapo.rollout.torch_engine.scheduler import Job
 from asyncdapo.rollout.torch_engine.weights import Weights
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(kw_only=True)

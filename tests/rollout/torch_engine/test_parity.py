@@ -81,16 +81,17 @@ def test_a_sharded_checkpoint_in_bfloat16_matches_its_float32_forward(tmp_path):
         assert max(largest_difference(model, asked, sample) for sample in samples) < 1e-4
 
 
-def test_bfloat16_computes_close_to_float32(tmp_path):
+@pytest.mark.parametrize(("dtype", "error"), [("bfloat16", 0.05), ("float16", 0.00625)])
+def test_two_bytes_compute_close_to_four(tmp_path, dtype, error):
     model = random_model("qwen2.5")
     requests = mixed_requests()
-    results = asyncio.run(generate(saved(model, tmp_path), requests, dtype="bfloat16"))
+    results = asyncio.run(generate(saved(model, tmp_path), requests, dtype=dtype))
     differences = [
         (logprobs_of(model, asked, sample)[0] - torch.from_numpy(sample.logprobs)).abs()
         for asked, samples in zip(requests, results, strict=True)
         for sample in samples
     ]
-    assert torch.cat(differences).median().item() < 0.05
+    assert torch.cat(differences).median().item() < error
 
 
 def test_greedy_tokens_are_those_of_hugging_face_and_their_logprobs_have_temperature_one(tmp_path):
