@@ -10,6 +10,8 @@ with `--json` a list of objects with the same fields:
                 in `groups` (kept, waiting for a batch), the learner in `steps` (trained since the newest checkpoint)
     memory_mib  resident memory
 
+Below the table stand the latest workers that came and went, if any has gone.
+
 It writes nothing and asks no process, so it works for a run that hangs. Does not own: the list (`roster`).
 """
 
@@ -57,6 +59,8 @@ def show(run_dir: Path, as_json: bool) -> int:
         print(json.dumps([asdict(row) for row in rows], indent=1))
     else:
         Console().print(_table(rows))
+        for line in comings_and_goings(run_dir):
+            print(line)
     return 0
 
 
@@ -139,6 +143,33 @@ QUEUED = "SELECT COUNT(*) FROM groups WHERE state = 'queued'"
 TRAINED = "SELECT MAX(step) FROM batches"
 LOADED = "SELECT worker, version, MAX(pos) FROM loads GROUP BY worker"
 """What each worker loaded last, by position: a restarted one begins again with the model's own weights."""
+
+
+LIVES = (
+    "SELECT kind, worker, detail, at_s FROM events"
+    " WHERE kind IN ('worker_joined', 'worker_drained', 'worker_lost') ORDER BY event_id DESC LIMIT ?"
+)
+NUM_LIVES = 6
+"""Of them that are shown."""
+
+
+def comings_and_goings(run_dir: Path) -> list[str]:
+    """A line for each of the latest workers that joined, left or died, the newest last; none if none has gone, or the
+    ledger can't be read."""
+    if not (run_dir / LEDGER_FILE).exists():
+        return []
+    try:
+        with closing(open_ledger(run_dir)) as ledger:
+            latest = ledger.execute(LIVES, (NUM_LIVES,)).fetchall()[::-1]
+    except sqlite3.Error:
+        return []
+    said = {"worker_drained": "left: {}", "worker_lost": "died: {}"}
+    return [
+        f"{time.strftime('%m-%d %H:%M:%S', time.localtime(at_s))}  rollout {worker} "
+        + said.get(kind, "joined").format(detail)
+        for kind, worker, detail, at_s in latest
+        if any(kind in said for kind, *_ in latest)
+    ]
 
 
 def _number(ledger: sqlite3.Connection, query: str) -> int:

@@ -24,12 +24,10 @@ from collections.abc import Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-import ray._private.state as ray_state
-
 from asyncdapo.config.config import Config
 from asyncdapo.controller.fleet.placement import Placement
 from asyncdapo.controller.fleet.process import Process, Watch
-from asyncdapo.controller.fleet.rooms import Room
+from asyncdapo.controller.fleet.rooms import Room, draining_nodes
 from asyncdapo.controller.fleet.supervisor import Supervisor
 from asyncdapo.controller.process import wanted_workers
 from asyncdapo.controller.process.health import Health
@@ -218,7 +216,7 @@ class ElasticWorkers:
     async def look(self, reports: Mapping[str, Health | None]) -> None:
         """See who should join or leave. Raises RunError after `rollout.empty_s` without a worker."""
         self._read_scale()
-        draining = await asyncio.to_thread(_draining_nodes) if self._on_cluster else frozenset()
+        draining = await asyncio.to_thread(draining_nodes) if self._on_cluster else frozenset()
         for worker in self._workers:
             report = reports.get(worker.process.name)
             if report and report.leaving:
@@ -264,8 +262,3 @@ class ElasticWorkers:
             log.warning("no rollout worker is left, the run ends in %g s (rollout.empty_s): %s", empty_s, waits)
         elif time.monotonic() - self._empty_since > empty_s:
             raise RunError(f"no rollout worker has lived for rollout.empty_s ({empty_s:g} s): {waits}")
-
-
-def _draining_nodes() -> frozenset[str]:
-    """Ids of those that Ray is about to take away."""
-    return frozenset(ray_state.state.get_draining_nodes())

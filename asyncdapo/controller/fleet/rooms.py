@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+import ray._private.state as ray_state
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -62,6 +63,11 @@ class Room:
 def gpus_of_nodes() -> list[int]:
     """GPUs of each node of the cluster, those in use included."""
     return [int(node["Resources"].get("GPU", 0)) for node in ray.nodes() if node["Alive"]]
+
+
+def draining_nodes() -> frozenset[str]:
+    """Ids of the nodes that Ray is about to take away: its autoscaler, or a preemption. Ray places nothing on them."""
+    return frozenset(ray_state.state.get_draining_nodes())
 
 
 async def reserve(placement: Placement, timeout_s: float) -> dict[str, Room]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from asyncdapo.controller.commands.ps import comings_and_goings
 from asyncdapo.controller.process.roster import Entry, Roster, entry_of
 from asyncdapo.replay.ledger.schema import TABLES
 from tests.controller.living import eventually, living
@@ -141,3 +142,12 @@ def test_nothing_heavy_is_imported(tmp_path: Path) -> None:
         "assert not {'torch', 'ray', 'transformers'} & set(sys.modules)\n"
     )
     subprocess.run([command()[0], "-c", code], check=True, capture_output=True)
+
+
+def test_workers_that_came_and_went_are_said_once_one_has_gone(tmp_path: Path, ledger: Any) -> None:
+    events = [("joined", 0, "5f9d63d5"), ("joined", 1, "8e21"), ("lost", 0, "killed"), ("drained", 1, "scaled to 1")]
+    for number, (kind, worker, detail) in enumerate(events):
+        ledger("events", event_id=number, kind=f"worker_{kind}", worker=worker, detail=detail, at_s=1e9)
+        assert number > 1 or comings_and_goings(tmp_path) == []
+    said = ["rollout 0 joined", "rollout 1 joined", "rollout 0 died: killed", "rollout 1 left: scaled to 1"]
+    assert [line[16:] for line in comings_and_goings(tmp_path)] == said
