@@ -12,6 +12,7 @@ from asyncdapo.replay.core import queue as held
 from asyncdapo.replay.core.admission import Admission
 from asyncdapo.replay.core.events import EndLease, PromptState
 from asyncdapo.replay.core.leases import Lease, Leases
+from asyncdapo.replay.core.lifecycle import Lifecycle
 from asyncdapo.replay.core.state import ReplayState
 from asyncdapo.replay.ledger import reload
 from asyncdapo.replay.ledger.rollback import Rollback
@@ -113,6 +114,10 @@ def a_worker_gets_more_than_it_asked_for(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Sessions, "begin", generous)
 
 
+def what_a_drained_worker_hands_back_is_lost(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Lifecycle, "hand_back", Lifecycle.lose)
+
+
 def copies_are_forgotten_at_a_rollback(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Rollback, "_num_copies", lambda self: 0)
 
@@ -147,6 +152,7 @@ MUTANTS = [
     a_cut_batch_is_forgotten,
     a_rollback_believes_every_payload,
     a_worker_gets_more_than_it_asked_for,
+    what_a_drained_worker_hands_back_is_lost,
     copies_are_forgotten_at_a_rollback,
     copies_are_drawn_anew_by_every_server,
     copies_do_not_count_as_in_training,
