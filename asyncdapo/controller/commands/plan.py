@@ -146,6 +146,10 @@ def _placement_lines(config: Config, placement: Placement, gpus_of_nodes: Sequen
     bundles = [one for bundle in placement.bundles for one in bundle.parts]
     for _, alike in groupby(bundles, key=lambda bundle: (_roles(bundle), bundle.num_gpus)):
         lines.append(_bundle_line(config, placement, list(alike)))
+    if newcomers := config.rollout.max_workers - config.rollout.min_workers:
+        needs = count_gpus(placement.gpus_of_newcomer) if placement.gpus_of_newcomer else "CPU"
+        each = " each" if newcomers > 1 and placement.gpus_of_newcomer else ""
+        lines.append(f"up to {newcomers} more, while there is room: {needs}{each}")
     if config.learner.ranks > 1:
         lines.append(shards_line(config, None if supposed else placement))
     if supposed and config.controller.placement == "auto" and placement.num_gpus:

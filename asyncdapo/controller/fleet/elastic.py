@@ -118,6 +118,7 @@ class ElasticWorker:
         """It has died too often: give its room back, for good."""
         self.wanted.clear()
         self._supervisor.forget(self.process)
+        await self._supervisor.clear(self.process)
         self._give_room_back()
         await asyncio.Event().wait()
 

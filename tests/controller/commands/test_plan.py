@@ -74,6 +74,17 @@ def test_other_gpus_make_another_plan() -> None:
     assert "learner + rollout-0 + rollout-1 + rollout-2: 1 GPU, of whose memory vLLM takes 0.2" in (on_one["placement"])
 
 
+def test_workers_that_may_join_later_are_named_beside_those_of_the_start() -> None:
+    overrides = ["rollout.num_workers={min: 1, max: 4}", "rollout.engine=vllm"]
+    for gpus, line in (
+        ([4], "up to 3 more, while there is room: 1 GPU each"),
+        ([0], "up to 3 more, while there is room: CPU"),
+    ):
+        lines = sections_of(plan("quickstart", overrides, gpus))["placement"]
+        assert [one for one in lines if one.startswith("rollout")] == [lines[3]]
+        assert lines[4] == line
+
+
 def test_many_alike_take_one_line() -> None:
     overrides = ["rollout.engine=vllm", "rollout.num_workers=12", "rollout.tensor_parallel=2", "learner.ranks=4"]
     lines = sections_of(plan("quickstart", overrides, [8, 8, 8, 8]))["placement"]
