@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Callable
+from itertools import cycle
+from pathlib import Path
 
 from asyncdapo.accounting.clock import Level, SharedClock, StateClock
 from asyncdapo.accounting.quantiles import quantiles
+from asyncdapo.accounting.spans import Span, SpanFile
 from asyncdapo.messages import Lease, Prompt
 from asyncdapo.metrics.verdict.advice import KEYS
 from asyncdapo.metrics.verdict.running_verdict import NUM_STEPS, RunningVerdict
@@ -18,6 +22,7 @@ from tests.rollout.fakes import FakeEngine
 NUM_JOBS = 16
 NUM_COMPLETIONS = 8192
 NUM_VERDICTS = 200
+NUM_SPANS = 1000
 
 
 def microseconds(work: Callable[[], object], times: int = 20_000) -> float:
@@ -32,6 +37,11 @@ def microseconds(work: Callable[[], object], times: int = 20_000) -> float:
 
 
 def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        measure(Path(folder))
+
+
+def measure(run_dir: Path) -> None:
     clock, level, spans = StateClock(), Level(), SharedClock(("train",))
     spans.begin()
 
@@ -45,9 +55,12 @@ def main() -> None:
     account = WorkerAccount(FakeEngine())
     verdict = RunningVerdict(dict.fromkeys(KEYS, 1.0))
     lines = iter(lines_of(5 * NUM_VERDICTS, loop={"wait": 0.5, "train": 0.5}, workers={"generate": 1.0}))
-    lengths = list(range(NUM_COMPLETIONS))
+    lengths, states = list(range(NUM_COMPLETIONS)), cycle(("wait", "train"))
+    written, file = [Span("train", at, at + 1.0) for at in range(NUM_SPANS)], SpanFile(run_dir, "replay")
     for what, work, times in (
-        ("enter a state", lambda: clock.enter("train"), 20_000),
+        ("enter the state one is in", lambda: clock.enter("train"), 20_000),
+        ("enter another state", lambda: clock.enter(next(states)), 20_000),
+        (f"write {NUM_SPANS} spans", lambda: file.write(states=written), 200),
         ("open and close a span", span, 20_000),
         ("change a level", lambda: level.set(3), 20_000),
         (f"note what a worker does with {NUM_JOBS} jobs", lambda: account.note(jobs, 1), 20_000),
