@@ -103,6 +103,12 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--out", metavar="DIR", type=Path, required=True, help="new directory to write to")
     export.set_defaults(command=_export)
     _add_convert(commands)
+    _add_looks(commands)
+    return parser
+
+
+def _add_looks(commands: argparse._SubParsersAction) -> None:
+    """What shows a run from its files."""
     ps = commands.add_parser(
         "ps",
         help="show every process of a run: state, lag, memory",
@@ -129,7 +135,6 @@ def _parser() -> argparse.ArgumentParser:
     trace.add_argument("--steps", metavar="A:B", type=_steps, help="the first and the last; else all that are kept")
     trace.add_argument("-o", "--out", metavar="FILE", type=Path, default=Path("trace.json"), help="else trace.json")
     trace.set_defaults(command=_trace)
-    return parser
 
 
 def _add_data(commands: argparse._SubParsersAction) -> None:

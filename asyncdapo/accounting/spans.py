@@ -70,6 +70,13 @@ class _Line(msgspec.Struct):
     until_us: int
     tracks: dict[str, list[tuple[str, int, int]]]
 
+    def of_track(self, track: str) -> list[Span]:
+        """Its spans, in seconds since 1970."""
+        since_us, spans = self.since_us, self.tracks.get(track, ())
+        return [
+            Span(name, (since_us + began_us) / 1e6, (since_us + ended_us) / 1e6) for name, began_us, ended_us in spans
+        ]
+
 
 _encoder, _decoder = msgspec.json.Encoder(), msgspec.json.Decoder(_Line)
 
@@ -126,13 +133,23 @@ def read_process(run_dir: Path, process: str, since_s: float, until_s: float) ->
     for line in _lines(run_dir / FOLDER / f"{process}.jsonl"):
         if line.until_us < since_s * 1e6:
             break
-        for track, spans in line.tracks.items():
-            for name, began_us, ended_us in spans:
-                began_s = max(since_s, (line.since_us + began_us) / 1e6)
-                ended_s = min(until_s, (line.since_us + ended_us) / 1e6)
-                if began_s < ended_s:
-                    tracks.setdefault(track, []).append(Span(name, began_s, ended_s))
-    return {track: sorted(spans, key=lambda span: span.began_s) for track, spans in tracks.items()}
+        for track in line.tracks:
+            cut = (
+                Span(name, max(since_s, began_s), min(until_s, ended_s))
+                for name, began_s, ended_s in line.of_track(track)
+            )
+            tracks.setdefault(track, []).extend(span for span in cut if span.began_s < span.ended_s)
+    return {track: sorted(spans, key=lambda span: span.began_s) for track, spans in tracks.items() if spans}
+
+
+def latest(run_dir: Path, process: str, track: str, most: int) -> list[Span]:
+    """At most so many spans of a track, those that ended last, in order of their ends. Reads no more than it needs."""
+    found: list[Span] = []
+    for line in _lines(run_dir / FOLDER / f"{process}.jsonl"):
+        found = line.of_track(track) + found
+        if len(found) >= most:
+            break
+    return found[-most:]
 
 
 def _lines(path: Path) -> Iterator[_Line]:

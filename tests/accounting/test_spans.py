@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asyncdapo.accounting.clock import StateClock
-from asyncdapo.accounting.spans import FOLDER, NOT_KEPT, STATES, Span, SpanFile, SpanRing, read, read_process
+from asyncdapo.accounting.spans import FOLDER, NOT_KEPT, STATES, Span, SpanFile, SpanRing, latest, read, read_process
 
 
 def spans_of(run_dir: Path, process: str = "replay") -> list[Span]:
@@ -84,6 +84,15 @@ def test_the_files_of_a_process_stay_below_twice_their_bound(tmp_path: Path) -> 
     assert sum(sizes) < 2 * 1100
     assert spans_of(tmp_path)[-1].name == "state 104"
     assert len(spans_of(tmp_path)) > 10
+
+
+def test_the_latest_spans_of_a_track_are_read_from_the_end(tmp_path: Path) -> None:
+    file = SpanFile(tmp_path, "controller", most_bytes=400)
+    for place in range(20):
+        file.write(steps=at(place, f"step {place}"), states=at(place, "wait", "train"))
+    assert [span.name for span in latest(tmp_path, "controller", "steps", 3)] == ["step 17", "step 18", "step 19"]
+    assert [span.name for span in latest(tmp_path, "controller", STATES, 3)] == ["train", "wait", "train"]
+    assert latest(tmp_path, "learner", "steps", 3) == []
 
 
 def test_nothing_is_written_of_nothing(tmp_path: Path) -> None:

@@ -24,13 +24,13 @@ TRACKS = {STATES: "", "weights": ", weights"}
 
 def gantt(run_dir: Path) -> dict[str, Any]:
     """Rows and steps; seconds since the first of these steps began. No rows while no step is over."""
-    latest = sorted(step_times(run_dir).items())[-NUM_STEPS:]
-    if not latest:
+    steps = sorted(step_times(run_dir, NUM_STEPS).items())
+    if not steps:
         return {"steps": [], "rows": []}
-    since_s, until_s = min(span.began_s for _, span in latest), max(span.ended_s for _, span in latest)
+    since_s, until_s = min(span.began_s for _, span in steps), max(span.ended_s for _, span in steps)
     place_s = (until_s - since_s) / NUM_PLACES
     return {
-        "steps": [[step, span.began_s - since_s] for step, span in latest],
+        "steps": [[step, span.began_s - since_s] for step, span in steps],
         "rows": [
             {
                 "name": f"{process}{behind}",

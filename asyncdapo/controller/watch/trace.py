@@ -14,14 +14,14 @@ was undone and trained again is the second one. Does not own: what the spans are
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from asyncdapo.accounting.spans import STATES, Span, Tracks, read, read_process
+from asyncdapo.accounting.spans import STATES, Span, Tracks, latest, read
 from asyncdapo.errors import UserError
 
 CONTROLLER, STEPS = "controller", "steps"
@@ -51,10 +51,9 @@ def write_trace(run_dir: Path, steps: tuple[int, int] | None, out: Path) -> int:
     return 0
 
 
-def step_times(run_dir: Path) -> dict[int, Span]:
-    """When each train step was, the last time that it was trained."""
-    spans = read_process(run_dir, CONTROLLER, -math.inf, math.inf).get(STEPS, [])
-    return {int(span.name.rpartition(" ")[2]): span for span in spans}
+def step_times(run_dir: Path, most: int = sys.maxsize) -> dict[int, Span]:
+    """When each of the latest train steps was, the last time that it was trained."""
+    return {int(span.name.rpartition(" ")[2]): span for span in latest(run_dir, CONTROLLER, STEPS, most)}
 
 
 def trace_events(processes: Mapping[str, Tracks], since_s: float) -> Iterator[Event]:
