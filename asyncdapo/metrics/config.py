@@ -30,7 +30,7 @@ class MetricsConfig:
     step's batch, prompts and texts included. 0 is none."""
     keep_samples: NonNegativeInt = 2
     """Groups of each batch whose tokens stay in RUN_DIR/samples when replay frees its payloads, for the page of
-    `asyncdapo watch --web`. A token takes 8 bytes. 0 is none."""
+    `asyncdapo watch --web`, with the learner's log-probs of them. A token takes 12 bytes. 0 is none."""
 
     def __post_init__(self) -> None:
         port = re.fullmatch(r"[\w.-]+:(\d+)", self.prometheus_address)

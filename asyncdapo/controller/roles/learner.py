@@ -46,6 +46,8 @@ from asyncdapo.learner.storage.checkpoint import (
     remove_old_checkpoints,
 )
 from asyncdapo.learner.storage.host_copy import HostCopy
+from asyncdapo.learner.storage.sample_logprobs import SampleLogprobs
+from asyncdapo.replay.ledger.kept import FOLDER as SAMPLES
 from asyncdapo.shares import Batch, NoBatch
 from asyncdapo.transport.backend import Backend
 from asyncdapo.transport.payload import Payload
@@ -252,8 +254,12 @@ class LearnerProcess(ProcessBase):
         }
 
     def _train(self, prepared: Prepared) -> dict[str, float]:
+        samples = SampleLogprobs(prepared.batch, self.config.metrics.keep_samples)
         with self.profiler.on(prepared.batch.step):
-            return self.learner.train(prepared)
+            metrics = self.learner.train(prepared, samples.note)
+        if samples.found:
+            samples.write(Path(self.config.run.dir) / SAMPLES, self.spec.name)
+        return metrics
 
     async def probe(self, version: int, pairs: Sequence[Pair]) -> list[np.ndarray]:
         """What the weights of `version` make of what the engines have sampled with it: see `Learner.logprobs`. Every

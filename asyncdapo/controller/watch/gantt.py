@@ -7,7 +7,7 @@ load; when each step began. A process may have changed its state a thousand time
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -45,15 +45,15 @@ def gantt(run_dir: Path) -> dict[str, Any]:
 
 def coarse(spans: Sequence[Span], since_s: float, place_s: float) -> Iterator[Span]:
     """The states that had most of each place; none where nothing was done. Neighbours of one state are one span."""
-    shares: dict[int, Counter[str]] = {}
+    shares: dict[int, defaultdict[str, float]] = {}
     for span in spans:
         place, last = (int((at_s - since_s) / place_s) for at_s in (span.began_s, span.ended_s))
         for each in range(place, min(last, NUM_PLACES - 1) + 1):
             begins_s = since_s + each * place_s
             part_s = min(span.ended_s, begins_s + place_s) - max(span.began_s, begins_s)
             if part_s > 0:
-                shares.setdefault(each, Counter())[span.name] += part_s
-    states = ((place, share.most_common(1)[0][0]) for place, share in sorted(shares.items()))
+                shares.setdefault(each, defaultdict(float))[span.name] += part_s
+    states = ((place, max(share, key=lambda name: share[name])) for place, share in sorted(shares.items()))
     runs = groupby(enumerate(states), key=lambda one: (one[1][0] - one[0], one[1][1]))
     for (_, name), run in runs:
         places = [place for _, (place, _) in run]

@@ -8,6 +8,7 @@ Does not own: how it is shown (page.js).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from asyncdapo.messages import Group
-from asyncdapo.replay.ledger.kept import places_of, read_kept
+from asyncdapo.replay.ledger.kept import learned_logprobs, places_of, read_kept, step_of
 from asyncdapo.replay.ledger.ledger import is_begun, open_ledger
 from asyncdapo.transport.payload import ContextTokens, Payload, expand
 
@@ -69,26 +70,34 @@ def group_page(run_dir: Path, group_id: int, tokenizer: Speller) -> dict[str, An
 
 def completion_page(run_dir: Path, group_id: int, sample: int, tokenizer: Speller) -> list[dict[str, Any]]:
     """The pieces of a completion in order: mostly a token each, several where only together they are whole characters.
-    Of one that was observed, log-prob and version are None. Raises LookupError or BadRecord if it can't be read."""
+    Of one that was observed, log-prob and version are None. So is the ratio of the learner's policy to the engine's
+    where the learner didn't record it. Raises LookupError or BadRecord if it can't be read."""
     group, payload = read_kept(run_dir, group_id)
     if not 0 <= sample < len(group.completions):
         raise LookupError(f"group {group_id} has completions 0 to {len(group.completions) - 1}, not {sample}")
-    return [piece for context in _contexts(group, payload, sample) for piece in _pieces(context, tokenizer)]
+    learned, contexts = learned_logprobs(run_dir, step_of(run_dir, group_id)), _contexts(group, payload, sample)
+    of_contexts = ((context, learned.get(f"{group_id}.{sample}.{context.number}")) for context in contexts)
+    return [piece for context, logprobs in of_contexts for piece in _pieces(context, tokenizer, logprobs)]
 
 
 def _contexts(group: Group, payload: Payload, sample: int) -> Iterator[ContextTokens]:
     return (context for context in payload.of_contexts(group) if context.index == sample)
 
 
-def _pieces(context: ContextTokens, tokenizer: Speller) -> Iterator[dict[str, Any]]:
+def _pieces(context: ContextTokens, tokenizer: Speller, learned: np.ndarray | None) -> Iterator[dict[str, Any]]:
+    """`learned`: log-probs of its response under the weights that trained on it, if they are known."""
     sampled = context.is_sampled
     logprobs, versions = context.spread(context.logprobs_S), context.spread(expand(context.header.versions))
+    ratios = np.full(len(sampled), np.nan)
+    if learned is not None:
+        ratios[context.response] = np.exp(learned - logprobs[context.response])
     for begin, end, text in spelled(context.own_ids.tolist(), tokenizer):
         whose = bool(sampled[begin])
         yield {
             "text": text,
             "logprob": float(np.sum(logprobs[begin:end])) if whose else None,
             "version": int(versions[begin]) if whose else None,
+            "ratio": ratio if math.isfinite(ratio := float(np.prod(ratios[begin:end]))) else None,
         }
 
 

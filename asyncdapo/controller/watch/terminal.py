@@ -149,7 +149,9 @@ def _processes(run: RunState) -> RenderableType:
     for heading in ("process", "pid", "state", "behind", "memory", "of the last batch", "tok/s", "slots", "heartbeat"):
         table.add_column(heading, no_wrap=True, header_style="dim")
     for row in run.rows:
-        work, heard = (known.get(row.index) if row.role == "rollout" else None for known in (run.work, run.heard))
+        is_worker = row.role == "rollout"
+        work = run.work.get(row.index) if is_worker else None
+        heard = run.heard.get(row.index) if is_worker else None
         table.add_row(
             f"{row.role} {row.index}",
             str(row.pid),

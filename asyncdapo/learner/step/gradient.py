@@ -12,7 +12,7 @@ Shapes: B completions of a micro-batch, T tokens of its longest response.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,8 +48,19 @@ class Part:
         return Part(loss, Sums(packed[len(own) :]), Work(*map(int, counts)))
 
 
+Note = Callable[[Sequence[Row], Tensor], None]
+"""Is told the rows of a pass and their log-probs [B, T]."""
+
+
 def accumulate_gradient(
-    policy: Policy, rows: Sequence[Row], loss: LossConfig, *, max_tokens: int, ranks: Ranks, scale: float = 1.0
+    policy: Policy,
+    rows: Sequence[Row],
+    loss: LossConfig,
+    *,
+    max_tokens: int,
+    ranks: Ranks,
+    scale: float = 1.0,
+    note: Note | None = None,
 ) -> Part:
     """Make `.grad` of every shard the gradient of an update, of which this rank has these rows: the sum over all ranks.
     One forward and one backward pass for each micro-batch of at most `max_tokens` computed tokens, and as many at every
@@ -59,15 +70,17 @@ def accumulate_gradient(
     for number, chunk in enumerate(chunks, 1):
         before_backward(policy, is_last=number == len(chunks))
         micro_batch = pack(chunk, policy.device)
-        loss_of_part, measured = _backward(policy, micro_batch, loss, scale)
+        loss_of_part, measured, logp_BT = _backward(policy, micro_batch, loss, scale)
+        if note:
+            note(chunk, logp_BT)
         if chunk:
             total, sums, work = total + loss_of_part, sums + measured, work + micro_batch.work
     return Part(total.item(), sums.cpu(), work)
 
 
-def _backward(policy: Policy, micro_batch: MicroBatch, loss: LossConfig, scale: float) -> tuple[Tensor, Sums]:
-    """Back-propagate this micro-batch's part of the loss; returns the part and its sums, both on the policy's
-    device."""
+def _backward(policy: Policy, micro_batch: MicroBatch, loss: LossConfig, scale: float) -> tuple[Tensor, Sums, Tensor]:
+    """Back-propagate this micro-batch's part of the loss; returns the part, its sums and its log-probs [B, T], all on
+    the policy's device."""
     mask_BT = micro_batch.loss_mask_BT
     logp_BT, entropy_BT = policy(micro_batch, entropy_gradient=loss.entropy_coef > 0)
     # Without a first pass the policy at the start of the step is the one of this very forward pass.
@@ -86,7 +99,7 @@ def _backward(policy: Policy, micro_batch: MicroBatch, loss: LossConfig, scale: 
         loss_BT = loss_BT - loss.entropy_coef * entropy_BT
     part = (loss_BT.sum(-1) * micro_batch.weights_B).sum()
     (part * scale).backward()
-    return part.detach(), measure(micro_batch, losses, logp_BT, entropy_BT, correction_BT, kl_BT)
+    return part.detach(), measure(micro_batch, losses, logp_BT, entropy_BT, correction_BT, kl_BT), logp_BT.detach()
 
 
 def _policy_loss(

@@ -43,7 +43,7 @@ from asyncdapo.learner.model.policy import Policy
 from asyncdapo.learner.model.sharding import gather, named_shards
 from asyncdapo.learner.step.diagnostics import Sums
 from asyncdapo.learner.step.frozen_logprobs import FirstPass, second_moment_masked
-from asyncdapo.learner.step.gradient import Part, accumulate_gradient
+from asyncdapo.learner.step.gradient import Note, Part, accumulate_gradient
 from asyncdapo.learner.step.measured import Measured
 from asyncdapo.learner.step.optimizer import Optimizer
 from asyncdapo.learner.step.probe import Pair, response_logprobs
@@ -126,9 +126,9 @@ class Learner:
         )
         return Prepared(batch, rows, columns(batch))
 
-    def train(self, prepared: Prepared) -> dict[str, float]:
+    def train(self, prepared: Prepared, note: Note | None = None) -> dict[str, float]:
         """One train step: `epochs` times `updates_per_step` optimizer updates on whole groups; afterwards `version` is
-        that of the batch's step. Every rank has to call it.
+        that of the batch's step. Every rank has to call it. `note` hears of every pass with gradient.
 
         Returns the `learner/…` metrics, the same at every rank but for its own memory and time; means leave out skipped
         updates and are NaN when all were skipped. Raises StalenessError for a group past the bound, RunError for a
@@ -141,7 +141,7 @@ class Learner:
             with self.times.on("first_pass"):
                 updates, counted = self._pass_before(prepared.rows, before)
             done = [
-                self._update(rows, counted.of_update(number), counted)
+                self._update(rows, counted.of_update(number), counted, note)
                 for _ in range(self._config.epochs)
                 for number, rows in enumerate(updates)
             ]
@@ -270,7 +270,7 @@ class Learner:
         num_before, num_left = (int(one.num_tokens_N.sum()) for one in (before, counted))
         return {"learner/masked_ratio": ratio(num_before - num_left, num_before)} if self._loss.masks_by_policy else {}
 
-    def _update(self, rows: Sequence[Row], indices_N: Tensor, counted: Columns) -> Update:
+    def _update(self, rows: Sequence[Row], indices_N: Tensor, counted: Columns, note: Note | None) -> Update:
         """One optimizer update on the completions `indices_N`, of which this rank computes `rows`."""
         num_tokens_N = counted.num_tokens_N[indices_N]
         num_tokens = int(num_tokens_N.sum())
@@ -291,6 +291,7 @@ class Learner:
                 max_tokens=self._config.tokens_per_microbatch,
                 ranks=self.ranks,
                 scale=self._optimizer.scale.value,
+                note=note,
             )
         with self.times.on("sum"):
             part = part.summed(self.ranks)

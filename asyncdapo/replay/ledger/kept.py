@@ -1,10 +1,11 @@
 """Kept samples: the payloads of a few groups of each batch, to look at when the segments are freed.
 
-    RUN_DIR/samples/000012.bin      of step 12: {group_id: [offset, bytes]} as a line of JSON, then records
+    RUN_DIR/samples/000012.bin            of step 12: {group_id: [offset, bytes]} as a line of JSON, then records
+                    000012.learner.npz    their log-probs under the weights that trained on them, as a rank wrote them
 
 In: a step that was trained, while its payloads are there. Out: one file for it, replaced if the step is trained again.
 Invariant: nothing depends on these files, so they aren't synced, and any of them may be deleted. Does not own: the
-format of the records (`payloads`), which groups a batch has (`ledger`).
+format of the records (`payloads`), which groups a batch has (`ledger`), the log-probs (`learner/storage`).
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from __future__ import annotations
 import logging
 from contextlib import closing
 from pathlib import Path
+from zipfile import BadZipFile
 
 import msgspec
+import numpy as np
 
 from asyncdapo.disk import disk_errors
 from asyncdapo.messages import Group
@@ -66,6 +69,25 @@ def places_of(run_dir: Path, step: int) -> dict[int, Place]:
     except msgspec.DecodeError as error:
         raise BadRecord(f"{FOLDER}/{path.name}: its index can't be read: {error}") from error
     return {group_id: Place(step, len(line) + offset, num_bytes) for group_id, (offset, num_bytes) in index.items()}
+
+
+def step_of(run_dir: Path, group_id: int) -> int | None:
+    """The step whose batch has the group; None of another group."""
+    with closing(open_ledger(run_dir)) as ledger:
+        row = ledger.execute("SELECT step FROM groups WHERE group_id = ?", (group_id,)).fetchone()
+    return row["step"] if row else None
+
+
+def learned_logprobs(run_dir: Path, step: int | None) -> dict[str, np.ndarray]:
+    """By "GROUP.SAMPLE.CONTEXT" float32 [R], NaN where a token bears no loss; of all ranks. Raises BadRecord."""
+    found: dict[str, np.ndarray] = {}
+    for path in (run_dir / FOLDER).glob(f"{step:06d}.*.npz") if step else ():
+        try:
+            with np.load(path) as arrays:
+                found |= {name: arrays[name] for name in arrays.files}
+        except (ValueError, OSError, BadZipFile) as error:
+            raise BadRecord(f"{FOLDER}/{path.name}: {error}") from error
+    return found
 
 
 def read_kept(run_dir: Path, group_id: int) -> tuple[Group, Payload]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from bisect import bisect
 from contextlib import asynccontextmanager
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from asyncdapo.accounting.clock import SharedClock
@@ -19,6 +21,7 @@ from asyncdapo.controller.roles.learner import LearnerProcess, load_learner
 from asyncdapo.errors import ConfigError
 from asyncdapo.learner.step.learner import STATES
 from asyncdapo.learner.step.ranks import ALONE
+from asyncdapo.replay.ledger.kept import learned_logprobs
 from asyncdapo.shares import CutWanted, NoBatch
 from asyncdapo.transport.sockets import Server
 from tests.learner.tiny import make_batch, save_tiny_llama
@@ -75,10 +78,10 @@ def test_the_next_batch_is_prepared_before_the_train_step_ends_and_none_is_asked
                 prepared[batch.step].set()
                 return made
 
-            def train_when_the_next_one_is_there(one):
+            def train_when_the_next_one_is_there(one, note):
                 step = one.batch.step
                 assert step == NUM_STEPS or prepared[step + 1].wait(PATIENCE_S), f"batch {step + 1} doesn't come"
-                return train(one)
+                return train(one, note)
 
             process.learner.prepare, process.learner.train = note, train_when_the_next_one_is_there
             for step in range(1, NUM_STEPS + 1):
@@ -99,9 +102,9 @@ def test_while_it_trains_it_waits_for_nobody_and_then_for_its_batch(path, tmp_pa
             waits: list[list[tuple[str, str]]] = []
             train = process.learner.train
 
-            def look(one):
+            def look(one, note):
                 waits.append([(wait.whom, wait.what) for wait in process.waits.open()])
-                return train(one)
+                return train(one, note)
 
             process.learner.train = look
             await process.take_batch(1)
@@ -175,3 +178,27 @@ def test_a_model_that_no_preflight_saw_is_checked_when_it_is_loaded(tmp_path):
     config = load_config(find_config("quickstart"), [f"run.dir={tmp_path}", f"model.path={path}", "learner.device=cpu"])
     with pytest.raises(ConfigError, match=r"model\.path: can't be trained: its rope_type is dynamic"):
         load_learner(config, ALONE, None)
+
+
+def test_the_log_probs_of_the_first_groups_are_kept_as_they_were_trained_on(path, tmp_path):
+    async def run() -> None:
+        async with learner(path, tmp_path, []) as process:
+            await process.take_batch(1)
+            assert process.prepared is not None
+            groups = process.prepared.batch.groups[: process.config.metrics.keep_samples]
+            ends = np.cumsum([len(group.completions) for group in groups]).tolist()
+            rows = [
+                row for rows in process.prepared.rows for row in rows if row.index < ends[-1] and row.num_loss_tokens
+            ]
+            before = process.learner.logprobs(0, [(row.prompt_ids, row.token_ids) for row in rows])
+            await process.train_step()
+            found = learned_logprobs(tmp_path, 1)
+            assert len(found) == len(rows) > 1
+            for row, logprobs in zip(rows, before, strict=True):
+                place = bisect(ends, row.index)
+                sample = row.index - (ends[place - 1] if place else 0)
+                kept = found[f"{groups[place].lease_id}.{sample}.{row.context}"]
+                assert np.array_equal(np.isnan(kept), ~row.loss_mask)
+                assert np.allclose(kept[row.loss_mask], logprobs[row.loss_mask], atol=1e-5)
+
+    asyncio.run(run())

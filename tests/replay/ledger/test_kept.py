@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from asyncdapo.controller.watch.pages import completion_page, groups_of
@@ -71,3 +73,21 @@ def test_without_samples_a_group_is_read_from_its_segment(tmp_path: Path) -> Non
     group_id, _ = members(tmp_path, 1)
     assert places_of(tmp_path, 1) == {}
     assert read_kept(tmp_path, group_id)[0] == read_group(tmp_path, group_id)[0]
+
+
+def test_a_token_that_was_trained_on_has_the_ratio_of_learner_to_engine(tmp_path: Path) -> None:
+    begun(tmp_path)
+    group_id, _ = members(tmp_path, 1)
+    group, payload = read_kept(tmp_path, group_id)
+    (first, *_) = payload.of_contexts(group)
+    learned = first.logprobs_S + np.float32(0.5)
+    learned[-1] = np.nan
+    (tmp_path / FOLDER).mkdir()
+    np.savez(tmp_path / FOLDER / "000001.learner-1.npz", **{f"{group_id}.0.0": learned})
+    *trained, last = [piece["ratio"] for piece in completion_page(tmp_path, group_id, 0, Bytes())]
+    assert trained == pytest.approx([math.exp(0.5)] * 3)
+    assert last is None
+    assert {piece["ratio"] for piece in completion_page(tmp_path, group_id, 1, Bytes())} == {None}
+    (tmp_path / FOLDER / "000001.learner-1.npz").write_bytes(b"PK")
+    with pytest.raises(BadRecord, match="samples/000001.learner-1.npz"):
+        completion_page(tmp_path, group_id, 0, Bytes())

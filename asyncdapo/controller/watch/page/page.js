@@ -238,8 +238,10 @@ async function openCompletion(run, group, about, sample, place) {
   const metrics = Object.entries(about.metrics).map(([name, value]) => `${name} ${short(value)}`).join(", ");
   const text = node("pre");
   const paint = (what) => text.replaceChildren(...pieces.map((piece) => token(piece, what, pieces)));
+  const known = pieces.some((piece) => piece.ratio !== null);
   const select = node("select", { onchange: () => paint(select.value) },
     node("option", { value: "logprob" }, "log-prob: the redder, the less likely"),
+    ...(known ? [node("option", { value: "ratio" }, "ratio of the learner to the engine: red below 1, green above")] : []),
     node("option", { value: "version" }, "version of the weights"), node("option", { value: "" }, "nothing"));
   place.replaceChildren(
     node("p", { className: "dim" }, `${about.tokens} tokens, ${about.turns} turn${about.turns > 1 ? "s" : ""}, ended by ${about.finish_reason}; ${metrics}`),
@@ -253,8 +255,13 @@ function token(piece, what, pieces) {
     made.className = "observed";
     return made;
   }
-  made.title = `log-prob ${short(piece.logprob)} nats, version ${piece.version}`;
+  const ratio = piece.ratio === null ? "" : `, ratio ${short(piece.ratio, 4)}`;
+  made.title = `log-prob ${short(piece.logprob)} nats, version ${piece.version}${ratio}`;
   if (what === "logprob") made.style.background = `rgb(220 60 40 / ${Math.min(0.75, -piece.logprob / 6)})`;
+  if (what === "ratio" && piece.ratio !== null) {
+    const strength = Math.min(0.75, Math.abs(Math.log(piece.ratio)) / 0.3);
+    made.style.background = piece.ratio < 1 ? `rgb(220 60 40 / ${strength})` : `rgb(30 150 90 / ${strength})`;
+  }
   if (what === "version") made.style.background = `hsl(${(piece.version * 67) % 360} 70% 50% / 0.3)`;
   return made;
 }
