@@ -16,8 +16,8 @@ NAMES = {
     "10^12/s": "tflops",
     "GiB": "peak_gib rank_peak_gib_max",
     "bytes": "bytes",
-    "": "chi2 chi2_sequence correction_mean gate_mean grad_norm loss lr ratio_mean ratio_p01 ratio_p50 ratio_p99 "
-    "second_moment slowest_rank slowest_worker",
+    "": "chi2 chi2_sequence correction_mean gate_mean grad_norm loss loss_scale lr ratio_mean ratio_p01 ratio_p50 "
+    "ratio_p99 second_moment slowest_rank slowest_worker",
 }
 """By unit, the names behind the last / that don't end with it."""
 UNITS = {name: unit for unit, names in NAMES.items() for name in names.split()}
