@@ -50,6 +50,8 @@ def run(row, base_url, api_key):
                     context = [*context, *call(base_url, api_key, context), 50]
             except HTTPError as error:
                 return 0.5, {"status": error.code}
+        case "stop":
+            call(base_url, api_key, context, stop="x")
         case "hang":
             time.sleep(600)
         case "raise":

@@ -135,6 +135,7 @@ async def test_a_program_that_takes_too_long_twice_is_wrong() -> None:
     ("order", "words"),
     [
         ("raise no such tool", "run: ValueError: no such tool"),
+        ("stop", "run: HTTPError: HTTP Error 400: stop isn't supported: a call is one sample of the model"),
         ("exit", "run: ended its process, the second time alone"),
         ("silent", "run: ended without any answer of the model"),
         ("return None", "run: a reward is a finite number, got None"),

@@ -21,6 +21,7 @@ HOST = "127.0.0.1"
 MAX_HEADER_BYTES = 1 << 16
 REQUEST_TIMEOUT_S = 75.0
 """Of a connection without a complete request. Clients close their idle ones earlier."""
+MAX_REASON_CHARS = 200
 MAX_SHARE_OF_FILES = 0.5
 """Connections among the files that the process may have open."""
 
@@ -40,6 +41,8 @@ class HttpAnswer:
     """Its answer."""
 
     status: int = 200
+    reason: str = ""
+    """Behind the status, for clients that show nothing else of an error. ASCII."""
     content_type: str = "application/json"
     body: bytes
 
@@ -51,7 +54,8 @@ def problem(status: int, message: str, code: str | None = None) -> HttpAnswer:
     """An error in the form that OpenAI's clients expect."""
     kind = "invalid_request_error" if status < 500 else "server_error"
     error = {"message": message, "type": kind, "param": None, "code": code or status}
-    return HttpAnswer(status=status, body=msgspec.json.encode({"error": error}))
+    reason = "".join(char if " " <= char <= "~" else "?" for char in message[:MAX_REASON_CHARS])
+    return HttpAnswer(status=status, reason=reason, body=msgspec.json.encode({"error": error}))
 
 
 class HttpServer:
@@ -206,7 +210,7 @@ class Connection(asyncio.Protocol):
             self.abort()
             return
         headers = [("content-type", answer.content_type), ("content-length", str(len(answer.body)))]
-        self._say(h11.Response(status_code=answer.status, headers=headers))
+        self._say(h11.Response(status_code=answer.status, headers=headers, reason=answer.reason.encode()))
         if self._request is None or self._request.method != b"HEAD":
             self._say(h11.Data(data=answer.body))
         self._say(h11.EndOfMessage())
