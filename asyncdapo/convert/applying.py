@@ -175,7 +175,7 @@ def _placeholders(made: Converted) -> None:
     own = [
         Line("prompts.task", "file", []),
         Line("prompts.path", OWN_DATA, [], "name your data here"),
-        Line("prompts.chat_template", True, [], "they always use it"),
+        Line("prompts.chat_template", made.values.get("prompts.chat_template", True), [], "they always use it"),
     ]
     made.lines = own + [line for line in made.lines if line.ours not in [one.ours for one in own]]
 

@@ -6,7 +6,7 @@ import re
 from math import ceil
 from typing import Any
 
-from asyncdapo.convert.rules import Differs, Left, Made, Rank, Rule, either, flag, number, plain, whole
+from asyncdapo.convert.rules import Differs, Left, Made, Rank, Rule, chat_template, either, flag, number, plain, whole
 
 NO_LIMIT = 1_000_000
 """Train steps of a run that ends with its data."""
@@ -73,13 +73,13 @@ WHOLE_FILES = Differs(
 # ----------------------------------------------------------------------------------------------------------------- data
 
 
-def data_rules(train: str, held_out_key: str) -> tuple[Rule, ...]:
-    """Rules for the keys that name files."""
+def data_rules(train: str, held_out_key: str, template_arguments: str) -> tuple[Rule, ...]:
+    """Rules for the keys that name files, and for the arguments of their chat template."""
     return (
         Rule("prompts.task", (train,), lambda files: "file"),
         Rule("prompts.path", (train,), train_data),
         Rule("prompts.eval_path", (held_out_key,), held_out),
-        Rule("prompts.chat_template", (train,), lambda files: Made(True, "they always use it")),
+        Rule("prompts.chat_template", (train, f"{template_arguments}.enable_thinking"), chat_template),
         Rule("eval.num_greedy_prompts", (held_out_key,), lambda files: Made(0, "they have one evaluation, not two")),
     )
 

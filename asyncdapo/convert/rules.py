@@ -128,6 +128,11 @@ def flag(value: Any) -> bool:
     raise ValueError(f"{value!r} is neither true nor false")
 
 
+def chat_template(files: Any, thinking: Any) -> Made:
+    """`thinking`: the argument of the chat template that templates of several families have."""
+    return Made(True if thinking is None else {"enable_thinking": flag(thinking)}, "they always use it")
+
+
 def whole(value: Any) -> int:
     """A whole number. Raises ValueError."""
     if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value):

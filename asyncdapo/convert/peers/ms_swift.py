@@ -5,7 +5,7 @@ from __future__ import annotations
 from asyncdapo.convert import deepspeed, gpus, turns
 from asyncdapo.convert import meanings as mean
 from asyncdapo.convert.peers import ms_swift_values as its
-from asyncdapo.convert.rules import Differs, Left, Made, Peer, Rank, Rule, flag, number, same, text
+from asyncdapo.convert.rules import Differs, Left, Made, Peer, Rank, Rule, chat_template, flag, number, same, text
 
 BATCH = (
     "generation_batch_size",
@@ -46,7 +46,7 @@ RULES = (
     Rule("prompts.path", ("dataset",), its.train_data),
     Rule("", ("dataset",), its.sampled),
     Rule("prompts.eval_path", ("val_dataset",), its.eval_data),
-    Rule("prompts.chat_template", ("dataset",), lambda files: Made(True, "they always use it")),
+    Rule("prompts.chat_template", ("dataset", "enable_thinking"), chat_template),
     Rule("prompts.system_prompt", ("system",), lambda text: None if text is None else text.replace("\\n", "\n")),
     same("prompts.max_prompt_length", "max_length"),
     Rule("prompts.max_prompt_length", ("vllm_max_model_len", "max_completion_length"), its.prompt_length),

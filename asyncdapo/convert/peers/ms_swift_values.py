@@ -23,7 +23,6 @@ LEVELS = {"token": "ppo", "sequence": "gspo"}
 VERIFIED = {"accuracy": "math_verify"}
 NO_SUCH_LOSS = "no such part of the loss here"
 OTHERWISE: tuple[tuple[str, str, Rank, tuple[Any, ...]], ...] = (
-    ("enable_thinking", "set prompts.chat_template to {enable_thinking: ...}", Rank.TASK, ()),
     ("stop_words", "a response ends with the tokenizer's own end-of-sequence token here", Rank.TASK, ()),
     ("adapters", "A LoRA is not loaded here: merge it into the model first", Rank.TASK, ()),
     ("teacher_model", "no distillation here", Rank.TASK, ()),

@@ -6,7 +6,7 @@ from asyncdapo.convert import gpus, turns
 from asyncdapo.convert import meanings as mean
 from asyncdapo.convert.peers import nemo_rl_data as data
 from asyncdapo.convert.peers import nemo_rl_values as its
-from asyncdapo.convert.rules import Differs, Left, Made, Peer, Rank, Rule, flag, number, same, text
+from asyncdapo.convert.rules import Differs, Left, Made, Peer, Rank, Rule, chat_template, flag, number, same, text
 
 PROMPTS, GROUP, UPDATE = (
     "grpo.num_prompts_per_step",
@@ -25,6 +25,7 @@ AHEAD, STALE = "async_rl.sampler.max_lookahead_versions", "async_rl.sampler.max_
 MEGATRON, DTENSOR = "policy.megatron_cfg.", "policy.dtensor_cfg."
 ESTIMATOR = "grpo.adv_estimator."
 TEMPLATE = ("data.train.prompt_file", "data.default.prompt_file")
+THINKING = "policy.tokenizer.chat_template_kwargs.enable_thinking"
 SYSTEM = ("data.train.system_prompt_file", "data.default.system_prompt_file")
 
 
@@ -44,8 +45,8 @@ RULES = (
     Rule("prompts.path", ("data.train.dataset_name", *TEMPLATE, *SYSTEM), data.train_data),
     Rule("prompts.eval_path", ("data.validation.data_path",), mean.held_out),
     Rule("prompts.eval_path", ("data.validation.dataset_name", *TEMPLATE, *SYSTEM), data.eval_data),
-    Rule("prompts.chat_template", ("data.train.dataset_name",), lambda name: Made(True, "they always use it")),
-    Rule("prompts.chat_template", ("data.train.data_path",), lambda path: Made(True, "they always use it")),
+    Rule("prompts.chat_template", ("data.train.dataset_name", THINKING), chat_template),
+    Rule("prompts.chat_template", ("data.train.data_path", THINKING), chat_template),
     Rule("prompts.template", TEMPLATE, data.template),
     Rule("prompts.system_prompt", SYSTEM, lambda *texts: next((text for text in texts if text), None)),
     same("prompts.max_prompt_length", "data.max_input_seq_length"),

@@ -42,7 +42,7 @@ RULES = (
         ("trainer.ref.model.path", f"{ALGORITHM}use_kl_loss", f"{POLICY}model.path"),
         lambda path, use, own: path if flag(use) and path != own else None,
     ),
-    *mean.data_rules("data.train_data", "data.val_data"),
+    *mean.data_rules("data.train_data", "data.val_data", "generator.chat_template_kwargs"),
     same("prompts.max_prompt_length", "trainer.max_prompt_length"),
     Rule("prompts.epochs", ("trainer.epochs", "data.train_data"), mean.epochs),
     Rule("rollout.engine", (f"{ENGINE}backend",), mean.engine),

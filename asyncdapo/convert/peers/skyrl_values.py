@@ -17,7 +17,6 @@ OTHERWISE: tuple[tuple[str, str, Rank, tuple[Any, ...]], ...] = (
         Rank.LOSS,
         (),
     ),
-    ("generator.chat_template_kwargs", "set prompts.chat_template to them", Rank.TASK, ()),
     ("generator.vision_language_generator", "prompts have no images here", Rank.TASK, ()),
     (
         "generator.zero_reward_on_non_stop",

@@ -44,7 +44,7 @@ RULES = (
     Rule("run.steps", ("rollout.total_rollout_steps", *STEP), its.steps_of_prompts),
     Rule("run.steps", (), lambda: Made(mean.NO_LIMIT, "theirs ends with its data")),
     text("model.path", "actor_rollout_ref.model.path"),
-    *mean.data_rules("data.train_files", "data.val_files"),
+    *mean.data_rules("data.train_files", "data.val_files", "data.apply_chat_template_kwargs"),
     same("prompts.max_prompt_length", "data.max_prompt_length"),
     Rule("prompts.epochs", ("trainer.total_epochs", "rollout.total_epochs", "data.train_files"), its.epochs),
     Rule("rollout.engine", (f"{ROLLOUT}name",), mean.engine),

@@ -19,7 +19,6 @@ OTHERWISE: tuple[tuple[str, str, Rank, tuple[Any, ...]], ...] = (
     ("data.image_key", "prompts have no images here", Rank.TASK, ()),
     ("data.custom_cls.path", "YOUR DATA SET CLASS IS NOT CARRIED OVER: asyncdapo data prepare", Rank.TASK, ()),
     ("data.train_max_samples", "only that many rows there, all rows here", Rank.TASK, (-1,)),
-    ("data.apply_chat_template_kwargs", "set prompts.chat_template to them", Rank.TASK, ()),
     (f"{MODEL}custom_chat_template", "the tokenizer's own chat template is used here", Rank.TASK, ()),
     ("distillation.enabled", "no distillation here", Rank.TASK, ()),
     (f"{MODEL}lora_rank", mean.ALL_WEIGHTS, Rank.LOSS, (-1,)),

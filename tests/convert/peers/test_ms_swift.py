@@ -14,6 +14,7 @@ from tests.convert.test_convert import convert
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
+        ("--enable_thinking false", {"prompts.chat_template": {"enable_thinking": False}}),
         (
             "--global_batch_size 16 --generation_batch_size 64 --num_generations 8",
             {"replay.prompts_per_step": 8, "learner.updates_per_step": 4},
@@ -156,7 +157,6 @@ def test_a_system_prompt_of_its_own_words_is_kept() -> None:
         ("--dataset a/b#1000", "--dataset a/b", "only that many rows"),
         ("--scale_rewards gdpo", "--scale_rewards batch", "scaled over the batch there"),
         ("--reward_funcs accuracy format", "--reward_funcs accuracy", "only accuracy counts here"),
-        ("--enable_thinking true", "--rlhf_type grpo", "set prompts.chat_template to {enable_thinking"),
     ],
 )
 def test_what_trains_something_else_is_said_at_the_top(words: str, off: str, said: str) -> None:

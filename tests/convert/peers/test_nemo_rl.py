@@ -14,6 +14,10 @@ from tests.convert.test_convert import convert
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
+        (
+            "policy.tokenizer.chat_template_kwargs.enable_thinking=false",
+            {"prompts.chat_template": {"enable_thinking": False}},
+        ),
         ("loss_fn.ratio_clip_max=0.28", {"loss.dual_clip": None}),
         (
             "grpo.num_prompts_per_step=8 grpo.num_generations_per_prompt=16 policy.train_global_batch_size=8",

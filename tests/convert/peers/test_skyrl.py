@@ -18,6 +18,7 @@ DATA = "data.train_data=gsm8k.parquet"
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
+        ("generator.chat_template_kwargs.enable_thinking=false", {"prompts.chat_template": {"enable_thinking": False}}),
         ("trainer.algorithm.clip_ratio_c=3", {"loss.dual_clip": None}),
         (
             "generator.inference_engine.gpu_memory_utilization=0.7",

@@ -21,6 +21,10 @@ DATA = "data.train_files=dapo-math-17k.parquet"
     ("words", "expected"),
     [
         (
+            "data.train_files=/x/math/train.parquet +data.apply_chat_template_kwargs.enable_thinking=False",
+            {"prompts.chat_template": {"enable_thinking": False}},
+        ),
+        (
             f"{ACTOR}clip_ratio_low=0.1 {ACTOR}clip_ratio_high=0.3",
             {"loss.clip_low": 0.1, "loss.clip_high": 0.3},
         ),
