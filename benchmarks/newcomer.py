@@ -17,6 +17,7 @@ import time
 from concurrent.futures import Future
 from contextlib import suppress
 from multiprocessing.connection import Connection
+from typing import Any
 
 import torch
 
@@ -52,7 +53,7 @@ class Worker:
     def start(self, *words: object) -> None:
         self.pipe.send(words)
 
-    def do(self, *words: object) -> object:
+    def do(self, *words: object) -> Any:
         self.start(*words)
         return self.pipe.recv()
 
@@ -61,7 +62,8 @@ class Learner:
     """The tensors, and this process."""
 
     def __init__(self, num_mb: int, backend: Backend) -> None:
-        self.tensors, self.backend = model_of(num_mb), backend
+        self.backend: Backend = backend
+        self.tensors = model_of(num_mb)
         self.manifest = Manifest.of(self.tensors)
 
     def send(self, worker: Worker) -> None:

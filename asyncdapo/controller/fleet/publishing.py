@@ -289,7 +289,7 @@ class Publishing:
                 async with asyncio.timeout(deadline_s):
                     await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
                     if not all(task.done() for task in tasks):
-                        with suppress(ProcessDied):
+                        with suppress(ProcessDied, EngineError):  # its own call says so, too
                             await (sender or self.learner).call(lambda sender: sender.abandon_workers)
                     await asyncio.wait(tasks)
         finally:
