@@ -55,12 +55,12 @@ class WeightGroup(ProcessGroup):
 
     def _relay(self, own: ProcessGroup, deadline: Deadline) -> RelayCarrier:
         """By way of the ranks' hosts. Memory is shared on the GPU that all ranks have, else on each host. Without `ipc`
-        every rank counts as a host."""
+        none is shared: every rank counts as a host."""
+        if self.backend != "ipc":
+            return RelayCarrier(own, route_of(self.rank, range(self.world_size)), HOST)
         name = device_name(self._own_device)
-        rows = self.exchange_rows([_word(host_of(name)), _word(name)], deadline)
-        hosts, devices = zip(*rows, strict=True)
-        route = route_of(self.rank, hosts if self.backend == "ipc" else range(self.world_size))
-        return RelayCarrier(own, route, self._own_device if len(set(devices)) == 1 else HOST)
+        hosts, devices = zip(*self.exchange_rows([_word(host_of(name)), _word(name)], deadline), strict=True)
+        return RelayCarrier(own, route_of(self.rank, hosts), self._own_device if len(set(devices)) == 1 else HOST)
 
 
 def _word(name: str) -> int:
