@@ -4,9 +4,12 @@ import asyncio
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
+
+from tests.learner.tiny import make_learner
 
 from .models import SHAPES, VOCAB_SIZE, engine_for, largest_difference, logprobs_of, random_model, request, saved
 
@@ -102,3 +105,21 @@ def test_greedy_tokens_are_those_of_hugging_face_and_their_logprobs_have_tempera
         expected = model.generate(torch.tensor([asked.prompt_ids]), do_sample=False, max_new_tokens=24)
         assert sample.token_ids.tolist() == expected[0, len(asked.prompt_ids) :].tolist()
         assert largest_difference(model, asked, sample) < 1e-4
+
+
+@pytest.mark.soak
+def test_engine_and_learner_agree_better_in_float16_than_in_bfloat16(tmp_path, capsys):
+    path = saved(random_model("qwen2.5"), tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    requests = [request(length, range(8), max_tokens=40) for length in (3, 7, 12, 20, 31)]
+    means = {}
+    for dtype in ("float32", "bfloat16", "float16"):
+        results = asyncio.run(generate(path, requests, dtype=dtype, slots=16))
+        found = [(asked, sample) for asked, samples in zip(requests, results, strict=True) for sample in samples]
+        pairs = [(asked.prompt_ids, sample.token_ids) for asked, sample in found]
+        of_learner = np.concatenate(make_learner(path, dtype=dtype).logprobs(0, pairs))
+        apart = np.abs(np.concatenate([sample.logprobs for _, sample in found]) - of_learner)
+        means[dtype] = apart.mean()
+        with capsys.disabled():
+            print(f"{dtype}: mean {apart.mean():.1e}, p99 {np.quantile(apart, 0.99):.1e}, max {apart.max():.1e}")
+    assert means["float32"] < 1e-4 < means["float16"] < means["bfloat16"] / 4
