@@ -161,7 +161,7 @@ class RelayCarrier:
         if source is None:
             [block] = [block for block in self._blocks if block.bytes_U.data_ptr() == bucket_U.data_ptr()]
             self._synchronize()
-            return Relay(self._passed_on(bucket_U, block, deadline))
+            return Relay(self._forwarded(bucket_U, deadline) + self._offered(block, len(bucket_U), deadline))
         self._finish_passing()
         if self._route.leads:
             arriving = self._group.receive(bucket_U, source, deadline)
@@ -181,24 +181,29 @@ class RelayCarrier:
 
     def _pass_on(self, bucket_U: torch.Tensor, deadline: Deadline) -> None:
         """At the leader of another host than rank 0's, once the bucket is here."""
-        block = self._blocks.pop(0)
+        self._passing += self._forwarded(bucket_U, deadline)
         if self._route.readers:
+            block = self._blocks.pop(0)
             if len(block.bytes_U) < len(bucket_U):
                 block = make_block(len(bucket_U), self._device)
+            self._blocks.append(block)
             block.bytes_U[: len(bucket_U)].copy_(bucket_U)
-        self._blocks.append(block)
-        self._passing += self._passed_on(bucket_U, block, deadline)
+            self._passing += self._offered(block, len(bucket_U), deadline)
 
-    def _passed_on(self, bucket_U: torch.Tensor, block: Block, deadline: Deadline) -> list[Collective]:
-        """Begin to send the bucket to the next host, and to tell the readers of this one, for whom it is in `block`.
-        They answer when they have copied it."""
-        group, route = self._group, self._route
-        passing = [] if route.next is None else [group.send(bucket_U, route.next, deadline)]
-        notice = NOTICE.pack(len(bucket_U), len(block.handle), block.handle)
-        for reader in route.readers:
+    def _forwarded(self, bucket_U: torch.Tensor, deadline: Deadline) -> list[Collective]:
+        """Begin to send the bucket to the next host, if there is one."""
+        following = self._route.next
+        return [] if following is None else [self._group.send(bucket_U, following, deadline)]
+
+    def _offered(self, block: Block, num_bytes: int, deadline: Deadline) -> list[Collective]:
+        """Begin to tell the readers that a bucket is in this block. They answer when they have copied it."""
+        notice = NOTICE.pack(num_bytes, len(block.handle), block.handle)
+        offered: list[Collective] = []
+        for reader in self._route.readers:
             notice_U = torch.frombuffer(bytearray(notice), dtype=torch.uint8)
-            passing += [group.send(notice_U, reader, deadline), group.receive(torch.zeros(1), reader, deadline)]
-        return passing
+            offered.append(self._group.send(notice_U, reader, deadline))
+            offered.append(self._group.receive(torch.zeros(1), reader, deadline))
+        return offered
 
     def _copy(self, notice_U: torch.Tensor, bucket_U: torch.Tensor, leader: int, deadline: Deadline) -> None:
         """At a reader: copy the bucket of which the leader has told, and say so."""
