@@ -74,35 +74,15 @@ class Config:
     def _contradictions(self) -> Iterator[ConfigError]:
         """Keys of different sections that exclude each other."""
         yield from self._environment_problems()
-        if self.rollout.group_size == 1 and self.filter.enabled:
-            yield ConfigError(
-                "rollout.group_size",
-                "a group of one has no variance, so the filter would drop every group",
-                self.rollout.group_size,
-                "use 2 or more, or filter.enabled=false",
-            )
-        elif self.rollout.group_size == 1 and self.loss.advantage not in WITHOUT_GROUPS:
-            yield ConfigError(
-                "rollout.group_size",
-                f"a group of one has no baseline: every advantage of loss.advantage={self.loss.advantage} would be 0",
-                self.rollout.group_size,
-                "use 2 or more",
-            )
-        if self.loss.advantage == "maxrl" and (self.reward.incorrect < 0 or self.reward.overlong_buffer):
-            problem = "divides by the mean reward, which may not be below 0"
-            fix = "reward.incorrect=0 reward.overlong_buffer=0"
-            yield ConfigError("loss.advantage", problem, self.loss.advantage, fix)
+        yield from self._advantage_problems()
         if self.filter.mode == "replace" and not self.filter.enabled:
             yield ConfigError("filter.mode", "does nothing without filter.enabled", self.filter.mode, "use filter")
         if self.model.reference is not None and not self.loss.kl_coef:
             problem = "does nothing without loss.kl_coef"
             yield ConfigError("model.reference", problem, self.model.reference, "remove it, or set loss.kl_coef")
         if self.reward.overlong_buffer > self.rollout.max_response_length:
-            yield ConfigError(
-                "reward.overlong_buffer",
-                f"must be at most rollout.max_response_length ({self.rollout.max_response_length})",
-                self.reward.overlong_buffer,
-            )
+            problem = f"must be at most rollout.max_response_length ({self.rollout.max_response_length})"
+            yield ConfigError("reward.overlong_buffer", problem, self.reward.overlong_buffer)
         if self.controller.stall_s <= self.reward.longest_verdict_s:
             yield ConfigError(
                 "controller.stall_s",
@@ -111,16 +91,26 @@ class Config:
                 self.controller.stall_s,
             )
         if self.replay.prompts_per_step % self.learner.updates_per_step:
-            yield ConfigError(
-                "learner.updates_per_step",
-                f"must divide replay.prompts_per_step ({self.replay.prompts_per_step})",
-                self.learner.updates_per_step,
-            )
+            problem = f"must divide replay.prompts_per_step ({self.replay.prompts_per_step})"
+            yield ConfigError("learner.updates_per_step", problem, self.learner.updates_per_step)
         yield from self._schedule_problems()
         if self.controller.placement == "shared":
             yield from self._unshared()
         if self.eval.temperature:  # 0 is greedy for every engine
             self.rollout.check_temperature("eval.temperature", self.eval.temperature)
+
+    def _advantage_problems(self) -> Iterator[ConfigError]:
+        """What a completion is compared with has to be there."""
+        advantage, key = self.loss.advantage, "rollout.group_size"
+        if self.rollout.group_size == 1 and self.filter.enabled:
+            problem = "a group of one has no variance, so the filter would drop every group"
+            yield ConfigError(key, problem, 1, "use 2 or more, or filter.enabled=false")
+        elif self.rollout.group_size == 1 and advantage not in WITHOUT_GROUPS:
+            problem = f"a group of one has no baseline: every advantage of loss.advantage={advantage} would be 0"
+            yield ConfigError(key, problem, 1, "use 2 or more")
+        if advantage == "maxrl" and (self.reward.incorrect < 0 or self.reward.overlong_buffer):
+            problem, fix = "divides by the mean reward, which may not be below 0", "reward.incorrect=0"
+            yield ConfigError("loss.advantage", problem, advantage, f"{fix} reward.overlong_buffer=0")
 
     def _schedule_problems(self) -> Iterator[ConfigError]:
         """A learning rate that falls over the run needs to know how long that is."""
