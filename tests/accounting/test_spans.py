@@ -6,7 +6,7 @@ import math
 import time
 from pathlib import Path
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asyncdapo.accounting.clock import StateClock
@@ -22,6 +22,7 @@ def at(now_s: float, *names: str) -> list[Span]:
     return [Span(name, now_s + 0.1 * place, now_s + 0.1 * (place + 1)) for place, name in enumerate(names)]
 
 
+@settings(max_examples=50)
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 5), st.booleans())), st.integers(1, 5))
 def test_spans_of_a_clock_follow_each_other_and_sum_to_its_account(moves: list, seconds: int) -> None:
     now = [100.0]

@@ -30,6 +30,7 @@ from asyncdapo.controller.process.health import Health
 from asyncdapo.controller.process.waits import NOBODY, Wait
 from asyncdapo.controller.roles.base import ProcessBase, ProcessSpec, T
 from asyncdapo.controller.roles.model_check import check_rotations
+from asyncdapo.controller.roles.observer import StepObserver
 from asyncdapo.errors import RunError, WeightsError
 from asyncdapo.learner.batches.batches import Batches
 from asyncdapo.learner.batches.feed import BatchFeed
@@ -37,7 +38,6 @@ from asyncdapo.learner.batches.prepared import Prepared
 from asyncdapo.learner.model.model import device_of
 from asyncdapo.learner.step.learner import Learner
 from asyncdapo.learner.step.probe import Pair
-from asyncdapo.learner.step.profiler import StepProfiler
 from asyncdapo.learner.step.ranks import GradientGroup, Ranks
 from asyncdapo.learner.storage.checkpoint import (
     Piece,
@@ -46,8 +46,6 @@ from asyncdapo.learner.storage.checkpoint import (
     remove_old_checkpoints,
 )
 from asyncdapo.learner.storage.host_copy import HostCopy
-from asyncdapo.learner.storage.sample_logprobs import SampleLogprobs
-from asyncdapo.replay.ledger.kept import FOLDER as SAMPLES
 from asyncdapo.shares import Batch, NoBatch
 from asyncdapo.transport.backend import Backend
 from asyncdapo.transport.payload import Payload
@@ -93,7 +91,7 @@ class LearnerProcess(ProcessBase):
         self.copied: HostCopy | None = None
         """What is to be written of a checkpoint."""
         self.writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"{spec.name} writes")
-        self.profiler = StepProfiler(config.profile_steps, Path(self.config.run.dir), spec.name)
+        self.observer = StepObserver(self)
 
     @classmethod
     async def start(cls, spec: ProcessSpec, replay_address: str) -> LearnerProcess:
@@ -245,7 +243,7 @@ class LearnerProcess(ProcessBase):
         self.prepared = None  # the next one may be here: two batches are what there is memory for
         faults.point("after_train")
         times = self.learner.times.take()
-        self.span_file.write(states=self.learner.times.take_spans(), waits=self.waits.take_spans())
+        self.observer.write_spans(self.learner.times)
         cpu_before_s, self.cpu_s = self.cpu_s, time.process_time()
         return {
             **metrics,
@@ -254,12 +252,8 @@ class LearnerProcess(ProcessBase):
         }
 
     def _train(self, prepared: Prepared) -> dict[str, float]:
-        samples = SampleLogprobs(prepared.batch, self.config.metrics.keep_samples)
-        with self.profiler.on(prepared.batch.step):
-            metrics = self.learner.train(prepared, samples.note)
-        if samples.found:
-            samples.write(Path(self.config.run.dir) / SAMPLES, self.spec.name)
-        return metrics
+        with self.observer.on(prepared.batch) as note:
+            return self.learner.train(prepared, note)
 
     async def probe(self, version: int, pairs: Sequence[Pair]) -> list[np.ndarray]:
         """What the weights of `version` make of what the engines have sampled with it: see `Learner.logprobs`. Every

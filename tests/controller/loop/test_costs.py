@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asyncdapo.controller.fleet.placement import Bundle, Placement
@@ -33,6 +33,7 @@ def test_gpu_seconds_are_wall_time_times_what_a_role_holds_and_go_on_after_a_res
     assert metrics["learner/gpu_s"] == pytest.approx(40 / 3)
 
 
+@settings(max_examples=30)
 @given(st.lists(st.integers(0, 10**9), min_size=len(CLASSES), max_size=len(CLASSES)), st.floats(0.1, 1e6))
 def test_classes_sum_to_the_whole_in_proportion_to_their_tokens(counts: list[int], cpu_s: float) -> None:
     now = [0.0]
