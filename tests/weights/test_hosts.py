@@ -14,6 +14,7 @@ from asyncdapo.weights.group import WeightGroup
 from asyncdapo.weights.manifest import Manifest
 from asyncdapo.weights.receive_buffer import ReceiveBuffer
 from asyncdapo.weights.sender import WeightSender
+from tests.ports import listening, strangers
 from tests.weights.members import Failed, Member, fingerprint, form_group, members
 
 BUCKET_BYTES = 4096
@@ -78,6 +79,19 @@ def test_a_worker_killed_in_a_transfer_between_hosts_fails_it_at_once_for_all(vi
 
         group = form_group(survivors, backend="ipc")
         assert send(survivors, WeightSender(group, MANIFEST, BUCKET_BYTES), 2) == [fingerprint(TENSORS)] * 2
+        group.close()
+
+
+def test_strangers_at_every_port_of_a_group_change_nothing_that_arrives() -> None:
+    """They send garbage and repeat Gloo's handshakes, or say nothing, and stay."""
+    with members(2) as receivers:
+        group = form_group(receivers, TIMEOUT_S, "ipc", hosts=["b", "c"])
+        ports = listening([os.getpid(), *(receiver.process.pid for receiver in receivers)])
+        assert len(ports) >= 4, "the store's, and one of Gloo's at each end"
+        sender = WeightSender(group, MANIFEST, BUCKET_BYTES)
+        with strangers((port.number for port in ports), rounds=3):
+            for version in (1, 2):
+                assert send(receivers, sender, version) == [fingerprint(TENSORS)] * 2
         group.close()
 
 
