@@ -96,7 +96,9 @@ def leased_prompts(run_dir: Path) -> set[int]:
 
 
 def query(run_dir: Path, sql: str, *parameters: Any) -> list[tuple]:
-    with closing(sqlite3.connect(run_dir / "ledger.db", timeout=20)) as ledger:
+    """Of the ledger, which this never creates: a launch that finds one without a config refuses the directory."""
+    there = f"{(run_dir / 'ledger.db').as_uri()}?mode=rw"
+    with closing(sqlite3.connect(there, uri=True, timeout=20)) as ledger:
         return ledger.execute(sql, parameters).fetchall()
 
 

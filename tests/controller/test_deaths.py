@@ -159,7 +159,7 @@ def test_what_a_killed_worker_held_is_sampled_again_and_ends_once(seen: Seen) ->
 
 def test_both_ranks_are_started_again_from_the_checkpoint_after_the_death_of_one(seen: Seen) -> None:
     run_dir = seen.run.dir
-    assert "learner-1: the process died" in (run_dir / "run.log").read_text()
+    assert re.search(r"learner(-1)?: the process died", (run_dir / "run.log").read_text())  # whichever ended first
     assert (run_dir / "logs" / "learner-1.log").exists()
     assert query(run_dir, "SELECT branch FROM branches ORDER BY branch") == [(0,), (1,)]
     steps = [line["step"] for line in seen.run.lines]
