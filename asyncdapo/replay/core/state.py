@@ -85,7 +85,6 @@ class ReplayState:
         size, barrier, was = config.prompts_per_step, config.synchronous, recovered or Recovered()
         self._actions: list[Action] = []
         self._do = self._actions.append
-
         self.bound = StalenessBound(config.staleness_bound)
         self.keep_rate = KeepRate(size, () if filter.replaces else was.verdicts)
         self.gen_batches = GenBatches(filter.gen_batch_multiplier * size)
@@ -96,8 +95,10 @@ class ReplayState:
             run_ahead=config.run_ahead,
             max_verdicts=filter.max_gen_batches * self.gen_batches.size if limited else math.inf,
         )
-        at, delay = {"num_fresh": was.num_fresh, "places": was.places}, 0 if barrier else size
-        self.stream = PromptStream(num_prompts, delay, expected_tokens=expected_tokens, **at)
+        delay, num_fresh, places = 0 if barrier else size, was.num_fresh, was.places
+        self.stream = PromptStream(
+            num_prompts, delay, num_fresh=num_fresh, places=places, expected_tokens=expected_tokens
+        )
         self.prompts = Lifecycle(
             self.stream, max_attempts=max_attempts, on_stale=config.on_stale, do=self._do, prompts=was.prompts
         )
@@ -112,9 +113,8 @@ class ReplayState:
         self.in_training = dict(was.in_training)
         """Groups, copies included, of each batch that is cut but whose version isn't published."""
 
-        self.next_step, self.over = was.next_step, was.over
-        """The train step whose batch is being filled; whether the run is over."""
-        self.cut_wanted = False
+        self.next_step, self.over, self.cut_wanted = was.next_step, was.over, False
+        """The train step whose batch is being filled; whether the run is over; whether the learner asks for it."""
         self.limit_reached = was.limit_reached and self._out_of_gen_batches()
         """The step has used up its generation batches. Its batch is cut short or filled up, or the run ends."""
 
