@@ -33,9 +33,10 @@ class Model:
         self._device, self._dtype = device, dtype
         self._norm_scale = self._shape.hidden_size**-0.5
         self._norm_root = torch.tensor(self._shape.norm_eps**0.5, device=device)
-        self._times_T = torch.arange(num_positions, device=device)
         angles_TP = torch.outer(torch.arange(num_positions, dtype=torch.float32), checkpoint.frequencies_P)
-        magnitudes_TP = torch.full_like(angles_TP, checkpoint.rotation_scale)
+        # Queries and keys are both rotated, so each carries half of the 1 / √D that scores are scaled by.
+        scale = checkpoint.rotation_scale * self._shape.head_dim**-0.25
+        magnitudes_TP = torch.full_like(angles_TP, scale)
         self._rotations_TP = torch.polar(magnitudes_TP, angles_TP).to(device)
         self._workspace = Workspace(self._shape, num_slots, dtype, device)
 
@@ -47,20 +48,12 @@ class Model:
         `spans` cover the slots 0 … B − 1 in order.
         """
         rows = self._workspace.rows(tuple(end - start for start, end, _ in spans))
-        views = [cache.views(span) for span in spans]
-        masks = self._masks(positions_B, spans)
-        places_BK = cache.places(positions_B)
+        attend = cache.attention(positions_B, spans)
         rotations_B1P = self._rotations_TP[positions_B].unsqueeze(1)
         x_BH = embedding(tokens_B, weights.embedding)
         for index, layer in enumerate(weights.layers):
             self._project(layer, x_BH, rotations_B1P, rows)
-            cache.put(index, places_BK, rows.kv_MKD)
-            parts = [
-                scaled_dot_product_attention(queries, *keys_values[index], attn_mask=mask)
-                for queries, keys_values, mask in zip(rows.query_parts, views, masks, strict=True)
-            ]
-            torch.cat(parts, out=rows.attended_MKGD)
-            self._mix(layer, x_BH, rows)
+            self._mix(layer, x_BH, attend(index, rows), rows)
         return linear(self._norm(x_BH, weights.norm, rows), weights.head).float()
 
     def prefill(
@@ -83,10 +76,10 @@ class Model:
             kv_NKTD.copy_(kv_NTKD.transpose(1, 2))
             keys_NKTD, values_NKTD = kv_NKTD.chunk(2, dim=1)
             attended_NQTD = scaled_dot_product_attention(
-                queries_NQTD, keys_NKTD, values_NKTD, is_causal=True, enable_gqa=True
+                queries_NQTD, keys_NKTD, values_NKTD, is_causal=True, scale=1.0, enable_gqa=True
             )
             attended_NTQD.copy_(attended_NQTD.transpose(1, 2))
-            self._mix(layer, x_MH, rows)
+            self._mix(layer, x_MH, rows.attended_MQ, rows)
         last_N = torch.arange(num_prompts, device=self._device) * num_times + lengths_N - 1
         return linear(self._norm(x_MH, weights.norm, rows)[last_N], weights.head).float(), kv_LNKTD
 
@@ -98,9 +91,9 @@ class Model:
             torch.mul(normed_MRD, layer.qk_norm, out=rows.rotated_MRD)
         rows.rotate(rotations_M1P)
 
-    def _mix(self, layer: LayerWeights, x_MH: torch.Tensor, rows: Rows) -> None:
+    def _mix(self, layer: LayerWeights, x_MH: torch.Tensor, attended_MQ: torch.Tensor, rows: Rows) -> None:
         """Add the attention's output and then the MLP's to the residual stream, in place."""
-        _add_linear(x_MH, rows.attended_MQ, layer.out, layer.out_bias)
+        _add_linear(x_MH, attended_MQ, layer.out, layer.out_bias)
         _linear(self._norm(x_MH, layer.mlp_norm, rows), layer.gate_up, layer.gate_up_bias, rows.gate_up_MI)
         _add_linear(x_MH, silu(rows.gate_MI, inplace=True).mul_(rows.up_MI), layer.down, layer.down_bias)
 
@@ -111,14 +104,6 @@ class Model:
         torch.linalg.vector_norm(x_MH, dim=1, keepdim=True, dtype=torch.float32, out=rows.roots_M1)
         rows.roots_M1.mul_(self._norm_scale).hypot_(self._norm_root)
         return torch.div(x_MH, rows.roots_M1, out=rows.normed_MH).mul_(weight_H)
-
-    def _masks(self, positions_B: torch.Tensor, spans: Sequence[Span]) -> list[torch.Tensor]:
-        """Additive mask [slots, 1, 1, num_times] of each span: a token sees the times up to its own."""
-        longest = max(num_times for _, _, num_times in spans)
-        hidden_BT = self._times_T[:longest] > positions_B.unsqueeze(1)
-        mask_BT = torch.zeros(hidden_BT.shape, dtype=self._dtype, device=self._device)
-        mask_BT.masked_fill_(hidden_BT, float("-inf"))
-        return [mask_BT[start:end, None, None, :num_times] for start, end, num_times in spans]
 
 
 def _linear(x_MI: torch.Tensor, weight_IO: torch.Tensor, bias_O: torch.Tensor | None, out_MO: torch.Tensor) -> None:

@@ -24,12 +24,14 @@ from asyncdapo.errors import EngineError
 from asyncdapo.messages import FinishReason
 from asyncdapo.rollout.config import RolloutConfig
 from asyncdapo.rollout.engine import Limits
+from asyncdapo.rollout.torch_engine.bag_cache import BagCache
 from asyncdapo.rollout.torch_engine.batch import Batch
 from asyncdapo.rollout.torch_engine.checkpoint import Checkpoint
 from asyncdapo.rollout.torch_engine.kv_cache import KVCache
 from asyncdapo.rollout.torch_engine.model import Model
 from asyncdapo.rollout.torch_engine.sampling import draw
 from asyncdapo.rollout.torch_engine.scheduler import Job, Prefill, Scheduler
+from asyncdapo.rollout.torch_engine.sdpa_cache import SdpaCache
 from asyncdapo.rollout.torch_engine.weights import Weights
 
 BLOCK_SIZE = 16
@@ -77,7 +79,11 @@ class Runner:
         self.device = device
         self._weights = weights
         dtype = weights.norm.dtype
-        self._cache = KVCache(checkpoint.shape, config.slots, limits.max_context, dtype, device)
+        self._cache: KVCache
+        if device.type == "cpu" and dtype == torch.float32:
+            self._cache = BagCache(checkpoint.shape, config.slots, limits.max_context)
+        else:
+            self._cache = SdpaCache(checkpoint.shape, config.slots, limits.max_context, dtype, device)
         self._model = Model(checkpoint, config.slots, self._cache.num_times, dtype, device)
         block_size = BLOCK_SIZE if device.type == "cpu" else config.slots
         fixed_times = self._cache.num_times if config.deterministic else None

@@ -43,18 +43,21 @@ def draw(
     """Token ids int64 [B] and their log-probs float32 [B].
 
     `greedy_B` marks rows that take their most likely token. `narrowing` is (top_k, top_p) per row; 0 and 1 don't
-    restrict a row.
+    restrict a row. Only the rows that need it are sorted, or searched for their most likely token.
     """
     logprobs_BV = torch.log_softmax(logits_BV / temperatures_B.unsqueeze(1), dim=-1)
     probs_BV = logprobs_BV.exp()
     if narrowing is not None:
-        probs_BV = narrow(probs_BV, *narrowing)
+        top_k_B, top_p_B = narrowing
+        rows = ((top_k_B > 0) | (top_p_B < 1)).nonzero().squeeze(1)
+        probs_BV[rows] = narrow(probs_BV[rows], top_k_B[rows], top_p_B[rows])
     cumulative_BV = probs_BV.cumsum(-1, dtype=torch.float64)
     targets_B1 = uniforms_B.unsqueeze(1) * cumulative_BV[:, -1:]
     # Beyond the last token only if logits are not finite; the log-prob then isn't either.
     tokens_B1 = torch.searchsorted(cumulative_BV, targets_B1, right=True).clamp_(max=logits_BV.shape[1] - 1)
     if greedy_B is not None:
-        tokens_B1 = torch.where(greedy_B.unsqueeze(1), logits_BV.argmax(-1, keepdim=True), tokens_B1)
+        rows = greedy_B.nonzero().squeeze(1)
+        tokens_B1[rows] = logits_BV[rows].argmax(-1, keepdim=True)
     return tokens_B1.squeeze(1), logprobs_BV.gather(1, tokens_B1).squeeze(1)
 
 

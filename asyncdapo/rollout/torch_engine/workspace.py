@@ -25,6 +25,7 @@ class Rows:
         self.normed_MH = workspace.normed[:num_rows]
         self.roots_M1 = workspace.roots[:num_rows]
         self.heads_MR = workspace.heads[:num_rows]
+        self.heads_RD = self.heads_MR.view(-1, shape.head_dim)
         heads_MRD = self.heads_MR.view(num_rows, -1, shape.head_dim)
         self.queries_MQD = heads_MRD[:, : shape.num_heads]
         self.rotated_MRD = heads_MRD[:, :num_rotated]

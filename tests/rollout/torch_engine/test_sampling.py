@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from asyncdapo.rollout.torch_engine import sampling
 from asyncdapo.rollout.torch_engine.sampling import draw, narrow, uniforms
 
 
@@ -103,3 +104,18 @@ def test_rows_that_ask_for_nothing_keep_their_whole_distribution():
     narrowed = narrow(probs, torch.tensor([0, 3]), torch.ones(2))
     assert torch.equal(narrowed[0], probs[0])
     assert (narrowed[1] > 0).sum() == 3
+
+
+def test_only_the_rows_that_ask_for_it_are_sorted_and_the_others_draw_as_without_them(monkeypatch):
+    torch.manual_seed(0)
+    logits, numbers = torch.randn(6, 20), torch.rand(6, dtype=torch.float64)
+    alone, logprobs_alone = draw(logits, torch.ones(6), numbers)
+    sorted_rows = []
+    monkeypatch.setattr(sampling, "narrow", lambda *asked: sorted_rows.extend(asked[1].tolist()) or narrow(*asked))
+    top_k, greedy = torch.tensor([0, 1, 0, 0, 3, 0]), torch.tensor([False, False, True, False, False, False])
+    tokens, logprobs = draw(logits, torch.ones(6), numbers, greedy_B=greedy, narrowing=(top_k, torch.ones(6)))
+    assert sorted_rows == [1, 3]
+    assert tokens[1:3].tolist() == logits[1:3].argmax(-1).tolist()
+    others = [0, 3, 5]
+    assert torch.equal(tokens[others], alone[others])
+    assert torch.equal(logprobs[others], logprobs_alone[others])
