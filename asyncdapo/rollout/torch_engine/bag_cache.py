@@ -89,18 +89,19 @@ class _Plan:
             torch.cartesian_prod(torch.arange(start, end), heads_Q, torch.arange(num_times // CHUNK))
             for start, end, num_times in spans
         ]
-        self._slots_A, heads_A, self._chunks_A = torch.cat(to_attend).unbind(1)
+        self._slots_A, heads_A, self._chunks_A = torch.cat(to_attend).int().unbind(1)
         kv_heads_A = heads_A // (num_heads // shape.num_kv_heads)
         self._first_chunk_A = (self._slots_A * shape.num_kv_heads + kv_heads_A) * num_chunks
-        self._dims_D, self._times_C = torch.arange(head_dim), torch.arange(CHUNK)
+        self._dims_D = torch.arange(head_dim, dtype=torch.int32)
+        self._times_C = torch.arange(CHUNK, dtype=torch.int32)
         num_to_attend = len(heads_A)
         self.queries_A = self._slots_A * (num_heads + 2 * shape.num_kv_heads) + heads_A
-        self.key_rows_AD = torch.empty(num_to_attend, head_dim, dtype=torch.int64)
-        self.value_rows_AC = torch.empty(num_to_attend, CHUNK, dtype=torch.int64)
-        self.key_bags = torch.arange(0, self.key_rows_AD.numel() + 1, head_dim)
+        self.key_rows_AD = torch.empty(num_to_attend, head_dim, dtype=torch.int32)
+        self.value_rows_AC = torch.empty(num_to_attend, CHUNK, dtype=torch.int32)
+        self.key_bags = torch.arange(0, self.key_rows_AD.numel() + 1, head_dim, dtype=torch.int32)
         times, sizes = [span[2] for span in spans], [(end - start) * num_heads for start, end, _ in spans]
         lengths = torch.repeat_interleave(torch.tensor(times), torch.tensor(sizes))
-        self.value_bags = pad(lengths.cumsum(0), (1, 0))
+        self.value_bags = pad(lengths.cumsum(0), (1, 0)).int()
         self.queries_AD = torch.empty(num_to_attend, head_dim)
         self.mask_AC, self.scores_AC, self.probs_AC = torch.empty(3, num_to_attend, CHUNK)
         parts = [size * num_times for size, num_times in zip(sizes, times, strict=True)]
@@ -111,7 +112,7 @@ class _Plan:
     def start(self, positions_B: torch.Tensor, masks_VC: torch.Tensor) -> None:
         """Chunks behind a sequence's position are masked; instead of them the last one is read again, since it's at
         hand in the processor's cache."""
-        positions_A = positions_B[self._slots_A]
+        positions_A = positions_B.int().index_select(0, self._slots_A)
         chunks_A1 = torch.minimum(self._chunks_A, positions_A // CHUNK).add_(self._first_chunk_A).unsqueeze(1)
         torch.add(chunks_A1 * len(self._dims_D), self._dims_D, out=self.key_rows_AD)
         torch.add(chunks_A1 * CHUNK, self._times_C, out=self.value_rows_AC)

@@ -39,32 +39,33 @@ class Running:
             self.past_versions.append((version, count))
 
 
-def _row_dtype(max_tokens: int) -> np.dtype:
-    return np.dtype(
-        [
-            ("active", np.int64),  # 1 or 0: how much a step adds to position and num_sampled
-            ("token", np.int64),  # the last sampled token; its keys and values are not in the cache yet
-            ("position", np.int64),  # position of that token
-            ("num_sampled", np.int64),
-            ("max_tokens", np.int64),
-            ("top_k", np.int64),
-            ("top_p", np.float32),
-            ("temperature", np.float32),
-            ("greedy", np.bool_),
-            ("uniforms", np.float64, (max_tokens,)),
-            ("logprobs", np.float32, (max_tokens,)),
-            ("tokens", np.int32, (max_tokens,)),
-        ],
-        align=True,
-    )
+ROW = np.dtype(
+    [
+        ("active", np.int64),  # 1 or 0: how much a step adds to position and num_sampled
+        ("token", np.int64),  # the last sampled token; its keys and values are not in the cache yet
+        ("position", np.int64),  # position of that token
+        ("num_sampled", np.int64),
+        ("max_tokens", np.int64),
+        ("top_k", np.int64),
+        ("top_p", np.float32),
+        ("temperature", np.float32),
+        ("greedy", np.bool_),
+    ],
+    align=True,
+)
 
 
 class Batch:
-    """`rows[s]` and `running[s]` describe slot s. With `fixed_times`, every step computes all slots and that many times
-    of the cache."""
+    """`rows`, `running`, and the tokens' `uniforms`, `tokens` and `logprobs` have an entry for each slot.
+
+    With `fixed_times`, every step computes all slots and that many times of the cache.
+    """
 
     def __init__(self, num_slots: int, max_tokens: int, block_size: int, fixed_times: int | None = None) -> None:
-        self.rows = np.zeros(num_slots, _row_dtype(max_tokens))
+        self.rows = np.zeros(num_slots, ROW)
+        self.uniforms = np.zeros((num_slots, max_tokens), np.float64)
+        self.tokens = np.zeros((num_slots, max_tokens), np.int32)
+        self.logprobs = np.zeros((num_slots, max_tokens), np.float32)
         self.running: list[Running | None] = [None] * num_slots
         self.num_used = 0
         self.num_active = 0
@@ -96,7 +97,8 @@ class Batch:
         rows["greedy"] = sampling.temperature == 0
         rows["temperature"] = sampling.temperature or 1.0
         rows["top_p"], rows["top_k"] = sampling.top_p, sampling.top_k
-        rows["uniforms"][:, : sampling.max_tokens] = uniforms([request.seeds[i] for i in indices], sampling.max_tokens)
+        seeds = [request.seeds[index] for index in indices]
+        self.uniforms[start:end, : sampling.max_tokens] = uniforms(seeds, sampling.max_tokens)
         self.running[start:end] = [Running(job, index) for index in indices]
         job.num_started += count
         job.request.num_running += count
@@ -106,28 +108,26 @@ class Batch:
 
     def next_uniforms(self, start: int, end: int) -> np.ndarray:
         """The uniform number that draws the next token of each of these slots."""
-        slots = self._slots[start:end]
-        return self.rows["uniforms"][slots, self.rows["num_sampled"][start:end]]
+        return self.uniforms[self._slots[start:end], self.rows["num_sampled"][start:end]]
 
     def append(self, start: int, end: int, tokens: np.ndarray, logprobs: np.ndarray) -> None:
         """Append a token to each of the slots [start, end)."""
-        rows, slots = self.rows[start:end], self._slots[: end - start]
+        rows, slots = self.rows[start:end], self._slots[start:end]
         num_sampled = rows["num_sampled"]
-        rows["tokens"][slots, num_sampled] = tokens
-        rows["logprobs"][slots, num_sampled] = logprobs
+        self.tokens[slots, num_sampled] = tokens
+        self.logprobs[slots, num_sampled] = logprobs
         rows["token"] = tokens
         rows["position"] += rows["active"]
         num_sampled += rows["active"]
 
     def sample(self, slot: int, version: int, finish_reason: FinishReason) -> Sample:
         """The finished sample of a slot. Its last token was sampled with `version`."""
-        row, running = self.rows[slot], self.running[slot]
+        running, num_sampled = self.running[slot], int(self.rows["num_sampled"][slot])
         assert running is not None, f"slot {slot} is free"
-        num_sampled = int(row["num_sampled"])
         running.close_run(version, num_sampled)
         return Sample(
-            token_ids=row["tokens"][:num_sampled].copy(),
-            logprobs=row["logprobs"][:num_sampled].copy(),
+            token_ids=self.tokens[slot, :num_sampled].copy(),
+            logprobs=self.logprobs[slot, :num_sampled].copy(),
             versions=running.past_versions,
             finish_reason=finish_reason,
         )
@@ -158,7 +158,8 @@ class Batch:
             behind = [slot for slot in range(end, self.num_used) if self.running[slot] is not None]
             behind.sort(key=lambda slot: -positions[slot])
             for target, source in zip(gaps, behind, strict=False):
-                self.rows[target] = self.rows[source]
+                for column in (self.rows, self.uniforms, self.tokens, self.logprobs):
+                    column[target] = column[source]
                 self.running[target], self.running[source] = self.running[source], None
                 moves.append((source, target))
         self.num_used = self.num_active

@@ -176,9 +176,9 @@ class Runner:
         """Recompute the keys and values of running sequences, prompt and response, with the weights in use."""
         slots, sequences = [], []
         for slot, running in self._batch.active():
-            row = self._batch.rows[slot]
+            num_sampled = self._batch.rows["num_sampled"][slot]
             # The last sampled token isn't in the cache yet: the next decode writes it.
-            response = row["tokens"][: int(row["num_sampled"]) - 1].tolist()
+            response = self._batch.tokens[slot, : num_sampled - 1].tolist()
             slots.append(slot)
             sequences.append([*running.job.request.prompt_ids, *response])
         for chunk, _, kv_LNKTD in self._forward_all(sequences, self._cache.num_times):
