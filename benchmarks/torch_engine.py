@@ -1,9 +1,10 @@
-"""Tokens per second of the torch engine against Hugging Face `generate`, alternating, on one CPU thread.
+"""Tokens per second of the torch engine, its bare runner and Hugging Face `generate`, alternating, on one CPU thread.
 
     python benchmarks/torch_engine.py [--rounds 3] [--groups 64] [--slots 64] [--no-hf]
 
 The model has the quickstart's shape with random weights; stop ids are chosen so that responses have about 39 tokens on
-average, at most 128. Groups of 16 are requested as slots become free, as a rollout worker does. Shows wall time and CPU
+average, at most 128. Groups of 16 are requested as slots become free, as a rollout worker does. The bare runner gets
+the same groups in a plain loop: the difference is what the engine's thread and event loop cost. Shows wall time and CPU
 time of the process: other work on the machine affects only the first.
 """
 
@@ -13,16 +14,21 @@ import random
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from asyncdapo.messages import Sampling
 from asyncdapo.rollout.config import RolloutConfig
-from asyncdapo.rollout.engine import Request
+from asyncdapo.rollout.engine import Limits, Request
+from asyncdapo.rollout.torch_engine.checkpoint import read_checkpoint
+from asyncdapo.rollout.torch_engine.runner import Runner
+from asyncdapo.rollout.torch_engine.scheduler import Job
 from asyncdapo.rollout.torch_engine.torch_engine import TorchEngine
+from asyncdapo.rollout.torch_engine.weights import Weights
 
-GROUP_SIZE, MAX_TOKENS, STOP_TOKEN_IDS, PAD = 16, 128, [1, 2, 3], 0
+GROUP_SIZE, MAX_PROMPT_LENGTH, MAX_TOKENS, STOP_TOKEN_IDS, PAD = 16, 40, 128, [1, 2, 3], 0
 
 
 def random_model(max_position_embeddings: int = 256) -> LlamaForCausalLM:
@@ -48,23 +54,52 @@ def random_prompts(count: int, seed: int) -> list[list[int]]:
     return [[draw.randrange(4, 103) for _ in range(draw.randint(8, 20))] for _ in range(count)]
 
 
+def group_request(prompt_ids: list[int], seed: int, group: int, on_sample_done: Callable[[], None] | None) -> Request:
+    return Request(
+        prompt_ids=prompt_ids,
+        seeds=[seed << 32 | group << 8 | sample for sample in range(GROUP_SIZE)],
+        sampling=Sampling(max_tokens=MAX_TOKENS),
+        on_sample_done=on_sample_done,
+    )
+
+
 async def engine_round(engine: TorchEngine, num_groups: int, seed: int) -> int:
     """Generated tokens of `num_groups` groups, handed over as soon as a slot is free."""
     waiting, tasks, room = random_prompts(num_groups, seed), [], asyncio.Event()
     while waiting:
         room.clear()
         while waiting and engine.num_outstanding < engine.num_slots:
-            request = Request(
-                prompt_ids=waiting.pop(),
-                seeds=[seed << 32 | len(waiting) << 8 | sample for sample in range(GROUP_SIZE)],
-                sampling=Sampling(max_tokens=MAX_TOKENS),
-                on_sample_done=room.set,
-            )
+            request = group_request(waiting.pop(), seed, len(waiting), room.set)
             tasks.append(asyncio.create_task(engine.generate(request)))
             await asyncio.sleep(0)  # the task begins, and its samples are outstanding
         await room.wait()
     groups = await asyncio.gather(*tasks)
     return sum(len(sample.token_ids) for group in groups for sample in group)
+
+
+def bare_runner(directory: str, config: RolloutConfig) -> Runner:
+    checkpoint, cpu = read_checkpoint(directory), torch.device("cpu")
+    weights = Weights(checkpoint.shape, torch.float32, cpu)
+    weights.fill(checkpoint.tensors())
+    limits = Limits(
+        max_prompt_length=MAX_PROMPT_LENGTH,
+        max_response_length=MAX_TOKENS,
+        max_context=MAX_PROMPT_LENGTH + MAX_TOKENS,
+        vocab_size=checkpoint.shape.vocab_size,
+    )
+    return Runner(checkpoint, config, limits, checkpoint.stop_token_ids, weights, cpu)
+
+
+def runner_round(runner: Runner, num_groups: int, slots: int, seed: int) -> int:
+    """Generated tokens of the same groups as in `engine_round`, without a thread or an event loop."""
+    waiting, num_tokens, num_outstanding = random_prompts(num_groups, seed), runner.counters.tokens, 0
+    with torch.inference_mode():
+        while waiting or num_outstanding:
+            while waiting and num_outstanding < slots:
+                runner.add(Job(group_request(waiting.pop(), seed, len(waiting), None)))
+                num_outstanding += GROUP_SIZE
+            num_outstanding -= len(runner.step().ended)
+    return runner.counters.tokens - num_tokens
 
 
 def hugging_face_round(model: LlamaForCausalLM, num_groups: int, slots: int, seed: int) -> int:
@@ -94,10 +129,11 @@ async def main(options: argparse.Namespace) -> None:
     config = RolloutConfig(slots=options.slots, group_size=GROUP_SIZE, max_response_length=MAX_TOKENS, device="cpu")
     with tempfile.TemporaryDirectory() as directory:
         model.save_pretrained(directory)
-        engine = TorchEngine(directory, config, max_prompt_length=40)
+        engine = TorchEngine(directory, config, max_prompt_length=MAX_PROMPT_LENGTH)
         await engine.start()
+        runner = bare_runner(directory, config)
     await engine_round(engine, 8, seed=0)
-    ours, theirs = [], []
+    ours, bare, theirs = [], [], []
     for seed in range(1, options.rounds + 1):
         wall, cpu, before = time.perf_counter(), time.process_time(), engine.gauges()
         num_tokens = await engine_round(engine, options.groups, seed)
@@ -107,12 +143,16 @@ async def main(options: argparse.Namespace) -> None:
         print(
             f"round {seed}: {num_tokens} tokens, mean {num_tokens / options.groups / GROUP_SIZE:.1f}, fill {fill:.2f}"
         )
+        wall, cpu = time.perf_counter(), time.process_time()
+        num_tokens = runner_round(runner, options.groups, options.slots, seed)
+        bare.append((num_tokens, time.perf_counter() - wall, time.process_time() - cpu))
         if options.hf:
             wall, cpu = time.perf_counter(), time.process_time()
             num_tokens = hugging_face_round(model, max(4, options.groups // 4), options.slots, seed)
             theirs.append((num_tokens, time.perf_counter() - wall, time.process_time() - cpu))
     await engine.stop()
     report("torch engine", ours)
+    report("bare runner", bare)
     if theirs:
         report("Hugging Face generate", theirs)
 
