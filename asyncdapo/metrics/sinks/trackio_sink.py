@@ -7,6 +7,7 @@ was undone both lines are there, and `undone_by` marks it. Where it writes to, a
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from typing import Any
 
 from asyncdapo.metrics.jsonl import UNDONE_BY
@@ -17,8 +18,7 @@ class TrackioSink:
     """One Trackio run. `run_name`: unique in the project."""
 
     def __init__(self, project: str, run_name: str, settings: Mapping[str, Any]) -> None:
-        import trackio
-
+        trackio = import_module("trackio")  # by name: its types aren't where this extra isn't
         self._new_table = trackio.Table
         self._run = trackio.init(
             project, name=run_name, config=dict(settings), resume="allow", embed=False, auto_log_cpu=False
