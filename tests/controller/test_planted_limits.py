@@ -44,7 +44,7 @@ PLANTED = {
     "slow publish": Plant((f"rollout.engine={PLANTS}:SlowToLoad",), ("publish",)),
     "slow link": Plant(("faults.delay_s=2",), ("transport", "run_ahead")),
     "a straggler": Plant(
-        ("rollout.num_workers=2", "faults.slow_worker_s=6"), ("straggler",), ("faults.slow_worker_s=0",)
+        ("rollout.num_workers=2", "faults.slow_worker_s=3"), ("straggler",), ("faults.slow_worker_s=0",)
     ),
     "all right": Plant((f"reward.verifier={PLANTS}:nearly_all_right",), ("data",), ("reward.verifier=answer",)),
     "all wrong": Plant((f"reward.verifier={PLANTS}:nearly_all_wrong",), ("data",), ("reward.verifier=answer",)),
