@@ -26,6 +26,7 @@ pytestmark = [pytest.mark.soak, pytest.mark.timeout(600)]
 def test_workers_join_and_leave_a_run_that_trains_and_nothing_is_lost(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     with started(run_dir, *SHORT, "run.steps=100000", "rollout.num_workers={min: 1, max: 3}") as process:
+        wait_for_batch(run_dir, 1, process)
         wait_until(lambda: len(processes(run_dir, "rollout")) == 3, process)
         assert main(["scale", str(run_dir), "2"]) == 0
         drained = "SELECT worker, detail FROM events WHERE kind = 'worker_drained' ORDER BY event_id"
