@@ -139,9 +139,8 @@ def not_carried_over(what: str) -> Left:
 
 def advantage_of(name: Any, table: dict[str, str]) -> Any:
     """Our advantage for theirs; if there is none, the output says that another one is used."""
-    if name == "gae":
-        return Left(f"IS NOT CARRIED OVER: {CRITIC}; {ADVANTAGES}", loud=Rank.LOSS)
-    return table.get(str(name)) or Left(f"IS NOT CARRIED OVER: {ADVANTAGES}", loud=Rank.LOSS)
+    why = f"{CRITIC}; {ADVANTAGES}" if name == "gae" else ADVANTAGES
+    return table.get(str(name)) or Left(f"IS NOT CARRIED OVER: {why}", loud=Rank.LOSS)
 
 
 def train_data(files: Any) -> Any:
