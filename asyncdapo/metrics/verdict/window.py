@@ -8,8 +8,9 @@ the lines, so a run that is live, finished or resumed is read alike. Does not ow
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import mode
 from typing import Self
 
 Line = Mapping[str, float]
@@ -44,8 +45,9 @@ class Window:
     all_correct: float
     all_wrong: float
     slowest_worker: int
+    """In most of the steps."""
     slowest_pace: float
-    """Its tokens per second, as a share of the mean of the other workers."""
+    """Its tokens per second, as a share of the mean of the other workers, in the mean over the steps."""
     num_workers: float
     """That lived, in the mean over time."""
 
@@ -71,10 +73,10 @@ class Window:
             verifiers_busy=_share(busy_s, busy_s + idle_s),
             replay_busy=1 - _share(replay_idle_s, seconds),
             fates=_shares(fates),
-            all_correct=_mean(steps, "filter/all_correct_ratio"),
-            all_wrong=_mean(steps, "filter/all_wrong_ratio"),
-            slowest_worker=int(steps[-1].get("rollout/slowest_worker", 0)),
-            slowest_pace=_slowest(steps[-1], steps[-1].get("replay/workers", 0.0)),
+            all_correct=_mean(line.get("filter/all_correct_ratio", math.nan) for line in steps),
+            all_wrong=_mean(line.get("filter/all_wrong_ratio", math.nan) for line in steps),
+            slowest_worker=mode(int(line.get("rollout/slowest_worker", 0)) for line in steps),
+            slowest_pace=_mean(map(_slowest_pace, steps)),
             num_workers=worker_s / seconds,
         )
 
@@ -90,8 +92,8 @@ def _rise(lines: Sequence[Line], name: str) -> float:
     return lines[-1].get(name, math.nan) - lines[0].get(name, math.nan) if lines else math.nan
 
 
-def _mean(lines: Sequence[Line], name: str) -> float:
-    known = [line[name] for line in lines if math.isfinite(line.get(name, math.nan))]
+def _mean(numbers: Iterable[float]) -> float:
+    known = [number for number in numbers if math.isfinite(number)]
     return sum(known) / len(known) if known else math.nan
 
 
@@ -106,6 +108,8 @@ def _shares(parts: Mapping[str, float]) -> dict[str, float]:
     return {name: part / whole if whole else 0.0 for name, part in known.items()}
 
 
-def _slowest(line: Line, num_workers: float) -> float:
+def _slowest_pace(line: Line) -> float:
+    """As of its step: the latest heartbeats of each worker, too few to tell a pause from a slow worker."""
+    num_workers = line.get("replay/workers", 0.0)
     mean, slowest = (line.get(f"rollout/worker_tokens_per_s_{which}", math.nan) for which in ("mean", "min"))
     return _share(slowest, (num_workers * mean - slowest) / (num_workers - 1)) if num_workers > 1 else math.nan
