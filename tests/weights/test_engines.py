@@ -34,6 +34,7 @@ PATIENCE_S = 120.0
 LONGEST_BEFORE_KILL_S = 0.3
 GONE = EOFError | OSError | EngineError
 """What is heard of an end whose process was killed."""
+TORCH_HOST = "of torch"
 AT_DEADLINE = "no end within"
 """In the error of an end that has waited for its deadline."""
 
@@ -69,7 +70,8 @@ class VllmWorker:
 
 
 class Fleet:
-    """Two torch workers, one of vLLM, and the ranks of a learner of two shards."""
+    """Two torch workers on a planted host of their own, one of vLLM, and the ranks of a learner of two shards. Under
+    `ipc` the first torch worker leads its host, and the second one reads its memory."""
 
     def __init__(self, lives: ExitStack, directory: Path, backend: Backend) -> None:
         self.directory, self.backend = directory, backend
@@ -84,7 +86,7 @@ class Fleet:
         self.live_ranks()
 
     def _begin_torch(self, member: Member) -> None:
-        assert member.do("begin", str(self.directory / "checkpoint"), TIMEOUT_S) is None
+        assert member.do("begin", str(self.directory / "checkpoint"), TIMEOUT_S, TORCH_HOST) is None
 
     def live_ranks(self) -> None:
         """Start both ranks. The old ones are killed first, as the controller does it."""

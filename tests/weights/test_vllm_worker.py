@@ -15,6 +15,8 @@ pytest.importorskip("vllm")
 from asyncdapo.errors import WeightsError
 from asyncdapo.rollout.engine import Sample
 from asyncdapo.rollout.vllm_engine.vllm_engine import VllmEngine
+from asyncdapo.weights.manifest import Manifest
+from asyncdapo.weights.receivers import EngineReceiver
 from tests.rollout.torch_engine.models import largest_difference, random_model, request, saved
 from tests.weights.members import Member, members
 from tests.weights.test_shards import shards_of, take
@@ -266,6 +268,27 @@ def test_a_version_that_has_not_arrived_is_not_loaded(engines, loop, trainer, di
         assert await digests(engine) == before
         await engine[0].load_weights(41, None)
         await assert_computes_with(engine[0], 1)
+        trainer.do("leave")
+
+    loop(body())
+
+
+def test_an_engine_sends_what_it_has_received_to_another_one_while_both_generate(engines, loop, trainer, directory):
+    async def receive(newcomer: EngineReceiver, address: str, manifest: Manifest) -> None:
+        await newcomer.join(address, 1, 2, "ipc", manifest)
+        await newcomer.receive(51, 0)
+
+    async def body() -> None:
+        ends = await joined(trainer, engines[:1], directory / "0.safetensors", "ipc")
+        await publish(trainer, engines[:1], ends, 51, directory / "2.safetensors")
+        async with traffic(engines):
+            address, manifest = await ends[0].host("127.0.0.1", "ipc")
+            [newcomer] = ends_of(engines[1:], TIMEOUT_S)
+            await asyncio.gather(ends[0].send(51, 0, 1 << 16), receive(newcomer, address, manifest))
+            await engines[1].load_weights(51, None)
+        assert len(await digests(engines)) == 1
+        await assert_computes_with(engines[1], 2)
+        await publish(trainer, engines[:1], ends, 52, directory / "3.safetensors")
         trainer.do("leave")
 
     loop(body())

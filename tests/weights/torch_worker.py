@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Coroutine
 from threading import Thread
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 
 from asyncdapo.rollout.engine import Sample
 from asyncdapo.rollout.torch_engine.torch_engine import TorchEngine
-from asyncdapo.transport.backend import Backend
+from asyncdapo.transport.backend import HOST_ID, Backend
 from asyncdapo.weights.manifest import Manifest
 from asyncdapo.weights.receivers import LocalReceiver
 from tests.rollout.torch_engine.models import engine_for, request
@@ -29,8 +30,9 @@ class TorchWorker:
         self.engine: TorchEngine | None = None
         self.end: LocalReceiver | None = None
 
-    def begin(self, model: str, timeout_s: float) -> None:
-        """Load the model and generate from now on."""
+    def begin(self, model: str, timeout_s: float, host: str) -> None:
+        """Load the model and generate from now on, as if on this host."""
+        os.environ[HOST_ID] = host
         self.engine = engine_for(model, max_response_length=RESPONSE_LENGTH)
         self.end = LocalReceiver(lambda: torch.device("cpu"), timeout_s)
         self._wait(self.engine.start())
