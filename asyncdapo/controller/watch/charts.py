@@ -12,9 +12,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from asyncdapo.metrics.dashboard.sections import BUCKETS
 from asyncdapo.metrics.sparkline import mean, parts
 from asyncdapo.metrics.verdict.verdict import LIMITS
-from asyncdapo.metrics.verdict.window import LOOP, WORKERS, Line
+from asyncdapo.metrics.verdict.window import LOOP, SHOWN_FATES, WORKERS, Line
 
 MOST_POINTS = 400
 """Of a series. A chart is about as many pixels wide."""
@@ -90,10 +91,7 @@ CHARTS = (
         look="stack",
         counts=True,
         shares=True,
-        series={
-            f"replay/tokens_{fate}": fate
-            for fate in "trained filtered expired surplus undone failed withdrawn lost late probe evaluation".split()
-        },
+        series={f"replay/tokens_{fate}": fate for fate in SHOWN_FATES},
     ),
     Chart(
         title="Staleness of trained tokens",
@@ -102,7 +100,7 @@ CHARTS = (
         shares=True,
         series={
             f"learner/staleness_{bucket}/tokens": f"{bucket.replace('_', ' to ').replace('to up', 'and more')} steps"
-            for bucket in ("0", "1", "2", "3_4", "5_8", "9_up")
+            for bucket in BUCKETS
         },
     ),
     Chart(

@@ -14,7 +14,7 @@ from typing import Literal
 from asyncdapo.metrics.dashboard.units import unit_of
 from asyncdapo.metrics.jsonl import UNDONE_BY
 from asyncdapo.metrics.verdict.verdict import LIMITS
-from asyncdapo.metrics.verdict.window import LOOP, WORKERS
+from asyncdapo.metrics.verdict.window import LOOP, SHOWN_FATES, WORKERS
 
 SCHEMA = 1
 """Version of `SECTIONS`. A saved board of a lower version is replaced."""
@@ -93,12 +93,7 @@ SECTIONS = (
             ),
             _panel("Tokens per second of a worker, mean and slowest", "rollout/worker_tokens_per_s_", "mean min"),
             _panel("Groups between workers and learner", "replay/", "queued running in_training credits"),
-            _panel(
-                "What became of tokens so far",
-                "replay/tokens_",
-                "trained filtered expired surplus undone failed withdrawn lost late probe evaluation",
-                "shares",
-            ),
+            _panel("What became of tokens so far", "replay/tokens_", " ".join(SHOWN_FATES), "shares"),
             _panel("Publishing weights", "weights/", "publish_s gather_s send_s receive_s pause_s load_s resume_s"),
             _panel("Use of the learner's GPU", "learner/", "mfu"),
             _panel("Operations of the learner", "learner/", "tflops"),

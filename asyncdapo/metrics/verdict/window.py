@@ -21,6 +21,8 @@ WORKERS = ("generate", "load", "environment", "score", "send", "lease")
 """States of the workers, `rollout/time/STATE_s`."""
 FATES = ("trained", "filtered", "evaluation", "expired", "withdrawn", "late", "surplus", "lost", "undone", "failed")
 """How tokens end, `replay/tokens_FATE`."""
+SHOWN_FATES = tuple("trained filtered expired surplus undone failed withdrawn lost late probe evaluation".split())
+"""`FATES` and that of probes, in the order in which charts and panels have them."""
 MIN_COVERED = 0.5
 """Share of the time for which workers must have told what they did. Their heartbeats may lag."""
 
