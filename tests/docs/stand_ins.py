@@ -103,11 +103,11 @@ def _asyncdapo(words: list[str]) -> int:
 
 def _read_check(words: list[str]) -> int:
     """Whether a command `env check` can be read, and its config. The tokenizer and the host would take seconds each."""
-    from asyncdapo.cli import _parser
     from asyncdapo.config.config import load_config
     from asyncdapo.config.found import find_config
+    from asyncdapo.controller.commands.arguments import parser
 
-    args = _parser().parse_args(words)
+    args = parser().parse_args(words)
     load_config(find_config(args.config or args.path), args.overrides)
     print(f"not run: {args.path}: two episodes would be played now")
     return 0

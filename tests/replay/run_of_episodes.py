@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from asyncdapo.replay.server.validate import arrival
+from asyncdapo.replay.server.arrivals import arrival
 from tests.episodes import Episodes
 from tests.replay.small_run import GROUP_SIZE, SmallRun, end
 

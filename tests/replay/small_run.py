@@ -18,10 +18,10 @@ from asyncdapo.replay.core.recovery import Recovered
 from asyncdapo.replay.core.state import ReplayState
 from asyncdapo.replay.ledger.journal import Journal
 from asyncdapo.replay.ledger.ledger import open_ledger
+from asyncdapo.replay.server.arrivals import arrival
 from asyncdapo.replay.server.dispatch import Dispatch
 from asyncdapo.replay.server.sessions import Sessions
 from asyncdapo.replay.server.settings import ServerSettings
-from asyncdapo.replay.server.validate import arrival
 from asyncdapo.shares import CutWanted
 from asyncdapo.transport.payload import Payload, checksum
 

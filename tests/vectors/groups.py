@@ -14,7 +14,7 @@ from asyncdapo.errors import ConfigError
 from asyncdapo.messages import NO_CHECKSUM, Completion, Context, Group
 from asyncdapo.replay.config import FilterConfig
 from asyncdapo.replay.core.filter import MIN_SPREAD, judge
-from asyncdapo.replay.server.validate import arrival
+from asyncdapo.replay.server.arrivals import arrival
 from asyncdapo.reward.scorer import scale
 from asyncdapo.reward.verifiers import dapo as verifier
 from asyncdapo.rollout.groups import loss_mask

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from asyncdapo.convert import deepspeed, gpus, turns
+from asyncdapo.convert import data_files, deepspeed, gpus, turns
 from asyncdapo.convert import meanings as mean
 from asyncdapo.convert.peers import ms_swift_values as its
 from asyncdapo.convert.rules import Differs, Left, Made, Peer, Rank, Rule, chat_template, flag, number, same, text
@@ -127,7 +127,7 @@ RULES = (
     Rule("learner.checkpoint_every", ("save_steps", *CLOCK), its.in_steps),
     Rule("learner.keep_checkpoints", ("save_total_limit",), mean.kept_checkpoints),
     Rule("eval.every", ("eval_steps", *CLOCK), its.in_steps),
-    Rule("eval.num_samples", ("num_generations_eval", "val_dataset"), mean.samples),
+    Rule("eval.num_samples", ("num_generations_eval", "val_dataset"), data_files.samples),
     Rule("eval.num_prompts", ("val_dataset", "split_dataset_ratio"), its.eval_rows),
     Rule("eval.num_greedy_prompts", ("val_dataset",), lambda files: Made(0, "they have one evaluation, not two")),
     Rule("eval.temperature", ("temperature",), number),

@@ -7,6 +7,7 @@ from dataclasses import replace
 from math import ceil
 from typing import Any
 
+from asyncdapo.convert import data_files
 from asyncdapo.convert import meanings as mean
 from asyncdapo.convert.gpus import Gpus, number_of
 from asyncdapo.convert.rules import Left, Made, Rank, either, flag, number, plain, whole
@@ -96,7 +97,7 @@ def epochs(passes: Any, steps: Any, files: Any) -> Any:
     """Epochs; their number of steps takes precedence."""
     if steps is not None and number(steps) > 0:
         return Left("max_steps counts")
-    return mean.epochs(passes if passes is None else ceil(passes), files)
+    return data_files.epochs(passes if passes is None else ceil(passes), files)
 
 
 # ---------------------------------------------------------------------------------------------------------------- data
@@ -116,7 +117,7 @@ def _names(files: Any) -> list[str]:
 
 def train_data(files: Any) -> Any:
     """The data, without their notation of subset and rows."""
-    made = mean.train_data(_names(files))
+    made = data_files.train_data(_names(files))
     subsets = [_syntax(str(file))[1] for file in (files if isinstance(files, list) else [files])]
     commands = [
         f"{command} --subset {subset}" if subset else command
@@ -135,14 +136,14 @@ def sampled(files: Any) -> Any:
 
 
 def eval_data(files: Any) -> Any:
-    return mean.held_out(_names(files)) if files else None
+    return data_files.held_out(_names(files)) if files else None
 
 
 def eval_rows(files: Any, share: Any) -> Any:
     """Evaluation rows. Without held-out data there is no evaluation: all rows are trained on."""
     if files:
         rows = _syntax(str(files[0] if isinstance(files, list) else files))[2]
-        return rows or mean.all_rows(_names(files))
+        return rows or data_files.all_rows(_names(files))
     return None if share else Made(0, "no data are held out there")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from asyncdapo.convert import gpus, turns
+from asyncdapo.convert import data_files, gpus, turns
 from asyncdapo.convert import meanings as mean
 from asyncdapo.convert.peers import nemo_rl_data as data
 from asyncdapo.convert.peers import nemo_rl_values as its
@@ -41,9 +41,9 @@ RULES = (
     Rule("model.tokenizer", ("policy.tokenizer.name", "policy.model_name"), its.tokenizer),
     Rule("prompts.task", ("data.train.dataset_name",), lambda name: "file" if name in data.DATA_SETS else None),
     Rule("prompts.task", ("data.train.data_path",), lambda path: "file"),
-    Rule("prompts.path", ("data.train.data_path",), mean.train_data),
+    Rule("prompts.path", ("data.train.data_path",), data_files.train_data),
     Rule("prompts.path", ("data.train.dataset_name", *TEMPLATE, *SYSTEM), data.train_data),
-    Rule("prompts.eval_path", ("data.validation.data_path",), mean.held_out),
+    Rule("prompts.eval_path", ("data.validation.data_path",), data_files.held_out),
     Rule("prompts.eval_path", ("data.validation.dataset_name", *TEMPLATE, *SYSTEM), data.eval_data),
     Rule("prompts.chat_template", ("data.train.dataset_name", THINKING), chat_template),
     Rule("prompts.chat_template", ("data.train.data_path", THINKING), chat_template),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import ceil
 from typing import Any
 
-from asyncdapo.convert import meanings as mean
+from asyncdapo.convert import data_files
 from asyncdapo.convert.rules import Left, Made, Rank, whole
 
 KNOWN_DATA = {"DAPOMath17K": "dapo-math-17k", "DAPOMathAIME2024": "aime-2024", "AIME2024": "aime-2024"}
@@ -53,13 +53,13 @@ def template(own: Any, default: Any) -> Any:
 
 def epochs(passes: Any, name: Any, path: Any) -> Any:
     """Epochs; -1 there means no limit."""
-    return mean.epochs(passes if passes is None else max(0, whole(passes)), KNOWN_DATA.get(name), path)
+    return data_files.epochs(passes if passes is None else max(0, whole(passes)), KNOWN_DATA.get(name), path)
 
 
 def eval_prompts(most: Any, name: Any) -> Any:
     """Evaluation prompts, without repeated rows."""
     known = KNOWN_DATA.get(name)
-    times = mean.REPEATS[known] if known and name != "AIME2024" else 1
+    times = data_files.REPEATS[known] if known and name != "AIME2024" else 1
     if most is None or times == 1:
         return most
     return Made(ceil(whole(most) / times), f"{most} rows there, each of them {times} times")
@@ -69,5 +69,5 @@ def eval_samples(count: Any, name: Any, repeat: Any, path: Any) -> Any:
     """Completions of an evaluation prompt. Their AIME2024 has 30 rows, repeated if a key says so."""
     if name == "AIME2024":
         times = whole(repeat or 1)
-        return None if count is None and times == 1 else mean.repeated(whole(count or 1), times)
-    return mean.samples(count, KNOWN_DATA.get(name) or path)
+        return None if count is None and times == 1 else data_files.repeated(whole(count or 1), times)
+    return data_files.samples(count, KNOWN_DATA.get(name) or path)

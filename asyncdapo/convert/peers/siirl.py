@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from asyncdapo.convert import data_files
 from asyncdapo.convert import meanings as mean
 from asyncdapo.convert.peers import verl
 from asyncdapo.convert.rules import Differs, Rank
@@ -28,6 +29,6 @@ PEER = replace(
             lambda made: made.get("filter.enabled", True),
         ),
         *mean.SYNCHRONOUS,
-        mean.WHOLE_FILES,
+        data_files.WHOLE_FILES,
     ),
 )

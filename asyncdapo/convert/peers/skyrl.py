@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from asyncdapo.convert import gpus, turns
+from asyncdapo.convert import data_files, gpus, turns
 from asyncdapo.convert import meanings as mean
 from asyncdapo.convert.peers import skyrl_values as its
 from asyncdapo.convert.peers.skyrl_values import ALGORITHM, POLICY, SAMPLING
@@ -42,9 +42,9 @@ RULES = (
         ("trainer.ref.model.path", f"{ALGORITHM}use_kl_loss", f"{POLICY}model.path"),
         lambda path, use, own: path if flag(use) and path != own else None,
     ),
-    *mean.data_rules("data.train_data", "data.val_data", "generator.chat_template_kwargs"),
+    *data_files.rules("data.train_data", "data.val_data", "generator.chat_template_kwargs"),
     same("prompts.max_prompt_length", "trainer.max_prompt_length"),
-    Rule("prompts.epochs", ("trainer.epochs", "data.train_data"), mean.epochs),
+    Rule("prompts.epochs", ("trainer.epochs", "data.train_data"), data_files.epochs),
     Rule("rollout.engine", (f"{ENGINE}backend",), mean.engine),
     *gpus.rules(GPUS, its.gpus_of),
     same("rollout.tensor_parallel", f"{ENGINE}tensor_parallel_size"),
@@ -194,7 +194,7 @@ RULES = (
         ("generator.eval_n_samples_per_prompt", "data.val_data", *EVALUATED),
         its.eval_samples,
     ),
-    Rule("eval.num_prompts", ("data.val_data",), mean.all_rows),
+    Rule("eval.num_prompts", ("data.val_data",), data_files.all_rows),
     Rule("eval.temperature", EVALUATED, its.eval_temperature),
     Rule("", (f"{EVALUATION}max_generate_length",), lambda tokens: Left("is rollout.max_response_length here too")),
     same("eval.top_p", f"{EVALUATION}top_p"),
@@ -295,7 +295,7 @@ PEER = Peer(
     differs=(
         *mean.SYNCHRONOUS,
         mean.SURPLUS,
-        mean.WHOLE_FILES,
+        data_files.WHOLE_FILES,
         Differs(
             "Its overlong punishment needs the trainer of its example (main_dapo.py); here the key is enough",
             Rank.DETAIL,

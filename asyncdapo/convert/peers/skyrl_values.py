@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from asyncdapo.convert import data_files
 from asyncdapo.convert import meanings as mean
 from asyncdapo.convert.gpus import Gpus, number_of
 from asyncdapo.convert.rules import Left, Made, Rank, either, flag, number, plain, whole
@@ -144,7 +145,7 @@ def eval_temperature(value: Any, *others: Any) -> Any:
 def eval_samples(count: Any, files: Any, *evaluated: Any) -> Any:
     if not plain(eval_temperature(*evaluated)):
         return Left("their evaluation is greedy, so all would be the same") if count not in (None, 1) else count
-    return mean.samples(count, files)
+    return data_files.samples(count, files)
 
 
 def microbatch(completions: Any, prompt: Any, response: Any) -> Any:

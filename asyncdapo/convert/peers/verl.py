@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from asyncdapo.convert import gpus, turns
+from asyncdapo.convert import data_files, gpus, turns
 from asyncdapo.convert import meanings as mean
 from asyncdapo.convert.peers import verl_values as its
 from asyncdapo.convert.peers.verl_values import ACTOR, CORRECTION, ROLLOUT
@@ -44,7 +44,7 @@ RULES = (
     Rule("run.steps", ("rollout.total_rollout_steps", *STEP), its.steps_of_prompts),
     Rule("run.steps", (), lambda: Made(mean.NO_LIMIT, "theirs ends with its data")),
     text("model.path", "actor_rollout_ref.model.path"),
-    *mean.data_rules("data.train_files", "data.val_files", "data.apply_chat_template_kwargs"),
+    *data_files.rules("data.train_files", "data.val_files", "data.apply_chat_template_kwargs"),
     same("prompts.max_prompt_length", "data.max_prompt_length"),
     Rule("prompts.epochs", ("trainer.total_epochs", "rollout.total_epochs", "data.train_files"), its.epochs),
     Rule("rollout.engine", (f"{ROLLOUT}name",), mean.engine),
@@ -194,7 +194,7 @@ RULES = (
     Rule("eval.every", ("rollout.test_freq",), mean.every),  # asynchronous training reads no other
     Rule("eval.every", ("trainer.test_freq",), mean.every),
     Rule("eval.num_prompts", ("data.val_max_samples",), lambda rows: whole(rows) if rows and rows > 0 else None),
-    Rule("eval.num_prompts", ("data.val_files",), mean.all_rows),
+    Rule("eval.num_prompts", ("data.val_files",), data_files.all_rows),
     Rule(
         "eval.num_samples",
         tuple(f"{ROLLOUT}val_kwargs.{key}" for key in ("n", "do_sample", "temperature")) + ("data.val_files",),
@@ -311,7 +311,7 @@ PEER = Peer(
     differs=(
         *mean.SYNCHRONOUS,
         mean.SURPLUS,
-        mean.WHOLE_FILES,
+        data_files.WHOLE_FILES,
     ),
     others=("optim=*", "optim.*", "engine=*", "engine.*", "model.partial_pretrain*"),
     aliases=(

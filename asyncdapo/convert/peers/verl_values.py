@@ -6,6 +6,7 @@ import re
 from math import ceil
 from typing import Any
 
+from asyncdapo.convert import data_files
 from asyncdapo.convert import meanings as mean
 from asyncdapo.convert.gpus import Gpus, number_of
 from asyncdapo.convert.rules import Left, Made, Rank, either, flag, number, plain, whole
@@ -224,7 +225,7 @@ def truncation(side: Any, filtered: Any) -> Left:
 def epochs(passes: Any, rollout: Any, files: Any) -> Any:
     """Epochs; older versions of their asynchronous trainer end at the lower of two numbers."""
     both = [count for count in (passes, rollout) if count is not None]
-    return mean.epochs(min(both), files) if both else None
+    return data_files.epochs(min(both), files) if both else None
 
 
 def overlong_penalty(factor: Any, enable: Any, length: Any) -> Any:
@@ -245,7 +246,7 @@ def eval_temperature(temperature: Any, sample: Any) -> Any:
 def eval_samples(count: Any, sample: Any, temperature: Any, files: Any) -> Any:
     if not plain(eval_temperature(temperature, sample)):
         return 1 if count == 1 else Left("their evaluation is greedy, so all would be the same")
-    return mean.samples(count, files)
+    return data_files.samples(count, files)
 
 
 def eval_sampling(value: Any, sample: Any) -> Any:

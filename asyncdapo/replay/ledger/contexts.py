@@ -10,7 +10,7 @@ What is shown, for each context of each completion:
     once                each turn stands in one context, so none of its tokens bears loss twice: turns are numbered, and
                         a checksum is of the number, too
 
-Does not own: whether the group is what its lease asked for (`validate`).
+Does not own: whether the group is what its lease asked for (`arrivals`).
 """
 
 from __future__ import annotations

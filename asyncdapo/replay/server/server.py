@@ -149,7 +149,7 @@ class ReplayServer:
             "replay/tokens_in_flight": in_flight({**replay, **workers}),
             **self._times(),
             **{f"replay/{name}": number for name, number in self._dispatch.state.gauges().items()},
-            **{f"replay/{what}": number for what, number in self._workers.dropped.items()},
+            **{f"replay/{what}": number for what, number in self._workers.arrivals.dropped.items()},
         }
 
     async def published(self, version: int) -> None:
@@ -192,7 +192,7 @@ class ReplayServer:
             "evaluations_waiting": evaluations.num_waiting,
             "evaluations_running": evaluations.num_under_way,
             "sampled_tokens": self._sessions.total("tokens"),
-            "dropped": dict(self._workers.dropped),
+            "dropped": dict(self._workers.arrivals.dropped),
             **state.gauges(),
         }
 
@@ -256,7 +256,7 @@ class ReplayServer:
                 with self._clock.on("learner"):
                     self._dispatch.want_batch(peer, message)
             else:
-                self._workers.dropped["malformed"] += 1
+                self._workers.arrivals.dropped["malformed"] += 1
                 log.warning("on the learner's socket: %s", message)
 
     def _can_be(self, wanted: CutWanted) -> bool:

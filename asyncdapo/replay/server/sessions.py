@@ -173,6 +173,11 @@ class Sessions:
     def held_by(self, worker: int) -> dict[int, HeldLease]:
         return {lease_id: lease for lease_id, lease in self.leases.items() if lease.worker == worker}
 
+    def holds(self, session: Session, lease_id: int) -> bool:
+        """Whether the lease is running, and this session's worker's."""
+        lease = self.leases.get(lease_id)
+        return lease is not None and lease.worker == session.worker
+
     def total(self, gauge: str) -> float:
         """Sum of one of `GAUGES` over all sessions so far, from their heartbeats."""
         return self._past_gauges[gauge] + sum(session.gauges.get(gauge, 0.0) for session in self._by_worker.values())

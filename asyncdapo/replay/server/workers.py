@@ -9,21 +9,20 @@ no message ends the server.
     credits      a worker is owed `asked − granted`. Evaluation requests go first; the core gets the rest as `Ready`
     lost leases  a silent worker loses its leases, and joins again with its next message. A lease without progress for
                  `lease_stall_s` is lost alone
-    late groups  are acknowledged and dropped, and so are repeated ones, whose acknowledgement was lost
     draining     a worker that is asked to leave gets nothing more. Once it holds nothing, or after a time, it counts as
                  gone, and what it still holds goes to others
     over         a lease that a heartbeat reports after its end is withdrawn (again)
     unknown      leases and evaluation requests that heartbeats don't report are sent again
 
 Memory: a session per worker, the running leases, the evaluations that somebody waits for.
-Does not own: sockets, sessions as records (`sessions`), what follows from an event (`state`).
+Does not own: sockets, sessions as records (`sessions`), groups that come in (`arrivals`), what follows from an event
+(`state`).
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections import Counter
 from collections.abc import Sequence
 
 from msgspec.structs import replace
@@ -31,16 +30,13 @@ from msgspec.structs import replace
 from asyncdapo.eval_messages import EvalAck, EvalAnswer, EvalDone, EvalRequest
 from asyncdapo.messages import (
     SCHEMA_VERSION,
-    Ack,
     Ask,
-    Group,
     GroupDone,
     GroupFailed,
     Heartbeat,
     Hello,
     Loaded,
     Message,
-    Reject,
     Started,
     Welcome,
     Withdraw,
@@ -48,18 +44,17 @@ from asyncdapo.messages import (
 from asyncdapo.replay.core import events as core
 from asyncdapo.replay.core.lengths import AnswerLengths
 from asyncdapo.replay.ledger.journal import Journal
+from asyncdapo.replay.server.arrivals import Arrivals
 from asyncdapo.replay.server.dispatch import Dispatch
 from asyncdapo.replay.server.drains import Drains
 from asyncdapo.replay.server.evaluations import Evaluation, Evaluations
 from asyncdapo.replay.server.sessions import Session, Sessions
 from asyncdapo.replay.server.settings import ServerSettings
-from asyncdapo.replay.server.validate import BadGroup, arrival, check_group
 from asyncdapo.transport.codec import Malformed
 from asyncdapo.transport.payload import unpack_answers
 
 FromWorker = Hello | Ask | Started | Loaded | GroupDone | GroupFailed | EvalDone | Heartbeat
 NUM_WORKERS_MAX = 1 << 16
-DROPPED = ("strangers", "malformed", "rejected", "duplicates")
 EVAL_PATIENCE = 5
 """An evaluation request without an answer for this many `lease_stall_s` is given out again."""
 
@@ -77,13 +72,11 @@ class Workers:
         journal: Journal,
         lengths: AnswerLengths | None,
     ) -> None:
-        self._lengths = lengths
-        self._settings, self._dispatch, self._sessions, self._journal = settings, dispatch, sessions, journal
+        self._dispatch, self._sessions = dispatch, sessions
+        self.arrivals = Arrivals(settings, dispatch, sessions, journal, lengths)
         self._answered: dict[Evaluation, asyncio.Event] = {}
         self.evaluations = Evaluations(lambda: settings.slots * len(sessions.live))
         self._drains = Drains(sessions, self.evaluations)
-        self.dropped = Counter({what: int(settings.totals.get(f"replay/{what}", 0)) for what in DROPPED})
-        """Messages that led to nothing, by the `replay/` metric that counts them."""
         self.leasing = False
         """Whether leases are granted; evaluation runs in any case."""
 
@@ -93,7 +86,7 @@ class Workers:
         if isinstance(message, Hello):
             self._greet(peer, message)
         elif session is None:
-            self.dropped["strangers"] += 1
+            self.arrivals.dropped["strangers"] += 1
         else:
             session.heard_tick = self._sessions.tick
             self._listen(session, message, frames)
@@ -176,7 +169,7 @@ class Workers:
     def _listen(self, session: Session, message: Message | Malformed, frames: Sequence[memoryview]) -> None:
         match message:
             case Malformed():
-                self._drop("malformed", session, str(message))
+                self.arrivals.drop("malformed", session, str(message))
             case Ask(asked=asked):
                 session.asked = max(session.asked, asked)
                 self._offer(session)
@@ -188,20 +181,20 @@ class Workers:
             case Started(lease_id=lease_id, version=version):
                 self._note_started(session, lease_id, version)
             case GroupDone(group=group):
-                self._take_group(session, group, frames)
+                self.arrivals.take_group(session, group, frames)
             case GroupFailed():
-                self._take_failure(session, message)
+                self.arrivals.take_failure(session, message)
             case EvalDone():
                 self._take_answers(session, message, frames)
 
     def _greet(self, peer: bytes, hello: Hello) -> None:
         """A new session ends the worker's former one, and its leases."""
         if hello.schema != SCHEMA_VERSION or hello.worker not in range(NUM_WORKERS_MAX):
-            self.dropped["malformed"] += 1
+            self.arrivals.dropped["malformed"] += 1
             log.warning("%s is not welcome, this end has schema %d", hello, SCHEMA_VERSION)
             return
         if hello.branch == self._dispatch.branch and not self._exists(hello.loaded_version):
-            self.dropped["malformed"] += 1
+            self.arrivals.dropped["malformed"] += 1
             log.warning("%s is not welcome, the newest version is %d", hello, self._dispatch.newest_version)
             return
         session = self._sessions.recognise(peer, hello)
@@ -248,7 +241,7 @@ class Workers:
         self._offer(session)
 
     def _note_started(self, session: Session, lease_id: int, version: int) -> None:
-        if self._holds(session, lease_id) and self._exists(version):
+        if self._sessions.holds(session, lease_id) and self._exists(version):
             self._sessions.leases[lease_id].started = True
             self._dispatch.apply(core.SamplingBegan(lease_id=lease_id, version=version))
 
@@ -261,64 +254,7 @@ class Workers:
         if self.leasing:
             self._dispatch.apply(core.Ready(worker=session.worker, credits=session.owed, pace=session.relative_pace))
 
-    # ------------------------------------------------------------------------------------------------------- groups
-
-    def _take_group(self, session: Session, group: Group, frames: Sequence[memoryview]) -> None:
-        lease = self._sessions.leases.get(group.lease_id)
-        if lease is None:
-            self._settle_late(session, group.lease_id)
-            return
-        dispatch = self._dispatch
-        try:
-            if lease.worker != session.worker:
-                raise BadGroup(f"the lease is worker {lease.worker}'s")
-            payload = check_group(
-                group,
-                frames,
-                lease,
-                group_size=self._settings.group_size,
-                branch=dispatch.branch,
-                newest_version=dispatch.newest_version,
-                vocab_size=self._settings.vocab_size,
-            )
-        except BadGroup as problem:
-            self._reject(session, group.lease_id, str(problem))
-            return
-        self._sessions.note_answer(session, group.num_sampled_tokens - lease.num_tokens)
-        if self._lengths:
-            self._lengths.note(lease.prompt, group)
-        dispatch.apply(arrival(group), arrived=(group, payload))
-
-    def _take_failure(self, session: Session, failure: GroupFailed) -> None:
-        if failure.lease_id not in self._sessions.leases:
-            self._settle_late(session, failure.lease_id)
-        elif self._holds(session, failure.lease_id):
-            self._dispatch.apply(core.LeaseFailed(lease_id=failure.lease_id), detail=failure.reason)
-        else:
-            self._reject(session, failure.lease_id, "the lease is another worker's")
-
-    def _settle_late(self, session: Session, lease_id: int) -> None:
-        """A group whose lease is over is a repeat (its acknowledgement was lost), or late, or belongs to no lease at
-        all."""
-        try:
-            outcome = self._journal.outcome(lease_id)
-        except LookupError as error:
-            self._reject(session, lease_id, str(error))
-            return
-        if outcome == "done":
-            self.dropped["duplicates"] += 1
-        else:
-            late = core.GroupArrived(lease_id=lease_id, min_version=0, max_version=0, metrics={}, num_loss_tokens=0)
-            self._dispatch.apply(late)
-        self._dispatch.send(session, Ack(lease_id=lease_id))
-
-    def _reject(self, session: Session, lease_id: int, reason: str) -> None:
-        """The worker forgets the group. Its lease is over if this worker holds it."""
-        self._drop("rejected", session, f"group of lease {lease_id}: {reason}")
-        if self._holds(session, lease_id):
-            self._dispatch.apply(core.LeaseLost(lease_id=lease_id, reason="rejected"), detail=reason)
-        else:
-            self._dispatch.send(session, Reject(lease_id=lease_id, reason=reason))
+    # ----------------------------------------------------------------------------------------------------- evaluations
 
     def _take_answers(self, session: Session, done: EvalDone, frames: Sequence[memoryview]) -> None:
         """Bad answers are dropped, and their request is given out again when it is due. So are the answers of a worker
@@ -329,7 +265,7 @@ class Workers:
         try:
             evaluation = self.evaluations.answer(done.request_id, unpack_answers(done, frames))
         except ValueError as problem:
-            self._drop("rejected", session, str(problem))
+            self.arrivals.drop("rejected", session, str(problem))
             return
         if evaluation is None:
             return
@@ -338,13 +274,5 @@ class Workers:
             self._answered[evaluation].set()
         self.offer_all()
 
-    def _holds(self, session: Session, lease_id: int) -> bool:
-        lease = self._sessions.leases.get(lease_id)
-        return lease is not None and lease.worker == session.worker
-
     def _exists(self, version: int) -> bool:
         return 0 <= version <= self._dispatch.newest_version
-
-    def _drop(self, what: str, session: Session, problem: str) -> None:
-        self.dropped[what] += 1
-        log.warning("worker %d: %s", session.worker, problem)

@@ -19,7 +19,7 @@ from asyncdapo.replay.core import events as core
 from asyncdapo.replay.ledger.audit import audit
 from asyncdapo.replay.ledger.journal import Journal
 from asyncdapo.replay.ledger.ledger import last_trained, read_group
-from asyncdapo.replay.server.validate import arrival
+from asyncdapo.replay.server.arrivals import arrival
 from tests.replay.small_run import SmallRun, finished_run, make_group, prompt_at, resumed_run, rows, segments
 
 

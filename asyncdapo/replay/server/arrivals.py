@@ -1,0 +1,183 @@
+"""What comes in for a lease: a group, or its failure. Is it what the lease asked for, and can it be trained on?
+
+In: decoded messages with their frames, and the leases that they answer. Out: an event for the core, with the payload of
+a group; or the message is dropped and counted. A group that passes can't break the core, and can't put NaN into a loss.
+A late group is acknowledged and dropped, and so is a repeated one, whose acknowledgement was lost. Does not own: the
+filter, staleness.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+
+from asyncdapo.messages import NO_CHECKSUM, Ack, Completion, Group, GroupFailed, Reject
+from asyncdapo.replay.core import events as core
+from asyncdapo.replay.core.lengths import AnswerLengths
+from asyncdapo.replay.ledger.contexts import header_problem, token_problem
+from asyncdapo.replay.ledger.journal import Journal
+from asyncdapo.replay.server.dispatch import Dispatch
+from asyncdapo.replay.server.sessions import HeldLease, Session, Sessions
+from asyncdapo.replay.server.settings import ServerSettings
+from asyncdapo.transport.payload import Payload
+
+DROPPED = ("strangers", "malformed", "rejected", "duplicates")
+MAX_LOGPROB = 1e-3
+"""Log-probs are at most 0, except for the rounding of a log-sum-exp."""
+
+
+log = logging.getLogger("replay")
+
+
+class BadGroup(Exception):  # noqa: N818 - a finding about a peer, not a failure of ours
+    """A group that contradicts its lease, its own header, or arithmetic."""
+
+
+class Arrivals:
+    """Of all workers."""
+
+    def __init__(
+        self,
+        settings: ServerSettings,
+        dispatch: Dispatch,
+        sessions: Sessions,
+        journal: Journal,
+        lengths: AnswerLengths | None,
+    ) -> None:
+        self._settings, self._dispatch, self._sessions = settings, dispatch, sessions
+        self._journal, self._lengths = journal, lengths
+        self.dropped = Counter({what: int(settings.totals.get(f"replay/{what}", 0)) for what in DROPPED})
+        """Messages that led to nothing, by the `replay/` metric that counts them."""
+
+    def take_group(self, session: Session, group: Group, frames: Sequence[memoryview]) -> None:
+        """A complete group, whose lease may be over."""
+        lease = self._sessions.leases.get(group.lease_id)
+        if lease is None:
+            self._settle_late(session, group.lease_id)
+            return
+        dispatch = self._dispatch
+        try:
+            if lease.worker != session.worker:
+                raise BadGroup(f"the lease is worker {lease.worker}'s")
+            payload = check_group(
+                group,
+                frames,
+                lease,
+                group_size=self._settings.group_size,
+                branch=dispatch.branch,
+                newest_version=dispatch.newest_version,
+                vocab_size=self._settings.vocab_size,
+            )
+        except BadGroup as problem:
+            self._reject(session, group.lease_id, str(problem))
+            return
+        self._sessions.note_answer(session, group.num_sampled_tokens - lease.num_tokens)
+        if self._lengths:
+            self._lengths.note(lease.prompt, group)
+        dispatch.apply(arrival(group), arrived=(group, payload))
+
+    def take_failure(self, session: Session, failure: GroupFailed) -> None:
+        """The reward function raised on a group."""
+        if failure.lease_id not in self._sessions.leases:
+            self._settle_late(session, failure.lease_id)
+        elif self._sessions.holds(session, failure.lease_id):
+            self._dispatch.apply(core.LeaseFailed(lease_id=failure.lease_id), detail=failure.reason)
+        else:
+            self._reject(session, failure.lease_id, "the lease is another worker's")
+
+    def _settle_late(self, session: Session, lease_id: int) -> None:
+        """A group whose lease is over is a repeat (its acknowledgement was lost), or late, or belongs to no lease at
+        all."""
+        try:
+            outcome = self._journal.outcome(lease_id)
+        except LookupError as error:
+            self._reject(session, lease_id, str(error))
+            return
+        if outcome == "done":
+            self.dropped["duplicates"] += 1
+        else:
+            late = core.GroupArrived(lease_id=lease_id, min_version=0, max_version=0, metrics={}, num_loss_tokens=0)
+            self._dispatch.apply(late)
+        self._dispatch.send(session, Ack(lease_id=lease_id))
+
+    def _reject(self, session: Session, lease_id: int, reason: str) -> None:
+        """The worker forgets the group. Its lease is over if this worker holds it."""
+        self.drop("rejected", session, f"group of lease {lease_id}: {reason}")
+        if self._sessions.holds(session, lease_id):
+            self._dispatch.apply(core.LeaseLost(lease_id=lease_id, reason="rejected"), detail=reason)
+        else:
+            self._dispatch.send(session, Reject(lease_id=lease_id, reason=reason))
+
+    def drop(self, what: str, session: Session, problem: str) -> None:
+        """A message of this worker led to nothing."""
+        self.dropped[what] += 1
+        log.warning("worker %d: %s", session.worker, problem)
+
+
+def check_group(
+    group: Group,
+    frames: Sequence[memoryview],
+    lease: HeldLease,
+    *,
+    group_size: int,
+    branch: int,
+    newest_version: int,
+    vocab_size: int | None = None,
+) -> Payload:
+    """The group's buffers, as views on the frames. Raises BadGroup. `newest_version`: no weights are newer.
+    `vocab_size`: token ids are below it; None if it is not known."""
+    identity = (group.prompt_id, group.worker, group.attempt, group.branch)
+    if identity != (expected := (lease.prompt.prompt_id, lease.worker, lease.attempt, branch)):
+        raise BadGroup(f"prompt, worker, attempt and branch are {identity}, its lease says {expected}")
+    if len(group.completions) != group_size:
+        raise BadGroup(f"{len(group.completions)} completions, rollout.group_size is {group_size}")
+    if not math.isfinite(group.generate_s):
+        raise BadGroup(f"generate_s is {group.generate_s}")
+    for index, completion in enumerate(group.completions):
+        if problem := _problem(completion, newest_version):
+            raise BadGroup(f"completion {index}: {problem}")
+    try:
+        payload = Payload.from_frames(frames, [group])
+    except ValueError as error:
+        raise BadGroup(str(error)) from error
+    if problem := token_problem(group, payload):
+        raise BadGroup(problem)
+    if payload.prompt_ids.tolist() != lease.prompt.token_ids:
+        raise BadGroup("its prompt tokens are not those of its lease")
+    if payload.token_ids.min() < 0:
+        raise BadGroup("a token id is negative")
+    if vocab_size is not None and payload.token_ids.max() >= vocab_size:
+        raise BadGroup(f"token id {payload.token_ids.max()} is beyond the vocabulary of {vocab_size}")
+    if not (np.isfinite(payload.logprobs).all() and payload.logprobs.max() <= MAX_LOGPROB):
+        raise BadGroup("a log-prob is above 0 or not finite")
+    return payload
+
+
+def arrival(group: Group) -> core.GroupArrived:
+    """The core's event for a group that passed."""
+    shared = set.intersection(*(set(completion.metrics) for completion in group.completions))
+    metrics = {name: tuple(completion.metrics[name] for completion in group.completions) for name in sorted(shared)}
+    return core.GroupArrived(
+        lease_id=group.lease_id,
+        min_version=group.min_version,
+        max_version=group.max_version,
+        metrics=metrics,
+        num_loss_tokens=group.num_loss_tokens,
+    )
+
+
+def _problem(completion: Completion, newest_version: int) -> str | None:
+    if problem := header_problem(completion):
+        return problem
+    for context in completion.contexts:
+        if not all(0 <= version <= newest_version for version, _ in context.versions):
+            return f"versions {context.versions}, the newest weights are version {newest_version}"
+        if any(turn.checksum == NO_CHECKSUM for turn in context.turns):
+            return "a turn has no checksum"
+    if not all(math.isfinite(number) for number in (completion.reward, *completion.metrics.values())):
+        return "its reward or a metric is not finite"
+    return None
