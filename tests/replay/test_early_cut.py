@@ -6,6 +6,7 @@ import pytest
 
 from asyncdapo.replay.config import ReplayConfig
 from asyncdapo.replay.core import events as core
+from asyncdapo.replay.core.waits import gauges
 from asyncdapo.shares import Batch, CutWanted
 from tests.replay.scenario import Scenario
 from tests.replay.small_run import SmallRun
@@ -35,9 +36,9 @@ def test_an_early_batch_is_cut_at_once_when_nothing_ends_by_it() -> None:
     scenario.tell(core.BatchWanted(step=2))
     assert len(scenario.batches) == 2
     assert scenario.running == [slow]
-    assert scenario.state.gauges()["in_training"] == 2
+    assert gauges(scenario.state)["in_training"] == 2
     scenario.train(1)
-    assert scenario.state.gauges()["in_training"] == 1
+    assert gauges(scenario.state)["in_training"] == 1
 
 
 @pytest.mark.parametrize("on_stale", ["drop", "requeue", "wait"])

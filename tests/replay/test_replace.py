@@ -10,6 +10,7 @@ import pytest
 from asyncdapo.replay.config import FilterConfig, ReplayConfig
 from asyncdapo.replay.core import events as core
 from asyncdapo.replay.core.batch import HeldGroup, cut_with_copies, draw_copies, num_barren
+from asyncdapo.replay.core.waits import gauges
 from asyncdapo.shares import Batch, CutWanted
 from tests.replay.scenario import Scenario, stop_of
 from tests.replay.small_run import SmallRun
@@ -172,7 +173,7 @@ def test_every_group_has_its_place_so_none_more_is_leased_than_the_batch_takes()
     scenario = replacing(4, replay={"run_ahead": 0, "max_staleness": 0})
     scenario.finish(0, 1, 2, verdict="constant")
     assert scenario.running == [3]
-    assert scenario.state.gauges()["keep_rate"] == 1
+    assert gauges(scenario.state)["keep_rate"] == 1
 
 
 def test_copies_count_as_groups_in_training() -> None:
@@ -180,7 +181,7 @@ def test_copies_count_as_groups_in_training() -> None:
     scenario.finish(0, verdict="constant")
     scenario.finish(1)
     assert scenario.batches == [[1]]
-    assert scenario.state.gauges()["in_training"] == 2
+    assert gauges(scenario.state)["in_training"] == 2
     assert scenario.running == [2, 3], "one batch ahead of the one in training"
     scenario.train(1)
     assert scenario.running == [2, 3, 4, 5]

@@ -23,9 +23,9 @@ from asyncdapo.metrics.samples import Sample
 from asyncdapo.model.tokenizer import TextTokenizer, load_tokenizer
 from asyncdapo.prompts.registry import open_task
 from asyncdapo.prompts.stream import PromptStream
-from asyncdapo.replay.core.lengths import AnswerLengths
 from asyncdapo.replay.core.recovery import Recovered
 from asyncdapo.replay.core.state import ReplayState
+from asyncdapo.replay.core.stream import AnswerLengths
 from asyncdapo.replay.ledger.journal import Journal
 from asyncdapo.replay.ledger.kept import keep_samples
 from asyncdapo.replay.server.server import ReplayServer

@@ -22,9 +22,9 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Literal
 
-from asyncdapo.replay.core.admission import PromptStream
 from asyncdapo.replay.core.batch import HeldGroup
 from asyncdapo.replay.core.events import Action, GroupState, MoveGroup, MovePrompt, PromptState
+from asyncdapo.replay.core.stream import PromptStream
 
 MOVES: dict[PromptState, frozenset[PromptState]] = {
     "waiting": frozenset({"leased", "unused"}),

@@ -31,7 +31,7 @@ import math
 from collections.abc import Callable
 
 from asyncdapo.replay.config import FilterConfig, ReplayConfig
-from asyncdapo.replay.core.admission import Admission, PromptStream
+from asyncdapo.replay.core.admission import Admission
 from asyncdapo.replay.core.batch import HeldGroup
 from asyncdapo.replay.core.events import (
     Action,
@@ -60,6 +60,7 @@ from asyncdapo.replay.core.lifecycle import Lifecycle
 from asyncdapo.replay.core.queue import Held
 from asyncdapo.replay.core.recovery import Recovered
 from asyncdapo.replay.core.staleness import StalenessBound
+from asyncdapo.replay.core.stream import PromptStream
 
 
 class ReplayState:
@@ -128,18 +129,6 @@ class ReplayState:
             self._drop_barren()
             self._grant_leases()
         return list(self._actions)
-
-    def gauges(self) -> dict[str, float]:
-        """Current numbers, in groups unless the name says otherwise."""
-        return {
-            "in_training": sum(self.in_training.values()),
-            "queued": len(self.held.queued),
-            "spare": len(self.held.spare),
-            "running": len(self.leases.running),
-            "keep_rate": self.keep_rate.value,
-            "workers": len(self.leases.workers),
-            "credits": sum(worker.credits for worker in self.leases.workers.values()),
-        }
 
     def _take_in(self, event: Event) -> None:
         match event:

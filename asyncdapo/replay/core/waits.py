@@ -1,7 +1,7 @@
-"""Names the wait: one line that says who the next batch is waiting for.
+"""What people are told of the core: who the next batch is waiting for, and current numbers.
 
-In: the state after an event. Out: a line that starts with one of `WAITS`. Progress lines show it, and so does the
-report of a long wait. Tests check that whoever is named really has something to do.
+In: the state after an event. Out: a line that starts with one of `WAITS`, which progress lines and the report of a long
+wait show, and the gauges of a metrics line. Tests check that whoever is named really has something to do.
 
 Does not own: how long a wait may take (`server.py`, `controller/`).
 """
@@ -16,6 +16,20 @@ if TYPE_CHECKING:
 WAITS = ("learner", "rollout", "weights", "no live worker", "run over")
 """`learner`: it trains, or has not asked for its next batch. `rollout`: groups run, or no slot is free. `weights`: a
 version is trained but not published, or published but not loaded."""
+
+
+def gauges(state: ReplayState) -> dict[str, float]:
+    """Current numbers, in groups unless the name says otherwise."""
+    workers = state.leases.workers.values()
+    return {
+        "in_training": sum(state.in_training.values()),
+        "queued": len(state.held.queued),
+        "spare": len(state.held.spare),
+        "running": len(state.leases.running),
+        "keep_rate": state.keep_rate.value,
+        "workers": len(workers),
+        "credits": sum(worker.credits for worker in workers),
+    }
 
 
 def why_waiting(state: ReplayState) -> str:

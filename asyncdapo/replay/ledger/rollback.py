@@ -32,8 +32,8 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from asyncdapo.replay.config import ReplayConfig
-from asyncdapo.replay.core.admission import FIRST
 from asyncdapo.replay.core.staleness import StalenessBound
+from asyncdapo.replay.core.stream import FIRST
 from asyncdapo.replay.ledger.payloads import Place
 from asyncdapo.replay.ledger.schema import HELD_STATES
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from asyncdapo.messages import NO_CHECKSUM, Ack, Completion, Group, GroupFailed, Reject
 from asyncdapo.replay.core import events as core
-from asyncdapo.replay.core.lengths import AnswerLengths
+from asyncdapo.replay.core.stream import AnswerLengths
 from asyncdapo.replay.ledger.contexts import header_problem, token_problem
 from asyncdapo.replay.ledger.journal import Journal
 from asyncdapo.replay.server.dispatch import Dispatch

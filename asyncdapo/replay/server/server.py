@@ -31,8 +31,8 @@ from asyncdapo.accounting.spans import Span
 from asyncdapo.errors import RunError
 from asyncdapo.eval_messages import EvalAnswer, EvalRequest
 from asyncdapo.messages import Prompt
-from asyncdapo.replay.core.lengths import AnswerLengths
-from asyncdapo.replay.core.waits import why_waiting
+from asyncdapo.replay.core.stream import AnswerLengths
+from asyncdapo.replay.core.waits import gauges, why_waiting
 from asyncdapo.replay.ledger.journal import Journal
 from asyncdapo.replay.server.accounts import in_flight
 from asyncdapo.replay.server.dispatch import Dispatch, MakeState
@@ -148,7 +148,7 @@ class ReplayServer:
             **workers,
             "replay/tokens_in_flight": in_flight({**replay, **workers}),
             **self._times(),
-            **{f"replay/{name}": number for name, number in self._dispatch.state.gauges().items()},
+            **{f"replay/{name}": number for name, number in gauges(self._dispatch.state).items()},
             **{f"replay/{what}": number for what, number in self._workers.arrivals.dropped.items()},
         }
 
@@ -193,7 +193,7 @@ class ReplayServer:
             "evaluations_running": evaluations.num_under_way,
             "sampled_tokens": self._sessions.total("tokens"),
             "dropped": dict(self._workers.arrivals.dropped),
-            **state.gauges(),
+            **gauges(state),
         }
 
     def take_spans(self) -> list[Span]:

@@ -42,7 +42,7 @@ from asyncdapo.messages import (
     Withdraw,
 )
 from asyncdapo.replay.core import events as core
-from asyncdapo.replay.core.lengths import AnswerLengths
+from asyncdapo.replay.core.stream import AnswerLengths
 from asyncdapo.replay.ledger.journal import Journal
 from asyncdapo.replay.server.arrivals import Arrivals
 from asyncdapo.replay.server.dispatch import Dispatch

@@ -8,11 +8,12 @@ from hypothesis import strategies as st
 
 from asyncdapo.replay.config import FilterConfig, ReplayConfig
 from asyncdapo.replay.core import events as core
-from asyncdapo.replay.core.admission import Admission, PromptStream
+from asyncdapo.replay.core.admission import Admission
 from asyncdapo.replay.core.leases import Leases
 from asyncdapo.replay.core.recovery import KnownWorker
 from asyncdapo.replay.core.staleness import StalenessBound
-from asyncdapo.replay.core.waits import why_waiting
+from asyncdapo.replay.core.stream import PromptStream
+from asyncdapo.replay.core.waits import gauges, why_waiting
 from tests.replay.scenario import Scenario, grants_of, group_done, stop_of
 
 NOTHING = {"in_training": 0, "queued": 0, "running": 0, "keep_rate": 1.0, "verdicts": 0}
@@ -119,7 +120,7 @@ def test_the_keep_rate_lets_more_prompts_run_when_many_are_filtered() -> None:
     scenario.join(credits=99)
     assert scenario.running == [0, 1, 2, 3]
     scenario.finish(0, 1, 2, 3, verdict="constant")
-    assert scenario.state.gauges()["keep_rate"] == 0.5
+    assert gauges(scenario.state)["keep_rate"] == 0.5
     assert len(scenario.running) == 8
 
 
@@ -129,7 +130,7 @@ def test_with_the_filter_off_no_more_runs_than_a_batch_takes() -> None:
     scenario.join(credits=99)
     scenario.finish(0, 1, 2, 3, verdict="constant")
     assert scenario.running == []
-    assert scenario.state.gauges()["keep_rate"] == 1.0
+    assert gauges(scenario.state)["keep_rate"] == 1.0
 
 
 def test_prompts_that_came_back_go_first_and_those_of_lost_leases_behind_a_batch_of_fresh_ones() -> None:
@@ -185,7 +186,7 @@ def test_a_group_that_comes_twice_counts_once() -> None:
     scenario.finish(0)
     for _ in range(2):
         assert [action.outcome for action in scenario.tell(group_done(lease_id))] == ["late"]
-    assert scenario.state.gauges()["queued"] == 1
+    assert gauges(scenario.state)["queued"] == 1
 
 
 def test_when_the_data_is_used_up_the_run_stops_after_the_last_batch_is_trained() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from asyncdapo.messages import Ack
-from asyncdapo.replay.core.lengths import AnswerLengths
+from asyncdapo.replay.core.stream import AnswerLengths
 from asyncdapo.replay.ledger.journal import Journal
 from tests.replay.serving import FakeWorker, scenario, serving
 from tests.replay.small_run import prompt_at
