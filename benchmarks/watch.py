@@ -1,9 +1,11 @@
 """How long `asyncdapo watch` takes on a long run: 2,000 train steps, 1 M completions.
 
-    python benchmarks/watch.py [--dir DIR] [--steps 2000] [--groups 63] [--group-size 8] [--browser CHROMIUM]
+    python benchmarks/watch.py [--dir DIR] [--steps 2000] [--groups 63] [--group-size 8] [--kept-steps 20]
+        [--browser CHROMIUM]
 
 The run is made, not trained: every metric of the page has a random number in each line, every group a row in the
-ledger, and the groups of the last 20 steps have their tokens, as in a run that frees those that a checkpoint covers.
+ledger, and the groups of the last steps have their tokens, as in a run that frees those that a checkpoint covers. With
+`--steps 10000 --kept-steps 10000` the run directory has 10 GB.
 Measured is the first reading and the next ones, each answer of the page's server, and with `--browser` (needs
 playwright) in headless Chromium: the first paint, the first chart, and the way from a chart to a completion. Printed
 are wall time, and processor time of this process alone.
@@ -34,15 +36,14 @@ from asyncdapo.replay.ledger.ledger import LEDGER_FILE, PAYLOAD_FOLDER, open_for
 from asyncdapo.replay.ledger.payloads import Place, Segments
 from asyncdapo.transport.payload import Payload
 
-KEPT_STEPS = 20
 TOKENS = 256
 """Of a completion."""
 NUM_OTHERS = 150
 """Metrics of a line that no chart shows."""
 
 
-def make_run(run_dir: Path, steps: int, groups: int, group_size: int) -> None:
-    """The files of a run that has all its steps."""
+def make_run(run_dir: Path, steps: int, groups: int, group_size: int, kept_steps: int) -> None:
+    """The files of a run that has all its steps, and the tokens of the last `kept_steps`."""
     import asyncdapo
 
     run_dir.mkdir(parents=True)
@@ -57,17 +58,17 @@ def make_run(run_dir: Path, steps: int, groups: int, group_size: int) -> None:
             file.write(json.dumps(line) + "\n")
     with closing(open_for_writing(run_dir / LEDGER_FILE)) as ledger:
         ledger.execute("BEGIN")
-        rows = _rows(Segments(run_dir / PAYLOAD_FOLDER), steps, groups, group_size)
+        rows = _rows(Segments(run_dir / PAYLOAD_FOLDER), steps, groups, group_size, kept_steps)
         ledger.executemany(f"INSERT INTO groups VALUES ({', '.join('?' * 25)})", rows)
         ledger.execute("COMMIT")
 
 
-def _rows(segments: Segments, steps: int, groups: int, group_size: int) -> Iterator[tuple[Any, ...]]:
+def _rows(segments: Segments, steps: int, groups: int, group_size: int, kept_steps: int) -> Iterator[tuple[Any, ...]]:
     """Of the table `groups`, in the order of its columns."""
     for number in range(steps * groups):
         step, at = number // groups + 1, number + 1
         version, tokens = max(0, step - 2), group_size * TOKENS
-        place = segments.append(*_group(at, version, group_size)) if step > steps - KEPT_STEPS else None
+        place = segments.append(*_group(at, version, group_size)) if step > steps - kept_steps else None
         where = (place.segment, place.offset, place.num_bytes) if isinstance(place, Place) else (None, None, None)
         ends = ("kept", "queued", "trained", step, "", group_size, tokens, 0, 0.5, 0.5, 2.0, *where, at, at, 1e9 + at)
         yield (at, at, at, 0, 1, at % 8, version, version, *ends)
@@ -164,12 +165,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--groups", type=int, default=63, help="of a batch")
     parser.add_argument("--group-size", type=int, default=8)
+    parser.add_argument("--kept-steps", type=int, default=20, help="the last steps, whose groups have their tokens")
     parser.add_argument("--browser", metavar="CHROMIUM", help="path of the browser")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         run_dir = args.dir or Path(folder) / "run"
         if not run_dir.exists():
-            timed("make the run", lambda: make_run(run_dir, args.steps, args.groups, args.group_size))
+            sizes = args.steps, args.groups, args.group_size, args.kept_steps
+            timed("make the run", lambda: make_run(run_dir, *sizes))
         measure(run_dir, args.steps)
         if args.browser:
             measure_in_browser(run_dir, args.steps, args.browser)
