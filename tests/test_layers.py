@@ -92,7 +92,7 @@ def test_the_composed_config_is_made_of_the_stages_config_files_only() -> None:
 
 
 def test_the_pure_core_reaches_no_io() -> None:
-    """Everything that `replay/state.py` imports, directly or not, is pure too."""
+    """Everything that `replay/core/state.py` imports, directly or not, is pure too."""
     reached, todo = set(), ["asyncdapo.replay.core.state"]
     while todo:
         name = todo.pop()
@@ -102,7 +102,7 @@ def test_the_pure_core_reaches_no_io() -> None:
             assert not {module.split(".")[0] for module in all_imports_of(path)} & IMPURE, name
         todo += imports_of(path) - reached
     assert reached >= {
-        f"asyncdapo.replay.core.{name}" for name in "state admission staleness filter batch events".split()
+        f"asyncdapo.replay.core.{name}" for name in "state queue admission staleness filter batch events".split()
     }
     others = {name for name in reached if not name.startswith("asyncdapo.replay.")}
     allowed = {"asyncdapo.messages", "asyncdapo.errors", "asyncdapo.ranges", "asyncdapo.seeds"}

@@ -3,7 +3,8 @@
 In: the sources. Out: for a walk, the functions on some way from its entry to its exit. A way follows each name that a
 function uses to what it names: imports, methods by annotated types and by what a constructor assigns, implementations
 of a Protocol, and from a record (a message, an event) that is made to where one is matched. A method of a value whose
-type isn't told is followed where only one class has it. Runs nothing. Print both: `python -m tests.walks`.
+type isn't told is followed where only one class has it, and no container of Python's. Runs nothing. Print both:
+`python -m tests.walks`.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ Scope = ast.FunctionDef | ast.AsyncFunctionDef
 Types = frozenset[str]
 """Names of our classes. A container is what it holds: `dict[int, Job]` counts as `Job`."""
 NONE: Types = frozenset()
+OF_CONTAINERS = {name for container in (dict, list, set, str) for name in dir(container)}
+"""Methods that not only classes of ours have."""
 
 
 @dataclass
@@ -221,7 +224,7 @@ class Code:
         if isinstance(value, ast.Name) and value.id in self.names[self.module_of(function)]:
             target = f"{self._target(value.id, function)}.{name}"
             return [target] if target in self.functions else []
-        owners = self._of_method.get(name, [])
+        owners = [] if name in OF_CONTAINERS else self._of_method.get(name, [])
         return [f"{owners[0]}.{name}"] if len(owners) == 1 else []
 
     def _methods(self, cls: str, name: str) -> list[str]:

@@ -118,7 +118,7 @@ def go_on(run_dir: Path) -> str:
             metrics = MetricsFile(run_dir, go_on=True)
             metrics.roll_back(resume.step, run.journal.branch, resume.missing_lines)
             for step in range(resume.step + 1, 6):
-                if step not in run.state.untrained:
+                if step not in run.state.cut_batches.untrained:
                     run.fill(0, versions=((step - 1, 4),))
                 run.train(step)
                 metrics.log(run.lines[-1])

@@ -26,16 +26,16 @@ from tests.replay.simulation import Simulation, World
 
 def snapshot(state: ReplayState) -> dict[str, object]:
     """All that a state remembers, but for what its peers tell it again: credits and the wish for a batch."""
-    gen_batches = state.gen_batches
+    gen_batches = state.next_batch.gen_batches
     return {
         "queued": sorted(state.held.queued),
         "spare": sorted(state.held.spare),
-        "untrained": state.untrained,
-        "copies": state.copies,
-        "in_training": state.in_training,
-        "next_step": state.next_step,
+        "untrained": state.cut_batches.untrained,
+        "copies": state.cut_batches.copies,
+        "in_training": state.cut_batches.in_training,
+        "next_step": state.next_batch.step,
         "over": state.over,
-        "limit_reached": state.limit_reached,
+        "limit_reached": state.next_batch.limit_reached,
         "prompts": state.prompts.unended,
         "num_fresh": state.stream.num_fresh,
         "places": {} if state.over else state.stream.places,

@@ -153,7 +153,7 @@ class SmallRun:
     def fill(self, worker, **group):
         """Answer the worker's leases, oldest first, until a batch is full."""
         self.ready(worker, 4)
-        while self.state.num_ready() < 2:
+        while self.state.next_batch.num_ready < 2:
             self.answer(self.running(worker)[0], **group)
             self.ready(worker, 4)
 

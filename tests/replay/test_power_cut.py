@@ -115,7 +115,7 @@ def recorded_run(run_dir: Path, monkeypatch: pytest.MonkeyPatch, **settings: obj
     recorder.watch(run.journal)
     run.join(0)
     for step in (1, 2, 3):
-        while run.state.num_ready() < 2:
+        while run.state.next_batch.num_ready < 2:
             run.ready(0, 4)
             together = run.running(0)[:2]
             with run.dispatch.together():

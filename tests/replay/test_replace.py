@@ -52,7 +52,7 @@ def test_a_batch_of_kept_groups_has_no_copies() -> None:
     scenario = replacing(3)
     scenario.finish(0, 1, 2)
     assert [cut.copies for cut in cuts_of(scenario)] == [()]
-    assert scenario.state.copies == {}
+    assert scenario.state.cut_batches.copies == {}
 
 
 def test_a_group_that_is_not_kept_gives_its_place_in_the_batch_that_it_would_have_had() -> None:
@@ -283,11 +283,11 @@ def test_a_batch_has_the_same_copies_after_a_restart_of_the_server_and_after_a_r
     run.journal.close()
     again = SmallRun(tmp_path, filter=FilterConfig(mode="replace"), prompts_per_step=5)
     assert batch_sent(again, 1).copies == before.copies
-    assert again.state.in_training == {1: 5}
+    assert again.state.cut_batches.in_training == {1: 5}
     again.dispatch.trained(1, {})
     again.dispatch.roll_back(0, "test")
     assert batch_sent(again, 1).copies == before.copies
-    assert again.state.in_training == {1: 5}
+    assert again.state.cut_batches.in_training == {1: 5}
 
 
 @pytest.mark.parametrize("is_cut", [False, True])
@@ -306,7 +306,7 @@ def test_groups_of_the_batch_after_the_restored_one_have_their_places_again_what
         cut = batch_sent(run, 2)
         assert [group.lease_id for group in cut.groups] == groups[3:]
     run.roll_back(0)
-    assert [group.group_id for group in run.state.untrained[1]] == groups[:2]
+    assert [group.group_id for group in run.state.cut_batches.untrained[1]] == groups[:2]
     assert [group.group_id for group in run.state.held.spare] == groups[2:3]
     assert [group.group_id for group in run.state.held.queued] == groups[3:]
     run.train(1)
@@ -328,7 +328,9 @@ def test_a_group_that_ended_with_a_batch_cut_at_the_limit_before_the_checkpoint_
     for constant, masked in (groups[2:4], groups[4:6]):
         run.answer(constant, accs=(1.0, 1.0))
         run.answer(masked, loss=0)
-    assert {step: [group.group_id for group in members] for step, members in run.state.untrained.items()} == {
+    assert {
+        step: [group.group_id for group in members] for step, members in run.state.cut_batches.untrained.items()
+    } == {
         1: groups[:2],
         2: groups[2:3],
         3: groups[4:5],
@@ -336,7 +338,7 @@ def test_a_group_that_ended_with_a_batch_cut_at_the_limit_before_the_checkpoint_
     run.train(1)
     for _ in range(2):
         run.roll_back(1)
-        assert [group.group_id for group in run.state.untrained[2]] == groups[2:3]
+        assert [group.group_id for group in run.state.cut_batches.untrained[2]] == groups[2:3]
         assert {group.group_id for group in run.state.held.spare} == set(groups[4:])
         assert run.state.prompts.unended[5] == ("spare", 0)
 

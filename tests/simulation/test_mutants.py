@@ -10,10 +10,10 @@ import pytest
 from asyncdapo.replay.core import lifecycle
 from asyncdapo.replay.core import queue as held
 from asyncdapo.replay.core.admission import Admission
+from asyncdapo.replay.core.batch import CutBatches, HeldGroup
 from asyncdapo.replay.core.events import EndLease, PromptState
 from asyncdapo.replay.core.leases import Lease, Leases
 from asyncdapo.replay.core.lifecycle import Lifecycle
-from asyncdapo.replay.core.state import ReplayState
 from asyncdapo.replay.ledger import reload
 from asyncdapo.replay.ledger.rollback import Rollback
 from asyncdapo.replay.server.dispatch import Dispatch
@@ -128,13 +128,13 @@ def copies_are_drawn_anew_by_every_server(patch: pytest.MonkeyPatch) -> None:
 
 
 def copies_do_not_count_as_in_training(patch: pytest.MonkeyPatch) -> None:
-    begin = ReplayState._begin_step
+    add = CutBatches.add
 
-    def begin_step(self: ReplayState, step: int) -> None:
-        self.in_training[step - 1] = len(self.untrained[step - 1])
-        begin(self, step)
+    def add_without(self: CutBatches, step: int, members: list[HeldGroup], copies: tuple[int, ...]) -> None:
+        add(self, step, members, copies)
+        self.in_training[step] = len(members)
 
-    patch.setattr(ReplayState, "_begin_step", begin_step)
+    patch.setattr(CutBatches, "add", add_without)
 
 
 def a_batch_without_a_kept_group_counts_as_full(patch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""The cut: which held groups form the next batch, and what happens to the others.
+"""The cut: which held groups form the next batch, what happens to the others, and which batches are cut.
 
 In: the kept groups, the spare ones, and the size of a batch. Out: a `Cut`. A cut is made at once and never changes.
 
@@ -9,13 +9,13 @@ are then listed by rising `prompt_id`, so that a batch depends on its groups and
     cut_with_copies    the first groups, kept or not; copies of the kept ones replace the others
     return_behind      at the barrier: prompts after the last group taken go back to the stream
 
-Does not own: when a batch is cut and what is too stale for it (`state.py`), and the rule of the cut (`queue.py`).
+Does not own: when a batch is cut, what is too stale for it, and the rule of the cut (`queue.py`).
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from asyncdapo.replay.core.filter import Verdict
@@ -49,6 +49,48 @@ class Cut:
     filtered: list[HeldGroup]
     surplus: list[HeldGroup]
     """Dropped without an end; their prompts go back to the stream (only at the barrier)."""
+
+
+class CutBatches:
+    """Batches that are cut, until their version is published."""
+
+    def __init__(
+        self,
+        untrained: Mapping[int, list[HeldGroup]],
+        copies: Mapping[int, tuple[int, ...]],
+        in_training: Mapping[int, int],
+    ) -> None:
+        self.untrained = dict(untrained)
+        """Members of each batch that isn't trained."""
+        self.copies = dict(copies)
+        """Extra copies of each member, for the untrained batches that have copies."""
+        self.in_training = dict(in_training)
+        """Groups, copies included, of each batch whose version isn't published."""
+
+    @property
+    def num_groups(self) -> int:
+        """Copies included."""
+        return sum(self.in_training.values())
+
+    def add(self, step: int, members: list[HeldGroup], copies: tuple[int, ...]) -> None:
+        """The batch of a step is cut."""
+        self.untrained[step], self.in_training[step] = members, len(members) + sum(copies)
+        if copies:
+            self.copies[step] = copies
+
+    def train(self, step: int) -> list[HeldGroup]:
+        """The batch is trained. Returns its members."""
+        self.copies.pop(step, None)
+        return self.untrained.pop(step)
+
+    def publish(self, version: int) -> None:
+        """Weights are published that have trained on all batches up to `version`."""
+        self.in_training = {step: size for step, size in self.in_training.items() if step > version}
+
+    def take_all(self) -> dict[int, list[HeldGroup]]:
+        """The run is over: forget the untrained batches. Returns their members."""
+        untrained, self.untrained, self.copies = self.untrained, {}, {}
+        return untrained
 
 
 def cut(kept: Sequence[HeldGroup], spare: Sequence[HeldGroup], size: int, *, fill: bool) -> Cut:

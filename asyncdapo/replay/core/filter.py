@@ -8,7 +8,7 @@ training on.
     constant   max − min ≤ 1e-6 (zero variance): every advantage is 0, so there is nothing to learn (DAPO, §3.2)
     masked     no token bears loss
 
-Does not own: where a group goes after its verdict (`state.py`).
+Does not own: where a group goes after its verdict (`queue.py`).
 """
 
 from __future__ import annotations

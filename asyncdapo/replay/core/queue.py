@@ -1,11 +1,16 @@
-"""The complete groups that wait for a batch: which are held, how many the next batch can count on, and its cut.
+"""The groups that wait for a batch, and the batch that is filled from them: when it is cut, and what then ends.
 
-In: groups with a verdict. Out: the state in which each is held, the cut by the rule of `filter.mode`, and the groups
-that end.
+In: groups with a verdict, the learner's wish, the close of a generation batch. Out: actions, and the batch among those
+that are cut. Invariants: batches are cut in the order of steps; every held group fits the batch that is being filled,
+so every member fits its batch.
 
-    queued   kept: worth training on
-    spare    not kept but still of use: the batch may need it (`on_limit: unfiltered`), a copy may replace it
-             (`mode: replace`), or at the barrier its prompt may go back to the stream
+    queued     kept: worth training on
+    spare      not kept but still of use: the batch may need it (`on_limit: unfiltered`), a copy may replace it
+               (`mode: replace`), or at the barrier its prompt may go back to the stream
+    due        the learner wants the batch and it is full, or the step has used up its generation batches
+    held back  a due cut waits. `run_ahead: 0`: until nothing runs. Otherwise for leases that it would make stale, if
+               `on_stale: wait` or the learner still has the batch before
+    begin      with the next step, every group and lease that would miss the bound in its batch ends
 
 `mode: replace`. A batch takes the first `prompts_per_step` groups in queue order, kept or not. Copies of its kept
 groups replace the others. If none of a batch's worth of groups is kept, there is nothing to copy: they are barren, and
@@ -13,17 +18,23 @@ sampling continues. They end `filtered` at once. With a limit of generation batc
 `on_limit` may need them, and since the barrier counts verdicts by the groups held. At the limit, and when the data
 ends, there are no copies: `on_limit` applies to the held groups as in `mode: filter`.
 
-Does not own: when a batch is cut, and what happens to prompts (`state.py`).
+Does not own: which of the groups a cut takes (`batch.py`), new leases, and the end of the run (`state.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Literal
 
 from asyncdapo.replay.config import FilterConfig, ReplayConfig
-from asyncdapo.replay.core.batch import Cut, HeldGroup, cut, cut_with_copies, num_barren, return_behind
+from asyncdapo.replay.core.batch import Cut, CutBatches, HeldGroup, cut, cut_with_copies, num_barren, return_behind
+from asyncdapo.replay.core.events import Action, CutBatch, GenBatchClosed
+from asyncdapo.replay.core.filter import GenBatches
+from asyncdapo.replay.core.leases import Leases
+from asyncdapo.replay.core.lifecycle import Lifecycle
+from asyncdapo.replay.core.recovery import Recovered
 from asyncdapo.replay.core.staleness import StalenessBound
+from asyncdapo.replay.core.stream import PromptStream
 
 
 class Held:
@@ -106,3 +117,123 @@ class Held:
         if gone:
             self.queued = [group for group in self.queued if group.group_id not in gone]
             self.spare = [group for group in self.spare if group.group_id not in gone]
+
+
+class NextBatch:
+    """The one that is being filled. Changed by its methods only; the attributes are for reading."""
+
+    def __init__(
+        self,
+        config: ReplayConfig,
+        filter: FilterConfig,
+        *,
+        bound: StalenessBound,
+        stream: PromptStream,
+        prompts: Lifecycle,
+        leases: Leases,
+        held: Held,
+        cut_batches: CutBatches,
+        do: Callable[[Action], None],
+        was: Recovered,
+    ) -> None:
+        self._config, self._filter, self._bound, self._do = config, filter, bound, do
+        self._stream, self._prompts, self._leases = stream, prompts, leases
+        self._held, self._cut_batches = held, cut_batches
+        self.gen_batches = GenBatches(filter.gen_batch_multiplier * config.prompts_per_step)
+        self.gen_batches.recount(was.next_step, was.gen_batches, was.open_verdicts)
+        self.step, self.wanted = was.next_step, False
+        """The train step that it is of; whether the learner asks for it."""
+        self.limit_reached = was.limit_reached and self._out_of_gen_batches()
+        """The step has used up its generation batches. Its batch is cut short or filled up, or the run ends."""
+
+    def want(self, step: int) -> None:
+        """The learner asks for the batch of a step."""
+        assert step <= self.step, f"batch {step} wanted before batch {self.step}"
+        self.wanted |= step == self.step
+
+    @property
+    def num_ready(self) -> int:
+        """Groups that it can count on."""
+        return self._held.num_ready(self._stream.next)
+
+    @property
+    def is_full(self) -> bool:
+        return self.num_ready >= self._config.prompts_per_step
+
+    @property
+    def is_due(self) -> bool:
+        return self.limit_reached or (self.wanted and self.is_full)
+
+    @property
+    def is_held_back(self) -> bool:
+        if self._config.synchronous:
+            return bool(self._leases.running)
+        early = self.step - 1 in self._cut_batches.in_training and not self.limit_reached
+        return (early or self._config.on_stale == "wait") and bool(self._leases.overdue(self.step + 1))
+
+    # ------------------------------------------------------------------------------------------------------ groups
+
+    def add(self, group: HeldGroup, *, run_over: bool) -> None:
+        """Hold a group that fits, if it is of use, and count its verdict."""
+        state = self._held.add(group)
+        self._prompts.move_both(group, state, reason=group.verdict if state == "filtered" else "")
+        self.gen_batches.count(self.step)
+        if self.gen_batches.is_full:
+            self.close_gen_batch(run_over=run_over)
+
+    def expire(self, group: HeldGroup) -> None:
+        """The group doesn't fit."""
+        self._prompts.move_group(group, "expired", reason="stale")
+        self._prompts.expire(group.prompt_id)
+
+    def drop_barren(self) -> None:
+        """Under `replace`: end a batch's worth of groups if none of them is kept, since there is nothing to copy."""
+        self._end_filtered(self._held.take_barren(self._stream.next))
+
+    def close_gen_batch(self, *, run_over: bool) -> None:
+        """Close the generation batch. Check whether the step is short of groups and out of generation batches."""
+        step, number = self.gen_batches.close()
+        reached = not run_over and not self.is_full and self._out_of_gen_batches()
+        self._do(GenBatchClosed(step=step, number=number, limit_reached=reached))
+        self.limit_reached |= reached
+
+    def _out_of_gen_batches(self) -> bool:
+        return 0 < self._filter.max_gen_batches <= self.gen_batches.num_opened
+
+    # --------------------------------------------------------------------------------------------------------- cut
+
+    def cut(self, *, last: bool = False) -> bool:
+        """Cut it and begin the next one; False, and nothing changes, if it would have no members. `last`: no batch
+        follows, so nothing goes back to the stream."""
+        chosen = self._held.cut(self.step, self._stream.next, at_limit=self.limit_reached, last=last)
+        if not chosen.members:
+            return False
+        step, members = self.step, chosen.members
+        staleness = tuple(self._bound.check(step, group.min_version, group.group_id) for group in members)
+        group_ids = tuple(group.group_id for group in members)
+        self._do(CutBatch(step=step, group_ids=group_ids, copies=chosen.copies, staleness=staleness))
+        for group in members:
+            self._prompts.move_both(group, "cut", step=step)
+        self._end_filtered(chosen.filtered)
+        for group in chosen.surplus:
+            self._prompts.give_back(group)
+        self._cut_batches.add(step, members, chosen.copies)
+        self._begin(step + 1)
+        return True
+
+    def _end_filtered(self, groups: list[HeldGroup]) -> None:
+        for group in groups:
+            self._prompts.move_both(group, "filtered", reason=group.verdict)
+
+    def _begin(self, step: int) -> None:
+        """Begin to fill the batch of `step`, and end whatever would miss the bound in it."""
+        if self._config.synchronous and self.gen_batches.is_open:
+            ended, number = self.gen_batches.close()
+            self._do(GenBatchClosed(step=ended, number=number, limit_reached=False))
+        self.gen_batches.next_step()
+        self.step, self.wanted, self.limit_reached = step, False, False
+        for lease in self._leases.overdue(step):
+            self._leases.end(lease, "withdrawn", "stale")
+            self._prompts.expire(lease.prompt_id)
+        for group in self._held.take_stale(self._bound, step):
+            self.expire(group)

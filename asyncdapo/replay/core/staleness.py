@@ -14,7 +14,7 @@ One predicate serves every check of the bound, so that the proof is short. A ver
 The second and third check ensure that every queued group always fits the next batch; the last one verifies it. Time in
 the queue counts, since staleness is measured against the batch, not against the arrival.
 
-Does not own: what happens to a group that doesn't fit (`state.py`).
+Does not own: what happens to a group that doesn't fit (`queue.py`).
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ def gauges(state: ReplayState) -> dict[str, float]:
     """Current numbers, in groups unless the name says otherwise."""
     workers = state.leases.workers.values()
     return {
-        "in_training": sum(state.in_training.values()),
+        "in_training": state.cut_batches.num_groups,
         "queued": len(state.held.queued),
         "spare": len(state.held.spare),
         "running": len(state.leases.running),
@@ -36,23 +36,24 @@ def why_waiting(state: ReplayState) -> str:
     """The party whose next event can bring the next batch nearer."""
     if state.over:
         return "run over"
-    if not state.cut_wanted:
-        return _name_training(state) if state.in_training else f"learner: has not asked for batch {state.next_step}"
+    batch, in_training = state.next_batch, state.cut_batches.in_training
+    if not batch.wanted:
+        return _name_training(state) if in_training else f"learner: has not asked for batch {batch.step}"
     leases, size = state.leases, state.config.prompts_per_step
     if leases.running:
-        return f"rollout: {len(leases.running)} running, {state.num_ready()} of {size} ready"
-    oldest = state.bound.oldest_version(state.next_step)
-    if state.in_training and (oldest in state.in_training or state.stream.next is None or not state.admits()):
+        return f"rollout: {len(leases.running)} running, {batch.num_ready} of {size} ready"
+    oldest = state.bound.oldest_version(batch.step)
+    if in_training and (oldest in in_training or state.stream.next is None or not state.admits()):
         return _name_training(state)
     if not leases.workers:
         return "no live worker"
     if all(worker.loaded_version < oldest for worker in leases.workers.values()):
-        return f"weights: no worker has loaded version {oldest}, the oldest that fits batch {state.next_step}"
-    return f"rollout: no free slot, {state.num_ready()} of {size} ready"
+        return f"weights: no worker has loaded version {oldest}, the oldest that fits batch {batch.step}"
+    return f"rollout: no free slot, {batch.num_ready} of {size} ready"
 
 
 def _name_training(state: ReplayState) -> str:
-    step = min(state.in_training)
-    if step in state.untrained:
+    step = min(state.cut_batches.in_training)
+    if step in state.cut_batches.untrained:
         return f"learner: trains step {step}"
     return f"weights: version {step} is trained and not published"

@@ -92,7 +92,7 @@ class Dispatch:
     @property
     def newest_version(self) -> int:
         """No weights can be newer: version k is trained on batch k, which has to be cut first."""
-        return self.state.next_step - 1
+        return self.state.next_batch.step - 1
 
     def apply(
         self,
@@ -185,21 +185,21 @@ class Dispatch:
         """A rank of the learner asks for its share, perhaps again, perhaps as another peer. A batch that was cut before
         is sent unchanged."""
         self._wanted[wanted.rank] = peer, wanted
-        if wanted.step not in self.state.untrained and not self._no_batch:
+        if wanted.step not in self.state.cut_batches.untrained and not self._no_batch:
             self.apply(core.BatchWanted(step=wanted.step))
         self._answer_learner()
 
     def trained(self, step: int, summary: Mapping[str, float]) -> dict[str, float]:
         """The batch was trained on. Returns the metrics of its step. A repeated call changes nothing else."""
-        if step in self.state.untrained:
+        if step in self.state.cut_batches.untrained:
             self.apply(core.Trained(step=step), summary=summary)
-        elif step >= self.state.next_step:
+        elif step >= self.state.next_batch.step:
             raise RunError(f"step {step} is said to be trained, but batch {step} was never cut in branch {self.branch}")
         return self.accounts.trained(step, self._journal.batch_facts(step), self._journal.num_copies(step))
 
     def published(self, version: int) -> None:
         """The send of `version` is over. A repeated call changes nothing."""
-        if any(step <= version for step in self.state.in_training):
+        if any(step <= version for step in self.state.cut_batches.in_training):
             self.apply(core.Published(version=version))
 
     def finish(self) -> None:
@@ -210,7 +210,7 @@ class Dispatch:
 
     def _answer_learner(self) -> None:
         for rank, (peer, wanted) in list(self._wanted.items()):
-            if wanted.step in self.state.untrained:
+            if wanted.step in self.state.cut_batches.untrained:
                 message, frames = self._read_batch(wanted)
             elif self._no_batch:
                 message, frames = NoBatch(step=wanted.step, reason=self._no_batch), ()
@@ -229,7 +229,7 @@ class Dispatch:
             return NoBatch(step=wanted.step, reason=reason, unreadable=True), ()
 
     def _read_share(self, wanted: CutWanted) -> tuple[Batch, Sequence[bytes]]:
-        ids = [group.group_id for group in self.state.untrained[wanted.step]]
+        ids = [group.group_id for group in self.state.cut_batches.untrained[wanted.step]]
         if self._batch is None or self._batch.step != wanted.step:
             self._batch = self._dealt(wanted.step, ids)
         batch = self._batch
@@ -247,7 +247,7 @@ class Dispatch:
             max_staleness=self.state.bound.max_staleness,
             groups=groups,
             deal=self._settings.dealer.deal(groups),
-            copies=list(self.state.copies.get(step, ())),
+            copies=list(self.state.cut_batches.copies.get(step, ())),
         )
 
     def _stop(self, stop: core.StopRun) -> None:

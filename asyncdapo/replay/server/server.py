@@ -181,8 +181,8 @@ class ReplayServer:
         return {
             "why_waiting": self._why_waiting(),
             "branch": self.branch,
-            "filling_step": state.next_step,
-            "ready": state.num_ready(),
+            "filling_step": state.next_batch.step,
+            "ready": state.next_batch.num_ready,
             "failed": self._dispatch.failures.num_failed,
             "last_failure": self._dispatch.failures.last_words,
             "first_lease_at_s": self._dispatch.first_lease_at_s,
@@ -224,7 +224,7 @@ class ReplayServer:
     def _why_waiting(self) -> str:
         state, evaluations = self._dispatch.state, self._workers.evaluations
         why, num_open = why_waiting(state), evaluations.num_waiting + evaluations.num_under_way
-        if num_open and (state.over or not (state.cut_wanted or state.in_training)):
+        if num_open and (state.over or not (state.next_batch.wanted or state.cut_batches.in_training)):
             why = "rollout: no batch is wanted"  # only an evaluation runs, and its answers are waited for
         elif why.startswith("rollout") and (
             unkept := self._dispatch.accounts.describe_unkept(2 * state.config.prompts_per_step)
@@ -261,7 +261,7 @@ class ReplayServer:
 
     def _can_be(self, wanted: CutWanted) -> bool:
         """Whether a rank of a learner can have asked this. Otherwise the message is damaged."""
-        return wanted.step <= self._dispatch.state.next_step and 0 <= wanted.rank < self._num_ranks
+        return wanted.step <= self._dispatch.state.next_batch.step and 0 <= wanted.rank < self._num_ranks
 
     async def _send(self) -> None:
         while True:

@@ -24,9 +24,9 @@ def test_a_batch_that_was_trained_after_the_checkpoint_stands_as_cut_with_the_sa
     run = trained_run(tmp_path, 3)
     before = members(tmp_path, 2)
     run.roll_back(1)
-    assert {group.group_id for group in run.state.untrained[2]} == set(before)
-    assert run.state.next_step == 3
-    assert run.state.in_training == {2: 2}
+    assert {group.group_id for group in run.state.cut_batches.untrained[2]} == set(before)
+    assert run.state.next_batch.step == 3
+    assert run.state.cut_batches.in_training == {2: 2}
     run.train(2)
     assert members(tmp_path, 2) == before
 
@@ -146,7 +146,7 @@ def test_a_batch_with_a_torn_member_is_not_restored_and_its_others_return_to_the
     (tmp_path / "payloads" / f"{place['segment']:06d}.bin").unlink()
     run.roll_back(1)
     assert [group.group_id for group in run.state.held.queued] == [whole]
-    assert run.state.next_step == 2
+    assert run.state.next_batch.step == 2
     [event] = rows(tmp_path, "SELECT lease_id, step, detail FROM events WHERE kind = 'unreadable'")
     assert (event["lease_id"], event["step"]) == (torn, 2)
     assert "No such file" in event["detail"]
@@ -222,7 +222,7 @@ def test_the_oldest_checkpoint_kept_can_still_be_resumed_from(tmp_path):
     freed = [row["group_id"] for row in rows(tmp_path, "SELECT group_id FROM groups WHERE segment IS NULL")]
     assert freed == sorted(members(tmp_path, 1) + members(tmp_path, 2))
     run.roll_back(2)
-    for group in run.state.untrained[3]:
+    for group in run.state.cut_batches.untrained[3]:
         assert read_group(tmp_path, group.group_id)[0].lease_id == group.group_id
 
 
@@ -243,8 +243,8 @@ def test_going_back_to_the_beginning_samples_again_what_is_freed(tmp_path):
     run = trained_run(tmp_path, 3, segment_bytes=1)
     run.journal.covered(3)
     run.roll_back(0)
-    assert run.state.untrained == {}
-    assert run.state.next_step == 1
+    assert run.state.cut_batches.untrained == {}
+    assert run.state.next_batch.step == 1
     assert not math.isnan(run.state.keep_rate.value)
     run.fill(0)
     run.train(1)

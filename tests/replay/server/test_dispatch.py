@@ -102,7 +102,7 @@ def test_a_batch_that_cannot_be_read_back_is_said_and_cut_anew_by_a_rollback(tmp
     run.fill(0)
     run.dispatch.apply(core.BatchWanted(step=1))
     outgoing(run)
-    harmed, whole = (group.group_id for group in run.state.untrained[1])
+    harmed, whole = (group.group_id for group in run.state.cut_batches.untrained[1])
     segment = tmp_path / "payloads" / "000001.bin"
     place = place_of(run.journal._db, harmed)
     content = bytearray(segment.read_bytes())
@@ -144,7 +144,7 @@ def test_a_batch_cut_at_the_limit_is_sent_when_it_is_wanted_and_not_before(tmp_p
     for accs in ((1.0, 0.0), (1.0, 1.0)):
         run.ready(0, 4)
         run.answer(run.running(0)[0], accs=accs)
-    assert run.state.next_step == 3
+    assert run.state.next_batch.step == 3
     run.ready(0, 4)
     assert outgoing(run) == []
     run.dispatch.want_batch(b"learner", CutWanted(step=2))
