@@ -69,6 +69,20 @@ class NoBatch(Message):
     """Batch `step` was cut, but its payloads are damaged: the run has to roll back to its checkpoint."""
 
 
+def for_learner(group: Group) -> Group:
+    """The group as the learner needs it: without the numbers of the reward function, which may be many, and without
+    turns, of which a long episode has many. The header of a batch is limited."""
+    completions = [
+        replace(
+            completion,
+            contexts=[replace(context, turns=[]) for context in completion.contexts],
+            metrics={},
+        )
+        for completion in group.completions
+    ]
+    return replace(group, completions=completions)
+
+
 # Who trains on what.
 
 STEP = 1.005

@@ -48,12 +48,12 @@ class Payload:
     def num_bytes(self) -> int:
         return self.prompt_ids.nbytes + self.token_ids.nbytes + self.logprobs.nbytes
 
-    def frames(self) -> tuple[bytes, bytes, bytes]:
-        """The three raw little-endian buffers, in the order of the fields."""
+    def frames(self) -> tuple[memoryview, memoryview, memoryview]:
+        """The three raw little-endian buffers, in the order of the fields. Views, where no other dtype is needed."""
         return (
-            np.ascontiguousarray(self.prompt_ids, TOKEN_DTYPE).tobytes(),
-            np.ascontiguousarray(self.token_ids, TOKEN_DTYPE).tobytes(),
-            np.ascontiguousarray(self.logprobs, LOGPROB_DTYPE).tobytes(),
+            _bytes_of(self.prompt_ids, TOKEN_DTYPE),
+            _bytes_of(self.token_ids, TOKEN_DTYPE),
+            _bytes_of(self.logprobs, LOGPROB_DTYPE),
         )
 
     @staticmethod
@@ -79,6 +79,8 @@ class Payload:
 
     def of_completions(self, group: Group, indices: Sequence[int]) -> Payload:
         """The prompt of `group`, whose payload this is, and the tokens of these completions in this order."""
+        if list(indices) == list(range(len(group.completions))):
+            return self
         tokens = _slices(completion.num_tokens for completion in group.completions)
         sampled = _slices(completion.num_sampled_tokens for completion in group.completions)
         return Payload(
@@ -159,6 +161,10 @@ def expand(runs: Runs) -> np.ndarray:
     """int64 [number of tokens] from run lengths `[(value, num_tokens), …]`."""
     values, counts = zip(*runs, strict=True)
     return np.repeat(np.array(values, np.int64), counts)
+
+
+def _bytes_of(array: np.ndarray, dtype: np.dtype) -> memoryview:
+    return np.ascontiguousarray(array, dtype).view(np.uint8).data
 
 
 def _slices(lengths: Iterable[int]) -> list[slice]:

@@ -144,6 +144,10 @@ class SmallRun:
                 self.leases[message.lease_id] = message
         return list(self.leases)
 
+    def answers(self):
+        """What the learner is told, read as it is sent."""
+        return [self.dispatch.answers.get_nowait().read()[0] for _ in range(self.dispatch.answers.qsize())]
+
     def answer(self, lease_id, **group):
         lease = self.sessions.leases.get(lease_id)
         arrived = make_group(self.leases[lease_id], worker=lease.worker if lease else 0, **group)
@@ -169,6 +173,7 @@ class SmallRun:
 
     def train(self, step):
         self.dispatch.want_batch(b"learner", CutWanted(step=step))
+        self.answers()
         metrics = self.dispatch.trained(step, {"learner/loss": 0.25})
         self.dispatch.apply(core.Published(version=step))
         for worker in self.state.leases.workers:

@@ -7,7 +7,7 @@ import pytest
 from asyncdapo.replay.config import ReplayConfig
 from asyncdapo.replay.core import events as core
 from asyncdapo.replay.core.waits import gauges
-from asyncdapo.shares import Batch, CutWanted
+from asyncdapo.shares import CutWanted
 from tests.replay.scenario import Scenario
 from tests.replay.small_run import SmallRun
 
@@ -86,20 +86,14 @@ def test_a_batch_that_was_sent_early_is_the_same_in_the_branch_after_a_rollback(
     run.join(0)
     run.fill(0)
     run.dispatch.want_batch(b"learner", CutWanted(step=1))
-    [first] = batches(run)
+    [first] = run.answers()
     run.fill(0)
     run.dispatch.want_batch(b"learner", CutWanted(step=2))
-    [second] = batches(run)
+    [second] = run.answers()
     assert (first.step, second.step, second.branch) == (1, 2, 0)
     run.dispatch.trained(1, {})
     run.dispatch.roll_back(1, "the learner died")
     run.dispatch.want_batch(b"its next life", CutWanted(step=2))
-    [again] = batches(run)
+    [again] = run.answers()
     assert again.branch == 1, "what the dead one had is of another branch"
     assert [group.lease_id for group in again.groups] == [group.lease_id for group in second.groups]
-
-
-def batches(run: SmallRun) -> list[Batch]:
-    """Those that were sent since the last time."""
-    sent = [run.dispatch.outgoing.get_nowait().message for _ in range(run.dispatch.outgoing.qsize())]
-    return [message for message in sent if isinstance(message, Batch)]

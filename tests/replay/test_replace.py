@@ -244,12 +244,9 @@ def test_barren_are_whole_batches_before_the_first_kept_group(verdicts: str, bar
 
 
 def batch_sent(run: SmallRun, step: int) -> Batch:
-    run.messages()
     run.dispatch.want_batch(b"learner", CutWanted(step=step))
-    messages = []
-    while not run.dispatch.outgoing.empty():
-        messages.append(run.dispatch.outgoing.get_nowait().message)
-    [batch] = [message for message in messages if isinstance(message, Batch)]
+    [batch] = run.answers()
+    assert isinstance(batch, Batch)
     return batch
 
 

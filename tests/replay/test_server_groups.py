@@ -9,7 +9,7 @@ import pytest
 from asyncdapo.messages import NO_CHECKSUM, Ack, GroupDone, GroupFailed, Lease, Reject, SampledTurn, Withdraw
 from asyncdapo.replay.core import events as core
 from asyncdapo.replay.ledger.journal import Journal
-from asyncdapo.replay.server.dispatch import for_learner
+from asyncdapo.shares import for_learner
 from asyncdapo.transport.payload import Payload
 from tests.episodes import Episodes
 from tests.replay.serving import FakeLearner, FakeWorker, rows, scenario, serving

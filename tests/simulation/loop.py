@@ -123,6 +123,12 @@ class VirtualLoop(asyncio.AbstractEventLoop):
     ) -> asyncio.Task[Any]:
         return asyncio.Task(coro, loop=self, name=name, context=context)
 
+    def run_in_executor(self, executor: None, func: Callable[..., Any], *args: Any) -> asyncio.Future[Any]:
+        """There are no threads: it is done at once."""
+        done = self.create_future()
+        done.set_result(func(*args))
+        return done
+
     def get_debug(self) -> bool:
         return False
 

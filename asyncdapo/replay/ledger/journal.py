@@ -41,7 +41,7 @@ from asyncdapo.replay.ledger.ledger import (
     open_for_writing,
     place_of,
 )
-from asyncdapo.replay.ledger.payloads import SEGMENT_BYTES, Segments
+from asyncdapo.replay.ledger.payloads import SEGMENT_BYTES, Place, Segments
 from asyncdapo.replay.ledger.rollback import Rollback
 from asyncdapo.replay.ledger.schema import HELD_STATES
 from asyncdapo.transport.payload import Payload
@@ -59,7 +59,8 @@ RECORDED_EVENTS = (
 
 
 class Journal:
-    """The one writer of a run's ledger. Not thread-safe: it lives in the replay server's event loop."""
+    """The one writer of a run's ledger. Not thread-safe, except for reading payloads: it lives in the replay server's
+    event loop."""
 
     def __init__(
         self,
@@ -178,13 +179,17 @@ class Journal:
             faults.disk_write(arrived[1].num_bytes if arrived else 0)
             entry.write(event, actions, prompts, summary or {})
 
-    def read(self, group_id: int) -> tuple[Group, Payload]:
-        """A group and its payload. Raises LookupError if the payload isn't kept, BadRecord if it can't be read."""
-        return self._segments.read(place_of(self._db, group_id))
+    def places(self, group_ids: Sequence[int]) -> list[Place]:
+        """Where the payloads of these groups are. Raises LookupError if one isn't kept."""
+        return [place_of(self._db, group_id) for group_id in group_ids]
 
-    def read_header(self, group_id: int) -> Group:
-        """The group without its payload. Raises as `read`."""
-        return self._segments.read_header(place_of(self._db, group_id))
+    def read(self, place: Place) -> tuple[Group, Payload]:
+        """A group and its payload; any thread may call it. Raises BadRecord if it can't be read."""
+        return self._segments.read(place)
+
+    def read_header(self, place: Place) -> Group:
+        """The group without its payload. As `read`."""
+        return self._segments.read_header(place)
 
     def answer_lengths(self) -> dict[tuple[str, int], float]:
         """See `reload.answer_lengths`."""

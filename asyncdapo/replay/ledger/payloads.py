@@ -79,13 +79,12 @@ class Segments:
 
     def append(self, group: Group, payload: Payload) -> Place:
         """Write one record. On return the operating system has its bytes, so a kill of this process loses none."""
-        record = encode_record(group, payload)
         if self._file.tell() >= self._segment_bytes:
             self.begin_next()
         offset = self._file.tell()
-        self._file.write(record)
+        self._file.writelines(_record(group, payload))
         self._file.flush()
-        return Place(self.newest, offset, len(record))
+        return Place(self.newest, offset, self._file.tell() - offset)
 
     def begin_next(self) -> None:
         """Write to a new segment from now on."""
@@ -134,11 +133,13 @@ def segment_path(folder: Path, segment: int) -> Path:
     return folder / f"{segment:06d}.bin"
 
 
-def encode_record(group: Group, payload: Payload) -> bytes:
-    """The record's bytes in a segment."""
-    header, buffers = _encoder.encode(group), b"".join(payload.frames())
-    sizes = _SIZE_AND_CRC.pack(len(header), crc32(buffers))
-    return b"".join((MARK, sizes, _HEADER_SIZE.pack(crc32(header, crc32(sizes))), header, buffers))
+def _record(group: Group, payload: Payload) -> list[bytes | memoryview]:
+    """The record's bytes in a segment: what stands before its buffers, and these."""
+    header, buffers, crc = _encoder.encode(group), payload.frames(), 0
+    for buffer in buffers:
+        crc = crc32(buffer, crc)
+    sizes = _SIZE_AND_CRC.pack(len(header), crc)
+    return [b"".join((MARK, sizes, _HEADER_SIZE.pack(crc32(header, crc32(sizes))), header)), *buffers]
 
 
 def read_bytes(folder: Path, place: Place) -> bytes:

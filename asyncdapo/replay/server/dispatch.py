@@ -21,8 +21,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
-from msgspec import structs
+from msgspec.structs import replace
 
 from asyncdapo.errors import RunError
 from asyncdapo.messages import Ack, Group, Lease, Message, Prompt, Reject, Withdraw
@@ -30,13 +31,14 @@ from asyncdapo.replay.core import events as core
 from asyncdapo.replay.core.recovery import Recovered
 from asyncdapo.replay.core.state import ReplayState
 from asyncdapo.replay.ledger.journal import Journal
-from asyncdapo.replay.ledger.payloads import BadRecord
+from asyncdapo.replay.ledger.payloads import BadRecord, Place
 from asyncdapo.replay.server.accounts import Accounts
 from asyncdapo.replay.server.failures import Failures
 from asyncdapo.replay.server.sessions import HeldLease, Session, Sessions
 from asyncdapo.replay.server.settings import ServerSettings
 from asyncdapo.seeds import sample_seed
-from asyncdapo.shares import Batch, CutWanted, NoBatch, share_of
+from asyncdapo.shares import Batch, CutWanted, Deal, NoBatch, for_learner, share_of
+from asyncdapo.transport.codec import Buffer
 from asyncdapo.transport.payload import Payload
 
 MakeState = Callable[[Recovered], ReplayState]
@@ -44,12 +46,22 @@ MakeState = Callable[[Recovered], ReplayState]
 
 @dataclass(frozen=True)
 class Letter:
-    """A message to send, by the socket of the learner or by that of the workers."""
+    """A message to send to a worker."""
 
     peer: bytes
     message: Message
-    frames: Sequence[bytes] = ()
-    to_learner: bool = False
+
+
+Share = tuple[Batch | NoBatch, Sequence[Buffer]]
+"""What a rank of the learner is answered: all headers, and the payload of its share."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """To a rank of the learner. A batch is large: it is read in a thread when it is sent, and nobody waits for that."""
+
+    peer: bytes
+    read: Callable[[], Share]
 
 
 class Dispatch:
@@ -68,6 +80,7 @@ class Dispatch:
         self._journal, self._sessions = journal, sessions
         self.failures = Failures(settings.max_failure_ratio)
         self.outgoing: asyncio.Queue[Letter] = asyncio.Queue()
+        self.answers: asyncio.Queue[Answer] = asyncio.Queue()
         self.failure: asyncio.Queue[str] = asyncio.Queue()
         """Why the run can't continue."""
         recovered = journal.recover()
@@ -136,8 +149,9 @@ class Dispatch:
             with self._journal.together():
                 yield
         except BaseException:
-            while not self.outgoing.empty():
-                self.outgoing.get_nowait()
+            for queue in (self.outgoing, self.answers):
+                while not queue.empty():
+                    queue.get_nowait()
             raise
 
     def send(self, session: Session, message: Message) -> None:
@@ -159,7 +173,6 @@ class Dispatch:
         self.accounts.resume_from(recovered)
         self.state = self._make_state(recovered)
         self._wanted.clear()
-        self._batch = None
         self._resume_from(recovered)
 
     def _resume_from(self, recovered: Recovered) -> None:
@@ -211,44 +224,43 @@ class Dispatch:
     def _answer_learner(self) -> None:
         for rank, (peer, wanted) in list(self._wanted.items()):
             if wanted.step in self.state.cut_batches.untrained:
-                message, frames = self._read_batch(wanted)
+                read = self._reader(wanted)
             elif self._no_batch:
-                message, frames = NoBatch(step=wanted.step, reason=self._no_batch), ()
+                read = partial(_nothing, NoBatch(step=wanted.step, reason=self._no_batch))
             else:
                 continue
-            self.outgoing.put_nowait(Letter(peer, message, frames, to_learner=True))
+            self.answers.put_nowait(Answer(peer, read))
             del self._wanted[rank]
 
-    def _read_batch(self, wanted: CutWanted) -> tuple[Batch | NoBatch, Sequence[bytes]]:
-        """All headers, and the payload of the rank's share. A batch that can't be read stays cut: only a rollback may
-        give it other members, since then every rank has ended."""
-        try:
-            return self._read_share(wanted)
-        except BadRecord as bad:
-            reason = f"batch {wanted.step} can't be read back: {bad}"
-            return NoBatch(step=wanted.step, reason=reason, unreadable=True), ()
-
-    def _read_share(self, wanted: CutWanted) -> tuple[Batch, Sequence[bytes]]:
-        ids = [group.group_id for group in self.state.cut_batches.untrained[wanted.step]]
-        if self._batch is None or self._batch.step != wanted.step:
-            self._batch = self._dealt(wanted.step, ids)
-        batch = self._batch
-        share = [
-            self._journal.read(ids[piece.place])[1].of_completions(batch.groups[piece.place], piece.indices)
-            for piece in share_of(batch, wanted.rank)
-        ]
-        return batch, Payload.join(share).frames()
-
-    def _dealt(self, step: int, ids: Sequence[int]) -> Batch:
-        groups = [for_learner(self._journal.read_header(group_id)) for group_id in ids]
-        return Batch(
+    def _reader(self, wanted: CutWanted) -> Callable[[], Share]:
+        batches, step = self.state.cut_batches, wanted.step
+        bare = Batch(
             step=step,
             branch=self.branch,
             max_staleness=self.state.bound.max_staleness,
-            groups=groups,
-            deal=self._settings.dealer.deal(groups),
-            copies=list(self.state.cut_batches.copies.get(step, ())),
+            groups=[],
+            deal=Deal(updates=[], ranks=[]),
+            copies=list(batches.copies.get(step, ())),
         )
+        places = self._journal.places([group.group_id for group in batches.untrained[step]])
+        return partial(self._read_batch, bare, places, wanted.rank)
+
+    def _read_batch(self, bare: Batch, places: Sequence[Place], rank: int) -> Share:
+        """All headers, and the payload of the rank's share. A batch that can't be read stays cut: only a rollback may
+        give it other members, since then every rank has ended. Called in a thread, one call at a time."""
+        batch = self._batch
+        try:
+            if batch is None or (batch.step, batch.branch) != (bare.step, bare.branch):
+                groups = [for_learner(self._journal.read_header(place)) for place in places]
+                batch = self._batch = replace(bare, groups=groups, deal=self._settings.dealer.deal(groups))
+            share = [
+                self._journal.read(places[piece.place])[1].of_completions(batch.groups[piece.place], piece.indices)
+                for piece in share_of(batch, rank)
+            ]
+        except BadRecord as bad:
+            reason = f"batch {bare.step} can't be read back: {bad}"
+            return NoBatch(step=bare.step, reason=reason, unreadable=True), ()
+        return batch, Payload.join(share).frames()
 
     def _stop(self, stop: core.StopRun) -> None:
         if stop.error:
@@ -319,15 +331,5 @@ class Dispatch:
                 self.send(session, Reject(lease_id=action.lease_id, reason=detail))
 
 
-def for_learner(group: Group) -> Group:
-    """The group as the learner needs it: without the numbers of the reward function, which may be many, and without
-    turns, of which a long episode has many. The header of a batch is limited."""
-    completions = [
-        structs.replace(
-            completion,
-            contexts=[structs.replace(context, turns=[]) for context in completion.contexts],
-            metrics={},
-        )
-        for completion in group.completions
-    ]
-    return structs.replace(group, completions=completions)
+def _nothing(message: NoBatch) -> Share:
+    return message, ()

@@ -97,7 +97,8 @@ class ReplayServer:
     async def run(self) -> None:
         """Serve until cancelled, then close the sockets. The end of the data doesn't end it. Raises RunError if the run
         can't continue, ConfigError if groups lack the metric of the filter."""
-        loops = (self._serve_workers(), self._serve_learner(), self._send(), self._tick(), self._fail())
+        loops = (self._serve_workers(), self._serve_learner(), self._send(), self._answer_learner())
+        loops += (self._tick(), self._fail())
         tasks = [asyncio.create_task(loop) for loop in loops]
         try:
             ended, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -266,8 +267,14 @@ class ReplayServer:
     async def _send(self) -> None:
         while True:
             letter = await self._dispatch.outgoing.get()
-            socket = self._learner_socket if letter.to_learner else self._rollout_socket
-            await socket.send(letter.peer, letter.message, letter.frames)
+            await self._rollout_socket.send(letter.peer, letter.message)
+            faults.point("after_send")
+
+    async def _answer_learner(self) -> None:
+        while True:
+            answer = await self._dispatch.answers.get()
+            message, frames = await asyncio.to_thread(answer.read)
+            await self._learner_socket.send(answer.peer, message, frames)
             faults.point("after_send")
 
     async def _tick(self) -> None:

@@ -54,7 +54,7 @@ def test_nothing_is_sent_before_its_event_is_committed(tmp_path):
     outgoing(run)
     run.dispatch.want_batch(b"learner", CutWanted(step=1))
     assert run.journal.sent_before_commit == 0
-    assert [type(message) for message in outgoing(run)] == [Batch]
+    assert [type(message) for message in run.answers()] == [Batch]
 
 
 def test_groups_that_come_together_wait_for_the_disk_once_and_are_acknowledged_after_it(tmp_path, monkeypatch):
@@ -110,7 +110,7 @@ def test_a_batch_that_cannot_be_read_back_is_said_and_cut_anew_by_a_rollback(tmp
     segment.write_bytes(content)
     for _ in range(2):
         run.dispatch.want_batch(b"learner", CutWanted(step=1))
-        [answer] = outgoing(run)
+        [answer] = run.answers()
         assert (type(answer), answer.unreadable) == (NoBatch, True)
         assert answer.reason.startswith("batch 1 can't be read back: payloads/000001.bin, record at 0: its tokens are")
     run.roll_back(0)
@@ -120,7 +120,7 @@ def test_a_batch_that_cannot_be_read_back_is_said_and_cut_anew_by_a_rollback(tmp
     )
     run.fill(0)
     run.dispatch.want_batch(b"learner", CutWanted(step=1))
-    batch = outgoing(run)[-1]
+    [batch] = run.answers()
     assert isinstance(batch, Batch)
     assert whole in [group.lease_id for group in batch.groups]
     assert place_of(run.journal._db, batch.groups[-1].lease_id).segment > 1  # whatever harmed the old one
@@ -132,7 +132,7 @@ def test_a_batch_that_is_trained_is_forgotten(tmp_path):
     run.fill(0)
     run.train(1)
     run.dispatch.want_batch(b"learner", CutWanted(step=1))
-    assert outgoing(run) == []
+    assert run.answers() == []
 
 
 def test_a_batch_cut_at_the_limit_is_sent_when_it_is_wanted_and_not_before(tmp_path):
@@ -141,14 +141,15 @@ def test_a_batch_cut_at_the_limit_is_sent_when_it_is_wanted_and_not_before(tmp_p
     run.fill(0)
     run.dispatch.want_batch(b"learner", CutWanted(step=1))
     run.messages()
+    run.answers()
     for accs in ((1.0, 0.0), (1.0, 1.0)):
         run.ready(0, 4)
         run.answer(run.running(0)[0], accs=accs)
     assert run.state.next_batch.step == 3
     run.ready(0, 4)
-    assert outgoing(run) == []
+    assert run.answers() == []
     run.dispatch.want_batch(b"learner", CutWanted(step=2))
-    [batch] = outgoing(run)
+    [batch] = run.answers()
     assert (batch.step, len(batch.groups)) == (2, 1)
 
 

@@ -10,9 +10,8 @@ from asyncdapo.eval_messages import EvalRequest
 from asyncdapo.messages import Ack, Lease, Loaded, Started, Welcome
 from asyncdapo.replay.config import FilterConfig
 from asyncdapo.replay.ledger.audit import audit
-from asyncdapo.replay.server.dispatch import for_learner
 from asyncdapo.seeds import sample_seed
-from asyncdapo.shares import NoBatch
+from asyncdapo.shares import NoBatch, for_learner
 from asyncdapo.transport.payload import Payload
 from tests.replay.serving import FakeLearner, FakeWorker, eval_request, rows, scenario, serving, until
 from tests.replay.small_run import make_group, prompt_at, write_files

@@ -1,0 +1,374 @@
+"""How many groups a second the replay server takes in, and how soon it acknowledges them.
+
+    python benchmarks/transport.py [--tokens 1024 8192] [--workers 8 64 256] [--rate 0] [--seconds 15] [--dir DIR]
+
+    workers (several a process) ──groups of 16──▶ replay server ──batches of 64──▶ learner
+                                ◀──leases, acks──   ledger, payloads
+
+The server is that of a run: a process of its own, CURVE keys, a ledger and segments that are synced before a group is
+acknowledged. Workers and learner speak the protocol and do nothing else: a worker has its groups ready, the learner
+asks for the next batch at once. Every group is kept, so every token is received, checked, written, read and sent.
+
+With `--rate` groups are spread over time, that many a second by all workers; 0 is as fast as they are acknowledged.
+Each worker holds `--held` leases. `p50` and `p99` are of the time from a worker's `send` until it has read the
+acknowledgement. `MB/s` are the tokens and log-probs that come in; as many leave. Under `server`, `workers`, `learner`
+stand the cores that each takes, with the threads of ZeroMQ and the kernel's part. `KiB/1k groups` is by how much the
+server's memory grew in the second half of the time. `--dir` must be on the disk to be measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import multiprocessing
+import random
+import tempfile
+import time
+from array import array
+from collections.abc import Callable, Coroutine
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from multiprocessing.connection import Connection
+from multiprocessing.synchronize import Event
+from pathlib import Path
+
+import numpy as np
+import psutil
+
+from asyncdapo.learner.batches.feed import BatchFeed
+from asyncdapo.messages import (
+    SCHEMA_VERSION,
+    Ack,
+    Ask,
+    Completion,
+    Context,
+    Group,
+    GroupDone,
+    Heartbeat,
+    Hello,
+    Lease,
+    Progress,
+    Prompt,
+    Reject,
+    Welcome,
+    Withdraw,
+)
+from asyncdapo.replay.config import FilterConfig, ReplayConfig
+from asyncdapo.replay.core.state import ReplayState
+from asyncdapo.replay.ledger.journal import Journal
+from asyncdapo.replay.server.server import ReplayServer
+from asyncdapo.replay.server.settings import ServerSettings
+from asyncdapo.transport.codec import encode
+from asyncdapo.transport.keys import ClientKeys, RunKeys
+from asyncdapo.transport.payload import Payload, checksum
+from asyncdapo.transport.sockets import Client
+
+GROUP_SIZE, BATCH, PROMPT_TOKENS, VOCAB = 16, 64, 128, 150_000
+PROMPT = list(range(PROMPT_TOKENS))
+HEARTBEAT_S, LOOK_S = 2.0, 0.5
+WARM_UP_S = 3.0
+KEPT_STEPS = 2
+"""Payloads of older steps are freed, as after a checkpoint."""
+UNBOUNDED = 1 << 30
+"""Staleness: the weights stay at version 0."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """What is asked of the server."""
+
+    num_tokens: int
+    num_workers: int
+    num_held: int
+    rate: float
+
+
+@dataclass
+class Figures:
+    """What one process saw. Rows of three or two numbers, one after the other; times are of the system's one clock."""
+
+    name: str
+    looks: array = field(default_factory=lambda: array("d"))
+    """Time, CPU seconds so far, bytes of memory."""
+    acks: array = field(default_factory=lambda: array("d"))
+    """Time of an acknowledgement, and seconds that it took."""
+
+    def look(self) -> None:
+        process = psutil.Process()
+        self.looks.extend((time.monotonic(), sum(process.cpu_times()[:2]), process.memory_info().rss))
+
+
+async def until_over(figures: Figures, work: Coroutine, over: Event) -> None:
+    """Do the work, and look at this process now and then."""
+    working = asyncio.create_task(work)
+    while not (over.is_set() or working.done()):
+        figures.look()
+        await asyncio.sleep(LOOK_S)
+    working.cancel()
+    with suppress(asyncio.CancelledError):
+        await working
+
+
+# ------------------------------------------------------------------------------------------------------------- server
+
+
+def prompt_at(prompt_id: int) -> Prompt:
+    return Prompt(prompt_id=prompt_id, epoch=0, source="train", row=prompt_id, token_ids=PROMPT, answer="42")
+
+
+async def serve(figures: Figures, over: Event, load: Load, run_dir: Path, keys: RunKeys, pipe: Connection) -> None:
+    """The replay server, and the commands that the controller gives at every step."""
+    ahead = 2 + load.num_workers * load.num_held / BATCH
+    config = ReplayConfig(prompts_per_step=BATCH, run_ahead=ahead, max_staleness=UNBOUNDED, heartbeat_s=HEARTBEAT_S)
+    make_state = partial(ReplayState, config, FilterConfig(), max_attempts=3, num_prompts=None)
+    journal = Journal(run_dir)
+    server = ReplayServer(
+        ServerSettings(replay=config, group_size=GROUP_SIZE, seed=1, slots=GROUP_SIZE, vocab_size=VOCAB),
+        lambda recovered: make_state(recovered=recovered),
+        journal,
+        prompt_at,
+        curve=keys.server,
+    )
+    tasks: set[asyncio.Task] = set()
+
+    async def finish_step() -> None:
+        step = await asyncio.to_thread(pipe.recv)
+        while step:
+            await server.trained(step, {})
+            await server.published(step)
+            await server.covered(step - KEPT_STEPS)
+            step = await asyncio.to_thread(pipe.recv)
+
+    async def both() -> None:
+        tasks.add(asyncio.create_task(finish_step()))
+        await server.begin()
+        await server.run()
+
+    pipe.send((server.rollout_address, server.learner_address))
+    await until_over(figures, both(), over)
+    journal.close()
+
+
+# ------------------------------------------------------------------------------------------------------- its two sides
+
+
+async def learn(figures: Figures, over: Event, address: str, keys: ClientKeys, pipe: Connection) -> None:
+    feed = BatchFeed(address, curve=keys)
+
+    async def take() -> None:
+        step = 1
+        while True:
+            await feed.take(step)
+            pipe.send(step)
+            step += 1
+
+    await until_over(figures, take(), over)
+    pipe.send(0)
+    feed.close()
+
+
+async def work(figures: Figures, over: Event, address: str, keys: ClientKeys, load: Load, indices: range) -> None:
+    """Several rollout workers."""
+    completions, frames = completions_of(load.num_tokens)
+    workers = [FakeWorker(index, address, keys, load, completions, frames, figures.acks) for index in indices]
+
+    async def all_of_them() -> None:
+        async with asyncio.TaskGroup() as tasks:
+            for worker in workers:
+                tasks.create_task(worker.listen())
+                tasks.create_task(worker.beat())
+
+    await until_over(figures, all_of_them(), over)
+
+
+def completions_of(num_tokens: int) -> tuple[list[Completion], tuple[bytes, ...]]:
+    """Those of every group, and the frames of their tokens: half of the answers are right."""
+    draw = np.random.default_rng(0)
+    token_ids = draw.integers(0, VOCAB, (GROUP_SIZE, num_tokens), np.int32)
+    completions = []
+    for index, own in enumerate(token_ids):
+        crc = checksum(np.concatenate([np.array(PROMPT, np.int32), own]), 0)
+        score = 2.0 * (index % 2) - 1
+        completions.append(
+            Completion(
+                contexts=[Context.of_turn([(0, num_tokens)], [(1, num_tokens)], crc)],
+                finish_reason="stop",
+                reward=score,
+                metrics={"acc": float(index % 2), "score": score, "seq_reward": score, "seq_final_reward": score},
+            )
+        )
+    logprobs = -draw.random(GROUP_SIZE * num_tokens, np.float32)
+    return completions, Payload(np.array(PROMPT, np.int32), token_ids.ravel(), logprobs).frames()
+
+
+def group_of(lease: Lease, worker: int, completions: list[Completion]) -> Group:
+    return Group(
+        prompt_id=lease.prompt.prompt_id,
+        lease_id=lease.lease_id,
+        branch=lease.branch,
+        attempt=lease.attempt,
+        worker=worker,
+        num_prompt_tokens=PROMPT_TOKENS,
+        completions=completions,
+        generate_s=1.0,
+    )
+
+
+class FakeWorker:
+    """A rollout worker's end of the wire: every lease is answered with the same tokens."""
+
+    def __init__(
+        self,
+        index: int,
+        address: str,
+        keys: ClientKeys,
+        load: Load,
+        completions: list[Completion],
+        frames: tuple[bytes, ...],
+        acks: array,
+    ) -> None:
+        self._index, self._load, self._completions, self._frames, self._acks = index, load, completions, frames, acks
+        self._client: Client = Client(address, Welcome | Lease | Ack | Reject | Withdraw, b"w%d" % index, curve=keys)
+        self._asked, self._sampling, self._sent_at = 0, dict[int, asyncio.Task](), dict[int, float]()
+
+    async def listen(self) -> None:
+        hello = Hello(schema=SCHEMA_VERSION, worker=self._index, session="s", loaded_version=0, branch=0, granted=0)
+        await self._client.send(hello)
+        while True:
+            message, _ = await self._client.receive()
+            match message:
+                case Welcome():
+                    await self._ask(self._load.num_held)
+                case Lease():
+                    self._sampling[message.lease_id] = asyncio.create_task(self._sample(message))
+                case Ack(lease_id=lease_id):
+                    now = time.monotonic()
+                    self._acks.extend((now, now - self._sent_at.pop(lease_id)))
+                    await self._ask(1)
+                case Withdraw():
+                    continue  # a heartbeat and an acknowledgement crossed
+                case Reject():
+                    raise RuntimeError(f"the server says {message}")
+
+    async def beat(self) -> None:
+        while True:
+            await asyncio.sleep(HEARTBEAT_S)
+            held = [*self._sampling, *self._sent_at]
+            heartbeat = Heartbeat(
+                asked=self._asked,
+                loaded_version=0,
+                branch=0,
+                progress={lease_id: Progress(num_tokens=1, phase="sampled", started_version=0) for lease_id in held},
+                evaluations=[],
+                gauges={"tokens": 1.0},
+            )
+            await self._client.send(heartbeat)
+
+    async def _ask(self, more: int) -> None:
+        self._asked += more
+        await self._client.send(Ask(asked=self._asked))
+
+    async def _sample(self, lease: Lease) -> None:
+        if self._load.rate:
+            mean_s = self._load.num_workers * self._load.num_held / self._load.rate
+            await asyncio.sleep(mean_s * random.uniform(0.5, 1.5))
+        self._sent_at[lease.lease_id] = time.monotonic()
+        del self._sampling[lease.lease_id]
+        await self._client.send(GroupDone(group=group_of(lease, self._index, self._completions)), self._frames)
+
+
+# ------------------------------------------------------------------------------------------------------------ figures
+
+
+def run(name: str, work: Callable[..., Coroutine], over: Event, told: Connection, args: tuple) -> None:
+    """A process: works until it is over, and tells what it saw."""
+    figures = Figures(name)
+    asyncio.run(work(figures, over, *args))
+    told.send(figures)
+
+
+def measure(load: Load, args: argparse.Namespace) -> None:
+    spawn = multiprocessing.get_context("spawn")
+    over, keys = spawn.Event(), RunKeys.make()
+    ours: list[Connection] = []
+
+    def start(name: str, work: Callable[..., Coroutine], *own: object) -> None:
+        here, there = spawn.Pipe()
+        spawn.Process(target=run, args=(name, work, over, there, own), daemon=True).start()
+        ours.append(here)
+
+    with tempfile.TemporaryDirectory(dir=args.dir, prefix="transport-") as run_dir:
+        of_server, of_learner = spawn.Pipe()
+        start("server", serve, load, Path(run_dir), keys, of_server)
+        rollout_address, learner_address = of_learner.recv()
+        start("learner", learn, learner_address, keys.client, of_learner)
+        for first in range(min(args.processes, load.num_workers)):
+            indices = range(first, load.num_workers, args.processes)
+            start("workers", work, rollout_address, keys.client, load, indices)
+        time.sleep(WARM_UP_S)
+        began = time.monotonic()
+        time.sleep(args.seconds)
+        ended = time.monotonic()
+        over.set()
+        print(line_of(load, [pipe.recv() for pipe in ours], began, ended), flush=True)
+
+
+COLUMNS = (
+    "tokens", "workers", "rate", "groups/s", "MB/s", "p50 ms", "p99 ms", "server", "workers", "learner", "RSS MiB",
+    "KiB/1k groups",
+)  # fmt: skip
+
+
+def line_of(load: Load, seen: list[Figures], began: float, ended: float) -> str:
+    """One row of the table, of what was seen from `began` to `ended`."""
+    acks = np.concatenate([np.frombuffer(one.acks).reshape(-1, 2) for one in seen])
+    acks = acks[(acks[:, 0] >= began) & (acks[:, 0] < ended)]
+    cores = dict.fromkeys(("server", "workers", "learner"), 0.0)
+    for one in seen:
+        looks = np.frombuffer(one.looks).reshape(-1, 3)
+        looks = looks[(looks[:, 0] >= began) & (looks[:, 0] < ended)]
+        (first_s, first_cpu, _), (last_s, last_cpu, _) = looks[0], looks[-1]
+        cores[one.name] += (last_cpu - first_cpu) / (last_s - first_s)
+        if one.name == "server":
+            memory, half = looks[:, 2], looks[len(looks) // 2 :]
+            grown = np.polyfit(half[:, 0], half[:, 2], 1)[0] if len(half) > 1 else 0.0
+    groups_per_s = len(acks) / (ended - began)
+    megabytes_per_s = groups_per_s * (4 * PROMPT_TOKENS + 8 * GROUP_SIZE * load.num_tokens) / 1e6
+    p50, p99 = np.quantile(acks[:, 1], (0.5, 0.99)) * 1000
+    row = [f"{GROUP_SIZE}x{load.num_tokens}", load.num_workers, f"{load.rate:g}", f"{groups_per_s:.0f}"]
+    row += [f"{megabytes_per_s:.0f}", f"{p50:.1f}", f"{p99:.1f}", *(f"{part:.2f}" for part in cores.values())]
+    row += [f"{memory[-1] / 2**20:.0f}", f"{grown / groups_per_s * 1000 / 1024:.0f}"]
+    return "".join(f"{cell!s:>{len(column) + 3}}" for cell, column in zip(row, COLUMNS, strict=True))
+
+
+def describe_wire(num_tokens: int) -> str:
+    """What a group weighs on the wire."""
+    completions, frames = completions_of(num_tokens)
+    lease = Lease(lease_id=10**6, branch=0, attempt=1, group_size=GROUP_SIZE, seed=1, prompt=prompt_at(10**6))
+    header, *_ = encode(GroupDone(group=group_of(lease, 100, completions)))
+    total, num = len(header) + sum(map(len, frames)), GROUP_SIZE * num_tokens
+    return f"{GROUP_SIZE} x {num_tokens} tokens: {total:,} bytes, {total / num:.2f} a token, {len(header):,} of header"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 8192], help="of a completion")
+    parser.add_argument("--workers", type=int, nargs="+", default=[8, 64, 256])
+    parser.add_argument("--rate", type=float, nargs="+", default=[0.0], help="groups a second of all workers")
+    parser.add_argument("--held", type=int, default=1, help="leases that a worker holds at once")
+    parser.add_argument("--processes", type=int, default=2, help="in which the workers are")
+    parser.add_argument("--seconds", type=float, default=15.0)
+    parser.add_argument("--dir", type=Path, default=Path())
+    args = parser.parse_args()
+    for num_tokens in args.tokens:
+        print(describe_wire(num_tokens))
+    print("".join(f"   {column}" for column in COLUMNS))
+    for num_tokens in args.tokens:
+        for num_workers in args.workers:
+            for rate in args.rate:
+                measure(Load(num_tokens, num_workers, args.held, rate), args)
+
+
+if __name__ == "__main__":
+    main()
