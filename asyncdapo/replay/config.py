@@ -43,8 +43,9 @@ class ReplayConfig:
 
     prompts_per_step: PositiveInt = 16
     """Groups in one batch, copies included (`filter.mode: replace`). Only `filter.on_limit` can make it fewer."""
-    run_ahead: Annotated[float, Meta(ge=0, extra={"fix": "0 is synchronous training"})] = 1.0
-    """Batches that generation may be ahead of training. 0 is synchronous; fractions are allowed."""
+    run_ahead: Annotated[float, Meta(ge=0, extra={"fix": "0 is synchronous training"})] | Literal["auto"] = 1.0
+    """Batches that generation may be ahead of training. 0 is synchronous; fractions are allowed. `auto`: as few as keep
+    the learner from waiting, measured while the run goes on, at most `replay.max_staleness`."""
     max_staleness: Annotated[int, Meta(ge=0, extra={"fix": "0 trains on fresh groups only"})] = 2
     """Most train steps between the weights that sampled a group's oldest token and the weights that train on it."""
     order: Literal["arrival", "longest_first"] = "arrival"
@@ -62,7 +63,10 @@ class ReplayConfig:
     """Keep the tokens and log-probs of every group (RUN_DIR/payloads). Otherwise they are deleted after training."""
 
     def __post_init__(self) -> None:
-        if self.run_ahead > self.max_staleness:
+        if self.run_ahead == "auto" and self.max_staleness == 0:
+            problem = "has nothing to choose from: replay.max_staleness is 0"
+            raise ConfigError("replay.run_ahead", problem, "auto", "replay.max_staleness=1 or more")
+        if self.run_ahead != "auto" and self.run_ahead > self.max_staleness:
             raise ConfigError(
                 "replay.run_ahead",
                 f"must be at most replay.max_staleness ({self.max_staleness})",
@@ -83,6 +87,11 @@ class ReplayConfig:
     def synchronous(self) -> bool:
         """`run_ahead: 0` is a barrier: nothing is sampled while the learner trains."""
         return self.run_ahead == 0
+
+    @property
+    def most_ahead(self) -> float:
+        """Batches that generation may ever be ahead."""
+        return self.max_staleness if self.run_ahead == "auto" else self.run_ahead
 
     @property
     def staleness_bound(self) -> int:

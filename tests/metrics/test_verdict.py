@@ -115,6 +115,15 @@ def test_workers_with_empty_slots_are_not_given_more_of_them() -> None:
     assert set(advice.changes) == {"replay.run_ahead"}
 
 
+def test_a_measured_run_ahead_is_told_and_only_its_bound_can_be_raised() -> None:
+    keys = KEYS_IN_FORCE | {"replay.run_ahead": math.nan, "replay.max_staleness": 2.0}
+    window = window_of(**PLANTED["run_ahead"], replay__run_ahead=1.63)
+    advice = advise(judge(lost_shares(window)), window, keys)
+    assert advice is not None
+    assert advice.text == "replay.run_ahead=auto is 1.6: raise replay.max_staleness from 2 to 3"
+    assert advice.changes == {"replay.max_staleness": 3.0}
+
+
 def test_more_run_ahead_than_staleness_allows_raises_both() -> None:
     keys = KEYS_IN_FORCE | {"replay.run_ahead": 2.0}
     window = window_of(**PLANTED["run_ahead"])

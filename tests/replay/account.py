@@ -77,6 +77,8 @@ class Account:
         self.at_limit = False
         self.over = False
 
+        self.measured: list[tuple[int, float, float]] = []
+        """`run_ahead: auto`: step, groups that the workers and that the learner needed ahead."""
         self.gen_batch_step, self.gen_batch_number, self.gen_batch_verdicts = 0, 0, 0
         self.gen_batches_of_step = 0
 
@@ -141,6 +143,14 @@ class Account:
         kept = [group_id for group_id in latest if self.groups[group_id].verdict == "kept"]
         return max(0.1, (4 + len(kept)) / (4 + len(latest)))
 
+    def run_ahead(self) -> float:
+        if self.config.run_ahead != "auto":
+            return self.config.run_ahead
+        if not self.measured:
+            return min(1, self.bound)
+        needed = min(max(m[1] for m in self.measured[-12:]), max(m[2] for m in self.measured[-12:]))
+        return min(self.bound, max(0, needed / self.size - 1))
+
     def admits(self) -> bool:
         ahead = self.in_training() + self.num_ready() + self.keep_rate() * len(self.leases)
         held, before = [*self.in_state("queued"), *self.in_state("spare")], self.next_prompt()
@@ -148,7 +158,7 @@ class Account:
         limit = self.filter.max_gen_batches * self.filter.gen_batch_multiplier * self.size
         if self.barrier and self.limited and verdicts + len(self.leases) >= limit:
             return False
-        return ahead < (self.config.run_ahead + 1) * self.size
+        return ahead < (self.run_ahead() + 1) * self.size
 
     def lease_version(self, lease: TrueLease) -> int:
         return self.loaded[lease.worker] if lease.started_version is None else lease.started_version

@@ -63,6 +63,7 @@ class TruthWithPast(Truth):
         self.batches = {k: members for k, members in self.batches.items() if k <= step + was_cut}
         self.copies = {k: copies for k, copies in self.copies.items() if k <= step + was_cut}
         self.trained = set(range(1, step + 1))
+        self.measured = [measured for measured in self.measured if measured[0] <= step]
         moved = self._settle_groups(step, mark, was_cut)
         for prompt_id in self.prompts:
             if mark.prompts.get(prompt_id) not in ENDS or prompt_id in moved:

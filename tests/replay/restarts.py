@@ -44,6 +44,7 @@ def snapshot(state: ReplayState) -> dict[str, object]:
         "loaded": {index: worker.loaded_version for index, worker in state.leases.workers.items()},
         "verdicts": list(state.keep_rate._latest),
         "keep_rate": state.keep_rate.value,
+        "run_ahead": state.admission.run_ahead,
         "gen_batches": (gen_batches.num_opened, gen_batches._num_verdicts),
         "gen_batch": (gen_batches._step, gen_batches._number) if gen_batches.is_open else None,
     }
@@ -172,6 +173,7 @@ class Restarts(Simulation):
         assert not state["loaded"]
         assert state["num_granted"] == max(truth.ended_leases, default=0)
         assert state["keep_rate"] == truth.keep_rate()
+        assert state["run_ahead"] == truth.run_ahead()
         assert state["gen_batches"] == (truth.gen_batches_of_step, truth.gen_batch_verdicts)
         if truth.gen_batch_verdicts:
             assert state["gen_batch"] == (truth.gen_batch_step, truth.gen_batch_number)

@@ -15,13 +15,13 @@ CHAOS = st.binary(min_size=150, max_size=700)
 
 
 @st.composite
-def worlds(draw: st.DrawFn, run_aheads=(0.0, 0.25, 0.5, 1.0, 1.3, 2.0)) -> World:
+def worlds(draw: st.DrawFn, run_aheads=(0.0, 0.25, 0.5, 1.0, 1.3, 2.0, "auto")) -> World:
     run_ahead = draw(st.sampled_from(run_aheads))
     return World(
         replay=ReplayConfig(
             prompts_per_step=draw(st.integers(1, 4)),
             run_ahead=run_ahead,
-            max_staleness=math.ceil(run_ahead) + draw(st.integers(0, 2)),
+            max_staleness=(1 if run_ahead == "auto" else math.ceil(run_ahead)) + draw(st.integers(0, 2)),
             on_stale=draw(st.sampled_from(["drop", "requeue", "wait"])),
         ),
         filter=FilterConfig(

@@ -43,6 +43,8 @@ class Truth(Account):
                     self._see_cut(action)
                 case core.GenBatchClosed():
                     self._see_gen_batch_closed(action, at_cut=bool(cuts) and self.barrier)
+                case core.PaceMeasured():
+                    self._see_pace(action, event)
                 case core.StopRun():
                     self._see_stop(action)
                     assert index == len(actions) - 1, "the run stops last"
@@ -236,6 +238,16 @@ class Truth(Account):
         out = 0 < self.filter.max_gen_batches <= self.gen_batches_of_step
         if full and out and self.num_ready() < self.size and not self.over:
             self.at_limit = True
+
+    def _see_pace(self, action: core.PaceMeasured, event: core.Event) -> None:
+        assert self.config.run_ahead == "auto"
+        assert isinstance(event, core.Published)
+        assert event.version == action.step
+        following = [*self.batches.get(action.step + 1, ()), *range(sum(self.copies.get(action.step + 1, ())))]
+        ready = len(following) + self.num_ready()
+        assert action.of_learner == (self.run_ahead() + 2) * self.size - ready
+        self.measured.append((action.step, action.of_workers, action.of_learner))
+        assert action.run_ahead == self.run_ahead()
 
     def _see_stop(self, action: core.StopRun) -> None:
         assert not self.over, "stopped twice"

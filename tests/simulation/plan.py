@@ -142,11 +142,11 @@ def _leaves(seed: int, settles_at: float) -> list[tuple[float, float, float, int
 
 
 def _replay(rng: random.Random) -> ReplayConfig:
-    run_ahead = rng.choice((0.0, 0.0, 0.5, 1.0, 1.0, 2.0))
+    run_ahead = rng.choice((0.0, 0.0, 0.5, 1.0, "auto", 2.0))
     return ReplayConfig(
         prompts_per_step=rng.choice((1, 1, 2, 2, 3)),
         run_ahead=run_ahead,
-        max_staleness=max(int(run_ahead + 0.5), rng.randint(0, 3)),
+        max_staleness=max(1 if run_ahead == "auto" else int(run_ahead + 0.5), rng.randint(0, 3)),
         on_stale=rng.choice(("drop", "requeue", "wait")),
         heartbeat_s=HEARTBEAT_S,
         lease_stall_s=6 * HEARTBEAT_S,

@@ -242,7 +242,7 @@ def _staleness_lines(config: Config) -> list[str]:
     replay = config.replay
     if replay.synchronous:
         return ["0: nothing is sampled while the learner trains (replay.run_ahead is 0)"]
-    ahead = (replay.run_ahead + 1) * replay.prompts_per_step
+    ahead = (replay.most_ahead + 1) * replay.prompts_per_step
     return [f"at most {replay.staleness_bound} train steps; up to {ahead:,.0f} kept groups are ahead of the learner"]
 
 

@@ -15,6 +15,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 from rich.console import Console, Group, RenderableType
 from rich.progress_bar import ProgressBar
@@ -53,11 +54,15 @@ PIPELINE = {
     "prompts": (Cell("filter/prompts_consumed", thousands, " used"), Cell("replay/credits", thousands, " credits")),
     "rollout": (Cell("replay/running", thousands, " leases"), Cell("rollout/tokens_per_s", thousands, " tok/s")),
     "filter": (Cell("filter/kept_ratio", percent, " kept"), Cell("filter/all_correct_ratio", percent, " solved")),
-    "replay": (Cell("replay/queued", thousands, " queued"), Cell("replay/staleness_mean", _decimals, " stale")),
+    "replay": (
+        Cell("replay/queued", thousands, " queued"),
+        Cell("replay/staleness_mean", _decimals, " stale"),
+        Cell("replay/run_ahead", _decimals, " ahead"),
+    ),
     "learner": (Cell("replay/in_training", thousands, " groups"), Cell("learner/tokens_per_s", thousands, " tok/s")),
     "weights": (Cell("step", thousands, " versions"), Cell("weights/publish_s", _decimals, " s to send")),
 }
-"""Depth and rate of each stage."""
+"""Depth and rate of each stage, and how far rollout may be ahead."""
 CURVES: tuple[tuple[str, str, Show], ...] = (
     ("reward", "reward/mean", _decimals),
     ("accuracy", "eval/accuracy", _decimals),
@@ -100,8 +105,8 @@ def _pipeline(run: RunState) -> RenderableType:
     table = Table(box=None, padding=(0, 2, 0, 0))
     for stage in PIPELINE:
         table.add_column(stage if stage == "weights" else f"{stage} →", no_wrap=True)
-    for place in (0, 1):
-        table.add_row(*(cells[place].text(run) for cells in PIPELINE.values()))
+    for row in zip_longest(*PIPELINE.values()):
+        table.add_row(*(cell.text(run) if cell else "" for cell in row))
     return table
 
 

@@ -16,7 +16,7 @@ from asyncdapo.metrics.verdict.verdict import BALANCED, LIMITS, Verdict
 from asyncdapo.metrics.verdict.window import Window
 
 Keys = Mapping[str, float]
-"""The values in force of `KEYS`."""
+"""The values in force of `KEYS`; NaN where it is `auto`."""
 KEYS = (
     "rollout.num_workers",
     "rollout.slots",
@@ -49,7 +49,8 @@ class Advice:
 
 def keys_in_force(config: object) -> Keys:
     """From the whole configuration of a run. Of a range of workers it is the most."""
-    return {key: float(attrgetter(key.replace("num_workers", "max_workers"))(config)) for key in KEYS}
+    values = {key: attrgetter(key.replace("num_workers", "max_workers"))(config) for key in KEYS}
+    return {key: math.nan if value == "auto" else float(value) for key, value in values.items()}
 
 
 def advise(verdict: Verdict, window: Window, keys: Keys) -> Advice | None:
@@ -96,7 +97,8 @@ def _rarer_evaluation(window: Window, keys: Keys) -> Advice:
 
 def _fewer_dropped(window: Window, keys: Keys) -> Advice:
     staleness = {"replay.max_staleness": keys["replay.max_staleness"] + 1}
-    return Advice(f"{_said(staleness, keys)}, or lower replay.run_ahead", staleness)
+    or_less = "" if math.isnan(keys["replay.run_ahead"]) else ", or lower replay.run_ahead"
+    return Advice(f"{_said(staleness, keys)}{or_less}", staleness)
 
 
 def _more_verifiers(window: Window, keys: Keys) -> Advice:
@@ -132,6 +134,10 @@ def _rarer_checkpoint(window: Window, keys: Keys) -> Advice:
 
 
 def _run_ahead(window: Window, keys: Keys, why: str = "") -> Advice:
+    if math.isnan(keys["replay.run_ahead"]):
+        most = {"replay.max_staleness": keys["replay.max_staleness"] + 1}
+        said = f"replay.run_ahead=auto is {window.run_ahead:.2g}: {_said(most, keys)}"
+        return Advice(why + said, most)
     run_ahead = keys["replay.run_ahead"] + (0.5 if keys["replay.run_ahead"] >= 1 else 1.0)
     changes = {"replay.run_ahead": run_ahead}
     if run_ahead > keys["replay.max_staleness"]:

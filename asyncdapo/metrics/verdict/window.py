@@ -52,6 +52,8 @@ class Window:
     """Its tokens per second, as a share of the mean of the other workers, in the mean over the steps."""
     num_workers: float
     """That lived, in the mean over time."""
+    run_ahead: float
+    """In force at the end."""
 
     @classmethod
     def of(cls, lines: Sequence[Line]) -> Self | None:
@@ -80,6 +82,7 @@ class Window:
             slowest_worker=mode(int(line.get("rollout/slowest_worker", 0)) for line in steps),
             slowest_pace=_mean(map(_slowest_pace, steps)),
             num_workers=worker_s / seconds,
+            run_ahead=lines[-1].get("replay/run_ahead", math.nan),
         )
 
     @property

@@ -1,6 +1,6 @@
 """Admission: when the next prompt is leased.
 
-In: how many groups are ahead of the learner. Out: yes or no.
+In: how many groups are ahead of the learner. Out: yes or no; and `run_ahead`, where it is measured.
 
 The rule, checked after every event:
 
@@ -22,7 +22,17 @@ be (`staleness.py`).
 from __future__ import annotations
 
 import math
+from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
+
+from asyncdapo.replay.config import ReplayConfig
+from asyncdapo.replay.core.events import PaceMeasured
+
+NUM_MEASURED = 12
+"""Latest steps by which `run_ahead: auto` goes."""
+FIRST_RUN_AHEAD = 1
+"""What it begins with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,3 +56,55 @@ class Admission:
         prompts before the next one, which may have come back after later ones had their verdict."""
         ahead = in_training + queued + keep_rate * running
         return ahead < self.capacity and verdicts + running < self.max_verdicts
+
+
+class Pacing:
+    """How far ahead generation may be: `replay.run_ahead`, or what was measured (`auto`).
+
+    Measured in every step, in groups, B of them a batch:
+
+        of the workers   most that was ahead, had every free slot got a lease:  max of  ahead + keep_rate × credits
+        of the learner   what must be ahead for batch k + 1 to be full when version k is published, and no more is ready
+                         than that:  (run_ahead + 1) × B − (ready − B)
+
+    Each is how large the right side of the rule has to be for one side never to wait. It is enough if one of them never
+    waits: the other is slower then, and all that is gained by a larger `run_ahead` is staleness. So
+
+        run_ahead = min(max of the workers' last 12, max of the learner's last 12) / B − 1    within 0 and max_staleness
+
+    It doesn't oscillate, since what is measured doesn't depend on the value in force: with d fewer groups ahead every
+    lease is granted when that of d prompts later would have been, so d fewer are ready. The maxima let it rise at once,
+    and fall after 12 steps without need; a step of bad luck costs some staleness, and no waiting later.
+    """
+
+    def __init__(self, config: ReplayConfig, measured: Iterable[tuple[float, float]] = ()) -> None:
+        """`measured`: what the latest steps said, of the workers and of the learner, oldest first."""
+        self._size, self._most = config.prompts_per_step, config.max_staleness
+        self._fixed = None if config.run_ahead == "auto" else config.run_ahead
+        self._measured = deque(measured, maxlen=NUM_MEASURED)
+        self._peak = 0.0
+        """Of what the workers could have had ahead, in this step."""
+
+    @property
+    def run_ahead(self) -> float:
+        """In force."""
+        if self._fixed is not None:
+            return self._fixed
+        if not self._measured:
+            return float(min(FIRST_RUN_AHEAD, self._most))
+        needed = min(map(max, zip(*self._measured, strict=True)))
+        return min(float(self._most), max(0.0, needed / self._size - 1))
+
+    def note(self, ahead: float) -> None:
+        """After an event: what would be ahead if every free slot got a lease."""
+        self._peak = max(self._peak, ahead)
+
+    def end_step(self, step: int, ready: int) -> PaceMeasured | None:
+        """Its version is published, and `ready` groups are there for the batches after it. None if nothing is
+        measured."""
+        if self._fixed is not None:
+            return None
+        of_workers, of_learner = self._peak, (self.run_ahead + 2) * self._size - ready
+        self._measured.append((of_workers, of_learner))
+        self._peak = 0.0
+        return PaceMeasured(step=step, of_workers=of_workers, of_learner=of_learner, run_ahead=self.run_ahead)

@@ -226,6 +226,19 @@ class GenBatchClosed(Action):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class PaceMeasured(Action):
+    """What a step said of `run_ahead: auto`. Journal: a row in `events`, from which the next process resumes."""
+
+    step: int
+    """Whose weights were published."""
+    of_workers: float
+    of_learner: float
+    """See `Pacing`; groups."""
+    run_ahead: float
+    """In force from now on."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class StopRun(Action):
     """The run ends. `error` is false if the data is used up; otherwise the run's last lines show `reason` as the
     cause."""

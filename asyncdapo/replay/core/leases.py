@@ -67,6 +67,11 @@ class Leases:
         self._bound = bound
         self._do = do
 
+    @property
+    def num_credits(self) -> int:
+        """Leases that the workers could start now."""
+        return sum(worker.credits for worker in self.workers.values())
+
     def join(self, worker: int, loaded_version: int) -> None:
         assert worker not in self.workers, f"worker {worker} joined twice"
         self.workers[worker] = Worker(loaded_version)

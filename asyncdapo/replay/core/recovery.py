@@ -105,6 +105,8 @@ class Recovered:
     """The highest `lease_id` so far, undone leases included: ids are never reused."""
     workers: dict[int, KnownWorker] = field(default_factory=dict[int, KnownWorker])
 
+    measured: list[tuple[float, float]] = field(default_factory=list[tuple[float, float]])
+    """What `run_ahead: auto` measured in the latest steps, of the workers and of the learner, oldest first."""
     verdicts: list[bool] = field(default_factory=list[bool])
     """The latest verdicts, oldest first: whether each group was kept."""
     gen_batches: dict[int, int] = field(default_factory=dict[int, int])

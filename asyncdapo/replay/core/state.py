@@ -29,9 +29,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 from asyncdapo.replay.config import FilterConfig, ReplayConfig
-from asyncdapo.replay.core.admission import Admission
+from asyncdapo.replay.core.admission import Admission, Pacing
 from asyncdapo.replay.core.batch import CutBatches, HeldGroup
 from asyncdapo.replay.core.events import (
     Action,
@@ -111,9 +112,10 @@ class ReplayState:
             was=was,
         )
         limited = barrier and filter.max_gen_batches > 0
+        self.pacing = Pacing(config, was.measured)
         self.admission = Admission(
             prompts_per_step=size,
-            run_ahead=config.run_ahead,
+            run_ahead=self.pacing.run_ahead,
             max_verdicts=filter.max_gen_batches * self.next_batch.gen_batches.size if limited else math.inf,
         )
         self.over = was.over
@@ -127,6 +129,7 @@ class ReplayState:
         if not self.over:
             self.next_batch.drop_barren()
             self._grant_leases()
+            self.pacing.note(self._ahead(len(self.leases.running) + self.leases.num_credits))
         return list(self._actions)
 
     def _take_in(self, event: Event) -> None:
@@ -161,6 +164,7 @@ class ReplayState:
                 for group in self.cut_batches.train(event.step):
                     self.prompts.move_both(group, "trained", step=event.step)
             case Published():
+                self._measure_pace(event.version)
                 self.cut_batches.publish(event.version)
             case RunEnded():
                 self._end_run()
@@ -189,6 +193,17 @@ class ReplayState:
             prompt_id = self.stream.take()
             self.leases.grant(prompt_id, worker, self.prompts.next_attempt(prompt_id))
             self.prompts.move(prompt_id, "leased")
+
+    def _ahead(self, running: int) -> float:
+        """Groups that would be ahead of the learner with so many leases."""
+        return self.cut_batches.num_groups + self.next_batch.num_ready + self.keep_rate.value * running
+
+    def _measure_pace(self, version: int) -> None:
+        """The learner is about to want the batch after this version."""
+        ready = self.cut_batches.in_training.get(version + 1, 0) + self.next_batch.num_ready
+        if measured := self.pacing.end_step(version, ready):
+            self.admission = replace(self.admission, run_ahead=measured.run_ahead)
+            self._do(measured)
 
     def _lose_lease(self, event: LeaseLost) -> None:
         if lease := self.leases.running.get(event.lease_id):

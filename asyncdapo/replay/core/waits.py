@@ -19,16 +19,16 @@ version is trained but not published, or published but not loaded."""
 
 
 def gauges(state: ReplayState) -> dict[str, float]:
-    """Current numbers, in groups unless the name says otherwise."""
-    workers = state.leases.workers.values()
+    """Current numbers, in groups unless the name says otherwise; `run_ahead` in batches."""
     return {
+        "run_ahead": state.admission.run_ahead,
         "in_training": state.cut_batches.num_groups,
         "queued": len(state.held.queued),
         "spare": len(state.held.spare),
         "running": len(state.leases.running),
         "keep_rate": state.keep_rate.value,
-        "workers": len(workers),
-        "credits": sum(worker.credits for worker in workers),
+        "workers": len(state.leases.workers),
+        "credits": state.leases.num_credits,
     }
 
 

@@ -102,7 +102,7 @@ def _limits(path: Path) -> dict[str, int]:
 
 def _limits_of(config: DictConfig | ListConfig) -> dict[str, int]:
     batch_max, group_size = int(config.replay.prompts_per_step), int(config.rollout.group_size)
-    bound = 0 if float(config.replay.run_ahead) == 0 else int(config.replay.max_staleness)
+    bound = 0 if config.replay.run_ahead == 0 else int(config.replay.max_staleness)
     return {
         "bound": bound,
         "batch_min": 1 if _may_be_short(config) else batch_max,

@@ -109,6 +109,8 @@ class Entry:
                 self._insert_event(
                     "gen_batch_closed", step=step, number=number, detail="limit reached" if reached else ""
                 )
+            case core.PaceMeasured(step=step, of_workers=workers, of_learner=learner):
+                self._insert_event("pace_measured", step=step, detail=json.dumps([workers, learner]))
             case core.StopRun(reason=reason, error=error):
                 self._insert_event("stopped", number=int(error), detail=reason)
 

@@ -7,11 +7,13 @@ Does not own: the records (`recovery`), what a rollback undoes (`rollback`).
 
 from __future__ import annotations
 
+import json
 import sqlite3
 from bisect import bisect_left
 from typing import Any
 
 from asyncdapo.replay.core import events as core
+from asyncdapo.replay.core.admission import NUM_MEASURED
 from asyncdapo.replay.core.batch import HeldGroup, draw_copies
 from asyncdapo.replay.core.events import LEASE_ENDS, VERDICT_STATES
 from asyncdapo.replay.core.recovery import GroupFacts, KnownWorker, OpenLease, Recovered, Totals
@@ -38,6 +40,7 @@ def recover(db: sqlite3.Connection) -> Recovered:
         )
         or 0,
         workers=_known_workers(db, branch),
+        measured=_measured(db),
         verdicts=_verdicts(db),
         totals=_totals(db),
         first_lease_at_s=_one(
@@ -219,6 +222,13 @@ def _verdicts(db: sqlite3.Connection) -> list[bool]:
         f" ORDER BY arrived_pos DESC LIMIT {NUM_VERDICTS}"
     ).fetchall()
     return [bool(kept) for (kept,) in reversed(rows)]
+
+
+def _measured(db: sqlite3.Connection) -> list[tuple[float, float]]:
+    rows = db.execute(
+        f"SELECT detail FROM events WHERE kind = 'pace_measured' ORDER BY event_id DESC LIMIT {NUM_MEASURED}"
+    ).fetchall()
+    return [tuple(json.loads(detail)) for (detail,) in reversed(rows)]
 
 
 def _gen_batches(db: sqlite3.Connection) -> dict[str, Any]:

@@ -16,7 +16,7 @@ batch k was trained:
     leases    Those without a group are removed if they were open or ended after p. The attempts they cost are given
               back.
     prompts   follow their group. One without a group that had no end at p waits again; those in flight come first.
-    the rest  batches and cuts by step; publishes, loads and events by position
+    the rest  batches, cuts and measured paces by step; publishes, loads and events by position
 
 A kept group whose payload can't be read (missing, short or damaged) is removed too: its prompt is sampled again, and an
 event `unreadable` says why. Batch k + 1 is then not restored, and its other members return to the queue. Apart from
@@ -238,9 +238,9 @@ class Rollback:
         self._undo("publishes", "pos > ?", self.pos)
         self._undo("loads", "pos > ?", self.pos)
         self._undo("events", "kind IN ('stopped', 'run_ended')")
-        self._undo("events", "kind = 'cut' AND step > ?", self.step)
+        self._undo("events", "kind IN ('cut', 'pace_measured') AND step > ?", self.step)
         self._undo("events", "kind = 'gen_batch_closed' AND step > ?", self.step + 1)
-        self._undo("events", "kind NOT IN ('cut', 'gen_batch_closed') AND pos > ?", self.pos)
+        self._undo("events", "kind NOT IN ('cut', 'pace_measured', 'gen_batch_closed') AND pos > ?", self.pos)
 
     # ----------------------------------------------------------------------------------------------------- prompts
 
