@@ -216,7 +216,8 @@ class Group(Struct, frozen=True, kw_only=True):
 
 
 class Sampling(Struct, frozen=True, kw_only=True):
-    """How tokens are drawn. Training always samples plainly (`top_p` 1, `top_k` 0); temperature 0 is greedy."""
+    """How tokens are drawn: from all, or of the `top_k` most likely ones those that reach the share `top_p`;
+    temperature 0 is greedy."""
 
     temperature: float = 1.0
     top_p: float = 1.0

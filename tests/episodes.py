@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 
 import numpy as np
 
 from asyncdapo.messages import Completion, Context, Group, SampledTurn
-from asyncdapo.transport.payload import Payload, checksum
+from asyncdapo.transport.payload import Payload, Support, checksum
 
 VOCAB_SIZE = 29
 
@@ -117,6 +117,16 @@ class Episodes:
             generate_s=0.1,
         )
         return group, payload_of(prompt_ids, [context for contexts in episodes for context in contexts])
+
+
+def narrowed(group: Group, payload: Payload, seed: int) -> Payload:
+    """As if top-p had left some tokens to draw each one from, and for some the whole vocabulary."""
+    rng, left = np.random.default_rng(seed), []
+    contexts = list(payload.of_contexts(group))
+    for token in np.concatenate([tokens.own_ids[tokens.is_sampled] for tokens in contexts]).tolist():
+        others = rng.choice(VOCAB_SIZE, rng.integers(0, 5), replace=False)
+        left.append(np.union1d(others, [token]) if rng.random() < 0.8 else np.empty(0, np.int32))
+    return replace(payload, support=Support.of_draws(left))
 
 
 def payload_of(prompt_ids: list[int], contexts: list[MadeContext]) -> Payload:

@@ -118,8 +118,9 @@ def soft_gate(pos: Any, neg: Any, variant: Any) -> Any:
 def whole_distribution(value: Any) -> Left:
     """Top-p and top-k in training."""
     if value in (None, 1, -1, 0):
-        return Left("off, as it always is in training here")
-    return Left("training samples from the whole distribution here", loud=Rank.SAMPLING)
+        return Left("off, as it is by default here")
+    narrow = "rollout.engine=torch has rollout.top_p and rollout.top_k"
+    return Left(f"training samples from the whole distribution with vLLM here; {narrow}", loud=Rank.SAMPLING)
 
 
 # ------------------------------------------------------------------------------------------------------ batch and clock

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from msgspec import Meta
 
 from asyncdapo.errors import ConfigError
+from asyncdapo.messages import Sampling
 from asyncdapo.plugins import check_name
 from asyncdapo.ranges import NonNegativeInt, PositiveFloat, PositiveInt, PositiveShare
 
@@ -74,6 +75,11 @@ class RolloutConfig:
     """Most sampled tokens of a completion. A longer one is cut off, with finish reason `length`."""
     temperature: Temperature = 1.0
     """Sampling temperature in training. The log-probs that the engine records are at this temperature."""
+    top_p: PositiveShare = 1.0
+    """Nucleus sampling (top-p) in training; 1 is off. Where it or `rollout.top_k` is on, log-probs are among the tokens
+    that are left, at the engine and at the learner, which is told them. Torch engine only."""
+    top_k: NonNegativeInt = 0
+    """Number of most likely tokens that are drawn from in training; 0 is all of them."""
     on_update: Literal["keep", "recompute"] = "keep"
     """KV cache of running requests when new weights arrive: `keep` the older keys and values, or `recompute` them."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -112,6 +118,10 @@ class RolloutConfig:
         """Which it may have."""
         return self.num_workers["max"] if isinstance(self.num_workers, dict) else self.num_workers
 
+    def sampling(self, max_tokens: int) -> Sampling:
+        """Of training."""
+        return Sampling(temperature=self.temperature, top_p=self.top_p, top_k=self.top_k, max_tokens=max_tokens)
+
     def _check_num_workers(self) -> None:
         given = self.num_workers
         if isinstance(given, dict) and (given.keys() != {"min", "max"} or given["min"] > given["max"]):
@@ -125,6 +135,11 @@ class RolloutConfig:
                 raise ConfigError(
                     f"rollout.{key}", "does nothing without rollout.engine vllm", getattr(self, key), "remove it"
                 )
+        for key, off in (("top_p", 1.0), ("top_k", 0)):
+            if self.engine != "torch" and getattr(self, key) != off:
+                problem = f"needs an engine that tells which tokens it drew from; {self.engine} doesn't"
+                fix = f"rollout.engine=torch, or rollout.{key}={off:g}"
+                raise ConfigError(f"rollout.{key}", problem, getattr(self, key), fix)
         for name in self.engine_args or {}:
             if name in ENGINE_OWNED:
                 key = ENGINE_OWNED[name]

@@ -2,7 +2,7 @@
 
 An engine takes requests at any time, keeps its slots full by itself, and takes new weights between two tokens while it
 generates. Every sampled token comes back with its log-prob and the version of the weights. The log-prob is that of the
-weights, the KV cache and the temperature that sampled the token.
+weights, the KV cache and the temperature that sampled the token, among the tokens that top-k and top-p have left.
 
 Implementations: `torch_engine` (embedded) and `vllm_engine`; the tests have one of a few lines. An engine doesn't
 receive new weights itself: they are passed to `load_weights`, or are already in its processes.
@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from asyncdapo.messages import FinishReason, Runs, Sampling
+from asyncdapo.transport.payload import Support
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +29,8 @@ class Sample:
     logprobs: np.ndarray
     versions: Runs
     finish_reason: FinishReason
+    support: Support | None = None
+    """Of all tokens, if top-k or top-p narrowed the draws. Only the torch engine tells."""
 
 
 class Priority(IntEnum):

@@ -15,7 +15,7 @@ from asyncdapo.errors import EpisodeError, RewardError
 from asyncdapo.eval_messages import EvalAnswer
 from asyncdapo.messages import Completion, Context, FinishReason, Group, Lease, Prompt, Runs, SampledTurn, Score
 from asyncdapo.rollout.episodes import Decode, Episode, SampledContext
-from asyncdapo.transport.payload import LOGPROB_DTYPE, TOKEN_DTYPE, Payload
+from asyncdapo.transport.payload import LOGPROB_DTYPE, TOKEN_DTYPE, Payload, Support
 
 MAX_FAILURE = 500
 """Characters kept of a reward function's error: a header has to hold those of many answers."""
@@ -57,6 +57,7 @@ def build_group(
         np.array(lease.prompt.token_ids, TOKEN_DTYPE),
         np.concatenate([context.token_ids for context in contexts], dtype=TOKEN_DTYPE),
         np.concatenate([turn.sample.logprobs for turn in turns], dtype=LOGPROB_DTYPE),
+        Support.join([(turn.sample.support, len(turn.sample.logprobs)) for turn in turns]),
     )
     return group, payload
 

@@ -15,7 +15,7 @@ from functools import partial
 
 from asyncdapo.errors import EpisodeError, RewardError
 from asyncdapo.eval_messages import EvalAnswer, EvalRequest
-from asyncdapo.messages import GroupDone, GroupFailed, Lease, Message, Prompt, Sampling, Score
+from asyncdapo.messages import GroupDone, GroupFailed, Lease, Message, Prompt, Score
 from asyncdapo.rollout.config import RolloutConfig
 from asyncdapo.rollout.engine import Priority
 from asyncdapo.rollout.episodes import Decode, Episode, Rollouts
@@ -47,7 +47,7 @@ class Jobs:
         self._worker, self._rollouts, self._on_room = worker, rollouts, on_room
         self._decode = decode
         self._overlong_filter = overlong_filter
-        self._sampling = Sampling(temperature=config.temperature, max_tokens=config.max_response_length)
+        self._sampling = config.sampling(config.max_response_length)
         self._counts: Counter[str] = Counter()
         self._score_s = 0.0
 

@@ -32,8 +32,8 @@ class Limits:
 
     header_bytes: int = 8 << 20
     """Largest header. The metadata of a batch of several thousand completions is about 1 MiB."""
-    num_frames: int = 4
-    """The header and the three buffers of a payload."""
+    num_frames: int = 6
+    """The header and the five buffers of a payload."""
     frame_bytes: int = 1 << 30
     """Largest buffer: 256 Mi tokens."""
 

@@ -1,6 +1,7 @@
 """Frames that follow a message's header: the tokens and log-probs of groups, the responses of an evaluation.
 
 Tokens and log-probs are raw little-endian buffers: 8.1 bytes a token instead of 14.1 as lists, and no copy on arrival.
+Where `rollout.top_p` or `rollout.top_k` narrow the sampling, the tokens that were left to draw from follow (`Support`).
 Does not own: what the frames mean. Their header says that (`messages`).
 """
 
@@ -32,29 +33,76 @@ def numbered(crc: int, number: int) -> int:
 
 
 @dataclass(frozen=True)
+class Support:
+    """The tokens of the vocabulary that each of S sampled tokens was drawn from: what top-k and top-p have left.
+
+    counts     int32 [S]: their number; 0 is the whole vocabulary
+    token_ids  int32 [sum of counts], sampled token after sampled token
+    """
+
+    counts: np.ndarray
+    token_ids: np.ndarray
+
+    def pieces(self, tokens: Iterable[slice]) -> list[Support]:
+        """Of runs of sampled tokens. Views."""
+        ends = np.cumsum([0, *self.counts])
+        return [Support(self.counts[run], self.token_ids[ends[run.start] : ends[run.stop]]) for run in tokens]
+
+    def of(self, is_chosen: np.ndarray) -> Support:
+        """Of the sampled tokens that a mask, bool [S], chooses."""
+        return Support(self.counts[is_chosen], self.token_ids[np.repeat(is_chosen, self.counts)])
+
+    def problem(self, sampled_ids: np.ndarray) -> str | None:
+        """What is wrong with it, if these tokens [S] were drawn."""
+        is_drawn = self.token_ids == np.repeat(sampled_ids, self.counts)
+        owners = np.repeat(np.arange(len(self.counts)), self.counts)
+        num_found = np.bincount(owners[is_drawn], minlength=len(self.counts))
+        return None if ((num_found == 1) | (self.counts == 0)).all() else "a token isn't among those it was drawn from"
+
+    @staticmethod
+    def of_draws(left: Sequence[np.ndarray]) -> Support:
+        """Of tokens that were each drawn from these."""
+        return Support(np.array(list(map(len, left)), TOKEN_DTYPE), np.concatenate(left, dtype=TOKEN_DTYPE))
+
+    @staticmethod
+    def join(parts: Sequence[tuple[Support | None, int]]) -> Support | None:
+        """Those of the parts in order, each with its number of sampled tokens; None if no part has any."""
+        if all(support is None for support, _ in parts):
+            return None
+        given = [support or Support(np.zeros(num, TOKEN_DTYPE), np.empty(0, TOKEN_DTYPE)) for support, num in parts]
+        counts, token_ids = zip(*((one.counts, one.token_ids) for one in given), strict=True)
+        return Support(np.concatenate(counts), np.concatenate(token_ids))
+
+
+@dataclass(frozen=True)
 class Payload:
     """Token buffers of one group, or of several joined in order.
 
     prompt_ids  int32 [sum of num_prompt_tokens]
     token_ids   int32 [sum of num_tokens], completion after completion, context after context
     logprobs    float32 [sum of num_sampled_tokens], rollout_logprobs (μ) at the sampling temperature
+    support     of the sampled tokens; None if each was drawn from the whole vocabulary
     """
 
     prompt_ids: np.ndarray
     token_ids: np.ndarray
     logprobs: np.ndarray
+    support: Support | None = None
 
     @property
     def num_bytes(self) -> int:
-        return self.prompt_ids.nbytes + self.token_ids.nbytes + self.logprobs.nbytes
+        return sum(buffer.nbytes for buffer, _ in self._buffers)
 
-    def frames(self) -> tuple[memoryview, memoryview, memoryview]:
-        """The three raw little-endian buffers, in the order of the fields. Views, where no other dtype is needed."""
-        return (
-            _bytes_of(self.prompt_ids, TOKEN_DTYPE),
-            _bytes_of(self.token_ids, TOKEN_DTYPE),
-            _bytes_of(self.logprobs, LOGPROB_DTYPE),
-        )
+    def frames(self) -> tuple[memoryview, ...]:
+        """The raw little-endian buffers, in the order of the fields: three, or five with `support`. Views, where no other
+        dtype is needed."""
+        return tuple(_bytes_of(buffer, dtype) for buffer, dtype in self._buffers)
+
+    @property
+    def _buffers(self) -> list[tuple[np.ndarray, np.dtype]]:
+        of_support = [self.support.counts, self.support.token_ids] if self.support else []
+        tokens = [(self.prompt_ids, TOKEN_DTYPE), (self.token_ids, TOKEN_DTYPE), (self.logprobs, LOGPROB_DTYPE)]
+        return tokens + [(buffer, TOKEN_DTYPE) for buffer in of_support]
 
     @staticmethod
     def from_frames(frames: Sequence[bytes | memoryview], groups: Iterable[Group]) -> Payload:
@@ -63,9 +111,9 @@ class Payload:
         num_prompt = sum(group.num_prompt_tokens for group in groups)
         num_tokens = sum(group.num_tokens for group in groups)
         num_sampled = sum(group.num_sampled_tokens for group in groups)
-        if len(frames) != 3:
-            raise ValueError(f"a payload has 3 frames, got {len(frames)}")
-        sizes = tuple(memoryview(frame).nbytes for frame in frames)
+        if len(frames) not in (3, 5):
+            raise ValueError(f"a payload has 3 or 5 frames, got {len(frames)}")
+        sizes = tuple(memoryview(frame).nbytes for frame in frames[:3])
         if sizes != (4 * num_prompt, 4 * num_tokens, 4 * num_sampled):
             raise ValueError(
                 f"payload frames of {sizes} bytes don't hold {num_prompt} prompt tokens, {num_tokens} others and "
@@ -75,6 +123,7 @@ class Payload:
             np.frombuffer(frames[0], TOKEN_DTYPE),
             np.frombuffer(frames[1], TOKEN_DTYPE),
             np.frombuffer(frames[2], LOGPROB_DTYPE),
+            _support_from(frames[3:], num_sampled),
         )
 
     def of_completions(self, group: Group, indices: Sequence[int]) -> Payload:
@@ -83,10 +132,13 @@ class Payload:
             return self
         tokens = _slices(completion.num_tokens for completion in group.completions)
         sampled = _slices(completion.num_sampled_tokens for completion in group.completions)
+        supports = self._supports([sampled[index] for index in indices])
+        logprobs = [self.logprobs[sampled[index]] for index in indices]
         return Payload(
             self.prompt_ids,
             np.concatenate([self.token_ids[tokens[index]] for index in indices]),
-            np.concatenate([self.logprobs[sampled[index]] for index in indices]),
+            np.concatenate(logprobs),
+            Support.join(list(zip(supports, map(len, logprobs), strict=True))),
         )
 
     def of_contexts(self, group: Group) -> Iterator[ContextTokens]:
@@ -94,10 +146,11 @@ class Payload:
         contexts = [one for completion in group.completions for one in completion.contexts]
         tokens = _slices(context.num_tokens for context in contexts)
         sampled = _slices(context.num_sampled_tokens for context in contexts)
-        pieces = zip(contexts, tokens, sampled, strict=True)
+        pieces = zip(contexts, tokens, sampled, self._supports(sampled), strict=True)
         for index, completion in enumerate(group.completions):
-            for number, (context, own, its) in enumerate(islice(pieces, len(completion.contexts))):
-                yield ContextTokens(index, number, context, self.prompt_ids, self.token_ids[own], self.logprobs[its])
+            for number, (context, own, its, support) in enumerate(islice(pieces, len(completion.contexts))):
+                logprobs_S = self.logprobs[its]
+                yield ContextTokens(index, number, context, self.prompt_ids, self.token_ids[own], logprobs_S, support)
 
     @staticmethod
     def join(payloads: Sequence[Payload]) -> Payload:
@@ -105,7 +158,8 @@ class Payload:
         if not payloads:
             return Payload(np.empty(0, TOKEN_DTYPE), np.empty(0, TOKEN_DTYPE), np.empty(0, LOGPROB_DTYPE))
         columns = zip(*((part.prompt_ids, part.token_ids, part.logprobs) for part in payloads), strict=True)
-        return Payload(*map(np.concatenate, columns))
+        support = Support.join([(part.support, len(part.logprobs)) for part in payloads])
+        return Payload(*map(np.concatenate, columns), support=support)
 
     def split(self, groups: Iterable[Group]) -> list[Payload]:
         """One payload per group, views on the joined buffers."""
@@ -114,9 +168,13 @@ class Payload:
         tokens = _slices(group.num_tokens for group in groups)
         sampled = _slices(group.num_sampled_tokens for group in groups)
         return [
-            Payload(self.prompt_ids[prompt], self.token_ids[own], self.logprobs[its])
-            for prompt, own, its in zip(prompts, tokens, sampled, strict=True)
+            Payload(self.prompt_ids[prompt], self.token_ids[own], self.logprobs[its], support)
+            for prompt, own, its, support in zip(prompts, tokens, sampled, self._supports(sampled), strict=True)
         ]
+
+    def _supports(self, sampled: Sequence[slice]) -> Sequence[Support | None]:
+        """Of runs of sampled tokens."""
+        return self.support.pieces(sampled) if self.support else [None] * len(sampled)
 
 
 @dataclass(frozen=True)
@@ -132,6 +190,8 @@ class ContextTokens:
     own_ids: np.ndarray
     """int32: all that `header.sampled` counts."""
     logprobs_S: np.ndarray
+    support_S: Support | None = None
+    """Of the sampled tokens."""
 
     @property
     def prompt_ids(self) -> np.ndarray:
@@ -155,6 +215,16 @@ class ContextTokens:
     def is_sampled(self) -> np.ndarray:
         """bool, of each of its own tokens."""
         return expand(self.header.sampled) == 1
+
+
+def _support_from(frames: Sequence[bytes | memoryview], num_sampled: int) -> Support | None:
+    """Of its two frames, or of none. Raises ValueError for other tokens than `num_sampled`."""
+    if not frames:
+        return None
+    counts, token_ids = (np.frombuffer(frame, TOKEN_DTYPE) for frame in frames)
+    if len(counts) != num_sampled or counts.min(initial=0) < 0 or counts.sum(dtype=np.int64) != len(token_ids):
+        raise ValueError(f"{len(token_ids)} tokens to draw from in {len(counts)} draws for {num_sampled} sampled ones")
+    return Support(counts, token_ids)
 
 
 def expand(runs: Runs) -> np.ndarray:

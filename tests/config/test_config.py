@@ -155,6 +155,12 @@ def test_a_bad_key_or_value_is_named_with_its_fix(override: str, words: str) -> 
             "rollout.temperature: must be 0.01 to 2 with rollout.engine vllm, got 3",
         ),
         (("rollout.engine=vllm", "eval.temperature=0.001"), "eval.temperature: must be 0.01 to 2 with rollout.engine"),
+        (
+            ("rollout.engine=vllm", "rollout.top_p=0.9"),
+            "rollout.top_p: needs an engine that tells which tokens it drew from; vllm doesn't, got 0.9 "
+            "(rollout.engine=torch, or rollout.top_p=1)",
+        ),
+        (("rollout.engine=vllm", "rollout.top_k=20"), "rollout.top_k: needs an engine that tells which tokens"),
         (("rollout.engine=vllm", "rollout.deterministic=true"), "rollout.deterministic: is a mode of the torch engine"),
         (
             ("learner.ranks=6", "learner.shards=4"),

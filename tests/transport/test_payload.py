@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -9,17 +11,17 @@ from hypothesis import strategies as st
 
 from asyncdapo.messages import GroupDone
 from asyncdapo.transport.codec import decode, encode
-from asyncdapo.transport.payload import Payload, expand
-from tests.episodes import Episodes, MadeContext
+from asyncdapo.transport.payload import Payload, Support, expand
+from tests.episodes import Episodes, MadeContext, narrowed
 
 seeds = st.integers(0, 1 << 32)
 
 
 def made(seed: int):
-    """A group, its payload, and its contexts as they were made."""
+    """A group, its payload, and its contexts as they were made; of every second one sampling was narrowed."""
     kept: list[list[MadeContext]] = []
     group, payload = Episodes(seed, versions=(0, 3)).group(change=kept.extend)
-    return group, payload, kept
+    return group, narrowed(group, payload, seed) if seed % 2 else payload, kept
 
 
 @given(seeds)
@@ -46,11 +48,44 @@ def test_a_part_of_a_payload_has_the_tokens_of_its_completions(seed: int) -> Non
     """And what is joined comes apart again."""
     (one, of_one, _), (other, of_other, _) = made(seed), made(seed + 1)
     joined = Payload.join([of_one, of_other])
-    assert [part.frames() for part in joined.split([one, other])] == [of_one.frames(), of_other.frames()]
+    assert [part.frames()[:3] for part in joined.split([one, other])] == [of_one.frames()[:3], of_other.frames()[:3]]
+    for part, whole in zip(joined.split([one, other]), (of_one, of_other), strict=True):
+        assert part.support is not None  # of one of the two groups it was narrowed
+        assert part.support.token_ids.tolist() == (whole.support.token_ids.tolist() if whole.support else [])
     of_last = of_one.of_completions(one, [len(one.completions) - 1])
     last = [tokens for tokens in of_one.of_contexts(one) if tokens.index == len(one.completions) - 1]
     assert of_last.token_ids.tolist() == np.concatenate([tokens.own_ids for tokens in last]).tolist()
     assert of_last.logprobs.tolist() == np.concatenate([tokens.logprobs_S for tokens in last]).tolist()
+
+
+@given(seeds)
+def test_what_a_token_was_drawn_from_stays_with_it(seed: int) -> None:
+    group, payload, _ = made(seed | 1)
+    read = Payload.from_frames(payload.frames(), [group])
+    parts = list(read.of_contexts(group))
+    last = read.of_completions(group, [len(group.completions) - 1])
+    assert Support.join([(part.support_S, len(part.logprobs_S)) for part in parts]) is not None
+    for tokens in parts:
+        assert tokens.support_S is not None
+        assert tokens.support_S.problem(tokens.own_ids[tokens.is_sampled]) is None
+        every_second = np.arange(len(tokens.logprobs_S)) % 2 == 0
+        some = tokens.support_S.of(every_second)
+        assert some.problem(tokens.own_ids[tokens.is_sampled][every_second]) is None
+        assert len(some.token_ids) == some.counts.sum()
+    of_last = [part.support_S.token_ids for part in parts if part.index == len(group.completions) - 1]
+    assert last.support.token_ids.tolist() == np.concatenate(of_last).tolist()
+
+
+@pytest.mark.parametrize("harm", ["a count more", "a token less", "a negative count", "a frame less"])
+def test_frames_of_what_was_drawn_from_that_contradict_each_other_are_refused(harm: str) -> None:
+    group, payload, _ = made(1)
+    counts, token_ids = payload.support.counts.copy(), payload.support.token_ids
+    if harm == "a negative count":
+        counts[:2] = -1, counts[:2].sum() + 1
+    support = Support(counts[:-1] if harm == "a count more" else counts, token_ids[: -1 if "token" in harm else None])
+    frames = replace(payload, support=support).frames()
+    with pytest.raises(ValueError, match=r"to draw from|3 or 5 frames"):
+        Payload.from_frames(frames[:4] if harm == "a frame less" else frames, [group])
 
 
 @given(seeds)

@@ -32,6 +32,8 @@ FIXED_KEYS = {
     "rollout.group_size",
     "rollout.max_response_length",
     "rollout.temperature",
+    "rollout.top_p",
+    "rollout.top_k",
     "replay.prompts_per_step",
     "replay.max_staleness",
 }

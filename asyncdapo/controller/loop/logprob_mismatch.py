@@ -32,7 +32,6 @@ from asyncdapo.controller.fleet.process import Process, ProcessDied
 from asyncdapo.controller.fleet.publishing import Publishing
 from asyncdapo.controller.fleet.ranks import LearnerRanks
 from asyncdapo.errors import EngineError, RunError
-from asyncdapo.messages import Sampling
 from asyncdapo.rollout.config import RolloutConfig
 from asyncdapo.rollout.engine import Sample
 from asyncdapo.seeds import sample_seed
@@ -90,7 +89,7 @@ class LogprobMismatch:
         self._prompts = list(prompts)
         self._seeds = [sample_seed(seed, PARITY_SEED, index) for index in range(len(prompts))]
         max_tokens = min(MAX_TOKENS, config.max_response_length)
-        self._sampling = Sampling(temperature=config.temperature, max_tokens=max_tokens)
+        self._sampling = config.sampling(max_tokens)
         self._warned: set[str] = set()
         """Workers above `parity_warn` in the comparison before."""
 
@@ -104,7 +103,8 @@ class LogprobMismatch:
         sampled = {worker.name: samples for worker, samples in zip(workers, answers, strict=True) if samples}
         if not sampled:
             return {}
-        pairs = [(self._prompts[at], sample.token_ids) for samples in sampled.values() for at, sample in samples]
+        probed = [one for samples in sampled.values() for one in samples]
+        pairs = [(self._prompts[at], sample.token_ids, sample.support) for at, sample in probed]
         async with self._publishing.turn:
             logprobs = iter(await self._learners.call_all(lambda learner: learner.probe, version, pairs))
         found = {

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from asyncdapo.algorithm.advantages import OfBatch
 from asyncdapo.shares import Batch, share_of
-from asyncdapo.transport.payload import Payload, expand
+from asyncdapo.transport.payload import ContextTokens, Payload, Support, expand
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,8 @@ class Row:
     """int32 [R]: of each token, in train steps; 0 of an observed one. None unless asked for."""
     reference_logprobs: np.ndarray | None = None
     """[R]: of the reference model; None without a KL penalty."""
+    support: Support | None = None
+    """[R]: which tokens each was drawn from; None is the whole vocabulary, as it is of an observed token."""
     weight: float = 1.0
     """Weight of each of its tokens in the loss of its update."""
 
@@ -132,6 +134,7 @@ def rows_by_update(
                 advantages[piece.place][index],
                 staleness=staleness,
                 context=tokens.number,
+                support=_support(tokens),
             )
             if with_token_staleness:
                 staleness_S = (batch.step - 1 - expand(tokens.header.versions)).astype(np.int32)
@@ -139,6 +142,13 @@ def rows_by_update(
             if with_zeros or row.advantage:
                 rows[batch.deal.updates[piece.place]].append(row)
     return rows
+
+
+def _support(tokens: ContextTokens) -> Support | None:
+    """Of the response. Only sampled tokens have one, and all of them are in the response."""
+    if tokens.support_S is None:
+        return None
+    return Support(tokens.spread(tokens.support_S.counts)[tokens.response], tokens.support_S.token_ids)
 
 
 def columns(batch: Batch) -> Columns:

@@ -3,6 +3,7 @@
 In come hidden states, the output layer's weight and the token drawn at each position; out go the log-prob of that token
 and the entropy of the distribution it was drawn from, `softmax((hidden @ weight.T + bias) / temperature)`, in nats.
 Scores (logits before the temperature) are made one chunk of tokens and vocabulary at a time and made again in backward.
+A token may have been drawn from a part of the vocabulary (`DrawnFrom`): then the distribution is over that part.
 
 Invariant: beyond tensors of N, N·H and V·H numbers, forward and backward hold a few chunks of at most CHUNK_ELEMENTS
 numbers, whatever N and V are. Forward takes tokens outside and
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -34,6 +36,34 @@ ALIGNMENT = 64
 """Cuts of the vocabulary fall on multiples of this, which fast matrix kernels want."""
 
 
+OUTSIDE = -1e20
+"""Score of a token that couldn't be drawn: so low that its probability is 0, and finite so that a chunk may have no
+other."""
+
+
+@dataclass(frozen=True)
+class DrawnFrom:
+    """Which tokens of the vocabulary each of the N could be; E of them in all, in the order of the N."""
+
+    ends_N: list[int]
+    """Behind its last one among the E."""
+    is_whole_N: Tensor
+    """bool: of the N, those that could be any token, and have none of the E."""
+    drawn_E: Tensor
+    """int64: which of the N each belongs to."""
+    token_ids_E: Tensor
+    """int64"""
+
+    def forbid(self, scores_nv: Tensor, rows: slice, columns: slice) -> None:
+        """Give the others in a chunk of scores their score."""
+        begin, end = ([0, *self.ends_N][at] for at in (rows.start, rows.stop))
+        place_e = self.token_ids_E[begin:end] - columns.start
+        is_here_e = (place_e >= 0) & (place_e < scores_nv.shape[1])
+        outside = ~self.is_whole_N[rows, None].repeat(1, scores_nv.shape[1] + 1)
+        outside[self.drawn_E[begin:end] - rows.start, place_e.where(is_here_e, scores_nv.shape[1])] = False
+        scores_nv.masked_fill_(outside[:, :-1], OUTSIDE)
+
+
 def linear_logprobs(
     hidden_NH: Tensor,
     weight_VH: Tensor,
@@ -42,10 +72,12 @@ def linear_logprobs(
     temperature: float,
     bias_V: Tensor | None = None,
     entropy_gradient: bool = False,
+    drawn_from: DrawnFrom | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-prob of each target and entropy (nats, without gradient unless asked for), both [N]: float64 for float64
-    input, else float32. Gradients are computed for those of hidden, weight and bias that ask for them."""
-    return _LinearLogprobs.apply(hidden_NH, weight_VH, bias_V, targets_N, temperature, entropy_gradient)
+    input, else float32. Gradients are computed for those of hidden, weight and bias that ask for them. `drawn_from`:
+    None is the whole vocabulary; each target has to be in its part."""
+    return _LinearLogprobs.apply(hidden_NH, weight_VH, bias_V, targets_N, temperature, entropy_gradient, drawn_from)
 
 
 def compile_chunks() -> None:
@@ -62,13 +94,13 @@ class _LinearLogprobs(torch.autograd.Function):
     sum would lose the small one where scores are large."""
 
     @staticmethod
-    def forward(ctx, hidden_NH, weight_VH, bias_V, targets_N, temperature, entropy_gradient):
+    def forward(ctx, hidden_NH, weight_VH, bias_V, targets_N, temperature, entropy_gradient, drawn_from):
         weight_VH[:, 0].index_select(0, targets_N)  # raises for a target outside the vocabulary
         max_N, sum_N, mean_N, logp_N = hidden_NH.new_empty((4, len(targets_N)), dtype=_wide(hidden_NH.dtype))
         for rows in _token_chunks(hidden_NH, weight_VH):
             statistics = None
             for columns in _vocabulary_chunks(weight_VH):
-                scores_nv = _scores(hidden_NH[rows], weight_VH, bias_V, columns)
+                scores_nv = _scores(hidden_NH, weight_VH, bias_V, rows, columns, drawn_from)
                 part = chunk_statistics(scores_nv, targets_N[rows] - columns.start, temperature)
                 statistics = part if statistics is None else _merge(statistics, part, temperature)
             assert statistics is not None, "a vocabulary has a chunk or more"
@@ -78,7 +110,7 @@ class _LinearLogprobs(torch.autograd.Function):
         log_sum_N = sum_N.log()
         logp_N = logp_N / temperature - log_sum_N
         entropy_N = log_sum_N - mean_N
-        ctx.temperature = temperature
+        ctx.temperature, ctx.drawn_from = temperature, drawn_from
         ctx.save_for_backward(hidden_NH, weight_VH, bias_V, targets_N, max_N, sum_N, mean_N)
         ctx.set_materialize_grads(False)
         if not entropy_gradient:
@@ -91,7 +123,7 @@ class _LinearLogprobs(torch.autograd.Function):
         hidden_NH, weight_VH, bias_V, targets_N, max_N, sum_N, mean_N = ctx.saved_tensors
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         if grad_logp_N is None and grad_entropy_N is None:
-            return (None,) * 6
+            return (None,) * 7
         wide = max_N.dtype
         grad_logp_N = torch.zeros_like(max_N) if grad_logp_N is None else grad_logp_N
         grad_hidden_NH = torch.zeros_like(hidden_NH, dtype=wide) if wants_hidden else None
@@ -104,7 +136,7 @@ class _LinearLogprobs(torch.autograd.Function):
             sum_v = None if grad_bias_V is None else grad_bias_V[columns].to(wide)
             for rows in _token_chunks(hidden_NH, weight_VH):
                 grad_nv = chunk_gradient(
-                    _scores(hidden_NH[rows], weight_VH, bias_V, columns),
+                    _scores(hidden_NH, weight_VH, bias_V, rows, columns, ctx.drawn_from),
                     targets_N[rows] - columns.start,
                     (max_N[rows], sum_N[rows], mean_N[rows]),
                     grad_logp_N[rows],
@@ -124,7 +156,7 @@ class _LinearLogprobs(torch.autograd.Function):
                 grad_bias_V[columns] = sum_v
         if grad_hidden_NH is not None:
             grad_hidden_NH = grad_hidden_NH.to(hidden_NH.dtype)
-        return grad_hidden_NH, grad_weight_VH, grad_bias_V, None, None, None
+        return grad_hidden_NH, grad_weight_VH, grad_bias_V, None, None, None, None
 
 
 def _chunk_statistics(scores_nv: Tensor, targets_n: Tensor, temperature: float) -> tuple[Tensor, ...]:
@@ -181,9 +213,20 @@ def _merge(a: tuple[Tensor, ...], b: tuple[Tensor, ...], temperature: float) -> 
     return max_n, sum_n, weighted_n, a[3] + b[3]
 
 
-def _scores(hidden_nH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, columns: slice) -> Tensor:
-    scores_nv = _product(hidden_nH, weight_VH[columns].T)
-    return scores_nv if bias_V is None else scores_nv.add_(bias_V[columns])
+def _scores(
+    hidden_NH: Tensor,
+    weight_VH: Tensor,
+    bias_V: Tensor | None,
+    rows: slice,
+    columns: slice,
+    drawn_from: DrawnFrom | None,
+) -> Tensor:
+    scores_nv = _product(hidden_NH[rows], weight_VH[columns].T)
+    if bias_V is not None:
+        scores_nv.add_(bias_V[columns])
+    if drawn_from is not None:
+        drawn_from.forbid(scores_nv, rows, columns)
+    return scores_nv
 
 
 def _add_product(into: Tensor, a: Tensor, b: Tensor) -> None:

@@ -30,6 +30,8 @@ from torch import Tensor
 
 from asyncdapo.learner.batches.samples import Row
 from asyncdapo.learner.model.attention_layout import Layout, on_device
+from asyncdapo.learner.model.logprobs import DrawnFrom
+from asyncdapo.transport.payload import Support
 
 _NOTHING = np.zeros(1, np.float32)
 IDLE = Row(
@@ -87,6 +89,8 @@ class MicroBatch:
     """int64: the loss-bearing tokens."""
     cells_n: Tensor
     """int64: their cells in a [B, T] rectangle, row after row."""
+    drawn_from: DrawnFrom | None
+    """What each of them was drawn from; None if all were from the whole vocabulary."""
     loss_mask_BT: Tensor
     """bool; true at the response tokens that bear loss."""
     rollout_logprobs_BT: Tensor
@@ -207,6 +211,7 @@ def pack(rows: Sequence[Row], device: torch.device) -> MicroBatch:
         sources_n=on_device(sources_BT.reshape(-1)[cells_n], device),
         targets_n=on_device(targets_BT.reshape(-1)[cells_n].astype(np.int64), device),
         cells_n=on_device(cells_n, device),
+        drawn_from=_drawn_from(rows, device),
         loss_mask_BT=on_device(loss_mask_BT, device),
         rollout_logprobs_BT=on_device(_rectangle([row.rollout_logprobs for row in rows], shape), device),
         start_logprobs_BT=column([row.start_logprobs for row in rows]),
@@ -218,6 +223,20 @@ def pack(rows: Sequence[Row], device: torch.device) -> MicroBatch:
         weights_B=on_device(np.array([row.weight for row in rows], np.float64), device),
         staleness_B=on_device(np.array([row.staleness for row in rows], np.int64), device),
         work=Work(sum(row.num_tokens for row in rows), layout.num_tokens, len(cells_n), layout.num_pairs),
+    )
+
+
+def _drawn_from(rows: Sequence[Row], device: torch.device) -> DrawnFrom | None:
+    """Of the loss-bearing tokens, row after row."""
+    support = Support.join([(row.support and row.support.of(row.loss_mask), row.num_loss_tokens) for row in rows])
+    if support is None:
+        return None
+    drawn_e = np.repeat(np.arange(len(support.counts)), support.counts)
+    return DrawnFrom(
+        np.cumsum(support.counts).tolist(),
+        on_device(support.counts == 0, device),
+        on_device(drawn_e, device),
+        on_device(support.token_ids.astype(np.int64), device),
     )
 
 

@@ -1,8 +1,8 @@
 """Policy: a causal LM and its log-probs of given tokens, in one module whose forward pass is all that anybody computes.
 
-In: packed micro-batches. Out: log-prob and entropy of each loss-bearing token, at the sampling temperature, as the
-rollout engine took its own, and without dropout. Vocabulary logits are computed only for those tokens, a part of them
-at a time (`logprobs`).
+In: packed micro-batches. Out: log-prob and entropy of each loss-bearing token, at the sampling temperature and over
+what it was drawn from, as the rollout engine took its own, and without dropout. Vocabulary logits are computed only for
+those tokens, a part of them at a time (`logprobs`).
 
 Invariant: trunk and output layer run inside this module's `forward`, or a method in `ENTRIES`. Sharded weights are
 whole only there (`sharding`): a part that is called from outside would compute with shards, or leave its gradient where
@@ -64,6 +64,7 @@ class Policy(nn.Module):
             temperature=self.temperature,
             bias_V=head.bias,
             entropy_gradient=entropy_gradient,
+            drawn_from=micro_batch.drawn_from,
         )
         return micro_batch.rectangle(logp_n), micro_batch.rectangle(entropy_n)
 

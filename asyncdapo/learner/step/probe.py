@@ -1,8 +1,9 @@
 """Probe: what the policy makes of tokens that an engine has sampled, for a comparison of the two.
 
 In: prompts with their responses. Out: the log-prob of each response token, through the forward pass of training: the
-same dtype, the sampling temperature, packed micro-batches. Invariant: weights and random state stay
-as they are, so that a run with probes trains as one without. Does not own: who sampled, what a difference means.
+same dtype, the sampling temperature, what the token was drawn from, packed micro-batches. Invariant: weights and random
+state stay as they are, so that a run with probes trains as one without. Does not own: who sampled, what a difference
+means.
 
 Shapes: B sequences, T tokens (prompt and response), P prompt tokens, R response tokens.
 """
@@ -17,9 +18,10 @@ import torch
 from asyncdapo.learner.batches.samples import Row
 from asyncdapo.learner.model.packing import micro_batches, pack
 from asyncdapo.learner.model.policy import Policy
+from asyncdapo.transport.payload import Support
 
-Pair = tuple[Sequence[int], np.ndarray]
-"""Prompt ids [P] and response ids int32 [R]."""
+Pair = tuple[Sequence[int], np.ndarray, Support | None]
+"""Prompt ids [P], response ids int32 [R], and what these were drawn from."""
 
 
 @torch.no_grad()
@@ -34,7 +36,7 @@ def response_logprobs(policy: Policy, pairs: Sequence[Pair], max_tokens: int) ->
     return [found[index] for index in range(len(pairs))]
 
 
-def _row(index: int, prompt_ids: Sequence[int], token_ids: np.ndarray) -> Row:
+def _row(index: int, prompt_ids: Sequence[int], token_ids: np.ndarray, support: Support | None) -> Row:
     """A response whose tokens all count."""
     return Row(
         index,
@@ -45,4 +47,5 @@ def _row(index: int, prompt_ids: Sequence[int], token_ids: np.ndarray) -> Row:
         loss_mask=np.ones(len(token_ids), bool),
         advantage=0.0,
         staleness=0,
+        support=support,
     )

@@ -9,6 +9,7 @@ What is shown, for each context of each completion:
                         the checksum that was taken at the engine is that of the tokens here
     once                each turn stands in one context, so none of its tokens bears loss twice: turns are numbered, and
                         a checksum is of the number, too
+    drawn               where sampling was narrowed, each token is among those that it was drawn from
 
 Does not own: whether the group is what its lease asked for (`arrivals`).
 """
@@ -61,6 +62,8 @@ def token_problem(group: Group, payload: Payload) -> str | None:
     for tokens in payload.of_contexts(group):
         if (number := _other_turn(tokens)) is not None:
             return f"completion {tokens.index}: turn {number} was sampled behind other tokens, or is another one"
+        if tokens.support_S and (problem := tokens.support_S.problem(tokens.own_ids[tokens.is_sampled])):
+            return f"completion {tokens.index}: {problem}"
     return None
 
 

@@ -4,6 +4,7 @@ In: a group's header and buffers. Out: their place, and from the place the same 
 
     "RC3\\xff" | uint32 header bytes, uint32 crc of the buffers, uint32 crc of these two and the header
     msgpack `Group` | prompt_ids int32 | token_ids int32 | logprobs float32                          (little-endian)
+    and, where sampling was narrowed, | counts int32 | token_ids int32 of its `Support`
 
 Both checksums are CRC-32: they guard against accidents. The header has one of its own because it is also read alone.
 Records of earlier formats are read, too (`former`). Those with the mark "RC2\\xff" have another header. Those before
@@ -23,6 +24,7 @@ import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import BinaryIO
 from zlib import crc32
@@ -156,9 +158,11 @@ def read_record(folder: Path, place: Place) -> tuple[Group, Payload]:
         buffers = memoryview(_take(file, place, place.end - file.tell()))
         if crc not in (None, crc32(buffers)):
             raise ValueError("its tokens are damaged: another checksum than was written")
-        prompt_end = 4 * group.num_prompt_tokens
-        tokens_end = prompt_end + 4 * group.num_tokens
-        frames = (buffers[:prompt_end], buffers[prompt_end:tokens_end], buffers[tokens_end:])
+        num_sampled = group.num_sampled_tokens
+        sizes = [group.num_prompt_tokens, group.num_tokens, num_sampled, num_sampled]
+        ends = [4 * end for end in accumulate(sizes, initial=0)]
+        frames = [buffers[begin:end] for begin, end in pairwise(ends)]
+        frames = [*frames, buffers[ends[-1] :]] if len(buffers) > ends[-2] else frames[:3]
         return group, Payload.from_frames(frames, [group])
 
 

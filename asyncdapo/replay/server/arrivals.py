@@ -148,10 +148,11 @@ def check_group(
         raise BadGroup(problem)
     if payload.prompt_ids.tolist() != lease.prompt.token_ids:
         raise BadGroup("its prompt tokens are not those of its lease")
-    if payload.token_ids.min() < 0:
-        raise BadGroup("a token id is negative")
-    if vocab_size is not None and payload.token_ids.max() >= vocab_size:
-        raise BadGroup(f"token id {payload.token_ids.max()} is beyond the vocabulary of {vocab_size}")
+    for token_ids in (payload.token_ids, *([payload.support.token_ids] if payload.support else [])):
+        if token_ids.min(initial=0) < 0:
+            raise BadGroup("a token id is negative")
+        if vocab_size is not None and token_ids.max(initial=0) >= vocab_size:
+            raise BadGroup(f"token id {token_ids.max()} is beyond the vocabulary of {vocab_size}")
     if not (np.isfinite(payload.logprobs).all() and payload.logprobs.max() <= MAX_LOGPROB):
         raise BadGroup("a log-prob is above 0 or not finite")
     return payload

@@ -20,6 +20,7 @@ from asyncdapo.rollout.engine import Sample
 from asyncdapo.rollout.torch_engine.kv_cache import Span, round_up
 from asyncdapo.rollout.torch_engine.sampling import uniforms
 from asyncdapo.rollout.torch_engine.scheduler import Job
+from asyncdapo.transport.payload import Support
 
 
 @dataclass(eq=False)
@@ -31,6 +32,8 @@ class Running:
     """Number of this sample in the job."""
     past_versions: Runs = field(default_factory=list)
     """Run lengths of the versions before the one in use."""
+    left: list[np.ndarray] = field(default_factory=list)
+    """int32: of each token, those that it was drawn from; empty unless top-k or top-p narrow the draws."""
 
     def close_run(self, version: int, num_sampled: int) -> None:
         """All tokens since the last run were sampled with `version`."""
@@ -120,6 +123,12 @@ class Batch:
         rows["position"] += rows["active"]
         num_sampled += rows["active"]
 
+    def note_left(self, slot: int, left: np.ndarray) -> None:
+        """The next token of a slot is drawn from these."""
+        running = self.running[slot]
+        assert running is not None, f"slot {slot} is free"
+        running.left.append(left)
+
     def sample(self, slot: int, version: int, finish_reason: FinishReason) -> Sample:
         """The finished sample of a slot. Its last token was sampled with `version`."""
         running, num_sampled = self.running[slot], int(self.rows["num_sampled"][slot])
@@ -130,6 +139,7 @@ class Batch:
             logprobs=self.logprobs[slot, :num_sampled].copy(),
             versions=running.past_versions,
             finish_reason=finish_reason,
+            support=Support.of_draws(running.left) if running.left else None,
         )
 
     def release(self, slot: int) -> Running:

@@ -29,7 +29,7 @@ from asyncdapo.rollout.torch_engine.batch import Batch
 from asyncdapo.rollout.torch_engine.checkpoint import Checkpoint
 from asyncdapo.rollout.torch_engine.kv_cache import KVCache
 from asyncdapo.rollout.torch_engine.model import Model
-from asyncdapo.rollout.torch_engine.sampling import draw
+from asyncdapo.rollout.torch_engine.sampling import draw, narrow
 from asyncdapo.rollout.torch_engine.scheduler import Job, Prefill, Scheduler
 from asyncdapo.rollout.torch_engine.sdpa_cache import SdpaCache
 from asyncdapo.rollout.torch_engine.weights import Weights
@@ -228,13 +228,14 @@ class Runner:
     def _sample(self, start: int, end: int, logits_BV: torch.Tensor, progress: Progress) -> None:
         """Sample a token for each of the slots [start, end), and remove the sequences that it ends."""
         batch, rows = self._batch, self._batch.rows[start:end]
-        greedy, narrowed = rows["greedy"].any(), (rows["top_k"] > 0).any() or (rows["top_p"] < 1).any()
+        narrowed = np.flatnonzero((rows["top_k"] > 0) | (rows["top_p"] < 1))
+        if len(narrowed):
+            self._narrow(start, narrowed, logits_BV)
         tokens_B, logprobs_B = draw(
             logits_BV,
             self._on_device(rows["temperature"]),
             self._on_device(batch.next_uniforms(start, end)),
-            greedy_B=self._on_device(rows["greedy"]) if greedy else None,
-            narrowing=(self._on_device(rows["top_k"]), self._on_device(rows["top_p"])) if narrowed else None,
+            greedy_B=self._on_device(rows["greedy"]) if rows["greedy"].any() else None,
         )
         tokens, logprobs = tokens_B.cpu().numpy(), logprobs_B.cpu().numpy()
         if not np.isfinite(logprobs).all():
@@ -244,6 +245,18 @@ class Runner:
         ended = (stopped | (rows["num_sampled"] == rows["max_tokens"])) & (rows["active"] == 1)
         for at in np.flatnonzero(ended).tolist():
             self._finish(start + at, "stop" if stopped[at] else "length", progress)
+
+    def _narrow(self, start: int, narrowed: np.ndarray, logits_BV: torch.Tensor) -> None:
+        """Leave only the tokens of top-k and top-p in these rows of the slots from `start` on, and note which."""
+        rows = self._batch.rows[start:][narrowed]
+        limits = (self._on_device(rows[name]) for name in ("temperature", "top_k", "top_p"))
+        chosen = self._on_device(narrowed)
+        left_RV = narrow(logits_BV[chosen], *limits)
+        logits_BV[chosen] = left_RV
+        at, token_ids = (left_RV > -torch.inf).nonzero().cpu().numpy().T
+        parts = np.split(token_ids.astype(np.int32), np.flatnonzero(np.diff(at)) + 1)
+        for slot, left in zip((start + narrowed).tolist(), parts, strict=True):
+            self._batch.note_left(slot, left)
 
     def _finish(self, slot: int, reason: FinishReason, progress: Progress) -> None:
         sample = self._batch.sample(slot, self.version, reason)

@@ -1,10 +1,10 @@
-"""Sampling: draws one token per row of logits, and says how likely it was.
+"""Sampling: narrows rows of logits, draws one token per row, and says how likely it was.
 
 The uniform number behind a draw is a pure function of the sample's seed and the token's index in the response, and the
 draw is the inverse of the cumulative distribution. So a sample doesn't depend on the others in its batch.
 
-The log-prob is the float32 log-softmax of logits / T over the whole vocabulary at the sampling temperature T, even if
-top-k or top-p restrict the choice (evaluation). Greedy tokens use T = 1.
+The log-prob is the float32 log-softmax of logits / T at the sampling temperature T, over the tokens that top-k and
+top-p have left: those alone have a finite logit. Greedy tokens use T = 1.
 
 Shapes: B rows, V vocabulary.
 """
@@ -38,20 +38,13 @@ def draw(
     uniforms_B: torch.Tensor,
     *,
     greedy_B: torch.Tensor | None = None,
-    narrowing: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids int64 [B] and their log-probs float32 [B].
 
-    `greedy_B` marks rows that take their most likely token. `narrowing` is (top_k, top_p) per row; 0 and 1 don't
-    restrict a row. Only the rows that need it are sorted, or searched for their most likely token.
+    `greedy_B` marks rows that take their most likely token. Only those are searched for it.
     """
     logprobs_BV = torch.log_softmax(logits_BV / temperatures_B.unsqueeze(1), dim=-1)
-    probs_BV = logprobs_BV.exp()
-    if narrowing is not None:
-        top_k_B, top_p_B = narrowing
-        rows = ((top_k_B > 0) | (top_p_B < 1)).nonzero().squeeze(1)
-        probs_BV[rows] = narrow(probs_BV[rows], top_k_B[rows], top_p_B[rows])
-    cumulative_BV = probs_BV.cumsum(-1, dtype=torch.float64)
+    cumulative_BV = logprobs_BV.exp().cumsum(-1, dtype=torch.float64)
     targets_B1 = uniforms_B.unsqueeze(1) * cumulative_BV[:, -1:]
     # Beyond the last token only if logits are not finite; the log-prob then isn't either.
     tokens_B1 = torch.searchsorted(cumulative_BV, targets_B1, right=True).clamp_(max=logits_BV.shape[1] - 1)
@@ -61,15 +54,15 @@ def draw(
     return tokens_B1.squeeze(1), logprobs_BV.gather(1, tokens_B1).squeeze(1)
 
 
-def narrow(probs_BV: torch.Tensor, top_k_B: torch.Tensor, top_p_B: torch.Tensor) -> torch.Tensor:
-    """Probabilities with the tokens outside top-k, and then outside top-p of what remains, set to 0.
-
-    Top-p keeps the most likely tokens until their share reaches `top_p`, at least one.
-    """
-    sorted_BV, order_BV = probs_BV.sort(dim=-1, descending=True, stable=True)
-    ranks_V = torch.arange(probs_BV.shape[-1], device=probs_BV.device)
-    limits_B1 = torch.where(top_k_B > 0, top_k_B, probs_BV.shape[-1]).unsqueeze(1)
-    sorted_BV = sorted_BV * (ranks_V < limits_B1)
-    before_BV = sorted_BV.cumsum(-1) - sorted_BV
-    kept_BV = (before_BV < top_p_B.unsqueeze(1) * sorted_BV.sum(-1, keepdim=True)) | (top_p_B.unsqueeze(1) >= 1)
-    return torch.zeros_like(probs_BV).scatter_(1, order_BV, sorted_BV * kept_BV)
+def narrow(
+    logits_BV: torch.Tensor, temperatures_B: torch.Tensor, top_k_B: torch.Tensor, top_p_B: torch.Tensor
+) -> torch.Tensor:
+    """The logits, with -inf at the tokens outside top-k, and then outside top-p of what remains; 0 and 1 restrict
+    nothing. Top-p leaves the most likely tokens until their share reaches `top_p`, at least one."""
+    scores_BV, order_BV = (logits_BV / temperatures_B.unsqueeze(1)).sort(dim=-1, descending=True, stable=True)
+    ranks_V = torch.arange(logits_BV.shape[-1], device=logits_BV.device)
+    in_top_k_BV = ranks_V < torch.where(top_k_B > 0, top_k_B, logits_BV.shape[-1]).unsqueeze(1)
+    probs_BV = scores_BV.masked_fill(~in_top_k_BV, -torch.inf).softmax(-1)
+    before_BV = probs_BV.cumsum(-1) - probs_BV
+    is_left_BV = in_top_k_BV & ((before_BV < top_p_B.unsqueeze(1)) | (top_p_B.unsqueeze(1) >= 1))
+    return logits_BV.masked_fill(~is_left_BV.scatter(1, order_BV, is_left_BV), -torch.inf)

@@ -176,7 +176,7 @@ def sampling_with(version: int = 3, apart: float = 0.0) -> Probe:
 
 
 async def minus_one(version: int, pairs: list) -> list[np.ndarray]:
-    return [np.full(len(token_ids), -1, np.float32) for _, token_ids in pairs]
+    return [np.full(len(token_ids), -1, np.float32) for _, token_ids, _ in pairs]
 
 
 def test_the_metrics_are_those_of_the_worst_worker(caplog):

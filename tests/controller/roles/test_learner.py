@@ -190,7 +190,7 @@ def test_the_log_probs_of_the_first_groups_are_kept_as_they_were_trained_on(path
             rows = [
                 row for rows in process.prepared.rows for row in rows if row.index < ends[-1] and row.num_loss_tokens
             ]
-            before = process.learner.logprobs(0, [(row.prompt_ids, row.token_ids) for row in rows])
+            before = process.learner.logprobs(0, [(row.prompt_ids, row.token_ids, None) for row in rows])
             await process.train_step()
             found = learned_logprobs(tmp_path, 1)
             assert len(found) == len(rows) > 1

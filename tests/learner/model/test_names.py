@@ -89,7 +89,7 @@ def test_an_engine_takes_from_such_a_file_and_such_a_learner_the_same_weights(tm
 
     sampled = asyncio.run(sample())
     assert sampled.versions == [(1, 24)]
-    [logprobs] = learner.logprobs(1, [(np.array([1, 2, 3]), sampled.token_ids)])
+    [logprobs] = learner.logprobs(1, [(np.array([1, 2, 3]), sampled.token_ids, None)])
     np.testing.assert_allclose(sampled.logprobs, logprobs, atol=1e-4)
 
 

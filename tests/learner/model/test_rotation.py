@@ -44,7 +44,7 @@ def change_beside(make, num_positions: int) -> float:
     torch.manual_seed(0)
     model, rng = make().eval().double(), np.random.default_rng(0)
     short, long = (
-        (rng.integers(VOCAB_SIZE, size=4), rng.integers(VOCAB_SIZE, size=total - 4))
+        (rng.integers(VOCAB_SIZE, size=4), rng.integers(VOCAB_SIZE, size=total - 4), None)
         for total in (ORIGINAL, num_positions)
     )
     alone, beside = (response_logprobs(Policy(model), pairs, 4096)[0] for pairs in ([short], [short, long]))

@@ -200,7 +200,7 @@ def test_a_bfloat16_learner_makes_nearly_the_same_step_as_one_in_float32(path) -
 def test_a_bfloat16_learner_makes_rewarded_responses_likelier(path) -> None:
     learner = make_learner(path, dtype="bfloat16", lr=3e-3)
     prompt_ids, token_ids = torch.tensor([3, 1, 4]).int().numpy(), torch.arange(5, 13).int().numpy()
-    pairs = [(prompt_ids, token_ids[:4]), (prompt_ids, token_ids[4:])]
+    pairs = [(prompt_ids, token_ids[:4], None), (prompt_ids, token_ids[4:], None)]
     sums = []
     for step in range(1, 6):
         logprobs = learner.logprobs(step - 1, pairs)

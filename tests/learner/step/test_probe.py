@@ -22,7 +22,7 @@ def pairs(*lengths: tuple[int, int]) -> list[Pair]:
     """Random prompts and responses of these lengths."""
     rng = np.random.default_rng(0)
     return [
-        (rng.integers(0, VOCAB_SIZE, num_prompt).tolist(), rng.integers(0, VOCAB_SIZE, num, dtype=np.int32))
+        (rng.integers(0, VOCAB_SIZE, num_prompt).tolist(), rng.integers(0, VOCAB_SIZE, num, dtype=np.int32), None)
         for num_prompt, num in lengths
     ]
 
@@ -43,7 +43,7 @@ def test_log_probs_are_those_of_a_plain_forward_pass_in_the_order_that_was_asked
     answers = learner.logprobs(0, asked)
     assert len(answers) == len(asked)
     for answer, pair in zip(answers, asked, strict=True):
-        np.testing.assert_allclose(answer, plain_logprobs(*pair), atol=1e-5)
+        np.testing.assert_allclose(answer, plain_logprobs(*pair[:2]), atol=1e-5)
 
 
 def test_a_run_with_probes_trains_as_one_without(path):

@@ -64,6 +64,26 @@ def test_logprobs_are_taken_at_the_sampling_temperature(tmp_path):
         assert max(largest_difference(model, asked, sample) for sample in samples) < 1e-4
 
 
+def test_narrowed_draws_have_the_log_probs_that_the_learner_has_over_the_same_tokens(tmp_path):
+    """Beside others in the same slots; those over the whole vocabulary are others."""
+    limits = ({"top_k": 3}, {"top_p": 0.7}, {"top_k": 5, "top_p": 0.8}, {})
+    requests = [request(length, range(3), temperature=0.7, **limit) for length, limit in enumerate(limits, start=4)]
+    path = saved(random_model("qwen2.5"), tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    results = asyncio.run(generate(path, requests))
+    found = [(asked, sample) for asked, samples in zip(requests, results, strict=True) for sample in samples]
+    assert [sample.support is None for _, sample in found] == [False] * 9 + [True] * 3
+    assert all(sample.support.counts.max() <= 3 for _, sample in found[:3])
+    assert not any(sample.support.problem(sample.token_ids) for _, sample in found[:9])
+    learner = make_learner(path, temperature=0.7)
+    triples = [(asked.prompt_ids, sample.token_ids, sample.support) for asked, sample in found]
+    over_support = np.concatenate(learner.logprobs(0, triples))
+    over_all = np.concatenate(learner.logprobs(0, [(prompt, response, None) for prompt, response, _ in triples]))
+    of_engine = np.concatenate([sample.logprobs for _, sample in found])
+    assert np.abs(of_engine - over_support).max() < 1e-4
+    assert np.abs(of_engine - over_all).max() > 0.1
+
+
 def test_long_and_short_sequences_side_by_side_in_many_slots_match(tmp_path):
     """More slots than one block of the cache, refilled while others are far ahead."""
     model = random_model()
@@ -116,7 +136,7 @@ def test_engine_and_learner_agree_better_in_float16_than_in_bfloat16(tmp_path, c
     for dtype in ("float32", "bfloat16", "float16"):
         results = asyncio.run(generate(path, requests, dtype=dtype, slots=16))
         found = [(asked, sample) for asked, samples in zip(requests, results, strict=True) for sample in samples]
-        pairs = [(asked.prompt_ids, sample.token_ids) for asked, sample in found]
+        pairs = [(asked.prompt_ids, sample.token_ids, None) for asked, sample in found]
         of_learner = np.concatenate(make_learner(path, dtype=dtype).logprobs(0, pairs))
         apart = np.abs(np.concatenate([sample.logprobs for _, sample in found]) - of_learner)
         means[dtype] = apart.mean()

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 
-from asyncdapo.rollout.torch_engine import sampling
 from asyncdapo.rollout.torch_engine.sampling import draw, narrow, uniforms
 
 
@@ -77,45 +76,45 @@ def test_greedy_rows_take_the_most_likely_token_beside_sampled_rows():
     assert logprobs[0].item() == pytest.approx(logits[0].log_softmax(-1)[1].item(), abs=1e-6)
 
 
-def test_top_k_draws_only_the_k_most_likely_tokens():
+def narrowed(logits, count=1, top_k=0, top_p=1.0):
+    rows = logits.expand(count, -1)
+    return narrow(rows, torch.ones(count), torch.full((count,), top_k), torch.full((count,), top_p))
+
+
+def left(logits, **limits):
+    return set((narrowed(logits, **limits)[0] > -torch.inf).nonzero().flatten().tolist())
+
+
+def test_top_k_draws_only_the_k_most_likely_tokens_and_says_how_likely_they_were_among_them():
     logits = torch.tensor([0.0, 3.0, 1.0, 2.0, -1.0])
-    tokens, logprobs = draw_many(logits, 2000, narrowing=(torch.full((2000,), 2), torch.ones(2000)))
+    numbers = torch.from_numpy(uniforms([11], 2000)[0])
+    tokens, logprobs = draw(narrowed(logits, 2000, top_k=2), torch.ones(2000), numbers)
     assert set(tokens.tolist()) == {1, 3}
-    share = (tokens == 1).float().mean().item()
-    assert share == pytest.approx(torch.tensor([3.0, 2.0]).softmax(-1)[0].item(), abs=0.04)
-    assert logprobs[0].item() == pytest.approx(logits.log_softmax(-1)[tokens[0]].item(), abs=1e-6)
+    expected = torch.tensor([3.0, 2.0]).log_softmax(-1)
+    assert (tokens == 1).float().mean().item() == pytest.approx(expected[0].exp().item(), abs=0.04)
+    assert logprobs[tokens == 1].tolist() == pytest.approx([expected[0].item()] * int((tokens == 1).sum()), abs=1e-6)
 
 
-def test_top_p_keeps_the_fewest_tokens_that_reach_the_share():
-    probs = torch.tensor([[0.1, 0.4, 0.2, 0.3]])
-    for top_p, kept in ((0.3, {1}), (0.4, {1}), (0.45, {1, 3}), (0.75, {1, 2, 3}), (1.0, {0, 1, 2, 3})):
-        narrowed = narrow(probs, torch.zeros(1, dtype=torch.int64), torch.tensor([top_p]))
-        assert set(narrowed[0].nonzero().flatten().tolist()) == kept
+def test_top_p_leaves_the_fewest_tokens_that_reach_the_share():
+    logits = torch.tensor([0.1, 0.4, 0.2, 0.3]).log()
+    for top_p, expected in ((0.3, {1}), (0.4, {1}), (0.45, {1, 3}), (0.75, {1, 2, 3}), (1.0, {0, 1, 2, 3})):
+        assert left(logits, top_p=top_p) == expected
 
 
 def test_top_p_applies_to_what_top_k_leaves():
-    probs = torch.tensor([[0.1, 0.4, 0.2, 0.3]])
-    narrowed = narrow(probs, torch.tensor([2]), torch.tensor([0.5]))  # 0.4 of 0.7 is more than half
-    assert narrowed[0].nonzero().flatten().tolist() == [1]
+    logits = torch.tensor([0.1, 0.4, 0.2, 0.3]).log()
+    assert left(logits, top_k=2, top_p=0.5) == {1}  # 0.4 of 0.7 is more than half
+
+
+def test_shares_are_those_at_the_temperature():
+    logits = torch.tensor([[0.1, 0.6, 0.3]]).log()
+    hot = narrow(logits, torch.tensor([4.0]), torch.zeros(1, dtype=torch.int64), torch.tensor([0.6]))
+    assert (hot > -torch.inf).sum() == 2  # at temperature 1 the first alone reaches 0.6
+    assert torch.equal(hot[hot > -torch.inf], logits[0, 1:])
 
 
 def test_rows_that_ask_for_nothing_keep_their_whole_distribution():
-    probs = torch.randn(2, 9).softmax(-1)
-    narrowed = narrow(probs, torch.tensor([0, 3]), torch.ones(2))
-    assert torch.equal(narrowed[0], probs[0])
-    assert (narrowed[1] > 0).sum() == 3
-
-
-def test_only_the_rows_that_ask_for_it_are_sorted_and_the_others_draw_as_without_them(monkeypatch):
-    torch.manual_seed(0)
-    logits, numbers = torch.randn(6, 20), torch.rand(6, dtype=torch.float64)
-    alone, logprobs_alone = draw(logits, torch.ones(6), numbers)
-    sorted_rows = []
-    monkeypatch.setattr(sampling, "narrow", lambda *asked: sorted_rows.extend(asked[1].tolist()) or narrow(*asked))
-    top_k, greedy = torch.tensor([0, 1, 0, 0, 3, 0]), torch.tensor([False, False, True, False, False, False])
-    tokens, logprobs = draw(logits, torch.ones(6), numbers, greedy_B=greedy, narrowing=(top_k, torch.ones(6)))
-    assert sorted_rows == [1, 3]
-    assert tokens[1:3].tolist() == logits[1:3].argmax(-1).tolist()
-    others = [0, 3, 5]
-    assert torch.equal(tokens[others], alone[others])
-    assert torch.equal(logprobs[others], logprobs_alone[others])
+    logits = torch.randn(2, 9)
+    both = narrow(logits, torch.ones(2), torch.tensor([0, 3]), torch.ones(2))
+    assert torch.equal(both[0], logits[0])
+    assert (both[1] > -torch.inf).sum() == 3
