@@ -94,8 +94,8 @@ class Payload:
         return sum(buffer.nbytes for buffer, _ in self._buffers)
 
     def frames(self) -> tuple[memoryview, ...]:
-        """The raw little-endian buffers, in the order of the fields: three, or five with `support`. Views, where no other
-        dtype is needed."""
+        """The raw little-endian buffers, in the order of the fields: three, or five with `support`. Views, where no
+        other dtype is needed."""
         return tuple(_bytes_of(buffer, dtype) for buffer, dtype in self._buffers)
 
     @property
