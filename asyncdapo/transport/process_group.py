@@ -24,6 +24,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from hashlib import blake2b
+from secrets import token_bytes
 from struct import unpack
 from typing import Any, Self
 
@@ -38,8 +39,9 @@ from asyncdapo.transport.store import POLL_S, DistantStore, GroupStore, HostedSt
 
 ROOT = 0
 """The rank that hosts the store and sends broadcasts."""
-PROOF_S = 5.0
-"""In which every rank has to show that it knows the group's keys, once all are connected."""
+PROOFS_S = (0.5, 1.0, 2.0, 4.0, 8.0)
+"""In which every rank has to show that it knows the group's keys, at each try to connect over Gloo."""
+SALT = "salt"
 WATCH_S, WATCH_LOOKS = 0.0001, 200
 """Pause between two polls of an NCCL collective, and number of polls before NCCL's own wait takes over."""
 
@@ -110,18 +112,6 @@ class ProcessGroup:
                 time.sleep(POLL_S)
         with self._translated("connect", deadline):
             self._group = _process_group(PrefixStore("group", store), self, deadline)
-        if self.backend != "nccl":
-            self._meet(deadline)
-
-    def _meet(self, deadline: Deadline) -> None:
-        """Gloo takes anyone who speaks its protocol while a group forms for the rank whose turn it is. Leave the group
-        unless every rank shows at once that it knows the group's keys."""
-        secret = split_address(self.address)[1].secret
-        shown_WN = torch.tensor([_proof(secret, self.rank, rank) for rank in range(self.world_size)])
-        proofs = self._swap(shown_WN, Deadline(min(PROOF_S, deadline.left().total_seconds())))
-        if strangers := [rank for rank, proof in enumerate(proofs) if proof != _proof(secret, rank, self.rank)]:
-            self.close()
-            raise self.error(f"a stranger is in the place of rank {strangers[0]} in the group of {self.purpose}")
 
     def broadcast(self, tensor: torch.Tensor, deadline: Deadline) -> Collective:
         """Start to send `tensor` from rank 0, or to receive it in place elsewhere. At most two may run at once. Don't
@@ -164,15 +154,9 @@ class ProcessGroup:
             table_WN = table_WN.to(self.device)
             self.all_reduce(table_WN, deadline)
             return table_WN.tolist()
-        return self._swap(torch.tensor(words).repeat(self.world_size, 1), deadline)
-
-    def _swap(self, own_WN: torch.Tensor, deadline: Deadline) -> list[list[int]]:
-        """Send a row of int64 words to each rank, over Gloo. Returns the rows that came here, by rank."""
-        table_WN = torch.zeros_like(own_WN)
-        options = dist.AllToAllOptions()
-        options.timeout = deadline.left()
+        own_WN = torch.tensor(words).repeat(self.world_size, 1)
         with self._translated("start an exchange", deadline):
-            work = self._open_group().alltoall_base(table_WN, own_WN, [], [], options)
+            table_WN, work = _start_swap(self._open_group(), own_WN, deadline)
         self.wait(work, deadline)
         return table_WN.tolist()
 
@@ -257,12 +241,6 @@ def device_name(device: torch.device) -> str:
     return name_device(kind, "/".join([host, *filter(None, [os.environ.get(HOST_ID)])]))
 
 
-def _proof(secret: bytes, sender: int, receiver: int) -> list[int]:
-    """What one rank shows another one: words that take the group's keys to make."""
-    words = blake2b(f"{sender} {receiver}".encode(), key=secret, digest_size=16).digest()
-    return list(unpack("<2q", words))
-
-
 def _joined(rank: int) -> str:
     return f"joined/{rank}"
 
@@ -277,11 +255,69 @@ def _process_group(store: Store, group: ProcessGroup, deadline: Deadline) -> Any
 
 
 def gloo_backend(store: Store, rank: int, world_size: int, address: str, timeout: timedelta) -> Any:
-    """Connect the ranks that share this store, by the network interface that leads to `address`."""
+    """Connect the ranks that share this store, by the network interface that leads to `address`. Raises RuntimeError.
+
+    While a group forms, Gloo takes whoever speaks its protocol for the rank whose turn it is. So the ranks show each
+    other at once that they know the group's keys. If one of them can't, all of them leave and try again, as often as
+    `PROOFS_S` says: a silent stranger costs its first number.
+    """
+    deadline, backend = Deadline(timeout.total_seconds()), None
+    for number, proof_s in enumerate(PROOFS_S, start=1):
+        ours = PrefixStore(str(number), store)
+        try:
+            if rank == ROOT:
+                ours.set(SALT, token_bytes(16))
+            backend = _connected(ours, rank, world_size, address, deadline)
+            key = blake2b(ours.get(SALT), key=split_address(address)[1].secret).digest()
+            _meet(backend, rank, world_size, key, proof_s)
+        except RuntimeError as error:
+            if backend:
+                backend.abort()
+            if isinstance(error, dist.DistStoreError) or deadline.passed or number == len(PROOFS_S):
+                raise
+        else:
+            break
+    backend._set_default_timeout(timeout)
+    return backend
+
+
+def _connected(store: Store, rank: int, world_size: int, address: str, deadline: Deadline) -> Any:
     options = dist.ProcessGroupGloo._Options()  # pyright: ignore[reportAttributeAccessIssue] (torch's stub has it as Options)
-    options._timeout = timeout
+    options._timeout = deadline.left()
     options._devices = [_gloo_device(address)]
     return dist.ProcessGroupGloo(store, rank, world_size, options)
+
+
+def _meet(backend: Any, rank: int, world_size: int, key: bytes, proof_s: float) -> None:
+    """Raise RuntimeError unless each of these ranks has shown each other one that it knows the key."""
+    shown_WN = torch.tensor([_proof(key, rank, other) for other in range(world_size)])
+    proofs = _swapped(backend, shown_WN, proof_s)
+    if strangers := [other for other, proof in enumerate(proofs) if proof != _proof(key, other, rank)]:
+        raise RuntimeError(f"a stranger is in the place of rank {strangers[0]}")
+    _swapped(backend, shown_WN, 2 * proof_s)  # nobody else has met one: they would have left
+
+
+def _proof(key: bytes, sender: int, receiver: int) -> list[int]:
+    """What one rank shows another one: words that take the key of this try to make."""
+    words = blake2b(f"{sender} {receiver}".encode(), key=key, digest_size=16).digest()
+    return list(unpack("<2q", words))
+
+
+def _swapped(backend: Any, own_WN: torch.Tensor, timeout_s: float) -> list[list[int]]:
+    deadline = Deadline(timeout_s)
+    table_WN, work = _start_swap(backend, own_WN, deadline)
+    if not work.wait(deadline.left()):
+        raise RuntimeError("it was ended")
+    return table_WN.tolist()
+
+
+def _start_swap(backend: Any, own_WN: torch.Tensor, deadline: Deadline) -> tuple[torch.Tensor, dist.Work]:
+    """Start to send a row of int64 words to each rank, over Gloo. The rows that come here are those of the table, by
+    rank, once the work is over."""
+    table_WN = torch.zeros_like(own_WN)
+    options = dist.AllToAllOptions()
+    options.timeout = deadline.left()
+    return table_WN, backend.alltoall_base(table_WN, own_WN, [], [], options)
 
 
 @contextmanager

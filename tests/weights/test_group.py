@@ -138,26 +138,50 @@ def test_a_group_that_nobody_has_joined_yet_says_so():
 def test_a_rank_that_does_not_know_the_keys_is_refused_by_the_others():
     with members(1) as [stranger]:
         assert stranger.do("forge") is None
-        with pytest.raises(WeightsError, match="a stranger is in the place of rank 1 in the group of the weights"):
+        with pytest.raises(WeightsError, match="could not connect: a stranger is in the place of rank 1"):
             form_group([stranger])
 
 
-def test_strangers_who_take_a_rank_s_place_while_a_group_forms_cost_that_group_and_no_time(monkeypatch):
-    """They know Gloo's protocol, and connect before the other rank: a handshake replayed at the worst moment."""
-    make, taken = process_group._gloo_device, []
+Strangers = list[socket.socket]
+
+
+def taking_places(monkeypatch: pytest.MonkeyPatch, times: int) -> Strangers:
+    """Silent strangers know Gloo's protocol, and connect to so many ranks before the others do: a handshake replayed at
+    the worst moment."""
+    make, taken, attacked = process_group._gloo_device, [], []
 
     def make_and_take(address: str) -> object:
         before = set(listening([os.getpid()]))
         device = make(address)
-        for port in set(listening([os.getpid()])) - before:
+        for port in set(listening([os.getpid()])) - before if len(attacked) < times else ():
+            attacked.append(port)
             for number in range(4):
                 taken.append(socket.create_connection(("127.0.0.1", port.number)))
                 taken[-1].sendall(number.to_bytes(8, "little"))
         return device
 
-    timeout_s, proof_s = 20.0, 0.3
     monkeypatch.setattr(process_group, "_gloo_device", make_and_take)
-    monkeypatch.setattr(process_group, "PROOF_S", proof_s)
+    return taken
+
+
+def test_a_silent_stranger_in_a_rank_s_place_costs_one_short_try_and_the_group_forms(monkeypatch):
+    strangers, timeout_s, began_s = taking_places(monkeypatch, times=2), 20.0, time.monotonic()
+    group = WeightGroup.create_master("127.0.0.1", 2, "gloo", timeout_s)
+    with ThreadPoolExecutor(1) as other:
+        joining = other.submit(WeightGroup.join, group.address, 1, 2, "gloo", timeout_s)
+        group.connect()
+        took_s = time.monotonic() - began_s
+        words = other.submit(joining.result().exchange, 8, Deadline(5.0))
+        assert group.exchange(7, Deadline(5.0)) == [7, 8] == words.result()
+    assert strangers
+    assert took_s < timeout_s / 4
+    for one in (group, joining.result()):
+        one.close()
+
+
+def test_strangers_who_are_quicker_at_every_try_cost_that_group_alone(monkeypatch):
+    strangers, timeout_s = taking_places(monkeypatch, times=99), 20.0
+    monkeypatch.setattr(process_group, "PROOFS_S", (0.1, 0.2))
     group = WeightGroup.create_master("127.0.0.1", 2, "gloo", timeout_s)
     began_s = time.monotonic()
     with ThreadPoolExecutor(1) as other:
@@ -167,7 +191,7 @@ def test_strangers_who_take_a_rank_s_place_while_a_group_forms_cost_that_group_a
         with pytest.raises(WeightsError):
             joining.result()
     assert time.monotonic() - began_s < timeout_s / 4
-    assert taken
+    assert len(strangers) > 4
 
 
 class Looked:
