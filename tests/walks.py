@@ -25,9 +25,9 @@ WALKS = {
         ("controller.roles.learner.LearnerProcess.train_step", "learner.step.gradient._backward"),
     ),
     "weights come to an engine": (
-        ("controller.fleet.publishing.Publishing.publish", "transport.process_group.ProcessGroup.broadcast"),
+        ("controller.fleet.weights.publishing.Publishing.publish", "transport.process_group.ProcessGroup.broadcast"),
         (
-            "controller.fleet.publishing.Publishing.publish",
+            "controller.fleet.weights.publishing.Publishing.publish",
             "rollout.torch_engine.torch_engine.TorchEngine.load_weights",
         ),
     ),

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from asyncdapo.config.config import Config
 from asyncdapo.controller.fleet.placement import Placement
 from asyncdapo.controller.fleet.process import Process, Watch
-from asyncdapo.controller.fleet.rooms import Room, draining_nodes
+from asyncdapo.controller.fleet.rooms import LOOK_S, Room, draining_nodes
 from asyncdapo.controller.fleet.supervisor import Supervisor
 from asyncdapo.controller.process import wanted_workers
 from asyncdapo.controller.process.health import Health
@@ -37,9 +37,6 @@ from asyncdapo.errors import RunError, VerdictError
 if TYPE_CHECKING:
     from asyncdapo.controller.roles.replay import ReplayProcess
     from asyncdapo.controller.roles.rollout import RolloutProcess
-
-ROOM_LOOK_S = 1.0
-"""Between two looks for room."""
 
 log = logging.getLogger("controller")
 
@@ -139,7 +136,7 @@ class ElasticWorker:
                 return supervisor.include(self.process)
             if not node:
                 supervisor.miss(self.process, f"waits for room on Ray ({room})")
-                await asyncio.sleep(ROOM_LOOK_S)
+                await asyncio.sleep(LOOK_S)
 
     def _give_room_back(self) -> None:
         room = self._rooms.get(self.process.name)

@@ -107,6 +107,10 @@ class Placed:
             ],
         )
 
+    async def has_room(self, process: Process[ProcessBase]) -> None:
+        """Wait for room on another node if its own is gone. Raises RunError after `controller.place_timeout_s`."""
+        await self.rooms[process.name].found(process.name, self.config.controller.place_timeout_s)
+
     @property
     def first_workers(self) -> Sequence[Process[RolloutProcess]]:
         """Those that a run starts with."""
@@ -126,6 +130,7 @@ class Fleet:
         self._supervisor, self.opened = supervisor, opened
         self.config, self.placement = placed.config, placed.placement
         self.replay, self.workers, self.first_workers = placed.replay, placed.workers, placed.first_workers
+        self.placed = placed
         self.totals: dict[str, float] = {}
         """The latest metrics line, from which counts of a replay server that is started again continue."""
         self.leasing = False
@@ -164,7 +169,7 @@ class Fleet:
         placed = await Placed.reserved(config, with_learner=with_learner)
         for process in placed.processes:
             supervisor.include(process)
-        return cls(supervisor, placed, await _bring_up_replay(supervisor, placed.replay, start, leasing=False))
+        return cls(supervisor, placed, await _bring_up_replay(supervisor, placed, start, leasing=False))
 
     def watch(self, watch: Watch, on_filling: Callable[[Filling], None] = lambda _: None) -> None:
         """Keep the replay server and the workers alive from now on. `on_filling` is told at every look how far the next
@@ -191,27 +196,39 @@ class Fleet:
     async def serve_worker(self, worker: Process[RolloutProcess], *, late: bool) -> None:
         """As long as its life lasts. `late`: it lacks the weights in force."""
         serving = asyncio.ensure_future(worker.call(lambda worker: worker.serve))
+        keeping = asyncio.ensure_future(self.keep_current(worker, late=late))
         try:
-            if late:
-                await self.catch_up(worker)
+            await asyncio.wait({serving, keeping}, return_when=asyncio.FIRST_COMPLETED)
+            if keeping.done():
+                keeping.result()
             await serving
         finally:
             serving.cancel()
+            keeping.cancel()
+            await asyncio.gather(serving, keeping, return_exceptions=True)
 
     async def end_worker(self, worker: Process[RolloutProcess]) -> None:
         """End the process of a worker that was drained."""
         worker.end()
 
-    async def catch_up(self, worker: Process[RolloutProcess]) -> None:
-        """Give a worker that was started again the weights in force: here the model's own, which it has loaded."""
+    async def keep_current(self, worker: Process[RolloutProcess], *, late: bool) -> None:
+        """Give a worker that lacks the weights in force what it lacks: here the model's own, which it has loaded."""
 
     async def _serve_replay(self) -> None:
         await self.replay.call(lambda replay: replay.serve)
 
     async def _revive_replay(self, death: RunError) -> None:
         await self._supervisor.pause(self.replay, death)
-        again = Start(ports=self.opened.ports, totals=self.totals)
-        self.opened = await _bring_up_replay(self._supervisor, self.replay, again, leasing=self.leasing)
+        again, before = Start(ports=self.opened.ports, totals=self.totals), self.opened
+        self.opened = await _bring_up_replay(self._supervisor, self.placed, again, leasing=self.leasing)
+        if self.opened.rollout_address != before.rollout_address:
+            log.warning("replay has moved to another node: all that talk to it are started again")
+            self.end_peers()
+
+    def end_peers(self) -> None:
+        """Kill what knows a former address of the replay server, whether it is up or being started."""
+        for worker in self.workers:
+            worker.end()
 
     async def _look(self, on_filling: Callable[[Filling], None]) -> None:
         """Look at all processes, kill workers that the replay server has lost though their process lives, and see which
@@ -229,12 +246,12 @@ class Fleet:
             await self._elastic.look(health)
 
 
-async def _bring_up_replay(
-    supervisor: Supervisor, replay: Process[ReplayProcess], start: Start, *, leasing: bool
-) -> Opened:
+async def _bring_up_replay(supervisor: Supervisor, placed: Placed, start: Start, *, leasing: bool) -> Opened:
     """Until it is up, and grants leases if `leasing`. Returns what the others need to know of it."""
+    replay = placed.replay
 
     async def begin_life() -> Opened:
+        await placed.has_room(replay)
         await supervisor.start(replay, start_replay, start)
         if leasing:
             await replay.call(lambda replay: replay.begin)

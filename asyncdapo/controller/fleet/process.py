@@ -20,10 +20,10 @@ from contextlib import suppress
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTaskError
 
 from asyncdapo.controller.fleet.rooms import Room
-from asyncdapo.controller.process.roster import Entry, is_running
+from asyncdapo.controller.process.roster import Entry, is_running, this_host
 from asyncdapo.controller.roles.actors import Actor
 from asyncdapo.controller.roles.base import ProcessBase, ProcessSpec
 from asyncdapo.errors import RunError, UserError
@@ -55,9 +55,10 @@ class Process(Generic[P_co]):
     is a method of that class, which a lambda picks: `await replay.call(lambda replay: replay.roll_back, step, reason)`.
     The lambda travels to the process, so it may not use anything but its own argument."""
 
-    def __init__(self, name: str, create: Callable[[], Any]) -> None:
-        """`create` starts a Ray actor and returns its handle; its constructor runs in the background."""
-        self.name = name
+    def __init__(self, name: str, create: Callable[[], Any], place: Callable[[], Mapping[str, Any]] = dict) -> None:
+        """`create` starts a Ray actor and returns its handle; its constructor runs in the background. `place`: with
+        which Ray starts something where this process lives."""
+        self.name, self._place = name, place
         self.up = asyncio.Event()
         """Set while it is started and not known to be dead."""
         self.life = 0
@@ -78,7 +79,11 @@ class Process(Generic[P_co]):
                 "env_vars": {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"},
             },
         }
-        return cls(spec.name, lambda: ray.remote(actor).options(**options, **rooms[spec.name].options()).remote(spec))
+        return cls(
+            spec.name,
+            lambda: ray.remote(actor).options(**options, **rooms[spec.name].options()).remote(spec),
+            lambda: rooms[spec.name].options() | {"num_cpus": 0, "num_gpus": 0},
+        )
 
     def spawn(self) -> None:
         """Begin its next life. It is `up` when its owner says so."""
@@ -98,6 +103,12 @@ class Process(Generic[P_co]):
         if self._actor is not None:
             ray.kill(self._actor)
             self._actor = None
+
+    async def beside(self, work: Callable[Params, R], *args: Params.args, **kwargs: Params.kwargs) -> R:
+        """What `work` returns on the host of this process, which doesn't take part in it."""
+        if self.entry is None or self.entry.host == this_host():
+            return await asyncio.to_thread(work, *args, **kwargs)
+        return await self._answer(lambda _: ray.remote(work).options(**self._place()).remote(*args, **kwargs))
 
     async def identify(self) -> Entry:
         """Learn who it is in this life. Raises as `call`."""
@@ -138,9 +149,13 @@ class Process(Generic[P_co]):
         except RayActorError as error:
             if actor is self._actor:
                 self.up.clear()
-            raise ProcessDied(self.name, _reason(error)) from None
+            raise ProcessDied(self.name, _reason(error) + self._elsewhere()) from None
         except RayError as error:
             raise RunError(f"{self.name}: {type(error).__name__}") from error
+
+    def _elsewhere(self) -> str:
+        """For a message: on which other host it is."""
+        return f" (on {self.entry.host})" if self.entry and self.entry.host != this_host() else ""
 
     def _translated(self, error: RayTaskError) -> UserError | RunError:
         cause = error.cause
@@ -189,6 +204,8 @@ class Watch:
 
 def _reason(error: RayActorError) -> str:
     """What Ray's report says of the way in which the process ended, without its advice."""
+    if isinstance(error, ActorUnavailableError):
+        return "Ray has lost the connection to it"
     detail = re.search(r"Worker exit detail: (.*?)(?: Some common causes| There are some potential root|$)", str(error))
     if detail:
         return detail[1]

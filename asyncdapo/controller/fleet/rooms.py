@@ -28,6 +28,10 @@ CPUS_PER_PROCESS = 0.1
 """Asked of Ray: small, so that every process is placed even on one core. Threads are what the config says."""
 
 
+LOOK_S = 1.0
+"""Between two looks for a room."""
+
+
 @dataclass(frozen=True)
 class Room:
     """For the processes of a bundle."""
@@ -42,7 +46,7 @@ class Room:
         """A room by itself, which may not be there yet."""
         return cls(bundle, _ask_for([bundle]))
 
-    def options(self) -> Mapping[str, Any]:
+    def options(self) -> dict[str, Any]:
         """With which Ray starts a process in it."""
         strategy = PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=self.index)
         return {"num_cpus": CPUS_PER_PROCESS, "num_gpus": self.bundle.share, "scheduling_strategy": strategy}
@@ -51,6 +55,17 @@ class Room:
         """The id of the node that it is on; empty while it isn't there."""
         table = placement_group_table(self.group)
         return table["bundles_to_node_id"][self.index] if table["state"] == "CREATED" else ""
+
+    async def found(self, whose: str, timeout_s: float) -> None:
+        """Wait until it is there, on another node if its own is gone. `whose`: for the RunError after `timeout_s`."""
+        deadline = time.monotonic() + timeout_s
+        while not await asyncio.to_thread(self.node):
+            if time.monotonic() > deadline:
+                raise RunError(
+                    f"{whose} has lost its node, and Ray has no room for it ({self}) within "
+                    f"controller.place_timeout_s ({timeout_s:g} s): the same command resumes where there is room"
+                )
+            await asyncio.sleep(LOOK_S)
 
     def give_back(self) -> None:
         """Nobody lives in it any more. Only of a room by itself."""

@@ -21,7 +21,7 @@ from asyncdapo.controller.fleet.fleet import LOOK_S
 from asyncdapo.controller.fleet.process import Process
 from asyncdapo.controller.fleet.supervisor import ANSWER_S, Supervisor
 from asyncdapo.controller.process.health import Health
-from asyncdapo.controller.process.stacks import ask
+from asyncdapo.controller.process.stacks import DUMP_S, ask
 from asyncdapo.controller.process.waits import NOBODY, UNKNOWN, Wait, chain, processes_in, render
 from asyncdapo.controller.roles.base import ProcessBase
 from asyncdapo.errors import RunError
@@ -110,11 +110,12 @@ class StallWatch:
         self._supervisor.note_progress()
 
     async def _stacks(self, process: Process[ProcessBase], report: Health | None) -> str:
-        if report is None:
-            if process.entry is None:
-                return "it is being started"
-            return await asyncio.to_thread(ask, process.entry, self._supervisor.log_path(process))
+        if report is None and process.entry is None:
+            return "it is being started"
         try:
+            if report is None:
+                async with asyncio.timeout(DUMP_S + ANSWER_S):
+                    return await process.beside(ask, process.entry, self._supervisor.log_path(process))
             async with asyncio.timeout(ANSWER_S):
                 return await process.call(lambda process: process.stacks)
         except (TimeoutError, RunError) as error:

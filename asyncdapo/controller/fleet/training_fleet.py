@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Self
 from asyncdapo.config.config import Config
 from asyncdapo.controller.fleet.fleet import Fleet, Placed
 from asyncdapo.controller.fleet.process import Process
-from asyncdapo.controller.fleet.publishing import Publishing
 from asyncdapo.controller.fleet.ranks import LearnerRanks, together
 from asyncdapo.controller.fleet.supervisor import Supervisor
+from asyncdapo.controller.fleet.weights.publishing import Publishing
 from asyncdapo.controller.roles.actors import start_learner
 from asyncdapo.controller.roles.opening import Opened, Start
 from asyncdapo.errors import RunError
@@ -54,13 +54,19 @@ class TrainingFleet(Fleet):
         await fleet.publishing.begin()
         return fleet
 
-    async def catch_up(self, worker: Process[RolloutProcess]) -> None:
-        """Send it what the learner has."""
-        await self.publishing.catch_up(worker)
+    async def keep_current(self, worker: Process[RolloutProcess], *, late: bool) -> None:
+        """Send it what the learner has, now or whenever a publish has left it out."""
+        if late:
+            await self.publishing.catch_up(worker)
+        await self.publishing.keep_current(worker)
 
     async def end_worker(self, worker: Process[RolloutProcess]) -> None:
         """Between two transfers, so that none breaks under it."""
         await self.publishing.let_go(worker)
+
+    def end_peers(self) -> None:
+        super().end_peers()
+        self.learners.end()
 
     async def revive_learner(self, death: Exception, checkpoint: Path | None) -> None:
         """Start the learner again from a checkpoint (None: the initial model). The caller then rolls the run back."""
@@ -84,6 +90,7 @@ class TrainingFleet(Fleet):
         learners, supervisor = self.learners, self._supervisor
         while True:
             try:
+                await asyncio.gather(*map(self.placed.has_room, learners.ranks))
                 address = self.opened.learner_address
                 starts = (supervisor.start(rank, start_learner, address) for rank in learners.ranks)
                 await together(*starts)

@@ -29,8 +29,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from asyncdapo.controller.fleet.process import Process, ProcessDied
-from asyncdapo.controller.fleet.publishing import Publishing
 from asyncdapo.controller.fleet.ranks import LearnerRanks
+from asyncdapo.controller.fleet.weights.publishing import Publishing
 from asyncdapo.errors import EngineError, RunError
 from asyncdapo.rollout.config import RolloutConfig
 from asyncdapo.rollout.engine import Sample

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import logging
 import os
 import secrets
 import shutil
@@ -45,6 +46,8 @@ PROBE_S = 5.0
 SILENT_S = 30.0
 """A joined cluster that accepts no connection for this long is dead. Ray itself would end this process after 60 s."""
 RESUME = "the same command resumes from the last checkpoint"
+
+log = logging.getLogger("controller")
 
 
 class BareNode(node.Node):
@@ -120,7 +123,7 @@ async def _own_death() -> None:
 async def _cluster_death(address: str) -> None:
     context = ray.get_runtime_context()
     host, port = context.gcs_address.rsplit(":", 1)
-    node, heard = context.get_node_id(), time.monotonic()
+    node, heard, alive = context.get_node_id(), time.monotonic(), dict[str, str]()
     while True:
         await asyncio.sleep(PROBE_S)
         try:
@@ -132,6 +135,9 @@ async def _cluster_death(address: str) -> None:
             continue
         writer.close()
         heard = time.monotonic()
-        nodes = await asyncio.to_thread(ray.nodes)
-        if not any(known["NodeID"] == node and known["Alive"] for known in nodes):
+        before, nodes = alive, await asyncio.to_thread(ray.nodes)
+        alive = {known["NodeID"]: known["NodeManagerAddress"] for known in nodes if known["Alive"]}
+        for gone in before.keys() - alive.keys():
+            log.warning("node %s has left the Ray cluster, and all that lived there", before[gone])
+        if node not in alive:
             raise RayDied(f"the Ray cluster at {address} has lost the node of this process: its raylet died; {RESUME}")

@@ -27,6 +27,7 @@ import psutil
 
 from asyncdapo.disk import disk_errors, replace_file
 from asyncdapo.errors import RunError, UserError
+from asyncdapo.transport.backend import HOST_ID
 
 FILE_NAME = "processes.json"
 ROLES = ("controller", "replay", "rollout", "engine", "scorer", "host", "learner")
@@ -70,6 +71,12 @@ def process_name(role: str, index: int = 0) -> str:
     return f"{role}-{index}" if numbered else role
 
 
+def this_host() -> str:
+    """The name of this machine, with the value of `HOST_ID` behind it where that is set: stand-in nodes have one each,
+    so that none of them reaches a process of another one by its pid."""
+    return "/".join(filter(None, [socket.gethostname(), os.environ.get(HOST_ID)]))
+
+
 def this_process(role: str, index: int = 0) -> Entry:
     """The entry of the calling process."""
     return entry_of(role, index, os.getpid())
@@ -80,7 +87,7 @@ def entry_of(role: str, index: int, pid: int) -> Entry:
     started = time.time()
     with suppress(psutil.NoSuchProcess):
         started = _started(psutil.Process(pid))
-    return Entry(role=role, index=index, pid=pid, host=socket.gethostname(), started=round(started, 2))
+    return Entry(role=role, index=index, pid=pid, host=this_host(), started=round(started, 2))
 
 
 class Roster:
@@ -133,7 +140,7 @@ def read(run_dir: Path) -> list[Entry]:
 
 def state_of(entry: Entry) -> str:
     """psutil's word for what this very process does (`sleeping`, `stopped`, `zombie`, …), `gone` or `other host`."""
-    if entry.host != socket.gethostname():
+    if entry.host != this_host():
         return OTHER_HOST
     with suppress(psutil.NoSuchProcess):
         process = psutil.Process(entry.pid)

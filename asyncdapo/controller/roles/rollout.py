@@ -14,7 +14,7 @@ from dataclasses import asdict
 from asyncdapo.accounting.spans import Span, SpanRing
 from asyncdapo.controller.process.health import Health
 from asyncdapo.controller.process.notice import LeaveNotice
-from asyncdapo.controller.process.roster import Entry, entry_of
+from asyncdapo.controller.process.roster import STOPPED, Entry, entry_of, state_of
 from asyncdapo.controller.process.waits import NOBODY
 from asyncdapo.controller.roles.base import ProcessBase, ProcessSpec
 from asyncdapo.controller.roles.engines import Fitted, make_engine
@@ -127,6 +127,11 @@ class RolloutProcess(ProcessBase):
         return samples
 
     # ----------------------------------------------------------------------------------------------------- weights
+
+    async def hears(self) -> bool:
+        """True: its event loop is free, and no process of its engine is stopped."""
+        entries = [entry for entry in self._children() if entry.role == "engine"]
+        return not any(state_of(entry) in STOPPED for entry in entries)
 
     async def device(self) -> str:
         """The name of the device of its rank in the weight group."""

@@ -105,7 +105,7 @@ class Cluster:
 @pytest.fixture
 def acted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """Plays a scene with a cluster, with the run watched."""
-    monkeypatch.setattr(elastic, "ROOM_LOOK_S", 0.001)
+    monkeypatch.setattr(elastic, "LOOK_S", 0.001)
     monkeypatch.setattr("asyncdapo.controller.fleet.process.CAUSE_GRACE_S", 0.0)
     monkeypatch.setattr("asyncdapo.controller.fleet.supervisor.end_entries", lambda entries, patience_s: None)
 

@@ -2,8 +2,9 @@
 
 In: `publish` after a train step, `catch_up` for a worker that joined, came back or missed a version. Out: the workers
 generate with the version in force; `weights/…` metrics. A transfer that fails leaves the old weights in use everywhere.
-The next one goes through a new process group of the workers that are up. An end that gives no answer is killed; the
-fleet starts it again, and it catches up. After `weights.max_missed` failures of one version the run ends.
+The next one goes through a new process group of the workers that are up. A worker that falls silent is left out, and
+catches up when it answers again (`ends`). An end that gives no answer by the deadline is killed; the fleet starts it
+again, and it catches up. After `weights.max_missed` failures of one version the run ends.
 
 One turn at a time: the learner trains, or sends to all, or sends to one; so a send never waits for a train step, and
 what is sent is always the newest that the learner has. A worker catches up beside that: another worker that has the
@@ -16,14 +17,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Coroutine, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from asyncdapo.accounting.spans import Span, SpanRing
-from asyncdapo.controller.fleet.process import Process, ProcessDied, R
+from asyncdapo.controller.fleet.process import Process, ProcessDied
+from asyncdapo.controller.fleet.weights.ends import Ends, SilentWorker
 from asyncdapo.controller.process.waits import Waits
-from asyncdapo.errors import EngineError, RanksError, RunError, WeightsError
+from asyncdapo.errors import RanksError, RunError, WeightsError
 from asyncdapo.transport.backend import Backend, host_of
 from asyncdapo.weights.backend import choose_backend
 from asyncdapo.weights.config import WeightsConfig
@@ -34,9 +35,6 @@ if TYPE_CHECKING:
     from asyncdapo.weights.manifest import Manifest
 
 log = logging.getLogger("weights")
-
-COMMAND_MARGIN_S = 10.0
-"""What a command may take beyond the transfer's own timeout before it counts as failed."""
 
 ROOM_S = 300.0
 """What workers may take to make room for the weights: to pin 64 GiB may take minutes."""
@@ -61,7 +59,7 @@ class Publishing:
     ) -> None:
         """`waits`: the controller's. `learner`: rank 0, which sends. `other_shards`: the ranks that have the other
         shards of what it sends."""
-        self._waits = waits
+        self._ends = Ends(waits, config.timeout_s, workers)
         self.config, self.learner, self.workers, self.other_shards = config, learner, workers, other_shards
         self.turn = asyncio.Lock()
         """Held while the learner trains or sends."""
@@ -98,8 +96,8 @@ class Publishing:
         """Send what the learner has to every worker that is up; returns when all of them generate with it. Workers that
         aren't up catch up when they are."""
         async with self.turn:
-            missed: RunError | None = None
-            for _ in range(self.config.max_missed):
+            failures: list[RunError] = []
+            while len(failures) < self.config.max_missed:
                 try:
                     async with self._sending:
                         return await self._send_to(self._up())
@@ -107,17 +105,21 @@ class Publishing:
                     self._note_failure(error)
                     if not self._learner_is_up():
                         raise
-                    missed = error
+                    failures += [] if isinstance(error, SilentWorker) else [error]
         raise RunError(
-            f"version {self.version} did not arrive {self.config.max_missed} times (weights.max_missed): {missed}"
+            f"version {self.version} did not arrive {self.config.max_missed} times (weights.max_missed): {failures[-1]}"
         )
 
     async def catch_up(self, worker: Process[RolloutProcess]) -> None:
         """Have what the learner has sent to this worker, unless it has it. After `weights.max_missed` failures the
         worker is killed. Returns early when the learner dies: then all workers are sent to when it is back."""
-        for _ in range(self.config.max_missed):
+        num_failures = 0
+        while num_failures < self.config.max_missed:
+            await self._ends.until_heard(worker)
             if await self._has_it_from_another(worker):
                 return
+            if self._ends.is_silent(worker):
+                continue
             async with self.turn:
                 if self._has_current(worker):
                     return
@@ -133,8 +135,15 @@ class Publishing:
                     self._note_failure(error)
                     if not (self._learner_is_up() and worker.up.is_set()):
                         return
+                    num_failures += not isinstance(error, SilentWorker)
         log.warning("%s missed version %d %d times", worker.name, self.version, self.config.max_missed)
         worker.end()
+
+    async def keep_current(self, worker: Process[RolloutProcess]) -> None:
+        """Have it catch up whenever it was left out of a transfer and answers again."""
+        while True:
+            await self._ends.until_left_out(worker)
+            await self.catch_up(worker)
 
     async def let_go(self, worker: Process[RolloutProcess]) -> None:
         """End a worker's process, when no transfer that counts on it is under way."""
@@ -150,8 +159,8 @@ class Publishing:
             if self._has_current(worker):
                 return True
             try:
-                [device] = await self._within_deadline(
-                    "its device", {worker: worker.call(lambda worker: worker.device)}, sender=worker
+                [device] = await self._ends.answers(
+                    "its device", {worker: worker.call(lambda worker: worker.device)}, worker
                 )
                 self._devices[worker.name] = device
                 if sender := self._nearest_with_current(worker):
@@ -167,7 +176,7 @@ class Publishing:
         return all(rank.up.is_set() for rank in (self.learner, *self.other_shards))
 
     def _up(self) -> list[Process[RolloutProcess]]:
-        return [worker for worker in self.workers if worker.up.is_set()]
+        return [worker for worker in self.workers if worker.up.is_set() and not self._ends.is_silent(worker)]
 
     def _has_current(self, worker: Process[RolloutProcess]) -> bool:
         """Version 0 of branch 0 is what every worker loads from the model's own file."""
@@ -191,12 +200,14 @@ class Publishing:
         if self._members != _lives([self.learner, *workers]):
             await self._regroup(workers)
         version, branch, learner, began_s = self.version, self.branch, self.learner, time.monotonic()
-        sent, *others = await self._within_deadline(
+        sent, *others = await self._ends.answers(
             f"the transfer of version {version}",
             {learner: learner.call(lambda learner: learner.send_weights, version, branch)}
             | {rank: rank.call(lambda rank: rank.give_shards) for rank in self.other_shards}
             | {worker: worker.call(lambda worker: worker.receive_weights, version, branch) for worker in workers},
+            learner,
         )
+        self._ends.note_transfer(time.monotonic() - began_s)
         self.sends.add(Span(f"send version {version}", began_s, time.monotonic()))
         received = others[len(self.other_shards) :]
         for worker in workers:
@@ -226,11 +237,11 @@ class Publishing:
             await newcomer.call(lambda worker: worker.receive_weights, version, branch, sender.name)
 
         hosts = {sender: sender.call(lambda worker: worker.host_weights, backend)}
-        [(address, manifest)] = await self._within_deadline(what, hosts, sender=sender)
+        [(address, manifest)] = await self._ends.answers(what, hosts, sender)
         rooms = {newcomer: newcomer.call(lambda worker: worker.make_weights_room, manifest)}
-        await self._within_deadline("room for the weights", rooms, ROOM_S, sender=sender)
+        await self._ends.answers("room for the weights", rooms, sender, ROOM_S)
         sends = {sender: sender.call(lambda worker: worker.send_weights, version, branch, newcomer.name)}
-        await self._within_deadline(what, sends | {newcomer: receive(address, manifest)}, sender=sender)
+        await self._ends.answers(what, sends | {newcomer: receive(address, manifest)}, sender)
         self._note_loaded(newcomer, branch, version)
         self.sends.add(Span(what, began_s, time.monotonic()))
         log.info("%s caught up with version %d, from %s", newcomer.name, version, sender.name)
@@ -241,10 +252,11 @@ class Publishing:
         if not workers:
             return
         what, learner = "the weight group", self.learner
-        devices = await self._within_deadline(
+        devices = await self._ends.answers(
             what,
             {learner: learner.call(lambda learner: learner.device)}
             | {worker: worker.call(lambda worker: worker.device) for worker in workers},
+            learner,
         )
         ends = [learner, *workers]
         names = [end.name for end in ends]
@@ -252,14 +264,15 @@ class Publishing:
         backend = self._choose_backend({name: self._devices[name] for name in names})
         world_size = len(ends)
         hosts = learner.call(lambda learner: learner.host_weights, world_size, backend)
-        [(address, manifest)] = await self._within_deadline(what, {learner: hosts})
+        [(address, manifest)] = await self._ends.answers(what, {learner: hosts}, learner)
         rooms = {worker: worker.call(lambda worker: worker.make_weights_room, manifest) for worker in workers}
-        await self._within_deadline("room for the weights", rooms, ROOM_S)
+        await self._ends.answers("room for the weights", rooms, learner, ROOM_S)
         joins = {
             worker: worker.call(lambda worker: worker.join_weights, address, rank, world_size, backend, manifest)
             for rank, worker in enumerate(workers, start=1)
         }
-        await self._within_deadline(what, {learner: learner.call(lambda learner: learner.accept_workers)} | joins)
+        accepts = {learner: learner.call(lambda learner: learner.accept_workers)}
+        await self._ends.answers(what, accepts | joins, learner)
         self._members = _lives(ends)
 
     def _choose_backend(self, devices: Mapping[str, str]) -> Backend:
@@ -269,54 +282,6 @@ class Publishing:
             self._backend = backend
             log.info("by %s: %s", backend, reason)
         return backend
-
-    async def _within_deadline(
-        self,
-        what: str,
-        calls: Mapping[Process[Any], Coroutine[Any, Any, R]],
-        deadline_s: float | None = None,
-        sender: Process[LearnerProcess] | Process[RolloutProcess] | None = None,
-    ) -> list[R]:
-        """All answers, in the order of `calls`. Each call is waited for to its end, so that none is left behind; then
-        the first error is raised, a death before any other. After a failure `sender` (default: the learner) leaves the
-        group. Ends that give no answer within `deadline_s` (default: a transfer's) are killed. Until an end answers,
-        the controller waits for it, and `what` says for what."""
-        deadline_s = deadline_s or self.config.timeout_s + COMMAND_MARGIN_S
-        outcomes = ((process, self._outcome(process, call, what, deadline_s)) for process, call in calls.items())
-        tasks = {asyncio.ensure_future(outcome): process for process, outcome in outcomes}
-        try:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(deadline_s):
-                    await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
-                    if not all(task.done() for task in tasks):
-                        with suppress(ProcessDied, EngineError):  # its own call says so, too
-                            await (sender or self.learner).call(lambda sender: sender.abandon_workers)
-                    await asyncio.wait(tasks)
-        finally:
-            pending = [task for task in tasks if not task.done()]
-            for task in pending:
-                task.cancel()
-        answers = await asyncio.gather(*tasks, return_exceptions=True)
-        errors = [answer for answer in answers if isinstance(answer, Exception)]
-        for silent in (tasks[task] for task in pending):
-            log.warning("%s: %s gave no answer in %g s, it is started again", what, silent.name, deadline_s)
-            silent.end()
-            errors.append(ProcessDied(silent.name, f"killed, it gave no answer in {deadline_s:g} s ({what})"))
-        for error in sorted(errors, key=lambda error: not isinstance(error, ProcessDied)):
-            raise error
-        return [answer for answer in answers if not isinstance(answer, BaseException)]
-
-    async def _outcome(self, process: Process[Any], call: Coroutine[Any, Any, R], what: str, deadline_s: float) -> R:
-        """What it answers to this call. A worker whose engine has failed is as good as dead: it is killed, and the
-        fleet starts it again. Raises ProcessDied for it."""
-        life = process.life
-        try:
-            with self._waits.on(process.name, what, deadline_s):
-                return await call
-        except EngineError as error:
-            if process.life == life:
-                process.end()
-            raise ProcessDied(process.name, str(error)) from None
 
 
 def _lives(processes: Sequence[Process[Any]]) -> list[Life]:

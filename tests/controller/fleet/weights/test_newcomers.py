@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from asyncdapo.controller.fleet.publishing import Publishing
+from asyncdapo.controller.fleet.weights.publishing import Publishing
 from asyncdapo.errors import EngineError, WeightsError
 from tests.controller.fakes import Pick, picked
-from tests.controller.fleet.test_publishing import FakeProcess, connected
+from tests.controller.fleet.weights.test_publishing import FakeProcess, connected
 
 
 def published_with_a_newcomer(*workers: FakeProcess) -> tuple[Publishing, FakeProcess]:

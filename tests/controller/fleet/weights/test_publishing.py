@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from asyncdapo.controller.fleet import publishing
 from asyncdapo.controller.fleet.process import ProcessDied
-from asyncdapo.controller.fleet.publishing import Publishing
+from asyncdapo.controller.fleet.weights import ends as calls
+from asyncdapo.controller.fleet.weights import publishing
+from asyncdapo.controller.fleet.weights.publishing import Publishing
 from asyncdapo.controller.process.waits import Waits
 from asyncdapo.errors import ConfigError, EngineError, RunError, WeightsError
 from asyncdapo.weights.config import WeightsConfig
@@ -218,7 +219,7 @@ def test_a_transfer_is_a_wait_for_each_end_that_has_not_answered_yet() -> None:
 
 
 def test_an_end_that_never_answers_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(publishing, "COMMAND_MARGIN_S", 0.05)
+    monkeypatch.setattr(calls, "COMMAND_MARGIN_S", 0.05)
     silent, other = Silent("rollout-0"), FakeProcess("rollout-1")
     made = connected(FakeProcess("learner"), [silent, other], timeout_s=0.05)
     asyncio.run(made.publish())

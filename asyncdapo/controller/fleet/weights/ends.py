@@ -1,0 +1,163 @@
+"""The ends of a transfer of weights: calls to all of them, with one deadline.
+
+In: a call for each end. Out: their answers, or the first error. Invariants: no call is left behind but that of a silent
+worker; an end that gives no answer by the deadline is killed, and the fleet starts it again. Until an end answers, the
+controller waits for it, and says for what.
+
+A worker whose process says nothing at all (stopped, or its node is gone) doesn't cost the others the deadline. Whoever
+still owes an answer is asked every `ASK_S` whether it is there. If it says nothing for `FEW` times as long as transfers
+take, `SILENT_S` at least, the transfer goes on without it: it is left out until it answers again or dies. Before the
+first transfer nobody knows how long one takes, so nobody is left out. Does not own: what is sent to whom, and what a
+worker that was left out is sent later (`publishing`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import defaultdict, deque
+from collections.abc import Coroutine, Mapping, Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from asyncdapo.controller.fleet.process import Process, ProcessDied
+from asyncdapo.controller.process.waits import Waits
+from asyncdapo.errors import EngineError, RunError, WeightsError
+
+if TYPE_CHECKING:
+    from asyncdapo.controller.roles.learner import LearnerProcess
+    from asyncdapo.controller.roles.rollout import RolloutProcess
+
+R = TypeVar("R")
+Owed = asyncio.Task[Any]
+"""The call of an end that owes an answer."""
+
+COMMAND_MARGIN_S = 10.0
+"""What a command may take beyond the transfer's own timeout before it counts as failed."""
+ASK_S = 0.5
+"""Between two questions to an end that owes an answer."""
+SILENT_S = 2.0
+FEW = 4
+NUM_TRANSFERS = 8
+"""Latest ones, of which the longest counts."""
+
+log = logging.getLogger("weights")
+
+
+class SilentWorker(WeightsError):  # noqa: N818 - what happened to it, not a failure of ours
+    """A worker, or several, said nothing during a transfer."""
+
+
+class Ends:
+    """The learner's ranks and the workers, whoever takes part."""
+
+    def __init__(self, waits: Waits, timeout_s: float, workers: Sequence[Process[RolloutProcess]]) -> None:
+        """`waits`: the controller's. `timeout_s`: of a transfer. `workers`: all that there may be."""
+        self._waits, self._timeout_s, self._workers = waits, timeout_s, workers
+        self._took_s: deque[float] = deque(maxlen=NUM_TRANSFERS)
+        self._owed: dict[str, Owed] = {}
+        """The call of each worker that was left out."""
+        self._left_out: defaultdict[str, asyncio.Event] = defaultdict(asyncio.Event)
+
+    def note_transfer(self, seconds: float) -> None:
+        """One has succeeded."""
+        self._took_s.append(seconds)
+
+    def is_silent(self, worker: Process[RolloutProcess]) -> bool:
+        """Whether it was left out, and still owes the answer."""
+        return worker.name in self._owed and not self._owed[worker.name].done()
+
+    async def until_heard(self, worker: Process[RolloutProcess]) -> None:
+        """Until it answers, or is dead; at once unless it was left out."""
+        if self.is_silent(worker):
+            await asyncio.wait([self._owed[worker.name]])
+
+    async def until_left_out(self, worker: Process[RolloutProcess]) -> None:
+        """Until it is left out, or was since the last call."""
+        await self._left_out[worker.name].wait()
+        self._left_out[worker.name].clear()
+
+    async def answers(
+        self,
+        what: str,
+        calls: Mapping[Process[Any], Coroutine[Any, Any, R]],
+        sender: Process[LearnerProcess] | Process[RolloutProcess],
+        deadline_s: float | None = None,
+    ) -> list[R]:
+        """All answers, in the order of `calls`. After a failure `sender` leaves the group, so that no other call lasts
+        much longer; then the first error is raised, a death before any other. `deadline_s`: by default a transfer's."""
+        deadline_s = deadline_s or self._timeout_s + COMMAND_MARGIN_S
+        outcomes = ((process, self._outcome(process, call, what, deadline_s)) for process, call in calls.items())
+        tasks = {asyncio.ensure_future(outcome): process for process, outcome in outcomes}
+        first = asyncio.ensure_future(asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION))
+        silence = asyncio.ensure_future(self._silence(tasks))
+        errors: list[Exception] = []
+        try:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(deadline_s):
+                    await asyncio.wait({first, silence}, return_when=asyncio.FIRST_COMPLETED)
+                    if silence.done():
+                        errors.append(self._leave_out({task: tasks.pop(task) for task in silence.result()}))
+                    if not all(task.done() for task in tasks):
+                        with suppress(ProcessDied, EngineError):  # its own call says so, too
+                            await sender.call(lambda sender: sender.abandon_workers)
+                    if tasks:
+                        await asyncio.wait(tasks)
+        finally:
+            late = [task for task in tasks if not task.done()]
+            for task in (*late, first, silence):
+                task.cancel()
+        answers = await asyncio.gather(*tasks, return_exceptions=True)
+        errors += [answer for answer in answers if isinstance(answer, Exception)]
+        errors += [_kill(tasks[task], what, deadline_s) for task in late]
+        for error in sorted(errors, key=lambda error: not isinstance(error, ProcessDied)):
+            raise error
+        return [answer for answer in answers if not isinstance(answer, BaseException)]
+
+    async def _outcome(self, process: Process[Any], call: Coroutine[Any, Any, R], what: str, deadline_s: float) -> R:
+        """What it answers to this call. A worker whose engine has failed is as good as dead: it is killed, and the
+        fleet starts it again. Raises ProcessDied for it."""
+        life = process.life
+        try:
+            with self._waits.on(process.name, what, deadline_s):
+                return await call
+        except EngineError as error:
+            if process.life == life:
+                process.end()
+            raise ProcessDied(process.name, str(error)) from None
+
+    async def _silence(self, tasks: Mapping[Owed, Process[Any]]) -> list[Owed]:
+        """Wait for workers to say nothing though they owe an answer. Returns their calls."""
+        while True:
+            await asyncio.sleep(ASK_S)
+            owed = [task for task, process in tasks.items() if not task.done() and process in self._workers]
+            heard = await asyncio.gather(*(self._hears(tasks[task]) for task in owed))
+            if silent := [task for task, hears in zip(owed, heard, strict=True) if not (hears or task.done())]:
+                return silent
+
+    async def _hears(self, worker: Process[RolloutProcess]) -> bool:
+        """Whether it says anything."""
+        if not self._took_s:
+            return True
+        try:
+            async with asyncio.timeout(max(SILENT_S, FEW * max(self._took_s))):
+                return await worker.call(lambda worker: worker.hears)
+        except TimeoutError:
+            return False
+        except RunError:  # its own call says so, too
+            return True
+
+    def _leave_out(self, silent: Mapping[Owed, Process[RolloutProcess]]) -> SilentWorker:
+        """Until they have answered."""
+        for task, worker in silent.items():
+            task.add_done_callback(lambda task: task.cancelled() or task.exception())  # nobody else asks for it
+            self._owed[worker.name] = task
+            self._left_out[worker.name].set()
+        names = " and ".join(worker.name for worker in silent.values())
+        return SilentWorker(f"{names}: no sign of life, left out until there is one")
+
+
+def _kill(process: Process[Any], what: str, deadline_s: float) -> ProcessDied:
+    log.warning("%s: %s gave no answer in %g s, it is started again", what, process.name, deadline_s)
+    process.end()
+    return ProcessDied(process.name, f"killed, it gave no answer in {deadline_s:g} s ({what})")
