@@ -1,7 +1,7 @@
 """Choice of a process group's backend, from the devices of its ranks. Imports no torch.
 
 A device is sent by its name: `cpu on node-1`, or `cuda 1f… on node-1` with the GPU's own id. Equal names mean the same
-device in every process (`process_group.device_name`).
+device in every process (`shared_memory.device_name`).
 """
 
 from __future__ import annotations

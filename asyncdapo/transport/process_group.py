@@ -7,9 +7,9 @@ gradients over the learner's ranks (`learner/step/ranks`). Each names its purpos
 In: an address from rank 0, which contains the group's keys. Out: broadcasts from rank 0, sums over all ranks, and words
 that every rank sends to every other. Does not own: how the ranks find each other (`store`), what the bytes mean.
 
-Invariants: over Gloo, no rank is in a group without its keys. Every call ends within its deadline; it returns or raises
-the group's error. Calls release the GIL while they wait. A failed collective closes the group. If the backend notices
-that (Gloo), the other ranks then fail at once, not at their deadlines.
+Invariants: over Gloo, no rank is in a group without its keys. Every call ends within its deadline, or when this rank
+leaves; it returns or raises the group's error, and releases the GIL while it waits. A failed collective closes the
+group. If the backend notices that (Gloo), the other ranks then fail at once, not at their deadlines.
 
 Shapes: W ranks, N words.
 """
@@ -20,6 +20,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator, Sequence
+from concurrent import futures
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -33,8 +34,9 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, Store  # pyright: ignore[reportPrivateImportUsage] (torch documents them here)
 
 from asyncdapo.errors import RunError
-from asyncdapo.transport.backend import CPU, HOST_ID, Backend, name_device
-from asyncdapo.transport.deadline import Deadline
+from asyncdapo.transport.backend import Backend
+from asyncdapo.transport.deadline import Deadline, in_thread
+from asyncdapo.transport.shared_memory import numbered
 from asyncdapo.transport.store import POLL_S, DistantStore, GroupStore, HostedStore, split_address
 
 ROOT = 0
@@ -42,6 +44,8 @@ ROOT = 0
 PROOFS_S = (0.5, 1.0, 2.0, 4.0, 8.0)
 """In which every rank has to show that it knows the group's keys, at each try to connect over Gloo."""
 SALT = "salt"
+LEAVE_S = 0.5
+"""For Gloo to close its connections. It doesn't while a collective waits for a rank that is silent."""
 WATCH_S, WATCH_LOOKS = 0.0001, 200
 """Pause between two polls of an NCCL collective, and number of polls before NCCL's own wait takes over."""
 
@@ -66,7 +70,8 @@ class ProcessGroup:
         self._group: Any = None
         """torch's ProcessGroupNCCL or ProcessGroupGloo, once connected. torch's stubs leave out their collectives."""
         self._store: GroupStore | None = None
-        self._left = False
+        self._left: futures.Future[bool] = futures.Future()
+        """Done once this rank has left the group."""
         deadline = Deadline(timeout_s)
         with self._translated("open the store", deadline):
             if rank == ROOT:
@@ -163,20 +168,29 @@ class ProcessGroup:
     def wait(self, work: dist.Work, deadline: Deadline) -> None:
         """Wait for a collective. If it fails or the deadline passes, close the group and raise its error.
 
-        Gloo has the deadline in the collective's options too; NCCL only gets it here."""
+        Gloo has the deadline in the collective's options too, and its wait for a silent rank can't be ended before."""
         with self._translated("transfer", deadline):
             if self.backend == "nccl":
                 _watch(work)
-            if not work.wait(deadline.left()):
+                over = work.wait(deadline.left())
+            else:
+                ended = in_thread(work.wait, deadline.left())
+                futures.wait({ended, self._left}, return_when=futures.FIRST_COMPLETED)
+                over = ended.done() and ended.result()
+            if not over:
                 raise RuntimeError("it was ended")
 
     def close(self) -> None:
         """Leave the group. Running collectives fail, here and at the other ranks. Gloo closes its connections once
         nothing refers to a collective any more: don't keep an error's traceback."""
         group, store = self._group, self._store
-        self._group, self._store, self._left = None, None, True
+        self._group, self._store = None, None
+        if not self._left.done():
+            self._left.set_result(False)
         if group is not None:
-            group.abort()
+            aborted = in_thread(group.abort)
+            del group  # the last reference is the thread's: it waits for what still runs
+            futures.wait({aborted}, timeout=None if self.backend == "nccl" else LEAVE_S)
         if store is not None:
             store.close()
 
@@ -200,7 +214,7 @@ class ProcessGroup:
             # From Python 3.12 on, a traceback through this generator refers back to the error. That cycle would keep
             # the connections open, and the other ranks waiting, until the garbage collector runs.
             cause = error.with_traceback(None)
-            if self._left:
+            if self._left.done():
                 raise self.error(f"the group of {self.purpose} is closed") from cause
             self.close()
             reason = f"no end within {deadline.timeout_s:g} s" if deadline.passed else str(error).partition("\n")[0]
@@ -226,19 +240,6 @@ class Collective:
     def wait(self) -> None:
         """Block until the tensor may be read or written again. Raises the group's error."""
         self.group.wait(self.work, self.deadline)
-
-
-def numbered(device: torch.device) -> torch.device:
-    """The same device with its number: plain `cuda` becomes the current GPU."""
-    return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
-
-
-def device_name(device: torch.device) -> str:
-    """A unique name of the device, the same in every process of this host (`backend`). Containers that can't see each
-    other's processes count as separate hosts, and so do processes with different values of `HOST_ID`."""
-    kind = CPU if device.type == "cpu" else f"cuda {torch.cuda.get_device_properties(device).uuid}"
-    host = f"{socket.gethostname()}/{os.stat('/proc/self/ns/pid').st_ino}"
-    return name_device(kind, "/".join([host, *filter(None, [os.environ.get(HOST_ID)])]))
 
 
 def _joined(rank: int) -> str:

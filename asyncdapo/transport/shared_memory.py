@@ -1,8 +1,9 @@
 """Memory that one process makes and others on the same machine map: host memory, or memory of a GPU that they share.
 
-In: a size and a device. Out: a block of bytes, and a handle of a few hundred bytes with which others open it. Host
-memory is an anonymous file that others open through the maker's file descriptors, so nothing is left behind if a
-process is killed. GPU memory is shared by CUDA's own handles. Does not own: when a block may be written or read.
+In: a size and a device. Out: a block of bytes, and a handle of a few hundred bytes with which others open it; the name
+of a device, by which processes know whether they share it. Host memory is an anonymous file that others open through
+the maker's file descriptors, so nothing is left behind if a process is killed. GPU memory is shared by CUDA's own
+handles. Does not own: when a block may be written or read.
 
 Shape: U bytes (uint8).
 """
@@ -12,12 +13,15 @@ from __future__ import annotations
 import mmap
 import os
 import secrets
+import socket
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 import torch
+
+from asyncdapo.transport.backend import CPU, HOST_ID, name_device
 
 EXPANDABLE = "expandable_segments:True"
 ALLOCATOR_SETTINGS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
@@ -90,3 +94,16 @@ def _open_on_host(pid: int, file: int, name: str, num_bytes: int) -> Block:
 
 def _mapped(file: int, num_bytes: int) -> torch.Tensor:
     return torch.frombuffer(mmap.mmap(file, max(num_bytes, 1)), dtype=torch.uint8)[:num_bytes]
+
+
+def numbered(device: torch.device) -> torch.device:
+    """The same device with its number: plain `cuda` becomes the current GPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
+
+
+def device_name(device: torch.device) -> str:
+    """A unique name of the device, the same in every process of this host (`backend`). Containers that can't see each
+    other's processes count as separate hosts, and so do processes with different values of `HOST_ID`."""
+    kind = CPU if device.type == "cpu" else f"cuda {torch.cuda.get_device_properties(device).uuid}"
+    host = f"{socket.gethostname()}/{os.stat('/proc/self/ns/pid').st_ino}"
+    return name_device(kind, "/".join([host, *filter(None, [os.environ.get(HOST_ID)])]))

@@ -11,7 +11,8 @@ from asyncdapo.errors import WeightsError
 from asyncdapo.transport.backend import Backend, host_of
 from asyncdapo.transport.carrier import BroadcastCarrier, Carrier, RelayCarrier, route_of
 from asyncdapo.transport.deadline import Deadline
-from asyncdapo.transport.process_group import ProcessGroup, device_name, numbered
+from asyncdapo.transport.process_group import ProcessGroup
+from asyncdapo.transport.shared_memory import device_name, numbered
 
 HOST = torch.device("cpu")
 

@@ -36,8 +36,7 @@ import torch
 from asyncdapo.errors import WeightsError
 from asyncdapo.transport.backend import Backend
 from asyncdapo.transport.deadline import Deadline
-from asyncdapo.transport.process_group import numbered
-from asyncdapo.transport.shared_memory import Block, make_block, open_block
+from asyncdapo.transport.shared_memory import Block, make_block, numbered, open_block
 from asyncdapo.weights.group import WeightGroup
 from asyncdapo.weights.manifest import ALIGN_BYTES, Manifest
 from asyncdapo.weights.receiver import WeightReceiver, tensors_in
@@ -78,14 +77,14 @@ class ReceiveBuffer:
     def make_room(self, manifest: Manifest) -> Future[None]:
         """Leave the group, and begin to allocate memory for this stream unless it is there. Fails with WeightsError
         if the machine has too little."""
-        self._leave()
+        self.leave()
         return self._begin(partial(self._make_room, manifest))
 
     def join(
         self, address: str, rank: int, world_size: int, backend: Backend, manifest: Manifest, timeout_s: float
     ) -> Future[None]:
         """Leave the old group, and begin to join the one at `address`. Fails with WeightsError."""
-        self._leave()
+        self.leave()
         return self._begin(partial(self._join, address, rank, world_size, backend, manifest, timeout_s))
 
     def receive(self, version: int, branch: int) -> Future[None]:
@@ -148,10 +147,11 @@ class ReceiveBuffer:
 
     def close(self) -> None:
         """Leave the group. A running operation fails."""
-        self._leave()
+        self.leave()
         self._thread.shutdown(wait=False)
 
-    def _leave(self) -> None:
+    def leave(self) -> None:
+        """Leave the group of the learner, too; an operation that still runs fails."""
         self.abandon()
         if self._group:
             self._room.version = NOTHING

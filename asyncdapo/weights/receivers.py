@@ -22,7 +22,7 @@ import torch
 
 from asyncdapo.errors import EngineError, RunError, WeightsError
 from asyncdapo.transport.backend import Backend
-from asyncdapo.transport.process_group import device_name
+from asyncdapo.transport.shared_memory import device_name
 from asyncdapo.weights.manifest import Manifest
 from asyncdapo.weights.receive_buffer import ReceiveBuffer
 
@@ -62,6 +62,9 @@ class Receiver(Protocol):
 
     async def abandon(self) -> None:
         """Leave that group; what is being sent there fails."""
+
+    async def leave(self) -> None:
+        """Leave every group; what is being received fails, too."""
 
     def close(self) -> None:
         """Leave the group."""
@@ -106,6 +109,10 @@ class LocalReceiver:
     async def abandon(self) -> None:
         if self._buffer:
             await asyncio.to_thread(self._buffer.abandon)
+
+    async def leave(self) -> None:
+        if self._buffer:
+            await asyncio.to_thread(self._buffer.leave)
 
     def close(self) -> None:
         if self._buffer:
@@ -152,6 +159,9 @@ class EngineReceiver:
 
     async def abandon(self) -> None:
         await self._ask("abandon_weights")
+
+    async def leave(self) -> None:
+        await self._ask("leave_weights")
 
     def close(self) -> None:
         """Nothing: the engine's processes leave the group when they end."""

@@ -38,7 +38,7 @@ from asyncdapo.errors import WeightsError
 from asyncdapo.model.files import ModelFiles
 from asyncdapo.model.tensor_names import weight_names
 from asyncdapo.transport.backend import Backend
-from asyncdapo.transport.process_group import device_name
+from asyncdapo.transport.shared_memory import device_name
 from asyncdapo.weights.manifest import Manifest
 from asyncdapo.weights.receive_buffer import ReceiveBuffer
 from asyncdapo.weights.receivers import TRANSFER
@@ -190,6 +190,10 @@ class WorkerReceiver:
     def abandon_weights(self) -> None:
         """Leave that group."""
         self.weight_transfer_engine.receive_buffer.abandon()
+
+    def leave_weights(self) -> None:
+        """Leave the group of the learner, too."""
+        self.weight_transfer_engine.receive_buffer.leave()
 
     def weights_state(self) -> tuple[bool, str]:
         """Whether the operation is over, and why it failed; "" if it didn't."""

@@ -23,7 +23,7 @@ from asyncdapo.model.config import ModelConfig
 from asyncdapo.rollout.config import RolloutConfig
 from asyncdapo.rollout.engine import Request, Sample
 from asyncdapo.rollout.vllm_engine.vllm_engine import VllmEngine
-from asyncdapo.transport.process_group import device_name
+from asyncdapo.transport.shared_memory import device_name
 from asyncdapo.weights.backend import choose_backend
 from asyncdapo.weights.config import WeightsConfig
 from asyncdapo.weights.group import WeightGroup

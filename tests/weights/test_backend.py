@@ -9,7 +9,7 @@ import torch
 
 from asyncdapo.errors import ConfigError
 from asyncdapo.transport.backend import fitting_backend, host_of, is_cpu
-from asyncdapo.transport.process_group import device_name
+from asyncdapo.transport.shared_memory import device_name
 from asyncdapo.weights.backend import choose_backend
 from asyncdapo.weights.config import WeightsConfig
 

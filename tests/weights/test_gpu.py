@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from asyncdapo.errors import WeightsError
-from asyncdapo.transport.process_group import device_name
+from asyncdapo.transport.shared_memory import device_name
 from asyncdapo.weights.group import WeightGroup
 from asyncdapo.weights.manifest import Manifest
 from asyncdapo.weights.receive_buffer import ReceiveBuffer

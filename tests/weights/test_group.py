@@ -40,6 +40,22 @@ def test_a_group_that_stays_incomplete_names_the_missing_ranks():
         assert group.closed
 
 
+def test_a_rank_that_leaves_waits_no_longer_for_one_that_says_nothing():
+    """Rank 1 is in the group and takes part in no exchange, as if it were stopped."""
+    first = WeightGroup.create_master("127.0.0.1", 2, "gloo", 20.0)
+    with ThreadPoolExecutor(2) as threads:
+        joining = threads.submit(WeightGroup.join, first.address, 1, 2, "gloo", 20.0)
+        first.connect()
+        silent = joining.result()
+        waiting = threads.submit(first.exchange, 1, Deadline(20.0))
+        time.sleep(0.05)
+        assert not waiting.done()
+        first.close()
+        with pytest.raises(WeightsError, match="the group of the weights is closed"):
+            waiting.result(5)
+        silent.close()
+
+
 def address_at(port: int) -> str:
     return join_address("127.0.0.1", port, RunKeys.make().client)
 

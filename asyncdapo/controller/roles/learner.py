@@ -49,7 +49,7 @@ from asyncdapo.learner.storage.host_copy import HostCopy
 from asyncdapo.shares import Batch, NoBatch
 from asyncdapo.transport.backend import Backend
 from asyncdapo.transport.payload import Payload
-from asyncdapo.transport.process_group import device_name
+from asyncdapo.transport.shared_memory import device_name
 from asyncdapo.weights.group import WeightGroup
 from asyncdapo.weights.manifest import Manifest
 from asyncdapo.weights.sender import SendReport, WeightSender

@@ -178,3 +178,7 @@ class RolloutProcess(ProcessBase):
     async def abandon_workers(self) -> None:
         """Leave the group of the newcomer. Who waits in it fails now."""
         await self.end.abandon()
+
+    async def leave_weights(self) -> None:
+        """Leave the group in which it waits for weights, which then fails; another rank may be silent there."""
+        await self.end.leave()

@@ -16,8 +16,9 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import defaultdict, deque
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from contextlib import suppress
+from statistics import median
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from asyncdapo.controller.fleet.process import Process, ProcessDied
@@ -39,7 +40,7 @@ ASK_S = 0.5
 SILENT_S = 2.0
 FEW = 4
 NUM_TRANSFERS = 8
-"""Latest ones, of which the longest counts."""
+"""Latest ones, whose median says how long one takes."""
 
 log = logging.getLogger("weights")
 
@@ -84,28 +85,27 @@ class Ends:
         sender: Process[LearnerProcess] | Process[RolloutProcess],
         deadline_s: float | None = None,
     ) -> list[R]:
-        """All answers, in the order of `calls`. After a failure `sender` leaves the group, so that no other call lasts
-        much longer; then the first error is raised, a death before any other. `deadline_s`: by default a transfer's."""
+        """All answers, in the order of `calls`. After a failure everybody leaves the group, so that no other call lasts
+        longer; then the first error is raised, a death before any other. `deadline_s`: by default a transfer's."""
         deadline_s = deadline_s or self._timeout_s + COMMAND_MARGIN_S
         outcomes = ((process, self._outcome(process, call, what, deadline_s)) for process, call in calls.items())
         tasks = {asyncio.ensure_future(outcome): process for process, outcome in outcomes}
         first = asyncio.ensure_future(asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION))
         silence = asyncio.ensure_future(self._silence(tasks))
         errors: list[Exception] = []
+        leaving: list[asyncio.Task[None]] = []
         try:
             with suppress(TimeoutError):
                 async with asyncio.timeout(deadline_s):
                     await asyncio.wait({first, silence}, return_when=asyncio.FIRST_COMPLETED)
                     if silence.done():
                         errors.append(self._leave_out({task: tasks.pop(task) for task in silence.result()}))
-                    if not all(task.done() for task in tasks):
-                        with suppress(ProcessDied, EngineError):  # its own call says so, too
-                            await sender.call(lambda sender: sender.abandon_workers)
+                    leaving = [asyncio.ensure_future(leave) for leave in self._leaves(sender, tasks)]
                     if tasks:
                         await asyncio.wait(tasks)
         finally:
             late = [task for task in tasks if not task.done()]
-            for task in (*late, first, silence):
+            for task in (*late, first, silence, *leaving):
                 task.cancel()
         answers = await asyncio.gather(*tasks, return_exceptions=True)
         errors += [answer for answer in answers if isinstance(answer, Exception)]
@@ -113,6 +113,15 @@ class Ends:
         for error in sorted(errors, key=lambda error: not isinstance(error, ProcessDied)):
             raise error
         return [answer for answer in answers if not isinstance(answer, BaseException)]
+
+    def _leaves(self, sender: Process[Any], tasks: Mapping[Owed, Process[Any]]) -> Iterator[Coroutine[Any, Any, None]]:
+        """Have those who still wait in the group leave it, `sender` first: they may wait for one that is silent."""
+        waiting = [process for task, process in tasks.items() if not task.done()]
+        if waiting:
+            yield _told(sender.call(lambda sender: sender.abandon_workers))
+        for worker in waiting:
+            if worker in self._workers and worker is not sender:
+                yield _told(worker.call(lambda worker: worker.leave_weights))
 
     async def _outcome(self, process: Process[Any], call: Coroutine[Any, Any, R], what: str, deadline_s: float) -> R:
         """What it answers to this call. A worker whose engine has failed is as good as dead: it is killed, and the
@@ -140,7 +149,7 @@ class Ends:
         if not self._took_s:
             return True
         try:
-            async with asyncio.timeout(max(SILENT_S, FEW * max(self._took_s))):
+            async with asyncio.timeout(max(SILENT_S, FEW * median(self._took_s))):
                 return await worker.call(lambda worker: worker.hears)
         except TimeoutError:
             return False
@@ -155,6 +164,11 @@ class Ends:
             self._left_out[worker.name].set()
         names = " and ".join(worker.name for worker in silent.values())
         return SilentWorker(f"{names}: no sign of life, left out until there is one")
+
+
+async def _told(call: Coroutine[Any, Any, None]) -> None:
+    with suppress(RunError):  # the call that it should end says so, too
+        await call
 
 
 def _kill(process: Process[Any], what: str, deadline_s: float) -> ProcessDied:

@@ -59,7 +59,7 @@ class FakeProcess:
         self.up.clear()
 
     def commands(self) -> list[str]:
-        return [call[0] for call in self.calls if call[0] != "abandon_workers"]
+        return [call[0] for call in self.calls if call[0] not in ("abandon_workers", "leave_weights")]
 
     def received(self) -> list[tuple[int, int]]:
         """Versions and branches."""
