@@ -52,7 +52,7 @@ LIMITS = (
         "above",
         0.02,
         "this share of the groups was dropped as stale, long answers first",
-        "lower replay.run_ahead, raise replay.max_staleness, or set replay.on_stale=wait",
+        "lower replay.run_ahead, raise replay.max_staleness, or set replay.on_stale=auto",
         groups_so_far="filter/prompts_consumed",
     ),
     Limit(

@@ -51,9 +51,10 @@ class ReplayConfig:
     order: Literal["arrival", "longest_first"] = "arrival"
     """Which of the next `prompts_per_step` prompts is sampled first: that of the stream, or the one whose answers were
     the longest in an earlier epoch, so that the longest don't come last."""
-    on_stale: Literal["drop", "requeue", "wait"] = "drop"
+    on_stale: Literal["auto", "drop", "requeue", "wait"] = "drop"
     """What happens to a group that would exceed the bound: `drop` it, `requeue` its prompt, or `wait` with the cut of
-    the batch until the group is done."""
+    the batch until the group is done. `auto` waits, unless few are dropped and the wait costs more than they are
+    worth."""
     lease_stall_s: PositiveFloat = 60.0
     """Seconds without a new token after which a lease is lost and its prompt is sampled again. Time in which the lease
     waits for a slot of a working engine, or for the verifier, doesn't count."""

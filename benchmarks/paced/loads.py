@@ -1,7 +1,7 @@
 """Loads: engines and learners of known speed, and answers of known length.
 
-In: the speeds. Out: `Load`, and `LOADS`, the three that docs/log.md compares: the engine is waited for, neither, or the
-learner.
+In: the speeds. Out: `Load`; `LOADS`, where the engine is waited for, neither, or the learner; and `LONG_ANSWERS`, of
+which some take longer than a tight bound on staleness allows.
 """
 
 from __future__ import annotations
@@ -17,32 +17,35 @@ class Load:
 
     train_s: float
     """Of a train step, its publish included."""
-    slots: int = 64
+    slots: int = 16
     """Sequences that the engine runs at once."""
-    group_size: int = 8
+    group_size: int = 2
     tokens: float = 100.0
     """Median length of an answer."""
     spread: float = 0.8
     """Of the logarithm of a prompt's median length: long prompts are harder ones."""
     within: float = 0.3
     """Of the logarithm of the lengths within a group."""
-    kept: float = 0.5
-    """Share of the groups that the filter keeps."""
+    difficulty: float = 1.0
+    """How fast the odds of a right answer fall with its prompt's median length; 0: all prompts are equally hard."""
     jitter: float = 0.1
     """Of the logarithm of the time of a train step."""
     step_s: float = 0.01
     """Of one token of every running sequence, at few sequences."""
-    step_s_per_sequence: float = 0.0002
+    step_s_per_sequence: float = 0.0008
     """What each running sequence adds to that."""
 
     def tokens_per_s(self, running: int) -> float:
         """Of one sequence."""
         return 1 / (self.step_s + self.step_s_per_sequence * running)
 
-    def lengths(self, draws: random.Random) -> list[int]:
-        """Of the answers to a prompt."""
-        median = self.tokens * draws.lognormvariate(0, self.spread)
-        return [max(1, math.ceil(median * draws.lognormvariate(0, self.within))) for _ in range(self.group_size)]
+    def answers(self, draws: random.Random) -> tuple[list[int], tuple[float, ...]]:
+        """Lengths and verdicts of the answers to a prompt."""
+        longer = draws.lognormvariate(0, self.spread)
+        solved = 1 / (1 + longer**self.difficulty)
+        lengths = [self.tokens * longer * draws.lognormvariate(0, self.within) for _ in range(self.group_size)]
+        verdicts = tuple(float(draws.random() < solved) for _ in lengths)
+        return [max(1, math.ceil(length)) for length in lengths], verdicts
 
 
 LOADS = {
@@ -50,3 +53,4 @@ LOADS = {
     "balanced": Load(train_s=12.0),
     "learner-bound": Load(train_s=20.0),
 }
+LONG_ANSWERS = Load(train_s=6.0, spread=1.0, difficulty=0.5)

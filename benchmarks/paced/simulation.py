@@ -14,6 +14,7 @@ from __future__ import annotations
 import heapq
 import math
 import random
+from bisect import bisect_right
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -22,7 +23,15 @@ from asyncdapo.replay.core import events as core
 from asyncdapo.replay.core.state import ReplayState
 from benchmarks.paced.loads import Load
 
-KEPT, CONSTANT = (0.0, 1.0), (1.0, 1.0)
+
+def bias(trained: list[int], sampled: list[int]) -> float:
+    """Kolmogorov–Smirnov: the largest difference of the two distributions."""
+    trained, sampled = sorted(trained), sorted(sampled)
+    values = sorted({*trained, *sampled})
+    return max(
+        abs(bisect_right(trained, value) / len(trained) - bisect_right(sampled, value) / len(sampled))
+        for value in values
+    )
 
 
 @dataclass
@@ -85,17 +94,18 @@ class Simulation:
         self.result.wall_s = self._now
         return self.result
 
-    def lengths(self, prompt_id: int) -> list[int]:
-        """Of the answers to a prompt: the same however often and whenever it is sampled."""
-        return self.load.lengths(self._draws(prompt_id))
+    def answers(self, prompt_id: int) -> tuple[list[int], tuple[float, ...]]:
+        """Lengths and verdicts of the answers to a prompt: the same however often and whenever it is sampled."""
+        return self.load.answers(random.Random(f"{self._seed} {prompt_id}"))
 
-    def is_kept(self, prompt_id: int) -> bool:
-        draws = self._draws(prompt_id)
-        self.load.lengths(draws)
-        return draws.random() < self.load.kept
-
-    def _draws(self, prompt_id: int) -> random.Random:
-        return random.Random(f"{self._seed} {prompt_id}")
+    def lengths(self) -> tuple[list[int], list[int]]:
+        """Of the answers trained on, and of all that the filter keeps, of the prompts before the first without an
+        end."""
+        ended, trained = min(self.state.prompts.unended), set(self.result.trained)
+        answers = {prompt_id: self.answers(prompt_id) for prompt_id in range(ended)}
+        kept = {prompt_id: lengths for prompt_id, (lengths, verdicts) in answers.items() if len(set(verdicts)) > 1}
+        of_trained = [length for prompt_id, lengths in kept.items() if prompt_id in trained for length in lengths]
+        return of_trained, [length for lengths in kept.values() for length in lengths]
 
     # ------------------------------------------------------------------------------------------------------- time
 
@@ -149,7 +159,7 @@ class Simulation:
                 lease_id=lease_id,
                 min_version=lease.started_version,
                 max_version=self._version,
-                metrics={"acc": KEPT if self.is_kept(lease.prompt_id) else CONSTANT},
+                metrics={"acc": self.answers(lease.prompt_id)[1]},
                 num_loss_tokens=1,
             )
         )
@@ -182,7 +192,7 @@ class Simulation:
         for action in self.state.handle(event):
             match action:
                 case core.GrantLease():
-                    lengths = self.lengths(action.prompt_id)
+                    lengths, _ = self.answers(action.prompt_id)
                     self._leases[action.lease_id] = Running(action.prompt_id, deque(lengths), len(lengths))
                     self._queue.append(action.lease_id)
                 case core.EndLease(outcome="withdrawn"):

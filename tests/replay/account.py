@@ -77,6 +77,10 @@ class Account:
         self.at_limit = False
         self.over = False
 
+        self.withdrawn_stale: list[int] = []
+        """Numbers of the events in which a lease ended since it would miss the bound."""
+        self.num_since_due = 0
+        """Verdicts since the learner waits for a full batch."""
         self.measured: list[tuple[int, float, float]] = []
         """`run_ahead: auto`: step, groups that the workers and that the learner needed ahead."""
         self.gen_batch_step, self.gen_batch_number, self.gen_batch_verdicts = 0, 0, 0
@@ -169,7 +173,15 @@ class Account:
             return bool(self.leases)
         early = self.num_cut > self.published and not self.at_limit
         late = [lease for lease in self.leases.values() if not self.fits(self.lease_version(lease), self.next_step + 1)]
+        if self.config.on_stale == "auto" and not early:
+            lost = self.num_dropped() + len(late)
+            biased = 100 * lost > lost + len(self.verdicts)
+            return bool(late) and (biased or self.num_since_due < len(late))
         return (early or self.config.on_stale == "wait") and bool(late)
+
+    def num_dropped(self) -> int:
+        """Groups and leases that ended since they missed the bound."""
+        return len(self.in_state("expired")) + len(self.withdrawn_stale)
 
     def cut_is_due(self) -> bool:
         return self.at_limit or (self.wanted == self.next_step and self.num_ready() >= self.size)
@@ -206,6 +218,8 @@ class Account:
                     step=self.next_step,
                 )
                 if self.fits(event.min_version, self.next_step):
+                    early = self.num_cut > self.published and not self.at_limit
+                    self.num_since_due += self.cut_is_due() and not early
                     self.count_verdict(event.lease_id, self.next_step)
                 return True
             case core.LeaseFailed() | core.LeaseLost():

@@ -63,6 +63,8 @@ class TruthWithPast(Truth):
         self.batches = {k: members for k, members in self.batches.items() if k <= step + was_cut}
         self.copies = {k: copies for k, copies in self.copies.items() if k <= step + was_cut}
         self.trained = set(range(1, step + 1))
+        self.withdrawn_stale = [event for event in self.withdrawn_stale if event <= mark.num_events]
+        self.num_since_due = 0
         self.measured = [measured for measured in self.measured if measured[0] <= step]
         moved = self._settle_groups(step, mark, was_cut)
         for prompt_id in self.prompts:

@@ -111,6 +111,7 @@ class Restarts(Simulation):
         before = snapshot(self.state)
         self._open_again()
         assert snapshot(self.state) == before
+        self.truth.num_since_due = 0
         self.num_reloads += 1
         for index in self.truth.credits:
             self.truth.credits[index] = 0

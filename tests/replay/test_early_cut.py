@@ -41,7 +41,7 @@ def test_an_early_batch_is_cut_at_once_when_nothing_ends_by_it() -> None:
     assert gauges(scenario.state)["in_training"] == 1
 
 
-@pytest.mark.parametrize("on_stale", ["drop", "requeue", "wait"])
+@pytest.mark.parametrize("on_stale", ["auto", "drop", "requeue", "wait"])
 def test_an_early_cut_waits_for_what_it_would_end(on_stale: str) -> None:
     scenario = early(max_staleness=1, on_stale=on_stale)
     [slow] = scenario.running

@@ -22,7 +22,7 @@ def worlds(draw: st.DrawFn, run_aheads=(0.0, 0.25, 0.5, 1.0, 1.3, 2.0, "auto")) 
             prompts_per_step=draw(st.integers(1, 4)),
             run_ahead=run_ahead,
             max_staleness=(1 if run_ahead == "auto" else math.ceil(run_ahead)) + draw(st.integers(0, 2)),
-            on_stale=draw(st.sampled_from(["drop", "requeue", "wait"])),
+            on_stale=draw(st.sampled_from(["auto", "drop", "requeue", "wait"])),
         ),
         filter=FilterConfig(
             enabled=draw(st.sampled_from([True, True, True, False])),

@@ -99,6 +99,7 @@ class Truth(Account):
         if not isinstance(event, core.RunEnded):
             assert not self.fits(self.lease_version(lease), self.next_step), "withdrawn though it could still make it"
             self.attempts[lease.prompt_id] += self.config.on_stale == "requeue"
+            self.withdrawn_stale.append(self.num_events)
 
     def _lose(self, lease: TrueLease) -> None:
         self.attempts[lease.prompt_id] += 1
@@ -181,7 +182,7 @@ class Truth(Account):
             assert used_up or (self.at_limit and self.filter.on_limit in ("partial", "unfiltered")), "a short batch"
         self.num_cut, self.at_limit = action.step, False
         self.batches[action.step] = list(action.group_ids)
-        self.gen_batches_of_step = 0
+        self.gen_batches_of_step, self.num_since_due = 0, 0
 
     def _expect_replaced(self) -> list[int]:
         """The kept ones of the first groups; the others, and those without a kept one before them, are filtered."""

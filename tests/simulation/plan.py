@@ -147,7 +147,7 @@ def _replay(rng: random.Random) -> ReplayConfig:
         prompts_per_step=rng.choice((1, 1, 2, 2, 3)),
         run_ahead=run_ahead,
         max_staleness=max(1 if run_ahead == "auto" else int(run_ahead + 0.5), rng.randint(0, 3)),
-        on_stale=rng.choice(("drop", "requeue", "wait")),
+        on_stale=rng.choice(("auto", "drop", "requeue", "wait")),
         heartbeat_s=HEARTBEAT_S,
         lease_stall_s=6 * HEARTBEAT_S,
     )

@@ -44,7 +44,7 @@ class Lifecycle:
         stream: PromptStream,
         *,
         max_attempts: int,
-        on_stale: Literal["drop", "requeue", "wait"],
+        on_stale: Literal["auto", "drop", "requeue", "wait"],
         do: Callable[[Action], None],
         prompts: Mapping[int, tuple[PromptState, int]],
     ) -> None:

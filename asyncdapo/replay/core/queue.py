@@ -9,7 +9,7 @@ so every member fits its batch.
                (`mode: replace`), or at the barrier its prompt may go back to the stream
     due        the learner wants the batch and it is full, or the step has used up its generation batches
     held back  a due cut waits. `run_ahead: 0`: until nothing runs. Otherwise for leases that it would make stale, if
-               `on_stale: wait` or the learner still has the batch before
+               `on_stale` is `wait` or `auto` (`staleness.py`), or the learner still has the batch before
     begin      with the next step, every group and lease that would miss the bound in its batch ends
 
 `mode: replace`. A batch takes the first `prompts_per_step` groups in queue order, kept or not. Copies of its kept
@@ -33,7 +33,7 @@ from asyncdapo.replay.core.filter import GenBatches
 from asyncdapo.replay.core.leases import Leases
 from asyncdapo.replay.core.lifecycle import Lifecycle
 from asyncdapo.replay.core.recovery import Recovered
-from asyncdapo.replay.core.staleness import StalenessBound
+from asyncdapo.replay.core.staleness import Patience, StalenessBound
 from asyncdapo.replay.core.stream import PromptStream
 
 
@@ -141,6 +141,8 @@ class NextBatch:
         self._held, self._cut_batches = held, cut_batches
         self.gen_batches = GenBatches(filter.gen_batch_multiplier * config.prompts_per_step)
         self.gen_batches.recount(was.next_step, was.gen_batches, was.open_verdicts)
+        dropped = was.totals.groups.get("expired", 0) + was.totals.groups.get("withdrawn_stale", 0)
+        self.patience = Patience(dropped, was.totals.verdicts)
         self.step, self.wanted = was.next_step, False
         """The train step that it is of; whether the learner asks for it."""
         self.limit_reached = was.limit_reached and self._out_of_gen_batches()
@@ -168,13 +170,23 @@ class NextBatch:
     def is_held_back(self) -> bool:
         if self._config.synchronous:
             return bool(self._leases.running)
-        early = self.step - 1 in self._cut_batches.in_training and not self.limit_reached
-        return (early or self._config.on_stale == "wait") and bool(self._leases.overdue(self.step + 1))
+        early = self._is_early
+        overdue = len(self._leases.overdue(self.step + 1))
+        if self._config.on_stale == "auto" and not early:
+            return self.patience.waits_for(overdue)
+        return (early or self._config.on_stale == "wait") and overdue > 0
+
+    @property
+    def _is_early(self) -> bool:
+        """The learner still has the batch before, and doesn't wait for this one."""
+        return self.step - 1 in self._cut_batches.in_training and not self.limit_reached
 
     # ------------------------------------------------------------------------------------------------------ groups
 
     def add(self, group: HeldGroup, *, run_over: bool) -> None:
         """Hold a group that fits, if it is of use, and count its verdict."""
+        self.patience.judged += 1
+        self.patience.arrived += self.is_due and not self._is_early
         state = self._held.add(group)
         self._prompts.move_both(group, state, reason=group.verdict if state == "filtered" else "")
         self.gen_batches.count(self.step)
@@ -183,6 +195,7 @@ class NextBatch:
 
     def expire(self, group: HeldGroup) -> None:
         """The group doesn't fit."""
+        self.patience.dropped += 1
         self._prompts.move_group(group, "expired", reason="stale")
         self._prompts.expire(group.prompt_id)
 
@@ -232,7 +245,9 @@ class NextBatch:
             self._do(GenBatchClosed(step=ended, number=number, limit_reached=False))
         self.gen_batches.next_step()
         self.step, self.wanted, self.limit_reached = step, False, False
+        self.patience.arrived = 0
         for lease in self._leases.overdue(step):
+            self.patience.dropped += 1
             self._leases.end(lease, "withdrawn", "stale")
             self._prompts.expire(lease.prompt_id)
         for group in self._held.take_stale(self._bound, step):

@@ -20,13 +20,8 @@ AUTO = ReplayConfig(prompts_per_step=16, run_ahead="auto", max_staleness=4)
 GROUPS = st.floats(-100, 100)
 
 
-def small(load: Load) -> Load:
-    """The same with a quarter of the work."""
-    return replace(load, slots=load.slots // 4, group_size=2, step_s_per_sequence=4 * load.step_s_per_sequence)
-
-
 def simulate(load: Load, config: ReplayConfig, steps: int = 30) -> Result:
-    return Simulation(small(load), config, FilterConfig(), seed=1).run(steps)
+    return Simulation(load, config, FilterConfig(), seed=1).run(steps)
 
 
 @given(st.lists(st.tuples(GROUPS, GROUPS), max_size=30), st.integers(1, 8), st.integers(1, 16))
@@ -70,10 +65,10 @@ def test_no_load_takes_longer_than_with_the_best_number_and_none_is_staler_than_
 
 
 def test_it_comes_down_again_once_the_learner_is_the_slower_side() -> None:
-    simulation = Simulation(small(LOADS["balanced"]), AUTO, FilterConfig(), seed=1)
+    simulation = Simulation(LOADS["balanced"], AUTO, FilterConfig(), seed=1)
     simulation.run(15)
     before = simulation.state.admission.run_ahead
-    simulation.load = small(LOADS["learner-bound"])
+    simulation.load = LOADS["learner-bound"]
     simulation.run(30)
     assert simulation.state.admission.run_ahead < before
 
