@@ -23,10 +23,10 @@ from asyncdapo.messages import Sampling
 from asyncdapo.rollout.config import RolloutConfig
 from asyncdapo.rollout.engine import Limits, Request
 from asyncdapo.rollout.torch_engine.checkpoint import read_checkpoint
+from asyncdapo.rollout.torch_engine.compiled_model import fastest_model
 from asyncdapo.rollout.torch_engine.runner import Runner
 from asyncdapo.rollout.torch_engine.scheduler import Job
 from asyncdapo.rollout.torch_engine.torch_engine import TorchEngine
-from asyncdapo.rollout.torch_engine.weights import Weights
 
 GROUP_SIZE, MAX_PROMPT_LENGTH, MAX_TOKENS, STOP_TOKEN_IDS, PAD = 16, 40, 128, [1, 2, 3], 0
 
@@ -79,15 +79,16 @@ async def engine_round(engine: TorchEngine, num_groups: int, seed: int) -> int:
 
 def bare_runner(directory: str, config: RolloutConfig) -> Runner:
     checkpoint, cpu = read_checkpoint(directory), torch.device("cpu")
-    weights = Weights(checkpoint.shape, torch.float32, cpu)
-    weights.fill(checkpoint.tensors())
     limits = Limits(
         max_prompt_length=MAX_PROMPT_LENGTH,
         max_response_length=MAX_TOKENS,
         max_context=MAX_PROMPT_LENGTH + MAX_TOKENS,
         vocab_size=checkpoint.shape.vocab_size,
     )
-    return Runner(checkpoint, config, limits, checkpoint.stop_token_ids, weights, cpu)
+    model = fastest_model(checkpoint, config.slots, limits.max_context, torch.float32, cpu, config.threads)
+    weights = model.new_weights()
+    weights.fill(checkpoint.tensors())
+    return Runner(model, config, limits, checkpoint.stop_token_ids, weights)
 
 
 def runner_round(runner: Runner, num_groups: int, slots: int, seed: int) -> int:

@@ -1,11 +1,10 @@
 """Batch: the running sequences, one per slot, and their state between two tokens.
 
 Owns the assignment of sequences to slots and the tokens sampled so far. Does not own keys and values (`kv_cache.py`),
-but decides their places: the slots in use come first, and long sequences before short ones. So each block of slots
-reads only as far as its own longest sequence in attention. A sequence moves only to an empty slot before its own, and
-only when slots are filled again or many are idle.
+but decides their places. A sequence starts in the first idle slots. It moves only when nothing waits for the idle ones
+and they are many.
 
-Invariant: active slots are below `num_used`; an idle row below it is computed and ignored until `arrange`.
+Invariant: active slots are below `num_used`; an idle row below it is computed and ignored.
 """
 
 from __future__ import annotations
@@ -88,40 +87,43 @@ class Batch:
             if running is not None:
                 yield slot, running
 
-    def seat(self, job: Job, count: int) -> tuple[int, int]:
-        """Put the job's next samples into the slots after those in use. Returns the first slot, and the last + 1."""
+    def seat(self, job: Job, count: int) -> np.ndarray:
+        """Put the job's next samples into the first idle slots. Returns these."""
         request, sampling = job.request, job.request.sampling
-        start, end = self.num_used, self.num_used + count
-        rows, indices = self.rows[start:end], range(job.num_started, job.num_started + count)
+        slots, indices = (
+            np.flatnonzero(self.rows["active"] == 0)[:count],
+            range(job.num_started, job.num_started + count),
+        )
+        rows = np.zeros((), ROW)
         rows["active"] = 1
         rows["position"] = len(request.prompt_ids) - 1
-        rows["num_sampled"] = 0
         rows["max_tokens"] = sampling.max_tokens
         rows["greedy"] = sampling.temperature == 0
         rows["temperature"] = sampling.temperature or 1.0
         rows["top_p"], rows["top_k"] = sampling.top_p, sampling.top_k
+        self.rows[slots] = rows
         seeds = [request.seeds[index] for index in indices]
-        self.uniforms[start:end, : sampling.max_tokens] = uniforms(seeds, sampling.max_tokens)
-        self.running[start:end] = [Running(job, index) for index in indices]
+        self.uniforms[slots, : sampling.max_tokens] = uniforms(seeds, sampling.max_tokens)
+        for slot, index in zip(slots, indices, strict=True):
+            self.running[slot] = Running(job, index)
         job.num_started += count
         job.request.num_running += count
-        self.num_used += count
+        self.num_used = max(self.num_used, int(slots[-1]) + 1)
         self.num_active += count
-        return start, end
+        return slots
 
-    def next_uniforms(self, start: int, end: int) -> np.ndarray:
+    def next_uniforms(self, slots: np.ndarray) -> np.ndarray:
         """The uniform number that draws the next token of each of these slots."""
-        return self.uniforms[self._slots[start:end], self.rows["num_sampled"][start:end]]
+        return self.uniforms[slots, self.rows["num_sampled"][slots]]
 
-    def append(self, start: int, end: int, tokens: np.ndarray, logprobs: np.ndarray) -> None:
-        """Append a token to each of the slots [start, end)."""
-        rows, slots = self.rows[start:end], self._slots[start:end]
-        num_sampled = rows["num_sampled"]
+    def append(self, slots: np.ndarray, tokens: np.ndarray, logprobs: np.ndarray) -> None:
+        """Append a token to each of these slots."""
+        num_sampled, active = self.rows["num_sampled"][slots], self.rows["active"][slots]
         self.tokens[slots, num_sampled] = tokens
         self.logprobs[slots, num_sampled] = logprobs
-        rows["token"] = tokens
-        rows["position"] += rows["active"]
-        num_sampled += rows["active"]
+        self.rows["token"][slots] = tokens
+        self.rows["position"][slots] += active
+        self.rows["num_sampled"][slots] += active
 
     def note_left(self, slot: int, left: np.ndarray) -> None:
         """The next token of a slot is drawn from these."""
@@ -159,21 +161,17 @@ class Batch:
         for name, value in (("temperature", 1), ("top_p", 1), ("top_k", 0)):
             self.rows[name][slots] = value
 
-    def arrange(self) -> list[tuple[int, int]]:
-        """Close the gaps, longest sequences first. Returns the moves (from, to) that the cache must do, in order."""
-        positions, moves = self.rows["position"], []
-        for start in range(0, self.num_active, self._block_size):
-            end = min(start + self._block_size, self.num_active)
-            gaps = [slot for slot in range(start, end) if self.running[slot] is None]
-            behind = [slot for slot in range(end, self.num_used) if self.running[slot] is not None]
-            behind.sort(key=lambda slot: -positions[slot])
-            for target, source in zip(gaps, behind, strict=False):
-                for column in (self.rows, self.uniforms, self.tokens, self.logprobs):
-                    column[target] = column[source]
-                self.running[target], self.running[source] = self.running[source], None
-                moves.append((source, target))
+    def close_gaps(self) -> list[tuple[int, int]]:
+        """Move the last sequences to idle slots before them. Returns the moves (from, to) that the cache must do."""
+        gaps = [slot for slot in range(self.num_active) if self.running[slot] is None]
+        behind = [slot for slot in range(self.num_active, self.num_used) if self.running[slot] is not None]
+        for source, target in zip(behind, gaps, strict=True):
+            for column in (self.rows, self.uniforms, self.tokens, self.logprobs):
+                column[target] = column[source]
+            self.running[target], self.running[source] = self.running[source], None
+            self._idle(source)
         self.num_used = self.num_active
-        return moves
+        return list(zip(behind, gaps, strict=True))
 
     def spans(self) -> list[Span]:
         """The slots to compute, split where the number of cache times that attention reads changes."""

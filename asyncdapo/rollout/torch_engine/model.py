@@ -13,58 +13,102 @@ G = Q / K query heads of one key/value head, D head_dim, P = D / 2 rotated pairs
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 from torch.nn.functional import embedding, linear, rms_norm, scaled_dot_product_attention, silu
 
 from asyncdapo.rollout.torch_engine.checkpoint import Checkpoint
-from asyncdapo.rollout.torch_engine.kv_cache import KVCache, Span
+from asyncdapo.rollout.torch_engine.kv_cache import KVCache, SdpaCache, Span
+from asyncdapo.rollout.torch_engine.sampling import draw
 from asyncdapo.rollout.torch_engine.weights import LayerWeights, Weights
 from asyncdapo.rollout.torch_engine.workspace import Rows, Workspace
 
 
-class Model:
+class Model(Protocol):
     """Computes; the weights are an argument of every call, since they change while sequences run."""
 
-    def __init__(
-        self, checkpoint: Checkpoint, num_slots: int, num_positions: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        self._shape = checkpoint.shape
-        self._device, self._dtype = device, dtype
-        self._norm_scale = self._shape.hidden_size**-0.5
-        self._norm_root = torch.tensor(self._shape.norm_eps**0.5, device=device)
-        angles_TP = torch.outer(torch.arange(num_positions, dtype=torch.float32), checkpoint.frequencies_P)
-        # Queries and keys are both rotated, so each carries half of the 1 / √D that scores are scaled by.
-        scale = checkpoint.rotation_scale * self._shape.head_dim**-0.25
-        magnitudes_TP = torch.full_like(angles_TP, scale)
-        self._rotations_TP = torch.polar(magnitudes_TP, angles_TP).to(device)
-        self._workspace = Workspace(self._shape, num_slots, dtype, device)
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def cache(self) -> KVCache: ...
+
+    def new_weights(self) -> Weights:
+        """A set of weights to be filled, of the kind that this model computes with."""
+        ...
 
     def decode(
-        self, weights: Weights, cache: KVCache, tokens_B: torch.Tensor, positions_B: torch.Tensor, spans: Sequence[Span]
+        self, weights: Any, tokens_B: torch.Tensor, positions_B: torch.Tensor, spans: Sequence[Span]
     ) -> torch.Tensor:
         """Logits [B, V] after `tokens_B[b]`, at `positions_B[b]` of the sequence in slot b.
 
         `spans` cover the slots 0 … B − 1 in order.
         """
+        ...
+
+    def prefill(
+        self, weights: Any, tokens_NT: torch.Tensor, lengths_N: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits [N, V] after the last token of each prompt, and keys and values `[L, N, …]` for the cache.
+
+        Prompts are padded on the right; keys and values at padded times are meaningless.
+        """
+        ...
+
+    def draw(
+        self,
+        logits_BV: torch.Tensor,
+        temperatures_B: torch.Tensor,
+        uniforms_B: torch.Tensor,
+        *,
+        greedy_B: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `sampling.draw`."""
+        ...
+
+
+def rotations(checkpoint: Checkpoint, num_positions: int) -> torch.Tensor:
+    """Complex factors [T, P] of the pairs at each position. Queries and keys are both rotated, so each carries half of
+    the 1 / √D that scores are scaled by."""
+    angles_TP = torch.outer(torch.arange(num_positions, dtype=torch.float32), checkpoint.frequencies_P)
+    scale = checkpoint.rotation_scale * checkpoint.shape.head_dim**-0.25
+    return torch.polar(torch.full_like(angles_TP, scale), angles_TP)
+
+
+class TorchModel:
+    """The model by PyTorch's operations, on any device and in any number format."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, num_slots: int, max_times: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.device, self._dtype, self._shape = device, dtype, checkpoint.shape
+        self.cache = SdpaCache(self._shape, num_slots, max_times, dtype, device)
+        self._rotations_TP = rotations(checkpoint, self.cache.num_times).to(device)
+        self._workspace = Workspace(self._shape, num_slots, dtype, device)
+
+    draw = staticmethod(draw)
+
+    def new_weights(self) -> Weights:
+        return Weights(self._shape, self._dtype, self.device)
+
+    def decode(
+        self, weights: Weights, tokens_B: torch.Tensor, positions_B: torch.Tensor, spans: Sequence[Span]
+    ) -> torch.Tensor:
         rows = self._workspace.rows(tuple(end - start for start, end, _ in spans))
-        attend = cache.attention(positions_B, spans)
+        attend = self.cache.attention(positions_B, spans)
         rotations_B1P = self._rotations_TP[positions_B].unsqueeze(1)
         x_BH = embedding(tokens_B, weights.embedding)
         for index, layer in enumerate(weights.layers):
             self._project(layer, x_BH, rotations_B1P, rows)
             self._mix(layer, x_BH, attend(index, rows), rows)
-        return linear(self._norm(x_BH, weights.norm, rows), weights.head).float()
+        return linear(self._norm(x_BH, weights.norm), weights.head).float()
 
     def prefill(
         self, weights: Weights, tokens_NT: torch.Tensor, lengths_N: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits [N, V] after the last token of each prompt, and keys and values [L, N, 2 K, T, D] of all of them.
-
-        Prompts are padded on the right; keys and values at padded times are meaningless.
-        """
         shape, (num_prompts, num_times) = self._shape, tokens_NT.shape
-        rows = Workspace(shape, num_prompts * num_times, self._dtype, self._device).rows((num_prompts * num_times,))
+        rows = Workspace(shape, num_prompts * num_times, self._dtype, self.device).rows((num_prompts * num_times,))
         rotations_M1P = self._rotations_TP[:num_times].repeat(num_prompts, 1).unsqueeze(1)
         x_MH = embedding(tokens_NT.flatten(), weights.embedding)
         kv_LNKTD = x_MH.new_empty(shape.num_layers, num_prompts, 2 * shape.num_kv_heads, num_times, shape.head_dim)
@@ -80,12 +124,12 @@ class Model:
             )
             attended_NTQD.copy_(attended_NQTD.transpose(1, 2))
             self._mix(layer, x_MH, rows.attended_MQ, rows)
-        last_N = torch.arange(num_prompts, device=self._device) * num_times + lengths_N - 1
-        return linear(self._norm(x_MH, weights.norm, rows)[last_N], weights.head).float(), kv_LNKTD
+        last_N = torch.arange(num_prompts, device=self.device) * num_times + lengths_N - 1
+        return linear(self._norm(x_MH, weights.norm)[last_N], weights.head).float(), kv_LNKTD
 
     def _project(self, layer: LayerWeights, x_MH: torch.Tensor, rotations_M1P: torch.Tensor, rows: Rows) -> None:
         """Write the rotated queries and keys, and the values, of the next attention into the workspace."""
-        _linear(self._norm(x_MH, layer.attention_norm, rows), layer.qkv, layer.qkv_bias, rows.heads_MR)
+        _linear(self._norm(x_MH, layer.attention_norm), layer.qkv, layer.qkv_bias, rows.heads_MR)
         if layer.qk_norm is not None:
             normed_MRD = rms_norm(rows.rotated_MRD, (self._shape.head_dim,), None, self._shape.norm_eps)
             torch.mul(normed_MRD, layer.qk_norm, out=rows.rotated_MRD)
@@ -94,16 +138,11 @@ class Model:
     def _mix(self, layer: LayerWeights, x_MH: torch.Tensor, attended_MQ: torch.Tensor, rows: Rows) -> None:
         """Add the attention's output and then the MLP's to the residual stream, in place."""
         _add_linear(x_MH, attended_MQ, layer.out, layer.out_bias)
-        _linear(self._norm(x_MH, layer.mlp_norm, rows), layer.gate_up, layer.gate_up_bias, rows.gate_up_MI)
+        _linear(self._norm(x_MH, layer.mlp_norm), layer.gate_up, layer.gate_up_bias, rows.gate_up_MI)
         _add_linear(x_MH, silu(rows.gate_MI, inplace=True).mul_(rows.up_MI), layer.down, layer.down_bias)
 
-    def _norm(self, x_MH: torch.Tensor, weight_H: torch.Tensor, rows: Rows) -> torch.Tensor:
-        """RMS norm, x / √(|x|² / H + ε). `rms_norm` is one kernel on a GPU, but twice as many as these on a CPU."""
-        if x_MH.is_cuda:
-            return rms_norm(x_MH, weight_H.shape, weight_H, self._shape.norm_eps)
-        torch.linalg.vector_norm(x_MH, dim=1, keepdim=True, dtype=torch.float32, out=rows.roots_M1)
-        rows.roots_M1.mul_(self._norm_scale).hypot_(self._norm_root)
-        return torch.div(x_MH, rows.roots_M1, out=rows.normed_MH).mul_(weight_H)
+    def _norm(self, x_MH: torch.Tensor, weight_H: torch.Tensor) -> torch.Tensor:
+        return rms_norm(x_MH, weight_H.shape, weight_H, self._shape.norm_eps)
 
 
 def _linear(x_MI: torch.Tensor, weight_IO: torch.Tensor, bias_O: torch.Tensor | None, out_MO: torch.Tensor) -> None:

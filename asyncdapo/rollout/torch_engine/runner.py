@@ -24,14 +24,10 @@ from asyncdapo.errors import EngineError
 from asyncdapo.messages import FinishReason
 from asyncdapo.rollout.config import RolloutConfig
 from asyncdapo.rollout.engine import Limits
-from asyncdapo.rollout.torch_engine.bag_cache import BagCache
 from asyncdapo.rollout.torch_engine.batch import Batch
-from asyncdapo.rollout.torch_engine.checkpoint import Checkpoint
-from asyncdapo.rollout.torch_engine.kv_cache import KVCache
 from asyncdapo.rollout.torch_engine.model import Model
-from asyncdapo.rollout.torch_engine.sampling import draw, narrow
+from asyncdapo.rollout.torch_engine.sampling import narrow
 from asyncdapo.rollout.torch_engine.scheduler import Job, Prefill, Scheduler
-from asyncdapo.rollout.torch_engine.sdpa_cache import SdpaCache
 from asyncdapo.rollout.torch_engine.weights import Weights
 
 BLOCK_SIZE = 16
@@ -64,33 +60,19 @@ class Runner:
     """Generates the samples of the added jobs, with the weights of the last swap."""
 
     def __init__(
-        self,
-        checkpoint: Checkpoint,
-        config: RolloutConfig,
-        limits: Limits,
-        stop_token_ids: frozenset[int],
-        weights: Weights,
-        device: torch.device,
+        self, model: Model, config: RolloutConfig, limits: Limits, stop_token_ids: frozenset[int], weights: Weights
     ) -> None:
         self.version = 0
         self.counters = Counters()
-        self._config = config
+        self.device = model.device
+        self._model, self._config, self._weights = model, config, weights
         self._max_prompt_length = limits.max_prompt_length
-        self.device = device
-        self._weights = weights
-        dtype = weights.norm.dtype
-        self._cache: KVCache
-        if device.type == "cpu" and dtype == torch.float32:
-            self._cache = BagCache(checkpoint.shape, config.slots, limits.max_context)
-        else:
-            self._cache = SdpaCache(checkpoint.shape, config.slots, limits.max_context, dtype, device)
-        self._model = Model(checkpoint, config.slots, self._cache.num_times, dtype, device)
-        block_size = BLOCK_SIZE if device.type == "cpu" else config.slots
-        fixed_times = self._cache.num_times if config.deterministic else None
+        block_size = BLOCK_SIZE if self.device.type == "cpu" else config.slots
+        fixed_times = model.cache.num_times if config.deterministic else None
         self._batch = Batch(config.slots, config.max_response_length, block_size, fixed_times)
         self._scheduler = Scheduler(config.slots, one_at_a_time=config.deterministic)
-        self._is_stop_V = np.zeros(checkpoint.shape.vocab_size, np.bool_)
-        self._is_stop_V[[token for token in stop_token_ids if token < checkpoint.shape.vocab_size]] = True
+        self._is_stop_V = np.zeros(limits.vocab_size, np.bool_)
+        self._is_stop_V[[token for token in stop_token_ids if token < limits.vocab_size]] = True
         self._running: set[Job] = set()
 
     @property
@@ -131,32 +113,29 @@ class Runner:
     # ------------------------------------------------------------------------------------------------- filling slots
 
     def _fill(self, progress: Progress) -> None:
-        starts = self._scheduler.take(self._batch.num_active)
-        if starts or self._batch.has_many_gaps:
-            self._arrange()
-        if starts:
+        if starts := self._scheduler.take(self._batch.num_active):
             self._prefill([job for job, _ in starts if job.prefill is None])
             self._seat(starts, progress)
+        elif self._batch.has_many_gaps and not self._scheduler:
+            for source, target in self._batch.close_gaps():
+                self._model.cache.move(source, target, int(self._batch.rows["position"][target]))
 
     def _seat(self, starts: Sequence[tuple[Job, int]], progress: Progress) -> None:
         """Give starting samples their slots, the keys and values of their prompt, and their first tokens."""
-        first, logits = self._batch.num_used, []
+        seated, logits = [], []
         for job, count in starts:
             if not job.num_started:
                 progress.started.append(job)
-            start, end = self._batch.seat(job, count)
+            slots = self._batch.seat(job, count)
             assert job.prefill is not None, "a job without a prefill has got slots"
-            self._cache.write(start, end, job.prefill.kv_L1KTD)
+            self._model.cache.write(slots, job.prefill.kv)
+            seated.append(slots)
             logits.append(job.prefill.logits_1V.expand(count, -1))
             job.prefill = job.prefill if job.num_waiting else None
             job.request.num_sampled += count
             self._running.add(job)
             self.counters.tokens += count
-        self._sample(first, self._batch.num_used, torch.cat(logits), progress)
-
-    def _arrange(self) -> None:
-        for source, target in self._batch.arrange():
-            self._cache.move(source, target, int(self._batch.rows["position"][target]))
+        self._sample(np.concatenate(seated), torch.cat(logits), progress)
 
     def _prefill(self, jobs: Sequence[Job]) -> None:
         """Once for each different prompt of the jobs. Others that wait with the same prompt get it, too."""
@@ -166,11 +145,10 @@ class Runner:
                 sharing[job.prompt].append(job)
         alike = list(sharing.values())
         prompts = [first.request.prompt_ids for first, *_ in alike]
-        for chunk, logits_NV, kv_LNKTD in self._forward_all(prompts, self._max_prompt_length):
+        for chunk, logits_NV, kv in self._forward_all(prompts, self._max_prompt_length):
             for row, prompt in enumerate(chunk):
-                kv_L1KTD = kv_LNKTD[:, row : row + 1, :, : len(prompts[prompt])]
                 for job in alike[prompt]:
-                    job.prefill = Prefill(logits_NV[row : row + 1], kv_L1KTD)
+                    job.prefill = Prefill(logits_NV[row : row + 1], kv[:, row : row + 1])
 
     def _recompute(self) -> None:
         """Recompute the keys and values of running sequences, prompt and response, with the weights in use."""
@@ -181,10 +159,9 @@ class Runner:
             response = self._batch.tokens[slot, : num_sampled - 1].tolist()
             slots.append(slot)
             sequences.append([*running.job.request.prompt_ids, *response])
-        for chunk, _, kv_LNKTD in self._forward_all(sequences, self._cache.num_times):
+        for chunk, _, kv in self._forward_all(sequences, self._model.cache.num_times):
             for row, index in enumerate(chunk):
-                kv_L1KTD = kv_LNKTD[:, row : row + 1, :, : len(sequences[index])]
-                self._cache.write(slots[index], slots[index] + 1, kv_L1KTD)
+                self._model.cache.write(np.array([slots[index]]), kv[:, row : row + 1])
 
     def _forward_all(
         self, sequences: Sequence[Sequence[int]], fixed_length: int
@@ -206,56 +183,55 @@ class Runner:
                 tokens_NT[row, : len(sequences[index])] = torch.tensor(sequences[index])
             lengths_N = torch.tensor([len(sequences[index]) for index in chunk])
             self.counters.prefill_tokens += int(lengths_N.sum())
-            logits_NV, kv_LNKTD = self._model.prefill(
-                self._weights, tokens_NT.to(self.device), lengths_N.to(self.device)
-            )
-            yield chunk, logits_NV, kv_LNKTD
+            logits_NV, kv = self._model.prefill(self._weights, tokens_NT.to(self.device), lengths_N.to(self.device))
+            yield chunk, logits_NV, kv
 
     # ------------------------------------------------------------------------------------------------------ decoding
 
     def _decode(self, progress: Progress) -> None:
         spans = self._batch.spans()
-        rows = self._batch.rows[: spans[-1][1]]
+        slots = np.arange(spans[-1][1])
+        rows = self._batch.rows[slots]
         tokens_B, positions_B = self._on_device(rows["token"]), self._on_device(rows["position"])
-        logits_BV = self._model.decode(self._weights, self._cache, tokens_B, positions_B, spans)
+        logits_BV = self._model.decode(self._weights, tokens_B, positions_B, spans)
         self.counters.steps += 1
         self.counters.slot_steps += self._batch.num_active
         self.counters.tokens += self._batch.num_active
         for job in self._running:
             job.request.num_sampled += job.request.num_running
-        self._sample(0, len(rows), logits_BV, progress)
+        self._sample(slots, logits_BV, progress)
 
-    def _sample(self, start: int, end: int, logits_BV: torch.Tensor, progress: Progress) -> None:
-        """Sample a token for each of the slots [start, end), and remove the sequences that it ends."""
-        batch, rows = self._batch, self._batch.rows[start:end]
+    def _sample(self, slots: np.ndarray, logits_BV: torch.Tensor, progress: Progress) -> None:
+        """Sample a token for each of these slots, and remove the sequences that it ends."""
+        batch, rows = self._batch, self._batch.rows[slots]
         narrowed = np.flatnonzero((rows["top_k"] > 0) | (rows["top_p"] < 1))
         if len(narrowed):
-            self._narrow(start, narrowed, logits_BV)
-        tokens_B, logprobs_B = draw(
+            self._narrow(slots, narrowed, logits_BV)
+        tokens_B, logprobs_B = self._model.draw(
             logits_BV,
             self._on_device(rows["temperature"]),
-            self._on_device(batch.next_uniforms(start, end)),
+            self._on_device(batch.next_uniforms(slots)),
             greedy_B=self._on_device(rows["greedy"]) if rows["greedy"].any() else None,
         )
         tokens, logprobs = tokens_B.cpu().numpy(), logprobs_B.cpu().numpy()
         if not np.isfinite(logprobs).all():
             raise EngineError(f"the weights of version {self.version} give logits that are not finite")
-        batch.append(start, end, tokens, logprobs)
+        batch.append(slots, tokens, logprobs)
         stopped = self._is_stop_V[tokens]
-        ended = (stopped | (rows["num_sampled"] == rows["max_tokens"])) & (rows["active"] == 1)
+        ended = (stopped | (rows["num_sampled"] + 1 == rows["max_tokens"])) & (rows["active"] == 1)
         for at in np.flatnonzero(ended).tolist():
-            self._finish(start + at, "stop" if stopped[at] else "length", progress)
+            self._finish(int(slots[at]), "stop" if stopped[at] else "length", progress)
 
-    def _narrow(self, start: int, narrowed: np.ndarray, logits_BV: torch.Tensor) -> None:
-        """Leave only the tokens of top-k and top-p in these rows of the slots from `start` on, and note which."""
-        rows = self._batch.rows[start:][narrowed]
+    def _narrow(self, slots: np.ndarray, narrowed: np.ndarray, logits_BV: torch.Tensor) -> None:
+        """Leave only the tokens of top-k and top-p in these rows of the slots, and note which."""
+        rows = self._batch.rows[slots[narrowed]]
         limits = (self._on_device(rows[name]) for name in ("temperature", "top_k", "top_p"))
         chosen = self._on_device(narrowed)
         left_RV = narrow(logits_BV[chosen], *limits)
         logits_BV[chosen] = left_RV
         at, token_ids = (left_RV > -torch.inf).nonzero().cpu().numpy().T
         parts = np.split(token_ids.astype(np.int32), np.flatnonzero(np.diff(at)) + 1)
-        for slot, left in zip((start + narrowed).tolist(), parts, strict=True):
+        for slot, left in zip(slots[narrowed].tolist(), parts, strict=True):
             self._batch.note_left(slot, left)
 
     def _finish(self, slot: int, reason: FinishReason, progress: Progress) -> None:
@@ -267,4 +243,4 @@ class Runner:
             self._running.discard(running.job)
 
     def _on_device(self, array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array).to(self.device)
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)

@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Prefill:
-    """A prompt's logits [1, V] and its keys and values [L, 1, 2 K, T, D], made with the weights in use."""
+    """A prompt's logits [1, V] and its keys and values [L, 1, …], made with the weights in use."""
 
     logits_1V: torch.Tensor
-    kv_L1KTD: torch.Tensor
+    kv: torch.Tensor
 
 
 @dataclass(eq=False)

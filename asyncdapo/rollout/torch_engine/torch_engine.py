@@ -27,6 +27,7 @@ from asyncdapo.rollout.config import RolloutConfig
 from asyncdapo.rollout.engine import Limits, LoadTimes, Request, Sample
 from asyncdapo.rollout.life import Life
 from asyncdapo.rollout.torch_engine.checkpoint import read_checkpoint
+from asyncdapo.rollout.torch_engine.compiled_model import fastest_model
 from asyncdapo.rollout.torch_engine.runner import Counters, Progress, Runner
 from asyncdapo.rollout.torch_engine.scheduler import Job
 from asyncdapo.rollout.torch_engine.weights import Weights
@@ -206,7 +207,8 @@ class TorchEngine:
             )
         device = self._device()
         dtype = DTYPES[settled_dtype(self._config.dtype, on_gpu=device.type == "cuda")]
-        weights, spare = (Weights(checkpoint.shape, dtype, device) for _ in range(2))
+        model = fastest_model(checkpoint, self._config.slots, self._max_context, dtype, device, self._config.threads)
+        weights, spare = model.new_weights(), model.new_weights()
         try:
             weights.fill(checkpoint.tensors())
         except ValueError as error:
@@ -218,7 +220,7 @@ class TorchEngine:
             max_context=self._max_context,
             vocab_size=checkpoint.shape.vocab_size,
         )
-        runner = Runner(checkpoint, self._config, limits, stop_token_ids, weights, device)
+        runner = Runner(model, self._config, limits, stop_token_ids, weights)
         return _Loaded(loop=loop, limits=limits, runner=runner, spare=spare)
 
     def _device(self) -> torch.device:

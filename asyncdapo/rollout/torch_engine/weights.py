@@ -42,15 +42,17 @@ class LayerWeights:
 class Weights:
     """One full set of fused weights on the engine's device; `fill` overwrites it in place."""
 
-    def __init__(self, shape: ModelShape, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, shape: ModelShape, dtype: torch.dtype, device: torch.device, num_layers: int | None = None
+    ) -> None:
         self._shape = shape
         self._new = lambda *sizes: torch.empty(*sizes, dtype=dtype, device=device)
         self.embedding = self._new(shape.vocab_size, shape.hidden_size)
         self.head = self.embedding if shape.tied_embeddings else self._new(shape.vocab_size, shape.hidden_size)
         self.norm = self._new(shape.hidden_size)
-        self.layers = [self._layer() for _ in range(shape.num_layers)]
+        self.layers = [self._new_layer() for _ in range(shape.num_layers if num_layers is None else num_layers)]
 
-    def _layer(self) -> LayerWeights:
+    def _new_layer(self) -> LayerWeights:
         shape, new = self._shape, self._new
         num_rows = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
         return LayerWeights(
@@ -71,18 +73,21 @@ class Weights:
     def fill(self, named: Mapping[str, torch.Tensor]) -> None:
         """Raises ValueError for a missing, unknown or misshapen tensor; the set is then unusable."""
         weights = weight_names(named, tied=self._shape.tied_embeddings)
-        unread = _Unread({name: named[name] for name in weights})
+        unread = Unread({name: named[name] for name in weights})
         unread.copy("model.embed_tokens.weight", self.embedding)
         unread.copy("model.norm.weight", self.norm)
         if not self._shape.tied_embeddings:
             unread.copy(TIED_HEAD, self.head)
-        for index, layer in enumerate(self.layers):
-            self._fill_layer(unread, f"model.layers.{index}.", layer)
+        for index in range(self._shape.num_layers):
+            self._fill_layer(unread, index)
         unread.refuse_rest()
         if self.norm.is_cuda:  # a GPU copies asynchronously, and the next version overwrites the source
             torch.cuda.current_stream(self.norm.device).synchronize()
 
-    def _fill_layer(self, unread: _Unread, prefix: str, layer: LayerWeights) -> None:
+    def _fill_layer(self, unread: Unread, index: int) -> None:
+        self._read_layer(unread, f"model.layers.{index}.", self.layers[index])
+
+    def _read_layer(self, unread: Unread, prefix: str, layer: LayerWeights) -> None:
         attention, mlp, head_dim = prefix + "self_attn.", prefix + "mlp.", self._shape.head_dim
         num_heads, num_kv_heads = self._shape.num_heads, self._shape.num_kv_heads
         unread.copy(prefix + "input_layernorm.weight", layer.attention_norm)
@@ -110,7 +115,7 @@ class Weights:
             layer.qk_norm[num_heads:] = layer.qk_norm[num_heads].clone()
 
 
-class _Unread:
+class Unread:
     """Reads tensors of a mapping, and knows which have not been read."""
 
     def __init__(self, named: dict[str, torch.Tensor]) -> None:

@@ -22,10 +22,7 @@ class Rows:
     def __init__(self, workspace: Workspace, sizes: tuple[int, ...]) -> None:
         shape, num_rows = workspace.shape, sum(sizes)
         num_rotated = shape.num_heads + shape.num_kv_heads
-        self.normed_MH = workspace.normed[:num_rows]
-        self.roots_M1 = workspace.roots[:num_rows]
         self.heads_MR = workspace.heads[:num_rows]
-        self.heads_RD = self.heads_MR.view(-1, shape.head_dim)
         heads_MRD = self.heads_MR.view(num_rows, -1, shape.head_dim)
         self.queries_MQD = heads_MRD[:, : shape.num_heads]
         self.rotated_MRD = heads_MRD[:, :num_rotated]
@@ -53,8 +50,6 @@ class Workspace:
     def __init__(self, shape: ModelShape, num_rows: int, dtype: torch.dtype, device: torch.device) -> None:
         self.shape = shape
         num_heads = shape.num_heads + 2 * shape.num_kv_heads
-        self.normed = torch.empty(num_rows, shape.hidden_size, dtype=dtype, device=device)
-        self.roots = torch.empty(num_rows, 1, dtype=torch.float32, device=device)
         self.heads = torch.empty(num_rows, num_heads * shape.head_dim, dtype=dtype, device=device)
         self.attended = torch.empty(num_rows, shape.num_heads * shape.head_dim, dtype=dtype, device=device)
         self.gate_up = torch.empty(num_rows, 2 * shape.intermediate_size, dtype=dtype, device=device)

@@ -10,10 +10,10 @@ from asyncdapo.messages import Sampling
 from asyncdapo.rollout.config import RolloutConfig
 from asyncdapo.rollout.engine import Limits, Request, Sample
 from asyncdapo.rollout.torch_engine.checkpoint import read_checkpoint
+from asyncdapo.rollout.torch_engine.compiled_model import fastest_model
 from asyncdapo.rollout.torch_engine.runner import Runner
 from asyncdapo.rollout.torch_engine.scheduler import Job
 from asyncdapo.rollout.torch_engine.torch_engine import TorchEngine
-from asyncdapo.rollout.torch_engine.weights import Weights
 
 VOCAB_SIZE = 61
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
@@ -120,9 +120,6 @@ def generate_through_updates(models, directory, requests, **config) -> list[list
     length = max(asked.sampling.max_tokens for asked in requests)
     settings = RolloutConfig(max_response_length=length, device="cpu", **config)
     checkpoint = read_checkpoint(saved(models[0], directory))
-    weights = [Weights(checkpoint.shape, torch.float32, torch.device("cpu")) for _ in models]
-    for each, model in zip(weights, models, strict=True):
-        each.fill(model.state_dict())
     longest = settings.max_response_length
     limits = Limits(
         max_prompt_length=32,
@@ -130,7 +127,11 @@ def generate_through_updates(models, directory, requests, **config) -> list[list
         max_context=32 + longest,
         vocab_size=checkpoint.shape.vocab_size,
     )
-    runner = Runner(checkpoint, settings, limits, frozenset(), weights[0], torch.device("cpu"))
+    model = fastest_model(checkpoint, settings.slots, limits.max_context, torch.float32, torch.device("cpu"), 1)
+    weights = [model.new_weights() for _ in models]
+    for each, source in zip(weights, models, strict=True):
+        each.fill(source.state_dict())
+    runner = Runner(model, settings, limits, frozenset(), weights[0])
     jobs = [Job(asked) for asked in requests]
     total = sum(asked.sampling.max_tokens * len(asked.seeds) for asked in requests)
     with torch.inference_mode():

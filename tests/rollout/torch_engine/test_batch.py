@@ -1,4 +1,4 @@
-"""Places of running sequences: no gaps, long ones first, and every one's own data with it."""
+"""Places of running sequences: the first idle ones, and every one's own data with it."""
 
 import random
 
@@ -17,16 +17,18 @@ def job(num_samples, prompt_length=1, max_tokens=200):
 
 def step(batch, value=0):
     """Every slot in use samples its own number."""
-    numbers = np.arange(batch.num_used)
-    batch.append(0, batch.num_used, numbers + value, -(numbers + value).astype(np.float32))
+    slots = np.arange(batch.num_used)
+    batch.append(slots, slots + value, -(slots + value).astype(np.float32))
 
 
 def test_every_sequence_keeps_its_own_tokens_through_random_ends_and_moves():
     draw, batch = random.Random(0), Batch(num_slots=24, max_tokens=200, block_size=8)
     expected: dict = {}
     for turn in range(200):
-        assert all(target < source for source, target in batch.arrange())
-        assert all(batch.running[slot] is not None for slot in range(batch.num_used))
+        if draw.random() < 0.3:
+            assert all(target < source for source, target in batch.close_gaps())
+            assert batch.num_used == batch.num_active
+            assert all(batch.running[slot] is not None for slot in range(batch.num_used))
         fresh = draw.randint(0, 24 - batch.num_active)
         if fresh:
             batch.seat(job(fresh, draw.randint(1, 20)), fresh)
@@ -42,35 +44,41 @@ def test_every_sequence_keeps_its_own_tokens_through_random_ends_and_moves():
                 assert sample.versions == [(0, len(sample.token_ids))]
 
 
-def test_moves_in_order_carry_the_cache_along():
+def test_moves_carry_the_cache_along():
     draw, batch = random.Random(1), Batch(num_slots=24, max_tokens=200, block_size=8)
     cache: list = [None] * 24
     for _ in range(100):
-        for source, target in batch.arrange():
+        for source, target in batch.close_gaps():
             cache[target] = cache[source]
         for slot, running in batch.active():
             assert cache[slot] is running
-        fresh = 24 - batch.num_active
-        if fresh:
-            batch.seat(job(fresh), fresh)
-            cache[24 - fresh :] = batch.running[24 - fresh :]
+        if fresh := 24 - batch.num_active:
+            for slot in batch.seat(job(fresh), fresh):
+                cache[slot] = batch.running[slot]
         for slot, _ in list(batch.active()):
             if draw.random() < 0.1:
                 batch.release(slot)
 
 
-def test_the_longest_sequences_move_to_the_front_and_spans_read_no_further_than_needed():
+def test_a_sequence_starts_in_the_first_idle_slots_and_moves_only_to_close_gaps():
+    batch = Batch(num_slots=16, max_tokens=200, block_size=4)
+    assert batch.seat(job(8), 8).tolist() == list(range(8))
+    for slot in (1, 2, 6):
+        batch.release(slot)
+    assert batch.seat(job(5), 5).tolist() == [1, 2, 6, 8, 9]
+    for slot in (0, 5, 9):
+        batch.release(slot)
+    assert batch.close_gaps() == [(7, 0), (8, 5)]
+    assert batch.close_gaps() == []
+
+
+def test_a_span_reads_no_further_than_its_own_longest_sequence():
     batch = Batch(num_slots=16, max_tokens=200, block_size=4)
     batch.seat(job(8), 8)
     for _ in range(40):
         step(batch)
     batch.seat(job(8), 8)
-    for slot in (0, 1, 2):
-        batch.release(slot)
-    step(batch)
     assert batch.spans() == [(0, 8, 64), (8, 16, 32)]
-    assert batch.arrange() == [(4, 0), (5, 1), (6, 2), (8, 4), (9, 5), (10, 6), (12, 8), (13, 9), (14, 10), (15, 12)]
-    assert batch.spans() == [(0, 8, 64), (8, 13, 32)]
 
 
 def test_released_slots_do_not_lengthen_a_span():
@@ -97,11 +105,11 @@ def test_versions_are_run_lengths_without_empty_runs():
 
 def test_each_sample_has_the_uniforms_of_its_own_seed():
     batch = Batch(num_slots=4, max_tokens=8, block_size=4)
-    batch.seat(job(4, max_tokens=8), 3)
-    first = batch.next_uniforms(0, 3)
+    slots = batch.seat(job(4, max_tokens=8), 3)
+    first = batch.next_uniforms(slots)
     step(batch)
     assert len(set(first)) == 3
-    assert not set(first) & set(batch.next_uniforms(0, 3))
+    assert not set(first) & set(batch.next_uniforms(slots))
     again = Batch(num_slots=4, max_tokens=8, block_size=4)
     again.seat(job(4, max_tokens=8), 3)
-    assert (again.next_uniforms(0, 3) == first).all()
+    assert (again.next_uniforms(slots) == first).all()

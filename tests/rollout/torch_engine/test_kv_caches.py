@@ -1,18 +1,14 @@
-"""Both caches attend like the formula, whatever earlier sequences have left in their slots."""
+"""PyTorch's cache attends like the formula, whatever earlier sequences have left in its slots."""
 
+import numpy as np
 import pytest
 import torch
 
-from asyncdapo.rollout.torch_engine.bag_cache import BagCache
 from asyncdapo.rollout.torch_engine.checkpoint import ModelShape
-from asyncdapo.rollout.torch_engine.sdpa_cache import SdpaCache
+from asyncdapo.rollout.torch_engine.kv_cache import SdpaCache
 from asyncdapo.rollout.torch_engine.workspace import Workspace
 
 SLOTS, TIMES, CPU = 5, 100, torch.device("cpu")
-CACHES = {
-    "bags": lambda shape: BagCache(shape, SLOTS, TIMES),
-    "sdpa": lambda shape: SdpaCache(shape, SLOTS, TIMES, torch.float32, CPU),
-}
 
 
 def shape_of(num_heads, num_kv_heads, head_dim):
@@ -42,16 +38,16 @@ def attended(queries_QD, kv_KTD):
     return torch.cat([(keys @ query).softmax(0) @ values for query, keys, values in heads])
 
 
-@pytest.mark.parametrize("kind", CACHES)
 @pytest.mark.parametrize("sizes", [(4, 2, 16), (3, 3, 8), (6, 1, 64)])
-def test_a_token_attends_to_the_whole_of_its_own_sequence_and_to_nothing_else(kind, sizes):
+def test_a_token_attends_to_the_whole_of_its_own_sequence_and_to_nothing_else(sizes):
     torch.manual_seed(0)
     shape = shape_of(*sizes)
-    cache, rows = CACHES[kind](shape), Workspace(shape, SLOTS, torch.float32, CPU).rows((2, 2))
+    cache = SdpaCache(shape, SLOTS, TIMES, torch.float32, CPU)
+    rows = Workspace(shape, SLOTS, torch.float32, CPU).rows((2, 2))
     prompts = [torch.randn(2, 1, 2 * shape.num_kv_heads, length, shape.head_dim) for length in (31, 70, 1, 32)]
-    cache.write(0, SLOTS, 50 * torch.randn(2, 1, 2 * shape.num_kv_heads, TIMES, shape.head_dim))
+    cache.write(np.arange(SLOTS), 50 * torch.randn(2, 1, 2 * shape.num_kv_heads, TIMES, shape.head_dim))
     for slot, prompt in zip((0, 4, 2, 3), prompts, strict=True):
-        cache.write(slot, slot + 1, prompt)
+        cache.write(np.array([slot]), prompt)
     cache.move(4, 1, 70)
     sequences = [[prompt[layer, 0] for prompt in prompts] for layer in range(2)]
     for _ in range(2):  # the second token attends to the first, which may be the last one of its chunk

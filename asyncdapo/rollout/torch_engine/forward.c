@@ -1,0 +1,291 @@
+/* Forward: the model and the draw in C, in float32, compiled for one model's sizes by `compiled_model.py`.
+
+In: weights, and tokens with their places, one a row. Out: their keys and values in the cache; logits of the rows that are
+asked for. What a row gets is summed in one order, whatever the other rows are: it doesn't depend on them to the last bit.
+
+Macros: LAYERS, HIDDEN, INTERMEDIATE, KV_HEADS, GROUP (query heads of a key/value head), HEAD_DIM, VOCABULARY, EPSILON.
+Vectors are those of GCC and Clang: on a processor with shorter ones, each is several. Arrays begin at multiples of 64
+bytes, and end behind the last whole tile of rows.
+
+A projection [outputs, inputs] lies as panels of PANEL outputs, [panel, input, output in the panel]: each product reads
+its weights once, in order. The cache is [layer, slot, key/value head, chunk], and a chunk holds CHUNK times: keys
+[dim, time], for which a query's products are vectors, then values [time, dim], padded to whole vectors. */
+
+#include <math.h>
+#include <stdint.h>
+
+#define LANES 16
+#define PANEL (2 * LANES)
+#define TILE 8 /* rows that are multiplied at once */
+#define CHUNK (2 * LANES)
+#define PARTS ((HEAD_DIM + LANES - 1) / LANES) /* vectors of a value */
+#define CHUNK_SIZE (CHUNK * (HEAD_DIM + PARTS * LANES))
+#define QUERIES (KV_HEADS * GROUP)
+#define HEADS (QUERIES + 2 * KV_HEADS)
+
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+typedef float Unaligned __attribute__((vector_size(4 * LANES), aligned(4)));
+
+typedef struct {
+    const float *attention_norm, *qkv, *qkv_bias, *qk_norm, *out, *out_bias;
+    const float *mlp_norm, *gate_up, *gate_up_bias, *down, *down_bias;
+} Layer; /* biases and qk_norm may be null */
+
+typedef struct {
+    const float *embedding, *norm, *head;
+    Layer layers[LAYERS];
+} Weights;
+
+/* ------------------------------------------------------------------------------------------------------ vectors */
+
+/* e^x up to x = 88, by the polynomial of Cephes: x = n ln 2 + r, |r| <= ln 2 / 2. 0 below -87; NaN stays NaN. */
+static inline Floats exp_of(Floats x) {
+    const float round = 12582912.0f; /* 1.5 * 2^23: what is added to it loses its fraction */
+    Floats n = x * 1.44269504f + round;
+    n -= round;
+    Floats r = x - n * 0.693359375f - n * -2.12194440e-4f;
+    Floats sum = 1.9875691500e-4f * r + 1.3981999507e-3f;
+    sum = sum * r + 8.3334519073e-3f;
+    sum = sum * r + 4.1665795894e-2f;
+    sum = sum * r + 1.6666665459e-1f;
+    sum = sum * r + 5.0000001201e-1f;
+    sum = sum * (r * r) + r + 1.0f;
+    Floats power = (Floats)((__builtin_convertvector(n, Ints) + 127) << 23);
+    return (Floats)((Ints)(sum * power) & ~(x < -87.0f));
+}
+
+static inline Floats larger(Floats a, Floats b) {
+    Ints first = a > b;
+    return (Floats)(((Ints)a & first) | ((Ints)b & ~first));
+}
+
+static inline float largest_of(Floats x) {
+    float largest = x[0];
+    for (int i = 1; i < LANES; i++) largest = fmaxf(largest, x[i]);
+    return largest;
+}
+
+static inline float sum_of(Floats x) {
+    for (int half = LANES / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) x[i] += x[i + half];
+    return x[0];
+}
+
+/* ----------------------------------------------------------------------------------------------------- products */
+
+static inline void multiply_tile(int64_t inputs, int64_t outputs, int num_columns, const float *x, const Floats *panel,
+                                 const float *bias, int add, float *out) {
+    Floats sums[TILE][2] = {0};
+    for (int64_t i = 0; i < inputs; i++) {
+        const Floats first = panel[2 * i], second = panel[2 * i + 1];
+        __builtin_prefetch(panel + 2 * i + 32);
+        __builtin_prefetch(panel + 2 * i + 33);
+        for (int r = 0; r < TILE; r++) {
+            sums[r][0] += x[r * inputs + i] * first;
+            sums[r][1] += x[r * inputs + i] * second;
+        }
+    }
+    for (int r = 0; r < TILE; r++, out += outputs)
+        for (int part = 0; part < 2; part++) {
+            const int at = part * LANES;
+            if (at + LANES <= num_columns) {
+                Floats sum = sums[r][part];
+                if (bias) sum += *(const Unaligned *)(bias + at);
+                if (add) sum += *(const Unaligned *)(out + at);
+                *(Unaligned *)(out + at) = sum;
+            } else
+                for (int i = 0; i < num_columns - at; i++)
+                    out[at + i] = sums[r][part][i] + (bias ? bias[at + i] : 0) + (add ? out[at + i] : 0);
+        }
+}
+
+/* out [rows, outputs] = x [rows, inputs] . weight + bias, added to what is there if `add`. Rows are filled up to a tile. */
+static void multiply(int threads, int64_t rows, int64_t inputs, int64_t outputs, const float *x, const float *weight,
+                     const float *bias, int add, float *out) {
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+    for (int64_t column = 0; column < outputs; column += PANEL) {
+        const Floats *panel = (const Floats *)(weight + column * inputs);
+        const int num_columns = outputs - column < PANEL ? outputs - column : PANEL;
+        for (int64_t row = 0; row < rows; row += TILE)
+            multiply_tile(inputs, outputs, num_columns, x + row * inputs, panel, bias ? bias + column : 0, add,
+                          out + row * outputs + column);
+    }
+}
+
+/* RMS norm: x / sqrt(|x|^2 / size + EPSILON) * weight. */
+static void norm(int64_t rows, int64_t size, const float *x, const float *weight, float *out) {
+    for (int64_t row = 0; row < rows; row++, x += size, out += size) {
+        Floats squares = {0};
+        float rest = 0;
+        int64_t i = 0;
+        for (; i + LANES <= size; i += LANES) {
+            const Floats part = *(const Unaligned *)(x + i);
+            squares += part * part;
+        }
+        for (; i < size; i++) rest += x[i] * x[i];
+        const float scale = 1 / sqrtf((sum_of(squares) + rest) / size + EPSILON);
+        for (i = 0; i < size; i++) out[i] = x[i] * scale * weight[i];
+    }
+}
+
+/* SwiGLU: silu(gate) * up, of [rows, gate | up]. */
+static void gate(int64_t rows, const float *gate_up, float *out) {
+    const Floats lowest = (Floats){0} - 88.0f;
+    for (int64_t row = 0; row < rows; row++, gate_up += 2 * INTERMEDIATE, out += INTERMEDIATE) {
+        const float *up = gate_up + INTERMEDIATE;
+        int64_t i = 0;
+        for (; i + LANES <= INTERMEDIATE; i += LANES) {
+            const Floats gates = *(const Unaligned *)(gate_up + i);
+            *(Unaligned *)(out + i) = gates / (1 + exp_of(-larger(gates, lowest))) * *(const Unaligned *)(up + i);
+        }
+        for (; i < INTERMEDIATE; i++) out[i] = gate_up[i] / (1 + expf(-gate_up[i])) * up[i];
+    }
+}
+
+/* ---------------------------------------------------------------------------------------------------- attention */
+
+/* Rotate queries and keys by the angle of their position, and write keys and values to the cache.
+
+   heads [queries | keys | values, HEAD_DIM] of a row, rotation [HEAD_DIM / 2 complex numbers], chunks of a slot */
+static void write_row(const Layer *layer, int64_t num_chunks, int64_t position, const float *rotation, float *heads,
+                      float *chunks) {
+    for (int h = 0; h < HEADS - KV_HEADS; h++) {
+        float *head = heads + h * HEAD_DIM;
+        if (layer->qk_norm) norm(1, HEAD_DIM, head, layer->qk_norm + h * HEAD_DIM, head);
+        for (int d = 0; d < HEAD_DIM; d += 2) {
+            const float real = head[d], imaginary = head[d + 1];
+            head[d] = real * rotation[d] - imaginary * rotation[d + 1];
+            head[d + 1] = real * rotation[d + 1] + imaginary * rotation[d];
+        }
+    }
+    for (int h = 0; h < KV_HEADS; h++) {
+        const float *key = heads + (QUERIES + h) * HEAD_DIM, *value = key + KV_HEADS * HEAD_DIM;
+        float *chunk = chunks + (h * num_chunks + position / CHUNK) * CHUNK_SIZE;
+        float *values = chunk + CHUNK * HEAD_DIM + position % CHUNK * PARTS * LANES;
+        for (int d = 0; d < HEAD_DIM; d++) {
+            chunk[d * CHUNK + position % CHUNK] = key[d];
+            values[d] = value[d];
+        }
+    }
+}
+
+/* The softmax-weighted sum of values, as far as it is known, for each query of a key/value head. */
+typedef struct {
+    float largest[GROUP], total[GROUP];
+    Floats sum[GROUP][PARTS];
+} Attended;
+
+static inline void attend_chunk(Attended *so_far, const float *queries, const Floats *chunk, int num_times) {
+    const Floats *values = chunk + 2 * HEAD_DIM;
+    Floats scores[GROUP][2] = {0};
+    float probs[GROUP][CHUNK] __attribute__((aligned(4 * LANES)));
+    for (int d = 0; d < HEAD_DIM; d++)
+        for (int g = 0; g < GROUP; g++) {
+            scores[g][0] += queries[g * HEAD_DIM + d] * chunk[2 * d];
+            scores[g][1] += queries[g * HEAD_DIM + d] * chunk[2 * d + 1];
+        }
+    for (int g = 0; g < GROUP; g++) {
+        for (int t = num_times; t < CHUNK; t++) scores[g][t / LANES][t % LANES] = -INFINITY;
+        const float largest = fmaxf(so_far->largest[g], largest_of(larger(scores[g][0], scores[g][1])));
+        if (largest > so_far->largest[g]) {
+            const float factor = expf(so_far->largest[g] - largest);
+            so_far->largest[g] = largest;
+            so_far->total[g] *= factor;
+            for (int i = 0; i < PARTS; i++) so_far->sum[g][i] *= factor;
+        }
+        const Floats first = exp_of(scores[g][0] - largest), second = exp_of(scores[g][1] - largest);
+        so_far->total[g] += sum_of(first + second);
+        *(Floats *)probs[g] = first;
+        *(Floats *)(probs[g] + LANES) = second;
+    }
+    for (int t = 0; t < num_times; t++)
+        for (int g = 0; g < GROUP; g++)
+            for (int i = 0; i < PARTS; i++) so_far->sum[g][i] += probs[g][t] * values[t * PARTS + i];
+}
+
+/* Attend to the first `num_times` of a head's chunks with the queries [GROUP, HEAD_DIM]. */
+static void attend(int64_t num_times, const float *queries, const float *chunks, float *out) {
+    Attended all = {0};
+    for (int g = 0; g < GROUP; g++) all.largest[g] = -INFINITY;
+    for (; num_times > 0; num_times -= CHUNK, chunks += CHUNK_SIZE)
+        attend_chunk(&all, queries, (const Floats *)chunks, num_times < CHUNK ? num_times : CHUNK);
+    for (int g = 0; g < GROUP; g++)
+        for (int d = 0; d < HEAD_DIM; d++) out[g * HEAD_DIM + d] = all.sum[g][d / LANES][d % LANES] / all.total[g];
+}
+
+/* -------------------------------------------------------------------------------------------------- whole model */
+
+/* Tokens at positions of slots, a row each; logits [rows_out, VOCABULARY] behind the rows `out`. A slot's rows are its
+   next tokens: each attends to all that are written. rotations [position, HEAD_DIM / 2] are complex.
+   workspace: rows, filled up to a tile, times 2 HIDDEN + (HEADS + QUERIES) HEAD_DIM + 3 INTERMEDIATE. */
+void forward(int64_t threads, int64_t rows, int64_t rows_out, int64_t num_slots, int64_t num_chunks,
+             const int64_t *tokens, const int64_t *slots, const int64_t *positions, const int64_t *out,
+             const Weights *weights, const float *rotations, float *cache, float *workspace, float *logits) {
+    const int64_t whole = (rows + TILE - 1) / TILE * TILE;
+    float *x = workspace, *normed = x + whole * HIDDEN, *heads = normed + whole * HIDDEN;
+    float *attended = heads + whole * HEADS * HEAD_DIM, *gate_up = attended + whole * QUERIES * HEAD_DIM;
+    float *gated = gate_up + whole * 2 * INTERMEDIATE;
+    for (int64_t i = 0; i < whole * HIDDEN; i++)
+        x[i] = i < rows * HIDDEN ? weights->embedding[tokens[i / HIDDEN] * HIDDEN + i % HIDDEN] : 0;
+    for (int index = 0; index < LAYERS; index++) {
+        const Layer *layer = weights->layers + index;
+        float *own = cache + index * num_slots * KV_HEADS * num_chunks * CHUNK_SIZE;
+        norm(rows, HIDDEN, x, layer->attention_norm, normed);
+        multiply(threads, rows, HIDDEN, HEADS * HEAD_DIM, normed, layer->qkv, layer->qkv_bias, 0, heads);
+        for (int64_t row = 0; row < rows; row++)
+            write_row(layer, num_chunks, positions[row], rotations + positions[row] * HEAD_DIM,
+                      heads + row * HEADS * HEAD_DIM, own + slots[row] * KV_HEADS * num_chunks * CHUNK_SIZE);
+#pragma omp parallel for collapse(2) num_threads(threads) if (threads > 1)
+        for (int64_t row = 0; row < rows; row++)
+            for (int head = 0; head < KV_HEADS; head++)
+                attend(positions[row] + 1, heads + (row * HEADS + head * GROUP) * HEAD_DIM,
+                       own + (slots[row] * KV_HEADS + head) * num_chunks * CHUNK_SIZE,
+                       attended + (row * QUERIES + head * GROUP) * HEAD_DIM);
+        multiply(threads, rows, QUERIES * HEAD_DIM, HIDDEN, attended, layer->out, layer->out_bias, 1, x);
+        norm(rows, HIDDEN, x, layer->mlp_norm, normed);
+        multiply(threads, rows, HIDDEN, 2 * INTERMEDIATE, normed, layer->gate_up, layer->gate_up_bias, 0, gate_up);
+        gate(rows, gate_up, gated);
+        multiply(threads, rows, INTERMEDIATE, HIDDEN, gated, layer->down, layer->down_bias, 1, x);
+    }
+    for (int64_t row = 0; row < rows_out; row++)
+        norm(1, HIDDEN, x + out[row] * HIDDEN, weights->norm, normed + row * HIDDEN);
+    multiply(threads, rows_out, HIDDEN, VOCABULARY, normed, weights->head, 0, 0, logits);
+}
+
+/* -------------------------------------------------------------------------------------------------------- draws */
+
+/* e^((logits - largest) / temperature) of the LANES tokens from `first` on; 0 behind the last one. */
+static inline Floats weights_of(const float *logits, int first, float temperature, float largest) {
+    Floats scaled;
+    for (int i = 0; i < LANES; i++) scaled[i] = first + i < VOCABULARY ? logits[first + i] / temperature : -INFINITY;
+    return exp_of(scaled - largest);
+}
+
+/* A token for each row by the inverse of the cumulative distribution, and its log-prob: see `sampling.py`. */
+void draw(int64_t rows, const float *logits, const float *temperatures, const double *uniforms, const uint8_t *greedy,
+          int64_t *tokens, float *logprobs) {
+    for (int64_t row = 0; row < rows; row++, logits += VOCABULARY) {
+        const float temperature = temperatures[row];
+        int token = 0;
+        for (int i = 1; i < VOCABULARY; i++)
+            if (logits[i] > logits[token]) token = i;
+        const float largest = logits[token] / temperature;
+        double total = 0, before = 0;
+        for (int i = 0; i < VOCABULARY; i += LANES) total += sum_of(weights_of(logits, i, temperature, largest));
+        const double target = uniforms[row] * total;
+        for (int i = 0; i < VOCABULARY && !greedy[row]; i += LANES) {
+            const Floats weights = weights_of(logits, i, temperature, largest);
+            const double behind = before + sum_of(weights);
+            if (behind > target) {
+                /* Should the sum in order be less than that of the vector, the last possible token is drawn. */
+                for (int j = 0; j < LANES && before <= target; j++)
+                    if (weights[j] > 0) before += weights[j], token = i + j;
+                break;
+            }
+            before = behind;
+        }
+        tokens[row] = token;
+        logprobs[row] = logits[token] / temperature - largest - logf(total);
+    }
+}
