@@ -19,9 +19,9 @@ from typing import Any
 import pytest
 import yaml
 
-from asyncdapo.cli import _parser
 from asyncdapo.config.config import load_config
 from asyncdapo.config.found import find_config
+from asyncdapo.controller.commands.arguments import parser
 from asyncdapo.metrics.jsonl import read_metrics
 from tests.controller.living import eventually
 from tests.docs.blocks import ROOT
@@ -54,7 +54,7 @@ def parses(script: str) -> None:
 def launched(words: list[str]) -> Any:
     """The config of this launch; what the shell would fill in is a name that serves."""
     filled = [re.sub(r"\$\{?\w+\}?", "quickstart", word) for word in words]
-    args = _parser().parse_args(filled[filled.index("launch") :])
+    args = parser().parse_args(filled[filled.index("launch") :])
     return load_config(find_config(args.config), args.overrides)
 
 
