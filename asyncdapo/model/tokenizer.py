@@ -1,7 +1,7 @@
 """Text to token ids and back. Does not import torch.
 
 The model's `tokenizer.json` is used directly: one encode or decode takes some 10 µs, several times less than through
-the Python layer above it.
+the Python layer above it. That layer, which is slow to import, is only loaded where it may change something.
 """
 
 from __future__ import annotations
@@ -10,20 +10,25 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
-from transformers import PreTrainedTokenizerFast
 
 from asyncdapo.errors import ConfigError
 from asyncdapo.model.files import TokenizerFiles
+from asyncdapo.model.tokenizer_file import FileTokenizer, read_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 
 class TextTokenizer:
     """A Hugging Face tokenizer reduced to what a run needs."""
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerFast, template_arguments: Mapping[str, Any] = MappingProxyType({})
+        self,
+        tokenizer: PreTrainedTokenizerFast | FileTokenizer,
+        template_arguments: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         """`template_arguments`: for the chat template, wherever it is used."""
         self._tokenizer, self._arguments = tokenizer, template_arguments
@@ -41,7 +46,7 @@ class TextTokenizer:
 
     def render(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] = ()) -> str:
         """The messages in the chat template, up to where the assistant writes. `tools`: their JSON schemas."""
-        text = self._tokenizer.apply_chat_template(
+        text = self._with_template.apply_chat_template(
             list(messages),
             tools=list(tools) or None,
             add_generation_prompt=True,
@@ -49,6 +54,11 @@ class TextTokenizer:
             **self._arguments,
         )
         return cast(str, text)
+
+    @property
+    def _with_template(self) -> PreTrainedTokenizerFast:
+        assert not isinstance(self._tokenizer, FileTokenizer), "a chat template is there"
+        return self._tokenizer
 
     @property
     def end_of_turn(self) -> str:
@@ -99,7 +109,7 @@ class TextTokenizer:
     def _check_arguments(self) -> None:
         """A template doesn't say that it has no use for one."""
         for name, value in self._arguments.items():
-            if not re.search(rf"\b{re.escape(name)}\b", self._tokenizer.get_chat_template()):
+            if not re.search(rf"\b{re.escape(name)}\b", self._with_template.get_chat_template()):
                 problem = f"the model's chat template knows no {name}"
                 raise ConfigError("prompts.chat_template", problem, {name: value}, "remove it")
 
@@ -129,10 +139,16 @@ def load_tokenizer(
         fix = "save it with AutoTokenizer.from_pretrained(path).save_pretrained(path)"
         raise ConfigError(key, "the directory has no tokenizer.json", path, fix)
     try:
-        return TextTokenizer(PreTrainedTokenizerFast.from_pretrained(path), template_arguments)
+        return TextTokenizer(read_tokenizer(local) or _by_transformers(path), template_arguments)
     except Exception as error:  # noqa: BLE001 - of a broken tokenizer.json the library raises KeyError, or its own
         what = "its tokenizer" if local.is_dir() else "no such directory, and as a Hugging Face id it"
         raise ConfigError(key, f"{what} can't be loaded: {(str(error).splitlines() or [''])[0]}", path) from error
+
+
+def _by_transformers(path: str) -> PreTrainedTokenizerFast:
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast.from_pretrained(path)
 
 
 def _turns(question: str, system_prompt: str | None) -> list[dict[str, str]]:

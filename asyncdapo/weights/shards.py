@@ -23,16 +23,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeGuard
 
 import msgspec
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor, Shard
 
 from asyncdapo.errors import RunError
 from asyncdapo.transport.deadline import Deadline
 from asyncdapo.transport.shared_memory import Block, open_block
 from asyncdapo.weights.manifest import Manifest, Piece, elements_of, part_of, plan_buckets
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 SENDER = 0
 """The shard of the rank that sends."""
@@ -47,9 +50,10 @@ class Shards:
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Of these tensors. Raises ValueError if they are divided in another way than by rows."""
-        divided = {name: one for name, one in tensors.items() if isinstance(one, DTensor)}
-        if wrong := [name for name, one in divided.items() if one.placements[-1] != Shard(0)]:
-            raise ValueError(f"{wrong[0]} is not divided by rows: {divided[wrong[0]].placements}")
+        divided = {name: one for name, one in tensors.items() if is_divided(one)}
+        for name, one in divided.items():
+            if not one.placements[-1].is_shard(0):
+                raise ValueError(f"{name} is not divided by rows: {one.placements}")
         self.number, self.count = 0, 1
         self.device = next((local_shard(one).device for one in tensors.values()), torch.device("cpu"))
         self._group: dist.ProcessGroup | None = None
@@ -218,7 +222,12 @@ def local_shards(tensors: Mapping[str, torch.Tensor], manifest: Manifest) -> lis
 
 def local_shard(tensor: torch.Tensor) -> torch.Tensor:
     """This rank's shard, live and without gradient; of a plain tensor all of it."""
-    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+    return (tensor.to_local() if is_divided(tensor) else tensor).detach()
+
+
+def is_divided(tensor: torch.Tensor) -> TypeGuard[DTensor]:
+    """Whether FSDP2 has divided it. A worker has no such tensor, and doesn't load their type, which takes a second."""
+    return hasattr(tensor, "placements")
 
 
 def views(memory_U: torch.Tensor, pieces: Sequence[Piece], manifest: Manifest) -> list[torch.Tensor]:

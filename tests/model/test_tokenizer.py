@@ -163,7 +163,7 @@ def test_a_broken_tokenizer_names_its_key(tmp_path, content):
         load_tokenizer(TokenizerFiles(str(tmp_path)))
 
 
-def test_the_tokenizer_is_loaded_without_torch():
-    load = f"t.load_tokenizer(t.TokenizerFiles({START!r}))"
-    code = f"import sys, asyncdapo.model.tokenizer as t; {load}; print('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+def test_the_tokenizer_is_loaded_without_torch_and_a_plain_one_without_transformers():
+    load, heavy = f"t.load_tokenizer(t.TokenizerFiles({START!r}))", "{'torch', 'transformers'} & sys.modules.keys()"
+    code = f"import sys, asyncdapo.model.tokenizer as t; {load}; print({heavy})"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
