@@ -165,10 +165,11 @@ class Fleet:
 
     @classmethod
     async def _with_replay_up(cls, config: Config, supervisor: Supervisor, start: Start, *, with_learner: bool) -> Self:
-        """All of it is placed; the replay server is up, the others are not."""
+        """All of it is placed; the replay server is up, the others have begun to load their libraries."""
         placed = await Placed.reserved(config, with_learner=with_learner)
         for process in placed.processes:
             supervisor.include(process)
+            process.prepare()
         return cls(supervisor, placed, await _bring_up_replay(supervisor, placed, start, leasing=False))
 
     def watch(self, watch: Watch, on_filling: Callable[[Filling], None] = lambda _: None) -> None:

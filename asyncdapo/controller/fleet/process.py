@@ -66,7 +66,7 @@ class Process(Generic[P_co]):
         """Who it is in this life; None until it says so."""
         self.since = math.nan
         """Start of this life, `time.monotonic`."""
-        self._create, self._actor = create, None
+        self._create, self._actor, self._prepared = create, None, False
 
     @classmethod
     def placed(
@@ -85,8 +85,18 @@ class Process(Generic[P_co]):
             lambda: rooms[spec.name].options() | {"num_cpus": 0, "num_gpus": 0},
         )
 
+    def prepare(self) -> None:
+        """Begin its next life before what it needs for its start is known: it loads its libraries meanwhile."""
+        self.spawn()
+        self._prepared = True
+        assert self._actor is not None, "it was created"
+        self._actor.load.remote()  # what this raises, its start raises again
+
     def spawn(self) -> None:
-        """Begin its next life. It is `up` when its owner says so."""
+        """Begin its next life, unless it was prepared. It is `up` when its owner says so."""
+        if self._prepared:
+            self._prepared = False
+            return
         self.end()
         self.life += 1
         self.since = time.monotonic()
@@ -96,6 +106,7 @@ class Process(Generic[P_co]):
         """Kill what is left of this life. A stopped process doesn't answer Ray, so it is killed by its pid,
         too."""
         self.up.clear()
+        self._prepared = False
         if self.entry is not None and is_running(self.entry):
             with suppress(ProcessLookupError):
                 os.kill(self.entry.pid, signal.SIGKILL)

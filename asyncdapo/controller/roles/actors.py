@@ -1,7 +1,7 @@
 """The Ray actors of a run: one class per role, whose name shows in process lists, and one way to call any of them.
 
-The driver imports only these. What a process is made of is imported in the process itself, when it starts: the driver
-and the replay server never load torch, and a launch does not wait for it twice.
+The driver imports only these. What a process is made of is imported in the process itself: the driver and the replay
+server never load torch, and all processes of a launch import at the same time.
 
 In: commands of the controller (`call`). Out: what the method that the command picks answers; what it raises reaches the
 controller as that call's error. Does not own: what the commands do (`ReplayProcess`, `RolloutProcess`,
@@ -11,6 +11,7 @@ controller as that call's error. Does not own: what the commands do (`ReplayProc
 from __future__ import annotations
 
 import faulthandler
+import importlib
 import logging
 import os
 from collections.abc import Awaitable, Callable
@@ -41,6 +42,10 @@ class Actor(Generic[P]):
         faults.install(spec.name, spec.config.faults, Path(spec.config.run.dir))
         self._spec = spec
         self._running: P | None = None
+
+    async def load(self) -> None:
+        """Import what this process is made of."""
+        importlib.import_module(f"{__package__}.{self._spec.role}")
 
     async def entry(self) -> Entry:
         """Who this process is."""

@@ -52,7 +52,10 @@ class Faulty:
     """An actor that fails in every way."""
 
     def __init__(self, spec: ProcessSpec) -> None:
-        self.spec = spec
+        self.spec, self.loaded = spec, False
+
+    async def load(self) -> None:
+        self.loaded = True
 
     async def entry(self) -> Entry:
         return self.spec.entry()
@@ -62,6 +65,9 @@ class Faulty:
 
     async def answer(self, value: int) -> tuple[str, int, str | None]:
         return self.spec.name, value, os.environ.get("OMP_NUM_THREADS")
+
+    async def has_loaded(self) -> bool:
+        return self.loaded
 
     async def refuse(self) -> None:
         raise ConfigError("model.path", "has no weights", "there", "another")
@@ -116,13 +122,15 @@ def test_what_finds_no_room_says_what_was_asked_and_what_there_is(process: Proce
         asyncio.run(reserve(Placement((Bundle(("replay",)), Bundle(("learner", "rollout-0"), 1000)), "rich"), 0.5))
 
 
-def test_a_death_is_named_and_the_next_life_answers_again(process: Process[Any]) -> None:
+def test_a_death_is_named_and_the_next_life_which_was_prepared_answers_again(process: Process[Any]) -> None:
     process.up.set()
     with pytest.raises(ProcessDied, match="^learner: the process died: "):
         call(process, lambda faulty: faulty.die)
     assert not process.up.is_set()
+    process.prepare()
     process.spawn()
     assert process.life == 2
+    assert call(process, lambda faulty: faulty.has_loaded), "it was prepared"
     assert call(process, lambda faulty: faulty.answer, 8) == ("learner", 8, "2")
 
 
