@@ -197,7 +197,8 @@ class Run:
         if not is_begun(self.dir):
             return []
         with closing(open_ledger(self.dir)) as ledger:
-            query = "SELECT * FROM groups WHERE :step IS NULL OR step = :step ORDER BY group_id"
+            of_step = "" if step is None else "WHERE step = :step"  # which the ledger has an index for
+            query = f"SELECT * FROM groups {of_step} ORDER BY group_id"
             return [dict(row) for row in ledger.execute(query, {"step": step})]
 
     def completions(self, step: int | None = None, group_id: int | None = None) -> Iterator[Completion]:

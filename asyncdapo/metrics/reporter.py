@@ -30,7 +30,20 @@ from asyncdapo.metrics.terminal import LiveTable, terminal_of
 from asyncdapo.metrics.verdict.advice import Keys
 
 LOG_FILE = "run.log"
-STAGES = ("prompts", "rollout", "reward", "filter", "replay", "learner", "weights", "eval", "controller", "metrics")
+STAGES = (
+    "prompts",
+    "rollout",
+    "environment",
+    "reward",
+    "filter",
+    "replay",
+    "learner",
+    "weights",
+    "transport",
+    "eval",
+    "controller",
+    "metrics",
+)
 """Our loggers, each named after its stage."""
 
 

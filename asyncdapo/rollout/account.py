@@ -19,11 +19,10 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 from asyncdapo.accounting.clock import Level, StateClock
+from asyncdapo.accounting.names import WORKER_STATES
 from asyncdapo.accounting.spans import Span
 from asyncdapo.rollout.engine import Engine
 from asyncdapo.rollout.job import Job
-
-STATES = ("generate", "load", "environment", "score", "send", "lease")
 
 
 class WorkerAccount:
@@ -69,7 +68,7 @@ class WorkerAccount:
         slot, `unsent_s` of answers; `cpu_s` of this process; `late_tokens`, `probe_tokens`."""
         seconds = self._clock.totals()
         return {
-            **{f"{state}_time_s": seconds.get(state, 0.0) for state in STATES},
+            **{f"{state}_time_s": seconds.get(state, 0.0) for state in WORKER_STATES},
             "running_s": self._running.total(),
             "waiting_s": self._waiting.total(),
             "unsent_s": self._unsent.total(),

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
+from asyncdapo.accounting.names import WORKER_STATES
 from asyncdapo.accounting.spans import STATES as TRACK
 from asyncdapo.accounting.spans import read
 from asyncdapo.controller.watch.trace import step_times
-from asyncdapo.metrics.verdict.window import LOOP, WORKERS
+from asyncdapo.metrics.verdict.window import LOOP
 from asyncdapo.replay.server.accounts import TOKEN_ENDS, WORKERS_ENDS
 from asyncdapo.replay.server.server import STATES
 from tests.controller.interruptions import SHORT
@@ -75,7 +76,7 @@ def test_the_sums_hold_in_a_run_with_kills_and_resumes(tmp_path: Path) -> None:
     before, after = resumed[0], resumed[-1]
     wall_s = sum(line["time/step_s"] for line in resumed[1:])  # of the last line `time/total_s` has its evaluation, too
     lag_s = 2 * HEARTBEAT_S + 0.01 * wall_s
-    workers_s = sum(after[f"rollout/time/{state}_s"] - before[f"rollout/time/{state}_s"] for state in WORKERS)
+    workers_s = sum(after[f"rollout/time/{state}_s"] - before[f"rollout/time/{state}_s"] for state in WORKER_STATES)
     assert workers_s == pytest.approx(2 * wall_s, abs=2 * lag_s)
     replay_s = sum(after[f"replay/time/{state}_s"] - before[f"replay/time/{state}_s"] for state in (*STATES, "idle"))
     assert replay_s == pytest.approx(wall_s, abs=lag_s)

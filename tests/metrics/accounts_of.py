@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from asyncdapo.accounting.names import WORKER_STATES
 from asyncdapo.metrics.verdict.verdict import LIMITS
-from asyncdapo.metrics.verdict.window import FATES, LOOP, WORKERS
+from asyncdapo.metrics.verdict.window import FATES, LOOP
 
 STEP_S = 2.0
 
@@ -25,7 +26,10 @@ def lines_of(
             "time/step_s": STEP_S,
             "replay/workers": num_workers,
             **{f"controller/{state}_s": STEP_S * loop.get(state, 0.0) for state in LOOP},
-            **{f"rollout/time/{state}_s": step * num_workers * STEP_S * workers.get(state, 0.0) for state in WORKERS},
+            **{
+                f"rollout/time/{state}_s": step * num_workers * STEP_S * workers.get(state, 0.0)
+                for state in WORKER_STATES
+            },
             "rollout/running_s": step * num_workers * STEP_S * workers.get("generate", 0.0) * 60,
             **{f"replay/tokens_{fate}": 1000 * step * fates.get(fate, 0.0) for fate in FATES},
             "replay/time/idle_s": 0.9 * STEP_S * step,

@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from asyncdapo.accounting.names import WORKER_STATES
 from asyncdapo.metrics.verdict.advice import KEYS, RULES, advise, words
 from asyncdapo.metrics.verdict.running_verdict import RunningVerdict, final_words, verdict_of
 from asyncdapo.metrics.verdict.verdict import BALANCED, LIMITS, UNSURE, judge, lost_shares
-from asyncdapo.metrics.verdict.window import FATES, LOOP, WORKERS, Window
+from asyncdapo.metrics.verdict.window import FATES, LOOP, Window
 from tests.metrics.accounts_of import STEP_S, lines_of
 
 KEYS_IN_FORCE = dict.fromkeys(KEYS, 1.0) | {
@@ -138,7 +139,7 @@ shares = st.floats(0, 1)
 @given(
     wait=shares,
     loop=st.dictionaries(st.sampled_from(LOOP[1:]), shares),
-    workers=st.dictionaries(st.sampled_from(WORKERS), shares, min_size=1),
+    workers=st.dictionaries(st.sampled_from(WORKER_STATES), shares, min_size=1),
     fates=st.dictionaries(st.sampled_from(FATES), shares),
 )
 def test_what_is_lost_sums_to_the_larger_of_the_two_waits(wait, loop, workers, fates) -> None:

@@ -6,8 +6,9 @@ import time
 
 import pytest
 
+from asyncdapo.accounting.names import WORKER_STATES
 from asyncdapo.messages import Lease, Sampling
-from asyncdapo.rollout.account import STATES, WorkerAccount
+from asyncdapo.rollout.account import WorkerAccount
 from asyncdapo.rollout.engine import Request
 from asyncdapo.rollout.job import Job
 from tests.replay.small_run import prompt_at
@@ -28,7 +29,7 @@ def state_of(account: WorkerAccount) -> str:
     before = account.gauges()
     time.sleep(0.002)
     after = account.gauges()
-    [state] = [state for state in STATES if after[f"{state}_time_s"] > before[f"{state}_time_s"]]
+    [state] = [state for state in WORKER_STATES if after[f"{state}_time_s"] > before[f"{state}_time_s"]]
     return state
 
 
@@ -77,7 +78,7 @@ def test_the_states_of_a_worker_sum_to_its_wall_time() -> None:
         time.sleep(0.005)
     gauges = account.gauges()
     wall_s = time.monotonic() - began
-    assert sum(gauges[f"{state}_time_s"] for state in STATES) == pytest.approx(wall_s, abs=0.002)
+    assert sum(gauges[f"{state}_time_s"] for state in WORKER_STATES) == pytest.approx(wall_s, abs=0.002)
     assert gauges["running_s"] > 8 * 0.005
     assert gauges["waiting_s"] >= 4 * 0.005
 

@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 import psutil
 
 PR_SET_CHILD_SUBREAPER = 36
-LOOK_S = 0.2
+LOOK_S = 0.5
 GRACE_S = 3.0
 SWEEP_S = 3.0
 

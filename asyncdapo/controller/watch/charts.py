@@ -12,10 +12,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from asyncdapo.metrics.dashboard.sections import BUCKETS
+from asyncdapo.accounting.names import LEARNER_STATES, STALENESS_BUCKETS, WORKER_STATES
 from asyncdapo.metrics.sparkline import mean, parts
 from asyncdapo.metrics.verdict.verdict import LIMITS
-from asyncdapo.metrics.verdict.window import LOOP, SHOWN_FATES, WORKERS, Line
+from asyncdapo.metrics.verdict.window import LOOP, SHOWN_FATES, Line
 
 MOST_POINTS = 400
 """Of a series. A chart is about as many pixels wide."""
@@ -75,15 +75,13 @@ CHARTS = (
         look="stack",
         counts=True,
         shares=True,
-        series=_states("rollout/time/", WORKERS),
+        series=_states("rollout/time/", WORKER_STATES),
     ),
     Chart(
         title="Time of the learner",
         axis="s",
         look="stack",
-        series=_states(
-            "learner/time/", "wait prepare first_pass gradient sum optimizer publish checkpoint other".split()
-        ),
+        series=_states("learner/time/", (*LEARNER_STATES, "other")),
     ),
     Chart(
         title="What became of tokens",
@@ -100,7 +98,7 @@ CHARTS = (
         shares=True,
         series={
             f"learner/staleness_{bucket}/tokens": f"{bucket.replace('_', ' to ').replace('to up', 'and more')} steps"
-            for bucket in BUCKETS
+            for bucket in STALENESS_BUCKETS
         },
     ),
     Chart(

@@ -24,12 +24,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from asyncdapo.accounting.names import STALENESS_BUCKETS
 from asyncdapo.algorithm.corrections import chi2, effective_sample_size
 from asyncdapo.algorithm.dapo import MAX_LOG_RATIO
 from asyncdapo.algorithm.variants import PolicyLoss, response_ratio
 from asyncdapo.learner.model.packing import MicroBatch
 
-BUCKETS = ("0", "1", "2", "3_4", "5_8", "9_up")
+NUM_BUCKETS = len(STALENESS_BUCKETS)
 BUCKET_ENDS = (0, 1, 2, 4, 8)
 """Largest staleness of each bucket but the last."""
 
@@ -67,7 +68,7 @@ class Sums:
 
     @classmethod
     def zeros(cls, device: torch.device | str = "cpu") -> Sums:
-        return cls(torch.zeros(len(BUCKETS) * (len(COLUMNS) + NUM_BINS), dtype=torch.float64, device=device))
+        return cls(torch.zeros(NUM_BUCKETS * (len(COLUMNS) + NUM_BINS), dtype=torch.float64, device=device))
 
     def __add__(self, other: Sums) -> Sums:
         return Sums(self.packed + other.packed)
@@ -84,7 +85,7 @@ class Sums:
         """`learner/…` of all tokens, and `learner/staleness_…/…` of each bucket that has some."""
         whole = _summarise(self._table.sum(0), self._histogram.sum(0))
         metrics = {f"learner/{name}": number for name, number in whole.items()}
-        for bucket, sums_C, histogram_H in zip(BUCKETS, self._table, self._histogram, strict=True):
+        for bucket, sums_C, histogram_H in zip(STALENESS_BUCKETS, self._table, self._histogram, strict=True):
             if sums_C[0]:
                 part = _summarise(sums_C, histogram_H)
                 metrics |= {f"learner/staleness_{bucket}/{name}": number for name, number in part.items()}
@@ -92,11 +93,11 @@ class Sums:
 
     @property
     def _table(self) -> np.ndarray:
-        return self.packed[: len(BUCKETS) * len(COLUMNS)].reshape(len(BUCKETS), len(COLUMNS)).numpy()
+        return self.packed[: NUM_BUCKETS * len(COLUMNS)].reshape(NUM_BUCKETS, len(COLUMNS)).numpy()
 
     @property
     def _histogram(self) -> np.ndarray:
-        return self.packed[len(BUCKETS) * len(COLUMNS) :].reshape(len(BUCKETS), NUM_BINS).numpy()
+        return self.packed[NUM_BUCKETS * len(COLUMNS) :].reshape(NUM_BUCKETS, NUM_BINS).numpy()
 
 
 @torch.no_grad()
@@ -133,11 +134,11 @@ def measure(
     # No `bucketize`: its bounds would be a copy to the GPU, for which the host waits until the backward pass is done.
     bucket_B = torch.stack([micro_batch.staleness_B > end for end in BUCKET_ENDS]).sum(0)
     bucket_n = micro_batch.flat(bucket_B[:, None])
-    table_SC = rows_BC.new_zeros(len(BUCKETS), len(COLUMNS))
+    table_SC = rows_BC.new_zeros(NUM_BUCKETS, len(COLUMNS))
     table_SC[:, : len(TOKEN_COLUMNS)].index_add_(0, bucket_n, tokens_nC)
     table_SC[:, len(TOKEN_COLUMNS) :].index_add_(0, bucket_B, rows_BC)
     bin_n = bucket_n * NUM_BINS + _bins(log_ratio_n)
-    histogram = rows_BC.new_zeros(len(BUCKETS) * NUM_BINS).index_add_(0, bin_n, torch.ones_like(ratio_n))
+    histogram = rows_BC.new_zeros(NUM_BUCKETS * NUM_BINS).index_add_(0, bin_n, torch.ones_like(ratio_n))
     return Sums(torch.cat([table_SC.flatten(), histogram]))
 
 

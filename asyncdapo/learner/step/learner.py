@@ -30,6 +30,7 @@ from torch.distributed.tensor import DTensor
 from transformers.utils.logging import disable_progress_bar
 
 from asyncdapo.accounting.clock import SharedClock
+from asyncdapo.accounting.names import LEARNER_STATES
 from asyncdapo.accounting.quantiles import quantiles
 from asyncdapo.algorithm.advantages import batch_advantages
 from asyncdapo.algorithm.averages import aggregation_weights
@@ -57,9 +58,6 @@ from asyncdapo.model.files import TOKENIZER_FILES, ModelFiles
 from asyncdapo.model.shape import settled_dtype
 from asyncdapo.shares import NOBODY, Batch
 from asyncdapo.transport.payload import Payload
-
-STATES = ("wait", "prepare", "first_pass", "gradient", "sum", "optimizer", "publish", "checkpoint")
-"""What the time of a learner's process goes into; `other` is the rest."""
 
 DIGEST_ELEMENTS = 1 << 20
 """A sum in int64 copies what it adds: so many elements at a time."""
@@ -105,7 +103,7 @@ class Learner:
         _check_vocabulary(model, reference, self._policy)
         self._first_pass = FirstPass(self._policy, reference, loss, config.tokens_per_microbatch, ranks)
         self.version = 0
-        self.times = SharedClock(STATES)
+        self.times = SharedClock(LEARNER_STATES)
         """What the time of the learner's process goes into; a train step enters its own states."""
 
     @property

@@ -11,16 +11,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from asyncdapo.accounting.names import LEARNER_STATES, STALENESS_BUCKETS, WORKER_STATES
 from asyncdapo.metrics.dashboard.units import unit_of
 from asyncdapo.metrics.jsonl import UNDONE_BY
 from asyncdapo.metrics.verdict.verdict import LIMITS
-from asyncdapo.metrics.verdict.window import LOOP, SHOWN_FATES, WORKERS
+from asyncdapo.metrics.verdict.window import LOOP, SHOWN_FATES
 
 SCHEMA = 1
 """Version of `SECTIONS`. A saved board of a lower version is replaced."""
 MAX_PANELS = 8
-BUCKETS = ("0", "1", "2", "3_4", "5_8", "9_up")
-"""Of staleness, in train steps."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +54,8 @@ def _panel(
 
 
 def _by_staleness(title: str, name: str, look: Literal["lines", "shares"] = "lines") -> Panel:
-    return Panel(title=title, metrics=tuple(f"learner/staleness_{bucket}/{name}" for bucket in BUCKETS), look=look)
+    metrics = tuple(f"learner/staleness_{bucket}/{name}" for bucket in STALENESS_BUCKETS)
+    return Panel(title=title, metrics=metrics, look=look)
 
 
 def _states(title: str, prefix: str, states: str, look: Literal["stack", "shares"]) -> Panel:
@@ -72,13 +72,8 @@ SECTIONS = (
             _panel("Time that is lost, by cause", "verdict/", " ".join(f"{limit}_ratio" for limit in LIMITS), "stack"),
             _panel("Time in which the busiest stage works", "verdict/", "overlap_ratio"),
             _states("What a step's time goes into", "controller/", " ".join(LOOP), "stack"),
-            _states("Time of workers so far", "rollout/time/", " ".join(WORKERS), "shares"),
-            _states(
-                "Time of the learner",
-                "learner/time/",
-                "wait prepare first_pass gradient sum optimizer publish checkpoint other",
-                "stack",
-            ),
+            _states("Time of workers so far", "rollout/time/", " ".join(WORKER_STATES), "shares"),
+            _states("Time of the learner", "learner/time/", " ".join((*LEARNER_STATES, "other")), "stack"),
             _panel("Time of verifiers so far", "reward/time/", "busy_s idle_s", "shares"),
             _panel("Duration of a step", "time/", "step_s", smoothing=NOISY),
         ),

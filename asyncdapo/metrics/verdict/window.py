@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from statistics import mode
 from typing import Self
 
+from asyncdapo.accounting.names import WORKER_STATES
+
 Line = Mapping[str, float]
 
 LOOP = ("wait", "train", "publish", "checkpoint", "report", "parity")
 """States of the training loop, `controller/STATE_s`."""
-WORKERS = ("generate", "load", "environment", "score", "send", "lease")
-"""States of the workers, `rollout/time/STATE_s`."""
 FATES = ("trained", "filtered", "evaluation", "expired", "withdrawn", "late", "surplus", "lost", "undone", "failed")
 """How tokens end, `replay/tokens_FATE`."""
 SHOWN_FATES = tuple("trained filtered expired surplus undone failed withdrawn lost late probe evaluation".split())
@@ -37,7 +37,7 @@ class Window:
     loop: Mapping[str, float]
     """Shares of `LOOP`."""
     workers: Mapping[str, float]
-    """Shares of `WORKERS`."""
+    """Shares of `WORKER_STATES`."""
     slots: float
     """Mean number of sequences that a worker runs while it generates."""
     verifiers_busy: float
@@ -60,7 +60,7 @@ class Window:
         """None if the lines are too few, or lack what workers did."""
         steps = lines[1:]
         seconds = sum(line.get("time/step_s", 0.0) for line in steps)
-        workers = {state: _rise(lines, f"rollout/time/{state}_s") for state in WORKERS}
+        workers = {state: _rise(lines, f"rollout/time/{state}_s") for state in WORKER_STATES}
         worker_s = sum(line.get("replay/workers", 0.0) * line.get("time/step_s", 0.0) for line in steps)
         if not steps or not seconds or not sum(workers.values()) >= MIN_COVERED * worker_s > 0:
             return None

@@ -119,6 +119,15 @@ def sessions(db: sqlite3.Connection) -> dict[int, str]:
     return {worker: session for worker, session, _ in rows}
 
 
+def answer_lengths(db: sqlite3.Connection) -> dict[tuple[str, int], float]:
+    """Mean tokens of a completion of the latest group of each row of the data."""
+    rows = db.execute(
+        "SELECT source, row, 1.0 * tokens / completions, MAX(arrived_pos) FROM groups JOIN prompts USING (prompt_id)"
+        " GROUP BY source, row"
+    )
+    return {(source, row): mean for source, row, mean, _ in rows}
+
+
 def _one(db: sqlite3.Connection, query: str) -> Any:
     return db.execute(query).fetchone()[0]
 
@@ -151,15 +160,6 @@ def _passed_over(db: sqlite3.Connection, num_fresh: int) -> dict[int, int]:
     """Prompts that were never leased, before one that was (`replay.order: longest_first`): each is in its own place."""
     leased = {prompt_id for (prompt_id,) in db.execute("SELECT prompt_id FROM prompts")}
     return {prompt_id: prompt_id for prompt_id in range(num_fresh) if prompt_id not in leased}
-
-
-def answer_lengths(db: sqlite3.Connection) -> dict[tuple[str, int], float]:
-    """Mean tokens of a completion of the latest group of each row of the data."""
-    rows = db.execute(
-        "SELECT source, row, 1.0 * tokens / completions, MAX(arrived_pos) FROM groups JOIN prompts USING (prompt_id)"
-        " GROUP BY source, row"
-    )
-    return {(source, row): mean for source, row, mean, _ in rows}
 
 
 def _held_groups(db: sqlite3.Connection) -> dict[str, Any]:

@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 
 from asyncdapo.accounting.clock import SharedClock
+from asyncdapo.accounting.names import LEARNER_STATES
 from asyncdapo.config.config import load_config
 from asyncdapo.config.found import find_config
 from asyncdapo.controller.roles.base import ProcessSpec
 from asyncdapo.controller.roles.learner import LearnerProcess, load_learner
 from asyncdapo.errors import ConfigError
-from asyncdapo.learner.step.learner import STATES
 from asyncdapo.learner.step.ranks import ALONE
 from asyncdapo.replay.ledger.kept import learned_logprobs
 from asyncdapo.shares import CutWanted, NoBatch
@@ -136,13 +136,13 @@ def test_the_states_of_a_step_sum_to_the_time_since_the_step_before(path, tmp_pa
                 readings.append(float(next(ticks)))  # time advances by 1 at every reading
                 return readings[-1]
 
-            process.learner.times = SharedClock(STATES, now)
+            process.learner.times = SharedClock(LEARNER_STATES, now)
             ended_at = 0.0
             for step in range(1, NUM_STEPS + 1):
                 await process.take_batch(step)
                 metrics = await process.train_step()
                 await process.check_ranks()
-                times = {state: metrics[f"learner/time/{state}_s"] for state in (*STATES, "other")}
+                times = {state: metrics[f"learner/time/{state}_s"] for state in (*LEARNER_STATES, "other")}
                 taken_at = readings[-1] - 3  # its spans were taken since, and `check_ranks` has looked twice
                 assert sum(times.values()) == taken_at - ended_at
                 assert all(times[state] > 0 for state in ("gradient", "sum", "optimizer", "first_pass"))

@@ -7,8 +7,8 @@ import math
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from asyncdapo.accounting.names import STALENESS_BUCKETS
 from asyncdapo.controller.watch.charts import CHARTS, MOST_POINTS, Chart, columns, ends
-from asyncdapo.learner.step.diagnostics import BUCKETS
 from tests.metrics.test_metrics_page import DOCUMENTED
 
 METRICS = {"a/x": "x", "a/y": "y"}
@@ -19,7 +19,7 @@ def test_every_chart_names_its_axis_and_metrics_of_the_page() -> None:
     shown = {metric for chart in CHARTS for metric in chart.series}
     buckets = {metric for metric in shown if metric.startswith("learner/staleness_")}
     assert shown - buckets <= DOCUMENTED
-    assert buckets == {f"learner/staleness_{name}/tokens" for name in BUCKETS}
+    assert buckets == {f"learner/staleness_{name}/tokens" for name in STALENESS_BUCKETS}
     assert all(chart.title and chart.axis for chart in CHARTS)
     assert len({chart.title for chart in CHARTS}) == len(CHARTS)
 
