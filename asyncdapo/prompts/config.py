@@ -6,7 +6,9 @@ import math
 import os
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
+from typing import Annotated, Any
+
+from msgspec import Meta
 
 from asyncdapo.errors import ConfigError
 from asyncdapo.plugins import is_plugin
@@ -43,6 +45,9 @@ class PromptsConfig:
     max_attempts: PositiveInt = 3
     """Leases of a prompt that may fail: end as lost, rejected, or requeued after they expired. Then the prompt ends as
     `failed`."""
+    retire_above: Annotated[float, Meta(ge=0, lt=1)] | None = None
+    """A row whose answers were right more often than this in each of its last two epochs is left out from then on;
+    null leaves out none."""
     epochs: NonNegativeInt = 0
     """Passes over the data after which the run ends; 0 is no limit. In a mixture no row is drawn more often than
     this."""

@@ -37,6 +37,9 @@ def open_task(config: PromptsConfig, *, num_eval: int, seed: int) -> Task:
     task = (_open_own if own else TASKS[config.task])(config, num_eval, seed)
     if config.epochs and task.parts is None:
         raise ConfigError("prompts.epochs", f"the task {config.task!r} has no end", config.epochs, "prompts.epochs=0")
+    if config.retire_above is not None and task.parts is None:
+        problem = f"the task {config.task!r} is endless, no row comes twice"
+        raise ConfigError("prompts.retire_above", problem, config.retire_above, "prompts.retire_above=null")
     return task
 
 

@@ -67,13 +67,18 @@ class PromptStream:
     def num_left_out(self) -> int:
         """Rows whose prompt is too long, evaluation rows included."""
         num_rows = sum(len(part.rows) for part in self._task.parts or [])
-        return num_rows - sum(part.num_rows for part in self._parts or []) + self.num_eval_left_out
+        return num_rows - (self.num_rows or 0) + self.num_eval_left_out
 
     @property
     def num_eval_left_out(self) -> int:
         """Evaluation rows whose prompt is too long."""
         num_rows = self._task.num_eval_rows
         return 0 if num_rows is None or self._eval_rows is None else num_rows - len(self._eval_rows)
+
+    @property
+    def num_rows(self) -> int | None:
+        """Training rows that fit; None: endless."""
+        return None if self._parts is None else sum(part.num_rows for part in self._parts)
 
     def prompt_at(self, prompt_id: int) -> Prompt | None:
         """The prompt at this position, the same at each call; None past the end of the data.

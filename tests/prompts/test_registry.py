@@ -26,6 +26,11 @@ def test_epochs_of_an_endless_task_are_refused():
         open_task(PromptsConfig(task="chain", epochs=2), num_eval=8, seed=0)
 
 
+def test_rows_of_an_endless_task_cannot_be_retired():
+    with pytest.raises(ConfigError, match="prompts.retire_above: the task 'chain' is endless, no row comes twice"):
+        open_task(PromptsConfig(task="chain", retire_above=0.9), num_eval=8, seed=0)
+
+
 def test_tasks_are_opened_without_torch_ray_or_transformers():
     code = "import sys, asyncdapo.prompts.registry; print(sorted({'torch', 'ray', 'transformers'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -85,22 +85,40 @@ def make_group(
     return group, payload
 
 
-def _make_state(recovered: Recovered, **settings) -> ReplayState:
-    return ReplayState(recovered=recovered, **settings)
+def _make_state(recovered: Recovered, *, journal: Journal, solved, **settings) -> ReplayState:
+    """`solved`: makes an empty record of solved rows, which knows the journal's groups then."""
+    rows = solved() if solved else None
+    for prompt_id, right in journal.solved_shares() if rows else ():
+        rows.note(prompt_id, right)
+    return ReplayState(recovered=recovered, solved=rows, **settings)
 
 
 class SmallRun:
     """The dispatch with a hand on every event."""
 
     def __init__(
-        self, run_dir: Path, *, keep_payloads=False, segment_bytes=1 << 20, filter=None, make_journal=Journal, **replay
+        self,
+        run_dir: Path,
+        *,
+        keep_payloads=False,
+        segment_bytes=1 << 20,
+        filter=None,
+        make_journal=Journal,
+        solved=None,
+        **replay,
     ):
         settings = {"prompts_per_step": 2, "run_ahead": 1.0, "max_staleness": 1} | replay
         self.config = ReplayConfig(**settings)
-        self.make_state = partial(
-            _make_state, config=self.config, filter=filter or FilterConfig(), max_attempts=3, num_prompts=None
-        )
         self.journal = make_journal(run_dir, keep_payloads=keep_payloads, segment_bytes=segment_bytes)
+        self.make_state = partial(
+            _make_state,
+            journal=self.journal,
+            solved=solved,
+            config=self.config,
+            filter=filter or FilterConfig(),
+            max_attempts=3,
+            num_prompts=None,
+        )
         self.sessions = Sessions(stall_ticks=10)
         server_settings = ServerSettings(replay=self.config, group_size=GROUP_SIZE, seed=1, slots=8)
         self.dispatch = Dispatch(server_settings, self.make_state, self.journal, self.sessions, prompt_at)

@@ -25,7 +25,7 @@ from asyncdapo.prompts.registry import open_task
 from asyncdapo.prompts.stream import PromptStream
 from asyncdapo.replay.core.recovery import Recovered
 from asyncdapo.replay.core.state import ReplayState
-from asyncdapo.replay.core.stream import AnswerLengths
+from asyncdapo.replay.core.stream import AnswerLengths, SolvedRows
 from asyncdapo.replay.ledger.journal import Journal
 from asyncdapo.replay.ledger.kept import keep_samples
 from asyncdapo.replay.server.server import ReplayServer
@@ -68,7 +68,7 @@ class ReplayProcess(ProcessBase):
             lengths = AnswerLengths(journal.answer_lengths(), stream.row_at)
         server = ReplayServer(
             _server_settings(config, start),
-            partial(_make_state, config, stream.num_prompts, lengths),
+            partial(_make_state, config, stream, journal, lengths),
             journal,
             stream.prompt_at,
             lengths=lengths,
@@ -207,15 +207,22 @@ def _open_journal(config: Config, start: Start) -> Journal:
 
 
 def _make_state(
-    config: Config, num_prompts: int | None, lengths: AnswerLengths | None, recovered: Recovered
+    config: Config, stream: PromptStream, journal: Journal, lengths: AnswerLengths | None, recovered: Recovered
 ) -> ReplayState:
+    """`recovered` is what the journal has now, after a rollback too."""
+    solved = None
+    if config.prompts.retire_above is not None and stream.num_rows is not None:
+        solved = SolvedRows(config.prompts.retire_above, stream.num_rows, stream.row_at)
+        for prompt_id, right in journal.solved_shares():
+            solved.note(prompt_id, right)
     return ReplayState(
         config.replay,
         config.filter,
         max_attempts=config.prompts.max_attempts,
-        num_prompts=num_prompts,
+        num_prompts=stream.num_prompts,
         recovered=recovered,
         expected_tokens=lengths.expected if lengths else None,
+        solved=solved,
     )
 
 

@@ -15,7 +15,17 @@ from typing import Literal
 from asyncdapo.replay.core.filter import Verdict
 
 PromptState = Literal[
-    "waiting", "leased", "queued", "spare", "cut", "trained", "filtered", "expired", "failed", "unused"
+    "waiting",
+    "leased",
+    "queued",
+    "spare",
+    "cut",
+    "trained",
+    "filtered",
+    "expired",
+    "failed",
+    "retired",
+    "unused",
 ]
 GroupState = Literal["queued", "spare", "cut", "trained", "filtered", "expired", "surplus", "failed"]
 VERDICT_STATES: tuple[GroupState, ...] = ("queued", "spare", "filtered")

@@ -4,7 +4,7 @@ In: what happened to a prompt or its group. Out: `MovePrompt` and `MoveGroup` ac
 
     waiting ──lease──▶ leased ──group──▶ queued ──cut──▶ cut ──▶ trained
        ▲                 │  ╲             │              ▲
-       │                 │   ▶ spare ─────┼──────────────┘       ends: trained filtered expired failed unused
+       │                 │   ▶ spare ─────┼──────────────┘       ends: trained filtered expired failed retired unused
        └───comes back────┴───────┴────────┘
 
 A prompt is in one of these states. Every change goes through `move`, which refuses changes that aren't in `MOVES`.
@@ -27,7 +27,7 @@ from asyncdapo.replay.core.events import Action, GroupState, MoveGroup, MoveProm
 from asyncdapo.replay.core.stream import PromptStream
 
 MOVES: dict[PromptState, frozenset[PromptState]] = {
-    "waiting": frozenset({"leased", "unused"}),
+    "waiting": frozenset({"leased", "retired", "unused"}),
     "leased": frozenset({"queued", "spare", "filtered", "expired", "failed", "waiting", "unused"}),
     "queued": frozenset({"cut", "expired", "failed", "waiting", "unused"}),
     "spare": frozenset({"cut", "filtered", "expired", "failed", "waiting", "unused"}),

@@ -59,7 +59,7 @@ from asyncdapo.replay.core.lifecycle import Lifecycle
 from asyncdapo.replay.core.queue import Held, NextBatch
 from asyncdapo.replay.core.recovery import Recovered
 from asyncdapo.replay.core.staleness import StalenessBound
-from asyncdapo.replay.core.stream import PromptStream
+from asyncdapo.replay.core.stream import PromptStream, SolvedRows
 
 
 class ReplayState:
@@ -78,9 +78,10 @@ class ReplayState:
         num_prompts: int | None,
         recovered: Recovered | None = None,
         expected_tokens: Callable[[int], float] | None = None,
+        solved: SolvedRows | None = None,
     ) -> None:
         """`num_prompts`: length of the stream, epochs included; None if it is endless. `expected_tokens`: see
-        `PromptStream`. `recovered`: where to resume."""
+        `PromptStream`. `solved`: rows to leave out. `recovered`: where to resume."""
         self.config, self.filter = config, filter
         size, barrier, was = config.prompts_per_step, config.synchronous, recovered or Recovered()
         self._actions: list[Action] = []
@@ -118,12 +119,13 @@ class ReplayState:
             run_ahead=self.pacing.run_ahead,
             max_verdicts=filter.max_gen_batches * self.next_batch.gen_batches.size if limited else math.inf,
         )
-        self.over = was.over
+        self.solved, self.over = solved, was.over
 
     def handle(self, event: Event) -> list[Action]:
         """Apply one event, then do all that it makes possible. Returns the actions, in order."""
         self._actions.clear()
         self._take_in(event)
+        self._retire()
         if not self.over:
             self._cut_if_due()
         if not self.over:
@@ -193,6 +195,19 @@ class ReplayState:
             prompt_id = self.stream.take()
             self.leases.grant(prompt_id, worker, self.prompts.next_attempt(prompt_id))
             self.prompts.move(prompt_id, "leased")
+            self._retire()
+
+    def _retire(self) -> None:
+        """End the next prompts as long as the model has solved their rows. If that is so of all, the run ends."""
+        solved = self.solved
+        if solved is None or self.over or not solved.num_retired:
+            return
+        if solved.num_retired == solved.num_rows:
+            problem = f"all {solved.num_rows:,} rows were solved above {solved.above:g} in two epochs"
+            self._stop(f"prompts.retire_above: {problem} (harder prompts, a higher share, or null)", error=True)
+            return
+        while (prompt_id := self.stream.next) is not None and solved.retires(prompt_id):
+            self.prompts.move(self.stream.take(), "retired", reason="solved")
 
     def _ahead(self, running: int) -> float:
         """Groups that would be ahead of the learner with so many leases."""
@@ -216,6 +231,8 @@ class ReplayState:
         lease = self.leases.end_if_running(event.lease_id, "done")
         if lease is None:
             return
+        if self.solved and (accs := event.metrics.get("acc")):
+            self.solved.note(lease.prompt_id, sum(accs) / len(accs))
         group = HeldGroup(
             min_version=event.min_version,
             prompt_id=lease.prompt_id,

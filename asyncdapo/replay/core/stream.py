@@ -1,8 +1,8 @@
 """The stream of prompts that wait for a lease, and what is known of their rows.
 
 In: prompts that are taken and that come back; groups as they arrive, and those of the ledger. Out: the prompt to lease
-next. Where it is foretold how long the answers to a row will be, only the order of prompts depends on it
-(`replay.order`). Memory: a number for each row that was answered.
+next; how long the answers to a row were (`replay.order`); which rows are solved (`prompts.retire_above`). Memory: a few
+numbers for each row that was answered.
 
 Does not own: when a prompt is leased (`admission.py`), what becomes of it (`lifecycle.py`).
 """
@@ -19,6 +19,8 @@ FIRST = -1
 
 Row = tuple[str, int]
 """Source and row."""
+NUM_EPOCHS = 2
+"""In which a row was solved before it is left out."""
 
 
 class AnswerLengths:
@@ -36,6 +38,44 @@ class AnswerLengths:
         """Mean tokens of a completion."""
         row = self._row_at(prompt_id)
         return self._known.get(row, 0.0) if row else 0.0
+
+
+class SolvedRows:
+    """Rows that are left out since the model has solved them (`prompts.retire_above`; ScaleRL, arXiv 2510.13786).
+
+    A row is retired when its last two prompts, of two epochs, each had more right answers than the share `above`. It
+    gets no group any more, so it stays retired, unless a rollback undoes one of the two. Memory: two numbers for each
+    row that was answered.
+    """
+
+    def __init__(self, above: float, num_rows: int, row_at: Callable[[int], Row | None]) -> None:
+        """`num_rows`: of the data. `row_at`: of the prompt at a position of the stream."""
+        self.above, self.num_rows, self._row_at = above, num_rows, row_at
+        self._latest: dict[Row, dict[int, float]] = {}
+        """Share of right answers to the last two prompts of each row."""
+        self._retired: set[Row] = set()
+
+    @property
+    def num_retired(self) -> int:
+        """Rows."""
+        return len(self._retired)
+
+    def note(self, prompt_id: int, right: float) -> None:
+        """A group of this prompt has arrived, with this share of right answers."""
+        row = self._row_at(prompt_id)
+        assert row is not None, "it was leased"
+        latest = self._latest.setdefault(row, {})
+        latest[prompt_id] = right
+        while len(latest) > NUM_EPOCHS:
+            del latest[min(latest)]
+        if len(latest) == NUM_EPOCHS and min(latest.values()) > self.above:
+            self._retired.add(row)
+        else:
+            self._retired.discard(row)
+
+    def retires(self, prompt_id: int) -> bool:
+        """Whether the prompt is of such a row."""
+        return self._row_at(prompt_id) in self._retired
 
 
 class PromptStream:

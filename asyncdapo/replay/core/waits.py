@@ -29,6 +29,7 @@ def gauges(state: ReplayState) -> dict[str, float]:
         "keep_rate": state.keep_rate.value,
         "workers": len(state.leases.workers),
         "credits": state.leases.num_credits,
+        **({"retired_rows": state.solved.num_retired} if state.solved else {}),
     }
 
 

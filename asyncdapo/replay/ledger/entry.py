@@ -141,7 +141,7 @@ class Entry:
     # ------------------------------------------------------------------------------------ prompts, leases and groups
 
     def _insert_new_prompts(self, prompts: Sequence[Prompt]) -> None:
-        """A prompt gets its row with its first lease."""
+        """A prompt gets its row with its first lease, or when it is retired."""
         self.db.executemany(
             "INSERT OR IGNORE INTO prompts VALUES (?, ?, ?, ?, 'waiting', 0, NULL, '', NULL, ?)",
             [(prompt.prompt_id, prompt.epoch, prompt.source, prompt.row, self.position) for prompt in prompts],

@@ -10,7 +10,7 @@ The last section finds errors of rollbacks: rows of an undone history that are s
 Does not own: reading files, metrics.jsonl, payload segments (`audit`).
 """
 
-_PROMPT_STATES = "'waiting','leased','queued','spare','cut','trained','filtered','expired','failed','unused'"
+_PROMPT_STATES = "'waiting','leased','queued','spare','cut','trained','filtered','expired','failed','retired','unused'"
 _GROUP_STATES = "'queued','spare','cut','trained','filtered','expired','surplus','failed'"
 _LEASE_OUTCOMES = "'done','withdrawn','lost','rejected','failed'"
 _SHARED_STATES = "'queued','spare','cut','trained','filtered'"

@@ -195,6 +195,10 @@ class Journal:
         """See `reload.answer_lengths`."""
         return reload.answer_lengths(self._db)
 
+    def solved_shares(self) -> Iterator[tuple[int, float]]:
+        """See `reload.solved_shares`."""
+        return reload.solved_shares(self._db)
+
     def outcome(self, lease_id: int) -> str | None:
         """How a lease ended, or `undone`; None while it runs. Raises LookupError if it was never granted."""
         return reload.outcome(self._db, lease_id)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sqlite3
 from bisect import bisect_left
+from collections.abc import Iterator
 from typing import Any
 
 from asyncdapo.replay.core import events as core
@@ -126,6 +127,11 @@ def answer_lengths(db: sqlite3.Connection) -> dict[tuple[str, int], float]:
         " GROUP BY source, row"
     )
     return {(source, row): mean for source, row, mean, _ in rows}
+
+
+def solved_shares(db: sqlite3.Connection) -> Iterator[tuple[int, float]]:
+    """Prompt and share of right answers of each group, in the order of arrival."""
+    return db.execute("SELECT prompt_id, acc_mean FROM groups WHERE acc_mean IS NOT NULL ORDER BY arrived_pos")
 
 
 def _one(db: sqlite3.Connection, query: str) -> Any:

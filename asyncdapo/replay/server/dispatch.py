@@ -122,6 +122,7 @@ class Dispatch:
             action.prompt_id: self._prompt(action.prompt_id)
             for action in actions
             if isinstance(action, core.GrantLease)
+            or (isinstance(action, core.MovePrompt) and action.state == "retired")
         }
         self._journal.write(
             event, actions, prompts=list(prompts.values()), arrived=arrived, detail=detail, summary=summary
