@@ -23,6 +23,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 from msgspec.structs import replace
 
 from asyncdapo.errors import RunError
@@ -254,14 +255,21 @@ class Dispatch:
             if batch is None or (batch.step, batch.branch) != (bare.step, bare.branch):
                 groups = [for_learner(self._journal.read_header(place)) for place in places]
                 batch = self._batch = replace(bare, groups=groups, deal=self._settings.dealer.deal(groups))
-            share = [
-                self._journal.read(places[piece.place])[1].of_completions(batch.groups[piece.place], piece.indices)
-                for piece in share_of(batch, rank)
-            ]
+            payload = self._read_share(batch, places, rank)
         except BadRecord as bad:
             reason = f"batch {bare.step} can't be read back: {bad}"
             return NoBatch(step=bare.step, reason=reason, unreadable=True), ()
-        return batch, Payload.join(share).frames()
+        return batch, payload.frames()
+
+    def _read_share(self, batch: Batch, places: Sequence[Place], rank: int) -> Payload:
+        pieces, parts = share_of(batch, rank), list[Payload]()
+        left = memoryview(np.empty(sum(places[piece.place].num_bytes for piece in pieces), np.uint8))
+        for piece in pieces:
+            place = places[piece.place]
+            memory, left = left[: place.num_bytes], left[place.num_bytes :]
+            _, payload = self._journal.read(place, memory)
+            parts.append(payload.of_completions(batch.groups[piece.place], piece.indices))
+        return Payload.join(parts)
 
     def _stop(self, stop: core.StopRun) -> None:
         if stop.error:
