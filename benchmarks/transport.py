@@ -130,7 +130,6 @@ async def serve(figures: Figures, over: Event, load: Load, run_dir: Path, keys: 
         prompt_at,
         curve=keys.server,
     )
-    tasks: set[asyncio.Task] = set()
 
     async def finish_step() -> None:
         step = await asyncio.to_thread(pipe.recv)
@@ -141,9 +140,10 @@ async def serve(figures: Figures, over: Event, load: Load, run_dir: Path, keys: 
             step = await asyncio.to_thread(pipe.recv)
 
     async def both() -> None:
-        tasks.add(asyncio.create_task(finish_step()))
         await server.begin()
-        await server.run()
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(server.run())
+            tasks.create_task(finish_step())
 
     pipe.send((server.rollout_address, server.learner_address))
     await until_over(figures, both(), over)
