@@ -42,7 +42,7 @@ from asyncdapo.metrics.jsonl import read_metrics
 from asyncdapo.metrics.verdict.window import FATES
 from asyncdapo.replay.ledger.audit import audit
 from asyncdapo.weights.config import WeightsConfig
-from tests.controller.nodes import Nodes, nodes
+from tests.controller.nodes import Nodes, node_of, nodes
 
 MOST = 4
 """Workers."""
@@ -129,7 +129,7 @@ class ElasticRun:
     def lose_a_node(self) -> None:
         """The one that has only workers."""
         assert self.cluster is not None
-        [main] = {node_of(entry) for entry in self.roster() if entry.role in ("replay", "learner")}
+        [main] = {node_of(entry.host) for entry in self.roster() if entry.role in ("replay", "learner")}
         [other] = {*NODES} - {main}
         self.say("a node loses its power", f"{other} loses its power, with {self.workers_on(other)} workers")
         self.cluster.cut_power(other)
@@ -140,7 +140,7 @@ class ElasticRun:
         self.cluster.add(NEW_NODE)
 
     def workers_on(self, node: str) -> int:
-        return sum(entry.role == "rollout" and node_of(entry) == node for entry in self.roster())
+        return sum(entry.role == "rollout" and node_of(entry.host) == node for entry in self.roster())
 
     def roster(self) -> list[Entry]:
         entries = read(self.run_dir)
@@ -254,11 +254,6 @@ class ElasticRun:
             "staleness max": max(line["replay/staleness_max"] for line in steps),
             "accuracy": lines[-1].get("eval/accuracy"),
         }
-
-
-def node_of(entry: Entry) -> str:
-    """Behind the name of this machine."""
-    return entry.host.partition("/")[2]
 
 
 def main() -> int:

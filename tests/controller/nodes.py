@@ -1,6 +1,6 @@
 """Stand-in nodes: a Ray cluster of several raylets on this machine, each with an address and a host of its own.
 
-In: names of nodes. Out: a cluster that a launch can join, whose nodes come, are drained, and lose power. The processes
+In: names of nodes. Out: a cluster that a launch can join, whose nodes come and lose power. The processes
 of a node take one another for those of one machine, and those of other nodes for out of reach (`transport.backend`'s
 `HOST_ID`), so no pid, no shared memory and no loopback address leads from one node to another.
 """
@@ -39,9 +39,6 @@ class Nodes:
             num_cpus=num_cpus, node_ip_address=ip, env_vars={HOST_ID: name}, **_quiet()
         )
 
-    def node_id(self, name: str) -> str:
-        return self._nodes[name].node_id
-
     def cut_power(self, name: str) -> None:
         """Every process of the node ends at the same moment, without a word."""
         node = self._nodes[name]
@@ -50,18 +47,6 @@ class Nodes:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
         self._cluster.remove_node(node, allow_graceful=False)
-
-    def drain(self, name: str) -> None:
-        """As Ray's autoscaler does it."""
-        options = {
-            "--address": self.address,
-            "--node-id": self.node_id(name),
-            "--reason": "DRAIN_NODE_REASON_PREEMPTION",
-            "--reason-message": "a test",
-            "--deadline-remaining-seconds": "60",
-        }
-        words = [word for option in options.items() for word in option]
-        subprocess.run([sys.executable, "-m", "ray.scripts.scripts", "drain-node", *words], check=True)
 
     def close(self) -> None:
         self._cluster.shutdown()
@@ -77,6 +62,24 @@ def nodes(*names: str, head_cpus: int = 1) -> Iterator[Nodes]:
         yield cluster
     finally:
         cluster.close()
+
+
+def drain(address: str, node_id: str) -> None:
+    """Have the cluster drain a node, as Ray's autoscaler does it."""
+    options = {
+        "--address": address,
+        "--node-id": node_id,
+        "--reason": "DRAIN_NODE_REASON_PREEMPTION",
+        "--reason-message": "a test",
+        "--deadline-remaining-seconds": "60",
+    }
+    words = [word for option in options.items() for word in option]
+    subprocess.run([sys.executable, "-m", "ray.scripts.scripts", "drain-node", *words], check=True)
+
+
+def node_of(host: str) -> str:
+    """Of the name of a host: what stands behind that of this machine."""
+    return host.partition("/")[2]
 
 
 def _quiet() -> dict[str, Any]:

@@ -14,7 +14,7 @@ import pytest
 
 from asyncdapo.controller.process.roster import read
 from asyncdapo.replay.ledger.audit import audit
-from tests.controller.nodes import nodes
+from tests.controller.nodes import node_of, nodes
 from tests.controller.runs import command, started, wait_for_step
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(400)]
@@ -26,11 +26,6 @@ def until(true: Callable[[], object], timeout_s: float = 90) -> None:
     while not true():
         assert time.monotonic() < deadline, "it did not come about"
         time.sleep(0.2)
-
-
-def node_of(host: str) -> str:
-    """Behind the name of this machine."""
-    return host.partition("/")[2]
 
 
 def homes(run_dir: Path) -> dict[str, str]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import asyncio
 import time
 from collections.abc import Callable, Iterator
 
@@ -11,8 +10,13 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from asyncdapo.controller.fleet.placement import Bundle
-from asyncdapo.controller.fleet.rooms import Room, draining_nodes
+from asyncdapo.config.config import Config
+from asyncdapo.controller.fleet.placement import Bundle, learner_names, place
+from asyncdapo.controller.fleet.rooms import Room, draining_nodes, gpus_of_nodes, reserve
+from asyncdapo.learner.config import LearnerConfig
+from asyncdapo.model.config import ModelConfig
+from asyncdapo.rollout.config import RolloutConfig
+from tests.controller.nodes import drain
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(180)]
 WORKER = Bundle(("rollout-1",), 2)
@@ -26,19 +30,6 @@ def cluster() -> Iterator[Cluster]:
     yield cluster
     ray.shutdown()
     cluster.shutdown()
-
-
-def drain(cluster: Cluster, node_id: str) -> None:
-    """As Ray's autoscaler does it."""
-    options = {
-        "--address": cluster.address,
-        "--node-id": node_id,
-        "--reason": "DRAIN_NODE_REASON_PREEMPTION",
-        "--reason-message": "a test",
-        "--deadline-remaining-seconds": "60",
-    }
-    words = [word for option in options.items() for word in option]
-    subprocess.run([sys.executable, "-m", "ray.scripts.scripts", "drain-node", *words], check=True)
 
 
 def until(true: Callable[[], object], timeout_s: float = 60) -> None:
@@ -68,9 +59,26 @@ def test_a_room_given_back_on_a_node_that_ray_drains_is_found_on_another(cluster
     first = cluster.add_node(num_cpus=1, num_gpus=2)
     room = Room.asked_for(WORKER)
     until(lambda: room.node() == first.node_id)
-    drain(cluster, first.node_id)
+    drain(cluster.address, first.node_id)
     until(lambda: first.node_id in draining_nodes())
     second = cluster.add_node(num_cpus=1, num_gpus=2)
     room.give_back()
     again = Room.asked_for(WORKER)
     until(lambda: again.node() == second.node_id)
+
+
+def test_the_ranks_of_a_replica_are_together_on_a_node_and_so_are_the_gpus_of_an_engine(cluster: Cluster) -> None:
+    """Two replicas of two shards and an engine of two GPUs, on three nodes of two."""
+    for _ in range(3):
+        cluster.add_node(num_cpus=1, num_gpus=2)
+    until(lambda: sorted(gpus_of_nodes()) == [1, 2, 2, 2])
+    config = Config(
+        model=ModelConfig(path="none"),
+        learner=LearnerConfig(ranks=4, shards=2),
+        rollout=RolloutConfig(num_workers=1, tensor_parallel=2),
+    )
+    rooms = asyncio.run(reserve(place(config, gpus_of_nodes(), learner_names(config)), 30))
+    home = {name: room.node() for name, room in rooms.items()}
+    assert home["learner"] == home["learner-1"]
+    assert home["learner-2"] == home["learner-3"]
+    assert len({home["learner"], home["learner-2"], home["rollout-0"]}) == 3
