@@ -78,14 +78,13 @@ class LogprobMismatch:
     def __init__(
         self,
         config: RolloutConfig,
-        workers: Sequence[Process[RolloutProcess]],
         learners: LearnerRanks,
         publishing: Publishing,
         prompts: Sequence[list[int]],
         seed: int,
     ) -> None:
         """`prompts`: token ids of each probe prompt; `seed`: the run's."""
-        self._config, self._workers, self._learners, self._publishing = config, workers, learners, publishing
+        self._config, self._learners, self._publishing = config, learners, publishing
         self._prompts = list(prompts)
         self._seeds = [sample_seed(seed, PARITY_SEED, index) for index in range(len(prompts))]
         max_tokens = min(MAX_TOKENS, config.max_response_length)
@@ -98,7 +97,7 @@ class LogprobMismatch:
 
         Raises RunError for a worker above `rollout.parity_stop`, ProcessDied for the learner.
         """
-        workers = [worker for worker in self._workers if worker.up.is_set()]
+        workers = self._publishing.reachable()
         answers = await asyncio.gather(*(self._sample(worker, version) for worker in workers))
         sampled = {worker.name: samples for worker, samples in zip(workers, answers, strict=True) if samples}
         if not sampled:

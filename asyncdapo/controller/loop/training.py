@@ -55,9 +55,7 @@ class Training:
             config, fleet.opened, partial(fleet.replay.ask, lambda replay: replay.evaluate)
         )
         learners, prompts = fleet.learners, fleet.opened.probe_prompts
-        self._parity = LogprobMismatch(
-            config.rollout, fleet.workers, learners, fleet.publishing, prompts, config.run.seed
-        )
+        self._parity = LogprobMismatch(config.rollout, learners, fleet.publishing, prompts, config.run.seed)
         self._evaluating = BackgroundWork(config.eval.every, config.run.steps)
         self._comparing = BackgroundWork(config.rollout.parity_every, config.run.steps)
         self._checkpoints = Checkpointing(fleet, stalls, resume.step)

@@ -52,20 +52,22 @@ class FakeProcess:
 
 
 class Publishing:
-    """A turn that somebody may have."""
+    """A turn that somebody may have, and workers."""
 
     def __init__(self) -> None:
-        self.turn = asyncio.Lock()
+        self.turn, self.workers = asyncio.Lock(), []
+
+    def reachable(self) -> Sequence[FakeProcess]:
+        return [worker for worker in self.workers if worker.up.is_set()]
 
 
 def made(
     workers: Sequence[FakeProcess], learner: Probe, publishing: Publishing | None = None, **config: Any
 ) -> LogprobMismatch:
     """`learner` answers `probe(version, pairs)`."""
-    one = FakeProcess("learner", learner)
-    return LogprobMismatch(
-        replace(CONFIG, **config), workers, LearnerRanks([one]), publishing or Publishing(), PROMPTS, seed=0
-    )
+    one, publishing = FakeProcess("learner", learner), publishing or Publishing()
+    publishing.workers = workers
+    return LogprobMismatch(replace(CONFIG, **config), LearnerRanks([one]), publishing, PROMPTS, seed=0)
 
 
 # ------------------------------------------------------------------------------------------- real engines and learners

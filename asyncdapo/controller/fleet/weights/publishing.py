@@ -84,13 +84,17 @@ class Publishing:
         meanwhile is not an error: the next transfer makes a group without it."""
         async with self.turn:
             try:
-                await self._regroup(self._up())
+                await self._regroup(self.reachable())
             except ProcessDied as death:
                 log.warning("no weight group yet: %s", death)
 
     def learner_has(self, version: int, branch: int) -> None:
         """From now on this is what is sent. Called with the turn held, or while nobody may send."""
         self.version, self.branch = version, branch
+
+    def reachable(self) -> list[Process[RolloutProcess]]:
+        """The workers that are up, and not silent."""
+        return [worker for worker in self.workers if worker.up.is_set() and not self._ends.is_silent(worker)]
 
     async def publish(self) -> dict[str, float]:
         """Send what the learner has to every worker that is up; returns when all of them generate with it. Workers that
@@ -100,7 +104,7 @@ class Publishing:
             while len(failures) < self.config.max_missed:
                 try:
                     async with self._sending:
-                        return await self._send_to(self._up())
+                        return await self._send_to(self.reachable())
                 except (WeightsError, ProcessDied) as error:
                     self._note_failure(error)
                     if not self._learner_is_up():
@@ -175,9 +179,6 @@ class Publishing:
     def _learner_is_up(self) -> bool:
         return all(rank.up.is_set() for rank in (self.learner, *self.other_shards))
 
-    def _up(self) -> list[Process[RolloutProcess]]:
-        return [worker for worker in self.workers if worker.up.is_set() and not self._ends.is_silent(worker)]
-
     def _has_current(self, worker: Process[RolloutProcess]) -> bool:
         """Version 0 of branch 0 is what every worker loads from the model's own file."""
         loaded = self._loaded.get(worker.name, (worker.life, 0, 0))
@@ -185,7 +186,7 @@ class Publishing:
 
     def _nearest_with_current(self, newcomer: Process[RolloutProcess]) -> Process[RolloutProcess] | None:
         """A worker that has been sent the version in force, on the newcomer's machine if there is one."""
-        sent = [worker for worker in self._up() if worker.name in self._loaded and self._has_current(worker)]
+        sent = [worker for worker in self.reachable() if worker.name in self._loaded and self._has_current(worker)]
         here = host_of(self._devices[newcomer.name])
         return min(sent, key=lambda worker: host_of(self._devices[worker.name]) != here, default=None)
 
