@@ -1,7 +1,7 @@
 """Workers that come and go, under a run that trains: `python benchmarks/elastic.py [--minutes 10] [--scenes 1,4,2]`.
 
 With `--minutes` the quickstart runs over two stand-in nodes (raylets on this machine; the launch is on a third), and
-something happens to a worker every 5 to 15 s (`--pause`), at random: the run is scaled to another number, one is sent
+something happens to a worker every 4 to 12 s (`--pause`), at random: the run is scaled to another number, one is sent
 SIGTERM, SIGKILL, or SIGSTOP (and SIGCONT after 1 to 40 s). At a third of the time the node that has only workers loses
 its power, and another node comes. At the end the run is stopped by Ctrl-C, and a last launch trains one more step. With
 `--scenes` it runs without nodes, is scaled to each of these numbers in turn, a third of its steps each, and trains its
@@ -46,7 +46,8 @@ from tests.controller.nodes import Nodes, node_of, nodes
 
 MOST = 4
 """Workers."""
-PAUSE_S = (5.0, 15.0)
+PAUSE_S = (4.0, 12.0)
+"""With what each thing takes, some 60 in 10 minutes."""
 STOPPED_S = (1.0, 40.0)
 """Above 30 s a stopped worker counts as lost."""
 MIN_ACCURACY = 0.93
@@ -73,6 +74,8 @@ class ElasticRun:
         """When a stopped worker goes on."""
         self.seen: set[Entry] = set()
         """Every process that the run ever had."""
+        self.last_step = 1_000_000
+        """Before the last launch."""
         self.process = self.launch(steps)
 
     def launch(self, steps: int) -> subprocess.Popen[bytes]:
@@ -121,6 +124,7 @@ class ElasticRun:
         if self.process.poll() is not None:
             self.problems.append(f"the run ended by itself with exit code {self.process.returncode}")
         self.check_tokens()
+        self.last_step = self.num_steps()
         self.process.send_signal(signal.SIGINT)
         self.process.wait(60)
         if (code := self.launch(self.num_steps() + 1).wait(300)) != 0:
@@ -189,7 +193,7 @@ class ElasticRun:
     def step_times(self) -> tuple[list[float], list[float]]:
         """Of the steps in which a worker joined or left, and of the others; without the first two, in which PyTorch
         warms up."""
-        ends = self.query("SELECT trained_at_s FROM batches ORDER BY step")
+        ends = self.query(f"SELECT trained_at_s FROM batches WHERE step <= {self.last_step} ORDER BY step")
         lives = [at for (at,) in self.query(LIFE)]
         busy, quiet = [], []
         for (began,), (ended,) in list(zip(ends, ends[1:], strict=False))[1:]:
