@@ -30,7 +30,7 @@ class Nodes:
     @property
     def address(self) -> str:
         """That `controller.ray_address` takes."""
-        return self._cluster.address
+        return str(self._cluster.address)
 
     def add(self, name: str, num_cpus: int = 1) -> None:
         """A node that is there when this returns. Each has an address of its own on loopback."""

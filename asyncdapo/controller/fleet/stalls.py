@@ -110,13 +110,14 @@ class StallWatch:
         self._supervisor.note_progress()
 
     async def _stacks(self, process: Process[ProcessBase], report: Health | None) -> str:
-        if report is None and process.entry is None:
+        if report:
+            stacks = process.call(lambda process: process.stacks)
+        elif process.entry:
+            stacks = process.beside(ask, process.entry, self._supervisor.log_path(process))
+        else:
             return "it is being started"
         try:
-            if report is None:
-                async with asyncio.timeout(DUMP_S + ANSWER_S):
-                    return await process.beside(ask, process.entry, self._supervisor.log_path(process))
-            async with asyncio.timeout(ANSWER_S):
-                return await process.call(lambda process: process.stacks)
+            async with asyncio.timeout(DUMP_S + ANSWER_S):
+                return await stacks
         except (TimeoutError, RunError) as error:
             return f"no answer ({error})"
