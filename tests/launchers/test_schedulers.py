@@ -120,7 +120,7 @@ os.execvp(words[0], words + local + ["--disable-usage-stats"])
 """
 SCONTROL = """\
 #!/bin/sh
-if [ "$1" = show ]; then printf '127.0.0.1\\n127.0.0.2\\n'; else echo "$@" >> "$SLURM_SUBMIT_DIR/scontrol.said"; fi
+if [ "$1" = show ]; then printf '127.0.0.2\\n127.0.0.3\\n'; else echo "$@" >> "$SLURM_SUBMIT_DIR/scontrol.said"; fi
 """
 SMALL = ["run.steps=4", "eval.num_prompts=32", "eval.num_greedy_prompts=16", "metrics.wandb=disabled"]
 
@@ -153,7 +153,7 @@ def submitted(place: Path) -> subprocess.Popen[str]:
     """The job's batch script, as Slurm starts it."""
     environment = {
         "SLURM_SUBMIT_DIR": str(place),
-        "SLURM_JOB_NODELIST": "127.0.0.[1-2]",
+        "SLURM_JOB_NODELIST": "127.0.0.[2-3]",
         "SLURM_CPUS_ON_NODE": "2",
         "SLURM_JOB_ID": "7",
         "RAY_PORT": str(free_port()),
