@@ -1,12 +1,14 @@
 """The replay server and a learner of several ranks, over real sockets."""
 
 import asyncio
+import threading
 
 import pytest
 
+from asyncdapo.replay.ledger.journal import Journal
 from asyncdapo.shares import Dealer, NoBatch, share_of
 from asyncdapo.transport.payload import Payload
-from tests.replay.serving import FakeLearner, FakeWorker, scenario, serving, until
+from tests.replay.serving import PATIENCE_S, FakeLearner, FakeWorker, scenario, serving, until
 from tests.replay.small_run import make_group
 
 
@@ -72,6 +74,30 @@ async def test_a_batch_is_dealt_as_before_by_a_server_that_was_started_again(tmp
         learner = FakeLearner(server)
         await learner.want(1, rank=1)
         assert await learner.receive() == (batch, frames)
+
+
+@scenario
+async def test_a_group_is_acknowledged_while_a_batch_is_read(tmp_path):
+    """A batch may be gigabytes."""
+    reading, may_end = threading.Event(), threading.Event()
+
+    class SlowJournal(Journal):
+        def read(self, place, memory=None):
+            reading.set()
+            assert may_end.wait(PATIENCE_S)
+            return super().read(place, memory)
+
+    async with serving(tmp_path, make_journal=SlowJournal) as server:
+        worker, learner = FakeWorker(server), FakeLearner(server)
+        await worker.join()
+        await server.begin()
+        await learner.want(1)
+        await worker.work_off(2)
+        assert await asyncio.to_thread(reading.wait, PATIENCE_S)
+        await worker.work_off(1)
+        may_end.set()
+        batch, _ = await learner.receive()
+        assert batch.step == 1
 
 
 @scenario

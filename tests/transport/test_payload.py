@@ -105,3 +105,11 @@ def test_frames_that_hold_a_log_prob_for_observed_tokens_too_are_refused() -> No
     too_many = Payload(payload.prompt_ids, payload.token_ids, np.zeros(group.num_tokens, np.float32))
     with pytest.raises(ValueError, match="sampled ones"):
         Payload.from_frames(too_many.frames(), [group])
+
+
+def test_frames_are_the_memory_of_the_payload_and_a_group_that_goes_whole_is_not_copied() -> None:
+    group, payload, _ = made(2)
+    buffers = (payload.prompt_ids, payload.token_ids, payload.logprobs)
+    for buffer, frame in zip(buffers, payload.frames(), strict=True):
+        assert np.shares_memory(buffer, np.frombuffer(frame, np.uint8))
+    assert payload.of_completions(group, range(len(group.completions))) is payload

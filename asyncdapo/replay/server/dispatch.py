@@ -9,7 +9,8 @@ The peers report again what the ledger doesn't know: credits, peers, and the bat
 
 Owns: the core's state, which a rollback replaces; the running leases (kept by the sessions); the learner's ranks that
 wait for a batch. Does not own: sockets, what messages mean (`workers`), what follows from an event (`state`).
-Memory: the headers of the batch that was read last; a rank's share is read from its segments whenever it is wanted.
+Memory: the headers of the batch that was read last; a rank's share is read from its segments whenever it is wanted, in
+a thread, so that nobody else waits.
 `outgoing` is emptied as fast as the socket takes messages, which is at once, and a peer is sent only answers to what it
 sent or asked for.
 """
