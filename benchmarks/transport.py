@@ -68,8 +68,8 @@ GROUP_SIZE, BATCH, PROMPT_TOKENS, VOCAB = 16, 64, 128, 150_000
 PROMPT = list(range(PROMPT_TOKENS))
 HEARTBEAT_S, LOOK_S = 2.0, 0.5
 WARM_UP_S = 3.0
-KEPT_STEPS = 2
-"""Payloads of older steps are freed, as after a checkpoint."""
+CHECKPOINT_EVERY = 10
+"""Steps. Then the payloads of older ones are freed."""
 UNBOUNDED = 1 << 30
 """Staleness: the weights stay at version 0."""
 
@@ -136,7 +136,8 @@ async def serve(figures: Figures, over: Event, load: Load, run_dir: Path, keys: 
         while step:
             await server.trained(step, {})
             await server.published(step)
-            await server.covered(step - KEPT_STEPS)
+            if step % CHECKPOINT_EVERY == 0:
+                await server.covered(step)
             step = await asyncio.to_thread(pipe.recv)
 
     async def both() -> None:
