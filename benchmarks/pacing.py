@@ -1,11 +1,11 @@
-"""`replay.run_ahead: auto` beside fixed values.
+"""`replay.run_ahead: auto` beside fixed values, and `replay.on_stale: auto` beside the others.
 
     python benchmarks/pacing.py simulated --seeds 32    the real core in simulated time, on the loads of paced/loads.py
     python benchmarks/pacing.py real --pairs 3          whole runs of the quickstart, `auto` and fixed values in turn
+    python benchmarks/pacing.py lengths --seeds 8       what becomes of long answers at a tight bound, in simulated time
 
-Prints a Markdown table for docs/log.md: wall time as a multiple of the best fixed value's, mean staleness. The real
-loads are the quickstart, the same with fewer slots, and with more passes over each batch. Real runs have the machine to
-themselves.
+Prints a Markdown table for docs/log.md; wall time is a multiple of the best fixed value's. The real loads are the
+quickstart, the same with fewer slots, and with more passes over each batch. Real runs have the machine to themselves.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from multiprocessing import Pool
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 from asyncdapo.replay.config import FilterConfig, ReplayConfig
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from benchmarks.paced.loads import LOADS  # noqa: E402
-from benchmarks.paced.simulation import Simulation  # noqa: E402
+from benchmarks.paced.loads import LOADS, LONG_ANSWERS  # noqa: E402
+from benchmarks.paced.simulation import Simulation, bias  # noqa: E402
 from benchmarks.quickstart import run_quickstart  # noqa: E402
 
 FIXED = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
@@ -34,14 +35,22 @@ REAL_LOADS = {
     "balanced": (),
     "learner-bound": ("learner.epochs=3",),
 }
-Measured = tuple[float, float]
-"""Seconds, mean staleness."""
-Value = float | str
+Value = float | Literal["auto"]
+
+
+class Measured(NamedTuple):
+    """One run."""
+
+    wall_s: float
+    waited: float
+    """Share of the time that the learner waited for a batch."""
+    staleness: float
+    """Mean."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["simulated", "real"])
+    parser.add_argument("what", choices=["simulated", "real", "lengths"])
     parser.add_argument("--seeds", type=int, default=32, help="simulated runs of each value")
     parser.add_argument("--steps", type=int, default=100, help="of a simulated run")
     parser.add_argument("--pairs", type=int, default=3, help="real runs of each value")
@@ -49,7 +58,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/pacing"), help="folder of the real runs")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="further keys for every real run")
     args = parser.parse_args()
-    print("| load | run_ahead | wall time | mean staleness |\n| --- | --- | --- | --- |")
+    if args.what == "lengths":
+        print("\n".join(lengths(args.seeds, args.steps)))
+        return
+    print("| load | run_ahead | wall time | the learner waits | mean staleness |\n| --- | --- | --- | --- | --- |")
     for load in args.loads:
         if args.what == "simulated":
             rows = simulated(load, args.seeds, args.steps)
@@ -64,11 +76,24 @@ def simulated(load: str, seeds: int, steps: int) -> dict[Value, list[Measured]]:
         return {value: pool.map(partial(simulate, load, value, steps), range(seeds)) for value in (*FIXED, "auto")}
 
 
-def simulate(load: str, run_ahead: float, steps: int, seed: int) -> Measured:
+def simulate(load: str, run_ahead: Value, steps: int, seed: int) -> Measured:
     """One run in simulated time."""
     config = ReplayConfig(prompts_per_step=16, run_ahead=run_ahead, max_staleness=BOUND)
     result = Simulation(LOADS[load], config, FilterConfig(), seed).run(steps)
-    return result.wall_s, result.mean_staleness
+    return Measured(result.wall_s, result.waited_s / result.wall_s, result.mean_staleness)
+
+
+def lengths(seeds: int, steps: int) -> Iterator[str]:
+    """A table: what each `on_stale` costs, and how far the lengths trained on are from those sampled."""
+    yield "| on_stale | wall time | dropped groups | Kolmogorov–Smirnov of lengths |\n| --- | --- | --- | --- |"
+    for on_stale in ("drop", "requeue", "wait", "auto"):
+        config = ReplayConfig(prompts_per_step=16, run_ahead=1, max_staleness=1, on_stale=on_stale)
+        runs = [Simulation(LONG_ANSWERS, config, FilterConfig(), seed) for seed in range(seeds)]
+        results = [run.run(steps) for run in runs]
+        trained, sampled = (sum(of_runs, []) for of_runs in zip(*(run.lengths() for run in runs), strict=True))
+        dropped = sum(len(result.dropped) for result in results) / sum(run.state.stream.num_taken for run in runs)
+        wall_s = statistics.mean(result.wall_s for result in results)
+        yield f"| {on_stale} | {wall_s:,.0f} s | {dropped:.1%} | {bias(trained, sampled):.4f} |"
 
 
 def real(load: str, pairs: int, out: Path, overrides: Sequence[str]) -> dict[Value, list[Measured]]:
@@ -78,20 +103,19 @@ def real(load: str, pairs: int, out: Path, overrides: Sequence[str]) -> dict[Val
         for value, measured in rows.items():
             keys = [f"replay.run_ahead={value}", f"replay.max_staleness={BOUND}", *REAL_LOADS[load], *overrides]
             lines = run_quickstart(out / f"{load}-{value}-{seed}", seed, keys)[1:]
-            measured.append(
-                (lines[-1]["time/wall_s"], statistics.mean(line["replay/staleness_mean"] for line in lines))
-            )
+            seconds, waited_s = (sum(line[name] for line in lines) for name in ("time/step_s", "controller/wait_s"))
+            staleness = statistics.mean(line["replay/staleness_mean"] for line in lines)
+            measured.append(Measured(lines[-1]["time/wall_s"], waited_s / seconds, staleness))
             print(f"{load} {value} seed {seed}: {measured[-1]}", file=sys.stderr, flush=True)
     return rows
 
 
 def table(load: str, rows: dict[Value, list[Measured]]) -> Iterator[str]:
     """Means over the seeds."""
-    walls = {value: statistics.mean(wall_s for wall_s, _ in measured) for value, measured in rows.items()}
-    best = min(wall_s for value, wall_s in walls.items() if value != "auto")
-    for value, measured in rows.items():
-        staleness = statistics.mean(staleness for _, staleness in measured)
-        yield f"| {load} | {value} | {walls[value] / best:.3f} | {staleness:.2f} |"
+    means = {value: Measured(*map(statistics.mean, zip(*measured, strict=True))) for value, measured in rows.items()}
+    best = min(mean.wall_s for value, mean in means.items() if value != "auto")
+    for value, mean in means.items():
+        yield f"| {load} | {value} | {mean.wall_s / best:.3f} | {mean.waited:.1%} | {mean.staleness:.2f} |"
 
 
 if __name__ == "__main__":
