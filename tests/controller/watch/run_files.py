@@ -17,6 +17,7 @@ LINE = {
     "learner/entropy": 0.4,
     "learner/tokens_per_s": 1500.0,
     "replay/queued": 12,
+    "replay/run_ahead": 1.25,
     "replay/staleness_mean": 1.0,
     "rollout/tokens_per_s": 2000.0,
     "time/wall_s": 60.0,

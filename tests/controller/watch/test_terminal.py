@@ -39,7 +39,17 @@ def test_one_run_fits_with_its_pipeline_curves_and_verdict(tmp_path: Path, width
     assert max(map(len, lines)) <= width
     assert lines[0].startswith("my [red]run  ended early")
     assert "step 41/50, 1:00 trained" in text
-    for shown in ("prompts →", "rollout →", "2,000 tok/s", "12 queued", "reward", "▁", "█", "0.111 → 4.56"):
+    for shown in (
+        "prompts →",
+        "rollout →",
+        "2,000 tok/s",
+        "12 queued",
+        "1.25 ahead",
+        "reward",
+        "▁",
+        "█",
+        "0.111 → 4.56",
+    ):
         assert shown in text
     assert "verdict  learner-bound, 40%" in text
     assert "16:00:02  note [bold] that is longer" in text
