@@ -88,8 +88,8 @@ class Ends:
         """All answers, in the order of `calls`. After a failure everybody leaves the group, so that no other call lasts
         longer; then the first error is raised, a death before any other. `deadline_s`: by default a transfer's."""
         deadline_s = deadline_s or self._timeout_s + COMMAND_MARGIN_S
-        outcomes = ((process, self._outcome(process, call, what, deadline_s)) for process, call in calls.items())
-        tasks = {asyncio.ensure_future(outcome): process for process, outcome in outcomes}
+        tasks = {asyncio.ensure_future(_outcome(process, call)): process for process, call in calls.items()}
+        waits = [asyncio.ensure_future(self._wait(task, tasks[task].name, what, deadline_s)) for task in tasks]
         first = asyncio.ensure_future(asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION))
         silence = asyncio.ensure_future(self._silence(tasks))
         errors: list[Exception] = []
@@ -105,7 +105,7 @@ class Ends:
                         await asyncio.wait(tasks)
         finally:
             late = [task for task in tasks if not task.done()]
-            for task in (*late, first, silence, *leaving):
+            for task in (*late, first, silence, *leaving, *waits):
                 task.cancel()
         answers = await asyncio.gather(*tasks, return_exceptions=True)
         errors += [answer for answer in answers if isinstance(answer, Exception)]
@@ -123,17 +123,10 @@ class Ends:
             if worker in self._workers and worker is not sender:
                 yield _told(worker.call(lambda worker: worker.leave_weights))
 
-    async def _outcome(self, process: Process[Any], call: Coroutine[Any, Any, R], what: str, deadline_s: float) -> R:
-        """What it answers to this call. A worker whose engine has failed is as good as dead: it is killed, and the
-        fleet starts it again. Raises ProcessDied for it."""
-        life = process.life
-        try:
-            with self._waits.on(process.name, what, deadline_s):
-                return await call
-        except EngineError as error:
-            if process.life == life:
-                process.end()
-            raise ProcessDied(process.name, str(error)) from None
+    async def _wait(self, task: Owed, whom: str, what: str, deadline_s: float) -> None:
+        """Say that the controller waits for it."""
+        with self._waits.on(whom, what, deadline_s):
+            await asyncio.wait([task])
 
     async def _silence(self, tasks: Mapping[Owed, Process[Any]]) -> list[Owed]:
         """Wait for workers to say nothing though they owe an answer. Returns their calls."""
@@ -164,6 +157,18 @@ class Ends:
             self._left_out[worker.name].set()
         names = " and ".join(worker.name for worker in silent.values())
         return SilentWorker(f"{names}: no sign of life, left out until there is one")
+
+
+async def _outcome(process: Process[Any], call: Coroutine[Any, Any, R]) -> R:
+    """What it answers to this call. A worker whose engine has failed is as good as dead: it is killed, and the fleet
+    starts it again. Raises ProcessDied for it."""
+    life = process.life
+    try:
+        return await call
+    except EngineError as error:
+        if process.life == life:
+            process.end()
+        raise ProcessDied(process.name, str(error)) from None
 
 
 async def _told(call: Coroutine[Any, Any, None]) -> None:
