@@ -130,6 +130,8 @@ def draw(lines: Sequence[Line], methods: Sequence[str], staleness: Sequence[int]
             by_second.plot(line["seconds"], line["accuracy"], "k--")
         by_staleness.set(title=f"{TITLES[task]}: at the last step", xlabel="staleness, versions", ylabel="accuracy")
         by_staleness.set_xscale("symlog", base=2)
+        by_staleness.set_xticks(staleness, [str(one) for one in staleness])
+        by_staleness.set_xlim(-0.2, 1.2 * staleness[-1])
         by_staleness.legend(fontsize=8)
         dashed = f"staleness {SHOWN_STALENESS}; dashed: {methods[0]} at 0"
         by_step.set(title=dashed, xlabel="train step")
