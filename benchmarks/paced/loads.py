@@ -50,7 +50,7 @@ class Load:
 
 LOADS = {
     "engine-bound": Load(train_s=6.0),
-    "balanced": Load(train_s=12.0),
+    "balanced": Load(train_s=15.0),
     "learner-bound": Load(train_s=20.0),
 }
 LONG_ANSWERS = Load(train_s=6.0, spread=1.0, difficulty=0.5)
