@@ -1,12 +1,16 @@
 """Tokens per second of the torch engine, its bare runner and Hugging Face `generate`, alternating, on one CPU thread.
 
-    python benchmarks/torch_engine.py [--rounds 3] [--groups 64] [--slots 64] [--no-hf]
+    python benchmarks/torch_engine.py [--rounds 3] [--groups 96] [--slots 64] [--evaluations 0] [--no-hf]
 
-The model has the quickstart's shape with random weights; stop ids are chosen so that responses have about 39 tokens on
-average, at most 128. Groups of 16 are requested as slots become free, as a rollout worker does. The bare runner gets
-the same groups in a plain loop: the difference is what the engine's thread and event loop cost. Shows wall time and CPU
-time of the process: other work on the machine affects only the first.
+The model has the quickstart's shape with random weights; stop ids are chosen so that responses have about 35 tokens on
+average, at most 128. Groups of 16 are requested as slots become free, as a rollout worker does. Engine and runner are
+measured while groups keep coming: from the end of the first `slots` samples until the last group is handed over. The
+bare runner gets the same groups in a plain loop: the difference is what the engine's thread and event loop cost. Of
+every `--evaluations` groups, one is greedy. Shows wall time and CPU time of the process; other work on the machine
+affects the first more.
 """
+
+from __future__ import annotations
 
 import argparse
 import asyncio
@@ -14,7 +18,8 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import astuple, dataclass
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -27,6 +32,7 @@ from asyncdapo.rollout.torch_engine.compiled_model import fastest_model
 from asyncdapo.rollout.torch_engine.runner import Runner
 from asyncdapo.rollout.torch_engine.scheduler import Job
 from asyncdapo.rollout.torch_engine.torch_engine import TorchEngine
+from asyncdapo.rollout.worker import AHEAD
 
 GROUP_SIZE, MAX_PROMPT_LENGTH, MAX_TOKENS, STOP_TOKEN_IDS, PAD = 16, 40, 128, [1, 2, 3], 0
 
@@ -55,26 +61,56 @@ def random_prompts(count: int, seed: int) -> list[list[int]]:
 
 
 def group_request(prompt_ids: list[int], seed: int, group: int, on_sample_done: Callable[[], None] | None) -> Request:
+    greedy = options.evaluations and group % options.evaluations == 0
     return Request(
         prompt_ids=prompt_ids,
         seeds=[seed << 32 | group << 8 | sample for sample in range(GROUP_SIZE)],
-        sampling=Sampling(max_tokens=MAX_TOKENS),
+        sampling=Sampling(max_tokens=MAX_TOKENS, temperature=0.0 if greedy else 1.0),
         on_sample_done=on_sample_done,
     )
 
 
-async def engine_round(engine: TorchEngine, num_groups: int, seed: int) -> int:
-    """Generated tokens of `num_groups` groups, handed over as soon as a slot is free."""
-    waiting, tasks, room = random_prompts(num_groups, seed), [], asyncio.Event()
+@dataclass
+class Reading:
+    """What has been done at some moment, or between two."""
+
+    tokens: float
+    steps: float
+    slot_steps: float
+    wall_s: float
+    cpu_s: float
+
+    @classmethod
+    def now(cls, counters: Mapping[str, float]) -> Reading:
+        counts = (counters[name] for name in ("tokens", "steps", "slot_steps"))
+        return cls(*counts, time.perf_counter(), time.process_time())
+
+    def __sub__(self, before: Reading) -> Reading:
+        return Reading(*(now - then for now, then in zip(astuple(self), astuple(before), strict=True)))
+
+
+async def engine_round(engine: TorchEngine, num_groups: int, seed: int) -> Reading:
+    """`num_groups` groups, handed over as a rollout worker asks for them."""
+    waiting, tasks, room, num_done = random_prompts(num_groups, seed), [], asyncio.Event(), 0
+    began = Reading.now(engine.gauges())
+
+    def note_done() -> None:
+        nonlocal began, num_done
+        num_done += 1
+        if num_done == engine.num_slots:
+            began = Reading.now(engine.gauges())
+        room.set()
+
     while waiting:
         room.clear()
-        while waiting and engine.num_outstanding < engine.num_slots:
-            request = group_request(waiting.pop(), seed, len(waiting), room.set)
+        while waiting and engine.num_outstanding < engine.num_slots + engine.num_slots // AHEAD:
+            request = group_request(waiting.pop(), seed, len(waiting), note_done)
             tasks.append(asyncio.create_task(engine.generate(request)))
             await asyncio.sleep(0)  # the task begins, and its samples are outstanding
         await room.wait()
-    groups = await asyncio.gather(*tasks)
-    return sum(len(sample.token_ids) for group in groups for sample in group)
+    measured = Reading.now(engine.gauges()) - began
+    await asyncio.gather(*tasks)
+    return measured
 
 
 def bare_runner(directory: str, config: RolloutConfig) -> Runner:
@@ -91,16 +127,21 @@ def bare_runner(directory: str, config: RolloutConfig) -> Runner:
     return Runner(model, config, limits, checkpoint.stop_token_ids, weights)
 
 
-def runner_round(runner: Runner, num_groups: int, slots: int, seed: int) -> int:
-    """Generated tokens of the same groups as in `engine_round`, without a thread or an event loop."""
-    waiting, num_tokens, num_outstanding = random_prompts(num_groups, seed), runner.counters.tokens, 0
+def runner_round(runner: Runner, num_groups: int, slots: int, seed: int) -> Reading:
+    """The same groups as in `engine_round`, without a thread or an event loop."""
+    waiting, num_outstanding, num_done = random_prompts(num_groups, seed), 0, 0
+    began = ended = Reading.now(vars(runner.counters))
     with torch.inference_mode():
         while waiting or num_outstanding:
-            while waiting and num_outstanding < slots:
+            while waiting and num_outstanding < slots + slots // AHEAD:
                 runner.add(Job(group_request(waiting.pop(), seed, len(waiting), None)))
                 num_outstanding += GROUP_SIZE
-            num_outstanding -= len(runner.step().ended)
-    return runner.counters.tokens - num_tokens
+                ended = Reading.now(vars(runner.counters))
+            num_ended = len(runner.step().ended)
+            if num_done < slots <= num_done + num_ended:
+                began = Reading.now(vars(runner.counters))
+            num_done, num_outstanding = num_done + num_ended, num_outstanding - num_ended
+    return ended - began
 
 
 def hugging_face_round(model: LlamaForCausalLM, num_groups: int, slots: int, seed: int) -> int:
@@ -118,13 +159,13 @@ def hugging_face_round(model: LlamaForCausalLM, num_groups: int, slots: int, see
     return num_tokens
 
 
-def report(name: str, rounds: list[tuple[int, float, float]]) -> None:
+def report(name: str, rounds: list[tuple[float, float, float]]) -> None:
     wall = statistics.median(tokens / wall_s for tokens, wall_s, _ in rounds)
     cpu = statistics.median(tokens / cpu_s for tokens, _, cpu_s in rounds)
     print(f"{name:24s} {wall:8.0f} tok/s wall {cpu:8.0f} tok/s CPU   (median of {len(rounds)})")
 
 
-async def main(options: argparse.Namespace) -> None:
+async def main() -> None:
     torch.set_num_threads(1)
     model = random_model()
     config = RolloutConfig(slots=options.slots, group_size=GROUP_SIZE, max_response_length=MAX_TOKENS, device="cpu")
@@ -134,34 +175,30 @@ async def main(options: argparse.Namespace) -> None:
         await engine.start()
         runner = bare_runner(directory, config)
     await engine_round(engine, 8, seed=0)
-    ours, bare, theirs = [], [], []
+    rounds: dict[str, list[tuple[float, float, float]]] = {"torch engine": [], "bare runner": []}
     for seed in range(1, options.rounds + 1):
-        wall, cpu, before = time.perf_counter(), time.process_time(), engine.gauges()
-        num_tokens = await engine_round(engine, options.groups, seed)
-        ours.append((num_tokens, time.perf_counter() - wall, time.process_time() - cpu))
-        after = engine.gauges()
-        fill = (after["slot_steps"] - before["slot_steps"]) / (after["steps"] - before["steps"]) / options.slots
-        print(
-            f"round {seed}: {num_tokens} tokens, mean {num_tokens / options.groups / GROUP_SIZE:.1f}, fill {fill:.2f}"
-        )
-        wall, cpu = time.perf_counter(), time.process_time()
-        num_tokens = runner_round(runner, options.groups, options.slots, seed)
-        bare.append((num_tokens, time.perf_counter() - wall, time.process_time() - cpu))
+        of_engine = await engine_round(engine, options.groups, seed)
+        of_runner = runner_round(runner, options.groups, options.slots, seed)
+        fills = (each.slot_steps / each.steps / options.slots for each in (of_engine, of_runner))
+        print(f"round {seed}: {of_engine.tokens} tokens, slots in use", *(f"{fill:.3f}" for fill in fills))
+        for name, one in (("torch engine", of_engine), ("bare runner", of_runner)):
+            rounds[name].append((one.tokens, one.wall_s, one.cpu_s))
         if options.hf:
             wall, cpu = time.perf_counter(), time.process_time()
             num_tokens = hugging_face_round(model, max(4, options.groups // 4), options.slots, seed)
-            theirs.append((num_tokens, time.perf_counter() - wall, time.process_time() - cpu))
+            one = num_tokens, time.perf_counter() - wall, time.process_time() - cpu
+            rounds.setdefault("Hugging Face generate", []).append(one)
     await engine.stop()
-    report("torch engine", ours)
-    report("bare runner", bare)
-    if theirs:
-        report("Hugging Face generate", theirs)
+    for name in rounds:
+        report(name, rounds[name])
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--groups", type=int, default=64, help="groups of 16 in a round")
+    parser.add_argument("--groups", type=int, default=96, help="groups of 16 in a round")
     parser.add_argument("--slots", type=int, default=64)
     parser.add_argument("--hf", action=argparse.BooleanOptionalAction, default=True)
-    asyncio.run(main(parser.parse_args()))
+    parser.add_argument("--evaluations", type=int, default=0, help="one of so many groups is greedy; 0: none")
+    options = parser.parse_args()
+    asyncio.run(main())

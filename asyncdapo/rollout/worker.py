@@ -66,6 +66,9 @@ RESEND_HEARTBEATS = 2
 REMEMBERED = 4096
 """Number of ended leases whose ids are kept. If an older `Lease` is repeated, it is generated again, until the server
 answers a heartbeat that it is over."""
+AHEAD = 16
+"""For so many slots one sequence more is asked for. It waits in the engine, so that a slot is filled when it becomes
+free, and not when a lease has come."""
 MAX_MALFORMED = 10
 """Undecodable messages from the server that are skipped in a row; one more ends the worker."""
 
@@ -328,14 +331,15 @@ class RolloutWorker:
         return self._engine.loaded_version, self._branch
 
     def _num_free_slots(self) -> int:
-        """Slots that no sequence uses or waits for; with environments seats, which an episode keeps while its
+        """Slots and places to wait that no sequence has; with environments seats, which an episode keeps while its
         environment works. Deterministic: those of one group, if nothing runs."""
         if self._config.deterministic:
             return 0 if self._running else self._config.group_size
         if self._rollouts.num_seats is not None:
             return self._rollouts.num_seats - sum(job.num_unfinished for job, _ in self._running.values())
         num_starting = sum(job.num_starting for job, _ in self._running.values())
-        return self._engine.num_slots - self._engine.num_outstanding - num_starting
+        num_wanted = self._engine.num_slots + self._engine.num_slots // AHEAD
+        return num_wanted - self._engine.num_outstanding - num_starting
 
 
 def _first(errors: BaseExceptionGroup) -> BaseException:

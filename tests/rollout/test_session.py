@@ -71,7 +71,7 @@ async def test_a_burst_of_leases_never_makes_it_ask_beyond_its_room() -> None:
 
 @asynchronous
 async def test_a_lease_on_its_way_to_the_engine_has_taken_its_room() -> None:
-    engine = FakeEngine(num_slots=100)
+    engine = FakeEngine(num_slots=94)
     engine.gate.clear()
     async with joined(engine) as (_, replay), asyncio.TaskGroup() as tasks:
         assert (await replay.expect(Ask)).asked == 25

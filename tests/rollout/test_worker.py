@@ -23,7 +23,7 @@ from asyncdapo.messages import (
     Withdraw,
 )
 from asyncdapo.rollout.engine import Priority
-from asyncdapo.rollout.worker import MAX_MALFORMED
+from asyncdapo.rollout.worker import AHEAD, MAX_MALFORMED
 from asyncdapo.seeds import eval_seed, sample_seed
 from asyncdapo.shares import CutWanted
 from asyncdapo.transport.payload import Payload, checksum, unpack_answers
@@ -298,3 +298,14 @@ async def test_cancelling_the_worker_withdraws_everything_from_the_engine() -> N
         await until(lambda: engine.num_outstanding == GROUP_SIZE + 2)
     assert engine.num_outstanding == 0
     assert asyncio.all_tasks() == tasks_before
+
+
+@asynchronous
+async def test_sequences_wait_in_the_engine_for_the_next_slots_that_become_free() -> None:
+    engine = FakeEngine(num_slots=32)
+    engine.gate.clear()
+    async with joined(engine, heartbeat_s=NEVER_S) as (_, replay):
+        num_groups = (32 + 32 // AHEAD) // GROUP_SIZE + 1
+        assert (await replay.expect(Ask)).asked == num_groups
+        await replay.grant(*map(make_lease, range(num_groups)))
+        await until(lambda: engine.num_outstanding == num_groups * GROUP_SIZE)

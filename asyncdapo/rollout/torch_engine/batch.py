@@ -41,30 +41,27 @@ class Running:
             self.past_versions.append((version, count))
 
 
-ROW = np.dtype(
-    [
-        ("active", np.int64),  # 1 or 0: how much a step adds to position and num_sampled
-        ("token", np.int64),  # the last sampled token; its keys and values are not in the cache yet
-        ("position", np.int64),  # position of that token
-        ("num_sampled", np.int64),
-        ("max_tokens", np.int64),
-        ("top_k", np.int64),
-        ("top_p", np.float32),
-        ("temperature", np.float32),
-        ("greedy", np.bool_),
-    ],
-    align=True,
-)
-
-
 class Batch:
-    """`rows`, `running`, and the tokens' `uniforms`, `tokens` and `logprobs` have an entry for each slot.
+    """All arrays, and `running`, have an entry for each slot.
 
     With `fixed_times`, every step computes all slots and that many times of the cache.
     """
 
     def __init__(self, num_slots: int, max_tokens: int, block_size: int, fixed_times: int | None = None) -> None:
-        self.rows = np.zeros(num_slots, ROW)
+        self.active = np.zeros(num_slots, np.int64)
+        """1 or 0: how much a step adds to position and num_sampled."""
+        self.token = np.zeros(num_slots, np.int64)
+        """The last sampled token. Its keys and values are not in the cache yet."""
+        self.position = np.zeros(num_slots, np.int64)
+        """Of that token."""
+        self.num_sampled = np.zeros(num_slots, np.int64)
+        self.max_tokens = np.zeros(num_slots, np.int64)
+        self.temperature = np.ones(num_slots, np.float32)
+        self.greedy = np.zeros(num_slots, np.bool_)
+        self.narrowed = np.zeros(num_slots, np.bool_)
+        """Whether top_k or top_p restrict the draws."""
+        self.top_k = np.zeros(num_slots, np.int64)
+        self.top_p = np.ones(num_slots, np.float32)
         self.uniforms = np.zeros((num_slots, max_tokens), np.float64)
         self.tokens = np.zeros((num_slots, max_tokens), np.int32)
         self.logprobs = np.zeros((num_slots, max_tokens), np.float32)
@@ -73,8 +70,7 @@ class Batch:
         self.num_active = 0
         self._block_size = block_size
         self._fixed_times = fixed_times
-        self._slots = np.arange(num_slots)
-        self._idle(slice(None))
+        self._columns = [column for column in vars(self).values() if isinstance(column, np.ndarray)]
 
     @property
     def has_many_gaps(self) -> bool:
@@ -82,7 +78,7 @@ class Batch:
         num_idle = self.num_used - self.num_active
         return self._fixed_times is None and num_idle >= max(1, self.num_used // 8)
 
-    def active(self) -> Iterator[tuple[int, Running]]:
+    def sequences(self) -> Iterator[tuple[int, Running]]:
         for slot, running in enumerate(self.running[: self.num_used]):
             if running is not None:
                 yield slot, running
@@ -90,21 +86,17 @@ class Batch:
     def seat(self, job: Job, count: int) -> np.ndarray:
         """Put the job's next samples into the first idle slots. Returns these."""
         request, sampling = job.request, job.request.sampling
-        slots, indices = (
-            np.flatnonzero(self.rows["active"] == 0)[:count],
-            range(job.num_started, job.num_started + count),
-        )
-        rows = np.zeros((), ROW)
-        rows["active"] = 1
-        rows["position"] = len(request.prompt_ids) - 1
-        rows["max_tokens"] = sampling.max_tokens
-        rows["greedy"] = sampling.temperature == 0
-        rows["temperature"] = sampling.temperature or 1.0
-        rows["top_p"], rows["top_k"] = sampling.top_p, sampling.top_k
-        self.rows[slots] = rows
-        seeds = [request.seeds[index] for index in indices]
+        slots = np.flatnonzero(self.active == 0)[:count]
+        self.active[slots], self.num_sampled[slots] = 1, 0
+        self.position[slots] = len(request.prompt_ids) - 1
+        self.max_tokens[slots] = sampling.max_tokens
+        self.temperature[slots] = sampling.temperature or 1.0
+        self.greedy[slots] = sampling.temperature == 0
+        self.narrowed[slots] = sampling.top_k > 0 or sampling.top_p < 1
+        self.top_k[slots], self.top_p[slots] = sampling.top_k, sampling.top_p
+        seeds = request.seeds[job.num_started : job.num_started + count]
         self.uniforms[slots, : sampling.max_tokens] = uniforms(seeds, sampling.max_tokens)
-        for slot, index in zip(slots, indices, strict=True):
+        for index, slot in enumerate(slots.tolist(), job.num_started):
             self.running[slot] = Running(job, index)
         job.num_started += count
         job.request.num_running += count
@@ -114,16 +106,16 @@ class Batch:
 
     def next_uniforms(self, slots: np.ndarray) -> np.ndarray:
         """The uniform number that draws the next token of each of these slots."""
-        return self.uniforms[slots, self.rows["num_sampled"][slots]]
+        return self.uniforms[slots, self.num_sampled[slots]]
 
     def append(self, slots: np.ndarray, tokens: np.ndarray, logprobs: np.ndarray) -> None:
         """Append a token to each of these slots."""
-        num_sampled, active = self.rows["num_sampled"][slots], self.rows["active"][slots]
+        num_sampled, active = self.num_sampled[slots], self.active[slots]
         self.tokens[slots, num_sampled] = tokens
         self.logprobs[slots, num_sampled] = logprobs
-        self.rows["token"][slots] = tokens
-        self.rows["position"][slots] += active
-        self.rows["num_sampled"][slots] += active
+        self.token[slots] = tokens
+        self.position[slots] += active
+        self.num_sampled[slots] = num_sampled + active
 
     def note_left(self, slot: int, left: np.ndarray) -> None:
         """The next token of a slot is drawn from these."""
@@ -133,7 +125,7 @@ class Batch:
 
     def sample(self, slot: int, version: int, finish_reason: FinishReason) -> Sample:
         """The finished sample of a slot. Its last token was sampled with `version`."""
-        running, num_sampled = self.running[slot], int(self.rows["num_sampled"][slot])
+        running, num_sampled = self.running[slot], int(self.num_sampled[slot])
         assert running is not None, f"slot {slot} is free"
         running.close_run(version, num_sampled)
         return Sample(
@@ -154,19 +146,17 @@ class Batch:
         self.num_active -= 1
         return running
 
-    def _idle(self, slots: int | slice) -> None:
+    def _idle(self, slot: int) -> None:
         """Set values that make an idle row cheap to compute and without effect."""
-        for name, value in (("active", 0), ("position", 0), ("num_sampled", 0), ("greedy", False)):
-            self.rows[name][slots] = value
-        for name, value in (("temperature", 1), ("top_p", 1), ("top_k", 0)):
-            self.rows[name][slots] = value
+        self.active[slot] = self.position[slot] = self.num_sampled[slot] = 0
+        self.greedy[slot] = self.narrowed[slot] = False
 
     def close_gaps(self) -> list[tuple[int, int]]:
         """Move the last sequences to idle slots before them. Returns the moves (from, to) that the cache must do."""
         gaps = [slot for slot in range(self.num_active) if self.running[slot] is None]
         behind = [slot for slot in range(self.num_active, self.num_used) if self.running[slot] is not None]
         for source, target in zip(behind, gaps, strict=True):
-            for column in (self.rows, self.uniforms, self.tokens, self.logprobs):
+            for column in self._columns:
                 column[target] = column[source]
             self.running[target], self.running[source] = self.running[source], None
             self._idle(source)
@@ -178,7 +168,7 @@ class Batch:
         if self._fixed_times is not None:
             return [(0, len(self.running), self._fixed_times)]
         starts = range(0, self.num_used, self._block_size)
-        longest = np.maximum.reduceat(self.rows["position"][: self.num_used], starts).tolist()
+        longest = np.maximum.reduceat(self.position[: self.num_used], starts).tolist()
         spans: list[Span] = []
         for start, position in zip(starts, longest, strict=True):
             end, num_times = min(start + self._block_size, self.num_used), round_up(position + 1)

@@ -82,7 +82,7 @@ class CompiledModel:
         self, weights: PackedWeights, tokens_B: torch.Tensor, positions_B: torch.Tensor, spans: Sequence[Span]
     ) -> torch.Tensor:
         """A sequence is read to its own end: `spans` don't matter."""
-        slots_B = self._slots_S[: len(tokens_B)]
+        slots_B = self._slots_S[: tokens_B.shape[0]]
         return self._forward(weights, self.cache, self._workspace, tokens_B, slots_B, positions_B, slots_B)
 
     def prefill(
@@ -104,11 +104,11 @@ class CompiledModel:
         *,
         greedy_B: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        num_rows, logits_BV = len(logits_BV), logits_BV.contiguous()
+        num_rows, logits_BV = logits_BV.shape[0], logits_BV.contiguous()
         greedy_B = torch.zeros(num_rows, dtype=torch.bool) if greedy_B is None else greedy_B
         tokens_B, logprobs_B = torch.empty(num_rows, dtype=torch.int64), torch.empty(num_rows)
         tensors = logits_BV, temperatures_B, uniforms_B, greedy_B, tokens_B, logprobs_B
-        self._library.draw(ctypes.c_int64(num_rows), *map(_address, tensors))
+        self._library.draw(num_rows, *(tensor.data_ptr() for tensor in tensors))
         return tokens_B, logprobs_B
 
     def _forward(
@@ -122,12 +122,14 @@ class CompiledModel:
         out_N: torch.Tensor,
     ) -> torch.Tensor:
         """Logits [N, V] behind the rows `out_N` of these tokens."""
-        logits_NV = torch.empty(round_up(len(out_N), TILE), self._shape.vocab_size)
+        num_out = out_N.shape[0]
+        logits_NV = torch.empty(round_up(num_out, TILE), self._shape.vocab_size)
         _, num_slots, _, num_chunks, _ = cache.data.shape
-        sizes = self._num_threads, len(tokens_M), len(out_N), num_slots, num_chunks
-        tensors = tokens_M, slots_M, positions_M, out_N, weights.addresses, self._rotations_TP, cache.data, workspace
-        self._library.forward(*map(ctypes.c_int64, sizes), *map(_address, (*tensors, logits_NV)))
-        return logits_NV[: len(out_N)]
+        sizes = self._num_threads, tokens_M.shape[0], num_out, num_slots, num_chunks
+        rows = tokens_M, slots_M, positions_M, out_N
+        tensors = *rows, weights.addresses, self._rotations_TP, cache.data, workspace, logits_NV
+        self._library.forward(*sizes, *(tensor.data_ptr() for tensor in tensors))
+        return logits_NV[:num_out]
 
     def _new_workspace(self, num_rows: int) -> torch.Tensor:
         shape = self._shape
@@ -154,7 +156,7 @@ def _compiled(shape: ModelShape) -> ctypes.CDLL | None:
         library = str(Path(directory, "forward.so"))
         try:
             subprocess.run([*command, SOURCE, "-o", library, "-lm"], check=True, capture_output=True, text=True)
-            return ctypes.CDLL(library)
+            return _loaded(library)
         except subprocess.CalledProcessError as error:
             why = error.stderr.strip() or str(error)
         except OSError as error:
@@ -163,5 +165,9 @@ def _compiled(shape: ModelShape) -> ctypes.CDLL | None:
     return None
 
 
-def _address(tensor: torch.Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(tensor.data_ptr())
+def _loaded(path: str) -> ctypes.CDLL:
+    library = ctypes.CDLL(path)
+    for function, num_sizes, num_arrays in ((library.forward, 5, 9), (library.draw, 1, 6)):
+        function.argtypes = [ctypes.c_int64] * num_sizes + [ctypes.c_void_p] * num_arrays
+        function.restype = None
+    return library

@@ -14,6 +14,7 @@ Shapes: see `model.py`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -79,6 +80,10 @@ class Runner:
     def has_work(self) -> bool:
         return bool(self._batch.num_active or self._scheduler)
 
+    def can_start_more(self, num_ended: int) -> bool:
+        """Whether nothing waits for a slot, or so many that have ended make room for what waits."""
+        return not self._scheduler or num_ended >= self._scheduler.min_free
+
     def add(self, job: Job) -> None:
         self._scheduler.add(job)
 
@@ -86,15 +91,15 @@ class Runner:
         """Forget the job: its slots are free from now on."""
         self._scheduler.withdraw(job)
         self._running.discard(job)
-        for slot, running in self._batch.active():
+        for slot, running in self._batch.sequences():
             if running.job is job:
                 self._batch.release(slot)
 
     def swap(self, version: int, weights: Weights) -> Weights:
         """Sample from the next token on with these weights. Returns the old ones."""
         before, self._weights = self._weights, weights
-        for slot, running in self._batch.active():
-            running.close_run(self.version, int(self._batch.rows["num_sampled"][slot]))
+        for slot, running in self._batch.sequences():
+            running.close_run(self.version, int(self._batch.num_sampled[slot]))
         for job in self._scheduler.jobs():
             job.prefill = None
         self.version = version
@@ -118,7 +123,7 @@ class Runner:
             self._seat(starts, progress)
         elif self._batch.has_many_gaps and not self._scheduler:
             for source, target in self._batch.close_gaps():
-                self._model.cache.move(source, target, int(self._batch.rows["position"][target]))
+                self._model.cache.move(source, target, int(self._batch.position[target]))
 
     def _seat(self, starts: Sequence[tuple[Job, int]], progress: Progress) -> None:
         """Give starting samples their slots, the keys and values of their prompt, and their first tokens."""
@@ -153,8 +158,8 @@ class Runner:
     def _recompute(self) -> None:
         """Recompute the keys and values of running sequences, prompt and response, with the weights in use."""
         slots, sequences = [], []
-        for slot, running in self._batch.active():
-            num_sampled = self._batch.rows["num_sampled"][slot]
+        for slot, running in self._batch.sequences():
+            num_sampled = self._batch.num_sampled[slot]
             # The last sampled token isn't in the cache yet: the next decode writes it.
             response = self._batch.tokens[slot, : num_sampled - 1].tolist()
             slots.append(slot)
@@ -190,42 +195,41 @@ class Runner:
 
     def _decode(self, progress: Progress) -> None:
         spans = self._batch.spans()
-        slots = np.arange(spans[-1][1])
-        rows = self._batch.rows[slots]
-        tokens_B, positions_B = self._on_device(rows["token"]), self._on_device(rows["position"])
+        end = spans[-1][1]
+        tokens_B, positions_B = self._on_device(self._batch.token[:end]), self._on_device(self._batch.position[:end])
         logits_BV = self._model.decode(self._weights, tokens_B, positions_B, spans)
         self.counters.steps += 1
         self.counters.slot_steps += self._batch.num_active
         self.counters.tokens += self._batch.num_active
         for job in self._running:
             job.request.num_sampled += job.request.num_running
-        self._sample(slots, logits_BV, progress)
+        self._sample(np.arange(end), logits_BV, progress)
 
     def _sample(self, slots: np.ndarray, logits_BV: torch.Tensor, progress: Progress) -> None:
         """Sample a token for each of these slots, and remove the sequences that it ends."""
-        batch, rows = self._batch, self._batch.rows[slots]
-        narrowed = np.flatnonzero((rows["top_k"] > 0) | (rows["top_p"] < 1))
+        batch, greedy = self._batch, self._batch.greedy[slots]
+        narrowed = np.flatnonzero(batch.narrowed[slots])
         if len(narrowed):
             self._narrow(slots, narrowed, logits_BV)
         tokens_B, logprobs_B = self._model.draw(
             logits_BV,
-            self._on_device(rows["temperature"]),
+            self._on_device(batch.temperature[slots]),
             self._on_device(batch.next_uniforms(slots)),
-            greedy_B=self._on_device(rows["greedy"]) if rows["greedy"].any() else None,
+            greedy_B=self._on_device(greedy) if greedy.any() else None,
         )
         tokens, logprobs = tokens_B.cpu().numpy(), logprobs_B.cpu().numpy()
-        if not np.isfinite(logprobs).all():
+        if not math.isfinite(logprobs.sum()):
             raise EngineError(f"the weights of version {self.version} give logits that are not finite")
         batch.append(slots, tokens, logprobs)
         stopped = self._is_stop_V[tokens]
-        ended = (stopped | (rows["num_sampled"] + 1 == rows["max_tokens"])) & (rows["active"] == 1)
+        ended = (stopped | (batch.num_sampled[slots] == batch.max_tokens[slots])) & (batch.active[slots] == 1)
         for at in np.flatnonzero(ended).tolist():
             self._finish(int(slots[at]), "stop" if stopped[at] else "length", progress)
 
     def _narrow(self, slots: np.ndarray, narrowed: np.ndarray, logits_BV: torch.Tensor) -> None:
         """Leave only the tokens of top-k and top-p in these rows of the slots, and note which."""
-        rows = self._batch.rows[slots[narrowed]]
-        limits = (self._on_device(rows[name]) for name in ("temperature", "top_k", "top_p"))
+        batch = self._batch
+        limits = (self._on_device(column[slots[narrowed]]) for column in (batch.temperature, batch.top_k, batch.top_p))
         chosen = self._on_device(narrowed)
         left_RV = narrow(logits_BV[chosen], *limits)
         logits_BV[chosen] = left_RV
@@ -243,4 +247,4 @@ class Runner:
             self._running.discard(running.job)
 
     def _on_device(self, array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
+        return torch.from_numpy(array).to(self.device)

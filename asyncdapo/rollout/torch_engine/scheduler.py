@@ -1,8 +1,8 @@
 """Scheduler: decides which waiting samples start when slots become free. Pure Python, no tensors of its own.
 
-Requests wait by priority, then in order of arrival. A request's samples start in order, as many as there
-are free slots; the rest wait at the head of the queue. Slots are filled again when an eighth of them is free: small
-copies for every single slot would cost more than a few idle slots.
+Requests wait by priority, then in order of arrival. A request's samples start in order, as many as there are free
+slots; the rest wait at the head of the queue. Slots are filled again when a sixteenth of them is free: doing so for
+every single slot would cost as much as a few idle slots do.
 
 In deterministic mode a request starts only when nothing runs, and never shares the slots with another.
 """
@@ -62,7 +62,8 @@ class Scheduler:
     def __init__(self, num_slots: int, *, one_at_a_time: bool = False) -> None:
         self._num_slots = num_slots
         self._one_at_a_time = one_at_a_time
-        self._min_free = num_slots if one_at_a_time else max(1, num_slots // 8)
+        self.min_free = num_slots if one_at_a_time else max(1, num_slots // 16)
+        """Fewer free slots aren't filled."""
         self._queues: dict[Priority, deque[Job]] = {priority: deque() for priority in sorted(Priority)}
 
     def add(self, job: Job) -> None:
@@ -84,7 +85,7 @@ class Scheduler:
     def take(self, num_running: int) -> list[tuple[Job, int]]:
         """Jobs and how many of their samples start now; none while too few slots are free."""
         num_free, starts = self._num_slots - num_running, []
-        if num_free < self._min_free:
+        if num_free < self.min_free:
             return starts
         while num_free and self:
             queue = next(queue for queue in self._queues.values() if queue)

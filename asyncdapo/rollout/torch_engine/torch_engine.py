@@ -78,6 +78,8 @@ class TorchEngine:
         self._loaded: _Loaded | None = None
         self._thread: threading.Thread | None = None
         self._version = 0
+        self._untold = Progress()
+        """What the event loop wasn't told yet: samples that ended, but so few that their slots aren't filled yet."""
         self._counters = Counters()
 
     @property
@@ -253,9 +255,13 @@ class TorchEngine:
         """Execute the orders, then sample the next token of every sequence."""
         for order in orders:
             order()
-        progress = loaded.runner.step()
-        if progress.started or progress.ended:
-            loaded.loop.call_soon_threadsafe(self._deliver, self._version, progress)
+        progress, untold = loaded.runner.step(), self._untold
+        untold.started += progress.started
+        untold.ended += progress.ended
+        is_complete = any(not job.num_unfinished for job in progress.ended)
+        if untold.started or is_complete or untold.ended and loaded.runner.can_start_more(len(untold.ended)):
+            self._untold = Progress()
+            loaded.loop.call_soon_threadsafe(self._deliver, self._version, untold)
 
     def _swap(self, loaded: _Loaded, version: int, swapped: asyncio.Future[None]) -> None:
         loaded.spare = loaded.runner.swap(version, loaded.spare)

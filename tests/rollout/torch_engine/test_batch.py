@@ -33,9 +33,9 @@ def test_every_sequence_keeps_its_own_tokens_through_random_ends_and_moves():
         if fresh:
             batch.seat(job(fresh, draw.randint(1, 20)), fresh)
         step(batch, turn)
-        for slot, running in batch.active():
+        for slot, running in batch.sequences():
             expected.setdefault(running, []).append(slot + turn)
-        for slot, running in list(batch.active()):
+        for slot, running in list(batch.sequences()):
             if draw.random() < 0.2:
                 sample = batch.sample(slot, 0, "stop")
                 batch.release(slot)
@@ -50,12 +50,12 @@ def test_moves_carry_the_cache_along():
     for _ in range(100):
         for source, target in batch.close_gaps():
             cache[target] = cache[source]
-        for slot, running in batch.active():
+        for slot, running in batch.sequences():
             assert cache[slot] is running
         if fresh := 24 - batch.num_active:
             for slot in batch.seat(job(fresh), fresh):
                 cache[slot] = batch.running[slot]
-        for slot, _ in list(batch.active()):
+        for slot, _ in list(batch.sequences()):
             if draw.random() < 0.1:
                 batch.release(slot)
 

@@ -25,11 +25,11 @@ def test_requests_start_in_order_of_arrival_and_fill_all_slots():
     assert not scheduler
 
 
-def test_nothing_starts_before_an_eighth_of_the_slots_is_free():
+def test_nothing_starts_before_a_sixteenth_of_the_slots_is_free():
     scheduler = Scheduler(64)
     scheduler.add(job(16))
-    assert start(scheduler, 57) == []
-    assert [count for _, count in start(scheduler, 56)] == [8]
+    assert start(scheduler, 61) == []
+    assert [count for _, count in start(scheduler, 60)] == [4]
 
 
 def test_few_slots_are_filled_one_by_one():
