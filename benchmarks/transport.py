@@ -183,7 +183,7 @@ async def work(figures: Figures, over: Event, address: str, keys: ClientKeys, lo
     await until_over(figures, all_of_them(), over)
 
 
-def completions_of(num_tokens: int) -> tuple[list[Completion], tuple[bytes, ...]]:
+def completions_of(num_tokens: int) -> tuple[list[Completion], tuple[memoryview, ...]]:
     """Those of every group, and the frames of their tokens: half of the answers are right."""
     draw = np.random.default_rng(0)
     token_ids = draw.integers(0, VOCAB, (GROUP_SIZE, num_tokens), np.int32)
@@ -226,7 +226,7 @@ class FakeWorker:
         keys: ClientKeys,
         load: Load,
         completions: list[Completion],
-        frames: tuple[bytes, ...],
+        frames: tuple[memoryview, ...],
         acks: array,
     ) -> None:
         self._index, self._load, self._completions, self._frames, self._acks = index, load, completions, frames, acks
@@ -325,7 +325,7 @@ def line_of(load: Load, seen: list[Figures], began: float, ended: float) -> str:
     """One row of the table, of what was seen from `began` to `ended`."""
     acks = np.concatenate([np.frombuffer(one.acks).reshape(-1, 2) for one in seen])
     acks = acks[(acks[:, 0] >= began) & (acks[:, 0] < ended)]
-    cores = dict.fromkeys(("server", "workers", "learner"), 0.0)
+    cores: dict[str, float] = dict.fromkeys(("server", "workers", "learner"), 0.0)
     for one in seen:
         looks = np.frombuffer(one.looks).reshape(-1, 3)
         looks = looks[(looks[:, 0] >= began) & (looks[:, 0] < ended)]

@@ -25,9 +25,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from hashlib import blake2b
-from secrets import token_bytes
+from secrets import token_hex
 from struct import unpack
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 import torch.distributed as dist
@@ -41,7 +41,7 @@ from asyncdapo.transport.store import POLL_S, DistantStore, GroupStore, HostedSt
 
 ROOT = 0
 """The rank that hosts the store and sends broadcasts."""
-PROOFS_S = (0.5, 1.0, 2.0, 4.0, 8.0)
+PROOFS_S = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 """In which every rank has to show that it knows the group's keys, at each try to connect over Gloo."""
 SALT = "salt"
 LEAVE_S = 0.5
@@ -188,8 +188,9 @@ class ProcessGroup:
         if not self._left.done():
             self._left.set_result(False)
         if group is not None:
-            aborted = in_thread(group.abort)
+            groups = [group]
             del group  # the last reference is the thread's: it waits for what still runs
+            aborted = in_thread(lambda: groups.pop().abort())
             futures.wait({aborted}, timeout=None if self.backend == "nccl" else LEAVE_S)
         if store is not None:
             store.close()
@@ -259,15 +260,14 @@ def gloo_backend(store: Store, rank: int, world_size: int, address: str, timeout
     """Connect the ranks that share this store, by the network interface that leads to `address`. Raises RuntimeError.
 
     While a group forms, Gloo takes whoever speaks its protocol for the rank whose turn it is. So the ranks show each
-    other at once that they know the group's keys. If one of them can't, all of them leave and try again, as often as
-    `PROOFS_S` says: a silent stranger costs its first number.
+    other at once that they know the group's keys. If one can't, all leave and try again, as often as `PROOFS_S` says.
     """
-    deadline, backend = Deadline(timeout.total_seconds()), None
+    deadline, backend = Deadline(timeout.total_seconds()), cast(Any, None)
     for number, proof_s in enumerate(PROOFS_S, start=1):
         ours = PrefixStore(str(number), store)
         try:
             if rank == ROOT:
-                ours.set(SALT, token_bytes(16))
+                ours.set(SALT, token_hex(16))
             backend = _connected(ours, rank, world_size, address, deadline)
             key = blake2b(ours.get(SALT), key=split_address(address)[1].secret).digest()
             _meet(backend, rank, world_size, key, proof_s)

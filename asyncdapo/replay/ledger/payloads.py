@@ -24,9 +24,9 @@ import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BufferedReader, BufferedWriter
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import BinaryIO
 from zlib import crc32
 
 import msgspec
@@ -74,7 +74,7 @@ class Segments:
         """Number of the segment that is written to."""
         self._file, self._synced = self._open_newest(), 0
 
-    def _open_newest(self) -> BinaryIO:
+    def _open_newest(self) -> BufferedWriter:
         file = segment_path(self._folder, self.newest).open("ab")
         sync(self._folder)
         return file
@@ -169,7 +169,7 @@ def read_record(folder: Path, place: Place, memory: memoryview | None = None) ->
 
 
 @contextmanager
-def _opened(folder: Path, place: Place) -> Iterator[BinaryIO]:
+def _opened(folder: Path, place: Place) -> Iterator[BufferedReader]:
     """The segment, open at the beginning of the record. The file holds the whole record. Errors become BadRecord."""
     path = segment_path(folder, place.segment)
     try:
@@ -185,7 +185,7 @@ def _opened(folder: Path, place: Place) -> Iterator[BinaryIO]:
         raise BadRecord(f"{folder.name}/{path.name}, record at {place.offset:,}: {problem}") from error
 
 
-def _read_header(file: BinaryIO, place: Place) -> tuple[Group, int | None]:
+def _read_header(file: BufferedReader, place: Place) -> tuple[Group, int | None]:
     """The header of the record that begins here, and the checksum of its buffers; None in the earliest format."""
     start = _take(file, place, _HEADER_SIZE.size)
     if start not in (MARK, FORMER_MARK):
@@ -199,7 +199,7 @@ def _read_header(file: BinaryIO, place: Place) -> tuple[Group, int | None]:
     return (_decoder.decode(header) if start == MARK else former_group(header)), crc
 
 
-def _take(file: BinaryIO, place: Place, num_bytes: int) -> bytes:
+def _take(file: BufferedReader, place: Place, num_bytes: int) -> bytes:
     """The next bytes of a record. Raises ValueError if it has fewer: then a length is damaged."""
     if not 0 <= num_bytes <= place.end - file.tell():
         raise ValueError(f"its lengths are damaged: {place.num_bytes:,} bytes can't hold them")

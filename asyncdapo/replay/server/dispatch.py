@@ -264,7 +264,7 @@ class Dispatch:
 
     def _read_share(self, batch: Batch, places: Sequence[Place], rank: int) -> Payload:
         pieces, parts = share_of(batch, rank), list[Payload]()
-        left = memoryview(np.empty(sum(places[piece.place].num_bytes for piece in pieces), np.uint8))
+        left = np.empty(sum(places[piece.place].num_bytes for piece in pieces), np.uint8).data
         for piece in pieces:
             place = places[piece.place]
             memory, left = left[: place.num_bytes], left[place.num_bytes :]
