@@ -3,9 +3,9 @@
     python benchmarks/staleness.py [--tasks chain …] [--staleness 0 16 …] [--methods tis …] [--seeds 0 …]
     python benchmarks/staleness.py --report        the tables, and the picture of docs/staleness.md
 
-One process and one thread, no Ray: the torch engine's runner, the verifier, the filter and the learner of the product,
-with a queue of past weights between them. Batch k is sampled by version max(0, k − 1 − S) and trained by version k − 1.
-So every token of a batch is equally old; in a real run S is the mean of a spread, and `max_staleness` its end.
+One process, no Ray: the torch engine, the verifier, the filter and the learner of the product, with a queue of past
+weights between them. Batch k is sampled by version max(0, k − 1 − S) and trained by version k − 1. So every token of a
+batch is equally old; in a run staleness has a spread, and `replay.max_staleness` is its end.
 
 A cell (task, S, method, seed) is a line of the results file, and one that stands there is not run again. As sampling
 depends on weights, prompt and seed alone, what version 0 has sampled is the same for every method, and sampled once.
@@ -35,7 +35,7 @@ from asyncdapo.config.config import Config  # noqa: E402
 from asyncdapo.learner.step.learner import Learner  # noqa: E402
 from asyncdapo.shares import Batch, Dealer  # noqa: E402
 from benchmarks.staleness_study.report import report  # noqa: E402
-from benchmarks.staleness_study.sampler import Sampled, Sampler, load  # noqa: E402
+from benchmarks.staleness_study.sampler import Sampled, Sampler, quickstart_config  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "staleness_study" / "results.jsonl"
@@ -95,7 +95,7 @@ def make_learner(config: Config, staleness: int) -> Learner:
 def run(cell: Cell, sampler: Sampler, num_steps: int) -> dict[str, Any]:
     """The line of a cell: accuracies and seconds at the evaluated steps, means of the metrics between them."""
     overrides = [f"run.seed={cell.seed}", f"run.steps={num_steps}", *METHODS[cell.method]]
-    config = load(overrides)
+    config = quickstart_config(overrides)
     learner = make_learner(config, cell.staleness)
     past = deque([_copy(learner)], maxlen=cell.staleness + 1)
     line: dict[str, Any] = asdict(cell) | {"steps": [0], "seconds": [0.0], "sample_s": [0.0], "train_s": [0.0]}
@@ -169,6 +169,8 @@ def main() -> None:
             with args.results.open("a") as file:
                 file.write(json.dumps(line) + "\n")
             print(cell, line["accuracy"], f"{line['sample_s'][-1]:.0f} + {line['train_s'][-1]:.0f} s", flush=True)
+        if sampler:
+            sampler.stop()
 
 
 if __name__ == "__main__":

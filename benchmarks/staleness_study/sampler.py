@@ -1,11 +1,12 @@
 """Samples batches as a run does, with weights of any version, in this process.
 
 In: weights, and where in the stream of prompts to begin. Out: groups that the filter has kept, with their payload; the
-accuracy on held-out prompts. All that is used is the product's: the torch engine's runner, the verifier, the filter.
+accuracy on held-out prompts. All that is used is the product's: the torch engine, the verifier, the filter.
 """
 
 from __future__ import annotations
 
+import asyncio
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -16,7 +17,7 @@ from statistics import mean
 import torch
 
 from asyncdapo.config.config import Config, load_config
-from asyncdapo.messages import Group, Lease, Prompt, Sampling
+from asyncdapo.messages import Group, Lease, Prompt
 from asyncdapo.model.tokenizer import load_tokenizer
 from asyncdapo.prompts.registry import open_task
 from asyncdapo.prompts.stream import PromptStream
@@ -25,13 +26,10 @@ from asyncdapo.reward.judge import read_verdict
 from asyncdapo.reward.registry import make_verifier
 from asyncdapo.reward.scorer import Scale
 from asyncdapo.reward.wire import Verdict
-from asyncdapo.rollout.engine import Limits, Request, Sample
+from asyncdapo.rollout.engine import Request, Sample
 from asyncdapo.rollout.episodes import Episode, SampledContext, turn_of
 from asyncdapo.rollout.groups import build_group
-from asyncdapo.rollout.torch_engine.checkpoint import read_checkpoint
-from asyncdapo.rollout.torch_engine.runner import Runner
-from asyncdapo.rollout.torch_engine.scheduler import Job
-from asyncdapo.rollout.torch_engine.weights import Weights
+from asyncdapo.rollout.torch_engine.torch_engine import TorchEngine
 from asyncdapo.seeds import eval_seed, sample_seed
 from asyncdapo.transport.payload import Payload
 from benchmarks.staleness_study.long_chains import LongChains
@@ -39,7 +37,7 @@ from benchmarks.staleness_study.long_chains import LongChains
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
-def load(overrides: Sequence[str]) -> Config:
+def quickstart_config(overrides: Sequence[str]) -> Config:
     """The quickstart's, for a process that is no run."""
     return load_config(CONFIGS / "quickstart.yaml", [f"model.path={CONFIGS / 'models' / 'chain_start'}", *overrides])
 
@@ -60,30 +58,26 @@ class Sampler:
     """Samples and judges with weights of any version. Of version 0 it remembers what it has sampled."""
 
     def __init__(self, task: str, seed: int, num_eval: int) -> None:
-        self.config = load([f"run.seed={seed}", "rollout.device=cpu"])
+        self.config = quickstart_config([f"run.seed={seed}", "rollout.device=cpu"])
         config, files = self.config, self.config.model.files
         tokenizer = load_tokenizer(config.model.tokenizer_files)
         table = LongChains(seed) if task == "long" else open_task(config.prompts, num_eval=num_eval, seed=seed)
         self._stream = PromptStream(config.prompts, table, tokenizer.prompt_encoder(False), seed)
         self._decode, self._verify = tokenizer.decode, make_verifier(config.reward.verifier)
         self._scale = Scale(config.reward, config.rollout.max_response_length)
-        checkpoint, cpu = read_checkpoint(files.fetch()), torch.device("cpu")
-        self._spare, first = (Weights(checkpoint.shape, torch.float32, cpu) for _ in range(2))
-        first.fill(checkpoint.tensors())
-        longest = config.rollout.max_response_length, config.prompts.max_prompt_length
-        limits = Limits(
-            max_prompt_length=longest[1],
-            max_response_length=longest[0],
-            max_context=sum(longest),
-            vocab_size=checkpoint.shape.vocab_size,
-        )
-        self._runner = Runner(checkpoint, config.rollout, limits, checkpoint.stop_token_ids, first, cpu)
+        self._loop = asyncio.new_event_loop()
+        max_prompt_length = config.prompts.max_prompt_length
+        self._engine = TorchEngine(str(files.fetch()), config.rollout, max_prompt_length=max_prompt_length)
+        self._loop.run_until_complete(self._engine.start())
         self._of_version_0: list[Sampled] = []
         self._accuracy_of_version_0: float | None = None
 
     def load(self, version: int, weights: dict[str, torch.Tensor]) -> None:
-        self._spare.fill(weights)
-        self._spare = self._runner.swap(version, self._spare)
+        self._loop.run_until_complete(self._engine.load_weights(version, weights))
+
+    def stop(self) -> None:
+        self._loop.run_until_complete(self._engine.stop())
+        self._loop.close()
 
     def batch(self, number: int, first_prompt: int, version: int) -> Sampled:
         """Batch `number` of a run, from 1, with the weights of `version`, which are loaded."""
@@ -98,8 +92,8 @@ class Sampler:
         if version == 0 and self._accuracy_of_version_0 is not None:
             return self._accuracy_of_version_0
         prompts = self._stream.eval_prompts(num_prompts)
-        jobs = self._generate([(prompt, [eval_seed(self.config.run.seed, prompt.prompt_id, 0)]) for prompt in prompts])
-        rates = [self._verdicts(prompt, job.samples)[0].value for prompt, job in zip(prompts, jobs, strict=True)]
+        found = self._generate([(prompt, [eval_seed(self.config.run.seed, prompt.prompt_id, 0)]) for prompt in prompts])
+        rates = [self._verdicts(prompt, samples)[0].value for prompt, (_, samples) in zip(prompts, found, strict=True)]
         if version == 0:
             self._accuracy_of_version_0 = mean(rates)
         return mean(rates)
@@ -133,13 +127,12 @@ class Sampler:
             for prompt in prompts
         ]
         wanted = [(lease.prompt, [sample_seed(lease.seed, number) for number in range(size)]) for lease in leases]
-        for lease, job in zip(leases, self._generate(wanted), strict=True):
-            samples = [sample for sample in job.samples if sample]
+        for lease, (request, samples) in zip(leases, self._generate(wanted), strict=True):
             verdicts = self._verdicts(lease.prompt, samples)
             scores = self._scale.scores(verdicts, [len(one.token_ids) for one in samples], lease.seed)
             episodes = [
                 Episode(
-                    contexts=[SampledContext(turns=[turn_of(job.request, sample, 0)])],
+                    contexts=[SampledContext(turns=[turn_of(request, sample, 0)])],
                     finish_reason=sample.finish_reason,
                 )
                 for sample in samples
@@ -150,17 +143,14 @@ class Sampler:
         metrics = {"acc": [completion.metrics["acc"] for completion in group.completions]}
         return judge(self.config.filter, metrics, group.num_loss_tokens) == "kept"
 
-    def _verdicts(self, prompt: Prompt, samples: Sequence[Sample | None]) -> list[Verdict]:
-        said = [read_verdict(self._verify(self._decode(one.token_ids), prompt.answer)) for one in samples if one]
+    def _verdicts(self, prompt: Prompt, samples: Sequence[Sample]) -> list[Verdict]:
+        said = [read_verdict(self._verify(self._decode(one.token_ids), prompt.answer)) for one in samples]
         return [verdict for verdict in said if isinstance(verdict, Verdict)]
 
-    def _generate(self, wanted: Sequence[tuple[Prompt, list[int]]]) -> list[Job]:
-        rollout = self.config.rollout
-        sampling = Sampling(temperature=rollout.temperature, max_tokens=rollout.max_response_length)
-        jobs = [Job(Request(prompt_ids=prompt.token_ids, seeds=seeds, sampling=sampling)) for prompt, seeds in wanted]
-        with torch.inference_mode():
-            for job in jobs:
-                self._runner.add(job)
-            while self._runner.has_work:
-                self._runner.step()
-        return jobs
+    def _generate(self, wanted: Sequence[tuple[Prompt, list[int]]]) -> list[tuple[Request, list[Sample]]]:
+        sampling = self.config.rollout.sampling(self.config.rollout.max_response_length)
+        requests = [Request(prompt_ids=prompt.token_ids, seeds=seeds, sampling=sampling) for prompt, seeds in wanted]
+        return list(zip(requests, self._loop.run_until_complete(self._all(requests)), strict=True))
+
+    async def _all(self, requests: Sequence[Request]) -> list[list[Sample]]:
+        return await asyncio.gather(*map(self._engine.generate, requests))
