@@ -60,8 +60,10 @@ def random_prompts(count: int, seed: int) -> list[list[int]]:
     return [[draw.randrange(4, 103) for _ in range(draw.randint(8, 20))] for _ in range(count)]
 
 
-def group_request(prompt_ids: list[int], seed: int, group: int, on_sample_done: Callable[[], None] | None) -> Request:
-    greedy = options.evaluations and group % options.evaluations == 0
+def group_request(
+    prompt_ids: list[int], seed: int, group: int, greedy_every: int, on_sample_done: Callable[[], None] | None = None
+) -> Request:
+    greedy = greedy_every and group % greedy_every == 0
     return Request(
         prompt_ids=prompt_ids,
         seeds=[seed << 32 | group << 8 | sample for sample in range(GROUP_SIZE)],
@@ -82,14 +84,15 @@ class Reading:
 
     @classmethod
     def now(cls, counters: Mapping[str, float]) -> Reading:
-        counts = (counters[name] for name in ("tokens", "steps", "slot_steps"))
-        return cls(*counts, time.perf_counter(), time.process_time())
+        return cls(
+            counters["tokens"], counters["steps"], counters["slot_steps"], time.perf_counter(), time.process_time()
+        )
 
     def __sub__(self, before: Reading) -> Reading:
         return Reading(*(now - then for now, then in zip(astuple(self), astuple(before), strict=True)))
 
 
-async def engine_round(engine: TorchEngine, num_groups: int, seed: int) -> Reading:
+async def engine_round(engine: TorchEngine, num_groups: int, seed: int, greedy_every: int = 0) -> Reading:
     """`num_groups` groups, handed over as a rollout worker asks for them."""
     waiting, tasks, room, num_done = random_prompts(num_groups, seed), [], asyncio.Event(), 0
     began = Reading.now(engine.gauges())
@@ -104,7 +107,7 @@ async def engine_round(engine: TorchEngine, num_groups: int, seed: int) -> Readi
     while waiting:
         room.clear()
         while waiting and engine.num_outstanding < engine.num_slots + engine.num_slots // AHEAD:
-            request = group_request(waiting.pop(), seed, len(waiting), note_done)
+            request = group_request(waiting.pop(), seed, len(waiting), greedy_every, note_done)
             tasks.append(asyncio.create_task(engine.generate(request)))
             await asyncio.sleep(0)  # the task begins, and its samples are outstanding
         await room.wait()
@@ -127,14 +130,14 @@ def bare_runner(directory: str, config: RolloutConfig) -> Runner:
     return Runner(model, config, limits, checkpoint.stop_token_ids, weights)
 
 
-def runner_round(runner: Runner, num_groups: int, slots: int, seed: int) -> Reading:
+def runner_round(runner: Runner, num_groups: int, slots: int, seed: int, greedy_every: int) -> Reading:
     """The same groups as in `engine_round`, without a thread or an event loop."""
     waiting, num_outstanding, num_done = random_prompts(num_groups, seed), 0, 0
     began = ended = Reading.now(vars(runner.counters))
     with torch.inference_mode():
         while waiting or num_outstanding:
             while waiting and num_outstanding < slots + slots // AHEAD:
-                runner.add(Job(group_request(waiting.pop(), seed, len(waiting), None)))
+                runner.add(Job(group_request(waiting.pop(), seed, len(waiting), greedy_every)))
                 num_outstanding += GROUP_SIZE
                 ended = Reading.now(vars(runner.counters))
             num_ended = len(runner.step().ended)
@@ -165,7 +168,7 @@ def report(name: str, rounds: list[tuple[float, float, float]]) -> None:
     print(f"{name:24s} {wall:8.0f} tok/s wall {cpu:8.0f} tok/s CPU   (median of {len(rounds)})")
 
 
-async def main() -> None:
+async def main(options: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     model = random_model()
     config = RolloutConfig(slots=options.slots, group_size=GROUP_SIZE, max_response_length=MAX_TOKENS, device="cpu")
@@ -177,8 +180,8 @@ async def main() -> None:
     await engine_round(engine, 8, seed=0)
     rounds: dict[str, list[tuple[float, float, float]]] = {"torch engine": [], "bare runner": []}
     for seed in range(1, options.rounds + 1):
-        of_engine = await engine_round(engine, options.groups, seed)
-        of_runner = runner_round(runner, options.groups, options.slots, seed)
+        of_engine = await engine_round(engine, options.groups, seed, options.evaluations)
+        of_runner = runner_round(runner, options.groups, options.slots, seed, options.evaluations)
         fills = (each.slot_steps / each.steps / options.slots for each in (of_engine, of_runner))
         print(f"round {seed}: {of_engine.tokens} tokens, slots in use", *(f"{fill:.3f}" for fill in fills))
         for name, one in (("torch engine", of_engine), ("bare runner", of_runner)):
@@ -200,5 +203,4 @@ if __name__ == "__main__":
     parser.add_argument("--slots", type=int, default=64)
     parser.add_argument("--hf", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--evaluations", type=int, default=0, help="one of so many groups is greedy; 0: none")
-    options = parser.parse_args()
-    asyncio.run(main())
+    asyncio.run(main(parser.parse_args()))

@@ -30,6 +30,7 @@ from asyncdapo.rollout.torch_engine.packed_weights import PackedWeights
 
 SOURCE = Path(__file__).with_name("forward.c")
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-shared")
+COMPILE_TIMEOUT_S = 60
 LANES, TILE = 16, 8
 """Numbers of a vector, and rows that are multiplied at once, in forward.c."""
 
@@ -155,11 +156,12 @@ def _compiled(shape: ModelShape) -> ctypes.CDLL | None:
     with tempfile.TemporaryDirectory() as directory:
         library = str(Path(directory, "forward.so"))
         try:
-            subprocess.run([*command, SOURCE, "-o", library, "-lm"], check=True, capture_output=True, text=True)
+            command += [str(SOURCE), "-o", library, "-lm"]
+            subprocess.run(command, check=True, capture_output=True, text=True, timeout=COMPILE_TIMEOUT_S)
             return _loaded(library)
         except subprocess.CalledProcessError as error:
             why = error.stderr.strip() or str(error)
-        except OSError as error:
+        except (OSError, subprocess.TimeoutExpired) as error:
             why = str(error)
     log.warning("the torch engine is half as fast as with a C compiler (CC, or cc): %s", why)
     return None
