@@ -2,6 +2,7 @@
 for an example: on a busy machine any example may take a second, and that is no fault of what is tested. The garbage
 collector leaves alone what stays to the end, modules and tests: walking them took a sixth of the time."""
 
+import atexit
 import gc
 import os
 
@@ -26,3 +27,4 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_collection_finish() -> None:
     gc.enable()
     gc.freeze()
+    atexit.register(gc.unfreeze)  # else some libraries report all that is left at the end

@@ -10,6 +10,7 @@ controller as that call's error. Does not own: what the commands do (`ReplayProc
 
 from __future__ import annotations
 
+import atexit
 import faulthandler
 import gc
 import importlib
@@ -109,6 +110,7 @@ def _import_to_stay(module: str) -> None:
     finally:
         gc.enable()
     gc.freeze()
+    atexit.register(gc.unfreeze)  # else some libraries report all that is left at the end
 
 
 def _open_log(path: Path) -> None:
