@@ -1,10 +1,15 @@
-"""What a process of the run says, by whichever way, is in its own log."""
+"""What a process of the run says, by whichever way, is in its own log; what it is made of stays."""
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+
+from asyncdapo.controller.roles.actors import _import_to_stay
 
 PROGRAM = """
 import logging, os, subprocess, sys
@@ -25,3 +30,12 @@ def test_a_log_has_what_is_printed_by_the_process_its_children_and_a_crash(tmp_p
     for part in ("weights INFO logged", "printed", "ValueError: the cause in a child", "Fatal Python error: Aborted"):
         assert part in text
     assert said.stdout == said.stderr == ""
+
+
+def test_what_a_process_is_made_of_is_left_alone_by_the_garbage_collector_which_runs_again() -> None:
+    before = gc.get_freeze_count()
+    _import_to_stay("tabnanny")
+    assert gc.get_freeze_count() > before
+    with pytest.raises(ModuleNotFoundError):
+        _import_to_stay("asyncdapo.controller.roles.missing")
+    assert gc.isenabled()
