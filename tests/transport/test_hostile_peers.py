@@ -127,7 +127,8 @@ class ValidLife:
 
 def damaged_messages(server: ReplayServer, noisy: FakeWorker, leases) -> list[Attacker]:
     """Who attacks with what. Nobody asks for leases in a joined worker's name: a worker with the key may keep them."""
-    groups = [encode(GroupDone(group=group), payload.frames()) for group, payload in map(of_worker_1, leases)]
+    encoded = [encode(GroupDone(group=group), payload.frames()) for group, payload in map(of_worker_1, leases)]
+    groups = [list(map(bytes, frames)) for frames in encoded]  # which travel to another process
     joined: list[Message] = [
         Started(lease_id=leases[0].lease_id, version=0),
         Loaded(version=0, branch=0),
