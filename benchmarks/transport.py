@@ -1,6 +1,6 @@
 """How many groups a second the replay server takes in, and how soon it acknowledges them.
 
-    python benchmarks/transport.py [--tokens 1024 8192] [--workers 8 64 256] [--rate 0] [--seconds 15] [--dir DIR]
+    python -m benchmarks.transport [--tokens 1024 8192] [--workers 8 64 256] [--rate 0] [--seconds 15] [--dir DIR]
 
     workers (several a process) ──groups of 16──▶ replay server ──batches of 64──▶ learner
                                 ◀──leases, acks──   ledger, payloads
@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import multiprocessing
-import random
 import tempfile
 import time
 from array import array
@@ -36,24 +35,8 @@ from pathlib import Path
 import numpy as np
 import psutil
 
+from asyncdapo import messages as wire
 from asyncdapo.learner.batches.feed import BatchFeed
-from asyncdapo.messages import (
-    SCHEMA_VERSION,
-    Ack,
-    Ask,
-    Completion,
-    Context,
-    Group,
-    GroupDone,
-    Heartbeat,
-    Hello,
-    Lease,
-    Progress,
-    Prompt,
-    Reject,
-    Welcome,
-    Withdraw,
-)
 from asyncdapo.replay.config import FilterConfig, ReplayConfig
 from asyncdapo.replay.core.state import ReplayState
 from asyncdapo.replay.ledger.journal import Journal
@@ -61,27 +44,24 @@ from asyncdapo.replay.server.server import ReplayServer
 from asyncdapo.replay.server.settings import ServerSettings
 from asyncdapo.transport.codec import encode
 from asyncdapo.transport.keys import ClientKeys, RunKeys
-from asyncdapo.transport.payload import Payload, checksum
-from asyncdapo.transport.sockets import Client
+from benchmarks.fake_workers import (
+    GROUP_SIZE,
+    HEARTBEAT_S,
+    PROMPT_TOKENS,
+    VOCAB,
+    FakeWorker,
+    Load,
+    completions_of,
+    group_of,
+    prompt_at,
+)
 
-GROUP_SIZE, BATCH, PROMPT_TOKENS, VOCAB = 16, 64, 128, 150_000
-PROMPT = list(range(PROMPT_TOKENS))
-HEARTBEAT_S, LOOK_S = 2.0, 0.5
-WARM_UP_S = 3.0
+BATCH, LOOK_S = 64, 0.5
+WARM_UP_S = 5.0
 CHECKPOINT_EVERY = 10
 """Steps. Then the payloads of older ones are freed."""
 UNBOUNDED = 1 << 30
 """Staleness: the weights stay at version 0."""
-
-
-@dataclass(frozen=True)
-class Load:
-    """What is asked of the server."""
-
-    num_tokens: int
-    num_workers: int
-    num_held: int
-    rate: float
 
 
 @dataclass
@@ -111,10 +91,6 @@ async def until_over(figures: Figures, work: Coroutine, over: Event) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------- server
-
-
-def prompt_at(prompt_id: int) -> Prompt:
-    return Prompt(prompt_id=prompt_id, epoch=0, source="train", row=prompt_id, token_ids=PROMPT, answer="42")
 
 
 async def serve(figures: Figures, over: Event, load: Load, run_dir: Path, keys: RunKeys, pipe: Connection) -> None:
@@ -181,102 +157,6 @@ async def work(figures: Figures, over: Event, address: str, keys: ClientKeys, lo
                 tasks.create_task(worker.beat())
 
     await until_over(figures, all_of_them(), over)
-
-
-def completions_of(num_tokens: int) -> tuple[list[Completion], tuple[memoryview, ...]]:
-    """Those of every group, and the frames of their tokens: half of the answers are right."""
-    draw = np.random.default_rng(0)
-    token_ids = draw.integers(0, VOCAB, (GROUP_SIZE, num_tokens), np.int32)
-    completions = []
-    for index, own in enumerate(token_ids):
-        crc = checksum(np.concatenate([np.array(PROMPT, np.int32), own]), 0)
-        score = 2.0 * (index % 2) - 1
-        completions.append(
-            Completion(
-                contexts=[Context.of_turn([(0, num_tokens)], [(1, num_tokens)], crc)],
-                finish_reason="stop",
-                reward=score,
-                metrics={"acc": float(index % 2), "score": score, "seq_reward": score, "seq_final_reward": score},
-            )
-        )
-    logprobs = -draw.random(GROUP_SIZE * num_tokens, np.float32)
-    return completions, Payload(np.array(PROMPT, np.int32), token_ids.ravel(), logprobs).frames()
-
-
-def group_of(lease: Lease, worker: int, completions: list[Completion]) -> Group:
-    return Group(
-        prompt_id=lease.prompt.prompt_id,
-        lease_id=lease.lease_id,
-        branch=lease.branch,
-        attempt=lease.attempt,
-        worker=worker,
-        num_prompt_tokens=PROMPT_TOKENS,
-        completions=completions,
-        generate_s=1.0,
-    )
-
-
-class FakeWorker:
-    """A rollout worker's end of the wire: every lease is answered with the same tokens."""
-
-    def __init__(
-        self,
-        index: int,
-        address: str,
-        keys: ClientKeys,
-        load: Load,
-        completions: list[Completion],
-        frames: tuple[memoryview, ...],
-        acks: array,
-    ) -> None:
-        self._index, self._load, self._completions, self._frames, self._acks = index, load, completions, frames, acks
-        self._client: Client = Client(address, Welcome | Lease | Ack | Reject | Withdraw, b"w%d" % index, curve=keys)
-        self._asked, self._sampling, self._sent_at = 0, dict[int, asyncio.Task](), dict[int, float]()
-
-    async def listen(self) -> None:
-        hello = Hello(schema=SCHEMA_VERSION, worker=self._index, session="s", loaded_version=0, branch=0, granted=0)
-        await self._client.send(hello)
-        while True:
-            message, _ = await self._client.receive()
-            match message:
-                case Welcome():
-                    await self._ask(self._load.num_held)
-                case Lease():
-                    self._sampling[message.lease_id] = asyncio.create_task(self._sample(message))
-                case Ack(lease_id=lease_id):
-                    now = time.monotonic()
-                    self._acks.extend((now, now - self._sent_at.pop(lease_id)))
-                    await self._ask(1)
-                case Withdraw():
-                    continue  # a heartbeat and an acknowledgement crossed
-                case Reject():
-                    raise RuntimeError(f"the server says {message}")
-
-    async def beat(self) -> None:
-        while True:
-            await asyncio.sleep(HEARTBEAT_S)
-            held = [*self._sampling, *self._sent_at]
-            heartbeat = Heartbeat(
-                asked=self._asked,
-                loaded_version=0,
-                branch=0,
-                progress={lease_id: Progress(num_tokens=1, phase="sampled", started_version=0) for lease_id in held},
-                evaluations=[],
-                gauges={"tokens": 1.0},
-            )
-            await self._client.send(heartbeat)
-
-    async def _ask(self, more: int) -> None:
-        self._asked += more
-        await self._client.send(Ask(asked=self._asked))
-
-    async def _sample(self, lease: Lease) -> None:
-        if self._load.rate:
-            mean_s = self._load.num_workers * self._load.num_held / self._load.rate
-            await asyncio.sleep(mean_s * random.uniform(0.5, 1.5))
-        self._sent_at[lease.lease_id] = time.monotonic()
-        del self._sampling[lease.lease_id]
-        await self._client.send(GroupDone(group=group_of(lease, self._index, self._completions)), self._frames)
 
 
 # ------------------------------------------------------------------------------------------------------------ figures
@@ -346,8 +226,8 @@ def line_of(load: Load, seen: list[Figures], began: float, ended: float) -> str:
 def describe_wire(num_tokens: int) -> str:
     """What a group weighs on the wire."""
     completions, frames = completions_of(num_tokens)
-    lease = Lease(lease_id=10**6, branch=0, attempt=1, group_size=GROUP_SIZE, seed=1, prompt=prompt_at(10**6))
-    header, *_ = encode(GroupDone(group=group_of(lease, 100, completions)))
+    lease = wire.Lease(lease_id=10**6, branch=0, attempt=1, group_size=GROUP_SIZE, seed=1, prompt=prompt_at(10**6))
+    header, *_ = encode(wire.GroupDone(group=group_of(lease, 100, completions)))
     total, num = len(header) + sum(map(len, frames)), GROUP_SIZE * num_tokens
     return f"{GROUP_SIZE} x {num_tokens} tokens: {total:,} bytes, {total / num:.2f} a token, {len(header):,} of header"
 
