@@ -158,6 +158,7 @@ def submitted(place: Path) -> subprocess.Popen[str]:
         "SLURM_JOB_ID": "7",
         "RAY_PORT": str(free_port()),
         "PYTHONPATH": str(ROOT),
+        "HOME": str(place),
     }
     return subprocess.Popen(
         ["bash", str(FOLDER / "slurm.sbatch"), "quickstart", "run.dir=run", *SMALL],

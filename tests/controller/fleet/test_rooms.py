@@ -75,7 +75,7 @@ def test_the_ranks_of_a_replica_are_together_on_a_node_and_so_are_the_gpus_of_an
     config = Config(
         model=ModelConfig(path="none"),
         learner=LearnerConfig(ranks=4, shards=2),
-        rollout=RolloutConfig(num_workers=1, tensor_parallel=2),
+        rollout=RolloutConfig(engine="vllm", num_workers=1, tensor_parallel=2),
     )
     rooms = asyncio.run(reserve(place(config, gpus_of_nodes(), learner_names(config)), 30))
     home = {name: room.node() for name, room in rooms.items()}
