@@ -33,7 +33,7 @@ NOT_RUN = {
     "python launchers/submit.py": "tests/launchers does it",
     "sbatch": "tests/launchers/test_schedulers.py runs the script with stand-ins of Slurm's commands",
     "kubectl apply": "tests/launchers/test_schedulers.py reads the file",
-    "sky jobs": "tests/launchers/test_schedulers.py reads the file, and runs its commands",
+    "sky jobs": "tests/launchers/test_schedulers.py reads the file, its shell and its launch",
     "python examples/taskset_rows.py": "needs verifiers: tests/environment/test_verifiers.py does it",
     "asyncdapo env check qwen3_0.6b_wordle_1gpu": "as above",
     "python examples/openenv_server.py": "needs openenv-core: tests/environment/test_launches.py does it",
