@@ -127,3 +127,11 @@ class EpisodeOver(Exception):  # noqa: N818 - an end, not an error
 
 class DiskError(RunError):
     """A file of the run can't be written: the disk is full or broken."""
+
+
+def first_of(errors: BaseExceptionGroup) -> BaseException:
+    """The first failure: the others are its consequences."""
+    first: BaseException = errors
+    while isinstance(first, BaseExceptionGroup):
+        first = first.exceptions[0]
+    return first

@@ -27,7 +27,7 @@ from typing import Any, Literal, dataclass_transform
 
 from msgspec import Struct, field
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 """Raised when a record changes its meaning. A peer with another version is refused at `Hello`."""
 
 FinishReason = Literal["stop", "length", "turns", "time"]
@@ -108,16 +108,12 @@ class Context(Struct, frozen=True, kw_only=True, array_like=True, forbid_unknown
 
     @property
     def num_sampled_tokens(self) -> int:
-        return _num_set(self.sampled)
+        return sum(count for is_sampled, count in self.sampled if is_sampled)
 
     @property
     def num_loss_tokens(self) -> int:
         """Tokens that bear loss."""
-        return _num_set(self.loss_mask)
-
-
-def _num_set(mask: Runs) -> int:
-    return sum(count for value, count in mask if value)
+        return sum(count for bears_loss, count in self.loss_mask if bears_loss)
 
 
 class Completion(Struct, frozen=True, kw_only=True):
@@ -241,6 +237,8 @@ class Hello(Message):
     run's branch."""
     granted: int
     """Leases and evaluation requests that the worker has counted so far. A restarted server resumes its count here."""
+    continues: bool = False
+    """Whether it continues completions that another worker has begun."""
 
 
 class Welcome(Message):
@@ -261,7 +259,8 @@ class Ask(Message):
 
 
 class Lease(Message):
-    """replay -> rollout. Generate this prompt's group. Sent again if the worker's heartbeats don't list it."""
+    """replay -> rollout. Generate this prompt's group. Sent again if the worker's heartbeats don't list it. Its frames
+    are those of a `PartialGroup`, header first, if some of it is sampled already."""
 
     lease_id: int
     branch: int
@@ -340,5 +339,11 @@ class Reject(Message):
 
 class Withdraw(Message):
     """replay -> rollout. These leases are over. Stop generating them, and send nothing for them."""
+
+    lease_ids: list[int]
+
+
+class Recall(Message):
+    """replay -> rollout. Stop these leases, and hand back what is sampled of them."""
 
     lease_ids: list[int]

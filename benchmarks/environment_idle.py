@@ -69,7 +69,7 @@ class Worker:
         sampling, jobs = Sampling(max_tokens=MAX_TOKENS), list[Job]()
         async with asyncio.TaskGroup() as tasks:
             for number, token_ids in enumerate(endless_prompts()):
-                while sum(job.num_unfinished for job in jobs) >= self._rollouts.num_seats:
+                while self._rollouts.num_free(jobs) < 1:
                     self._room.clear()
                     await self._room.wait()
                     jobs = [job for job in jobs if job.num_unfinished]

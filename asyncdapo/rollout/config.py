@@ -57,7 +57,11 @@ class RolloutConfig:
     """Rollout workers, each a process with an engine of its own. `{min: 1, max: 8}`: a run starts with so few, and
     others join while Ray has room for them. `asyncdapo scale` says how many there should be."""
     drain_s: PositiveFloat = 30.0
-    """Seconds that a worker that is to leave may take to finish what it holds. Others sample the rest again."""
+    """Seconds that a worker that is to leave may take to finish what it holds. Others continue the rest, or sample it
+    again."""
+    save_partials_s: PositiveFloat | None = 30.0
+    """Seconds of sampling that the sudden death of a worker may lose at most: so often a worker saves what it has
+    sampled of groups that aren't complete. null: only when it hands them back."""
     empty_s: PositiveFloat = 600.0
     """Seconds that a run may be without any worker while Ray has no room for one. After that it ends."""
     tensor_parallel: PositiveInt = 1
@@ -107,6 +111,12 @@ class RolloutConfig:
         self._check_num_workers()
         self._check_engine_keys()
         self._settle_parity()
+
+    @property
+    def continues(self) -> bool:
+        """Whether a completion of a single turn can be continued by another worker. Deterministic tokens depend on the
+        shapes of the passes that compute them, and narrowed ones come with the tokens that they were drawn from."""
+        return not self.deterministic and self.top_p == 1 and not self.top_k
 
     @property
     def min_workers(self) -> int:

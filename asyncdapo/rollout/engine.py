@@ -10,24 +10,48 @@ receive new weights itself: they are passed to `load_weights`, or are already in
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
-from typing import Any, Protocol
+from itertools import groupby
+from operator import itemgetter
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
 from asyncdapo.messages import FinishReason, Runs, Sampling
 from asyncdapo.transport.payload import Support
 
+S = TypeVar("S", bound="Sampled")
+
+
+def joined(runs: Iterable[tuple[int, int]]) -> Runs:
+    """The same, with neighbours of one value as one run."""
+    return [(value, sum(count for _, count in same)) for value, same in groupby(runs, key=itemgetter(0))]
+
 
 @dataclass(frozen=True, kw_only=True)
-class Sample:
-    """One sampled response, not scored. `token_ids` int32 [T] (a stop token comes last), `logprobs` float32 [T]."""
+class Sampled:
+    """What is sampled of one response. `token_ids` int32 [T], `logprobs` float32 [T], versions of these tokens."""
 
-    token_ids: np.ndarray
-    logprobs: np.ndarray
-    versions: Runs
+    token_ids: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
+    logprobs: np.ndarray = field(default_factory=lambda: np.empty(0, np.float32))
+    versions: Runs = field(default_factory=list)
+
+    def then(self, more: S) -> S:
+        """With the tokens that were sampled behind its own. A `Sample` if that completes it."""
+        return replace(
+            more,
+            token_ids=np.concatenate([self.token_ids, more.token_ids]),
+            logprobs=np.concatenate([self.logprobs, more.logprobs]),
+            versions=joined([*self.versions, *more.versions]),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample(Sampled):
+    """One sampled response, not scored. A stop token comes last."""
+
     finish_reason: FinishReason
     support: Support | None = None
     """Of all tokens, if top-k or top-p narrowed the draws. Only the torch engine tells."""
@@ -51,6 +75,9 @@ class Request:
     seeds: list[int]
     """One per sample. The same seed, prompt and weights draw the same uniform numbers."""
     sampling: Sampling
+    num_begun: int = 0
+    """So many of the last `prompt_ids` were sampled for this same sample before. The numbers of its seed continue
+    behind them."""
     priority: Priority = Priority.FRESH
     """Waiting requests with a lower number go first."""
     on_started: Callable[[int], None] | None = None
@@ -76,7 +103,7 @@ class Limits:
     def refuse_unfit(self, request: Request) -> None:
         """Raises ValueError for a request that doesn't fit."""
         sampling, length = request.sampling, len(request.prompt_ids)
-        if not 1 <= length <= self.max_prompt_length:
+        if not 1 <= length - request.num_begun <= self.max_prompt_length:
             raise ValueError(f"a prompt has 1 to {self.max_prompt_length} tokens, got {length}")
         if not 1 <= sampling.max_tokens <= self.max_response_length:
             raise ValueError(f"max_tokens is 1 to {self.max_response_length}, got {sampling.max_tokens}")
@@ -151,4 +178,14 @@ class Engine(Protocol):
     def gauges(self) -> dict[str, float]:
         """Cumulative counters since the start: `tokens` sampled, `prefill_tokens` computed. An engine may add its
         own."""
+        ...
+
+
+@runtime_checkable
+class Continuable(Protocol):
+    """What an engine has if its samples can be handed to another one before they are complete."""
+
+    async def so_far(self, request: Request) -> list[Sampled]:
+        """What there is of each sample of the request by now: a `Sample` of each that is complete. Empty if the request
+        has ended."""
         ...

@@ -10,18 +10,23 @@ In: prompts, the engine's samples. Out: an `Episode` for each seed, and its scor
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
+from msgspec.structs import replace
 
 from asyncdapo.errors import EpisodeError
 from asyncdapo.messages import FinishReason, Prompt, Sampling, Score
-from asyncdapo.rollout.engine import Engine, Priority, Request, Sample
-from asyncdapo.rollout.job import Job
+from asyncdapo.rollout.engine import Continuable, Engine, Priority, Request, Sample, Sampled
+from asyncdapo.rollout.job import Job, Part
 from asyncdapo.transport.payload import checksum
+
+AHEAD = 16
+"""For so many slots one sequence more is asked for. It waits in the engine, so that a slot is filled when it becomes
+free, and not when a lease has come."""
 
 Scorer = Callable[[Prompt, Sequence[np.ndarray], Sequence[FinishReason], int], Awaitable[list[Score]]]
 """(prompt, token ids of each completion, finish reasons, seed) -> a score for each, with `acc` among its metrics.
@@ -89,10 +94,10 @@ class Episode:
         return self.finish_reason == "time"
 
 
-def turn_of(request: Request, sample: Sample, number: int, observed: Sequence[int] = ()) -> Turn:
-    """The turn in which the engine answered the request. Its checksum is of what the engine was given, not of what is
+def turn_of(prompt_ids: Sequence[int], sample: Sample, number: int, observed: Sequence[int] = ()) -> Turn:
+    """The turn in which the engine answered this prompt. Its checksum is of what the engine was given, not of what is
     put together later."""
-    taken = checksum([*request.prompt_ids, *sample.token_ids], number)
+    taken = checksum([*prompt_ids, *sample.token_ids], number)
     return Turn(number=number, observed=observed, sample=sample, checksum=taken)
 
 
@@ -116,13 +121,21 @@ class Rollouts(Protocol):
         ...
 
     @property
+    def continues(self) -> bool:
+        """Whether it can say what is sampled of a job, and continue what another one has sampled (`Job.begun`)."""
+        ...
+
+    async def so_far(self, job: Job) -> list[Sampled]:
+        """What there is of each sample by now: a `Sample` of each that is complete. Empty if nothing can be said."""
+        ...
+
+    @property
     def version(self) -> int:
         """Of the weights that are loaded."""
         ...
 
-    @property
-    def num_seats(self) -> int | None:
-        """Episodes under way at once; None: as many as the engine has slots for."""
+    def num_free(self, jobs: Collection[Job]) -> int:
+        """Sequences, or episodes, that can begin now beside those of `jobs`, which are all that run."""
         ...
 
     def gauges(self) -> dict[str, float]:
@@ -131,7 +144,8 @@ class Rollouts(Protocol):
 
 
 class SingleTurn:
-    """A completion is one response. The samples of a prompt are one request to the engine: they share its prefill."""
+    """A completion is one response. The samples of a prompt are one request to the engine: they share its prefill.
+    Each one that another worker has begun is a request of its own, for what follows behind its tokens."""
 
     def __init__(
         self,
@@ -139,19 +153,30 @@ class SingleTurn:
         score: Scorer,
         *,
         one_at_a_time: bool = False,
+        continues: bool = True,
         account: Callable[[], dict[str, float]] = dict,
     ) -> None:
-        """`account`: cumulative counters of what scores."""
+        """`continues`: what is sampled of a completion is its tokens, log-probs and versions, and no more. `account`:
+        cumulative counters of what scores."""
         self._engine, self._score, self._account = engine, score, account
+        self._one_at_a_time = one_at_a_time
         self._turn = asyncio.Lock() if one_at_a_time else nullcontext()
+        self._continuable = engine if continues and isinstance(engine, Continuable) else None
 
     @property
     def version(self) -> int:
         return self._engine.loaded_version
 
+    def num_free(self, jobs: Collection[Job]) -> int:
+        """Slots and places to wait that no sequence has. One at a time: some if nothing runs, enough for a group."""
+        if self._one_at_a_time:
+            return not jobs
+        num_wanted = self._engine.num_slots + self._engine.num_slots // AHEAD
+        return num_wanted - self._engine.num_outstanding - sum(job.num_starting for job in jobs)
+
     @property
-    def num_seats(self) -> None:
-        return None
+    def continues(self) -> bool:
+        return self._continuable is not None
 
     def gauges(self) -> dict[str, float]:
         return self._account()
@@ -159,28 +184,72 @@ class SingleTurn:
     async def sample(
         self, job: Job, prompt: Prompt, seeds: Sequence[int], sampling: Sampling, priority: Priority
     ) -> list[Episode]:
-        request = Request(
-            prompt_ids=prompt.token_ids,
-            seeds=list(seeds),
-            sampling=sampling,
-            priority=priority,
-            on_sample_done=job.note_done,
-        )
-        job.send(request)
+        begun = job.begun or [Sampled()] * len(seeds)
+        samples = {index: one for index, one in enumerate(begun) if isinstance(one, Sample)}
+        parts = job.parts = _parts(prompt, seeds, begun, sampling, priority)
+        for part in parts:
+            part.request.on_sample_done = job.note_done
+            job.send(part.request)
         async with self._turn:
-            job.num_starting -= len(seeds)
-            samples = await self._engine.generate(request)
-        turns = [turn_of(request, sample, 0) for sample in samples]
-        contexts = [SampledContext(turns=[turn]) for turn in turns]
-        return [
-            Episode(contexts=[context], finish_reason=sample.finish_reason)
-            for context, sample in zip(contexts, samples, strict=True)
-        ]
+            job.skip(len(samples))
+            await self._make(job, parts)
+        for part in parts:
+            samples |= {index: begun[index].then(one) for index, one in zip(part.indices, part.samples, strict=True)}
+        return [_episode(prompt, samples[index]) for index in range(len(seeds))]
 
     sample_each = sample
     """No episode of a single turn fails."""
+
+    async def _make(self, job: Job, parts: Sequence[Part]) -> None:
+        """Have each part sampled. If one fails, the others are given up."""
+
+        async def make(part: Part) -> None:
+            job.num_starting -= len(part.indices)
+            part.samples = await self._engine.generate(part.request)
+
+        tasks = [asyncio.ensure_future(make(part)) for part in parts]
+        try:
+            await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    async def so_far(self, job: Job) -> list[Sampled]:
+        if self._continuable is None:
+            return []
+        found = list(job.begun) or [Sampled()] * sum(len(part.indices) for part in job.parts)
+        for part in job.parts:
+            more = await self._continuable.so_far(part.request)
+            for index, sampled in zip(part.indices, part.samples or more, strict=False):
+                found[index] = found[index].then(sampled)
+        return found
 
     async def score(self, prompt: Prompt, episodes: Sequence[Episode], seed: int) -> list[Score]:
         samples = [episode.turns[0].sample for episode in episodes]
         token_ids = [sample.token_ids for sample in samples]
         return await self._score(prompt, token_ids, [sample.finish_reason for sample in samples], seed)
+
+
+def _parts(
+    prompt: Prompt, seeds: Sequence[int], begun: Sequence[Sampled], sampling: Sampling, priority: Priority
+) -> list[Part]:
+    """The requests for what is missing of these samples."""
+    fresh = [index for index, one in enumerate(begun) if not len(one.token_ids)]
+    continued = [[index] for index, one in enumerate(begun) if len(one.token_ids) and not isinstance(one, Sample)]
+    parts: list[Part] = []
+    for indices in ([fresh] if fresh else []) + continued:
+        before = begun[indices[0]].token_ids.tolist()
+        request = Request(
+            prompt_ids=[*prompt.token_ids, *before],
+            seeds=[seeds[index] for index in indices],
+            sampling=replace(sampling, max_tokens=sampling.max_tokens - len(before)),
+            num_begun=len(before),
+            priority=min(priority, Priority.CONTINUATION) if before else priority,
+        )
+        parts.append(Part(request, indices))
+    return parts
+
+
+def _episode(prompt: Prompt, sample: Sample) -> Episode:
+    context = SampledContext(turns=[turn_of(prompt.token_ids, sample, 0)])
+    return Episode(contexts=[context], finish_reason=sample.finish_reason)

@@ -5,15 +5,14 @@ In: a lease or prompt, sampled episodes, their scores. Out: records of `messages
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from itertools import groupby
-from operator import itemgetter
+from collections.abc import Sequence
 
 import numpy as np
 
 from asyncdapo.errors import EpisodeError, RewardError
 from asyncdapo.eval_messages import EvalAnswer
 from asyncdapo.messages import Completion, Context, FinishReason, Group, Lease, Prompt, Runs, SampledTurn, Score
+from asyncdapo.rollout.engine import joined
 from asyncdapo.rollout.episodes import Decode, Episode, SampledContext
 from asyncdapo.transport.payload import LOGPROB_DTYPE, TOKEN_DTYPE, Payload, Support
 
@@ -75,11 +74,6 @@ def _context(context: SampledContext, finish_reason: FinishReason, overlong_filt
         loss_mask=loss_mask(context.num_sampled_tokens, finish_reason, overlong_filter),
         turns=[SampledTurn(turn.number, len(turn.sample.token_ids), turn.checksum) for turn in context.turns],
     )
-
-
-def joined(runs: Iterable[tuple[int, int]]) -> Runs:
-    """The same, with neighbours of one value as one run."""
-    return [(value, sum(count for _, count in same)) for value, same in groupby(runs, key=itemgetter(0))]
 
 
 def loss_mask(num_tokens: int, finish_reason: FinishReason, overlong_filter: bool) -> Runs:

@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from asyncdapo.eval_messages import EvalRequest
 from asyncdapo.messages import Lease, Phase, Progress
-from asyncdapo.rollout.engine import Request
+from asyncdapo.rollout.engine import Request, Sample, Sampled
+
+
+@dataclass
+class Part:
+    """Samples of a job that are one request to the engine."""
+
+    request: Request
+    indices: Sequence[int]
+    """Of its samples in the job."""
+    samples: list[Sample] = field(default_factory=list)
+    """Once they are complete."""
 
 
 @dataclass
@@ -24,6 +35,8 @@ class Job:
     """Called whenever a sequence is complete, or an episode begins or ends to wait."""
     on_started: Callable[[int], None] = lambda _: None
     """Called with the version that sampled the job's first token."""
+    begun: Sequence[Sampled] = ()
+    """What another job has sampled of each of its samples; empty if it begins anew."""
     started_at: float = math.nan
     started_version: int | None = None
     all_sampled: bool = False
@@ -33,17 +46,29 @@ class Job:
     """Sequences, or episodes, that aren't complete."""
     num_in_environment: int = 0
     """Episodes that wait for an answer of their environment."""
-    num_told_tokens: int = 0
-    """Of its tokens, those that the server was told of."""
+    num_told_tokens: int = field(init=False)
+    """Of its tokens, those that the server knows of."""
     requests: list[Request] = field(default_factory=list)
+    parts: Sequence[Part] = ()
+    """Requests that can be handed to another engine before they are complete."""
+    saved_at: float = math.nan
+    """When it was saved last, or else begun."""
+    handed_back: bool = False
 
     def __post_init__(self) -> None:
         self.num_unfinished = self.num_starting
+        self.num_told_tokens = self.num_tokens
 
     @property
     def num_tokens(self) -> int:
-        """Sampled so far."""
-        return sum(request.num_sampled for request in self.requests)
+        """Sampled so far, those included that it began with."""
+        num_begun = sum(len(sampled.token_ids) for sampled in self.begun)
+        return num_begun + sum(request.num_sampled for request in self.requests)
+
+    @property
+    def is_being_sampled(self) -> bool:
+        """Some of its tokens are there, and some are missing."""
+        return self.started_version is not None and not self.all_sampled
 
     def tell(self) -> Progress:
         """Its progress, for the heartbeat."""
@@ -74,6 +99,11 @@ class Job:
         finally:
             self.num_in_environment -= 1
             self.on_room()
+
+    def skip(self, num: int) -> None:
+        """So many sequences were complete before it began."""
+        self.num_starting -= num
+        self.num_unfinished -= num
 
     def note_done(self) -> None:
         """One more sequence, or episode, is complete."""

@@ -21,6 +21,7 @@ from asyncdapo.rollout.engine import Priority
 from asyncdapo.rollout.episodes import Decode, Episode, Rollouts
 from asyncdapo.rollout.groups import build_answer, build_failure, build_group
 from asyncdapo.rollout.job import Job
+from asyncdapo.rollout.partials import unpack
 from asyncdapo.seeds import eval_seed, sample_seed
 from asyncdapo.transport.codec import Buffer
 from asyncdapo.transport.payload import pack_answers
@@ -56,9 +57,12 @@ class Jobs:
         counts = {key: self._counts[key] for key in ("scored_groups", "failed_groups", "evaluations")}
         return counts | {"score_s": self._score_s} | self._rollouts.gauges()
 
-    def for_lease(self, lease: Lease, on_started: Callable[[Lease, int], None]) -> Job:
-        """The job of a lease. `on_started` gets the lease and the version that sampled its first token."""
-        return Job(lease, lease.group_size, self._on_room, partial(on_started, lease))
+    def for_lease(self, lease: Lease, on_started: Callable[[Lease, int], None], frames: Sequence[Buffer] = ()) -> Job:
+        """The job of a lease. `on_started` gets the lease and the version that sampled its first token. `frames`: what
+        is sampled of it already."""
+        job = Job(lease, lease.group_size, self._on_room, partial(on_started, lease), unpack(frames))
+        job.saved_at = time.monotonic()
+        return job
 
     def for_evaluation(self, evaluation: EvalRequest) -> Job:
         """The job of an evaluation."""
@@ -75,7 +79,7 @@ class Jobs:
         try:
             episodes = await self._rollouts.sample(job, lease.prompt, seeds, self._sampling, Priority.FRESH)
             job.all_sampled = True
-            generate_s = time.monotonic() - job.started_at
+            generate_s = 0.0 if job.started_version is None else time.monotonic() - job.started_at
             scores = await self._score(lease.prompt, episodes, lease.seed)
         except (EpisodeError, RewardError) as error:
             log.warning("prompt %d failed: %s", lease.prompt.prompt_id, error)

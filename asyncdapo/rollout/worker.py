@@ -1,8 +1,8 @@
 """Rollout worker: turns leases into scored groups, and keeps its slots full while it has credit.
 
     replay ──Lease, EvalRequest──▶ receive ──▶ a task each: generate, score ──▶ outbox ──▶ send ──GroupDone, EvalDone──▶
-           ──Ack, Reject, Withdraw, EvalAck──▶ receive: the lease or evaluation is over
-           ◀──Hello, Ask, Started, Loaded, Heartbeat── send
+           ──Ack, Reject, Withdraw, EvalAck──▶ receive: it is over          ──Recall──▶ it goes back as it is
+           ◀──Hello, Ask, Started, Loaded, PartialGroup, Heartbeat── send
 
 Owns: its session, its credits, its outbox. Does not own: the engine (its owner starts and stops it), turns and scores,
 the weight transfer, and what happens to a group. One task receives, one sends, and each job is a task. All are in one
@@ -29,11 +29,12 @@ import math
 import secrets
 import time
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
 from asyncdapo import faults
-from asyncdapo.errors import RunError
+from asyncdapo.errors import RunError, first_of
 from asyncdapo.eval_messages import EvalAck, EvalRequest
 from asyncdapo.messages import (
     SCHEMA_VERSION,
@@ -44,6 +45,7 @@ from asyncdapo.messages import (
     Lease,
     Loaded,
     Message,
+    Recall,
     Reject,
     Started,
     Welcome,
@@ -56,7 +58,8 @@ from asyncdapo.rollout.engine import Engine, LoadTimes
 from asyncdapo.rollout.episodes import Decode, Rollouts
 from asyncdapo.rollout.job import Job
 from asyncdapo.rollout.jobs import Jobs, Outgoing
-from asyncdapo.transport.codec import Malformed
+from asyncdapo.rollout.partials import Saved, Saver
+from asyncdapo.transport.codec import Buffer, Malformed
 from asyncdapo.transport.delivery import Outbox
 from asyncdapo.transport.keys import ClientKeys
 from asyncdapo.transport.sockets import Client
@@ -66,13 +69,10 @@ RESEND_HEARTBEATS = 2
 REMEMBERED = 4096
 """Number of ended leases whose ids are kept. If an older `Lease` is repeated, it is generated again, until the server
 answers a heartbeat that it is over."""
-AHEAD = 16
-"""For so many slots one sequence more is asked for. It waits in the engine, so that a slot is filled when it becomes
-free, and not when a lease has come."""
 MAX_MALFORMED = 10
 """Undecodable messages from the server that are skipped in a row; one more ends the worker."""
 
-Incoming = Welcome | Lease | Ack | Reject | Withdraw | EvalRequest | EvalAck
+Incoming = Welcome | Lease | Ack | Reject | Withdraw | Recall | EvalRequest | EvalAck
 Key = tuple[str, int]
 """("lease", lease_id) or ("eval", request_id)."""
 
@@ -97,7 +97,7 @@ class RolloutWorker:
     ) -> None:
         """`rollouts`: samples with the engine. `index`: the worker's number in records. `address`: the replay server's,
         "tcp://host:port". `overlong_filter`: completions cut off at the length limit bear no loss."""
-        self._index, self._config, self._heartbeat_s = index, config, heartbeat_s
+        self._index, self._heartbeat_s = index, heartbeat_s
         self._engine, self._rollouts = engine, rollouts
         self._address, self._curve = address, curve
         self._session = secrets.token_hex(8)
@@ -113,7 +113,9 @@ class RolloutWorker:
         self._credits = Credits(config.group_size)
         self.account = WorkerAccount(engine)
         self._outbox: Outbox[Key] = Outbox(RESEND_HEARTBEATS * heartbeat_s)
-        self._started: list[Started] = []
+        self._news: list[Outgoing] = []
+        """Messages that are sent once."""
+        self._saver = Saver(rollouts.so_far, config.save_partials_s, self._tasks, self._take_saved)
 
         self._welcomed = False
         self._heard_at = self._hello_at = self._heartbeat_at = -math.inf
@@ -135,7 +137,7 @@ class RolloutWorker:
                 self._tasks.create_task(self._receive(client))
                 self._tasks.create_task(self._send(client))
         except BaseExceptionGroup as errors:
-            raise _first(errors) from None
+            raise first_of(errors) from None
         finally:
             client.close()
 
@@ -166,12 +168,12 @@ class RolloutWorker:
     async def _receive(self, client: Client[Incoming]) -> None:
         while True:
             try:
-                message, _ = await client.receive()
+                message, frames = await client.receive()
+                self._handle(message, frames)
             except Malformed as malformed:
                 self._count_malformed(malformed)
                 continue
             self._num_malformed, self._heard_at = 0, time.monotonic()
-            self._handle(message)
             self._wake.set()
 
     def _count_malformed(self, malformed: Malformed) -> None:
@@ -182,14 +184,14 @@ class RolloutWorker:
             problem = f"more than {MAX_MALFORMED} undecodable messages from the replay server in a row"
             raise RunError(problem) from malformed
 
-    def _handle(self, message: Incoming) -> None:
+    def _handle(self, message: Incoming, frames: Sequence[Buffer]) -> None:
         match message:
             case Welcome(branch=branch, granted=granted):
                 self._welcomed = True
                 self._credits.resume_from(granted)
                 self._note_branch(branch)
             case Lease():
-                self._take_lease(message)
+                self._take_lease(message, frames)
             case EvalRequest():
                 self._take_evaluation(message)
             case Ack(lease_id=lease_id):
@@ -199,16 +201,18 @@ class RolloutWorker:
                 self._counts["rejected_groups"] += self._end_lease(lease_id)
             case Withdraw(lease_ids=lease_ids):
                 self._counts["withdrawn_groups"] += sum(self._end_lease(lease_id) for lease_id in lease_ids)
+            case Recall(lease_ids=lease_ids):
+                self._saver.hand_back([self._held[lease_id] for lease_id in lease_ids if lease_id in self._held])
             case EvalAck(request_id=request_id):
                 self._outbox.acknowledge(("eval", request_id))
 
-    def _take_lease(self, lease: Lease) -> None:
+    def _take_lease(self, lease: Lease, frames: Sequence[Buffer]) -> None:
         """Begin a lease. If it is held or over, the message is a repeat."""
         self._credits.resume_from(lease.number)
         if lease.lease_id in self._held or lease.lease_id in self._over:
             return
         faults.point("after_lease")
-        job = self._held[lease.lease_id] = self._jobs.for_lease(lease, self._note_started)
+        job = self._held[lease.lease_id] = self._jobs.for_lease(lease, self._note_started, frames)
         self._begin(("lease", lease.lease_id), job)
 
     def _take_evaluation(self, evaluation: EvalRequest) -> None:
@@ -231,8 +235,23 @@ class RolloutWorker:
         self._outbox.put(key, *answer)
 
     def _note_started(self, lease: Lease, version: int) -> None:
-        self._started.append(Started(lease_id=lease.lease_id, version=version))
+        self._send_once(Started(lease_id=lease.lease_id, version=version))
+
+    def _send_once(self, message: Message, frames: Sequence[Buffer] = ()) -> None:
+        self._news.append((message, frames))
         self._wake.set()
+
+    def _take_saved(self, saved: Saved) -> None:
+        """Send what is sampled of a lease that still runs. One that is handed back ends here."""
+        key = ("lease", saved[0].lease_id)
+        if key not in self._running:
+            return
+        if saved[0].handed_back:
+            self._stop(key)
+            self._outbox.put(key, *saved)
+            self._wake.set()
+        else:
+            self._send_once(*saved)
 
     def _note_end(self, key: Key) -> None:
         del self._running[key]
@@ -251,8 +270,7 @@ class RolloutWorker:
 
     def _stop(self, key: Key) -> None:
         if key in self._running:
-            _, task = self._running[key]
-            task.cancel()
+            self._running[key][1].cancel()
         self._outbox.acknowledge(key)
 
     def _note_branch(self, branch: int) -> None:
@@ -267,7 +285,7 @@ class RolloutWorker:
             self.account.count_late(job)
             self._stop(key)
         self._outbox.clear()
-        self._started.clear()
+        self._news.clear()
 
     # ---------------------------------------------------------------------------------------------------------- send
 
@@ -298,22 +316,23 @@ class RolloutWorker:
             loaded_version=version,
             branch=branch,
             granted=self._credits.granted,
+            continues=self._rollouts.continues,
         )
         return [(hello, ())]
 
     def _due(self, now: float) -> list[Outgoing]:
         """The messages to send now: news, credits, the heartbeat, and answers that aren't acknowledged."""
-        news: list[Message] = [*self._started]
-        self._started.clear()
+        news, self._news = self._news, []
         if self._loaded != self._announced:
             self._announced = version, branch = self._loaded
-            news.append(Loaded(version=version, branch=branch))
-        if self._credits.ask(self._num_free_slots()):
-            news.append(Ask(asked=self._credits.asked))
+            news.append((Loaded(version=version, branch=branch), ()))
+        if self._credits.ask(self._rollouts.num_free([job for job, _ in self._running.values()])):
+            news.append((Ask(asked=self._credits.asked), ()))
         if now >= self._heartbeat_at:
             self._heartbeat_at = now + self._heartbeat_s
-            news.append(self._heartbeat())
-        return [(message, ()) for message in news] + self._outbox.due(now)
+            news.append((self._heartbeat(), ()))
+            self._saver.save_due(self._held.values(), now)
+        return news + self._outbox.due(now)
 
     def _heartbeat(self) -> Heartbeat:
         version, branch = self._loaded
@@ -329,22 +348,3 @@ class RolloutWorker:
     @property
     def _loaded(self) -> tuple[int, int]:
         return self._engine.loaded_version, self._branch
-
-    def _num_free_slots(self) -> int:
-        """Slots and places to wait that no sequence has; with environments seats, which an episode keeps while its
-        environment works. Deterministic: those of one group, if nothing runs."""
-        if self._config.deterministic:
-            return 0 if self._running else self._config.group_size
-        if self._rollouts.num_seats is not None:
-            return self._rollouts.num_seats - sum(job.num_unfinished for job, _ in self._running.values())
-        num_starting = sum(job.num_starting for job, _ in self._running.values())
-        num_wanted = self._engine.num_slots + self._engine.num_slots // AHEAD
-        return num_wanted - self._engine.num_outstanding - num_starting
-
-
-def _first(errors: BaseExceptionGroup) -> BaseException:
-    """The first failure: the others are its consequences."""
-    first: BaseException = errors
-    while isinstance(first, BaseExceptionGroup):
-        first = first.exceptions[0]
-    return first

@@ -1,8 +1,9 @@
-"""Frames that follow a message's header: the tokens and log-probs of groups, the responses of an evaluation.
+"""Frames that follow a message's header: the tokens and log-probs of groups, also of those that aren't complete; the
+responses of an evaluation.
 
 Tokens and log-probs are raw little-endian buffers: 8.1 bytes a token instead of 14.1 as lists, and no copy on arrival.
 Where `rollout.top_p` or `rollout.top_k` narrow the sampling, the tokens that were left to draw from follow (`Support`).
-Does not own: what the frames mean. Their header says that (`messages`).
+Does not own: what the frames mean. Their header says that (`messages`, and `PartialGroup` here).
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ from itertools import accumulate, islice, pairwise
 from zlib import crc32
 
 import numpy as np
+from msgspec import Struct
 from msgspec.structs import replace
 
 from asyncdapo.eval_messages import EvalAnswer, EvalDone
-from asyncdapo.messages import Context, Group, Runs
+from asyncdapo.messages import Context, FinishReason, Group, Message, Runs
 
 TOKEN_DTYPE = np.dtype("<i4")
 LOGPROB_DTYPE = np.dtype("<f4")
@@ -225,6 +227,37 @@ def _support_from(frames: Sequence[bytes | memoryview], num_sampled: int) -> Sup
     if len(counts) != num_sampled or counts.min(initial=0) < 0 or counts.sum(dtype=np.int64) != len(token_ids):
         raise ValueError(f"{len(token_ids)} tokens to draw from in {len(counts)} draws for {num_sampled} sampled ones")
     return Support(counts, token_ids)
+
+
+class PartialCompletion(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """What is sampled of a response of a single turn."""
+
+    versions: Runs
+    """Of its tokens; empty if it has none."""
+    finish_reason: FinishReason | None
+    """None: it isn't complete."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Sampled so far."""
+        return sum(count for _, count in self.versions)
+
+
+class PartialGroup(Message):
+    """rollout -> replay. What is sampled of a lease that runs. Its frames are int32 token ids and float32 log-probs,
+    completion after completion. The replay server keeps the newest one of each prompt, and sends header and frames
+    with the prompt's next lease."""
+
+    lease_id: int
+    completions: list[PartialCompletion]
+    """Empty if nothing was asked of the engine yet. Then there are no frames."""
+    handed_back: bool = False
+    """The worker has stopped, and sends nothing more for the lease. Sent again until the lease is withdrawn."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Sampled so far over all completions."""
+        return sum(completion.num_tokens for completion in self.completions)
 
 
 def expand(runs: Runs) -> np.ndarray:

@@ -61,6 +61,10 @@ class Account:
         self.groups: dict[int, TrueGroup] = {}
         self.credits: dict[int, int] = {}
         self.loaded: dict[int, int] = {}
+        self.continuing: set[int] = set()
+        """Workers that continue what others have sampled."""
+        self.partials: dict[int, core.Partial] = {}
+        """What is saved, by prompt."""
         self.verdicts: list[int] = []
         """Groups, in the order of their verdicts."""
         self.num_events = 0
@@ -98,6 +102,14 @@ class Account:
 
     def fits(self, version: int, step: int) -> bool:
         return (step - 1) - version <= self.bound
+
+    def num_saved(self, prompt_id: int) -> int:
+        return self.partials[prompt_id].num_tokens if prompt_id in self.partials else 0
+
+    def check_partials(self) -> None:
+        for prompt_id, partial in self.partials.items():
+            assert self.prompts[prompt_id] in ("waiting", "leased"), "saved of a prompt that has its group, or an end"
+            assert self.over or self.fits(partial.min_version, self.next_step), "what is saved can't be trained"
 
     def in_state(self, state: str) -> list[int]:
         return [group_id for group_id, group in self.groups.items() if group.state == state]
@@ -165,7 +177,9 @@ class Account:
         return ahead < (self.run_ahead() + 1) * self.size
 
     def lease_version(self, lease: TrueLease) -> int:
-        return self.loaded[lease.worker] if lease.started_version is None else lease.started_version
+        """The oldest that a token of it can have."""
+        own = self.loaded[lease.worker] if lease.started_version is None else lease.started_version
+        return min(own, self.partials[lease.prompt_id].min_version) if lease.prompt_id in self.partials else own
 
     def held_back(self) -> bool:
         """Whether a cut would have to wait for running leases."""
@@ -199,6 +213,7 @@ class Account:
         match event:
             case core.WorkerJoined():
                 self.loaded[event.worker], self.credits[event.worker] = event.loaded_version, 0
+                self.continuing = (self.continuing - {event.worker}) | ({event.worker} if event.continues else set())
             case core.WorkerLost() | core.WorkerDrained():
                 del self.loaded[event.worker], self.credits[event.worker]
             case core.Ready():

@@ -56,7 +56,7 @@ class TruthWithPast(Truth):
         self.num_events += 1
         mark, was_cut, at_limit = self.marks[step], step + 1 in self.batches, self.at_limit
         in_flight = {lease.prompt_id for lease in self.leases.values()}
-        in_flight |= self.leased_at_the_end
+        in_flight |= self.leased_at_the_end | self.partials.keys()
         self.ended_leases |= self.leases.keys()
         self.leases, self.loaded, self.credits = {}, {}, {}
         self.num_cut, self.published, self.wanted, self.over = step + was_cut, step, 0, False
@@ -70,6 +70,13 @@ class TruthWithPast(Truth):
         for prompt_id in self.prompts:
             if mark.prompts.get(prompt_id) not in ENDS or prompt_id in moved:
                 self._settle_prompt(prompt_id, mark, prompt_id in in_flight)
+        self.partials = {
+            prompt_id: partial
+            for prompt_id, partial in self.partials.items()
+            if self.prompts[prompt_id] == "waiting"
+            and partial.max_version <= step
+            and self.fits(partial.min_version, self.next_step)
+        }
         self.lost.clear()
         self.leased_at_the_end.clear()
         self.attempts = Counter({p: self.attempts[p] for p in self.prompts})

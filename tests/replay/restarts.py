@@ -42,6 +42,8 @@ def snapshot(state: ReplayState) -> dict[str, object]:
         "running": state.leases.running,
         "num_granted": state.leases.num_granted,
         "loaded": {index: worker.loaded_version for index, worker in state.leases.workers.items()},
+        "continuing": {index for index, worker in state.leases.workers.items() if worker.continues},
+        "partials": {} if state.over else state.leases.partials.saved,
         "verdicts": list(state.keep_rate._latest),
         "keep_rate": state.keep_rate.value,
         "run_ahead": state.admission.run_ahead,
@@ -70,6 +72,7 @@ class Restarts(Simulation):
             actions,
             prompts=[prompt(grant.prompt_id) for grant in grants],
             arrived=self._arrived(event) if isinstance(event, core.GroupArrived) else None,
+            saved=(b"", b"", b""),
             detail="session" if isinstance(event, core.WorkerJoined) else "",
         )
 
@@ -170,6 +173,7 @@ class Restarts(Simulation):
         copies = {step: truth.copies[step] for step in members if step in truth.copies}
         assert state["copies"] == copies
         assert state["in_training"] == {step: len(ids) + sum(copies.get(step, ())) for step, ids in members.items()}
+        assert state["partials"] == ({} if truth.over else truth.partials)
         assert not state["running"]
         assert not state["loaded"]
         assert state["num_granted"] == max(truth.ended_leases, default=0)

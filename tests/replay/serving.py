@@ -4,6 +4,8 @@ import asyncio
 from contextlib import asynccontextmanager, closing, suppress
 from functools import partial
 
+import numpy as np
+
 from asyncdapo.eval_messages import EvalAck, EvalAnswer, EvalRequest
 from asyncdapo.messages import (
     SCHEMA_VERSION,
@@ -14,6 +16,7 @@ from asyncdapo.messages import (
     Hello,
     Lease,
     Progress,
+    Recall,
     Reject,
     Sampling,
     Welcome,
@@ -26,7 +29,7 @@ from asyncdapo.replay.ledger.ledger import open_ledger
 from asyncdapo.replay.server.server import ReplayServer
 from asyncdapo.replay.server.settings import ServerSettings
 from asyncdapo.shares import Batch, CutWanted, NoBatch
-from asyncdapo.transport.payload import pack_answers
+from asyncdapo.transport.payload import PartialCompletion, PartialGroup, pack_answers
 from asyncdapo.transport.sockets import Client
 from tests.replay.small_run import GROUP_SIZE, make_group, prompt_at
 
@@ -34,7 +37,7 @@ TICK_S = 0.03
 """Heartbeat interval of tests in which time matters: a worker is lost after 15 of them."""
 PATIENCE_S = 20
 """Only a test that fails waits as long as this."""
-ToWorker = Welcome | Lease | Ack | Reject | Withdraw | EvalRequest | EvalAck
+ToWorker = Welcome | Lease | Ack | Reject | Withdraw | Recall | EvalRequest | EvalAck
 
 
 def scenario(run):
@@ -118,7 +121,9 @@ class FakeWorker:
     """A rollout worker's end of the wire. `take(kind)` waits for a message of that kind and passes over others, which a
     later `take` finds."""
 
-    def __init__(self, server, index=0, session="first"):
+    def __init__(self, server, index=0, session="first", *, continues=False):
+        self.continues, self.begun = continues, {}
+        """By lease: the frames of what is sampled of it."""
         self.index, self.session, self.asked, self.version, self.branch = index, session, 0, 0, 0
         self.granted = 0
         self.client = Client(server.rollout_address, ToWorker, f"rollout-{index}-{session}".encode())
@@ -133,6 +138,7 @@ class FakeWorker:
             loaded_version=version,
             branch=self.branch,
             granted=self.granted,
+            continues=self.continues,
         )
 
     async def join(self, **hello):
@@ -162,6 +168,16 @@ class FakeWorker:
         for lease in await self.leases(num):
             await self.answer(lease, **group)
             await self.take(Ack)
+
+    async def save(self, lease_id, completions, *, handed_back=False):
+        """`completions`: (versions, finish reason) of each; its tokens are numbered, its log-probs -0.25."""
+        group = PartialGroup(
+            lease_id=lease_id,
+            completions=[PartialCompletion(*completion) for completion in completions],
+            handed_back=handed_back,
+        )
+        tokens, logprobs = np.arange(group.num_tokens, dtype="<i4"), np.full(group.num_tokens, -0.25, "<f4")
+        await self.client.send(group, (tokens.tobytes(), logprobs.tobytes()))
 
     async def send_group(self, header, payload):
         await self.client.send(GroupDone(group=header), payload.frames())
@@ -193,7 +209,9 @@ class FakeWorker:
                 self.passed_over.remove(message)
                 return message
         while True:
-            message, _ = await self.client.receive()
+            message, frames = await self.client.receive()
+            if isinstance(message, Lease):
+                self.begun[message.lease_id] = frames
             if isinstance(message, Lease | EvalRequest):
                 self.granted = max(self.granted, message.number)
             if isinstance(message, kind):

@@ -124,6 +124,7 @@ class Simulation:
             possible += [self._ask, self._ask, self._ask, self._load, self._leave]
         if any(worker.running for worker in self.workers.values()):
             possible += [self._start, self._start, self._fail, self._lose] + [self._finish] * self.world.rollout_pace
+            possible += [self._save, self._hand_back]
         if self.echoes:
             possible.append(self._echo)
         return possible
@@ -132,7 +133,7 @@ class Simulation:
         index = self._one_of([i for i in range(self.world.num_workers) if i not in self.workers])
         loaded = self._pick(self.num_published + 1) if self._pick(4) == 0 else self.num_published
         self.workers[index] = SimWorker(self.world.num_slots, loaded)
-        self.tell(core.WorkerJoined(worker=index, loaded_version=loaded))
+        self.tell(core.WorkerJoined(worker=index, loaded_version=loaded, continues=loaded % 3 != 2))
 
     def _ask(self) -> None:
         index = self._one_of(list(self.workers))
@@ -176,10 +177,40 @@ class Simulation:
         verdict = self._one_of(["kept", "kept", "constant", "masked", "constant", "kept"])
         age = self._pick(16) == 0
         started = worker.running.pop(lease_id)
-        version = max(0, (worker.loaded if started is None else started) - age)
+        version = max(0, self._oldest(lease_id, worker.loaded if started is None else started) - age)
         done = group_done(lease_id, verdict, version, worker.loaded)
         self.echoes.append(done)
         self.tell(done)
+
+    def _oldest(self, lease_id: int, version: int) -> int:
+        """The lease's oldest version, if its worker began with `version`, perhaps behind what another had sampled."""
+        partial = self.truth.partials.get(self.truth.leases[lease_id].prompt_id)
+        return min(version, partial.min_version) if partial else version
+
+    def _save(self) -> None:
+        """The worker saves what it has sampled; now and then a lease that is over does so, too."""
+        worker, lease_id = self._one_lease()
+        num_more = 1 + self._pick(5)
+        started = worker.running[lease_id]
+        if started is None:
+            return
+        saved = self.truth.partials.get(self.truth.leases[lease_id].prompt_id)
+        partial = core.Partial(
+            min_version=self._oldest(lease_id, started),
+            max_version=max(worker.loaded, saved.max_version if saved else 0),
+            num_tokens=num_more + (saved.num_tokens if saved else 0),
+        )
+        event = core.PartialSaved(lease_id=lease_id, partial=partial)
+        if num_more == 1:
+            self.echoes.append(event)
+        self.tell(event)
+
+    def _hand_back(self) -> None:
+        """What it hands back it may have saved before."""
+        worker, lease_id = self._one_lease()
+        if self._pick(3) == 0:
+            self.echoes.append(core.LeaseHandedBack(lease_id=lease_id))
+            self.tell(core.LeaseHandedBack(lease_id=lease_id))
 
     def _fail(self) -> None:
         worker, lease_id = self._one_lease()

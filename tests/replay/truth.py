@@ -29,12 +29,19 @@ class Truth(Account):
         """Spare groups that this event ends as `filtered`."""
         self.filtered_at_cut: set[int] = set()
         cuts = [action for action in actions if isinstance(action, core.CutBatch)]
+        self.released: dict[int, core.Partial] = {}
+        """By prompt: what is dropped with its lease, which must end next."""
+        before = dict(self.partials)
         for index, action in enumerate(actions):
             match action:
                 case core.GrantLease():
                     self._see_grant(action)
                 case core.EndLease():
                     self._see_lease_end(action, event, answered)
+                case core.SavePartial():
+                    self._see_saved(action, event)
+                case core.DropPartial():
+                    self._see_dropped(action, event)
                 case core.MoveGroup():
                     self._see_group_move(action, event)
                 case core.MovePrompt():
@@ -50,9 +57,12 @@ class Truth(Account):
                     assert index == len(actions) - 1, "the run stops last"
         assert len(cuts) <= 1
         self._check_dropped()
+        if isinstance(event, core.PartialSaved):
+            self._check_saved(event, before)
         self.check()
 
     def check(self) -> None:
+        self.check_partials()
         self._check_exactly_once()
         self._check_staleness()
         self._check_nothing_left_undone()
@@ -66,6 +76,8 @@ class Truth(Account):
         assert action.worker in self.able_workers(), "granted without a credit, or to weights that don't fit"
         assert action.prompt_id == self.next_prompt(), "not the next prompt of the stream"
         assert action.attempt == self.attempts[action.prompt_id] + 1 <= self.max_attempts
+        assert action.num_begun == self.num_saved(action.prompt_id)
+        assert not action.num_begun or action.worker in self.continuing
         self.credits[action.worker] -= 1
         self.leases[action.lease_id] = TrueLease(action.prompt_id, action.worker)
 
@@ -78,6 +90,7 @@ class Truth(Account):
         lease = self.leases.pop(action.lease_id)
         self.ended_leases.add(action.lease_id)
         assert (action.prompt_id, action.worker) == (lease.prompt_id, lease.worker)
+        self._see_kept(action)
         match event:
             case core.GroupArrived() if action.lease_id == event.lease_id:
                 assert action.outcome == "done"
@@ -96,14 +109,52 @@ class Truth(Account):
         assert action.outcome == "withdrawn"
         if isinstance(event, core.WorkerDrained) and action.worker == event.worker:
             return
+        if isinstance(event, core.LeaseHandedBack) and action.lease_id == event.lease_id:
+            return
         if not isinstance(event, core.RunEnded):
-            assert not self.fits(self.lease_version(lease), self.next_step), "withdrawn though it could still make it"
+            versions = [self.lease_version(lease)]
+            versions += [self.released[lease.prompt_id].min_version] if lease.prompt_id in self.released else []
+            assert not self.fits(min(versions), self.next_step), "withdrawn though it could still make it"
             self.attempts[lease.prompt_id] += self.config.on_stale == "requeue"
             self.withdrawn_stale.append(self.num_events)
 
     def _lose(self, lease: TrueLease) -> None:
         self.attempts[lease.prompt_id] += 1
         self.lost.add(lease.prompt_id)
+
+    def _see_saved(self, action: core.SavePartial, event: core.Event) -> None:
+        assert isinstance(event, core.PartialSaved)
+        assert (action.lease_id, action.partial) == (event.lease_id, event.partial)
+        assert self.leases[action.lease_id].prompt_id == action.prompt_id, "saved of another prompt"
+        self.partials[action.prompt_id] = action.partial
+
+    def _check_saved(self, event: core.PartialSaved, before: dict[int, core.Partial]) -> None:
+        """A lease that is over saves nothing, and nothing is saved that is too old."""
+        lease = self.leases.get(event.lease_id)
+        if lease and self.fits(event.partial.min_version, self.next_step):
+            assert self.partials[lease.prompt_id] == event.partial
+        else:
+            assert self.partials == before
+
+    def _see_dropped(self, action: core.DropPartial, event: core.Event) -> None:
+        partial = self.partials.pop(action.prompt_id)
+        leased = action.prompt_id in {lease.prompt_id for lease in self.leases.values()}
+        if leased:
+            assert action.num_lost == 0, "its lease accounts for its tokens"
+            self.released[action.prompt_id] = partial
+            return
+        assert action.num_lost == partial.num_tokens
+        step = self.next_step + self.cut_is_due()
+        ended = self.prompts[action.prompt_id] in ("failed", "unused")
+        cannot = len(self.continuing & self.loaded.keys()) < len(self.loaded)
+        assert ended or cannot or not self.fits(partial.min_version, step), "dropped though it could be continued"
+
+    def _see_kept(self, action: core.EndLease) -> None:
+        """What is saved of a prompt outlives its lease, unless the lease has ended for good."""
+        keeps = action.outcome == "lost" or action.reason in ("drained", "handed back")
+        assert action.num_kept == self.num_saved(action.prompt_id)
+        assert keeps or not action.num_kept
+        assert not (keeps and action.prompt_id in self.released), "what could be continued is gone"
 
     def _see_group_move(self, action: core.MoveGroup, event: core.Event) -> None:
         group = self.groups[action.group_id]

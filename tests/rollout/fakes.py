@@ -33,6 +33,7 @@ from asyncdapo.rollout.config import RolloutConfig
 from asyncdapo.rollout.engine import LoadTimes, Request, Sample
 from asyncdapo.rollout.episodes import SingleTurn
 from asyncdapo.rollout.worker import RolloutWorker
+from asyncdapo.transport.payload import PartialGroup
 from asyncdapo.transport.sockets import Server
 
 M = TypeVar("M", bound=Message)
@@ -136,7 +137,7 @@ class FakeReplay:
 
     def __init__(self, port: int = 0) -> None:
         self._server = Server(
-            Hello | Ask | Started | Loaded | GroupDone | GroupFailed | Heartbeat | EvalDone, port=port
+            Hello | Ask | Started | Loaded | GroupDone | GroupFailed | PartialGroup | Heartbeat | EvalDone, port=port
         )
         self.address = self._server.address
         self.peer = b""
@@ -218,11 +219,17 @@ def join(
     *,
     deterministic: bool = False,
     heartbeat_s: float = HEARTBEAT_S,
+    save_partials_s: float | None = None,
 ) -> tuple[RolloutWorker, FakeReplay]:
     """A worker and the server that it is going to join."""
     replay = FakeReplay()
-    config = RolloutConfig(slots=engine.num_slots, group_size=GROUP_SIZE, deterministic=deterministic)
-    rollouts = SingleTurn(engine, score, one_at_a_time=deterministic)
+    config = RolloutConfig(
+        slots=engine.num_slots,
+        group_size=GROUP_SIZE,
+        deterministic=deterministic,
+        save_partials_s=save_partials_s,
+    )
+    rollouts = SingleTurn(engine, score, one_at_a_time=deterministic, continues=config.continues)
     return RolloutWorker(0, config, heartbeat_s, engine, rollouts, say_tokens, replay.address), replay
 
 
@@ -233,9 +240,12 @@ async def joined(
     *,
     deterministic: bool = False,
     heartbeat_s: float = HEARTBEAT_S,
+    save_partials_s: float | None = None,
 ) -> AsyncIterator[tuple[RolloutWorker, FakeReplay]]:
     """A running worker and the server that has welcomed it. The worker's failure fails the test."""
-    worker, replay = join(engine, score, deterministic=deterministic, heartbeat_s=heartbeat_s)
+    worker, replay = join(
+        engine, score, deterministic=deterministic, heartbeat_s=heartbeat_s, save_partials_s=save_partials_s
+    )
     async with asyncio.TaskGroup() as tasks:
         running = tasks.create_task(worker.run())
         try:

@@ -109,6 +109,13 @@ class Controller(Process):
                 slot.process.die("the driver is gone")
         self.die("the launch is over")
 
+    async def stop(self) -> None:
+        """As Ctrl-C does it. What isn't covered by a checkpoint is undone."""
+        if self.leasing:
+            self.leasing = False
+            await self.replay.ask(lambda replay: replay.server.recall())
+        self.die("asked to stop")
+
     # ---------------------------------------------------------------------------------------------------------- lives
 
     async def _start(self) -> None:

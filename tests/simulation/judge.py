@@ -93,7 +93,11 @@ class Judge:
 
     def observe(self, event: Any, actions: Any) -> None:
         """An event was committed."""
-        self.world.counts["events"] += 1
+        counts = self.world.counts
+        counts["events"] += 1
+        for action in actions:
+            counts["saves"] += isinstance(action, core.SavePartial)
+            counts["continued leases"] += isinstance(action, core.GrantLease) and action.num_begun > 0
         if self.world.traced:
             self.world.note("", f"{event}")
             for action in actions:

@@ -70,6 +70,8 @@ class Plan:
     """From when, for how long a worker's link is down, and whose."""
     leaves: list[tuple[float, float, float, int]] = field(default_factory=list)
     """When a worker is asked to leave, how long it may finish what it holds, for how long it stays away, and which."""
+    stops: list[float] = field(default_factory=list)
+    """When the launch is asked to stop: leases are handed back, and the next launch resumes."""
     curses: dict[int, str] = field(default_factory=dict)
     """What is wrong with a prompt: it kills its worker, hangs, is slow, breaks its group, or its reward raises."""
     disk_full_at: int = 0
@@ -93,9 +95,14 @@ class Plan:
         return 1 + number % 3 + (9 if number == 0 else 0)
 
     @property
+    def save_partials_s(self) -> float | None:
+        """None for a third of the runs: what is sampled is saved only when it is handed back."""
+        return (None, HEARTBEAT_S, 2 * HEARTBEAT_S)[self.seed % 3]
+
+    @property
     def gentle(self) -> bool:
         """No message is lost or overtaken and no process dies, so that nobody can lose count."""
-        links = self.links.drop or self.links.truncate or self.links.reorder or self.cuts or self.leaves
+        links = self.links.drop or self.links.truncate or self.links.reorder or self.cuts or self.leaves or self.stops
         return not (links or self.kills_at or self.kills_in or self.curses)
 
 
@@ -129,7 +136,12 @@ def draw(seed: int) -> Plan:
         "ends_wildly": rng.random() < 0.3,
         "links": _links(rng, seed, wild),
     }
-    return Plan(**plan, **(_faults(rng, settles_at) if wild else {}), leaves=_leaves(seed, settles_at))
+    return Plan(
+        **plan,
+        **(_faults(rng, settles_at) if wild else {}),
+        leaves=_leaves(seed, settles_at),
+        stops=_stops(seed, settles_at),
+    )
 
 
 def _leaves(seed: int, settles_at: float) -> list[tuple[float, float, float, int]]:
@@ -139,6 +151,12 @@ def _leaves(seed: int, settles_at: float) -> list[tuple[float, float, float, int
         (rng.uniform(0, settles_at), rng.choice((0.0, 1.0, 10.0)), rng.choice((0.0, 2.0, 12.0)), rng.randint(0, 2))
         for _ in range(rng.choice((0, 0, 1, 2, 4)))
     ]
+
+
+def _stops(seed: int, settles_at: float) -> list[float]:
+    """Of a third of the runs, with numbers of their own."""
+    rng = random.Random(f"{seed} stops")
+    return [rng.uniform(0, settles_at) for _ in range(rng.choice((0, 0, 0, 0, 1, 2)))]
 
 
 def _replay(rng: random.Random) -> ReplayConfig:

@@ -17,7 +17,7 @@ import numpy as np
 from asyncdapo.errors import RewardError
 from asyncdapo.messages import Prompt, Score
 from asyncdapo.rollout.config import RolloutConfig
-from asyncdapo.rollout.engine import LoadTimes, Request, Sample
+from asyncdapo.rollout.engine import LoadTimes, Request, Sample, Sampled
 from asyncdapo.rollout.episodes import SingleTurn
 from asyncdapo.rollout.worker import RolloutWorker
 from tests.simulation.plan import GROUP_SIZE
@@ -36,6 +36,8 @@ class Engine:
         self.num_outstanding = self.loaded_version = self.weights = 0
         self.stops_to_load = False
         self._num_running = self._num_tokens = 0
+        self._running: list[tuple[Request, list[int], list[tuple[int, int]]]] = []
+        """Tokens and versions so far, the same for all samples of a request."""
         self._freed = asyncio.Event()
 
     async def load_weights(self, version: int, weights: Mapping[str, int]) -> LoadTimes:
@@ -75,6 +77,36 @@ class Engine:
         tokens: list[int] = []
         versions: list[tuple[int, int]] = []
         num_tokens = plan.num_tokens(prompt_id, self.weights) + (12 if curse == "slow" else 0)
+        self._running.append((request, tokens, versions))
+        try:
+            await self._sample_tokens(request, num, max(1, num_tokens - request.num_begun), curse, tokens, versions)
+        finally:
+            self._running = [running for running in self._running if running[0] is not request]
+        return tokens, versions
+
+    async def so_far(self, request: Request) -> list[Sampled]:
+        await asyncio.sleep(0.01)
+        return [
+            Sampled(
+                token_ids=np.array(tokens, np.int32),
+                logprobs=np.full(len(tokens), -0.5, np.float32),
+                versions=list(versions),
+            )
+            for running, tokens, versions in self._running
+            if running is request
+            for _ in request.seeds
+        ]
+
+    async def _sample_tokens(
+        self,
+        request: Request,
+        num: int,
+        num_tokens: int,
+        curse: str | None,
+        tokens: list[int],
+        versions: list[tuple[int, int]],
+    ) -> None:
+        plan = self._world.plan
         for index in range(num_tokens):
             if curse == "hangs":
                 await self._world.loop.create_future()
@@ -90,7 +122,6 @@ class Engine:
             self._num_tokens += num
             if index == 0 and request.on_started:
                 request.on_started(self.loaded_version)
-        return tokens, versions
 
     def gauges(self) -> dict[str, float]:
         return {"tokens": self._num_tokens}
@@ -103,7 +134,9 @@ class Rollout(Process):
 
     def __init__(self, world: World, index: int) -> None:
         super().__init__(world, f"rollout-{index}")
-        config = RolloutConfig(group_size=GROUP_SIZE, slots=world.plan.num_slots)
+        config = RolloutConfig(
+            group_size=GROUP_SIZE, slots=world.plan.num_slots, save_partials_s=world.plan.save_partials_s
+        )
         self.engine = Engine(world)
         self.worker: RolloutWorker = self.inside(
             RolloutWorker,

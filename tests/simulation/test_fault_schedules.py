@@ -62,6 +62,8 @@ def test_whatever_goes_wrong_the_run_comes_to_a_sound_end(number: int) -> None:
     assert counts["batches with copies"] >= NUM_SEEDS / 10
     assert counts["early batches"] >= NUM_SEEDS / 10
     assert counts["leaves"] >= NUM_SEEDS / 5
+    assert counts["saves"] >= NUM_SEEDS / 4
+    assert counts["continued leases"] >= NUM_SEEDS / 12
     assert counts["unreadable batches"] >= NUM_SEEDS / 100
 
 

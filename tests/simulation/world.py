@@ -148,6 +148,8 @@ class World:
             later(at + how_long, self.network.cut_off.discard, f"rollout-{index}")
         for at, *how in plan.leaves:
             later(at, self._ask_to_leave, *how)
+        for at in plan.stops:
+            later(at, self._stop)
         for at in plan.harms_at:
             later(at, self._do_harm)
         later(plan.settles_at, self.settle)
@@ -166,6 +168,10 @@ class World:
         if not self.settled and index < len(self.controller.workers):
             self.note("leaves", f"rollout-{index} is asked to leave within {within_s:g} s")
             self.controller.workers[index].leave(within_s, away_s)
+
+    def _stop(self) -> None:
+        if not self.settled and self.controller.alive:
+            self.controller.spawn(self.controller.stop())
 
     def _cut_off(self, name: str) -> None:
         if not self.settled:

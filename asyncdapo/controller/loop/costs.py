@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from asyncdapo.controller.fleet.placement import Placement
 from asyncdapo.replay.server.accounts import TOKEN_ENDS, WORKERS_ENDS
 
-CLASSES = (*TOKEN_ENDS, *WORKERS_ENDS, "held", "in_flight")
+CLASSES = (*TOKEN_ENDS, *WORKERS_ENDS, "held", "partial", "in_flight")
 GPU_S = {"rollout": "rollout/gpu_s", "learner": "learner/gpu_s"}
 """By role."""
 

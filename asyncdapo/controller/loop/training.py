@@ -76,8 +76,10 @@ class Training:
             self._pausing = asyncio.ensure_future(self.fleet.replay.ask(lambda replay: replay.pause))
 
     async def keep(self, say: Callable[[str], None]) -> None:
-        """Keep what is done, so that the same command resumes from here. `say` is told what it waits for, whenever a
-        checkpoint was copied and is being written."""
+        """Keep what is done, so that the same command resumes from here: what is sampled of running groups, too. `say`
+        is told what it waits for, whenever a checkpoint was copied and is being written."""
+        if self.leasing:
+            await self.fleet.replay.ask(lambda replay: replay.recall)
         await self._checkpoints.written(say)
         if self.leasing and self._checkpoints.step < self.step:
             await self._checkpoints.begin(self.step, self._counters)

@@ -74,7 +74,13 @@ def make_judging(config: Config, engine: Engine, tokenizer: TextTokenizer) -> Ju
     )
     scorer = Scorer(reward.verifier, pool, tokenizer.decode, scale)
     return Judging(
-        rollouts=SingleTurn(engine, scorer, one_at_a_time=config.rollout.deterministic, account=scorer.account),
+        rollouts=SingleTurn(
+            engine,
+            scorer,
+            one_at_a_time=config.rollout.deterministic,
+            continues=config.rollout.continues,
+            account=scorer.account,
+        ),
         processes=scorer,
         role="scorer",
         most=reward.processes,

@@ -130,6 +130,10 @@ class ReplayProcess(ProcessBase):
         """Grant none from now on."""
         await self.server.pause()
 
+    async def recall(self) -> None:
+        """Grant none from now on, and have all that are granted handed back with what is sampled."""
+        await self.server.recall()
+
     async def roll_back(self, step: int, reason: str) -> int:
         """Go back to the checkpoint of `step`. Returns the new branch."""
         return await self.server.roll_back(step, reason)

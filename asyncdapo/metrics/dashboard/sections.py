@@ -17,7 +17,7 @@ from asyncdapo.metrics.jsonl import UNDONE_BY
 from asyncdapo.metrics.verdict.verdict import LIMITS
 from asyncdapo.metrics.verdict.window import LOOP, SHOWN_FATES
 
-SCHEMA = 1
+SCHEMA = 2
 """Version of `SECTIONS`. A saved board of a lower version is replaced."""
 MAX_PANELS = 8
 

@@ -19,9 +19,11 @@ Line = Mapping[str, float]
 
 LOOP = ("wait", "train", "publish", "checkpoint", "report", "parity")
 """States of the training loop, `controller/STATE_s`."""
-FATES = ("trained", "filtered", "evaluation", "expired", "withdrawn", "late", "surplus", "lost", "undone", "failed")
+FATES = tuple("trained filtered evaluation expired withdrawn late surplus lost undone dropped failed".split())
 """How tokens end, `replay/tokens_FATE`."""
-SHOWN_FATES = tuple("trained filtered expired surplus undone failed withdrawn lost late probe evaluation".split())
+SHOWN_FATES = tuple(
+    "trained filtered expired surplus undone dropped failed withdrawn lost late probe evaluation".split()
+)
 """`FATES` and that of probes, in the order in which charts and panels have them."""
 MIN_COVERED = 0.5
 """Share of the time for which workers must have told what they did. Their heartbeats may lag."""

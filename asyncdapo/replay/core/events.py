@@ -35,6 +35,15 @@ LEASE_ENDS = ("late", "withdrawn", "lost", "rejected", "failed")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Partial:
+    """What is sampled of a group that isn't complete: at least one token."""
+
+    min_version: int
+    max_version: int
+    num_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Event:
     """Something that happened."""
 
@@ -45,6 +54,8 @@ class WorkerJoined(Event):
 
     worker: int
     loaded_version: int
+    continues: bool = True
+    """Whether it continues what others have sampled in part."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,6 +127,21 @@ class LeaseLost(Event):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class PartialSaved(Event):
+    """What is sampled of a running lease by now. It replaces what was saved of its prompt before."""
+
+    lease_id: int
+    partial: Partial
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LeaseHandedBack(Event):
+    """The worker has stopped the lease. It costs the prompt no attempt."""
+
+    lease_id: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class CloseGenBatch(Event):
     """The open generation batch ends with the latest verdict, even if it isn't full (the prompts came in one list)."""
 
@@ -160,6 +186,27 @@ class GrantLease(Action):
     worker: int
     attempt: int
     """1 for the first. Surplus and rollback don't count as attempts."""
+    num_begun: int = 0
+    """Tokens that are saved of its prompt: the worker continues behind them."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SavePartial(Action):
+    """Keep what is sampled of the prompt, in place of what was saved before."""
+
+    prompt_id: int
+    lease_id: int
+    partial: Partial
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DropPartial(Action):
+    """Delete what is saved of the prompt."""
+
+    prompt_id: int
+    num_lost: int
+    """Tokens that end with it; 0 if they are in the prompt's group, or end with its lease."""
+    reason: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -196,8 +243,8 @@ class EndLease(Action):
 
     done       its group was accepted: acknowledge it
     late       a group arrived for a lease that is over: acknowledge and drop it
-    withdrawn  the worker must stop: the lease would miss the staleness bound, the step no longer needs it, or the
-               worker leaves ("drained")
+    withdrawn  the worker must stop: the lease would miss the staleness bound, the step no longer needs it, the
+               worker leaves ("drained"), or has stopped it ("handed back")
     lost, rejected, failed   as the event said
     """
 
@@ -206,6 +253,8 @@ class EndLease(Action):
     worker: int | None
     outcome: Literal["done", "late", "withdrawn", "lost", "rejected", "failed"]
     reason: str = ""
+    num_kept: int = 0
+    """Of its tokens, those that stay saved for the prompt's next lease."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,21 +1,23 @@
-"""Leases: which workers are alive, and which lease each of them runs.
+"""Leases: which workers are alive, which lease each of them runs, and what is saved of groups that aren't complete.
 
 In: sessions that begin and end, credits, loaded versions, and the leases that the state grants and ends. Out:
-`GrantLease` and `EndLease` actions, the worker for the next lease, and the leases that the staleness bound would end.
+`GrantLease` and `EndLease` actions, the worker for the next lease, and the leases that the staleness bound would end;
+`SavePartial` and `DropPartial`.
 
 Invariants: every lease used a credit of its worker, a `lease_id` is never reused, and a lease ends once. A group that
-arrives after its lease has ended is late. Does not own: when a lease is granted (`admission.py`), and what happens to
-the prompt after its lease has ended (`lifecycle.py`).
+arrives after its lease has ended is late. What is saved of a prompt fits the next batch, and goes to one lease at a
+time; it stays until the prompt has a group or an end, or is too old. Does not own: when a lease is granted
+(`admission.py`), and what happens to the prompt after its lease has ended (`lifecycle.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from asyncdapo.replay.core.events import Action, EndLease, GrantLease
-from asyncdapo.replay.core.recovery import KnownWorker, OpenLease
+from asyncdapo.replay.core.events import Action, DropPartial, EndLease, GrantLease, Partial, SavePartial
+from asyncdapo.replay.core.recovery import Recovered
 from asyncdapo.replay.core.staleness import StalenessBound
 
 Outcome = Literal["done", "withdrawn", "lost", "rejected", "failed"]
@@ -30,6 +32,8 @@ class Worker:
     """Leases that it can start now."""
     pace: float = 1.0
     """How fast it samples a sequence, as a share of the mean of all."""
+    continues: bool = True
+    """Whether it continues what others have sampled in part."""
 
 
 @dataclass(slots=True)
@@ -43,6 +47,39 @@ class Lease:
     """Version that sampled its first token; None until then."""
 
 
+class Partials:
+    """What is saved of prompts: of those whose lease runs, and of those that wait."""
+
+    def __init__(self, bound: StalenessBound, do: Callable[[Action], None], saved: Mapping[int, Partial]) -> None:
+        self.saved = dict(saved)
+        """By `prompt_id`."""
+        self._bound, self._do = bound, do
+
+    def num_tokens(self, prompt_id: int) -> int:
+        """0 if nothing is saved of it."""
+        return self.saved[prompt_id].num_tokens if prompt_id in self.saved else 0
+
+    def save(self, prompt_id: int, lease_id: int, partial: Partial) -> None:
+        self.saved[prompt_id] = partial
+        self._do(SavePartial(prompt_id=prompt_id, lease_id=lease_id, partial=partial))
+
+    def drop(self, prompt_id: int, reason: str) -> None:
+        """What is saved of a prompt without a lease is lost."""
+        if partial := self.saved.pop(prompt_id, None):
+            self._do(DropPartial(prompt_id=prompt_id, num_lost=partial.num_tokens, reason=reason))
+
+    def drop_stale(self, step: int) -> None:
+        """Drop what would miss the bound in batch `step`. Leases that it was given to have ended."""
+        for prompt_id, partial in list(self.saved.items()):
+            if not self._bound.fits(partial.min_version, step):
+                self.drop(prompt_id, "stale")
+
+    def release(self, prompt_id: int) -> None:
+        """Its lease ends for good, and its tokens are accounted for with that."""
+        if self.saved.pop(prompt_id, None):
+            self._do(DropPartial(prompt_id=prompt_id, num_lost=0, reason=""))
+
+
 class Leases:
     """Live workers and running leases."""
 
@@ -50,19 +87,18 @@ class Leases:
         self,
         bound: StalenessBound,
         do: Callable[[Action], None],
-        *,
-        workers: Mapping[int, KnownWorker],
-        running: Iterable[OpenLease],
-        num_granted: int,
+        was: Recovered,
     ) -> None:
-        """`do` takes the actions. The other arguments come from a former process; workers report their credits
-        again."""
-        self.workers = {index: Worker(worker.loaded_version) for index, worker in workers.items()}
+        """`do` takes the actions. `was`: what a former process knew. Workers report their credits again."""
+        self.workers = {
+            index: Worker(worker.loaded_version, continues=worker.continues) for index, worker in was.workers.items()
+        }
+        self.partials = Partials(bound, do, was.partials)
         self.running = {
             lease.lease_id: Lease(lease.lease_id, lease.prompt_id, lease.worker, lease.started_version)
-            for lease in running
+            for lease in was.leases
         }
-        self.num_granted = num_granted
+        self.num_granted = was.num_leases
         """Leases so far; also the last `lease_id`."""
         self._bound = bound
         self._do = do
@@ -72,15 +108,15 @@ class Leases:
         """Leases that the workers could start now."""
         return sum(worker.credits for worker in self.workers.values())
 
-    def join(self, worker: int, loaded_version: int) -> None:
+    def join(self, worker: int, loaded_version: int, continues: bool) -> None:
         assert worker not in self.workers, f"worker {worker} joined twice"
-        self.workers[worker] = Worker(loaded_version)
+        self.workers[worker] = Worker(loaded_version, continues=continues)
 
     def leave(self, worker: int, outcome: Outcome, reason: str) -> list[Lease]:
         """The worker is gone. Ends and returns the leases that it held."""
         held = [lease for lease in self.running.values() if lease.worker == worker]
         for lease in held:
-            self.end(lease, outcome, reason)
+            self.end(lease, outcome, reason, keep=True)
         del self.workers[worker]
         return held
 
@@ -102,19 +138,45 @@ class Leases:
         ]
         return -max(able)[2] if able else None
 
-    def grant(self, prompt_id: int, worker: int, attempt: int) -> None:
-        """Grant a lease for one credit of the worker."""
+    def grant(self, prompt_id: int, worker: int, attempt: int, step: int) -> None:
+        """Grant a lease for one credit of the worker, for batch `step` at the earliest."""
+        begun = self.partials.saved.get(prompt_id)
+        if begun and not self._bound.fits(begun.min_version, step):
+            self.partials.drop(prompt_id, "stale")
+        if not self.workers[worker].continues:
+            self.partials.drop(prompt_id, f"worker {worker} can't continue it")
         self.workers[worker].credits -= 1
         self.num_granted += 1
         lease = Lease(lease_id=self.num_granted, prompt_id=prompt_id, worker=worker)
         self.running[lease.lease_id] = lease
-        self._do(GrantLease(lease_id=lease.lease_id, prompt_id=prompt_id, worker=worker, attempt=attempt))
+        self._do(
+            GrantLease(
+                lease_id=lease.lease_id,
+                prompt_id=prompt_id,
+                worker=worker,
+                attempt=attempt,
+                num_begun=self.partials.num_tokens(prompt_id),
+            )
+        )
 
-    def end(self, lease: Lease, outcome: Outcome, reason: str = "") -> None:
+    def save(self, lease_id: int, partial: Partial, step: int) -> None:
+        """Save what is sampled of a lease, if it runs, and this fits batch `step`."""
+        if lease_id in self.running and self._bound.fits(partial.min_version, step):
+            self.partials.save(self.running[lease_id].prompt_id, lease_id, partial)
+
+    def end(self, lease: Lease, outcome: Outcome, reason: str = "", *, keep: bool = False) -> None:
+        """`keep`: what is saved stays for the prompt's next lease."""
+        if not keep:
+            self.partials.release(lease.prompt_id)
         del self.running[lease.lease_id]
         self._do(
             EndLease(
-                lease_id=lease.lease_id, prompt_id=lease.prompt_id, worker=lease.worker, outcome=outcome, reason=reason
+                lease_id=lease.lease_id,
+                prompt_id=lease.prompt_id,
+                worker=lease.worker,
+                outcome=outcome,
+                reason=reason,
+                num_kept=self.partials.num_tokens(lease.prompt_id),
             )
         )
 
@@ -131,8 +193,14 @@ class Leases:
         """Running leases whose group would miss the bound in batch `step`."""
         return [lease for lease in self.running.values() if not self._bound.fits(self._oldest_version(lease), step)]
 
+    @property
+    def num_partial_tokens(self) -> int:
+        """Saved of prompts that have no lease."""
+        leased = {lease.prompt_id for lease in self.running.values()}
+        return sum(partial.num_tokens for prompt_id, partial in self.partials.saved.items() if prompt_id not in leased)
+
     def _oldest_version(self, lease: Lease) -> int:
         """Lowest version that a token of the lease can have. Before its first token: that of the worker's weights."""
-        if lease.started_version is not None:
-            return lease.started_version
-        return self.workers[lease.worker].loaded_version
+        own = self.workers[lease.worker].loaded_version if lease.started_version is None else lease.started_version
+        begun = self.partials.saved.get(lease.prompt_id)
+        return min(own, begun.min_version) if begun else own

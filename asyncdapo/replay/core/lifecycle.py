@@ -42,18 +42,18 @@ class Lifecycle:
     def __init__(
         self,
         stream: PromptStream,
-        *,
+        prompts: Mapping[int, tuple[PromptState, int]],
+        do: Callable[[Action], None],
+        drop_partial: Callable[[int, str], None],
         max_attempts: int,
         on_stale: Literal["auto", "drop", "requeue", "wait"],
-        do: Callable[[Action], None],
-        prompts: Mapping[int, tuple[PromptState, int]],
     ) -> None:
-        """`do` takes the actions. `prompts`: state and attempts of those that a former process leased and that haven't
-        ended."""
+        """`prompts`: state and attempts of those that a former process leased and that haven't ended. `do` takes the
+        actions. `drop_partial`: what is saved of a prompt, when it ends, and why."""
         self._stream = stream
         self._max_attempts = max_attempts
         self._on_stale = on_stale
-        self._do = do
+        self._do, self._drop_partial = do, drop_partial
         self._states: dict[int, PromptState] = {prompt_id: state for prompt_id, (state, _) in prompts.items()}
         self._attempts = Counter({prompt_id: attempts for prompt_id, (_, attempts) in prompts.items()})
 
@@ -83,6 +83,7 @@ class Lifecycle:
         self._states[prompt_id] = state
         if state not in MOVES:
             del self._states[prompt_id], self._attempts[prompt_id]
+            self._drop_partial(prompt_id, reason)
 
     def move_group(self, group: HeldGroup, state: GroupState, *, step: int | None = None, reason: str = "") -> None:
         """The group is in `state` from now on. Its prompt is moved separately."""

@@ -250,5 +250,6 @@ class NextBatch:
             self.patience.dropped += 1
             self._leases.end(lease, "withdrawn", "stale")
             self._prompts.expire(lease.prompt_id)
+        self._leases.partials.drop_stale(step)
         for group in self._held.take_stale(self._bound, step):
             self.expire(group)

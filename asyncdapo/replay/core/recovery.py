@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from asyncdapo.replay.core.batch import HeldGroup
-from asyncdapo.replay.core.events import PromptState, StopRun
+from asyncdapo.replay.core.events import Partial, PromptState, StopRun
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,6 +37,7 @@ class KnownWorker:
 
     session: str
     loaded_version: int
+    continues: bool = True
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,7 +57,8 @@ class Totals:
     """Counts since the start, without undone history. The accounts resume from them."""
 
     tokens: dict[str, int] = field(default_factory=dict[str, int])
-    """Sampled tokens by the end of their group (`trained filtered expired surplus failed`), and `undone`."""
+    """Sampled tokens by the end of their group (`trained filtered expired surplus failed`), `undone`, and `dropped`:
+    saved for a group that wasn't continued."""
     completions: dict[str, int] = field(default_factory=dict[str, int])
     """Completions, by the same keys."""
     groups: dict[str, int] = field(default_factory=dict[str, int])
@@ -104,6 +106,8 @@ class Recovered:
     num_leases: int = 0
     """The highest `lease_id` so far, undone leases included: ids are never reused."""
     workers: dict[int, KnownWorker] = field(default_factory=dict[int, KnownWorker])
+    partials: dict[int, Partial] = field(default_factory=dict[int, Partial])
+    """What is saved of groups that aren't complete, by `prompt_id`."""
 
     measured: list[tuple[float, float]] = field(default_factory=list[tuple[float, float]])
     """What `run_ahead: auto` measured in the latest steps, of the workers and of the learner, oldest first."""
@@ -118,6 +122,13 @@ class Recovered:
     """The step being filled has used up its generation batches, and its batch isn't cut yet."""
 
     totals: Totals = field(default_factory=Totals)
+
+    @property
+    def num_partial_tokens(self) -> int:
+        """Saved of prompts that wait."""
+        waiting = (partial for prompt_id, partial in self.partials.items() if prompt_id in self.places)
+        return sum(partial.num_tokens for partial in waiting)
+
     first_lease_at_s: float | None = None
     """When the run granted its first lease, undone leases included."""
     over: bool = False

@@ -41,7 +41,9 @@ from asyncdapo.replay.core.events import (
     Event,
     GroupArrived,
     LeaseFailed,
+    LeaseHandedBack,
     LeaseLost,
+    PartialSaved,
     Published,
     Ready,
     RunEnded,
@@ -92,12 +94,9 @@ class ReplayState:
         self.stream = PromptStream(
             num_prompts, delay, num_fresh=num_fresh, places=places, expected_tokens=expected_tokens
         )
-        self.prompts = Lifecycle(
-            self.stream, max_attempts=max_attempts, on_stale=config.on_stale, do=self._do, prompts=was.prompts
-        )
-        self.leases = Leases(
-            self.bound, do=self._do, workers=was.workers, running=was.leases, num_granted=was.num_leases
-        )
+        self.leases = Leases(self.bound, self._do, was)
+        end_partial = self.leases.partials.drop
+        self.prompts = Lifecycle(self.stream, was.prompts, self._do, end_partial, max_attempts, config.on_stale)
         self.held = Held(config, filter, was.queued, was.spare)
         self.cut_batches = CutBatches(was.batches, was.copies, was.in_training)
         self.next_batch = NextBatch(
@@ -137,7 +136,7 @@ class ReplayState:
     def _take_in(self, event: Event) -> None:
         match event:
             case WorkerJoined():
-                self.leases.join(event.worker, event.loaded_version)
+                self.leases.join(event.worker, event.loaded_version, event.continues)
             case WorkerLost():
                 for lease in self.leases.leave(event.worker, "lost", "worker lost"):
                     self.prompts.lose(lease.prompt_id, "worker lost")
@@ -157,6 +156,12 @@ class ReplayState:
                     self.prompts.move(lease.prompt_id, "failed", reason="reward")
             case LeaseLost():
                 self._lose_lease(event)
+            case PartialSaved():
+                self.leases.save(event.lease_id, event.partial, self.next_batch.step)
+            case LeaseHandedBack():
+                if lease := self.leases.running.get(event.lease_id):
+                    self.leases.end(lease, "withdrawn", "handed back", keep=True)
+                    self.prompts.hand_back(lease.prompt_id, "handed back")
             case CloseGenBatch():
                 self.next_batch.gen_batches.open(self.next_batch.step)
                 self.next_batch.close_gen_batch(run_over=self.over)
@@ -193,7 +198,7 @@ class ReplayState:
             if worker is None:
                 return
             prompt_id = self.stream.take()
-            self.leases.grant(prompt_id, worker, self.prompts.next_attempt(prompt_id))
+            self.leases.grant(prompt_id, worker, self.prompts.next_attempt(prompt_id), step)
             self.prompts.move(prompt_id, "leased")
             self._retire()
 
@@ -222,7 +227,8 @@ class ReplayState:
 
     def _lose_lease(self, event: LeaseLost) -> None:
         if lease := self.leases.running.get(event.lease_id):
-            self.leases.end(lease, "rejected" if event.reason == "rejected" else "lost", event.reason)
+            rejected = event.reason == "rejected"
+            self.leases.end(lease, "rejected" if rejected else "lost", event.reason, keep=not rejected)
             self.prompts.lose(lease.prompt_id, event.reason)
 
     # ------------------------------------------------------------------------------------------------------ groups

@@ -23,7 +23,7 @@ from asyncdapo.replay.ledger.contexts import header_problem, token_problem
 from asyncdapo.replay.ledger.invariants import INVARIANTS, NUM_COPIES
 from asyncdapo.replay.ledger.ledger import LEDGER_FILE, PAYLOAD_FOLDER, check_values, is_begun, open_ledger
 from asyncdapo.replay.ledger.payloads import BadRecord, Place, read_record
-from asyncdapo.replay.ledger.schema import HELD_STATES, LEDGER_SCHEMA
+from asyncdapo.replay.ledger.schema import HELD_STATES, LEDGER_SCHEMA, PARTIALS_TABLE
 
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
@@ -128,6 +128,8 @@ def _open(run_dir: Path) -> sqlite3.Connection:
         if row is None or row[0] != LEDGER_SCHEMA:
             raise _Unreadable(f"{LEDGER_FILE}: schema {row and row[0]}, this program reads {LEDGER_SCHEMA}")
         check_values(ledger)
+        if not ledger.execute("SELECT 1 FROM sqlite_master WHERE name = 'partials'").fetchone():
+            ledger.execute(PARTIALS_TABLE.replace("TABLE", "TEMPORARY TABLE", 1))  # a run from before it was there
     except (sqlite3.Error, _Unreadable):
         ledger.close()
         raise

@@ -17,6 +17,7 @@ from asyncdapo.replay.core import events as core
 from asyncdapo.replay.ledger import reload
 from asyncdapo.replay.ledger.payloads import Place, Segments
 from asyncdapo.replay.ledger.schema import HELD_STATES
+from asyncdapo.transport.codec import Buffer
 from asyncdapo.transport.payload import Payload
 
 
@@ -37,6 +38,8 @@ class Entry:
     """Unix time of the entry."""
     arrived: tuple[Group, Payload] | None
     """Header and buffers of a `GroupDone`."""
+    saved: Sequence[Buffer]
+    """Header and buffers of a `PartialGroup`."""
     detail: str
     """Session of a `WorkerJoined`; why a worker left, a group was rejected or its reward function failed."""
 
@@ -76,9 +79,9 @@ class Entry:
 
     def _write_event(self, event: core.Event) -> None:
         match event:
-            case core.WorkerJoined(worker=worker, loaded_version=version):
+            case core.WorkerJoined(worker=worker, loaded_version=version, continues=continues):
                 self.sessions[worker] = self.detail
-                self._insert_event("worker_joined", worker=worker, detail=self.detail)
+                self._insert_event("worker_joined", worker=worker, number=int(continues), detail=self.detail)
                 self._insert_load(worker, version)
             case core.WorkerLost(worker=worker):
                 self._insert_event("worker_lost", worker=worker, detail=self.detail)
@@ -103,6 +106,12 @@ class Entry:
                 self._move_group(action)
             case core.EndLease():
                 self._end_lease(action)
+            case core.SavePartial():
+                self._save_partial(action)
+            case core.DropPartial(prompt_id=prompt_id, num_lost=num_lost, reason=reason):
+                self.db.execute("DELETE FROM partials WHERE prompt_id = ?", (prompt_id,))
+                if num_lost:
+                    self._insert_event("partial_dropped", prompt_id=prompt_id, number=num_lost, detail=reason)
             case core.CutBatch(step=step, copies=copies):
                 self._insert_event("cut", step=step, number=sum(copies))
             case core.GenBatchClosed(step=step, number=number, limit_reached=reached):
@@ -154,6 +163,14 @@ class Entry:
             " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
             (action.lease_id, action.prompt_id, self.branch, action.attempt, action.worker, session, *self._stamp),
         )
+        if action.num_begun:
+            self._insert_event(
+                "continued",
+                lease_id=action.lease_id,
+                prompt_id=action.prompt_id,
+                worker=action.worker,
+                number=action.num_begun,
+            )
 
     def _move_prompt(self, action: core.MovePrompt) -> None:
         moved = self.db.execute(
@@ -178,6 +195,18 @@ class Entry:
                 worker=action.worker,
                 detail=self.detail or action.reason,
             )
+
+    def _save_partial(self, action: core.SavePartial) -> None:
+        saved = action.partial
+        self.db.execute(
+            "INSERT OR REPLACE INTO partials VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (
+                *(action.prompt_id, action.lease_id),
+                *(saved.min_version, saved.max_version, saved.num_tokens),
+                *self.saved,
+                *self._stamp,
+            ),
+        )
 
     def _move_group(self, action: core.MoveGroup) -> None:
         """A group gets its row with its first move."""

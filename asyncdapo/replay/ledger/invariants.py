@@ -76,6 +76,13 @@ INVARIANTS = {
     "a lease that is done has its group": """
         SELECT lease_id, prompt_id FROM leases
         WHERE outcome = 'done' AND lease_id NOT IN (SELECT lease_id FROM groups)""",
+    "what is saved is of a prompt that waits or is leased": """
+        SELECT prompt_id FROM partials
+        WHERE prompt_id NOT IN (SELECT prompt_id FROM prompts WHERE state IN ('waiting','leased'))""",
+    "what is saved has tokens, of weights that are there": """
+        SELECT prompt_id, tokens, min_version, max_version FROM partials
+        WHERE tokens < 1 OR min_version < 0 OR min_version > max_version
+            OR max_version > (SELECT COALESCE(MAX(step), 0) FROM events WHERE kind = 'cut')""",
     # -------------------------------------------------------------------------------------------------------- groups
     "a group is in a legal state": f"""
         SELECT group_id, state FROM groups WHERE state NOT IN ({_GROUP_STATES})""",

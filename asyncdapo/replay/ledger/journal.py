@@ -44,6 +44,7 @@ from asyncdapo.replay.ledger.ledger import (
 from asyncdapo.replay.ledger.payloads import SEGMENT_BYTES, Place, Segments
 from asyncdapo.replay.ledger.rollback import Rollback
 from asyncdapo.replay.ledger.schema import HELD_STATES
+from asyncdapo.transport.codec import Buffer
 from asyncdapo.transport.payload import Payload
 
 RECORDED_EVENTS = (
@@ -150,6 +151,7 @@ class Journal:
         *,
         prompts: Sequence[Prompt] = (),
         arrived: tuple[Group, Payload] | None = None,
+        saved: Sequence[Buffer] = (),
         detail: str = "",
         summary: Mapping[str, float] | None = None,
     ) -> None:
@@ -158,6 +160,7 @@ class Journal:
 
         prompts  the prompts of the leases granted in `actions`
         arrived  header and buffers of a `GroupDone`
+        saved    header and buffers of a `PartialGroup`
         detail   session of a `WorkerJoined`; why a group was rejected or its reward function failed
         summary  what the learner reports of a `Trained` step
         """
@@ -173,6 +176,7 @@ class Journal:
             position=self._position,
             at_s=time.time(),
             arrived=arrived,
+            saved=saved,
             detail=detail,
         )
         with self.together(), disk_errors(self._path):
@@ -191,6 +195,15 @@ class Journal:
     def read_header(self, place: Place) -> Group:
         """The group without its payload. As `read`."""
         return self._segments.read_header(place)
+
+    def read_partial(self, prompt_id: int, lease_id: int) -> Sequence[bytes]:
+        """Header and buffers of what former leases than this one have sampled of the prompt; empty if that is
+        nothing."""
+        row = self._db.execute(
+            "SELECT completions, token_ids, logprobs FROM partials WHERE prompt_id = ? AND lease_id < ?",
+            (prompt_id, lease_id),
+        )
+        return row.fetchone() or ()
 
     def answer_lengths(self) -> dict[tuple[str, int], float]:
         """See `reload.answer_lengths`."""

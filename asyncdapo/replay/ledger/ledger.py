@@ -17,7 +17,7 @@ from asyncdapo.disk import LockedError, lock_file
 from asyncdapo.errors import RunError, UserError
 from asyncdapo.messages import Group
 from asyncdapo.replay.ledger.payloads import Place, read_record
-from asyncdapo.replay.ledger.schema import LEDGER_SCHEMA, TABLES, UNDONE_TABLES
+from asyncdapo.replay.ledger.schema import LEDGER_SCHEMA, PARTIALS_TABLE, TABLES, UNDONE_TABLES
 from asyncdapo.transport.payload import Payload
 
 LEDGER_FILE = "ledger.db"
@@ -51,6 +51,7 @@ def open_for_writing(path: Path) -> sqlite3.Connection:
     if not _has_tables(ledger):
         _start(ledger)
     _check_schema(ledger, path)
+    ledger.execute(PARTIALS_TABLE)
     return ledger
 
 

@@ -42,6 +42,7 @@ def recover(db: sqlite3.Connection) -> Recovered:
         or 0,
         workers=_known_workers(db, branch),
         measured=_measured(db),
+        partials=_partials(db),
         verdicts=_verdicts(db),
         totals=_totals(db),
         first_lease_at_s=_one(
@@ -111,7 +112,8 @@ def last_position(db: sqlite3.Connection) -> int:
         for column in names
         for prefix in ("", "undone_")
     ]
-    return max(position or 0 for position in [*highest, _one(db, "SELECT MAX(opened_pos) FROM branches")])
+    last = [_one(db, "SELECT MAX(opened_pos) FROM branches"), _one(db, "SELECT MAX(saved_pos) FROM partials")]
+    return max(position or 0 for position in [*highest, *last])
 
 
 def sessions(db: sqlite3.Connection) -> dict[int, str]:
@@ -209,16 +211,24 @@ def _known_workers(db: sqlite3.Connection, branch: int) -> dict[int, KnownWorker
     """Workers whose latest event in this branch is that they joined. (SQLite takes bare columns beside MAX from the row
     of the maximum.)"""
     latest = db.execute(
-        "SELECT worker, kind, detail, MAX(event_id) FROM events"
+        "SELECT worker, kind, detail, number, MAX(event_id) FROM events"
         " WHERE branch = ? AND kind IN ('worker_joined', 'worker_lost', 'worker_drained') GROUP BY worker",
         (branch,),
     )
     loads = db.execute("SELECT worker, version, MAX(pos) FROM loads WHERE branch = ? GROUP BY worker", (branch,))
     loaded = {worker: version for worker, version, _ in loads}
     return {
-        worker: KnownWorker(session=session, loaded_version=loaded[worker])
-        for worker, kind, session, _ in latest
+        worker: KnownWorker(session=session, loaded_version=loaded[worker], continues=bool(continues))
+        for worker, kind, session, continues, _ in latest
         if kind == "worker_joined"
+    }
+
+
+def _partials(db: sqlite3.Connection) -> dict[int, core.Partial]:
+    rows = db.execute("SELECT prompt_id, min_version, max_version, tokens FROM partials")
+    return {
+        prompt_id: core.Partial(min_version=low, max_version=high, num_tokens=num_tokens)
+        for prompt_id, low, high, num_tokens in rows
     }
 
 
@@ -267,10 +277,15 @@ def _totals(db: sqlite3.Connection) -> Totals:
         f"SELECT state, COUNT(*), SUM(tokens), SUM(completions) FROM groups WHERE state IN {GROUP_ENDS} GROUP BY state"
         " UNION ALL SELECT 'undone', COUNT(*), SUM(tokens), SUM(completions) FROM undone_groups"
     ).fetchall()
+    dropped = _one(
+        db,
+        "SELECT SUM(number) FROM (SELECT kind, number FROM events UNION ALL SELECT kind, number FROM undone_events)"
+        " WHERE kind = 'partial_dropped'",
+    )
     withdrawn_stale = _one(db, "SELECT COUNT(*) FROM leases WHERE outcome = 'withdrawn' AND reason = 'stale'")
     return Totals(
         groups={end: groups for end, groups, _, _ in ends} | {"withdrawn_stale": withdrawn_stale},
-        tokens={end: tokens or 0 for end, _, tokens, _ in ends},
+        tokens={end: tokens or 0 for end, _, tokens, _ in ends} | {"dropped": dropped or 0},
         completions={end: completions or 0 for end, _, _, completions in ends},
         verdicts=_one(db, f"SELECT COUNT(*) FROM groups WHERE entered IN {VERDICT_STATES}"),
         gen_batches=_one(db, "SELECT COUNT(*) FROM events WHERE kind = 'gen_batch_closed'"),

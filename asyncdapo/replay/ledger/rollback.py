@@ -16,6 +16,8 @@ batch k was trained:
     leases    Those without a group are removed if they were open or ended after p. The attempts they cost are given
               back.
     prompts   follow their group. One without a group that had no end at p waits again; those in flight come first.
+    partials  What is saved of a prompt stays if the prompt waits, no token is newer than version k, and none is too old
+              for the next batch. Otherwise it is dropped.
     the rest  batches, cuts and measured paces by step; publishes, loads and events by position
 
 A kept group whose payload can't be read (missing, short or damaged) is removed too: its prompt is sampled again, and an
@@ -110,6 +112,7 @@ class Rollback:
         )
         in_flight, num_copies = self._in_flight(), self._num_copies()
         restored = self._decide_groups()
+        next_step = self.step + 1 + restored
         self._undo_leases()
         self._undo_rest()
         cut = [(None, None, self.step + 1, num_copies, "restored")] if restored else []
@@ -117,6 +120,7 @@ class Rollback:
         unreadable = [(g.group_id, g.prompt_id, g.step, None, why) for g, why in self.unreadable.items()]
         self._insert_events("unreadable", unreadable)
         self._settle_prompts(in_flight)
+        self._drop_partials(next_step)
 
     def _insert_events(self, kind: str, rows: Sequence[tuple[int | str | None, ...]]) -> None:
         """Rows of this branch: group, prompt, step, number, detail."""
@@ -218,9 +222,10 @@ class Rollback:
     # --------------------------------------------------------------------------------------- leases and single rows
 
     def _in_flight(self) -> set[int]:
-        """Prompts whose lease runs, or ran when the run ended."""
+        """Prompts whose lease runs, or ran when the run ended, or of which something is saved."""
         rows = self.db.execute(
             "SELECT prompt_id FROM leases WHERE outcome IS NULL OR (outcome = 'withdrawn' AND reason = 'run ended')"
+            " UNION SELECT prompt_id FROM partials"
         )
         return {prompt_id for (prompt_id,) in rows}
 
@@ -254,7 +259,7 @@ class Rollback:
                     WHERE e.prompt_id = p.prompt_id AND e.state = 'expired' AND e.changed_pos > :pos),
                 (SELECT COUNT(*) FROM leases l WHERE l.prompt_id = p.prompt_id
                     AND (l.outcome IN ('lost', 'rejected')
-                        OR (:requeue AND l.outcome = 'withdrawn' AND l.reason <> 'drained')))
+                        OR (:requeue AND l.outcome = 'withdrawn' AND l.reason NOT IN ('drained', 'handed back'))))
                 + (SELECT COUNT(*) FROM groups e WHERE :requeue
                     AND e.prompt_id = p.prompt_id AND e.state = 'expired' AND e.changed_pos <= :pos)
             FROM prompts p LEFT JOIN groups g ON g.prompt_id = p.prompt_id AND g.state IN {LIVE_STATES}
@@ -285,3 +290,15 @@ class Rollback:
             " WHERE prompt_id = ?",
             (*now, self.opened_pos, prompt_id),
         )
+
+    def _drop_partials(self, next_step: int) -> None:
+        """The tokens of a lease that ran are dropped with it: only its last save is known here."""
+        oldest = StalenessBound(self.config.staleness_bound).oldest_version(next_step)
+        gone = self.db.execute(
+            "SELECT prompt_id, tokens, CASE WHEN max_version > :step THEN 'rolled back' ELSE 'stale' END FROM partials"
+            " WHERE max_version > :step OR min_version < :oldest"
+            " OR prompt_id NOT IN (SELECT prompt_id FROM prompts WHERE state = 'waiting')",
+            {"step": self.step, "oldest": oldest},
+        ).fetchall()
+        self._insert_events("partial_dropped", [(None, prompt_id, None, num, why) for prompt_id, num, why in gone])
+        self.db.executemany("DELETE FROM partials WHERE prompt_id = ?", [(prompt_id,) for prompt_id, *_ in gone])

@@ -16,7 +16,23 @@ HELD_STATES = ("queued", "spare", "cut")
 """States of a group whose tokens may still be trained on."""
 UNDOABLE = ("prompts", "leases", "groups", "batches", "publishes", "loads", "events")
 
-TABLES = """
+PARTIALS_TABLE = """
+CREATE TABLE IF NOT EXISTS partials (
+    prompt_id INTEGER PRIMARY KEY,
+    lease_id INTEGER NOT NULL,
+    min_version INTEGER NOT NULL,
+    max_version INTEGER NOT NULL,
+    tokens INTEGER NOT NULL,
+    completions BLOB NOT NULL,
+    token_ids BLOB NOT NULL,
+    logprobs BLOB NOT NULL,
+    saved_pos INTEGER NOT NULL,
+    saved_at_s REAL NOT NULL
+);
+"""
+"""Runs from before it was there get it when they are resumed. A row holds the tokens themselves: it is replaced, and
+deleted, all the time, and segments only grow."""
+TABLES = f"""
 CREATE TABLE meta (
     key TEXT PRIMARY KEY,
     value
@@ -123,6 +139,7 @@ CREATE TABLE events (
     pos INTEGER NOT NULL,
     at_s REAL NOT NULL
 );
+{PARTIALS_TABLE}
 CREATE INDEX leases_prompt ON leases (prompt_id);
 CREATE INDEX groups_prompt ON groups (prompt_id);
 CREATE INDEX groups_step ON groups (step);

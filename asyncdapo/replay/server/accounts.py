@@ -27,16 +27,26 @@ from typing import Self
 from asyncdapo.accounting.quantiles import QUANTILES, quantiles
 from asyncdapo.eval_messages import EvalAnswer
 from asyncdapo.messages import Group, staleness
-from asyncdapo.replay.core.events import LEASE_ENDS, VERDICT_STATES, EndLease, GroupState, MoveGroup
+from asyncdapo.replay.core.events import (
+    LEASE_ENDS,
+    VERDICT_STATES,
+    DropPartial,
+    EndLease,
+    GrantLease,
+    GroupState,
+    MoveGroup,
+)
 from asyncdapo.replay.core.recovery import GroupFacts, Recovered
 
-GROUP_ENDS = ("trained", "filtered", "expired", "surplus", "undone")
-"""How the tokens of groups ended; `undone`: by a rollback, those of running leases included."""
+LEDGER_ENDS = ("trained", "filtered", "expired", "surplus", "undone", "dropped")
+"""Ends of tokens that the ledger knows: those of groups; `undone`: by a rollback, those of running leases included;
+`dropped`: saved for a group that wasn't continued."""
 UNGROUPED_ENDS = ("failed", "withdrawn", "lost", "evaluation")
 """How tokens ended that never were in a group of the ledger."""
-TOKEN_ENDS = (*GROUP_ENDS, *UNGROUPED_ENDS)
+TOKEN_ENDS = (*LEDGER_ENDS, *UNGROUPED_ENDS)
 WORKERS_ENDS = ("late", "probe")
 """Tokens whose end only their worker knows."""
+CONTINUED = ("replay/continued_leases", "replay/continued_tokens")
 MEANS = (
     "reward/mean",
     "filter/kept_ratio",
@@ -116,7 +126,10 @@ class Accounts:
         sampled = dict.fromkeys((f"rollout/response_tokens_{name}" for name in QUANTILES), math.nan)
         dropped = [f"replay/dropped_response_tokens_{name}" for name in QUANTILES]
         self._lengths = sampled | {name: totals[name] for name in (*sampled, *dropped) if name in totals}
-        self.num_tokens = self._sum() + sum(int(totals.get(f"replay/tokens_{end}", 0)) for end in WORKERS_ENDS)
+        self._continued = Counter({name: int(totals.get(name, 0)) for name in CONTINUED})
+        known_to_workers = sum(int(totals.get(f"replay/tokens_{end}", 0)) for end in WORKERS_ENDS)
+        saved = sum(partial.num_tokens for partial in recovered.partials.values())
+        self.num_tokens = self._sum() + known_to_workers + saved
         """Accounted for at the start."""
         if not recovered.workers:
             running = max(0, int(totals.get("rollout/tokens", 0)) - self.num_tokens)
@@ -148,9 +161,18 @@ class Accounts:
         if action.outcome == "done":
             return
         self._counts.lease_ends[action.outcome] += 1
-        self._ungrouped["lost" if action.outcome == "rejected" else action.outcome] += num_tokens
+        self._ungrouped["lost" if action.outcome == "rejected" else action.outcome] += num_tokens - action.num_kept
         self._interval["failed"] += action.outcome == "failed"
         self._counts.groups["withdrawn_stale"] += action.outcome == "withdrawn" and action.reason == "stale"
+
+    def count_begun(self, action: GrantLease) -> None:
+        """A lease was granted, perhaps behind tokens that are sampled already."""
+        self._continued["replay/continued_leases"] += action.num_begun > 0
+        self._continued["replay/continued_tokens"] += action.num_begun
+
+    def drop_partial(self, action: DropPartial) -> None:
+        """What was saved of a prompt that isn't leased is lost."""
+        self._counts.tokens["dropped"] += action.num_lost
 
     def undo_leases(self, num_tokens: int) -> None:
         """A rollback ended all leases. `num_tokens` were sampled for them."""
@@ -199,6 +221,7 @@ class Accounts:
             **{f"rollout/{end}_leases": self._counts.lease_ends[end] for end in LEASE_ENDS},
             **{f"replay/tokens_{end}": self._counts.tokens[end] + self._ungrouped[end] for end in TOKEN_ENDS},
             "replay/tokens_held": self._num_held(),
+            **self._continued,
             **self._lengths,
             **self._dropped_against_trained(),
         }
@@ -289,5 +312,5 @@ class Accounts:
 def in_flight(metrics: Mapping[str, float]) -> float:
     """Of the tokens sampled so far, as of each worker's last heartbeat or answer, those without any end: of running
     leases and evaluations."""
-    ended = sum(metrics[f"replay/tokens_{end}"] for end in (*TOKEN_ENDS, *WORKERS_ENDS))
-    return metrics["rollout/tokens"] - ended - metrics["replay/tokens_held"]
+    known = sum(metrics[f"replay/tokens_{name}"] for name in (*TOKEN_ENDS, *WORKERS_ENDS, "held", "partial"))
+    return metrics["rollout/tokens"] - known

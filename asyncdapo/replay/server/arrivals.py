@@ -1,4 +1,5 @@
-"""What comes in for a lease: a group, or its failure. Is it what the lease asked for, and can it be trained on?
+"""What comes in for a lease: a group, its failure, or what is sampled of it so far. Is it what the lease asked for, and
+can it be trained on?
 
 In: decoded messages with their frames, and the leases that they answer. Out: an event for the core, with the payload of
 a group; or the message is dropped and counted. A group that passes can't break the core, and can't put NaN into a loss.
@@ -13,9 +14,10 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 
+import msgspec
 import numpy as np
 
-from asyncdapo.messages import NO_CHECKSUM, Ack, Completion, Group, GroupFailed, Reject
+from asyncdapo.messages import NO_CHECKSUM, Ack, Completion, Group, GroupFailed, Reject, Withdraw
 from asyncdapo.replay.core import events as core
 from asyncdapo.replay.core.stream import AnswerLengths
 from asyncdapo.replay.ledger.contexts import header_problem, token_problem
@@ -23,7 +25,7 @@ from asyncdapo.replay.ledger.journal import Journal
 from asyncdapo.replay.server.dispatch import Dispatch
 from asyncdapo.replay.server.sessions import HeldLease, Session, Sessions
 from asyncdapo.replay.server.settings import ServerSettings
-from asyncdapo.transport.payload import Payload
+from asyncdapo.transport.payload import LOGPROB_DTYPE, TOKEN_DTYPE, PartialGroup, Payload
 
 DROPPED = ("strangers", "malformed", "rejected", "duplicates")
 MAX_LOGPROB = 1e-3
@@ -88,6 +90,25 @@ class Arrivals:
             self._dispatch.apply(core.LeaseFailed(lease_id=failure.lease_id), detail=failure.reason)
         else:
             self._reject(session, failure.lease_id, "the lease is another worker's")
+
+    def take_partial(self, session: Session, group: PartialGroup, frames: Sequence[memoryview]) -> None:
+        """What is sampled of a lease so far. If it can't be used, what was saved before stays."""
+        dispatch, lease_id = self._dispatch, group.lease_id
+        if not self._sessions.holds(session, lease_id):
+            dispatch.send(session, Withdraw(lease_ids=[lease_id]))
+            return
+        lease = self._sessions.leases[lease_id]
+        if problem := _partial_problem(group, frames, self._settings, dispatch.newest_version):
+            self.drop("rejected", session, f"what is saved of lease {lease_id}: {problem}")
+        elif num_tokens := group.num_tokens:
+            self._sessions.note_answer(session, max(0, num_tokens - lease.num_tokens))
+            lease.num_tokens = max(lease.num_tokens, num_tokens)
+            versions = [version for completion in group.completions for version, _ in completion.versions]
+            partial = core.Partial(min_version=min(versions), max_version=max(versions), num_tokens=num_tokens)
+            saved = (msgspec.msgpack.encode(group), *frames)
+            dispatch.apply(core.PartialSaved(lease_id=lease_id, partial=partial), saved=saved)
+        if group.handed_back:
+            dispatch.apply(core.LeaseHandedBack(lease_id=lease_id))
 
     def _settle_late(self, session: Session, lease_id: int) -> None:
         """A group whose lease is over is a repeat (its acknowledgement was lost), or late, or belongs to no lease at
@@ -156,6 +177,29 @@ def check_group(
     if not (np.isfinite(payload.logprobs).all() and payload.logprobs.max() <= MAX_LOGPROB):
         raise BadGroup("a log-prob is above 0 or not finite")
     return payload
+
+
+def _partial_problem(
+    group: PartialGroup, frames: Sequence[memoryview], settings: ServerSettings, newest_version: int
+) -> str | None:
+    """What is wrong with it; None if another worker can continue behind its tokens."""
+    if not group.completions and not frames:
+        return None
+    if len(group.completions) != settings.group_size:
+        return f"{len(group.completions)} completions, rollout.group_size is {settings.group_size}"
+    runs = [run for completion in group.completions for run in completion.versions]
+    if not all(0 <= version <= newest_version and count > 0 for version, count in runs):
+        return f"versions {runs}, the newest weights are version {newest_version}"
+    if any(completion.finish_reason and not completion.versions for completion in group.completions):
+        return "a complete response without a token"
+    if [frame.nbytes for frame in frames] != [4 * group.num_tokens] * 2:
+        return f"frames of {[frame.nbytes for frame in frames]} bytes for {group.num_tokens} tokens"
+    token_ids, logprobs = np.frombuffer(frames[0], TOKEN_DTYPE), np.frombuffer(frames[1], LOGPROB_DTYPE)
+    if not ((token_ids >= 0) & (token_ids < (settings.vocab_size or math.inf))).all():
+        return "a token id is beyond the vocabulary"
+    if not (np.isfinite(logprobs) & (logprobs <= MAX_LOGPROB)).all():
+        return "a log-prob is above 0 or not finite"
+    return None
 
 
 def arrival(group: Group) -> core.GroupArrived:

@@ -9,10 +9,8 @@ The peers report again what the ledger doesn't know: credits, peers, and the bat
 
 Owns: the core's state, which a rollback replaces; the running leases (kept by the sessions); the learner's ranks that
 wait for a batch. Does not own: sockets, what messages mean (`workers`), what follows from an event (`state`).
-Memory: the headers of the batch that was read last; a rank's share is read from its segments whenever it is wanted, in
-a thread, so that nobody else waits.
-`outgoing` is emptied as fast as the socket takes messages, which is at once, and a peer is sent only answers to what it
-sent or asked for.
+Memory: the headers of the batch that was read last; a rank's share is read from its segments when it is wanted, aside.
+`outgoing` is emptied as fast as the socket takes messages; a peer is sent only answers to what it sent or asked for.
 """
 
 from __future__ import annotations
@@ -52,6 +50,7 @@ class Letter:
 
     peer: bytes
     message: Message
+    frames: Sequence[Buffer] = ()
 
 
 Share = tuple[Batch | NoBatch, Sequence[Buffer]]
@@ -98,7 +97,7 @@ class Dispatch:
         self._finished = False
         self._resume_from(recovered)
         for worker, known in recovered.workers.items():
-            sessions.recover(worker, known.session, known.loaded_version, self.branch)
+            sessions.recover(worker, known, self.branch)
 
     @property
     def branch(self) -> int:
@@ -114,11 +113,11 @@ class Dispatch:
         event: core.Event,
         *,
         arrived: tuple[Group, Payload] | None = None,
+        saved: Sequence[Buffer] = (),
         detail: str = "",
         summary: Mapping[str, float] | None = None,
     ) -> None:
-        """Let the core handle the event, commit what follows, then queue the messages. Parameters: see
-        `Journal.write`."""
+        """Let the core handle the event, commit what follows, then queue the messages. Parameters: `Journal.write`."""
         actions = self.state.handle(event)
         prompts = {
             action.prompt_id: self._prompt(action.prompt_id)
@@ -127,7 +126,7 @@ class Dispatch:
             or (isinstance(action, core.MovePrompt) and action.state == "retired")
         }
         self._journal.write(
-            event, actions, prompts=list(prompts.values()), arrived=arrived, detail=detail, summary=summary
+            event, actions, prompts=list(prompts.values()), arrived=arrived, saved=saved, detail=detail, summary=summary
         )
         for action in actions:
             match action:
@@ -135,6 +134,8 @@ class Dispatch:
                     self._grant(action, prompts[action.prompt_id])
                 case core.EndLease():
                     self._end_lease(action, detail)
+                case core.DropPartial():
+                    self.accounts.drop_partial(action)
                 case core.MoveGroup():
                     self.accounts.move_group(action, arrived[0] if arrived else None)
                 case core.CutBatch():
@@ -157,11 +158,11 @@ class Dispatch:
                     queue.get_nowait()
             raise
 
-    def send(self, session: Session, message: Message) -> None:
+    def send(self, session: Session, message: Message, frames: Sequence[Buffer] = ()) -> None:
         """Queue a message to a worker, behind all earlier ones. It is dropped if the worker hasn't said hello yet:
         afterwards the worker is sent again whatever it needs."""
         if session.peer:
-            self.outgoing.put_nowait(Letter(session.peer, message))
+            self.outgoing.put_nowait(Letter(session.peer, message, frames))
 
     def roll_back(self, step: int, reason: str) -> None:
         """Go back to the checkpoint of `step` and begin a new branch. Every lease is over, and the core resumes from
@@ -171,7 +172,8 @@ class Dispatch:
             if held := self._sessions.held_by(session.worker):
                 self.send(session, Withdraw(lease_ids=list(held)))
         self._journal.roll_back(step, reason, self.state.config, replaces=self.state.filter.replaces)
-        self.accounts.undo_leases(sum(lease.num_tokens for lease in self._sessions.leases.values()))
+        held, num_saved = self._sessions.leases.values(), self.state.leases.partials.num_tokens
+        self.accounts.undo_leases(sum(lease.num_tokens - num_saved(lease.prompt.prompt_id) for lease in held))
         recovered = self._journal.recover()
         self.accounts.resume_from(recovered)
         self.state = self._make_state(recovered)
@@ -190,6 +192,7 @@ class Dispatch:
                 worker=lease.worker,
                 attempt=lease.attempt,
                 progress_tick=self._sessions.tick,
+                num_tokens=self.state.leases.partials.num_tokens(lease.prompt_id),
                 started=lease.started_version is not None,
             )
             for lease in recovered.leases
@@ -298,15 +301,16 @@ class Dispatch:
     def _grant(self, action: core.GrantLease, prompt: Prompt) -> None:
         session = self._session(action.worker)
         session.granted += 1
-        if self.first_lease_at_s is None:
-            self.first_lease_at_s = time.time()
+        self.first_lease_at_s = self.first_lease_at_s or time.time()
         lease = self._sessions.leases[action.lease_id] = HeldLease(
             prompt=prompt,
             worker=action.worker,
             attempt=action.attempt,
             number=session.granted,
             progress_tick=self._sessions.tick,
+            num_tokens=action.num_begun,
         )
+        self.accounts.count_begun(action)
         self._send_lease(action.lease_id, lease)
 
     def _send_lease(self, lease_id: int, lease: HeldLease) -> None:
@@ -319,7 +323,8 @@ class Dispatch:
             seed=sample_seed(self._settings.seed, lease.prompt.prompt_id),
             prompt=lease.prompt,
         )
-        self.send(self._session(lease.worker), message)
+        frames = self._journal.read_partial(lease.prompt.prompt_id, lease_id)
+        self.send(self._session(lease.worker), message, frames)
 
     def _end_lease(self, action: core.EndLease, detail: str) -> None:
         """Tell the worker how its lease ended. `workers` answers a late group: it knows the sender."""

@@ -1,15 +1,20 @@
-"""Drains: workers that are asked to leave, until they hold nothing any more.
+"""Drains: workers that are to give up what they hold, until they hold nothing any more.
 
-In: who is to leave, and what workers hold. Out: the moment when one of them holds nothing, at the latest after a given
-time. Invariant: a worker that is to leave gets nothing more, in this session (`Session.leaving`). Does not own: what
-becomes of what it still holds then (`workers`), its process (the controller).
+    drain    a worker that is to leave finishes what it holds; it gets nothing more in this session (`Session.leaving`)
+    recall   workers stop their leases, and hand back what is sampled of them; those that can't are left alone
+
+In: who is to do it, and what workers hold. Out: `Recall`, once a heartbeat until it is followed; the moment when all of
+it is done, at the latest after a given time. Does not own: what becomes of what is handed back (`arrivals`) and of what
+a worker still holds then (`workers`), its process (the controller).
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
+from asyncdapo.messages import Message, Recall
 from asyncdapo.replay.server.evaluations import Evaluations
 from asyncdapo.replay.server.sessions import Session, Sessions
 
@@ -17,24 +22,47 @@ from asyncdapo.replay.server.sessions import Session, Sessions
 class Drains:
     """Of all workers."""
 
-    def __init__(self, sessions: Sessions, evaluations: Evaluations) -> None:
-        self._sessions, self._evaluations = sessions, evaluations
-        self._done: dict[int, asyncio.Event] = {}
-        """By worker."""
+    def __init__(self, sessions: Sessions, evaluations: Evaluations, send: Callable[[Session, Message], None]) -> None:
+        self._sessions, self._evaluations, self._send = sessions, evaluations, send
+        self._waits: dict[asyncio.Event, Callable[[], bool]] = {}
+        """What is waited for, and whether it is so."""
+        self._recalled: list[Session] = []
 
     async def drain(self, session: Session, within_s: float) -> None:
         """Wait until the worker holds neither a lease nor a request, at most `within_s`."""
         session.leaving = True
-        done = self._done[session.worker] = asyncio.Event()
-        self.note()
-        with suppress(TimeoutError):
-            async with asyncio.timeout(within_s):
-                await done.wait()
-        if self._done.get(session.worker) is done:  # else it was asked once more
-            del self._done[session.worker]
+        worker = session.worker
+        await self._wait(lambda: not (self._sessions.held_by(worker) or self._evaluations.held_by(worker)), within_s)
+
+    async def recall(self, sessions: Sequence[Session], within_s: float) -> None:
+        """Have these workers hand back their leases, within `within_s`. They get no others meanwhile."""
+        recalled = [session for session in sessions if session.continues]
+        self._recalled += recalled
+        self.tick()
+        try:
+            await self._wait(lambda: not any(self._sessions.held_by(session.worker) for session in recalled), within_s)
+        finally:
+            self._recalled = [session for session in self._recalled if session not in recalled]
 
     def note(self) -> None:
         """Something may have ended."""
-        for worker, done in self._done.items():
-            if not (self._sessions.held_by(worker) or self._evaluations.held_by(worker)):
+        for done, is_so in self._waits.items():
+            if is_so():
                 done.set()
+
+    def tick(self) -> None:
+        """One heartbeat interval has passed: what was said may have been lost."""
+        for session in self._recalled:
+            if held := self._sessions.held_by(session.worker):
+                self._send(session, Recall(lease_ids=list(held)))
+
+    async def _wait(self, is_so: Callable[[], bool], within_s: float) -> None:
+        done = asyncio.Event()
+        self._waits[done] = is_so
+        self.note()
+        try:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(within_s):
+                    await done.wait()
+        finally:
+            del self._waits[done]

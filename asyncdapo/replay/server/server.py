@@ -1,7 +1,7 @@
 """The replay server: joins rollout workers and the learner to the pure core and the journal.
 
-    workers ──Hello, Ask, Started, Loaded, GroupDone, EvalDone, Heartbeat──▶ ROUTER ─▶ workers ─┐
-            ◀──Welcome, Lease, Ack, Reject, Withdraw, EvalRequest──                             ├─▶ dispatch: event ─▶
+    workers ──Hello, Ask, Started, Loaded, GroupDone, EvalDone, Heartbeat…─▶ ROUTER ─▶ workers ─┐
+            ◀──Welcome, Lease, Ack, Reject, Withdraw, Recall, EvalRequest──                     ├─▶ dispatch: event ─▶
     learner ──CutWanted──▶ ROUTER ──────────────────────────────────────────────────────────────┤   core ─▶ journal ─▶
             ◀──Batch, NoBatch──                                                                 │   messages
     controller ──begin, trained, published, evaluate, roll_back, finish (Ray calls)─────────────┘
@@ -123,10 +123,14 @@ class ReplayServer:
         """Grant no leases until `begin`. Running leases continue."""
         self._workers.pause()
 
+    async def recall(self) -> None:
+        """Grant no leases, and have the workers hand back theirs with what is sampled. Evaluations continue."""
+        await self._workers.recall()
+
     async def roll_back(self, step: int, reason: str) -> int:
         """Go back to the checkpoint of `step`, and return the new branch. What came after the checkpoint is undone, and
         every lease is over. A worker gets work again once it has weights of the new branch."""
-        self._workers.roll_back(step, reason)
+        await self._workers.roll_back(step, reason)
         return self.branch
 
     async def lose_worker(self, worker: int, cause: str) -> None:
@@ -144,6 +148,7 @@ class ReplayServer:
         docs/metrics.md lists: reward/…, filter/…, rollout/…, replay/…"""
         with self._clock.on("commands"):
             replay, workers = self._dispatch.trained(step, summary), self._sessions.totals()
+        replay["replay/tokens_partial"] = self._dispatch.state.leases.num_partial_tokens
         return {
             **replay,
             **workers,
@@ -267,7 +272,7 @@ class ReplayServer:
     async def _send(self) -> None:
         while True:
             letter = await self._dispatch.outgoing.get()
-            await self._rollout_socket.send(letter.peer, letter.message)
+            await self._rollout_socket.send(letter.peer, letter.message, letter.frames)
             faults.point("after_send")
 
     async def _answer_learner(self) -> None:

@@ -28,6 +28,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from asyncdapo.messages import Heartbeat, Hello, Progress, Prompt
+from asyncdapo.replay.core.recovery import KnownWorker
 from asyncdapo.replay.server.pace import Pace, relative, spread
 
 SUSPECT_TICKS = 5
@@ -114,6 +115,8 @@ class Session:
     asked: int = 0
     granted: int = 0
     gauges: dict[str, float] = field(default_factory=dict)
+    continues: bool = False
+    """Whether it continues what others have sampled in part."""
     counted_before: bool = False
     """The totals already contain the counters of its first heartbeat."""
     num_stalled: int = 0
@@ -195,12 +198,13 @@ class Sessions:
 
     # ------------------------------------------------------------------------------------------------- begin and end
 
-    def recover(self, worker: int, name: str, loaded_version: int, branch: int) -> None:
+    def recover(self, worker: int, known: KnownWorker, branch: int) -> None:
         """A session that the ledger knows, alive until it has been silent for too long."""
         self._by_worker[worker] = Session(
             worker=worker,
-            name=name,
-            loaded_version=loaded_version,
+            name=known.session,
+            loaded_version=known.loaded_version,
+            continues=known.continues,
             branch=branch,
             heard_tick=self.tick,
             alive=True,
@@ -231,6 +235,7 @@ class Sessions:
             branch=hello.branch,
             heard_tick=self.tick,
             granted=max(0, hello.granted),
+            continues=hello.continues,
             counted_before=hello.granted > 0,
         )
         self._by_worker[hello.worker] = self._by_peer[peer] = session
@@ -278,7 +283,10 @@ class Sessions:
         session.gauges = {name: gauges[name] for name in GAUGES if math.isfinite(gauges.get(name, math.nan))}
         if session.counted_before:
             self._past_gauges.subtract(session.gauges)
-            running = sum(progress.num_tokens for progress in heartbeat.progress.values())
+            known = {lease_id: lease.num_tokens for lease_id, lease in self.held_by(session.worker).items()}
+            running = sum(
+                progress.num_tokens - known.get(lease_id, 0) for lease_id, progress in heartbeat.progress.items()
+            )
             self._past_gauges["tokens"] += int(tokens_before) + running
             session.counted_before = False
         else:  # an answer may have been ahead of a heartbeat that was sent before it

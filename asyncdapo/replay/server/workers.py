@@ -9,8 +9,8 @@ no message ends the server.
     credits      a worker is owed `asked − granted`. Evaluation requests go first; the core gets the rest as `Ready`
     lost leases  a silent worker loses its leases, and joins again with its next message. A lease without progress for
                  `lease_stall_s` is lost alone
-    draining     a worker that is asked to leave gets nothing more. Once it holds nothing, or after a time, it counts as
-                 gone, and what it still holds goes to others
+    draining     a worker that is asked to leave gets nothing more. Once it holds nothing it counts as gone. After a
+                 time it hands back what it still holds, and others continue it
     over         a lease that a heartbeat reports after its end is withdrawn (again)
     unknown      leases and evaluation requests that heartbeats don't report are sent again
 
@@ -51,10 +51,12 @@ from asyncdapo.replay.server.evaluations import Evaluation, Evaluations
 from asyncdapo.replay.server.sessions import Session, Sessions
 from asyncdapo.replay.server.settings import ServerSettings
 from asyncdapo.transport.codec import Malformed
-from asyncdapo.transport.payload import unpack_answers
+from asyncdapo.transport.payload import PartialGroup, unpack_answers
 
-FromWorker = Hello | Ask | Started | Loaded | GroupDone | GroupFailed | EvalDone | Heartbeat
+FromWorker = Hello | Ask | Started | Loaded | GroupDone | GroupFailed | PartialGroup | EvalDone | Heartbeat
 NUM_WORKERS_MAX = 1 << 16
+RECALL_HEARTBEATS = 3
+"""Time for a worker to hand back its leases. It takes no longer than to send them."""
 EVAL_PATIENCE = 5
 """An evaluation request without an answer for this many `lease_stall_s` is given out again."""
 
@@ -76,7 +78,8 @@ class Workers:
         self.arrivals = Arrivals(settings, dispatch, sessions, journal, lengths)
         self._answered: dict[Evaluation, asyncio.Event] = {}
         self.evaluations = Evaluations(lambda: settings.slots * len(sessions.live))
-        self._drains = Drains(sessions, self.evaluations)
+        self._drains = Drains(sessions, self.evaluations, dispatch.send)
+        self._recall_s = RECALL_HEARTBEATS * settings.replay.heartbeat_s
         self.leasing = False
         """Whether leases are granted; evaluation runs in any case."""
 
@@ -106,6 +109,7 @@ class Workers:
         if sessions.deserted and self._dispatch.failure.empty():
             self._dispatch.failure.put_nowait("no live worker: nothing has been heard from any for long")
         self.evaluations.lose_silent(sessions.tick - EVAL_PATIENCE * sessions.stall_ticks)
+        self._drains.tick()
         self._drains.note()
         self.offer_all()
 
@@ -128,24 +132,35 @@ class Workers:
             self._sessions.forget(session)
 
     async def drain(self, worker: int, within_s: float, cause: str) -> int:
-        """Give the worker nothing more, and wait until it holds nothing, at most `within_s`. Then it counts as gone,
-        though its process lives. Returns the leases that it hands back."""
+        """Give the worker nothing more, and wait until it holds nothing, at most `within_s`. What it hasn't finished
+        then it hands back. After that it counts as gone, though its process lives. Returns the leases handed back."""
         session = self._sessions.of_worker(worker)
         if session is None or not session.alive:
             return 0
         self._dispatch.apply(core.Ready(worker=worker, credits=0))
         await self._drains.drain(session, within_s)
+        num_held = len(self._sessions.held_by(worker))
+        if num_held:
+            await self._drains.recall([session], self._recall_s)
         if not session.alive:  # it has died meanwhile
             return 0
-        num_held = len(self._sessions.held_by(worker))
         session.alive = False
         self._dispatch.apply(core.WorkerDrained(worker=worker), detail=cause)
         self.evaluations.lose_worker(worker)
         self.offer_all()
         return num_held
 
-    def roll_back(self, step: int, reason: str) -> None:
-        """See `Dispatch.roll_back`. Open evaluations begin again with the first worker that joins."""
+    async def recall(self) -> None:
+        """Grant no further lease, and have all leases handed back."""
+        self.pause()
+        await self._drains.recall(self._sessions.live, self._recall_s)
+
+    async def roll_back(self, step: int, reason: str) -> None:
+        """See `Dispatch.roll_back`. Leases are handed back before, so that what is sampled with weights that stay valid
+        isn't lost. Open evaluations begin again with the first worker that joins."""
+        was_leasing = self.leasing
+        await self.recall()
+        self.leasing = was_leasing
         self._dispatch.roll_back(step, reason)
         self.evaluations.start_again()
 
@@ -184,6 +199,8 @@ class Workers:
                 self.arrivals.take_group(session, group, frames)
             case GroupFailed():
                 self.arrivals.take_failure(session, message)
+            case PartialGroup():
+                self.arrivals.take_partial(session, message, frames)
             case EvalDone():
                 self._take_answers(session, message, frames)
 
@@ -218,7 +235,8 @@ class Workers:
         before, session.loaded_version, session.branch = session.loaded_version, version, branch
         if not session.alive:
             session.alive = True
-            self._dispatch.apply(core.WorkerJoined(worker=session.worker, loaded_version=version), detail=session.name)
+            joined = core.WorkerJoined(worker=session.worker, loaded_version=version, continues=session.continues)
+            self._dispatch.apply(joined, detail=session.name)
         elif version != before:
             self._dispatch.apply(core.WeightsLoaded(worker=session.worker, version=version))
 

@@ -148,7 +148,7 @@ class Attempt:
         repeated = [one for one in self._contexts if read[: len(one.token_ids)] == one.token_ids]
         context = max(repeated, key=lambda one: len(one.token_ids), default=None) or self._begin(read)
         observed = read[len(context.token_ids) :]
-        context.turns.append(turn_of(request, sample, self.num_turns, observed))
+        context.turns.append(turn_of(read, sample, self.num_turns, observed))
         context.token_ids = [*read, *sample.token_ids.tolist()]
         self._counts["turns"] += 1
         self._counts["observed_tokens"] += len(observed)

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import Any, Protocol, TypeVar
 
 from asyncdapo.errors import EpisodeError
 from asyncdapo.messages import Prompt, Sampling, Score
-from asyncdapo.rollout.engine import Engine, Priority
+from asyncdapo.rollout.engine import Engine, Priority, Sampled
 from asyncdapo.rollout.episodes import Episode
 from asyncdapo.rollout.job import Job
 from asyncdapo.rollout.several_turns.attempt import Attempt, Counts, TurnLimits, Wanted
@@ -71,9 +71,17 @@ class SeveralTurns:
     def version(self) -> int:
         return self._engine.loaded_version
 
+    def num_free(self, jobs: Collection[Job]) -> int:
+        """Seats that no episode has. It keeps its own while its environment works."""
+        return int(self._engine.num_slots * self._oversubscribe) - sum(job.num_unfinished for job in jobs)
+
     @property
-    def num_seats(self) -> int:
-        return int(self._engine.num_slots * self._oversubscribe)
+    def continues(self) -> bool:
+        """What an environment has done can't be done again elsewhere."""
+        return False
+
+    async def so_far(self, job: Job) -> list[Sampled]:
+        return []
 
     def gauges(self) -> dict[str, float]:
         """Cumulative: `turns` sampled, `observed_tokens`, `environment_s` (summed over calls, waits included)."""

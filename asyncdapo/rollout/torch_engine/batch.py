@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from asyncdapo.messages import FinishReason, Runs
-from asyncdapo.rollout.engine import Sample
+from asyncdapo.rollout.engine import Sample, Sampled
 from asyncdapo.rollout.torch_engine.kv_cache import Span, round_up
 from asyncdapo.rollout.torch_engine.sampling import uniforms
 from asyncdapo.rollout.torch_engine.scheduler import Job
@@ -95,7 +95,7 @@ class Batch:
         self.narrowed[slots] = sampling.top_k > 0 or sampling.top_p < 1
         self.top_k[slots], self.top_p[slots] = sampling.top_k, sampling.top_p
         seeds = request.seeds[job.num_started : job.num_started + count]
-        self.uniforms[slots, : sampling.max_tokens] = uniforms(seeds, sampling.max_tokens)
+        self.uniforms[slots, : sampling.max_tokens] = uniforms(seeds, sampling.max_tokens, request.num_begun)
         for index, slot in enumerate(slots.tolist(), job.num_started):
             self.running[slot] = Running(job, index)
         job.num_started += count
@@ -134,6 +134,17 @@ class Batch:
             versions=running.past_versions,
             finish_reason=finish_reason,
             support=Support.of_draws(running.left) if running.left else None,
+        )
+
+    def so_far(self, slot: int, version: int) -> Sampled:
+        """What is sampled in a slot by now. `version` samples at present."""
+        running, num_sampled = self.running[slot], int(self.num_sampled[slot])
+        assert running is not None, f"slot {slot} is free"
+        num_present = num_sampled - sum(count for _, count in running.past_versions)
+        return Sampled(
+            token_ids=self.tokens[slot, :num_sampled].copy(),
+            logprobs=self.logprobs[slot, :num_sampled].copy(),
+            versions=[*running.past_versions, *([(version, num_present)] if num_present else [])],
         )
 
     def release(self, slot: int) -> Running:

@@ -24,7 +24,7 @@ import torch
 from asyncdapo.errors import EngineError
 from asyncdapo.messages import FinishReason
 from asyncdapo.rollout.config import RolloutConfig
-from asyncdapo.rollout.engine import Limits
+from asyncdapo.rollout.engine import Limits, Sampled
 from asyncdapo.rollout.torch_engine.batch import Batch
 from asyncdapo.rollout.torch_engine.model import Model
 from asyncdapo.rollout.torch_engine.sampling import narrow
@@ -94,6 +94,14 @@ class Runner:
         for slot, running in self._batch.sequences():
             if running.job is job:
                 self._batch.release(slot)
+
+    def so_far(self, job: Job) -> list[Sampled]:
+        """What there is of each of its samples by now."""
+        found = [sample or Sampled() for sample in job.samples]
+        for slot, running in self._batch.active():
+            if running.job is job:
+                found[running.index] = self._batch.so_far(slot, self.version)
+        return found
 
     def swap(self, version: int, weights: Weights) -> Weights:
         """Sample from the next token on with these weights. Returns the old ones."""

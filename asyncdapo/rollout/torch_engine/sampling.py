@@ -19,13 +19,13 @@ import torch
 GAMMA = np.uint64(0x9E37_79B9_7F4A_7C15)
 
 
-def uniforms(seeds: Sequence[int], count: int) -> np.ndarray:
-    """Uniform float64 numbers in [0, 1), [seeds, count]: one SplitMix64 stream per seed.
+def uniforms(seeds: Sequence[int], count: int, first: int = 0) -> np.ndarray:
+    """Uniform float64 numbers in [0, 1), [seeds, count]: one SplitMix64 stream per seed, from its number `first` on.
 
     (Steele, Lea, Flood 2014.) Number i depends on the seed, taken modulo 2^64, and on i alone.
     """
     starts = np.array([seed & 0xFFFF_FFFF_FFFF_FFFF for seed in seeds], np.uint64)
-    state = starts[:, None] + np.arange(1, count + 1, dtype=np.uint64) * GAMMA
+    state = starts[:, None] + np.arange(first + 1, first + count + 1, dtype=np.uint64) * GAMMA
     state = (state ^ state >> np.uint64(30)) * np.uint64(0xBF58_476D_1CE4_E5B9)
     state = (state ^ state >> np.uint64(27)) * np.uint64(0x94D0_49BB_1331_11EB)
     state ^= state >> np.uint64(31)

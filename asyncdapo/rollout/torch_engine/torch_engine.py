@@ -18,19 +18,22 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 import torch
 
 from asyncdapo.errors import ConfigError, WeightsError
 from asyncdapo.model.shape import settled_dtype
 from asyncdapo.rollout.config import RolloutConfig
-from asyncdapo.rollout.engine import Limits, LoadTimes, Request, Sample
+from asyncdapo.rollout.engine import Limits, LoadTimes, Request, Sample, Sampled
 from asyncdapo.rollout.life import Life
 from asyncdapo.rollout.torch_engine.checkpoint import read_checkpoint
 from asyncdapo.rollout.torch_engine.compiled_model import fastest_model
 from asyncdapo.rollout.torch_engine.runner import Counters, Progress, Runner
 from asyncdapo.rollout.torch_engine.scheduler import Job
 from asyncdapo.rollout.torch_engine.weights import Weights
+
+T = TypeVar("T")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -138,6 +141,19 @@ class TorchEngine:
             del self._jobs[job]
             if job.num_unfinished:
                 self._order(lambda: loaded.runner.withdraw(job))
+
+    async def so_far(self, request: Request) -> list[Sampled]:
+        loaded = self._alive()
+        job = next((job for job in self._jobs if job.request is request), None)
+        if job is None:
+            return []
+        found: asyncio.Future[list[Sampled]] = loaded.loop.create_future()
+        self._order(lambda: loaded.loop.call_soon_threadsafe(_resolve, found, loaded.runner.so_far(job)))
+        made = self._jobs[job]
+        await asyncio.wait([found, made], return_when=asyncio.FIRST_COMPLETED)
+        if found.done():
+            return found.result()
+        return [] if made.cancelled() or made.exception() else list(made.result())
 
     async def load_weights(self, version: int, weights: Mapping[str, torch.Tensor]) -> LoadTimes:
         """Raises WeightsError for tensors that don't fit the model; the engine then keeps its weights."""
@@ -266,9 +282,9 @@ class TorchEngine:
     def _swap(self, loaded: _Loaded, version: int, swapped: asyncio.Future[None]) -> None:
         loaded.spare = loaded.runner.swap(version, loaded.spare)
         self._version = version
-        loaded.loop.call_soon_threadsafe(_resolve, swapped)
+        loaded.loop.call_soon_threadsafe(_resolve, swapped, None)
 
 
-def _resolve(future: asyncio.Future[None]) -> None:
+def _resolve(future: asyncio.Future[T], result: T) -> None:
     if not future.done():
-        future.set_result(None)
+        future.set_result(result)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from asyncdapo.messages import FinishReason, Runs
-from asyncdapo.rollout.engine import Request, Sample
+from asyncdapo.rollout.engine import Request, Sample, Sampled
 from asyncdapo.transport.payload import LOGPROB_DTYPE, TOKEN_DTYPE
 
 if TYPE_CHECKING:
@@ -30,12 +30,19 @@ class Job:
         self.samples: list[Sample | None] = [None] * len(request.seeds)
         self.num_unfinished = len(self.samples)
         self.started = False
+        self.streams: dict[int, Stream] = {}
+        """Of the samples that run, by index."""
         self.request_ids: set[str] = set()
         """vLLM's ids of the unfinished samples."""
 
     def finish(self, index: int, sample: Sample) -> None:
         self.samples[index] = sample
         self.num_unfinished -= 1
+
+    def so_far(self) -> list[Sampled]:
+        """What there is of each of its samples by now."""
+        streams = (self.streams.get(index, Stream()) for index in range(len(self.samples)))
+        return [sample or stream.so_far() for sample, stream in zip(self.samples, streams, strict=True)]
 
 
 class Stream:
@@ -59,11 +66,14 @@ class Stream:
         return num_tokens
 
     def finish(self, finish_reason: FinishReason) -> Sample:
-        return Sample(
+        sampled = self.so_far()
+        return Sample(**vars(sampled), finish_reason=finish_reason)
+
+    def so_far(self) -> Sampled:
+        return Sampled(
             token_ids=np.array(self.token_ids, TOKEN_DTYPE),
             logprobs=np.array(self._logprobs, LOGPROB_DTYPE),
-            versions=self._versions,
-            finish_reason=finish_reason,
+            versions=list(self._versions),
         )
 
     def _label(self, version: int, num_tokens: int) -> None:

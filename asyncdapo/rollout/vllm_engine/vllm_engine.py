@@ -31,7 +31,7 @@ from asyncdapo.errors import EngineError
 from asyncdapo.model.files import ModelFiles
 from asyncdapo.model.stop_tokens import stop_token_ids
 from asyncdapo.rollout.config import RolloutConfig
-from asyncdapo.rollout.engine import Limits, LoadTimes, Priority, Request, Sample
+from asyncdapo.rollout.engine import Limits, LoadTimes, Priority, Request, Sample, Sampled
 from asyncdapo.rollout.life import Life
 from asyncdapo.rollout.vllm_engine.arguments import engine_args, set_environment
 from asyncdapo.rollout.vllm_engine.processes import Family, child_pids
@@ -223,6 +223,10 @@ class VllmEngine:
             if job.request_ids and self._life.alive:
                 self._spawn(self._vllm.abort(job.request_ids))
 
+    async def so_far(self, request: Request) -> list[Sampled]:
+        self._life.require()
+        return next((job.so_far() for job in self._jobs if job.request is request), [])
+
     def _params(self, request: Request) -> list[SamplingParams]:
         """Only evaluation passes seeds to vLLM: a seeded sequence has its own random number generator, which costs
         extra kernels for every token."""
@@ -238,18 +242,19 @@ class VllmEngine:
             job.request_ids.add(request_id)
             self._tokenless.add(request_id)
             try:
-                sample = await self._follow(job, params, request_id)
+                stream = job.streams[index] = Stream()
+                sample = await self._follow(job, params, request_id, stream)
             finally:
                 job.request_ids.discard(request_id)
                 self._tokenless.discard(request_id)
         if sample is not None and job in self._jobs:
             self._finish(job, index, sample)
 
-    async def _follow(self, job: Job, params: SamplingParams, request_id: str) -> Sample | None:
+    async def _follow(self, job: Job, params: SamplingParams, request_id: str, stream: Stream) -> Sample | None:
         """Collect the outputs for this id. Returns the sample; None if it was aborted."""
         prompt_ids, priority = job.request.prompt_ids, job.request.priority
         outputs = self._vllm.generate(prompt_ids, params, request_id, salt=self._num_loads, priority=priority)
-        stream, finish_reason = Stream(), None
+        finish_reason = None
         async for output in outputs:
             [completion] = output.outputs
             num_tokens = stream.add(completion, self._version)

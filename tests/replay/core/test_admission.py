@@ -10,7 +10,7 @@ from asyncdapo.replay.config import FilterConfig, ReplayConfig
 from asyncdapo.replay.core import events as core
 from asyncdapo.replay.core.admission import Admission
 from asyncdapo.replay.core.leases import Leases
-from asyncdapo.replay.core.recovery import KnownWorker
+from asyncdapo.replay.core.recovery import KnownWorker, Recovered
 from asyncdapo.replay.core.staleness import StalenessBound
 from asyncdapo.replay.core.stream import PromptStream
 from asyncdapo.replay.core.waits import gauges, why_waiting
@@ -105,13 +105,13 @@ def test_while_leases_are_scarce_a_slow_worker_gets_less_and_else_all_that_it_ca
     num_leases: int, slow_gets: int
 ) -> None:
     workers = {index: KnownWorker(session="", loaded_version=0) for index in (0, 1)}
-    leases = Leases(StalenessBound(0), lambda action: None, workers=workers, running=(), num_granted=0)
+    leases = Leases(StalenessBound(0), lambda action: None, Recovered(workers=workers))
     for index, pace in ((0, 0.5), (1, 1.0)):
         leases.note_ready(index, 8, pace)
     for prompt_id in range(num_leases):
         worker = leases.worker_for_next(1)
         assert worker is not None
-        leases.grant(prompt_id, worker, 1)
+        leases.grant(prompt_id, worker, 1, step=1)
     assert sum(lease.worker == 0 for lease in leases.running.values()) == slow_gets
 
 

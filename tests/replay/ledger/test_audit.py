@@ -21,6 +21,7 @@ def back_to(step):
     return f"INSERT INTO branches SELECT 1, step, trained_pos, 1 << 30, 'planted', 0 FROM batches WHERE step = {step}"
 
 
+SAVED = "INSERT INTO partials VALUES"
 PLANTS = {
     "a prompt is in one legal state": f"UPDATE prompts SET state = 'asleep' WHERE prompt_id = {TRAINED_PROMPT}",
     "a finished run has no prompt without an end": "UPDATE prompts SET state = 'waiting' WHERE state = 'unused'",
@@ -51,6 +52,8 @@ PLANTS = {
     "a lease is of a prompt in the ledger": f"UPDATE leases SET prompt_id = 777 WHERE lease_id = {LOST}",
     "a lease's attempt is between 1 and max_attempts": f"UPDATE leases SET attempt = 0 WHERE lease_id = {LOST}",
     "a lease that is done has its group": "DELETE FROM groups WHERE state = 'filtered'",
+    "what is saved is of a prompt that waits or is leased": f"{SAVED} ({TRAINED_PROMPT}, 1, 0, 0, 4, '', '', '', 1, 0)",
+    "what is saved has tokens, of weights that are there": f"{SAVED} (777, 1, 0, 99, 4, '', '', '', 1, 0)",
     "a group is in a legal state": "UPDATE groups SET state = 'lost' WHERE state = 'filtered'",
     "a finished run has no group without an end": "UPDATE groups SET state = 'queued' WHERE state = 'filtered'",
     "a group answers the lease of its id: prompt, worker, attempt, branch": (

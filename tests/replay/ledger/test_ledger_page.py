@@ -23,7 +23,7 @@ def test_the_page_on_the_ledger_names_every_table_and_column(tmp_path):
 def test_every_table_that_a_rollback_touches_has_an_undone_one_of_the_same_columns(tmp_path):
     Journal(tmp_path).close()
     tables = {row["name"] for row in rows(tmp_path, "SELECT name FROM sqlite_master WHERE type = 'table'")}
-    assert {name for name in tables if not name.startswith("undone_")} == {*UNDOABLE, "meta", "branches"}
+    assert {name for name in tables if not name.startswith("undone_")} == {*UNDOABLE, "meta", "branches", "partials"}
     for table in UNDOABLE:
         assert f"`undone_{table}`" in PAGE
         [columns, undone] = [

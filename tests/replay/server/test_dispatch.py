@@ -217,6 +217,7 @@ def test_every_sampled_token_is_accounted_for(tmp_path):
         "expired": 0,
         "surplus": 0,
         "undone": 0,
+        "dropped": 0,
         "failed": 0,
         "withdrawn": 5,
         "lost": 3,

@@ -3,6 +3,7 @@
 import pytest
 
 from asyncdapo.messages import SCHEMA_VERSION, Heartbeat, Hello, Progress
+from asyncdapo.replay.core.recovery import KnownWorker
 from asyncdapo.replay.server.sessions import ALWAYS, DESERTED_TICKS, HeldLease, Sessions
 from tests.replay.small_run import prompt_at
 
@@ -109,7 +110,7 @@ def test_counters_continue_from_the_last_line_and_count_a_new_worker_in_full():
 
 def test_what_a_worker_did_under_an_earlier_server_is_in_the_last_line_and_counts_once():
     sessions = Sessions(STALL_TICKS, {"rollout/tokens": 1000.0})
-    sessions.recover(0, "first", loaded_version=0, branch=0)
+    sessions.recover(0, KnownWorker(session="first", loaded_version=0), branch=0)
     beat(sessions, {}, tokens=800.0)
     assert sessions.total("tokens") == 1000
     beat(sessions, {}, tokens=820.0)
@@ -199,7 +200,7 @@ def test_tokens_of_a_worker_that_dies_behind_its_answer_stay():
 def test_a_server_that_is_started_again_counts_on_from_its_accounts_and_what_is_running():
     sessions = Sessions(STALL_TICKS)
     sessions.count_tokens_from(1000)
-    sessions.recover(0, "first", 0, 0)
+    sessions.recover(0, KnownWorker(session="first", loaded_version=0), branch=0)
     sessions.recognise(b"peer", hello())
     sessions.note_answer(sessions.of_worker(0), 30)
     beat(sessions, {LEASE: Progress(num_tokens=40, phase="sampling")}, tokens=5000.0)

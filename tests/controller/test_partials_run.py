@@ -1,0 +1,116 @@
+"""Runs whose half-sampled groups are continued: by another worker, and by the next launch.
+
+Every completion that was continued is held to the weights of its recorded versions: before and behind the place where
+it changed hands.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from asyncdapo.replay.ledger.audit import audit
+from tests.controller.interruptions import assert_nothing_lives, processes, query, survey, wait_for_batch, wait_until
+from tests.controller.recomputed import num_shifted_apart, recorded_contexts
+from tests.controller.runs import launch, started
+
+pytestmark = pytest.mark.soak
+
+ENGINES = ["torch", pytest.param("vllm", marks=pytest.mark.vllm)]
+SLOW_ANSWERS = (
+    "rollout.slots=8",
+    "rollout.group_size=8",
+    "rollout.on_update=recompute",
+    "replay.prompts_per_step=4",
+    "replay.run_ahead=2",
+    "replay.max_staleness=4",
+    "replay.keep_payloads=true",
+    "learner.lr=1e-3",  # so high that neighbouring versions differ visibly on nearly every response
+    "learner.warmup_steps=0",
+    "learner.checkpoint_every=1",
+    "learner.keep_checkpoints=0",
+    "eval.every=0",
+    "eval.num_prompts=4",
+    "eval.num_greedy_prompts=4",
+)
+CONTINUED = """
+SELECT events.number, leases.outcome, leases.lease_id, leases.worker
+FROM events JOIN leases USING (lease_id) WHERE kind = 'continued'
+"""
+
+
+def assert_exact(run_dir: Path, group_ids: set[int], last_version: int) -> None:
+    """Log-probs of continued groups fit the recorded versions, and not those next to them, unless an answer is
+    certain."""
+    contexts = [one for one in recorded_contexts(run_dir, last_version) if one.completion[0] in group_ids]
+    spanning = [one for one in contexts if one.spans][:48]
+    num_apart = num_shifted_apart(run_dir, last_version, [one for one in contexts if not one.spans][:16] + spanning)
+    print(f"{len(contexts)} continued completions, {len(spanning)} of several versions; {num_apart} fit no others")
+    assert len(spanning) >= 4
+    assert num_apart >= 0.8 * len(spanning)
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_after_ctrl_c_the_same_command_continues_what_was_sampled(engine: str, tmp_path: Path) -> None:
+    run_dir, own = tmp_path / "run", (*SLOW_ANSWERS, f"rollout.engine={engine}", "rollout.save_partials_s=null")
+    with started(run_dir, *own, "run.steps=100000") as process:
+        wait_for_batch(run_dir, 3, process)
+        time.sleep(1)
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == 130, output
+    assert_nothing_lives(run_dir)
+    assert query(run_dir, "SELECT COUNT(*) FROM prompts WHERE state = 'leased'") == [(0,)], "all were handed back"
+    [(num_groups, num_saved)] = query(run_dir, "SELECT COUNT(*), SUM(tokens) FROM partials")
+    last = survey(run_dir).checkpoint + 6
+    run = launch(run_dir, *own, f"run.steps={last}")
+    assert run.exit_code == 0, run.output
+    continued = query(run_dir, CONTINUED)
+    num_used = sum(number for number, outcome, *_ in continued if outcome == "done")
+    [(num_stale,)] = query(
+        run_dir, "SELECT COALESCE(SUM(number), 0) FROM events WHERE kind = 'partial_dropped' AND detail = 'stale'"
+    )
+    print(f"{engine}: {num_groups} groups, {num_saved} tokens saved; {num_used} used, {num_stale} too old")
+    assert num_saved > 0
+    assert num_used >= 0.95 * (num_saved - num_stale)
+    assert audit(run_dir) == []
+    assert_exact(run_dir, {lease_id for _, outcome, lease_id, _ in continued if outcome == "done"}, last)
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_what_workers_leave_behind_others_continue_and_it_is_trained(engine: str, tmp_path: Path) -> None:
+    steps, run_dir = 24, tmp_path / "run"
+    own = ("rollout.num_workers=2", "rollout.drain_s=0.3", "rollout.save_partials_s=0.5", f"rollout.engine={engine}")
+    with started(run_dir, *SLOW_ANSWERS, *own, f"run.steps={steps}") as process:
+        for step, sent in ((2, signal.SIGTERM), (7, signal.SIGKILL), (12, signal.SIGTERM), (16, signal.SIGKILL)):
+            wait_for_batch(run_dir, step, process)
+            num_before = num_continued(run_dir)
+            os.kill(processes(run_dir, "rollout")[step % 2], sent)
+            wait_until_continued(run_dir, num_before, process)
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, output
+    ends = dict(query(run_dir, "SELECT reason, COUNT(*) FROM leases WHERE outcome IN ('withdrawn', 'lost') GROUP BY 1"))
+    continued = query(run_dir, CONTINUED)
+    trained = {group_id for (group_id,) in query(run_dir, "SELECT group_id FROM groups WHERE state = 'trained'")}
+    done = {lease_id for _, outcome, lease_id, _ in continued if outcome == "done"}
+    print(f"{engine}: leases ended {ends}; continued {len(continued)}, {len(done & trained)} of them trained on")
+    assert ends["handed back"]
+    assert ends["worker lost"]
+    assert done & trained
+    assert audit(run_dir) == []
+    assert_exact(run_dir, done, steps)
+
+
+def num_continued(run_dir: Path) -> int:
+    return query(run_dir, "SELECT COUNT(*) FROM events WHERE kind = 'continued'")[0][0]
+
+
+def wait_until_continued(run_dir: Path, num_before: int, process: subprocess.Popen[str]) -> None:
+    wait_until(lambda: num_continued(run_dir) > num_before, process, timeout_s=60)

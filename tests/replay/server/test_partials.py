@@ -1,0 +1,167 @@
+"""What is sampled of a group that isn't complete is kept, and goes to the prompt's next lease as it was saved."""
+
+from __future__ import annotations
+
+import asyncio
+
+import msgspec
+import numpy as np
+
+from asyncdapo.messages import Ack, Lease, Recall, Withdraw
+from asyncdapo.replay.ledger.audit import audit
+from asyncdapo.replay.server.accounts import in_flight
+from asyncdapo.transport.payload import PartialGroup
+from tests.replay.serving import FakeLearner, FakeWorker, rows, scenario, serving, until
+from tests.replay.small_run import write_files
+
+SAMPLED = [([(0, 5)], "stop"), ([(0, 2), (0, 1)], None)]
+NUM_TOKENS = 8
+CONTINUED = "SELECT lease_id, prompt_id, number FROM events WHERE kind = 'continued'"
+
+
+def read(frames):
+    header, tokens, logprobs = frames
+    group = msgspec.msgpack.decode(header, type=PartialGroup)
+    found = [(completion.versions, completion.finish_reason) for completion in group.completions]
+    return found, np.frombuffer(tokens, "<i4").tolist(), np.frombuffer(logprobs, "<f4").tolist()
+
+
+async def hold(server, worker, num=1):
+    """So many leases, each with some tokens."""
+    await worker.join()
+    await server.begin()
+    leases = await worker.leases(num)
+    await worker.beat({lease.lease_id: NUM_TOKENS for lease in leases}, tokens=num * NUM_TOKENS, started_version=0)
+    return leases
+
+
+@scenario
+async def test_what_a_drained_worker_hands_back_another_one_continues(tmp_path):
+    async with serving(tmp_path) as server:
+        leaver, other = (FakeWorker(server, index, continues=True) for index in (0, 1))
+        [lease] = await hold(server, leaver)
+        draining = asyncio.create_task(server.drain_worker(0, 0.0, "SIGTERM"))
+        assert (await leaver.take(Recall)).lease_ids == [lease.lease_id]
+        await leaver.save(lease.lease_id, SAMPLED, handed_back=True)
+        assert (await leaver.take(Withdraw)).lease_ids == [lease.lease_id]
+        assert await draining == 1
+        await other.join()
+        [again] = await other.leases(1)
+        assert (again.prompt, again.seed, again.attempt) == (lease.prompt, lease.seed, 1)
+        assert read(other.begun[again.lease_id]) == (SAMPLED, list(range(NUM_TOKENS)), [-0.25] * NUM_TOKENS)
+    assert rows(tmp_path, "SELECT outcome, reason FROM leases WHERE worker = 0") == [("withdrawn", "handed back")]
+    assert rows(tmp_path, CONTINUED) == [(again.lease_id, lease.prompt.prompt_id, NUM_TOKENS)]
+
+
+@scenario
+async def test_every_saved_token_is_counted_once_until_its_batch_is_trained(tmp_path):
+    async with serving(tmp_path) as server:
+        leaver, other, learner = FakeWorker(server, 0, continues=True), FakeWorker(server, 1), FakeLearner(server)
+        other.continues = True
+        first, second = await hold(server, leaver, 2)
+        recalling = asyncio.create_task(server.recall())
+        await leaver.take(Recall)
+        await leaver.save(first.lease_id, SAMPLED, handed_back=True)
+        await leaver.save(second.lease_id, SAMPLED, handed_back=True)
+        await recalling
+        assert server._dispatch.state.leases.num_partial_tokens == 2 * NUM_TOKENS
+        await server.lose_worker(0, "gone")
+        await other.join()
+        await server.begin()
+        leases = await other.leases(2)
+        assert server._dispatch.state.leases.num_partial_tokens == 0
+        for lease in leases:  # 16 tokens each, of which 8 were sampled before
+            await other.answer(lease, versions=((0, 8),))
+            await other.take(Ack)
+        await other.beat(tokens=2.0 * (16 - NUM_TOKENS))
+        await learner.want(1)
+        await learner.receive()
+        line = {"step": 1, **await server.trained(1, {})}
+        await server.published(1)
+    assert (line["rollout/tokens"], line["replay/tokens_trained"]) == (32, 32)
+    assert (line["replay/continued_leases"], line["replay/continued_tokens"]) == (2, 16)
+    assert in_flight(line) == 0
+    write_files(tmp_path, [line])
+    assert audit(tmp_path) == []
+
+
+@scenario
+async def test_a_worker_that_dies_loses_what_it_has_not_saved(tmp_path):
+    async with serving(tmp_path) as server:
+        worker = FakeWorker(server, 0, continues=True)
+        [lease] = await hold(server, worker)
+        await worker.save(lease.lease_id, SAMPLED)
+        await worker.beat({lease.lease_id: NUM_TOKENS + 7}, tokens=NUM_TOKENS + 7.0)
+        await worker.unread()
+        await server.lose_worker(0, "killed")
+        assert server._dispatch.state.leases.num_partial_tokens == NUM_TOKENS
+        assert server._dispatch.accounts._ungrouped["lost"] == 7
+
+
+@scenario
+async def test_what_is_saved_outlives_the_server_and_a_rollback_that_keeps_its_versions(tmp_path):
+    async with serving(tmp_path) as server:
+        worker = FakeWorker(server, 0, continues=True)
+        [lease] = await hold(server, worker)
+        await worker.save(lease.lease_id, SAMPLED)
+        await worker.unread()
+    for life, num_before in (("killed", 2), ("rolled back", 0)):  # the prompt of a lost lease goes behind others
+        async with serving(tmp_path, heartbeat_s=0.2) as server:
+            if life == "rolled back":
+                assert await server.roll_back(0, "resumed") == 1
+            worker = FakeWorker(server, 0, life, continues=True)
+            worker.branch = server.branch
+            await worker.join()
+            await server.begin()
+            *_, lease = await worker.leases(num_before + 1)
+            assert lease.prompt.prompt_id == 0
+            assert read(worker.begun[lease.lease_id])[0] == SAMPLED
+
+
+@scenario
+async def test_a_worker_that_cannot_continue_begins_anew_and_the_ledger_says_so(tmp_path):
+    async with serving(tmp_path) as server:
+        leaver, other = FakeWorker(server, 0, continues=True), FakeWorker(server, 1)
+        [lease] = await hold(server, leaver)
+        await leaver.save(lease.lease_id, SAMPLED, handed_back=True)
+        await leaver.take(Withdraw)
+        await server.lose_worker(0, "it has left")
+        await other.join()
+        [again] = await other.leases(1)
+        assert again.prompt == lease.prompt
+        assert other.begun[again.lease_id] == []
+    dropped = "SELECT prompt_id, number, detail FROM events WHERE kind = 'partial_dropped'"
+    assert rows(tmp_path, dropped) == [(0, NUM_TOKENS, "worker 1 can't continue it")]
+
+
+@scenario
+async def test_a_save_that_is_damaged_or_of_a_lease_that_is_over_changes_nothing(tmp_path):
+    async with serving(tmp_path, server_settings={"vocab_size": NUM_TOKENS}) as server:
+        worker = FakeWorker(server, 0, continues=True)
+        [lease] = await hold(server, worker)
+        await worker.save(lease.lease_id, SAMPLED)
+        for damaged in (
+            SAMPLED[:1],
+            [([(0, 3)], None), ([(9, 3)], None)],
+            [([(0, 3)], None), ([], "stop")],
+            [([(0, 3)], None), ([(0, 0)], None)],
+            [([(0, 6)], None), ([(0, 6)], None)],
+        ):
+            await worker.save(lease.lease_id, damaged)
+        await worker.save(lease.lease_id + 9, SAMPLED)
+        assert (await worker.take(Withdraw)).lease_ids == [lease.lease_id + 9]
+        assert server._workers.arrivals.dropped["rejected"] == 5
+        assert read(server._journal.read_partial(0, lease.lease_id + 1))[0] == SAMPLED
+        assert server.status()["running"] == 1
+
+
+@scenario
+async def test_a_recall_that_is_not_followed_is_said_again_and_given_up(tmp_path):
+    async with serving(tmp_path, heartbeat_s=0.05) as server:
+        worker = FakeWorker(server, 0, continues=True)
+        [lease] = await hold(server, worker)
+        recalling = asyncio.create_task(server.recall())
+        assert [(await worker.take(Recall)).lease_ids for _ in range(2)] == [[lease.lease_id]] * 2
+        await until(recalling.done, server)
+        assert not any(isinstance(message, Lease) for message in await worker.unread()), "nothing is granted any more"
+        assert server.status()["running"] == 1
