@@ -27,12 +27,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from asyncdapo.messages import Sampling
 from asyncdapo.rollout.config import RolloutConfig
 from asyncdapo.rollout.engine import Limits, Request
+from asyncdapo.rollout.episodes import AHEAD
 from asyncdapo.rollout.torch_engine.checkpoint import read_checkpoint
 from asyncdapo.rollout.torch_engine.compiled_model import fastest_model
 from asyncdapo.rollout.torch_engine.runner import Runner
 from asyncdapo.rollout.torch_engine.scheduler import Job
 from asyncdapo.rollout.torch_engine.torch_engine import TorchEngine
-from asyncdapo.rollout.worker import AHEAD
 
 GROUP_SIZE, MAX_PROMPT_LENGTH, MAX_TOKENS, STOP_TOKEN_IDS, PAD = 16, 40, 128, [1, 2, 3], 0
 

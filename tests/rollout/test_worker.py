@@ -23,7 +23,8 @@ from asyncdapo.messages import (
     Withdraw,
 )
 from asyncdapo.rollout.engine import Priority
-from asyncdapo.rollout.worker import AHEAD, MAX_MALFORMED
+from asyncdapo.rollout.episodes import AHEAD
+from asyncdapo.rollout.worker import MAX_MALFORMED
 from asyncdapo.seeds import eval_seed, sample_seed
 from asyncdapo.shares import CutWanted
 from asyncdapo.transport.payload import Payload, checksum, unpack_answers
