@@ -59,7 +59,7 @@ class RolloutConfig:
     drain_s: PositiveFloat = 30.0
     """Seconds that a worker that is to leave may take to finish what it holds. Others continue the rest, or sample it
     again."""
-    save_partials_s: PositiveFloat | None = 30.0
+    save_partials_s: PositiveFloat | None = 60.0
     """Seconds of sampling that the sudden death of a worker may lose at most: so often a worker saves what it has
     sampled of groups that aren't complete. null: only when it hands them back."""
     empty_s: PositiveFloat = 600.0

@@ -98,7 +98,7 @@ class Runner:
     def so_far(self, job: Job) -> list[Sampled]:
         """What there is of each of its samples by now."""
         found = [sample or Sampled() for sample in job.samples]
-        for slot, running in self._batch.active():
+        for slot, running in self._batch.sequences():
             if running.job is job:
                 found[running.index] = self._batch.so_far(slot, self.version)
         return found

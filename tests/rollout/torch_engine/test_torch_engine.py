@@ -1,8 +1,10 @@
 """The engine as a rollout worker sees it: samples, seeds, ends, withdrawal, refusals, failures."""
 
 import asyncio
+import dataclasses
 import time
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -10,6 +12,8 @@ from asyncdapo.errors import ConfigError, EngineError
 from asyncdapo.rollout.engine import Priority
 
 from .models import VOCAB_SIZE, engine_for, random_model, request, saved
+
+LONG = 300
 
 
 @pytest.fixture(scope="module")
@@ -315,3 +319,26 @@ def test_requests_that_wait_with_the_same_prompt_share_its_prefill(path):
     assert num_prefilled == 9 + 20
     [group] = running(path, lambda engine: together(engine, request(20, range(6))))
     assert same(apart, group)
+
+
+def test_a_sample_that_is_continued_ends_as_it_would_have(path):
+    """Its prompt is longer then than any prompt may be."""
+    whole = request(30, [5, 6], max_tokens=LONG)
+
+    def rest(seed, begun):
+        left = msgspec.structs.replace(whole.sampling, max_tokens=LONG - len(begun.token_ids))
+        prompt_ids, num_begun = [*whole.prompt_ids, *begun.token_ids.tolist()], len(begun.token_ids)
+        return dataclasses.replace(whole, prompt_ids=prompt_ids, seeds=[seed], num_begun=num_begun, sampling=left)
+
+    async def use(engine):
+        task = asyncio.create_task(engine.generate(whole))
+        while whole.num_sampled < 2 * 12:
+            await asyncio.sleep(0.001)
+        begun = await engine.so_far(whole)
+        task.cancel()
+        ends = await together(engine, *map(rest, whole.seeds, begun))
+        return begun, [one.then(end) for one, [end] in zip(begun, ends, strict=True)], *await together(engine, whole)
+
+    begun, continued, uninterrupted = running(path, use, max_response_length=LONG)
+    assert all(12 <= len(one.token_ids) < LONG for one in begun)
+    assert same(continued, uninterrupted)
