@@ -42,8 +42,8 @@ def _accept_again(patch: pytest.MonkeyPatch, outcome: str) -> None:
     """A group passes although its lease has ended with `outcome`, at every place that would notice."""
     end, end_session, over = Leases.end, Dispatch._end_lease, {}
 
-    def end_and_remember(self: Leases, lease: Lease, how: str, reason: str = "") -> None:
-        end(self, lease, how, reason)
+    def end_and_remember(self: Leases, lease: Lease, how: str, reason: str = "", *, keep: bool = False) -> None:
+        end(self, lease, how, reason, keep=keep)
         if how == outcome:
             over[self, lease.lease_id] = lease
 
@@ -118,6 +118,15 @@ def what_a_drained_worker_hands_back_is_lost(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Lifecycle, "hand_back", Lifecycle.lose)
 
 
+def what_is_handed_back_is_forgotten(patch: pytest.MonkeyPatch) -> None:
+    end = Leases.end
+
+    def end_for_good(self: Leases, lease: Lease, how: str, reason: str = "", *, keep: bool = False) -> None:
+        end(self, lease, how, reason)
+
+    patch.setattr(Leases, "end", end_for_good)
+
+
 def copies_are_forgotten_at_a_rollback(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Rollback, "_num_copies", lambda self: 0)
 
@@ -153,6 +162,7 @@ MUTANTS = [
     a_rollback_believes_every_payload,
     a_worker_gets_more_than_it_asked_for,
     what_a_drained_worker_hands_back_is_lost,
+    what_is_handed_back_is_forgotten,
     copies_are_forgotten_at_a_rollback,
     copies_are_drawn_anew_by_every_server,
     copies_do_not_count_as_in_training,
