@@ -23,10 +23,10 @@ pytestmark = pytest.mark.soak
 
 ENGINES = ["torch", pytest.param("vllm", marks=pytest.mark.vllm)]
 SLOW_ANSWERS = (
-    "rollout.slots=8",
+    "rollout.slots=2",  # so few that the learner waits, and something is always half sampled
     "rollout.group_size=8",
     "rollout.on_update=recompute",
-    "replay.prompts_per_step=4",
+    "replay.prompts_per_step=8",
     "replay.run_ahead=2",
     "replay.max_staleness=4",
     "replay.keep_payloads=true",
@@ -61,7 +61,7 @@ def test_after_ctrl_c_the_same_command_continues_what_was_sampled(engine: str, t
     run_dir, own = tmp_path / "run", (*SLOW_ANSWERS, f"rollout.engine={engine}", "rollout.save_partials_s=null")
     with started(run_dir, *own, "run.steps=100000") as process:
         wait_for_batch(run_dir, 3, process)
-        time.sleep(1)
+        time.sleep(0.5)
         process.send_signal(signal.SIGINT)
         output, _ = process.communicate(timeout=120)
         assert process.returncode == 130, output

@@ -148,7 +148,11 @@ class TorchEngine:
         if job is None:
             return []
         found: asyncio.Future[list[Sampled]] = loaded.loop.create_future()
-        self._order(lambda: loaded.loop.call_soon_threadsafe(_resolve, found, loaded.runner.so_far(job)))
+
+        def tell() -> None:
+            loaded.loop.call_soon_threadsafe(_resolve, found, loaded.runner.so_far(job))
+
+        self._order(tell)
         made = self._jobs[job]
         await asyncio.wait([found, made], return_when=asyncio.FIRST_COMPLETED)
         if found.done():
