@@ -23,11 +23,11 @@ pytestmark = pytest.mark.soak
 
 ENGINES = ["torch", pytest.param("vllm", marks=pytest.mark.vllm)]
 SLOW_ANSWERS = (
-    "rollout.slots=2",  # so few that the learner waits, and something is always half sampled
-    "rollout.group_size=8",
+    "rollout.slots=1",  # a group takes seconds, so the learner waits, and something is always half sampled
+    "rollout.group_size=64",
     "rollout.on_update=recompute",
-    "replay.prompts_per_step=8",
-    "replay.run_ahead=2",
+    "replay.prompts_per_step=2",
+    "replay.run_ahead=1",
     "replay.max_staleness=4",
     "replay.keep_payloads=true",
     "learner.lr=1e-3",  # so high that neighbouring versions differ visibly on nearly every response
