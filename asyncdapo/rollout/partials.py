@@ -70,16 +70,18 @@ class Saver:
         self,
         so_far: Callable[[Job], Awaitable[list[Sampled]]],
         every_s: float | None,
+        look_s: float,
         tasks: asyncio.TaskGroup,
         take: Callable[[Saved], None],
     ) -> None:
-        """`so_far`: see `Rollouts`. `every_s`: `rollout.save_partials_s`. `take` gets each message."""
-        self._so_far, self._every_s, self._tasks, self._take = so_far, every_s, tasks, take
+        """`so_far`: see `Rollouts`. `every_s`: `rollout.save_partials_s`. `look_s`: between two calls of `save_due`. `take` gets
+        each message."""
+        self._so_far, self._every_s, self._look_s, self._tasks, self._take = so_far, every_s, look_s, tasks, take
 
     def save_due(self, jobs: Iterable[Job], now: float) -> None:
-        """Save those of which there has been more than `every_s` of sampling since the last time."""
+        """Save those of which the next call would come too late: there would be more than `every_s` of sampling."""
         for job in jobs:
-            if self._every_s and job.is_being_sampled and now - job.saved_at >= self._every_s:
+            if self._every_s and job.is_being_sampled and now + self._look_s - job.saved_at > self._every_s:
                 job.saved_at = now
                 self._tasks.create_task(self._save(job, handed_back=False))
 

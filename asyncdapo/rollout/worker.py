@@ -115,7 +115,7 @@ class RolloutWorker:
         self._outbox: Outbox[Key] = Outbox(RESEND_HEARTBEATS * heartbeat_s)
         self._news: list[Outgoing] = []
         """Messages that are sent once."""
-        self._saver = Saver(rollouts.so_far, config.save_partials_s, self._tasks, self._take_saved)
+        self._saver = Saver(rollouts.so_far, config.save_partials_s, heartbeat_s, self._tasks, self._take_saved)
 
         self._welcomed = False
         self._heard_at = self._hello_at = self._heartbeat_at = -math.inf
