@@ -74,8 +74,8 @@ class Saver:
         tasks: asyncio.TaskGroup,
         take: Callable[[Saved], None],
     ) -> None:
-        """`so_far`: see `Rollouts`. `every_s`: `rollout.save_partials_s`. `look_s`: between two calls of `save_due`. `take` gets
-        each message."""
+        """`so_far`: see `Rollouts`. `every_s`: `rollout.save_partials_s`. `look_s`: between two calls of `save_due`.
+        `take` gets each message."""
         self._so_far, self._every_s, self._look_s, self._tasks, self._take = so_far, every_s, look_s, tasks, take
 
     def save_due(self, jobs: Iterable[Job], now: float) -> None:
