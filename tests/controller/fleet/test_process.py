@@ -52,10 +52,10 @@ class Faulty:
     """An actor that fails in every way."""
 
     def __init__(self, spec: ProcessSpec) -> None:
-        self.spec, self.loaded = spec, False
+        self.spec, self.loaded = spec, asyncio.Event()
 
     async def load(self) -> None:
-        self.loaded = True
+        self.loaded.set()
 
     async def entry(self) -> Entry:
         return self.spec.entry()
@@ -67,7 +67,8 @@ class Faulty:
         return self.spec.name, value, os.environ.get("OMP_NUM_THREADS")
 
     async def has_loaded(self) -> bool:
-        return self.loaded
+        """Raises TimeoutError if nobody told it to: it may be told after it is asked."""
+        return await asyncio.wait_for(self.loaded.wait(), 30)
 
     async def refuse(self) -> None:
         raise ConfigError("model.path", "has no weights", "there", "another")
