@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import time
 from functools import partial
 from pathlib import Path
 
@@ -64,7 +63,7 @@ def test_after_ctrl_c_the_same_command_continues_what_was_sampled(engine: str, t
     run_dir, own = tmp_path / "run", (*SLOW_ANSWERS, f"rollout.engine={engine}", "rollout.save_partials_s=null")
     with started(run_dir, *own, "run.steps=100000") as process:
         wait_for_batch(run_dir, 3, process)
-        time.sleep(0.5)
+        wait_until(partial(waits_for_a_group, run_dir), process)
         process.send_signal(signal.SIGINT)
         output, _ = process.communicate(timeout=120)
         assert process.returncode == 130, output
@@ -111,6 +110,13 @@ def test_what_workers_leave_behind_others_continue_and_it_is_trained(engine: str
     assert done & trained
     assert audit(run_dir) == []
     assert_exact(run_dir, done, steps)
+
+
+def waits_for_a_group(run_dir: Path) -> bool:
+    """Something is half sampled, and the learner has no batch: a run that is asked to stop ends at once."""
+    begun = "SELECT 1 FROM leases WHERE outcome IS NULL AND started_version IS NOT NULL"
+    cut = "SELECT 1 FROM prompts WHERE state = 'cut'"
+    return bool(query(run_dir, begun)) and not query(run_dir, cut)
 
 
 def holders(run_dir: Path) -> list[int]:
