@@ -26,6 +26,14 @@ class SlowEngine(TorchEngine):
         time.sleep(TOKEN_S)
 
 
+class PacedEngine(TorchEngine):
+    """Slow enough that new weights come in the middle of most responses, and idle meanwhile."""
+
+    def _turn(self, *args, **kwargs) -> None:
+        super()._turn(*args, **kwargs)
+        time.sleep(0.005)
+
+
 class SlowToLoad(TorchEngine):
     """New weights take long to be in place."""
 

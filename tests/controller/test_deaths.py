@@ -79,6 +79,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Seen:
 
         def kill(role: str) -> None:
             """Kill the last process of a role, and see the run continue with others in the place of all of them."""
+            wait_until(lambda: processes(run_dir, role), process)  # a scorer is listed by its worker's first heartbeat
             pids, step = processes(run_dir, role), trained_steps(run_dir)
             os.kill(pids[-1], signal.SIGKILL)
             wait_until(lambda: len(set(processes(run_dir, role)) - set(pids)) == len(pids), process)

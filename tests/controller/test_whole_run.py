@@ -1,8 +1,8 @@
 """One small run of the real command through every stage, and what can be read off it afterwards: from its files, and in
 Python by the page about it.
 
-It trains with generation as the slow side (few slots), so that weights arrive in the middle of responses; payloads and
-a checkpoint of every step are kept; and the model's weight file is removed as soon as the workers run.
+It trains with generation as the slow side (paced engines), so that weights arrive in the middle of responses; payloads
+and a checkpoint of every step are kept; and the model's weight file is removed as soon as the workers run.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import asyncdapo
 from asyncdapo.errors import UserError
 from asyncdapo.learner.storage.checkpoint import check_checkpoint, checkpoint_dir
 from asyncdapo.replay.ledger.ledger import read_group
+from tests.controller import planted
 from tests.controller.recomputed import assert_versions_are_true
 from tests.controller.runs import FinishedRun, command, copy_start_model, started, wait_for_step
 from tests.docs.blocks import python_cells_of
@@ -45,10 +46,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
         f"model.path={model}",
         f"run.steps={STEPS}",
         "rollout.num_workers=2",
-        "rollout.slots=4",
+        "rollout.slots=8",
+        f"rollout.engine={planted.__file__}:PacedEngine",
         "rollout.group_size=8",
         "rollout.on_update=recompute",
-        "replay.run_ahead=3",  # else too little runs when weights arrive
+        "replay.run_ahead=3",
         f"replay.max_staleness={STALENESS}",
         "replay.prompts_per_step=4",
         "replay.keep_payloads=true",

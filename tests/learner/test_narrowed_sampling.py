@@ -31,7 +31,7 @@ async def sampled_groups(path, sampling):
         prompt = Prompt(prompt_id=prompt_id, epoch=0, source="made", row=0, token_ids=token_ids, answer="")
         request = Request(prompt_ids=token_ids, seeds=list(range(4)), sampling=sampling)
         samples = await engine.generate(request)
-        contexts = [SampledContext(turns=[turn_of(request, sample, 0)]) for sample in samples]
+        contexts = [SampledContext(turns=[turn_of(request.prompt_ids, sample, 0)]) for sample in samples]
         episodes = [Episode(contexts=[context], finish_reason="stop") for context in contexts]
         scores = [Score(reward=float(number % 2), metrics={}) for number in range(4)]
         lease = Lease(lease_id=prompt_id, branch=0, attempt=0, group_size=4, seed=0, prompt=prompt)
