@@ -189,6 +189,7 @@ def test_two_ranks_give_the_same_gradient_as_replicas_and_as_shards(path):
     assert_every_mesh_is_exact(2, [1, 2], of_losses + hard_cases(path)[1:])
 
 
+@pytest.mark.soak  # four processes and every model; a default test has two
 def test_two_replicas_of_two_shards_give_the_same_gradient_of_every_model(path, other_paths):
     batch, payload = a_batch()
     of_models = [(other, (LOSSES["token-mean"], batch, payload, 6 * LONGEST)) for other in other_paths]

@@ -12,6 +12,7 @@ def most(mib: float, num_ranks: int, block_mib: int) -> float:
     return mib + 4.5 * num_ranks * block_mib
 
 
+@pytest.mark.soak
 def test_two_ranks_hold_the_model_once_and_a_few_blocks_each_while_they_load_and_check_it() -> None:
     size, peak, loaded = measure(48, 2, 8)
     assert 0.9 * size < loaded < 1.25 * size
