@@ -21,7 +21,7 @@ from tests.controller.runs import launch, started
 
 pytestmark = pytest.mark.soak
 
-ENGINES = ["torch", pytest.param("vllm", marks=pytest.mark.vllm)]
+ENGINES = ["torch"]
 SLOW_ANSWERS = (
     "rollout.slots=1",  # a group takes seconds, so the learner waits, and something is always half sampled
     "rollout.group_size=64",
