@@ -172,11 +172,9 @@ def _placeholders(made: Converted) -> None:
         return
     why = "no known data set is named: asyncdapo data prepare makes the file; a launch refuses this placeholder"
     made.said.insert(0, (Rank.TASK, f"prompts.path={OWN_DATA}: {why}"))
-    own = [
-        Line("prompts.task", "file", []),
-        Line("prompts.path", OWN_DATA, [], "name your data here"),
-        Line("prompts.chat_template", made.values.get("prompts.chat_template", True), [], "they always use it"),
-    ]
+    own = [Line("prompts.task", "file", []), Line("prompts.path", OWN_DATA, [], "name your data here")]
+    if "prompts.chat_template" not in made.values:
+        own.append(Line("prompts.chat_template", True, [], "they always use it"))
     made.lines = own + [line for line in made.lines if line.ours not in [one.ours for one in own]]
 
 

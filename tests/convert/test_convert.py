@@ -68,6 +68,11 @@ def test_no_key_is_dropped_in_silence(data: st.DataObject, peer: str) -> None:
     assert [key for key in keys if f"{key}=" not in text] == []
 
 
+def test_a_key_of_the_chat_template_is_named_though_no_data_is() -> None:
+    text, _ = converted("siirl", ["data.apply_chat_template_kwargs.enable_thinking=1"])
+    assert "data.apply_chat_template_kwargs.enable_thinking=1; they always use it" in " ".join(text.split())
+
+
 VERL = ("algorithm.adv_estimator=grpo", "actor_rollout_ref.rollout.n=4")
 """Without which verl trains a critic on single completions."""
 
