@@ -29,7 +29,8 @@ import numpy as np
 from asyncdapo.config.config import to_yaml
 from asyncdapo.controller.watch.charts import CHARTS
 from asyncdapo.controller.watch.run_state import RunState
-from asyncdapo.controller.watch.web import Server, Site
+from asyncdapo.controller.watch.site import Site
+from asyncdapo.controller.watch.web import Server
 from asyncdapo.messages import NO_CHECKSUM, Completion, Context, Group
 from asyncdapo.metrics.progress import COLUMNS
 from asyncdapo.replay.ledger.ledger import LEDGER_FILE, PAYLOAD_FOLDER, open_for_writing

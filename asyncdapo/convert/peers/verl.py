@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from asyncdapo.convert import data_files, gpus, turns
 from asyncdapo.convert import meanings as mean
+from asyncdapo.convert.peers import verl_loss_values as its_loss
 from asyncdapo.convert.peers import verl_values as its
 from asyncdapo.convert.peers.verl_values import ACTOR, CORRECTION, ROLLOUT
 from asyncdapo.convert.rules import Left, Made, Peer, Rank, Rule, flag, same, text, whole
@@ -97,7 +98,7 @@ RULES = (
         its.gen_multiplier,
     ),
     Rule("replay.prompts_per_step", STEP, its.prompts_per_step),
-    Rule("replay.run_ahead", (f"{ASYNC}staleness_threshold", STEP[-2], GPUS[-1]), its.run_ahead),
+    Rule("replay.run_ahead", (f"{ASYNC}staleness_threshold", STEP[-2], GPUS[-1]), its_loss.run_ahead),
     Rule("replay.max_staleness", (f"{ASYNC}staleness_threshold", f"{ASYNC}partial_rollout"), its.staleness),
     Rule("loss.variant", (f"{ACTOR}policy_loss.loss_mode",), lambda mode: mean.known_loss(mode, VARIANTS)),
     Rule(
@@ -110,17 +111,17 @@ RULES = (
             f"{ACTOR}tis_imp_ratio_cap",
             f"{ASYNC}trigger_parameter_sync_step",
         ),
-        its.anchor,
+        its_loss.anchor,
     ),
     Rule(
         "loss.correction",
         (f"{CORRECTION}rollout_is", f"{CORRECTION}bypass_mode", f"{ACTOR}tis_imp_ratio_cap"),
-        its.correction,
+        its_loss.correction,
     ),
     Rule(
         "loss.correction_mode",
         (f"{CORRECTION}rollout_is_threshold", f"{CORRECTION}rollout_is", f"{CORRECTION}bypass_mode"),
-        its.correction_mode,
+        its_loss.correction_mode,
     ),
     Rule(
         "loss.correction_band",
@@ -130,16 +131,16 @@ RULES = (
             f"{CORRECTION}bypass_mode",
             f"{ACTOR}tis_imp_ratio_cap",
         ),
-        its.band,
+        its_loss.band,
     ),
-    Rule("loss.clip_low", (f"{ACTOR}clip_ratio_low", f"{ACTOR}policy_loss.loss_mode"), its.clip_low),
-    Rule("loss.clip_high", (f"{ACTOR}clip_ratio_high", f"{ACTOR}policy_loss.loss_mode"), its.clip_high),
-    Rule("loss.dppo_ratio_cap", (f"{ACTOR}clip_ratio_c", f"{ACTOR}policy_loss.loss_mode"), its.ratio_cap),
+    Rule("loss.clip_low", (f"{ACTOR}clip_ratio_low", f"{ACTOR}policy_loss.loss_mode"), its_loss.clip_low),
+    Rule("loss.clip_high", (f"{ACTOR}clip_ratio_high", f"{ACTOR}policy_loss.loss_mode"), its_loss.clip_high),
+    Rule("loss.dppo_ratio_cap", (f"{ACTOR}clip_ratio_c", f"{ACTOR}policy_loss.loss_mode"), its_loss.ratio_cap),
     Rule("loss.sapo_tau", (f"{ACTOR}tau_pos", f"{ACTOR}tau_neg", f"{ACTOR}policy_loss.loss_mode"), mean.soft_gate),
-    Rule("loss.dual_clip", (f"{ACTOR}clip_ratio_c", f"{ACTOR}policy_loss.loss_mode"), its.dual_clip),
-    Rule("loss.agg", (f"{ACTOR}use_token_level_loss",), its.old_aggregation),
-    Rule("loss.agg", (f"{ACTOR}loss_agg_mode", f"{ACTOR}policy_loss.loss_mode"), its.aggregation),
-    Rule("loss.advantage", ("algorithm.adv_estimator", "algorithm.norm_adv_by_std_in_grpo"), its.advantage),
+    Rule("loss.dual_clip", (f"{ACTOR}clip_ratio_c", f"{ACTOR}policy_loss.loss_mode"), its_loss.dual_clip),
+    Rule("loss.agg", (f"{ACTOR}use_token_level_loss",), its_loss.old_aggregation),
+    Rule("loss.agg", (f"{ACTOR}loss_agg_mode", f"{ACTOR}policy_loss.loss_mode"), its_loss.aggregation),
+    Rule("loss.advantage", ("algorithm.adv_estimator", "algorithm.norm_adv_by_std_in_grpo"), its_loss.advantage),
     Rule("loss.kl_coef", (f"{ACTOR}kl_loss_coef", f"{ACTOR}use_kl_loss"), lambda coef, use: mean.kl_coef(use, coef)),
     Rule(
         "loss.kl_estimator",

@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 
 from asyncdapo.controller.watch.charts import CHARTS
-from asyncdapo.controller.watch.web import Server, Site
+from asyncdapo.controller.watch.site import Site
+from asyncdapo.controller.watch.web import Server
 from tests.controller.runs import command, launch, started, wait_for_step
 from tests.controller.watch.run_files import run_files
 from tests.controller.watch.test_web import Html

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from asyncdapo.cli import main
-from asyncdapo.controller.watch import web
-from asyncdapo.controller.watch.web import Server, Site
+from asyncdapo.controller.watch import site, web
+from asyncdapo.controller.watch.site import Site
+from asyncdapo.controller.watch.web import Server
 from asyncdapo.errors import UserError
 from tests.controller.watch.run_files import bound_by_learner, run_files
 from tests.controller.watch.test_pages import Bytes
@@ -83,7 +84,7 @@ def test_who_does_not_know_the_key_gets_nothing(tmp_path: Path) -> None:
 
 
 def test_runs_and_charts_follow_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(web, "FRESH_S", 0.0)
+    monkeypatch.setattr(site, "FRESH_S", 0.0)
     lines = bound_by_learner(6)
     run_dirs = [run_files(tmp_path / "a", lines[:-1]), run_files(tmp_path / "b", [])]
     with serving(Site(run_dirs)) as server:

@@ -221,32 +221,3 @@ def test_without_any_worker_the_wait_says_so() -> None:
     scenario = Scenario(ReplayConfig(prompts_per_step=2, run_ahead=1, max_staleness=1))
     scenario.tell(core.BatchWanted(step=1))
     assert why_waiting(scenario.state) == "no live worker"
-
-
-@given(
-    num_prompts=st.one_of(st.none(), st.integers(1, 20)),
-    size=st.integers(1, 6),
-    lengths=st.lists(st.integers(0, 9), min_size=20, max_size=20),
-    choices=st.lists(st.sampled_from(["take", "take", "back", "behind"]), max_size=40),
-)
-def test_longest_first_takes_every_prompt_once_a_window_after_the_other(num_prompts, size, lengths, choices) -> None:
-    stream = PromptStream(num_prompts, size, expected_tokens=lambda prompt_id: lengths[prompt_id % 20])
-    first: list[int] = []
-    held: list[int] = []
-    for choice in choices:
-        if choice == "take" and stream.next is not None:
-            held.append(stream.take())
-            first += [held[-1]] if held[-1] not in first else []
-        elif held:
-            (stream.put_back if choice == "back" else stream.put_behind)(held.pop())
-        assert not held or len(set(held)) == len(held)
-    windows = [first[begin : begin + size] for begin in range(0, len(first), size)]
-    for number, window in enumerate(windows):
-        end = (number + 1) * size if num_prompts is None else min((number + 1) * size, num_prompts)
-        whole = sorted(range(number * size, end), key=lambda prompt_id: (-lengths[prompt_id % 20], prompt_id))
-        assert window == whole[: len(window)]
-
-
-def test_a_prompt_that_was_passed_over_keeps_its_place_when_the_stream_is_read_again() -> None:
-    stream = PromptStream(num_prompts=None, delay=4, num_fresh=3, places={0: 0, 1: 1})
-    assert [stream.take() for _ in range(4)] == [0, 1, 3, 4]
