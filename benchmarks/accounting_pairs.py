@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=0, help="first seed")
     parser.add_argument("--inside", action="store_true", help="time its functions in one run instead")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="further keys for every run")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         if args.inside:

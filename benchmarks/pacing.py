@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--loads", nargs="*", choices=list(LOADS), default=list(LOADS))
     parser.add_argument("--out", type=Path, default=Path("runs/pacing"), help="folder of the real runs")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="further keys for every real run")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     if args.what == "lengths":
         print("\n".join(lengths(args.seeds, args.steps)))
         return

@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=0, help="first seed")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmark"), help="folder of the run directories")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="further keys for every run")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
 
     one = {"async": ASYNC, "sync": SYNC, "control": CONTROL}
     modes = {"seeds": ["async"], "sync": ["sync"], "control": ["control"], "pairs": ["async", "sync"]}

@@ -253,4 +253,4 @@ if __name__ == "__main__":
     parser.add_argument("--seconds", type=float, default=15, help="of each contender in a round")
     parser.add_argument("--model", type=Path, default=Path(__file__).parents[1] / "configs" / "models" / "chain_start")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    asyncio.run(main(parser.parse_args()))
+    asyncio.run(main(parser.parse_intermixed_args()))
