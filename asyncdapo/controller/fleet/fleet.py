@@ -16,9 +16,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Self
@@ -48,6 +50,8 @@ LOOK_S = 2.0
 """Between two looks at all processes."""
 NEWCOMERS = Bundle(())
 """In place of the bundle of a worker that joins later on a CPU."""
+TURN_S = 15.0
+"""A start takes some seconds; that of a process which is stopped, as long as that lasts."""
 JOIN_S = 30.0
 """Time for a worker that was just started to be heard."""
 
@@ -183,16 +187,18 @@ class Fleet:
     async def bring_up_worker(self, worker: Process[RolloutProcess]) -> None:
         """After the others of its bundle: vLLM measures what is free on a GPU while it starts, and would count as its
         own what others allocate meanwhile. On CPUs those that join later start one after the other, since each start
-        takes cores from the run."""
+        takes cores from the run; but none waits for longer than `TURN_S` for one."""
         memory_fraction = self.placement.memory_fraction(worker.name, self.config.rollout.memory_fraction)
         outlives = RunError if worker.life or self._watched else ProcessDied
 
-        async def begin_life() -> None:
-            await self._supervisor.start(worker, start_rollout, self.opened.rollout_address, memory_fraction)
-
         bundle = self.placement.bundle(worker.name)
-        async with self._turns[bundle if bundle.num_gpus or not self._watched else NEWCOMERS]:
-            await self._supervisor.bring_up(worker, begin_life, outlives)
+        turn = self._turns[bundle if bundle.num_gpus or not self._watched else NEWCOMERS]
+
+        async def begin_life() -> None:
+            async with held(turn, math.inf if bundle.num_gpus else TURN_S):
+                await self._supervisor.start(worker, start_rollout, self.opened.rollout_address, memory_fraction)
+
+        await self._supervisor.bring_up(worker, begin_life, outlives)
 
     async def serve_worker(self, worker: Process[RolloutProcess], *, late: bool) -> None:
         """As long as its life lasts. `late`: it lacks the weights in force."""
@@ -245,6 +251,19 @@ class Fleet:
                     log.warning("%s has fallen silent: it is killed", worker.name)
                     worker.end()
             await self._elastic.look(health)
+
+
+@asynccontextmanager
+async def held(turn: asyncio.Lock, most_s: float) -> AsyncIterator[None]:
+    """The turn is held for this block, and not for longer than `most_s`."""
+    await turn.acquire()
+    release = asyncio.get_running_loop().call_later(most_s, turn.release)
+    try:
+        yield
+    finally:
+        if asyncio.get_running_loop().time() < release.when():
+            release.cancel()
+            turn.release()
 
 
 async def _bring_up_replay(supervisor: Supervisor, placed: Placed, start: Start, *, leasing: bool) -> Opened:

@@ -183,13 +183,15 @@ class Watch:
 
     def __init__(self) -> None:
         self._tasks: dict[asyncio.Task[Any], str] = {}
+        self._ended: list[asyncio.Task[Any]] = []
+        """In this order: others may have ended because of the first."""
         self._one_ended = asyncio.Event()
 
     def add(self, name: str, work: Coroutine[Any, Any, Any]) -> None:
         """Watch work that should not end, from now on."""
         task = asyncio.ensure_future(work)
         self._tasks[task] = name
-        task.add_done_callback(lambda _: self._one_ended.set())
+        task.add_done_callback(self._note_end)
 
     async def guard(self, work: Coroutine[Any, Any, Any]) -> Any:
         """Run `work` to its end, unless a watched task ends before; then `work` is cancelled and the cause raised."""
@@ -206,11 +208,15 @@ class Watch:
                 task.cancel()
             await asyncio.gather(*everything, return_exceptions=True)
 
+    def _note_end(self, task: asyncio.Task[Any]) -> None:
+        self._ended.append(task)
+        self._one_ended.set()
+
     def _raise_if_one_ended(self) -> None:
-        for task, name in self._tasks.items():
-            if task.done():
-                task.result()
-                raise RunError(f"{name} ended before the run did")
+        if self._ended:
+            first = self._ended[0]
+            first.result()
+            raise RunError(f"{self._tasks[first]} ended before the run did")
 
 
 def _reason(error: RayActorError) -> str:

@@ -12,8 +12,10 @@ import pytest
 from asyncdapo.config.config import Config
 from asyncdapo.config.run import ControllerConfig, RunConfig
 from asyncdapo.controller.fleet.elastic import ElasticWorker
+from asyncdapo.controller.fleet import fleet as fleets
 from asyncdapo.controller.fleet.fleet import Fleet, Placed, settle
 from asyncdapo.controller.fleet.placement import Bundle
+from asyncdapo.controller.fleet.process import Watch
 from asyncdapo.controller.fleet.supervisor import Supervisor
 from asyncdapo.controller.process.roster import Entry, entry_of
 from asyncdapo.controller.roles.actors import start_rollout
@@ -139,3 +141,29 @@ def test_engines_start_at_once_unless_they_share_a_gpu(tmp_path, num_gpus, at_on
         return workers
 
     assert any(worker.beside for worker in asyncio.run(main())) == at_once
+
+
+def test_workers_that_join_a_run_start_one_after_another_but_wait_for_none_that_hangs(fleet, monkeypatch):
+    monkeypatch.setattr(fleets, "TURN_S", 0.05)
+    starting = set()
+
+    class Hanging(FakeWorker):
+        async def start(self, begin, *args) -> None:
+            starting.add(self.name)
+            await asyncio.Event().wait()
+
+    first, second = (FakeWorker(None, name=f"rollout-{number}", starting=starting) for number in (0, 1))
+
+    async def scene() -> None:
+        fleet.watch(Watch())
+        await asyncio.gather(*map(fleet.bring_up_worker, (first, second)))
+        assert not first.beside | second.beside
+        hanging = asyncio.ensure_future(fleet.bring_up_worker(Hanging(name="rollout-2")))
+        while not starting:
+            await asyncio.sleep(0)
+        await asyncio.wait_for(fleet.bring_up_worker(third := FakeWorker(None, name="rollout-3", starting=starting)), 5)
+        assert third.beside == {"rollout-2"}
+        hanging.cancel()
+        assert not any(turn.locked() for turn in fleet._turns.values())
+
+    asyncio.run(scene())

@@ -14,7 +14,7 @@ import pytest
 from asyncdapo.config.config import Config
 from asyncdapo.config.run import ControllerConfig
 from asyncdapo.controller.fleet.placement import Bundle, Placement
-from asyncdapo.controller.fleet.process import Process, ProcessDied
+from asyncdapo.controller.fleet.process import Process, ProcessDied, Watch
 from asyncdapo.controller.fleet.rooms import reserve
 from asyncdapo.controller.process import ray_session as sessions
 from asyncdapo.controller.process.ray_session import ray_session
@@ -151,3 +151,22 @@ def test_a_question_is_asked_again_in_the_next_life(process: Process[Any]) -> No
     answers = asyncio.run(kill_and_start_again())
     assert [answer[1] for answer in answers] == [9, 10]
     assert process.life == 4
+
+
+def test_of_several_watched_that_ended_the_first_one_is_the_cause() -> None:
+    """Rank 1 is killed; rank 0 is killed for that, before anybody has looked."""
+
+    async def dies(name: str, after: asyncio.Event, then: asyncio.Event) -> None:
+        await after.wait()
+        then.set()
+        raise ProcessDied(name, "killed")
+
+    async def scene() -> None:
+        watch, killed, noticed, over = Watch(), *(asyncio.Event() for _ in range(3))
+        watch.add("learner", dies("learner", noticed, over))
+        watch.add("learner-1", dies("learner-1", killed, noticed))
+        killed.set()
+        await watch.guard(dies("learner", over, over))
+
+    with pytest.raises(ProcessDied, match="^learner-1: the process died: killed"):
+        asyncio.run(scene())

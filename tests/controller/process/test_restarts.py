@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asyncdapo.controller.process.restarts import MAX_DELAY_S, WINDOW_S, Restarts
+from asyncdapo.controller.process.restarts import FIRST_DELAY_S, MAX_DELAY_S, RECENT_S, WINDOW_S, Restarts
 from asyncdapo.errors import RunError
 
 DEATH = RunError("rollout-0: the process died: killed")
@@ -50,5 +50,13 @@ def test_a_run_ends_exactly_when_one_more_death_than_allowed_falls_into_a_window
                 restarts.delay_s("learner", DEATH)
             return
         delay_s = restarts.delay_s("learner", DEATH)
-        assert (delay_s == 0) == (len(recent) == 1)
+        assert (delay_s == 0) == (len(deaths) == 1 or gap >= RECENT_S)
         assert delay_s <= MAX_DELAY_S
+
+
+def test_a_start_waits_longer_after_each_death_of_the_last_minute_and_not_at_all_after_a_quiet_one():
+    clock, restarts = Clock(), Restarts(99, lambda: clock.now)
+    delays = [restarts.delay_s("rollout-0", DEATH) for _ in range(4)]
+    assert delays == [0.0, FIRST_DELAY_S, 2 * FIRST_DELAY_S, 4 * FIRST_DELAY_S]
+    clock.now += RECENT_S
+    assert restarts.delay_s("rollout-0", DEATH) == 0.0

@@ -7,8 +7,8 @@ controller waits for it, and says for what.
 A worker whose process says nothing at all (stopped, or its node is gone) doesn't cost the others the deadline. Whoever
 still owes an answer is asked every `ASK_S` whether it is there. If it says nothing for `FEW` times as long as transfers
 take, `SILENT_S` at least, the transfer goes on without it: it is left out until it answers again or dies. Before the
-first transfer nobody knows how long one takes, so nobody is left out. Does not own: what is sent to whom, and what a
-worker that was left out is sent later (`publishing`).
+first transfer nobody knows how long one takes; then it may say nothing for `FIRST_SHARE` of the deadline. Does not own:
+what is sent to whom, and what a worker that was left out is sent later (`publishing`).
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ ASK_S = 0.5
 """Between two questions to an end that owes an answer."""
 SILENT_S = 2.0
 FEW = 4
+FIRST_SHARE = 0.1
 NUM_TRANSFERS = 8
 """Latest ones, whose median says how long one takes."""
 
@@ -89,6 +90,8 @@ class Ends:
         longer; then the first error is raised, a death before any other. `deadline_s`: by default a transfer's."""
         deadline_s = deadline_s or self._timeout_s + COMMAND_MARGIN_S
         tasks = {asyncio.ensure_future(_outcome(process, call)): process for process, call in calls.items()}
+        for task in tasks:  # of one that is left out nobody takes the outcome, nor when this is cancelled
+            task.add_done_callback(lambda task: task.cancelled() or task.exception())
         waits = [asyncio.ensure_future(self._wait(task, tasks[task].name, what, deadline_s)) for task in tasks]
         first = asyncio.ensure_future(asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION))
         silence = asyncio.ensure_future(self._silence(tasks))
@@ -139,10 +142,9 @@ class Ends:
 
     async def _hears(self, worker: Process[RolloutProcess]) -> bool:
         """Whether it says anything."""
-        if not self._took_s:
-            return True
+        silent_s = FEW * median(self._took_s) if self._took_s else FIRST_SHARE * self._timeout_s
         try:
-            async with asyncio.timeout(max(SILENT_S, FEW * median(self._took_s))):
+            async with asyncio.timeout(max(SILENT_S, silent_s)):
                 return await worker.call(lambda worker: worker.hears)
         except TimeoutError:
             return False
@@ -152,7 +154,6 @@ class Ends:
     def _leave_out(self, silent: Mapping[Owed, Process[RolloutProcess]]) -> SilentWorker:
         """Until they have answered."""
         for task, worker in silent.items():
-            task.add_done_callback(lambda task: task.cancelled() or task.exception())  # nobody else asks for it
             self._owed[worker.name] = task
             self._left_out[worker.name].set()
         names = " and ".join(worker.name for worker in silent.values())

@@ -81,12 +81,12 @@ class Publishing:
 
     async def begin(self) -> None:
         """Make the first group, so that what is wrong with it shows before anything is sampled. An end that dies
-        meanwhile is not an error: the next transfer makes a group without it."""
+        or is silent meanwhile is not an error: the next transfer makes a group without it."""
         async with self.turn:
             try:
                 await self._regroup(self.reachable())
-            except ProcessDied as death:
-                log.warning("no weight group yet: %s", death)
+            except (ProcessDied, SilentWorker) as absence:
+                log.warning("no weight group yet: %s", absence)
 
     def learner_has(self, version: int, branch: int) -> None:
         """From now on this is what is sent. Called with the turn held, or while nobody may send."""

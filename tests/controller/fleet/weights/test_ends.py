@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from typing import Any
 
 import pytest
 
 from asyncdapo.controller.fleet.weights import ends
 from asyncdapo.controller.fleet.weights.publishing import Publishing
+from asyncdapo.controller.process.waits import Waits
 from asyncdapo.errors import WeightsError
+from asyncdapo.weights.config import WeightsConfig
 from tests.controller.fakes import Pick, picked
 from tests.controller.fleet.weights.test_publishing import FakeProcess, connected
 
@@ -69,6 +72,43 @@ def test_the_others_get_a_version_without_a_stopped_worker_which_has_it_when_it_
     assert stopped.up.is_set(), "it was not killed"
 
 
+def test_a_worker_that_is_stopped_from_the_start_holds_up_neither_the_group_nor_the_first_version() -> None:
+    stopped, other = Stoppable("rollout-0"), FakeProcess("rollout-1")
+    stopped.runs.clear()
+    made = Publishing(WeightsConfig(timeout_s=0.5), Waits("controller"), FakeProcess("learner"), [stopped, other])
+
+    async def scene() -> None:
+        async with asyncio.timeout(0.4):
+            await made.begin()
+            made.learner_has(1, 0)
+            await made.publish()
+        assert other.received() == [(1, 0)]
+        keeping = asyncio.ensure_future(made.keep_current(stopped))
+        stopped.runs.set()
+        async with asyncio.timeout(5):
+            while stopped.received() != [(1, 0, "rollout-1")]:
+                await asyncio.sleep(0.001)
+        keeping.cancel()
+
+    asyncio.run(scene())
+
+
+def test_an_answer_that_nobody_waits_for_any_more_leaves_no_error_behind(caplog: pytest.LogCaptureFixture) -> None:
+    dying = FakeProcess("rollout-0", dies=lambda command, nth: command == "receive_weights")
+    made = connected(FakeProcess("learner"), [dying])
+
+    async def scene() -> None:
+        publishing = asyncio.ensure_future(made.publish())
+        while dying.up.is_set():
+            await asyncio.sleep(0)
+        publishing.cancel()
+        await asyncio.gather(publishing, return_exceptions=True)
+
+    asyncio.run(scene())
+    gc.collect()
+    assert "never retrieved" not in caplog.text
+
+
 def test_a_transfer_that_takes_as_long_as_ever_leaves_nobody_out() -> None:
     """The worker is busy for longer than `SILENT_S`, as in the transfer before."""
 
@@ -81,8 +121,14 @@ def test_a_transfer_that_takes_as_long_as_ever_leaves_nobody_out() -> None:
             return await super().call(pick, *args)
 
     worker = Busy("rollout-0")
-    made = published(worker)
-    asyncio.run(made.publish())
+    made = connected(FakeProcess("learner"), [worker], max_missed=1)
+
+    async def scene() -> None:
+        for version in (4, 5):
+            made.learner_has(version, 0)
+            await made.publish()
+
+    asyncio.run(scene())
     assert worker.received() == [(4, 0), (5, 0)]
 
 
