@@ -1,27 +1,21 @@
 """Workers that come and go, under a run that trains: `python benchmarks/elastic.py [--minutes 10] [--scenes 1,4,2]`.
 
 With `--minutes` the quickstart runs over two stand-in nodes (raylets on this machine; the launch is on a third), and
-something happens to a worker every 4 to 12 s (`--pause`), at random: the run is scaled to another number, one is sent
-SIGTERM, SIGKILL, or SIGSTOP (and SIGCONT after 1 to 40 s). At a third of the time the node that has only workers loses
-its power, and another node comes. At the end the run is stopped by Ctrl-C, and a last launch trains one more step. With
-`--scenes` it runs without nodes, is scaled to each of these numbers in turn, a third of its steps each, and trains its
-36 steps. Exit code 1 unless
+something happens to a worker every 4 to 13 s (`--pause`) from the first step on, at random: the run is scaled to
+another number, one that lives or is being started is sent SIGTERM, SIGKILL, or SIGSTOP (and SIGCONT after 1 to 40 s).
+At a third of the time the node that has only workers loses its power, and another node comes. At the end the run is
+stopped by Ctrl-C, and a last launch trains one more step. With `--scenes` it runs without nodes, is scaled to each of
+these numbers in turn, a third of its steps each, and trains its 36 steps. Each bar below is printed with `pass` or
+`FAIL` and what is against it; the exit code is 1 if one fails.
 
-    audit is clean while it runs and at the end; no process is left behind
-    every version is published within `weights.timeout_s`, its retries included, and no end is killed for silence in it
-    every sampled token is in one class of `replay/tokens_…`, and none is failed, undone or surplus; lost ones only
-    after a SIGKILL, a SIGSTOP or the loss of a node
-    with `--scenes`: nothing is lost, no version misses its deadline, the sampled accuracy reaches 0.93
-
-Printed are the steps' times, those in which a worker joined or left beside the others (a start of a process takes its
-share of the cores), those of the publishes, and the tokens of each class.
+Printed, too, are the steps' times: those that waited because for a while nobody could sample, those of the others in
+which a worker joined or left, and the rest (`worker_lives`); those of the publishes, and the tokens of each class.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import random
 import signal
@@ -30,10 +24,10 @@ import statistics
 import subprocess
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from contextlib import closing, nullcontext, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from asyncdapo.controller.process.roster import Entry, is_running, read, this_host
@@ -42,24 +36,53 @@ from asyncdapo.metrics.jsonl import read_metrics
 from asyncdapo.metrics.verdict.window import FATES
 from asyncdapo.replay.ledger.audit import audit
 from asyncdapo.weights.config import WeightsConfig
+from benchmarks.worker_lives import Span, nobody, train_steps
 from tests.controller.nodes import Nodes, node_of, nodes
 
 MOST = 4
 """Workers."""
-PAUSE_S = (4.0, 12.0)
-"""With what each thing takes, some 60 in 10 minutes."""
+PAUSE_S = (4.0, 13.0)
+PER_MINUTE = 6
+"""Things that happen, at least."""
 STOPPED_S = (1.0, 40.0)
 """Above 30 s a stopped worker counts as lost."""
 MIN_ACCURACY = 0.93
+MOST_WAIT = 2
+"""A step with a join or a leave takes at most so many times the median."""
 CLASSES = (*FATES, "held", "in_flight", "probe")
 """What becomes of sampled tokens."""
 NEVER = ("failed", "undone", "surplus")
 """Of these, while neither learner nor replay dies, and no verifier fails."""
 NODES = ("node-a", "node-b")
 NEW_NODE = "node-c"
-LIFE = "SELECT at_s FROM events WHERE kind IN ('worker_joined', 'worker_drained', 'worker_lost') ORDER BY at_s"
+ENDED = "the run ends when it is asked to, and the same command resumes it"
+AUDIT = "no group is lost, doubled or stale: audit is clean before each thing that happens, and at the end"
+LEFT = "no process is left behind"
+PUBLISHED = "each version is published within weights.timeout_s, its retries included, and no end is killed in it"
+TOKENS = (
+    "each sampled token is in one class of replay/tokens_…, none in failed, undone or surplus, and lost ones only after"
+    " a SIGKILL, a SIGSTOP or the loss of a node"
+)
+RATE = f"{PER_MINUTE} things or more happen a minute, one node is removed and another one added"
+STEPS = f"no step with a join or a leave takes over {MOST_WAIT} times the median"
+NO_LOSS = "no lease is lost, and no version misses a worker"
+ACCURACY = f"the sampled accuracy is {MIN_ACCURACY} or more"
+BOTH = (ENDED, AUDIT, LEFT, PUBLISHED)
+DISTURBED, SCENES = (*BOTH, TOKENS, RATE), (*BOTH, STEPS, NO_LOSS, ACCURACY)
+"""The bars."""
 LOST = "SELECT COUNT(*) FROM leases WHERE outcome = 'lost'"
 DRAINED = "SELECT COUNT(*) FROM leases WHERE outcome = 'withdrawn' AND reason = 'drained'"
+
+
+@dataclass(frozen=True)
+class Stop:
+    """A worker that was sent SIGSTOP."""
+
+    entry: Entry
+    began_s: float
+    until_s: float
+    """When it is sent SIGCONT, or was, or has ended: `over`."""
+    over: bool = False
 
 
 class ElasticRun:
@@ -69,9 +92,9 @@ class ElasticRun:
         """`cluster`: the run joins it; None for a Ray of its own."""
         self.run_dir, self.random, self.steps, self.cluster = run_dir, random.Random(seed), steps, cluster
         self.done: Counter[str] = Counter()
-        self.problems: list[str] = []
-        self.wake: list[tuple[float, Entry]] = []
-        """When a stopped worker goes on."""
+        self.against: defaultdict[str, list[str]] = defaultdict(list)
+        """By bar."""
+        self.stopped: list[Stop] = []
         self.seen: set[Entry] = set()
         """Every process that the run ever had."""
         self.last_step = 1_000_000
@@ -105,30 +128,29 @@ class ElasticRun:
 
     def disturb(self, minutes: float, pause_s: Sequence[float]) -> None:
         """One thing after the other, for so long; then let the run end."""
-        began = time.monotonic()
-        events = iter([(20 * minutes, self.lose_a_node), (20 * minutes + 20, self.add_a_node)])
-        at, event = next(events)
-        while time.monotonic() < began + 60 * minutes and self.process.poll() is None:
-            next_at = time.monotonic() + self.random.uniform(*pause_s)
-            while time.monotonic() < next_at:
+        while self.process.poll() is None and not self.num_steps():
+            time.sleep(0.5)
+        began = due = time.monotonic()
+        events = [(20 * minutes, self.lose_a_node), (20 * minutes + 20, self.add_a_node)]
+        while (due := due + self.random.uniform(*pause_s)) < began + 60 * minutes and self.process.poll() is None:
+            while time.monotonic() < due:
                 self.wake_up()
                 time.sleep(0.2)
-            if not self.num_steps():
-                continue
-            if time.monotonic() > began + at:
-                event()
-                at, event = next(events, (math.inf, self.add_a_node))
+            if events and due > began + events[0][0]:
+                events.pop(0)[1]()
             else:
                 self.do_something()
         self.wake_up(everyone=True)
         if self.process.poll() is not None:
-            self.problems.append(f"the run ended by itself with exit code {self.process.returncode}")
+            self.against[ENDED].append(f"it ended by itself with exit code {self.process.returncode}")
+        if (num := self.done.total()) < PER_MINUTE * minutes or events:
+            self.against[RATE].append(f"{num} in {minutes:g} minutes, of the nodes {2 - len(events)} of 2")
         self.check_tokens()
         self.last_step = self.num_steps()
         self.process.send_signal(signal.SIGINT)
         self.process.wait(60)
         if (code := self.launch(self.num_steps() + 1).wait(300)) != 0:
-            self.problems.append(f"the last launch ended with exit code {code}")
+            self.against[ENDED].append(f"the last launch ended with exit code {code}")
 
     def lose_a_node(self) -> None:
         """The one that has only workers."""
@@ -156,29 +178,36 @@ class ElasticRun:
         print(f"{time.strftime('%H:%M:%S')}  {said}, after step {self.num_steps()}", flush=True)
 
     def do_something(self) -> None:
-        self.problems += [f"audit: {breach}" for breach in audit(self.run_dir)]
+        self.audit()
         what = self.random.choice(("scale", "scale", "SIGTERM", "SIGKILL", "SIGSTOP"))
         workers = [entry for entry in self.roster() if entry.role == "rollout"]
-        if what == "scale":
+        if what == "scale" or not workers:
             num_workers = self.random.randint(1, MOST)
             ask_for(self.run_dir, num_workers)
-            said = f"scaled to {num_workers}"
-        elif workers:
-            victim = self.random.choice(workers)
-            with suppress(ProcessLookupError):
-                os.kill(victim.pid, signal.Signals[what])
-            said = f"{what} to {victim.name}"
-            if what == "SIGSTOP":
-                self.wake.append((time.monotonic() + self.random.uniform(*STOPPED_S), victim))
-        else:
+            self.say("scale", f"scaled to {num_workers}")
             return
-        self.say(what, said)
+        victim = self.random.choice(workers)
+        with suppress(ProcessLookupError):
+            os.kill(victim.pid, signal.Signals[what])
+        if what == "SIGSTOP":
+            self.stopped.append(Stop(victim, time.time(), time.time() + self.random.uniform(*STOPPED_S)))
+        self.say(what, f"{what} to {victim.name}")
+
+    def audit(self) -> None:
+        self.against[AUDIT] += audit(self.run_dir)
 
     def wake_up(self, *, everyone: bool = False) -> None:
-        for entry in [(at, entry) for at, entry in self.wake if everyone or at <= time.monotonic()]:
-            self.wake.remove(entry)
-            with suppress(ProcessLookupError):
-                os.kill(entry[1].pid, signal.SIGCONT)
+        """Those whose time has come."""
+        now = time.time()
+        for number, stop in enumerate(self.stopped):
+            if stop.over:
+                continue
+            if everyone or stop.until_s <= now:
+                with suppress(ProcessLookupError):
+                    os.kill(stop.entry.pid, signal.SIGCONT)
+            elif is_here(stop.entry):
+                continue
+            self.stopped[number] = replace(stop, until_s=now, over=True)
 
     def num_steps(self) -> int:
         return self.query("SELECT COALESCE(MAX(step), 0) FROM batches")[0][0]
@@ -190,74 +219,89 @@ class ElasticRun:
         except sqlite3.OperationalError:  # there is none yet
             return [(0,)]
 
-    def step_times(self) -> tuple[list[float], list[float]]:
-        """Of the steps in which a worker joined or left, and of the others; without the first two, in which PyTorch
-        warms up."""
-        ends = self.query(f"SELECT trained_at_s FROM batches WHERE step <= {self.last_step} ORDER BY step")
-        lives = [at for (at,) in self.query(LIFE)]
-        busy, quiet = [], []
-        for (began,), (ended,) in list(zip(ends, ends[1:], strict=False))[1:]:
-            (busy if any(began - 1 <= at <= ended for at in lives) else quiet).append(ended - began)
-        return busy, quiet
-
     def check(self, *, disturbed: bool) -> None:
-        self.problems += [f"audit: {breach}" for breach in audit(self.run_dir)]
+        self.audit()
         time.sleep(5)
-        if left := [entry for entry in self.seen | set(self.roster()) if is_running(replace(entry, host=this_host()))]:
-            self.problems.append(f"left behind: {left}")
-        out = (self.run_dir / "run.log").read_text()
+        self.against[LEFT] += [str(entry) for entry in self.seen | set(self.roster()) if is_here(entry)]
         deadline_s = WeightsConfig().timeout_s
         late = [line for line in read_metrics(self.run_dir) if line.get("controller/publish_s", 0) > deadline_s]
-        self.problems += [f"version {line['step']} took {line['controller/publish_s']:.1f} s" for line in late]
+        self.against[PUBLISHED] += [f"version {line['step']}: {line['controller/publish_s']:.1f} s" for line in late]
+        out = (self.run_dir / "run.log").read_text()
         if "gave no answer in" in out:
-            self.problems.append("an end was killed at the deadline of a transfer")
-        if not disturbed:
-            if self.query(LOST)[0][0]:
-                self.problems.append("leases are lost though nobody died")
-            if "did not arrive" in out:
-                self.problems.append("a version did not arrive though nobody died")
-            if not read_metrics(self.run_dir)[-1].get("eval/accuracy", 0) >= MIN_ACCURACY:
-                self.problems.append(f"the accuracy is below {MIN_ACCURACY}")
+            self.against[PUBLISHED].append("an end was killed at its deadline")
+        if disturbed:
+            return
+        if lost := self.query(LOST)[0][0]:
+            self.against[NO_LOSS].append(f"{lost} leases")
+        if "did not arrive" in out:
+            self.against[NO_LOSS].append("a version did not arrive")
+        accuracy = read_metrics(self.run_dir)[-1].get("eval/accuracy", 0)
+        if not accuracy >= MIN_ACCURACY:
+            self.against[ACCURACY].append(str(accuracy))
+        seconds = self.step_seconds()
+        if (most := max(seconds["moved"], default=0)) > MOST_WAIT * statistics.median(sum(seconds.values(), [])):
+            self.against[STEPS].append(f"{most:.1f} s")
 
     def check_tokens(self) -> None:
         """Of the newest step: each is in one class."""
-        tokens, line = self.tokens(), read_metrics(self.run_dir)[-1]
+        tokens, line, against = self.tokens(), read_metrics(self.run_dir)[-1], self.against[TOKENS]
         if missing := int(line["rollout/tokens"]) - sum(tokens.values()):
-            self.problems.append(f"{missing} sampled tokens are in no class: {tokens}")
-        if wrong := {name: tokens[name] for name in NEVER if tokens[name]}:
-            self.problems.append(f"tokens that nothing explains: {wrong}")
+            against.append(f"{missing} are in no class")
+        against += [f"{tokens[name]} {name}" for name in NEVER if tokens[name]]
         deaths = self.done["SIGKILL"] + self.done["SIGSTOP"] + self.done["a node loses its power"]
         if tokens["lost"] and not deaths:
-            self.problems.append(f"{tokens['lost']} tokens are lost though nobody died")
+            against.append(f"{tokens['lost']} lost though nobody died")
         print(f"tokens by class, of {sum(tokens.values()):,}: {json.dumps(tokens)}", flush=True)
 
     def tokens(self) -> dict[str, int]:
         line = read_metrics(self.run_dir)[-1]
         return {name: int(line[f"replay/tokens_{name}"]) for name in CLASSES}
 
+    def stops(self) -> list[Span]:
+        return [Span(stop.entry.index, stop.began_s, stop.until_s) for stop in self.stopped]
+
+    def step_seconds(self) -> dict[str, list[float]]:
+        """By kind, as in `worker_lives`."""
+        with closing(sqlite3.connect(self.run_dir / "ledger.db", timeout=20)) as ledger:
+            steps = train_steps(ledger, self.stops(), self.last_step)
+        return {kind: [step.seconds for step in steps if step.kind == kind] for kind in ("alone", "moved", "quiet")}
+
+    def empty_seconds(self) -> list[float]:
+        """Of each time in which nobody could sample."""
+        with closing(sqlite3.connect(self.run_dir / "ledger.db", timeout=20)) as ledger:
+            return [gap.ended_s - gap.began_s for gap in nobody(ledger, self.stops(), self.last_step)]
+
     def figures(self) -> dict[str, object]:
-        lines, (busy, quiet) = read_metrics(self.run_dir), self.step_times()
+        lines, seconds = read_metrics(self.run_dir), self.step_seconds()
         steps = [line for line in lines if "time/step_s" in line]
         kinds = self.query("SELECT kind, COUNT(*) FROM events WHERE kind LIKE 'worker%' GROUP BY kind")
         return {
             **self.done,
+            "things that happened": self.done.total(),
             **{str(kind): count for kind, *[count] in kinds},
             "steps": int(lines[-1]["step"]),
-            "s a step, median": round(statistics.median(busy + quiet), 2),
-            "s a step with a join or leave, median and max": [round(of(busy), 2) for of in (statistics.median, max)]
-            if busy
-            else [],
-            "s a step without, median and max": [round(of(quiet), 2) for of in (statistics.median, max)]
-            if quiet
-            else [],
-            "s to publish, median and max": [
-                round(of([line["controller/publish_s"] for line in steps]), 2) for of in (statistics.median, max)
-            ],
+            "s a step": spread(sum(seconds.values(), [])),
+            "s a step with a join or leave": spread(seconds["moved"]),
+            "s a step that waited for nobody alive": spread(seconds["alone"]),
+            "s a step without either": spread(seconds["quiet"]),
+            "s in which nobody could sample": spread(self.empty_seconds()),
+            "s to publish": spread([line["controller/publish_s"] for line in steps]),
             "leases lost": self.query(LOST)[0][0],
             "leases handed back": self.query(DRAINED)[0][0],
             "staleness max": max(line["replay/staleness_max"] for line in steps),
             "accuracy": lines[-1].get("eval/accuracy"),
         }
+
+
+def is_here(entry: Entry) -> bool:
+    """Whether it runs, on whichever stand-in node."""
+    return is_running(replace(entry, host=this_host()))
+
+
+def spread(seconds: Sequence[float]) -> str:
+    if not seconds:
+        return "none"
+    return f"{len(seconds)}: median {statistics.median(seconds):.2f}, most {max(seconds):.2f}"
 
 
 def main() -> int:
@@ -275,9 +319,9 @@ def main() -> int:
         run.play(scenes) if scenes else run.disturb(args.minutes, args.pause)
         run.check(disturbed=not scenes)
     print(json.dumps(run.figures(), indent=2))
-    for problem in run.problems:
-        print(f"problem: {problem}")
-    return 1 if run.problems else 0
+    for bar in SCENES if scenes else DISTURBED:
+        print("; ".join([f"{'FAIL' if run.against[bar] else 'pass'}  {bar}", *run.against[bar]]))
+    return 1 if any(run.against.values()) else 0
 
 
 if __name__ == "__main__":

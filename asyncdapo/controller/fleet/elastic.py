@@ -5,8 +5,8 @@
        │                         └────────────────────┘                                       │
        └──────────────── still wanted: its node goes away, somebody sent it SIGTERM ◀─────────┘
 
-Worker i of `rollout.num_workers` is wanted if i is below the number that `asyncdapo scale` asks for, at first the most.
-A run starts with the least and waits for no other: whoever is wanted beyond them joins once Ray has room.
+As many workers are wanted as `asyncdapo scale` asks for, at first the most: those that are up, then those with the
+lowest numbers. A run starts with the least and waits for no other: whoever is wanted beyond them joins once Ray has room.
 
 In: that number, SIGTERMs, nodes that Ray drains, deaths. Out: workers that live. Invariants: one that is asked to leave
 is drained before its process ends, and no transfer of weights breaks under it; a run without any worker says whom it
@@ -242,9 +242,10 @@ class ElasticWorkers:
         if asked is not None and least < most:
             log.info("%d rollout workers are asked for, of %d to %d", wanted, least, most)
         self.num_wanted = wanted
-        for worker in self._workers[:wanted]:
+        by_use = sorted(self._workers, key=lambda worker: not worker.process.up.is_set())
+        for worker in by_use[:wanted]:
             worker.want()
-        for worker in self._workers[wanted:]:
+        for worker in by_use[wanted:]:
             worker.let_go(f"scaled to {wanted}")
 
     def _check_empty(self) -> None:

@@ -151,6 +151,28 @@ def test_workers_that_are_too_many_are_drained_and_their_rooms_given_back(acted,
     acted(scene)
 
 
+def test_who_lives_stays_when_there_are_too_many_and_a_start_is_given_up(acted, tmp_path) -> None:
+    async def scene(cluster: Cluster) -> None:
+        await cluster.until(lambda: cluster.up() == [0, 1, 2])
+        bring_up, cluster.bring_up_worker = cluster.bring_up_worker, hanging
+        for index in (0, 1):
+            cluster.workers[index].ask_to_leave("SIGTERM")
+        await cluster.until(lambda: cluster.up() == [2] and len(cluster.rooms) == 3)
+        wanted_workers.ask_for(tmp_path, 1)
+        await cluster.elastic.look({})
+        await cluster.until(lambda: len(cluster.rooms) == 1)
+        assert cluster.up() == [2]
+        cluster.bring_up_worker = bring_up
+        wanted_workers.ask_for(tmp_path, 2)
+        await cluster.elastic.look({})
+        await cluster.until(lambda: cluster.up() == [0, 2])
+
+    async def hanging(worker: FakeProcess) -> None:
+        await asyncio.Event().wait()
+
+    acted(scene)
+
+
 def test_a_number_out_of_the_range_is_brought_into_it(acted, tmp_path) -> None:
     async def scene(cluster: Cluster) -> list[int]:
         numbers = []

@@ -11,8 +11,8 @@ import pytest
 
 from asyncdapo.config.config import Config
 from asyncdapo.config.run import ControllerConfig, RunConfig
-from asyncdapo.controller.fleet.elastic import ElasticWorker
 from asyncdapo.controller.fleet import fleet as fleets
+from asyncdapo.controller.fleet.elastic import ElasticWorker
 from asyncdapo.controller.fleet.fleet import Fleet, Placed, settle
 from asyncdapo.controller.fleet.placement import Bundle
 from asyncdapo.controller.fleet.process import Watch

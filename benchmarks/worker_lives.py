@@ -1,0 +1,109 @@
+"""Who could sample when, and what a train step had to do with it: from a ledger, and from who was stopped when.
+
+In: `leases` and `events` of a ledger, the ends of its train steps, the times in which a worker was stopped by SIGSTOP.
+Out: steps of three kinds, and the times in which nobody could sample.
+
+    alone    for a while nobody could sample, in this step or in the one before: it waits for nobody alive
+    moved    a worker joined or left in it, or within `START_S` before, and others could sample all the time
+    quiet    neither
+
+A worker can sample from the first lease of a life on. All times are seconds since 1970.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+START_S = 1.0
+"""What a process does before it joins or after it left takes cores from the step in which it does."""
+LEASES = "SELECT worker, session, MIN(granted_at_s) FROM leases GROUP BY worker, session ORDER BY 3"
+EVENTS = (
+    "SELECT kind, worker, at_s FROM events WHERE kind IN ('worker_joined', 'worker_drained', 'worker_lost')"
+    " ORDER BY at_s"
+)
+ENDS = "SELECT trained_at_s FROM batches WHERE step <= ? ORDER BY step"
+
+
+@dataclass(frozen=True)
+class Span:
+    """A time in which a worker could sample, or was stopped."""
+
+    worker: int
+    began_s: float
+    ended_s: float
+
+
+@dataclass(frozen=True)
+class Step:
+    """One train step, from the end of the one before."""
+
+    kind: str
+    began_s: float
+    ended_s: float
+
+    @property
+    def seconds(self) -> float:
+        return self.ended_s - self.began_s
+
+
+def lives(ledger: sqlite3.Connection, end_s: float) -> list[Span]:
+    """When each worker could sample, until `end_s`: from its first lease until it was lost, drained or joined anew."""
+    events = ledger.execute(EVENTS).fetchall()
+    spans = []
+    for worker, _, first_s in ledger.execute(LEASES):
+        ends = (at_s for _, other, at_s in events if other == worker and at_s > first_s)
+        spans.append(Span(worker, first_s, min([*ends, end_s])))
+    return [span for span in spans if span.began_s < span.ended_s]
+
+
+def nobody(ledger: sqlite3.Connection, stopped: Sequence[Span], last_step: int) -> list[Span]:
+    """The times between the first and the last of these steps in which no worker could sample."""
+    ends = _ends(ledger, last_step)
+    return gaps(without(lives(ledger, ends[-1]), stopped), ends[0], ends[-1]) if ends else []
+
+
+def train_steps(ledger: sqlite3.Connection, stopped: Sequence[Span], last_step: int) -> list[Step]:
+    """The steps up to `last_step` but the first two, in which PyTorch warms up."""
+    ends, empty = _ends(ledger, last_step), nobody(ledger, stopped, last_step)
+    moves = [at_s for _, _, at_s in ledger.execute(EVENTS)]
+    steps = []
+    for before_s, began_s, ended_s in zip(ends, ends[1:], ends[2:], strict=False):
+        if any(gap.began_s < ended_s and gap.ended_s > before_s for gap in empty):
+            kind = "alone"
+        else:
+            kind = "moved" if any(began_s - START_S <= at_s <= ended_s for at_s in moves) else "quiet"
+        steps.append(Step(kind, began_s, ended_s))
+    return steps
+
+
+def _ends(ledger: sqlite3.Connection, last_step: int) -> list[float]:
+    return [at_s for (at_s,) in ledger.execute(ENDS, (last_step,))]
+
+
+def without(spans: Iterable[Span], stopped: Sequence[Span]) -> list[Span]:
+    """What is left of the spans when their workers were stopped for a while."""
+    left = list(spans)
+    for stop in stopped:
+        pieces = []
+        for span in left:
+            if span.worker != stop.worker:
+                pieces.append(span)
+                continue
+            pieces.append(Span(span.worker, span.began_s, min(span.ended_s, stop.began_s)))
+            pieces.append(Span(span.worker, max(span.began_s, stop.ended_s), span.ended_s))
+        left = [span for span in pieces if span.began_s < span.ended_s]
+    return left
+
+
+def gaps(spans: Iterable[Span], began_s: float, ended_s: float) -> list[Span]:
+    """The parts of this time that no span covers. Their `worker` is -1."""
+    found, covered_s = [], began_s
+    for span in sorted(spans, key=lambda span: span.began_s):
+        if span.began_s > covered_s:
+            found.append(Span(-1, covered_s, min(span.began_s, ended_s)))
+        covered_s = max(covered_s, span.ended_s)
+    if covered_s < ended_s:
+        found.append(Span(-1, covered_s, ended_s))
+    return [gap for gap in found if gap.began_s < gap.ended_s]
