@@ -5,8 +5,9 @@
        │                         └────────────────────┘                                       │
        └──────────────── still wanted: its node goes away, somebody sent it SIGTERM ◀─────────┘
 
-As many workers are wanted as `asyncdapo scale` asks for, at first the most: those that are up, then those with the
-lowest numbers. A run starts with the least and waits for no other: whoever is wanted beyond them joins once Ray has room.
+As many workers are wanted as `asyncdapo scale` asks for, at first the most: those that answer, then those with the
+lowest numbers. A run starts with the least and waits for no other: whoever is wanted beyond them joins once Ray has
+room.
 
 In: that number, SIGTERMs, nodes that Ray drains, deaths. Out: workers that live. Invariants: one that is asked to leave
 is drained before its process ends, and no transfer of weights breaks under it; a run without any worker says whom it
@@ -242,7 +243,7 @@ class ElasticWorkers:
         if asked is not None and least < most:
             log.info("%d rollout workers are asked for, of %d to %d", wanted, least, most)
         self.num_wanted = wanted
-        by_use = sorted(self._workers, key=lambda worker: not worker.process.up.is_set())
+        by_use = sorted(self._workers, key=lambda worker: not self._supervisor.hears_from(worker.process))
         for worker in by_use[:wanted]:
             worker.want()
         for worker in by_use[wanted:]:

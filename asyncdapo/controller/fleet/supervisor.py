@@ -76,6 +76,10 @@ class Supervisor:
         if process in self.processes:
             self.processes.remove(process)
 
+    def hears_from(self, process: Process[ProcessBase]) -> bool:
+        """Whether it is up, and answered when it was looked at last."""
+        return process.up.is_set() and process.name not in self._silent
+
     def log_path(self, process: Process[ProcessBase]) -> Path:
         """The process's own log."""
         return log_path(self._config, process.name)
