@@ -114,10 +114,10 @@ class RolloutConfig:
 
     @property
     def continues(self) -> bool:
-        """Whether a completion of a single turn can be continued by another worker. Deterministic tokens depend on the
-        shapes of the passes that compute them, and narrowed ones come with the tokens that they were drawn from. vLLM's
-        begin anew: continued ones didn't have the log-probs of their recorded versions (docs/log.md)."""
-        return self.engine != "vllm" and not self.deterministic and self.top_p == 1 and not self.top_k
+        """Whether a completion of a single turn can be continued by another worker, if the engine is `Continuable`.
+        Deterministic tokens depend on the shapes of the passes that compute them, and narrowed ones come with the
+        tokens that they were drawn from."""
+        return not self.deterministic and self.top_p == 1 and not self.top_k
 
     @property
     def min_workers(self) -> int:

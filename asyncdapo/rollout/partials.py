@@ -14,18 +14,22 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from itertools import accumulate, pairwise
 
-import msgspec
 import numpy as np
 
 from asyncdapo.messages import Lease
 from asyncdapo.rollout.engine import Sample, Sampled
 from asyncdapo.rollout.job import Job
-from asyncdapo.transport.codec import Buffer, Malformed
-from asyncdapo.transport.payload import LOGPROB_DTYPE, TOKEN_DTYPE, PartialCompletion, PartialGroup
+from asyncdapo.transport.codec import Buffer
+from asyncdapo.transport.payload import (
+    LOGPROB_DTYPE,
+    TOKEN_DTYPE,
+    PartialCompletion,
+    PartialGroup,
+    partial_checksum,
+    read_partial,
+)
 
 Saved = tuple[PartialGroup, Sequence[Buffer]]
-
-_decoder = msgspec.msgpack.Decoder(PartialGroup)
 
 
 def pack(lease_id: int, found: Sequence[Sampled], *, handed_back: bool) -> Saved:
@@ -33,25 +37,20 @@ def pack(lease_id: int, found: Sequence[Sampled], *, handed_back: bool) -> Saved
     completions = [
         PartialCompletion(one.versions, one.finish_reason if isinstance(one, Sample) else None) for one in found
     ]
-    group = PartialGroup(lease_id=lease_id, completions=completions, handed_back=handed_back)
-    if not found:
-        return group, ()
-    token_ids = np.concatenate([one.token_ids for one in found], dtype=TOKEN_DTYPE)
-    logprobs = np.concatenate([one.logprobs for one in found], dtype=LOGPROB_DTYPE)
-    return group, (token_ids.tobytes(), logprobs.tobytes())
+    frames: tuple[bytes, ...] = ()
+    if found:
+        token_ids = np.concatenate([one.token_ids for one in found], dtype=TOKEN_DTYPE)
+        logprobs = np.concatenate([one.logprobs for one in found], dtype=LOGPROB_DTYPE)
+        frames = token_ids.tobytes(), logprobs.tobytes()
+    taken = partial_checksum(completions, frames)
+    return PartialGroup(lease_id=lease_id, completions=completions, checksum=taken, handed_back=handed_back), frames
 
 
 def unpack(frames: Sequence[Buffer]) -> list[Sampled]:
     """What the frames of a lease hold of each of its completions; nothing of one that begins anew. Raises Malformed."""
     if not frames:
         return []
-    header, *buffers = frames
-    try:
-        group = _decoder.decode(header)
-    except msgspec.DecodeError as error:
-        raise Malformed(f"what is sampled of a lease: {error}") from error
-    if [memoryview(buffer).nbytes for buffer in buffers] != [4 * group.num_tokens] * 2:
-        raise Malformed(f"what is sampled of a lease has other frames than its {group.num_tokens} tokens")
+    group, buffers = read_partial(frames)
     completions = group.completions
     token_ids, logprobs = np.frombuffer(buffers[0], TOKEN_DTYPE), np.frombuffer(buffers[1], LOGPROB_DTYPE)
     ends = pairwise(accumulate((completion.num_tokens for completion in completions), initial=0))

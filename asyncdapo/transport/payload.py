@@ -13,12 +13,14 @@ from dataclasses import dataclass
 from itertools import accumulate, islice, pairwise
 from zlib import crc32
 
+import msgspec
 import numpy as np
 from msgspec import Struct
 from msgspec.structs import replace
 
 from asyncdapo.eval_messages import EvalAnswer, EvalDone
 from asyncdapo.messages import Context, FinishReason, Group, Message, Runs
+from asyncdapo.transport.codec import Buffer, Malformed, decode
 
 TOKEN_DTYPE = np.dtype("<i4")
 LOGPROB_DTYPE = np.dtype("<f4")
@@ -251,6 +253,8 @@ class PartialGroup(Message):
     lease_id: int
     completions: list[PartialCompletion]
     """Empty if nothing was asked of the engine yet. Then there are no frames."""
+    checksum: int
+    """Of the completions and both frames, as the worker had them (`partial_checksum`)."""
     handed_back: bool = False
     """The worker has stopped, and sends nothing more for the lease. Sent again until the lease is withdrawn."""
 
@@ -258,6 +262,36 @@ class PartialGroup(Message):
     def num_tokens(self) -> int:
         """Sampled so far over all completions."""
         return sum(completion.num_tokens for completion in self.completions)
+
+    @property
+    def token_versions(self) -> set[int]:
+        """All versions that sampled a token."""
+        return {version for completion in self.completions for version, _ in completion.versions}
+
+    def problem_with(self, buffers: Sequence[Buffer]) -> str | None:
+        """What is wrong with its frames; None if they are those that the worker had."""
+        sizes = [memoryview(buffer).nbytes for buffer in buffers]
+        if sizes != [4 * self.num_tokens] * (2 if self.completions else 0):
+            return f"frames of {sizes} bytes for {self.num_tokens} tokens"
+        if self.checksum != partial_checksum(self.completions, buffers):
+            return "its checksum is another one"
+        return None
+
+
+def partial_checksum(completions: Sequence[PartialCompletion], buffers: Sequence[Buffer]) -> int:
+    """CRC-32 of versions and ends, tokens and log-probs."""
+    crc = crc32(msgspec.msgpack.encode(completions))
+    for buffer in buffers:
+        crc = crc32(buffer, crc)
+    return crc
+
+
+def read_partial(frames: Sequence[Buffer]) -> tuple[PartialGroup, Sequence[memoryview]]:
+    """Header and buffers from the frames that hold both. Raises Malformed unless they are as they were saved."""
+    group, buffers = decode(frames, PartialGroup)
+    if problem := group.problem_with(buffers):
+        raise Malformed(problem)
+    return group, buffers
 
 
 def expand(runs: Runs) -> np.ndarray:

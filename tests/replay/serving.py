@@ -29,7 +29,7 @@ from asyncdapo.replay.ledger.ledger import open_ledger
 from asyncdapo.replay.server.server import ReplayServer
 from asyncdapo.replay.server.settings import ServerSettings
 from asyncdapo.shares import Batch, CutWanted, NoBatch
-from asyncdapo.transport.payload import PartialCompletion, PartialGroup, pack_answers
+from asyncdapo.transport.payload import PartialCompletion, PartialGroup, pack_answers, partial_checksum
 from asyncdapo.transport.sockets import Client
 from tests.replay.small_run import GROUP_SIZE, make_group, prompt_at
 
@@ -171,13 +171,12 @@ class FakeWorker:
 
     async def save(self, lease_id, completions, *, handed_back=False):
         """`completions`: (versions, finish reason) of each; its tokens are numbered, its log-probs -0.25."""
-        group = PartialGroup(
-            lease_id=lease_id,
-            completions=[PartialCompletion(*completion) for completion in completions],
-            handed_back=handed_back,
-        )
-        tokens, logprobs = np.arange(group.num_tokens, dtype="<i4"), np.full(group.num_tokens, -0.25, "<f4")
-        await self.client.send(group, (tokens.tobytes(), logprobs.tobytes()))
+        completions = [PartialCompletion(*completion) for completion in completions]
+        num_tokens = sum(completion.num_tokens for completion in completions)
+        frames = np.arange(num_tokens, dtype="<i4").tobytes(), np.full(num_tokens, -0.25, "<f4").tobytes()
+        taken = partial_checksum(completions, frames)
+        group = PartialGroup(lease_id=lease_id, completions=completions, checksum=taken, handed_back=handed_back)
+        await self.client.send(group, frames)
 
     async def send_group(self, header, payload):
         await self.client.send(GroupDone(group=header), payload.frames())

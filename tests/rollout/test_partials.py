@@ -44,13 +44,16 @@ def test_what_is_saved_is_what_is_continued(found: list[Sampled]) -> None:
     assert all(same(one, other) for one, other in zip(found, again, strict=True))
 
 
-@pytest.mark.parametrize("cut", [0, 1, 2])
-def test_a_damaged_frame_is_malformed(cut: int) -> None:
+@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize("torn", [True, False])
+def test_a_frame_that_is_torn_or_altered_is_malformed(place: int, torn: bool) -> None:
     one = Sampled(token_ids=np.arange(3, dtype=np.int32), logprobs=np.zeros(3, np.float32), versions=[(0, 3)])
     message, buffers = pack(7, [one], handed_back=False)
     frames = [msgspec.msgpack.encode(message), *buffers]
-    frames[cut] = frames[cut][:-4]
-    with pytest.raises(Malformed, match="sampled of a lease"):
+    frame = bytearray(frames[place])
+    frame[len(frame) // 2] ^= 1
+    frames[place] = frames[place][:-4] if torn else bytes(frame)
+    with pytest.raises(Malformed):
         unpack(frames)
 
 

@@ -41,7 +41,7 @@ from asyncdapo.replay.ledger.ledger import (
     open_for_writing,
     place_of,
 )
-from asyncdapo.replay.ledger.payloads import SEGMENT_BYTES, Place, Segments
+from asyncdapo.replay.ledger.payloads import SEGMENT_BYTES, BadRecord, Place, Segments
 from asyncdapo.replay.ledger.rollback import Rollback
 from asyncdapo.replay.ledger.schema import HELD_STATES
 from asyncdapo.transport.codec import Buffer
@@ -198,12 +198,11 @@ class Journal:
 
     def read_partial(self, prompt_id: int, lease_id: int) -> Sequence[bytes]:
         """Header and buffers of what former leases than this one have sampled of the prompt; empty if that is
-        nothing."""
-        row = self._db.execute(
-            "SELECT completions, token_ids, logprobs FROM partials WHERE prompt_id = ? AND lease_id < ?",
-            (prompt_id, lease_id),
-        )
-        return row.fetchone() or ()
+        nothing. Raises RunError if they aren't as they were saved: only a rollback may drop them."""
+        try:
+            return reload.saved_frames(self._db, prompt_id, before=lease_id)
+        except BadRecord as bad:
+            raise RunError(f"{self._path}: {bad}; the next launch samples it again") from bad
 
     def answer_lengths(self) -> dict[tuple[str, int], float]:
         """See `reload.answer_lengths`."""

@@ -82,15 +82,17 @@ def last_trained(run_dir: Path) -> dict[int, int]:
 
 
 def describe_unreadable(run_dir: Path, branch: int) -> str:
-    """For people: the groups whose payloads couldn't be read when `branch` began, so that its rollback undid them;
-    empty if there were none."""
+    """For people: the groups, complete or half sampled, that couldn't be read when `branch` began, so that its rollback
+    undid them; empty if there were none."""
     with closing(open_ledger(run_dir)) as ledger:
         rows = ledger.execute(
-            "SELECT lease_id, detail FROM events WHERE kind = 'unreadable' AND branch = ? ORDER BY lease_id", (branch,)
+            "SELECT IFNULL('group ' || lease_id, 'a half-sampled one'), detail FROM events"
+            " WHERE kind = 'unreadable' AND branch = ? ORDER BY lease_id",
+            (branch,),
         ).fetchall()
     if not rows:
         return ""
-    named = ", ".join(f"group {group_id} ({detail})" for group_id, detail in rows[:NUM_NAMED])
+    named = ", ".join(f"{what} ({detail})" for what, detail in rows[:NUM_NAMED])
     if len(rows) == 1:
         return f"1 group can't be read back, its prompt is sampled again: {named}"
     more = f" and {len(rows) - NUM_NAMED} more" if len(rows) > NUM_NAMED else ""

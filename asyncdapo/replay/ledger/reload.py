@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import sqlite3
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from asyncdapo.replay.core import events as core
@@ -18,7 +18,10 @@ from asyncdapo.replay.core.admission import NUM_MEASURED
 from asyncdapo.replay.core.batch import HeldGroup, draw_copies
 from asyncdapo.replay.core.events import LEASE_ENDS, VERDICT_STATES
 from asyncdapo.replay.core.recovery import GroupFacts, KnownWorker, OpenLease, Recovered, Totals
+from asyncdapo.replay.ledger.payloads import BadRecord
 from asyncdapo.replay.ledger.schema import HELD_STATES
+from asyncdapo.transport.codec import Malformed
+from asyncdapo.transport.payload import read_partial
 
 GROUP_ENDS = ("trained", "filtered", "expired", "surplus", "failed")
 NUM_VERDICTS = 1 << 16
@@ -93,6 +96,27 @@ def outcome(db: sqlite3.Connection, lease_id: int) -> str | None:
     if row is None:
         raise LookupError(f"no lease {lease_id} in the ledger")
     return row[0]
+
+
+def saved_frames(db: sqlite3.Connection, prompt_id: int, before: int | None = None) -> Sequence[bytes]:
+    """Header and buffers of what is saved of the prompt, by a lease before this one if it is given; empty if that is
+    nothing. Raises BadRecord if the row isn't as it was written."""
+    row = db.execute(
+        "SELECT completions, token_ids, logprobs, lease_id, tokens, min_version, max_version FROM partials"
+        " WHERE prompt_id = ? AND lease_id < COALESCE(?, lease_id + 1)",
+        (prompt_id, before),
+    ).fetchone()
+    if row is None:
+        return ()
+    frames, columns = row[:3], row[3:]
+    try:
+        group, _ = read_partial(frames)
+        versions = group.token_versions
+        if columns != (group.lease_id, group.num_tokens, min(versions), max(versions)):
+            raise Malformed("its columns aren't those of its tokens")
+    except Malformed as malformed:
+        raise BadRecord(f"what is saved of prompt {prompt_id} in `partials`: {malformed}") from malformed
+    return frames
 
 
 def last_position(db: sqlite3.Connection) -> int:

@@ -16,13 +16,14 @@ batch k was trained:
     leases    Those without a group are removed if they were open or ended after p. The attempts they cost are given
               back.
     prompts   follow their group. One without a group that had no end at p waits again; those in flight come first.
-    partials  What is saved of a prompt stays if the prompt waits, no token is newer than version k, and none is too old
-              for the next batch. Otherwise it is dropped.
+    partials  What is saved of a prompt stays if the prompt waits, no token is newer than version k, none is too old
+              for the next batch, and the row is as it was written. Otherwise it is dropped.
     the rest  batches, cuts and measured paces by step; publishes, loads and events by position
 
 A kept group whose payload can't be read (missing, short or damaged) is removed too: its prompt is sampled again, and an
-event `unreadable` says why. Batch k + 1 is then not restored, and its other members return to the queue. Apart from
-that the result depends only on the ledger and k, and a second rollback to k gives the same state.
+event `unreadable` says why, as it does of a row of `partials`. Batch k + 1 is then not restored, and its other members
+return to the queue. Apart from that the result depends only on the ledger and k, and a second rollback to k gives the
+same state.
 Does not own: the transaction, files, and what the core makes of it (`reload`, `state`).
 """
 
@@ -36,7 +37,8 @@ from typing import NamedTuple
 from asyncdapo.replay.config import ReplayConfig
 from asyncdapo.replay.core.staleness import StalenessBound
 from asyncdapo.replay.core.stream import FIRST
-from asyncdapo.replay.ledger.payloads import Place
+from asyncdapo.replay.ledger.payloads import BadRecord, Place
+from asyncdapo.replay.ledger.reload import saved_frames
 from asyncdapo.replay.ledger.schema import HELD_STATES
 
 LIVE_STATES = (*HELD_STATES, "trained", "filtered")
@@ -121,6 +123,7 @@ class Rollback:
         self._insert_events("unreadable", unreadable)
         self._settle_prompts(in_flight)
         self._drop_partials(next_step)
+        self._drop_unreadable_partials()
 
     def _insert_events(self, kind: str, rows: Sequence[tuple[int | str | None, ...]]) -> None:
         """Rows of this branch: group, prompt, step, number, detail."""
@@ -302,3 +305,12 @@ class Rollback:
         ).fetchall()
         self._insert_events("partial_dropped", [(None, prompt_id, None, num, why) for prompt_id, num, why in gone])
         self.db.executemany("DELETE FROM partials WHERE prompt_id = ?", [(prompt_id,) for prompt_id, *_ in gone])
+
+    def _drop_unreadable_partials(self) -> None:
+        for prompt_id, num_tokens in self.db.execute("SELECT prompt_id, tokens FROM partials").fetchall():
+            try:
+                saved_frames(self.db, prompt_id)
+            except BadRecord as bad:
+                self._insert_events("unreadable", [(None, prompt_id, None, None, str(bad))])
+                self._insert_events("partial_dropped", [(None, prompt_id, None, num_tokens, "unreadable")])
+                self.db.execute("DELETE FROM partials WHERE prompt_id = ?", (prompt_id,))

@@ -103,7 +103,7 @@ class Arrivals:
         elif num_tokens := group.num_tokens:
             self._sessions.note_answer(session, max(0, num_tokens - lease.num_tokens))
             lease.num_tokens = max(lease.num_tokens, num_tokens)
-            versions = [version for completion in group.completions for version, _ in completion.versions]
+            versions = group.token_versions
             partial = core.Partial(min_version=min(versions), max_version=max(versions), num_tokens=num_tokens)
             saved = (msgspec.msgpack.encode(group), *frames)
             dispatch.apply(core.PartialSaved(lease_id=lease_id, partial=partial), saved=saved)
@@ -183,7 +183,9 @@ def _partial_problem(
     group: PartialGroup, frames: Sequence[memoryview], settings: ServerSettings, newest_version: int
 ) -> str | None:
     """What is wrong with it; None if another worker can continue behind its tokens."""
-    if not group.completions and not frames:
+    if problem := group.problem_with(frames):
+        return problem
+    if not group.completions:
         return None
     if len(group.completions) != settings.group_size:
         return f"{len(group.completions)} completions, rollout.group_size is {settings.group_size}"
@@ -192,8 +194,6 @@ def _partial_problem(
         return f"versions {runs}, the newest weights are version {newest_version}"
     if any(completion.finish_reason and not completion.versions for completion in group.completions):
         return "a complete response without a token"
-    if [frame.nbytes for frame in frames] != [4 * group.num_tokens] * 2:
-        return f"frames of {[frame.nbytes for frame in frames]} bytes for {group.num_tokens} tokens"
     token_ids, logprobs = np.frombuffer(frames[0], TOKEN_DTYPE), np.frombuffer(frames[1], LOGPROB_DTYPE)
     if not ((token_ids >= 0) & (token_ids < (settings.vocab_size or math.inf))).all():
         return "a token id is beyond the vocabulary"

@@ -17,6 +17,7 @@ from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
+from vllm.v1.engine.output_processor import RequestState
 
 from asyncdapo.errors import EngineError, RunError, UserError, WeightsError
 from asyncdapo.messages import Sampling
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.outputs import RequestOutput
 
-NATIVE_VERSIONS = hasattr(AsyncLLM, "update_weight_version")
+NATIVE_VERSIONS = hasattr(AsyncLLM, "update_weight_version") and hasattr(RequestState, "_weight_version_spans")
 """Whether vLLM labels every token with the version that sampled it (from 0.27 on)."""
 FLAT_LOGPROBS: dict[str, Any] = {"flat_logprobs": True} if hasattr(SamplingParams, "flat_logprobs") else {}
 """One list for a sequence instead of a dict and an object for each of its tokens."""
@@ -83,14 +84,24 @@ class Adapter:
     async def generate(
         self, prompt_ids: list[int], params: SamplingParams, request_id: str, *, salt: int, priority: int
     ) -> AsyncIterator[RequestOutput]:
-        """The new tokens of one sequence, output by output, until one has a finish reason. Only prompts of the same
-        `salt` share a prefix cache. Raises EngineError."""
+        """The new tokens of one sequence, output by output, until one has a finish reason. Each has the versions of all
+        tokens so far, or more, if vLLM knows them. Only prompts of the same `salt` share a prefix cache. Raises
+        EngineError."""
         prompt: Any = {"type": "token", "prompt_token_ids": prompt_ids, "cache_salt": str(salt)}
         try:
             async for output in self._llm.generate(prompt, params, request_id, priority=priority):
+                if NATIVE_VERSIONS and not output.finished:
+                    output.outputs[0].weight_versions = self._spans(request_id)
                 yield output
         except EngineDeadError as error:
             raise EngineError("the vLLM engine died") from error
+
+    def _spans(self, request_id: str) -> Any:
+        """Version spans of a sequence that runs; None if it has just ended, and its last output has them. vLLM passes
+        them on with the last one only, but has them from the first token on."""
+        processor = self._llm.output_processor
+        running = [processor.request_states[own_id] for own_id in processor.external_req_ids.get(request_id, ())]
+        return running[0]._weight_version_spans() if running else None
 
     async def abort(self, request_ids: Iterable[str]) -> None:
         """End these requests: their outputs finish with the reason `abort`. Unknown ids are ignored."""

@@ -1,8 +1,8 @@
 """Samples: collects what vLLM streams of each sequence into a `Sample`, and the samples of a request.
 
 In: vLLM's completion outputs, each with the tokens sampled since the last. Out: token ids, log-probs, and the version
-of every token. From 0.27 on, vLLM itself labels tokens with versions. For older releases the caller labels each output,
-which is right because all outputs are drained before a version changes.
+of every token. From 0.27 on, vLLM itself labels tokens with versions, and an output may have tokens of two of them. For
+older releases the caller labels each output, which is right because all are drained before a version changes.
 """
 
 # vLLM is an extra, and may not be installed where types are checked.
@@ -60,9 +60,11 @@ class Stream:
             self.token_ids += output.token_ids
             self._logprobs += _logprobs_of(output.token_ids, output.logprobs)
             self._label(version, num_tokens)
-        spans = getattr(output, "weight_versions", None)  # only the last output has them
-        if spans is not None:
-            self._versions = [(int(span.version), span.end - span.start) for span in spans]
+        spans = getattr(output, "weight_versions", None)
+        if spans is not None:  # they may be of more tokens than those that have come
+            ends = [min(span.end, len(self.token_ids)) for span in spans]
+            runs = [(int(span.version), end - span.start) for span, end in zip(spans, ends, strict=True)]
+            self._versions = [(version, count) for version, count in runs if count > 0]
         return num_tokens
 
     def finish(self, finish_reason: FinishReason) -> Sample:

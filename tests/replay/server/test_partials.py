@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
+from contextlib import closing
 
 import msgspec
 import numpy as np
+import pytest
 
+from asyncdapo.errors import RunError
 from asyncdapo.messages import Ack, Lease, Recall, Withdraw
 from asyncdapo.replay.ledger.audit import audit
+from asyncdapo.replay.ledger.ledger import describe_unreadable
 from asyncdapo.replay.server.accounts import in_flight
 from asyncdapo.transport.payload import PartialGroup
 from tests.replay.serving import FakeLearner, FakeWorker, rows, scenario, serving, until
@@ -116,6 +121,57 @@ async def test_what_is_saved_outlives_the_server_and_a_rollback_that_keeps_its_v
             *_, lease = await worker.leases(num_before + 1)
             assert lease.prompt.prompt_id == 0
             assert read(worker.begun[lease.lease_id])[0] == SAMPLED
+
+
+ALTERED = {
+    0: "token_ids = ZEROBLOB(32)",
+    1: "logprobs = SUBSTR(logprobs, 1, 31)",
+    2: "completions = SUBSTR(completions, 2)",
+    3: "lease_id = lease_id - 1",
+}
+"""What happens to the row of each of these prompts."""
+
+
+def alter(run_dir):
+    with closing(sqlite3.connect(run_dir / "ledger.db")) as ledger, ledger:
+        for prompt_id, change in ALTERED.items():
+            ledger.execute(f"UPDATE partials SET {change} WHERE prompt_id = ?", (prompt_id,))
+
+
+@scenario
+async def test_saved_rows_that_were_altered_are_named_and_left_out_by_a_rollback(tmp_path):
+    async with serving(tmp_path, prompts_per_step=4) as server:
+        worker = FakeWorker(server, 0, continues=True)
+        for lease in await hold(server, worker, len(ALTERED) + 1):
+            await worker.save(lease.lease_id, SAMPLED)
+        await worker.unread()
+    alter(tmp_path)
+    async with serving(tmp_path, heartbeat_s=0.05) as server:
+        await server.roll_back(0, "resumed")
+        said = describe_unreadable(tmp_path, server.branch)
+    assert said.startswith("4 groups can't be read back, their prompts are sampled again: a half-sampled one (what is")
+    assert "of prompt 0 in `partials`: its checksum is another one" in said
+    assert said.endswith("and 1 more")
+    assert "of prompt 1 in `partials`: frames of [32, 31] bytes for 8 tokens" in said
+    assert rows(tmp_path, "SELECT prompt_id FROM partials") == [(len(ALTERED),)]
+    dropped = "SELECT prompt_id, number FROM events WHERE kind = 'partial_dropped' AND detail = 'unreadable'"
+    assert rows(tmp_path, dropped) == [(prompt_id, NUM_TOKENS) for prompt_id in ALTERED]
+    assert rows(tmp_path, "SELECT DISTINCT state FROM prompts WHERE prompt_id <= 4") == [("waiting",)]
+
+
+@scenario
+async def test_a_row_that_is_altered_while_the_run_lives_ends_it_before_anyone_continues_it(tmp_path):
+    with pytest.raises(RunError, match="prompt 0 in `partials`: its checksum .*the next launch samples it again"):
+        async with serving(tmp_path) as server:
+            leaver, other = (FakeWorker(server, index, continues=True) for index in (0, 1))
+            [lease] = await hold(server, leaver)
+            await leaver.save(lease.lease_id, SAMPLED, handed_back=True)
+            await leaver.take(Withdraw)
+            await server.lose_worker(0, "it has left")
+            alter(tmp_path)
+            await other.join()
+            await other.ask(1)
+            await server.serving
 
 
 @scenario

@@ -39,6 +39,14 @@ def test_without_labels_of_its_own_an_output_has_the_version_in_use_when_it_came
     assert stream.finish("length").versions == [(3, 3), (5, 1)]
 
 
+def test_an_output_of_two_versions_is_labelled_by_vllm_which_may_know_of_tokens_that_have_not_come():
+    stream = Stream()
+    stream.add(output([1, 2, 4], by_position([1, 2, 4], [-1.0] * 3), [span("3", 0, 2), span("4", 2, 9)]), 4)
+    assert stream.so_far().versions == [(3, 2), (4, 1)]
+    stream.add(output([5], by_position([5], [-1.0]), [span("3", 0, 2), span("4", 2, 4), span("5", 4, 9)]), 5)
+    assert stream.so_far().versions == [(3, 2), (4, 2)]
+
+
 def test_labels_of_vllms_own_win_over_when_an_output_came():
     stream = Stream()
     stream.add(output([1], by_position([1], [-1.0]), None), 3)

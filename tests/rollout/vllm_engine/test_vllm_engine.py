@@ -4,9 +4,11 @@ tests; the last ones break it, in this order: a load that fails, and the death o
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
 import signal
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -15,6 +17,7 @@ pytest.importorskip("vllm")
 from asyncdapo.errors import ConfigError, EngineError, RunError, UserError, WeightsError
 from asyncdapo.messages import Sampling
 from asyncdapo.rollout.engine import Priority, Request
+from asyncdapo.transport.payload import expand
 
 from ...asynchronous import until
 from ..torch_engine.models import VOCAB_SIZE, largest_difference, request
@@ -224,15 +227,43 @@ def test_every_token_bears_the_version_that_sampled_it_and_no_prompt_is_read_by_
         await until(lambda: asked.num_sampled > 100)
         times = await engine.load_weights(1, None)
         assert engine.loaded_version == 1
-        return asked, await task, times
+        at_load = asked.num_sampled
+        await until(lambda: asked.num_sampled > at_load + 20 * SLOTS)  # vLLM has handed out what it held at the load
+        return asked, await engine.so_far(asked), await task, times
 
-    asked, samples, times = loop(use())
+    asked, begun, samples, times = loop(use())
+    assert {len(one.versions) for one in begun} >= {0, 2}
+    for one, sample in zip(begun, samples, strict=True):
+        assert expand([*one.versions, (-1, 0)]).tolist() == expand(sample.versions).tolist()[: len(one.token_ids)]
     assert min(times.pause_s, times.load_s, times.resume_s) > 0
     assert {tuple(version for version, _ in sample.versions) for sample in samples} >= {(0, 1), (1,)}
     for sample in samples:
         assert sum(count for _, count in sample.versions) == len(sample.token_ids)
         if sample.versions[0][0] == 1:
             assert largest_difference(model_of(1), asked, sample) < PARITY
+
+
+def test_what_another_engine_has_begun_is_continued_exactly(engine, loop):
+    async def use():
+        asked = request(20, range(4), max_tokens=120)
+        task = asyncio.create_task(engine.generate(asked))
+        await until(lambda: asked.num_sampled > 4 * 30)
+        begun = await engine.so_far(asked)
+        task.cancel()
+        await asyncio.wait([task])
+        return asked, [one.then(await rest_of(one, asked)) for one in begun]
+
+    async def rest_of(one, asked):
+        ids = one.token_ids.tolist()
+        sampling = msgspec.structs.replace(asked.sampling, max_tokens=120 - len(ids))
+        prompt_ids, num_begun = [*asked.prompt_ids, *ids], len(ids)
+        rest = dataclasses.replace(asked, prompt_ids=prompt_ids, seeds=[0], num_begun=num_begun, sampling=sampling)
+        [sample] = await engine.generate(rest)
+        return sample
+
+    asked, samples = loop(use())
+    assert [len(sample.token_ids) for sample in samples] == [120] * 4
+    assert max(largest_difference(model_of(1), asked, sample) for sample in samples) < PARITY
 
 
 def test_nothing_is_sampled_while_paused_and_requests_resume_afterwards(engine, loop):
