@@ -100,6 +100,7 @@ def test_a_rollback_keeps_what_older_weights_have_sampled_and_drops_the_rest(eng
     steps, run_dir = 9, tmp_path / "run"
     own = ("faults.kill=[learner.in_checkpoint:4]", f"rollout.engine={engine}", "rollout.save_partials_s=null")
     with started(run_dir, *SLOW_ANSWERS, *TWO_WORKERS, *own, f"run.steps={steps}") as process:
+        wait_for_batch(run_dir, 1, process)
         wait_until(lambda: num_branches(run_dir) == 2, process)
         wait_for_batch(run_dir, 5, process)
         wait_until(partial(waits_for_groups, run_dir, NUM_WHOLE_FLEET), process)
