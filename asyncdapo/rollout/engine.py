@@ -88,6 +88,8 @@ class Request:
     """Tokens sampled so far over all samples: the lease's progress."""
     num_running: int = field(default=0, init=False)
     """Samples that have a slot now. If none has, the request waits and makes no progress."""
+    handed_back: bool = field(default=False, init=False)
+    """Its caller withdraws it as soon as it knows what is sampled (`Continuable`): an engine may end it then."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -219,6 +219,7 @@ class SingleTurn:
             return []
         found = list(job.begun) or [Sampled()] * sum(len(part.indices) for part in job.parts)
         for part in job.parts:
+            part.request.handed_back = job.handed_back
             more = await self._continuable.so_far(part.request)
             for index, sampled in zip(part.indices, part.samples or more, strict=False):
                 found[index] = found[index].then(sampled)

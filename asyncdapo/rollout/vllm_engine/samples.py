@@ -9,6 +9,7 @@ older releases the caller labels each output, which is right because all are dra
 # pyright: reportMissingImports=false
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -32,8 +33,8 @@ class Job:
         self.started = False
         self.streams: dict[int, Stream] = {}
         """Of the samples that run, by index."""
-        self.request_ids: set[str] = set()
-        """vLLM's ids of the unfinished samples."""
+        self.followers: dict[str, asyncio.Task[None] | None] = {}
+        """By vLLM's ids of the unfinished samples: who collects their tokens."""
 
     def finish(self, index: int, sample: Sample) -> None:
         self.samples[index] = sample

@@ -220,12 +220,21 @@ class VllmEngine:
             return await done
         finally:
             del self._jobs[job]
-            if job.request_ids and self._life.alive:
-                self._spawn(self._vllm.abort(job.request_ids))
+            if job.followers and self._life.alive:
+                self._spawn(self._vllm.abort(job.followers))
 
     async def so_far(self, request: Request) -> list[Sampled]:
         self._life.require()
-        return next((job.so_far() for job in self._jobs if job.request is request), [])
+        job = next((job for job in self._jobs if job.request is request), None)
+        if job and request.handed_back:
+            await self._unless_ended(self._give_out(job))
+        return job.so_far() if job else []
+
+    async def _give_out(self, job: Job) -> None:
+        """End the sequences of the job, so that vLLM gives out the tokens that it holds back (`STREAM_INTERVAL`)."""
+        running = {own_id: task for own_id, task in job.followers.items() if own_id not in self._tokenless}
+        await self._vllm.abort(running)
+        await asyncio.gather(*filter(None, running.values()))
 
     def _params(self, request: Request) -> list[SamplingParams]:
         """Only evaluation passes seeds to vLLM: a seeded sequence has its own random number generator, which costs
@@ -235,17 +244,17 @@ class VllmEngine:
         return [self._vllm.params(request.sampling)] * len(request.seeds)
 
     async def _sample(self, job: Job, index: int, params: SamplingParams) -> None:
-        """One sample of the job, requested again if a load aborts it. Ends early if the job is withdrawn."""
+        """One sample of the job, requested again if a load aborts it. Ends early if the job is over."""
         sample = None
-        while sample is None and job in self._jobs:
+        while sample is None and job in self._jobs and not job.request.handed_back:
             request_id = next(self._request_ids)
-            job.request_ids.add(request_id)
+            job.followers[request_id] = asyncio.current_task()
             self._tokenless.add(request_id)
             try:
                 stream = job.streams[index] = Stream()
                 sample = await self._follow(job, params, request_id, stream)
             finally:
-                job.request_ids.discard(request_id)
+                del job.followers[request_id]
                 self._tokenless.discard(request_id)
         if sample is not None and job in self._jobs:
             self._finish(job, index, sample)

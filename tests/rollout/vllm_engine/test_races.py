@@ -24,6 +24,7 @@ class FakeVllm:
         self.outputs: dict[str, asyncio.Queue] = {}
         self.salts: dict[str, int] = {}
         self.broken: set[str] = set()
+        self.held_back: dict[str, list[int]] = {}
 
     async def begin(self, version: int) -> None:
         pass
@@ -47,7 +48,7 @@ class FakeVllm:
 
     async def abort(self, request_ids) -> None:
         for request_id in list(request_ids):
-            self.put(request_id, [], "abort")
+            self.put(request_id, self.held_back.pop(request_id, []), "abort")
 
     async def pause(self, *, recompute: bool) -> None:
         self._check("pause")
@@ -110,6 +111,29 @@ def test_tokens_that_come_just_before_a_load_aborts_their_sample_go_with_it(vllm
     assert sample.versions == [(1, 2)]
     assert vllm.salts == {"0": 0, "1": 1}
     assert (running, asked.num_running) == (0, 0)
+
+
+def test_a_request_that_is_handed_back_has_all_tokens_of_its_sequences(vllm):
+    async def use():
+        engine = await started()
+        asked = Request(prompt_ids=[1, 2], seeds=[1, 2], sampling=Sampling(max_tokens=8))
+        task = asyncio.create_task(engine.generate(asked))
+        await turns()
+        vllm.put("0", [5])
+        await turns()
+        vllm.held_back["0"] = [6, 7]
+        running = await engine.so_far(asked)
+        asked.handed_back = True
+        ended = await engine.so_far(asked)
+        await turns()
+        task.cancel()
+        await asyncio.wait([task])
+        await engine.stop()
+        return asked, *([one.token_ids.tolist() for one in found] for found in (running, ended))
+
+    asked, running, ended = asyncio.run(use())
+    assert (running, ended, asked.num_sampled) == ([[5], []], [[5, 6, 7], []], 3)
+    assert list(vllm.salts) == ["0", "1"], "nothing is requested again"
 
 
 @pytest.mark.parametrize("call", ["pause", "resume"])

@@ -16,6 +16,7 @@ pytest.importorskip("vllm")
 from asyncdapo.errors import ConfigError, EngineError, RunError, UserError, WeightsError
 from asyncdapo.messages import Sampling
 from asyncdapo.rollout.engine import Priority, Request, Sample, Sampled
+from asyncdapo.rollout.vllm_engine.arguments import STREAM_INTERVAL
 from asyncdapo.transport.payload import expand
 
 from ...asynchronous import until
@@ -256,14 +257,13 @@ def test_what_another_engine_has_begun_is_continued_exactly(engine, loop):
         asked = endless()
         task = asyncio.create_task(engine.generate(asked))
         await until(lambda: asked.num_sampled > 20 * SLOTS)
+        asked.handed_back = True
         begun = [one for one in await engine.so_far(asked) if len(one.token_ids) and not isinstance(one, Sample)]
         task.cancel()
-        await asyncio.wait([task])
-        assert await engine.so_far(asked) == []
         return asked, begun, [await rest_of(one, asked) for one in begun]
 
     asked, begun, samples = loop(use())
-    assert begun
+    assert any(len(one.token_ids) % STREAM_INTERVAL != 1 for one in begun), "vLLM holds nothing back"
     assert all(len(one.token_ids) < len(sample.token_ids) for one, sample in zip(begun, samples, strict=True))
     assert max(largest_difference(model_of(1), asked, sample) for sample in samples) < PARITY
 
