@@ -1,8 +1,9 @@
 """Power cuts at every moment of a small run, on a file system that keeps what was synced and nothing else for certain.
 
 A recorder watches what the journal writes and syncs. Each moment gives every disk that it may leave behind: unsynced
-bytes of a segment are gone, there, zeros, or half there; a segment whose name was not synced is gone or there; of a
-commit that has not returned all is there, nothing, or a part of the WAL. Each of these disks is then gone on from.
+bytes of a segment are gone, there, zeros, or half there; a segment whose name was not synced is gone or there; of the
+commits since the last sync all are there, none, or a part of the WAL. Each of these disks is then gone on from. Groups
+whose worker was told are there with their payloads. Of others a row may have lost its payload: the rollback undoes it.
 """
 
 from __future__ import annotations
@@ -19,12 +20,11 @@ import pytest
 from asyncdapo.replay.config import ReplayConfig
 from asyncdapo.replay.ledger.invariants import INVARIANTS
 from asyncdapo.replay.ledger.journal import Journal
-from asyncdapo.replay.ledger.ledger import describe_unreadable, open_ledger, read_group
+from asyncdapo.replay.ledger.ledger import open_ledger, read_group
 from tests.replay.small_run import SmallRun
 
 LEDGER_FILES = ("ledger.db", "ledger.db-wal")
 CONFIG = ReplayConfig(prompts_per_step=2, run_ahead=1.0, max_staleness=1)
-FULL = 2
 Ledger = tuple[bytes, ...]
 
 
@@ -42,16 +42,16 @@ class Moment:
     """The power may fail now."""
 
     before: Ledger
-    """What the last commit that returned has left."""
+    """What is synced."""
     segments: dict[str, Segment]
     acked: frozenset[int]
     """Groups whose worker was told that they are safe."""
-    after: Ledger | None = None
-    """In the middle of a commit: what it leaves."""
+    after: Ledger
+    """What is committed."""
 
     def disks(self) -> Iterator[tuple[Ledger, dict[str, bytes]]]:
         ledgers = [self.before]
-        if self.after:
+        if self.after != self.before:
             database, wal = self.after
             ledgers += [self.after, (database, wal[: (len(self.before[1]) + len(wal)) // 2])]
         for ledger, tail, lost in product(ledgers, (0, 1, 2, 3), (True, False)):
@@ -67,52 +67,50 @@ class Recorder:
     """Every moment of a run."""
 
     def __init__(self, run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        self._run_dir, self._fsync = run_dir, os.fsync
+        self._run_dir, self._fsync, self._fdatasync = run_dir, os.fsync, os.fdatasync
         self._synced: dict[str, int] = {}
         self._named: set[str] = set()
-        self._syncs_commits, self._durable = True, ()
+        self._durable: Ledger = ()
         self.moments: list[Moment] = []
         self.acked: set[int] = set()
-        monkeypatch.setattr(os, "fsync", self._sync)
+        monkeypatch.setattr(os, "fsync", self._sync_folder)
+        monkeypatch.setattr(os, "fdatasync", self._sync)
 
-    def watch(self, journal: Journal) -> None:
-        self._syncs_commits = journal._db.execute("PRAGMA synchronous").fetchone()[0] == FULL
+    def watch(self) -> None:
         self._durable = self._ledger()
-        journal._db.set_trace_callback(self._trace)
 
-    def see(self, *, committing: bool = False) -> None:
-        ledger = self._ledger()
-        if self._syncs_commits:
-            self._durable = ledger
-        if self.moments and self.moments[-1].after == ():
-            self.moments[-1].after = ledger
+    def see(self) -> None:
         paths = sorted((self._run_dir / "payloads").glob("*.bin"))
         segments = {p.name: Segment(p.read_bytes(), self._synced.get(p.name, 0), p.name in self._named) for p in paths}
-        self.moments.append(Moment(self._durable, segments, frozenset(self.acked), () if committing else None))
+        self.moments.append(Moment(self._durable, segments, frozenset(self.acked), self._ledger()))
 
     def _sync(self, descriptor: int) -> None:
-        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        self.see()
+        self._fdatasync(descriptor)
+        path = _path_of(descriptor)
+        self._synced[path.name] = path.stat().st_size
+        if path.name == LEDGER_FILES[1]:
+            self._durable = self._ledger()
+
+    def _sync_folder(self, descriptor: int) -> None:
         if self._durable:
             self.see()
         self._fsync(descriptor)
-        if path.is_dir():
-            self._named |= {found.name for found in path.glob("*.bin")}
-        else:
-            self._synced[path.name] = path.stat().st_size
-
-    def _trace(self, statement: str) -> None:
-        if statement == "COMMIT":
-            self.see(committing=True)
+        self._named |= {found.name for found in _path_of(descriptor).glob("*.bin")}
 
     def _ledger(self) -> Ledger:
         return tuple((self._run_dir / name).read_bytes() for name in LEDGER_FILES)
+
+
+def _path_of(descriptor: int) -> Path:
+    return Path(os.readlink(f"/proc/self/fd/{descriptor}"))
 
 
 def recorded_run(run_dir: Path, monkeypatch: pytest.MonkeyPatch, **settings: object) -> Recorder:
     """Three steps, some groups that are not kept, a rollback, a checkpoint that frees segments."""
     recorder = Recorder(run_dir, monkeypatch)
     run = SmallRun(run_dir, **settings)
-    recorder.watch(run.journal)
+    recorder.watch()
     run.join(0)
     for step in (1, 2, 3):
         while run.state.next_batch.num_ready < 2:
@@ -122,9 +120,12 @@ def recorded_run(run_dir: Path, monkeypatch: pytest.MonkeyPatch, **settings: obj
                 for number, lease_id in enumerate(together):
                     run.answer(lease_id, accs=(1.0, float(number == step)), versions=((step - 1, 4),))
                     recorder.see()
+            recorder.see()
+            run.journal.sync()
             recorder.acked.update(together)
             recorder.see()
         run.train(step)
+        recorder.see()
         if step == 2:
             run.journal.covered(1)
             run.roll_back(2)
@@ -138,16 +139,20 @@ def check_disk(run_dir: Path, acked: frozenset[int]) -> None:
     with closing(open_ledger(run_dir)) as ledger:
         query = "SELECT group_id FROM groups UNION SELECT group_id FROM undone_groups"
         known = {group_id for (group_id,) in ledger.execute(query)}
-        placed = [group_id for (group_id,) in ledger.execute("SELECT group_id FROM groups WHERE segment IS NOT NULL")]
+        placed = {group_id for (group_id,) in ledger.execute("SELECT group_id FROM groups WHERE segment IS NOT NULL")}
         (trained,) = ledger.execute("SELECT COALESCE(MAX(step), 0) FROM batches").fetchone()
     assert acked <= known, "a group that was acknowledged is forgotten"
-    for group_id in placed:
+    for group_id in acked & placed:
         assert read_group(run_dir, group_id)[0].lease_id == group_id
     journal = Journal(run_dir)
     journal.roll_back(trained, "the power was cut", CONFIG, replaces=False)
     journal.recover()
     journal.close()
-    assert describe_unreadable(run_dir, journal.branch) == ""
+    with closing(open_ledger(run_dir)) as ledger:
+        unreadable = {
+            lease_id for (lease_id,) in ledger.execute("SELECT lease_id FROM events WHERE kind = 'unreadable'")
+        }
+    assert not acked & unreadable
     check_invariants(run_dir)
 
 

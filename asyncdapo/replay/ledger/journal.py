@@ -5,11 +5,12 @@ granted). Out: rows that any `sqlite3` can read (docs/ledger.md), the groups of 
 for a process that resumes the run (`recover`), with or without a rollback.
 
     bytes, then row     a group's buffers are in their segment before the row that points to them exists
-    disk, then commit   the segment is synced before the transaction is committed, and SQLite (WAL, synchronous FULL)
-                        syncs the commit before it returns. So after a power cut every row has its payload
-    commit, then send   a group is acknowledged, and a batch is sent, only after the commit. So neither a kill nor a
-                        power cut loses anything that a peer was told
-    one transaction     events written `together` are synced together: two waits for the disk, however many groups
+    disk, then send     `durable` waits for the disk beside the event loop: first for the segments, then for the WAL. A
+                        group is acknowledged, and a batch is sent, only after that. So neither a kill nor a power cut
+                        loses anything that a peer was told. A row that nobody was told of may have lost its payload
+                        after a power cut; a rollback undoes it
+    together            events written `together` are one transaction, and all that is written while the disk is busy
+                        is synced together
     one writer          the run directory is locked as long as the journal is open
 
 Does not own: which state follows which (the core), the rows of an entry (`entry`), what a rollback undoes (`rollback`),
@@ -18,6 +19,8 @@ sockets.
 
 from __future__ import annotations
 
+import asyncio
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -40,6 +43,7 @@ from asyncdapo.replay.ledger.ledger import (
     lock_for_writing,
     open_for_writing,
     place_of,
+    sync_log,
 )
 from asyncdapo.replay.ledger.payloads import SEGMENT_BYTES, BadRecord, Place, Segments
 from asyncdapo.replay.ledger.rollback import Rollback
@@ -60,8 +64,8 @@ RECORDED_EVENTS = (
 
 
 class Journal:
-    """The one writer of a run's ledger. Not thread-safe, except for reading payloads: it lives in the replay server's
-    event loop."""
+    """The one writer of a run's ledger. Not thread-safe, except for reading payloads and `sync`: it lives in the replay
+    server's event loop."""
 
     def __init__(
         self,
@@ -80,6 +84,8 @@ class Journal:
         self._db = open_for_writing(self._path)
         self._db.execute("UPDATE meta SET value = ? WHERE key = 'keep_payloads'", (int(keep_payloads),))
         self._segments = Segments(run_dir / PAYLOAD_FOLDER, segment_bytes)
+        self._syncing = threading.Lock()
+        self._num_commits = self._num_synced = 0
         self._sessions = reload.sessions(self._db)
         self._position = reload.last_position(self._db)
         self.branch: int = self._db.execute("SELECT MAX(branch) FROM branches").fetchone()[0]
@@ -111,6 +117,7 @@ class Journal:
             faults.point("in_roll_back")
             if rollback.unreadable:
                 self._segments.begin_next()  # what damaged an older record may have deleted the open file, too
+        self.sync()
         self.branch += 1
 
     def recover(self) -> Recovered:
@@ -127,8 +134,9 @@ class Journal:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Everything written in the body is one transaction, which is on disk at the end. If the body raises, or the
-        disk fails (DiskError), nothing is written. Inside another such body it is part of that transaction."""
+        """Everything written in the body is one transaction, which outlives this process at the end. If the body
+        raises, or the disk fails (DiskError), nothing is written. Inside another such body it is part of that
+        transaction."""
         if self._db.in_transaction:
             yield
             return
@@ -140,9 +148,25 @@ class Journal:
                 return
             faults.point("before_commit")
             with disk_errors(self._path):
-                self._segments.sync()
                 self._db.execute("COMMIT")
+        self._num_commits += 1
         faults.point("after_commit")
+
+    async def durable(self) -> None:
+        """Wait, beside the event loop, until all that is committed is on disk. Raises DiskError."""
+        if self._num_synced < self._num_commits:
+            await asyncio.to_thread(self.sync)
+
+    def sync(self) -> None:
+        """On return all that was committed before the call is on disk, so a power cut loses none of it. Any thread may
+        call it. Raises DiskError."""
+        with self._syncing:
+            num_commits = self._num_commits
+            if self._num_synced < num_commits:
+                with disk_errors(self._path):
+                    self._segments.sync()
+                    sync_log(self._path)
+                self._num_synced = num_commits
 
     def write(
         self,
@@ -237,6 +261,7 @@ class Journal:
                     f"UPDATE {table} SET segment = NULL, offset = NULL, bytes = NULL WHERE segment = ?",
                     [(segment,) for segment in done],
                 )
+        self.sync()
         faults.point("in_covered")
         for segment in done:
             self._segments.delete(segment)
@@ -249,6 +274,7 @@ class Journal:
 
     def close(self) -> None:
         """Close the files; SQLite folds its WAL into ledger.db."""
-        self._db.close()
-        self._segments.close()
-        self._lock.close()
+        with self._syncing:  # a thread may still wait for the disk
+            self._db.close()
+            self._segments.close()
+            self._lock.close()

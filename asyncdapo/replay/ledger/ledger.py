@@ -7,6 +7,7 @@ Does not own: writing (`journal`), the tables (`schema`), whether they are sound
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import time
 from contextlib import closing
@@ -25,6 +26,8 @@ LOCK_FILE = "ledger.lock"
 LOCK_WAIT_S = 30.0
 """Time for a former writer to finish dying."""
 PAYLOAD_FOLDER = "payloads"
+CHECKPOINT_PAGES = 8192
+"""Of the WAL (32 MiB). Then SQLite folds it into the ledger, and whoever commits waits for the disk."""
 NUM_NAMED = 3
 KINDS = {"INTEGER": "integer", "INT": "integer", "REAL": "real", "TEXT": "text"}
 """SQLite's name for the type of a value, by the declared type of its column."""
@@ -43,8 +46,8 @@ def lock_for_writing(run_dir: Path, wait_s: float) -> IO[str]:
 
 
 def open_for_writing(path: Path) -> sqlite3.Connection:
-    """The ledger at `path`, created if there is none. The caller holds the writer's lock. Raises UserError for a ledger
-    of another schema."""
+    """The ledger at `path`, created if there is none. The caller holds the writer's lock. A commit doesn't wait for the
+    disk: `sync_log` does. Raises UserError for a ledger of another schema."""
     ledger = sqlite3.connect(path, isolation_level=None)
     ledger.execute("PRAGMA journal_mode = WAL")
     ledger.execute("PRAGMA synchronous = FULL")
@@ -52,7 +55,15 @@ def open_for_writing(path: Path) -> sqlite3.Connection:
         _start(ledger)
     _check_schema(ledger, path)
     ledger.execute(PARTIALS_TABLE)
+    ledger.execute("PRAGMA synchronous = NORMAL")
+    ledger.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES}")
     return ledger
+
+
+def sync_log(path: Path) -> None:
+    """On return every transaction that was committed to the ledger before is on disk. Any thread may call it."""
+    with path.with_name(f"{path.name}-wal").open("rb") as log:
+        os.fdatasync(log.fileno())
 
 
 def open_ledger(run_dir: Path) -> sqlite3.Connection:

@@ -72,12 +72,13 @@ class Segments:
         self._folder, self._segment_bytes = folder, segment_bytes
         self.newest = max(self.numbers(), default=0) + 1
         """Number of the segment that is written to."""
-        self._file, self._synced = self._open_newest(), 0
+        self._file, self._full = self._open_newest(), list[BufferedWriter]()
+        self._named: BufferedWriter | None = None
+        """The newest segment whose name is on disk."""
+        self._num_appended = self._num_synced = 0
 
     def _open_newest(self) -> BufferedWriter:
-        file = segment_path(self._folder, self.newest).open("ab")
-        sync(self._folder)
-        return file
+        return segment_path(self._folder, self.newest).open("ab")
 
     def append(self, group: Group, payload: Payload) -> Place:
         """Write one record. On return the operating system has its bytes, so a kill of this process loses none."""
@@ -86,20 +87,32 @@ class Segments:
         offset = self._file.tell()
         self._file.writelines(_record(group, payload))
         self._file.flush()
+        self._num_appended += 1
         return Place(self.newest, offset, self._file.tell() - offset)
 
     def begin_next(self) -> None:
         """Write to a new segment from now on."""
-        self.sync()
-        self.close()
+        self._full.append(self._file)
         self.newest += 1
-        self._file, self._synced = self._open_newest(), 0
+        self._file = self._open_newest()
 
     def sync(self) -> None:
-        """On return every record is on disk, so a power cut loses none."""
-        if self._file.tell() > self._synced:
-            os.fsync(self._file.fileno())
-            self._synced = self._file.tell()
+        """On return every record that was appended before the call is on disk, so a power cut loses none. Any thread
+        may call it while others are appended, one call at a time."""
+        num_appended = self._num_appended
+        if num_appended == self._num_synced:
+            return
+        newest = self._file  # taken first: if it is full by now, it is among the full ones, too
+        full = list(self._full)
+        for file in dict.fromkeys((*full, newest)):
+            os.fdatasync(file.fileno())
+        if newest is not self._named:
+            sync(self._folder)
+            self._named = newest
+        for file in full:
+            self._full.remove(file)
+            file.close()
+        self._num_synced = num_appended
 
     def numbers(self) -> list[int]:
         """The segments that exist, oldest first."""
@@ -127,7 +140,8 @@ class Segments:
         segment_path(self._folder, segment).unlink(missing_ok=True)
 
     def close(self) -> None:
-        self._file.close()
+        for file in (*self._full, self._file):
+            file.close()
 
 
 def segment_path(folder: Path, segment: int) -> Path:

@@ -6,7 +6,8 @@
             ◀──Batch, NoBatch──                                                                 │   messages
     controller ──begin, trained, published, evaluate, roll_back, finish (Ray calls)─────────────┘
 
-One event loop, and one event at a time. Between messages and their transaction it waits for nothing but the disk.
+One event loop, and one event at a time. Nothing pauses between messages and their transaction. What follows of it waits
+for the disk, and the loop goes on meanwhile.
 
 A server that is killed and started again on the same files and ports resumes where the ledger ends, and its peers
 reconnect by themselves. Every command may come twice, so that the controller can repeat a call during which the server
@@ -148,6 +149,7 @@ class ReplayServer:
         docs/metrics.md lists: reward/…, filter/…, rollout/…, replay/…"""
         with self._clock.on("commands"):
             replay, workers = self._dispatch.trained(step, summary), self._sessions.totals()
+        await self._journal.durable()
         replay["replay/tokens_partial"] = self._dispatch.state.leases.num_partial_tokens
         return {
             **replay,
@@ -179,6 +181,7 @@ class ReplayServer:
         """No further step: leases are withdrawn, prompts without an end become `unused`. Evaluation continues."""
         self._workers.leasing = False
         self._dispatch.finish()
+        await self._journal.durable()
         self._journal.fold()
 
     def status(self) -> dict[str, Any]:
@@ -247,8 +250,7 @@ class ReplayServer:
     # ------------------------------------------------------------------------------------------------------- loops
 
     async def _serve_workers(self) -> None:
-        """All messages that have arrived form one transaction, so they wait for the disk once. Their answers leave
-        after it, since no other task runs before its end."""
+        """All messages that have arrived form one transaction. No other task runs before its end."""
         while True:
             messages = await self._rollout_socket.receive_some(MAX_TOGETHER)
             with self._clock.on("workers"), self._dispatch.together():
@@ -270,14 +272,20 @@ class ReplayServer:
         return wanted.step <= self._dispatch.state.next_batch.step and 0 <= wanted.rank < self._num_ranks
 
     async def _send(self) -> None:
+        """What the messages tell is on disk before they leave. Meanwhile others are handled, and leave together."""
+        outgoing = self._dispatch.outgoing
         while True:
-            letter = await self._dispatch.outgoing.get()
-            await self._rollout_socket.send(letter.peer, letter.message, letter.frames)
-            faults.point("after_send")
+            letters = [await outgoing.get()]
+            letters += [outgoing.get_nowait() for _ in range(outgoing.qsize())]
+            await self._journal.durable()
+            for letter in letters:
+                await self._rollout_socket.send(letter.peer, letter.message, letter.frames)
+                faults.point("after_send")
 
     async def _answer_learner(self) -> None:
         while True:
             answer = await self._dispatch.answers.get()
+            await self._journal.durable()
             message, frames = await asyncio.to_thread(answer.read)
             await self._learner_socket.send(answer.peer, message, frames)
             faults.point("after_send")

@@ -34,6 +34,10 @@ def outgoing(run):
     return letters
 
 
+def name_of(descriptor):
+    return os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}"))
+
+
 def test_nothing_is_sent_before_its_event_is_committed(tmp_path):
     run = SmallRun(tmp_path, make_journal=WatchedJournal)
     run.journal.dispatch = run.dispatch
@@ -57,39 +61,54 @@ def test_nothing_is_sent_before_its_event_is_committed(tmp_path):
     assert [type(message) for message in run.answers()] == [Batch]
 
 
-def test_groups_that_come_together_wait_for_the_disk_once_and_are_acknowledged_after_it(tmp_path, monkeypatch):
+def test_groups_that_come_together_are_one_transaction_which_waits_for_the_disk_once(tmp_path, monkeypatch):
     run = SmallRun(tmp_path)
     run.join(0)
     leases = run.ready(0, 2)
     run.messages = lambda: None
-    syncs, commits = [], []
-    monkeypatch.setattr(os, "fsync", lambda descriptor: syncs.append(run.dispatch.outgoing.qsize()))
+    run.journal.sync()
+    synced, commits = [], []
+    monkeypatch.setattr(os, "fdatasync", lambda descriptor: synced.append(name_of(descriptor)))
     run.journal._db.set_trace_callback(lambda statement: commits.append(statement) if statement == "COMMIT" else None)
     with run.dispatch.together():
         for lease_id in leases:
             run.answer(lease_id)
-        assert not syncs + commits
-    assert (len(syncs), len(commits)) == (1, 1)
+        assert not commits
+    assert (synced, commits) == ([], ["COMMIT"])
     assert outgoing(run) == [Ack(lease_id=lease_id) for lease_id in leases]
-    assert run.journal._db.execute("PRAGMA synchronous").fetchone() == (2,)
+    for _ in range(2):
+        run.journal.sync()
+    assert synced == ["000001.bin", "ledger.db-wal"]
 
 
-def test_of_events_that_the_disk_refuses_together_none_is_answered_and_none_is_in_the_ledger(tmp_path, monkeypatch):
+def test_a_disk_that_fails_is_said_to_all_who_wait_for_it(tmp_path, monkeypatch):
+    run = SmallRun(tmp_path)
+    run.join(0)
+    [lease_id] = run.ready(0, 1)
+    run.answer(lease_id)
+
+    def broken(descriptor):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fdatasync", broken)
+    for _ in range(2):
+        with pytest.raises(DiskError, match=r"ledger\.db: can't be written: Input/output error"):
+            run.journal.sync()
+
+
+def test_of_events_that_fail_together_none_is_answered_and_none_is_in_the_ledger(tmp_path):
     run = SmallRun(tmp_path)
     run.join(0)
     leases = run.ready(0, 2)
     run.messages = lambda: None
-
-    def broken(descriptor):
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     def answer_both():
         with run.dispatch.together():
             for lease_id in leases:
                 run.answer(lease_id)
+            raise DiskError("full")
 
-    monkeypatch.setattr(os, "fsync", broken)
-    with pytest.raises(DiskError, match=r"ledger\.db: can't be written: Input/output error"):
+    with pytest.raises(DiskError, match="full"):
         answer_both()
     assert outgoing(run) == []
     assert run.journal.recover().queued == []
