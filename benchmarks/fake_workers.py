@@ -88,6 +88,8 @@ class FakeWorker:
         self._client: Client = Client(
             address, wire.Welcome | wire.Lease | wire.Ack | wire.Reject | wire.Withdraw, b"w%d" % index, curve=keys
         )
+        self.served = asyncio.Event()
+        """It has had an acknowledgement."""
         self._asked, self._sampling, self._sent_at = 0, dict[int, asyncio.Task](), dict[int, float]()
 
     async def listen(self) -> None:
@@ -107,6 +109,7 @@ class FakeWorker:
                 case wire.Ack(lease_id=lease_id) if lease_id in self._sent_at:
                     now = time.monotonic()
                     self._acks.extend((now, now - self._sent_at.pop(lease_id)))
+                    self.served.set()
                     await self._ask(1)
                 case wire.Withdraw() | wire.Ack():
                     continue  # a heartbeat and an acknowledgement crossed

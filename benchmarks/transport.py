@@ -29,7 +29,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing.connection import Connection
-from multiprocessing.synchronize import Event
+from multiprocessing.synchronize import Event, Semaphore
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +57,9 @@ from benchmarks.fake_workers import (
 )
 
 BATCH, LOOK_S = 64, 0.5
-WARM_UP_S = 5.0
+WARM_UP_S = 2.0
+JOIN_S = 180.0
+"""For all workers to have their first acknowledgement."""
 CHECKPOINT_EVERY = 10
 """Steps. Then the payloads of older ones are freed."""
 UNBOUNDED = 1 << 30
@@ -145,8 +147,10 @@ async def learn(figures: Figures, over: Event, address: str, keys: ClientKeys, p
     feed.close()
 
 
-async def work(figures: Figures, over: Event, address: str, keys: ClientKeys, load: Load, indices: range) -> None:
-    """Several rollout workers."""
+async def work(
+    figures: Figures, over: Event, address: str, keys: ClientKeys, load: Load, indices: range, served: Semaphore
+) -> None:
+    """Several rollout workers. `served`: released when each of them has had an acknowledgement."""
     completions, frames = completions_of(load.num_tokens)
     workers = [FakeWorker(index, address, keys, load, completions, frames, figures.acks) for index in indices]
 
@@ -155,6 +159,9 @@ async def work(figures: Figures, over: Event, address: str, keys: ClientKeys, lo
             for worker in workers:
                 tasks.create_task(worker.listen())
                 tasks.create_task(worker.beat())
+            for worker in workers:
+                await worker.served.wait()
+            served.release()
 
     await until_over(figures, all_of_them(), over)
 
@@ -184,9 +191,14 @@ def measure(load: Load, args: argparse.Namespace) -> None:
         start("server", serve, load, Path(run_dir), keys, of_server)
         rollout_address, learner_address = of_learner.recv()
         start("learner", learn, learner_address, keys.client, of_learner)
-        for first in range(min(args.processes, load.num_workers)):
-            indices = range(first, load.num_workers, args.processes)
-            start("workers", work, rollout_address, keys.client, load, indices)
+        served, num_processes = spawn.Semaphore(0), min(args.processes, load.num_workers)
+        for first in range(num_processes):
+            indices = range(first, load.num_workers, num_processes)
+            start("workers", work, rollout_address, keys.client, load, indices, served)
+        deadline = time.monotonic() + JOIN_S
+        for _ in range(num_processes):
+            if not served.acquire(timeout=max(0.0, deadline - time.monotonic())):
+                raise TimeoutError(f"in {JOIN_S:g} s not every worker had an acknowledgement")
         time.sleep(WARM_UP_S)
         began = time.monotonic()
         time.sleep(args.seconds)
