@@ -135,17 +135,17 @@ class Completion(Struct, frozen=True, kw_only=True):
     @property
     def num_tokens(self) -> int:
         """Sampled and observed tokens of all contexts."""
-        return sum(context.num_tokens for context in self.contexts)
+        return sum([count for context in self.contexts for _, count in context.sampled])
 
     @property
     def num_sampled_tokens(self) -> int:
         """Sampled tokens of all contexts."""
-        return sum(context.num_sampled_tokens for context in self.contexts)
+        return sum([count for context in self.contexts for is_sampled, count in context.sampled if is_sampled])
 
     @property
     def num_loss_tokens(self) -> int:
         """Tokens that bear loss."""
-        return sum(context.num_loss_tokens for context in self.contexts)
+        return sum([count for context in self.contexts for bears_loss, count in context.loss_mask if bears_loss])
 
 
 class Score(Struct, frozen=True, kw_only=True):

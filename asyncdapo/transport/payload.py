@@ -157,13 +157,20 @@ class Payload:
                 yield ContextTokens(index, number, context, self.prompt_ids, self.token_ids[own], logprobs_S, support)
 
     @staticmethod
-    def join(payloads: Sequence[Payload]) -> Payload:
-        """The payloads in order as one; an empty one for none."""
+    def join(payloads: Sequence[Payload], memory: np.ndarray | None = None) -> Payload:
+        """The payloads in order as one; an empty one for none. `memory`: where to put it, uint8, of their size."""
         if not payloads:
             return Payload(np.empty(0, TOKEN_DTYPE), np.empty(0, TOKEN_DTYPE), np.empty(0, LOGPROB_DTYPE))
-        columns = zip(*((part.prompt_ids, part.token_ids, part.logprobs) for part in payloads), strict=True)
+        columns = list(zip(*((part.prompt_ids, part.token_ids, part.logprobs) for part in payloads), strict=True))
+        if memory is None:
+            memory = np.empty(4 * sum(len(part) for column in columns for part in column), np.uint8)
+        joined = []
+        for column in columns:
+            num_bytes = 4 * sum(map(len, column))
+            joined.append(np.concatenate(column, out=memory[:num_bytes].view(column[0].dtype)))
+            memory = memory[num_bytes:]
         support = Support.join([(part.support, len(part.logprobs)) for part in payloads])
-        return Payload(*map(np.concatenate, columns), support=support)
+        return Payload(*joined, support=support)
 
     def split(self, groups: Iterable[Group]) -> list[Payload]:
         """One payload per group, views on the joined buffers."""

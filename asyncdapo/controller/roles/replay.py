@@ -31,7 +31,7 @@ from asyncdapo.replay.ledger.kept import keep_samples
 from asyncdapo.replay.server.server import ReplayServer
 from asyncdapo.replay.server.sessions import LOST_TICKS
 from asyncdapo.replay.server.settings import ServerSettings
-from asyncdapo.replay.server.workers_file import WorkerRow, write_rows
+from asyncdapo.replay.workers_file import WorkerRow, write_rows
 from asyncdapo.shares import Dealer
 
 EXCERPT = 60

@@ -26,7 +26,7 @@ from asyncdapo.metrics.tail import MetricsTail
 from asyncdapo.metrics.verdict.advice import keys_in_force
 from asyncdapo.metrics.verdict.running_verdict import latest_words, verdict_of
 from asyncdapo.replay.ledger.ledger import is_begun, open_ledger
-from asyncdapo.replay.server.workers_file import WorkerRow, read_rows
+from asyncdapo.replay.workers_file import WorkerRow, read_rows
 
 RUNNING, FINISHED, OVER = "running", "finished", "ended early"
 LOG_TAIL_BYTES = 16 << 10

@@ -9,7 +9,7 @@ The peers report again what the ledger doesn't know: credits, peers, and the bat
 
 Owns: the core's state, which a rollback replaces; the running leases (kept by the sessions); the learner's ranks that
 wait for a batch. Does not own: sockets, what messages mean (`workers`), what follows from an event (`state`).
-Memory: the headers of the batch that was read last; a rank's share is read from its segments when it is wanted, aside.
+Memory: a rank's share is read from its segments when it is wanted, aside (`shares`).
 `outgoing` is emptied as fast as the socket takes messages; a peer is sent only answers to what it sent or asked for.
 """
 
@@ -22,22 +22,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
-import numpy as np
-from msgspec.structs import replace
-
 from asyncdapo.errors import RunError
 from asyncdapo.messages import Ack, Group, Lease, Message, Prompt, Reject, Withdraw
 from asyncdapo.replay.core import events as core
 from asyncdapo.replay.core.recovery import Recovered
 from asyncdapo.replay.core.state import ReplayState
 from asyncdapo.replay.ledger.journal import Journal
-from asyncdapo.replay.ledger.payloads import BadRecord, Place
 from asyncdapo.replay.server.accounts import Accounts
 from asyncdapo.replay.server.failures import Failures
 from asyncdapo.replay.server.sessions import HeldLease, Session, Sessions
 from asyncdapo.replay.server.settings import ServerSettings
+from asyncdapo.replay.server.shares import Share, ShareReader
 from asyncdapo.seeds import sample_seed
-from asyncdapo.shares import Batch, CutWanted, Deal, NoBatch, for_learner, share_of
+from asyncdapo.shares import Batch, CutWanted, Deal, NoBatch
 from asyncdapo.transport.codec import Buffer
 from asyncdapo.transport.payload import Payload
 
@@ -51,10 +48,6 @@ class Letter:
     peer: bytes
     message: Message
     frames: Sequence[Buffer] = ()
-
-
-Share = tuple[Batch | NoBatch, Sequence[Buffer]]
-"""What a rank of the learner is answered: all headers, and the payload of its share."""
 
 
 @dataclass(frozen=True)
@@ -90,8 +83,7 @@ class Dispatch:
         self.state = make_state(recovered)
         self._wanted: dict[int, tuple[bytes, CutWanted]] = {}
         """What each rank of the learner waits for."""
-        self._batch: Batch | None = None
-        """The batch that was read last. Other ranks will ask for it."""
+        self._shares = ShareReader(journal, settings.dealer)
         self._no_batch: str | None = None
         """Why no batch follows, if none does."""
         self._finished = False
@@ -249,31 +241,7 @@ class Dispatch:
             copies=list(batches.copies.get(step, ())),
         )
         places = self._journal.places([group.group_id for group in batches.untrained[step]])
-        return partial(self._read_batch, bare, places, wanted.rank)
-
-    def _read_batch(self, bare: Batch, places: Sequence[Place], rank: int) -> Share:
-        """All headers, and the payload of the rank's share. A batch that can't be read stays cut: only a rollback may
-        give it other members, since then every rank has ended. Called in a thread, one call at a time."""
-        batch = self._batch
-        try:
-            if batch is None or (batch.step, batch.branch) != (bare.step, bare.branch):
-                groups = [for_learner(self._journal.read_header(place)) for place in places]
-                batch = self._batch = replace(bare, groups=groups, deal=self._settings.dealer.deal(groups))
-            payload = self._read_share(batch, places, rank)
-        except BadRecord as bad:
-            reason = f"batch {bare.step} can't be read back: {bad}"
-            return NoBatch(step=bare.step, reason=reason, unreadable=True), ()
-        return batch, payload.frames()
-
-    def _read_share(self, batch: Batch, places: Sequence[Place], rank: int) -> Payload:
-        pieces, parts = share_of(batch, rank), list[Payload]()
-        left = np.empty(sum(places[piece.place].num_bytes for piece in pieces), np.uint8).data
-        for piece in pieces:
-            place = places[piece.place]
-            memory, left = left[: place.num_bytes], left[place.num_bytes :]
-            _, payload = self._journal.read(place, memory)
-            parts.append(payload.of_completions(batch.groups[piece.place], piece.indices))
-        return Payload.join(parts)
+        return partial(self._shares.read, bare, places, wanted.rank)
 
     def _stop(self, stop: core.StopRun) -> None:
         if stop.error:

@@ -14,7 +14,7 @@ from asyncdapo.cli import main
 from asyncdapo.controller.process.roster import Roster, this_process
 from asyncdapo.controller.watch.run_state import RunState
 from asyncdapo.controller.watch.terminal import picture
-from asyncdapo.replay.server.workers_file import WorkerRow, write_rows
+from asyncdapo.replay.workers_file import WorkerRow, write_rows
 from tests.controller.watch.run_files import bound_by_learner, run_files
 
 NOTE = "16:00:02  note [bold] that is longer than a narrow terminal is wide, so that it needs lines of its own\n"
