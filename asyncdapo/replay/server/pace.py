@@ -77,13 +77,13 @@ SPREADS: tuple[tuple[str, str, Callable[..., float], Of], ...] = (
 """Mean of the workers and the worst of them."""
 
 
-def relative(own: Pace, all_paces: Iterable[Pace]) -> float:
-    """The speed of its sequences as a share of the mean of all workers; 1 if it isn't known. So a slow worker gets less
-    while leases are scarce, and one that has few isn't given still fewer."""
-    speeds = [pace.sequence_tokens_per_s for pace in all_paces]
+def relative(paces: Iterable[Pace]) -> list[float]:
+    """The speed of each worker's sequences as a share of the mean of all; 1 if it isn't known. So a slow worker gets
+    less while leases are scarce, and one that has few isn't given still fewer."""
+    speeds = [pace.sequence_tokens_per_s for pace in paces]
     known = [speed for speed in speeds if math.isfinite(speed)]
     mean = sum(known) / len(known) if known else 0.0
-    return own.sequence_tokens_per_s / mean if math.isfinite(own.sequence_tokens_per_s) and mean > 0 else 1.0
+    return [speed / mean if math.isfinite(speed) and mean > 0 else 1.0 for speed in speeds]
 
 
 def spread(paces: Iterable[tuple[int, Pace]]) -> dict[str, float]:

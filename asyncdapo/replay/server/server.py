@@ -36,6 +36,7 @@ from asyncdapo.replay.core.stream import AnswerLengths
 from asyncdapo.replay.core.waits import gauges, why_waiting
 from asyncdapo.replay.ledger.journal import Journal
 from asyncdapo.replay.server.accounts import in_flight
+from asyncdapo.replay.server.arrivals import Arrivals
 from asyncdapo.replay.server.dispatch import Dispatch, MakeState
 from asyncdapo.replay.server.sessions import Session, Sessions
 from asyncdapo.replay.server.settings import ServerSettings
@@ -75,7 +76,8 @@ class ReplayServer:
         self._sessions = Sessions(settings.stall_ticks, settings.totals)
         self._dispatch = Dispatch(settings, make_state, journal, self._sessions, prompt_at)
         self._sessions.count_tokens_from(self._dispatch.accounts.num_tokens)
-        self._workers = Workers(settings, self._dispatch, self._sessions, journal, lengths)
+        self._arrivals = Arrivals(settings, self._dispatch, self._sessions, journal, lengths)
+        self._workers = Workers(settings, self._dispatch, self._sessions, self._arrivals)
         self._clock = SharedClock(STATES, rest="idle")
         self._clock.begin()
         self._totals = settings.totals
@@ -157,7 +159,7 @@ class ReplayServer:
             "replay/tokens_in_flight": in_flight({**replay, **workers}),
             **self._times(),
             **{f"replay/{name}": number for name, number in gauges(self._dispatch.state).items()},
-            **{f"replay/{what}": number for what, number in self._workers.arrivals.dropped.items()},
+            **{f"replay/{what}": number for what, number in self._arrivals.dropped.items()},
         }
 
     async def published(self, version: int) -> None:
@@ -201,7 +203,7 @@ class ReplayServer:
             "evaluations_waiting": evaluations.num_waiting,
             "evaluations_running": evaluations.num_under_way,
             "sampled_tokens": self._sessions.total("tokens"),
-            "dropped": dict(self._workers.arrivals.dropped),
+            "dropped": dict(self._arrivals.dropped),
             **gauges(state),
         }
 
@@ -264,7 +266,7 @@ class ReplayServer:
                 with self._clock.on("learner"):
                     self._dispatch.want_batch(peer, message)
             else:
-                self._workers.arrivals.dropped["malformed"] += 1
+                self._arrivals.dropped["malformed"] += 1
                 log.warning("on the learner's socket: %s", message)
 
     def _can_be(self, wanted: CutWanted) -> bool:

@@ -126,7 +126,7 @@ class Session:
     """It is being drained, or was: it gets nothing more, and doesn't join again."""
     pace: Pace = field(default_factory=Pace)
     relative_pace: float = 1.0
-    """Speed of its sequences as a share of the mean of those that live, as of its latest heartbeat."""
+    """Speed of its sequences as a share of the mean of those that live, as of the latest tick."""
 
     @property
     def owed(self) -> int:
@@ -297,7 +297,6 @@ class Sessions:
         else:  # an answer may have been ahead of a heartbeat that was sent before it
             session.gauges["tokens"] = max(tokens_before, session.gauges.get("tokens", 0.0))
         session.pace.note(heartbeat.gauges | session.gauges)
-        session.relative_pace = relative(session.pace, [other.pace for other in self.live])
         return session.gauges.get("tokens", 0.0) > tokens_before
 
     def _note_progress(self, lease: HeldLease, progress: Progress, engine_moved: bool) -> None:
@@ -305,6 +304,12 @@ class Sessions:
         if grown or progress.phase in ("sampled", "environment") or (progress.phase == "waiting" and engine_moved):
             lease.progress_tick = self.tick
         lease.num_tokens = max(lease.num_tokens, progress.num_tokens)
+
+    def compare_paces(self) -> None:
+        """Of those that live. At every tick, and not at every heartbeat: with many workers these are many."""
+        live = self.live
+        for session, pace in zip(live, relative(session.pace for session in live), strict=True):
+            session.relative_pace = pace
 
     def silent(self) -> list[Session]:
         """Live sessions that have been silent for so long that they count as lost."""

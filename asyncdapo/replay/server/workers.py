@@ -42,8 +42,6 @@ from asyncdapo.messages import (
     Withdraw,
 )
 from asyncdapo.replay.core import events as core
-from asyncdapo.replay.core.stream import AnswerLengths
-from asyncdapo.replay.ledger.journal import Journal
 from asyncdapo.replay.server.arrivals import Arrivals
 from asyncdapo.replay.server.dispatch import Dispatch
 from asyncdapo.replay.server.drains import Drains
@@ -66,16 +64,8 @@ log = logging.getLogger("replay")
 class Workers:
     """All rollout workers, as the replay server sees them."""
 
-    def __init__(
-        self,
-        settings: ServerSettings,
-        dispatch: Dispatch,
-        sessions: Sessions,
-        journal: Journal,
-        lengths: AnswerLengths | None,
-    ) -> None:
-        self._dispatch, self._sessions = dispatch, sessions
-        self.arrivals = Arrivals(settings, dispatch, sessions, journal, lengths)
+    def __init__(self, settings: ServerSettings, dispatch: Dispatch, sessions: Sessions, arrivals: Arrivals) -> None:
+        self._dispatch, self._sessions, self._arrivals = dispatch, sessions, arrivals
         self._answered: dict[Evaluation, asyncio.Event] = {}
         self.evaluations = Evaluations(lambda: settings.slots * len(sessions.live))
         self._drains = Drains(sessions, self.evaluations, dispatch.send)
@@ -89,7 +79,7 @@ class Workers:
         if isinstance(message, Hello):
             self._greet(peer, message)
         elif session is None:
-            self.arrivals.dropped["strangers"] += 1
+            self._arrivals.dropped["strangers"] += 1
         else:
             session.heard_tick = self._sessions.tick
             self._listen(session, message, frames)
@@ -99,6 +89,7 @@ class Workers:
         """One heartbeat interval has passed: silent workers and leases without progress may be lost."""
         sessions = self._sessions
         sessions.tick += 1
+        sessions.compare_paces()
         for session in sessions.silent():
             log.warning("worker %d is lost: nothing heard from it", session.worker)
             self._lose(session, "nothing heard from it")
@@ -184,7 +175,7 @@ class Workers:
     def _listen(self, session: Session, message: Message | Malformed, frames: Sequence[memoryview]) -> None:
         match message:
             case Malformed():
-                self.arrivals.drop("malformed", session, str(message))
+                self._arrivals.drop("malformed", session, str(message))
             case Ask(asked=asked):
                 session.asked = max(session.asked, asked)
                 self._offer(session)
@@ -196,22 +187,22 @@ class Workers:
             case Started(lease_id=lease_id, version=version):
                 self._note_started(session, lease_id, version)
             case GroupDone(group=group):
-                self.arrivals.take_group(session, group, frames)
+                self._arrivals.take_group(session, group, frames)
             case GroupFailed():
-                self.arrivals.take_failure(session, message)
+                self._arrivals.take_failure(session, message)
             case PartialGroup():
-                self.arrivals.take_partial(session, message, frames)
+                self._arrivals.take_partial(session, message, frames)
             case EvalDone():
                 self._take_answers(session, message, frames)
 
     def _greet(self, peer: bytes, hello: Hello) -> None:
         """A new session ends the worker's former one, and its leases."""
         if hello.schema != SCHEMA_VERSION or hello.worker not in range(NUM_WORKERS_MAX):
-            self.arrivals.dropped["malformed"] += 1
+            self._arrivals.dropped["malformed"] += 1
             log.warning("%s is not welcome, this end has schema %d", hello, SCHEMA_VERSION)
             return
         if hello.branch == self._dispatch.branch and not self._exists(hello.loaded_version):
-            self.arrivals.dropped["malformed"] += 1
+            self._arrivals.dropped["malformed"] += 1
             log.warning("%s is not welcome, the newest version is %d", hello, self._dispatch.newest_version)
             return
         session = self._sessions.recognise(peer, hello)
@@ -223,7 +214,10 @@ class Workers:
         self._note_weights(session, hello.loaded_version, hello.branch)
         session.heard_tick = self._sessions.tick
         self._dispatch.send(session, Welcome(branch=self._dispatch.branch, granted=session.granted))
-        self.offer_all()
+        if self.evaluations.num_waiting:
+            self.offer_all()  # with one worker more, each may get more of them
+        else:
+            self._offer(session)
 
     def _note_weights(self, session: Session, version: int, branch: int) -> None:
         """The worker generates with these weights. If they are of the run's branch, it joins, for the first time or
@@ -283,7 +277,7 @@ class Workers:
         try:
             evaluation = self.evaluations.answer(done.request_id, unpack_answers(done, frames))
         except ValueError as problem:
-            self.arrivals.drop("rejected", session, str(problem))
+            self._arrivals.drop("rejected", session, str(problem))
             return
         if evaluation is None:
             return

@@ -206,7 +206,7 @@ async def test_a_save_that_is_damaged_or_of_a_lease_that_is_over_changes_nothing
             await worker.save(lease.lease_id, damaged)
         await worker.save(lease.lease_id + 9, SAMPLED)
         assert (await worker.take(Withdraw)).lease_ids == [lease.lease_id + 9]
-        assert server._workers.arrivals.dropped["rejected"] == 5
+        assert server._arrivals.dropped["rejected"] == 5
         assert read(server._journal.read_partial(0, lease.lease_id + 1))[0] == SAMPLED
         assert server.status()["running"] == 1
 
