@@ -114,6 +114,7 @@ async def serve(figures: Figures, over: Event, load: Load, run_dir: Path, keys: 
         while step:
             await server.trained(step, {})
             await server.published(step)
+            server.take_spans()
             if step % CHECKPOINT_EVERY == 0:
                 await server.covered(step)
             step = await asyncio.to_thread(pipe.recv)
