@@ -9,7 +9,8 @@ these numbers in turn, a third of its steps each, and trains its 36 steps. Each 
 `FAIL` and what is against it; the exit code is 1 if one fails.
 
 Printed, too, are the steps' times: those that waited because for a while nobody could sample, those of the others in
-which a worker joined or left, and the rest (`worker_lives`); those of the publishes, and the tokens of each class.
+which a worker joined, left or was being started, and the rest (`worker_lives`); those of the publishes, and the tokens
+of each class.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from asyncdapo.controller.process.roster import Entry, is_running, read, this_host
+from asyncdapo.controller.process.roster import FILE_NAME, Entry, is_running, read, this_host
 from asyncdapo.controller.process.wanted_workers import ask_for
 from asyncdapo.metrics.jsonl import read_metrics
 from asyncdapo.metrics.verdict.window import FATES
@@ -123,6 +124,7 @@ class ElasticRun:
             ask_for(self.run_dir, num_workers)
             self.done[f"scaled to {num_workers}"] += 1
             while self.process.poll() is None and self.num_steps() < self.steps * (number + 1) // len(scenes):
+                self.roster()
                 time.sleep(0.5)
         self.process.wait(600)
 
@@ -134,6 +136,7 @@ class ElasticRun:
         events = [(20 * minutes, self.lose_a_node), (20 * minutes + 20, self.add_a_node)]
         while (due := due + self.random.uniform(*pause_s)) < began + 60 * minutes and self.process.poll() is None:
             while time.monotonic() < due:
+                self.roster()
                 self.wake_up()
                 time.sleep(0.2)
             if events and due > began + events[0][0]:
@@ -169,6 +172,8 @@ class ElasticRun:
         return sum(entry.role == "rollout" and node_of(entry.host) == node for entry in self.roster())
 
     def roster(self) -> list[Entry]:
+        if not (self.run_dir / FILE_NAME).exists():
+            return []
         entries = read(self.run_dir)
         self.seen |= set(entries)
         return entries
@@ -263,7 +268,8 @@ class ElasticRun:
     def step_seconds(self) -> dict[str, list[float]]:
         """By kind, as in `worker_lives`."""
         with closing(sqlite3.connect(self.run_dir / "ledger.db", timeout=20)) as ledger:
-            steps = train_steps(ledger, self.stops(), self.last_step)
+            starts = [(entry.index, entry.started) for entry in self.seen if entry.role == "rollout"]
+            steps = train_steps(ledger, starts, self.stops(), self.last_step)
         return {kind: [step.seconds for step in steps if step.kind == kind] for kind in ("alone", "moved", "quiet")}
 
     def empty_seconds(self) -> list[float]:
@@ -305,7 +311,7 @@ def spread(seconds: Sequence[float]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--scenes", help="numbers of workers, such as 1,4,2, instead of minutes")
     parser.add_argument("--pause", type=float, nargs=2, default=PAUSE_S, help="seconds between two things")

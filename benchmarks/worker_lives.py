@@ -1,10 +1,10 @@
 """Who could sample when, and what a train step had to do with it: from a ledger, and from who was stopped when.
 
-In: `leases` and `events` of a ledger, the ends of its train steps, the times in which a worker was stopped by SIGSTOP.
-Out: steps of three kinds, and the times in which nobody could sample.
+In: `leases`, `events` and the ends of train steps of a ledger; when processes of workers were started, and the times in
+which some were stopped by SIGSTOP. Out: steps of three kinds, and the times in which nobody could sample.
 
     alone    for a while nobody could sample, in this step or in the one before: it waits for nobody alive
-    moved    a worker joined or left in it, or within `START_S` before, and others could sample all the time
+    moved    a worker left in it, joined, or was being started, and others could sample all the time
     quiet    neither
 
 A worker can sample from the first lease of a life on. All times are seconds since 1970.
@@ -16,8 +16,6 @@ import sqlite3
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-START_S = 1.0
-"""What a process does before it joins or after it left takes cores from the step in which it does."""
 LEASES = "SELECT worker, session, MIN(granted_at_s) FROM leases GROUP BY worker, session ORDER BY 3"
 EVENTS = (
     "SELECT kind, worker, at_s FROM events WHERE kind IN ('worker_joined', 'worker_drained', 'worker_lost')"
@@ -48,6 +46,17 @@ class Step:
         return self.ended_s - self.began_s
 
 
+def moves(ledger: sqlite3.Connection, starts: Iterable[tuple[int, float]]) -> list[Span]:
+    """From each start of a worker's process to its joining, and the moments in which workers left. `starts`: worker and
+    time of each."""
+    begun = sorted(starts, key=lambda start: start[1])
+    spans = []
+    for kind, worker, at_s in ledger.execute(EVENTS):
+        before = [start_s for other, start_s in begun if other == worker and start_s < at_s]
+        spans.append(Span(worker, before[-1] if kind == "worker_joined" and before else at_s, at_s))
+    return spans
+
+
 def lives(ledger: sqlite3.Connection, end_s: float) -> list[Span]:
     """When each worker could sample, until `end_s`: from its first lease until it was lost, drained or joined anew."""
     events = ledger.execute(EVENTS).fetchall()
@@ -64,16 +73,18 @@ def nobody(ledger: sqlite3.Connection, stopped: Sequence[Span], last_step: int) 
     return gaps(without(lives(ledger, ends[-1]), stopped), ends[0], ends[-1]) if ends else []
 
 
-def train_steps(ledger: sqlite3.Connection, stopped: Sequence[Span], last_step: int) -> list[Step]:
+def train_steps(
+    ledger: sqlite3.Connection, starts: Iterable[tuple[int, float]], stopped: Sequence[Span], last_step: int
+) -> list[Step]:
     """The steps up to `last_step` but the first two, in which PyTorch warms up."""
     ends, empty = _ends(ledger, last_step), nobody(ledger, stopped, last_step)
-    moves = [at_s for _, _, at_s in ledger.execute(EVENTS)]
+    moving = moves(ledger, starts)
     steps = []
     for before_s, began_s, ended_s in zip(ends, ends[1:], ends[2:], strict=False):
         if any(gap.began_s < ended_s and gap.ended_s > before_s for gap in empty):
             kind = "alone"
         else:
-            kind = "moved" if any(began_s - START_S <= at_s <= ended_s for at_s in moves) else "quiet"
+            kind = "moved" if any(move.began_s <= ended_s and move.ended_s >= began_s for move in moving) else "quiet"
         steps.append(Step(kind, began_s, ended_s))
     return steps
 

@@ -37,13 +37,19 @@ def lived(
 
 
 def kinds(ledger: sqlite3.Connection, *stopped: Span) -> list[str]:
-    return [step.kind for step in train_steps(ledger, stopped, last_step=len(ENDS))]
+    return [step.kind for step in train_steps(ledger, [(1, 6.0), (1, 11.0)], stopped, last_step=len(ENDS))]
 
 
 def test_a_step_in_which_one_of_two_leaves_has_moved_and_the_others_are_quiet(ledger) -> None:
     lived(ledger, 0, "a", -10.0)
     lived(ledger, 1, "b", -10.0, end="worker_drained", at_s=12.0)
     assert kinds(ledger) == ["quiet", "moved", "quiet", "quiet", "quiet"]
+
+
+def test_the_steps_in_which_one_is_being_started_and_joins_have_moved(ledger) -> None:
+    lived(ledger, 0, "a", -10.0)
+    lived(ledger, 1, "b", 22.0)
+    assert kinds(ledger) == ["quiet", "moved", "moved", "moved", "quiet"]
 
 
 def test_the_step_in_which_nobody_could_sample_and_the_next_one_wait_for_nobody_alive(ledger) -> None:

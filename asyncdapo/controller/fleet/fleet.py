@@ -50,7 +50,7 @@ LOOK_S = 2.0
 """Between two looks at all processes."""
 NEWCOMERS = Bundle(())
 """In place of the bundle of a worker that joins later on a CPU."""
-TURN_S = 15.0
+TURN_S = 30.0
 """A start takes some seconds; that of a process which is stopped, as long as that lasts."""
 JOIN_S = 30.0
 """Time for a worker that was just started to be heard."""
