@@ -61,8 +61,8 @@ AUDIT = "no group is lost, doubled or stale: audit is clean before each thing th
 LEFT = "no process is left behind"
 PUBLISHED = "each version is published within weights.timeout_s, its retries included, and no end is killed in it"
 TOKENS = (
-    "each sampled token is in one class of replay/tokens_…, none in failed, undone or surplus, and lost ones only after"
-    " a SIGKILL, a SIGSTOP or the loss of a node"
+    "each sampled token is in one class of replay/tokens_…, none in failed, undone or surplus, and lost or late"
+    " ones only after a SIGKILL, a SIGSTOP or the loss of a node"
 )
 RATE = f"{PER_MINUTE} things or more happen a minute, one node is removed and another one added"
 STEPS = f"no step with a join or a leave takes over {MOST_WAIT} times the median"
@@ -72,7 +72,7 @@ BOTH = (ENDED, AUDIT, LEFT, PUBLISHED)
 DISTURBED, SCENES = (*BOTH, TOKENS, RATE), (*BOTH, STEPS, NO_LOSS, ACCURACY)
 """The bars."""
 LOST = "SELECT COUNT(*) FROM leases WHERE outcome = 'lost'"
-DRAINED = "SELECT COUNT(*) FROM leases WHERE outcome = 'withdrawn' AND reason = 'drained'"
+WITHDRAWN = "SELECT reason, COUNT(*) FROM leases WHERE outcome = 'withdrawn' GROUP BY reason"
 
 
 @dataclass(frozen=True)
@@ -254,8 +254,8 @@ class ElasticRun:
             against.append(f"{missing} are in no class")
         against += [f"{tokens[name]} {name}" for name in NEVER if tokens[name]]
         deaths = self.done["SIGKILL"] + self.done["SIGSTOP"] + self.done["a node loses its power"]
-        if tokens["lost"] and not deaths:
-            against.append(f"{tokens['lost']} lost though nobody died")
+        if not deaths:
+            against += [f"{tokens[name]} {name} though nobody died" for name in ("lost", "late") if tokens[name]]
         print(f"tokens by class, of {sum(tokens.values()):,}: {json.dumps(tokens)}", flush=True)
 
     def tokens(self) -> dict[str, int]:
@@ -293,7 +293,7 @@ class ElasticRun:
             "s in which nobody could sample": spread(self.empty_seconds()),
             "s to publish": spread([line["controller/publish_s"] for line in steps]),
             "leases lost": self.query(LOST)[0][0],
-            "leases handed back": self.query(DRAINED)[0][0],
+            "leases withdrawn, by reason": dict(self.query(WITHDRAWN)),
             "staleness max": max(line["replay/staleness_max"] for line in steps),
             "accuracy": lines[-1].get("eval/accuracy"),
         }
