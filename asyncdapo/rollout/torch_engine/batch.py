@@ -71,6 +71,11 @@ class Batch:
         self._block_size = block_size
         self._fixed_times = fixed_times
         self._columns = [column for column in vars(self).values() if isinstance(column, np.ndarray)]
+        state = self.active, self.token, self.position, self.num_sampled, self.temperature, self.greedy
+        self.addresses = np.array(
+            [column.ctypes.data for column in (*state, self.uniforms, self.tokens, self.logprobs)]
+        )
+        """In the order of `Batch` in forward.c."""
 
     @property
     def has_many_gaps(self) -> bool:
@@ -116,6 +121,11 @@ class Batch:
         self.token[slots] = tokens
         self.position[slots] += active
         self.num_sampled[slots] = num_sampled + active
+
+    def ended(self, is_stop_V: np.ndarray) -> list[int]:
+        """The slots whose last token is one to stop at, or the last that fits."""
+        is_last = is_stop_V[self.token] | (self.num_sampled == self.max_tokens)
+        return np.flatnonzero(is_last & (self.active == 1)).tolist()
 
     def note_left(self, slot: int, left: np.ndarray) -> None:
         """The next token of a slot is drawn from these."""

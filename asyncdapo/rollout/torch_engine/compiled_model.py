@@ -16,15 +16,15 @@ import os
 import shlex
 import subprocess
 import tempfile
-from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from asyncdapo.rollout.torch_engine.batch import Batch
 from asyncdapo.rollout.torch_engine.checkpoint import Checkpoint, ModelShape
-from asyncdapo.rollout.torch_engine.kv_cache import TIME_STEP, Span, round_up
+from asyncdapo.rollout.torch_engine.kv_cache import TIME_STEP, round_up
 from asyncdapo.rollout.torch_engine.model import Model, TorchModel, rotations
 from asyncdapo.rollout.torch_engine.packed_weights import PackedWeights
 
@@ -79,11 +79,9 @@ class CompiledModel:
     def new_weights(self) -> PackedWeights:
         return PackedWeights(self._shape)
 
-    def decode(
-        self, weights: PackedWeights, tokens_B: torch.Tensor, positions_B: torch.Tensor, spans: Sequence[Span]
-    ) -> torch.Tensor:
-        """A sequence is read to its own end: `spans` don't matter."""
-        slots_B = self._slots_S[: tokens_B.shape[0]]
+    def decode(self, weights: PackedWeights, batch: Batch) -> torch.Tensor:
+        slots_B = self._slots_S[: batch.num_used]
+        tokens_B, positions_B = (torch.from_numpy(column[: batch.num_used]) for column in (batch.token, batch.position))
         return self._forward(weights, self.cache, self._workspace, tokens_B, slots_B, positions_B, slots_B)
 
     def prefill(
@@ -97,20 +95,10 @@ class CompiledModel:
         logits_NV = self._forward(weights, cache, workspace, tokens_M, prompts_M, positions_M, last_N)
         return logits_NV, cache.data
 
-    def draw(
-        self,
-        logits_BV: torch.Tensor,
-        temperatures_B: torch.Tensor,
-        uniforms_B: torch.Tensor,
-        *,
-        greedy_B: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        num_rows, logits_BV = logits_BV.shape[0], logits_BV.contiguous()
-        greedy_B = torch.zeros(num_rows, dtype=torch.bool) if greedy_B is None else greedy_B
-        tokens_B, logprobs_B = torch.empty(num_rows, dtype=torch.int64), torch.empty(num_rows)
-        tensors = logits_BV, temperatures_B, uniforms_B, greedy_B, tokens_B, logprobs_B
-        self._library.draw(num_rows, *(tensor.data_ptr() for tensor in tensors))
-        return tokens_B, logprobs_B
+    def sample(self, logits_BV: torch.Tensor, batch: Batch, slots: np.ndarray) -> float:
+        logits_BV = logits_BV.contiguous()
+        arrays = logits_BV.data_ptr(), slots.ctypes.data, batch.addresses.ctypes.data
+        return self._library.sample(len(slots), batch.tokens.shape[1], *arrays)
 
     def _forward(
         self,
@@ -169,7 +157,7 @@ def _compiled(shape: ModelShape) -> ctypes.CDLL | None:
 
 def _loaded(path: str) -> ctypes.CDLL:
     library = ctypes.CDLL(path)
-    for function, num_sizes, num_arrays in ((library.forward, 5, 9), (library.draw, 1, 6)):
+    for function, num_sizes, num_arrays in ((library.forward, 5, 9), (library.sample, 2, 3)):
         function.argtypes = [ctypes.c_int64] * num_sizes + [ctypes.c_void_p] * num_arrays
-        function.restype = None
+    library.forward.restype, library.sample.restype = None, ctypes.c_double
     return library

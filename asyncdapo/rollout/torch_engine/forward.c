@@ -13,6 +13,7 @@ its weights once, in order. The cache is [layer, slot, key/value head, chunk], a
 
 #include <math.h>
 #include <stdint.h>
+#include <string.h>
 
 #define LANES 16
 #define PANEL (2 * LANES)
@@ -61,15 +62,23 @@ static inline Floats larger(Floats a, Floats b) {
 }
 
 static inline float largest_of(Floats x) {
-    float largest = x[0];
-    for (int i = 1; i < LANES; i++) largest = fmaxf(largest, x[i]);
-    return largest;
+    for (int half = LANES / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) x[i] = x[i] > x[i + half] ? x[i] : x[i + half];
+    return x[0];
 }
 
 static inline float sum_of(Floats x) {
     for (int half = LANES / 2; half; half /= 2)
         for (int i = 0; i < half; i++) x[i] += x[i + half];
     return x[0];
+}
+
+/* The first `count` numbers, -infinity in the place of the others. */
+static inline Floats until(Floats x, int count) {
+    Ints places;
+    for (int i = 0; i < LANES; i++) places[i] = i;
+    const Ints first = places < count;
+    return (Floats)(((Ints)x & first) | ((Ints)((Floats){0} - INFINITY) & ~first));
 }
 
 /* ----------------------------------------------------------------------------------------------------- products */
@@ -172,8 +181,8 @@ static void write_row(const Layer *layer, int64_t num_chunks, int64_t position, 
 
 /* The softmax-weighted sum of values, as far as it is known, for each query of a key/value head. */
 typedef struct {
-    float largest[GROUP], total[GROUP];
-    Floats sum[GROUP][PARTS];
+    float largest[GROUP];
+    Floats total[GROUP], sum[GROUP][PARTS];
 } Attended;
 
 static inline void attend_chunk(Attended *so_far, const float *queries, const Floats *chunk, int num_times) {
@@ -186,18 +195,17 @@ static inline void attend_chunk(Attended *so_far, const float *queries, const Fl
             scores[g][1] += queries[g * HEAD_DIM + d] * chunk[2 * d + 1];
         }
     for (int g = 0; g < GROUP; g++) {
-        for (int t = num_times; t < CHUNK; t++) scores[g][t / LANES][t % LANES] = -INFINITY;
-        const float largest = fmaxf(so_far->largest[g], largest_of(larger(scores[g][0], scores[g][1])));
+        const Floats first = until(scores[g][0], num_times), second = until(scores[g][1], num_times - LANES);
+        const float largest = fmaxf(so_far->largest[g], largest_of(larger(first, second)));
         if (largest > so_far->largest[g]) {
             const float factor = expf(so_far->largest[g] - largest);
             so_far->largest[g] = largest;
             so_far->total[g] *= factor;
             for (int i = 0; i < PARTS; i++) so_far->sum[g][i] *= factor;
         }
-        const Floats first = exp_of(scores[g][0] - largest), second = exp_of(scores[g][1] - largest);
-        so_far->total[g] += sum_of(first + second);
-        *(Floats *)probs[g] = first;
-        *(Floats *)(probs[g] + LANES) = second;
+        Floats *chunk_probs = (Floats *)probs[g];
+        chunk_probs[0] = exp_of(first - largest), chunk_probs[1] = exp_of(second - largest);
+        so_far->total[g] += chunk_probs[0] + chunk_probs[1];
     }
     for (int t = 0; t < num_times; t++)
         for (int g = 0; g < GROUP; g++)
@@ -210,8 +218,11 @@ static void attend(int64_t num_times, const float *queries, const float *chunks,
     for (int g = 0; g < GROUP; g++) all.largest[g] = -INFINITY;
     for (; num_times > 0; num_times -= CHUNK, chunks += CHUNK_SIZE)
         attend_chunk(&all, queries, (const Floats *)chunks, num_times < CHUNK ? num_times : CHUNK);
-    for (int g = 0; g < GROUP; g++)
-        for (int d = 0; d < HEAD_DIM; d++) out[g * HEAD_DIM + d] = all.sum[g][d / LANES][d % LANES] / all.total[g];
+    for (int g = 0; g < GROUP; g++) {
+        const float total = sum_of(all.total[g]);
+        for (int i = 0; i < PARTS; i++) all.sum[g][i] /= total;
+        memcpy(out + g * HEAD_DIM, all.sum[g], 4 * HEAD_DIM);
+    }
 }
 
 /* -------------------------------------------------------------------------------------------------- whole model */
@@ -262,30 +273,53 @@ static inline Floats weights_of(const float *logits, int first, float temperatur
     return exp_of(scaled - largest);
 }
 
-/* A token for each row by the inverse of the cumulative distribution, and its log-prob: see `sampling.py`. */
-void draw(int64_t rows, const float *logits, const float *temperatures, const double *uniforms, const uint8_t *greedy,
-          int64_t *tokens, float *logprobs) {
-    for (int64_t row = 0; row < rows; row++, logits += VOCABULARY) {
-        const float temperature = temperatures[row];
-        int token = 0;
-        for (int i = 1; i < VOCABULARY; i++)
-            if (logits[i] > logits[token]) token = i;
-        const float largest = logits[token] / temperature;
-        double total = 0, before = 0;
-        for (int i = 0; i < VOCABULARY; i += LANES) total += sum_of(weights_of(logits, i, temperature, largest));
-        const double target = uniforms[row] * total;
-        for (int i = 0; i < VOCABULARY && !greedy[row]; i += LANES) {
-            const Floats weights = weights_of(logits, i, temperature, largest);
-            const double behind = before + sum_of(weights);
-            if (behind > target) {
-                /* Should the sum in order be less than that of the vector, the last possible token is drawn. */
-                for (int j = 0; j < LANES && before <= target; j++)
-                    if (weights[j] > 0) before += weights[j], token = i + j;
-                break;
-            }
-            before = behind;
+/* A token by the inverse of the cumulative distribution, and its log-prob: see `sampling.py`. */
+static int draw(const float *logits, float temperature, double uniform, int greedy, float *logprob) {
+    int token = 0;
+    for (int i = 1; i < VOCABULARY; i++)
+        if (logits[i] > logits[token]) token = i;
+    const float largest = logits[token] / temperature;
+    double total = 0, before = 0;
+    for (int i = 0; i < VOCABULARY; i += LANES) total += sum_of(weights_of(logits, i, temperature, largest));
+    const double target = uniform * total;
+    for (int i = 0; i < VOCABULARY && !greedy; i += LANES) {
+        const Floats weights = weights_of(logits, i, temperature, largest);
+        const double behind = before + sum_of(weights);
+        if (behind > target) {
+            /* Should the sum in order be less than that of the vector, the last possible token is drawn. */
+            for (int j = 0; j < LANES && before <= target; j++)
+                if (weights[j] > 0) before += weights[j], token = i + j;
+            break;
         }
-        tokens[row] = token;
-        logprobs[row] = logits[token] / temperature - largest - logf(total);
+        before = behind;
     }
+    *logprob = logits[token] / temperature - largest - logf(total);
+    return token;
+}
+
+/* Columns of `batch.py`, an entry for each slot; those behind `num_sampled` have `max_tokens`. */
+typedef struct {
+    const int64_t *active;
+    int64_t *token, *position, *num_sampled;
+    const float *temperature;
+    const uint8_t *greedy;
+    const double *uniforms;
+    int32_t *tokens;
+    float *logprobs;
+} Batch;
+
+/* Draw the next token of each of these slots, a row of logits each, and append it. Returns the sum of the log-probs. */
+double sample(int64_t rows, int64_t max_tokens, const float *logits, const int64_t *slots, const Batch *batch) {
+    double sum = 0;
+    for (int64_t row = 0; row < rows; row++, logits += VOCABULARY) {
+        const int64_t slot = slots[row], next = slot * max_tokens + batch->num_sampled[slot];
+        float *logprob = batch->logprobs + next;
+        const int token =
+            draw(logits, batch->temperature[slot], batch->uniforms[next], batch->greedy[slot], logprob);
+        batch->tokens[next] = batch->token[slot] = token;
+        batch->position[slot] += batch->active[slot];
+        batch->num_sampled[slot] += batch->active[slot];
+        sum += *logprob;
+    }
+    return sum;
 }

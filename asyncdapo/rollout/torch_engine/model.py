@@ -12,14 +12,15 @@ G = Q / K query heads of one key/value head, D head_dim, P = D / 2 rotated pairs
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch.nn.functional import embedding, linear, rms_norm, scaled_dot_product_attention, silu
 
+from asyncdapo.rollout.torch_engine.batch import Batch
 from asyncdapo.rollout.torch_engine.checkpoint import Checkpoint
-from asyncdapo.rollout.torch_engine.kv_cache import KVCache, SdpaCache, Span
+from asyncdapo.rollout.torch_engine.kv_cache import KVCache, SdpaCache
 from asyncdapo.rollout.torch_engine.sampling import draw
 from asyncdapo.rollout.torch_engine.weights import LayerWeights, Weights
 from asyncdapo.rollout.torch_engine.workspace import Rows, Workspace
@@ -38,13 +39,9 @@ class Model(Protocol):
         """A set of weights to be filled, of the kind that this model computes with."""
         ...
 
-    def decode(
-        self, weights: Any, tokens_B: torch.Tensor, positions_B: torch.Tensor, spans: Sequence[Span]
-    ) -> torch.Tensor:
-        """Logits [B, V] after `tokens_B[b]`, at `positions_B[b]` of the sequence in slot b.
-
-        `spans` cover the slots 0 … B − 1 in order.
-        """
+    def decode(self, weights: Any, batch: Batch) -> torch.Tensor:
+        """Logits [B, V] after the last token of the first B slots, those in use and perhaps more. They are valid until
+        the next call."""
         ...
 
     def prefill(
@@ -56,15 +53,9 @@ class Model(Protocol):
         """
         ...
 
-    def draw(
-        self,
-        logits_BV: torch.Tensor,
-        temperatures_B: torch.Tensor,
-        uniforms_B: torch.Tensor,
-        *,
-        greedy_B: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `sampling.draw`."""
+    def sample(self, logits_BV: torch.Tensor, batch: Batch, slots: np.ndarray) -> float:
+        """Draw the next token of each of these slots (see `sampling.draw`) and append it. Returns the sum of the
+        log-probs."""
         ...
 
 
@@ -87,14 +78,13 @@ class TorchModel:
         self._rotations_TP = rotations(checkpoint, self.cache.num_times).to(device)
         self._workspace = Workspace(self._shape, num_slots, dtype, device)
 
-    draw = staticmethod(draw)
-
     def new_weights(self) -> Weights:
         return Weights(self._shape, self._dtype, self.device)
 
-    def decode(
-        self, weights: Weights, tokens_B: torch.Tensor, positions_B: torch.Tensor, spans: Sequence[Span]
-    ) -> torch.Tensor:
+    def decode(self, weights: Weights, batch: Batch) -> torch.Tensor:
+        spans = batch.spans()
+        end = spans[-1][1]
+        tokens_B, positions_B = self._on_device(batch.token[:end]), self._on_device(batch.position[:end])
         rows = self._workspace.rows(tuple(end - start for start, end, _ in spans))
         attend = self.cache.attention(positions_B, spans)
         rotations_B1P = self._rotations_TP[positions_B].unsqueeze(1)
@@ -126,6 +116,21 @@ class TorchModel:
             self._mix(layer, x_MH, rows.attended_MQ, rows)
         last_N = torch.arange(num_prompts, device=self.device) * num_times + lengths_N - 1
         return linear(self._norm(x_MH, weights.norm)[last_N], weights.head).float(), kv_LNKTD
+
+    def sample(self, logits_BV: torch.Tensor, batch: Batch, slots: np.ndarray) -> float:
+        greedy = batch.greedy[slots]
+        tokens_B, logprobs_B = draw(
+            logits_BV,
+            self._on_device(batch.temperature[slots]),
+            self._on_device(batch.next_uniforms(slots)),
+            greedy_B=self._on_device(greedy) if greedy.any() else None,
+        )
+        logprobs = logprobs_B.cpu().numpy()
+        batch.append(slots, tokens_B.cpu().numpy(), logprobs)
+        return float(logprobs.sum())
+
+    def _on_device(self, array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array).to(self.device)
 
     def _project(self, layer: LayerWeights, x_MH: torch.Tensor, rotations_M1P: torch.Tensor, rows: Rows) -> None:
         """Write the rotated queries and keys, and the values, of the next attention into the workspace."""

@@ -74,6 +74,7 @@ class Runner:
         self._scheduler = Scheduler(config.slots, one_at_a_time=config.deterministic)
         self._is_stop_V = np.zeros(limits.vocab_size, np.bool_)
         self._is_stop_V[[token for token in stop_token_ids if token < limits.vocab_size]] = True
+        self._slots = np.arange(config.slots)
         self._running: set[Job] = set()
 
     @property
@@ -202,37 +203,23 @@ class Runner:
     # ------------------------------------------------------------------------------------------------------ decoding
 
     def _decode(self, progress: Progress) -> None:
-        spans = self._batch.spans()
-        end = spans[-1][1]
-        tokens_B, positions_B = self._on_device(self._batch.token[:end]), self._on_device(self._batch.position[:end])
-        logits_BV = self._model.decode(self._weights, tokens_B, positions_B, spans)
+        logits_BV = self._model.decode(self._weights, self._batch)
         self.counters.steps += 1
         self.counters.slot_steps += self._batch.num_active
         self.counters.tokens += self._batch.num_active
         for job in self._running:
             job.request.num_sampled += job.request.num_running
-        self._sample(np.arange(end), logits_BV, progress)
+        self._sample(self._slots[: logits_BV.shape[0]], logits_BV, progress)
 
     def _sample(self, slots: np.ndarray, logits_BV: torch.Tensor, progress: Progress) -> None:
         """Sample a token for each of these slots, and remove the sequences that it ends."""
-        batch, greedy = self._batch, self._batch.greedy[slots]
-        narrowed = np.flatnonzero(batch.narrowed[slots])
-        if len(narrowed):
-            self._narrow(slots, narrowed, logits_BV)
-        tokens_B, logprobs_B = self._model.draw(
-            logits_BV,
-            self._on_device(batch.temperature[slots]),
-            self._on_device(batch.next_uniforms(slots)),
-            greedy_B=self._on_device(greedy) if greedy.any() else None,
-        )
-        tokens, logprobs = tokens_B.cpu().numpy(), logprobs_B.cpu().numpy()
-        if not math.isfinite(logprobs.sum()):
+        batch = self._batch
+        if batch.narrowed.any():
+            self._narrow(slots, np.flatnonzero(batch.narrowed[slots]), logits_BV)
+        if not math.isfinite(self._model.sample(logits_BV, batch, slots)):
             raise EngineError(f"the weights of version {self.version} give logits that are not finite")
-        batch.append(slots, tokens, logprobs)
-        stopped = self._is_stop_V[tokens]
-        ended = (stopped | (batch.num_sampled[slots] == batch.max_tokens[slots])) & (batch.active[slots] == 1)
-        for at in np.flatnonzero(ended).tolist():
-            self._finish(int(slots[at]), "stop" if stopped[at] else "length", progress)
+        for slot in batch.ended(self._is_stop_V):
+            self._finish(slot, "stop" if self._is_stop_V[batch.token[slot]] else "length", progress)
 
     def _narrow(self, slots: np.ndarray, narrowed: np.ndarray, logits_BV: torch.Tensor) -> None:
         """Leave only the tokens of top-k and top-p in these rows of the slots, and note which."""

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from asyncdapo.rollout.torch_engine import compiled_model, sampling
+from asyncdapo.rollout.torch_engine import compiled_model
+from asyncdapo.rollout.torch_engine.batch import Batch
 from asyncdapo.rollout.torch_engine.checkpoint import read_checkpoint
 from asyncdapo.rollout.torch_engine.compiled_model import CompiledModel, fastest_model
 from asyncdapo.rollout.torch_engine.model import TorchModel
@@ -46,10 +47,11 @@ def logits_of(model, source, rounds=3):
     logits_NV, kv = model.prefill(weights, tokens_NT, lengths_N)
     model.cache.write(np.array([0, 4, 2, 3]), kv)
     model.cache.move(4, 1, 70)
-    every = [logits_NV]
+    every, batch = [logits_NV], Batch(SLOTS, max_tokens=1, block_size=2)
+    batch.num_used = 4
     for at in range(rounds):
-        tokens_B = torch.randint(VOCAB_SIZE, (4,), generator=numbers)
-        every.append(model.decode(weights, tokens_B, lengths_N + at, [(0, 2, 96), (2, 4, 64)]).clone())
+        batch.token[:4], batch.position[:4] = torch.randint(VOCAB_SIZE, (4,), generator=numbers), lengths_N + at
+        every.append(model.decode(weights, batch).clone())
     return torch.cat(every)
 
 
@@ -61,6 +63,17 @@ def test_both_models_give_the_same_logits(shape, tmp_path):
     torch.testing.assert_close(logits_of(ours, source), logits_of(plain, source), atol=1e-3, rtol=1e-4)
 
 
+def drawn(model, logits, temperatures, uniforms, *, greedy=False):
+    """A token of each row and its log-prob."""
+    batch = Batch(len(logits), max_tokens=1, block_size=16)
+    batch.active[:], batch.temperature[:], batch.greedy[:] = 1, temperatures, greedy
+    batch.uniforms[:, 0] = uniforms
+    model.sample(logits, batch, np.arange(len(logits)))
+    assert set(batch.num_sampled) == set(batch.position) == {1}
+    assert batch.token.tolist() == batch.tokens[:, 0].tolist()
+    return torch.from_numpy(batch.token), torch.from_numpy(batch.logprobs[:, 0])
+
+
 def test_threads_do_not_change_a_bit(tmp_path):
     source = random_model()
     one, two = (compiled(source, tmp_path, threads)[0] for threads in (1, 2))
@@ -68,18 +81,19 @@ def test_threads_do_not_change_a_bit(tmp_path):
 
 
 def test_draws_are_those_of_pytorch(tmp_path):
-    model, _ = compiled(random_model(), tmp_path)
+    model, checkpoint = compiled(random_model(), tmp_path)
+    plain = TorchModel(checkpoint, SLOTS, TIMES, torch.float32, CPU)
     torch.manual_seed(0)
     logits = 5 * torch.randn(2000, VOCAB_SIZE)
     logits[torch.rand(logits.shape) < 0.2] = -torch.inf
     logits[:500] *= 40  # one token has nearly all of the probability
     temperatures, numbers = torch.rand(2000) * 2 + 0.1, torch.rand(2000, dtype=torch.float64)
     greedy = torch.rand(2000) < 0.3
-    tokens, logprobs = model.draw(logits, temperatures, numbers, greedy_B=greedy)
-    expected, expected_logprobs = sampling.draw(logits, temperatures, numbers, greedy_B=greedy)
+    tokens, logprobs = drawn(model, logits, temperatures, numbers, greedy=greedy)
+    expected, expected_logprobs = drawn(plain, logits, temperatures, numbers, greedy=greedy)
     assert torch.equal(tokens, expected)
     torch.testing.assert_close(logprobs, expected_logprobs, atol=2e-6, rtol=1e-5)
-    assert torch.equal(model.draw(logits, temperatures, numbers)[0], sampling.draw(logits, temperatures, numbers)[0])
+    assert torch.equal(*(drawn(each, logits, temperatures, numbers)[0] for each in (model, plain)))
 
 
 def test_the_ends_of_the_unit_interval_never_draw_an_impossible_token(tmp_path):
@@ -87,7 +101,7 @@ def test_the_ends_of_the_unit_interval_never_draw_an_impossible_token(tmp_path):
     logits = torch.full((2, VOCAB_SIZE), -torch.inf)
     logits[:, [1, 30]] = torch.tensor([0.0, 1.0])
     ends = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
-    assert model.draw(logits, torch.ones(2), ends)[0].tolist() == [1, 30]
+    assert drawn(model, logits, 1, ends)[0].tolist() == [1, 30]
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
@@ -95,7 +109,7 @@ def test_logits_that_are_not_finite_give_a_log_prob_that_is_not(tmp_path, value)
     model, _ = compiled(random_model(), tmp_path)
     logits = torch.zeros(1, VOCAB_SIZE)
     logits[0, 7] = value
-    _, logprobs = model.draw(logits, torch.ones(1), torch.full((1,), 0.5, dtype=torch.float64))
+    _, logprobs = drawn(model, logits, 1, 0.5)
     assert not logprobs.isfinite().any()
 
 
