@@ -1,7 +1,7 @@
-"""Compiled model: the forward pass and the draw by `forward.c`, compiled for this processor when an engine starts.
+"""Compiled model: the forward pass and the draw by `forward.c` (see `library.py`).
 
 In: as `model.py`. Out: the same numbers, in float32 on a CPU, in half of the time. Where there is no C compiler, a line
-in the log says so, and PyTorch computes. Compiling takes half a second, so nothing is kept for the next start.
+in the log says so, and PyTorch computes.
 
 A row of a pass doesn't depend on the others to the last bit. So the tokens of a prompt are rows like all others.
 
@@ -11,13 +11,6 @@ Shapes: as in `model.py`; S slots, C chunks of times, X numbers of a chunk's key
 from __future__ import annotations
 
 import ctypes
-import logging
-import os
-import shlex
-import subprocess
-import tempfile
-from functools import cache
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -25,23 +18,19 @@ import torch
 from asyncdapo.rollout.torch_engine.batch import Batch
 from asyncdapo.rollout.torch_engine.checkpoint import Checkpoint, ModelShape
 from asyncdapo.rollout.torch_engine.kv_cache import TIME_STEP, round_up
+from asyncdapo.rollout.torch_engine.library import compiled_library
 from asyncdapo.rollout.torch_engine.model import Model, TorchModel, rotations
 from asyncdapo.rollout.torch_engine.packed_weights import PackedWeights
 
-SOURCE = Path(__file__).with_name("forward.c")
-FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-shared")
-COMPILE_TIMEOUT_S = 60
 LANES, TILE = 16, 8
 """Numbers of a vector, and rows that are multiplied at once, in forward.c."""
-
-log = logging.getLogger("rollout")
 
 
 def fastest_model(
     checkpoint: Checkpoint, num_slots: int, max_times: int, dtype: torch.dtype, device: torch.device, num_threads: int
 ) -> Model:
     """The model with a slot for each of `num_slots` sequences of at most `max_times` tokens."""
-    if device.type == "cpu" and dtype == torch.float32 and (library := _compiled(checkpoint.shape)):
+    if device.type == "cpu" and dtype == torch.float32 and (library := compiled_library(checkpoint.shape)):
         return CompiledModel(checkpoint, library, num_slots, max_times, num_threads)
     return TorchModel(checkpoint, num_slots, max_times, dtype, device)
 
@@ -54,9 +43,10 @@ class ChunkCache:
         size = TIME_STEP * (shape.head_dim + round_up(shape.head_dim, LANES))
         num_chunks = self.num_times // TIME_STEP
         self.data = torch.zeros(shape.num_layers, num_slots, shape.num_kv_heads, num_chunks, size)
+        self._array = self.data.numpy()  # which copies whole chunks; PyTorch would copy number by number
 
     def write(self, slots: np.ndarray, kv: torch.Tensor) -> None:
-        self.data[:, slots, :, : kv.shape[3]] = kv
+        self._array[:, slots, :, : kv.shape[3]] = kv.numpy()
 
     def move(self, source: int, target: int, num_times: int) -> None:
         num_chunks = round_up(num_times) // TIME_STEP
@@ -125,39 +115,3 @@ class CompiledModel:
         num_heads = 2 * (shape.num_heads + shape.num_kv_heads)
         size = 2 * shape.hidden_size + num_heads * shape.head_dim + 3 * shape.intermediate_size
         return torch.empty(round_up(num_rows, TILE) * size)
-
-
-@cache
-def _compiled(shape: ModelShape) -> ctypes.CDLL | None:
-    """None, and a warning, where the compiler that `CC` names (without, `cc`) isn't there or fails."""
-    macros = {
-        "LAYERS": shape.num_layers,
-        "HIDDEN": shape.hidden_size,
-        "INTERMEDIATE": shape.intermediate_size,
-        "KV_HEADS": shape.num_kv_heads,
-        "GROUP": shape.num_heads // shape.num_kv_heads,
-        "HEAD_DIM": shape.head_dim,
-        "VOCABULARY": shape.vocab_size,
-        "EPSILON": f"{shape.norm_eps:.9e}f",
-    }
-    command = [*shlex.split(os.environ.get("CC", "cc")), *FLAGS, *(f"-D{name}={macros[name]}" for name in macros)]
-    with tempfile.TemporaryDirectory() as directory:
-        library = str(Path(directory, "forward.so"))
-        try:
-            command += [str(SOURCE), "-o", library, "-lm"]
-            subprocess.run(command, check=True, capture_output=True, text=True, timeout=COMPILE_TIMEOUT_S)
-            return _loaded(library)
-        except subprocess.CalledProcessError as error:
-            why = error.stderr.strip() or str(error)
-        except (OSError, subprocess.TimeoutExpired) as error:
-            why = str(error)
-    log.warning("the torch engine is half as fast as with a C compiler (CC, or cc): %s", why)
-    return None
-
-
-def _loaded(path: str) -> ctypes.CDLL:
-    library = ctypes.CDLL(path)
-    for function, num_sizes, num_arrays in ((library.forward, 5, 9), (library.sample, 2, 3)):
-        function.argtypes = [ctypes.c_int64] * num_sizes + [ctypes.c_void_p] * num_arrays
-    library.forward.restype, library.sample.restype = None, ctypes.c_double
-    return library

@@ -1,4 +1,4 @@
-/* Forward: the model and the draw in C, in float32, compiled for one model's sizes by `compiled_model.py`.
+/* Forward: the model and the draw in C, in float32, compiled for one model's sizes by `library.py`.
 
 In: weights, and tokens with their places, one a row. Out: their keys and values in the cache; logits of the rows that are
 asked for. What a row gets is summed in one order, whatever the other rows are: it doesn't depend on them to the last bit.

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from asyncdapo.rollout.torch_engine import compiled_model
 from asyncdapo.rollout.torch_engine.batch import Batch
 from asyncdapo.rollout.torch_engine.checkpoint import read_checkpoint
 from asyncdapo.rollout.torch_engine.compiled_model import CompiledModel, fastest_model
+from asyncdapo.rollout.torch_engine.library import compiled_library
 from asyncdapo.rollout.torch_engine.model import TorchModel
 
 from .models import VOCAB_SIZE, engine_for, largest_difference, random_model, request, saved
@@ -21,9 +21,9 @@ SLOTS, TIMES, CPU = 5, 100, torch.device("cpu")
 @pytest.fixture
 def without_compiler(monkeypatch):
     monkeypatch.setenv("CC", "no-such-compiler")
-    compiled_model._compiled.cache_clear()
+    compiled_library.cache_clear()
     yield
-    compiled_model._compiled.cache_clear()
+    compiled_library.cache_clear()
 
 
 def compiled(model, directory, num_threads=1):

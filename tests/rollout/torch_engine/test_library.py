@@ -1,0 +1,137 @@
+"""The compiled library is kept for the next start: for the same everything, whole, and safe from other users."""
+
+import os
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from asyncdapo.rollout.torch_engine import library
+from asyncdapo.rollout.torch_engine.checkpoint import ModelShape, read_checkpoint
+from asyncdapo.rollout.torch_engine.library import compiled_library
+
+from .models import random_model, saved
+
+COMPILER = """#!/bin/sh
+if [ "$1" = --version ]; then cat {version}; exit; fi
+echo compiled >> {calls}
+for last; do :; done
+cp {built} "$last"
+"""
+pytestmark = pytest.mark.skipif(not shutil.which("cc"), reason="needs a C compiler")
+
+
+class Machine:
+    """A compiler that counts its calls, and a cache of its own."""
+
+    def __init__(self, tmp_path, monkeypatch, built, shape: ModelShape) -> None:
+        self.shape, self.version, self.calls = shape, tmp_path / "version", tmp_path / "calls"
+        self.cpuinfo, self.cache = tmp_path / "cpuinfo", tmp_path / "cache"
+        self.kept = self.cache / "asyncdapo"
+        compiler = tmp_path / "compiler"
+        compiler.write_text(COMPILER.format(version=self.version, calls=self.calls, built=built))
+        compiler.chmod(0o700)
+        self.version.write_text("12.2")
+        self.cpuinfo.write_text("processor: 0\nflags: avx2\ncpu MHz: 1000\n")
+        monkeypatch.setenv("CC", str(compiler))
+        monkeypatch.setenv("XDG_CACHE_HOME", str(self.cache))
+        monkeypatch.setattr(library, "CPUINFO", self.cpuinfo)
+
+    def start(self, _=None) -> bool:
+        """As a process would that starts. Whether it has a library."""
+        return compiled_library.__wrapped__(self.shape) is not None
+
+    @property
+    def num_compiled(self) -> int:
+        return self.calls.read_text().count("compiled")
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("built")
+    source = directory / "empty.c"
+    source.write_text("void forward(void) {} double sample(void) { return 0; }")
+    subprocess.run(["cc", "-shared", "-fPIC", str(source), "-o", str(directory / "empty.so")], check=True)
+    return directory / "empty.so"
+
+
+@pytest.fixture(scope="module")
+def shape(tmp_path_factory):
+    return read_checkpoint(saved(random_model(), tmp_path_factory.mktemp("model"))).shape
+
+
+@pytest.fixture
+def machine(tmp_path, monkeypatch, built, shape):
+    return Machine(tmp_path, monkeypatch, built, shape)
+
+
+def test_later_starts_load_what_the_first_one_compiled(machine):
+    assert all(machine.start() for _ in range(3))
+    assert machine.num_compiled == 1
+    [kept] = machine.kept.iterdir()
+    assert kept.stat().st_mode & 0o077 == machine.kept.stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.parametrize("change", ["flags", "version", "source"])
+def test_another_processor_compiler_or_source_compiles_anew(machine, monkeypatch, tmp_path, change):
+    assert machine.start()
+    if change == "flags":
+        machine.cpuinfo.write_text("processor: 0\nflags: avx512f\n")
+    elif change == "version":
+        machine.version.write_text("12.3")
+    else:
+        monkeypatch.setattr(library, "SOURCE", tmp_path / "forward.c")
+        library.SOURCE.write_text("other")
+    assert machine.start()
+    assert (machine.num_compiled, len(list(machine.kept.iterdir()))) == (2, 2)
+
+
+def test_the_clock_of_the_processor_does_not_matter(machine):
+    assert machine.start()
+    machine.cpuinfo.write_text("processor: 0\nflags: avx2\ncpu MHz: 3000\n")
+    assert machine.start()
+    assert machine.num_compiled == 1
+
+
+@pytest.mark.parametrize("writable", ["file", "directory", "link"])
+def test_what_others_could_have_written_is_not_loaded(machine, built, writable):
+    assert machine.start()
+    [kept] = machine.kept.iterdir()
+    if writable == "link":
+        kept.unlink()
+        kept.symlink_to(built)
+    else:
+        (kept if writable == "file" else machine.kept).chmod(0o777)
+    assert machine.start()
+    assert machine.num_compiled == 2
+    assert writable == "directory" or (kept.stat().st_mode & 0o777 == 0o600 and not kept.is_symlink())
+
+
+def test_a_library_of_another_user_is_not_loaded(machine, monkeypatch):
+    assert machine.start()
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    assert machine.start()
+    assert machine.num_compiled == 2
+
+
+def test_a_damaged_library_is_compiled_again(machine):
+    assert machine.start()
+    [kept] = machine.kept.iterdir()
+    kept.write_bytes(b"damaged")
+    assert machine.start()
+    assert machine.start()
+    assert machine.num_compiled == 2
+
+
+def test_where_nothing_can_be_kept_each_start_compiles(machine):
+    machine.cache.write_text("not a directory")
+    assert machine.start()
+    assert machine.start()
+    assert machine.num_compiled == 2
+
+
+def test_many_starts_at_once_leave_one_library(machine):
+    with ThreadPoolExecutor(8) as starts:
+        assert all(starts.map(machine.start, range(8)))
+    assert len(list(machine.kept.iterdir())) == 1
