@@ -28,7 +28,7 @@ from asyncdapo.rollout.config import RolloutConfig
 from asyncdapo.rollout.engine import Limits, LoadTimes, Request, Sample, Sampled
 from asyncdapo.rollout.life import Life
 from asyncdapo.rollout.torch_engine.checkpoint import read_checkpoint
-from asyncdapo.rollout.torch_engine.compiled_model import fastest_model
+from asyncdapo.rollout.torch_engine.compiled.compiled_model import fastest_model
 from asyncdapo.rollout.torch_engine.runner import Counters, Progress, Runner
 from asyncdapo.rollout.torch_engine.scheduler import Job
 from asyncdapo.rollout.torch_engine.weights import Weights

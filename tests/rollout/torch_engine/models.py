@@ -10,7 +10,7 @@ from asyncdapo.messages import Sampling
 from asyncdapo.rollout.config import RolloutConfig
 from asyncdapo.rollout.engine import Limits, Request, Sample
 from asyncdapo.rollout.torch_engine.checkpoint import read_checkpoint
-from asyncdapo.rollout.torch_engine.compiled_model import fastest_model
+from asyncdapo.rollout.torch_engine.compiled.compiled_model import fastest_model
 from asyncdapo.rollout.torch_engine.runner import Runner
 from asyncdapo.rollout.torch_engine.scheduler import Job
 from asyncdapo.rollout.torch_engine.torch_engine import TorchEngine

@@ -9,8 +9,8 @@ import torch
 
 from asyncdapo.rollout.torch_engine.batch import Batch
 from asyncdapo.rollout.torch_engine.checkpoint import read_checkpoint
-from asyncdapo.rollout.torch_engine.compiled_model import CompiledModel, fastest_model
-from asyncdapo.rollout.torch_engine.library import compiled_library
+from asyncdapo.rollout.torch_engine.compiled.compiled_model import CompiledModel, fastest_model
+from asyncdapo.rollout.torch_engine.compiled.library import compiled_library
 from asyncdapo.rollout.torch_engine.model import TorchModel
 
 from .models import VOCAB_SIZE, engine_for, largest_difference, random_model, request, saved

@@ -7,9 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from asyncdapo.rollout.torch_engine import library
 from asyncdapo.rollout.torch_engine.checkpoint import ModelShape, read_checkpoint
-from asyncdapo.rollout.torch_engine.library import compiled_library
+from asyncdapo.rollout.torch_engine.compiled import library
+from asyncdapo.rollout.torch_engine.compiled.library import compiled_library
 
 from .models import random_model, saved
 

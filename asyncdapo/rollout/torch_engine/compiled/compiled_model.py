@@ -17,10 +17,10 @@ import torch
 
 from asyncdapo.rollout.torch_engine.batch import Batch
 from asyncdapo.rollout.torch_engine.checkpoint import Checkpoint, ModelShape
+from asyncdapo.rollout.torch_engine.compiled.library import compiled_library
+from asyncdapo.rollout.torch_engine.compiled.packed_weights import PackedWeights
 from asyncdapo.rollout.torch_engine.kv_cache import TIME_STEP, round_up
-from asyncdapo.rollout.torch_engine.library import compiled_library
 from asyncdapo.rollout.torch_engine.model import Model, TorchModel, rotations
-from asyncdapo.rollout.torch_engine.packed_weights import PackedWeights
 
 LANES, TILE = 16, 8
 """Numbers of a vector, and rows that are multiplied at once, in forward.c."""
