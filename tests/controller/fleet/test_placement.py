@@ -243,13 +243,15 @@ def four_gpus() -> Iterator[None]:
 @pytest.mark.parametrize(
     "config",
     [
-        config_of("shared", ranks=2, workers=3),
+        config_of("shared", workers=2),
+        pytest.param(config_of("shared", ranks=2, workers=3), marks=pytest.mark.soak),
         pytest.param(config_of("separate", workers=2), marks=pytest.mark.soak),
-        config_of(workers=2, tensor_parallel=1, ranks=5),
+        config_of(ranks=4),
+        pytest.param(config_of(ranks=5, workers=2), marks=pytest.mark.soak),
         pytest.param(config_of(tensor_parallel=3), marks=pytest.mark.soak),
         pytest.param(config_of(ranks=2, shards=2, tensor_parallel=2), marks=pytest.mark.soak),
     ],
-    ids=["shared", "separate", "in parts", "tensor parallel", "shards"],
+    ids=["shared", "two ranks", "separate", "in parts", "more parts", "tensor parallel", "shards"],
 )
 @pytest.mark.usefixtures("four_gpus")
 def test_ray_gives_the_processes_of_a_bundle_the_same_gpus_and_others_other_ones(config: Config) -> None:
