@@ -5,6 +5,7 @@ collector leaves alone what stays to the end, modules and tests: walking them to
 import atexit
 import gc
 import os
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -18,6 +19,15 @@ gc.disable()
 
 LONGEST = ("tests/controller/test_deaths.py", "tests/controller/test_stopping.py")
 WITH_WHOLE_RUNS = "tests/controller/"
+TESTS_OF_VLLM = "vllm and not soak"
+"""Their marker expression in the README."""
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Files without such a test are not imported for these tests: it would take as long as an engine's start."""
+    if config.option.markexpr == TESTS_OF_VLLM and collection_path.suffix == ".py":
+        return "mark.vllm" not in collection_path.read_text() or None
+    return None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
