@@ -32,6 +32,7 @@ OVERRIDES = (
     "rollout.engine=vllm",
     f"run.steps={STEPS}",
     "rollout.slots=8",
+    "rollout.group_size=8",
     "rollout.on_update=recompute",
     "rollout.parity_every=4",
     "replay.run_ahead=3",  # else too little runs when weights arrive
