@@ -127,7 +127,7 @@ def recorded_run(run_dir: Path, monkeypatch: pytest.MonkeyPatch, **settings: obj
         run.train(step)
         recorder.see()
         if step == 2:
-            run.journal.covered(1)
+            run.journal.free(run.journal.covered(1))
             run.roll_back(2)
     recorder.see()
     monkeypatch.undo()

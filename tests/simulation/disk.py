@@ -136,12 +136,12 @@ class MemoryDisk:
         """While this disk is the one that journals open."""
         before = {
             name: getattr(journal_module, name)
-            for name in ("open_for_writing", "lock_for_writing", "sync_log", "Segments")
+            for name in ("open_for_writing", "lock_for_writing", "sync_log", "fold_log", "Segments")
         }
         self._db = _emptied()
         journal_module.open_for_writing = lambda path: self._db
         journal_module.lock_for_writing = _NoLock
-        journal_module.sync_log = lambda path: None
+        journal_module.sync_log = journal_module.fold_log = lambda path: None
         journal_module.Segments = lambda folder, segment_bytes: _MemorySegments(self._records, segment_bytes)
         try:
             yield

@@ -22,7 +22,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -40,6 +40,7 @@ from asyncdapo.replay.ledger.ledger import (
     LEDGER_FILE,
     LOCK_WAIT_S,
     PAYLOAD_FOLDER,
+    fold_log,
     lock_for_writing,
     open_for_writing,
     place_of,
@@ -64,8 +65,8 @@ RECORDED_EVENTS = (
 
 
 class Journal:
-    """The one writer of a run's ledger. Not thread-safe, except for reading payloads and `sync`: it lives in the replay
-    server's event loop."""
+    """The one writer of a run's ledger. It lives in the replay server's event loop; what other threads may call says
+    so."""
 
     def __init__(
         self,
@@ -212,7 +213,7 @@ class Journal:
         return [place_of(self._db, group_id) for group_id in group_ids]
 
     def read(self, place: Place, memory: memoryview | None = None) -> tuple[Group, Payload]:
-        """A group and its payload; any thread may call it. `memory`: see `read_record`. Raises BadRecord if it can't be
+        """A group and its payload. Any thread may call it. `memory`: see `read_record`. Raises BadRecord if it can't be
         read."""
         return self._segments.read(place, memory)
 
@@ -240,14 +241,15 @@ class Journal:
         """How a lease ended, or `undone`; None while it runs. Raises LookupError if it was never granted."""
         return reload.outcome(self._db, lease_id)
 
-    def covered(self, step: int) -> None:
-        """`step` is the oldest checkpoint kept. Free the segments that no rollback to it or to a newer one can need.
+    def covered(self, step: int) -> set[int]:
+        """`step` is the oldest checkpoint kept. Strike the segments that no rollback to it or to a newer one can need
+        from the ledger, and return them: `free` deletes them.
 
         Nothing needs a group any more that ended before step `step` was trained, that the filter dropped, or that a
         rollback undid. Any other group may be needed again: a rollback may train its batch again or queue it again.
         """
         if self._keep_payloads:
-            return
+            return set()
         (position,) = self._db.execute("SELECT MAX(trained_pos) FROM batches WHERE step <= ?", (step,)).fetchone()
         needed = self._db.execute(
             "SELECT DISTINCT segment FROM groups WHERE segment IS NOT NULL"
@@ -261,10 +263,17 @@ class Journal:
                     f"UPDATE {table} SET segment = NULL, offset = NULL, bytes = NULL WHERE segment = ?",
                     [(segment,) for segment in done],
                 )
+        return done
+
+    def free(self, segments: Iterable[int]) -> None:
+        """Delete segments that are struck from the ledger, and fold most of its WAL into ledger.db. It takes a while:
+        any thread may call it. Raises DiskError."""
         self.sync()
         faults.point("in_covered")
-        for segment in done:
+        for segment in segments:
             self._segments.delete(segment)
+        with disk_errors(self._path):
+            fold_log(self._path)
 
     def fold(self) -> None:
         """Fold the WAL into ledger.db, so that this file alone is the whole ledger. It takes a while: call it when

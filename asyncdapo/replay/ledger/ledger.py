@@ -66,6 +66,13 @@ def sync_log(path: Path) -> None:
         os.fdatasync(log.fileno())
 
 
+def fold_log(path: Path) -> None:
+    """Fold most of the WAL into the ledger, so that its writer has little left to fold. Any thread may call it; nobody
+    waits for it."""
+    with closing(sqlite3.connect(path)) as beside:
+        beside.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+
+
 def open_ledger(run_dir: Path) -> sqlite3.Connection:
     """The ledger for reading, also while the run continues. Raises sqlite3.OperationalError if there is none."""
     ledger = sqlite3.connect(f"{(run_dir / LEDGER_FILE).absolute().as_uri()}?mode=ro", uri=True)

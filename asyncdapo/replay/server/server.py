@@ -170,8 +170,8 @@ class ReplayServer:
     async def covered(self, step: int) -> None:
         """A checkpoint of `step` exists. Payloads that nothing can need any more are freed."""
         with self._clock.on("commands"):
-            self._journal.covered(step)
-            self._journal.fold()
+            segments = self._journal.covered(step)
+        await asyncio.to_thread(self._journal.free, segments)
 
     async def evaluate(self, requests: Sequence[EvalRequest], share: float) -> list[EvalAnswer]:
         """All answers, in the order of requests and prompts. The evaluation takes at most `share` of all slots. The

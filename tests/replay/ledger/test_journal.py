@@ -205,7 +205,7 @@ def test_with_keep_payloads_every_group_can_be_read_for_ever(tmp_path):
     run.answer(kept)
     run.fill(0)
     run.train(1)
-    run.journal.covered(1)
+    run.journal.free(run.journal.covered(1))
     assert read_group(tmp_path, kept)[0].lease_id == kept
     assert read_group(tmp_path, solved)[0].lease_id == solved
 
@@ -216,11 +216,11 @@ def test_a_segment_goes_when_a_checkpoint_covers_all_its_groups(tmp_path):
     run.advance(0, 1, 2, 3)
     run.answer(run.running(0)[0], versions=((3, 4),))
     assert segments(tmp_path) == [1, 2, 3, 4, 5, 6, 7]
-    run.journal.covered(0)
+    run.journal.free(run.journal.covered(0))
     assert segments(tmp_path) == [1, 2, 3, 4, 5, 6, 7]
-    run.journal.covered(1)
+    run.journal.free(run.journal.covered(1))
     assert segments(tmp_path) == [3, 4, 5, 6, 7]
-    run.journal.covered(3)
+    run.journal.free(run.journal.covered(3))
     assert segments(tmp_path) == [7]
     assert rows(tmp_path, "SELECT COUNT(segment) AS kept FROM groups") == [{"kept": 1}]
 
@@ -230,7 +230,7 @@ def test_the_segment_that_is_written_to_stays(tmp_path):
     run.join(0)
     run.fill(0)
     run.train(1)
-    run.journal.covered(1)
+    run.journal.free(run.journal.covered(1))
     assert segments(tmp_path) == [1]
 
 
@@ -241,7 +241,7 @@ def test_a_segment_with_one_open_group_stays_whole(tmp_path):
         run.answer(lease_id)
     run.train(1)
     assert [row["segment"] for row in rows(tmp_path, "SELECT segment FROM groups")] == [1, 1, 1, 2]
-    run.journal.covered(1)
+    run.journal.free(run.journal.covered(1))
     assert segments(tmp_path) == [1, 2]
     assert read_group(tmp_path, 1)[0].lease_id == 1
 

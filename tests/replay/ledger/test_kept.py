@@ -33,7 +33,7 @@ def test_samples_are_read_when_their_segments_are_freed_and_the_others_are_named
     first, second = members(tmp_path, 1)
     keep_samples(tmp_path, 1, 1)
     run.advance(0, 2)
-    run.journal.covered(2)
+    run.journal.free(run.journal.covered(2))
     with pytest.raises(LookupError, match="isn't kept"):
         read_group(tmp_path, first)
     group, payload = read_kept(tmp_path, first)
