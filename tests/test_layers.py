@@ -23,6 +23,7 @@ LOWER = {
     "faults",
     "messages",
     "model",
+    "native",
     "plugins",
     "ranges",
     "seeds",
@@ -31,7 +32,7 @@ LOWER = {
 }
 ROOMS = {
     "controller": ("process", "roles", "checks", "fleet", "eval", "loop", "commands", "watch"),
-    "learner": ("batches", "storage", "model", "step"),
+    "learner": ("batches", "storage", "attention", "model", "step"),
     "replay": ("core", "ledger", "server"),
 }
 """The sub-folders of a large stage, the lowest first: none imports one behind it."""

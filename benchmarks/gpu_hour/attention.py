@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from asyncdapo.learner.model import attention
-from asyncdapo.learner.model.attention_layout import Layout
+from asyncdapo.learner.attention import attention
+from asyncdapo.learner.attention.attention_layout import Layout
 from benchmarks.gpu_hour.check import Figures, hold, main
 
 SIZES = {"0.5b": (14, 2, 64), "1.5b": (12, 2, 128)}

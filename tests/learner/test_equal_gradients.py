@@ -16,9 +16,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+from asyncdapo.learner.attention.attention import NAME
 from asyncdapo.learner.config import AGGREGATIONS, LossConfig
 from asyncdapo.learner.model import sharding
-from asyncdapo.learner.model.attention import NAME
 from asyncdapo.learner.step.ranks import ALONE, Ranks
 from asyncdapo.shares import Batch, Dealer, share_of
 from asyncdapo.transport.payload import Payload

@@ -13,10 +13,10 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from asyncdapo.algorithm.advantages import batch_advantages
+from asyncdapo.learner.attention.attention import NAME
 from asyncdapo.learner.batches.samples import rows_by_update
 from asyncdapo.learner.config import LossConfig
 from asyncdapo.learner.model import logprobs
-from asyncdapo.learner.model.attention import NAME
 from asyncdapo.learner.model.blocks import settle_blocks
 from asyncdapo.learner.step.gradient import accumulate_gradient
 from asyncdapo.learner.step.ranks import ALONE

@@ -11,10 +11,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from asyncdapo.learner.attention.attention import NAME
 from asyncdapo.learner.batches.samples import Row
 from asyncdapo.learner.config import LearnerConfig, LossConfig
 from asyncdapo.learner.model import model
-from asyncdapo.learner.model.attention import NAME
 from asyncdapo.learner.model.compiler import COMPILERS
 from asyncdapo.learner.model.policy import Policy
 from asyncdapo.learner.model.sharding import gather, named_shards, shard

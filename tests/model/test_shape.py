@@ -25,8 +25,8 @@ from transformers import (
     Qwen3Config,
 )
 
-from asyncdapo.learner.model.attention import NAME
-from asyncdapo.learner.model.attention_layout import Layout
+from asyncdapo.learner.attention.attention import NAME
+from asyncdapo.learner.attention.attention_layout import Layout
 from asyncdapo.learner.model.blocks import settle_blocks
 from asyncdapo.model.shape import PEAK_FLOPS, PUBLISHED, Shape, peak_flops, read_shape
 from tests.controller.runs import START_MODEL

@@ -23,8 +23,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from asyncdapo.errors import ConfigError
+from asyncdapo.learner.attention.attention import NAME
 from asyncdapo.learner.config import LearnerConfig
-from asyncdapo.learner.model.attention import NAME
 from asyncdapo.learner.model.blocks import compiles, settle_blocks
 from asyncdapo.learner.model.names import check_names, once
 from asyncdapo.learner.model.policy import Policy, check_policy

@@ -28,8 +28,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from asyncdapo.learner.attention.attention_layout import Layout, on_device
 from asyncdapo.learner.batches.samples import Row
-from asyncdapo.learner.model.attention_layout import Layout, on_device
 from asyncdapo.learner.model.logprobs import DrawnFrom
 from asyncdapo.transport.payload import Support
 

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from asyncdapo.errors import ConfigError
-from asyncdapo.learner.model.attention import CHECKED, NAME, gather_rows
-from asyncdapo.learner.model.attention_layout import Layout
+from asyncdapo.learner.attention.attention import CHECKED, NAME, gather_rows
+from asyncdapo.learner.attention.attention_layout import Layout
 from asyncdapo.learner.model.logprobs import linear_logprobs
 from asyncdapo.learner.model.packing import MicroBatch
 from asyncdapo.model.location import KEY

@@ -2,54 +2,15 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from asyncdapo.learner.model import logprobs
-from asyncdapo.learner.model.logprobs import DrawnFrom, linear_logprobs
+from asyncdapo.learner.model.logprobs import linear_logprobs
+from tests.learner.model.logprob_cases import Allocations, assert_close, inputs, plain, run
 from tests.learner.tiny import needs_compiler
-
-
-def plain(hidden_NH, weight_VH, targets_N, *, temperature, bias_V=None, entropy_gradient=False):
-    scores_NV = torch.nn.functional.linear(hidden_NH, weight_VH, bias_V)
-    logprobs_NV = (scores_NV / temperature).log_softmax(-1)
-    kept_NV = logprobs_NV if entropy_gradient else logprobs_NV.detach()
-    return logprobs_NV.gather(-1, targets_N[:, None])[:, 0], -(kept_NV.exp() * kept_NV).sum(-1)
-
-
-def inputs(num_tokens=7, size=5, num_columns=11, *, bias=True, dtype=torch.float64, seed=0, spread=2.0):
-    """Hidden states, weight and bias as leaves that ask for gradients, and targets."""
-    generator = torch.Generator().manual_seed(seed)
-    shapes = [(num_tokens, size), (num_columns, size), (num_columns,)][: 3 if bias else 2]
-    leaves = [spread * torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
-    leaves = [leaf.to(dtype).requires_grad_() for leaf in leaves]
-    return *leaves, *([] if bias else [None]), torch.randint(num_columns, (num_tokens,), generator=generator)
-
-
-def run(function, hidden_NH, weight_VH, bias_V, targets_N, *, temperature=1.0, entropy_gradient=False, seed=0):
-    """Log-probs, entropies, and the gradients of every leaf under random weights of both."""
-    leaves = [leaf for leaf in (hidden_NH, weight_VH, bias_V) if leaf is not None and leaf.requires_grad]
-    options = {"temperature": temperature, "bias_V": bias_V, "entropy_gradient": entropy_gradient}
-    logp_N, entropy_N = function(hidden_NH, weight_VH, targets_N, **options)
-    generator = torch.Generator().manual_seed(seed)
-    upstream_2N = torch.randn((2, len(targets_N)), generator=generator, dtype=torch.float64).to(logp_N.dtype)
-    total = (logp_N * upstream_2N[0]).sum() + (entropy_N * upstream_2N[1]).sum()
-    return [logp_N.detach(), entropy_N.detach(), *torch.autograd.grad(total, leaves)]
-
-
-def assert_close(got, expected, tolerance):
-    """Relative to the largest number of each tensor."""
-    for part, reference in zip(got, expected, strict=True):
-        assert part.shape == reference.shape
-        scale = float(reference.abs().max()) if reference.numel() else 1.0
-        torch.testing.assert_close(part.double(), reference.double(), rtol=tolerance, atol=tolerance * max(scale, 1.0))
 
 
 @pytest.fixture
@@ -88,44 +49,6 @@ def test_values_and_gradients_are_the_plain_ones_whatever_the_shapes_and_chunks(
         patch.setattr(logprobs, "ALIGNMENT", alignment)
         got = run(linear_logprobs, *case, **options)
     assert_close(got, run(plain, *case, **options), 1e-12)
-
-
-@given(
-    num_tokens=st.integers(1, 9),
-    num_columns=st.integers(1, 30),
-    elements=st.integers(1, 90),
-    columns=st.integers(1, 9),
-    entropy_gradient=st.booleans(),
-    seed=st.integers(0, 1000),
-)
-@settings(max_examples=20, deadline=None)
-def test_what_was_drawn_from_a_part_of_the_vocabulary_has_the_plain_values_and_gradients_over_that_part(
-    num_tokens, num_columns, elements, columns, entropy_gradient, seed
-):
-    """Whichever chunks have none of it; some tokens are from the whole vocabulary."""
-    hidden_NH, weight_VH, bias_V, targets_N = inputs(num_tokens, 3, num_columns, seed=seed)
-    generator = torch.Generator().manual_seed(seed)
-    is_in_NV = torch.rand((num_tokens, num_columns), generator=generator) < 0.3
-    is_in_NV[torch.arange(num_tokens), targets_N] = True
-    is_whole_N = torch.rand(num_tokens, generator=generator) < 0.3
-    drawn_E, token_ids_E = (is_in_NV & ~is_whole_N[:, None]).nonzero().T
-    ends_N = (is_in_NV & ~is_whole_N[:, None]).sum(1).cumsum(0).tolist()
-    options = {"temperature": 0.7, "entropy_gradient": entropy_gradient}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(logprobs, "CHUNK_ELEMENTS", {"cpu": elements})
-        patch.setattr(logprobs, "COLUMNS", columns)
-        patch.setattr(logprobs, "ALIGNMENT", 1)
-        given = DrawnFrom(ends_N, is_whole_N, drawn_E, token_ids_E)
-        got = run(partial(linear_logprobs, drawn_from=given), hidden_NH, weight_VH, bias_V, targets_N, **options)
-
-    def over_the_part(hidden_NH, weight_VH, targets_N, *, temperature, bias_V, entropy_gradient):
-        scores_NV = torch.nn.functional.linear(hidden_NH, weight_VH, bias_V) / temperature
-        logprobs_NV = scores_NV.masked_fill(~(is_in_NV | is_whole_N[:, None]), -torch.inf).log_softmax(-1)
-        kept_NV = logprobs_NV if entropy_gradient else logprobs_NV.detach()
-        terms_NV = kept_NV.exp() * kept_NV.masked_fill(kept_NV == -torch.inf, 0.0)
-        return logprobs_NV.gather(-1, targets_N[:, None])[:, 0], -terms_NV.sum(-1)
-
-    assert_close(got, run(over_the_part, hidden_NH, weight_VH, bias_V, targets_N, **options), 1e-12)
 
 
 @pytest.mark.parametrize("entropy_gradient", [False, True])
@@ -278,23 +201,6 @@ def test_a_target_outside_the_vocabulary_is_refused(target):
         linear_logprobs(hidden_NH, weight_VH, targets_N, temperature=1.0, bias_V=bias_V)
 
 
-class Allocations(TorchDispatchMode):
-    """Storages made while it is on: their sizes in elements, and the shapes of the tensors they were made for."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sizes, self.shapes = [], []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        known = {leaf.untyped_storage().data_ptr() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
-        out = function(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor) and leaf.untyped_storage().data_ptr() not in known:
-                self.sizes.append(leaf.untyped_storage().nbytes() // leaf.element_size())
-                self.shapes.append(leaf.shape)
-        return out
-
-
 def allocations(function, num_columns, num_tokens=48, size=2):
     case = inputs(num_tokens, size, num_columns, dtype=torch.float32)
     with Allocations() as allocated:
@@ -312,17 +218,6 @@ def test_the_largest_tensor_does_not_grow_with_the_vocabulary(cut):
         largest[num_columns] = max(size for size in sizes if size not in (num_columns, 2 * num_columns))
         assert 48 * num_columns in allocations(plain, num_columns).sizes
     assert set(largest.values()) == {24576}
-
-
-def test_a_part_of_the_vocabulary_for_each_token_makes_no_tensor_larger_than_a_chunk(cut):
-    """But for the one column more that takes what belongs to other chunks."""
-    cut(24576, 1024, 64)
-    hidden_NH, weight_VH, bias_V, targets_N = inputs(48, 2, 16384, dtype=torch.float32)
-    token_ids_E = torch.stack([targets_N, (targets_N + 1) % 16384], -1).flatten()
-    of_two = DrawnFrom(list(range(2, 98, 2)), torch.zeros(48, dtype=torch.bool), torch.arange(96) // 2, token_ids_E)
-    with Allocations() as allocated:
-        run(partial(linear_logprobs, drawn_from=of_two), hidden_NH, weight_VH, bias_V, targets_N)
-    assert max(size for size in allocated.sizes if size not in (16384, 2 * 16384)) <= 24576 + 24
 
 
 def test_nothing_but_the_inputs_and_three_numbers_a_token_waits_for_backward():

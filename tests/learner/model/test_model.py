@@ -15,8 +15,8 @@ from transformers import (
 
 from asyncdapo.algorithm.advantages import batch_advantages
 from asyncdapo.errors import ConfigError
+from asyncdapo.learner.attention.attention import NAME
 from asyncdapo.learner.batches.samples import rows_by_update
-from asyncdapo.learner.model.attention import NAME
 from asyncdapo.learner.model.model import load_model
 from asyncdapo.learner.model.packing import pack
 from asyncdapo.learner.model.policy import Policy, check_policy

@@ -6,7 +6,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM, PreTrainedModel
 
 from asyncdapo.errors import ConfigError
-from asyncdapo.learner.model.attention import NAME
+from asyncdapo.learner.attention.attention import NAME
 from asyncdapo.learner.model.policy import Policy
 from asyncdapo.learner.model.rotation import check_rotation
 from asyncdapo.learner.step.probe import response_logprobs

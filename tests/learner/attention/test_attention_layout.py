@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asyncdapo.learner.model import attention_layout as layout_module
-from asyncdapo.learner.model.attention_layout import Layout
+from asyncdapo.learner.attention import attention_layout as layout_module
+from asyncdapo.learner.attention.attention_layout import Layout
 from asyncdapo.learner.model.packing import pack
 from tests.learner.tiny import make_row
 

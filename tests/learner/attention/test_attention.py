@@ -20,10 +20,10 @@ from transformers import (
 
 from asyncdapo.algorithm.advantages import batch_advantages
 from asyncdapo.errors import ConfigError
+from asyncdapo.learner.attention import attention
+from asyncdapo.learner.attention import attention_layout as layout
+from asyncdapo.learner.attention.attention import NAME, gather_rows, packed_attention
 from asyncdapo.learner.batches.samples import rows_by_update
-from asyncdapo.learner.model import attention
-from asyncdapo.learner.model import attention_layout as layout
-from asyncdapo.learner.model.attention import NAME, gather_rows, packed_attention
 from asyncdapo.learner.model.model import load_model
 from asyncdapo.learner.model.packing import pack
 from asyncdapo.learner.model.policy import Policy, check_policy

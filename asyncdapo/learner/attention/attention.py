@@ -6,7 +6,8 @@ attention over right-padded rows, as the model's own.
 
     half precision on a GPU   the variable-length flash kernel of `torch.nn.attention.varlen`: no padding, for
                               heads that it takes
-    everything else           `scaled_dot_product_attention` over a few padded rectangles: on a CPU it measures best
+    float32 on a CPU          `attention.c`: no padding, for sequences of up to `MAX_TOKENS` tokens
+    everything else           `scaled_dot_product_attention` over a few padded rectangles
 
 `torch.compile` leaves it out (one break in each block's graph), so that no length or layout is compiled in.
 
@@ -24,7 +25,8 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from asyncdapo.errors import ConfigError
-from asyncdapo.learner.model.attention_layout import Layout, Rectangles, Segments
+from asyncdapo.learner.attention.attention_layout import Layout, Rectangles, Segments
+from asyncdapo.learner.attention.compiled_attention import can_compute, compiled_attention
 from asyncdapo.model.location import KEY
 
 NAME = "packed"
@@ -58,6 +60,8 @@ def packed_attention(
     if layout is None:
         return _causal(query_1NSD, key_1MSD, value_1MSD, scaling, sliding_window).transpose(1, 2), None
     query_SND, key_SMD, value_SMD = (tensor[0].transpose(0, 1) for tensor in (query_1NSD, key_1MSD, value_1MSD))
+    if can_compute(query_SND, key_SMD, value_SMD, layout.bundles, sliding_window):
+        return compiled_attention(query_SND, key_SMD, value_SMD, layout.bundles, scaling)[None], None
     if _has_kernel(query_1NSD, value_1MSD):
         return _by_segments(query_SND, key_SMD, value_SMD, layout.segments, scaling, sliding_window)[None], None
     return _by_rectangles(query_SND, key_SMD, value_SMD, layout.rectangles, scaling, sliding_window)[None], None

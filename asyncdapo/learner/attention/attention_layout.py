@@ -1,4 +1,4 @@
-"""Layout: which tokens of a packed micro-batch are a sequence, in the two forms that attention is computed in.
+"""Layout: which tokens of a packed micro-batch are a sequence, in the three forms that attention is computed in.
 
 In: where prompts and responses stand among the S flat tokens. Out, made when attention first asks, once a micro-batch:
 
@@ -8,7 +8,9 @@ In: where prompts and responses stand among the S flat tokens. Out, made when at
     segments     for variable-length kernels: queries stay flat. The queries of a response have the keys of its prompt
                  and its own, which are gathered; where nothing is shared, queries and keys are the same tokens.
 
-Invariant: both say the same: a token attends to the tokens before it in its own sequence, and to itself. Pure but for
+    bundles      for `attention.c`: queries and keys stay flat; each prompt, and each response, is a few numbers.
+
+Invariant: all say the same: a token attends to the tokens before it in its own sequence, and to itself. Pure but for
 the tensors' device. Does not own: the kernels (`attention`).
 
 Shapes: B sequences, S flat tokens, T tokens of the longest sequence of a rectangle, Q segments, K gathered keys.
@@ -53,6 +55,18 @@ class Segments:
     max_queries: int
     max_keys: int
     keys_K: Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
+class Bundles:
+    """Each is a prompt and its responses, and shares no token with others. `segments`, int64 [Q, 4]: the first token of
+    the prompt, whose keys come first, its length, the first query, and how many; the prompt itself is the first segment
+    of a bundle. `firsts`, int64: the first segment of each bundle, and behind them the number of segments."""
+
+    firsts: Tensor
+    segments: Tensor
+    longest: int
+    """Keys of a segment, at most."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,6 +128,18 @@ class Layout:
             max_keys=int(num_keys.max()),
             keys_K=on_device(np.concatenate(keys), self.device) if shares else None,
         )
+
+    @cached_property
+    def bundles(self) -> Bundles:
+        firsts, segments = [], []
+        lengths = zip(self.prompt_starts_B, self.num_prompt_B, self.starts_B, self.num_behind_B, strict=True)
+        for is_first, (prompt, num_prompt, start, num_behind) in zip(self._is_first, lengths, strict=True):
+            if is_first:
+                firsts.append(len(segments))
+                segments.append((prompt, 0, prompt, num_prompt))
+            segments.append((prompt, num_prompt, start, num_behind))
+        longest = int((self.num_prompt_B + self.num_behind_B).max())
+        return Bundles(torch.tensor([*firsts, len(segments)]), torch.from_numpy(np.array(segments)), longest)
 
     def _separate(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Query and key tokens of a prompt, then of each of its responses."""
