@@ -161,7 +161,7 @@ class Shape:
         A norm keeps its input in float32 (n + 4 with the normalised values, and the reciprocal root); the products
         behind it keep its output. Attention keeps queries, keys, values, its result and a number a head for its
         softmax. With `flash`, the kernel of half precision on a GPU, keys and values are repeated for all query heads;
-        without, the result is put in order again, which is a copy.
+        without, the result is put in order again, which is a copy (but not in `attention.c`, which keeps less).
         """
         size, hidden = DTYPE_BYTES[dtype], self.hidden_size
         queries, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim

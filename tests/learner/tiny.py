@@ -30,6 +30,7 @@ VOCAB_SIZE = 29
 needs_compiler = pytest.mark.skipif(
     not shutil.which(os.environ.get("CXX", COMPILERS["cpu"][1][0])), reason="needs a C++ compiler"
 )
+needs_c_compiler = pytest.mark.skipif(not shutil.which(os.environ.get("CC", "cc")), reason="needs a C compiler")
 MEASURED = {"learner/train_s", "learner/tflops", "learner/mfu", "learner/peak_gib"}
 """Metrics that no two runs of the same step have alike."""
 CUT = {"learner/forward_tokens", "learner/shared_ratio"}

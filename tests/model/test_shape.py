@@ -25,11 +25,13 @@ from transformers import (
     Qwen3Config,
 )
 
+from asyncdapo.learner.attention import attention
 from asyncdapo.learner.attention.attention import NAME
 from asyncdapo.learner.attention.attention_layout import Layout
 from asyncdapo.learner.model.blocks import settle_blocks
 from asyncdapo.model.shape import PEAK_FLOPS, PUBLISHED, Shape, peak_flops, read_shape
 from tests.controller.runs import START_MODEL
+from tests.learner.tiny import needs_c_compiler
 
 SIZES = {
     "hidden_size": 96,
@@ -174,9 +176,27 @@ class LivingBytes(TorchDispatchMode):
         self.num_bytes += num_bytes
 
 
+@pytest.fixture
+def in_rectangles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention as it is without a C compiler."""
+    monkeypatch.setattr(attention, "can_compute", lambda *_: False)
+
+
+@needs_c_compiler
+def test_compiled_attention_keeps_less_by_the_copy_of_its_result() -> None:
+    model, shape = settled("llama", "float32", "none"), shape_of(CONFIGS["llama"])
+    with LivingBytes(model) as living:
+        hidden_SH = hidden_states(model)
+    assert hidden_SH.requires_grad
+    copies = 4 * shape.num_layers * shape.num_heads * shape.head_dim
+    num_bytes = shape.kept_bytes("float32", "none", flash=False) - copies
+    assert living.num_bytes / NUM_TOKENS == pytest.approx(num_bytes, rel=0.02)
+
+
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", KINDS)
+@pytest.mark.usefixtures("in_rectangles")
 def test_a_forward_pass_keeps_what_the_formula_says(name: str, dtype: str, checkpointing: str) -> None:
     model = settled(name, dtype, checkpointing)
     with LivingBytes(model) as living:
@@ -189,6 +209,7 @@ def test_a_forward_pass_keeps_what_the_formula_says(name: str, dtype: str, check
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", KINDS)
+@pytest.mark.usefixtures("in_rectangles")
 def test_a_backward_pass_has_its_peak_close_below_the_formula(name: str, dtype: str, checkpointing: str) -> None:
     """In three blocks what one has at work weighs more than in real models, and there the formula is loose."""
     model = settled(name, dtype, checkpointing)

@@ -1,8 +1,5 @@
 """Compiled attention is the rectangles' in float32, forward and backward, and gives way to them without a compiler."""
 
-import os
-import shutil
-
 import numpy as np
 import pytest
 import torch
@@ -12,9 +9,9 @@ from hypothesis import strategies as st
 from asyncdapo.learner.attention import attention, compiled_attention
 from asyncdapo.learner.attention.attention import packed_attention
 from asyncdapo.learner.attention.attention_layout import Layout
+from tests.learner.tiny import needs_c_compiler
 
 CPU = torch.device("cpu")
-needs_compiler = pytest.mark.skipif(not shutil.which(os.environ.get("CC", "cc")), reason="needs a C compiler")
 GROUPS = st.lists(
     st.tuples(st.integers(1, 45), st.lists(st.integers(0, 70), min_size=1, max_size=4)), min_size=1, max_size=3
 )
@@ -64,7 +61,7 @@ def calls(monkeypatch):
     return seen
 
 
-@needs_compiler
+@needs_c_compiler
 @given(GROUPS, st.sampled_from([(1, 1), (4, 2), (3, 3), (6, 1)]), st.sampled_from([8, 40]))
 @settings(max_examples=25, deadline=None)
 def test_values_and_gradients_are_those_of_the_rectangles_in_float64(groups, heads, head_dim):
@@ -73,7 +70,7 @@ def test_values_and_gradients_are_those_of_the_rectangles_in_float64(groups, hea
     assert_close(results(layout, leaves, scaling=0.3), in_float64(layout, leaves, scaling=0.3))
 
 
-@needs_compiler
+@needs_c_compiler
 def test_long_sequences_of_large_scores_come_out_right(calls):
     layout = layout_of([(300, [260, 1]), (1, [400])])
     leaves = inputs(layout, spread=3.0)
@@ -81,7 +78,7 @@ def test_long_sequences_of_large_scores_come_out_right(calls):
     assert calls == [(962, 4, 8)]
 
 
-@needs_compiler
+@needs_c_compiler
 def test_results_depend_neither_on_threads_nor_on_other_sequences_to_the_last_bit():
     layout = layout_of([(20, [33, 50, 7]), (5, [64])])
     leaves = inputs(layout)
@@ -99,7 +96,7 @@ def test_results_depend_neither_on_threads_nor_on_other_sequences_to_the_last_bi
     assert torch.equal(alone[0], one[0][0, : first.num_tokens])
 
 
-@needs_compiler
+@needs_c_compiler
 def test_what_is_not_a_number_stays_in_its_own_sequence():
     layout = layout_of([(3, [4, 5]), (2, [6])])
     leaves = inputs(layout)
@@ -109,7 +106,7 @@ def test_what_is_not_a_number_stays_in_its_own_sequence():
     assert {4, 5, 6} <= set(out[0].isnan().flatten(1).any(-1).nonzero().flatten().tolist()) <= {3, 4, 5, 6}
 
 
-@needs_compiler
+@needs_c_compiler
 @pytest.mark.parametrize(
     ("dtype", "window", "max_tokens", "compiled"),
     [
