@@ -1,37 +1,19 @@
-"""Library: `forward.c`, compiled for a model's sizes and this processor, and kept for later starts.
+"""Library: `forward.c`, compiled for a model's sizes (see `native/c_library.py`).
 
-In: a model's shape; the compiler that `CC` names (without, `cc`). Out: the loaded library, or None and a warning where
-there is no compiler or it fails. Compiling takes half a second, so the result is kept in `$XDG_CACHE_HOME/asyncdapo`
-(without that variable, `~/.cache/asyncdapo`), 50 kB for each shape.
-
-Invariants: the name of a kept file is the digest of all that it depends on: source, command, version of the compiler,
-C library and processor, so that machines may share a home. It appears whole, whatever else compiles or is killed
-meanwhile. It is loaded only if nobody but this user can have written it. Where nothing can be kept, every start
-compiles.
+In: a model's shape. Out: the loaded library, or None and a warning where there is no compiler or it fails.
 """
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import logging
-import os
-import platform
-import shlex
-import subprocess
-import tempfile
-from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
+from asyncdapo.native.c_library import CompilerError, compile_c
 from asyncdapo.rollout.torch_engine.checkpoint import ModelShape
 
 SOURCE = Path(__file__).with_name("forward.c")
-FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-shared")
-COMPILE_TIMEOUT_S = 60
-CPUINFO = Path("/proc/cpuinfo")
-CHANGING = ("processor", "cpu mhz", "bogomips", "apicid", "initial apicid", "core id", "physical id", "siblings")
-"""Lines of /proc/cpuinfo that don't say what a processor can compute."""
 
 log = logging.getLogger("rollout")
 
@@ -49,86 +31,11 @@ def compiled_library(shape: ModelShape) -> ctypes.CDLL | None:
         "VOCABULARY": shape.vocab_size,
         "EPSILON": f"{shape.norm_eps:.9e}f",
     }
-    compiler = shlex.split(os.environ.get("CC", "cc"))
-    command = [*compiler, *FLAGS, *(f"-D{name}={macros[name]}" for name in macros)]
     try:
-        kept = _place(command, _run([*compiler, "--version"]))
-        return (kept and _kept(kept)) or _compiled(command, kept)
-    except subprocess.CalledProcessError as error:
-        why = error.stderr.strip() or str(error)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        why = str(error)
-    log.warning("the torch engine is half as fast as with a C compiler (CC, or cc): %s", why)
-    return None
-
-
-def _run(command: list[str]) -> str:
-    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=COMPILE_TIMEOUT_S)
-    return done.stdout
-
-
-def _place(command: list[str], version: str) -> Path | None:
-    """Where the result of this command is kept; None where it can't be."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
-    if not (base.is_absolute() and CPUINFO.exists()):
+        library = compile_c(SOURCE, macros)
+    except CompilerError as error:
+        log.warning("the torch engine is half as fast as with a C compiler (CC, or cc): %s", error)
         return None
-    directory = base / "asyncdapo"
-    try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError:
-        return None
-    if not _is_own(directory):
-        return None
-    depends_on = SOURCE.read_text(), *command, version, *platform.libc_ver(), platform.machine(), _processor()
-    return directory / f"forward-{hashlib.sha256(repr(depends_on).encode()).hexdigest()}.so"
-
-
-def _processor() -> str:
-    """What the kernel says of the first processor, and of all where they differ."""
-    lines = {" ".join(line.split()) for line in CPUINFO.read_text().splitlines()}
-    return "\n".join(sorted(line for line in lines if not line.lower().startswith(CHANGING)))
-
-
-def _is_own(path: Path) -> bool:
-    """Whether it is this user's, and not to be written by others. No symbolic link is."""
-    status = path.lstat()
-    return status.st_uid == os.geteuid() and not status.st_mode & 0o022
-
-
-def _kept(path: Path) -> ctypes.CDLL | None:
-    try:
-        return _loaded(path) if _is_own(path) else None
-    except OSError:  # there is none, or it can't be loaded
-        return None
-
-
-def _compiled(command: list[str], kept: Path | None) -> ctypes.CDLL:
-    """Raises OSError, CalledProcessError or TimeoutExpired."""
-    with tempfile.TemporaryDirectory() as directory:
-        built = Path(directory, "forward.so")
-        _run([*command, str(SOURCE), "-lm", "-o", str(built)])
-        if kept:
-            with suppress(OSError):  # no room, or not writable: the next start compiles again
-                _keep(built.read_bytes(), kept)
-        return _loaded(built)
-
-
-def _keep(content: bytes, path: Path) -> None:
-    """Others may do the same at once: each writes a file of its own, and the last one stays."""
-    descriptor, unfinished = tempfile.mkstemp(dir=path.parent)
-    try:
-        with open(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(descriptor)
-        os.replace(unfinished, path)
-    except OSError:
-        os.unlink(unfinished)
-        raise
-
-
-def _loaded(path: Path) -> ctypes.CDLL:
-    library = ctypes.CDLL(str(path))
     for function, num_sizes, num_arrays in ((library.forward, 5, 9), (library.sample, 2, 3)):
         function.argtypes = [ctypes.c_int64] * num_sizes + [ctypes.c_void_p] * num_arrays
     library.forward.restype, library.sample.restype = None, ctypes.c_double

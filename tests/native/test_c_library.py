@@ -1,4 +1,4 @@
-"""The compiled library is kept for the next start: for the same everything, whole, and safe from other users."""
+"""A compiled library is kept for the next start: for the same everything, whole, and safe from other users."""
 
 import os
 import shutil
@@ -7,11 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from asyncdapo.rollout.torch_engine.checkpoint import ModelShape, read_checkpoint
-from asyncdapo.rollout.torch_engine.compiled import library
-from asyncdapo.rollout.torch_engine.compiled.library import compiled_library
-
-from .models import random_model, saved
+from asyncdapo.native import c_library
+from asyncdapo.native.c_library import CompilerError, compile_c
 
 COMPILER = """#!/bin/sh
 if [ "$1" = --version ]; then cat {version}; exit; fi
@@ -25,8 +22,9 @@ pytestmark = pytest.mark.skipif(not shutil.which("cc"), reason="needs a C compil
 class Machine:
     """A compiler that counts its calls, and a cache of its own."""
 
-    def __init__(self, tmp_path, monkeypatch, built, shape: ModelShape) -> None:
-        self.shape, self.version, self.calls = shape, tmp_path / "version", tmp_path / "calls"
+    def __init__(self, tmp_path, monkeypatch, built) -> None:
+        self.source, self.version, self.calls = tmp_path / "source.c", tmp_path / "version", tmp_path / "calls"
+        self.source.write_text("int one;")
         self.cpuinfo, self.cache = tmp_path / "cpuinfo", tmp_path / "cache"
         self.kept = self.cache / "asyncdapo"
         compiler = tmp_path / "compiler"
@@ -36,11 +34,11 @@ class Machine:
         self.cpuinfo.write_text("processor: 0\nflags: avx2\ncpu MHz: 1000\n")
         monkeypatch.setenv("CC", str(compiler))
         monkeypatch.setenv("XDG_CACHE_HOME", str(self.cache))
-        monkeypatch.setattr(library, "CPUINFO", self.cpuinfo)
+        monkeypatch.setattr(c_library, "CPUINFO", self.cpuinfo)
 
     def start(self, _=None) -> bool:
-        """As a process would that starts. Whether it has a library."""
-        return compiled_library.__wrapped__(self.shape) is not None
+        """As a process would that starts. Whether it has the library."""
+        return bool(compile_c(self.source, {"SIZE": 3}).forward)
 
     @property
     def num_compiled(self) -> int:
@@ -56,14 +54,9 @@ def built(tmp_path_factory):
     return directory / "empty.so"
 
 
-@pytest.fixture(scope="module")
-def shape(tmp_path_factory):
-    return read_checkpoint(saved(random_model(), tmp_path_factory.mktemp("model"))).shape
-
-
 @pytest.fixture
-def machine(tmp_path, monkeypatch, built, shape):
-    return Machine(tmp_path, monkeypatch, built, shape)
+def machine(tmp_path, monkeypatch, built):
+    return Machine(tmp_path, monkeypatch, built)
 
 
 def test_later_starts_load_what_the_first_one_compiled(machine):
@@ -74,15 +67,14 @@ def test_later_starts_load_what_the_first_one_compiled(machine):
 
 
 @pytest.mark.parametrize("change", ["flags", "version", "source"])
-def test_another_processor_compiler_or_source_compiles_anew(machine, monkeypatch, tmp_path, change):
+def test_another_processor_compiler_or_source_compiles_anew(machine, change):
     assert machine.start()
     if change == "flags":
         machine.cpuinfo.write_text("processor: 0\nflags: avx512f\n")
     elif change == "version":
         machine.version.write_text("12.3")
     else:
-        monkeypatch.setattr(library, "SOURCE", tmp_path / "forward.c")
-        library.SOURCE.write_text("other")
+        machine.source.write_text("int other;")
     assert machine.start()
     assert (machine.num_compiled, len(list(machine.kept.iterdir()))) == (2, 2)
 
@@ -122,6 +114,13 @@ def test_a_damaged_library_is_compiled_again(machine):
     assert machine.start()
     assert machine.start()
     assert machine.num_compiled == 2
+
+
+def test_what_the_compiler_says_is_in_the_error(machine, monkeypatch):
+    monkeypatch.setenv("CC", "cc")
+    machine.source.write_text("int one = two;")
+    with pytest.raises(CompilerError, match="two"):
+        machine.start()
 
 
 def test_where_nothing_can_be_kept_each_start_compiles(machine):
