@@ -1,4 +1,4 @@
-"""Runs whose half-sampled groups are continued: by another worker, and by the next launch.
+"""Runs whose half-sampled groups are continued: by another worker, after a rollback, and by the next launch.
 
 Every completion that was continued is held to the weights of its recorded versions: before and behind the place where
 it changed hands.
@@ -94,6 +94,35 @@ def test_after_ctrl_c_the_same_command_continues_what_was_sampled(engine: str, t
 
 
 @pytest.mark.timeout(900)
+def test_a_rollback_keeps_what_older_weights_have_sampled_and_drops_the_rest(tmp_path: Path) -> None:
+    """The learner dies twice: while version 3 is in use and its checkpoint hasn't its name yet, and between steps. The
+    workers have enough to sample until it is there again."""
+    steps, run_dir = 8, tmp_path / "run"
+    engine = f"rollout.engine={planted.__file__}:SlowEngine"
+    slow = (engine, "rollout.num_workers=2", "rollout.slots=8", "replay.run_ahead=4")
+    own = (*slow, "rollout.save_partials_s=null", "faults.kill=[learner.in_checkpoint:4]", f"run.steps={steps}")
+    with started(run_dir, *SLOW_ANSWERS, *own) as process:
+        wait_for_batch(run_dir, 1, process)
+        wait_until(lambda: num_branches(run_dir) == 2, process)
+        wait_for_batch(run_dir, 4, process)
+        wait_until(lambda: waits_for_groups(run_dir, 2) and can_go_back_to_weights_in_use(run_dir), process)
+        os.kill(processes(run_dir, "learner")[0], signal.SIGKILL)
+        output, _ = process.communicate(timeout=400)
+        assert process.returncode == 0, output
+    dropped, kept = [
+        dict(query(run_dir, f"SELECT branch, SUM(number) FROM events WHERE {which} GROUP BY 1"))
+        for which in ("kind = 'partial_dropped' AND detail = 'rolled back'", "kind = 'continued'")
+    ]
+    print(f"tokens dropped {dropped}, continued {kept}, by branch")
+    assert num_branches(run_dir) == 3
+    assert dropped.keys() == {1}
+    assert 2 in kept
+    assert audit(run_dir) == []
+    done = {lease_id for _, outcome, lease_id, _ in query(run_dir, CONTINUED) if outcome == "done"}
+    assert_exact(run_dir, done, steps)
+
+
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("engine", ["torch", VLLM])
 def test_what_workers_leave_behind_others_continue_and_it_is_trained(engine: str, tmp_path: Path) -> None:
     steps, run_dir = 18, tmp_path / "run"
@@ -125,6 +154,15 @@ def waits_for_groups(run_dir: Path, num: int) -> bool:
     begun = "SELECT 1 FROM leases WHERE outcome IS NULL AND started_version IS NOT NULL"
     cut = "SELECT 1 FROM prompts WHERE state = 'cut'"
     return len(query(run_dir, begun)) >= num and not query(run_dir, cut)
+
+
+def can_go_back_to_weights_in_use(run_dir: Path) -> bool:
+    return query(run_dir, "SELECT MAX(version) FROM publishes") == [(survey(run_dir).checkpoint,)]
+
+
+def num_branches(run_dir: Path) -> int:
+    """1 before any rollback."""
+    return query(run_dir, "SELECT COUNT(*) FROM branches")[0][0]
 
 
 def holders(run_dir: Path) -> list[int]:
