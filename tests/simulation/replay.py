@@ -38,7 +38,8 @@ class WatchedJournal(Journal):
     @contextmanager
     def together(self) -> Iterator[None]:
         process = CURRENT.get()
-        if not process.alive:
+        cut_off = process.in_event and not self._db.in_transaction  # killed in it; the loop has yet to hear of that
+        if cut_off or not process.alive:
             raise Killed("writes after its death")
         if process.in_event:
             yield
