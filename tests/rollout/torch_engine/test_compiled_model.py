@@ -63,7 +63,7 @@ def test_both_models_give_the_same_logits(shape, tmp_path):
     torch.testing.assert_close(logits_of(ours, source), logits_of(plain, source), atol=1e-3, rtol=1e-4)
 
 
-def drawn(model, logits, temperatures, uniforms, *, greedy=False):
+def drawn(model, logits, temperatures, uniforms, *, greedy: torch.Tensor | bool = False):
     """A token of each row and its log-prob."""
     batch = Batch(len(logits), max_tokens=1, block_size=16)
     batch.active[:], batch.temperature[:], batch.greedy[:] = 1, temperatures, greedy
