@@ -75,10 +75,10 @@ def test_the_others_get_a_version_without_a_stopped_worker_which_has_it_when_it_
 def test_a_worker_that_is_stopped_from_the_start_holds_up_neither_the_group_nor_the_first_version() -> None:
     stopped, other = Stoppable("rollout-0"), FakeProcess("rollout-1")
     stopped.runs.clear()
-    made = Publishing(WeightsConfig(timeout_s=0.5), Waits("controller"), FakeProcess("learner"), [stopped, other])
+    made = Publishing(WeightsConfig(timeout_s=2.0), Waits("controller"), FakeProcess("learner"), [stopped, other])
 
     async def scene() -> None:
-        async with asyncio.timeout(0.4):
+        async with asyncio.timeout(5):
             await made.begin()
             made.learner_has(1, 0)
             await made.publish()
