@@ -136,8 +136,8 @@ static inline int64_t seen(Segment of, int64_t block, int64_t row) {
     return behind_last < count ? behind_last : count;
 }
 
-/* e^(score * scale - its row's `less`) of a block's rows, 0 for keys behind the query; without `less` that is the largest,
-   `less` becomes the logarithm of the sum, and rows are divided by it. */
+/* The weights of a block's rows: e^(score * scale - log), 0 for keys behind the query. Where `logs`, the logarithm of each
+   row's sum of exponentials, isn't known, it is found on the way. */
 static void weigh(Segment of, int64_t block, int64_t count, float scale, const Workspace *in, float *logs, int known) {
     const int64_t width = in->width;
     for (int64_t row = 0; row < count; row += TILE) {

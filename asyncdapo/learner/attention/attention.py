@@ -60,7 +60,7 @@ def packed_attention(
     if layout is None:
         return _causal(query_1NSD, key_1MSD, value_1MSD, scaling, sliding_window).transpose(1, 2), None
     query_SND, key_SMD, value_SMD = (tensor[0].transpose(0, 1) for tensor in (query_1NSD, key_1MSD, value_1MSD))
-    if can_compute(query_SND, key_SMD, value_SMD, layout.bundles, sliding_window):
+    if can_compute(query_SND, key_SMD, value_SMD, layout, sliding_window):
         return compiled_attention(query_SND, key_SMD, value_SMD, layout.bundles, scaling)[None], None
     if _has_kernel(query_1NSD, value_1MSD):
         return _by_segments(query_SND, key_SMD, value_SMD, layout.segments, scaling, sliding_window)[None], None

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from asyncdapo.learner.attention.attention_layout import Bundles
+from asyncdapo.learner.attention.attention_layout import Bundles, Layout
 from asyncdapo.native.c_library import CompilerError, compile_c
 
 SOURCE = Path(__file__).with_name("attention.c")
@@ -37,14 +37,14 @@ NUM_SIZES, NUM_TENSORS = 5, 12
 log = logging.getLogger("learner")
 
 
-def can_compute(query_SND: Tensor, key_SMD: Tensor, value_SMD: Tensor, bundles: Bundles, window: int | None) -> bool:
+def can_compute(query_SND: Tensor, key_SMD: Tensor, value_SMD: Tensor, layout: Layout, window: int | None) -> bool:
     """Whether it is for these; compiles it when it first is."""
-    longest, head_dim = bundles.longest, query_SND.shape[-1]
+    head_dim = query_SND.shape[-1]
     all_float32 = all(tensor.dtype == torch.float32 for tensor in (query_SND, key_SMD, value_SMD))
     return (
         query_SND.device.type == "cpu"
         and all_float32
-        and longest <= min(MAX_TOKENS, window or MAX_TOKENS)
+        and layout.bundles.longest <= min(MAX_TOKENS, window or MAX_TOKENS)
         and head_dim == value_SMD.shape[-1]
         and _library(head_dim) is not None
     )
@@ -79,7 +79,9 @@ class _Attention(torch.autograd.Function):
         return *gradients, None, None
 
 
-def _call(inputs: list[Tensor], out_SND: Tensor, logs_SN: Tensor, bundles: Bundles, scale: float, *gradients: Tensor):
+def _call(
+    inputs: list[Tensor], out_SND: Tensor, logs_SN: Tensor, bundles: Bundles, scale: float, *gradients: Tensor
+) -> None:
     query_SND, key_SMD, _ = inputs
     num_kv_heads, head_dim = key_SMD.shape[1:]
     library, num_threads = _library(head_dim), torch.get_num_threads()
