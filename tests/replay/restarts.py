@@ -18,10 +18,12 @@ from asyncdapo.replay.core.state import ReplayState
 from asyncdapo.replay.ledger.invariants import INVARIANTS
 from asyncdapo.replay.ledger.journal import Journal
 from asyncdapo.replay.ledger.ledger import open_ledger
+from asyncdapo.transport.codec import Buffer, encode
 from asyncdapo.transport.payload import Payload
 from tests.replay.past import ENDS, TruthWithPast
 from tests.replay.scenario import group_done
 from tests.replay.simulation import Simulation, World
+from tests.replay.small_run import make_partial
 
 
 def snapshot(state: ReplayState) -> dict[str, object]:
@@ -72,9 +74,14 @@ class Restarts(Simulation):
             actions,
             prompts=[prompt(grant.prompt_id) for grant in grants],
             arrived=self._arrived(event) if isinstance(event, core.GroupArrived) else None,
-            saved=(b"", b"", b""),
+            saved=self._saved(event) if isinstance(event, core.PartialSaved) else (),
             detail="session" if isinstance(event, core.WorkerJoined) else "",
         )
+
+    def _saved(self, event: core.PartialSaved) -> list[Buffer]:
+        partial = event.partial
+        versions = [(partial.min_version, partial.num_tokens - 1), (partial.max_version, 1)]
+        return encode(*make_partial(event.lease_id, [(versions, None)]))
 
     def _arrived(self, event: core.GroupArrived) -> tuple[Group, Payload]:
         branch, grant = self.branch_of[event.lease_id]

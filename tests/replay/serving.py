@@ -4,8 +4,6 @@ import asyncio
 from contextlib import asynccontextmanager, closing, suppress
 from functools import partial
 
-import numpy as np
-
 from asyncdapo.eval_messages import EvalAck, EvalAnswer, EvalRequest
 from asyncdapo.messages import (
     SCHEMA_VERSION,
@@ -29,9 +27,9 @@ from asyncdapo.replay.ledger.ledger import open_ledger
 from asyncdapo.replay.server.server import ReplayServer
 from asyncdapo.replay.server.settings import ServerSettings
 from asyncdapo.shares import Batch, CutWanted, NoBatch
-from asyncdapo.transport.payload import PartialCompletion, PartialGroup, pack_answers, partial_checksum
+from asyncdapo.transport.payload import pack_answers
 from asyncdapo.transport.sockets import Client
-from tests.replay.small_run import GROUP_SIZE, make_group, prompt_at
+from tests.replay.small_run import GROUP_SIZE, make_group, make_partial, prompt_at
 
 TICK_S = 0.03
 """Heartbeat interval of tests in which time matters: a worker is lost after 15 of them."""
@@ -171,11 +169,7 @@ class FakeWorker:
 
     async def save(self, lease_id, completions, *, handed_back=False):
         """`completions`: (versions, finish reason) of each; its tokens are numbered, its log-probs -0.25."""
-        completions = [PartialCompletion(*completion) for completion in completions]
-        num_tokens = sum(completion.num_tokens for completion in completions)
-        frames = np.arange(num_tokens, dtype="<i4").tobytes(), np.full(num_tokens, -0.25, "<f4").tobytes()
-        taken = partial_checksum(completions, frames)
-        group = PartialGroup(lease_id=lease_id, completions=completions, checksum=taken, handed_back=handed_back)
+        group, frames = make_partial(lease_id, completions, handed_back=handed_back)
         await self.client.send(group, frames)
 
     async def send_group(self, header, payload):

@@ -190,7 +190,7 @@ class Simulation:
     def _save(self) -> None:
         """The worker saves what it has sampled; now and then a lease that is over does so, too."""
         worker, lease_id = self._one_lease()
-        num_more = 1 + self._pick(5)
+        num_more = 2 + self._pick(5)
         started = worker.running[lease_id]
         if started is None:
             return
@@ -201,7 +201,7 @@ class Simulation:
             num_tokens=num_more + (saved.num_tokens if saved else 0),
         )
         event = core.PartialSaved(lease_id=lease_id, partial=partial)
-        if num_more == 1:
+        if num_more == 2:
             self.echoes.append(event)
         self.tell(event)
 

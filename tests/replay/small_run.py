@@ -23,7 +23,7 @@ from asyncdapo.replay.server.dispatch import Dispatch
 from asyncdapo.replay.server.sessions import Sessions
 from asyncdapo.replay.server.settings import ServerSettings
 from asyncdapo.shares import CutWanted
-from asyncdapo.transport.payload import Payload, checksum
+from asyncdapo.transport.payload import PartialCompletion, PartialGroup, Payload, checksum, partial_checksum
 
 GROUP_SIZE = 2
 CONFIG = """
@@ -43,6 +43,15 @@ def prompt_at(prompt_id):
         token_ids=[5, 6, 7],
         answer="8",
     )
+
+
+def make_partial(lease_id, completions, *, handed_back=False):
+    """Header and frames. `completions`: (versions, finish reason) of each; tokens are numbered, log-probs are -0.25."""
+    completions = [PartialCompletion(*completion) for completion in completions]
+    num_tokens = sum(completion.num_tokens for completion in completions)
+    frames = np.arange(num_tokens, dtype="<i4").tobytes(), np.full(num_tokens, -0.25, "<f4").tobytes()
+    taken = partial_checksum(completions, frames)
+    return PartialGroup(lease_id=lease_id, completions=completions, checksum=taken, handed_back=handed_back), frames
 
 
 def make_group(
