@@ -35,12 +35,13 @@ class Drains:
         await self._wait(lambda: not (self._sessions.held_by(worker) or self._evaluations.held_by(worker)), within_s)
 
     async def recall(self, sessions: Sequence[Session], within_s: float) -> None:
-        """Have these workers hand back their leases, within `within_s`. They get no others meanwhile."""
+        """Have these workers hand back their leases, within `within_s`. They get no others meanwhile. Those that miss
+        heartbeats are not waited for."""
         recalled = [session for session in sessions if session.continues]
         self._recalled += recalled
         self.tick()
         try:
-            await self._wait(lambda: not any(self._sessions.held_by(session.worker) for session in recalled), within_s)
+            await self._wait(lambda: not any(map(self._may_follow, recalled)), within_s)
         finally:
             self._recalled = [session for session in self._recalled if session not in recalled]
 
@@ -55,6 +56,10 @@ class Drains:
         for session in self._recalled:
             if held := self._sessions.held_by(session.worker):
                 self._send(session, Recall(lease_ids=list(held)))
+
+    def _may_follow(self, session: Session) -> bool:
+        """Whether it still holds leases, and is there to hand them back."""
+        return bool(self._sessions.held_by(session.worker)) and not self._sessions.is_late(session)
 
     async def _wait(self, is_so: Callable[[], bool], within_s: float) -> None:
         done = asyncio.Event()

@@ -31,6 +31,7 @@ from asyncdapo.messages import Heartbeat, Hello, Progress, Prompt
 from asyncdapo.replay.core.recovery import KnownWorker
 from asyncdapo.replay.server.pace import Pace, relative, spread
 
+LATE_TICKS = 2
 SUSPECT_TICKS = 5
 LOST_TICKS = 15
 DESERTED_TICKS = 2 * LOST_TICKS
@@ -162,6 +163,10 @@ class Sessions:
     @property
     def live(self) -> list[Session]:
         return [session for session in self.known if session.alive]
+
+    def is_late(self, session: Session) -> bool:
+        """Whether it has missed heartbeats: it may be stopped or gone."""
+        return self.tick - session.heard_tick > LATE_TICKS
 
     @property
     def suspected(self) -> list[int]:

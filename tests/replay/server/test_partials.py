@@ -221,3 +221,16 @@ async def test_a_recall_that_is_not_followed_is_said_again_and_given_up(tmp_path
         await until(recalling.done, server)
         assert not any(isinstance(message, Lease) for message in await worker.unread()), "nothing is granted any more"
         assert server.status()["running"] == 1
+
+
+@scenario
+async def test_a_recall_waits_for_no_worker_that_misses_heartbeats(tmp_path):
+    async with serving(tmp_path, heartbeat_s=10.0) as server:
+        await hold(server, FakeWorker(server, 0, continues=True))
+        recalling = asyncio.create_task(server.recall())
+        await asyncio.sleep(0.05)
+        assert not recalling.done()
+        for _ in range(3):
+            server._workers.tick()
+        await asyncio.wait_for(recalling, 5)
+        assert server.status()["running"] == 1
