@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -190,12 +189,11 @@ class Fleet:
         takes cores from the run; but none waits for longer than `TURN_S` for one."""
         memory_fraction = self.placement.memory_fraction(worker.name, self.config.rollout.memory_fraction)
         outlives = RunError if worker.life or self._watched else ProcessDied
-
         bundle = self.placement.bundle(worker.name)
         turn = self._turns[bundle if bundle.num_gpus or not self._watched else NEWCOMERS]
 
         async def begin_life() -> None:
-            async with held(turn, math.inf if bundle.num_gpus else TURN_S):
+            async with turn if bundle.num_gpus else held(turn, TURN_S):
                 await self._supervisor.start(worker, start_rollout, self.opened.rollout_address, memory_fraction)
 
         await self._supervisor.bring_up(worker, begin_life, outlives)

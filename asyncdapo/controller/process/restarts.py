@@ -2,8 +2,8 @@
 
 In: the death of a process. Out: seconds to wait, or the end of the run with the cause of the last death. Invariant: no
 process is started more than `controller.max_restarts` times within `WINDOW_S`, so that one that can't live ends the run
-soon, and one that is killed now and then does not, however long the run is. A start
-waits only while deaths follow each other within `RECENT_S`. Pure: the clock is given.
+soon, and one that is killed now and then does not, however long the run is. A start waits only while deaths follow each
+other within `RECENT_S`. Pure: the clock is given.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class Restarts:
         self._deaths: defaultdict[str, deque[float]] = defaultdict(deque)
 
     def delay_s(self, name: str, cause: Exception) -> float:
-        """Count a death. Returns the seconds to wait before the next start, none if it is the only one
-        of late. Raises TooManyDeaths with the cause when the budget is used up."""
+        """Count a death. Returns the seconds to wait before the next start, none if it is the only one of late. Raises
+        TooManyDeaths with the cause when the budget is used up."""
         deaths, now = self._deaths[name], self._now()
         while deaths and deaths[0] <= now - WINDOW_S:
             deaths.popleft()
