@@ -179,12 +179,12 @@ class Group(Struct, frozen=True, kw_only=True):
     @property
     def num_tokens(self) -> int:
         """Sampled and observed tokens of all completions."""
-        return sum([count for context in self._contexts for _, count in context.sampled])
+        return sum([completion.num_tokens for completion in self.completions])
 
     @property
     def num_sampled_tokens(self) -> int:
         """Sampled tokens of all completions."""
-        return sum([count for context in self._contexts for is_sampled, count in context.sampled if is_sampled])
+        return sum([completion.num_sampled_tokens for completion in self.completions])
 
     @property
     def min_version(self) -> int:
@@ -202,16 +202,13 @@ class Group(Struct, frozen=True, kw_only=True):
 
     @property
     def _versions(self) -> Iterator[int]:
-        return (version for context in self._contexts for version, _ in context.versions)
-
-    @property
-    def _contexts(self) -> list[Context]:
-        return [context for completion in self.completions for context in completion.contexts]
+        contexts = (context for completion in self.completions for context in completion.contexts)
+        return (version for context in contexts for version, _ in context.versions)
 
     @property
     def num_loss_tokens(self) -> int:
         """Tokens that bear loss. A group without any ends `filtered` with reason `masked`."""
-        return sum([count for context in self._contexts for bears_loss, count in context.loss_mask if bears_loss])
+        return sum([completion.num_loss_tokens for completion in self.completions])
 
 
 class Sampling(Struct, frozen=True, kw_only=True):
