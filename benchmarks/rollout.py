@@ -93,9 +93,9 @@ async def serve(config: Config, run_dir: Path, controller: Connection) -> None:
 
 
 async def obey(server: ReplayServer, orders: asyncio.Queue[str]) -> None:
+    known = {"begin": server.begin, "pause": server.pause}
     while True:
-        order = await orders.get()
-        await getattr(server, order)()
+        await known[await orders.get()]()
 
 
 async def sink(server: ReplayServer) -> None:

@@ -1,12 +1,13 @@
 """C library: a C file of this package, compiled for this processor, and kept for later starts.
 
-In: the file and its macros; the compiler that `CC` names (without, `cc`). Out: the loaded library, or CompilerError
-where there is no compiler or it fails. Compiling takes half a second, so the result is kept in
-`$XDG_CACHE_HOME/asyncdapo` (without that variable, `~/.cache/asyncdapo`), 50 kB for each set of macros.
+In: the file, which may include the headers beside this module, and its macros; the compiler that `CC` names (without,
+`cc`). Out: the loaded library, or CompilerError where there is no compiler or it fails. Compiling takes half a second,
+so the result is kept in `$XDG_CACHE_HOME/asyncdapo` (without that variable, `~/.cache/asyncdapo`), 50 kB for each set
+of macros.
 
-Invariants: the name of a kept file is the digest of all that it depends on: source, command, version of the compiler,
-C library and processor, so that machines may share a home. It appears whole, whatever else compiles or is killed
-meanwhile. It is loaded only if nobody but this user can have written it. Where nothing can be kept, every start
+Invariants: the name of a kept file is the digest of all that it depends on: source, headers, command, version of the
+compiler, C library and processor, so that machines may share a home. It appears whole, whatever else compiles or is
+killed meanwhile. It is loaded only if nobody but this user can have written it. Where nothing can be kept, every start
 compiles.
 """
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import logging
 import os
 import platform
 import shlex
@@ -21,8 +23,10 @@ import subprocess
 import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
+HEADERS = Path(__file__).parent
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-shared")
 COMPILE_TIMEOUT_S = 60
 CPUINFO = Path("/proc/cpuinfo")
@@ -32,6 +36,35 @@ CHANGING = ("processor", "cpu mhz", "bogomips", "apicid", "initial apicid", "cor
 
 class CompilerError(Exception):
     """There is no compiler, or it fails; says why."""
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What a function takes, in this order: int64 sizes, double factors, addresses of arrays. It returns nothing, or a
+    double."""
+
+    num_sizes: int
+    num_arrays: int
+    num_factors: int = 0
+    returns_double: bool = False
+
+
+def load_c(
+    source: Path, macros: Mapping[str, object], functions: Mapping[str, Signature], log: logging.Logger, what: str
+) -> ctypes.CDLL | None:
+    """The library with these functions. None, and a warning that says `what` is slower, where it can't be compiled."""
+    try:
+        library = compile_c(source, macros)
+    except CompilerError as error:
+        log.warning("%s is half as fast as with a C compiler (CC, or cc): %s", what, error)
+        return None
+    for name, signature in functions.items():
+        counts = signature.num_sizes, signature.num_factors, signature.num_arrays
+        kinds = ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
+        function = getattr(library, name)
+        function.argtypes = [kind for kind, count in zip(kinds, counts, strict=True) for _ in range(count)]
+        function.restype = ctypes.c_double if signature.returns_double else None
+    return library
 
 
 def compile_c(source: Path, macros: Mapping[str, object]) -> ctypes.CDLL:
@@ -64,7 +97,8 @@ def _place(source: Path, command: list[str], version: str) -> Path | None:
         return None
     if not _is_own(directory):
         return None
-    depends_on = source.read_text(), *command, version, *platform.libc_ver(), platform.machine(), _processor()
+    texts = [path.read_text() for path in (source, *sorted(HEADERS.glob("*.h")))]
+    depends_on = *texts, *command, version, *platform.libc_ver(), platform.machine(), _processor()
     return directory / f"{source.stem}-{hashlib.sha256(repr(depends_on).encode()).hexdigest()}.so"
 
 
@@ -91,7 +125,7 @@ def _compiled(source: Path, command: list[str], kept: Path | None) -> ctypes.CDL
     """Raises OSError, CalledProcessError or TimeoutExpired."""
     with tempfile.TemporaryDirectory() as directory:
         built = Path(directory, "library.so")
-        _run([*command, str(source), "-lm", "-o", str(built)])
+        _run([*command, f"-I{HEADERS}", str(source), "-lm", "-o", str(built)])
         if kept:
             with suppress(OSError):  # no room, or not writable: the next start compiles again
                 _keep(built.read_bytes(), kept)

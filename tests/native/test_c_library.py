@@ -26,6 +26,8 @@ class Machine:
         self.source, self.version, self.calls = tmp_path / "source.c", tmp_path / "version", tmp_path / "calls"
         self.source.write_text("int one;")
         self.cpuinfo, self.cache = tmp_path / "cpuinfo", tmp_path / "cache"
+        self.headers = tmp_path / "headers"
+        self.headers.mkdir()
         self.kept = self.cache / "asyncdapo"
         compiler = tmp_path / "compiler"
         compiler.write_text(COMPILER.format(version=self.version, calls=self.calls, built=built))
@@ -35,6 +37,7 @@ class Machine:
         monkeypatch.setenv("CC", str(compiler))
         monkeypatch.setenv("XDG_CACHE_HOME", str(self.cache))
         monkeypatch.setattr(c_library, "CPUINFO", self.cpuinfo)
+        monkeypatch.setattr(c_library, "HEADERS", self.headers)
 
     def start(self, _=None) -> bool:
         """As a process would that starts. Whether it has the library."""
@@ -66,13 +69,15 @@ def test_later_starts_load_what_the_first_one_compiled(machine):
     assert kept.stat().st_mode & 0o077 == machine.kept.stat().st_mode & 0o077 == 0
 
 
-@pytest.mark.parametrize("change", ["flags", "version", "source"])
-def test_another_processor_compiler_or_source_compiles_anew(machine, change):
+@pytest.mark.parametrize("change", ["flags", "version", "source", "header"])
+def test_another_processor_compiler_source_or_header_compiles_anew(machine, change):
     assert machine.start()
     if change == "flags":
         machine.cpuinfo.write_text("processor: 0\nflags: avx512f\n")
     elif change == "version":
         machine.version.write_text("12.3")
+    elif change == "header":
+        (machine.headers / "vectors.h").write_text("/* other */")
     else:
         machine.source.write_text("int other;")
     assert machine.start()

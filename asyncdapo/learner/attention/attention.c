@@ -1,4 +1,4 @@
-/* Attention over packed sequences, forward and backward, in float32, compiled for one head size by `compiled.py`.
+/* Attention over packed sequences, forward and backward, in float32, compiled for one head size by `compiled_attention.py`.
 
 In: queries, keys and values of flat tokens, and which of them are a prompt and the responses to it. Out: for each token and
 query head the softmax-weighted sum of values, and the logarithm of the sum of its exponentials, from which the backward
@@ -8,24 +8,19 @@ that is written, and a unit is summed in one order, so results don't depend on t
     segment   the queries of a prompt, or of one response; its keys are those of its prompt, then its own
     block     up to BLOCK queries of a segment, all whose scores exist at once
 
-Macros: HEAD_DIM. Vectors are those of GCC and Clang: on a processor with shorter ones, each is several. Rows of a
-workspace are padded with zeros: of numbers of a head to WIDTH, of queries and keys to whole tiles. */
+Macros: HEAD_DIM. Rows of a workspace are padded with zeros: of numbers of a head to WIDTH, of queries and keys to whole
+tiles. */
 
-#include <math.h>
 #include <omp.h>
-#include <stdint.h>
 #include <string.h>
 
-#define LANES 16
+#include "vectors.h"
+
 #define COLUMNS (2 * LANES) /* of a tile */
 #define TILE 8              /* rows that are multiplied at once */
 #define BLOCK 32
 #define ROUND_UP(n, step) (((n) + (step) - 1) / (step) * (step))
 #define WIDTH ROUND_UP(HEAD_DIM, COLUMNS)
-
-typedef float Floats __attribute__((vector_size(4 * LANES)));
-typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
-typedef float Unaligned __attribute__((vector_size(4 * LANES), aligned(4)));
 
 /* Numbers of a head, a row each; rows of tokens are `stride` apart. */
 typedef struct {
@@ -45,39 +40,6 @@ typedef struct {
     float *keys, *values;                 /* [width, WIDTH] */
     float *grad_keys, *grad_values;       /* [width, WIDTH] */
 } Workspace;
-
-/* e^x for x <= 0, by the polynomial of Cephes: x = n ln 2 + r, |r| <= ln 2 / 2. 0 below -87; NaN stays NaN. */
-static inline Floats exp_of(Floats x) {
-    const float round = 12582912.0f; /* 1.5 * 2^23: what is added to it loses its fraction */
-    Floats n = x * 1.44269504f + round;
-    n -= round;
-    Floats r = x - n * 0.693359375f - n * -2.12194440e-4f;
-    Floats sum = 1.9875691500e-4f * r + 1.3981999507e-3f;
-    sum = sum * r + 8.3334519073e-3f;
-    sum = sum * r + 4.1665795894e-2f;
-    sum = sum * r + 1.6666665459e-1f;
-    sum = sum * r + 5.0000001201e-1f;
-    sum = sum * (r * r) + r + 1.0f;
-    Floats power = (Floats)((__builtin_convertvector(n, Ints) + 127) << 23);
-    return (Floats)((Ints)(sum * power) & ~(x < -87.0f));
-}
-
-static inline Floats larger(Floats a, Floats b) {
-    Ints first = a > b;
-    return (Floats)(((Ints)a & first) | ((Ints)b & ~first));
-}
-
-static inline float largest_of(Floats x) {
-    float largest = x[0];
-    for (int i = 1; i < LANES; i++) largest = fmaxf(largest, x[i]);
-    return largest;
-}
-
-static inline float sum_of(Floats x) {
-    for (int half = LANES / 2; half; half /= 2)
-        for (int i = 0; i < half; i++) x[i] += x[i + half];
-    return x[0];
-}
 
 /* out [TILE, COLUMNS] = a . b, added to what is there if `add`; a [TILE, depth] by its two strides, b [depth, COLUMNS]. */
 static __attribute__((noinline)) void multiply(int64_t depth, const float *a, int64_t a_row, int64_t a_deep, const float *b, int64_t b_row,

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from asyncdapo.learner.attention.attention_layout import Bundles, Layout
-from asyncdapo.native.c_library import CompilerError, compile_c
+from asyncdapo.native.c_library import Signature, load_c
 
 SOURCE = Path(__file__).with_name("attention.c")
 BLOCK, COLUMNS = 32, 32
@@ -32,7 +32,7 @@ BLOCK, COLUMNS = 32, 32
 MAX_TOKENS = 4096
 """Of a sequence: the workspace of a thread grows with it, by six copies of its keys and two rows of scores for each
 query of a block."""
-NUM_SIZES, NUM_TENSORS = 5, 12
+NUM_TENSORS = 12
 
 log = logging.getLogger("learner")
 
@@ -101,12 +101,5 @@ def _workspace_size(head_dim: int, num_keys: int) -> int:
 
 @cache
 def _library(head_dim: int) -> ctypes.CDLL | None:
-    """None, and a warning, where it can't be compiled."""
-    try:
-        library = compile_c(SOURCE, {"HEAD_DIM": head_dim})
-    except CompilerError as error:
-        log.warning("the learner's attention is half as fast as with a C compiler (CC, or cc): %s", error)
-        return None
-    library.attend.argtypes = [ctypes.c_int64] * NUM_SIZES + [ctypes.c_double] + [ctypes.c_void_p] * NUM_TENSORS
-    library.attend.restype = None
-    return library
+    functions = {"attend": Signature(num_sizes=5, num_factors=1, num_arrays=NUM_TENSORS)}
+    return load_c(SOURCE, {"HEAD_DIM": head_dim}, functions, log, "the learner's attention")

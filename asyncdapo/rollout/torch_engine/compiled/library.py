@@ -10,7 +10,7 @@ import logging
 from functools import cache
 from pathlib import Path
 
-from asyncdapo.native.c_library import CompilerError, compile_c
+from asyncdapo.native.c_library import Signature, load_c
 from asyncdapo.rollout.torch_engine.checkpoint import ModelShape
 
 SOURCE = Path(__file__).with_name("forward.c")
@@ -31,12 +31,8 @@ def compiled_library(shape: ModelShape) -> ctypes.CDLL | None:
         "VOCABULARY": shape.vocab_size,
         "EPSILON": f"{shape.norm_eps:.9e}f",
     }
-    try:
-        library = compile_c(SOURCE, macros)
-    except CompilerError as error:
-        log.warning("the torch engine is half as fast as with a C compiler (CC, or cc): %s", error)
-        return None
-    for function, num_sizes, num_arrays in ((library.forward, 5, 9), (library.sample, 2, 3)):
-        function.argtypes = [ctypes.c_int64] * num_sizes + [ctypes.c_void_p] * num_arrays
-    library.forward.restype, library.sample.restype = None, ctypes.c_double
-    return library
+    functions = {
+        "forward": Signature(num_sizes=5, num_arrays=9),
+        "sample": Signature(num_sizes=2, num_arrays=3, returns_double=True),
+    }
+    return load_c(SOURCE, macros, functions, log, "the torch engine")
