@@ -1,4 +1,5 @@
-"""Who could sample when, and what a train step had to do with it: from a ledger, and from who was stopped when.
+"""Who could sample when, and what a train step had to do with it: from a ledger, and from who was stopped when. And
+what its time went into, from the metrics.
 
 In: `leases`, `events` and the ends of train steps of a ledger; when processes of workers were started, and the times in
 which some were stopped by SIGSTOP. Out: steps of three kinds, and the times in which nobody could sample.
@@ -13,7 +14,7 @@ A worker can sample from the first lease of a life on. All times are seconds sin
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 LEASES = "SELECT worker, session, MIN(granted_at_s) FROM leases GROUP BY worker, session ORDER BY 3"
@@ -38,12 +39,29 @@ class Step:
     """One train step, from the end of the one before."""
 
     kind: str
+    number: int
     began_s: float
     ended_s: float
 
     @property
     def seconds(self) -> float:
         return self.ended_s - self.began_s
+
+
+def parts(step: Step, lines: Mapping[int, Mapping[str, float]]) -> dict[str, float]:
+    """Seconds of a step: the whole; what the learner waited for, in all and by cause; for how long it had a core, and
+    at least for how long it would have computed and had none. `lines`: of the metrics, by step. What follows a step is
+    in its line, and in the time of the next step."""
+    own, before = lines[step.number], lines[step.number - 1]
+    train_s, cpu_s = own["controller/train_s"], own["learner/cpu_s"]
+    waits = {
+        "for its batch": own["controller/wait_s"],
+        "for a comparison": own["controller/parity_s"],
+        "for the publish": before["controller/publish_s"],
+        "for a checkpoint": before["controller/checkpoint_s"],
+    }
+    computing = {"on a core": cpu_s, "without a core": max(0.0, train_s - cpu_s)}
+    return {"whole": step.seconds, "waiting": sum(waits.values()), **waits, **computing}
 
 
 def moves(ledger: sqlite3.Connection, starts: Iterable[tuple[int, float]]) -> list[Span]:
@@ -80,12 +98,12 @@ def train_steps(
     ends, empty = _ends(ledger, last_step), nobody(ledger, stopped, last_step)
     moving = moves(ledger, starts)
     steps = []
-    for before_s, began_s, ended_s in zip(ends, ends[1:], ends[2:], strict=False):
+    for number, (before_s, began_s, ended_s) in enumerate(zip(ends, ends[1:], ends[2:], strict=False), 3):
         if any(gap.began_s < ended_s and gap.ended_s > before_s for gap in empty):
             kind = "alone"
         else:
             kind = "moved" if any(move.began_s <= ended_s and move.ended_s >= began_s for move in moving) else "quiet"
-        steps.append(Step(kind, began_s, ended_s))
+        steps.append(Step(kind, number, began_s, ended_s))
     return steps
 
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.worker_lives import Span, gaps, lives, nobody, train_steps, without
+from benchmarks.worker_lives import Span, Step, gaps, lives, nobody, parts, train_steps, without
 
 ENDS = (0.0, 5.0, 10.0, 15.0, 20.0, 25.0, 30.0)
 
@@ -40,6 +40,12 @@ def kinds(ledger: sqlite3.Connection, *stopped: Span) -> list[str]:
     return [step.kind for step in train_steps(ledger, [(1, 6.0), (1, 11.0)], stopped, last_step=len(ENDS))]
 
 
+def test_steps_have_the_numbers_of_the_ledger(ledger) -> None:
+    lived(ledger, 0, "a", -10.0)
+    steps = train_steps(ledger, [], [], last_step=len(ENDS))
+    assert [(step.number, step.ended_s) for step in steps] == list(enumerate(ENDS, 1))[2:]
+
+
 def test_a_step_in_which_one_of_two_leaves_has_moved_and_the_others_are_quiet(ledger) -> None:
     lived(ledger, 0, "a", -10.0)
     lived(ledger, 1, "b", -10.0, end="worker_drained", at_s=12.0)
@@ -57,6 +63,17 @@ def test_the_step_in_which_nobody_could_sample_and_the_next_one_wait_for_nobody_
     lived(ledger, 0, "b", 14.0)
     assert kinds(ledger) == ["quiet", "alone", "alone", "quiet", "quiet"]
     assert nobody(ledger, [], len(ENDS)) == [Span(-1, 11.0, 14.0)]
+
+
+def test_a_step_waits_for_what_followed_the_one_before_and_for_its_own_batch() -> None:
+    def line(**own: float) -> dict[str, float]:
+        names = "train", "wait", "parity", "publish", "checkpoint"
+        return {f"controller/{name}_s": own.get(name, 0.0) for name in names} | {"learner/cpu_s": own.get("cpu", 0.0)}
+
+    lines = {2: line(publish=0.5, checkpoint=0.25, wait=9.0), 3: line(train=4.0, cpu=1.0, wait=0.25, publish=9.0)}
+    found = parts(Step("moved", 3, 100.0, 105.0), lines)
+    assert (found["whole"], found["waiting"], found["on a core"], found["without a core"]) == (5.0, 1.0, 1.0, 3.0)
+    assert sum(found[cause] for cause in found if cause.startswith("for ")) == found["waiting"]
 
 
 def test_one_that_is_stopped_can_not_sample(ledger) -> None:

@@ -108,6 +108,24 @@ async def test_raw_bytes_on_the_port_reach_nobody_and_their_connection_is_closed
 
 
 @asynchronous
+async def test_a_recorded_conversation_that_a_stranger_sends_again_is_not_heard_again() -> None:
+    async with closed_server() as (server, keys), recorded(server.address) as (address, sent):
+        with closing(Client(address, Ack, b"worker-0", curve=keys.client)) as client:
+            await client.send(Ask(asked=1), [b"tokens"])
+            assert (await server.receive())[1] == Ask(asked=1)
+        host, port = server.address.removeprefix("tcp://").split(":")
+        with closing(socket.create_connection((host, int(port)))) as stranger:
+            stranger.setblocking(False)
+            for part in sent:
+                with suppress(ConnectionError):
+                    await asyncio.get_running_loop().sock_sendall(stranger, part)
+                await asyncio.sleep(0.02)  # ZeroMQ hangs up on who doesn't wait for its greeting
+        with client_of(server, keys.client) as client:
+            await client.send(Ask(asked=2))
+            assert (await server.receive())[1] == Ask(asked=2)
+
+
+@asynchronous
 async def test_two_servers_of_one_process_have_a_door_each() -> None:
     async with closed_server() as (first, keys), closed_server() as (second, other_keys):
         with client_of(first, keys.client) as mine, client_of(second, keys.client) as stranger:
@@ -183,6 +201,29 @@ async def closed_server(**settings: Limits) -> AsyncIterator[tuple[Server, RunKe
 
 def client_of(server: Server, keys: ClientKeys):
     return closing(Client(server.address, Ack, b"worker-0", curve=keys))
+
+
+@asynccontextmanager
+async def recorded(address: str) -> AsyncIterator[tuple[str, list[bytes]]]:
+    """An address by which clients reach the server at `address`, and what they have sent there, piece by piece."""
+    sent, tasks = list[bytes](), set[asyncio.Task[None]]()
+
+    async def carry(source: asyncio.StreamReader, sink: asyncio.StreamWriter, noted: list[bytes]) -> None:
+        while part := await source.read(GARBAGE_BYTES):
+            noted.append(part)
+            sink.write(part)
+        sink.close()
+
+    async def connect(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        far_reader, far_writer = await asyncio.open_connection(*address.removeprefix("tcp://").split(":"))
+        ways = carry(reader, far_writer, sent), carry(far_reader, writer, [])
+        tasks.update(map(asyncio.create_task, ways))
+
+    async with await asyncio.start_server(connect, "127.0.0.1", 0) as listener:
+        yield f"tcp://127.0.0.1:{listener.sockets[0].getsockname()[1]}", sent
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 @contextmanager

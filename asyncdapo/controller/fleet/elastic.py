@@ -152,6 +152,7 @@ class ElasticWorker:
         if late and not await self._unless_asked_to_leave(self._host.bring_up_worker(self.process)):
             self.process.end()
             await self._supervisor.clear(self.process)
+            log.info("%s has left (%s) before it was up", self.process.name, self._cause)
             return
         if late:
             log.info("%s has joined", self.process.name)

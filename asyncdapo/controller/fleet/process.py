@@ -23,6 +23,7 @@ import ray
 from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTaskError
 
 from asyncdapo.controller.fleet.rooms import Room
+from asyncdapo.controller.process.health import Health
 from asyncdapo.controller.process.roster import Entry, is_running, this_host
 from asyncdapo.controller.roles.actors import Actor
 from asyncdapo.controller.roles.base import ProcessBase, ProcessSpec
@@ -138,6 +139,10 @@ class Process(Generic[P_co]):
     async def call(self, pick: Pick[P_co, Params, R], *args: Params.args, **kwargs: Params.kwargs) -> R:
         """What the process answers. Raises ProcessDied, or UserError or RunError that names the process."""
         return await self._answer(lambda actor: actor.call.remote(pick, *args, **kwargs))
+
+    async def health(self) -> Health:
+        """How it is, also while it is being started. Raises as `call`."""
+        return await self._answer(lambda actor: actor.health.remote())
 
     async def ask(self, pick: Pick[P_co, Params, R], *args: Params.args, **kwargs: Params.kwargs) -> R:
         """As `call`, and again in its next life when it died under the call: for commands that may be repeated."""

@@ -110,7 +110,7 @@ class StallWatch:
         self._supervisor.note_progress()
 
     async def _stacks(self, process: Process[ProcessBase], report: Health | None) -> str:
-        if report:
+        if report and process.up.is_set():
             stacks = process.call(lambda process: process.stacks)
         elif process.entry:
             stacks = process.beside(ask, process.entry, self._supervisor.log_path(process))

@@ -190,7 +190,7 @@ class Supervisor:
     async def _health_of(self, process: Process[ProcessBase]) -> Health | None:
         try:
             async with asyncio.timeout(SILENT_ANSWER_S if process.name in self._silent else ANSWER_S):
-                report = await process.call(lambda process: process.health)
+                report = await process.health()
         except (TimeoutError, RunError):
             self._silent.add(process.name)
             return None

@@ -83,7 +83,10 @@ def start_own(**options: Any) -> Path:
         "include_dashboard": False,
         "object_store_memory": OBJECT_STORE_BYTES,
         "_temp_dir": str(home / "r"),  # not `home`, which Ray would open to everybody
-        "_system_config": {"prestart_worker_first_driver": False},  # a process for each core, of no use to actors
+        "_system_config": {
+            "prestart_worker_first_driver": False,  # a process for each core, of no use to actors
+            "worker_niceness": 0,  # not Ray's 15, which leaves the cores to whatever else runs on the machine
+        },
     }
     ray.init(address="local", **own, **options)
     if not ipaddress.ip_address(host := ray.util.get_node_ip_address()).is_loopback:

@@ -18,10 +18,13 @@ import logging
 import os
 import sys
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from asyncdapo import faults
+from asyncdapo.controller.process.health import Health
+from asyncdapo.controller.process.notice import LeaveNotice
 from asyncdapo.controller.process.roster import Entry
 from asyncdapo.controller.process.stacks import install as install_stacks
 from asyncdapo.controller.roles.base import ProcessBase, ProcessSpec
@@ -35,6 +38,10 @@ if TYPE_CHECKING:
 
 P = TypeVar("P", bound=ProcessBase)
 R = TypeVar("R")
+
+GIVES_WAY = 10
+"""Niceness of a worker beside that of the others: on cores that both use, the learner gets nine times its share. The
+train step is what all wait for in the end, and every further worker would slow it down, also while it starts."""
 
 
 class Actor(Generic[P]):
@@ -65,13 +72,25 @@ class Actor(Generic[P]):
             raise RunError("it is being started")
         return await pick(self._running)(*args, **kwargs)
 
+    async def health(self) -> Health:
+        """How it is; of one that is being started, who it is."""
+        return await self._running.health() if self._running else Health(entries=[self._spec.entry()], waits=[])
+
 
 class ReplayActor(Actor["ReplayProcess"]):
     """The replay server."""
 
 
 class RolloutActor(Actor["RolloutProcess"]):
-    """A rollout worker."""
+    """A rollout worker. SIGTERM asks it to leave, also while it is being started."""
+
+    def __init__(self, spec: ProcessSpec) -> None:
+        self._notice = LeaveNotice()
+        os.nice(GIVES_WAY)  # of the event loop's thread, and of all threads and processes that it starts
+        super().__init__(spec)
+
+    async def health(self) -> Health:
+        return replace(await super().health(), leaving="SIGTERM" if self._notice.has_come else "")
 
 
 class LearnerActor(Actor["LearnerProcess"]):

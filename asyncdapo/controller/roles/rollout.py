@@ -13,7 +13,6 @@ from dataclasses import asdict
 
 from asyncdapo.accounting.spans import Span, SpanRing
 from asyncdapo.controller.process.health import Health
-from asyncdapo.controller.process.notice import LeaveNotice
 from asyncdapo.controller.process.roster import STOPPED, Entry, entry_of, state_of
 from asyncdapo.controller.process.waits import NOBODY
 from asyncdapo.controller.roles.base import ProcessBase, ProcessSpec
@@ -41,7 +40,6 @@ class RolloutProcess(ProcessBase):
         """Held from the first byte of a version to its load: the next one comes into the same memory."""
         self.updates = SpanRing()
         """Of its weights."""
-        self.notice = LeaveNotice()
 
     @classmethod
     async def start(cls, spec: ProcessSpec, replay_address: str, memory_fraction: float) -> RolloutProcess:
@@ -93,7 +91,6 @@ class RolloutProcess(ProcessBase):
         return Health(
             entries=[self.spec.entry(), *self._children()],
             waits=self.waits.open(),
-            leaving="SIGTERM" if self.notice.has_come else "",
             progress={
                 "tokens": gauges["tokens"],
                 "judged": self.judging.num_judged(),

@@ -135,6 +135,13 @@ class PartialSaved(Event):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class PartialUnreadable(Event):
+    """What is saved of the prompt isn't as it was saved. The lease that it was to go to begins anew."""
+
+    prompt_id: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class LeaseHandedBack(Event):
     """The worker has stopped the lease. It costs the prompt no attempt."""
 

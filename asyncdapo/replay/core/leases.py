@@ -64,7 +64,7 @@ class Partials:
         self._do(SavePartial(prompt_id=prompt_id, lease_id=lease_id, partial=partial))
 
     def drop(self, prompt_id: int, reason: str) -> None:
-        """What is saved of a prompt without a lease is lost."""
+        """What is saved of a prompt is lost; a lease of it has none of these tokens."""
         if partial := self.saved.pop(prompt_id, None):
             self._do(DropPartial(prompt_id=prompt_id, num_lost=partial.num_tokens, reason=reason))
 

@@ -44,6 +44,7 @@ from asyncdapo.replay.core.events import (
     LeaseHandedBack,
     LeaseLost,
     PartialSaved,
+    PartialUnreadable,
     Published,
     Ready,
     RunEnded,
@@ -158,6 +159,8 @@ class ReplayState:
                 self._lose_lease(event)
             case PartialSaved():
                 self.leases.save(event.lease_id, event.partial, self.next_batch.step)
+            case PartialUnreadable():
+                self.leases.partials.drop(event.prompt_id, "unreadable")
             case LeaseHandedBack():
                 if lease := self.leases.running.get(event.lease_id):
                     self.leases.end(lease, "withdrawn", "handed back", keep=True)

@@ -41,7 +41,8 @@ class Entry:
     saved: Sequence[Buffer]
     """Header and buffers of a `PartialGroup`."""
     detail: str
-    """Session of a `WorkerJoined`; why a worker left, a group was rejected or its reward function failed."""
+    """Session of a `WorkerJoined`; why a worker left, a group was rejected, its reward function failed, or what is
+    saved can't be read."""
 
     def write(
         self,
@@ -91,6 +92,8 @@ class Entry:
                 self._insert_load(worker, version)
             case core.SamplingBegan(lease_id=lease_id, version=version):
                 self.db.execute("UPDATE leases SET started_version = ? WHERE lease_id = ?", (version, lease_id))
+            case core.PartialUnreadable(prompt_id=prompt_id):
+                self._insert_event("unreadable", prompt_id=prompt_id, detail=self.detail)
             case core.Published(version=version):
                 self.db.execute("INSERT INTO publishes VALUES (?, ?, ?, ?)", (version, self.branch, *self._stamp))
             case core.RunEnded():

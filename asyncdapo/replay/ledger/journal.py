@@ -46,7 +46,7 @@ from asyncdapo.replay.ledger.ledger import (
     place_of,
     sync_log,
 )
-from asyncdapo.replay.ledger.payloads import SEGMENT_BYTES, BadRecord, Place, Segments
+from asyncdapo.replay.ledger.payloads import SEGMENT_BYTES, Place, Segments
 from asyncdapo.replay.ledger.rollback import Rollback
 from asyncdapo.replay.ledger.schema import HELD_STATES
 from asyncdapo.transport.codec import Buffer
@@ -186,7 +186,7 @@ class Journal:
         prompts  the prompts of the leases granted in `actions`
         arrived  header and buffers of a `GroupDone`
         saved    header and buffers of a `PartialGroup`
-        detail   session of a `WorkerJoined`; why a group was rejected or its reward function failed
+        detail   see `Entry`
         summary  what the learner reports of a `Trained` step
         """
         if not actions and not isinstance(event, RECORDED_EVENTS):
@@ -223,11 +223,8 @@ class Journal:
 
     def read_partial(self, prompt_id: int, lease_id: int) -> Sequence[bytes]:
         """Header and buffers of what former leases than this one have sampled of the prompt; empty if that is
-        nothing. Raises RunError if they aren't as they were saved: only a rollback may drop them."""
-        try:
-            return reload.saved_frames(self._db, prompt_id, before=lease_id)
-        except BadRecord as bad:
-            raise RunError(f"{self._path}: {bad}; the next launch samples it again") from bad
+        nothing. Raises BadRecord if they aren't as they were saved."""
+        return reload.saved_frames(self._db, prompt_id, before=lease_id)
 
     def answer_lengths(self) -> dict[tuple[str, int], float]:
         """See `reload.answer_lengths`."""

@@ -32,7 +32,6 @@ from asyncdapo.replay.core.events import (
     VERDICT_STATES,
     DropPartial,
     EndLease,
-    GrantLease,
     GroupState,
     MoveGroup,
 )
@@ -165,13 +164,13 @@ class Accounts:
         self._interval["failed"] += action.outcome == "failed"
         self._counts.groups["withdrawn_stale"] += action.outcome == "withdrawn" and action.reason == "stale"
 
-    def count_begun(self, action: GrantLease) -> None:
-        """A lease was granted, perhaps behind tokens that are sampled already."""
-        self._continued["replay/continued_leases"] += action.num_begun > 0
-        self._continued["replay/continued_tokens"] += action.num_begun
+    def count_begun(self, num_tokens: int) -> None:
+        """A lease was granted behind so many tokens that were sampled before."""
+        self._continued["replay/continued_leases"] += num_tokens > 0
+        self._continued["replay/continued_tokens"] += num_tokens
 
     def drop_partial(self, action: DropPartial) -> None:
-        """What was saved of a prompt that isn't leased is lost."""
+        """What was saved of a prompt is lost."""
         self._counts.tokens["dropped"] += action.num_lost
 
     def undo_leases(self, num_tokens: int) -> None:

@@ -16,6 +16,7 @@ Memory: a rank's share is read from its segments when it is wanted, aside (`shar
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ from asyncdapo.replay.core import events as core
 from asyncdapo.replay.core.recovery import Recovered
 from asyncdapo.replay.core.state import ReplayState
 from asyncdapo.replay.ledger.journal import Journal
+from asyncdapo.replay.ledger.payloads import BadRecord
 from asyncdapo.replay.server.accounts import Accounts
 from asyncdapo.replay.server.failures import Failures
 from asyncdapo.replay.server.sessions import HeldLease, Session, Sessions
@@ -39,6 +41,8 @@ from asyncdapo.transport.codec import Buffer
 from asyncdapo.transport.payload import Payload
 
 MakeState = Callable[[Recovered], ReplayState]
+
+log = logging.getLogger("replay")
 
 
 @dataclass(frozen=True)
@@ -278,8 +282,8 @@ class Dispatch:
             progress_tick=self._sessions.tick,
             num_tokens=action.num_begun,
         )
-        self.accounts.count_begun(action)
         self._send_lease(action.lease_id, lease)
+        self.accounts.count_begun(lease.num_tokens)
 
     def _send_lease(self, lease_id: int, lease: HeldLease) -> None:
         message = Lease(
@@ -291,8 +295,18 @@ class Dispatch:
             seed=sample_seed(self._settings.seed, lease.prompt.prompt_id),
             prompt=lease.prompt,
         )
-        frames = self._journal.read_partial(lease.prompt.prompt_id, lease_id)
-        self.send(self._session(lease.worker), message, frames)
+        self.send(self._session(lease.worker), message, self._sampled_before(lease_id, lease))
+
+    def _sampled_before(self, lease_id: int, lease: HeldLease) -> Sequence[Buffer]:
+        """What the lease continues. It begins anew if that was damaged since it was saved."""
+        prompt_id = lease.prompt.prompt_id
+        try:
+            return self._journal.read_partial(prompt_id, lease_id)
+        except BadRecord as bad:
+            log.warning("%s; it is sampled again", bad)
+            self.apply(core.PartialUnreadable(prompt_id=prompt_id), detail=str(bad))
+            lease.num_tokens = 0
+            return ()
 
     def _end_lease(self, action: core.EndLease, detail: str) -> None:
         """Tell the worker how its lease ended. `workers` answers a late group: it knows the sender."""

@@ -158,6 +158,9 @@ def test_who_lives_stays_when_there_are_too_many_and_a_start_is_given_up(acted, 
         for index in (0, 1):
             cluster.workers[index].ask_to_leave("SIGTERM")
         await cluster.until(lambda: cluster.up() == [2] and len(cluster.rooms) == 3)
+        rooms = list(cluster.rooms)
+        await cluster.elastic.look({"rollout-1": Health(entries=[], waits=[], leaving="SIGTERM")})
+        await cluster.until(lambda: len(set(cluster.rooms) - set(rooms)) == 1)  # it counts as no death
         wanted_workers.ask_for(tmp_path, 1)
         await cluster.elastic.look({})
         await cluster.until(lambda: len(cluster.rooms) == 1)

@@ -1,15 +1,26 @@
-"""What a process of the run says, by whichever way, is in its own log; what it is made of stays."""
+"""What a process of the run says, by whichever way, is in its own log; what it is made of stays. A worker leaves the
+cores to the learner, and hears that it should leave while it is being started."""
 
 from __future__ import annotations
 
+import asyncio
+import faulthandler
 import gc
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from asyncdapo.controller.roles.actors import _import_to_stay
+from asyncdapo.config.config import Config
+from asyncdapo.config.run import RunConfig
+from asyncdapo.controller.roles import actors
+from asyncdapo.controller.roles.actors import RolloutActor, _import_to_stay
+from asyncdapo.controller.roles.base import ProcessSpec
+from asyncdapo.model.config import ModelConfig
+from asyncdapo.transport.keys import RunKeys
 
 PROGRAM = """
 import logging, os, subprocess, sys
@@ -39,3 +50,22 @@ def test_what_a_process_is_made_of_is_left_alone_by_the_garbage_collector_which_
     with pytest.raises(ModuleNotFoundError):
         _import_to_stay("asyncdapo.controller.roles.missing")
     assert gc.isenabled()
+
+
+def test_a_worker_that_is_being_started_gives_way_to_others_and_says_that_it_was_sent_sigterm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given_way: list[int] = []
+    monkeypatch.setattr(actors, "_open_log", lambda path: None)
+    monkeypatch.setattr(os, "nice", given_way.append)
+    config = Config(model=ModelConfig(path="none"), run=RunConfig(dir=str(tmp_path)))
+    actor = RolloutActor(ProcessSpec(role="rollout", index=3, config=config, keys=RunKeys.make()))
+    try:
+        before = asyncio.run(actor.health())
+        os.kill(os.getpid(), signal.SIGTERM)
+        after = asyncio.run(actor.health())
+    finally:
+        faulthandler.unregister(signal.SIGTERM)
+    assert [entry.name for entry in before.entries] == ["rollout-3"]
+    assert (before.leaving, after.leaving) == ("", "SIGTERM")
+    assert given_way == [actors.GIVES_WAY]

@@ -8,9 +8,7 @@ from contextlib import closing
 
 import msgspec
 import numpy as np
-import pytest
 
-from asyncdapo.errors import RunError
 from asyncdapo.messages import Ack, Lease, Recall, Withdraw
 from asyncdapo.replay.ledger.audit import audit
 from asyncdapo.replay.ledger.ledger import describe_unreadable
@@ -21,6 +19,7 @@ from tests.replay.small_run import write_files
 
 SAMPLED = [([(0, 5)], "stop"), ([(0, 2), (0, 1)], None)]
 NUM_TOKENS = 8
+UNREADABLE = "SELECT prompt_id, number FROM events WHERE kind = 'partial_dropped' AND detail = 'unreadable'"
 CONTINUED = "SELECT lease_id, prompt_id, number FROM events WHERE kind = 'continued'"
 
 
@@ -154,24 +153,37 @@ async def test_saved_rows_that_were_altered_are_named_and_left_out_by_a_rollback
     assert said.endswith("and 1 more")
     assert "of prompt 1 in `partials`: frames of [32, 31] bytes for 8 tokens" in said
     assert rows(tmp_path, "SELECT prompt_id FROM partials") == [(len(ALTERED),)]
-    dropped = "SELECT prompt_id, number FROM events WHERE kind = 'partial_dropped' AND detail = 'unreadable'"
-    assert rows(tmp_path, dropped) == [(prompt_id, NUM_TOKENS) for prompt_id in ALTERED]
+    assert rows(tmp_path, UNREADABLE) == [(prompt_id, NUM_TOKENS) for prompt_id in ALTERED]
     assert rows(tmp_path, "SELECT DISTINCT state FROM prompts WHERE prompt_id <= 4") == [("waiting",)]
 
 
 @scenario
-async def test_a_row_that_is_altered_while_the_run_lives_ends_it_before_anyone_continues_it(tmp_path):
-    with pytest.raises(RunError, match="prompt 0 in `partials`: its checksum .*the next launch samples it again"):
-        async with serving(tmp_path) as server:
-            leaver, other = (FakeWorker(server, index, continues=True) for index in (0, 1))
-            [lease] = await hold(server, leaver)
+async def test_rows_that_are_altered_while_the_run_lives_are_named_and_their_groups_begin_anew(tmp_path):
+    num = len(ALTERED)
+    async with serving(tmp_path) as server:
+        leaver, other = (FakeWorker(server, index, continues=True) for index in (0, 1))
+        for lease in await hold(server, leaver, num):
             await leaver.save(lease.lease_id, SAMPLED, handed_back=True)
             await leaver.take(Withdraw)
-            await server.lose_worker(0, "it has left")
-            alter(tmp_path)
-            await other.join()
-            await other.ask(1)
-            await server.serving
+        await server.lose_worker(0, "it has left")
+        alter(tmp_path)
+        await other.join()
+        leases = await other.leases(num)
+        assert [other.begun[lease.lease_id] for lease in leases] == [[]] * num
+        for lease in leases:  # 16 tokens each, and none of those before
+            await other.answer(lease, versions=((0, 8),))
+            await other.take(Ack)
+        await other.beat(tokens=16.0 * num)
+        learner = FakeLearner(server)
+        await learner.want(1)
+        await learner.receive()
+        line = {"step": 1, **await server.trained(1, {})}
+    assert rows(tmp_path, UNREADABLE) == [(prompt_id, NUM_TOKENS) for prompt_id in ALTERED]
+    (named, count), *_ = rows(tmp_path, "SELECT MAX(detail), COUNT(*) FROM events WHERE kind = 'unreadable'")
+    assert named.startswith("what is saved of prompt 3 in `partials`: its columns")
+    assert count == num
+    assert (line["replay/tokens_dropped"], line["replay/continued_leases"]) == (num * NUM_TOKENS, 0)
+    assert in_flight(line) == 0
 
 
 @scenario
