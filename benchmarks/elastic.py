@@ -10,8 +10,8 @@ these numbers in turn, a third of its steps each, and trains its 36 steps. Each 
 
 Printed, too, are the steps' times: those that waited because for a while nobody could sample, those of the others in
 which a worker joined, left or was being started, and the rest (`worker_lives`). Of each: what the learner waited for,
-and for how long it had no core, which is no wait for anybody, but longer where more processes share the cores. At last the
-times of the publishes, and the tokens of each class.
+and for how long it had no core: that is no wait for anybody, but is longer the more processes share the cores. At last
+the times of the publishes, and the tokens of each class.
 """
 
 from __future__ import annotations
