@@ -22,7 +22,7 @@ an observed token can't bear loss.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from functools import cached_property
 from typing import Any, Literal, dataclass_transform
 
 from msgspec import Struct, field
@@ -104,16 +104,16 @@ class Context(Struct, frozen=True, kw_only=True, array_like=True, forbid_unknown
     @property
     def num_tokens(self) -> int:
         """Sampled and observed."""
-        return sum(count for _, count in self.sampled)
+        return sum([count for _, count in self.sampled])
 
     @property
     def num_sampled_tokens(self) -> int:
-        return sum(count for is_sampled, count in self.sampled if is_sampled)
+        return sum([count for is_sampled, count in self.sampled if is_sampled])
 
     @property
     def num_loss_tokens(self) -> int:
         """Tokens that bear loss."""
-        return sum(count for bears_loss, count in self.loss_mask if bears_loss)
+        return sum([count for bears_loss, count in self.loss_mask if bears_loss])
 
 
 class Completion(Struct, frozen=True, kw_only=True):
@@ -130,7 +130,7 @@ class Completion(Struct, frozen=True, kw_only=True):
     @property
     def num_turns(self) -> int:
         """Sampled responses in it."""
-        return sum(len(context.turns) for context in self.contexts)
+        return sum([len(context.turns) for context in self.contexts])
 
     @property
     def num_tokens(self) -> int:
@@ -163,8 +163,9 @@ def staleness(step: int, min_version: int) -> int:
     return step - 1 - min_version
 
 
-class Group(Struct, frozen=True, kw_only=True):
-    """The scored completions of one prompt, as the rollout worker sends them and the learner trains on them."""
+class Group(Struct, frozen=True, kw_only=True, dict=True):
+    """The scored completions of one prompt, as the rollout worker sends them and the learner trains on them. What is
+    counted over all of them is kept (`dict`): the server needs each number several times."""
 
     prompt_id: int
     lease_id: int
@@ -176,17 +177,17 @@ class Group(Struct, frozen=True, kw_only=True):
     generate_s: float
     """Wall time from the group's first sampled token to its last."""
 
-    @property
+    @cached_property
     def num_tokens(self) -> int:
         """Sampled and observed tokens of all completions."""
         return sum([completion.num_tokens for completion in self.completions])
 
-    @property
+    @cached_property
     def num_sampled_tokens(self) -> int:
         """Sampled tokens of all completions."""
         return sum([completion.num_sampled_tokens for completion in self.completions])
 
-    @property
+    @cached_property
     def min_version(self) -> int:
         """Lowest version over all sampled tokens of all contexts. Staleness is measured from it."""
         return min(self._versions)
@@ -195,17 +196,17 @@ class Group(Struct, frozen=True, kw_only=True):
         """Train steps between the weights of its oldest token and those that train on it in batch `step`."""
         return staleness(step, self.min_version)
 
-    @property
+    @cached_property
     def max_version(self) -> int:
         """Highest version over the same tokens."""
         return max(self._versions)
 
     @property
-    def _versions(self) -> Iterator[int]:
-        contexts = (context for completion in self.completions for context in completion.contexts)
-        return (version for context in contexts for version, _ in context.versions)
+    def _versions(self) -> list[int]:
+        contexts = [context for completion in self.completions for context in completion.contexts]
+        return [version for context in contexts for version, _ in context.versions]
 
-    @property
+    @cached_property
     def num_loss_tokens(self) -> int:
         """Tokens that bear loss. A group without any ends `filtered` with reason `masked`."""
         return sum([completion.num_loss_tokens for completion in self.completions])

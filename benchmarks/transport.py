@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import multiprocessing
 import tempfile
 import time
@@ -37,6 +38,7 @@ import psutil
 
 from asyncdapo import messages as wire
 from asyncdapo.learner.batches.feed import BatchFeed
+from asyncdapo.native.malloc import keep_freed_memory
 from asyncdapo.replay.config import FilterConfig, ReplayConfig
 from asyncdapo.replay.core.state import ReplayState
 from asyncdapo.replay.ledger.journal import Journal
@@ -96,7 +98,10 @@ async def until_over(figures: Figures, work: Coroutine, over: Event) -> None:
 
 
 async def serve(figures: Figures, over: Event, load: Load, run_dir: Path, keys: RunKeys, pipe: Connection) -> None:
-    """The replay server, and the commands that the controller gives at every step."""
+    """The replay server, and the commands that the controller gives at every step. Heap and garbage collector are as
+    in a run."""
+    keep_freed_memory()
+    gc.freeze()
     ahead = 2 + load.num_workers * load.num_held / BATCH
     config = ReplayConfig(prompts_per_step=BATCH, run_ahead=ahead, max_staleness=UNBOUNDED, heartbeat_s=HEARTBEAT_S)
     make_state = partial(ReplayState, config, FilterConfig(), max_attempts=3, num_prompts=None)

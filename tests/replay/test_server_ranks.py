@@ -82,17 +82,21 @@ async def test_a_group_is_acknowledged_while_a_batch_is_read(tmp_path):
     reading, may_end = threading.Event(), threading.Event()
 
     class SlowJournal(Journal):
-        def read(self, place, memory=None):
+        def read(self, place):
             reading.set()
             assert may_end.wait(PATIENCE_S)
-            return super().read(place, memory)
+            return super().read(place)
 
+    async with serving(tmp_path) as server:
+        worker = FakeWorker(server)
+        await worker.join()
+        await server.begin()
+        await worker.work_off(2)
     async with serving(tmp_path, make_journal=SlowJournal) as server:
         worker, learner = FakeWorker(server), FakeLearner(server)
         await worker.join()
         await server.begin()
         await learner.want(1)
-        await worker.work_off(2)
         assert await asyncio.to_thread(reading.wait, PATIENCE_S)
         await worker.work_off(1)
         may_end.set()

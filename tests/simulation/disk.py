@@ -91,7 +91,7 @@ class _MemorySegments:
     def numbers(self) -> list[int]:
         return sorted(self._records)
 
-    def read(self, place: Place, memory: memoryview | None = None) -> tuple[Group, Payload]:
+    def read(self, place: Place) -> tuple[Group, Payload]:
         record = self._records.get(place.segment, {}).get(place.offset)
         if record is None:
             raise BadRecord(f"segment {place.segment}: record {place.offset} is damaged")

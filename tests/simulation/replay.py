@@ -92,6 +92,7 @@ class Replay(Process):
                     group_size=GROUP_SIZE,
                     seed=plan.seed,
                     slots=plan.num_slots,
+                    recent_bytes=256 << 20 if plan.seed % 4 == 0 else 0,
                 ),
                 self._make_state,
                 self.journal,

@@ -21,6 +21,7 @@ from asyncdapo.controller.roles.samples import read_samples
 from asyncdapo.eval_messages import EvalAnswer, EvalRequest
 from asyncdapo.metrics.samples import Sample
 from asyncdapo.model.tokenizer import TextTokenizer, load_tokenizer
+from asyncdapo.native.malloc import keep_freed_memory
 from asyncdapo.prompts.registry import open_task
 from asyncdapo.prompts.stream import PromptStream
 from asyncdapo.replay.core.recovery import Recovered
@@ -50,6 +51,7 @@ class ReplayProcess(ProcessBase):
     @classmethod
     async def start(cls, spec: ProcessSpec, start: Start) -> ReplayProcess:
         """Open stream, journal and sockets, and resume from what the ledger says."""
+        keep_freed_memory()
         config = spec.config
         task = open_task(config.prompts, num_eval=config.eval.num_held_out, seed=config.run.seed)
         tokenizer = load_tokenizer(config.model.tokenizer_files, config.prompts.template_arguments)

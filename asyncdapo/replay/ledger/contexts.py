@@ -23,13 +23,15 @@ from zlib import crc32
 from asyncdapo.messages import NO_CHECKSUM, Completion, Context, Group, SampledTurn
 from asyncdapo.transport.payload import ContextTokens, Payload, numbered
 
+NO_OR_YES = frozenset((0, 1))
+
 
 def header_problem(completion: Completion) -> str | None:
     """What is wrong with the header alone. Buffers can be read by one without a problem."""
     if not completion.contexts:
         return "it has no context"
-    numbers = sorted(turn.number for context in completion.contexts for turn in context.turns)
-    if numbers != list(range(completion.num_turns)):
+    numbers = sorted([turn.number for context in completion.contexts for turn in context.turns])
+    if numbers != list(range(len(numbers))):
         return f"its turns are numbered {numbers}: one is missing, or in two places"
     return next(filter(None, map(_context_problem, completion.contexts)), None)
 
@@ -37,7 +39,7 @@ def header_problem(completion: Completion) -> str | None:
 def _context_problem(context: Context) -> str | None:
     sampled, num_sampled = context.sampled, context.num_sampled_tokens
     for name, runs in (("sampled", sampled), ("loss_mask", context.loss_mask)):
-        if any(value not in (0, 1) for value, _ in runs):
+        if not NO_OR_YES.issuperset([value for value, _ in runs]):
             return f"{name} {runs} has values other than 0 and 1"
     if not sampled or sampled[-1][0] == 0 or any(count < 1 for _, count in sampled):
         return f"sampled {sampled} doesn't end in a sampled token"
@@ -69,9 +71,9 @@ def token_problem(group: Group, payload: Payload) -> str | None:
 
 def _other_turn(tokens: ContextTokens) -> int | None:
     """Number of the first turn that hasn't the checksum that was taken at the engine; None if all have theirs."""
-    crc, begin = crc32(tokens.group_prompt_ids.tobytes()) if tokens.header.rooted else 0, 0
+    crc, begin = crc32(tokens.group_prompt_ids) if tokens.header.rooted else 0, 0
     for turn, end in _turns(tokens.header):
-        crc, begin = crc32(tokens.own_ids[begin:end].tobytes(), crc), end
+        crc, begin = crc32(tokens.own_ids[begin:end], crc), end
         if turn.checksum not in (numbered(crc, turn.number), NO_CHECKSUM):
             return turn.number
     return None

@@ -212,10 +212,9 @@ class Journal:
         """Where the payloads of these groups are. Raises LookupError if one isn't kept."""
         return [place_of(self._db, group_id) for group_id in group_ids]
 
-    def read(self, place: Place, memory: memoryview | None = None) -> tuple[Group, Payload]:
-        """A group and its payload. Any thread may call it. `memory`: see `read_record`. Raises BadRecord if it can't be
-        read."""
-        return self._segments.read(place, memory)
+    def read(self, place: Place) -> tuple[Group, Payload]:
+        """A group and its payload. Any thread may call it. Raises BadRecord if it can't be read."""
+        return self._segments.read(place)
 
     def read_header(self, place: Place) -> Group:
         """The group without its payload. As `read`."""

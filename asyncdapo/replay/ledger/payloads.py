@@ -118,9 +118,9 @@ class Segments:
         """The segments that exist, oldest first."""
         return sorted(int(path.stem) for path in self._folder.glob("*.bin") if path.stem.isdecimal())
 
-    def read(self, place: Place, memory: memoryview | None = None) -> tuple[Group, Payload]:
-        """The group that `append` placed there; `memory`: see `read_record`. Raises BadRecord."""
-        return read_record(self._folder, place, memory)
+    def read(self, place: Place) -> tuple[Group, Payload]:
+        """The group that `append` placed there. Raises BadRecord."""
+        return read_record(self._folder, place)
 
     def read_header(self, place: Place) -> Group:
         """The group without its payload. Raises BadRecord."""
@@ -164,14 +164,12 @@ def read_bytes(folder: Path, place: Place) -> bytes:
         return file.read(place.num_bytes)
 
 
-def read_record(folder: Path, place: Place, memory: memoryview | None = None) -> tuple[Group, Payload]:
+def read_record(folder: Path, place: Place) -> tuple[Group, Payload]:
     """Header and buffers (views on the bytes read) of a group. Raises BadRecord if they aren't as they were written, as
-    far as checksums show. `memory`: where to read them, as long as the record; large pieces for many records are cheap.
-    """
+    far as checksums show."""
     with _opened(folder, place) as file:
         group, crc = _read_header(file, place)
-        buffers = (memory or memoryview(bytearray(place.num_bytes)))[: place.end - file.tell()]
-        file.readinto(buffers)
+        buffers = memoryview(file.read(place.end - file.tell()))
         if crc not in (None, crc32(buffers)):
             raise ValueError("its tokens are damaged: another checksum than was written")
         num_sampled = group.num_sampled_tokens

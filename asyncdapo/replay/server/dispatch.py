@@ -9,7 +9,7 @@ The peers report again what the ledger doesn't know: credits, peers, and the bat
 
 Owns: the core's state, which a rollback replaces; the running leases (kept by the sessions); the learner's ranks that
 wait for a batch. Does not own: sockets, what messages mean (`workers`), what follows from an event (`state`).
-Memory: a rank's share is read from its segments when it is wanted, aside (`shares`).
+Memory: a rank's share is made when it is wanted, aside, and of the groups of recent arrival (`shares`).
 `outgoing` is emptied as fast as the socket takes messages; a peer is sent only answers to what it sent or asked for.
 """
 
@@ -87,7 +87,7 @@ class Dispatch:
         self.state = make_state(recovered)
         self._wanted: dict[int, tuple[bytes, CutWanted]] = {}
         """What each rank of the learner waits for."""
-        self._shares = ShareReader(journal, settings.dealer)
+        self._shares = ShareReader(journal, settings)
         self._no_batch: str | None = None
         """Why no batch follows, if none does."""
         self._finished = False
@@ -134,6 +134,7 @@ class Dispatch:
                     self.accounts.drop_partial(action)
                 case core.MoveGroup():
                     self.accounts.move_group(action, arrived[0] if arrived else None)
+                    self._shares.recent.move(action, arrived)
                 case core.CutBatch():
                     self._answer_learner()
                 case core.GenBatchClosed():
@@ -174,6 +175,7 @@ class Dispatch:
         self.accounts.resume_from(recovered)
         self.state = self._make_state(recovered)
         self._wanted.clear()
+        self._shares = ShareReader(self._journal, self._settings)
         self._resume_from(recovered)
 
     def _resume_from(self, recovered: Recovered) -> None:
@@ -244,7 +246,8 @@ class Dispatch:
             deal=Deal(updates=[], ranks=[]),
             copies=list(batches.copies.get(step, ())),
         )
-        places = self._journal.places([group.group_id for group in batches.untrained[step]])
+        members = [group.group_id for group in batches.untrained[step]]
+        places = dict(zip(members, self._journal.places(members), strict=True))
         return partial(self._shares.read, bare, places, wanted.rank)
 
     def _stop(self, stop: core.StopRun) -> None:
