@@ -25,7 +25,7 @@ import weakref
 from collections.abc import Sequence
 from functools import partial
 from types import UnionType
-from typing import Generic, cast
+from typing import Generic, TypeVar, cast
 
 import zmq
 import zmq.asyncio
@@ -46,6 +46,9 @@ RECONNECT_MAX_MS = 2_000
 COPY_BELOW_BYTES = 64 << 10
 CURVE_BYTES = 64
 """CURVE adds at most this many bytes to a frame."""
+ARRIVED = int(zmq.POLLIN)
+
+S = TypeVar("S", bound=zmq.Socket)
 
 
 class Server(Generic[Accepted]):
@@ -63,10 +66,12 @@ class Server(Generic[Accepted]):
         reaches the address is accepted."""
         self._accepts, self._limits = accepts, limits
         self._link = _lossy_link()
-        context = zmq.asyncio.Context()  # its own, because a context has one door
-        self._door = Door(context, curve.allowed) if curve else None
+        context = zmq.Context()  # its own, because a context has one door
+        self._door = Door(zmq.asyncio.Context(context), curve.allowed) if curve else None
         self._socket = _socket(context, zmq.ROUTER, limits, curve)
-        self._leave = weakref.finalize(self, _leave, context, self._socket, self._door)
+        loop, self._arrived = asyncio.get_running_loop(), asyncio.Event()
+        loop.add_reader(self._socket, _note_arrival, self._socket, self._arrived)
+        self._leave = weakref.finalize(self, _leave, loop, context, self._socket, self._door)
         self._leave.atexit = False  # its event loop may still run then
         self._socket.set(zmq.ROUTER_MANDATORY, 1)
         self._socket.set(zmq.ROUTER_HANDOVER, 1)
@@ -89,14 +94,25 @@ class Server(Generic[Accepted]):
 
     async def receive(self) -> tuple[bytes, Accepted | Malformed, list[memoryview]]:
         """The next message with its peer's identity and buffers. Bad input is returned as a `Malformed`, not raised."""
-        return self._decode(await _next(self._socket))
+        await asyncio.sleep(0)  # so that a flood can't starve the event loop
+        while (frames := self._take()) is None:
+            self._arrived.clear()
+            await self._arrived.wait()
+        return self._decode(frames)
 
     async def receive_some(self, most: int) -> list[tuple[bytes, Accepted | Malformed, list[memoryview]]]:
         """As `receive`: the next message and those that have already arrived after it, up to `most` in all."""
         received = [await self.receive()]
-        while len(received) < most and cast(int, self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
-            received.append(self._decode(await self._socket.recv_multipart(zmq.NOBLOCK, copy=False)))
+        while len(received) < most and (frames := self._take()) is not None:
+            received.append(self._decode(frames))
         return received
+
+    def _take(self) -> list[zmq.Frame] | None:
+        """All frames of the next message that has arrived; None if there is none."""
+        try:
+            return self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
+        except zmq.Again:
+            return None
 
     def _decode(self, frames: list[zmq.Frame]) -> tuple[bytes, Accepted | Malformed, list[memoryview]]:
         peer, *parts = frames
@@ -115,11 +131,12 @@ class Server(Generic[Accepted]):
 
     async def _transmit(self, peer: bytes, frames: Sequence[Buffer]) -> None:
         try:
-            await self._socket.send_multipart([peer, *frames], zmq.NOBLOCK, copy=False)
+            self._socket.send_multipart([peer, *frames], zmq.NOBLOCK, copy=False)
         except zmq.ZMQError as error:
             if error.errno not in (errno.EHOSTUNREACH, errno.EAGAIN):
                 raise
             self.num_dropped += 1
+        _note_arrival(self._socket, self._arrived)
 
     def close(self) -> None:
         """Drop queued messages and free the port, at once."""
@@ -172,17 +189,23 @@ class Client(Generic[Accepted]):
         self._socket.close()
 
 
-def _leave(context: zmq.asyncio.Context, socket: zmq.asyncio.Socket, door: Door | None) -> None:
+def _note_arrival(socket: zmq.Socket, arrived: asyncio.Event) -> None:
+    """To look at the events takes away the signal that there may be new ones, and to send does so, too."""
+    if cast(int, socket.getsockopt(zmq.EVENTS)) & ARRIVED:
+        arrived.set()
+
+
+def _leave(loop: asyncio.AbstractEventLoop, context: zmq.Context, socket: zmq.Socket, door: Door | None) -> None:
     """Not a method, so that a server that was dropped while open leaves too (see `store`)."""
+    if not loop.is_closed():
+        loop.remove_reader(socket)
     socket.close()
     if door:
         door.close()
     context.term()
 
 
-def _socket(
-    context: zmq.asyncio.Context, kind: int, limits: Limits, curve: ServerKeys | ClientKeys | None
-) -> zmq.asyncio.Socket:
+def _socket(context: zmq.Context[S], kind: int, limits: Limits, curve: ServerKeys | ClientKeys | None) -> S:
     socket = context.socket(kind)
     socket.set(zmq.LINGER, 0)
     socket.set(zmq.MAXMSGSIZE, max(limits.header_bytes, limits.frame_bytes) + CURVE_BYTES * bool(curve))
