@@ -93,6 +93,8 @@ class Scale:
     def _punish(self, lengths: Sequence[int]) -> list[float]:
         """The length punishment of each completion: 0 or less."""
         config = self._config
+        if max(lengths, default=0) <= self._max_response_length - config.overlong_buffer:
+            return [0.0] * len(lengths)  # most calls: tensors would cost more than all the rest of the score
         return soft_overlong_punishment(
             torch.tensor(list(lengths)),
             max_length=self._max_response_length,

@@ -38,8 +38,8 @@ class WorkerAccount:
 
     def note(self, jobs: Collection[Job], num_unsent: int) -> None:
         """These jobs are under way, and the server hasn't acknowledged so many answers."""
-        self._clock.enter(self._state(jobs, num_unsent))
         num_outstanding = self._engine.num_outstanding
+        self._clock.enter(self._state(num_outstanding, jobs, num_unsent))
         self._running.set(min(num_outstanding, self._engine.num_slots))
         self._waiting.set(max(0, num_outstanding - self._engine.num_slots))
         self._unsent.set(num_unsent)
@@ -81,10 +81,10 @@ class WorkerAccount:
         """What it did when since the `take_spans` before."""
         return self._clock.take_spans()
 
-    def _state(self, jobs: Collection[Job], num_unsent: int) -> str:
+    def _state(self, num_outstanding: int, jobs: Collection[Job], num_unsent: int) -> str:
         if self._loading:
             return "load"
-        if self._engine.num_outstanding or any(job.num_starting for job in jobs):
+        if num_outstanding or any(job.num_starting for job in jobs):
             return "generate"
         if any(job.num_in_environment for job in jobs):
             return "environment"

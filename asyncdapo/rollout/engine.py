@@ -13,8 +13,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
-from itertools import groupby
-from operator import itemgetter
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
@@ -27,7 +25,13 @@ S = TypeVar("S", bound="Sampled")
 
 def joined(runs: Iterable[tuple[int, int]]) -> Runs:
     """The same, with neighbours of one value as one run."""
-    return [(value, sum(count for _, count in same)) for value, same in groupby(runs, key=itemgetter(0))]
+    out: Runs = []
+    for value, count in runs:
+        if out and out[-1][0] == value:
+            out[-1] = value, out[-1][1] + count
+        else:
+            out.append((value, count))
+    return out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +44,8 @@ class Sampled:
 
     def then(self, more: S) -> S:
         """With the tokens that were sampled behind its own. A `Sample` if that completes it."""
+        if not len(self.token_ids):
+            return more
         return replace(
             more,
             token_ids=np.concatenate([self.token_ids, more.token_ids]),

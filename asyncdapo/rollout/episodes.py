@@ -22,7 +22,7 @@ from asyncdapo.errors import EpisodeError
 from asyncdapo.messages import FinishReason, Prompt, Sampling, Score
 from asyncdapo.rollout.engine import Continuable, Engine, Priority, Request, Sample, Sampled
 from asyncdapo.rollout.job import Job, Part
-from asyncdapo.transport.payload import checksum
+from asyncdapo.transport.payload import TOKEN_DTYPE, checksum
 
 AHEAD = 16
 """For so many slots one sequence more is asked for. It waits in the engine, so that a slot is filled when it becomes
@@ -97,7 +97,7 @@ class Episode:
 def turn_of(prompt_ids: Sequence[int], sample: Sample, number: int, observed: Sequence[int] = ()) -> Turn:
     """The turn in which the engine answered this prompt. Its checksum is of what the engine was given, not of what is
     put together later."""
-    taken = checksum([*prompt_ids, *sample.token_ids], number)
+    taken = checksum(np.concatenate([np.array(prompt_ids, TOKEN_DTYPE), sample.token_ids]), number)
     return Turn(number=number, observed=observed, sample=sample, checksum=taken)
 
 
@@ -207,6 +207,8 @@ class SingleTurn:
             job.num_starting -= len(part.indices)
             part.samples = await self._engine.generate(part.request)
 
+        if len(parts) == 1:
+            return await make(parts[0])
         tasks = [asyncio.ensure_future(make(part)) for part in parts]
         try:
             await asyncio.gather(*tasks)

@@ -30,7 +30,6 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import Any
 
 from asyncdapo import faults
@@ -300,9 +299,9 @@ class RolloutWorker:
                 if frames:
                     faults.point("after_send_group")
             next_at = self._heartbeat_at if self._welcomed else self._hello_at
-            with suppress(TimeoutError):
-                async with asyncio.timeout(next_at - time.monotonic()):
-                    await self._wake.wait()
+            alarm = asyncio.get_running_loop().call_later(next_at - time.monotonic(), self._wake.set)
+            await self._wake.wait()
+            alarm.cancel()
 
     def _hello(self, now: float) -> list[Outgoing]:
         if now < self._hello_at:

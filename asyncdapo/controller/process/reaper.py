@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 import psutil
 
 PR_SET_CHILD_SUBREAPER = 36
-LOOK_S = 0.5
+LOOK_S = 1.0
 GRACE_S = 3.0
 SWEEP_S = 3.0
 
@@ -77,9 +77,9 @@ def still_there(processes: set[psutil.Process]) -> set[psutil.Process]:
 
 
 def descendants(pid: int) -> set[psutil.Process]:
-    """Every process below this one that lives."""
+    """Every process below this one, zombies included."""
     with suppress(psutil.NoSuchProcess):
-        return still_there(set(psutil.Process(pid).children(recursive=True)))
+        return set(psutil.Process(pid).children(recursive=True))
     return set()
 
 
