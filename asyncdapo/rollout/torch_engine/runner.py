@@ -81,9 +81,9 @@ class Runner:
     def has_work(self) -> bool:
         return bool(self._batch.num_active or self._scheduler)
 
-    def can_start_more(self, num_ended: int) -> bool:
-        """Whether nothing waits for a slot, or so many that have ended make room for what waits."""
-        return not self._scheduler or num_ended >= self._scheduler.min_free
+    def fills(self, num_free: int) -> bool:
+        """Whether so many slots that have become free are filled again; fewer wait for others."""
+        return num_free >= self._scheduler.min_free
 
     def add(self, job: Job) -> None:
         self._scheduler.add(job)

@@ -279,7 +279,7 @@ class TorchEngine:
         untold.started += progress.started
         untold.ended += progress.ended
         is_complete = any(not job.num_unfinished for job in progress.ended)
-        if untold.started or is_complete or untold.ended and loaded.runner.can_start_more(len(untold.ended)):
+        if untold.started or is_complete or loaded.runner.fills(len(untold.ended)):
             self._untold = Progress()
             loaded.loop.call_soon_threadsafe(self._deliver, self._version, untold)
 

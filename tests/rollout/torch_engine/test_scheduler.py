@@ -1,8 +1,12 @@
 """Who starts when slots come free."""
 
+import asyncio
+
 from asyncdapo.messages import Sampling
 from asyncdapo.rollout.engine import Priority, Request
 from asyncdapo.rollout.torch_engine.scheduler import Job, Scheduler
+
+from .models import engine_for, random_model, request, saved
 
 
 def job(num_samples=4, priority=Priority.FRESH):
@@ -63,3 +67,28 @@ def test_one_at_a_time_never_mixes_requests_and_waits_for_empty_slots():
     assert start(scheduler, 1) == []
     assert start(scheduler, 0) == [(first, 2)]
     assert start(scheduler, 0) == [(second, 2)]
+
+
+def test_the_event_loop_hears_of_ends_when_slots_can_be_filled_and_not_of_each(tmp_path):
+    bursts = [0]
+
+    async def generate():
+        loop = asyncio.get_running_loop()
+
+        def note_end():
+            if not bursts[-1]:
+                loop.call_soon(bursts.append, 0)
+            bursts[-1] += 1
+
+        asked = request(6, range(64), max_tokens=48)
+        asked.on_sample_done = note_end
+        engine = engine_for(saved(random_model(), tmp_path), slots=64, stop=[3, 8, 13])
+        await engine.start()
+        await engine.generate(asked)
+        await engine.stop()
+
+    asyncio.run(generate())
+    *told, last, _ = bursts
+    assert sum(told) + last == 64
+    assert len(told) > 1
+    assert min(told) >= 4
