@@ -39,6 +39,9 @@ Pick = Callable[[P], Callable[Params, Coroutine[Any, Any, R]]]
 MAX_CONCURRENCY = 64
 """Ray calls that one process serves at a time: commands, besides its `serve`."""
 
+NODE_DIED = "its node has died"
+"""In Ray's report, which has no other sign of it."""
+
 CAUSE_GRACE_S = 2.0
 """Time for a death to become known, when what failed first may be a call to the process that died."""
 
@@ -49,6 +52,10 @@ class ProcessDied(RunError):  # noqa: N818 - what happened to it, not a failure 
     def __init__(self, name: str, how: str) -> None:
         super().__init__(f"{name}: the process died: {how}")
         self.name = name
+
+
+class NodeDied(ProcessDied):
+    """Its node is gone. Ray says so some 12 s late, and may have begun a life there meanwhile."""
 
 
 class Process(Generic[P_co]):
@@ -165,7 +172,8 @@ class Process(Generic[P_co]):
         except RayActorError as error:
             if actor is self._actor:
                 self.up.clear()
-            raise ProcessDied(self.name, _reason(error) + self._elsewhere()) from None
+            died = NodeDied if NODE_DIED in str(error) else ProcessDied
+            raise died(self.name, _reason(error) + self._elsewhere()) from None
         except RayError as error:
             raise RunError(f"{self.name}: {type(error).__name__}") from error
 
@@ -228,6 +236,8 @@ def _reason(error: RayActorError) -> str:
     """What Ray's report says of the way in which the process ended, without its advice."""
     if isinstance(error, ActorUnavailableError):
         return "Ray has lost the connection to it"
+    if NODE_DIED in str(error):
+        return NODE_DIED
     detail = re.search(r"Worker exit detail: (.*?)(?: Some common causes| There are some potential root|$)", str(error))
     if detail:
         return detail[1]

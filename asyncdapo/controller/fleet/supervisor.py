@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Concatenate
 
 from asyncdapo.config.config import Config
-from asyncdapo.controller.fleet.process import P, Params, Process, ProcessDied, R
+from asyncdapo.controller.fleet.process import NodeDied, P, Params, Process, ProcessDied, R
 from asyncdapo.controller.process.health import Health
 from asyncdapo.controller.process.restarts import Restarts
 from asyncdapo.controller.process.roster import Roster, this_process
@@ -149,8 +149,9 @@ class Supervisor:
         await asyncio.sleep(delay_s)
 
     def count_death(self, name: str, death: Exception) -> float:
-        """Returns how long to wait before the next start, in seconds. Raises RunError past the budget."""
-        return self._restarts.delay_s(name, death)
+        """Returns how long to wait before the next start, in seconds. Raises RunError past the budget, to which the
+        loss of a node doesn't count."""
+        return 0.0 if isinstance(death, NodeDied) else self._restarts.delay_s(name, death)
 
     async def clear(self, process: Process[ProcessBase]) -> None:
         """Wait for what a dead process had started, and strike it from the roster."""

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.exceptions import RayActorError
 
+from asyncdapo.config.config import Config
+from asyncdapo.config.run import ControllerConfig, RunConfig
 from asyncdapo.controller.fleet import fleet as fleets
 from asyncdapo.controller.fleet import rooms
 from asyncdapo.controller.fleet.placement import Bundle
+from asyncdapo.controller.fleet.process import Process, ProcessDied
 from asyncdapo.controller.fleet.rooms import Room
+from asyncdapo.controller.fleet.supervisor import Supervisor
+from asyncdapo.controller.process.restarts import TooManyDeaths
 from asyncdapo.errors import RunError
+from asyncdapo.model.config import ModelConfig
 from tests.controller.fleet.test_fleet import FakeWorker, fleet_on
 
 
@@ -39,6 +48,27 @@ def test_without_room_the_run_ends_with_what_was_asked_and_what_to_do(monkeypatc
     said = r"replay has lost its node, and Ray has no room for it \(0.1 CPU and 0 GPU\) within .*the same command"
     with pytest.raises(RunError, match=said):
         asyncio.run(room_of(monkeypatch, "RESCHEDULING").found("replay", 0.01))
+
+
+@pytest.mark.parametrize(("said", "counts"), [("its node has died. Node Id: 7", False), ("it was killed", True)])
+def test_a_life_that_began_on_a_node_that_was_gone_is_no_death_of_the_budget(
+    said: str, counts: bool, tmp_path: Path
+) -> None:
+    async def health() -> None:
+        raise RayActorError("a1", f"The actor died unexpectedly before finishing this task.\nIt died because {said}")
+
+    async def scene() -> ProcessDied:
+        process = Process("rollout-1", lambda: SimpleNamespace(health=SimpleNamespace(remote=health)))
+        process.spawn()
+        with pytest.raises(ProcessDied) as death:
+            await process.health()
+        return death.value
+
+    config = Config(model=ModelConfig(path="none"), run=RunConfig(dir=str(tmp_path)))
+    supervisor = Supervisor(replace(config, controller=ControllerConfig(max_restarts=0)))
+    death = asyncio.run(scene())
+    with pytest.raises(TooManyDeaths, match="killed") if counts else nullcontext():
+        assert supervisor.count_death("rollout-1", death) == 0.0
 
 
 @pytest.mark.parametrize("address", ["here", "elsewhere"])
