@@ -10,6 +10,7 @@ at once.
 from __future__ import annotations
 
 import dataclasses
+import re
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -332,8 +333,9 @@ def to_yaml(config: Config) -> str:
     for name, section in to_dict(config).items():
         docs = field_docs(SECTIONS[name])
         lines.append(f"{name}:")
-        for key, value in section.items():
+        entries = re.split(r"\n(?=\w)", OmegaConf.to_yaml(section).strip())  # a key stands at the margin, its value not
+        for key, entry in zip(section, entries, strict=True):
             lines += [f"  # {line}" for line in textwrap.wrap(" ".join(docs[key].split()), 110, break_on_hyphens=False)]
-            lines.append("  " + OmegaConf.to_yaml({key: value}).strip().replace("\n", "\n  "))
+            lines.append("  " + entry.replace("\n", "\n  "))
         lines.append("")
     return "\n".join(lines)

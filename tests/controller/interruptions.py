@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from asyncdapo.controller.process.reaper import descendants, is_alive
 from asyncdapo.controller.process.roster import survivors
 from asyncdapo.learner.storage.checkpoint import kept_steps
 from asyncdapo.metrics.jsonl import read_metrics
@@ -21,6 +22,9 @@ from tests.controller.runs import FinishedRun, launch, started
 
 SHORT = ("learner.checkpoint_every=3", "replay.prompts_per_step=4", "eval.num_prompts=8", "eval.num_greedy_prompts=4")
 """Overrides for steps of well under a second, so that an interruption falls anywhere in one."""
+STOP_S = 20.0
+END_S = 15.0
+"""For the processes to end, besides the time that the run has for its step."""
 
 
 @dataclass(frozen=True)
@@ -52,14 +56,36 @@ def interrupt(run_dir: Path, sent: signal.Signals, after_s: float, *overrides: s
     return survey(run_dir)
 
 
+def stop(process: subprocess.Popen[str], sent: signal.Signals, within_s: float = STOP_S + END_S) -> str:
+    """Ask the run to stop. Returns its output, once it has ended in time and nothing of it is left."""
+    below = descendants(process.pid)
+    asked_at = time.monotonic()
+    process.send_signal(sent)
+    output, _ = process.communicate(timeout=within_s + 30)
+    assert process.returncode == 130, output
+    assert "Traceback" not in output, output
+    assert time.monotonic() - asked_at < within_s, output
+    deadline = time.monotonic() + END_S
+    while left := {process for process in below if is_alive(process)}:
+        assert time.monotonic() < deadline, f"still there: {left}"
+        time.sleep(0.1)
+    return output
+
+
 def go_on(run_dir: Path, before: Interruption, num_steps: int = 4, *overrides: str) -> FinishedRun:
     """Launch again for a few steps, and check that the two launches make one run."""
     last = before.checkpoint + num_steps
     run = launch(run_dir, *SHORT, f"run.steps={last}", *overrides)
     assert run.exit_code == 0, run.output
-    assert f"resumes after step {before.checkpoint}" in run.output, run.output
     assert [line["step"] for line in run.lines] == list(range(last + 1))
-    after = survey(run_dir)
+    assert_resumed(run, before)
+    return run
+
+
+def assert_resumed(run: FinishedRun, before: Interruption) -> None:
+    """The launches before and after the interruption make one run."""
+    assert f"resumes after step {before.checkpoint}" in run.output, run.output
+    after = survey(run.dir)
     first = before.checkpoint + 1
     if first in before.losses:
         assert after.losses[first] == before.losses[first], "the first loss is the one that was recorded"
@@ -69,10 +95,9 @@ def go_on(run_dir: Path, before: Interruption, num_steps: int = 4, *overrides: s
     new = [prompt for step, prompts in after.trained.items() if step >= first for prompt in prompts]
     assert len(set(old + new)) == len(old + new), "no prompt is trained twice"
     assert after.num_fresh >= before.num_fresh
-    assert leased_prompts(run_dir) == set(range(after.num_fresh)), "the stream continues at the next position"
-    assert audit(run_dir) == []
-    assert_nothing_lives(run_dir)
-    return run
+    assert leased_prompts(run.dir) == set(range(after.num_fresh)), "the stream continues at the next position"
+    assert audit(run.dir) == []
+    assert_nothing_lives(run.dir)
 
 
 def survey(run_dir: Path) -> Interruption:

@@ -1,6 +1,6 @@
 """One run with a learner of two ranks, among strangers: nobody hears it, and what they send costs nothing. Then its
-processes are killed one after the other: the run continues, and every prompt ends exactly once, until one has died too
-often. All tests share the run."""
+processes are killed one after the other: the run continues, and every prompt ends exactly once. Asked to stop it stops,
+and the same command resumes it, until a process has died too often. All tests share the run."""
 
 from __future__ import annotations
 
@@ -20,10 +20,14 @@ from asyncdapo.controller.process.reaper import descendants, is_alive
 from asyncdapo.replay.ledger.audit import audit
 from tests.controller.interruptions import (
     SHORT,
+    Interruption,
     assert_nothing_lives,
+    assert_resumed,
     num_lives_trained_on,
     processes,
     query,
+    stop,
+    survey,
     trained_steps,
     wait_for_batch,
     wait_until,
@@ -34,9 +38,10 @@ from tests.ports import Port, listening, strangers
 
 pytestmark = pytest.mark.timeout(500)
 
-SHARDED = (*LEARNER_OF_TWO, "learner.shards=2", "learner.updates_per_step=2")
+COMMAND = (*SHORT, *LEARNER_OF_TWO, "learner.shards=2", "learner.updates_per_step=2", "run.steps=100000")
 EACH_ONCE = ("controller.max_restarts=1", "rollout.parity_every=1")
 """Deaths fall into comparisons of log-probs, too."""
+NONE_EVER = "controller.max_restarts=0"
 KNOCK = """
 import sys
 from ray._raylet import GcsClient
@@ -66,16 +71,20 @@ class Strangers:
 class Seen:
     """What was seen of the run while it lived, and what it left behind."""
 
-    run: FinishedRun
     strangers: Strangers
     lost: set[int]
     """Prompts of the leases that the worker held at its first death."""
+    stopped: str
+    """What the first launch printed, until it was asked to stop."""
+    between: Interruption
+    run: FinishedRun
+    """After the second launch."""
 
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory: pytest.TempPathFactory) -> Seen:
     run_dir = tmp_path_factory.mktemp("deaths") / "run"
-    with started(run_dir, *SHORT, *SHARDED, *EACH_ONCE, "run.steps=100000") as process:
+    with started(run_dir, *COMMAND, *EACH_ONCE) as process:
 
         def kill(role: str) -> None:
             """Kill the last process of a role, and see the run continue with others in the place of all of them."""
@@ -93,9 +102,14 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Seen:
         lost = {prompt for (prompt,) in query(run_dir, "SELECT prompt_id FROM leases WHERE outcome = 'lost'")}
         for role in ("scorer", "replay", "learner"):
             kill(role)
+        stopped = stop(process, signal.SIGTERM)
+    between = survey(run_dir)
+    assert_nothing_lives(run_dir)
+    with started(run_dir, *COMMAND, NONE_EVER) as process:
+        wait_for_batch(run_dir, between.checkpoint + 2, process)
         os.kill(*processes(run_dir, "rollout"), signal.SIGKILL)
         output, _ = process.communicate(timeout=180)
-    return Seen(FinishedRun(run_dir, process.returncode, output), found, lost)
+    return Seen(found, lost, stopped, between, FinishedRun(run_dir, process.returncode, output))
 
 
 def among_strangers(run_dir: Path, process: subprocess.Popen[str]) -> Strangers:
@@ -167,8 +181,14 @@ def test_both_ranks_are_started_again_from_the_checkpoint_after_the_death_of_one
     assert steps == list(range(len(steps)))
 
 
+def test_asked_to_stop_it_finishes_its_step_and_the_same_command_resumes_behind_it(seen: Seen) -> None:
+    last = seen.between.checkpoint
+    assert last == max(seen.between.trained)
+    assert f"stopped after step {last}: the same command resumes from there" in seen.stopped
+    assert_resumed(seen.run, seen.between)
+
+
 def test_a_process_that_dies_too_often_ends_the_run_with_the_cause_in_its_last_line(seen: Seen) -> None:
     assert seen.run.exit_code == 1, seen.run.output
-    cause = r"rollout-0: the process died.*controller.max_restarts is 1"
+    cause = r"rollout-0: the process died.*controller.max_restarts is 0"
     assert re.search(cause, seen.run.output.splitlines()[-1]), seen.run.output
-    assert_nothing_lives(seen.run.dir)

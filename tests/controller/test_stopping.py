@@ -1,4 +1,4 @@
-"""Asked to stop, at whatever moment, a run keeps what is done and ends in time."""
+"""Asked to stop, at whatever moment, a run keeps what is done and ends in time. `test_deaths` stops one by default."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from pathlib import Path
 
 import pytest
 
-from asyncdapo.controller.process.reaper import descendants, is_alive
 from asyncdapo.controller.process.roster import survivors
 from asyncdapo.metrics.jsonl import read_metrics
 from asyncdapo.replay.ledger.audit import audit
 from tests.controller.interruptions import (
+    END_S,
     SHORT,
     assert_nothing_lives,
     go_on,
     processes,
+    stop,
     survey,
     wait_for_batch,
     wait_until,
@@ -28,25 +29,6 @@ from tests.controller.runs import launch, started
 from tests.environment.hosting import ANSWERING
 
 EPISODES = (f"environment.path={ANSWERING}:AsksBack", "environment.max_context=200")
-STOP_S = 20.0
-END_S = 15.0
-"""For the processes to end, besides the time that the run has for its step."""
-
-
-def stop(process: subprocess.Popen[str], sent: signal.Signals, within_s: float = STOP_S + END_S) -> str:
-    """Ask the run to stop. Returns its output, once it has ended in time and nothing of it is left."""
-    below = descendants(process.pid)
-    asked_at = time.monotonic()
-    process.send_signal(sent)
-    output, _ = process.communicate(timeout=within_s + 30)
-    assert process.returncode == 130, output
-    assert "Traceback" not in output, output
-    assert time.monotonic() - asked_at < within_s, output
-    deadline = time.monotonic() + END_S
-    while left := {process for process in below if is_alive(process)}:
-        assert time.monotonic() < deadline, f"still there: {left}"
-        time.sleep(0.1)
-    return output
 
 
 def wait_for_line(run_dir: Path, words: str, process: subprocess.Popen[str]) -> None:
@@ -55,6 +37,7 @@ def wait_for_line(run_dir: Path, words: str, process: subprocess.Popen[str]) -> 
     wait_until(lambda: log.exists() and words in log.read_text(), process)
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(600)
 def test_a_run_asked_to_stop_finishes_its_step_writes_a_checkpoint_and_resumes_from_there(tmp_path: Path) -> None:
     """Of episodes of two turns, which stop and resume as all else does."""

@@ -154,7 +154,7 @@ def assert_equal(got: Result, expected: Result) -> None:
 def test_every_micro_batch_size_gives_the_same_gradient(path, loss):
     batch, payload = a_batch()
     whole = train(path, (LOSSES[loss], batch, payload, LONGEST * NUM_ROWS), ALONE)
-    for num_rows in (1, 3, 7):
+    for num_rows in (1, 7):
         assert_equal(train(path, (LOSSES[loss], batch, payload, LONGEST * num_rows), ALONE), whole)
 
 

@@ -146,7 +146,7 @@ def die_in_a_pass(of_rank: Ranks, path: str, victim: int, is_backward: bool) -> 
     return time.monotonic() - began_s
 
 
-@pytest.mark.parametrize(("victim", "is_backward"), [(3, False), (0, True)])
+@pytest.mark.parametrize(("victim", "is_backward"), [pytest.param(3, False, marks=pytest.mark.soak), (0, True)])
 def test_a_rank_that_dies_in_a_pass_fails_all_others_at_once(path, victim, is_backward) -> None:
     outcomes = in_processes(4, die_in_a_pass, path, victim, is_backward)
     assert outcomes.pop(victim) is None

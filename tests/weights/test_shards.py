@@ -74,8 +74,18 @@ def make(ranks: list[Member], version: int) -> None:
         assert rank.do("make", version) is None
 
 
-@pytest.mark.parametrize("backend", ["gloo", "ipc"])
-@pytest.mark.parametrize(("num_shards", "num_ranks", "num_elsewhere"), [(2, 2, 0), (3, 3, 1), (4, 4, 3), (2, 4, 0)])
+MESHES = [(2, 2, 0), (3, 3, 1), (4, 4, 3), (2, 4, 0)]
+DEFAULT_MESHES = [(3, 3, 1, "gloo"), (3, 3, 1, "ipc"), (2, 4, 0, "ipc")]
+
+
+@pytest.mark.parametrize(
+    ("num_shards", "num_ranks", "num_elsewhere", "backend"),
+    [
+        pytest.param(*mesh, backend, marks=[] if (*mesh, backend) in DEFAULT_MESHES else pytest.mark.soak)
+        for mesh in MESHES
+        for backend in ("gloo", "ipc")
+    ],
+)
 def test_receivers_get_the_whole_weights_bit_by_bit(
     num_shards: int, num_ranks: int, num_elsewhere: int, backend: Backend
 ) -> None:

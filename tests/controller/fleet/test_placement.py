@@ -246,7 +246,7 @@ def four_gpus() -> Iterator[None]:
         config_of("shared", workers=2),
         pytest.param(config_of("shared", ranks=2, workers=3), marks=pytest.mark.soak),
         pytest.param(config_of("separate", workers=2), marks=pytest.mark.soak),
-        config_of(ranks=4),
+        pytest.param(config_of(ranks=4), marks=pytest.mark.soak),
         pytest.param(config_of(ranks=5, workers=2), marks=pytest.mark.soak),
         pytest.param(config_of(tensor_parallel=3), marks=pytest.mark.soak),
         pytest.param(config_of(ranks=2, shards=2, tensor_parallel=2), marks=pytest.mark.soak),
