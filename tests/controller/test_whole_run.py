@@ -29,7 +29,7 @@ from tests.controller.recomputed import assert_versions_are_true
 from tests.controller.runs import FinishedRun, command, copy_start_model, started, wait_for_step
 from tests.docs.blocks import python_cells_of
 
-STEPS = 12
+STEPS = 9
 NUM_PROMPTS, NUM_GREEDY = 8, 4
 STALENESS = 3
 KEYS = """step time/wall_s time/total_s reward/mean reward/filtered_mean filter/kept_ratio replay/staleness_mean
@@ -58,7 +58,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
         "learner.warmup_steps=0",
         "learner.checkpoint_every=1",
         "learner.keep_checkpoints=0",
-        "eval.every=6",
+        "eval.every=5",
         f"eval.num_prompts={NUM_PROMPTS}",
         f"eval.num_greedy_prompts={NUM_GREEDY}",
         "eval.num_samples=2",

@@ -44,7 +44,7 @@ def chaos(max_examples: int):
     return settings(max_examples=max_examples, deadline=None, suppress_health_check=list(HealthCheck))
 
 
-@chaos(600)
+@chaos(400)
 @given(worlds(), CHAOS)
 def test_all_invariants_hold_after_every_event(world: World, choices: bytes) -> None:
     Simulation(world).run(choices)

@@ -37,8 +37,9 @@ def qwen3():
     return Qwen3ForCausalLM(Qwen3Config(**SHAPE, head_dim=16, attn_implementation=NAME)).eval()
 
 
-@pytest.mark.parametrize("make_model", [tiny_llama, qwen2, qwen3])
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize(
+    ("make_model", "temperature"), [(tiny_llama, 1.0), (tiny_llama, 0.7), (qwen2, 0.7), (qwen3, 0.7)]
+)
 def test_logprobs_and_entropy_agree_with_the_hugging_face_forward_of_each_row_alone(make_model, temperature):
     torch.manual_seed(0)
     model = make_model().double()
