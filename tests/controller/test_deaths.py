@@ -177,7 +177,7 @@ def test_both_ranks_are_started_again_from_the_checkpoint_after_the_death_of_one
     run_dir = seen.run.dir
     assert re.search(r"learner(-1)?: the process died", (run_dir / "run.log").read_text())  # whichever ended first
     assert (run_dir / "logs" / "learner-1.log").exists()
-    assert query(run_dir, "SELECT branch FROM branches ORDER BY branch") == [(0,), (1,), (2,)]  # by it, and by the resume
+    assert query(run_dir, "SELECT branch FROM branches ORDER BY branch") == [(0,), (1,), (2,)]  # by it, by the resume
     steps = [line["step"] for line in seen.run.lines]
     assert steps == list(range(len(steps)))
 
