@@ -17,7 +17,7 @@ settings.register_profile("asyncdapo", deadline=None)
 settings.load_profile("asyncdapo")
 gc.disable()
 
-LONGEST = ("tests/controller/test_deaths.py", "tests/controller/test_stopping.py")
+LONGEST = ("tests/controller/test_deaths.py", "tests/controller/test_whole_run.py")
 WITH_WHOLE_RUNS = "tests/controller/"
 TESTS_OF_VLLM = "vllm and not soak"
 """Their marker expression in the README."""
@@ -32,7 +32,7 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first: the last one that a worker is dealt is short, and the workers end together. The two
-    longest wait for their processes most of the time; begun at once, they leave the processor to the third worker."""
+    longest wait for their processes most of the time; begun at once, they leave the processor to the others."""
     items.sort(key=lambda item: (not item.nodeid.startswith(LONGEST), not item.nodeid.startswith(WITH_WHOLE_RUNS)))
 
 

@@ -144,8 +144,15 @@ def test_tokens_sampled_while_versions_arrive_carry_their_versions_in_order(engi
     assert {versions[-1] for versions in found} >= {13}
 
 
-@pytest.mark.parametrize("end", ["fall_silent", "die"])
-@pytest.mark.parametrize("backend", ["gloo", "ipc"])
+@pytest.mark.parametrize(
+    ("end", "backend"),
+    [
+        ("fall_silent", "ipc"),
+        ("die", "gloo"),
+        pytest.param("fall_silent", "gloo", marks=pytest.mark.soak),
+        pytest.param("die", "ipc", marks=pytest.mark.soak),
+    ],
+)
 def test_without_the_trainer_generation_continues_and_a_new_group_works(engines, loop, directory, end, backend):
     async def body() -> None:
         before = await digests(engines)

@@ -23,7 +23,7 @@ PARITY = 1e-3
 TIMEOUT_S = 20.0
 NUM_VERSIONS = 4
 NUM_IN_FLIGHT = 8
-RESPONSE_LENGTH = 200
+RESPONSE_LENGTH = 100
 
 
 def model_of(version: int) -> torch.nn.Module:
