@@ -36,7 +36,7 @@ from tests.controller.process.test_ray_servers import LEARNER_OF_TWO, pid_of
 from tests.controller.runs import FinishedRun, started
 from tests.ports import Port, listening, strangers
 
-pytestmark = pytest.mark.timeout(500)
+pytestmark = pytest.mark.timeout(700)
 
 COMMAND = (*SHORT, "learner.updates_per_step=2", "run.steps=100000")
 SHARDED = (*LEARNER_OF_TWO, "learner.shards=2")
