@@ -47,7 +47,7 @@ from asyncdapo.transport.sockets import Server
 
 STATES = ("workers", "learner", "commands", "clock")
 """On whose behalf the server works; `idle` is the rest of its time."""
-MAX_TOGETHER = 64
+MAX_TOGETHER = 16
 """Most messages of workers in one transaction."""
 
 log = logging.getLogger("replay")
