@@ -18,6 +18,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from asyncdapo.messages import Context, Group, Message
+from asyncdapo.transport.payload import Payload, Support
 
 NOBODY = -1
 """In a `Deal`: at no update, at no rank."""
@@ -44,7 +45,7 @@ class Deal(Struct, frozen=True, kw_only=True, array_like=True, forbid_unknown_fi
 
 
 class Batch(Message):
-    """replay -> learner: batch `step`, immutable, with the frames of one `Payload` over the rank's share
+    """replay -> learner: batch `step`, immutable, with the frames of a `Payload` for each piece of the rank's share
     (`share_of`) in order. All but the frames is the same for every rank.
 
     Sorted by `prompt_id`. `Group.staleness(step)` of each group is at most `max_staleness`.
@@ -142,11 +143,11 @@ class Piece:
     indices: list[int]
     """Of the completions in the group, rising."""
     header: Group
-    """The group's, with these completions only; a payload of the share is read by it."""
+    """The group's, with these completions only; its payload is read by it."""
 
 
 def share_of(batch: Batch, rank: int) -> list[Piece]:
-    """What this rank trains on, in the order in which its payload stands in the frames. Raises ValueError for a deal of
+    """What this rank trains on, in the order in which its payloads stand in the frames. Raises ValueError for a deal of
     other groups."""
     completions = [
         (place, index) for place, group in enumerate(batch.groups) for index in range(len(group.completions))
@@ -158,6 +159,25 @@ def share_of(batch: Batch, rank: int) -> list[Piece]:
 
 def _piece(group: Group, place: int, indices: list[int]) -> Piece:
     return Piece(place, indices, replace(group, completions=[group.completions[index] for index in indices]))
+
+
+def frames_of(payloads: Sequence[Payload]) -> list[memoryview]:
+    """Of a share with these payloads, without a copy: three of each, or five of each if one has `support`."""
+    frames: list[memoryview] = []
+    narrowed = any(part.support for part in payloads)
+    for part in payloads:
+        support = part.support or (Support.of_all(len(part.logprobs)) if narrowed else None)
+        frames += Payload(part.prompt_ids, part.token_ids, part.logprobs, support).frames()
+    return frames
+
+
+def read_share(frames: Sequence[memoryview], share: Sequence[Piece]) -> Payload:
+    """The payload of a share, joined. Raises ValueError when sizes and headers disagree."""
+    num = len(frames) // max(1, len(share))
+    if num * len(share) != len(frames):
+        raise ValueError(f"{len(frames)} frames don't hold the payloads of {len(share)} groups")
+    parts = (frames[num * place : num * (place + 1)] for place in range(len(share)))
+    return Payload.join([Payload.from_frames(part, [piece.header]) for part, piece in zip(parts, share, strict=True)])
 
 
 # The deal of one update. A rank that has a part of a group computes the prompt, and is sent it. So groups are cut

@@ -64,6 +64,11 @@ class Support:
         return None if ((num_found == 1) | (self.counts == 0)).all() else "a token isn't among those it was drawn from"
 
     @staticmethod
+    def of_all(num_tokens: int) -> Support:
+        """Of tokens that were drawn from the whole vocabulary."""
+        return Support(np.zeros(num_tokens, TOKEN_DTYPE), np.empty(0, TOKEN_DTYPE))
+
+    @staticmethod
     def of_draws(left: Sequence[np.ndarray]) -> Support:
         """Of tokens that were each drawn from these."""
         return Support(np.array(list(map(len, left)), TOKEN_DTYPE), np.concatenate(left, dtype=TOKEN_DTYPE))
@@ -73,7 +78,7 @@ class Support:
         """Those of the parts in order, each with its number of sampled tokens; None if no part has any."""
         if all(support is None for support, _ in parts):
             return None
-        given = [support or Support(np.zeros(num, TOKEN_DTYPE), np.empty(0, TOKEN_DTYPE)) for support, num in parts]
+        given = [support or Support.of_all(num) for support, num in parts]
         counts, token_ids = zip(*((one.counts, one.token_ids) for one in given), strict=True)
         return Support(np.concatenate(counts), np.concatenate(token_ids))
 
@@ -157,20 +162,13 @@ class Payload:
                 yield ContextTokens(index, number, context, self.prompt_ids, self.token_ids[own], logprobs_S, support)
 
     @staticmethod
-    def join(payloads: Sequence[Payload], memory: np.ndarray | None = None) -> Payload:
-        """The payloads in order as one; an empty one for none. `memory`: where to put it, uint8, of their size."""
+    def join(payloads: Sequence[Payload]) -> Payload:
+        """The payloads in order as one; an empty one for none."""
         if not payloads:
             return Payload(np.empty(0, TOKEN_DTYPE), np.empty(0, TOKEN_DTYPE), np.empty(0, LOGPROB_DTYPE))
-        columns = list(zip(*((part.prompt_ids, part.token_ids, part.logprobs) for part in payloads), strict=True))
-        if memory is None:
-            memory = np.empty(4 * sum(len(part) for column in columns for part in column), np.uint8)
-        joined = []
-        for column in columns:
-            num_bytes = 4 * sum(map(len, column))
-            joined.append(np.concatenate(column, out=memory[:num_bytes].view(column[0].dtype)))
-            memory = memory[num_bytes:]
+        columns = zip(*((part.prompt_ids, part.token_ids, part.logprobs) for part in payloads), strict=True)
         support = Support.join([(part.support, len(part.logprobs)) for part in payloads])
-        return Payload(*joined, support=support)
+        return Payload(*map(np.concatenate, columns), support=support)
 
     def split(self, groups: Iterable[Group]) -> list[Payload]:
         """One payload per group, views on the joined buffers."""

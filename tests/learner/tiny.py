@@ -23,7 +23,7 @@ from asyncdapo.learner.step.ranks import ALONE, Ranks
 from asyncdapo.learner.storage.checkpoint import begin_checkpoint, commit_checkpoint, remove_old_checkpoints
 from asyncdapo.messages import NO_CHECKSUM, Completion, Context, Group
 from asyncdapo.model.config import ModelConfig
-from asyncdapo.shares import Batch, Dealer, share_of
+from asyncdapo.shares import Batch, Dealer, frames_of, share_of
 from asyncdapo.transport.payload import Payload
 
 VOCAB_SIZE = 29
@@ -148,6 +148,12 @@ def payload_of(batch: Batch, payload: Payload, rank: int) -> Payload:
     return Payload.join(
         [parts[one.place].of_completions(batch.groups[one.place], one.indices) for one in share_of(batch, rank)]
     )
+
+
+def sent_frames(batch: Batch, payload: Payload, rank: int = 0) -> list[memoryview]:
+    """Of this rank's share, as the replay server sends them."""
+    share = [piece.header for piece in share_of(batch, rank)]
+    return frames_of(payload_of(batch, payload, rank).split(share))
 
 
 def make_group(

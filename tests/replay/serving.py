@@ -27,6 +27,7 @@ from asyncdapo.replay.ledger.ledger import open_ledger
 from asyncdapo.replay.server.server import ReplayServer
 from asyncdapo.replay.server.settings import ServerSettings
 from asyncdapo.shares import Batch, CutWanted, NoBatch
+from asyncdapo.transport.codec import BATCH_LIMITS
 from asyncdapo.transport.payload import pack_answers
 from asyncdapo.transport.sockets import Client
 from tests.replay.small_run import GROUP_SIZE, make_group, make_partial, prompt_at
@@ -224,7 +225,7 @@ class FakeLearner:
     """The learner's end of the wire."""
 
     def __init__(self, server, name=b"learner"):
-        self.client = Client(server.learner_address, Batch | NoBatch, name)
+        self.client = Client(server.learner_address, Batch | NoBatch, name, BATCH_LIMITS)
 
     async def want(self, step, **question):
         await self.client.send(CutWanted(step=step, **question))

@@ -7,8 +7,7 @@ import pytest
 from asyncdapo.messages import Ack, GroupDone, GroupFailed, Lease, Reject, Withdraw
 from asyncdapo.replay.core import events as core
 from asyncdapo.replay.ledger.journal import Journal
-from asyncdapo.shares import for_learner
-from asyncdapo.transport.payload import Payload
+from asyncdapo.shares import for_learner, read_share, share_of
 from tests.episodes import Episodes
 from tests.replay.serving import FakeLearner, FakeWorker, rows, scenario, serving
 from tests.replay.small_run import make_group, prompt_at
@@ -116,9 +115,7 @@ async def test_episodes_reach_the_learner_with_all_their_contexts(tmp_path):
         await learner.want(1)
         batch, frames = await learner.receive()
         by_id = {lease.lease_id: episodes(lease) for lease in leases}
-        for group, part in zip(
-            batch.groups, Payload.from_frames(frames, batch.groups).split(batch.groups), strict=True
-        ):
+        for group, part in zip(batch.groups, read_share(frames, share_of(batch, 0)).split(batch.groups), strict=True):
             sent, payload = by_id[group.lease_id]
             assert group == for_learner(sent)
             assert part.frames() == payload.frames()

@@ -6,8 +6,7 @@ import threading
 import pytest
 
 from asyncdapo.replay.ledger.journal import Journal
-from asyncdapo.shares import Dealer, NoBatch, share_of
-from asyncdapo.transport.payload import Payload
+from asyncdapo.shares import Dealer, NoBatch, frames_of, share_of
 from tests.replay.serving import PATIENCE_S, FakeLearner, FakeWorker, scenario, serving, until
 from tests.replay.small_run import make_group
 
@@ -53,7 +52,7 @@ async def test_every_rank_gets_all_headers_and_the_payload_of_its_completions(tm
                 payload.of_completions(group, piece.indices)
                 for (group, payload), piece in zip(whole, share, strict=True)
             ]
-            assert tuple(map(bytes, frames)) == Payload.join(wanted).frames()
+            assert list(map(bytes, frames)) == frames_of(wanted)
             trained_on += [(piece.place, index) for piece in share for index in piece.indices]
         assert sorted(trained_on) == [(place, index) for place in range(3) for index in range(2)]
         assert [len(share_of(batch, rank)) for rank in range(5)] == [2, 2, 1, 1, 0]

@@ -14,8 +14,8 @@ import os
 from collections.abc import Sequence
 
 from asyncdapo.errors import BatchError, RunError
-from asyncdapo.shares import Batch, CutWanted, NoBatch, share_of
-from asyncdapo.transport.codec import Malformed
+from asyncdapo.shares import Batch, CutWanted, NoBatch, read_share, share_of
+from asyncdapo.transport.codec import BATCH_LIMITS, Malformed
 from asyncdapo.transport.keys import ClientKeys
 from asyncdapo.transport.payload import Payload
 from asyncdapo.transport.sockets import Client
@@ -37,7 +37,7 @@ class BatchFeed:
         curve: ClientKeys | None = None,
     ) -> None:
         self._client: Client[Batch | NoBatch] = Client(
-            address, Batch | NoBatch, identity=b"learner-" + os.urandom(8), curve=curve
+            address, Batch | NoBatch, identity=b"learner-" + os.urandom(8), limits=BATCH_LIMITS, curve=curve
         )
         self._rank, self._ask_again_s = rank, ask_again_s
 
@@ -79,4 +79,4 @@ class BatchFeed:
             return answer
 
     def _share(self, batch: Batch, frames: Sequence[memoryview]) -> Payload:
-        return Payload.from_frames(frames, [piece.header for piece in share_of(batch, self._rank)])
+        return read_share(frames, share_of(batch, self._rank))

@@ -3,17 +3,16 @@
 In: a batch that was cut, and the places of its groups. Out: its `Batch` message with the frames of the share, or a
 `NoBatch` that says what can't be read. A batch that can't be read stays cut: only a rollback may give it other members,
 since then every rank has ended. Called in a thread, one call at a time.
-Memory: the headers of the batch that was read last, because other ranks ask for it; buffers for two shares; of the
-groups that may still be trained on, as many as have room in `ServerSettings.recent_bytes`: few are read from the disk.
+Memory: the headers of the batch that was read last, because other ranks ask for it; of the groups that
+may still be trained on, as many as have room in `ServerSettings.recent_bytes`: few are read from the disk. A share is
+not copied: a frame above 32 MiB would be in fresh pages at both ends each time.
 Does not own: when a batch is sent (`dispatch`), who trains on what (`asyncdapo.shares`).
 """
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Mapping, Sequence
 
-import numpy as np
 from msgspec.structs import replace
 
 from asyncdapo.messages import Group
@@ -22,7 +21,7 @@ from asyncdapo.replay.ledger.journal import Journal
 from asyncdapo.replay.ledger.payloads import BadRecord, Place
 from asyncdapo.replay.ledger.schema import HELD_STATES
 from asyncdapo.replay.server.settings import ServerSettings
-from asyncdapo.shares import Batch, NoBatch, for_learner, share_of
+from asyncdapo.shares import Batch, NoBatch, for_learner, frames_of, share_of
 from asyncdapo.transport.codec import Buffer
 from asyncdapo.transport.payload import Payload
 
@@ -57,7 +56,6 @@ class ShareReader:
     def __init__(self, journal: Journal, settings: ServerSettings) -> None:
         self._journal, self._dealer = journal, settings.dealer
         self._batch: Batch | None = None
-        self._memory = ReusedMemory()
         self.recent = RecentGroups(settings.recent_bytes)
 
     def read(self, bare: Batch, places: Mapping[int, Place], rank: int) -> Share:
@@ -68,37 +66,21 @@ class ShareReader:
             if batch is None or (batch.step, batch.branch) != (bare.step, bare.branch):
                 groups = [for_learner(self._header(group_id, place)) for group_id, place in places.items()]
                 batch = self._batch = replace(bare, groups=groups, deal=self._dealer.deal(groups))
-            payload = self._payload(batch, list(places.items()), rank)
+            payloads = self._payloads(batch, list(places.items()), rank)
         except BadRecord as bad:
             reason = f"batch {bare.step} can't be read back: {bad}"
             return NoBatch(step=bare.step, reason=reason, unreadable=True), ()
-        return batch, payload.frames()
+        return batch, frames_of(payloads)
 
     def _header(self, group_id: int, place: Place) -> Group:
         recent = self.recent.get(group_id)
         return recent[0] if recent else self._journal.read_header(place)
 
-    def _payload(self, batch: Batch, members: Sequence[tuple[int, Place]], rank: int) -> Payload:
-        parts = list[Payload]()
+    def _payloads(self, batch: Batch, members: Sequence[tuple[int, Place]], rank: int) -> list[Payload]:
+        """Of the pieces of the share."""
+        payloads = []
         for piece in share_of(batch, rank):
             group_id, place = members[piece.place]
             _, payload = self.recent.get(group_id) or self._journal.read(place)
-            parts.append(payload.of_completions(batch.groups[piece.place], piece.indices))
-        return Payload.join(parts, self._memory.take(sum(part.num_bytes for part in parts)))
-
-
-class ReusedMemory:
-    """Large buffers that are used again when nobody has a view of them any more, since to touch a fresh page costs more
-    than to fill it. At most as many are kept as were lent at once."""
-
-    def __init__(self) -> None:
-        self._free: list[np.ndarray] = []
-
-    def take(self, num_bytes: int) -> np.ndarray:
-        """uint8 [num_bytes] with any content."""
-        whole = self._free.pop() if self._free else None
-        if whole is None or whole.nbytes < num_bytes:
-            whole = np.empty(num_bytes, np.uint8)
-        lent = np.frombuffer(whole.data[:num_bytes], np.uint8)  # its views keep it alive, and not `whole` alone
-        weakref.finalize(lent, self._free.append, whole).atexit = False
-        return lent
+            payloads.append(payload.of_completions(batch.groups[piece.place], piece.indices))
+        return payloads

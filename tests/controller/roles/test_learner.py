@@ -23,8 +23,9 @@ from asyncdapo.errors import ConfigError
 from asyncdapo.learner.step.ranks import ALONE
 from asyncdapo.replay.ledger.kept import learned_logprobs
 from asyncdapo.shares import CutWanted, NoBatch
+from asyncdapo.transport.codec import BATCH_LIMITS
 from asyncdapo.transport.sockets import Server
-from tests.learner.tiny import make_batch, save_tiny_llama
+from tests.learner.tiny import make_batch, save_tiny_llama, sent_frames
 
 NUM_STEPS = 3
 PATIENCE_S = 20
@@ -36,7 +37,7 @@ async def learner(path: str, run_dir: Path, questions: list[int], last: int = NU
     devices = ["learner.device=cpu", "rollout.dtype=float32"]
     keys = [f"run.dir={run_dir}", f"run.steps={NUM_STEPS}", f"model.path={path}", *devices]
     config = load_config(find_config("quickstart"), keys)
-    server = Server(CutWanted)
+    server = Server(CutWanted, limits=BATCH_LIMITS)
 
     async def serve() -> None:
         while True:
@@ -46,7 +47,7 @@ async def learner(path: str, run_dir: Path, questions: list[int], last: int = NU
                 await server.send(peer, NoBatch(step=wanted.step, reason="the data is used up"))
             else:
                 batch, payload = make_batch(wanted.step, seed=wanted.step)
-                await server.send(peer, batch, payload.frames())
+                await server.send(peer, batch, sent_frames(batch, payload))
 
     spec = ProcessSpec(role="learner", config=config, keys=SimpleNamespace(client=None))
     process = await LearnerProcess.start(spec, server.address)

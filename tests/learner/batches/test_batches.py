@@ -11,15 +11,16 @@ from asyncdapo.errors import RunError
 from asyncdapo.learner.batches.batches import Batches
 from asyncdapo.learner.batches.feed import MAX_DAMAGED, BatchFeed
 from asyncdapo.shares import CutWanted, NoBatch
+from asyncdapo.transport.codec import BATCH_LIMITS
 from asyncdapo.transport.sockets import Server
-from tests.learner.tiny import make_batch
+from tests.learner.tiny import make_batch, sent_frames
 
 
 class Replay:
     """Answers a question as soon as its step is in `cut`."""
 
     def __init__(self) -> None:
-        self.server = Server(CutWanted)
+        self.server = Server(CutWanted, limits=BATCH_LIMITS)
         self.questions: list[int] = []
         self.cut: dict[int, tuple] = {}
         self.asked = asyncio.Event()
@@ -59,7 +60,7 @@ def play(story: Callable[[Replay, Batches], Awaitable[None]], *, ask_again_s: fl
 
 def batch_of(step: int) -> tuple:
     batch, payload = make_batch(step)
-    return batch, payload.frames()
+    return batch, sent_frames(batch, payload)
 
 
 def test_a_batch_that_was_asked_for_early_is_there_when_it_is_wanted() -> None:

@@ -9,16 +9,16 @@ from asyncdapo.errors import BatchError, RunError
 from asyncdapo.learner.batches.feed import MAX_DAMAGED, BatchFeed
 from asyncdapo.messages import Welcome
 from asyncdapo.shares import CutWanted, NoBatch, share_of
-from asyncdapo.transport.payload import Payload
+from asyncdapo.transport.codec import BATCH_LIMITS
 from asyncdapo.transport.sockets import Server
-from tests.learner.tiny import batch_of, make_batch, payload_of
+from tests.learner.tiny import batch_of, make_batch, payload_of, sent_frames
 
 
 def serve(answer, step=1, ask_again_s=0.1, **rank):
     """Take `step` from a server that calls `answer(server, peer, number of the question)` for each question."""
 
     async def run():
-        server = Server(CutWanted)
+        server = Server(CutWanted, limits=BATCH_LIMITS)
         feed = BatchFeed(server.address, **rank, ask_again_s=ask_again_s)
         questions = []
 
@@ -46,7 +46,7 @@ def test_a_batch_arrives_as_it_was_sent():
     batch, payload = make_batch(step=1)
 
     async def answer(server, peer, nth):
-        await server.send(peer, batch, payload.frames())
+        await server.send(peer, batch, sent_frames(batch, payload))
 
     (got, got_payload), questions = serve(answer, ask_again_s=20)
     assert got == batch
@@ -63,8 +63,8 @@ def test_a_rank_asks_for_its_share_and_has_all_headers_with_the_payload_of_its_c
         sent = payload_of(batch, payload, rank)
         assert 0 < sent.num_bytes < payload.num_bytes
 
-        async def answer(server, peer, nth, sent=sent):
-            await server.send(peer, batch, sent.frames())
+        async def answer(server, peer, nth, rank=rank):
+            await server.send(peer, batch, sent_frames(batch, payload, rank))
 
         (got, got_payload), _ = serve(answer, ask_again_s=20, rank=rank)
         assert got == batch
@@ -76,7 +76,7 @@ def test_a_rank_without_a_completion_has_an_empty_share():
     assert share_of(batch, 1) == []
 
     async def answer(server, peer, nth):
-        await server.send(peer, batch, Payload.join([]).frames())
+        await server.send(peer, batch)
 
     (got, got_payload), _ = serve(answer, ask_again_s=20, rank=1)
     assert got == batch
@@ -88,7 +88,7 @@ def test_it_asks_again_until_there_is_an_answer():
 
     async def answer(server, peer, nth):
         if nth == 4:
-            await server.send(peer, batch, payload.frames())
+            await server.send(peer, batch, sent_frames(batch, payload))
 
     (got, _), questions = serve(answer, step=3)
     assert got == batch
@@ -100,7 +100,7 @@ def test_a_late_answer_to_an_earlier_question_is_passed_over():
 
     async def answer(server, peer, nth):
         for answered, payload in (earlier, earlier, batch):
-            await server.send(peer, answered, payload.frames())
+            await server.send(peer, answered, sent_frames(answered, payload))
 
     (got, _), _ = serve(answer, step=2, ask_again_s=20)
     assert got == batch[0]
@@ -122,9 +122,9 @@ def test_a_damaged_answer_is_asked_for_again():
         if nth == 1:
             await server.send(peer, Welcome(branch=0, granted=0))
         elif nth == 2:
-            await server.send(peer, batch, payload.frames()[:2])
+            await server.send(peer, batch, sent_frames(batch, payload)[:2])
         else:
-            await server.send(peer, batch, payload.frames())
+            await server.send(peer, batch, sent_frames(batch, payload))
 
     (got, _), questions = serve(answer, ask_again_s=20)
     assert got == batch
@@ -143,7 +143,7 @@ def test_damage_again_and_again_ends_the_run():
     batch, payload = make_batch(step=1)
 
     async def answer(server, peer, nth):
-        await server.send(peer, batch, (b"1234", *payload.frames()[1:]))
+        await server.send(peer, batch, (b"1234", *sent_frames(batch, payload)[1:]))
 
     with pytest.raises(RunError, match=f"batch 1 arrived damaged {MAX_DAMAGED} times in a row: payload frames of"):
         serve(answer, ask_again_s=20)

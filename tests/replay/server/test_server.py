@@ -11,8 +11,7 @@ from asyncdapo.messages import Ack, Lease, Loaded, Started, Welcome
 from asyncdapo.replay.config import FilterConfig
 from asyncdapo.replay.ledger.audit import audit
 from asyncdapo.seeds import sample_seed
-from asyncdapo.shares import NoBatch, for_learner
-from asyncdapo.transport.payload import Payload
+from asyncdapo.shares import NoBatch, for_learner, read_share, share_of
 from tests.replay.serving import FakeLearner, FakeWorker, eval_request, rows, scenario, serving, until
 from tests.replay.small_run import make_group, prompt_at, write_files
 
@@ -109,7 +108,7 @@ async def test_the_learner_gets_its_batch_when_it_is_full_after_the_ledger_has_t
         assert (batch.step, batch.max_staleness) == (1, 1)
         prompts = [group.prompt_id for group in batch.groups]
         assert prompts == sorted(prompts)
-        parts = Payload.from_frames(frames, batch.groups).split(batch.groups)
+        parts = read_share(frames, share_of(batch, 0)).split(batch.groups)
         by_id = {lease.lease_id: lease for lease in leases}
         for group, part in zip(batch.groups, parts, strict=True):
             expected, payload = make_group(by_id[group.lease_id])
