@@ -21,6 +21,7 @@ from asyncdapo.transport.sockets import Client, Server
 from tests.asynchronous import asynchronous
 
 GARBAGE_BYTES = 4096
+GREETING_BYTES = 64
 STRANGER_S = 0.5
 """How long a stranger knocks: some five of its attempts to connect."""
 
@@ -99,8 +100,7 @@ async def test_raw_bytes_on_the_port_reach_nobody_and_their_connection_is_closed
         with client_of(server, keys.client) as client:
             for number, noise in enumerate(noises):
                 with closing(socket.create_connection((host, int(port)))) as knocking:
-                    knocking.setblocking(False)
-                    await asyncio.get_running_loop().sock_sendall(knocking, noise)
+                    await send_slowly(knocking, noise[:GREETING_BYTES], noise[GREETING_BYTES:])
                     assert await until_closed(knocking) < GARBAGE_BYTES
                 await client.send(Ask(asked=number))
                 assert (await server.receive())[1] == Ask(asked=number)
@@ -115,11 +115,7 @@ async def test_a_recorded_conversation_that_a_stranger_sends_again_is_not_heard_
             assert (await server.receive())[1] == Ask(asked=1)
         host, port = server.address.removeprefix("tcp://").split(":")
         with closing(socket.create_connection((host, int(port)))) as stranger:
-            stranger.setblocking(False)
-            for part in sent:
-                with suppress(ConnectionError):
-                    await asyncio.get_running_loop().sock_sendall(stranger, part)
-                await asyncio.sleep(0.02)  # ZeroMQ hangs up on who doesn't wait for its greeting
+            await send_slowly(stranger, *sent)
         with client_of(server, keys.client) as client:
             await client.send(Ask(asked=2))
             assert (await server.receive())[1] == Ask(asked=2)
@@ -237,6 +233,15 @@ def eager_stranger(address: str, keys: ClientKeys | None):
     stranger.connect(address)
     with closing(stranger):
         yield stranger
+
+
+async def send_slowly(connection: socket.socket, *parts: bytes) -> None:
+    """ZeroMQ hangs up on whoever doesn't wait for its greeting, and would read nothing of what follows."""
+    connection.setblocking(False)
+    for part in parts:
+        with suppress(ConnectionError):
+            await asyncio.get_running_loop().sock_sendall(connection, part)
+        await asyncio.sleep(0.01)
 
 
 async def until_closed(connection: socket.socket) -> int:
