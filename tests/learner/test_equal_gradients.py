@@ -150,7 +150,12 @@ def assert_equal(got: Result, expected: Result) -> None:
         assert got[2][name] == pytest.approx(expected[2][name], rel=1e-5, abs=1e-9), name
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+ONLY_IN_THE_SOAK = ("token-sum", "seq-mean-token-sum", "icepop", "sequence", "geometric", "uncorrected")
+
+
+@pytest.mark.parametrize(
+    "loss", [pytest.param(loss, marks=pytest.mark.soak) if loss in ONLY_IN_THE_SOAK else loss for loss in LOSSES]
+)
 def test_every_micro_batch_size_gives_the_same_gradient(path, loss):
     batch, payload = a_batch()
     whole = train(path, (LOSSES[loss], batch, payload, LONGEST * NUM_ROWS), ALONE)

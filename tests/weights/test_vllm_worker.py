@@ -102,6 +102,7 @@ def test_published_weights_are_equal_on_all_engines_and_are_what_samples(engines
     loop(body())
 
 
+@pytest.mark.soak  # by default shards are published to the torch engine: test_shards
 def test_weights_published_from_shards_are_equal_on_all_engines_and_are_what_samples(engines, loop, directory):
     async def body(ranks: list[Member]) -> None:
         files = [str(directory / f"{version}.safetensors") for version in range(NUM_VERSIONS)]
