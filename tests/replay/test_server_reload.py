@@ -197,7 +197,7 @@ async def test_an_evaluation_asked_for_twice_is_done_once_and_answered_twice(tmp
         worker = FakeWorker(server)
         await worker.join()
         doomed, repeated = (
-            asyncio.create_task(server.evaluate([eval_request(1), eval_request(2)], share=1.0)) for _ in range(2)
+            asyncio.create_task(server.evaluate([eval_request(1), eval_request(2)])) for _ in range(2)
         )
         await worker.ask(2)
         requests = [await worker.take(EvalRequest) for _ in range(2)]
@@ -215,11 +215,11 @@ async def test_an_evaluation_under_which_the_server_died_is_asked_for_again(tmp_
         worker = FakeWorker(server)
         await worker.join()
         await worker.ask(1)
-        lost = asyncio.create_task(server.evaluate([eval_request(1)], share=1.0))
+        lost = asyncio.create_task(server.evaluate([eval_request(1)]))
         await worker.take(EvalRequest)
         lost.cancel()
     async with again(tmp_path, server) as server:
-        repeated = asyncio.create_task(server.evaluate([eval_request(1)], share=1.0))
+        repeated = asyncio.create_task(server.evaluate([eval_request(1)]))
         assert await worker.join() == Welcome(branch=0, granted=1)
         await worker.ask(1)
         request = await worker.take(EvalRequest)

@@ -109,7 +109,7 @@ async def test_a_running_evaluation_is_asked_anew_of_the_weights_that_count(tmp_
     async with serving(tmp_path) as server:
         worker = FakeWorker(server)
         await worker.join()
-        evaluating = asyncio.create_task(server.evaluate([eval_request(1), eval_request(2)], share=1.0))
+        evaluating = asyncio.create_task(server.evaluate([eval_request(1), eval_request(2)]))
         await worker.ask(2)
         first, second = await worker.take(EvalRequest), await worker.take(EvalRequest)
         await worker.evaluate(first, acc=0.0)

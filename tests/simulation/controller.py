@@ -254,7 +254,7 @@ class Controller(Process):
         if step % self.plan.checkpoint_every == 0:
             await self._checkpoint()
         if self.plan.evaluates and self.evaluating is None:
-            self.evaluating = self.spawn(self._evaluate(share=0.5))
+            self.evaluating = self.spawn(self._evaluate())
 
     async def _account(self, step: int, summary: dict[str, float]) -> None:
         metrics = await self.replay.ask(lambda replay: replay.server.trained(step, summary))
@@ -277,9 +277,9 @@ class Controller(Process):
             await self.evaluating
             self.evaluating = None
         if self.plan.evaluates:
-            await self._evaluate(share=1.0)
+            await self._evaluate()
 
-    async def _evaluate(self, share: float) -> None:
+    async def _evaluate(self) -> None:
         prompts = [prompt_at(EVAL_ID + index) for index in range(3)]
         requests = [
             EvalRequest(
@@ -287,7 +287,7 @@ class Controller(Process):
             )
             for first in range(0, len(prompts), 2)
         ]
-        answers = await self.replay.ask(lambda replay: replay.server.evaluate(requests, share))
+        answers = await self.replay.ask(lambda replay: replay.server.evaluate(requests))
         assert [answer.prompt_id for answer in answers] == [prompt.prompt_id for prompt in prompts]
 
     # -------------------------------------------------------------------------------------------------------- weights

@@ -117,7 +117,7 @@ class EvalRun:
                 self._check_judged(here)
             arrived.set()
 
-        work = evaluation.run(greedy=True, share=1.0, known=known, on_answers=take)
+        work = evaluation.run(greedy=True, known=known, on_answers=take)
         metrics = await self._while_answers_arrive(work, arrived)
         self._check_judged(here)
         return metrics
@@ -145,9 +145,9 @@ class EvalRun:
         finally:
             task.cancel()
 
-    async def _ask(self, fleet: Fleet, requests: list[EvalRequest], share: float) -> list[EvalAnswer]:
+    async def _ask(self, fleet: Fleet, requests: list[EvalRequest]) -> list[EvalAnswer]:
         """What the workers answer. They have loaded a model and know of no step: its version is the checkpoint's."""
-        answers = await fleet.replay.ask(lambda replay: replay.evaluate, requests, share)
+        answers = await fleet.replay.ask(lambda replay: replay.evaluate, requests)
         of_step = partial(replace, version_min=self._step, version_max=self._step)
         return [of_step(answer) for answer in answers]
 

@@ -1,9 +1,9 @@
 """Evaluation: completions of held-out prompts through the rollout workers, never trained on.
 
 In: held-out prompts and `eval` settings, answers that are known already. Out: every answer as it arrives, and `eval/…`
-metrics (`sampled`) of them all. The replay server sends the requests ahead of training ones, to workers with room,
-within `eval.max_share` of the slots; the first and the last evaluation have them all. Requests are not leases: they
-have a table of their own in the replay server and are issued again when a worker dies.
+metrics (`sampled`) of them all. The replay server sends the requests to workers with room: ahead of leases within
+`eval.max_share` of the slots, and behind them to all that they leave. Requests are not leases: they have a table of
+their own in the replay server and are issued again when a worker dies.
 
 An evaluation is asked for in portions, `MAX_CALLS` at a time: so answers can be kept as they come, and the server holds
 no more responses than those of the portions under way, which together are more than the slots can take.
@@ -38,7 +38,7 @@ MAX_CALLS = 16
 SLOTS_ASKED = 2
 """Completions under way, as a multiple of the slots: a portion is only over with its slowest completion."""
 
-Ask = Callable[[list[EvalRequest], float], Awaitable[list[EvalAnswer]]]
+Ask = Callable[[list[EvalRequest]], Awaitable[list[EvalAnswer]]]
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,6 @@ class Evaluation:
         self,
         *,
         greedy: bool,
-        share: float,
         known: Collection[Answered] = (),
         on_answers: OnAnswers = lambda _: None,
     ) -> dict[str, float]:
@@ -115,7 +114,7 @@ class Evaluation:
 
         async def work_off() -> None:
             for requests, is_greedy in portions:
-                portion = [Answered(answer, is_greedy) for answer in await self._ask(requests, share)]
+                portion = [Answered(answer, is_greedy) for answer in await self._ask(requests)]
                 answered.update({one.key: _bare(one.answer) for one in portion})
                 on_answers(portion)
 

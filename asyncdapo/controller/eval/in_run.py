@@ -36,15 +36,15 @@ class RunEvaluation:
         self._has_ended = False
         """There are answers that no step has yet."""
 
-    async def run(self, step: int, *, greedy: bool, share: float) -> dict[str, float]:
+    async def run(self, step: int, *, greedy: bool) -> dict[str, float]:
         """Evaluate, from the end of train step `step` on. Returns the metrics. Raises DiskError."""
         if not (self._keep and self._evaluation.total(greedy=greedy)):
-            return await self._evaluation.run(greedy=greedy, share=share)
+            return await self._evaluation.run(greedy=greedy)
         title = f"{self._name}, evaluation begun after step {step}"
         files = AnswerFiles(self._folder / ENDED, self._prompts, self._texts, title)
         files.open(keep=False)
         try:
-            metrics = await self._evaluation.run(greedy=greedy, share=share, on_answers=files.append)
+            metrics = await self._evaluation.run(greedy=greedy, on_answers=files.append)
             await files.close(metrics)
         except BaseException:
             files.give_up()

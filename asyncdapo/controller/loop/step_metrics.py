@@ -91,17 +91,25 @@ class StepMetrics:
         else:
             self._reporter.amend(final)
 
+    @property
+    def wall_s(self) -> float:
+        """Training time by now, `time/wall_s`. `begin` comes first."""
+        return self._wall_at(time.monotonic())
+
+    def _wall_at(self, now: float) -> float:
+        assert self._began is not None, "`begin` comes first"
+        return self._wall_before + now - self._began
+
     def _total_s(self) -> float:
         return self._total_before + time.monotonic() - self._started
 
     def _times(self, step: int, learner: Mapping[str, float], replay: Mapping[str, float]) -> dict[str, float]:
         """Clocks, and what each side did in the wall time since the last line."""
-        assert self._began is not None, "`begin` comes first"
         now = time.monotonic()
         self.steps.add(Span(f"step {step}", self._line_at, now))
         step_s, self._line_at = now - self._line_at, now
         times = self.clock.take()
-        wall_s = self._wall_of[step] = self._wall_before + now - self._began
+        wall_s = self._wall_of[step] = self._wall_at(now)
         return {
             "time/wall_s": wall_s,
             "time/total_s": self._total_s(),

@@ -199,8 +199,7 @@ class Training:
         if step % self._config.learner.checkpoint_every == 0:
             await self._checkpoints.begin(step, self._counters)
         clock.enter("report")
-        evaluate = partial(self._evaluation.run, step, greedy=False, share=self._config.eval.max_share)
-        if evaluated := self._evaluating.after(step, evaluate):
+        if evaluated := self._evaluating.after(step, partial(self._evaluate_beside, step)):
             self._evaluation.belongs_to(step)
         up = (process.name for process in (*fleet.workers, *fleet.learners.ranks) if process.up.is_set())
         others = {**weights, **compared, **self._checkpoints.take(), **evaluated, **self._costs.metrics(replay, up)}
@@ -250,12 +249,17 @@ class Training:
         evaluated = await self._evaluate_alone("final")
         self._lines.write_last({**self._comparing.take(), **self._checkpoints.take(), **evaluated})
 
+    async def _evaluate_beside(self, step: int) -> dict[str, float]:
+        """Evaluate beside training, which goes on, from the end of this step on."""
+        evaluated = await self._evaluation.run(step, greedy=False)
+        return {**evaluated, "eval/wall_s": self._lines.wall_s} if evaluated else {}
+
     async def _evaluate_alone(self, which: str) -> dict[str, float]:
         """Evaluate the `initial` or the `final` model while nothing else runs."""
         what = f"the evaluation of the {which} model"
         if self._config.eval.num_held_out:
             self._reporter.status(f"evaluating the {which} model")
-        evaluation = self._evaluation.run(self.step, greedy=True, share=1.0)
+        evaluation = self._evaluation.run(self.step, greedy=True)
         evaluated = await self._stalls.wait(evaluation, whom="replay", what=what, until_stopped=True)
         self._evaluation.belongs_to(self.step)
         return evaluated

@@ -169,9 +169,9 @@ class ReplayProcess(ProcessBase):
         """The oldest checkpoint that the run may go back to is that of `step`: payloads up to it may go."""
         await self.server.covered(step)
 
-    async def evaluate(self, requests: list[EvalRequest], share: float) -> list[EvalAnswer]:
+    async def evaluate(self, requests: list[EvalRequest]) -> list[EvalAnswer]:
         """Answers to all requests, in their order."""
-        return await self.server.evaluate(requests, share)
+        return await self.server.evaluate(requests)
 
     async def finish(self) -> None:
         """No further step: leases are withdrawn, open prompts end `unused`."""
@@ -186,6 +186,7 @@ def _server_settings(config: Config, start: Start) -> ServerSettings:
         group_size=config.rollout.group_size,
         seed=config.run.seed,
         slots=config.rollout.slots,
+        eval_share=config.eval.max_share,
         dealer=Dealer(learner.ranks, learner.updates_per_step, files.shape.pair_cost if files.shape else 0.0),
         max_failure_ratio=config.reward.max_failure_ratio,
         vocab_size=files.vocab_size,

@@ -3,9 +3,9 @@
 In: requests of the controller, workers with room, answers, lost workers. Out: the next request for a worker, and all
 answers of an evaluation once they are there. Promises:
 
-    ahead of leases   a worker with room gets a request rather than a lease, as far as the share allows
-    share             all running requests together hold at most this share of the slots of all live workers, but one
-                      may always run
+    ahead of leases   a worker with room gets a request rather than a lease while running requests hold no more than
+                      their share of the slots of all live workers, that one included; but one may always run
+    behind them       room for which there is no lease goes to requests, whatever they hold already
     not listed        a request that its worker's heartbeats don't list was lost, and is sent again
     answered once     a request of a lost worker, or one without an answer for long, goes to another worker. The first
                       answer counts, later ones are dropped
@@ -34,8 +34,6 @@ class Evaluation:
     """The requests of one `evaluate` call."""
 
     requests: dict[int, EvalRequest]
-    share: float
-    """Of all slots."""
     answers: dict[int, list[EvalAnswer]] = field(default_factory=dict)
     num_callers: int = 0
 
@@ -60,9 +58,9 @@ class _UnderWay:
 class Evaluations:
     """Which requests wait, which run, and at which worker."""
 
-    def __init__(self, total_slots: Callable[[], int]) -> None:
-        """`total_slots`: sequences that the workers that live generate at once."""
-        self._total_slots = total_slots
+    def __init__(self, total_slots: Callable[[], int], share: float) -> None:
+        """`total_slots`: sequences that the workers that live generate at once. `share`: of them, ahead of leases."""
+        self._total_slots, self._share = total_slots, share
         self._evaluations: list[Evaluation] = []
         self._waiting: deque[int] = deque()
         self._under_way: dict[int, _UnderWay] = {}
@@ -76,13 +74,13 @@ class Evaluations:
     def num_under_way(self) -> int:
         return len(self._under_way)
 
-    def start(self, requests: Sequence[EvalRequest], share: float) -> Evaluation:
+    def start(self, requests: Sequence[EvalRequest]) -> Evaluation:
         """Queue the requests, or join the evaluation of the same requests. Raises ValueError for a request id that
         another evaluation uses."""
         wanted = {request.request_id: request for request in requests}
         evaluation = next((evaluation for evaluation in self._evaluations if evaluation.requests == wanted), None)
         if evaluation is None:
-            evaluation = Evaluation(wanted, share)
+            evaluation = Evaluation(wanted)
             taken = [request_id for request_id in wanted if self._evaluation_of(request_id)]
             if taken or len(wanted) != len(requests):
                 raise ValueError(f"evaluation request ids must be new, each used once; in use: {taken}")
@@ -102,20 +100,23 @@ class Evaluations:
             self._under_way.pop(request_id, None)
             self._issues.pop(request_id, None)
 
-    def next_for(self, worker: int, tick: int) -> EvalRequest | None:
-        """The request that this worker shall run now, if there is one and its share of the slots has room."""
+    def next_for(self, worker: int, tick: int, *, ahead_of_leases: bool) -> EvalRequest | None:
+        """The request that this worker shall run now, if there is one; ahead of leases only if their share has room."""
         if not self._waiting:
             return None
         evaluation = self._evaluation_of(self._waiting[0])
         assert evaluation is not None, "what waits belongs to an evaluation"
         request = evaluation.requests[self._waiting[0]]
-        in_use = sum(under_way.num_slots for under_way in self._under_way.values())
-        if in_use and in_use + request.num_sequences > evaluation.share * self._total_slots():
+        if ahead_of_leases and not self._has_room_for(request):
             return None
         self._waiting.popleft()
         self._under_way[request.request_id] = _UnderWay(worker, request.num_sequences, tick)
         self._count_issue(request.request_id)
         return request
+
+    def _has_room_for(self, request: EvalRequest) -> bool:
+        in_use = sum(under_way.num_slots for under_way in self._under_way.values())
+        return not in_use or in_use + request.num_sequences <= self._share * self._total_slots()
 
     def note_listed(self, worker: int, listed: Collection[int]) -> list[EvalRequest]:
         """A heartbeat lists the requests that this worker holds. Returns those to send again. Raises RunError after

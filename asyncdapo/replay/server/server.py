@@ -174,11 +174,10 @@ class ReplayServer:
             segments = self._journal.covered(step)
         await asyncio.to_thread(self._journal.free, segments)
 
-    async def evaluate(self, requests: Sequence[EvalRequest], share: float) -> list[EvalAnswer]:
-        """All answers, in the order of requests and prompts. The evaluation takes at most `share` of all slots. The
-        requests of a lost worker go to others. A repeated call joins the first. Raises ValueError for a request id that
-        another evaluation uses."""
-        return await self._workers.evaluate(requests, share)
+    async def evaluate(self, requests: Sequence[EvalRequest]) -> list[EvalAnswer]:
+        """All answers, in the order of requests and prompts. The requests of a lost worker go to others. A repeated
+        call joins the first. Raises ValueError for a request id that another evaluation uses."""
+        return await self._workers.evaluate(requests)
 
     async def finish(self) -> None:
         """No further step: leases are withdrawn, prompts without an end become `unused`. Evaluation continues."""

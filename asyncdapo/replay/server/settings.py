@@ -23,7 +23,9 @@ class ServerSettings:
     seed: int
     """The run's."""
     slots: int
-    """Sequences that one worker generates at once. An evaluation gets a share of those of all workers."""
+    """Sequences that one worker generates at once."""
+    eval_share: float = 0.5
+    """`eval.max_share`."""
     dealer: Dealer = Dealer()
     """Deals every batch to the learner's ranks."""
     max_failure_ratio: float = 1.0

@@ -6,7 +6,8 @@ no message ends the server.
 
     joining      a worker gets work once it has said that it has weights of the run's branch. So after a rollback
                  nothing is sampled with weights that were undone
-    credits      a worker is owed `asked − granted`. Evaluation requests go first; the core gets the rest as `Ready`
+    credits      a worker is owed `asked − granted`. Evaluation requests go first, within their share; the core gets the
+                 rest as `Ready`; what it grants no lease for now goes to evaluation requests again
     lost leases  a silent worker loses its leases, and joins again with its next message. A lease without progress for
                  `lease_stall_s` is lost alone
     draining     a worker that is asked to leave gets nothing more. Once it holds nothing it counts as gone. After a
@@ -67,7 +68,7 @@ class Workers:
     def __init__(self, settings: ServerSettings, dispatch: Dispatch, sessions: Sessions, arrivals: Arrivals) -> None:
         self._dispatch, self._sessions, self._arrivals = dispatch, sessions, arrivals
         self._answered: dict[Evaluation, asyncio.Event] = {}
-        self.evaluations = Evaluations(lambda: settings.slots * len(sessions.live))
+        self.evaluations = Evaluations(lambda: settings.slots * len(sessions.live), settings.eval_share)
         self._drains = Drains(sessions, self.evaluations, dispatch.send)
         self._recall_s = RECALL_HEARTBEATS * settings.replay.heartbeat_s
         self.leasing = False
@@ -155,9 +156,9 @@ class Workers:
         self._dispatch.roll_back(step, reason)
         self.evaluations.start_again()
 
-    async def evaluate(self, requests: Sequence[EvalRequest], share: float) -> list[EvalAnswer]:
+    async def evaluate(self, requests: Sequence[EvalRequest]) -> list[EvalAnswer]:
         """All answers, in the order of requests and prompts, once they are there."""
-        evaluation = self.evaluations.start(requests, share)
+        evaluation = self.evaluations.start(requests)
         answered = self._answered.setdefault(evaluation, asyncio.Event())
         try:
             self.offer_all()
@@ -260,9 +261,23 @@ class Workers:
     def _offer(self, session: Session) -> None:
         if not session.alive or session.leaving:
             return
-        while session.owed and (request := self.evaluations.next_for(session.worker, self._sessions.tick)):
+        self._send_requests(session, ahead_of_leases=True)
+        self._say_ready(session)
+        if self._send_requests(session, ahead_of_leases=False):
+            self._say_ready(session)
+
+    def _send_requests(self, session: Session, *, ahead_of_leases: bool) -> bool:
+        """Use the worker's credits for evaluation requests. Whether any was used."""
+        before, tick = session.granted, self._sessions.tick
+        while session.owed and (
+            request := self.evaluations.next_for(session.worker, tick, ahead_of_leases=ahead_of_leases)
+        ):
             session.granted += 1
             self._dispatch.send(session, replace(request, number=session.granted))
+        return session.granted > before
+
+    def _say_ready(self, session: Session) -> None:
+        """Let the core grant leases for the credits that are left."""
         if self.leasing:
             self._dispatch.apply(core.Ready(worker=session.worker, credits=session.owed, pace=session.relative_pace))
 

@@ -38,7 +38,7 @@ def respond(request: EvalRequest) -> list[EvalAnswer]:
     ]
 
 
-async def answer_at_once(requests: list[EvalRequest], share: float) -> list[EvalAnswer]:
+async def answer_at_once(requests: list[EvalRequest]) -> list[EvalAnswer]:
     return [answer for request in requests for answer in respond(request)]
 
 
@@ -49,11 +49,11 @@ def make(config: EvalConfig, ask=answer_at_once, *, chunk=4, total_slots=8) -> E
 def evaluate(config: EvalConfig, *, greedy: bool, known=(), **fleet) -> tuple[dict[str, float], list[EvalRequest]]:
     asked: list[EvalRequest] = []
 
-    async def ask(requests: list[EvalRequest], share: float) -> list[EvalAnswer]:
+    async def ask(requests: list[EvalRequest]) -> list[EvalAnswer]:
         asked.extend(requests)
-        return await answer_at_once(requests, share)
+        return await answer_at_once(requests)
 
-    return asyncio.run(make(config, ask, **fleet).run(greedy=greedy, share=0.5, known=known)), asked
+    return asyncio.run(make(config, ask, **fleet).run(greedy=greedy, known=known)), asked
 
 
 def sequences(requests: list[EvalRequest]) -> Counter[tuple[int, int, bool]]:
@@ -135,11 +135,11 @@ def test_sampled_and_greedy_accuracy_are_told_apart() -> None:
 
 
 def test_answers_that_were_not_judged_are_counted_and_said(caplog: pytest.LogCaptureFixture) -> None:
-    async def ask(requests: list[EvalRequest], share: float) -> list[EvalAnswer]:
-        return [replace(one, acc=0.0, failure="the judge is down") for one in await answer_at_once(requests, share)]
+    async def ask(requests: list[EvalRequest]) -> list[EvalAnswer]:
+        return [replace(one, acc=0.0, failure="the judge is down") for one in await answer_at_once(requests)]
 
     config = EvalConfig(num_prompts=6, num_greedy_prompts=2)
-    metrics = asyncio.run(make(config, ask).run(greedy=True, share=1.0))
+    metrics = asyncio.run(make(config, ask).run(greedy=True))
     assert metrics["eval/failed_answers"] == 8
     assert "8 of 8 answers weren't judged: the judge is down" in caplog.text
 

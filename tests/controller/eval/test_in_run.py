@@ -39,7 +39,7 @@ def config_of(tmp_path: Path, *overrides: str) -> Config:
 
 def run(config: Config, step: int, ask=answer_at_once, *, greedy: bool = True) -> RunEvaluation:
     evaluation = RunEvaluation(config, OPENED, ask)
-    asyncio.run(evaluation.run(step, greedy=greedy, share=1.0))
+    asyncio.run(evaluation.run(step, greedy=greedy))
     return evaluation
 
 
@@ -69,22 +69,22 @@ def test_the_next_evaluation_of_a_step_takes_the_place_of_the_one_before(tmp_pat
 
 
 def test_an_evaluation_that_fails_or_is_given_up_leaves_no_answers(tmp_path: Path) -> None:
-    async def fail_at_last(requests: list[EvalRequest], share: float) -> list[EvalAnswer]:
+    async def fail_at_last(requests: list[EvalRequest]) -> list[EvalAnswer]:
         if requests[0].sampling.temperature == 0:
             raise RunError("a request was given out 5 times")
-        return await answer_at_once(requests, share)
+        return await answer_at_once(requests)
 
     async def give_up() -> None:
         asked = asyncio.Event()
 
-        async def hang(requests: list[EvalRequest], share: float) -> list[EvalAnswer]:
+        async def hang(requests: list[EvalRequest]) -> list[EvalAnswer]:
             if requests[0].sampling.temperature == 0:
                 asked.set()
                 await asyncio.Event().wait()
-            return await answer_at_once(requests, share)
+            return await answer_at_once(requests)
 
         evaluation = RunEvaluation(config_of(tmp_path), OPENED, hang)
-        running = asyncio.ensure_future(evaluation.run(8, greedy=True, share=1.0))
+        running = asyncio.ensure_future(evaluation.run(8, greedy=True))
         await asked.wait()
         running.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -111,7 +111,7 @@ def test_nothing_waits_for_a_page_that_is_being_made(
 
     async def evaluate() -> None:
         evaluation = RunEvaluation(config_of(tmp_path), OPENED, answer_at_once)
-        running = asyncio.ensure_future(evaluation.run(8, greedy=True, share=1.0))
+        running = asyncio.ensure_future(evaluation.run(8, greedy=True))
         while not begun.is_set():
             await asyncio.sleep(0.01)
         if cancelled:

@@ -20,7 +20,7 @@ class Replay:
         self.calls: list[tuple[list[EvalRequest], asyncio.Future[None]]] = []
         self.num_open = 0
 
-    async def ask(self, requests: list[EvalRequest], share: float) -> list[EvalAnswer]:
+    async def ask(self, requests: list[EvalRequest]) -> list[EvalAnswer]:
         let_go: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.calls.append((requests, let_go))
         self.num_open += 1
@@ -28,7 +28,7 @@ class Replay:
             await let_go
         finally:
             self.num_open -= 1
-        return await answer_at_once(requests, share)
+        return await answer_at_once(requests)
 
 
 async def settle() -> None:
@@ -42,7 +42,7 @@ def test_few_calls_ask_for_more_than_all_slots_can_take(chunk: int, total_slots:
         replay = Replay()
         config = EvalConfig(num_prompts=10, num_samples=50_000)
         running = asyncio.ensure_future(
-            make(config, replay.ask, chunk=chunk, total_slots=total_slots).run(greedy=False, share=1.0)
+            make(config, replay.ask, chunk=chunk, total_slots=total_slots).run(greedy=False)
         )
         await settle()
         running.cancel()
@@ -57,7 +57,7 @@ def test_answers_are_handed_on_as_they_arrive_and_the_next_portion_is_asked_for(
     async def scenario() -> None:
         replay, arrived = Replay(), []
         evaluation = make(EvalConfig(num_prompts=10, num_samples=40), replay.ask)
-        running = asyncio.ensure_future(evaluation.run(greedy=False, share=1.0, on_answers=arrived.append))
+        running = asyncio.ensure_future(evaluation.run(greedy=False, on_answers=arrived.append))
         await settle()
         requests, let_go = replay.calls[3]
         let_go.set_result(None)
@@ -78,7 +78,7 @@ def test_answers_are_handed_on_as_they_arrive_and_the_next_portion_is_asked_for(
 def test_a_call_that_fails_ends_the_evaluation_with_its_error() -> None:
     async def scenario() -> None:
         replay = Replay()
-        running = asyncio.ensure_future(make(EvalConfig(num_samples=40), replay.ask).run(greedy=False, share=1.0))
+        running = asyncio.ensure_future(make(EvalConfig(num_samples=40), replay.ask).run(greedy=False))
         await settle()
         replay.calls[5][1].set_exception(RunError("given out 5 times"))
         with pytest.raises(RunError, match="given out 5 times"):
@@ -91,7 +91,7 @@ def test_a_call_that_fails_ends_the_evaluation_with_its_error() -> None:
 def test_an_evaluation_that_is_cancelled_asks_for_nothing_more() -> None:
     async def scenario() -> None:
         replay = Replay()
-        running = asyncio.ensure_future(make(EvalConfig(num_samples=40), replay.ask).run(greedy=False, share=1.0))
+        running = asyncio.ensure_future(make(EvalConfig(num_samples=40), replay.ask).run(greedy=False))
         await settle()
         running.cancel()
         with pytest.raises(asyncio.CancelledError):

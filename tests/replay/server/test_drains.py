@@ -81,7 +81,7 @@ async def test_an_evaluation_request_of_a_drained_worker_is_finished_or_given_to
         leaver, other = FakeWorker(server, 0), FakeWorker(server, 1)
         await leaver.join()
         await leaver.ask(1)
-        evaluating = asyncio.create_task(server.evaluate([eval_request(1), eval_request(2)], share=1.0))
+        evaluating = asyncio.create_task(server.evaluate([eval_request(1), eval_request(2)]))
         first = await leaver.take(EvalRequest)
         draining = asyncio.create_task(server.drain_worker(0, 60.0, "SIGTERM"))
         await asyncio.sleep(0)

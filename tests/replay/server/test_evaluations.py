@@ -21,14 +21,26 @@ from tests.replay.serving import (
 )
 
 
+def make_table(share=1.0, slots=8):
+    return Evaluations(lambda: slots, share)
+
+
+def ahead(table, worker, tick=0):
+    return table.next_for(worker, tick, ahead_of_leases=True)
+
+
+def behind(table, worker=0):
+    return table.next_for(worker, 0, ahead_of_leases=False)
+
+
 def answer(table, request, **fields):
     return table.answer(request.request_id, eval_answers(request, **fields))
 
 
 def test_answers_come_in_the_order_of_requests_whoever_was_first():
-    table, requests = Evaluations(lambda: 8), [eval_request(1), eval_request(2)]
-    evaluation = table.start(requests, share=1.0)
-    first, second = table.next_for(0, tick=0), table.next_for(1, tick=0)
+    table, requests = make_table(), [eval_request(1), eval_request(2)]
+    evaluation = table.start(requests)
+    first, second = ahead(table, 0), ahead(table, 1)
     assert answer(table, second) is evaluation
     assert not evaluation.done
     answer(table, first)
@@ -37,58 +49,58 @@ def test_answers_come_in_the_order_of_requests_whoever_was_first():
 
 
 def test_an_evaluation_without_requests_is_done_at_once():
-    assert Evaluations(lambda: 8).start([], share=1.0).done
+    assert make_table().start([]).done
 
 
 def test_requests_under_way_hold_at_most_their_share_of_the_slots():
-    table = Evaluations(lambda: 8)
-    table.start([eval_request(i) for i in range(4)], share=0.5)
-    first = table.next_for(0, tick=0)
-    assert table.next_for(0, tick=0) is not None
-    assert table.next_for(0, tick=0) is None
+    table = make_table(share=0.5)
+    table.start([eval_request(i) for i in range(4)])
+    first = ahead(table, 0)
+    assert ahead(table, 0) is not None
+    assert ahead(table, 0) is None
     answer(table, first)
-    assert table.next_for(1, tick=0) is not None
+    assert ahead(table, 1) is not None
 
 
 def test_every_sample_of_a_prompt_takes_a_slot():
-    table = Evaluations(lambda: 8)
-    table.start([eval_request(i, num_prompts=1, samples=range(3)) for i in range(3)], share=0.75)
-    assert table.next_for(0, tick=0) is not None
-    assert table.next_for(0, tick=0) is not None
-    assert table.next_for(0, tick=0) is None
+    table = make_table(share=0.75)
+    table.start([eval_request(i, num_prompts=1, samples=range(3)) for i in range(3)])
+    assert ahead(table, 0) is not None
+    assert ahead(table, 0) is not None
+    assert ahead(table, 0) is None
 
 
 def test_one_request_may_go_however_small_the_share_is():
-    table = Evaluations(lambda: 8)
-    table.start([eval_request(1, num_prompts=6), eval_request(2)], share=0.1)
-    assert table.next_for(0, tick=0).request_id == 1
-    assert table.next_for(0, tick=0) is None
+    table = make_table(share=0.1)
+    table.start([eval_request(1, num_prompts=6), eval_request(2)])
+    assert ahead(table, 0).request_id == 1
+    assert ahead(table, 0) is None
 
 
 def test_requests_of_a_lost_worker_go_to_the_next_one_first():
-    table = Evaluations(lambda: 8)
-    table.start([eval_request(1), eval_request(2)], share=1.0)
-    table.next_for(0, tick=0)
+    table = make_table()
+    table.start([eval_request(1), eval_request(2)])
+    ahead(table, 0)
     table.lose_worker(0)
     assert (table.num_waiting, table.num_under_way) == (2, 0)
-    assert table.next_for(1, tick=0).request_id == 1
+    assert ahead(table, 1).request_id == 1
 
 
 def test_a_request_that_is_silent_for_long_is_given_out_again():
-    table = Evaluations(lambda: 8)
-    table.start([eval_request(1)], share=1.0)
-    table.next_for(0, tick=3)
+    table = make_table()
+    table.start([eval_request(1)])
+    ahead(table, 0, tick=3)
     table.lose_silent(since=3)
-    assert table.next_for(0, tick=4) is None
+    assert ahead(table, 0, tick=4) is None
     table.lose_silent(since=4)
-    assert table.next_for(0, tick=4).request_id == 1
+    assert ahead(table, 0, tick=4).request_id == 1
 
 
 def test_a_request_that_its_workers_heartbeats_dont_know_is_sent_again():
-    table = Evaluations(lambda: 8)
-    table.start([eval_request(1), eval_request(2), eval_request(3)], share=1.0)
-    assert [table.next_for(0, tick=0).request_id for _ in range(2)] == [1, 2]
-    table.next_for(1, tick=0)
+    table = make_table()
+    table.start([eval_request(1), eval_request(2), eval_request(3)])
+    assert [ahead(table, 0).request_id for _ in range(2)] == [1, 2]
+    ahead(table, 1)
     assert table.note_listed(0, [2]) == []
     assert [lost.request_id for lost in table.note_listed(0, [2])] == [1]
     assert table.note_listed(0, [2]) == []
@@ -97,20 +109,20 @@ def test_a_request_that_its_workers_heartbeats_dont_know_is_sent_again():
 
 
 def test_the_first_answer_counts_and_later_ones_are_dropped():
-    table = Evaluations(lambda: 8)
-    evaluation = table.start([eval_request(1), eval_request(2)], share=1.0)
-    given = table.next_for(0, tick=0)
+    table = make_table()
+    evaluation = table.start([eval_request(1), eval_request(2)])
+    given = ahead(table, 0)
     table.lose_worker(0)
     answer(table, given, acc=1.0)
-    assert table.next_for(1, tick=0).request_id == 2
+    assert ahead(table, 1).request_id == 2
     assert answer(table, given, acc=0.0) is None
     assert {one.acc for one in evaluation.answers[1]} == {1.0}
 
 
 def test_an_answer_after_the_evaluation_is_dropped():
-    table = Evaluations(lambda: 8)
-    evaluation = table.start([eval_request(1)], share=1.0)
-    given = table.next_for(0, tick=0)
+    table = make_table()
+    evaluation = table.start([eval_request(1)])
+    given = ahead(table, 0)
     table.leave(evaluation)
     assert answer(table, given) is None
     assert (table.num_waiting, table.num_under_way) == (0, 0)
@@ -127,9 +139,9 @@ def test_an_answer_after_the_evaluation_is_dropped():
     ],
 )
 def test_answers_that_are_not_the_requests_are_refused_and_it_stays_open(broken):
-    table = Evaluations(lambda: 8)
-    evaluation = table.start([eval_request(1, num_prompts=1)], share=1.0)
-    given = table.next_for(0, tick=0)
+    table = make_table()
+    evaluation = table.start([eval_request(1, num_prompts=1)])
+    given = ahead(table, 0)
     [right] = eval_answers(given)
     with pytest.raises(ValueError, match="request 1"):
         table.answer(1, [replace(right, **broken)])
@@ -138,53 +150,53 @@ def test_answers_that_are_not_the_requests_are_refused_and_it_stays_open(broken)
 
 
 def test_a_request_that_nobody_ever_answers_ends_the_run():
-    table = Evaluations(lambda: 8)
-    table.start([eval_request(1)], share=1.0)
+    table = make_table()
+    table.start([eval_request(1)])
     for _ in range(MAX_ISSUES - 1):
-        table.next_for(0, tick=0)
+        ahead(table, 0)
         table.lose_worker(0)
-    table.next_for(0, tick=0)
+    ahead(table, 0)
     with pytest.raises(RunError, match="given out 5 times"):
         table.lose_worker(0)
 
 
 def test_two_evaluations_at_once_keep_their_answers_apart():
-    table = Evaluations(lambda: 8)
-    first, second = table.start([eval_request(1)], share=1.0), table.start([eval_request(2)], share=1.0)
-    given = [table.next_for(0, tick=0), table.next_for(0, tick=0)]
+    table = make_table()
+    first, second = table.start([eval_request(1)]), table.start([eval_request(2)])
+    given = [ahead(table, 0), ahead(table, 0)]
     assert answer(table, given[1]) is second
     assert not first.done
 
 
 def test_who_asks_for_a_running_evaluation_joins_it():
-    table = Evaluations(lambda: 8)
-    evaluation = table.start([eval_request(1), eval_request(2)], share=1.0)
-    assert table.start([eval_request(1), eval_request(2)], share=1.0) is evaluation
+    table = make_table()
+    evaluation = table.start([eval_request(1), eval_request(2)])
+    assert table.start([eval_request(1), eval_request(2)]) is evaluation
     assert table.num_waiting == 2
     table.leave(evaluation)
-    given = table.next_for(0, tick=0)
+    given = ahead(table, 0)
     assert answer(table, given) is evaluation
     table.leave(evaluation)
     assert (table.num_waiting, table.num_under_way) == (0, 0)
 
 
 def test_after_a_rollback_everything_is_asked_anew():
-    table = Evaluations(lambda: 8)
-    evaluation = table.start([eval_request(1), eval_request(2)], share=1.0)
-    answer(table, table.next_for(0, tick=0))
-    table.next_for(0, tick=0)
+    table = make_table()
+    evaluation = table.start([eval_request(1), eval_request(2)])
+    answer(table, ahead(table, 0))
+    ahead(table, 0)
     table.start_again()
     assert (table.num_waiting, table.num_under_way, evaluation.answers) == (2, 0, {})
-    assert [table.next_for(0, tick=0).request_id for _ in range(2)] == [1, 2]
+    assert [ahead(table, 0).request_id for _ in range(2)] == [1, 2]
 
 
 def test_a_request_id_in_use_is_refused():
-    table = Evaluations(lambda: 8)
-    table.start([eval_request(1)], share=1.0)
+    table = make_table()
+    table.start([eval_request(1)])
     with pytest.raises(ValueError, match="in use"):
-        table.start([eval_request(1), eval_request(3)], share=1.0)
+        table.start([eval_request(1), eval_request(3)])
     with pytest.raises(ValueError, match="used once"):
-        table.start([eval_request(2), eval_request(2)], share=1.0)
+        table.start([eval_request(2), eval_request(2)])
 
 
 # --------------------------------------------------------------------------------------------- behind real sockets
@@ -195,7 +207,7 @@ async def test_evaluation_goes_ahead_of_leases_and_uses_up_credits(tmp_path):
     async with serving(tmp_path, slots=4) as server:
         worker = FakeWorker(server)
         await worker.join()
-        evaluating = asyncio.create_task(server.evaluate([eval_request(1), eval_request(2)], share=0.5))
+        evaluating = asyncio.create_task(server.evaluate([eval_request(1), eval_request(2)]))
         await server.begin()
         await worker.ask(2)
         request = await worker.take(EvalRequest)
@@ -216,7 +228,7 @@ async def test_responses_come_with_the_answers(tmp_path):
         worker = FakeWorker(server)
         await worker.join()
         await worker.ask(1)
-        evaluating = asyncio.create_task(server.evaluate([eval_request(1, samples=(0, 5))], share=1.0))
+        evaluating = asyncio.create_task(server.evaluate([eval_request(1, samples=(0, 5))]))
         response = "x²\n" * 500_000
         await worker.evaluate(await worker.take(EvalRequest), response=response)
         answers = await evaluating
@@ -230,7 +242,7 @@ async def test_answers_whose_responses_are_damaged_are_refused_and_asked_for_aga
         worker = FakeWorker(server)
         await worker.join()
         await worker.ask(1)
-        evaluating = asyncio.create_task(server.evaluate([eval_request(1)], share=1.0))
+        evaluating = asyncio.create_task(server.evaluate([eval_request(1)]))
         request = await worker.take(EvalRequest)
         done, [frame] = pack_answers(1, eval_answers(request, response="six"))
         for frames in ([frame[:-1]], [], [b"\xff" * len(frame)]):
@@ -249,7 +261,7 @@ async def test_evaluation_requests_of_a_lost_worker_are_given_to_another(tmp_pat
         doomed, other = FakeWorker(server, 0, "first"), FakeWorker(server, 1)
         await doomed.join()
         await doomed.ask(1)
-        evaluating = asyncio.create_task(server.evaluate([eval_request(1)], share=1.0))
+        evaluating = asyncio.create_task(server.evaluate([eval_request(1)]))
         await doomed.take(EvalRequest)
         assert server.status()["why_waiting"] == "rollout: no batch is wanted; 1 evaluation requests are open"
         await other.join()
@@ -265,7 +277,7 @@ async def test_an_evaluation_request_that_a_live_worker_never_answers_is_given_o
         worker = FakeWorker(server)
         await worker.join()
         await worker.ask(2)
-        evaluating = asyncio.create_task(server.evaluate([eval_request(1)], share=1.0))
+        evaluating = asyncio.create_task(server.evaluate([eval_request(1)]))
         await worker.take(EvalRequest)
         await worker.evaluate(await worker.take(EvalRequest))
         assert len(await evaluating) == 2
@@ -277,7 +289,7 @@ async def test_an_evaluation_request_that_was_lost_is_sent_again_and_takes_no_se
         worker = FakeWorker(server)
         await worker.join()
         await worker.ask(1)
-        evaluating = asyncio.create_task(server.evaluate([eval_request(1)], share=1.0))
+        evaluating = asyncio.create_task(server.evaluate([eval_request(1)]))
         lost = await worker.take(EvalRequest)
         await worker.beat()
         await worker.beat()
@@ -294,7 +306,7 @@ async def test_a_repeated_evaluation_answer_is_acknowledged_and_counts_once(tmp_
     async with serving(tmp_path) as server:
         worker, learner = FakeWorker(server), FakeLearner(server)
         await worker.join()
-        evaluating = asyncio.create_task(server.evaluate([eval_request(1), eval_request(2)], share=1.0))
+        evaluating = asyncio.create_task(server.evaluate([eval_request(1), eval_request(2)]))
         await worker.ask(2)
         first, second = await worker.take(EvalRequest), await worker.take(EvalRequest)
         for _ in range(2):
@@ -315,7 +327,7 @@ async def test_an_evaluation_that_is_given_up_leaves_nothing_behind(tmp_path):
     async with serving(tmp_path) as server:
         worker = FakeWorker(server)
         await worker.join()
-        evaluating = asyncio.create_task(server.evaluate([eval_request(1)], share=1.0))
+        evaluating = asyncio.create_task(server.evaluate([eval_request(1)]))
         await asyncio.sleep(0)
         evaluating.cancel()
         await asyncio.gather(evaluating, return_exceptions=True)

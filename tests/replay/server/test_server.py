@@ -201,7 +201,7 @@ async def test_when_the_data_is_used_up_the_learner_is_told_and_evaluation_conti
         await learner.want(1)
         assert isinstance((await learner.receive())[0], NoBatch)
         await server.finish()
-        evaluating = asyncio.create_task(server.evaluate([eval_request(1)], share=1.0))
+        evaluating = asyncio.create_task(server.evaluate([eval_request(1)]))
         await worker.ask(1)
         await worker.evaluate(await worker.take(EvalRequest))
         assert len(await evaluating) == 2
