@@ -95,6 +95,9 @@ def test_there_is_one_metrics_line_a_step_with_the_documented_keys(run: Finished
     assert (lines[-1]["eval/version_min"], lines[-1]["eval/version_max"]) == (STEPS, STEPS)
     walls = [line["time/wall_s"] for line in lines]
     assert walls == sorted(walls)
+    evaluated = [line for line in lines if "eval/accuracy" in line]
+    assert all(line["eval/wall_s"] < line["time/wall_s"] for line in evaluated[1:-1]), "complete before its line is"
+    assert all(line["eval/wall_s"] == line["time/wall_s"] for line in (lines[0], lines[-1]))
     assert (run.dir / "curve.png").stat().st_size > 10_000
 
 

@@ -91,12 +91,12 @@ class StepMetrics:
         else:
             self._reporter.amend(final)
 
-    @property
-    def wall_s(self) -> float:
-        """Training time by now, `time/wall_s`. `begin` comes first."""
-        return self._wall_at(time.monotonic())
+    def wall_of(self, step: int) -> float:
+        """Training time up to the end of a step, as its line has it."""
+        return self._wall_of[step]
 
-    def _wall_at(self, now: float) -> float:
+    def wall_at(self, now: float) -> float:
+        """Training time up to a moment (`time.monotonic`) between `begin` and the end of training."""
         assert self._began is not None, "`begin` comes first"
         return self._wall_before + now - self._began
 
@@ -109,7 +109,7 @@ class StepMetrics:
         self.steps.add(Span(f"step {step}", self._line_at, now))
         step_s, self._line_at = now - self._line_at, now
         times = self.clock.take()
-        wall_s = self._wall_of[step] = self._wall_at(now)
+        wall_s = self._wall_of[step] = self.wall_at(now)
         return {
             "time/wall_s": wall_s,
             "time/total_s": self._total_s(),

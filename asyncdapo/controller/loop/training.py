@@ -11,6 +11,7 @@ Train step k is `_train_step`: train on the batch taken, mark it trained while v
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -250,9 +251,9 @@ class Training:
         self._lines.write_last({**self._comparing.take(), **self._checkpoints.take(), **evaluated})
 
     async def _evaluate_beside(self, step: int) -> dict[str, float]:
-        """Evaluate beside training, which goes on, from the end of this step on."""
+        """Evaluate while training continues, from the end of this step on."""
         evaluated = await self._evaluation.run(step, greedy=False)
-        return {**evaluated, "eval/wall_s": self._lines.wall_s} if evaluated else {}
+        return {**evaluated, "eval/wall_s": self._lines.wall_at(time.monotonic())} if evaluated else {}
 
     async def _evaluate_alone(self, which: str) -> dict[str, float]:
         """Evaluate the `initial` or the `final` model while nothing else runs."""
@@ -262,7 +263,7 @@ class Training:
         evaluation = self._evaluation.run(self.step, greedy=True)
         evaluated = await self._stalls.wait(evaluation, whom="replay", what=what, until_stopped=True)
         self._evaluation.belongs_to(self.step)
-        return evaluated
+        return {**evaluated, "eval/wall_s": self._lines.wall_of(self.step)} if evaluated else {}
 
     async def _replay(
         self, what: str, pick: Pick[ReplayProcess, Params, R], *args: Params.args, **kwargs: Params.kwargs

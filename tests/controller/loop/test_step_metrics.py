@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 
 from asyncdapo.controller.loop.step_metrics import StepMetrics, counters_of
 
@@ -50,6 +51,17 @@ def test_an_alarm_is_a_note_when_it_begins() -> None:
     hold(lines, 3, replay={"filter/kept_ratio": 0.05})
     [note] = reporter.notes
     assert note.startswith("filter warning: filter/kept_ratio is 0.05, below 0.1: ")
+
+
+def test_a_moment_between_two_lines_has_a_training_time_between_theirs_in_a_run_that_resumes_too() -> None:
+    lines = lines_of(reporter := NoteTaker(), last={"step": 6, "time/wall_s": 5.0})
+    assert lines.wall_of(6) == 5.0
+    hold(lines, 7)
+    lines.write()
+    between = lines.wall_at(time.monotonic())
+    hold(lines, 8)
+    lines.write()
+    assert 5.0 <= reporter.lines[0]["time/wall_s"] <= between <= reporter.lines[1]["time/wall_s"] == lines.wall_of(8)
 
 
 def test_a_run_that_resumes_remembers_its_first_entropy_and_its_skipped_updates() -> None:

@@ -1,0 +1,199 @@
+"""Who gets a free slot while a run evaluates: leases or the evaluation. The server's own parts, without sockets."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from asyncdapo.eval_messages import EvalRequest
+from asyncdapo.messages import Ask, GroupDone, Lease, Loaded
+from asyncdapo.replay.core import events as core
+from asyncdapo.replay.server.arrivals import Arrivals
+from asyncdapo.replay.server.settings import ServerSettings
+from asyncdapo.replay.server.workers import Workers
+from asyncdapo.shares import CutWanted
+from asyncdapo.transport.payload import pack_answers
+from tests.replay.serving import eval_answers, eval_request
+from tests.replay.small_run import GROUP_SIZE, SmallRun, make_group
+
+SLOTS, SHARE = 12, 0.5
+PEER = b"peer-0-first"
+ACTIONS = ("answer a lease", "answer a request", "train")
+
+
+class Engine:
+    """One worker that asks for work for every free slot, and a learner that trains when it is told to."""
+
+    def __init__(self, run_dir: Path, **replay: float) -> None:
+        self.run = SmallRun(run_dir, **replay)
+        server = ServerSettings(replay=self.run.config, group_size=GROUP_SIZE, seed=1, slots=SLOTS, eval_share=SHARE)
+        run = self.run
+        arrivals = Arrivals(server, run.dispatch, run.sessions, run.journal, None)
+        self.workers = Workers(server, run.dispatch, run.sessions, arrivals)
+        self.run.join(0)
+        self.session = self.run.sessions.of_peer(PEER)
+        self.session.alive = True
+        self.leases: list[Lease] = []
+        self.requests: list[EvalRequest] = []
+        self.step = 0
+        self.want()
+        self.workers.leasing = True
+        self.fill()
+
+    @property
+    def num_waiting(self) -> int:
+        return self.workers.evaluations.num_waiting
+
+    @property
+    def admits(self) -> bool:
+        return self.run.state.admits()
+
+    @property
+    def evaluated_slots(self) -> int:
+        return sum(request.num_sequences for request in self.requests)
+
+    def fill(self) -> None:
+        """Take what is sent, and ask for as much again as there is room for."""
+        while True:
+            while not self.run.dispatch.outgoing.empty():
+                match self.run.dispatch.outgoing.get_nowait().message:
+                    case Lease() as lease:
+                        self.leases.append(lease)
+                    case EvalRequest() as request:
+                        self.requests.append(request)
+            free = SLOTS // GROUP_SIZE - len(self.leases) - len(self.requests)
+            if self.session.owed >= free:
+                return
+            self.workers.hear(PEER, Ask(asked=self.session.granted + free), ())
+
+    def want(self) -> None:
+        self.run.dispatch.want_batch(b"learner", CutWanted(step=self.step + 1))
+
+    def do(self, action: str) -> None:
+        match action:
+            case "answer a lease" if self.leases:
+                group, payload = make_group(self.leases.pop(0), versions=((self.step, 4),))
+                frames = [memoryview(frame) for frame in payload.frames()]
+                self.workers.hear(PEER, GroupDone(group=group), frames)
+            case "answer a request" if self.requests:
+                done, frames = pack_answers(self.requests[0].request_id, eval_answers(self.requests.pop(0)))
+                self.workers.hear(PEER, done, frames)
+            case "train" if self.step + 1 in self.run.state.cut_batches.untrained:
+                self.step += 1
+                self.run.dispatch.trained(self.step, {})
+                self.workers.hear(PEER, Loaded(version=self.step, branch=0), ())
+                self.run.dispatch.published(self.step)
+                self.want()
+        self.fill()
+
+
+@contextmanager
+def engine(**replay: float) -> Iterator[Engine]:
+    with TemporaryDirectory() as run_dir:
+        one = Engine(Path(run_dir), **replay)
+        try:
+            yield one
+        finally:
+            one.run.journal.close()
+
+
+async def begin(one: Engine, num: int) -> asyncio.Task:
+    """Evaluate: so many requests of as many sequences as a group."""
+    evaluating = asyncio.create_task(one.workers.evaluate([eval_request(number + 1) for number in range(num)]))
+    await asyncio.sleep(0)
+    one.fill()
+    return evaluating
+
+
+async def end(one: Engine, evaluating: asyncio.Task) -> None:
+    while not evaluating.done():
+        for action in ACTIONS:
+            one.do(action)
+        await asyncio.sleep(0)
+
+
+def test_an_evaluation_has_its_share_of_the_slots_while_leases_want_them_all() -> None:
+    async def run() -> None:
+        with engine(run_ahead=20.0, max_staleness=20) as one:
+            evaluating = await begin(one, 8)
+            for _ in range(6):
+                one.do("answer a lease")
+            assert one.evaluated_slots == SHARE * SLOTS
+            assert one.admits
+            await end(one, evaluating)
+
+    asyncio.run(run())
+
+
+def test_an_evaluation_has_all_slots_for_which_there_is_no_lease_and_gives_back_more_than_its_share() -> None:
+    async def run() -> None:
+        with engine(run_ahead=1.0) as one:
+            while one.leases:
+                one.do("answer a lease")
+            evaluating = await begin(one, 8)
+            assert one.evaluated_slots == SLOTS, "the learner has all that it may have"
+            one.do("train")
+            assert one.admits
+            for num_leases in (1, 2):
+                one.do("answer a request")
+                assert len(one.leases) == num_leases, "what becomes free is training's again"
+            await end(one, evaluating)
+
+    asyncio.run(run())
+
+
+def test_all_slots_are_an_evaluations_before_the_first_lease_and_after_the_last() -> None:
+    async def run() -> None:
+        with engine() as one:
+            one.workers.pause()
+            while one.leases:
+                one.do("answer a lease")
+            evaluating = await begin(one, 8)
+            assert one.evaluated_slots == SLOTS
+            await end(one, evaluating)
+
+    asyncio.run(run())
+
+
+@settings(max_examples=6)
+@given(
+    st.sampled_from([(0.0, 0), (0.5, 1), (1.0, 2), (2.0, 2)]),
+    st.integers(1, 4),
+    st.lists(st.sampled_from(ACTIONS), min_size=10, max_size=40),
+)
+def test_no_slot_is_free_while_it_waits_and_it_has_more_than_its_share_only_of_slots_without_a_lease(
+    ahead: tuple[float, int], size: int, actions: list[str]
+) -> None:
+    async def run() -> None:
+        run_ahead, max_staleness = ahead
+        with engine(run_ahead=run_ahead, max_staleness=max_staleness, prompts_per_step=size) as one:
+            evaluating = await begin(one, 12)
+            for action in actions:
+                before = one.evaluated_slots
+                one.do(action)
+                assert one.session.owed == 0 or not one.num_waiting
+                if one.evaluated_slots > max(before, SHARE * SLOTS):
+                    assert not one.admits, "a lease was due instead"
+            await end(one, evaluating)
+            assert len(evaluating.result()) == 12 * GROUP_SIZE
+
+    asyncio.run(run())
+
+
+def test_the_event_that_ends_the_run_leaves_the_slots_to_the_evaluation() -> None:
+    async def run() -> None:
+        with engine() as one:
+            evaluating = await begin(one, 8)
+            one.run.dispatch.apply(core.RunEnded())
+            one.leases.clear()
+            one.fill()
+            assert one.evaluated_slots == SLOTS
+            await end(one, evaluating)
+
+    asyncio.run(run())
