@@ -196,9 +196,7 @@ async def test_an_evaluation_asked_for_twice_is_done_once_and_answered_twice(tmp
     async with serving(tmp_path) as server:
         worker = FakeWorker(server)
         await worker.join()
-        doomed, repeated = (
-            asyncio.create_task(server.evaluate([eval_request(1), eval_request(2)])) for _ in range(2)
-        )
+        doomed, repeated = (asyncio.create_task(server.evaluate([eval_request(1), eval_request(2)])) for _ in range(2))
         await worker.ask(2)
         requests = [await worker.take(EvalRequest) for _ in range(2)]
         assert [request.number for request in requests] == [1, 2]
