@@ -71,9 +71,9 @@ def token_problem(group: Group, payload: Payload) -> str | None:
 
 def _other_turn(tokens: ContextTokens) -> int | None:
     """Number of the first turn that hasn't the checksum that was taken at the engine; None if all have theirs."""
-    crc, begin = crc32(tokens.group_prompt_ids) if tokens.header.rooted else 0, 0
+    crc, begin = crc32(tokens.group_prompt_ids.data) if tokens.header.rooted else 0, 0
     for turn, end in _turns(tokens.header):
-        crc, begin = crc32(tokens.own_ids[begin:end], crc), end
+        crc, begin = crc32(tokens.own_ids[begin:end].data, crc), end
         if turn.checksum not in (numbered(crc, turn.number), NO_CHECKSUM):
             return turn.number
     return None
