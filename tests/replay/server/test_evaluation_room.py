@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -30,15 +31,16 @@ ACTIONS = ("answer a lease", "answer a request", "train")
 class Engine:
     """One worker that asks for work for every free slot, and a learner that trains when it is told to."""
 
-    def __init__(self, run_dir: Path, **replay: float) -> None:
+    def __init__(self, run_dir: Path, **replay: Any) -> None:
         self.run = SmallRun(run_dir, **replay)
         server = ServerSettings(replay=self.run.config, group_size=GROUP_SIZE, seed=1, slots=SLOTS, eval_share=SHARE)
         run = self.run
         arrivals = Arrivals(server, run.dispatch, run.sessions, run.journal, None)
         self.workers = Workers(server, run.dispatch, run.sessions, arrivals)
         self.run.join(0)
-        self.session = self.run.sessions.of_peer(PEER)
-        self.session.alive = True
+        session = self.run.sessions.of_peer(PEER)
+        assert session
+        session.alive, self.session = True, session
         self.leases: list[Lease] = []
         self.requests: list[EvalRequest] = []
         self.step = 0
@@ -83,7 +85,7 @@ class Engine:
                 self.workers.hear(PEER, GroupDone(group=group), frames)
             case "answer a request" if self.requests:
                 done, frames = pack_answers(self.requests[0].request_id, eval_answers(self.requests.pop(0)))
-                self.workers.hear(PEER, done, frames)
+                self.workers.hear(PEER, done, [memoryview(frame) for frame in frames])
             case "train" if self.step + 1 in self.run.state.cut_batches.untrained:
                 self.step += 1
                 self.run.dispatch.trained(self.step, {})
@@ -94,7 +96,7 @@ class Engine:
 
 
 @contextmanager
-def engine(**replay: float) -> Iterator[Engine]:
+def engine(**replay: Any) -> Iterator[Engine]:
     with TemporaryDirectory() as run_dir:
         one = Engine(Path(run_dir), **replay)
         try:
