@@ -85,6 +85,8 @@ def start_own(**options: Any) -> Path:
         "_temp_dir": str(home / "r"),  # not `home`, which Ray would open to everybody
         "_system_config": {
             "prestart_worker_first_driver": False,  # a process for each core, of no use to actors
+            "task_events_report_interval_ms": 0,  # no record of tasks, which only a dashboard would show
+            "event_stats": False,  # nor of Ray's own event loops; every process would keep both all the time
             "worker_niceness": 0,  # not Ray's 15, which leaves the cores to whatever else runs on the machine
         },
     }
