@@ -29,7 +29,8 @@ SWEEP_S = 3.0
 @contextmanager
 def reaper() -> Iterator[None]:
     """A reaper watches this process and its descendants while the body runs. Afterwards it kills what is left."""
-    with subprocess.Popen([sys.executable, "-m", __name__], stdin=subprocess.PIPE, close_fds=True) as process:
+    command = [sys.executable, "-m", __name__, str(os.getpid())]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, close_fds=True) as process:
         try:
             yield
         finally:
@@ -44,11 +45,12 @@ def adopt_orphans(adopt: bool) -> None:
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, ctypes.c_ulong(adopt))
 
 
-def main() -> None:
-    """Watch the parent until standard input ends, then clean up."""
+def main(driver: int) -> None:
+    """Watch the process of this pid until standard input ends, then clean up. Not `os.getppid()`: that is the system's
+    first process if the driver has died before this one is up."""
     for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(ignored, signal.SIG_IGN)
-    driver, known = os.getppid(), set()
+    known = descendants(driver)
     while not select.select([sys.stdin], [], [], LOOK_S)[0]:
         known = still_there(known | descendants(driver))
     known |= descendants(driver)
@@ -91,4 +93,4 @@ def is_alive(process: psutil.Process) -> bool:
 
 
 if __name__ == "__main__":
-    main()
+    main(int(sys.argv[1]))

@@ -70,3 +70,13 @@ def test_a_zombie_is_not_alive():
     process.wait()
     assert not is_alive(known)
     assert descendants(known.pid) == set()
+
+
+def test_a_reaper_that_is_up_after_its_driver_has_died_kills_nobody_else():
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    with subprocess.Popen(["sleep", "60"]) as bystander:
+        command = [sys.executable, "-m", "asyncdapo.controller.process.reaper", str(gone.pid)]
+        subprocess.run(command, stdin=subprocess.DEVNULL, timeout=20, check=True)
+        assert bystander.poll() is None
+        bystander.kill()
