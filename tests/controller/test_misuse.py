@@ -108,4 +108,4 @@ def assert_a_torn_checkpoint_is_named_and_the_one_before_used(run_dir: Path) -> 
 def assert_a_broken_ledger_is_named(run_dir: Path) -> None:
     broken = shutil.copytree(run_dir, run_dir.with_name("broken"))
     (broken / "ledger.db").write_bytes(b"garbage" * 10_000)
-    assert f"{broken / 'ledger.db'}: can't be read" in refused(broken, "run.steps=100000")
+    assert f"{broken / 'ledger.db'}: can't be resumed" in refused(broken, "run.steps=100000")
