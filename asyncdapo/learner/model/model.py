@@ -26,6 +26,7 @@ from asyncdapo.errors import ConfigError
 from asyncdapo.learner.attention.attention import NAME
 from asyncdapo.learner.config import LearnerConfig
 from asyncdapo.learner.model.blocks import compiles, settle_blocks
+from asyncdapo.learner.model.fusing import fuse
 from asyncdapo.learner.model.names import check_names, once
 from asyncdapo.learner.model.policy import Policy, check_policy
 from asyncdapo.learner.model.sharding import named_shards, shard
@@ -68,6 +69,8 @@ def load_policy(
     else:
         _round(model.requires_grad_(False), dtype)
     checkpointing = config.activation_checkpointing if trained else "none"
+    if device.type == "cpu" and not compiled:
+        fuse(model)
     settle_blocks(model, device, compile=compiled, checkpointing=checkpointing)
     policy = Policy(model, temperature, device)
     offload = config.offload == "optimizer"

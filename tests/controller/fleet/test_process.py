@@ -14,7 +14,7 @@ import pytest
 from asyncdapo.config.config import Config
 from asyncdapo.config.run import ControllerConfig
 from asyncdapo.controller.fleet.placement import Bundle, Placement
-from asyncdapo.controller.fleet.process import Process, ProcessDied, Watch
+from asyncdapo.controller.fleet.process import HUGE_PAGES, Process, ProcessDied, Watch
 from asyncdapo.controller.fleet.rooms import reserve
 from asyncdapo.controller.process import ray_session as sessions
 from asyncdapo.controller.process.ray_session import ray_session
@@ -66,6 +66,9 @@ class Faulty:
     async def answer(self, value: int) -> tuple[str, int, str | None]:
         return self.spec.name, value, os.environ.get("OMP_NUM_THREADS")
 
+    async def tunables(self) -> str | None:
+        return os.environ.get("GLIBC_TUNABLES")
+
     async def has_loaded(self) -> bool:
         """Raises TimeoutError if nobody told it to: it may be told after it is asked."""
         return await asyncio.wait_for(self.loaded.wait(), 30)
@@ -100,6 +103,10 @@ def call(process: Process[Any], pick: Callable[[Faulty], Callable[..., Any]], *a
 
 def test_a_call_is_answered_by_a_process_with_its_own_thread_count(process: Process[Any]) -> None:
     assert call(process, lambda faulty: faulty.answer, 7) == ("learner", 7, "2")
+
+
+def test_a_process_has_its_memory_in_huge_pages(process: Process[Any]) -> None:
+    assert call(process, lambda faulty: faulty.tunables) == HUGE_PAGES
 
 
 def test_a_users_error_stays_one_and_names_the_process(process: Process[Any]) -> None:
