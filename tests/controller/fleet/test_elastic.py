@@ -157,7 +157,8 @@ def test_who_lives_stays_when_there_are_too_many_and_a_start_is_given_up(acted, 
         bring_up, cluster.bring_up_worker = cluster.bring_up_worker, hanging
         for index in (0, 1):
             cluster.workers[index].ask_to_leave("SIGTERM")
-        await cluster.until(lambda: cluster.up() == [2] and len(cluster.rooms) == 3)
+        await cluster.until(lambda: {worker.name for worker in starting} == {"rollout-0", "rollout-1"})
+        assert cluster.up() == [2]
         rooms = list(cluster.rooms)
         await cluster.elastic.look({"rollout-1": Health(entries=[], waits=[], leaving="SIGTERM")})
         await cluster.until(lambda: len(set(cluster.rooms) - set(rooms)) == 1)  # it counts as no death
@@ -170,7 +171,10 @@ def test_who_lives_stays_when_there_are_too_many_and_a_start_is_given_up(acted, 
         await cluster.elastic.look({})
         await cluster.until(lambda: cluster.up() == [0, 2])
 
+    starting = []
+
     async def hanging(worker: FakeProcess) -> None:
+        starting.append(worker)
         await asyncio.Event().wait()
 
     acted(scene)
