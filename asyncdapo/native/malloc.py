@@ -1,7 +1,7 @@
-"""The C library's heap, for a process that receives and sends large messages all the time.
+"""The C library's heap: whether a process keeps the memory that it frees.
 
-In: nothing. Out: freed memory stays in the process, and is used again. Does not own: whose memory it is. A process that
-rather gives memory back sets the opposite (`learner/model/sharding`).
+In: nothing. Out: freed memory stays in the process, or goes back to the system. Does not own: which of the two is right
+for a process. Other C libraries than glibc have no such choice, and nothing changes there.
 """
 
 from __future__ import annotations
@@ -15,12 +15,23 @@ LARGEST_BYTES = 32 << 20
 KEPT_BYTES = 1 << 30
 HEAP_BYTES = 64 << 20
 """By which the heap grows; glibc keeps the second heap of a thread if it is no larger."""
+RETURNED_BYTES = 1 << 20
 
 
 def keep_freed_memory() -> None:
-    """Keep up to 1 GiB of freed memory. By default glibc returns large pieces to the system, and for each message the
-    pages come back one by one, zeroed: that took a quarter of the replay server's time."""
-    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):  # other C libraries than glibc have none
-        mallopt(M_MMAP_THRESHOLD, LARGEST_BYTES)
-        mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
-        mallopt(M_TOP_PAD, HEAP_BYTES)
+    """Keep up to 1 GiB, for a process that receives and sends large messages all the time. By default glibc returns
+    large pieces to the system, and for each message the pages come back one by one, zeroed: that took a quarter of the
+    replay server's time."""
+    _set({M_MMAP_THRESHOLD: LARGEST_BYTES, M_TRIM_THRESHOLD: KEPT_BYTES, M_TOP_PAD: HEAP_BYTES})
+
+
+def return_freed_memory() -> None:
+    """Return every piece of 1 MiB and more to the system. In the heap small things soon stand where a large one was, so
+    that there is no room for the next: four ranks with a sharded model held nine times the model after one pass."""
+    _set({M_MMAP_THRESHOLD: RETURNED_BYTES})
+
+
+def _set(options: dict[int, int]) -> None:
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
+        for option, value in options.items():
+            mallopt(option, value)

@@ -13,7 +13,6 @@ float32. Every rank makes the same passes in the same order. Does not own: the p
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterable
 from typing import cast
 
@@ -34,11 +33,8 @@ from asyncdapo.learner.model.blocks import decoder_blocks
 from asyncdapo.learner.model.mesh import REPLICAS, SHARDS
 from asyncdapo.learner.model.names import once
 from asyncdapo.learner.model.policy import ENTRIES, Policy
+from asyncdapo.native.malloc import return_freed_memory
 
-M_MMAP_THRESHOLD = -3
-"""As glibc's malloc.h has it."""
-MAPPED_BYTES = 1 << 20
-"""On a CPU a tensor of at least this size has memory of its own, once weights are gathered and freed."""
 GATHERED_BYTES = 16 << 20
 """Blocks smaller than this are gathered together with all else: on their own they would save little memory, and the
 hooks of each cost a small model 3 % of its step."""
@@ -54,7 +50,7 @@ def shard(
     lower = dtype if dtype.itemsize < weights.itemsize and dtype != torch.float32 else None
     mp_policy = MixedPrecisionPolicy(param_dtype=lower, reduce_dtype=lower and weights, cast_forward_inputs=False)
     if mesh.device_type == "cpu" and mesh[SHARDS].size() > 1:
-        _return_what_is_freed()
+        return_freed_memory()
     offload_policy = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if offload else OffloadPolicy()
     large = [block for block in decoder_blocks(policy.model) if _num_bytes(block.parameters()) >= GATHERED_BYTES]
     for module in (*large, policy):
@@ -99,14 +95,6 @@ def gather(tensor: Tensor) -> Tensor:
     if not isinstance(tensor, DTensor):
         return tensor.detach()
     return (tensor.full_tensor() if tensor.device_mesh.size(-1) > 1 else tensor.to_local()).detach()
-
-
-def _return_what_is_freed() -> None:
-    """Have the C library return the memory of gathered weights to the system when they are freed. In the heap of
-    glibc's malloc small things soon stand where a block's weights were, so there is no room for those of the next
-    block: four ranks held nine times the model after one pass."""
-    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):  # other C libraries than glibc have none
-        mallopt(M_MMAP_THRESHOLD, MAPPED_BYTES)
 
 
 def _num_bytes(parameters: Iterable[nn.Parameter]) -> int:
