@@ -3,7 +3,6 @@
     python benchmarks/quickstart.py seeds --num 5     the learning curve on several seeds
     python benchmarks/quickstart.py sync --num 5      the same without running ahead: `replay.run_ahead` 0
     python benchmarks/quickstart.py control --num 1   verdicts shuffled within each group: there is nothing to learn
-    python benchmarks/quickstart.py pairs --num 3     asynchronous and synchronous in turn, same seed in a pair
 
 Prints one JSON line a run, and at the end the medians as a Markdown table for `docs/log.md`. Every run is audited.
 """
@@ -21,30 +20,26 @@ from typing import Any
 
 from asyncdapo.metrics.jsonl import read_metrics
 
-ASYNC: tuple[str, ...] = ()
 SYNC = ("replay.run_ahead=0",)
-CONTROL = ("reward.shuffle=true",)
+MODES: dict[str, tuple[str, ...]] = {"seeds": (), "sync": SYNC, "control": ("reward.shuffle=true",)}
 SECONDS = ("wall_s", "to_90_s", "total_s")
 STATES = ("wait", "train", "publish", "checkpoint", "report")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["seeds", "sync", "control", "pairs"])
-    parser.add_argument("--num", type=int, default=3, help="runs, or pairs of runs")
+    parser.add_argument("mode", choices=MODES)
+    parser.add_argument("--num", type=int, default=3, help="runs")
     parser.add_argument("--first", type=int, default=0, help="first seed")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmark"), help="folder of the run directories")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="further keys for every run")
     args = parser.parse_intermixed_args()
 
-    one = {"async": ASYNC, "sync": SYNC, "control": CONTROL}
-    modes = {"seeds": ["async"], "sync": ["sync"], "control": ["control"], "pairs": ["async", "sync"]}
     rows = []
     for seed in range(args.first, args.first + args.num):
-        for mode in modes[args.what]:
-            row = measure(args.out / f"{mode}-{seed}", mode, seed, [*one[mode], *args.overrides])
-            print(json.dumps(row), flush=True)
-            rows.append(row)
+        row = measure(args.out / f"{args.mode}-{seed}", args.mode, seed, [*MODES[args.mode], *args.overrides])
+        print(json.dumps(row), flush=True)
+        rows.append(row)
     print(table(rows))
 
 

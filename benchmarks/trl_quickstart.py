@@ -1,16 +1,15 @@
-"""The quickstart by TRL's `GRPOTrainer`: its model, prompts, rewards, batch and learning rate.
+"""The quickstart by TRL's `GRPOTrainer`: its model, prompts, rewards, batch and learning rate. For `triples.py`.
 
-    PYTHONPATH=. PYTHON_WITH_TRL benchmarks/trl_quickstart.py --seed 0 --threads 2      pip: trl==1.16.0 datasets
+    PYTHONPATH=. PYTHON_WITH_TRL benchmarks/trl_quickstart.py RUN_DIR --seed 0       pip: trl==1.16.0 datasets msgspec
 
-TRL generates and trains in turn, in one process. It has DAPO's loss and clipping here, and no dynamic sampling. The
-clock holds its train steps alone: neither the start nor the evaluations, which come every four steps, on held-out
-prompts, sampled at temperature 1. It ends at the first evaluation of .9 or above. Prints one JSON line.
+TRL generates and trains in turn, in one process. It has DAPO's loss and clipping here, and no dynamic sampling. Leaves
+a directory like that of a run: the model of every second step, from step 0 on, and a line of metrics a step with the
+clock. The clock holds train steps alone, with sampling and rewards: neither the start nor the saving.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import tempfile
 import time
@@ -24,12 +23,13 @@ import torch
 from transformers import AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
+from asyncdapo.learner.storage.checkpoint import checkpoint_dir
+from asyncdapo.metrics.jsonl import MetricsFile
 from asyncdapo.prompts.tasks.chain import ChainTask
 from asyncdapo.reward.verifiers.answer import verify
 
 MODEL = Path(__file__).parents[1] / "configs/models/chain_start"
 PROMPTS_PER_STEP, GROUP_SIZE, MICRO_BATCH, MAX_TOKENS = 16, 16, 64, 128
-EVAL_EVERY, EVAL_PROMPTS, ENOUGH = 4, 512, 0.9
 
 
 def rewards(completions: list[str], answer: list[str], **_: Any) -> list[float]:
@@ -37,40 +37,33 @@ def rewards(completions: list[str], answer: list[str], **_: Any) -> list[float]:
     return [2 * float(verify(text, right)["acc"] or 0) - 1 for text, right in zip(completions, answer, strict=True)]
 
 
-class Evaluations(TrainerCallback):
-    """Measures accuracy beside the clock, and ends the training when it is enough."""
+class Checkpoints(TrainerCallback):
+    """Saves the model every few steps, beside a clock that stands still meanwhile."""
 
-    def __init__(self, task: ChainTask, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-        self._questions = [task.eval_question_at(row) for row in range(EVAL_PROMPTS)]
-        self.accuracy: list[float] = []
-        self.train_s, self._began_s = 0.0, 0.0
+    def __init__(self, run_dir: Path, every: int) -> None:
+        self._run_dir, self._every, self._metrics = run_dir, every, MetricsFile(run_dir)
+        self._train_s, self._began_s = 0.0, 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **trained: Any) -> None:
+        self._note(0, trained["model"])
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._began_s = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **trained: Any) -> None:
-        self.train_s += time.perf_counter() - self._began_s
-        if state.global_step % EVAL_EVERY == 0:
-            self.accuracy.append(round(self._measure(trained["model"]), 3))
-            control.should_training_stop = self.accuracy[-1] >= ENOUGH
+        self._train_s += time.perf_counter() - self._began_s
+        self._note(state.global_step, trained["model"])
 
-    @torch.no_grad()
-    def _measure(self, model: Any) -> float:
-        batch = self._tokenizer([question.text for question in self._questions], return_tensors="pt", padding=True)
-        was_training, _ = model.training, model.eval()
-        ids = model.generate(**batch, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=MAX_TOKENS)
-        model.train(was_training)
-        texts = self._tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-        right = [verify(text, question.answer)["acc"] for text, question in zip(texts, self._questions, strict=True)]
-        return sum(map(float, right)) / len(right)
+    def _note(self, step: int, model: Any) -> None:
+        self._metrics.log({"step": step, "time/wall_s": self._train_s})
+        if step % self._every == 0:
+            model.save_pretrained(checkpoint_dir(self._run_dir, step))
 
 
-def train(seed: int, steps: int) -> dict[str, Any]:
+def train(run_dir: Path, seed: int, steps: int, save_every: int) -> None:
     task, tokenizer = ChainTask(seed), AutoTokenizer.from_pretrained(MODEL, padding_side="left")
     questions = [task.question_at(row) for row in range(steps * PROMPTS_PER_STEP)]
     rows = [{"prompt": question.text, "answer": question.answer} for question in questions]
-    evaluations = Evaluations(task, tokenizer)
     with tempfile.TemporaryDirectory() as folder:
         config = GRPOConfig(
             output_dir=folder,
@@ -101,27 +94,22 @@ def train(seed: int, steps: int) -> dict[str, Any]:
             args=config,
             train_dataset=datasets.Dataset.from_list(rows),
             processing_class=tokenizer,
-            callbacks=[evaluations],
+            callbacks=[Checkpoints(run_dir, save_every)],
         )
         trainer.train()
-    reached = bool(evaluations.accuracy) and evaluations.accuracy[-1] >= ENOUGH
-    return {
-        "mode": "trl",
-        "seed": seed,
-        "accuracy": evaluations.accuracy,
-        "steps": trainer.state.global_step,
-        "to_90_s": round(evaluations.train_s, 1) if reached else None,
-    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run_dir", type=Path)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=100, help="at most")
+    parser.add_argument("--steps", type=int, default=28)
+    parser.add_argument("--save-every", type=int, default=2, metavar="STEPS")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    print(json.dumps(train(args.seed, args.steps)), flush=True)
+    args.run_dir.mkdir(parents=True)
+    train(args.run_dir, args.seed, args.steps, args.save_every)
 
 
 if __name__ == "__main__":
