@@ -66,10 +66,12 @@ class Sample(Sampled):
 class Priority(IntEnum):
     """Of a request; the lowest goes first."""
 
-    EVALUATION = 0
+    PROBE = 0
+    """For a comparison of log-probs, which somebody waits for."""
     CONTINUATION = 1
     """A later turn of an episode: what is begun is ended before anything else begins."""
     FRESH = 2
+    """Of a lease or an evaluation: the replay server chooses which of them goes first, and in that order they wait."""
 
 
 @dataclass(kw_only=True)
@@ -86,6 +88,8 @@ class Request:
     behind them."""
     priority: Priority = Priority.FRESH
     """Waiting requests with a lower number go first."""
+    seeded: bool = False
+    """The seeds have to determine the draws, also where that costs time (vLLM)."""
     on_started: Callable[[int], None] | None = None
     """Called in the event loop with the version that sampled the request's first token."""
     on_sample_done: Callable[[], None] | None = None

@@ -104,14 +104,12 @@ def turn_of(prompt_ids: Sequence[int], sample: Sample, number: int, observed: Se
 class Rollouts(Protocol):
     """Samples and scores the completions of a prompt."""
 
-    async def sample(
-        self, job: Job, prompt: Prompt, seeds: Sequence[int], sampling: Sampling, priority: Priority
-    ) -> list[Episode]:
+    async def sample(self, job: Job, prompt: Prompt, seeds: Sequence[int], sampling: Sampling) -> list[Episode]:
         """An episode for each seed. Raises EngineError; EpisodeError as soon as one fails."""
         ...
 
     async def sample_each(
-        self, job: Job, prompt: Prompt, seeds: Sequence[int], sampling: Sampling, priority: Priority
+        self, job: Job, prompt: Prompt, seeds: Sequence[int], sampling: Sampling
     ) -> Sequence[Episode | EpisodeError]:
         """The same, but one that fails doesn't affect the others."""
         ...
@@ -181,12 +179,10 @@ class SingleTurn:
     def gauges(self) -> dict[str, float]:
         return self._account()
 
-    async def sample(
-        self, job: Job, prompt: Prompt, seeds: Sequence[int], sampling: Sampling, priority: Priority
-    ) -> list[Episode]:
+    async def sample(self, job: Job, prompt: Prompt, seeds: Sequence[int], sampling: Sampling) -> list[Episode]:
         begun = job.begun or [Sampled()] * len(seeds)
         samples = {index: one for index, one in enumerate(begun) if isinstance(one, Sample)}
-        parts = job.parts = _parts(prompt, seeds, begun, sampling, priority)
+        parts = job.parts = _parts(prompt, seeds, begun, sampling)
         for part in parts:
             part.request.on_sample_done = job.note_done
             job.send(part.request)
@@ -233,9 +229,7 @@ class SingleTurn:
         return await self._score(prompt, token_ids, [sample.finish_reason for sample in samples], seed)
 
 
-def _parts(
-    prompt: Prompt, seeds: Sequence[int], begun: Sequence[Sampled], sampling: Sampling, priority: Priority
-) -> list[Part]:
+def _parts(prompt: Prompt, seeds: Sequence[int], begun: Sequence[Sampled], sampling: Sampling) -> list[Part]:
     """The requests for what is missing of these samples."""
     fresh = [index for index, one in enumerate(begun) if not len(one.token_ids)]
     continued = [[index] for index, one in enumerate(begun) if len(one.token_ids) and not isinstance(one, Sample)]
@@ -247,7 +241,7 @@ def _parts(
             seeds=[seeds[index] for index in indices],
             sampling=replace(sampling, max_tokens=sampling.max_tokens - len(before)),
             num_begun=len(before),
-            priority=min(priority, Priority.CONTINUATION) if before else priority,
+            priority=Priority.CONTINUATION if before else Priority.FRESH,
         )
         parts.append(Part(request, indices))
     return parts

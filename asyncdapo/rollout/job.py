@@ -85,7 +85,7 @@ class Job:
 
     def send(self, request: Request) -> Request:
         """Count the request, which is passed to the engine now."""
-        request.on_started = self._note_started
+        request.on_started, request.seeded = self._note_started, isinstance(self.source, EvalRequest)
         self.requests.append(request)
         return request
 

@@ -17,7 +17,6 @@ from asyncdapo.errors import EpisodeError, RewardError
 from asyncdapo.eval_messages import EvalAnswer, EvalRequest
 from asyncdapo.messages import GroupDone, GroupFailed, Lease, Message, Prompt, Score
 from asyncdapo.rollout.config import RolloutConfig
-from asyncdapo.rollout.engine import Priority
 from asyncdapo.rollout.episodes import Decode, Episode, Rollouts
 from asyncdapo.rollout.groups import build_answer, build_failure, build_group
 from asyncdapo.rollout.job import Job
@@ -77,7 +76,7 @@ class Jobs:
     async def _complete_lease(self, job: Job, lease: Lease) -> Outgoing:
         seeds = [sample_seed(lease.seed, sample) for sample in range(lease.group_size)]
         try:
-            episodes = await self._rollouts.sample(job, lease.prompt, seeds, self._sampling, Priority.FRESH)
+            episodes = await self._rollouts.sample(job, lease.prompt, seeds, self._sampling)
             job.all_sampled = True
             generate_s = 0.0 if job.started_version is None else time.monotonic() - job.started_at
             scores = await self._score(lease.prompt, episodes, lease.seed)
@@ -103,7 +102,7 @@ class Jobs:
         """The answers for one prompt. Each sample is scored by itself. If its environment or the reward function fails
         on one, it counts as wrong and doesn't affect the others."""
         seeds = [eval_seed(evaluation.seed, prompt.prompt_id, sample) for sample in evaluation.samples]
-        episodes = await self._rollouts.sample_each(job, prompt, seeds, evaluation.sampling, Priority.EVALUATION)
+        episodes = await self._rollouts.sample_each(job, prompt, seeds, evaluation.sampling)
         answers = (
             self._answer_of(prompt, number, episode, seed)
             for number, episode, seed in zip(evaluation.samples, episodes, seeds, strict=True)

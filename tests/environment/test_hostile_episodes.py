@@ -19,7 +19,6 @@ from asyncdapo.child.process import MARK
 from asyncdapo.environment.hosts import Hosts
 from asyncdapo.errors import EpisodeError
 from asyncdapo.messages import Sampling
-from asyncdapo.rollout.engine import Priority
 from asyncdapo.rollout.job import Job
 from asyncdapo.rollout.several_turns.attempt import TurnLimits
 from asyncdapo.rollout.several_turns.several_turns import SeveralTurns
@@ -80,7 +79,7 @@ async def play_all(hosts: Hosts, num: int, hostile_share: float, draw: random.Ra
         prompt = replace(make_prompt(number), text=json.dumps(script))
         async with turn:
             job = Job(make_lease(number, 1), 1, lambda: None)
-            [ended] = await rollouts.sample_each(job, prompt, [number], Sampling(max_tokens=100), Priority.FRESH)
+            [ended] = await rollouts.sample_each(job, prompt, [number], Sampling(max_tokens=100))
         ends[expected, "fails" if isinstance(ended, EpisodeError) else ended.finish_reason] += 1
 
     await asyncio.gather(*map(one, range(num)))

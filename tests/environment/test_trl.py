@@ -16,7 +16,6 @@ from asyncdapo.messages import Sampling
 from asyncdapo.model.files import TokenizerFiles
 from asyncdapo.model.tokenizer import TextTokenizer, load_tokenizer
 from asyncdapo.model.turn_encoder import turn_encoder
-from asyncdapo.rollout.engine import Priority
 from asyncdapo.rollout.episodes import Episode
 from asyncdapo.rollout.job import Job
 from asyncdapo.rollout.several_turns.attempt import TurnLimits
@@ -49,7 +48,7 @@ async def ours(path: str, folder: str, tokenizer: TextTokenizer) -> Episode:
     async with hosting(path, folder) as hosts:
         rollouts = SeveralTurns(engine, hosts, player, lambda *_: [], limits, 1.0)
         job = Job(make_lease(7), 1, lambda: None)
-        [episode] = await rollouts.sample(job, prompt, [5], Sampling(max_tokens=400), Priority.FRESH)
+        [episode] = await rollouts.sample(job, prompt, [5], Sampling(max_tokens=400))
     return episode
 
 

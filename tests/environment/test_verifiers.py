@@ -26,7 +26,7 @@ from asyncdapo.model.tokenizer import load_tokenizer
 from asyncdapo.model.turn_encoder import turn_encoder
 from asyncdapo.rollout.endpoint.chat import Chat
 from asyncdapo.rollout.endpoint.endpoint import Endpoint
-from asyncdapo.rollout.engine import Priority, Request, Sample
+from asyncdapo.rollout.engine import Request, Sample
 from asyncdapo.rollout.episodes import Episode
 from asyncdapo.rollout.job import Job
 from asyncdapo.rollout.several_turns.agents import Agents
@@ -76,7 +76,7 @@ async def playing(path: str, engine: SpeakingEngine, folder: Path) -> AsyncItera
 async def play(rollouts: SeveralTurns, answer: str) -> Episode:
     prompt = msgspec.structs.replace(make_prompt(3), answer=answer)
     job = Job(make_lease(7), 1, lambda: None)
-    [episode] = await rollouts.sample(job, prompt, [5], Sampling(max_tokens=500), Priority.FRESH)
+    [episode] = await rollouts.sample(job, prompt, [5], Sampling(max_tokens=500))
     return episode
 
 

@@ -45,7 +45,7 @@ class Playing:
         prompt = msgspec.structs.replace(make_prompt(3), text=order)
         self.jobs.append(Job(make_lease(7), 1, lambda: None))
         sampling = Sampling(max_tokens=100)
-        [episode] = await self.rollouts.sample(self.jobs[-1], prompt, [SEED], sampling, Priority.FRESH)
+        [episode] = await self.rollouts.sample(self.jobs[-1], prompt, [SEED], sampling)
         return episode
 
 

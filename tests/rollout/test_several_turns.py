@@ -273,12 +273,13 @@ async def test_an_episode_keeps_its_seat_while_its_environment_works_and_there_m
 
 
 @asynchronous
-async def test_an_evaluation_goes_first_in_every_turn_and_its_answer_is_the_whole_exchange() -> None:
+async def test_an_evaluation_is_seeded_in_every_turn_and_its_answer_is_the_whole_exchange() -> None:
     engine = FakeEngine()
     async with playing(Scripted(), engine) as replay:
         await replay.grant(make_evaluation(num_prompts=1))
         done = await replay.expect(EvalDone)
-    assert {request.priority for request in engine.requests} == {Priority.EVALUATION}
+    assert [request.priority for request in engine.requests] == [Priority.FRESH, Priority.CONTINUATION]
+    assert all(request.seeded for request in engine.requests)
     [answer] = done.answers
     assert (answer.acc, answer.num_tokens, answer.finish_reason) == (1.25, 6, "stop")
     observed = (0, len(say_tokens(np.array(OBSERVED))))

@@ -22,7 +22,6 @@ from asyncdapo.messages import (
     Started,
     Withdraw,
 )
-from asyncdapo.rollout.engine import Priority
 from asyncdapo.rollout.episodes import AHEAD
 from asyncdapo.rollout.worker import MAX_MALFORMED
 from asyncdapo.seeds import eval_seed, sample_seed
@@ -163,7 +162,7 @@ async def test_a_reward_function_that_raises_fails_its_group_and_no_other() -> N
 
 
 @asynchronous
-async def test_an_evaluation_is_urgent_and_answered_until_acknowledged() -> None:
+async def test_an_evaluation_waits_its_turn_is_seeded_and_answered_until_acknowledged() -> None:
     engine = FakeEngine()
     async with joined(engine) as (_, replay):
         await replay.grant(make_lease(0), make_evaluation())
@@ -172,8 +171,10 @@ async def test_an_evaluation_is_urgent_and_answered_until_acknowledged() -> None
         assert [answer.prompt_id for answer in done.answers] == [1, 2]
         seeds = [sample_seed(11, prompt_id) for prompt_id in (1, 2)]
         assert [answer.acc for answer in done.answers] == [float(tokens_of(seed, 3)[0] % 2) for seed in seeds]
-        assert [(request.priority, request.seeds) for request in engine.requests[1:]] == [
-            (Priority.EVALUATION, [seed]) for seed in seeds
+        of_lease, *of_evaluation = engine.requests
+        assert not of_lease.seeded
+        assert [(request.priority, request.seeded, request.seeds) for request in of_evaluation] == [
+            (of_lease.priority, True, [seed]) for seed in seeds
         ]
         assert await replay.expect(EvalDone) == done
         await replay.expect(Heartbeat, lambda heartbeat: heartbeat.evaluations == [5])

@@ -38,7 +38,7 @@ from asyncdapo.model.turn_encoder import turn_encoder
 from asyncdapo.plugins import is_plugin
 from asyncdapo.prompts.registry import open_task
 from asyncdapo.prompts.stream import PromptStream
-from asyncdapo.rollout.engine import LoadTimes, Priority, Request, Sample
+from asyncdapo.rollout.engine import LoadTimes, Request, Sample
 from asyncdapo.rollout.episodes import Episode, Rollouts
 from asyncdapo.rollout.job import Job
 from asyncdapo.seeds import sample_seed
@@ -164,7 +164,7 @@ async def _play(rollouts: Rollouts, prompt: Prompt, max_tokens: int) -> tuple[Ep
     sampling = Sampling(temperature=1.0, max_tokens=max_tokens)
     asked = EvalRequest(request_id=prompt.prompt_id, seed=0, sampling=sampling, prompts=[prompt])
     job = Job(asked, num_starting=1, on_room=lambda: None)
-    episodes = await rollouts.sample(job, prompt, [prompt.prompt_id], sampling, Priority.FRESH)
+    episodes = await rollouts.sample(job, prompt, [prompt.prompt_id], sampling)
     [score] = await rollouts.score(prompt, episodes, seed=0)
     return episodes[0], score
 

@@ -114,7 +114,7 @@ class RolloutProcess(ProcessBase):
     async def probe(self, prompts: list[list[int]], seeds: list[int], sampling: Sampling) -> list[Sample]:
         """A completion of each prompt, ahead of every lease, for a comparison of log-probs."""
         requests = [
-            Request(prompt_ids=prompt, seeds=[seed], sampling=sampling, priority=Priority.EVALUATION)
+            Request(prompt_ids=prompt, seeds=[seed], sampling=sampling, priority=Priority.PROBE, seeded=True)
             for prompt, seed in zip(prompts, seeds, strict=True)
         ]
         with self.waits.on(NOBODY, "samples for a comparison of log-probs"):

@@ -48,7 +48,6 @@ class Wanted:
     prompt: Prompt
     seed: int
     sampling: Sampling
-    priority: Priority
 
 
 @dataclass
@@ -138,7 +137,7 @@ class Attempt:
             prompt_ids=prompt_ids,
             seeds=[sample_seed(wanted.seed, number)],
             sampling=replace(wanted.sampling, max_tokens=room),
-            priority=min(wanted.priority, Priority.CONTINUATION) if number else wanted.priority,
+            priority=Priority.CONTINUATION if number else Priority.FRESH,
         )
         return wanted.job.send(request)
 

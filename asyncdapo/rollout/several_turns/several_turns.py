@@ -16,7 +16,7 @@ from typing import Any, Protocol, TypeVar
 
 from asyncdapo.errors import EpisodeError
 from asyncdapo.messages import Prompt, Sampling, Score
-from asyncdapo.rollout.engine import Engine, Priority, Sampled
+from asyncdapo.rollout.engine import Engine, Sampled
 from asyncdapo.rollout.episodes import Episode
 from asyncdapo.rollout.job import Job
 from asyncdapo.rollout.several_turns.attempt import Attempt, Counts, TurnLimits, Wanted
@@ -88,11 +88,9 @@ class SeveralTurns:
         counts = {key: self._counts[key] for key in ("turns", "observed_tokens", "environment_s")}
         return counts | self._player.gauges() | self._environments.gauges()
 
-    async def sample(
-        self, job: Job, prompt: Prompt, seeds: Sequence[int], sampling: Sampling, priority: Priority
-    ) -> list[Episode]:
+    async def sample(self, job: Job, prompt: Prompt, seeds: Sequence[int], sampling: Sampling) -> list[Episode]:
         """If an episode fails, the others are given up."""
-        tasks = [asyncio.create_task(self._episode(job, prompt, seed, sampling, priority)) for seed in seeds]
+        tasks = [asyncio.create_task(self._episode(job, prompt, seed, sampling)) for seed in seeds]
         try:
             return await asyncio.gather(*tasks)
         finally:
@@ -101,13 +99,13 @@ class SeveralTurns:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def sample_each(
-        self, job: Job, prompt: Prompt, seeds: Sequence[int], sampling: Sampling, priority: Priority
+        self, job: Job, prompt: Prompt, seeds: Sequence[int], sampling: Sampling
     ) -> Sequence[Episode | EpisodeError]:
         """Those that fail are given as their errors."""
 
         async def one(seed: int) -> Episode | EpisodeError:
             try:
-                return await self._episode(job, prompt, seed, sampling, priority)
+                return await self._episode(job, prompt, seed, sampling)
             except EpisodeError as error:
                 return error
 
@@ -116,8 +114,8 @@ class SeveralTurns:
     async def score(self, prompt: Prompt, episodes: Sequence[Episode], seed: int) -> list[Score]:
         return self._rate(episodes, seed)
 
-    async def _episode(self, job: Job, prompt: Prompt, seed: int, sampling: Sampling, priority: Priority) -> Episode:
-        wanted = Wanted(job=job, prompt=prompt, seed=seed, sampling=sampling, priority=priority)
+    async def _episode(self, job: Job, prompt: Prompt, seed: int, sampling: Sampling) -> Episode:
+        wanted = Wanted(job=job, prompt=prompt, seed=seed, sampling=sampling)
 
         async def play(session: Any) -> Episode:
             return await self._player.play(Attempt(self._engine, wanted, self._limits, self._counts), session)

@@ -31,7 +31,7 @@ from asyncdapo.errors import EngineError
 from asyncdapo.model.files import ModelFiles
 from asyncdapo.model.stop_tokens import stop_token_ids
 from asyncdapo.rollout.config import RolloutConfig
-from asyncdapo.rollout.engine import Limits, LoadTimes, Priority, Request, Sample, Sampled
+from asyncdapo.rollout.engine import Limits, LoadTimes, Request, Sample, Sampled
 from asyncdapo.rollout.life import Life
 from asyncdapo.rollout.vllm_engine.arguments import engine_args, set_environment
 from asyncdapo.rollout.vllm_engine.processes import Family, child_pids
@@ -237,9 +237,9 @@ class VllmEngine:
         await asyncio.gather(*filter(None, running.values()))
 
     def _params(self, request: Request) -> list[SamplingParams]:
-        """Only evaluation passes seeds to vLLM: a seeded sequence has its own random number generator, which costs
-        extra kernels for every token."""
-        if request.priority is Priority.EVALUATION:
+        """Training passes no seeds to vLLM: a seeded sequence has its own random number generator, which costs extra
+        kernels for every token."""
+        if request.seeded:
             return [self._vllm.params(request.sampling, seed) for seed in request.seeds]
         return [self._vllm.params(request.sampling)] * len(request.seeds)
 

@@ -12,7 +12,6 @@ from typing import Any
 
 from asyncdapo.messages import Prompt, Sampling
 from asyncdapo.rollout.endpoint.endpoint import Endpoint
-from asyncdapo.rollout.engine import Priority
 from asyncdapo.rollout.job import Job
 from asyncdapo.rollout.several_turns.attempt import Attempt, TurnLimits, Wanted
 from tests.rollout.fakes import FakeEngine, make_lease
@@ -31,7 +30,6 @@ def make_attempt(
         prompt=prompt or lease.prompt,
         seed=seed,
         sampling=Sampling(**{"max_tokens": MAX_RESPONSE_LENGTH} | sampling),
-        priority=Priority.FRESH,
     )
     return Attempt(engine, wanted, TurnLimits(max_turns=max_turns, max_context=MAX_CONTEXT), defaultdict(float))
 

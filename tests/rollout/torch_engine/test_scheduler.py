@@ -43,7 +43,7 @@ def test_few_slots_are_filled_one_by_one():
 
 
 def test_requests_go_by_priority_even_before_half_started_ones():
-    scheduler, early, urgent = Scheduler(4), job(6), job(2, priority=Priority.EVALUATION)
+    scheduler, early, urgent = Scheduler(4), job(6), job(2, priority=Priority.PROBE)
     scheduler.add(early)
     assert start(scheduler, 0) == [(early, 4)]
     scheduler.add(urgent)

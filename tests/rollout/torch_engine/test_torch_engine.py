@@ -125,7 +125,7 @@ def test_urgent_requests_start_before_those_that_wait(path):
         requests += [request(4, [at], max_tokens=2) for at in range(3)]
         for name, asked in enumerate(requests):
             asked.on_started = lambda version, name=name: order.append(name)
-        requests[-1].priority = Priority.EVALUATION
+        requests[-1].priority = Priority.PROBE
         await together(engine, *requests)
 
     running(path, use, slots=1, max_response_length=1000)

@@ -92,19 +92,19 @@ def test_a_stop_token_ends_a_response_and_is_its_last_token(engine, loop):
 
 
 def test_an_evaluation_is_repeated_by_its_seeds_and_training_is_not(engine, loop):
-    def asked(urgent: bool) -> Request:
-        seeded = request(9, [5, 6])
-        seeded.priority = Priority.EVALUATION if urgent else Priority.FRESH
-        return seeded
+    def asked(seeded: bool) -> Request:
+        wanted = request(9, [5, 6])
+        wanted.seeded = seeded
+        return wanted
 
-    async def twice(urgent: bool) -> list[list[tuple[int, ...]]]:
-        runs = [await engine.generate(asked(urgent)), await engine.generate(asked(urgent))]
+    async def twice(seeded: bool) -> list[list[tuple[int, ...]]]:
+        runs = [await engine.generate(asked(seeded)), await engine.generate(asked(seeded))]
         return [[tuple(sample.token_ids) for sample in run] for run in runs]
 
-    one, other = loop(twice(urgent=True))
+    one, other = loop(twice(seeded=True))
     assert one == other
     assert one[0] != one[1]
-    one, other = loop(twice(urgent=False))
+    one, other = loop(twice(seeded=False))
     assert one != other
 
 
@@ -163,7 +163,7 @@ def test_urgent_requests_start_before_those_that_wait(engine, loop):
         order: list[str] = []
         full = asyncio.gather(*(engine.generate(endless(SLOTS // 2, seed)) for seed in (1, 2)))
         waiting, urgent = request(4, [0], max_tokens=2), request(5, [0], max_tokens=2)
-        urgent.priority = Priority.EVALUATION
+        urgent.priority = Priority.PROBE
         waiting.on_started = lambda _: order.append("waiting")
         urgent.on_started = lambda _: order.append("urgent")
         await asyncio.gather(engine.generate(waiting), engine.generate(urgent), full)
