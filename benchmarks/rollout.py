@@ -76,7 +76,6 @@ async def serve(config: Config, run_dir: Path, controller: Connection) -> None:
             replay=config.replay,
             group_size=config.rollout.group_size,
             seed=config.run.seed,
-            slots=config.rollout.slots,
         ),
         lambda recovered: ReplayState(
             config.replay, config.filter, max_attempts=3, num_prompts=stream.num_prompts, recovered=recovered

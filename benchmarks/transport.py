@@ -107,7 +107,7 @@ async def serve(figures: Figures, over: Event, load: Load, run_dir: Path, keys: 
     make_state = partial(ReplayState, config, FilterConfig(), max_attempts=3, num_prompts=None)
     journal = Journal(run_dir)
     server = ReplayServer(
-        ServerSettings(replay=config, group_size=GROUP_SIZE, seed=1, slots=GROUP_SIZE, vocab_size=VOCAB),
+        ServerSettings(replay=config, group_size=GROUP_SIZE, seed=1, vocab_size=VOCAB),
         lambda recovered: make_state(recovered=recovered),
         journal,
         prompt_at,

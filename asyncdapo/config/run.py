@@ -70,8 +70,8 @@ class EvalConfig:
     top_k: NonNegativeInt = 0
     """Number of most likely tokens that are considered for `eval/accuracy`; 0 is all of them."""
     max_share: PositiveShare = 0.5
-    """Largest share of the slots that an evaluation takes from training. It also has all slots that training leaves
-    free."""
+    """Share of the sequences that begin while an evaluation has prompts left: so many are its own. The others are
+    training's, and those that training doesn't want are the evaluation's, too."""
     keep_answers: bool = True
     """Write every answer with its verdict to RUN_DIR/eval/step-NNNNNN: answers.jsonl, and page.html to read them."""
 

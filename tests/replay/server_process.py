@@ -27,7 +27,7 @@ async def serve(run_dir: Path, ports: tuple[int, int]) -> None:
     config = ReplayConfig(prompts_per_step=2, run_ahead=1.0, max_staleness=1, heartbeat_s=HEARTBEAT_S)
     make_state = partial(ReplayState, config, FilterConfig(), max_attempts=3, num_prompts=None)
     server = ReplayServer(
-        ServerSettings(replay=config, group_size=GROUP_SIZE, seed=1, slots=8),
+        ServerSettings(replay=config, group_size=GROUP_SIZE, seed=1),
         lambda recovered: make_state(recovered=recovered),
         Journal(run_dir),
         prompt_at,

@@ -82,7 +82,6 @@ async def serving(
     *,
     filter=None,
     num_prompts=None,
-    slots=8,
     make_journal=Journal,
     server_settings=None,
     ports=(0, 0),
@@ -97,7 +96,7 @@ async def serving(
     journal = make_journal(run_dir)
     make_state = partial(ReplayState, config, filter or FilterConfig(), max_attempts=3, num_prompts=num_prompts)
     server = ReplayServer(
-        ServerSettings(replay=config, group_size=GROUP_SIZE, seed=1, slots=slots, **(server_settings or {})),
+        ServerSettings(replay=config, group_size=GROUP_SIZE, seed=1, **(server_settings or {})),
         lambda recovered: make_state(recovered=recovered),
         journal,
         prompt_at,

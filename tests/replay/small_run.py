@@ -129,7 +129,7 @@ class SmallRun:
             num_prompts=None,
         )
         self.sessions = Sessions(stall_ticks=10)
-        server_settings = ServerSettings(replay=self.config, group_size=GROUP_SIZE, seed=1, slots=8)
+        server_settings = ServerSettings(replay=self.config, group_size=GROUP_SIZE, seed=1)
         self.dispatch = Dispatch(server_settings, self.make_state, self.journal, self.sessions, prompt_at)
         self.leases: dict[int, Lease] = {}
         self.lines: list[dict] = []

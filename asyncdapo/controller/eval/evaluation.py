@@ -1,9 +1,9 @@
 """Evaluation: completions of held-out prompts through the rollout workers, never trained on.
 
 In: held-out prompts and `eval` settings, answers that are known already. Out: every answer as it arrives, and `eval/…`
-metrics (`sampled`) of them all. The replay server sends the requests to workers with room: ahead of leases within
-`eval.max_share` of the slots, and behind them to all that they leave. Requests are not leases: they have a table of
-their own in the replay server and are issued again when a worker dies.
+metrics (`sampled`) of them all. The replay server sends the requests to workers with room: in turn with leases, as
+`eval.max_share` says, and wherever there is no lease. Requests are not leases: they have a table of their own in the
+replay server and are issued again when a worker dies.
 
 An evaluation is asked for in portions, `MAX_CALLS` at a time: so answers can be kept as they come, and the server holds
 no more responses than those of the portions under way, which together are more than the slots can take.

@@ -185,7 +185,6 @@ def _server_settings(config: Config, start: Start) -> ServerSettings:
         replay=config.replay,
         group_size=config.rollout.group_size,
         seed=config.run.seed,
-        slots=config.rollout.slots,
         eval_share=config.eval.max_share,
         dealer=Dealer(learner.ranks, learner.updates_per_step, files.shape.pair_cost if files.shape else 0.0),
         max_failure_ratio=config.reward.max_failure_ratio,

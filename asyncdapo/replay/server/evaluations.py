@@ -3,9 +3,8 @@
 In: requests of the controller, workers with room, answers, lost workers. Out: the next request for a worker, and all
 answers of an evaluation once they are there. Promises:
 
-    ahead of leases   a worker with room gets a request rather than a lease while running requests hold no more than
-                      their share of the slots of all live workers, that one included; but one may always run
-    behind them       room for which there is no lease goes to requests, whatever they hold already
+    in turn           while requests wait, their share of the credits goes to them, and the rest to leases
+    behind leases     a credit for which there is no lease goes to a request, too, and isn't counted as its turn
     not listed        a request that its worker's heartbeats don't list was lost, and is sent again
     answered once     a request of a lost worker, or one without an answer for long, goes to another worker. The first
                       answer counts, later ones are dropped
@@ -19,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from asyncdapo.errors import RunError
@@ -49,7 +48,6 @@ class Evaluation:
 @dataclass
 class _UnderWay:
     worker: int
-    num_slots: int
     since: int
     num_unlisted: int = 0
     """Heartbeats of its worker in a row that didn't list it."""
@@ -58,9 +56,11 @@ class _UnderWay:
 class Evaluations:
     """Which requests wait, which run, and at which worker."""
 
-    def __init__(self, total_slots: Callable[[], int], share: float) -> None:
-        """`total_slots`: sequences that the workers that live generate at once. `share`: of them, ahead of leases."""
-        self._total_slots, self._share = total_slots, share
+    def __init__(self, share: float) -> None:
+        """`share`: of the credits that requests and leases both want, so many are for requests."""
+        self._share = share
+        self._num_turns = self._num_leased = 0
+        """Of the credits used while requests waited: those that it was the requests' turn to have, and the leases'."""
         self._evaluations: list[Evaluation] = []
         self._waiting: deque[int] = deque()
         self._under_way: dict[int, _UnderWay] = {}
@@ -100,23 +100,29 @@ class Evaluations:
             self._under_way.pop(request_id, None)
             self._issues.pop(request_id, None)
 
-    def next_for(self, worker: int, tick: int, *, ahead_of_leases: bool) -> EvalRequest | None:
-        """The request that this worker shall run now, if there is one; ahead of leases only if their share has room."""
-        if not self._waiting:
+    def next_in_turn(self, worker: int, tick: int, num_credits: int) -> EvalRequest | None:
+        """The request that this worker shall run now, if it is a request's turn to use one of the worker's credits."""
+        if self._num_turns >= self._share * (self._num_turns + self._num_leased + num_credits):
             return None
-        evaluation = self._evaluation_of(self._waiting[0])
-        assert evaluation is not None, "what waits belongs to an evaluation"
-        request = evaluation.requests[self._waiting[0]]
-        if ahead_of_leases and not self._has_room_for(request):
-            return None
-        self._waiting.popleft()
-        self._under_way[request.request_id] = _UnderWay(worker, request.num_sequences, tick)
-        self._count_issue(request.request_id)
+        request = self.next_for(worker, tick)
+        self._num_turns += request is not None
         return request
 
-    def _has_room_for(self, request: EvalRequest) -> bool:
-        in_use = sum(under_way.num_slots for under_way in self._under_way.values())
-        return not in_use or in_use + request.num_sequences <= self._share * self._total_slots()
+    def next_for(self, worker: int, tick: int) -> EvalRequest | None:
+        """The request that this worker shall run now, if one waits."""
+        if not self._waiting:
+            return None
+        request_id = self._waiting.popleft()
+        evaluation = self._evaluation_of(request_id)
+        assert evaluation is not None, "what waits belongs to an evaluation"
+        self._under_way[request_id] = _UnderWay(worker, tick)
+        self._count_issue(request_id)
+        return evaluation.requests[request_id]
+
+    def note_leases(self, num: int) -> None:
+        """So many credits were used for leases."""
+        if self._waiting:
+            self._num_leased += num
 
     def note_listed(self, worker: int, listed: Collection[int]) -> list[EvalRequest]:
         """A heartbeat lists the requests that this worker holds. Returns those to send again. Raises RunError after

@@ -22,8 +22,6 @@ class ServerSettings:
     """Completions of a group."""
     seed: int
     """The run's."""
-    slots: int
-    """Sequences that one worker generates at once."""
     eval_share: float = 0.5
     """`eval.max_share`."""
     dealer: Dealer = Dealer()

@@ -6,8 +6,8 @@ no message ends the server.
 
     joining      a worker gets work once it has said that it has weights of the run's branch. So after a rollback
                  nothing is sampled with weights that were undone
-    credits      a worker is owed `asked − granted`. Evaluation requests go first, within their share; the core gets the
-                 rest as `Ready`; what it grants no lease for now goes to evaluation requests again
+    credits      a worker is owed `asked − granted`. Evaluation requests that wait have their share of them; the core
+                 gets the rest as `Ready`; what it grants no lease for now goes to evaluation requests, too
     lost leases  a silent worker loses its leases, and joins again with its next message. A lease without progress for
                  `lease_stall_s` is lost alone
     draining     a worker that is asked to leave gets nothing more. Once it holds nothing it counts as gone. After a
@@ -68,7 +68,7 @@ class Workers:
     def __init__(self, settings: ServerSettings, dispatch: Dispatch, sessions: Sessions, arrivals: Arrivals) -> None:
         self._dispatch, self._sessions, self._arrivals = dispatch, sessions, arrivals
         self._answered: dict[Evaluation, asyncio.Event] = {}
-        self.evaluations = Evaluations(lambda: settings.slots * len(sessions.live), settings.eval_share)
+        self.evaluations = Evaluations(settings.eval_share)
         self._drains = Drains(sessions, self.evaluations, dispatch.send)
         self._recall_s = RECALL_HEARTBEATS * settings.replay.heartbeat_s
         self.leasing = False
@@ -261,25 +261,27 @@ class Workers:
     def _offer(self, session: Session) -> None:
         if not session.alive or session.leaving:
             return
-        self._send_requests(session, ahead_of_leases=True)
+        worker, tick = session.worker, self._sessions.tick
+        while session.owed and (request := self.evaluations.next_in_turn(worker, tick, session.owed)):
+            self._send_request(session, request)
         self._say_ready(session)
-        if self._send_requests(session, ahead_of_leases=False):
+        left = session.owed
+        while session.owed and (request := self.evaluations.next_for(worker, tick)):
+            self._send_request(session, request)
+        if session.owed < left:
             self._say_ready(session)
 
-    def _send_requests(self, session: Session, *, ahead_of_leases: bool) -> bool:
-        """Use the worker's credits for evaluation requests. Whether any was used."""
-        before, tick = session.granted, self._sessions.tick
-        while session.owed and (
-            request := self.evaluations.next_for(session.worker, tick, ahead_of_leases=ahead_of_leases)
-        ):
-            session.granted += 1
-            self._dispatch.send(session, replace(request, number=session.granted))
-        return session.granted > before
+    def _send_request(self, session: Session, request: EvalRequest) -> None:
+        """Use one of the worker's credits for it."""
+        session.granted += 1
+        self._dispatch.send(session, replace(request, number=session.granted))
 
     def _say_ready(self, session: Session) -> None:
         """Let the core grant leases for the credits that are left."""
         if self.leasing:
+            before = session.granted
             self._dispatch.apply(core.Ready(worker=session.worker, credits=session.owed, pace=session.relative_pace))
+            self.evaluations.note_leases(session.granted - before)
 
     # ----------------------------------------------------------------------------------------------------- evaluations
 

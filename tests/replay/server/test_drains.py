@@ -77,7 +77,7 @@ async def test_a_worker_that_dies_while_it_is_drained_is_lost(tmp_path):
 
 @scenario
 async def test_an_evaluation_request_of_a_drained_worker_is_finished_or_given_to_another(tmp_path):
-    async with serving(tmp_path, slots=2) as server:
+    async with serving(tmp_path) as server:
         leaver, other = FakeWorker(server, 0), FakeWorker(server, 1)
         await leaver.join()
         await leaver.ask(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,7 +34,7 @@ class Engine:
 
     def __init__(self, run_dir: Path, **replay: Any) -> None:
         self.run = SmallRun(run_dir, **replay)
-        server = ServerSettings(replay=self.run.config, group_size=GROUP_SIZE, seed=1, slots=SLOTS, eval_share=SHARE)
+        server = ServerSettings(replay=self.run.config, group_size=GROUP_SIZE, seed=1, eval_share=SHARE)
         run = self.run
         arrivals = Arrivals(server, run.dispatch, run.sessions, run.journal, None)
         self.workers = Workers(server, run.dispatch, run.sessions, arrivals)
@@ -43,6 +44,8 @@ class Engine:
         session.alive, self.session = True, session
         self.leases: list[Lease] = []
         self.requests: list[EvalRequest] = []
+        self.num_given = Counter[str]()
+        """Leases and requests, from the beginning."""
         self.step = 0
         self.want()
         self.workers.leasing = True
@@ -67,8 +70,10 @@ class Engine:
                 match self.run.dispatch.outgoing.get_nowait().message:
                     case Lease() as lease:
                         self.leases.append(lease)
+                        self.num_given["leases"] += 1
                     case EvalRequest() as request:
                         self.requests.append(request)
+                        self.num_given["requests"] += 1
             free = SLOTS // GROUP_SIZE - len(self.leases) - len(self.requests)
             if self.session.owed >= free:
                 return
@@ -120,31 +125,34 @@ async def end(one: Engine, evaluating: asyncio.Task) -> None:
         await asyncio.sleep(0)
 
 
-def test_an_evaluation_has_its_share_of_the_slots_while_leases_want_them_all() -> None:
+def test_requests_and_leases_take_turns_while_both_want_every_slot() -> None:
     async def run() -> None:
         with engine(run_ahead=20.0, max_staleness=20) as one:
             evaluating = await begin(one, 8)
-            for _ in range(6):
-                one.do("answer a lease")
-            assert one.evaluated_slots == SHARE * SLOTS
+            before = one.num_given["leases"]
+            for action in ("answer a lease", "answer a lease", "answer a request", "answer a lease") * 2:
+                one.do(action)
+            assert one.num_given["requests"] == one.num_given["leases"] - before == 4
             assert one.admits
             await end(one, evaluating)
 
     asyncio.run(run())
 
 
-def test_an_evaluation_has_all_slots_for_which_there_is_no_lease_and_gives_back_more_than_its_share() -> None:
+def test_an_evaluation_has_all_slots_for_which_there_is_no_lease_and_then_takes_turns_with_leases() -> None:
     async def run() -> None:
         with engine(run_ahead=1.0) as one:
             while one.leases:
                 one.do("answer a lease")
-            evaluating = await begin(one, 8)
+            evaluating = await begin(one, 20)
             assert one.evaluated_slots == SLOTS, "the learner has all that it may have"
             one.do("train")
             assert one.admits
-            for num_leases in (1, 2):
+            before = one.num_given.copy()
+            while one.admits:
                 one.do("answer a request")
-                assert len(one.leases) == num_leases, "what becomes free is training's again"
+            given = one.num_given - before
+            assert given["leases"] >= given["requests"]
             await end(one, evaluating)
 
     asyncio.run(run())
@@ -169,7 +177,7 @@ def test_all_slots_are_an_evaluations_before_the_first_lease_and_after_the_last(
     st.integers(1, 4),
     st.lists(st.sampled_from(ACTIONS), min_size=10, max_size=40),
 )
-def test_no_slot_is_free_while_it_waits_and_it_has_more_than_its_share_only_of_slots_without_a_lease(
+def test_no_slot_is_free_while_it_waits_and_it_has_more_than_its_share_only_of_credits_without_a_lease(
     ahead: tuple[float, int], size: int, actions: list[str]
 ) -> None:
     async def run() -> None:
@@ -177,11 +185,12 @@ def test_no_slot_is_free_while_it_waits_and_it_has_more_than_its_share_only_of_s
         with engine(run_ahead=run_ahead, max_staleness=max_staleness, prompts_per_step=size) as one:
             evaluating = await begin(one, 12)
             for action in actions:
-                before = one.evaluated_slots
+                before = one.num_given.copy()
                 one.do(action)
                 assert one.session.owed == 0 or not one.num_waiting
-                if one.evaluated_slots > max(before, SHARE * SLOTS):
-                    assert not one.admits, "a lease was due instead"
+                given = one.num_given - before
+                if one.admits:
+                    assert given["requests"] <= SHARE * given.total() + 1, "a lease was due instead"
             await end(one, evaluating)
             assert len(evaluating.result()) == 12 * GROUP_SIZE
 

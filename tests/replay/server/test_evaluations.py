@@ -3,6 +3,8 @@
 import asyncio
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from asyncdapo.errors import RunError
@@ -21,16 +23,16 @@ from tests.replay.serving import (
 )
 
 
-def make_table(share=1.0, slots=8):
-    return Evaluations(lambda: slots, share)
+def make_table(share=1.0):
+    return Evaluations(share)
 
 
-def ahead(table, worker, tick=0):
-    return table.next_for(worker, tick, ahead_of_leases=True)
+def give(table, worker, tick=0):
+    return table.next_for(worker, tick)
 
 
-def behind(table, worker=0):
-    return table.next_for(worker, 0, ahead_of_leases=False)
+def in_turn(table, num_credits=1):
+    return table.next_in_turn(0, 0, num_credits)
 
 
 def answer(table, request, **fields):
@@ -40,7 +42,7 @@ def answer(table, request, **fields):
 def test_answers_come_in_the_order_of_requests_whoever_was_first():
     table, requests = make_table(), [eval_request(1), eval_request(2)]
     evaluation = table.start(requests)
-    first, second = ahead(table, 0), ahead(table, 1)
+    first, second = give(table, 0), give(table, 1)
     assert answer(table, second) is evaluation
     assert not evaluation.done
     answer(table, first)
@@ -52,55 +54,55 @@ def test_an_evaluation_without_requests_is_done_at_once():
     assert make_table().start([]).done
 
 
-def test_requests_under_way_hold_at_most_their_share_of_the_slots():
+@given(st.floats(0.01, 1), st.lists(st.integers(1, 5), min_size=1, max_size=12))
+def test_of_the_credits_that_leases_want_too_requests_have_their_share_rounded_up(share, offers):
+    table, total, num_requests = make_table(share), 0, 0
+    table.start([eval_request(i) for i in range(sum(offers) + 1)])
+    for num_credits in offers:
+        left = num_credits
+        while left and in_turn(table, left):
+            left -= 1
+        table.note_leases(left)
+        total, num_requests = total + num_credits, num_requests + num_credits - left
+        assert num_requests - 1 < share * total <= num_requests
+
+
+def test_leases_that_no_request_waits_beside_and_requests_behind_leases_dont_count_as_turns():
     table = make_table(share=0.5)
-    table.start([eval_request(i) for i in range(4)])
-    first = ahead(table, 0)
-    assert ahead(table, 0) is not None
-    assert ahead(table, 0) is None
-    answer(table, first)
-    assert ahead(table, 1) is not None
-
-
-def test_every_sample_of_a_prompt_takes_a_slot():
-    table = make_table(share=0.75)
-    table.start([eval_request(i, num_prompts=1, samples=range(3)) for i in range(3)])
-    assert ahead(table, 0) is not None
-    assert ahead(table, 0) is not None
-    assert ahead(table, 0) is None
-
-
-def test_one_request_may_go_however_small_the_share_is():
-    table = make_table(share=0.1)
-    table.start([eval_request(1, num_prompts=6), eval_request(2)])
-    assert ahead(table, 0).request_id == 1
-    assert ahead(table, 0) is None
+    table.note_leases(100)
+    table.start([eval_request(i) for i in range(100)])
+    for _ in range(50):
+        give(table, 0)
+    turns = [in_turn(table) is not None for _ in range(2)]
+    table.note_leases(1)
+    turns.append(in_turn(table) is not None)
+    assert turns == [True, False, True]
 
 
 def test_requests_of_a_lost_worker_go_to_the_next_one_first():
     table = make_table()
     table.start([eval_request(1), eval_request(2)])
-    ahead(table, 0)
+    give(table, 0)
     table.lose_worker(0)
     assert (table.num_waiting, table.num_under_way) == (2, 0)
-    assert ahead(table, 1).request_id == 1
+    assert give(table, 1).request_id == 1
 
 
 def test_a_request_that_is_silent_for_long_is_given_out_again():
     table = make_table()
     table.start([eval_request(1)])
-    ahead(table, 0, tick=3)
+    give(table, 0, tick=3)
     table.lose_silent(since=3)
-    assert ahead(table, 0, tick=4) is None
+    assert give(table, 0, tick=4) is None
     table.lose_silent(since=4)
-    assert ahead(table, 0, tick=4).request_id == 1
+    assert give(table, 0, tick=4).request_id == 1
 
 
 def test_a_request_that_its_workers_heartbeats_dont_know_is_sent_again():
     table = make_table()
     table.start([eval_request(1), eval_request(2), eval_request(3)])
-    assert [ahead(table, 0).request_id for _ in range(2)] == [1, 2]
-    ahead(table, 1)
+    assert [give(table, 0).request_id for _ in range(2)] == [1, 2]
+    give(table, 1)
     assert table.note_listed(0, [2]) == []
     assert [lost.request_id for lost in table.note_listed(0, [2])] == [1]
     assert table.note_listed(0, [2]) == []
@@ -111,10 +113,10 @@ def test_a_request_that_its_workers_heartbeats_dont_know_is_sent_again():
 def test_the_first_answer_counts_and_later_ones_are_dropped():
     table = make_table()
     evaluation = table.start([eval_request(1), eval_request(2)])
-    given = ahead(table, 0)
+    given = give(table, 0)
     table.lose_worker(0)
     answer(table, given, acc=1.0)
-    assert ahead(table, 1).request_id == 2
+    assert give(table, 1).request_id == 2
     assert answer(table, given, acc=0.0) is None
     assert {one.acc for one in evaluation.answers[1]} == {1.0}
 
@@ -122,7 +124,7 @@ def test_the_first_answer_counts_and_later_ones_are_dropped():
 def test_an_answer_after_the_evaluation_is_dropped():
     table = make_table()
     evaluation = table.start([eval_request(1)])
-    given = ahead(table, 0)
+    given = give(table, 0)
     table.leave(evaluation)
     assert answer(table, given) is None
     assert (table.num_waiting, table.num_under_way) == (0, 0)
@@ -141,7 +143,7 @@ def test_an_answer_after_the_evaluation_is_dropped():
 def test_answers_that_are_not_the_requests_are_refused_and_it_stays_open(broken):
     table = make_table()
     evaluation = table.start([eval_request(1, num_prompts=1)])
-    given = ahead(table, 0)
+    given = give(table, 0)
     [right] = eval_answers(given)
     with pytest.raises(ValueError, match="request 1"):
         table.answer(1, [replace(right, **broken)])
@@ -153,9 +155,9 @@ def test_a_request_that_nobody_ever_answers_ends_the_run():
     table = make_table()
     table.start([eval_request(1)])
     for _ in range(MAX_ISSUES - 1):
-        ahead(table, 0)
+        give(table, 0)
         table.lose_worker(0)
-    ahead(table, 0)
+    give(table, 0)
     with pytest.raises(RunError, match="given out 5 times"):
         table.lose_worker(0)
 
@@ -163,7 +165,7 @@ def test_a_request_that_nobody_ever_answers_ends_the_run():
 def test_two_evaluations_at_once_keep_their_answers_apart():
     table = make_table()
     first, second = table.start([eval_request(1)]), table.start([eval_request(2)])
-    given = [ahead(table, 0), ahead(table, 0)]
+    given = [give(table, 0), give(table, 0)]
     assert answer(table, given[1]) is second
     assert not first.done
 
@@ -174,7 +176,7 @@ def test_who_asks_for_a_running_evaluation_joins_it():
     assert table.start([eval_request(1), eval_request(2)]) is evaluation
     assert table.num_waiting == 2
     table.leave(evaluation)
-    given = ahead(table, 0)
+    given = give(table, 0)
     assert answer(table, given) is evaluation
     table.leave(evaluation)
     assert (table.num_waiting, table.num_under_way) == (0, 0)
@@ -183,11 +185,11 @@ def test_who_asks_for_a_running_evaluation_joins_it():
 def test_after_a_rollback_everything_is_asked_anew():
     table = make_table()
     evaluation = table.start([eval_request(1), eval_request(2)])
-    answer(table, ahead(table, 0))
-    ahead(table, 0)
+    answer(table, give(table, 0))
+    give(table, 0)
     table.start_again()
     assert (table.num_waiting, table.num_under_way, evaluation.answers) == (2, 0, {})
-    assert [ahead(table, 0).request_id for _ in range(2)] == [1, 2]
+    assert [give(table, 0).request_id for _ in range(2)] == [1, 2]
 
 
 def test_a_request_id_in_use_is_refused():
@@ -204,7 +206,7 @@ def test_a_request_id_in_use_is_refused():
 
 @scenario
 async def test_evaluation_goes_ahead_of_leases_and_uses_up_credits(tmp_path):
-    async with serving(tmp_path, slots=4) as server:
+    async with serving(tmp_path) as server:
         worker = FakeWorker(server)
         await worker.join()
         evaluating = asyncio.create_task(server.evaluate([eval_request(1), eval_request(2)]))
