@@ -209,9 +209,7 @@ class Controller(Process):
 
     async def _go_back(self) -> None:
         """The learner is gone, and with it all that came after its last checkpoint."""
-        if self.evaluating:
-            self.evaluating.cancel()
-            self.evaluating = None
+        self._give_up_evaluating()
         await asyncio.sleep(RESTART_S)
         checkpoint = self._survey()
         await self._bring_up(self.learner, partial(Learner, self.world, checkpoint, self.steps))
@@ -271,13 +269,16 @@ class Controller(Process):
     async def _finish(self) -> None:
         if self.saved < self.step:
             await self._checkpoint()
+        self._give_up_evaluating()
         await self.replay.ask(lambda replay: replay.server.finish())
         self.leasing = False
-        if self.evaluating:
-            await self.evaluating
-            self.evaluating = None
         if self.plan.evaluates:
             await self._evaluate()
+
+    def _give_up_evaluating(self) -> None:
+        if self.evaluating:
+            self.evaluating.cancel()
+            self.evaluating = None
 
     async def _evaluate(self) -> None:
         prompts = [prompt_at(EVAL_ID + index) for index in range(3)]

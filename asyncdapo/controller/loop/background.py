@@ -46,8 +46,9 @@ class BackgroundWork:
         if self.task and self.task.done():
             self.task.result()
 
-    def cancel(self) -> None:
-        """Neither its metrics nor its error count any more."""
-        if self.task and not self.task.cancel() and not self.task.cancelled():
-            self.task.exception()  # asyncio complains of an error that nobody has looked at
-        self.task = None
+    async def cancel(self) -> None:
+        """End the work. Neither its metrics nor its error count any more."""
+        task, self.task = self.task, None
+        if task:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)

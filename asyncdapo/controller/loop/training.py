@@ -118,8 +118,8 @@ class Training:
 
     async def _go_back(self, death: RunError) -> None:
         """The learner is gone, and with it all that came after its last checkpoint."""
-        self._evaluating.cancel()
-        self._comparing.cancel()
+        await self._evaluating.cancel()
+        await self._comparing.cancel()
         self._lines.write()
         resume = await asyncio.to_thread(survey, self._run_dir, self._config)
         for line in resume.describe():
@@ -238,15 +238,15 @@ class Training:
         return await self._stalls.wait(taken, whom="learner", what=f"batch {step}", until_stopped=True)
 
     async def _finish(self) -> None:
-        """Keep the final model, close the stream, then evaluate alone on all slots."""
+        """Keep the final model, close the stream, then evaluate alone on all slots. An evaluation that still runs is
+        given up: its line is written, and the final one asks the same prompts."""
+        await self._evaluating.cancel()
         if self._checkpoints.step < self.step:
             await self._checkpoints.begin(self.step, self._counters)
         await self._checkpoints.written()
         await self._replay("the end of the stream", lambda replay: replay.finish)
         self.fleet.leasing = False
         await self._compared()
-        if self._evaluating.task:
-            await self._stalls.wait(self._evaluating.task, whom="replay", what="an evaluation", until_stopped=True)
         evaluated = await self._evaluate_alone("final")
         self._lines.write_last({**self._comparing.take(), **self._checkpoints.take(), **evaluated})
 

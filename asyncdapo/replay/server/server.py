@@ -180,8 +180,10 @@ class ReplayServer:
         return await self._workers.evaluate(requests)
 
     async def finish(self) -> None:
-        """No further step: leases are withdrawn, prompts without an end become `unused`. Evaluation continues."""
+        """No further step: leases are withdrawn, prompts without an end become `unused`, open evaluations are given up.
+        New ones may follow."""
         self._workers.leasing = False
+        self._workers.give_up_evaluations()
         self._dispatch.finish()
         await self._journal.durable()
         self._journal.fold()

@@ -28,6 +28,7 @@ from collections.abc import Sequence
 
 from msgspec.structs import replace
 
+from asyncdapo.errors import RunError
 from asyncdapo.eval_messages import EvalAck, EvalAnswer, EvalDone, EvalRequest
 from asyncdapo.messages import (
     SCHEMA_VERSION,
@@ -157,19 +158,26 @@ class Workers:
         self.evaluations.start_again()
 
     async def evaluate(self, requests: Sequence[EvalRequest]) -> list[EvalAnswer]:
-        """All answers, in the order of requests and prompts, once they are there."""
+        """All answers, in the order of requests and prompts, once they are there. Raises RunError if it is given up."""
         evaluation = self.evaluations.start(requests)
         answered = self._answered.setdefault(evaluation, asyncio.Event())
         try:
             self.offer_all()
             if not evaluation.done:
                 await answered.wait()
+            if not evaluation.done:
+                raise RunError("the evaluation was given up")
             return evaluation.all_answers()
         finally:
             self.evaluations.leave(evaluation)
             if not evaluation.num_callers:
                 del self._answered[evaluation]
             self.offer_all()
+
+    def give_up_evaluations(self) -> None:
+        """Ask for no further answer."""
+        for answered in self._answered.values():
+            answered.set()
 
     # ----------------------------------------------------------------------------------------------------- sessions
 

@@ -59,7 +59,7 @@ def test_work_that_is_due_while_other_work_runs_is_left_out():
         before = aside.task
         aside.after(1, done_at_once)
         assert aside.task is before
-        aside.cancel()
+        await aside.cancel()
 
     asyncio.run(main())
 
@@ -88,7 +88,7 @@ def test_cancelled_work_is_forgotten_with_its_error(work):
         aside = BackgroundWork(every=0, last_step=9)
         aside.begin(work)
         await asyncio.wait([aside.task], timeout=0)
-        aside.cancel()
+        await aside.cancel()
         aside.check()
         assert aside.take() == {}
         await asyncio.sleep(0)
@@ -96,3 +96,23 @@ def test_cancelled_work_is_forgotten_with_its_error(work):
 
     asyncio.run(main())
     assert complaints == []
+
+
+def test_cancelled_work_is_over_with_what_it_leaves_behind_before_other_work_may_begin():
+    async def main() -> None:
+        aside, left = BackgroundWork(every=0, last_step=9), ["answers"]
+
+        async def work() -> dict[str, float]:
+            try:
+                await asyncio.Event().wait()
+            finally:
+                await asyncio.sleep(0)
+                left.clear()
+            return {}
+
+        aside.begin(work)
+        await asyncio.sleep(0)
+        await aside.cancel()
+        assert left == []
+
+    asyncio.run(main())

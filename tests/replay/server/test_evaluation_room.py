@@ -17,6 +17,7 @@ from asyncdapo.eval_messages import EvalRequest
 from asyncdapo.messages import Ask, GroupDone, Lease, Loaded
 from asyncdapo.replay.core import events as core
 from asyncdapo.replay.server.arrivals import Arrivals
+from asyncdapo.replay.server.evaluations import Evaluations
 from asyncdapo.replay.server.settings import ServerSettings
 from asyncdapo.replay.server.workers import Workers
 from asyncdapo.shares import CutWanted
@@ -123,6 +124,37 @@ async def end(one: Engine, evaluating: asyncio.Task) -> None:
         for action in ACTIONS:
             one.do(action)
         await asyncio.sleep(0)
+
+
+def in_turn(table: Evaluations, num_credits: int = 1) -> EvalRequest | None:
+    return table.next_in_turn(0, 0, num_credits)
+
+
+@given(st.floats(0.01, 1), st.lists(st.integers(1, 5), min_size=1, max_size=12))
+def test_of_the_credits_that_leases_want_too_requests_have_their_share_rounded_up(
+    share: float, offers: list[int]
+) -> None:
+    table, total, num_requests = Evaluations(share), 0, 0
+    table.start([eval_request(i) for i in range(sum(offers) + 1)])
+    for num_credits in offers:
+        left = num_credits
+        while left and in_turn(table, left):
+            left -= 1
+        table.note_leases(left)
+        total, num_requests = total + num_credits, num_requests + num_credits - left
+        assert num_requests - 1 < share * total <= num_requests
+
+
+def test_leases_that_no_request_waits_beside_and_requests_behind_leases_dont_count_as_turns() -> None:
+    table = Evaluations(share=0.5)
+    table.note_leases(100)
+    table.start([eval_request(i) for i in range(100)])
+    for _ in range(50):
+        table.next_for(0, 0)
+    turns = [in_turn(table) is not None for _ in range(2)]
+    table.note_leases(1)
+    turns.append(in_turn(table) is not None)
+    assert turns == [True, False, True]
 
 
 def test_requests_and_leases_take_turns_while_both_want_every_slot() -> None:

@@ -3,8 +3,6 @@
 import asyncio
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from asyncdapo.errors import RunError
@@ -31,10 +29,6 @@ def give(table, worker, tick=0):
     return table.next_for(worker, tick)
 
 
-def in_turn(table, num_credits=1):
-    return table.next_in_turn(0, 0, num_credits)
-
-
 def answer(table, request, **fields):
     return table.answer(request.request_id, eval_answers(request, **fields))
 
@@ -52,31 +46,6 @@ def test_answers_come_in_the_order_of_requests_whoever_was_first():
 
 def test_an_evaluation_without_requests_is_done_at_once():
     assert make_table().start([]).done
-
-
-@given(st.floats(0.01, 1), st.lists(st.integers(1, 5), min_size=1, max_size=12))
-def test_of_the_credits_that_leases_want_too_requests_have_their_share_rounded_up(share, offers):
-    table, total, num_requests = make_table(share), 0, 0
-    table.start([eval_request(i) for i in range(sum(offers) + 1)])
-    for num_credits in offers:
-        left = num_credits
-        while left and in_turn(table, left):
-            left -= 1
-        table.note_leases(left)
-        total, num_requests = total + num_credits, num_requests + num_credits - left
-        assert num_requests - 1 < share * total <= num_requests
-
-
-def test_leases_that_no_request_waits_beside_and_requests_behind_leases_dont_count_as_turns():
-    table = make_table(share=0.5)
-    table.note_leases(100)
-    table.start([eval_request(i) for i in range(100)])
-    for _ in range(50):
-        give(table, 0)
-    turns = [in_turn(table) is not None for _ in range(2)]
-    table.note_leases(1)
-    turns.append(in_turn(table) is not None)
-    assert turns == [True, False, True]
 
 
 def test_requests_of_a_lost_worker_go_to_the_next_one_first():
@@ -336,3 +305,21 @@ async def test_an_evaluation_that_is_given_up_leaves_nothing_behind(tmp_path):
         await worker.ask(1)
         assert await worker.unread() == []
         assert server.status()["evaluations_waiting"] == 0
+
+
+@scenario
+async def test_the_end_of_training_gives_up_what_runs_and_leaves_room_for_the_final_evaluation(tmp_path):
+    async with serving(tmp_path) as server:
+        worker = FakeWorker(server)
+        await worker.join()
+        evaluating = asyncio.create_task(server.evaluate([eval_request(number) for number in range(1, 5)]))
+        await worker.ask(1)
+        late = await worker.take(EvalRequest)
+        await server.finish()
+        with pytest.raises(RunError, match="given up"):
+            await evaluating
+        final = asyncio.create_task(server.evaluate([eval_request(5)]))
+        await worker.evaluate(late)
+        await worker.ask(1)
+        await worker.evaluate(await worker.take(EvalRequest))
+        assert [answer.prompt_id for answer in await final] == [5000, 5001]
