@@ -28,7 +28,7 @@ from asyncdapo.native.c_library import Signature, load_c
 
 SOURCE = Path(__file__).with_name("attention.c")
 BLOCK, COLUMNS = 32, 32
-"""Queries whose scores exist at once, and columns of a tile, in attention.c."""
+"""Queries whose scores exist at once, and columns of a tile at most, in attention.c."""
 MAX_TOKENS = 4096
 """Of a sequence: the workspace of a thread grows with it, by six copies of its keys and two rows of scores for each
 query of a block."""

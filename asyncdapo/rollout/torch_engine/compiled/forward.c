@@ -12,6 +12,7 @@ its weights once, in order. The cache is [layer, slot, key/value head, chunk], a
 
 #include <string.h>
 
+#define LANES 16 /* `packed_weights.py` and `kv_cache.py` lay out what is read here */
 #include "vectors.h"
 
 #define PANEL (2 * LANES)
