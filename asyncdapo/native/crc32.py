@@ -21,18 +21,18 @@ SOURCE = Path(__file__).with_name("crc32.c")
 BLOCK_BYTES = 64
 ALL_BITS = 0xFFFFFFFF
 Rest = ctypes.c_uint32 * 4
-SMALL_BYTES = 16 << 10
-"""Below it the call costs what it saves."""
+SMALL = 4 << 10
+"""Bytes or numbers, below which the call costs what it saves."""
 
 log = logging.getLogger("transport")
 
 
 def crc32(buffer: bytes | memoryview, crc: int = 0) -> int:
     """As `zlib.crc32`. The first large buffer of a process waits for the library."""
-    view = memoryview(buffer).cast("B")
-    library = _library() if len(view) >= SMALL_BYTES else None
+    library = _library() if len(buffer) >= SMALL else None
     if library is None:
-        return zlib.crc32(view, crc)
+        return zlib.crc32(buffer, crc)
+    view = memoryview(buffer).cast("B")
     num_blocks, rest = len(view) // BLOCK_BYTES, Rest(crc ^ ALL_BITS)  # zlib inverts the number before and after
     address, _ = np.frombuffer(view, np.uint8).__array_interface__["data"]
     library.fold(num_blocks, address, rest)

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 
 from asyncdapo.native import crc32 as native
-from asyncdapo.native.crc32 import BLOCK_BYTES, SMALL_BYTES, crc32
+from asyncdapo.native.crc32 import BLOCK_BYTES, SMALL, crc32
 
-CONTENT = np.random.default_rng(0).bytes(4 * SMALL_BYTES)
+CONTENT = np.random.default_rng(0).bytes(8 * SMALL)
 
 
 @pytest.mark.parametrize("before", [0, 1, 0xFFFFFFFF, zlib.crc32(b"what was before")])
 def test_the_number_is_that_of_zlib_for_every_size_place_and_number_before(before: int) -> None:
-    for num_bytes in (0, 1, BLOCK_BYTES, SMALL_BYTES - 1, *range(SMALL_BYTES, SMALL_BYTES + 2 * BLOCK_BYTES)):
+    for num_bytes in (0, 1, BLOCK_BYTES, SMALL - 1, *range(SMALL, SMALL + 2 * BLOCK_BYTES)):
         for begin in (0, 1, 7):
             piece = memoryview(CONTENT)[begin : begin + num_bytes]
             assert crc32(piece, before) == zlib.crc32(piece, before), (num_bytes, begin)
@@ -23,8 +23,8 @@ def test_the_number_is_that_of_zlib_for_every_size_place_and_number_before(befor
 
 def test_pieces_one_after_the_other_give_the_number_of_the_whole() -> None:
     crc = 0
-    for begin in range(0, len(CONTENT), SMALL_BYTES + 3):
-        crc = crc32(CONTENT[begin : begin + SMALL_BYTES + 3], crc)
+    for begin in range(0, len(CONTENT), SMALL + 3):
+        crc = crc32(CONTENT[begin : begin + SMALL + 3], crc)
     assert crc == zlib.crc32(CONTENT)
 
 
