@@ -42,6 +42,9 @@ from benchmarks.staleness_study.sampler import Sampler
 
 ROOT = Path(__file__).resolve().parents[1]
 TARGET, SAVE_EVERY, NUM_PROMPTS = 0.9, 2, 512
+STEPS = {"async": 28, "sync": 32, "trl": 32}
+"""Train steps of each kind of arm: more than it needs as a rule. A rival that never reaches `TARGET` counts with its
+last clock, so it has some more."""
 KEYS = (
     f"learner.checkpoint_every={SAVE_EVERY}",
     "learner.keep_checkpoints=0",
@@ -62,14 +65,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num", type=int, default=5, help="seeds")
     parser.add_argument("--first", type=int, default=0, help="first seed")
-    parser.add_argument("--steps", type=int, default=28, help="train steps of every arm")
+    parser.add_argument("--steps", type=int, help=f"train steps of every arm in place of {STEPS}")
     parser.add_argument("--sync-threads", type=int, nargs="*", default=[1, 2], help="a synchronous arm for each")
     parser.add_argument("--trl-python", metavar="PYTHON", help="of an environment with TRL; without it there is no arm")
     parser.add_argument("--out", type=Path, default=Path("runs/triples.jsonl"), help="file of the rows")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="further keys for our arms")
     args = parser.parse_intermixed_args()
 
-    setting = {"num_steps": args.steps, "keys": args.overrides}
+    setting = {"asked_steps": args.steps, "keys": args.overrides}
     rows = read_rows(args.out)
     if any(row[name] != value for row in rows for name, value in setting.items()):
         parser.error(f"--out {args.out}: holds rows of other steps or keys (give another file)")
@@ -92,13 +95,14 @@ def main() -> None:
 
 def arms(args: argparse.Namespace) -> dict[str, Launch]:
     """What runs each of them, in the order of a turn."""
-    ours = [*KEYS, f"run.steps={args.steps}", *args.overrides]
+    steps = {kind: args.steps or number for kind, number in STEPS.items()}
+    ours = [*KEYS, f"run.steps={steps['async']}", *args.overrides]
     found: dict[str, Launch] = {"async": partial(run_quickstart, overrides=ours)}
     for threads in args.sync_threads:
-        keys = [*ours, *SYNC, f"learner.threads={threads}", f"rollout.threads={threads}"]
-        found[f"sync{threads}"] = partial(run_quickstart, overrides=keys)
+        keys = [*SYNC, f"run.steps={steps['sync']}", f"learner.threads={threads}", f"rollout.threads={threads}"]
+        found[f"sync{threads}"] = partial(run_quickstart, overrides=[*KEYS, *keys, *args.overrides])
     if args.trl_python:
-        found["trl"] = partial(run_trl, python=args.trl_python, num_steps=args.steps)
+        found["trl"] = partial(run_trl, python=args.trl_python, num_steps=steps["trl"])
     return found
 
 
