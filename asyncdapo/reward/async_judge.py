@@ -25,13 +25,14 @@ class AsyncJudge:
         self._verify, self._concurrency, self._pauses_s = verify, concurrency, pauses_s(retries)
         self._runner = asyncio.Runner()
 
-    def __call__(self, texts: Sequence[str], answer: str, tell: Tell) -> None:
+    def __call__(self, texts: Sequence[str], answers: Sequence[str], tell: Tell) -> None:
         """Report a verdict for each text."""
-        self._runner.run(self._judge(texts, answer, tell))
+        self._runner.run(self._judge(texts, answers, tell))
 
-    async def _judge(self, texts: Sequence[str], answer: str, tell: Tell) -> None:
+    async def _judge(self, texts: Sequence[str], answers: Sequence[str], tell: Tell) -> None:
         turn = asyncio.Semaphore(self._concurrency)
-        tasks = [asyncio.create_task(self._judge_one(turn, text, answer)) for text in texts]
+        wanted = zip(texts, answers, strict=True)
+        tasks = [asyncio.create_task(self._judge_one(turn, text, answer)) for text, answer in wanted]
         for task in tasks:
             said = await task
             if not isinstance(said, Verdict):

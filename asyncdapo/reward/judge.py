@@ -1,8 +1,8 @@
 """Judges the texts of a request, in a verifier process.
 
-In: texts, the expected answer. Out: a `Verdict` for each text, in order, each reported at once. The first text without
-a verdict is reported as `Raised` or `NoVerdict`, and the request ends there. A verifier that raises is called again,
-after a pause that doubles each time. Does not own: async verifiers (`async_judge`), time-outs (the pool).
+In: texts, the expected answer of each. Out: a `Verdict` for each text, in order, each reported at once. The first text
+without a verdict is reported as `Raised` or `NoVerdict`, and the request ends there. A verifier that raises is called
+again, after a pause that doubles each time. Does not own: async verifiers (`async_judge`), time-outs (the pool).
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ METRIC_NAME = re.compile(r"[\w./-]{1,100}")
 FIX = "return 1 for right and 0 for wrong; reward.correct and reward.incorrect set the rewards for these"
 
 Tell = Callable[[Said], None]
-Judge = Callable[[Sequence[str], str, Tell], None]
-"""(texts, expected answer, callback for each verdict)."""
+Judge = Callable[[Sequence[str], Sequence[str], Tell], None]
+"""(texts, expected answer of each, callback for each verdict)."""
 
 
-def judge(verify: Verify, pauses: Sequence[float], texts: Sequence[str], answer: str, tell: Tell) -> None:
+def judge(verify: Verify, pauses: Sequence[float], texts: Sequence[str], answers: Sequence[str], tell: Tell) -> None:
     """Judge one text after the other. `pauses`: seconds before each retry."""
-    for text in texts:
+    for text, answer in zip(texts, answers, strict=True):
         said = _judge_one(verify, pauses, text, answer)
         tell(said)
         if not isinstance(said, Verdict):

@@ -2,13 +2,16 @@
 
     verify(texts, answer) ──waits for a free process──▶ one request for all texts ──▶ a verdict for each
 
+Texts that are to be judged by themselves share a request with those that become ready while they wait for a process: an
+error of one of them is its own.
+
     takes over `timeout_s` over one text    process killed; the text is retried once, alone, in a fresh process;
       (pauses between retries don't count)  then 0, `timed_out`
     dies (signal, exit, out of memory)      process replaced; the text is retried once, alone; then RewardError
     raises                                  RewardError; the process lives on
     returns something else                  VerdictError
     can't be started                        a few tries in a row (`child/place`); then RunError, which ends the worker
-    the caller is cancelled                 its process is killed, so that no answer reaches the next request
+    all its callers are cancelled           the process is killed, so that no answer reaches the next request
 
 Invariant: a process has one request at a time, so the callers bound the queue. Verdicts are in the order of the texts.
 Start, use and stop it in one event loop, which has to live as long as the pool: see `child/process`. Does not own:
@@ -23,6 +26,9 @@ import os
 import sys
 import time
 from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
 
 from asyncdapo.accounting.clock import Level
 from asyncdapo.child.place import Place
@@ -37,6 +43,18 @@ MAX_TRIES = 2
 log = logging.getLogger("reward")
 
 
+Outcome = Verdict | RewardError | VerdictError
+
+
+@dataclass(eq=False)
+class _Single:
+    """A text that is to be judged by itself."""
+
+    text: str
+    answer: str
+    verdict: asyncio.Future[Verdict]
+
+
 class ScorerPool:
     """A fixed number of verifier processes. One that ends is replaced."""
 
@@ -49,6 +67,10 @@ class ScorerPool:
         self._counts: Counter[str] = Counter()
         self._places = [self._place() for _ in range(num_processes)]
         self._free: asyncio.Queue[Place[VerifierProcess]] = asyncio.Queue()
+        self._singles: list[_Single] = []
+        """Those that no process has got."""
+        self._sharing: set[asyncio.Task[None]] = set()
+        """Requests of such texts."""
         self._began_s = time.monotonic()
         self._busy, self._queued = Level(), Level()
         """Processes that work on a request, and requests that wait for one."""
@@ -95,13 +117,73 @@ class ScorerPool:
     async def verify(self, texts: list[str], answer: str) -> list[Verdict]:
         """A verdict for each text. Raises RewardError if the verifier fails, VerdictError if it returns something that
         isn't a verdict, RunError if it can't be started."""
+        if len(texts) == 1:
+            return [await self._verify_single(texts[0], answer)]
+        verdicts: list[Verdict] = []
+        async with self._free_place() as place:
+            for outcome in await self._judge(place, texts, [answer] * len(texts)):
+                if not isinstance(outcome, Verdict):
+                    raise outcome
+                verdicts.append(outcome)
+        return verdicts
+
+    @asynccontextmanager
+    async def _free_place(self) -> AsyncIterator[Place[VerifierProcess]]:
+        """A place that nobody else has in the body."""
         with self._queued.raised():
             place = await self._free.get()
         try:
             with self._busy.raised():
-                return await self._verify(place, texts, answer)
+                yield place
         finally:
             self._free.put_nowait(place)
+
+    async def _verify_single(self, text: str, answer: str) -> Verdict:
+        single = _Single(text, answer, asyncio.get_running_loop().create_future())
+        self._singles.append(single)
+        if len(self._singles) == 1:
+            self._share_a_request()
+        return await single.verdict
+
+    def _share_a_request(self) -> None:
+        task = asyncio.create_task(self._judge_singles())
+        self._sharing.add(task)
+        task.add_done_callback(self._sharing.discard)
+
+    async def _judge_singles(self) -> None:
+        """Judge the share of one process of all that are ready when it is free."""
+        async with self._free_place() as place:
+            ready = [single for single in self._singles if not single.verdict.done()]
+            num = -(-len(ready) // len(self._places))
+            left, self._singles = ready[:num], ready[num:]
+            if self._singles:
+                self._share_a_request()
+            judging = asyncio.ensure_future(self._judge_each(place, left))
+
+            def note_end(_: asyncio.Future[Verdict]) -> None:
+                if all(single.verdict.cancelled() for single in left):
+                    judging.cancel()
+
+            for single in left:
+                single.verdict.add_done_callback(note_end)
+            await asyncio.wait([judging])
+            if not judging.cancelled() and (error := judging.exception()):
+                for single in left:
+                    if not single.verdict.done():
+                        single.verdict.set_exception(error)
+
+    async def _judge_each(self, place: Place[VerifierProcess], left: list[_Single]) -> None:
+        """Judge them all, also those behind one that fails."""
+        while left:
+            outcomes = await self._judge(place, [one.text for one in left], [one.answer for one in left])
+            for single, outcome in zip(left, outcomes, strict=False):
+                if single.verdict.done():
+                    continue
+                if isinstance(outcome, Verdict):
+                    single.verdict.set_result(outcome)
+                else:
+                    single.verdict.set_exception(outcome)
+            left = left[len(outcomes) :]
 
     def _place(self) -> Place[VerifierProcess]:
         async def start() -> VerifierProcess:
@@ -118,34 +200,38 @@ class ScorerPool:
         place = Place(KIND, start, log)
         return place
 
-    async def _verify(self, place: Place[VerifierProcess], texts: list[str], answer: str) -> list[Verdict]:
-        verdicts: list[Verdict] = []
-        texts, answer = [_encodable(text) for text in texts], _encodable(answer)
+    async def _judge(self, place: Place[VerifierProcess], texts: list[str], answers: list[str]) -> list[Outcome]:
+        """An outcome for each text, up to the first error."""
+        outcomes: list[Outcome] = []
+        texts, answers = [_encodable(text) for text in texts], [_encodable(answer) for answer in answers]
         num_tries = 0
         """Tries of the text on which the last process failed."""
-        while left := texts[len(verdicts) :]:
-            asked = left[:1] if num_tries else left  # retry it alone: no other text can be the cause
+        while len(outcomes) < len(texts):
+            first = len(outcomes)
+            end = first + 1 if num_tries else len(texts)  # retry it alone: no other text can be the cause
             process = await place.process()
-            said = await process.ask(Request(asked, answer), len(asked), self._timeout_s)
+            said = await process.ask(Request(texts[first:end], answers[first:end]), end - first, self._timeout_s)
+            outcomes += [verdict for verdict in said if isinstance(verdict, Verdict)]
             match said[-1:]:
                 case [Raised(problem=problem)]:
-                    raise RewardError(problem)
+                    return [*outcomes, RewardError(problem)]
                 case [NoVerdict(problem=problem)]:
-                    raise VerdictError(problem)
-            verdicts += [verdict for verdict in said if isinstance(verdict, Verdict)]
-            if len(said) == len(asked):
+                    return [*outcomes, VerdictError(problem)]
+            if len(outcomes) == end:
                 num_tries = 0
                 continue
             num_tries = 1 if said else num_tries + 1
             if num_tries == MAX_TRIES:
-                verdicts.append(await self._give_up(process))
+                outcomes.append(await self._give_up(process))
                 num_tries = 0
-        return verdicts
+                if isinstance(outcomes[-1], RewardError):
+                    return outcomes
+        return outcomes
 
-    async def _give_up(self, process: VerifierProcess) -> Verdict:
-        """The verdict on a text on which `MAX_TRIES` processes failed; `process` is the last of them."""
+    async def _give_up(self, process: VerifierProcess) -> Verdict | RewardError:
+        """The outcome of a text on which `MAX_TRIES` processes failed; `process` is the last of them."""
         if not process.timed_out:
-            raise RewardError(f"its process ended {MAX_TRIES} times, the last one {await process.end()}")
+            return RewardError(f"its process ended {MAX_TRIES} times, the last one {await process.end()}")
         self._counts["scorer_timeouts"] += 1
         log.warning("a completion counts 0: the verifier took over %g s, %d times", self._timeout_s, MAX_TRIES)
         return Verdict(0.0, timed_out=True)

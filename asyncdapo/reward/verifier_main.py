@@ -61,7 +61,7 @@ def main(verifier: str, parent: int) -> None:
     channel.send(Ready())
     while (request := channel.receive()) is not None:
         assert isinstance(request, Request), "what follows the first message"
-        judge(request.texts, request.answer, channel.send)
+        judge(request.texts, request.answers, channel.send)
 
 
 def make_judge(verify: Verify, concurrency: int, retries: int) -> Judge:

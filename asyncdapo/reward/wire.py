@@ -34,7 +34,8 @@ class Request(Struct, tag=True):
     """pool -> process. Texts to judge, in order."""
 
     texts: list[str]
-    answer: str
+    answers: list[str]
+    """Expected of each."""
 
 
 class Ready(Struct, tag=True):

@@ -16,7 +16,7 @@ from asyncdapo.reward.wire import METRICS, NoVerdict, Raised, Verdict
 def told_by(verify, texts, answer="6", concurrency=1, retries=0):
     """What is told of a request's texts."""
     told = []
-    make_judge(verify, concurrency, retries)(texts, answer, told.append)
+    make_judge(verify, concurrency, retries)(texts, [answer] * len(texts), told.append)
     return told
 
 
@@ -196,7 +196,7 @@ def test_an_async_function_judges_so_many_texts_at_a_time_and_verdicts_keep_thei
 
 def test_a_verdict_is_told_before_later_texts_are_judged():
     ended_when_told, slow = [], Slow()
-    make_judge(slow, 2, 0)(["1", "50", "50", "50"], "1", lambda said: ended_when_told.append(len(slow.ended)))
+    make_judge(slow, 2, 0)(["1", "50", "50", "50"], ["1"] * 4, lambda said: ended_when_told.append(len(slow.ended)))
     assert ended_when_told[0] == 1
 
 
@@ -204,7 +204,7 @@ def test_the_event_loop_lives_as_long_as_the_process():
     slow = Slow()
     judge = make_judge(slow, 2, 0)
     for _ in range(3):
-        judge(["1", "2"], "2", lambda said: None)
+        judge(["1", "2"], ["2", "2"], lambda said: None)
     assert len(slow.loops) == 1
 
 
@@ -219,7 +219,7 @@ def test_one_that_raises_ends_the_others_before_it_is_told():
     def tell(said):
         told_when.append((said, under_way.num_under_way))
 
-    make_judge(verify, 4, 0)(["1", "raise", "1000", "1000", "1000"], "1", tell)
+    make_judge(verify, 4, 0)(["1", "raise", "1000", "1000", "1000"], ["1"] * 5, tell)
     assert [type(said) for said, _ in told_when] == [Verdict, Raised]
     assert told_when[1][1] == 0
     assert under_way.ended == ["1"]

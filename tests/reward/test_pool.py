@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import random
 import subprocess
 import sys
 import time
@@ -9,7 +10,8 @@ import time
 import pytest
 
 from asyncdapo.errors import RewardError, VerdictError
-from asyncdapo.reward.wire import Verdict
+from asyncdapo.reward.verifier_process import VerifierProcess
+from asyncdapo.reward.wire import Request, Verdict
 from tests.asynchronous import asynchronous, until
 from tests.reward.processes import gone_within, is_alive, running
 
@@ -41,6 +43,63 @@ async def test_processes_work_at_the_same_time() -> None:
         began = time.monotonic()
         await asyncio.gather(*(pool.verify(["sleep 1"], "") for _ in range(2)))
         assert time.monotonic() - began < 1.8
+
+
+# --------------------------------------------------------------------------------- texts judged by themselves
+
+
+@asynchronous
+async def test_single_texts_that_are_ready_together_share_a_request_and_an_error_is_its_texts_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    requests, ask = [], VerifierProcess.ask
+
+    async def note(self: VerifierProcess, request: Request, *args: float) -> list:
+        requests.append(len(request.texts))
+        return await ask(self, request, *args)
+
+    wanted = [("6", "6"), ("7", "6"), ("raise", "6"), ("7", "7"), ("return list", "6"), ("8", "8")]
+    async with running() as pool:
+        monkeypatch.setattr(VerifierProcess, "ask", note)
+        said = await asyncio.gather(*(pool.verify([text], answer) for text, answer in wanted), return_exceptions=True)
+    right, wrong, raised, other, no_verdict, last = said
+    assert (right, wrong, other, last) == ([Verdict(1.0)], [Verdict(0.0)], [Verdict(1.0)], [Verdict(1.0)])
+    assert (type(raised), type(no_verdict)) == (RewardError, VerdictError)
+    assert requests == [6, 3, 1]
+
+
+@asynchronous
+async def test_each_of_many_single_texts_has_the_outcome_that_it_has_alone_whatever_the_others_do() -> None:
+    draw = random.Random(0)
+    outcomes = {"6": [Verdict(1.0)], "7": [Verdict(0.0)], "raise": RewardError, "return list": VerdictError}
+    texts = [draw.choice(list(outcomes)) for _ in range(100)]
+    texts.insert(40, "exit 3")
+    async with running(num_processes=2) as pool:
+
+        async def judged(text: str) -> list[Verdict] | type[Exception]:
+            await asyncio.sleep(draw.random() * 0.05)
+            try:
+                return await pool.verify([text], "6")
+            except (RewardError, VerdictError) as error:
+                return type(error)
+
+        assert await asyncio.gather(*map(judged, texts)) == [outcomes.get(text, RewardError) for text in texts]
+        assert pool.gauges()["scorer_restarts"] >= 1
+
+
+@asynchronous
+async def test_a_shared_request_ends_with_its_process_when_all_its_callers_are_cancelled_and_no_sooner() -> None:
+    async with running() as pool:
+        for num_cancelled in (1, 2):
+            pids = pool.pids()
+            callers = [asyncio.create_task(pool.verify([text], "6")) for text in ("sleep 0.3", "6")]
+            await asyncio.sleep(0.1)
+            for caller in callers[:num_cancelled]:
+                caller.cancel()
+            said = await asyncio.gather(*callers, return_exceptions=True)
+            assert said[num_cancelled:] == [[Verdict(1.0)]][num_cancelled - 1 :]
+            assert await pool.verify(["6"], "6") == [Verdict(1.0)]
+            assert (pool.pids() == pids) == (num_cancelled == 1)
 
 
 # ----------------------------------------------------------------------------------------------------------- time-outs
