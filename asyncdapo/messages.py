@@ -22,6 +22,7 @@ an observed token can't bear loss.
 
 from __future__ import annotations
 
+from collections import Counter
 from functools import cached_property
 from typing import Any, Literal, dataclass_transform
 
@@ -200,6 +201,15 @@ class Group(Struct, frozen=True, kw_only=True, dict=True):
     def max_version(self) -> int:
         """Highest version over the same tokens."""
         return max(self._versions)
+
+    @cached_property
+    def reward_mean(self) -> float:
+        return sum([completion.reward for completion in self.completions]) / len(self.completions)
+
+    @cached_property
+    def finish_reasons(self) -> Counter[str]:
+        """How many completions ended for each reason."""
+        return Counter([completion.finish_reason for completion in self.completions])
 
     @property
     def _versions(self) -> list[int]:

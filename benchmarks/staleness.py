@@ -1,7 +1,7 @@
 """What each loss loses by staleness: the quickstart trained on samples of weights that are exactly S versions old.
 
-    python benchmarks/staleness.py [--tasks chain …] [--staleness 0 16 …] [--methods tis …] [--seeds 0 …]
-    python benchmarks/staleness.py --report        the tables, and the picture of docs/staleness.md
+    python -m benchmarks.staleness [--tasks chain …] [--staleness 0 16 …] [--methods tis …] [--seeds 0 …]
+    python -m benchmarks.staleness --report        the tables, and the picture of docs/staleness.md
 
 One process, no Ray: the torch engine, the verifier, the filter and the learner of the product, with a queue of past
 weights between them. Batch k is sampled by version max(0, k − 1 − S) and trained by version k − 1. So every token of a
@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from collections import deque
 from dataclasses import asdict, dataclass, replace
@@ -29,13 +28,11 @@ from typing import Any
 
 import torch
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent)
-
-from asyncdapo.config.config import Config  # noqa: E402
-from asyncdapo.learner.step.learner import Learner  # noqa: E402
-from asyncdapo.shares import Batch, Dealer  # noqa: E402
-from benchmarks.staleness_study.report import report  # noqa: E402
-from benchmarks.staleness_study.sampler import Sampled, Sampler, quickstart_config  # noqa: E402
+from asyncdapo.config.config import Config
+from asyncdapo.learner.step.learner import Learner
+from asyncdapo.shares import Batch, Dealer
+from benchmarks.staleness_study.report import report
+from benchmarks.staleness_study.sampler import Sampled, Sampler, quickstart_config
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "staleness_study" / "results.jsonl"

@@ -43,7 +43,7 @@ from asyncdapo.replay.config import FilterConfig, ReplayConfig
 from asyncdapo.replay.core.state import ReplayState
 from asyncdapo.replay.ledger.journal import Journal
 from asyncdapo.replay.server.server import ReplayServer
-from asyncdapo.replay.server.settings import ServerSettings
+from asyncdapo.replay.server.settings import COLLECT_AFTER, ServerSettings
 from asyncdapo.transport.codec import encode
 from asyncdapo.transport.keys import ClientKeys, RunKeys
 from benchmarks.fake_workers import (
@@ -102,6 +102,7 @@ async def serve(figures: Figures, over: Event, load: Load, run_dir: Path, keys: 
     in a run."""
     keep_freed_memory()
     gc.freeze()
+    gc.set_threshold(COLLECT_AFTER)
     ahead = 2 + load.num_workers * load.num_held / BATCH
     config = ReplayConfig(prompts_per_step=BATCH, run_ahead=ahead, max_staleness=UNBOUNDED, heartbeat_s=HEARTBEAT_S)
     make_state = partial(ReplayState, config, FilterConfig(), max_attempts=3, num_prompts=None)

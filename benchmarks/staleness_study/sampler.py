@@ -93,7 +93,7 @@ class Sampler:
             return self._accuracy_of_version_0
         prompts = self._stream.eval_prompts(num_prompts)
         found = self._generate([(prompt, [eval_seed(self.config.run.seed, prompt.prompt_id, 0)]) for prompt in prompts])
-        rates = [self._verdicts(prompt, samples)[0].value for prompt, (_, samples) in zip(prompts, found, strict=True)]
+        rates = [self._verdicts(prompt, samples)[0].value for prompt, samples in zip(prompts, found, strict=True)]
         if version == 0:
             self._accuracy_of_version_0 = mean(rates)
         return mean(rates)
@@ -127,12 +127,12 @@ class Sampler:
             for prompt in prompts
         ]
         wanted = [(lease.prompt, [sample_seed(lease.seed, number) for number in range(size)]) for lease in leases]
-        for lease, (request, samples) in zip(leases, self._generate(wanted), strict=True):
+        for lease, samples in zip(leases, self._generate(wanted), strict=True):
             verdicts = self._verdicts(lease.prompt, samples)
             scores = self._scale.scores(verdicts, [len(one.token_ids) for one in samples], lease.seed)
             episodes = [
                 Episode(
-                    contexts=[SampledContext(turns=[turn_of(request, sample, 0)])],
+                    contexts=[SampledContext(turns=[turn_of(lease.prompt.token_ids, sample, 0)])],
                     finish_reason=sample.finish_reason,
                 )
                 for sample in samples
@@ -147,10 +147,10 @@ class Sampler:
         said = [read_verdict(self._verify(self._decode(one.token_ids), prompt.answer)) for one in samples]
         return [verdict for verdict in said if isinstance(verdict, Verdict)]
 
-    def _generate(self, wanted: Sequence[tuple[Prompt, list[int]]]) -> list[tuple[Request, list[Sample]]]:
+    def _generate(self, wanted: Sequence[tuple[Prompt, list[int]]]) -> list[list[Sample]]:
         sampling = self.config.rollout.sampling(self.config.rollout.max_response_length)
         requests = [Request(prompt_ids=prompt.token_ids, seeds=seeds, sampling=sampling) for prompt, seeds in wanted]
-        return list(zip(requests, self._loop.run_until_complete(self._all(requests)), strict=True))
+        return self._loop.run_until_complete(self._all(requests))
 
     async def _all(self, requests: Sequence[Request]) -> list[list[Sample]]:
         return await asyncio.gather(*map(self._engine.generate, requests))

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from statistics import mean
 
+import pytest
+
+from asyncdapo.shares import Batch, Dealer
+from benchmarks.staleness import make_learner
 from benchmarks.staleness_study import report
 from benchmarks.staleness_study.long_chains import LongChains
+from benchmarks.staleness_study.sampler import Sampler
 
 
 def line(method: str, staleness: int, last: float, seed: int = 0) -> dict:
@@ -49,3 +54,18 @@ def test_a_cell_has_the_seconds_to_the_goal_and_what_its_last_third_measured() -
         ["0", "ppo", ".800", "1.000", "15", "20", ".500", ".030", "0.003", ".400"],
         ["16", "tis", ".800", ".890", "never", "20", ".500", ".030", "0.003", ".400"],
     ]
+
+
+@pytest.mark.soak
+def test_a_batch_of_the_study_can_be_trained_on_and_its_weights_measured() -> None:
+    sampler = Sampler("chain", seed=0, num_eval=8)
+    first = sampler.batch(1, 0, 0)
+    config = sampler.config
+    assert len(first.groups) == config.replay.prompts_per_step
+    learner = make_learner(config, staleness=0)
+    batch = Batch(step=1, branch=0, max_staleness=0, groups=first.groups, deal=Dealer().deal(first.groups))
+    learner.train(learner.prepare(batch, first.payload))
+    sampler.load(1, {name: tensor.detach().clone() for name, tensor in learner.weights().items()})
+    assert 0 <= sampler.accuracy(1, 8) <= 1
+    assert sampler.batch(2, first.next_prompt, 1).next_prompt > first.next_prompt
+    sampler.stop()

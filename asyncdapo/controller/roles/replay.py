@@ -7,6 +7,7 @@ Does not own: what is granted, cut and dropped (`replay/core`), the sockets (`re
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
 from collections.abc import Mapping
 from functools import partial
@@ -31,7 +32,7 @@ from asyncdapo.replay.ledger.journal import Journal
 from asyncdapo.replay.ledger.kept import keep_samples
 from asyncdapo.replay.server.server import ReplayServer
 from asyncdapo.replay.server.sessions import LOST_TICKS
-from asyncdapo.replay.server.settings import ServerSettings
+from asyncdapo.replay.server.settings import COLLECT_AFTER, ServerSettings
 from asyncdapo.replay.workers_file import WorkerRow, write_rows
 from asyncdapo.shares import Dealer
 
@@ -52,6 +53,7 @@ class ReplayProcess(ProcessBase):
     async def start(cls, spec: ProcessSpec, start: Start) -> ReplayProcess:
         """Open stream, journal and sockets, and resume from what the ledger says."""
         keep_freed_memory()
+        gc.set_threshold(COLLECT_AFTER)
         config = spec.config
         task = open_task(config.prompts, num_eval=config.eval.num_held_out, seed=config.run.seed)
         tokenizer = load_tokenizer(config.model.tokenizer_files, config.prompts.template_arguments)

@@ -27,12 +27,12 @@ from dataclasses import dataclass
 from io import BufferedReader, BufferedWriter
 from itertools import accumulate, pairwise
 from pathlib import Path
-from zlib import crc32
 
 import msgspec
 
 from asyncdapo.disk import sync
 from asyncdapo.messages import Group
+from asyncdapo.native.crc32 import crc32
 from asyncdapo.replay.ledger.former import former_group
 from asyncdapo.transport.payload import Payload
 

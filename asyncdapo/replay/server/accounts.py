@@ -235,23 +235,22 @@ class Accounts:
     def _arrive(self, group: Group, state: GroupState) -> GroupFacts:
         completions = group.completions
         self._counts.num_verdicts += state in VERDICT_STATES
-        reward_mean = sum(completion.reward for completion in completions) / len(completions)
         accs = [completion.metrics.get("acc") for completion in completions]
         for name, number in {
             "groups": 1,
-            "reward": reward_mean,
+            "reward": group.reward_mean,
             "verdicts": state in VERDICT_STATES,
             "kept": state == "queued",
-            "all_correct": all(acc == 1 for acc in accs),
-            "all_wrong": all(acc == 0 for acc in accs),
-            "truncated": sum(completion.finish_reason == "length" for completion in completions),
+            "all_correct": accs.count(1) == len(accs),
+            "all_wrong": accs.count(0) == len(accs),
+            "truncated": group.finish_reasons["length"],
             "completions": len(completions),
             "tokens": group.num_sampled_tokens,
-            "turns": sum(completion.num_turns for completion in completions),
-            "contexts": sum(len(completion.contexts) for completion in completions),
+            "turns": sum([completion.num_turns for completion in completions]),
+            "contexts": sum([len(completion.contexts) for completion in completions]),
             "observed": group.num_tokens - group.num_sampled_tokens,
-            "out_of_turns": sum(completion.finish_reason == "turns" for completion in completions),
-            "out_of_time": sum(completion.finish_reason == "time" for completion in completions),
+            "out_of_turns": group.finish_reasons["turns"],
+            "out_of_time": group.finish_reasons["time"],
         }.items():
             self._interval[name] += number
         lengths = [completion.num_sampled_tokens for completion in completions]
@@ -267,7 +266,7 @@ class Accounts:
             group_id=group.lease_id,
             num_tokens=group.num_sampled_tokens,
             num_completions=len(completions),
-            reward_mean=reward_mean,
+            reward_mean=group.reward_mean,
             min_version=group.min_version,
         )
 

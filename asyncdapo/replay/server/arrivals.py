@@ -204,7 +204,7 @@ def _partial_problem(
 
 def arrival(group: Group) -> core.GroupArrived:
     """The core's event for a group that passed."""
-    shared = set.intersection(*(set(completion.metrics) for completion in group.completions))
+    shared = set.intersection(*map(set, {tuple(completion.metrics) for completion in group.completions}))
     metrics = {name: tuple(completion.metrics[name] for completion in group.completions) for name in sorted(shared)}
     return core.GroupArrived(
         lease_id=group.lease_id,
@@ -219,10 +219,10 @@ def _problem(completion: Completion, newest_version: int) -> str | None:
     if problem := header_problem(completion):
         return problem
     for context in completion.contexts:
-        if not all(0 <= version <= newest_version for version, _ in context.versions):
+        if not all([0 <= version <= newest_version for version, _ in context.versions]):
             return f"versions {context.versions}, the newest weights are version {newest_version}"
-        if any(turn.checksum == NO_CHECKSUM for turn in context.turns):
+        if NO_CHECKSUM in [turn.checksum for turn in context.turns]:
             return "a turn has no checksum"
-    if not all(math.isfinite(number) for number in (completion.reward, *completion.metrics.values())):
+    if not all(map(math.isfinite, (completion.reward, *completion.metrics.values()))):
         return "its reward or a metric is not finite"
     return None
