@@ -12,8 +12,8 @@ asks for the next batch at once. Every group is kept, so every token is received
 With `--rate` groups are spread over time, that many a second by all workers; 0 is as fast as they are acknowledged.
 Each worker holds `--held` leases. `p50` and `p99` are of the time from a worker's `send` until it has read the
 acknowledgement. `MB/s` are the tokens and log-probs that come in; as many leave. Under `server`, `workers`, `learner`
-stand the cores that each takes, with the threads of ZeroMQ and the kernel's part. `KiB/1k groups` is by how much the
-server's memory grew in the second half of the time. `--dir` must be on the disk to be measured.
+stand the cores that each takes, with the threads of ZeroMQ and the kernel's part. `MiB at .1` is the server's memory
+after a tenth of the time, `MiB` at the end. `--dir` must be on the disk to be measured.
 """
 
 from __future__ import annotations
@@ -215,8 +215,8 @@ def measure(load: Load, args: argparse.Namespace) -> None:
 
 
 COLUMNS = (
-    "tokens", "workers", "rate", "groups/s", "MB/s", "p50 ms", "p99 ms", "server", "workers", "learner", "RSS MiB",
-    "KiB/1k groups",
+    "tokens", "workers", "rate", "groups", "groups/s", "MB/s", "p50 ms", "p99 ms", "server", "workers", "learner",
+    "MiB at .1", "MiB",
 )  # fmt: skip
 
 
@@ -231,14 +231,13 @@ def line_of(load: Load, seen: list[Figures], began: float, ended: float) -> str:
         (first_s, first_cpu, _), (last_s, last_cpu, _) = looks[0], looks[-1]
         cores[one.name] += (last_cpu - first_cpu) / (last_s - first_s)
         if one.name == "server":
-            memory, half = looks[:, 2], looks[len(looks) // 2 :]
-            grown = np.polyfit(half[:, 0], half[:, 2], 1)[0] if len(half) > 1 else 0.0
+            memory = looks[:, 2] / 2**20
     groups_per_s = len(acks) / (ended - began)
     megabytes_per_s = groups_per_s * (4 * PROMPT_TOKENS + 8 * GROUP_SIZE * load.num_tokens) / 1e6
     p50, p99 = np.quantile(acks[:, 1], (0.5, 0.99)) * 1000
-    row = [f"{GROUP_SIZE}x{load.num_tokens}", load.num_workers, f"{load.rate:g}", f"{groups_per_s:.0f}"]
+    row = [f"{GROUP_SIZE}x{load.num_tokens}", load.num_workers, f"{load.rate:g}", len(acks), f"{groups_per_s:.0f}"]
     row += [f"{megabytes_per_s:.0f}", f"{p50:.1f}", f"{p99:.1f}", *(f"{part:.2f}" for part in cores.values())]
-    row += [f"{memory[-1] / 2**20:.0f}", f"{grown / groups_per_s * 1000 / 1024:.0f}"]
+    row += [f"{memory[len(memory) // 10]:.1f}", f"{memory[-1]:.1f}"]
     return "".join(f"{cell!s:>{len(column) + 3}}" for cell, column in zip(row, COLUMNS, strict=True))
 
 
