@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, islice, pairwise
-from zlib import crc32
 
 import msgspec
 import numpy as np
+from isal.isal_zlib import crc32
 from msgspec import Struct
 from msgspec.structs import replace
 

@@ -19,8 +19,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import accumulate
 
+from isal.isal_zlib import crc32
+
 from asyncdapo.messages import NO_CHECKSUM, Completion, Context, Group, SampledTurn
-from asyncdapo.native.crc32 import crc32
 from asyncdapo.transport.payload import ContextTokens, Payload, numbered
 
 NO_OR_YES = frozenset((0, 1))

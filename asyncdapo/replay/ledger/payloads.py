@@ -29,10 +29,10 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 
 import msgspec
+from isal.isal_zlib import crc32
 
 from asyncdapo.disk import sync
 from asyncdapo.messages import Group
-from asyncdapo.native.crc32 import crc32
 from asyncdapo.replay.ledger.former import former_group
 from asyncdapo.transport.payload import Payload
 
