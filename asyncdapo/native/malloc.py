@@ -19,9 +19,9 @@ RETURNED_BYTES = 1 << 20
 
 
 def keep_freed_memory() -> None:
-    """Keep up to 1 GiB, for a process that receives and sends large messages all the time. By default glibc returns
-    large pieces to the system, and for each message the pages come back one by one, zeroed: that took a quarter of the
-    replay server's time."""
+    """Keep up to 1 GiB, for a process that takes and frees large pieces all the time: messages, or tensors. By default
+    glibc returns them to the system, and the pages come back one by one, zeroed: that took a quarter of the replay
+    server's time, and 2 % of the learner's."""
     _set({M_MMAP_THRESHOLD: LARGEST_BYTES, M_TRIM_THRESHOLD: KEPT_BYTES, M_TOP_PAD: HEAP_BYTES})
 
 

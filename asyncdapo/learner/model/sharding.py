@@ -33,7 +33,7 @@ from asyncdapo.learner.model.blocks import decoder_blocks
 from asyncdapo.learner.model.mesh import REPLICAS, SHARDS
 from asyncdapo.learner.model.names import once
 from asyncdapo.learner.model.policy import ENTRIES, Policy
-from asyncdapo.native.malloc import return_freed_memory
+from asyncdapo.native.malloc import keep_freed_memory, return_freed_memory
 
 GATHERED_BYTES = 16 << 20
 """Blocks smaller than this are gathered together with all else: on their own they would save little memory, and the
@@ -51,6 +51,8 @@ def shard(
     mp_policy = MixedPrecisionPolicy(param_dtype=lower, reduce_dtype=lower and weights, cast_forward_inputs=False)
     if mesh.device_type == "cpu" and mesh[SHARDS].size() > 1:
         return_freed_memory()
+    elif mesh.device_type == "cpu":
+        keep_freed_memory()
     offload_policy = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if offload else OffloadPolicy()
     large = [block for block in decoder_blocks(policy.model) if _num_bytes(block.parameters()) >= GATHERED_BYTES]
     for module in (*large, policy):
