@@ -91,7 +91,7 @@ class TorchEngine:
 
     @property
     def num_outstanding(self) -> int:
-        return sum(job.num_unfinished for job in self._jobs)
+        return sum([job.num_unfinished for job in self._jobs])  # half the time of a generator, at every wake-up
 
     @property
     def loaded_version(self) -> int:
