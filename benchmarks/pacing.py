@@ -4,8 +4,8 @@
     python benchmarks/pacing.py real --pairs 3          whole runs of the quickstart, `auto` and fixed values in turn
     python benchmarks/pacing.py lengths --seeds 8       what becomes of long answers at a tight bound, in simulated time
 
-Prints a Markdown table for docs/log.md; wall time is a multiple of the best fixed value's. The real loads are the
-quickstart, the same with fewer slots, and with more passes over each batch. Real runs have the machine to themselves.
+Prints a Markdown table for docs/log.md; wall time is a multiple of the best fixed value's. The real loads are in
+`paced/runs.py`; real runs have the machine to themselves, and three pairs of all loads take about 20 minutes.
 """
 
 from __future__ import annotations
@@ -17,25 +17,19 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from multiprocessing import Pool
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from asyncdapo.replay.config import FilterConfig, ReplayConfig
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from benchmarks.paced import runs  # noqa: E402
 from benchmarks.paced.loads import LOADS, LONG_ANSWERS  # noqa: E402
+from benchmarks.paced.runs import Value  # noqa: E402
 from benchmarks.paced.simulation import Simulation, bias  # noqa: E402
-from benchmarks.quickstart import run_quickstart  # noqa: E402
 
 FIXED = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
 BOUND = 4
-REAL_FIXED = (1.0, 2.0, 4.0)
-REAL_LOADS = {
-    "engine-bound": ("rollout.slots=16",),
-    "balanced": (),
-    "learner-bound": ("learner.epochs=3",),
-}
-Value = float | Literal["auto"]
 
 
 class Measured(NamedTuple):
@@ -61,13 +55,23 @@ def main() -> None:
     if args.what == "lengths":
         print("\n".join(lengths(args.seeds, args.steps)))
         return
+    if args.what == "real":
+        real(args.loads, args.pairs, args.out, args.overrides)
+        return
     print("| load | run_ahead | wall time | the learner waits | mean staleness |\n| --- | --- | --- | --- | --- |")
     for load in args.loads:
-        if args.what == "simulated":
-            rows = simulated(load, args.seeds, args.steps)
-        else:
-            rows = real(load, args.pairs, args.out, args.overrides)
-        print("\n".join(table(load, rows)), flush=True)
+        print("\n".join(table(load, simulated(load, args.seeds, args.steps))), flush=True)
+
+
+def real(loads: Sequence[str], pairs: int, out: Path, overrides: Sequence[str]) -> None:
+    """A table of all loads, and what kind of load each one is."""
+    by_load = {load: runs.measure(load, pairs, out, overrides) for load in loads}
+    print(runs.HEADING)
+    for load, of_load in by_load.items():
+        print("\n".join(runs.table(load, of_load)))
+    print()
+    for load, of_load in by_load.items():
+        print(runs.describe(load, of_load))
 
 
 def simulated(load: str, seeds: int, steps: int) -> dict[Value, list[Measured]]:
@@ -94,20 +98,6 @@ def lengths(seeds: int, steps: int) -> Iterator[str]:
         dropped = sum(len(result.dropped) for result in results) / sum(run.state.stream.num_taken for run in runs)
         wall_s = statistics.mean(result.wall_s for result in results)
         yield f"| {on_stale} | {wall_s:,.0f} s | {dropped:.1%} | {bias(trained, sampled):.4f} |"
-
-
-def real(load: str, pairs: int, out: Path, overrides: Sequence[str]) -> dict[Value, list[Measured]]:
-    """Whole runs, the values in turn on the same seed."""
-    rows: dict[Value, list[Measured]] = {value: [] for value in (*REAL_FIXED, "auto")}
-    for seed in range(pairs):
-        for value, measured in rows.items():
-            keys = [f"replay.run_ahead={value}", f"replay.max_staleness={BOUND}", *REAL_LOADS[load], *overrides]
-            lines = run_quickstart(out / f"{load}-{value}-{seed}", seed, keys)[1:]
-            seconds, waited_s = (sum(line[name] for line in lines) for name in ("time/step_s", "controller/wait_s"))
-            staleness = statistics.mean(line["replay/staleness_mean"] for line in lines)
-            measured.append(Measured(lines[-1]["time/wall_s"], waited_s / seconds, staleness))
-            print(f"{load} {value} seed {seed}: {measured[-1]}", file=sys.stderr, flush=True)
-    return rows
 
 
 def table(load: str, rows: dict[Value, list[Measured]]) -> Iterator[str]:

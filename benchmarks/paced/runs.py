@@ -1,0 +1,119 @@
+"""Real runs with several values of `replay.run_ahead`, in turn: the quickstart with a few keys, by its own accounts.
+
+In: a load of `LOADS`, seeds. Out: what a run took after its first steps, and a Markdown table. What is compared is the
+ratio of two runs of the same seed; the order of the values rotates from seed to seed. So that the load of a run is the
+same from its first step to its last one, the learning rate changes nothing, and nothing is evaluated meanwhile. The
+table says of each load which stage takes longer, and whether it is what it is called. Does not own: simulated runs.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from asyncdapo.metrics.verdict.window import Window
+from benchmarks.quickstart import run_quickstart
+
+Value = float | Literal["auto"]
+
+FIXED: tuple[Value, ...] = (1.0, 2.0, 4.0)
+KEYS = (
+    "replay.max_staleness=4",
+    "learner.lr=1e-9",
+    "learner.checkpoint_every=1000",
+    "eval.every=1000",
+    "eval.num_prompts=16",
+    "eval.num_greedy_prompts=16",
+)
+"""Of every load."""
+LOADS = {
+    "engine-bound": ("rollout.group_size=2", "replay.prompts_per_step=64", "run.steps=24"),
+    "balanced": ("rollout.group_size=5", "replay.prompts_per_step=26", "run.steps=24"),
+    "learner-bound": ("rollout.group_size=16", "replay.prompts_per_step=8", "run.steps=24"),
+}
+"""128 completions a step: the fewer stand in a group, the fewer groups the filter keeps, and the more are sampled."""
+KINDS = {"engine-bound": (1.33, float("inf")), "balanced": (0.9, 1.1), "learner-bound": (0.0, 0.7)}
+"""What is called so: the engine's time a step as a multiple of the learner's, from and to."""
+NUM_FIRST = 3
+"""Steps that aren't measured: the first batch is waited for, `auto` has begun with its first value."""
+
+
+class Measured(NamedTuple):
+    """One run, after its first steps, by its own accounts. Seconds are of a train step."""
+
+    step_s: float
+    token_s: float
+    """Of a token that was trained on."""
+    learner_s: float
+    """The training loop did something else than to wait for a batch."""
+    engine_s: float
+    """The worker had a lease."""
+    waited: float
+    """Share of the time that the learner waited for a batch."""
+    overlap: float
+    """Share of the time that the busier one of the two was busy."""
+    staleness: float
+    """Mean."""
+
+    @classmethod
+    def of(cls, lines: Sequence[Mapping[str, Any]]) -> Measured:
+        """`lines`: of `metrics.jsonl`."""
+        lines = lines[NUM_FIRST:]
+        window, steps = Window.of(lines), lines[1:]
+        if window is None:
+            raise ValueError(f"{len(lines)} steps are too few for an account")
+        waited, unleased = window.loop["wait"], window.workers["lease"]
+        return cls(
+            step_s=window.step_s,
+            token_s=window.step_s * len(steps) / sum(line["learner/tokens"] for line in steps),
+            learner_s=window.step_s * (1 - waited),
+            engine_s=window.step_s * (1 - unleased),
+            waited=waited,
+            overlap=1 - min(waited, unleased),
+            staleness=statistics.mean(line["replay/staleness_mean"] for line in steps),
+        )
+
+
+def measure(load: str, seeds: int, out: Path, overrides: Sequence[str]) -> dict[Value, list[Measured]]:
+    """Whole runs, by value and seed. Raises CalledProcessError when one of them fails."""
+    values: list[Value] = [*FIXED, "auto"]
+    runs: dict[Value, list[Measured]] = {value: [] for value in values}
+    for seed in range(seeds):
+        first = seed % len(values)
+        for value in values[first:] + values[:first]:
+            keys = [*KEYS, *LOADS[load], f"replay.run_ahead={value}", *overrides]
+            runs[value].append(Measured.of(run_quickstart(out / f"{load}-{value}-{seed}", seed, keys)))
+            print(f"{load} {value} seed {seed}: {runs[value][-1]}", file=sys.stderr, flush=True)
+    return runs
+
+
+HEADING = (
+    "| load | run_ahead | wall time | of a token | learner, engine: s a step | the learner waits | overlap "
+    "| mean staleness |\n| --- | --- | --- | --- | --- | --- | --- | --- |"
+)
+
+
+def table(load: str, runs: Mapping[Value, Sequence[Measured]]) -> Iterator[str]:
+    """Medians over the seeds. Times are multiples of the best fixed value's, in the median of the pairs."""
+    best = min(FIXED, key=lambda value: statistics.median(run.step_s for run in runs[value]))
+    for value, of_value in runs.items():
+        step, token = (
+            statistics.median(getattr(a, name) / getattr(b, name) for a, b in zip(of_value, runs[best], strict=True))
+            for name in ("step_s", "token_s")
+        )
+        median = Measured(*map(statistics.median, zip(*of_value, strict=True)))
+        yield (
+            f"| {load} | {value} | {step:.3f} | {token:.3f} | {median.learner_s:.2f}, {median.engine_s:.2f} "
+            f"| {median.waited:.1%} | {median.overlap:.3f} | {median.staleness:.2f} |"
+        )
+
+
+def describe(load: str, runs: Mapping[Value, Sequence[Measured]]) -> str:
+    """Which stage takes longer, with the largest value, where they wait for each other least."""
+    ratio = statistics.median(run.engine_s / run.learner_s for run in runs[FIXED[-1]])
+    least, most = KINDS[load]
+    said = "" if least <= ratio <= most else f": NOT {load}, that is {least:g} to {most:g}"
+    return f"{load}: the engine takes {ratio:.2f} times as long as the learner{said}"
