@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=32, help="simulated runs of each value")
     parser.add_argument("--steps", type=int, default=100, help="of a simulated run")
     parser.add_argument("--pairs", type=int, default=3, help="real runs of each value")
-    parser.add_argument("--loads", nargs="*", choices=list(LOADS), default=list(LOADS))
+    parser.add_argument("--loads", nargs="*", choices=list(LOADS), help="all, unless some are named")
     parser.add_argument("--out", type=Path, default=Path("runs/pacing"), help="folder of the real runs")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="further keys for every real run")
     args = parser.parse_intermixed_args()
@@ -56,10 +56,10 @@ def main() -> None:
         print("\n".join(lengths(args.seeds, args.steps)))
         return
     if args.what == "real":
-        real(args.loads, args.pairs, args.out, args.overrides)
+        real(args.loads or list(runs.LOADS), args.pairs, args.out, args.overrides)
         return
     print("| load | run_ahead | wall time | the learner waits | mean staleness |\n| --- | --- | --- | --- | --- |")
-    for load in args.loads:
+    for load in args.loads or LOADS:
         print("\n".join(table(load, simulated(load, args.seeds, args.steps))), flush=True)
 
 

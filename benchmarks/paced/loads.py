@@ -1,7 +1,7 @@
 """Loads: engines and learners of known speed, and answers of known length.
 
-In: the speeds. Out: `Load`; `LOADS`, where the engine is waited for, neither, or the learner; and `LONG_ANSWERS`, of
-which some take longer than a tight bound on staleness allows.
+In: the speeds. Out: `Load`; `LOADS`, where the engine is waited for, neither, or the learner, and one that is like a
+real one; and `LONG_ANSWERS`, of which some take longer than a tight bound on staleness allows.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ class Load:
     """Of the logarithm of the lengths within a group."""
     difficulty: float = 1.0
     """How fast the odds of a right answer fall with its prompt's median length; 0: all prompts are equally hard."""
-    jitter: float = 0.1
-    """Of the logarithm of the time of a train step."""
+    jitter: float = 0.18
+    """Of the logarithm of the time of a train step. Real ones of the quickstart on idle cores had .13 to .21: .15 to .2
+    from the number of tokens, .03 to .11 from the machine."""
     step_s: float = 0.01
     """Of one token of every running sequence, at few sequences."""
     step_s_per_sequence: float = 0.0008
@@ -52,5 +53,18 @@ LOADS = {
     "engine-bound": Load(train_s=6.0),
     "balanced": Load(train_s=15.0),
     "learner-bound": Load(train_s=20.0),
+    "crowded": Load(
+        train_s=0.26,
+        slots=64,
+        group_size=5,
+        tokens=33,
+        spread=0.3,
+        within=0.4,
+        difficulty=3,
+        step_s=0.001,
+        step_s_per_sequence=0.00005,
+    ),
 }
+"""`crowded` is nearly balanced, too, but most of a batch runs at once: what is short is waited for longest. Its speeds
+and lengths are about those of the quickstart."""
 LONG_ANSWERS = Load(train_s=6.0, spread=1.0, difficulty=0.5)

@@ -31,7 +31,7 @@ KEYS = (
 """Of every load."""
 LOADS = {
     "engine-bound": ("rollout.group_size=2", "replay.prompts_per_step=64", "run.steps=24"),
-    "balanced": ("rollout.group_size=5", "replay.prompts_per_step=26", "run.steps=24"),
+    "balanced": ("rollout.group_size=6", "replay.prompts_per_step=21", "run.steps=24"),
     "learner-bound": ("rollout.group_size=16", "replay.prompts_per_step=8", "run.steps=24"),
 }
 """128 completions a step: the fewer stand in a group, the fewer groups the filter keeps, and the more are sampled."""

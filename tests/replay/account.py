@@ -163,9 +163,9 @@ class Account:
         if self.config.run_ahead != "auto":
             return self.config.run_ahead
         if not self.measured:
-            return min(1, self.bound)
+            return min(2, self.bound)
         needed = min(max(m[1] for m in self.measured[-12:]), max(m[2] for m in self.measured[-12:]))
-        return min(self.bound, max(0, needed / self.size - 1))
+        return min(self.bound, max(0, needed / self.size - 1 + 1 / 8))
 
     def admits(self) -> bool:
         ahead = self.in_training() + self.num_ready() + self.keep_rate() * len(self.leases)

@@ -31,8 +31,10 @@ from asyncdapo.replay.core.events import PaceMeasured
 
 NUM_MEASURED = 12
 """Latest steps by which `run_ahead: auto` goes."""
-FIRST_RUN_AHEAD = 1
-"""What it begins with."""
+FIRST_RUN_AHEAD = 2
+"""What it begins with: enough for most loads, since a start with too little is waited for in several steps."""
+RESERVE = 1 / 8
+"""Batches that it adds to what was needed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +72,11 @@ class Pacing:
     Each is how large the right side of the rule has to be for one side never to wait. It is enough if one of them never
     waits: the other is slower then, and all that is gained by a larger `run_ahead` is staleness. So
 
-        run_ahead = min(max of the workers' last 12, max of the learner's last 12) / B − 1    within 0 and max_staleness
+        needed    = min(max of the workers' last 12, max of the learner's last 12) / B − 1
+        run_ahead = needed + 1/8                                                              within 0 and max_staleness
+
+    The reserve is for the next step, which may need more than the last 12. A batch that lacks one group waits for as
+    long as that group's responses take, so the last group costs more time than others, and as little staleness.
 
     It doesn't oscillate, since what is measured doesn't depend on the value in force: with d fewer groups ahead every
     lease is granted when that of d prompts later would have been, so d fewer are ready. The maxima let it rise at once,
@@ -92,8 +98,8 @@ class Pacing:
             return self._fixed
         if not self._measured:
             return float(min(FIRST_RUN_AHEAD, self._most))
-        needed = min(map(max, zip(*self._measured, strict=True)))
-        return min(float(self._most), max(0.0, needed / self._size - 1))
+        needed = min(map(max, zip(*self._measured, strict=True))) / self._size - 1
+        return min(float(self._most), max(0.0, needed + RESERVE))
 
     def note(self, ahead: float) -> None:
         """After an event: what would be ahead if every free slot got a lease."""

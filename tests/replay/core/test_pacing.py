@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from asyncdapo.errors import ConfigError
 from asyncdapo.replay.config import FilterConfig, ReplayConfig
 from asyncdapo.replay.core import events as core
-from asyncdapo.replay.core.admission import Pacing
+from asyncdapo.replay.core.admission import RESERVE, Pacing
 from benchmarks.paced.loads import LOADS, Load
 from benchmarks.paced.simulation import Result, Simulation
 from tests.replay.scenario import Scenario
@@ -29,7 +29,7 @@ def test_it_is_what_one_of_the_sides_needed_most_lately_and_never_beyond_the_bou
     pacing = Pacing(ReplayConfig(prompts_per_step=size, run_ahead="auto", max_staleness=bound), measured)
     assert 0 <= pacing.run_ahead <= bound
     for needs in zip(*measured[-12:], strict=True):
-        assert pacing.run_ahead <= max(0, max(needs) / size - 1), "one side doesn't wait: more is of no use"
+        assert pacing.run_ahead <= max(0, max(needs) / size - 1 + RESERVE), "one side doesn't wait: more is of no use"
 
 
 @given(st.sampled_from([0.0, 0.5, 2.0]), st.floats(0, 50), st.integers(0, 50))
@@ -48,10 +48,10 @@ def test_groups_that_the_learner_lacks_when_it_wants_them_raise_it_and_idle_slot
     scenario.tell(core.BatchWanted(step=1))
     scenario.finish(0, 1, 2, 3)
     scenario.finish(4, 5)
-    scenario.tell(core.Ready(worker=0, credits=1))
+    scenario.tell(core.Ready(worker=0, credits=5))
     [measured] = [a for a in scenario.train(1) if isinstance(a, core.PaceMeasured)]
-    assert (measured.of_workers, measured.of_learner) == (9, 10)
-    assert measured.run_ahead == scenario.state.admission.run_ahead == 9 / 4 - 1
+    assert (measured.of_workers, measured.of_learner) == (13, 14)
+    assert measured.run_ahead == scenario.state.admission.run_ahead == 13 / 4 - 1 + RESERVE
 
 
 @pytest.mark.parametrize("name", LOADS)
