@@ -30,11 +30,11 @@ KEYS = (
 )
 """Of every load."""
 LOADS = {
-    "engine-bound": ("rollout.group_size=2", "replay.prompts_per_step=64", "run.steps=24"),
+    "engine-bound": ("rollout.group_size=3", "replay.prompts_per_step=42", "run.steps=24"),
     "balanced": ("rollout.group_size=6", "replay.prompts_per_step=21", "run.steps=24"),
     "learner-bound": ("rollout.group_size=16", "replay.prompts_per_step=8", "run.steps=24"),
 }
-"""128 completions a step: the fewer stand in a group, the fewer groups the filter keeps, and the more are sampled."""
+"""As many completions a step: the fewer stand in a group, the fewer groups the filter keeps, and the more are sampled."""
 KINDS = {"engine-bound": (1.33, float("inf")), "balanced": (0.9, 1.1), "learner-bound": (0.0, 0.7)}
 """What is called so: the engine's time a step as a multiple of the learner's, from and to."""
 NUM_FIRST = 3

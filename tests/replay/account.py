@@ -163,7 +163,7 @@ class Account:
         if self.config.run_ahead != "auto":
             return self.config.run_ahead
         if not self.measured:
-            return min(2, self.bound)
+            return min(2, (self.bound + 1) / 2)
         needed = min(max(m[1] for m in self.measured[-12:]), max(m[2] for m in self.measured[-12:]))
         return min(self.bound, max(0, needed / self.size - 1 + 1 / 8))
 

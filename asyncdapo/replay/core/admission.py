@@ -32,7 +32,8 @@ from asyncdapo.replay.core.events import PaceMeasured
 NUM_MEASURED = 12
 """Latest steps by which `run_ahead: auto` goes."""
 FIRST_RUN_AHEAD = 2
-"""What it begins with: enough for most loads, since a start with too little is waited for in several steps."""
+"""What it begins with, or halfway between 1 and the bound where that is less, since groups near the bound are dropped.
+It is enough for most loads: a start with too little is waited for in several steps."""
 RESERVE = 1 / 8
 """Batches that it adds to what was needed."""
 
@@ -97,7 +98,7 @@ class Pacing:
         if self._fixed is not None:
             return self._fixed
         if not self._measured:
-            return float(min(FIRST_RUN_AHEAD, self._most))
+            return min(FIRST_RUN_AHEAD, (self._most + 1) / 2)
         needed = min(map(max, zip(*self._measured, strict=True))) / self._size - 1
         return min(float(self._most), max(0.0, needed + RESERVE))
 
