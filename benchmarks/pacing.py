@@ -56,6 +56,8 @@ def main() -> None:
         print("\n".join(lengths(args.seeds, args.steps)))
         return
     if args.what == "real":
+        if not runs.LOADS.keys() >= {*(args.loads or ())}:
+            parser.error(f"--loads: of real runs there are {', '.join(runs.LOADS)}")
         real(args.loads or list(runs.LOADS), args.pairs, args.out, args.overrides)
         return
     print("| load | run_ahead | wall time | the learner waits | mean staleness |\n| --- | --- | --- | --- | --- |")
@@ -92,10 +94,11 @@ def lengths(seeds: int, steps: int) -> Iterator[str]:
     yield "| on_stale | wall time | dropped groups | Kolmogorov–Smirnov of lengths |\n| --- | --- | --- | --- |"
     for on_stale in ("drop", "requeue", "wait", "auto"):
         config = ReplayConfig(prompts_per_step=16, run_ahead=1, max_staleness=1, on_stale=on_stale)
-        runs = [Simulation(LONG_ANSWERS, config, FilterConfig(), seed) for seed in range(seeds)]
-        results = [run.run(steps) for run in runs]
-        trained, sampled = (sum(of_runs, []) for of_runs in zip(*(run.lengths() for run in runs), strict=True))
-        dropped = sum(len(result.dropped) for result in results) / sum(run.state.stream.num_taken for run in runs)
+        simulations = [Simulation(LONG_ANSWERS, config, FilterConfig(), seed) for seed in range(seeds)]
+        results = [simulation.run(steps) for simulation in simulations]
+        trained, sampled = (sum(of_all, []) for of_all in zip(*(each.lengths() for each in simulations), strict=True))
+        num_taken = sum(simulation.state.stream.num_taken for simulation in simulations)
+        dropped = sum(len(result.dropped) for result in results) / num_taken
         wall_s = statistics.mean(result.wall_s for result in results)
         yield f"| {on_stale} | {wall_s:,.0f} s | {dropped:.1%} | {bias(trained, sampled):.4f} |"
 

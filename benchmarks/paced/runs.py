@@ -11,6 +11,7 @@ from __future__ import annotations
 import statistics
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from operator import truediv
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -34,7 +35,7 @@ LOADS = {
     "balanced": ("rollout.group_size=6", "replay.prompts_per_step=21", "run.steps=24"),
     "learner-bound": ("rollout.group_size=16", "replay.prompts_per_step=8", "run.steps=24"),
 }
-"""As many completions a step: the fewer stand in a group, the fewer groups the filter keeps, and the more are sampled."""
+"""As many completions a step. The fewer stand in a group, the fewer groups the filter keeps, so the more are sampled."""
 KINDS = {"engine-bound": (1.33, float("inf")), "balanced": (0.9, 1.1), "learner-bound": (0.0, 0.7)}
 """What is called so: the engine's time a step as a multiple of the learner's, from and to."""
 NUM_FIRST = 3
@@ -42,11 +43,15 @@ NUM_FIRST = 3
 
 
 class Measured(NamedTuple):
-    """One run, after its first steps, by its own accounts. Seconds are of a train step."""
+    """One run, after its first steps, by its own accounts. Seconds are of a train step unless it says otherwise."""
 
+    wall_s: float
+    """Of the whole run, its first steps included."""
     step_s: float
     token_s: float
     """Of a token that was trained on."""
+    token_cpu_s: float
+    """The learner's processor time for it: what differs here is due to the machine."""
     learner_s: float
     """The training loop did something else than to wait for a batch."""
     engine_s: float
@@ -66,9 +71,12 @@ class Measured(NamedTuple):
         if window is None:
             raise ValueError(f"{len(lines)} steps are too few for an account")
         waited, unleased = window.loop["wait"], window.workers["lease"]
+        tokens = sum(line["learner/tokens"] for line in steps)
         return cls(
+            wall_s=lines[-1]["time/wall_s"],
             step_s=window.step_s,
-            token_s=window.step_s * len(steps) / sum(line["learner/tokens"] for line in steps),
+            token_s=window.step_s * len(steps) / tokens,
+            token_cpu_s=sum(line["learner/cpu_s"] for line in steps) / tokens,
             learner_s=window.step_s * (1 - waited),
             engine_s=window.step_s * (1 - unleased),
             waited=waited,
@@ -91,24 +99,28 @@ def measure(load: str, seeds: int, out: Path, overrides: Sequence[str]) -> dict[
 
 
 HEADING = (
-    "| load | run_ahead | wall time | of a token | learner, engine: s a step | the learner waits | overlap "
-    "| mean staleness |\n| --- | --- | --- | --- | --- | --- | --- | --- |"
+    "| load | run_ahead | wall time | after the first steps | of a token | CPU time of a token "
+    "| learner, engine: s a step | the learner waits | overlap | mean staleness |\n" + "| --- " * 10 + "|"
 )
 
 
 def table(load: str, runs: Mapping[Value, Sequence[Measured]]) -> Iterator[str]:
-    """Medians over the seeds. Times are multiples of the best fixed value's, in the median of the pairs."""
-    best = min(FIXED, key=lambda value: statistics.median(run.step_s for run in runs[value]))
+    """Medians over the seeds. The first four are multiples of the best fixed value's, each of its own best one's."""
+    times = [multiples(runs, name) for name in ("wall_s", "step_s", "token_s", "token_cpu_s")]
     for value, of_value in runs.items():
-        step, token = (
-            statistics.median(getattr(a, name) / getattr(b, name) for a, b in zip(of_value, runs[best], strict=True))
-            for name in ("step_s", "token_s")
-        )
         median = Measured(*map(statistics.median, zip(*of_value, strict=True)))
         yield (
-            f"| {load} | {value} | {step:.3f} | {token:.3f} | {median.learner_s:.2f}, {median.engine_s:.2f} "
+            f"| {load} | {value} | {' | '.join(f'{of_values[value]:.3f}' for of_values in times)} "
+            f"| {median.learner_s:.2f}, {median.engine_s:.2f} "
             f"| {median.waited:.1%} | {median.overlap:.3f} | {median.staleness:.2f} |"
         )
+
+
+def multiples(runs: Mapping[Value, Sequence[Measured]], name: str) -> dict[Value, float]:
+    """The median of the ratios to the best fixed value's run of the same seed."""
+    times = {value: [getattr(run, name) for run in of_value] for value, of_value in runs.items()}
+    best = times[min(FIXED, key=lambda value: statistics.median(times[value]))]
+    return {value: statistics.median(map(truediv, of_value, best)) for value, of_value in times.items()}
 
 
 def describe(load: str, runs: Mapping[Value, Sequence[Measured]]) -> str:
