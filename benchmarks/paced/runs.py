@@ -35,7 +35,7 @@ LOADS = {
     "balanced": ("rollout.group_size=6", "replay.prompts_per_step=21", "run.steps=24"),
     "learner-bound": ("rollout.group_size=16", "replay.prompts_per_step=8", "run.steps=24"),
 }
-"""As many completions a step. The fewer stand in a group, the fewer groups the filter keeps, so the more are sampled."""
+"""As many completions a step. The fewer stand in a group, the fewer groups the filter keeps: more are sampled."""
 KINDS = {"engine-bound": (1.33, float("inf")), "balanced": (0.9, 1.1), "learner-bound": (0.0, 0.7)}
 """What is called so: the engine's time a step as a multiple of the learner's, from and to."""
 NUM_FIRST = 3
@@ -118,9 +118,10 @@ def table(load: str, runs: Mapping[Value, Sequence[Measured]]) -> Iterator[str]:
 
 def multiples(runs: Mapping[Value, Sequence[Measured]], name: str) -> dict[Value, float]:
     """The median of the ratios to the best fixed value's run of the same seed."""
-    times = {value: [getattr(run, name) for run in of_value] for value, of_value in runs.items()}
+    times: dict[Value, list[float]] = {value: [getattr(run, name) for run in runs[value]] for value in runs}
     best = times[min(FIXED, key=lambda value: statistics.median(times[value]))]
-    return {value: statistics.median(map(truediv, of_value, best)) for value, of_value in times.items()}
+    ratios: dict[Value, float] = {value: statistics.median(map(truediv, times[value], best)) for value in runs}
+    return ratios
 
 
 def describe(load: str, runs: Mapping[Value, Sequence[Measured]]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from asyncdapo.accounting.names import WORKER_STATES
-from benchmarks.paced.runs import FIXED, NUM_FIRST, Measured, describe, table
+from benchmarks.paced.runs import FIXED, NUM_FIRST, Measured, Value, describe, table
 
 
 def line(step: int, step_s: float, wait_s: float, lease_s: float) -> dict:
@@ -50,6 +50,6 @@ def test_times_are_multiples_of_the_best_fixed_values_in_the_median_of_the_pairs
     ("engine_s", "kind"), [(1.5, "engine-bound"), (1.2, None), (1.0, "balanced"), (0.8, None), (0.6, "learner-bound")]
 )
 def test_a_load_is_said_not_to_be_what_it_is_called(engine_s: float, kind: str | None) -> None:
-    runs = {value: [run(max(1.0, engine_s), engine_s)] * 3 for value in FIXED}
+    runs: dict[Value, list[Measured]] = {value: [run(max(1.0, engine_s), engine_s)] * 3 for value in FIXED}
     told = {name for name in ("engine-bound", "balanced", "learner-bound") if "NOT" not in describe(name, runs)}
     assert told == ({kind} if kind else set())

@@ -162,10 +162,12 @@ class Account:
     def run_ahead(self) -> float:
         if self.config.run_ahead != "auto":
             return self.config.run_ahead
+        begins_with = min(2, (self.bound + 1) / 2)
         if not self.measured:
-            return min(2, (self.bound + 1) / 2)
+            return begins_with
         needed = min(max(m[1] for m in self.measured[-12:]), max(m[2] for m in self.measured[-12:]))
-        return min(self.bound, max(0, needed / self.size - 1 + 1 / 8))
+        least = begins_with if len(self.measured) < 4 else 0
+        return min(self.bound, max(least, needed / self.size - 1 + 1 / 8))
 
     def admits(self) -> bool:
         ahead = self.in_training() + self.num_ready() + self.keep_rate() * len(self.leases)

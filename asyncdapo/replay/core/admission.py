@@ -31,9 +31,11 @@ from asyncdapo.replay.core.events import PaceMeasured
 
 NUM_MEASURED = 12
 """Latest steps by which `run_ahead: auto` goes."""
-FIRST_RUN_AHEAD = 2
+FIRST_RUN_AHEAD = 2.0
 """What it begins with, or halfway between 1 and the bound where that is less, since groups near the bound are dropped.
 It is enough for most loads: a start with too little is waited for in several steps."""
+NUM_ENOUGH = 4
+"""Steps after which it may be less than what it began with. Fewer of them say too little."""
 RESERVE = 1 / 8
 """Batches that it adds to what was needed."""
 
@@ -97,10 +99,9 @@ class Pacing:
         """In force."""
         if self._fixed is not None:
             return self._fixed
-        if not self._measured:
-            return min(FIRST_RUN_AHEAD, (self._most + 1) / 2)
-        needed = min(map(max, zip(*self._measured, strict=True))) / self._size - 1
-        return min(float(self._most), max(0.0, needed + RESERVE))
+        least = 0.0 if len(self._measured) >= NUM_ENOUGH else min(FIRST_RUN_AHEAD, (self._most + 1) / 2)
+        needed = min(map(max, zip(*self._measured, strict=True)), default=0.0) / self._size - 1
+        return min(float(self._most), max(least, needed + RESERVE))
 
     def note(self, ahead: float) -> None:
         """After an event: what would be ahead if every free slot got a lease."""

@@ -24,12 +24,23 @@ def simulate(load: Load, config: ReplayConfig, steps: int = 30) -> Result:
     return Simulation(load, config, FilterConfig(), seed=1).run(steps)
 
 
-@given(st.lists(st.tuples(GROUPS, GROUPS), max_size=30), st.integers(1, 8), st.integers(1, 16))
+@given(st.lists(st.tuples(GROUPS, GROUPS), min_size=4, max_size=30), st.integers(1, 8), st.integers(1, 16))
 def test_it_is_what_one_of_the_sides_needed_most_lately_and_never_beyond_the_bound(measured, bound, size) -> None:
     pacing = Pacing(ReplayConfig(prompts_per_step=size, run_ahead="auto", max_staleness=bound), measured)
     assert 0 <= pacing.run_ahead <= bound
     for needs in zip(*measured[-12:], strict=True):
         assert pacing.run_ahead <= max(0, max(needs) / size - 1 + RESERVE), "one side doesn't wait: more is of no use"
+
+
+@pytest.mark.parametrize(("bound", "begins_with"), [(1, 1.0), (2, 1.5), (4, 2.0), (8, 2.0)])
+def test_it_begins_with_two_or_halfway_to_a_tight_bound_and_falls_after_four_steps(bound, begins_with) -> None:
+    pacing = Pacing(ReplayConfig(prompts_per_step=4, run_ahead="auto", max_staleness=bound))
+    in_force = [pacing.run_ahead]
+    for step in range(1, 5):
+        pacing.note(4)
+        pacing.end_step(step, ready=4)
+        in_force.append(pacing.run_ahead)
+    assert in_force == [begins_with] * 4 + [RESERVE]
 
 
 @given(st.sampled_from([0.0, 0.5, 2.0]), st.floats(0, 50), st.integers(0, 50))
