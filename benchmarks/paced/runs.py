@@ -31,11 +31,11 @@ KEYS = (
 )
 """Of every load."""
 LOADS = {
-    "engine-bound": ("rollout.group_size=3", "replay.prompts_per_step=42", "run.steps=24"),
-    "balanced": ("rollout.group_size=6", "replay.prompts_per_step=21", "run.steps=24"),
+    "engine-bound": ("rollout.group_size=2", "replay.prompts_per_step=32", "run.steps=24"),
+    "balanced": ("rollout.group_size=5", "replay.prompts_per_step=25", "run.steps=24"),
     "learner-bound": ("rollout.group_size=16", "replay.prompts_per_step=8", "run.steps=24"),
 }
-"""As many completions a step. The fewer stand in a group, the fewer groups the filter keeps: more are sampled."""
+"""The fewer completions stand in a group, the fewer groups the filter keeps, and the more are sampled for a batch."""
 KINDS = {"engine-bound": (1.33, float("inf")), "balanced": (0.9, 1.1), "learner-bound": (0.0, 0.7)}
 """What is called so: the engine's time a step as a multiple of the learner's, from and to."""
 NUM_FIRST = 3
