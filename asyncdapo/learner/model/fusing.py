@@ -122,18 +122,18 @@ def _fuse_gated_mlp(module: nn.Module) -> None:
     module.forward = forward
 
 
-def _fuse_linear(module: nn.Linear) -> None:
-    plain, num_inputs, num_outputs = module.forward, module.in_features, module.out_features
-    is_small = num_inputs * num_outputs <= MAX_WEIGHT
+def _fuse_linear(module: nn.Module) -> None:
+    plain, (num_outputs, num_inputs) = module.forward, module.get_parameter("weight").shape
+    is_small, has_bias = num_inputs * num_outputs <= MAX_WEIGHT, module.bias is not None
     if not is_small or num_inputs % COLUMNS or num_outputs % COLUMNS or not torch.backends.mkl.is_available():
         return
 
     def forward(x: Tensor) -> Tensor:
-        weight, bias = module.weight, module.bias
+        weight = module.get_parameter("weight")
         if not can_fuse(x, weight):
             return plain(x)
         product = linear(x, weight)
-        return product if bias is None else product + bias
+        return product + module.get_parameter("bias") if has_bias else product
 
     module.forward = forward
 
