@@ -32,7 +32,7 @@ KEYS = (
 """Of every load."""
 LOADS = {
     "engine-bound": ("rollout.group_size=2", "replay.prompts_per_step=32", "run.steps=24"),
-    "balanced": ("rollout.group_size=6", "replay.prompts_per_step=21", "run.steps=24"),
+    "balanced": ("rollout.group_size=7", "replay.prompts_per_step=18", "run.steps=24"),
     "learner-bound": ("rollout.group_size=16", "replay.prompts_per_step=8", "run.steps=24"),
 }
 """The fewer completions stand in a group, the fewer groups the filter keeps, and the more are sampled for a batch."""
