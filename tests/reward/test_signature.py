@@ -44,7 +44,7 @@ def test_a_reward_function_of_another_framework_is_recognised_and_the_lines_show
     assert len(lines) == 3
     (tmp_path / "adapter.py").write_text("".join(line.removeprefix("    ") + "\n" for line in lines))
     adapted, told = make_verifier(f"{tmp_path}/adapter.py:verify"), []
-    make_judge(adapted, 1, 0)(["6", "7"], "6", told.append)
+    make_judge(adapted, 1, 0)(["6", "7"], ["6", "6"], told.append)
     assert told == [Verdict(1.0), Verdict(0.0)]
 
 

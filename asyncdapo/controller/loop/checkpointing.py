@@ -70,7 +70,7 @@ class Checkpointing:
         """The two times of one that was written since the last time; raises what ended its writing."""
         return self._writing.take()
 
-    def go_back(self, step: int) -> None:
+    async def go_back(self, step: int) -> None:
         """The learner is gone, and what it was writing; the run resumes from the checkpoint of `step`."""
-        self._writing.cancel()
+        await self._writing.cancel()
         self.step = step

@@ -125,7 +125,7 @@ class Training:
         for line in resume.describe():
             self._reporter.note(line)
         set_undone_aside(self._run_dir, resume.step)
-        self._checkpoints.go_back(resume.step)
+        await self._checkpoints.go_back(resume.step)
         self.step = resume.step
         revival = self.fleet.revive_learner(death, resume.checkpoint)
         await self._stalls.wait(revival, whom=NOBODY, what="starts the learner again")
