@@ -5,10 +5,10 @@ granted). Out: rows that any `sqlite3` can read (docs/ledger.md), the groups of 
 for a process that resumes the run (`recover`), with or without a rollback.
 
     bytes, then row     a group's buffers are in their segment before the row that points to them exists
-    disk, then send     `durable` waits for the disk beside the event loop, for the segments and the WAL at once: each
-                        alone would wait for a commit of the file system. A group is acknowledged, and a batch is sent,
-                        only after both. So neither a kill nor a power cut loses anything that a peer was told. A row
-                        that nobody was told of may have lost its payload after a power cut; a rollback undoes it
+    disk, then send     `durable` waits for the disk beside the event loop: first for the segments, then for the WAL. A
+                        group is acknowledged, and a batch is sent, only after that. So neither a kill nor a power cut
+                        loses anything that a peer was told. A row that nobody was told of may have lost its payload
+                        after a power cut; a rollback undoes it
     together            events written `together` are one transaction, and all that is written while the disk is busy
                         is synced together
     one writer          the run directory is locked as long as the journal is open
@@ -23,7 +23,6 @@ import asyncio
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -86,7 +85,7 @@ class Journal:
         self._db = open_for_writing(self._path)
         self._db.execute("UPDATE meta SET value = ? WHERE key = 'keep_payloads'", (int(keep_payloads),))
         self._segments = Segments(run_dir / PAYLOAD_FOLDER, segment_bytes)
-        self._syncing, self._beside = threading.Lock(), ThreadPoolExecutor(1, "wal")
+        self._syncing = threading.Lock()
         self._num_commits = self._num_synced = 0
         self._sessions = reload.sessions(self._db)
         self._position = reload.last_position(self._db)
@@ -166,9 +165,8 @@ class Journal:
             num_commits = self._num_commits
             if self._num_synced < num_commits:
                 with disk_errors(self._path):
-                    log = self._beside.submit(sync_log, self._path)
                     self._segments.sync()
-                    log.result()
+                    sync_log(self._path)
                 self._num_synced = num_commits
 
     def write(
@@ -282,7 +280,6 @@ class Journal:
     def close(self) -> None:
         """Close the files; SQLite folds its WAL into ledger.db."""
         with self._syncing:  # a thread may still wait for the disk
-            self._beside.shutdown()
             self._db.close()
             self._segments.close()
             self._lock.close()
