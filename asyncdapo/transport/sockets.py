@@ -11,6 +11,10 @@ In: messages of `asyncdapo.messages` with their buffer frames. Out: the same at 
                     Probes detect silent links. Messages on their way are lost; whoever needs one sends it again
     limits          a frame above the limit closes its peer's connection before it is received. The number of frames is
                     checked before anything is decoded, but after all have arrived, since ZeroMQ delivers whole messages
+    memory          a client copies frames as it queues them. A server lends them to ZeroMQ, since a batch is large, and
+                    has them back when `close` returns. Close it before its interpreter ends: pyzmq then takes back what
+                    is lent while ZeroMQ still sends it, so that peers receive what stands there by then, or libzmq
+                    aborts the process
     keys            a server with CURVE keys accepts only peers whose key is on its list (`keys`)
 
 A cancelled `receive` loses no message. Does not own: acknowledgement (`delivery`), the list of keys (`keys`), sessions
@@ -174,13 +178,13 @@ class Client(Generic[Accepted]):
         return decode(_buffers(await _next(self._socket)), self._accepts, self._limits)
 
     async def send(self, message: Message, frames: Sequence[Buffer] = ()) -> None:
-        """Queue the message; waits while no server is connected or the queue is full. Don't change the frames
-        afterwards. Raises ValueError for a message above the limits."""
+        """Queue the message; waits while no server is connected or the queue is full. Raises ValueError for a message
+        above the limits."""
         encoded = encode(message, frames, self._limits)
         await (self._link.carry(encoded, self._transmit) if self._link else self._transmit(encoded))
 
     async def _transmit(self, frames: Sequence[Buffer]) -> None:
-        await self._socket.send_multipart(frames, copy=False)
+        await self._socket.send_multipart(frames)
 
     def close(self) -> None:
         """Drop queued messages and disconnect."""

@@ -12,7 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from asyncdapo.eval_messages import EvalAnswer, EvalDone, EvalRequest
+from asyncdapo.eval_messages import EvalAnswer, EvalDone, EvalRequest, Sampling
 from asyncdapo.messages import (
     Ack,
     Ask,
@@ -26,7 +26,6 @@ from asyncdapo.messages import (
     Message,
     Progress,
     Prompt,
-    Sampling,
     Welcome,
 )
 from asyncdapo.shares import Batch, Deal

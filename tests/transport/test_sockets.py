@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import sys
 import time
 import weakref
 
@@ -30,6 +31,95 @@ async def test_messages_and_buffers_travel_both_ways() -> None:
     assert message == Ack(lease_id=7)
     assert buffer == large
     close(server, client)
+
+
+@asynchronous
+async def test_a_client_s_frames_may_be_changed_as_soon_as_they_are_queued() -> None:
+    """Many are still in the queue when the first one is read."""
+    server, client = pair()
+    tokens = bytearray(1 << 20)
+    for number in range(1, 33):
+        tokens[:] = bytes([number]) * len(tokens)
+        await client.send(Ask(asked=number), [tokens])
+    for number in range(1, 33):
+        _, message, [buffer] = await server.receive()
+        assert message == Ask(asked=number)
+        assert buffer == bytes([number]) * len(tokens)
+    close(server, client)
+
+
+FRAMES = [b"x" * (1 << 16)] * 5
+CLIENTS_THAT_END = """
+import asyncio, sys
+from asyncdapo.messages import Ack, Ask
+from asyncdapo.transport.sockets import Client
+from tests.transport.test_sockets import FRAMES
+
+async def main():
+    clients = [Client(sys.argv[1], Ack, b"worker-%d" % number) for number in range(8)]
+    for number in range(100):
+        for client in clients:
+            await client.send(Ask(asked=number), FRAMES)
+
+asyncio.run(main())
+"""
+A_SERVER_THAT_ENDS = """
+import asyncio
+from asyncdapo.messages import Ack, Ask
+from asyncdapo.transport.sockets import Server
+from tests.transport.test_sockets import FRAMES
+
+async def main():
+    server = Server(Ask)
+    print(server.address, flush=True)
+    peer, _, _ = await server.receive()
+    for number in range(800):
+        await server.send(peer, Ack(lease_id=number), FRAMES)
+    server.close()
+
+asyncio.run(main())
+"""
+
+
+@asynchronous
+async def test_clients_whose_process_ends_while_they_send_end_cleanly_and_send_nothing_else() -> None:
+    server, num_damaged = Server(Ask), 0
+
+    async def read() -> None:
+        nonlocal num_damaged
+        while True:
+            _, message, buffers = await server.receive()
+            num_damaged += isinstance(message, Malformed) or buffers != FRAMES
+
+    reading = asyncio.create_task(read())
+    started = [await process_of(CLIENTS_THAT_END, server.address) for _ in range(4)]
+    assert [await end_of(process) for process in started] == [(0, b"")] * 4
+    assert not num_damaged
+    reading.cancel()
+    server.close()
+
+
+@asynchronous
+async def test_a_server_that_is_closed_while_it_sends_ends_cleanly() -> None:
+    process = await process_of(A_SERVER_THAT_ENDS)
+    assert process.stdout is not None
+    client: Client[Ack] = Client((await process.stdout.readline()).decode().strip(), Ack, b"worker-0")
+    await client.send(Ask(asked=1))
+    _, buffers = await client.receive()
+    assert buffers == FRAMES
+    assert await end_of(process) == (0, b"")
+    client.close()
+
+
+async def process_of(program: str, *args: str) -> asyncio.subprocess.Process:
+    pipe = asyncio.subprocess.PIPE
+    return await asyncio.create_subprocess_exec(sys.executable, "-c", program, *args, stdout=pipe, stderr=pipe)
+
+
+async def end_of(process: asyncio.subprocess.Process) -> tuple[int | None, bytes]:
+    """Its exit code, and what it complained about."""
+    _, said = await process.communicate()
+    return process.returncode, said
 
 
 def test_a_server_that_was_dropped_while_open_is_collected() -> None:
