@@ -132,6 +132,9 @@ class FakeWorker:
             )
             await self._client.send(heartbeat)
 
+    def close(self) -> None:
+        self._client.close()
+
     async def _ask(self, more: int) -> None:
         self._asked += more
         await self._client.send(wire.Ask(asked=self._asked))

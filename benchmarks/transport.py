@@ -30,6 +30,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from multiprocessing.synchronize import Event, Semaphore
 from pathlib import Path
 
@@ -62,6 +63,8 @@ BATCH, LOOK_S = 64, 0.5
 WARM_UP_S = 2.0
 JOIN_S = 180.0
 """For all workers to have their first acknowledgement."""
+END_S = 30.0
+"""For a process to end after it has told its figures."""
 CHECKPOINT_EVERY = 10
 """Steps. Then the payloads of older ones are freed."""
 UNBOUNDED = 1 << 30
@@ -171,6 +174,8 @@ async def work(
             served.release()
 
     await until_over(figures, all_of_them(), over)
+    for worker in workers:
+        worker.close()
 
 
 # ------------------------------------------------------------------------------------------------------------ figures
@@ -186,12 +191,13 @@ def run(name: str, work: Callable[..., Coroutine], over: Event, told: Connection
 def measure(load: Load, args: argparse.Namespace) -> None:
     spawn = multiprocessing.get_context("spawn")
     over, keys = spawn.Event(), RunKeys.make()
-    ours: list[Connection] = []
+    ours: list[tuple[BaseProcess, Connection]] = []
 
     def start(name: str, work: Callable[..., Coroutine], *own: object) -> None:
         here, there = spawn.Pipe()
-        spawn.Process(target=run, args=(name, work, over, there, own), daemon=True).start()
-        ours.append(here)
+        process = spawn.Process(target=run, args=(name, work, over, there, own), name=name, daemon=True)
+        process.start()
+        ours.append((process, here))
 
     with tempfile.TemporaryDirectory(dir=args.dir, prefix="transport-") as run_dir:
         of_server, of_learner = spawn.Pipe()
@@ -211,7 +217,19 @@ def measure(load: Load, args: argparse.Namespace) -> None:
         time.sleep(args.seconds)
         ended = time.monotonic()
         over.set()
-        print(line_of(load, [pipe.recv() for pipe in ours], began, ended), flush=True)
+        seen = [told_by(process, pipe) for process, pipe in ours]
+    print(line_of(load, seen, began, ended), flush=True)
+
+
+def told_by(process: BaseProcess, pipe: Connection) -> Figures:
+    """What it saw, once it has ended. Raises RuntimeError unless it ends with exit code 0."""
+    figures = None
+    with suppress(EOFError):
+        figures = pipe.recv()
+    process.join(END_S)
+    if figures is None or process.exitcode != 0:
+        raise RuntimeError(f"a process of the {process.name} ended with exit code {process.exitcode}, not 0")
+    return figures
 
 
 COLUMNS = (
