@@ -21,6 +21,7 @@ from typing import Any
 from asyncdapo.metrics.jsonl import read_metrics
 
 SYNC = ("replay.run_ahead=0",)
+NO_EVALUATION = ("eval.num_prompts=0", "eval.num_greedy_prompts=0")
 MODES: dict[str, tuple[str, ...]] = {"seeds": (), "sync": SYNC, "control": ("reward.shuffle=true",)}
 SECONDS = ("wall_s", "to_90_s", "total_s")
 STATES = ("wait", "train", "publish", "checkpoint", "report")

@@ -37,7 +37,7 @@ from safetensors.torch import load_file
 
 from asyncdapo.learner.storage.checkpoint import checkpoint_dir, kept_steps
 from asyncdapo.metrics.jsonl import read_metrics
-from benchmarks.quickstart import SYNC, run_quickstart
+from benchmarks.quickstart import NO_EVALUATION, SYNC, run_quickstart
 from benchmarks.staleness_study.sampler import Sampler
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,12 +45,7 @@ TARGET, SAVE_EVERY, NUM_PROMPTS = 0.9, 2, 512
 STEPS = {"async": 28, "sync": 32, "trl": 32}
 """Train steps of each kind of arm: more than it needs as a rule. A rival that never reaches `TARGET` counts with its
 last clock, so it has some more."""
-KEYS = (
-    f"learner.checkpoint_every={SAVE_EVERY}",
-    "learner.keep_checkpoints=0",
-    "eval.num_prompts=0",
-    "eval.num_greedy_prompts=0",
-)
+KEYS = (f"learner.checkpoint_every={SAVE_EVERY}", "learner.keep_checkpoints=0", *NO_EVALUATION)
 """Of our arms: every checkpoint is kept, and nothing is evaluated."""
 TIMES = ("to_90_s", "interpolated_s")
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from asyncdapo.metrics.verdict.window import Window
-from benchmarks.quickstart import run_quickstart
+from benchmarks.quickstart import NO_EVALUATION, run_quickstart
 
 Value = float | Literal["auto"]
 
@@ -25,9 +25,7 @@ KEYS = (
     "replay.max_staleness=4",
     "learner.lr=1e-9",
     "learner.checkpoint_every=1000",
-    "eval.every=1000",
-    "eval.num_prompts=16",
-    "eval.num_greedy_prompts=16",
+    *NO_EVALUATION,
 )
 """Of every load."""
 LOADS = {
