@@ -3,7 +3,8 @@
     controller ──EvalRequest (a Ray call)──▶ replay ──EvalRequest──▶ rollout
                ◀──EvalAnswer──                      ◀──EvalDone──, ──EvalAck──▶
 
-The rules of `messages` hold: one msgpack header, then raw frames. Nothing here is journaled or trained on.
+The rules of `messages` hold: one msgpack header, then raw frames. Nothing here is journaled or trained on. `Sampling` is
+how an engine draws for training, too: only an evaluation sends it along.
 """
 
 from __future__ import annotations
@@ -12,7 +13,17 @@ from itertools import accumulate, pairwise
 
 from msgspec import Struct, field
 
-from asyncdapo.messages import FinishReason, Message, Prompt, Runs, Sampling
+from asyncdapo.messages import FinishReason, Message, Prompt, Runs
+
+
+class Sampling(Struct, frozen=True, kw_only=True):
+    """How tokens are drawn: from all, or of the `top_k` most likely ones those that reach the share `top_p`;
+    temperature 0 is greedy."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    max_tokens: int = 128
 
 
 class EvalRequest(Message):

@@ -222,16 +222,6 @@ class Group(Struct, frozen=True, kw_only=True, dict=True):
         return sum([completion.num_loss_tokens for completion in self.completions])
 
 
-class Sampling(Struct, frozen=True, kw_only=True):
-    """How tokens are drawn: from all, or of the `top_k` most likely ones those that reach the share `top_p`;
-    temperature 0 is greedy."""
-
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    max_tokens: int = 128
-
-
 # ------------------------------------------------------------------------------------------------- rollout <-> replay
 
 

@@ -20,7 +20,8 @@ import numpy as np
 
 from asyncdapo.environment.config import EnvironmentConfig
 from asyncdapo.environment.hosts import Hosts
-from asyncdapo.messages import Lease, Prompt, Sampling
+from asyncdapo.eval_messages import Sampling
+from asyncdapo.messages import Lease, Prompt
 from asyncdapo.rollout.endpoint.endpoint import Endpoint
 from asyncdapo.rollout.engine import Priority, Request, Sample
 from asyncdapo.rollout.job import Job

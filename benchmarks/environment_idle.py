@@ -23,7 +23,8 @@ from torch_engine import GROUP_SIZE, random_model, random_prompts
 
 from asyncdapo.environment.config import EnvironmentConfig
 from asyncdapo.environment.hosts import Hosts
-from asyncdapo.messages import Lease, Prompt, Sampling
+from asyncdapo.eval_messages import Sampling
+from asyncdapo.messages import Lease, Prompt
 from asyncdapo.rollout.config import RolloutConfig
 from asyncdapo.rollout.engine import Priority
 from asyncdapo.rollout.job import Job

@@ -24,7 +24,7 @@ from dataclasses import astuple, dataclass
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from asyncdapo.messages import Sampling
+from asyncdapo.eval_messages import Sampling
 from asyncdapo.rollout.config import RolloutConfig
 from asyncdapo.rollout.engine import Limits, Request
 from asyncdapo.rollout.episodes import AHEAD

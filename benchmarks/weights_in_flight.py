@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from asyncdapo.messages import Sampling
+from asyncdapo.eval_messages import Sampling
 from asyncdapo.rollout.config import RolloutConfig
 from asyncdapo.rollout.engine import Request
 from asyncdapo.rollout.vllm_engine.vllm_engine import VllmEngine

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from msgspec import Meta
 
 from asyncdapo.errors import ConfigError
-from asyncdapo.messages import Sampling
+from asyncdapo.eval_messages import Sampling
 from asyncdapo.plugins import check_name
 from asyncdapo.ranges import NonNegativeInt, PositiveFloat, PositiveInt, PositiveShare
 

@@ -17,7 +17,8 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
-from asyncdapo.messages import FinishReason, Runs, Sampling
+from asyncdapo.eval_messages import Sampling
+from asyncdapo.messages import FinishReason, Runs
 from asyncdapo.transport.payload import Support
 
 S = TypeVar("S", bound="Sampled")

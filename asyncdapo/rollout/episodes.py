@@ -19,7 +19,8 @@ import numpy as np
 from msgspec.structs import replace
 
 from asyncdapo.errors import EpisodeError
-from asyncdapo.messages import FinishReason, Prompt, Sampling, Score
+from asyncdapo.eval_messages import Sampling
+from asyncdapo.messages import FinishReason, Prompt, Score
 from asyncdapo.rollout.engine import Continuable, Engine, Priority, Request, Sample, Sampled
 from asyncdapo.rollout.job import Job, Part
 from asyncdapo.transport.payload import TOKEN_DTYPE, checksum

@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from asyncdapo.eval_messages import Sampling
 from asyncdapo.learner.config import LearnerConfig, LossConfig
 from asyncdapo.learner.step.learner import Learner
-from asyncdapo.messages import Sampling
 from asyncdapo.model.config import ModelConfig
 from asyncdapo.rollout.config import RolloutConfig
 from asyncdapo.rollout.engine import Request, Sample

@@ -18,7 +18,7 @@ from msgspec.structs import replace
 from asyncdapo.child.process import MARK
 from asyncdapo.environment.hosts import Hosts
 from asyncdapo.errors import EpisodeError
-from asyncdapo.messages import Sampling
+from asyncdapo.eval_messages import Sampling
 from asyncdapo.rollout.job import Job
 from asyncdapo.rollout.several_turns.attempt import TurnLimits
 from asyncdapo.rollout.several_turns.several_turns import SeveralTurns

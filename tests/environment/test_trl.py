@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from asyncdapo.controller.commands.env_check import ScriptedEngine
-from asyncdapo.messages import Sampling
+from asyncdapo.eval_messages import Sampling
 from asyncdapo.model.files import TokenizerFiles
 from asyncdapo.model.tokenizer import TextTokenizer, load_tokenizer
 from asyncdapo.model.turn_encoder import turn_encoder

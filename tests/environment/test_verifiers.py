@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 from asyncdapo.controller.commands.env_check import check, make_config
 from asyncdapo.environment.in_host.verifiers_taskset import merged, nested
 from asyncdapo.errors import EpisodeError, RunError
-from asyncdapo.messages import Sampling
+from asyncdapo.eval_messages import Sampling
 from asyncdapo.model.files import TokenizerFiles
 from asyncdapo.model.tokenizer import load_tokenizer
 from asyncdapo.model.turn_encoder import turn_encoder

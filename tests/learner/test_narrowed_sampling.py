@@ -8,8 +8,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from asyncdapo.eval_messages import Sampling
 from asyncdapo.learner.config import LossConfig
-from asyncdapo.messages import Lease, Prompt, Sampling, Score
+from asyncdapo.messages import Lease, Prompt, Score
 from asyncdapo.replay.ledger.payloads import Segments
 from asyncdapo.rollout.engine import Request
 from asyncdapo.rollout.episodes import Episode, SampledContext, turn_of

@@ -4,7 +4,7 @@ import asyncio
 from contextlib import asynccontextmanager, closing, suppress
 from functools import partial
 
-from asyncdapo.eval_messages import EvalAck, EvalAnswer, EvalRequest
+from asyncdapo.eval_messages import EvalAck, EvalAnswer, EvalRequest, Sampling
 from asyncdapo.messages import (
     SCHEMA_VERSION,
     Ack,
@@ -16,7 +16,6 @@ from asyncdapo.messages import (
     Progress,
     Recall,
     Reject,
-    Sampling,
     Welcome,
     Withdraw,
 )

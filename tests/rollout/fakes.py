@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 import zmq
 
-from asyncdapo.eval_messages import EvalDone, EvalRequest
+from asyncdapo.eval_messages import EvalDone, EvalRequest, Sampling
 from asyncdapo.messages import (
     Ask,
     FinishReason,
@@ -24,7 +24,6 @@ from asyncdapo.messages import (
     Loaded,
     Message,
     Prompt,
-    Sampling,
     Score,
     Started,
     Welcome,

@@ -7,7 +7,8 @@ import time
 import pytest
 
 from asyncdapo.accounting.names import WORKER_STATES
-from asyncdapo.messages import Lease, Sampling
+from asyncdapo.eval_messages import Sampling
+from asyncdapo.messages import Lease
 from asyncdapo.rollout.account import WorkerAccount
 from asyncdapo.rollout.engine import Request
 from asyncdapo.rollout.job import Job

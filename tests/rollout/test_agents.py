@@ -14,7 +14,7 @@ import pytest
 
 from asyncdapo.environment.hosts import Hosts
 from asyncdapo.errors import EpisodeError
-from asyncdapo.messages import Sampling
+from asyncdapo.eval_messages import Sampling
 from asyncdapo.rollout.endpoint.endpoint import Endpoint
 from asyncdapo.rollout.engine import Priority
 from asyncdapo.rollout.episodes import Episode

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from asyncdapo import faults
 from asyncdapo.errors import BatchError, RunError
-from asyncdapo.eval_messages import EvalRequest
-from asyncdapo.messages import Sampling
+from asyncdapo.eval_messages import EvalRequest, Sampling
 from tests.simulation.disk import Checkpoint
 from tests.simulation.learner import Learner
 from tests.simulation.plan import EVAL_ID, HEARTBEAT_S

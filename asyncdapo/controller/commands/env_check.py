@@ -30,8 +30,8 @@ from asyncdapo.controller.roles.judging import Judging, make_judging
 from asyncdapo.environment.hosts import Hosts
 from asyncdapo.environment.trial import check_interpreter, told_once
 from asyncdapo.errors import ConfigError, RunError, UserError
-from asyncdapo.eval_messages import EvalRequest
-from asyncdapo.messages import Prompt, Sampling, Score
+from asyncdapo.eval_messages import EvalRequest, Sampling
+from asyncdapo.messages import Prompt, Score
 from asyncdapo.model.location import check_tokenizer_path
 from asyncdapo.model.tokenizer import TextTokenizer, load_tokenizer
 from asyncdapo.model.turn_encoder import turn_encoder

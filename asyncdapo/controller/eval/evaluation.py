@@ -23,8 +23,8 @@ from msgspec.structs import replace
 from asyncdapo.config.config import Config
 from asyncdapo.config.run import EvalConfig
 from asyncdapo.controller.eval.sampled import summarise
-from asyncdapo.eval_messages import EvalAnswer, EvalRequest
-from asyncdapo.messages import Prompt, Sampling
+from asyncdapo.eval_messages import EvalAnswer, EvalRequest, Sampling
+from asyncdapo.messages import Prompt
 from asyncdapo.seeds import sample_seed
 
 log = logging.getLogger("eval")

@@ -18,7 +18,7 @@ from asyncdapo.controller.process.waits import NOBODY
 from asyncdapo.controller.roles.base import ProcessBase, ProcessSpec
 from asyncdapo.controller.roles.engines import Fitted, make_engine
 from asyncdapo.controller.roles.judging import Judging, make_judging
-from asyncdapo.messages import Sampling
+from asyncdapo.eval_messages import Sampling
 from asyncdapo.model.tokenizer import load_tokenizer
 from asyncdapo.rollout.engine import Priority, Request, Sample
 from asyncdapo.rollout.worker import RolloutWorker

@@ -23,7 +23,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from asyncdapo.errors import EpisodeOver
-from asyncdapo.messages import Sampling
+from asyncdapo.eval_messages import Sampling
 from asyncdapo.rollout.endpoint.chat import Chat
 from asyncdapo.rollout.endpoint.chat_wire import chat_answer, read_chat
 from asyncdapo.rollout.endpoint.http import HttpAnswer, HttpRequest, HttpServer, problem

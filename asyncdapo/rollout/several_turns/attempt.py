@@ -22,7 +22,8 @@ from dataclasses import dataclass
 from msgspec.structs import replace
 
 from asyncdapo.errors import EpisodeOver
-from asyncdapo.messages import FinishReason, Limit, Prompt, Sampling
+from asyncdapo.eval_messages import Sampling
+from asyncdapo.messages import FinishReason, Limit, Prompt
 from asyncdapo.rollout.engine import Engine, Priority, Request, Sample
 from asyncdapo.rollout.episodes import Episode, SampledContext, Turn, turn_of
 from asyncdapo.rollout.job import Job

@@ -15,7 +15,8 @@ from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import Any, Protocol, TypeVar
 
 from asyncdapo.errors import EpisodeError
-from asyncdapo.messages import Prompt, Sampling, Score
+from asyncdapo.eval_messages import Sampling
+from asyncdapo.messages import Prompt, Score
 from asyncdapo.rollout.engine import Engine, Sampled
 from asyncdapo.rollout.episodes import Episode
 from asyncdapo.rollout.job import Job

@@ -20,7 +20,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.output_processor import RequestState
 
 from asyncdapo.errors import EngineError, RunError, UserError, WeightsError
-from asyncdapo.messages import Sampling
+from asyncdapo.eval_messages import Sampling
 from asyncdapo.rollout.vllm_engine.stats import SchedulerStats
 
 if TYPE_CHECKING:

@@ -19,8 +19,8 @@ from asyncdapo.controller.fleet.ranks import LearnerRanks
 from asyncdapo.controller.loop import logprob_mismatch as parity
 from asyncdapo.controller.loop.logprob_mismatch import Differences, LogprobMismatch
 from asyncdapo.errors import EngineError, RunError
+from asyncdapo.eval_messages import Sampling
 from asyncdapo.learner.step.learner import Learner
-from asyncdapo.messages import Sampling
 from asyncdapo.replay.ledger.audit import audit
 from asyncdapo.rollout.config import RolloutConfig
 from asyncdapo.rollout.engine import Request, Sample

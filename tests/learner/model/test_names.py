@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from asyncdapo.errors import ConfigError
+from asyncdapo.eval_messages import Sampling
 from asyncdapo.learner.model.names import check_names_unloaded
 from asyncdapo.learner.step.learner import Learner
-from asyncdapo.messages import Sampling
 from asyncdapo.model.files import ModelFiles
 from asyncdapo.rollout.engine import Request, Sample
 from tests.learner.tiny import SHAPE, make_batch, make_learner, train

@@ -10,7 +10,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from asyncdapo.messages import Prompt, Sampling
+from asyncdapo.eval_messages import Sampling
+from asyncdapo.messages import Prompt
 from asyncdapo.rollout.endpoint.endpoint import Endpoint
 from asyncdapo.rollout.job import Job
 from asyncdapo.rollout.several_turns.attempt import Attempt, TurnLimits, Wanted

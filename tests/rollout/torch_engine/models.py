@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import AutoConfig
 
-from asyncdapo.messages import Sampling
+from asyncdapo.eval_messages import Sampling
 from asyncdapo.rollout.config import RolloutConfig
 from asyncdapo.rollout.engine import Limits, Request, Sample
 from asyncdapo.rollout.torch_engine.checkpoint import read_checkpoint

@@ -2,7 +2,7 @@
 
 import asyncio
 
-from asyncdapo.messages import Sampling
+from asyncdapo.eval_messages import Sampling
 from asyncdapo.rollout.engine import Priority, Request
 from asyncdapo.rollout.torch_engine.scheduler import Job, Scheduler
 

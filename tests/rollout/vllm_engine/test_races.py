@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from asyncdapo.errors import EngineError
-from asyncdapo.messages import Sampling
+from asyncdapo.eval_messages import Sampling
 from asyncdapo.rollout.config import RolloutConfig
 from asyncdapo.rollout.engine import Request
 from asyncdapo.rollout.vllm_engine.processes import Family

@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("vllm")
 
 from asyncdapo.errors import ConfigError, EngineError, RunError, UserError, WeightsError
-from asyncdapo.messages import Sampling
+from asyncdapo.eval_messages import Sampling
 from asyncdapo.rollout.engine import Priority, Request, Sample, Sampled
 from asyncdapo.rollout.vllm_engine.arguments import STREAM_INTERVAL
 from asyncdapo.transport.payload import expand

@@ -12,7 +12,7 @@ import asyncio
 import json
 import sys
 
-from asyncdapo.messages import Sampling
+from asyncdapo.eval_messages import Sampling
 from asyncdapo.rollout.engine import Request
 
 from .models import MAX_RESPONSE_LENGTH, NUM_VERSIONS, vllm_engine
