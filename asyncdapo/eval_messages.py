@@ -3,8 +3,8 @@
     controller ──EvalRequest (a Ray call)──▶ replay ──EvalRequest──▶ rollout
                ◀──EvalAnswer──                      ◀──EvalDone──, ──EvalAck──▶
 
-The rules of `messages` hold: one msgpack header, then raw frames. Nothing here is journaled or trained on. `Sampling` is
-how an engine draws for training, too: only an evaluation sends it along.
+The rules of `messages` hold: one msgpack header, then raw frames. Nothing here is journaled or trained on. `Sampling`
+holds for training, too, but only an evaluation sends it along.
 """
 
 from __future__ import annotations

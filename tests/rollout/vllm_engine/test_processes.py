@@ -15,6 +15,7 @@ import pytest
 from asyncdapo.errors import EngineError
 from asyncdapo.rollout.vllm_engine.processes import Family
 from tests.asynchronous import asynchronous
+from tests.reward.processes import is_alive
 
 SPAWN = multiprocessing.get_context("spawn")
 
@@ -45,6 +46,7 @@ async def test_workers_below_the_engine_core_belong_to_the_family_helpers_dont_a
     family.unwatch()
 
     family.end(timeout_s=0.0)
+    assert not any(map(is_alive, (process.pid, worker)))
     process.join(10)
     assert process.exitcode == -9
     psutil.Process(helper).kill()

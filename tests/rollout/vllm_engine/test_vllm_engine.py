@@ -20,6 +20,7 @@ from asyncdapo.rollout.vllm_engine.arguments import STREAM_INTERVAL
 from asyncdapo.transport.payload import expand
 
 from ...asynchronous import until
+from ...reward.processes import is_alive
 from ..torch_engine.models import VOCAB_SIZE, largest_difference, request
 from .models import (
     MAX_PROMPT_LENGTH,
@@ -54,15 +55,7 @@ def engine(path, loop):
     pids = engine.pids()
     yield engine
     loop(engine.stop())
-    assert not any(alive(pid) for pid in pids)
-
-
-def alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
+    assert not any(map(is_alive, pids))
 
 
 def endless(num_samples: int = 5 * SLOTS, prompt_seed: int = 0) -> Request:
