@@ -1,15 +1,14 @@
-/* What a block computes outside of attention, forward and backward, in float32: number by number in one pass over memory,
-and products with small weights.
+/* What a block computes number by number, each in one pass over memory, forward and backward, in float32.
 
 In: arrays in order, of rows or of single numbers. Out: arrays of the same sizes. A row is summed in one order, and rows
 in blocks of ROWS, so results don't depend on the number of threads. */
 
 #include <omp.h>
+#include <string.h>
 
-#include "tiles.h"
+#include "vectors.h"
 
 #define ROWS 64
-#define DEPTH 192 /* of the columns that a product reads again and again: they stay in the nearest cache */
 
 /* Up to LANES numbers, 0 in the place of the others. */
 static inline Floats read(const float *from, int64_t count) {
@@ -105,76 +104,4 @@ void rotate(int64_t threads, int64_t tokens, int64_t heads, int64_t half, int64_
                 write(out + first, count, a * read(cos + angle, count) - b * sin_a);
                 write(out + first + half, count, b * read(cos + angle + half, count) + a * sin_b);
             }
-}
-
-/* ----------------------------------------------------------------------------------------------------- products */
-
-/* out = a . b for the last rows, fewer than a tile. */
-static void multiply_rest(int64_t count, int64_t depth, const float *a, int64_t a_row, const float *b, float *out,
-                          int64_t out_row, int add) {
-    float rows[TILE * DEPTH] = {0}, results[TILE * COLUMNS] __attribute__((aligned(4 * LANES)));
-    for (int64_t row = 0; row < count; row++) memcpy(rows + row * DEPTH, a + row * a_row, depth * sizeof(float));
-    multiply(depth, rows, DEPTH, 1, b, COLUMNS, results, COLUMNS, 0);
-    for (int64_t row = 0; row < count; row++)
-        for (int i = 0; i < COLUMNS; i++) out[row * out_row + i] = results[row * COLUMNS + i] + (add ? out[row * out_row + i] : 0);
-}
-
-/* out [rows, columns] = a [rows, depth] . panels [columns / COLUMNS, depth, COLUMNS]. Of a block of rows, all columns are
-   made before the next block, while its rows are in a cache. */
-static void multiply_panels(int64_t threads, int64_t rows, int64_t depth, int64_t columns, const float *a, const float *panels,
-                            float *out) {
-#pragma omp parallel for num_threads(threads) if (threads > 1)
-    for (int64_t block = 0; block < rows; block += 2 * ROWS) {
-        const int64_t end = block + 2 * ROWS < rows ? block + 2 * ROWS : rows;
-        for (int64_t deep = 0; deep < depth; deep += DEPTH)
-            for (int64_t column = 0; column < columns; column += COLUMNS) {
-                const int64_t count = depth - deep < DEPTH ? depth - deep : DEPTH;
-                const float *b = panels + column * depth + deep * COLUMNS;
-                int64_t row = block;
-                for (; row + TILE <= end; row += TILE)
-                    multiply(count, a + row * depth + deep, depth, 1, b, COLUMNS, out + row * columns + column, columns, deep > 0);
-                if (row < end)
-                    multiply_rest(end - row, count, a + row * depth + deep, depth, b, out + row * columns + column, columns, deep > 0);
-            }
-    }
-}
-
-/* out [rows, outputs] = x [rows, inputs] . weight [outputs, inputs] transposed; both sizes are whole COLUMNS, here and below.
-   `panels` is memory for as many numbers as the weight has. */
-void linear(int64_t threads, int64_t rows, int64_t inputs, int64_t outputs, const float *x, const float *weight, float *panels,
-            float *out) {
-#pragma omp parallel for num_threads(threads) if (threads > 1)
-    for (int64_t column = 0; column < outputs; column += COLUMNS)
-        for (int64_t from = 0; from < inputs; from += LANES)
-            for (int64_t output = column; output < column + COLUMNS; output++)
-                for (int64_t i = from; i < from + LANES; i++)
-                    panels[column * inputs + i * COLUMNS + output - column] = weight[output * inputs + i];
-    multiply_panels(threads, rows, inputs, outputs, x, panels, out);
-}
-
-/* grad_x [rows, inputs] = grad [rows, outputs] . weight */
-void linear_back(int64_t threads, int64_t rows, int64_t inputs, int64_t outputs, const float *grad, const float *weight,
-                 float *panels, float *grad_x) {
-#pragma omp parallel for num_threads(threads) if (threads > 1)
-    for (int64_t column = 0; column < inputs; column += COLUMNS)
-        for (int64_t i = 0; i < outputs; i++)
-            memcpy(panels + column * outputs + i * COLUMNS, weight + i * inputs + column, COLUMNS * sizeof(float));
-    multiply_panels(threads, rows, outputs, inputs, grad, panels, grad_x);
-}
-
-/* grad_weight [outputs, inputs] += grad [rows, outputs] transposed . x [rows, inputs] */
-void linear_back_weight(int64_t threads, int64_t rows, int64_t inputs, int64_t outputs, const float *grad, const float *x,
-                        float *grad_weight) {
-#pragma omp parallel for num_threads(threads) if (threads > 1)
-    for (int64_t column = 0; column < inputs; column += COLUMNS) {
-        float panel[DEPTH * COLUMNS] __attribute__((aligned(4 * LANES)));
-        for (int64_t from = 0; from < rows; from += DEPTH) {
-            const int64_t count = rows - from < DEPTH ? rows - from : DEPTH;
-            for (int64_t row = 0; row < count; row++)
-                memcpy(panel + row * COLUMNS, x + (from + row) * inputs + column, COLUMNS * sizeof(float));
-            for (int64_t output = 0; output < outputs; output += TILE)
-                multiply(count, grad + from * outputs + output, 1, outputs, panel, COLUMNS,
-                         grad_weight + output * inputs + column, inputs, 1);
-        }
-    }
 }

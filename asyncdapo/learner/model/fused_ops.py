@@ -1,12 +1,11 @@
-"""Fused ops: RMS norm, SwiGLU, rotation, and products with small weights, by `fused.c`, in float32 on a CPU.
+"""Fused ops: RMS norm, SwiGLU and rotation by `fused.c`, in float32 on a CPU.
 
-In: what Hugging Face's own modules and functions of these names take. Out: what they give, and their gradients. The
-first three are one pass over memory each; PyTorch makes five to ten, and keeps what is between them for the backward
-pass. MKL copies what it multiplies into an order of its own, which takes an eighth of the time where a weight is small.
+In: what Hugging Face's own modules and functions of these names take. Out: what they give, and their gradients. Each is
+one pass over memory; PyTorch makes five to ten, and keeps what is between them for the backward pass.
 
 Invariant: results don't depend on the number of threads. Does not own: which modules compute so (`fusing`).
 
-Shapes: H numbers of a row; B sequences, N heads, S tokens, D numbers of a head; O outputs, I inputs of a product.
+Shapes: H numbers of a row; B sequences, N heads, S tokens, D numbers of a head.
 """
 
 from __future__ import annotations
@@ -32,9 +31,6 @@ FUNCTIONS = {
     "swiglu": Signature(num_sizes=2, num_arrays=3),
     "swiglu_back": Signature(num_sizes=2, num_arrays=5),
     "rotate": Signature(num_sizes=5, num_arrays=4),
-    "linear": Signature(num_sizes=4, num_arrays=4),
-    "linear_back": Signature(num_sizes=4, num_arrays=4),
-    "linear_back_weight": Signature(num_sizes=4, num_arrays=3),
 }
 
 log = logging.getLogger("learner")
@@ -64,11 +60,6 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 def rotate(x_BNSD: Tensor, cos_BSD: Tensor, sin_BSD: Tensor) -> Tensor:
     """Each head by the angles of its token, as `rotate_half` of Hugging Face has it; [B, N, S, D]."""
     return _Rotation.apply(x_BNSD, cos_BSD, sin_BSD)
-
-
-def linear(x: Tensor, weight_OI: Tensor) -> Tensor:
-    """x @ weight.T, of rows [..., I]; O and I are multiples of 32."""
-    return _Linear.apply(x, weight_OI)
 
 
 class _Norm(torch.autograd.Function):
@@ -120,34 +111,6 @@ class _Rotation(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_BNSD: Tensor) -> tuple[Tensor | None, ...]:
         return _rotated(grad_BNSD, *ctx.saved_tensors, back=True), None, None
-
-
-class _Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight_OI: Tensor) -> Tensor:
-        x, sizes = x.contiguous(), _product_sizes(x, weight_OI)
-        out, panels = x.new_empty(*x.shape[:-1], len(weight_OI)), torch.empty_like(weight_OI)
-        _loaded().linear(*sizes, *_addresses(x, weight_OI, panels, out))
-        ctx.save_for_backward(x, weight_OI)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight_OI = ctx.saved_tensors
-        grad, sizes, grad_x, grad_weight_OI = grad.contiguous(), _product_sizes(x, weight_OI), None, None
-        if ctx.needs_input_grad[0]:
-            grad_x, panels = torch.empty_like(x), torch.empty_like(weight_OI)
-            _loaded().linear_back(*sizes, *_addresses(grad, weight_OI, panels, grad_x))
-        if ctx.needs_input_grad[1]:
-            grad_weight_OI = torch.zeros_like(weight_OI)
-            _loaded().linear_back_weight(*sizes, *_addresses(grad, x, grad_weight_OI))
-        return grad_x, grad_weight_OI
-
-
-def _product_sizes(x: Tensor, weight_OI: Tensor) -> tuple[int, ...]:
-    num_outputs, num_inputs = weight_OI.shape
-    return torch.get_num_threads(), x.numel() // num_inputs, num_inputs, num_outputs
 
 
 def _rotated(x_BNSD: Tensor, cos_BSD: Tensor, sin_BSD: Tensor, *, back: bool) -> Tensor:

@@ -1,8 +1,7 @@
 """Fusing: which parts of a model compute with fused ops (`fused_ops`) from now on.
 
 In: a Hugging Face model, with or without memory for its weights. Out: the same model, whose RMS norms, gated MLPs and
-rotation are computed in one pass each, and whose products with small weights are our own where PyTorch's are MKL's, in
-float32 on a CPU; all else, and without a C compiler, as before.
+rotation are computed in one pass each, in float32 on a CPU; all else, and without a C compiler, as before.
 
 Invariant: nothing is known by its name alone. A part is fused if, with a few random weights and inputs, it gives what
 the fused op gives: norms that add 1 to their weight, other activations and other rotations stay as they are.
@@ -20,15 +19,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
-from asyncdapo.learner.model.fused_ops import can_fuse, library, linear, rms_norm, rotate, swiglu
+from asyncdapo.learner.model.fused_ops import can_fuse, library, rms_norm, rotate, swiglu
 
 ROTATION = "apply_rotary_pos_emb"
 """What attention calls it, in the module that defines its class."""
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-COLUMNS = 32
-"""Sizes of a weight that is multiplied by `fused.c` are multiples of this."""
-MAX_WEIGHT = 1 << 18
-"""Its numbers: 1 MiB, which the cache of a core holds. For larger weights MKL is as fast or faster."""
 NUM_ROWS, NUM_INPUTS, NUM_INNER = 3, 4, 6
 """Of what a part is tried with."""
 
@@ -43,8 +38,6 @@ def fuse(model: PreTrainedModel) -> None:
             _fuse_norm(module)
         elif _is_gated_mlp(module):
             _fuse_gated_mlp(module)
-        elif type(module) is nn.Linear:
-            _fuse_linear(module)
         else:
             _fuse_rotation(sys.modules[type(module).__module__])
 
@@ -118,22 +111,6 @@ def _fuse_gated_mlp(module: nn.Module) -> None:
     def forward(x: Tensor) -> Tensor:
         fits = can_fuse(x, up_proj.get_parameter("weight"))
         return down_proj(swiglu(gate_proj(x), up_proj(x))) if fits else plain(x)
-
-    module.forward = forward
-
-
-def _fuse_linear(module: nn.Module) -> None:
-    plain, (num_outputs, num_inputs) = module.forward, module.get_parameter("weight").shape
-    is_small, has_bias = num_inputs * num_outputs <= MAX_WEIGHT, module.bias is not None
-    if not is_small or num_inputs % COLUMNS or num_outputs % COLUMNS or not torch.backends.mkl.is_available():
-        return
-
-    def forward(x: Tensor) -> Tensor:
-        weight = module.get_parameter("weight")
-        if not can_fuse(x, weight):
-            return plain(x)
-        product = linear(x, weight)
-        return product + module.get_parameter("bias") if has_bias else product
 
     module.forward = forward
 
