@@ -225,8 +225,7 @@ class Run:
         import numpy as np
 
         from asyncdapo.model.tokenizer import load_tokenizer
-        from asyncdapo.replay.ledger.ledger import PAYLOAD_FOLDER
-        from asyncdapo.replay.ledger.payloads import Place, read_record
+        from asyncdapo.records.record import PAYLOAD_FOLDER, Place, read_record
         from asyncdapo.transport.payload import expand
 
         model = self.config.model

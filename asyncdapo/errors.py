@@ -96,7 +96,7 @@ class RanksError(RunError):
 
 
 class BatchError(RunError):
-    """The payloads of a batch that was cut are damaged. After a rollback it is cut again without them."""
+    """Groups of a batch that was cut can't be read back. After a rollback it is cut again without them."""
 
 
 class EngineError(RunError):

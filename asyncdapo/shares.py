@@ -1,8 +1,9 @@
 """Batches between the replay server and the learner, and who trains on what of them: groups are dealt to optimizer
 updates, their completions to the learner's ranks, each with all of its contexts.
 
-The rules of `messages` hold for the records here. In: the headers of a batch. Out: a `Deal`, and by it the share of a
-rank. The replay server deals a batch once, and every rank receives the whole deal. Invariants: every loss-bearing
+The rules of `messages` hold for the messages here. In: the headers of a batch. Out: a `Deal`, and by it the share of a
+rank. The replay server deals a batch once, and every rank receives the same `Batch`, without a token: it reads those of
+its share from the segments (`learner/batches/tokens`). Invariants: every loss-bearing
 completion is at exactly one rank, every other one is at none; the same headers give the same deal; which groups an
 update holds depends neither on the number of ranks nor on the model. Does not own: micro-batches, which a rank makes of
 its share; denominators, which are made of all headers.
@@ -18,14 +19,14 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from asyncdapo.messages import Context, Group, Message
-from asyncdapo.transport.payload import Payload, Support
+from asyncdapo.records.record import Place
 
 NOBODY = -1
 """In a `Deal`: at no update, at no rank."""
 
 
 class CutWanted(Message):
-    """learner -> replay. One rank asks for its share of batch `step`. A repeated request gets the same batch."""
+    """learner -> replay. One rank asks for batch `step`. A repeated request gets the same batch."""
 
     step: int
     rank: int = 0
@@ -45,8 +46,7 @@ class Deal(Struct, frozen=True, kw_only=True, array_like=True, forbid_unknown_fi
 
 
 class Batch(Message):
-    """replay -> learner: batch `step`, immutable, with the frames of a `Payload` for each piece of the rank's share
-    (`share_of`) in order. All but the frames is the same for every rank.
+    """replay -> learner: batch `step`, immutable, the same for every rank.
 
     Sorted by `prompt_id`. `Group.staleness(step)` of each group is at most `max_staleness`.
     """
@@ -57,6 +57,8 @@ class Batch(Message):
     groups: list[Group]
     """As the learner needs them: without metrics and turns."""
     deal: Deal
+    places: list[Place] = []
+    """Of each group's record in the segments of the run directory. All of them are on disk."""
     copies: list[int] = []
     """Extra copies of each group in the batch (`filter.mode: replace`); empty if there are none."""
 
@@ -67,7 +69,7 @@ class NoBatch(Message):
     step: int
     reason: str
     unreadable: bool = False
-    """Batch `step` was cut, but its payloads are damaged: the run has to roll back to its checkpoint."""
+    """Batch `step` was cut, but the header of a group is damaged: the run has to roll back to its checkpoint."""
 
 
 def for_learner(group: Group) -> Group:
@@ -147,8 +149,8 @@ class Piece:
 
 
 def share_of(batch: Batch, rank: int) -> list[Piece]:
-    """What this rank trains on, in the order in which its payloads stand in the frames. Raises ValueError for a deal of
-    other groups."""
+    """What this rank trains on, in the order in which its payload is joined. Raises ValueError for a deal of other
+    groups."""
     completions = [
         (place, index) for place, group in enumerate(batch.groups) for index in range(len(group.completions))
     ]
@@ -161,28 +163,9 @@ def _piece(group: Group, place: int, indices: list[int]) -> Piece:
     return Piece(place, indices, replace(group, completions=[group.completions[index] for index in indices]))
 
 
-def frames_of(payloads: Sequence[Payload]) -> list[memoryview]:
-    """Of a share with these payloads, without a copy: three of each, or five of each if one has `support`."""
-    frames: list[memoryview] = []
-    narrowed = any(part.support for part in payloads)
-    for part in payloads:
-        support = part.support or (Support.of_all(len(part.logprobs)) if narrowed else None)
-        frames += Payload(part.prompt_ids, part.token_ids, part.logprobs, support).frames()
-    return frames
-
-
-def read_share(frames: Sequence[memoryview], share: Sequence[Piece]) -> Payload:
-    """The payload of a share, joined. Raises ValueError when sizes and headers disagree."""
-    num = len(frames) // max(1, len(share))
-    if num * len(share) != len(frames):
-        raise ValueError(f"{len(frames)} frames don't hold the payloads of {len(share)} groups")
-    parts = (frames[num * place : num * (place + 1)] for place in range(len(share)))
-    return Payload.join([Payload.from_frames(part, [piece.header]) for part, piece in zip(parts, share, strict=True)])
-
-
-# The deal of one update. A rank that has a part of a group computes the prompt, and is sent it. So groups are cut
-# seldom: the ranks are filled one after the other, up to one limit, and a group is cut where a rank is full. What is
-# left over when the last rank is full goes where there is still room.
+# The deal of one update. A rank that has a part of a group computes the prompt, and reads the group's whole record. So
+# groups are cut seldom: the ranks are filled one after the other, up to one limit, and a group is cut where a rank is
+# full. What is left over when the last rank is full goes where there is still room.
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,7 @@ import numpy as np
 from asyncdapo import Run, load_config
 from asyncdapo.messages import NO_CHECKSUM, Completion, Context, Group
 from asyncdapo.model.shape import PUBLISHED, Shape, read_shape
-from asyncdapo.replay.ledger.ledger import PAYLOAD_FOLDER
-from asyncdapo.replay.ledger.payloads import Place, read_record
+from asyncdapo.records.record import PAYLOAD_FOLDER, Place, read_record
 from asyncdapo.shares import Batch, Dealer, share_of
 
 NUM_GROUPS, GROUP_SIZE = 32, 16

@@ -87,7 +87,7 @@ async def serve(config: Config, run_dir: Path, controller: Connection) -> None:
     orders: asyncio.Queue[str] = asyncio.Queue()
     asyncio.get_running_loop().add_reader(controller.fileno(), lambda: orders.put_nowait(controller.recv()))
     async with asyncio.TaskGroup() as tasks:
-        for work in (server.run(), sink(server), obey(server, orders)):
+        for work in (server.run(), sink(server, run_dir), obey(server, orders)):
             tasks.create_task(work)
 
 
@@ -97,9 +97,9 @@ async def obey(server: ReplayServer, orders: asyncio.Queue[str]) -> None:
         await known[await orders.get()]()
 
 
-async def sink(server: ReplayServer) -> None:
+async def sink(server: ReplayServer, run_dir: Path) -> None:
     """Takes every batch and reports it trained at once."""
-    feed, step = BatchFeed(server.learner_address), 0
+    feed, step = BatchFeed(server.learner_address, run_dir), 0
     while True:
         step += 1
         batch, _ = await feed.take(step)

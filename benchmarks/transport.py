@@ -7,13 +7,14 @@
 
 The server is that of a run: a process of its own, CURVE keys, a ledger and segments that are synced before a group is
 acknowledged. Workers and learner speak the protocol and do nothing else: a worker has its groups ready, the learner
-asks for the next batch at once. Every group is kept, so every token is received, checked, written, read and sent.
+asks for the next batch at once and reads its tokens. Every group is kept, so every token is received, checked and
+written by the server, and read by the learner.
 
 With `--rate` groups are spread over time, that many a second by all workers; 0 is as fast as they are acknowledged.
 Each worker holds `--held` leases. `p50` and `p99` are of the time from a worker's `send` until it has read the
-acknowledgement. `MB/s` are the tokens and log-probs that come in; as many leave. Under `server`, `workers`, `learner`
-stand the cores that each takes, with the threads of ZeroMQ and the kernel's part. `MiB at .1` is the server's memory
-after a tenth of the time, `MiB` at the end. `--dir` must be on the disk to be measured.
+acknowledgement. `MB/s` are the tokens and log-probs that come in; as many are read. Under `server`, `workers` and
+`learner` stand the cores that each takes, with the threads of ZeroMQ and the kernel's part. `MiB at .1` is the server's
+memory after a tenth of the time, `MiB` at the end. `--dir` must be on the disk to be measured.
 """
 
 from __future__ import annotations
@@ -142,8 +143,8 @@ async def serve(figures: Figures, over: Event, load: Load, run_dir: Path, keys: 
 # ------------------------------------------------------------------------------------------------------- its two sides
 
 
-async def learn(figures: Figures, over: Event, address: str, keys: ClientKeys, pipe: Connection) -> None:
-    feed = BatchFeed(address, curve=keys)
+async def learn(figures: Figures, over: Event, address: str, run_dir: Path, keys: ClientKeys, pipe: Connection) -> None:
+    feed = BatchFeed(address, run_dir, curve=keys)
 
     async def take() -> None:
         step = 1
@@ -203,7 +204,7 @@ def measure(load: Load, args: argparse.Namespace) -> None:
         of_server, of_learner = spawn.Pipe()
         start("server", serve, load, Path(run_dir), keys, of_server)
         rollout_address, learner_address = of_learner.recv()
-        start("learner", learn, learner_address, keys.client, of_learner)
+        start("learner", learn, learner_address, Path(run_dir), keys.client, of_learner)
         served, num_processes = spawn.Semaphore(0), min(args.processes, load.num_workers)
         for first in range(num_processes):
             indices = range(first, load.num_workers, num_processes)

@@ -33,8 +33,9 @@ from asyncdapo.controller.watch.site import Site
 from asyncdapo.controller.watch.web import Server
 from asyncdapo.messages import NO_CHECKSUM, Completion, Context, Group
 from asyncdapo.metrics.progress import COLUMNS
-from asyncdapo.replay.ledger.ledger import LEDGER_FILE, PAYLOAD_FOLDER, open_for_writing
-from asyncdapo.replay.ledger.payloads import Place, Segments
+from asyncdapo.records.record import PAYLOAD_FOLDER, Place
+from asyncdapo.replay.ledger.ledger import LEDGER_FILE, open_for_writing
+from asyncdapo.replay.ledger.payloads import Segments
 from asyncdapo.transport.payload import Payload
 
 TOKENS = 256

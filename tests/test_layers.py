@@ -26,6 +26,7 @@ LOWER = {
     "native",
     "plugins",
     "ranges",
+    "records",
     "seeds",
     "shares",
     "transport",

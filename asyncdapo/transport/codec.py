@@ -39,8 +39,6 @@ class Limits:
 
 
 DEFAULT_LIMITS = Limits()
-BATCH_LIMITS = Limits(num_frames=1 << 16)
-"""Of what goes to the learner: a batch has the buffers of many payloads."""
 
 
 def encode(message: Message, frames: Sequence[Buffer] = (), limits: Limits = DEFAULT_LIMITS) -> list[Buffer]:

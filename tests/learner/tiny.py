@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -23,7 +24,9 @@ from asyncdapo.learner.step.ranks import ALONE, Ranks
 from asyncdapo.learner.storage.checkpoint import begin_checkpoint, commit_checkpoint, remove_old_checkpoints
 from asyncdapo.messages import NO_CHECKSUM, Completion, Context, Group
 from asyncdapo.model.config import ModelConfig
-from asyncdapo.shares import Batch, Dealer, frames_of, share_of
+from asyncdapo.records.record import PAYLOAD_FOLDER
+from asyncdapo.replay.ledger.payloads import Segments
+from asyncdapo.shares import Batch, Dealer, share_of
 from asyncdapo.transport.payload import Payload
 
 VOCAB_SIZE = 29
@@ -150,10 +153,12 @@ def payload_of(batch: Batch, payload: Payload, rank: int) -> Payload:
     )
 
 
-def sent_frames(batch: Batch, payload: Payload, rank: int = 0) -> list[memoryview]:
-    """Of this rank's share, as the replay server sends them."""
-    share = [piece.header for piece in share_of(batch, rank)]
-    return frames_of(payload_of(batch, payload, rank).split(share))
+def stored(run_dir: Path, batch: Batch, payload: Payload) -> Batch:
+    """The batch as the replay server sends it: its tokens are in a segment of the run."""
+    with closing(Segments(run_dir / PAYLOAD_FOLDER)) as segments:
+        places = [segments.append(*one) for one in zip(batch.groups, payload.split(batch.groups), strict=True)]
+        segments.sync()
+    return msgspec.structs.replace(batch, places=places)
 
 
 def make_group(

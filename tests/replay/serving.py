@@ -5,6 +5,7 @@ from contextlib import asynccontextmanager, closing, suppress
 from functools import partial
 
 from asyncdapo.eval_messages import EvalAck, EvalAnswer, EvalRequest, Sampling
+from asyncdapo.learner.batches.tokens import located_share, read_share
 from asyncdapo.messages import (
     SCHEMA_VERSION,
     Ack,
@@ -26,7 +27,6 @@ from asyncdapo.replay.ledger.ledger import open_ledger
 from asyncdapo.replay.server.server import ReplayServer
 from asyncdapo.replay.server.settings import ServerSettings
 from asyncdapo.shares import Batch, CutWanted, NoBatch
-from asyncdapo.transport.codec import BATCH_LIMITS
 from asyncdapo.transport.payload import pack_answers
 from asyncdapo.transport.sockets import Client
 from tests.replay.small_run import GROUP_SIZE, make_group, make_partial, prompt_at
@@ -58,6 +58,11 @@ async def until(true, server):
     while not true():
         assert not server.serving.done(), server.serving.exception()
         await asyncio.sleep(0.005)
+
+
+def tokens_of(run_dir, batch, rank=0):
+    """What a rank reads of the batch."""
+    return read_share(run_dir, batch.step, located_share(batch, rank))
 
 
 def eval_request(request_id, num_prompts=2, samples=(0,)):
@@ -223,13 +228,14 @@ class FakeLearner:
     """The learner's end of the wire."""
 
     def __init__(self, server, name=b"learner"):
-        self.client = Client(server.learner_address, Batch | NoBatch, name, BATCH_LIMITS)
+        self.client = Client(server.learner_address, Batch | NoBatch, name)
 
     async def want(self, step, **question):
         await self.client.send(CutWanted(step=step, **question))
 
     async def receive(self):
-        return await self.client.receive()
+        answer, _ = await self.client.receive()
+        return answer
 
     def close(self):
         self.client.close()

@@ -172,8 +172,8 @@ class SmallRun:
         return list(self.leases)
 
     def answers(self):
-        """What the learner is told, read as it is sent."""
-        return [self.dispatch.answers.get_nowait().read()[0] for _ in range(self.dispatch.answers.qsize())]
+        """What the learner is told, made as it is sent."""
+        return [self.dispatch.answers.get_nowait().make() for _ in range(self.dispatch.answers.qsize())]
 
     def answer(self, lease_id, **group):
         lease = self.sessions.leases.get(lease_id)

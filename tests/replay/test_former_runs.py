@@ -6,9 +6,9 @@ import sqlite3
 from contextlib import closing
 from pathlib import Path
 
+from asyncdapo.records.record import Place, read_record, segment_path
 from asyncdapo.replay.ledger.audit import audit
 from asyncdapo.replay.ledger.ledger import read_group
-from asyncdapo.replay.ledger.payloads import Place, read_record, segment_path
 from tests.replay.former import former_record
 from tests.replay.small_run import SmallRun, end, finished_run, rows, write_files
 

@@ -7,9 +7,9 @@ import pytest
 from asyncdapo.messages import Ack, GroupDone, GroupFailed, Lease, Reject, Withdraw
 from asyncdapo.replay.core import events as core
 from asyncdapo.replay.ledger.journal import Journal
-from asyncdapo.shares import for_learner, read_share, share_of
+from asyncdapo.shares import for_learner
 from tests.episodes import Episodes
-from tests.replay.serving import FakeLearner, FakeWorker, rows, scenario, serving
+from tests.replay.serving import FakeLearner, FakeWorker, rows, scenario, serving, tokens_of
 from tests.replay.small_run import make_group, prompt_at
 
 
@@ -113,9 +113,9 @@ async def test_episodes_reach_the_learner_with_all_their_contexts(tmp_path):
             await worker.send_group(*episodes(lease))
             assert await worker.take(Ack) == Ack(lease_id=lease.lease_id)
         await learner.want(1)
-        batch, frames = await learner.receive()
+        batch = await learner.receive()
         by_id = {lease.lease_id: episodes(lease) for lease in leases}
-        for group, part in zip(batch.groups, read_share(frames, share_of(batch, 0)).split(batch.groups), strict=True):
+        for group, part in zip(batch.groups, tokens_of(tmp_path, batch).split(batch.groups), strict=True):
             sent, payload = by_id[group.lease_id]
             assert group == for_learner(sent)
             assert part.frames() == payload.frames()

@@ -30,7 +30,7 @@ class Run:
 
     def __init__(self, run_dir, seed):
         self.server, self.random = ServerProcess(run_dir), random.Random(seed)
-        self.lines, self.branch = {}, 0
+        self.run_dir, self.lines, self.branch = run_dir, {}, 0
 
     async def drive(self):
         await self.server.start()
@@ -83,7 +83,7 @@ class Run:
             await self.server.call("begin")
 
     async def train(self, first, last):
-        feed = BatchFeed(self.server.learner_address, ask_again_s=0.2)
+        feed = BatchFeed(self.server.learner_address, self.run_dir, ask_again_s=0.2)
         try:
             for step in range(first, last + 1):
                 batch, _ = await feed.take(step)

@@ -6,8 +6,9 @@ import threading
 import pytest
 
 from asyncdapo.replay.ledger.journal import Journal
-from asyncdapo.shares import Dealer, NoBatch, frames_of, share_of
-from tests.replay.serving import PATIENCE_S, FakeLearner, FakeWorker, scenario, serving, until
+from asyncdapo.shares import Dealer, NoBatch, share_of
+from asyncdapo.transport.payload import Payload
+from tests.replay.serving import PATIENCE_S, FakeLearner, FakeWorker, scenario, serving, tokens_of, until
 from tests.replay.small_run import make_group
 
 
@@ -22,7 +23,7 @@ class CountingDealer(Dealer):
 
 
 @scenario
-async def test_every_rank_gets_all_headers_and_the_payload_of_its_completions(tmp_path):
+async def test_every_rank_gets_the_same_batch_and_finds_the_tokens_of_its_completions(tmp_path):
     """Rank 0 asks before the batch is cut, the others after; a group is spread over ranks, and the last rank has no
     completion. The verifier's numbers, which may be many, don't travel."""
     async with serving(
@@ -40,11 +41,11 @@ async def test_every_rank_gets_all_headers_and_the_payload_of_its_completions(tm
         for rank, learner in enumerate(ranks[1:], start=1):
             await learner.want(1, rank=rank)
             answers.append(await learner.receive())
-        batch, _ = answers[0]
+        batch = answers[0]
         assert all(completion.metrics == {} for group in batch.groups for completion in group.completions)
         by_id = {lease.lease_id: lease for lease in leases}
         trained_on = []
-        for rank, (same, frames) in enumerate(answers):
+        for rank, same in enumerate(answers):
             assert same == batch
             share = share_of(batch, rank)
             whole = [make_group(by_id[piece.header.lease_id]) for piece in share]
@@ -52,7 +53,7 @@ async def test_every_rank_gets_all_headers_and_the_payload_of_its_completions(tm
                 payload.of_completions(group, piece.indices)
                 for (group, payload), piece in zip(whole, share, strict=True)
             ]
-            assert list(map(bytes, frames)) == frames_of(wanted)
+            assert tokens_of(tmp_path, batch, rank).frames() == Payload.join(wanted).frames()
             trained_on += [(piece.place, index) for piece in share for index in piece.indices]
         assert sorted(trained_on) == [(place, index) for place in range(3) for index in range(2)]
         assert [len(share_of(batch, rank)) for rank in range(5)] == [2, 2, 1, 1, 0]
@@ -68,23 +69,23 @@ async def test_a_batch_is_dealt_as_before_by_a_server_that_was_started_again(tmp
         await server.begin()
         await learner.want(1, rank=1)
         await worker.work_off(3)
-        batch, frames = await learner.receive()
+        batch = await learner.receive()
     async with serving(tmp_path, prompts_per_step=3, server_settings=dealer) as server:
         learner = FakeLearner(server)
         await learner.want(1, rank=1)
-        assert await learner.receive() == (batch, frames)
+        assert await learner.receive() == batch
 
 
 @scenario
-async def test_a_group_is_acknowledged_while_a_batch_is_read(tmp_path):
-    """A batch may be gigabytes."""
+async def test_a_group_is_acknowledged_while_the_headers_of_a_batch_are_read(tmp_path):
+    """A batch may have thousands."""
     reading, may_end = threading.Event(), threading.Event()
 
     class SlowJournal(Journal):
-        def read(self, place):
+        def read_header(self, place):
             reading.set()
             assert may_end.wait(PATIENCE_S)
-            return super().read(place)
+            return super().read_header(place)
 
     async with serving(tmp_path) as server:
         worker = FakeWorker(server)
@@ -99,7 +100,7 @@ async def test_a_group_is_acknowledged_while_a_batch_is_read(tmp_path):
         assert await asyncio.to_thread(reading.wait, PATIENCE_S)
         await worker.work_off(1)
         may_end.set()
-        batch, _ = await learner.receive()
+        batch = await learner.receive()
         assert batch.step == 1
 
 
@@ -114,7 +115,7 @@ async def test_the_end_of_the_data_reaches_every_rank(tmp_path):
             await learner.want(1, rank=rank)
         await worker.work_off(1)
         for learner in ranks:
-            answer, _ = await learner.receive()
+            answer = await learner.receive()
             assert isinstance(answer, NoBatch)
 
 

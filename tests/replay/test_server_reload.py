@@ -30,7 +30,7 @@ async def test_what_was_held_when_the_server_died_ends_exactly_once(tmp_path):
         await server.begin()
         await worker.work_off(2)
         await learner.want(1)
-        batch, frames = await learner.receive()
+        batch = await learner.receive()
         delivered, running = await worker.leases(2)
         await worker.answer(delivered)
         await until(lambda: server.status()["queued"] == 1, server)
@@ -46,12 +46,10 @@ async def test_what_was_held_when_the_server_died_ends_exactly_once(tmp_path):
         assert await worker.take(Ack) == Ack(lease_id=running.lease_id)
         learner = FakeLearner(server, b"another life")
         await learner.want(1)
-        same, same_frames = await learner.receive()
-        assert same == batch
-        assert [bytes(frame) for frame in same_frames] == [bytes(frame) for frame in frames]
+        assert await learner.receive() == batch
         lines = [{"step": 1, **await server.trained(1, {})}]
         await learner.want(2)
-        assert [group.lease_id for group in (await learner.receive())[0].groups] == [
+        assert [group.lease_id for group in (await learner.receive()).groups] == [
             delivered.lease_id,
             running.lease_id,
         ]
@@ -178,7 +176,7 @@ async def test_trained_published_and_finish_change_nothing_when_they_are_told_ag
         await server.finish()
         learner = FakeLearner(server)
         await learner.want(2)
-        assert (await learner.receive())[0] == NoBatch(step=2, reason="the run is over")
+        assert await learner.receive() == NoBatch(step=2, reason="the run is over")
     assert rows(tmp_path, "SELECT COUNT(*) FROM batches") == [(1,)]
     assert rows(tmp_path, "SELECT version FROM publishes") == [(1,)]
     assert rows(tmp_path, "SELECT COUNT(*) FROM events WHERE kind = 'run_ended'") == [(1,)]

@@ -17,7 +17,7 @@ async def train(server, worker, learner, step):
     # no more than a batch: the question travels on a socket of its own, and what is ahead of it must not fill replay
     while server.status()["filling_step"] == step and server.status()["ready"] < 2:
         await worker.work_off(1, versions=((step - 1, 4),))
-    batch, _ = await learner.receive()
+    batch = await learner.receive()
     line = {"step": step, **await server.trained(step, {})}
     await server.published(step)
     return batch, line
@@ -57,7 +57,7 @@ async def test_the_run_resumes_from_the_checkpoint_in_a_new_branch(tmp_path):
         # the batch that had been cut is the same, for another learner
         learner = FakeLearner(server, b"another life")
         await learner.want(2)
-        restored, _ = await learner.receive()
+        restored = await learner.receive()
         assert restored.branch == 1
         assert restored.groups == second.groups
         line = await server.trained(2, {})
@@ -167,4 +167,4 @@ async def test_a_rollback_that_is_told_again_begins_one_more_branch_with_the_sam
         assert await server.roll_back(1, "again") == 2
         learner = FakeLearner(server, b"second")
         await learner.want(2)
-        assert (await learner.receive())[0].groups == second.groups
+        assert (await learner.receive()).groups == second.groups

@@ -19,17 +19,25 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from asyncdapo.learner.batches import tokens as tokens_module
 from asyncdapo.messages import Group
+from asyncdapo.records.record import BadRecord, Place
 from asyncdapo.replay.ledger import journal as journal_module
 from asyncdapo.replay.ledger.journal import Journal
 from asyncdapo.replay.ledger.ledger import open_ledger
-from asyncdapo.replay.ledger.payloads import BadRecord, Place
 from asyncdapo.replay.ledger.schema import TABLES, UNDONE_TABLES
 from asyncdapo.transport.payload import Payload
 
 SHM = Path("/dev/shm")
 Records = dict[int, dict[int, tuple[Group, Payload]]]
 """Of each segment by offset."""
+
+
+def _read(records: Records, place: Place) -> tuple[Group, Payload]:
+    record = records.get(place.segment, {}).get(place.offset)
+    if record is None:
+        raise BadRecord(f"segment {place.segment}: record {place.offset} is damaged")
+    return record
 
 
 @dataclass
@@ -83,7 +91,7 @@ class _MemorySegments:
 
     def problem_with(self, place: Place) -> str:
         try:
-            self.read(place)
+            _read(self._records, place)
         except BadRecord as bad:
             return str(bad)
         return ""
@@ -91,14 +99,8 @@ class _MemorySegments:
     def numbers(self) -> list[int]:
         return sorted(self._records)
 
-    def read(self, place: Place) -> tuple[Group, Payload]:
-        record = self._records.get(place.segment, {}).get(place.offset)
-        if record is None:
-            raise BadRecord(f"segment {place.segment}: record {place.offset} is damaged")
-        return record
-
     def read_header(self, place: Place) -> Group:
-        return self.read(place)[0]
+        return _read(self._records, place)[0]
 
     def delete(self, segment: int) -> None:
         self._records.pop(segment, None)
@@ -128,30 +130,33 @@ class MemoryDisk:
     def __init__(self, segment_bytes: int) -> None:
         self.checkpoints: dict[int, Checkpoint] = {}
         self._segment_bytes = segment_bytes
-        self._folder = Path(tempfile.gettempdir())
+        self.run_dir = Path(tempfile.gettempdir())
         self._records: Records = {}
 
     @contextmanager
     def mounted(self) -> Iterator[None]:
         """While this disk is the one that journals open."""
-        before = {
-            name: getattr(journal_module, name)
-            for name in ("open_for_writing", "lock_for_writing", "sync_log", "fold_log", "Segments")
-        }
         self._db = _emptied()
-        journal_module.open_for_writing = lambda path: self._db
-        journal_module.lock_for_writing = _NoLock
-        journal_module.sync_log = journal_module.fold_log = lambda path: None
-        journal_module.Segments = lambda folder, segment_bytes: _MemorySegments(self._records, segment_bytes)
+        parts = [
+            (journal_module, "open_for_writing", lambda path: self._db),
+            (journal_module, "lock_for_writing", _NoLock),
+            (journal_module, "sync_log", lambda path: None),
+            (journal_module, "fold_log", lambda path: None),
+            (journal_module, "Segments", lambda folder, num_bytes: _MemorySegments(self._records, num_bytes)),
+            (tokens_module, "read_records", lambda folder, places: {one: _read(self._records, one) for one in places}),
+        ]
+        before = [(module, name, getattr(module, name)) for module, name, _ in parts]
+        for module, name, part in parts:
+            setattr(module, name, part)
         try:
             yield
         finally:
             self._db.close()
-            for name, part in before.items():
-                setattr(journal_module, name, part)
+            for module, name, part in before:
+                setattr(module, name, part)
 
     def open_journal(self, kind: type[Journal]) -> Journal:
-        return kind(self._folder, segment_bytes=self._segment_bytes)
+        return kind(self.run_dir, segment_bytes=self._segment_bytes)
 
     def query(self, query: str, parameters: Sequence | dict = ()) -> list[tuple]:
         return self._db.execute(query, parameters).fetchall()
@@ -173,19 +178,19 @@ class FileDisk(MemoryDisk):
 
     @contextmanager
     def mounted(self) -> Iterator[None]:
-        self._folder = Path(tempfile.mkdtemp(prefix="simulation-", dir=SHM if SHM.is_dir() else None))
+        self.run_dir = Path(tempfile.mkdtemp(prefix="simulation-", dir=SHM if SHM.is_dir() else None))
         try:
             yield
         finally:
-            shutil.rmtree(self._folder)
+            shutil.rmtree(self.run_dir)
 
     def query(self, query: str, parameters: Sequence | dict = ()) -> list[tuple]:
-        with closing(open_ledger(self._folder)) as ledger:
+        with closing(open_ledger(self.run_dir)) as ledger:
             return [tuple(row) for row in ledger.execute(query, parameters)]
 
     def damage(self, rng: random.Random) -> bool:
         """A byte of a segment is another one, or its end is gone, or all of it."""
-        folder = self._folder / journal_module.PAYLOAD_FOLDER
+        folder = self.run_dir / journal_module.PAYLOAD_FOLDER
         segments = sorted(path for path in folder.glob("*.bin") if path.stat().st_size)
         if segments:
             self._harm(rng.choice(segments), rng)

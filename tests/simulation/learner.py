@@ -35,7 +35,7 @@ class Learner(Process):
         """Number of the weights of each version, the initial ones first; no two are ever the same."""
         self.trained = dict(checkpoint.trained) if checkpoint else {}
         """(prompt_id, group_id) of the groups of each batch."""
-        feed = self.inside(BatchFeed, LEARNER_ADDRESS)
+        feed = self.inside(BatchFeed, LEARNER_ADDRESS, world.disk.run_dir)
         self._batches: Batches[tuple[Batch, Payload]] = Batches(feed, self._prepare, spawn=self.spawn)
         self._last_step = last_step
 

@@ -91,7 +91,6 @@ class Replay(Process):
                     replay=plan.replay,
                     group_size=GROUP_SIZE,
                     seed=plan.seed,
-                    recent_bytes=256 << 20 if plan.seed % 4 == 0 else 0,
                 ),
                 self._make_state,
                 self.journal,

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from asyncdapo import faults
 from asyncdapo.eval_messages import EvalRequest
 from asyncdapo.messages import Lease, Message
-from asyncdapo.transport.codec import BATCH_LIMITS, Buffer, Malformed, decode, encode
+from asyncdapo.transport.codec import Buffer, Malformed, decode, encode
 
 if TYPE_CHECKING:
     from tests.simulation.process import Process
@@ -60,7 +60,7 @@ class _Socket:
         process.sockets.append(self)
 
     def _send(self, other: _Socket, sender: bytes, message: Message, frames: Sequence[Buffer]) -> None:
-        network, encoded = self._network, encode(message, frames, BATCH_LIMITS)
+        network, encoded = self._network, encode(message, frames)
         if not network.reaches(self.process, other.process):
             return
         now = network.loop.time()
@@ -97,7 +97,7 @@ class Server(_Socket):
     async def receive(self) -> tuple[bytes, Message | Malformed, list[memoryview]]:
         peer, frames = await self._next()
         try:
-            return peer, *decode(frames, self._accepts, BATCH_LIMITS)
+            return peer, *decode(frames, self._accepts)
         except Malformed as malformed:
             return peer, malformed, []
 
@@ -130,7 +130,7 @@ class Client(_Socket):
 
     async def receive(self) -> tuple[Message, list[memoryview]]:
         _, frames = await self._next()
-        return decode(frames, self._accepts, BATCH_LIMITS)
+        return decode(frames, self._accepts)
 
     async def send(self, message: Message, frames: Sequence[Buffer] = ()) -> None:
         while self._server is None or self._server.closed:

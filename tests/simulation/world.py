@@ -26,7 +26,6 @@ from asyncdapo.replay.server import server as server_module
 from asyncdapo.replay.server.workers import FromWorker
 from asyncdapo.rollout import jobs as jobs_module
 from asyncdapo.rollout import worker as worker_module
-from asyncdapo.transport.codec import BATCH_LIMITS, Limits
 from tests.simulation.controller import Controller
 from tests.simulation.disk import FileDisk, MemoryDisk
 from tests.simulation.judge import Judge
@@ -124,9 +123,11 @@ class World:
             await asyncio.sleep(RELAUNCH_S)
 
     def _is_final(self, end: str) -> bool:
-        """Whether it makes no sense to launch again. Without faults no run ends by bad luck."""
+        """Whether it makes no sense to launch again. Without faults no run ends by bad luck, but what an early batch met
+        before is said when the train step is over."""
         lawful = any(words in end for words in LAWFUL_ENDS)
-        assert lawful or (not self.settled and any(words in end for words in BAD_LUCK)), end
+        had_faults = not self.settled or self.loop.time() <= self.settled_at + self.plan.train_s
+        assert lawful or (had_faults and any(words in end for words in BAD_LUCK)), end
         self._num_lawful += lawful
         return lawful and (self.settled or self._num_lawful > 1)
 
@@ -269,11 +270,9 @@ class World:
             for module, name, part in before:
                 setattr(module, name, part)
 
-    def _make_server(self, accepts: Any, host: str, limits: Limits = BATCH_LIMITS, *, port: int, curve: None) -> Server:
+    def _make_server(self, accepts: Any, host: str, *, port: int, curve: None) -> Server:
         address = ROLLOUT_ADDRESS if accepts == FromWorker else LEARNER_ADDRESS
         return Server(self.network, CURRENT.get(), accepts, address)
 
-    def _make_client(
-        self, address: str, accepts: Any, identity: bytes, limits: Limits = BATCH_LIMITS, *, curve: None
-    ) -> Client:
+    def _make_client(self, address: str, accepts: Any, identity: bytes, *, curve: None) -> Client:
         return Client(self.network, CURRENT.get(), accepts, address, identity)

@@ -28,6 +28,7 @@ from asyncdapo.messages import (
     Prompt,
     Welcome,
 )
+from asyncdapo.records.record import Place
 from asyncdapo.shares import Batch, Deal
 from asyncdapo.transport.codec import Limits, Malformed, decode, encode
 from asyncdapo.transport.payload import Payload, pack_answers, unpack_answers
@@ -48,6 +49,7 @@ GROUP = Group(
 )
 PROGRESS = Progress(num_tokens=12, phase="sampling", started_version=1)
 PAYLOAD = Payload(np.array([5, 6, 7]), np.array([1, 2, 1, 2]), np.array([-0.5, -0.1, -0.25, -2.0]))
+DEAL = Deal(updates=[0], ranks=[0])
 MESSAGES = [
     Hello(schema=1, worker=0, session="a", loaded_version=0, branch=0, granted=0),
     Welcome(branch=0, granted=3),
@@ -63,7 +65,7 @@ MESSAGES = [
         gauges={"tokens": 12.0},
     ),
     EvalRequest(request_id=0, seed=1, sampling=Sampling(temperature=0.0), prompts=[PROMPT]),
-    Batch(step=1, branch=0, max_staleness=2, groups=[GROUP], deal=Deal(updates=[0], ranks=[0])),
+    Batch(step=1, branch=0, max_staleness=2, groups=[GROUP], deal=DEAL, places=[Place(1, 0, 90)]),
     Ack(lease_id=9),
 ]
 ACCEPTS = Hello | Welcome | Ask | Lease | GroupDone | Heartbeat | EvalRequest | Batch | Ack

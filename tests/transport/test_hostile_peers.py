@@ -118,7 +118,7 @@ class ValidLife:
                 self.longest_gap, at = max(self.longest_gap, self._heard["malformed"] - at), self._heard["malformed"]
                 await learner.want(step)
                 with suppress(TimeoutError):
-                    batch_step = (await asyncio.wait_for(learner.receive(), 0.02))[0].step
+                    batch_step = (await asyncio.wait_for(learner.receive(), 0.02)).step
             metrics = await self._server.trained(step, {"learner/loss": 0.5})
             await self._server.published(step)
             self.lines.append({"step": step, **metrics})

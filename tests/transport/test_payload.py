@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asyncdapo.messages import GroupDone
-from asyncdapo.shares import Piece, frames_of, read_share
 from asyncdapo.transport.codec import decode, encode
 from asyncdapo.transport.payload import Payload, Support, expand
 from tests.episodes import Episodes, MadeContext, narrowed
@@ -53,9 +52,6 @@ def test_a_part_of_a_payload_has_the_tokens_of_its_completions(seed: int) -> Non
     for part, whole in zip(joined.split([one, other]), (of_one, of_other), strict=True):
         assert part.support is not None  # of one of the two groups it was narrowed
         assert part.support.token_ids.tolist() == (whole.support.token_ids.tolist() if whole.support else [])
-    share = [Piece(place, [], group) for place, group in enumerate((one, other))]
-    read = read_share(frames_of([of_one, of_other]), share)
-    assert [bytes(frame) for frame in read.frames()] == [bytes(frame) for frame in joined.frames()]
     of_last = of_one.of_completions(one, [len(one.completions) - 1])
     last = [tokens for tokens in of_one.of_contexts(one) if tokens.index == len(one.completions) - 1]
     assert of_last.token_ids.tolist() == np.concatenate([tokens.own_ids for tokens in last]).tolist()

@@ -39,7 +39,8 @@ from asyncdapo.controller.process.waits import NOBODY
 from asyncdapo.controller.roles.opening import Opened, Start
 from asyncdapo.errors import RunError
 from asyncdapo.eval_messages import EvalAnswer, EvalRequest
-from asyncdapo.replay.ledger.ledger import LEDGER_FILE, PAYLOAD_FOLDER
+from asyncdapo.records.record import PAYLOAD_FOLDER
+from asyncdapo.replay.ledger.ledger import LEDGER_FILE
 from asyncdapo.replay.server.failures import MIN_FAILED
 
 CONTROLLER_LOG = "controller.log"

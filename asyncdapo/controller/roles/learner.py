@@ -35,6 +35,7 @@ from asyncdapo.errors import RunError, WeightsError
 from asyncdapo.learner.batches.batches import Batches
 from asyncdapo.learner.batches.feed import BatchFeed
 from asyncdapo.learner.batches.prepared import Prepared
+from asyncdapo.learner.batches.tokens import check_folder
 from asyncdapo.learner.model.model import device_of
 from asyncdapo.learner.step.learner import Learner
 from asyncdapo.learner.step.probe import Pair
@@ -95,9 +96,11 @@ class LearnerProcess(ProcessBase):
 
     @classmethod
     async def start(cls, spec: ProcessSpec, replay_address: str) -> LearnerProcess:
-        """Connect to the replay server."""
+        """Connect to the replay server. Raises ConfigError where this node doesn't see what it writes."""
         torch.set_num_threads(spec.config.learner.threads)
-        return cls(spec, BatchFeed(replay_address, spec.index, curve=spec.keys.client))
+        run_dir = Path(spec.config.run.dir)
+        check_folder(run_dir, spec.name)
+        return cls(spec, BatchFeed(replay_address, run_dir, spec.index, curve=spec.keys.client))
 
     @property
     def learner(self) -> Learner:

@@ -31,7 +31,7 @@ import msgspec
 
 from asyncdapo.controller.watch.site import Site
 from asyncdapo.errors import UserError
-from asyncdapo.replay.ledger.payloads import BadRecord
+from asyncdapo.records.record import BadRecord
 
 FOLDER = Path(__file__).with_name("page")
 RULES = (

@@ -1,6 +1,6 @@
 """The learner's next batch: asked for, received and prepared while the learner trains on the one before.
 
-    ask(k + 1) ──CutWanted──▶ replay ──Batch──▶ feed ──prepare, in a thread of its own──▶ Prepared
+    ask(k + 1) ──CutWanted──▶ replay ──Batch──▶ feed ──tokens, prepare, each in a thread──▶ Prepared
                                                   └── or NoBatch, kept for whoever wants batch k + 1
 
 In: the step of a batch. `ask` gets it early, when train step k begins; `receive` gets it when the batch is wanted. Out:

@@ -19,10 +19,10 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from asyncdapo.errors import UserError
+from asyncdapo.records.record import PAYLOAD_FOLDER, BadRecord, Place, read_record
 from asyncdapo.replay.ledger.contexts import header_problem, token_problem
 from asyncdapo.replay.ledger.invariants import INVARIANTS, NUM_COPIES
-from asyncdapo.replay.ledger.ledger import LEDGER_FILE, PAYLOAD_FOLDER, check_values, is_begun, open_ledger
-from asyncdapo.replay.ledger.payloads import BadRecord, Place, read_record
+from asyncdapo.replay.ledger.ledger import LEDGER_FILE, check_values, is_begun, open_ledger
 from asyncdapo.replay.ledger.schema import HELD_STATES, LEDGER_SCHEMA, PARTIALS_TABLE
 
 CONFIG_FILE = "config.yaml"

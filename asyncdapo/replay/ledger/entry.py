@@ -13,9 +13,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from asyncdapo.messages import Group, Prompt
+from asyncdapo.records.record import Place
 from asyncdapo.replay.core import events as core
 from asyncdapo.replay.ledger import reload
-from asyncdapo.replay.ledger.payloads import Place, Segments
+from asyncdapo.replay.ledger.payloads import Segments
 from asyncdapo.replay.ledger.schema import HELD_STATES
 from asyncdapo.transport.codec import Buffer
 from asyncdapo.transport.payload import Payload

@@ -31,6 +31,7 @@ from asyncdapo import faults
 from asyncdapo.disk import disk_errors
 from asyncdapo.errors import RunError
 from asyncdapo.messages import Group, Prompt
+from asyncdapo.records.record import PAYLOAD_FOLDER, Place
 from asyncdapo.replay.config import ReplayConfig
 from asyncdapo.replay.core import events as core
 from asyncdapo.replay.core.recovery import GroupFacts, Recovered
@@ -39,14 +40,13 @@ from asyncdapo.replay.ledger.entry import Entry
 from asyncdapo.replay.ledger.ledger import (
     LEDGER_FILE,
     LOCK_WAIT_S,
-    PAYLOAD_FOLDER,
     fold_log,
     lock_for_writing,
     open_for_writing,
     place_of,
     sync_log,
 )
-from asyncdapo.replay.ledger.payloads import SEGMENT_BYTES, Place, Segments
+from asyncdapo.replay.ledger.payloads import SEGMENT_BYTES, Segments
 from asyncdapo.replay.ledger.rollback import Rollback
 from asyncdapo.replay.ledger.schema import HELD_STATES
 from asyncdapo.transport.codec import Buffer
@@ -212,12 +212,8 @@ class Journal:
         """Where the payloads of these groups are. Raises LookupError if one isn't kept."""
         return [place_of(self._db, group_id) for group_id in group_ids]
 
-    def read(self, place: Place) -> tuple[Group, Payload]:
-        """A group and its payload. Any thread may call it. Raises BadRecord if it can't be read."""
-        return self._segments.read(place)
-
     def read_header(self, place: Place) -> Group:
-        """The group without its payload. As `read`."""
+        """A group without its payload. Any thread may call it. Raises BadRecord if it can't be read."""
         return self._segments.read_header(place)
 
     def read_partial(self, prompt_id: int, lease_id: int) -> Sequence[bytes]:

@@ -5,7 +5,7 @@
 
 In: a step that was trained, while its payloads are there. Out: one file for it, replaced if the step is trained again.
 Invariant: nothing depends on these files, so they aren't synced, and any of them may be deleted. Does not own: the
-format of the records (`payloads`), which groups a batch has (`ledger`), the log-probs (`learner/storage`).
+format of the records (`records/record`), which groups a batch has (`ledger`), the log-probs (`learner/storage`).
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import numpy as np
 
 from asyncdapo.disk import disk_errors
 from asyncdapo.messages import Group
-from asyncdapo.replay.ledger.ledger import PAYLOAD_FOLDER, open_ledger, read_group
-from asyncdapo.replay.ledger.payloads import BadRecord, Place, read_bytes, read_record, segment_path
+from asyncdapo.records.record import PAYLOAD_FOLDER, BadRecord, Place, read_bytes, read_record, segment_path
+from asyncdapo.replay.ledger.ledger import open_ledger, read_group
 from asyncdapo.transport.payload import Payload
 
 FOLDER = "samples"

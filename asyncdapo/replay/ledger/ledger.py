@@ -17,7 +17,7 @@ from typing import IO
 from asyncdapo.disk import LockedError, lock_file
 from asyncdapo.errors import RunError, UserError
 from asyncdapo.messages import Group
-from asyncdapo.replay.ledger.payloads import Place, read_record
+from asyncdapo.records.record import PAYLOAD_FOLDER, Place, read_record
 from asyncdapo.replay.ledger.schema import LEDGER_SCHEMA, PARTIALS_TABLE, TABLES, UNDONE_TABLES
 from asyncdapo.transport.payload import Payload
 
@@ -25,7 +25,6 @@ LEDGER_FILE = "ledger.db"
 LOCK_FILE = "ledger.lock"
 LOCK_WAIT_S = 30.0
 """Time for a former writer to finish dying."""
-PAYLOAD_FOLDER = "payloads"
 CHECKPOINT_PAGES = 8192
 """Of the WAL (32 MiB). Then SQLite folds it into the ledger, and whoever commits waits for the disk."""
 NUM_NAMED = 3

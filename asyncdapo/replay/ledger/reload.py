@@ -13,12 +13,12 @@ from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from asyncdapo.records.record import BadRecord
 from asyncdapo.replay.core import events as core
 from asyncdapo.replay.core.admission import NUM_MEASURED
 from asyncdapo.replay.core.batch import HeldGroup, draw_copies
 from asyncdapo.replay.core.events import LEASE_ENDS, VERDICT_STATES
 from asyncdapo.replay.core.recovery import GroupFacts, KnownWorker, OpenLease, Recovered, Totals
-from asyncdapo.replay.ledger.payloads import BadRecord
 from asyncdapo.replay.ledger.schema import HELD_STATES
 from asyncdapo.transport.codec import Malformed
 from asyncdapo.transport.payload import read_partial

@@ -34,10 +34,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from asyncdapo.records.record import BadRecord, Place
 from asyncdapo.replay.config import ReplayConfig
 from asyncdapo.replay.core.staleness import StalenessBound
 from asyncdapo.replay.core.stream import FIRST
-from asyncdapo.replay.ledger.payloads import BadRecord, Place
 from asyncdapo.replay.ledger.reload import saved_frames
 from asyncdapo.replay.ledger.schema import HELD_STATES
 

@@ -9,7 +9,7 @@ The peers report again what the ledger doesn't know: credits, peers, and the bat
 
 Owns: the core's state, which a rollback replaces; the running leases (kept by the sessions); the learner's ranks that
 wait for a batch. Does not own: sockets, what messages mean (`workers`), what follows from an event (`state`).
-Memory: a rank's share is made when it is wanted, aside, and of the groups of recent arrival (`shares`).
+Memory: a batch is made when it is wanted, aside, of headers alone (`headers`).
 `outgoing` is emptied as fast as the socket takes messages; a peer is sent only answers to what it sent or asked for.
 """
 
@@ -25,16 +25,16 @@ from functools import partial
 
 from asyncdapo.errors import RunError
 from asyncdapo.messages import Ack, Group, Lease, Message, Prompt, Reject, Withdraw
+from asyncdapo.records.record import BadRecord
 from asyncdapo.replay.core import events as core
 from asyncdapo.replay.core.recovery import Recovered
 from asyncdapo.replay.core.state import ReplayState
 from asyncdapo.replay.ledger.journal import Journal
-from asyncdapo.replay.ledger.payloads import BadRecord
 from asyncdapo.replay.server.accounts import Accounts
 from asyncdapo.replay.server.failures import Failures
+from asyncdapo.replay.server.headers import Headers
 from asyncdapo.replay.server.sessions import HeldLease, Session, Sessions
 from asyncdapo.replay.server.settings import ServerSettings
-from asyncdapo.replay.server.shares import Share, ShareReader
 from asyncdapo.seeds import sample_seed
 from asyncdapo.shares import Batch, CutWanted, Deal, NoBatch
 from asyncdapo.transport.codec import Buffer
@@ -56,10 +56,10 @@ class Letter:
 
 @dataclass(frozen=True)
 class Answer:
-    """To a rank of the learner. A batch is large: it is read in a thread when it is sent, and nobody waits for that."""
+    """To a rank of the learner. A batch is made in a thread when it is sent, and nobody waits for that."""
 
     peer: bytes
-    read: Callable[[], Share]
+    make: Callable[[], Batch | NoBatch]
 
 
 class Dispatch:
@@ -87,7 +87,7 @@ class Dispatch:
         self.state = make_state(recovered)
         self._wanted: dict[int, tuple[bytes, CutWanted]] = {}
         """What each rank of the learner waits for."""
-        self._shares = ShareReader(journal, settings)
+        self._headers = Headers(journal, settings.dealer)
         self._no_batch: str | None = None
         """Why no batch follows, if none does."""
         self._finished = False
@@ -134,7 +134,7 @@ class Dispatch:
                     self.accounts.drop_partial(action)
                 case core.MoveGroup():
                     self.accounts.move_group(action, arrived[0] if arrived else None)
-                    self._shares.recent.move(action, arrived)
+                    self._headers.move(action, arrived[0] if arrived else None)
                 case core.CutBatch():
                     self._answer_learner()
                 case core.GenBatchClosed():
@@ -175,7 +175,7 @@ class Dispatch:
         self.accounts.resume_from(recovered)
         self.state = self._make_state(recovered)
         self._wanted.clear()
-        self._shares = ShareReader(self._journal, self._settings)
+        self._headers = Headers(self._journal, self._settings.dealer)
         self._resume_from(recovered)
 
     def _resume_from(self, recovered: Recovered) -> None:
@@ -199,7 +199,7 @@ class Dispatch:
     # ------------------------------------------------------------------------------------------------------ learner
 
     def want_batch(self, peer: bytes, wanted: CutWanted) -> None:
-        """A rank of the learner asks for its share, perhaps again, perhaps as another peer. A batch that was cut before
+        """A rank of the learner asks for its batch, perhaps again, perhaps as another peer. A batch that was cut before
         is sent unchanged."""
         self._wanted[wanted.rank] = peer, wanted
         if wanted.step not in self.state.cut_batches.untrained and not self._no_batch:
@@ -228,16 +228,16 @@ class Dispatch:
     def _answer_learner(self) -> None:
         for rank, (peer, wanted) in list(self._wanted.items()):
             if wanted.step in self.state.cut_batches.untrained:
-                read = self._reader(wanted)
+                make = self._maker(wanted.step)
             elif self._no_batch:
-                read = partial(_nothing, NoBatch(step=wanted.step, reason=self._no_batch))
+                make = partial(NoBatch, step=wanted.step, reason=self._no_batch)
             else:
                 continue
-            self.answers.put_nowait(Answer(peer, read))
+            self.answers.put_nowait(Answer(peer, make))
             del self._wanted[rank]
 
-    def _reader(self, wanted: CutWanted) -> Callable[[], Share]:
-        batches, step = self.state.cut_batches, wanted.step
+    def _maker(self, step: int) -> Callable[[], Batch | NoBatch]:
+        batches = self.state.cut_batches
         bare = Batch(
             step=step,
             branch=self.branch,
@@ -248,7 +248,7 @@ class Dispatch:
         )
         members = [group.group_id for group in batches.untrained[step]]
         places = dict(zip(members, self._journal.places(members), strict=True))
-        return partial(self._shares.read, bare, places, wanted.rank)
+        return partial(self._headers.batch, bare, places)
 
     def _stop(self, stop: core.StopRun) -> None:
         if stop.error:
@@ -329,7 +329,3 @@ class Dispatch:
                 self.send(session, Withdraw(lease_ids=[action.lease_id]))
             case "rejected":
                 self.send(session, Reject(lease_id=action.lease_id, reason=detail))
-
-
-def _nothing(message: NoBatch) -> Share:
-    return message, ()

@@ -31,9 +31,6 @@ class ServerSettings:
     """Deals every batch to the learner's ranks."""
     max_failure_ratio: float = 1.0
     """`reward.max_failure_ratio`."""
-    recent_bytes: int = 256 << 20
-    """Of the tokens and log-probs that stay in memory until they are trained on. What has no room is read from the
-    segments."""
     vocab_size: int | None = None
     """Token ids are below it; None if it is not known."""
     totals: Mapping[str, float] = field(default_factory=dict)

@@ -23,9 +23,8 @@ from asyncdapo.errors import ConfigError
 from asyncdapo.learner.step.ranks import ALONE
 from asyncdapo.replay.ledger.kept import learned_logprobs
 from asyncdapo.shares import CutWanted, NoBatch
-from asyncdapo.transport.codec import BATCH_LIMITS
 from asyncdapo.transport.sockets import Server
-from tests.learner.tiny import make_batch, save_tiny_llama, sent_frames
+from tests.learner.tiny import make_batch, save_tiny_llama, stored
 
 NUM_STEPS = 3
 PATIENCE_S = 20
@@ -37,7 +36,8 @@ async def learner(path: str, run_dir: Path, questions: list[int], last: int = NU
     devices = ["learner.device=cpu", "rollout.dtype=float32"]
     keys = [f"run.dir={run_dir}", f"run.steps={NUM_STEPS}", f"model.path={path}", *devices]
     config = load_config(find_config("quickstart"), keys)
-    server = Server(CutWanted, limits=BATCH_LIMITS)
+    server = Server(CutWanted)
+    batches = {step: stored(run_dir, *make_batch(step, seed=step)) for step in range(1, last + 1)}
 
     async def serve() -> None:
         while True:
@@ -46,8 +46,7 @@ async def learner(path: str, run_dir: Path, questions: list[int], last: int = NU
             if wanted.step > last:
                 await server.send(peer, NoBatch(step=wanted.step, reason="the data is used up"))
             else:
-                batch, payload = make_batch(wanted.step, seed=wanted.step)
-                await server.send(peer, batch, sent_frames(batch, payload))
+                await server.send(peer, batches[wanted.step])
 
     spec = ProcessSpec(role="learner", config=config, keys=SimpleNamespace(client=None))
     process = await LearnerProcess.start(spec, server.address)

@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from asyncdapo.errors import RunError
 from asyncdapo.learner.batches.batches import Batches
 from asyncdapo.learner.batches.feed import MAX_DAMAGED, BatchFeed
-from asyncdapo.shares import CutWanted, NoBatch
-from asyncdapo.transport.codec import BATCH_LIMITS
+from asyncdapo.shares import Batch, CutWanted, NoBatch
 from asyncdapo.transport.sockets import Server
-from tests.learner.tiny import make_batch, sent_frames
+from tests.learner.tiny import make_batch, stored
 
 
 class Replay:
     """Answers a question as soon as its step is in `cut`."""
 
     def __init__(self) -> None:
-        self.server = Server(CutWanted, limits=BATCH_LIMITS)
+        self.server = Server(CutWanted)
         self.questions: list[int] = []
-        self.cut: dict[int, tuple] = {}
+        self.cut: dict[int, Batch | NoBatch] = {}
         self.asked = asyncio.Event()
 
     async def serve(self) -> None:
@@ -31,11 +32,23 @@ class Replay:
             self.questions.append(message.step)
             self.asked.set()
             if message.step in self.cut:
-                answer, *payload = self.cut[message.step]
-                await self.server.send(peer, answer, payload[0] if payload else ())
+                await self.server.send(peer, self.cut[message.step])
 
 
-def play(story: Callable[[Replay, Batches], Awaitable[None]], *, ask_again_s: float = 0.05) -> None:
+Stored = tuple[Path, dict[int, Batch]]
+
+
+@pytest.fixture(scope="module")
+def batches_of(tmp_path_factory) -> Stored:
+    """A run directory and its first two batches, by step."""
+    run_dir = tmp_path_factory.mktemp("run")
+    return run_dir, {step: stored(run_dir, *make_batch(step)) for step in (1, 2)}
+
+
+Story = Callable[[Replay, Batches], Awaitable[None]]
+
+
+def play(story: Story, run_dir: Path = Path("nothing is read"), *, ask_again_s: float = 0.05) -> None:
     """The story of a replay server and one rank; `Prepared` is the batch's step as text."""
 
     async def prepare(batch, payload) -> str:
@@ -43,7 +56,7 @@ def play(story: Callable[[Replay, Batches], Awaitable[None]], *, ask_again_s: fl
 
     async def run() -> None:
         replay = Replay()
-        batches = Batches(BatchFeed(replay.server.address, ask_again_s=ask_again_s), prepare)
+        batches = Batches(BatchFeed(replay.server.address, run_dir, ask_again_s=ask_again_s), prepare)
         serving = asyncio.create_task(replay.serve())
         try:
             async with asyncio.timeout(20):
@@ -58,14 +71,11 @@ def play(story: Callable[[Replay, Batches], Awaitable[None]], *, ask_again_s: fl
     asyncio.run(run())
 
 
-def batch_of(step: int) -> tuple:
-    batch, payload = make_batch(step)
-    return batch, sent_frames(batch, payload)
+def test_a_batch_that_was_asked_for_early_is_there_when_it_is_wanted(batches_of: Stored) -> None:
+    run_dir, cut = batches_of
 
-
-def test_a_batch_that_was_asked_for_early_is_there_when_it_is_wanted() -> None:
     async def story(replay: Replay, batches: Batches) -> None:
-        replay.cut[2] = batch_of(2)
+        replay.cut[2] = cut[2]
         batches.ask(2)
         while batches._coming[1].done() is False:
             await asyncio.sleep(0)
@@ -74,7 +84,7 @@ def test_a_batch_that_was_asked_for_early_is_there_when_it_is_wanted() -> None:
         assert await (await batches.receive(2)) == "prepared 2"
         assert replay.questions == [2] * num_questions
 
-    play(story)
+    play(story, run_dir)
 
 
 def test_asking_twice_is_asking_once_and_another_step_is_refused() -> None:
@@ -91,7 +101,7 @@ def test_asking_twice_is_asking_once_and_another_step_is_refused() -> None:
 
 def test_the_end_of_the_data_is_kept_for_whoever_wants_the_batch() -> None:
     async def story(replay: Replay, batches: Batches) -> None:
-        replay.cut[2] = (NoBatch(step=2, reason="the data is used up"),)
+        replay.cut[2] = NoBatch(step=2, reason="the data is used up")
         batches.ask(2)
         for _ in range(2):
             assert await batches.receive(2) == NoBatch(step=2, reason="the data is used up")
@@ -100,51 +110,62 @@ def test_the_end_of_the_data_is_kept_for_whoever_wants_the_batch() -> None:
     play(story, ask_again_s=20)
 
 
-def test_whoever_gives_up_waiting_gets_the_batch_when_he_comes_again() -> None:
+def test_whoever_gives_up_waiting_gets_the_batch_when_he_comes_again(batches_of: Stored) -> None:
+    run_dir, cut = batches_of
+
     async def story(replay: Replay, batches: Batches) -> None:
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.05):
                 await batches.receive(1)
-        replay.cut[1] = batch_of(1)
+        replay.cut[1] = cut[1]
         assert await (await batches.receive(1)) == "prepared 1"
 
-    play(story)
+    play(story, run_dir)
 
 
-def test_a_server_that_was_away_is_asked_again() -> None:
+def test_a_server_that_was_away_is_asked_again(batches_of: Stored) -> None:
+    run_dir, cut = batches_of
+
     async def story(replay: Replay, batches: Batches) -> None:
         batches.ask(2)
         while len(replay.questions) < 3:
             await asyncio.sleep(0.01)
-        replay.cut[2] = batch_of(2)
+        replay.cut[2] = cut[2]
         assert await (await batches.receive(2)) == "prepared 2"
 
-    play(story)
+    play(story, run_dir)
 
 
-def test_damage_of_an_early_batch_is_raised_where_the_batch_is_wanted() -> None:
+def test_damage_of_an_early_batch_is_raised_where_the_batch_is_wanted(
+    batches_of: Stored,
+) -> None:
+    run_dir, cut = batches_of
+
     async def story(replay: Replay, batches: Batches) -> None:
-        batch, frames = batch_of(2)
-        replay.cut[2] = (batch, (b"1234", *frames[1:]))
+        replay.cut[2] = replace(cut[2], places=[])
         batches.ask(2)
         while len(replay.questions) < MAX_DAMAGED:
             await asyncio.sleep(0.01)
         with pytest.raises(RunError, match="batch 2 arrived damaged"):
             await batches.receive(2)
 
-    play(story)
+    play(story, run_dir)
 
 
-def test_an_error_of_the_preparation_is_raised_where_the_batch_is_wanted() -> None:
+def test_an_error_of_the_preparation_is_raised_where_the_batch_is_wanted(
+    batches_of: Stored,
+) -> None:
+    run_dir, cut = batches_of
+
     async def run() -> None:
         replay = Replay()
 
         async def prepare(batch, payload) -> None:
             raise ValueError("no rows")
 
-        batches = Batches(BatchFeed(replay.server.address), prepare)
+        batches = Batches(BatchFeed(replay.server.address, run_dir), prepare)
         serving = asyncio.create_task(replay.serve())
-        replay.cut[1] = batch_of(1)
+        replay.cut[1] = cut[1]
         try:
             with pytest.raises(ValueError, match="no rows"):
                 await (await batches.receive(1))
@@ -156,14 +177,16 @@ def test_an_error_of_the_preparation_is_raised_where_the_batch_is_wanted() -> No
     asyncio.run(run())
 
 
-@pytest.mark.parametrize("cut", [False, True])
-def test_closing_gives_up_what_is_on_its_way_or_has_come(cut: bool) -> None:
+@pytest.mark.parametrize("is_cut", [False, True])
+def test_closing_gives_up_what_is_on_its_way_or_has_come(batches_of: Stored, is_cut: bool) -> None:
+    run_dir, cut = batches_of
+
     async def story(replay: Replay, batches: Batches) -> None:
-        if cut:
-            replay.cut[2] = batch_of(2)
+        if is_cut:
+            replay.cut[2] = cut[2]
         batches.ask(2)
         await replay.asked.wait()
-        while cut and not batches._coming[1].done():
+        while is_cut and not batches._coming[1].done():
             await asyncio.sleep(0)
 
-    play(story)
+    play(story, run_dir)

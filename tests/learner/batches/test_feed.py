@@ -1,25 +1,28 @@
-"""The learner's end of the wire, against a real socket that plays the replay server."""
+"""The learner's end of the wire, against a real socket that plays the replay server, and real segments."""
 
 import asyncio
+import threading
 
-import numpy as np
 import pytest
+from msgspec.structs import replace
 
-from asyncdapo.errors import BatchError, RunError
+from asyncdapo.errors import BatchError, ConfigError, RunError
+from asyncdapo.learner.batches import feed as feed_module
 from asyncdapo.learner.batches.feed import MAX_DAMAGED, BatchFeed
+from asyncdapo.learner.batches.tokens import check_folder, read_share
 from asyncdapo.messages import Welcome
+from asyncdapo.records.record import PAYLOAD_FOLDER, segment_path
 from asyncdapo.shares import CutWanted, NoBatch, share_of
-from asyncdapo.transport.codec import BATCH_LIMITS
 from asyncdapo.transport.sockets import Server
-from tests.learner.tiny import batch_of, make_batch, payload_of, sent_frames
+from tests.learner.tiny import batch_of, make_batch, payload_of, stored
 
 
-def serve(answer, step=1, ask_again_s=0.1, **rank):
+def serve(answer, run_dir, step=1, ask_again_s=0.1, **rank):
     """Take `step` from a server that calls `answer(server, peer, number of the question)` for each question."""
 
     async def run():
-        server = Server(CutWanted, limits=BATCH_LIMITS)
-        feed = BatchFeed(server.address, **rank, ask_again_s=ask_again_s)
+        server = Server(CutWanted)
+        feed = BatchFeed(server.address, run_dir, **rank, ask_again_s=ask_again_s)
         questions = []
 
         async def answer_all():
@@ -42,108 +45,164 @@ def serve(answer, step=1, ask_again_s=0.1, **rank):
     return asyncio.run(run())
 
 
-def test_a_batch_arrives_as_it_was_sent():
-    batch, payload = make_batch(step=1)
-
-    async def answer(server, peer, nth):
-        await server.send(peer, batch, sent_frames(batch, payload))
-
-    (got, got_payload), questions = serve(answer, ask_again_s=20)
-    assert got == batch
-    assert np.array_equal(got_payload.prompt_ids, payload.prompt_ids)
-    assert np.array_equal(got_payload.token_ids, payload.token_ids)
-    assert np.array_equal(got_payload.logprobs, payload.logprobs)
-    assert questions == [1]
-
-
-def test_a_rank_asks_for_its_share_and_has_all_headers_with_the_payload_of_its_completions():
-    batch, payload = make_batch(step=1, num_groups=7)
-    batch = batch_of(batch.groups, num_ranks=3, num_updates=2)
-    for rank in range(3):
-        sent = payload_of(batch, payload, rank)
-        assert 0 < sent.num_bytes < payload.num_bytes
-
-        async def answer(server, peer, nth, rank=rank):
-            await server.send(peer, batch, sent_frames(batch, payload, rank))
-
-        (got, got_payload), _ = serve(answer, ask_again_s=20, rank=rank)
-        assert got == batch
-        assert got_payload.frames() == sent.frames()
-
-
-def test_a_rank_without_a_completion_has_an_empty_share():
-    batch, _ = make_batch(step=1, num_groups=1)
-    assert share_of(batch, 1) == []
-
+def always(batch):
     async def answer(server, peer, nth):
         await server.send(peer, batch)
 
-    (got, got_payload), _ = serve(answer, ask_again_s=20, rank=1)
+    return answer
+
+
+def test_a_batch_arrives_as_it_was_sent_with_the_tokens_that_were_stored(tmp_path):
+    batch, payload = make_batch(step=1)
+    batch = stored(tmp_path, batch, payload)
+    (got, got_payload), questions = serve(always(batch), tmp_path, ask_again_s=20)
+    assert got == batch
+    assert got_payload.frames() == payload.frames()
+    assert questions == [1]
+
+
+def test_records_are_joined_in_the_order_of_the_batch_wherever_they_are(tmp_path):
+    """Groups arrive in another order than that of their prompts, and end up in several segments."""
+    batch, payload = make_batch(step=1, num_groups=7)
+    parts = payload.split(batch.groups)
+    places = {}
+    for order in ([4, 1, 6], [3], [5, 0, 2]):
+        groups = [batch.groups[place] for place in order]
+        some = stored(tmp_path, batch_of(groups), payload.join([parts[place] for place in order]))
+        places |= dict(zip(order, some.places, strict=True))
+    batch = replace(batch, places=[place for _, place in sorted(places.items())])
+    assert len({place.segment for place in batch.places}) == 3
+    (_, got_payload), _ = serve(always(batch), tmp_path, ask_again_s=20)
+    assert got_payload.frames() == payload.frames()
+
+
+def test_a_rank_has_all_headers_and_the_tokens_of_its_completions(tmp_path):
+    batch, payload = make_batch(step=1, num_groups=7)
+    batch = stored(tmp_path, batch_of(batch.groups, num_ranks=3, num_updates=2), payload)
+    for rank in range(3):
+        own = payload_of(batch, payload, rank)
+        assert 0 < own.num_bytes < payload.num_bytes
+        (got, got_payload), _ = serve(always(batch), tmp_path, ask_again_s=20, rank=rank)
+        assert got == batch
+        assert got_payload.frames() == own.frames()
+
+
+def test_a_rank_without_a_completion_has_an_empty_share_and_reads_nothing(tmp_path):
+    batch, payload = make_batch(step=1, num_groups=1)
+    batch = stored(tmp_path, batch, payload)
+    segment_path(tmp_path / PAYLOAD_FOLDER, 1).unlink()
+    assert share_of(batch, 1) == []
+    (got, got_payload), _ = serve(always(batch), tmp_path, ask_again_s=20, rank=1)
     assert got == batch
     assert got_payload.num_bytes == 0
 
 
-def test_it_asks_again_until_there_is_an_answer():
-    batch, payload = make_batch(step=3)
+def test_it_asks_again_until_there_is_an_answer(tmp_path):
+    batch = stored(tmp_path, *make_batch(step=3))
 
     async def answer(server, peer, nth):
         if nth == 4:
-            await server.send(peer, batch, sent_frames(batch, payload))
+            await server.send(peer, batch)
 
-    (got, _), questions = serve(answer, step=3)
+    (got, _), questions = serve(answer, tmp_path, step=3)
     assert got == batch
     assert questions == [3, 3, 3, 3]
 
 
-def test_a_late_answer_to_an_earlier_question_is_passed_over():
-    earlier, batch = make_batch(step=1), make_batch(step=2, seed=1)
+def test_a_late_answer_to_an_earlier_question_is_passed_over(tmp_path):
+    earlier, batch = stored(tmp_path, *make_batch(step=1)), stored(tmp_path, *make_batch(step=2, seed=1))
 
     async def answer(server, peer, nth):
-        for answered, payload in (earlier, earlier, batch):
-            await server.send(peer, answered, sent_frames(answered, payload))
+        for answered in (earlier, earlier, batch):
+            await server.send(peer, answered)
 
-    (got, _), _ = serve(answer, step=2, ask_again_s=20)
-    assert got == batch[0]
+    (got, _), _ = serve(answer, tmp_path, step=2, ask_again_s=20)
+    assert got == batch
 
 
-def test_the_end_of_the_data_is_an_answer_without_a_batch():
-    async def answer(server, peer, nth):
-        await server.send(peer, NoBatch(step=2, reason="the data is used up"))
-
-    got, questions = serve(answer, step=2, ask_again_s=20)
-    assert got == NoBatch(step=2, reason="the data is used up")
+def test_the_end_of_the_data_is_an_answer_without_a_batch(tmp_path):
+    no_batch = NoBatch(step=2, reason="the data is used up")
+    got, questions = serve(always(no_batch), tmp_path, step=2, ask_again_s=20)
+    assert got == no_batch
     assert questions == [2]
 
 
-def test_a_damaged_answer_is_asked_for_again():
-    batch, payload = make_batch(step=1)
+def test_a_damaged_answer_is_asked_for_again(tmp_path):
+    batch = stored(tmp_path, *make_batch(step=1))
 
     async def answer(server, peer, nth):
         if nth == 1:
             await server.send(peer, Welcome(branch=0, granted=0))
         elif nth == 2:
-            await server.send(peer, batch, sent_frames(batch, payload)[:2])
+            await server.send(peer, replace(batch, places=batch.places[:2]))
         else:
-            await server.send(peer, batch, sent_frames(batch, payload))
+            await server.send(peer, batch)
 
-    (got, _), questions = serve(answer, ask_again_s=20)
+    (got, _), questions = serve(answer, tmp_path, ask_again_s=20)
     assert got == batch
     assert questions == [1, 1, 1]
 
 
-def test_a_batch_that_the_server_cannot_read_back_is_an_error_of_its_own():
-    async def answer(server, peer, nth):
-        await server.send(peer, NoBatch(step=1, reason="batch 1 can't be read back: why", unreadable=True))
+def test_damage_again_and_again_ends_the_run(tmp_path):
+    batch = stored(tmp_path, *make_batch(step=1))
+    harmed = replace(batch, places=batch.places[1:])
+    with pytest.raises(RunError, match=f"arrived damaged {MAX_DAMAGED} times in a row: 3 places for 4 groups"):
+        serve(always(harmed), tmp_path, ask_again_s=20)
 
+
+def test_reading_takes_as_long_as_it_takes_and_the_loop_goes_on(tmp_path, monkeypatch):
+    batch = stored(tmp_path, *make_batch(step=1))
+    may_end, reads = threading.Event(), []
+
+    def slow(*args):
+        reads.append(args)
+        assert may_end.wait(20), "the loop stands still"
+        return read_share(*args)
+
+    monkeypatch.setattr(feed_module, "read_share", slow)
+
+    async def answer(server, peer, nth):
+        await server.send(peer, batch)
+        while not reads:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.2)
+        may_end.set()
+
+    (got, _), _ = serve(answer, tmp_path, ask_again_s=0.05)
+    assert got == batch
+    assert len(reads) == 1, "it was given up and begun again"
+
+
+# ------------------------------------------------------------------------------------------ what can't be read back
+
+
+def test_a_batch_whose_headers_the_server_cannot_read_is_an_error_of_its_own(tmp_path):
     with pytest.raises(BatchError, match="batch 1 can't be read back: why"):
-        serve(answer, ask_again_s=20)
+        serve(always(NoBatch(step=1, reason="batch 1 can't be read back: why", unreadable=True)), tmp_path)
 
 
-def test_damage_again_and_again_ends_the_run():
-    batch, payload = make_batch(step=1)
+@pytest.mark.parametrize(("harm", "said"), [("bytes", "its tokens are damaged"), ("file", "No such file")])
+def test_a_record_that_cannot_be_read_is_the_same_error_and_names_its_file(tmp_path, harm, said):
+    batch = stored(tmp_path, *make_batch(step=1))
+    segment = segment_path(tmp_path / PAYLOAD_FOLDER, 1)
+    content = bytearray(segment.read_bytes())
+    content[batch.places[2].end - 1] ^= 1
+    segment.write_bytes(content)
+    if harm == "file":
+        segment.unlink()
+    with pytest.raises(BatchError, match=rf"batch 1 can't be read back from {tmp_path}: payloads/000001\.bin.*{said}"):
+        serve(always(batch), tmp_path, ask_again_s=20)
 
-    async def answer(server, peer, nth):
-        await server.send(peer, batch, (b"1234", *sent_frames(batch, payload)[1:]))
 
-    with pytest.raises(RunError, match=f"batch 1 arrived damaged {MAX_DAMAGED} times in a row: payload frames of"):
-        serve(answer, ask_again_s=20)
+def test_the_record_of_another_group_is_found(tmp_path):
+    batch = stored(tmp_path, *make_batch(step=1))
+    first, second, *others = batch.places
+    with pytest.raises(BatchError, match="holds group 1, not group 0"):
+        serve(always(replace(batch, places=[second, first, *others])), tmp_path, ask_again_s=20)
+
+
+def test_a_rank_that_does_not_see_the_run_directory_of_the_replay_server_says_so_before_training(tmp_path):
+    with pytest.raises(ConfigError, match=r"run\.dir: has to be on storage that all nodes share: learner-3 .*payloads"):
+        check_folder(tmp_path, "learner-3")
+    stored(tmp_path, *make_batch())
+    check_folder(tmp_path, "learner-3")

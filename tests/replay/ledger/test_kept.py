@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from asyncdapo.controller.watch.pages import completion_page, groups_of
+from asyncdapo.records.record import PAYLOAD_FOLDER, BadRecord
 from asyncdapo.replay.ledger.kept import FOLDER, keep_samples, places_of, read_kept
-from asyncdapo.replay.ledger.ledger import PAYLOAD_FOLDER, read_group
-from asyncdapo.replay.ledger.payloads import BadRecord
+from asyncdapo.replay.ledger.ledger import read_group
 from tests.controller.watch.test_pages import Bytes
 from tests.replay.small_run import SmallRun
 

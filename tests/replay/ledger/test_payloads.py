@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from asyncdapo.messages import NO_CHECKSUM, Lease, SampledTurn
-from asyncdapo.replay.ledger.payloads import BadRecord, Place, Segments, read_record, segment_path
+from asyncdapo.records.record import BadRecord, Place, read_record, segment_path
+from asyncdapo.replay.ledger.payloads import Segments
 from tests.replay.former import former_record
 from tests.replay.small_run import make_group, prompt_at
 
@@ -53,14 +54,14 @@ def read_harmed(folder: Path, places: list[Place], content: bytes | bytearray) -
 def test_a_group_comes_back_from_its_segment_as_it_was(tmp_path: Path) -> None:
     segments = Segments(tmp_path)
     places = [segments.append(*arrived(lease_id)) for lease_id in range(NUM)]
-    assert all(same(segments.read(place), lease_id) for lease_id, place in enumerate(places))
+    assert all(same(read_record(tmp_path, place), lease_id) for lease_id, place in enumerate(places))
 
 
 def test_a_full_segment_is_followed_by_the_next(tmp_path: Path) -> None:
     segments = Segments(tmp_path, segment_bytes=600)
     places = [segments.append(*arrived(i)) for i in range(4)]
     assert [place.segment for place in places] == [1, 1, 2, 2]
-    assert all(segments.read(place)[0].lease_id == i for i, place in enumerate(places))
+    assert all(read_record(tmp_path, place)[0].lease_id == i for i, place in enumerate(places))
 
 
 def test_a_new_writer_leaves_the_torn_end_of_an_old_segment_alone(tmp_path: Path) -> None:
@@ -70,7 +71,7 @@ def test_a_new_writer_leaves_the_torn_end_of_an_old_segment_alone(tmp_path: Path
         file.write(b"half a rec")
     second = Segments(tmp_path)
     assert second.append(*arrived(2)).segment == 2
-    assert second.read(kept)[0].lease_id == 1
+    assert read_record(tmp_path, kept)[0].lease_id == 1
 
 
 def test_a_record_that_ends_too_soon_is_an_error(tmp_path: Path) -> None:

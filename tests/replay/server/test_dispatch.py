@@ -2,16 +2,18 @@
 
 import errno
 import os
+import re
 
 import pytest
 
-from asyncdapo.errors import DiskError
+from asyncdapo.errors import BatchError, DiskError
 from asyncdapo.messages import Ack, Lease
 from asyncdapo.replay.config import FilterConfig
 from asyncdapo.replay.core import events as core
 from asyncdapo.replay.ledger.journal import Journal
 from asyncdapo.replay.ledger.ledger import describe_unreadable, place_of
 from asyncdapo.shares import Batch, CutWanted, NoBatch
+from tests.replay.serving import tokens_of
 from tests.replay.small_run import SmallRun
 
 
@@ -113,8 +115,10 @@ def test_of_events_that_fail_together_none_is_answered_and_none_is_in_the_ledger
     assert run.journal.recover().queued == []
 
 
-def test_a_batch_that_cannot_be_read_back_is_said_and_cut_anew_by_a_rollback(tmp_path):
-    """A rank may have it already, so it stays as it was cut while a learner lives."""
+@pytest.mark.parametrize(("at", "what"), [(30, "header is"), (-1, "tokens are")])
+def test_a_batch_that_cannot_be_read_back_is_said_and_cut_anew_by_a_rollback(tmp_path, at, what):
+    """A rank may have it already, so it stays as it was cut while a learner lives. What is wrong with a header is said
+    by the server, what is wrong with tokens is found by the rank that reads them."""
     run = SmallRun(tmp_path)
     run.join(0)
     run.fill(0)
@@ -124,20 +128,23 @@ def test_a_batch_that_cannot_be_read_back_is_said_and_cut_anew_by_a_rollback(tmp
     segment = tmp_path / "payloads" / "000001.bin"
     place = place_of(run.journal._db, harmed)
     content = bytearray(segment.read_bytes())
-    content[place.end - 1] ^= 1
+    content[place.end + at if at < 0 else place.offset + at] ^= 1
     segment.write_bytes(content)
     run.journal.close()
-    run = SmallRun(tmp_path)  # the former one has the group in memory
+    run = SmallRun(tmp_path)  # the former one has the header in memory
+    said = rf"batch 1 can't be read back.*: payloads/000001\.bin, record at 0: its {what} damaged"
     for _ in range(2):
         run.dispatch.want_batch(b"learner", CutWanted(step=1))
         [answer] = run.answers()
-        assert (type(answer), answer.unreadable) == (NoBatch, True)
-        assert answer.reason.startswith("batch 1 can't be read back: payloads/000001.bin, record at 0: its tokens are")
+        if isinstance(answer, NoBatch):
+            assert answer.unreadable
+            assert re.match(said, answer.reason)
+        else:
+            with pytest.raises(BatchError, match=said):
+                tokens_of(tmp_path, answer)
     run.roll_back(0)
     assert [group.group_id for group in run.state.held.queued] == [whole]
-    assert f"group {harmed} (payloads/000001.bin, record at 0: its tokens are" in describe_unreadable(
-        tmp_path, branch=1
-    )
+    assert f"group {harmed} (payloads/000001.bin, record at 0: its {what}" in describe_unreadable(tmp_path, branch=1)
     run.fill(0)
     run.dispatch.want_batch(b"learner", CutWanted(step=1))
     [batch] = run.answers()

@@ -11,8 +11,8 @@ from asyncdapo.messages import Ack, Lease, Loaded, Started, Welcome
 from asyncdapo.replay.config import FilterConfig
 from asyncdapo.replay.ledger.audit import audit
 from asyncdapo.seeds import sample_seed
-from asyncdapo.shares import NoBatch, for_learner, read_share, share_of
-from tests.replay.serving import FakeLearner, FakeWorker, eval_request, rows, scenario, serving, until
+from asyncdapo.shares import NoBatch, for_learner
+from tests.replay.serving import FakeLearner, FakeWorker, eval_request, rows, scenario, serving, tokens_of, until
 from tests.replay.small_run import make_group, prompt_at, write_files
 
 # --------------------------------------------------------------------------------------------------------------- leases
@@ -101,14 +101,14 @@ async def test_the_learner_gets_its_batch_when_it_is_full_after_the_ledger_has_t
         leases = await worker.leases(3)
         for lease in reversed(leases):
             await worker.answer(lease)
-        batch, frames = await learner.receive()
+        batch = await learner.receive()
         assert rows(tmp_path, "SELECT group_id FROM groups WHERE state = 'cut' AND step = 1 ORDER BY prompt_id") == [
             (group.lease_id,) for group in batch.groups
         ]
         assert (batch.step, batch.max_staleness) == (1, 1)
         prompts = [group.prompt_id for group in batch.groups]
         assert prompts == sorted(prompts)
-        parts = read_share(frames, share_of(batch, 0)).split(batch.groups)
+        parts = tokens_of(tmp_path, batch).split(batch.groups)
         by_id = {lease.lease_id: lease for lease in leases}
         for group, part in zip(batch.groups, parts, strict=True):
             expected, payload = make_group(by_id[group.lease_id])
@@ -124,14 +124,12 @@ async def test_a_batch_is_the_same_however_often_and_by_whom_it_is_wanted(tmp_pa
         await server.begin()
         await worker.work_off(3)
         await learner.want(1)
-        first, frames = await learner.receive()
+        first = await learner.receive()
         learner.close()
         restarted = FakeLearner(server, b"restarted")
         for _ in range(2):
             await restarted.want(1)
-            again, frames_again = await restarted.receive()
-            assert again == first
-            assert [bytes(frame) for frame in frames_again] == [bytes(frame) for frame in frames]
+            assert await restarted.receive() == first
 
 
 @scenario
@@ -195,11 +193,11 @@ async def test_when_the_data_is_used_up_the_learner_is_told_and_evaluation_conti
         await server.begin()
         await learner.want(1)
         await worker.work_off(1)
-        message, _ = await learner.receive()
+        message = await learner.receive()
         assert isinstance(message, NoBatch)
         assert message.step == 1
         await learner.want(1)
-        assert isinstance((await learner.receive())[0], NoBatch)
+        assert isinstance(await learner.receive(), NoBatch)
         await server.finish()
         evaluating = asyncio.create_task(server.evaluate([eval_request(1)]))
         await worker.ask(1)
@@ -248,7 +246,7 @@ def test_a_run_of_two_workers_and_a_learner_is_sound(tmp_path, run_ahead):
             await server.begin()
             for step in range(1, 9):
                 await learner.want(step)
-                batch, _ = await learner.receive()
+                batch = await learner.receive()
                 assert len(batch.groups) == 2
                 lines.append({"step": step, **await server.trained(step, {})})
                 for worker in workers:
