@@ -3,7 +3,7 @@ updates, their completions to the learner's ranks, each with all of its contexts
 
 The rules of `messages` hold for the messages here. In: the headers of a batch. Out: a `Deal`, and by it the share of a
 rank. The replay server deals a batch once, and every rank receives the same `Batch`, without a token: it reads those of
-its share from the segments (`learner/batches/tokens`). Invariants: every loss-bearing
+its share from the segments (`learner/batches/feed`). Invariants: every loss-bearing
 completion is at exactly one rank, every other one is at none; the same headers give the same deal; which groups an
 update holds depends neither on the number of ranks nor on the model. Does not own: micro-batches, which a rank makes of
 its share; denominators, which are made of all headers.

@@ -20,7 +20,7 @@ WALKS = {
     "a scored group becomes a gradient": (
         ("rollout.worker.RolloutWorker._complete", "rollout.groups.build_group"),
         ("replay.server.workers.Workers.hear", "replay.server.headers.Headers.batch"),
-        ("controller.roles.learner.LearnerProcess.take_batch", "learner.batches.feed.BatchFeed._receive"),
+        ("controller.roles.learner.LearnerProcess.take_batch", "learner.batches.feed.read_share"),
         ("controller.roles.learner.LearnerProcess._prepare", "learner.batches.samples.rows_by_update"),
         ("controller.roles.learner.LearnerProcess.train_step", "learner.step.gradient._backward"),
     ),

@@ -5,7 +5,7 @@ from contextlib import asynccontextmanager, closing, suppress
 from functools import partial
 
 from asyncdapo.eval_messages import EvalAck, EvalAnswer, EvalRequest, Sampling
-from asyncdapo.learner.batches.tokens import located_share, read_share
+from asyncdapo.learner.batches.feed import located_share, read_share
 from asyncdapo.messages import (
     SCHEMA_VERSION,
     Ack,

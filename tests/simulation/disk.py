@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from asyncdapo.learner.batches import tokens as tokens_module
+from asyncdapo.learner.batches import feed as feed_module
 from asyncdapo.messages import Group
 from asyncdapo.records.record import BadRecord, Place
 from asyncdapo.replay.ledger import journal as journal_module
@@ -143,7 +143,7 @@ class MemoryDisk:
             (journal_module, "sync_log", lambda path: None),
             (journal_module, "fold_log", lambda path: None),
             (journal_module, "Segments", lambda folder, num_bytes: _MemorySegments(self._records, num_bytes)),
-            (tokens_module, "read_records", lambda folder, places: {one: _read(self._records, one) for one in places}),
+            (feed_module, "read_records", lambda folder, places: {one: _read(self._records, one) for one in places}),
         ]
         before = [(module, name, getattr(module, name)) for module, name, _ in parts]
         for module, name, part in parts:

@@ -33,9 +33,8 @@ from asyncdapo.controller.roles.model_check import check_rotations
 from asyncdapo.controller.roles.observer import StepObserver
 from asyncdapo.errors import RunError, WeightsError
 from asyncdapo.learner.batches.batches import Batches
-from asyncdapo.learner.batches.feed import BatchFeed
+from asyncdapo.learner.batches.feed import BatchFeed, check_folder
 from asyncdapo.learner.batches.prepared import Prepared
-from asyncdapo.learner.batches.tokens import check_folder
 from asyncdapo.learner.model.model import device_of
 from asyncdapo.learner.step.learner import Learner
 from asyncdapo.learner.step.probe import Pair

@@ -1,9 +1,14 @@
-"""One rank's end of the wire to the replay server: asks for batch k until it arrives, and reads its tokens.
+"""One rank's batches: asked for at the replay server until they come, and their tokens read from its segments.
 
-In: a step. Out: its `Batch` with the `Payload` of this rank's share, or `NoBatch` when the data is used up. Invariant:
-the server answers a repeated `CutWanted` with the same batch, so a lost or damaged message costs one more question.
-Does not own: when to ask (`batches`); where the tokens are (`tokens`); when a batch is cut, and what it waits for (the
-server names it).
+    ──CutWanted──▶ replay ──Batch: headers, deal, places──▶ a record of each group of which the rank has a piece, from
+                                                            RUN_DIR/payloads/000007.bin ──▶ Payload, joined in order
+
+In: a step. Out: its `Batch` with the `Payload` of this rank's share, or `NoBatch` when the data is used up; or
+BatchError: the run then goes back to its checkpoint, and the rollback finds what is damaged and samples those prompts
+again. Invariants: the server answers a repeated `CutWanted` with the same batch, so a lost or damaged message costs one
+more question. The tokens are those that were written: each record's checksums hold, and its group is that of the
+header in the batch. Does not own: when to ask (`batches`); the format of a record (`records/record`); when a batch is
+cut, and what it waits for (the server names it).
 
 waits for: a full batch   unblocked by: rollout, replay
 """
@@ -12,11 +17,13 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
-from asyncdapo.errors import BatchError, RunError
-from asyncdapo.learner.batches.tokens import Share, located_share, read_share
-from asyncdapo.shares import Batch, CutWanted, NoBatch
+from asyncdapo.errors import BatchError, ConfigError, RunError
+from asyncdapo.messages import Group
+from asyncdapo.records.record import PAYLOAD_FOLDER, BadRecord, Place, read_records
+from asyncdapo.shares import Batch, CutWanted, NoBatch, Piece, share_of
 from asyncdapo.transport.codec import Malformed
 from asyncdapo.transport.keys import ClientKeys
 from asyncdapo.transport.payload import Payload
@@ -25,6 +32,8 @@ from asyncdapo.transport.sockets import Client
 ASK_AGAIN_S = 5.0
 MAX_DAMAGED = 3
 """Damaged answers in a row after which the run ends."""
+Share = Sequence[tuple[Piece, Place]]
+"""What a rank trains on, and where the record of each piece's group is."""
 
 
 class BatchFeed:
@@ -88,3 +97,40 @@ class BatchFeed:
             if answer.unreadable:
                 raise BatchError(answer.reason)
             return answer
+
+
+def check_folder(run_dir: Path, who: str) -> None:
+    """The replay server has made the folder before any rank starts. Raises ConfigError where it isn't seen."""
+    folder = run_dir / PAYLOAD_FOLDER
+    if not folder.is_dir():
+        problem = f"has to be on storage that all nodes share: {who} reads its tokens from {folder}, which isn't there"
+        fix = "choose a directory that every node sees under the same path"
+        raise ConfigError("run.dir", problem, str(run_dir), fix)
+
+
+def located_share(batch: Batch, rank: int) -> Share:
+    """Raises ValueError for a batch whose parts are not of the same groups."""
+    if len(batch.places) != len(batch.groups):
+        raise ValueError(f"{len(batch.places)} places for {len(batch.groups)} groups")
+    return [(piece, batch.places[piece.place]) for piece in share_of(batch, rank)]
+
+
+def read_share(run_dir: Path, step: int, share: Share) -> Payload:
+    """The payload of a share of batch `step`, joined. Blocks for as long as the storage takes. Raises BatchError."""
+    try:
+        records = read_records(run_dir / PAYLOAD_FOLDER, [place for _, place in share])
+        return Payload.join([_tokens_of(piece, place, *records[place]) for piece, place in share])
+    except BadRecord as bad:
+        raise BatchError(f"batch {step} can't be read back from {run_dir}: {bad}") from bad
+
+
+def _tokens_of(piece: Piece, place: Place, group: Group, payload: Payload) -> Payload:
+    """The piece's part of its group. Raises BadRecord if the record is another group's."""
+    if _identity(group) != _identity(piece.header):
+        where = f"the record at {place.offset:,} of segment {place.segment}"
+        raise BadRecord(f"{where} is of group {group.lease_id}, not of group {piece.header.lease_id}")
+    return payload.of_completions(group, piece.indices)
+
+
+def _identity(group: Group) -> tuple[int, int, int]:
+    return group.lease_id, group.prompt_id, group.branch

@@ -8,8 +8,7 @@ from msgspec.structs import replace
 
 from asyncdapo.errors import BatchError, ConfigError, RunError
 from asyncdapo.learner.batches import feed as feed_module
-from asyncdapo.learner.batches.feed import MAX_DAMAGED, BatchFeed
-from asyncdapo.learner.batches.tokens import check_folder, read_share
+from asyncdapo.learner.batches.feed import MAX_DAMAGED, BatchFeed, check_folder, read_share
 from asyncdapo.messages import Welcome
 from asyncdapo.records.record import PAYLOAD_FOLDER, segment_path
 from asyncdapo.shares import CutWanted, NoBatch, share_of
@@ -197,7 +196,7 @@ def test_a_record_that_cannot_be_read_is_the_same_error_and_names_its_file(tmp_p
 def test_the_record_of_another_group_is_found(tmp_path):
     batch = stored(tmp_path, *make_batch(step=1))
     first, second, *others = batch.places
-    with pytest.raises(BatchError, match="holds group 1, not group 0"):
+    with pytest.raises(BatchError, match="is of group 1, not of group 0"):
         serve(always(replace(batch, places=[second, first, *others])), tmp_path, ask_again_s=20)
 
 
