@@ -202,3 +202,11 @@ def test_the_log_probs_of_the_first_groups_are_kept_as_they_were_trained_on(path
                 assert np.allclose(kept[row.loss_mask], logprobs[row.loss_mask], atol=1e-5)
 
     asyncio.run(run())
+
+
+def test_a_rank_that_does_not_see_the_payloads_of_its_run_says_so_before_training(tmp_path):
+    keys = [f"run.dir={tmp_path}", "learner.device=cpu"]
+    spec = ProcessSpec(role="learner", index=3, config=load_config(find_config("quickstart"), keys), keys=None)
+    said = rf"run\.dir: has to be on storage that all nodes share: learner-3 reads its tokens from {tmp_path}/payloads"
+    with pytest.raises(ConfigError, match=said):
+        asyncio.run(LearnerProcess.start(spec, "tcp://127.0.0.1:1"))

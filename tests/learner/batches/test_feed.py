@@ -6,9 +6,9 @@ import threading
 import pytest
 from msgspec.structs import replace
 
-from asyncdapo.errors import BatchError, ConfigError, RunError
+from asyncdapo.errors import BatchError, RunError
 from asyncdapo.learner.batches import feed as feed_module
-from asyncdapo.learner.batches.feed import MAX_DAMAGED, BatchFeed, check_folder, read_share
+from asyncdapo.learner.batches.feed import MAX_DAMAGED, BatchFeed, read_share
 from asyncdapo.messages import Welcome
 from asyncdapo.records.record import PAYLOAD_FOLDER, segment_path
 from asyncdapo.shares import CutWanted, NoBatch, share_of
@@ -198,10 +198,3 @@ def test_the_record_of_another_group_is_found(tmp_path):
     first, second, *others = batch.places
     with pytest.raises(BatchError, match="is of group 1, not of group 0"):
         serve(always(replace(batch, places=[second, first, *others])), tmp_path, ask_again_s=20)
-
-
-def test_a_rank_that_does_not_see_the_run_directory_of_the_replay_server_says_so_before_training(tmp_path):
-    with pytest.raises(ConfigError, match=r"run\.dir: has to be on storage that all nodes share: learner-3 .*payloads"):
-        check_folder(tmp_path, "learner-3")
-    stored(tmp_path, *make_batch())
-    check_folder(tmp_path, "learner-3")
