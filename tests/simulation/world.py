@@ -123,7 +123,7 @@ class World:
             await asyncio.sleep(RELAUNCH_S)
 
     def _is_final(self, end: str) -> bool:
-        """Whether it makes no sense to launch again. Without faults no run ends by bad luck, but what an early batch met
+        """Whether it makes no sense to launch again. Without faults no run ends by bad luck. What befell an early batch
         before is said when the train step is over."""
         lawful = any(words in end for words in LAWFUL_ENDS)
         had_faults = not self.settled or self.loop.time() <= self.settled_at + self.plan.train_s
