@@ -102,9 +102,8 @@ async def until_over(figures: Figures, work: Coroutine, over: Event) -> None:
 
 
 async def serve(figures: Figures, over: Event, load: Load, run_dir: Path, keys: RunKeys, pipe: Connection) -> None:
-    """The replay server, and the commands that the controller gives at every step. Heap and garbage collector are as
-    in a run."""
-    keep_freed_memory()
+    """The replay server, and the commands that the controller gives at every step. The garbage collector is as in a
+    run."""
     gc.freeze()
     gc.set_threshold(COLLECT_AFTER)
     ahead = 2 + load.num_workers * load.num_held / BATCH
@@ -183,7 +182,8 @@ async def work(
 
 
 def run(name: str, work: Callable[..., Coroutine], over: Event, told: Connection, args: tuple) -> None:
-    """A process: works until it is over, and tells what it saw."""
+    """A process: works until it is over, and tells what it saw. Its heap is as in a run."""
+    keep_freed_memory()
     figures = Figures(name)
     asyncio.run(work(figures, over, *args))
     told.send(figures)

@@ -11,10 +11,8 @@ In: messages of `asyncdapo.messages` with their buffer frames. Out: the same at 
                     Probes detect silent links. Messages on their way are lost; whoever needs one sends it again
     limits          a frame above the limit closes its peer's connection before it is received. The number of frames is
                     checked before anything is decoded, but after all have arrived, since ZeroMQ delivers whole messages
-    memory          a client copies frames as it queues them. A server lends them to ZeroMQ, since a batch is large, and
-                    has them back when `close` returns. Close it before its interpreter ends: pyzmq then takes back what
-                    is lent while ZeroMQ still sends it, so that peers receive what stands there by then, or libzmq
-                    aborts the process
+    memory          frames are copied as they are queued. What pyzmq lends to ZeroMQ it takes back when the interpreter
+                    ends, perhaps while ZeroMQ still sends it: peers would receive what stands there by then
     keys            a server with CURVE keys accepts only peers whose key is on its list (`keys`)
 
 A cancelled `receive` loses no message. Does not own: acknowledgement (`delivery`), the list of keys (`keys`), sessions
@@ -128,14 +126,13 @@ class Server(Generic[Accepted]):
         return peer.bytes, message, buffers
 
     async def send(self, peer: bytes, message: Message, frames: Sequence[Buffer] = ()) -> None:
-        """Send to a peer that has sent something before. Don't change the frames until they are sent. Raises ValueError
-        for a message above the limits."""
+        """Send to a peer that has sent something before. Raises ValueError for a message above the limits."""
         encoded, transmit = encode(message, frames, self._limits), partial(self._transmit, peer)
         await (self._link.carry(encoded, transmit) if self._link else transmit(encoded))
 
     async def _transmit(self, peer: bytes, frames: Sequence[Buffer]) -> None:
         try:
-            self._socket.send_multipart([peer, *frames], zmq.NOBLOCK, copy=False)
+            self._socket.send_multipart([peer, *frames], zmq.NOBLOCK)
         except zmq.ZMQError as error:
             if error.errno not in (errno.EHOSTUNREACH, errno.EAGAIN):
                 raise

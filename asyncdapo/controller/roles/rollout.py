@@ -20,6 +20,7 @@ from asyncdapo.controller.roles.engines import Fitted, make_engine
 from asyncdapo.controller.roles.judging import Judging, make_judging
 from asyncdapo.eval_messages import Sampling
 from asyncdapo.model.tokenizer import load_tokenizer
+from asyncdapo.native.malloc import keep_freed_memory
 from asyncdapo.rollout.engine import Priority, Request, Sample
 from asyncdapo.rollout.worker import RolloutWorker
 from asyncdapo.transport.backend import Backend
@@ -45,6 +46,7 @@ class RolloutProcess(ProcessBase):
     async def start(cls, spec: ProcessSpec, replay_address: str, memory_fraction: float) -> RolloutProcess:
         """Load the model (the only time a weight file is opened), start what judges, and connect to the replay
         server. `memory_fraction`: share of the GPU's memory that the engine may take."""
+        keep_freed_memory()
         config = spec.config
         fitted = make_engine(config, memory_fraction)
         await fitted.engine.start()
