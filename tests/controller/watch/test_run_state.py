@@ -47,7 +47,7 @@ def test_the_verdict_comes_with_the_key_to_change_and_only_from_the_same_launch(
     run = state_of(run_files(tmp_path, bound_by_learner(12)))
     assert run.limit == "learner"
     assert run.verdict.startswith("learner-bound, 40% of the time is lost")
-    assert "raise learner.tokens_per_microbatch from 2048 to 3414" in run.verdict
+    assert "raise learner.tokens_per_microbatch from 8192 to 13654" in run.verdict
     first_steps = [{**line, "step": line["step"] + 13} for line in bound_by_learner(2)]
     resumed = state_of(run_files(tmp_path, [*bound_by_learner(12), *first_steps]))
     assert (resumed.limit, resumed.verdict) == ("", "")
