@@ -232,7 +232,7 @@ class Run:
         tokenizer = load_tokenizer(model.tokenizer_files)
         for row in rows:
             place = Place(row["segment"], row["offset"], row["bytes"])
-            group, payload = read_record(self.dir / PAYLOAD_FOLDER, place)
+            group, payload = read_record(self.dir / PAYLOAD_FOLDER, row["group_id"], place)
             prompt, contexts = tokenizer.spell(payload.prompt_ids.tolist()), list(payload.of_contexts(group))
             for sample, completion in enumerate(group.completions):
                 own = [context for context in contexts if context.index == sample]

@@ -21,7 +21,7 @@ import numpy as np
 from asyncdapo import Run, load_config
 from asyncdapo.messages import NO_CHECKSUM, Completion, Context, Group
 from asyncdapo.model.shape import PUBLISHED, Shape, read_shape
-from asyncdapo.records.record import PAYLOAD_FOLDER, Place, read_record
+from asyncdapo.records.record import PAYLOAD_FOLDER, Place, read_records
 from asyncdapo.shares import Batch, Dealer, share_of
 
 NUM_GROUPS, GROUP_SIZE = 32, 16
@@ -53,8 +53,9 @@ def group(number: int, num_prompt_tokens: int, lengths: Sequence[int]) -> Group:
 def batches_of(run_dir: Path) -> Iterator[list[Group]]:
     run, step = Run(run_dir), 1
     while rows := run.groups(step=step):
-        places = [Place(row["segment"], row["offset"], row["bytes"]) for row in rows]
-        yield [read_record(run_dir / PAYLOAD_FOLDER, place)[0] for place in places]
+        places = {row["group_id"]: Place(row["segment"], row["offset"], row["bytes"]) for row in rows}
+        records = read_records(run_dir / PAYLOAD_FOLDER, places)
+        yield [records[group_id][0] for group_id in places]
         step += 1
 
 

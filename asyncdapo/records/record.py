@@ -1,7 +1,7 @@
 """Records of groups in segment files, `RUN_DIR/payloads/000001.bin` and so on: their format, and how they are read.
 
-In: a group's header and buffers; the place of a record. Out: the record's bytes; from its place the same group, or
-`BadRecord`. One record:
+In: a group's header and buffers; a `group_id` and the place of its record. Out: the record's bytes; from its place the
+same group, or `BadRecord`. Invariant: no other group is taken for it, however sound its record is. One record:
 
     "RC3\\xff" | uint32 header bytes, uint32 crc of the buffers, uint32 crc of these two and the header
     msgpack `Group` | prompt_ids int32 | token_ids int32 | logprobs float32                          (little-endian)
@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from io import BufferedReader
 from itertools import accumulate, groupby, pairwise
@@ -47,7 +47,7 @@ _decoder = msgspec.msgpack.Decoder(Group)
 
 
 class BadRecord(Exception):  # noqa: N818 - a finding about a file, which the run outlives
-    """A record is missing, short, damaged or unreadable. The message names its file."""
+    """A record is missing, short, damaged, unreadable or of another group. The message names its file."""
 
 
 class Place(Struct, frozen=True, order=True, array_like=True, forbid_unknown_fields=True):
@@ -77,27 +77,28 @@ def record_of(group: Group, payload: Payload) -> list[bytes | memoryview]:
     return [b"".join((MARK, sizes, _HEADER_SIZE.pack(crc32(header, crc32(sizes))), header)), *buffers]
 
 
-def read_records(folder: Path, places: Sequence[Place]) -> dict[Place, tuple[Group, Payload]]:
-    """Header and buffers (views on the bytes read) of groups. Each segment is opened once, and read forwards. Raises
-    BadRecord if one of them isn't as it was written, as far as checksums show."""
-    found: dict[Place, tuple[Group, Payload]] = {}
-    for segment, own in groupby(sorted(places), key=lambda place: place.segment):
+def read_records(folder: Path, places: Mapping[int, Place]) -> dict[int, tuple[Group, Payload]]:
+    """Header and buffers (views on the bytes read) of groups, by `group_id`. Each segment is opened once, and read
+    forwards. Raises BadRecord if one of them isn't as it was written, as far as checksums show."""
+    found: dict[int, tuple[Group, Payload]] = {}
+    forwards = sorted(places.items(), key=lambda item: item[1])
+    for segment, own in groupby(forwards, key=lambda item: item[1].segment):
         with _opened(folder, segment) as file:
-            for place in own:
+            for group_id, place in own:
                 with _at(file, place):
-                    found[place] = _read_record(file, place)
+                    found[group_id] = _read_record(file, group_id, place)
     return found
 
 
-def read_record(folder: Path, place: Place) -> tuple[Group, Payload]:
-    """The group at one place. See `read_records`."""
-    return read_records(folder, [place])[place]
+def read_record(folder: Path, group_id: int, place: Place) -> tuple[Group, Payload]:
+    """One group. See `read_records`."""
+    return read_records(folder, {group_id: place})[group_id]
 
 
-def read_header(folder: Path, place: Place) -> Group:
+def read_header(folder: Path, group_id: int, place: Place) -> Group:
     """The group without its payload. Raises BadRecord."""
     with _opened(folder, place.segment) as file, _at(file, place):
-        return _read_header(file, place)[0]
+        return _read_header(file, group_id, place)[0]
 
 
 def read_bytes(folder: Path, place: Place) -> bytes:
@@ -132,9 +133,9 @@ def _at(file: BufferedReader, place: Place) -> Iterator[None]:
         raise BadRecord(f"{path.parent.name}/{path.name}, record at {place.offset:,}: {problem}") from error
 
 
-def _read_record(file: BufferedReader, place: Place) -> tuple[Group, Payload]:
+def _read_record(file: BufferedReader, group_id: int, place: Place) -> tuple[Group, Payload]:
     """Of the record that begins here."""
-    group, crc = _read_header(file, place)
+    group, crc = _read_header(file, group_id, place)
     buffers = memoryview(file.read(place.end - file.tell()))
     if crc not in (None, crc32(buffers)):
         raise ValueError("its tokens are damaged: another checksum than was written")
@@ -146,8 +147,15 @@ def _read_record(file: BufferedReader, place: Place) -> tuple[Group, Payload]:
     return group, Payload.from_frames(frames, [group])
 
 
-def _read_header(file: BufferedReader, place: Place) -> tuple[Group, int | None]:
+def _read_header(file: BufferedReader, group_id: int, place: Place) -> tuple[Group, int | None]:
     """The header of the record that begins here, and the checksum of its buffers; None in the earliest format."""
+    group, crc = _read_any_header(file, place)
+    if group.lease_id != group_id:
+        raise ValueError(f"it is of group {group.lease_id}, not of group {group_id}")
+    return group, crc
+
+
+def _read_any_header(file: BufferedReader, place: Place) -> tuple[Group, int | None]:
     start = _take(file, place, _HEADER_SIZE.size)
     if start not in (MARK, FORMER_MARK):
         return former_group(_take(file, place, *_HEADER_SIZE.unpack(start))), None

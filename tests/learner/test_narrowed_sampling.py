@@ -52,7 +52,7 @@ def path(tmp_path_factory):
 def test_with_equal_weights_the_ratio_of_a_narrowed_draw_is_one_behind_the_ledger(path, tmp_path, limits, loss):
     groups = asyncio.run(sampled_groups(path, Sampling(temperature=TEMPERATURE, max_tokens=12, **limits)))
     segments = Segments(tmp_path)
-    kept = [read_record(tmp_path, segments.append(group, payload)) for group, payload in groups]
+    kept = [read_record(tmp_path, group.lease_id, segments.append(group, payload)) for group, payload in groups]
     payload = Payload.join([payload for _, payload in kept])
     batch = batch_of([group for group, _ in kept])
     options = {"temperature": TEMPERATURE, "loss": loss, "tokens_per_microbatch": 64}

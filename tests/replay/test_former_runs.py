@@ -21,7 +21,8 @@ def make_former(run_dir: Path) -> Path:
             "SELECT group_id, segment, offset, bytes FROM groups WHERE segment IS NOT NULL ORDER BY segment, offset"
         ).fetchall()
         written = {
-            group_id: (place[0], former_record(*read_record(folder, Place(*place)))) for group_id, *place in places
+            group_id: (place[0], former_record(*read_record(folder, group_id, Place(*place))))
+            for group_id, *place in places
         }
         for segment in {segment for segment, _ in written.values()}:
             segment_path(folder, segment).write_bytes(b"")

@@ -82,10 +82,10 @@ async def test_a_group_is_acknowledged_while_the_headers_of_a_batch_are_read(tmp
     reading, may_end = threading.Event(), threading.Event()
 
     class SlowJournal(Journal):
-        def read_header(self, place):
+        def read_header(self, group_id, place):
             reading.set()
             assert may_end.wait(PATIENCE_S)
-            return super().read_header(place)
+            return super().read_header(group_id, place)
 
     async with serving(tmp_path) as server:
         worker = FakeWorker(server)

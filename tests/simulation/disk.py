@@ -13,7 +13,7 @@ import random
 import shutil
 import sqlite3
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -38,6 +38,10 @@ def _read(records: Records, place: Place) -> tuple[Group, Payload]:
     if record is None:
         raise BadRecord(f"segment {place.segment}: record {place.offset} is damaged")
     return record
+
+
+def _read_all(records: Records, places: Mapping[int, Place]) -> dict[int, tuple[Group, Payload]]:
+    return {group_id: _read(records, place) for group_id, place in places.items()}
 
 
 @dataclass
@@ -89,7 +93,7 @@ class _MemorySegments:
 
     def sync(self) -> None: ...
 
-    def problem_with(self, place: Place) -> str:
+    def problem_with(self, group_id: int, place: Place) -> str:
         try:
             _read(self._records, place)
         except BadRecord as bad:
@@ -99,7 +103,7 @@ class _MemorySegments:
     def numbers(self) -> list[int]:
         return sorted(self._records)
 
-    def read_header(self, place: Place) -> Group:
+    def read_header(self, group_id: int, place: Place) -> Group:
         return _read(self._records, place)[0]
 
     def delete(self, segment: int) -> None:
@@ -143,7 +147,7 @@ class MemoryDisk:
             (journal_module, "sync_log", lambda path: None),
             (journal_module, "fold_log", lambda path: None),
             (journal_module, "Segments", lambda folder, num_bytes: _MemorySegments(self._records, num_bytes)),
-            (feed_module, "read_records", lambda folder, places: {one: _read(self._records, one) for one in places}),
+            (feed_module, "read_records", lambda folder, places: _read_all(self._records, places)),
         ]
         before = [(module, name, getattr(module, name)) for module, name, _ in parts]
         for module, name, part in parts:

@@ -21,7 +21,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from asyncdapo.errors import BatchError, ConfigError, RunError
-from asyncdapo.messages import Group
 from asyncdapo.records.record import PAYLOAD_FOLDER, BadRecord, Place, read_records
 from asyncdapo.shares import Batch, CutWanted, NoBatch, Piece, share_of
 from asyncdapo.transport.codec import Malformed
@@ -118,19 +117,8 @@ def located_share(batch: Batch, rank: int) -> Share:
 def read_share(run_dir: Path, step: int, share: Share) -> Payload:
     """The payload of a share of batch `step`, joined. Blocks for as long as the storage takes. Raises BatchError."""
     try:
-        records = read_records(run_dir / PAYLOAD_FOLDER, [place for _, place in share])
-        return Payload.join([_tokens_of(piece, place, *records[place]) for piece, place in share])
+        records = read_records(run_dir / PAYLOAD_FOLDER, {piece.header.lease_id: place for piece, place in share})
     except BadRecord as bad:
         raise BatchError(f"batch {step} can't be read back from {run_dir}: {bad}") from bad
-
-
-def _tokens_of(piece: Piece, place: Place, group: Group, payload: Payload) -> Payload:
-    """The piece's part of its group. Raises BadRecord if the record is another group's."""
-    if _identity(group) != _identity(piece.header):
-        where = f"the record at {place.offset:,} of segment {place.segment}"
-        raise BadRecord(f"{where} is of group {group.lease_id}, not of group {piece.header.lease_id}")
-    return payload.of_completions(group, piece.indices)
-
-
-def _identity(group: Group) -> tuple[int, int, int]:
-    return group.lease_id, group.prompt_id, group.branch
+    parts = [(piece, *records[piece.header.lease_id]) for piece, _ in share]
+    return Payload.join([payload.of_completions(group, piece.indices) for piece, group, payload in parts])

@@ -152,7 +152,7 @@ def _read_payloads(ledger: sqlite3.Connection, folder: Path) -> tuple[list[dict]
         f"SELECT {columns} FROM groups WHERE segment IS NOT NULL"
     ):
         try:
-            group, payload = read_record(folder, Place(*place))
+            group, payload = read_record(folder, group_id, Place(*place))
         except BadRecord as bad:
             harmed.append({"group_id": group_id, "state": state, "file": bad})
             continue

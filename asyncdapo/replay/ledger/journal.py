@@ -212,9 +212,9 @@ class Journal:
         """Where the payloads of these groups are. Raises LookupError if one isn't kept."""
         return [place_of(self._db, group_id) for group_id in group_ids]
 
-    def read_header(self, place: Place) -> Group:
+    def read_header(self, group_id: int, place: Place) -> Group:
         """A group without its payload. Any thread may call it. Raises BadRecord if it can't be read."""
-        return self._segments.read_header(place)
+        return self._segments.read_header(group_id, place)
 
     def read_partial(self, prompt_id: int, lease_id: int) -> Sequence[bytes]:
         """Header and buffers of what former leases than this one have sampled of the prompt; empty if that is

@@ -96,4 +96,4 @@ def read_kept(run_dir: Path, group_id: int) -> tuple[Group, Payload]:
     with closing(open_ledger(run_dir)) as ledger:
         row = ledger.execute(FREED, (group_id,)).fetchone()
     place = places_of(run_dir, row["step"]).get(group_id) if row else None
-    return read_record(run_dir / FOLDER, place) if place else read_group(run_dir, group_id)
+    return read_record(run_dir / FOLDER, group_id, place) if place else read_group(run_dir, group_id)

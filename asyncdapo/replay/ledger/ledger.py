@@ -139,7 +139,7 @@ def read_group(run_dir: Path, group_id: int) -> tuple[Group, Payload]:
     """
     with closing(open_ledger(run_dir)) as ledger:
         place = place_of(ledger, group_id)
-    return read_record(run_dir / PAYLOAD_FOLDER, place)
+    return read_record(run_dir / PAYLOAD_FOLDER, group_id, place)
 
 
 def place_of(ledger: sqlite3.Connection, group_id: int) -> Place:

@@ -78,14 +78,14 @@ class Segments:
         """The segments that exist, oldest first."""
         return sorted(int(path.stem) for path in self._folder.glob("*.bin") if path.stem.isdecimal())
 
-    def read_header(self, place: Place) -> Group:
+    def read_header(self, group_id: int, place: Place) -> Group:
         """The group that `append` placed there, without its payload. Raises BadRecord."""
-        return read_header(self._folder, place)
+        return read_header(self._folder, group_id, place)
 
-    def problem_with(self, place: Place) -> str:
-        """Why the record there can't be used; empty if it is as it was written."""
+    def problem_with(self, group_id: int, place: Place) -> str:
+        """Why the group's record there can't be used; empty if it is as it was written."""
         try:
-            read_record(self._folder, place)
+            read_record(self._folder, group_id, place)
         except BadRecord as bad:
             return str(bad)
         return ""

@@ -92,7 +92,7 @@ class Rollback:
     """Of the resumed run: staleness bound, `on_stale`, and whether there is a barrier."""
     replaces: bool
     """Of the resumed run: whether copies take the places of groups that aren't kept."""
-    problem_with: Callable[[Place], str]
+    problem_with: Callable[[int, Place], str]
     """Why a payload can't be read; empty if it is as it was written."""
     step: int
     """The checkpoint's train step, k."""
@@ -211,7 +211,7 @@ class Rollback:
         """Whether its payload is kept and can be read. If it is kept but unreadable, the reason is stored."""
         if group.segment is None or group.offset is None or group.bytes is None:
             return False
-        problem = self.problem_with(Place(group.segment, group.offset, group.bytes))
+        problem = self.problem_with(group.group_id, Place(group.segment, group.offset, group.bytes))
         if problem:
             self.unreadable[group] = problem
         return not problem

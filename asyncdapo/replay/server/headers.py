@@ -46,11 +46,11 @@ class Headers:
         if last and (last.step, last.branch) == (bare.step, bare.branch):
             return last
         try:
-            groups = [self._held.get(group_id) or self._read(place) for group_id, place in places.items()]
+            groups = [self._held.get(group_id) or self._read(group_id, place) for group_id, place in places.items()]
         except BadRecord as bad:
             return NoBatch(step=bare.step, reason=f"batch {bare.step} can't be read back: {bad}", unreadable=True)
         self._batch = replace(bare, groups=groups, deal=self._dealer.deal(groups), places=list(places.values()))
         return self._batch
 
-    def _read(self, place: Place) -> Group:
-        return for_learner(self._journal.read_header(place))
+    def _read(self, group_id: int, place: Place) -> Group:
+        return for_learner(self._journal.read_header(group_id, place))

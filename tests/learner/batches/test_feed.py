@@ -196,5 +196,5 @@ def test_a_record_that_cannot_be_read_is_the_same_error_and_names_its_file(tmp_p
 def test_the_record_of_another_group_is_found(tmp_path):
     batch = stored(tmp_path, *make_batch(step=1))
     first, second, *others = batch.places
-    with pytest.raises(BatchError, match="is of group 1, not of group 0"):
+    with pytest.raises(BatchError, match="it is of group 0, not of group 1"):
         serve(always(replace(batch, places=[second, first, *others])), tmp_path, ask_again_s=20)

@@ -193,7 +193,7 @@ def test_there_is_no_way_back_to_a_batch_that_the_ledger_does_not_hold(tmp_path)
 def test_a_rollback_that_fails_undoes_nothing(tmp_path, monkeypatch):
     run = trained_run(tmp_path, 2)
     before = {table: rows(tmp_path, f"SELECT * FROM {table}") for table in ("prompts", "leases", "groups", "batches")}
-    monkeypatch.setattr(run.journal._segments, "problem_with", lambda place: 1 / 0)
+    monkeypatch.setattr(run.journal._segments, "problem_with", lambda group_id, place: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run.journal.roll_back(1, "resumed", run.config, replaces=False)
     assert {table: rows(tmp_path, f"SELECT * FROM {table}") for table in before} == before

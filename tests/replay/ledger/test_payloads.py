@@ -44,7 +44,7 @@ def read_harmed(folder: Path, places: list[Place], content: bytes | bytearray) -
     whole = []
     for lease_id, place in enumerate(places):
         try:
-            assert same(read_record(folder, place), lease_id), "something else came back"
+            assert same(read_record(folder, lease_id, place), lease_id), "something else came back"
             whole.append(True)
         except BadRecord:
             whole.append(False)
@@ -54,14 +54,14 @@ def read_harmed(folder: Path, places: list[Place], content: bytes | bytearray) -
 def test_a_group_comes_back_from_its_segment_as_it_was(tmp_path: Path) -> None:
     segments = Segments(tmp_path)
     places = [segments.append(*arrived(lease_id)) for lease_id in range(NUM)]
-    assert all(same(read_record(tmp_path, place), lease_id) for lease_id, place in enumerate(places))
+    assert all(same(read_record(tmp_path, lease_id, place), lease_id) for lease_id, place in enumerate(places))
 
 
 def test_a_full_segment_is_followed_by_the_next(tmp_path: Path) -> None:
     segments = Segments(tmp_path, segment_bytes=600)
     places = [segments.append(*arrived(i)) for i in range(4)]
     assert [place.segment for place in places] == [1, 1, 2, 2]
-    assert all(read_record(tmp_path, place)[0].lease_id == i for i, place in enumerate(places))
+    assert all(read_record(tmp_path, i, place)[0].lease_id == i for i, place in enumerate(places))
 
 
 def test_a_new_writer_leaves_the_torn_end_of_an_old_segment_alone(tmp_path: Path) -> None:
@@ -71,14 +71,14 @@ def test_a_new_writer_leaves_the_torn_end_of_an_old_segment_alone(tmp_path: Path
         file.write(b"half a rec")
     second = Segments(tmp_path)
     assert second.append(*arrived(2)).segment == 2
-    assert read_record(tmp_path, kept)[0].lease_id == 1
+    assert read_record(tmp_path, 1, kept)[0].lease_id == 1
 
 
 def test_a_record_that_ends_too_soon_is_an_error(tmp_path: Path) -> None:
     segments = Segments(tmp_path)
     place = segments.append(*arrived(1))
     with pytest.raises(BadRecord, match="the file ends before"):
-        read_record(tmp_path, Place(place.segment, place.offset, place.num_bytes + 1))
+        read_record(tmp_path, 1, Place(place.segment, place.offset, place.num_bytes + 1))
 
 
 @settings(max_examples=150, deadline=None)
@@ -107,6 +107,13 @@ def test_a_record_that_is_cut_off_anywhere_is_bad(written: tuple[Path, list[Plac
     assert read_harmed(copy, places, content[:end]) == [place.end <= end for place in places]
 
 
+def test_a_sound_record_of_another_group_is_bad(written: tuple[Path, list[Place]]) -> None:
+    folder, (first, second, _) = written
+    assert same(read_record(folder, 1, second), 1)
+    with pytest.raises(BadRecord, match=rf"^{folder.name}/000001\.bin, record at 0: it is of group 0, not of group 1"):
+        read_record(folder, 1, first)
+
+
 def test_a_place_that_no_record_has_is_bad_however_large(written: tuple[Path, list[Place]]) -> None:
     folder, (first, *_) = written
     for place in (
@@ -118,7 +125,7 @@ def test_a_place_that_no_record_has_is_bad_however_large(written: tuple[Path, li
         Place(9, 0, 10),
     ):
         with pytest.raises(BadRecord, match=rf"^{folder.name}/00000[19]\.bin[:,] "):
-            read_record(folder, place)
+            read_record(folder, 0, place)
 
 
 @pytest.mark.parametrize("marked", [False, True])
@@ -127,7 +134,7 @@ def test_a_record_of_before_contexts_is_read_as_one_of_a_single_turn(tmp_path: P
     group, payload = arrived(1)
     record = former_record(group, payload, marked=marked)
     segment_path(tmp_path, 1).write_bytes(record)
-    read, its_payload = read_record(tmp_path, Place(1, 0, len(record)))
+    read, its_payload = read_record(tmp_path, 1, Place(1, 0, len(record)))
     turns = [
         replace(
             completion,
@@ -139,4 +146,4 @@ def test_a_record_of_before_contexts_is_read_as_one_of_a_single_turn(tmp_path: P
     assert its_payload.frames() == payload.frames()
     segment_path(tmp_path, 1).write_bytes(bytes(len(record)))
     with pytest.raises(BadRecord):
-        read_record(tmp_path, Place(1, 0, len(record)))
+        read_record(tmp_path, 1, Place(1, 0, len(record)))

@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+import shutil
 
 import pytest
 
@@ -151,6 +152,30 @@ def test_a_batch_that_cannot_be_read_back_is_said_and_cut_anew_by_a_rollback(tmp
     assert isinstance(batch, Batch)
     assert whole in [group.lease_id for group in batch.groups]
     assert place_of(run.journal._db, batch.groups[-1].lease_id).segment > 1  # whatever harmed the old one
+
+
+def test_a_batch_whose_records_gave_way_to_those_of_others_is_not_sent_and_cut_anew_by_a_rollback(tmp_path):
+    """The payloads are deleted under a server that dies later: the next one begins with segment 1 again, and its
+    records may stand where those of a batch stood."""
+    run = SmallRun(tmp_path)
+    run.join(0)
+    run.fill(0)
+    run.dispatch.apply(core.BatchWanted(step=1))
+    lost = [group.group_id for group in run.state.cut_batches.untrained[1]]
+    places = run.journal.places(lost)
+    run.journal.close()
+    shutil.rmtree(tmp_path / "payloads")
+    leases, run = run.leases, SmallRun(tmp_path)
+    run.leases |= leases
+    run.fill(0)
+    newer = [group.group_id for group in run.state.held.queued]
+    assert run.journal.places(newer) == places
+    run.dispatch.want_batch(b"learner", CutWanted(step=1))
+    [answer] = run.answers()
+    assert isinstance(answer, NoBatch)
+    assert f"it is of group {newer[0]}, not of group {lost[0]}" in answer.reason
+    run.roll_back(0)
+    assert [group.group_id for group in run.state.held.queued] == newer
 
 
 def test_a_batch_that_is_trained_is_forgotten(tmp_path):

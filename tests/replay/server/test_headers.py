@@ -29,7 +29,7 @@ def moved(group_id, state):
     return MoveGroup(group_id=group_id, prompt_id=group_id, state=state, verdict="kept")
 
 
-def unreadable(place):
+def unreadable(group_id, place):
     raise BadRecord(f"segment {place.segment}: gone")
 
 
