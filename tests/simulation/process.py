@@ -82,7 +82,9 @@ class Process:
         error = None if task.cancelled() else task.exception()
         if isinstance(error, Killed):
             self.die(error.point)
-        elif error is not None and not isinstance(error, RunError | ProcessDied):
+        elif isinstance(error, RunError):
+            self.world.date(error)
+        elif error is not None and not isinstance(error, ProcessDied):
             self.world.fail(error)
 
     def die(self, why: str) -> None:

@@ -117,17 +117,17 @@ class World:
                 if self.plan.harmful_deaths:
                     self._do_harm()
             except RunError as error:
-                if self._is_final(str(error)):
+                if self._is_final(error):
                     return str(error)
             self.controller.end()
             await asyncio.sleep(RELAUNCH_S)
 
-    def _is_final(self, end: str) -> bool:
-        """Whether it makes no sense to launch again. Without faults no run ends by bad luck. What befell an early batch
-        before is said when the train step is over."""
+    def _is_final(self, error: RunError) -> bool:
+        """Whether it makes no sense to launch again. Without faults no run ends by bad luck."""
+        end = str(error)
         lawful = any(words in end for words in LAWFUL_ENDS)
-        had_faults = not self.settled or self.loop.time() <= self.settled_at + self.plan.train_s
-        assert lawful or (had_faults and any(words in end for words in BAD_LUCK)), end
+        self.date(error)
+        assert lawful or (error.among_faults and any(words in end for words in BAD_LUCK)), end
         self._num_lawful += lawful
         return lawful and (self.settled or self._num_lawful > 1)
 
@@ -234,6 +234,11 @@ class World:
         """A process ends the run on purpose, or by a defect."""
         if not self.failure.done():
             self.failure.set_exception(error)
+
+    def date(self, error: RunError) -> None:
+        """Note, the first time, whether there were faults when it was raised. That of an early batch is said only when
+        the train step is over."""
+        vars(error).setdefault("among_faults", not self.settled)
 
     def note(self, kind: str, line: str) -> None:
         if kind and not self.over:
