@@ -31,7 +31,7 @@ class Limits:
     """The most that a peer may send. Checked before decoding; frame sizes also before they are received."""
 
     header_bytes: int = 8 << 20
-    """Largest header. The metadata of a batch of several thousand completions is about 1 MiB."""
+    """Largest header. That of a group of 16 answers of 500 turns each is a quarter of a MiB."""
     num_frames: int = 6
     """The header and the five buffers of a payload."""
     frame_bytes: int = 1 << 30
@@ -39,6 +39,8 @@ class Limits:
 
 
 DEFAULT_LIMITS = Limits()
+BATCH_LIMITS = Limits(header_bytes=256 << 20)
+"""Of what goes to the learner: a batch has the headers of all its groups."""
 
 
 def encode(message: Message, frames: Sequence[Buffer] = (), limits: Limits = DEFAULT_LIMITS) -> list[Buffer]:

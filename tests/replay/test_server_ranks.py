@@ -3,8 +3,10 @@
 import asyncio
 import threading
 
+import msgspec
 import pytest
 
+from asyncdapo.learner.batches.feed import BatchFeed
 from asyncdapo.replay.ledger.journal import Journal
 from asyncdapo.shares import Dealer, NoBatch, share_of
 from asyncdapo.transport.payload import Payload
@@ -102,6 +104,25 @@ async def test_a_group_is_acknowledged_while_the_headers_of_a_batch_are_read(tmp
         may_end.set()
         batch = await learner.receive()
         assert batch.step == 1
+
+
+@scenario
+async def test_a_batch_has_room_for_the_headers_of_all_its_groups(tmp_path):
+    """Each of which is sent by a worker alone: here 5 MB, of a mask that changes with each token."""
+    num_tokens = 900_000
+    async with serving(tmp_path) as server:
+        worker, feed = FakeWorker(server), BatchFeed(server.learner_address, tmp_path)
+        await worker.join()
+        await server.begin()
+        for lease in await worker.leases(2):
+            group, payload = make_group(lease, versions=((0, num_tokens),))
+            for completion in group.completions:
+                completion.contexts[0].loss_mask[:] = [(1, 1)] * num_tokens
+            await worker.send_group(group, payload)
+        batch, payload = await feed.take(1)
+        feed.close()
+        assert len(msgspec.msgpack.encode(batch)) > 10_000_000
+        assert payload.num_bytes > 2 * 2 * 8 * num_tokens
 
 
 @scenario

@@ -26,6 +26,7 @@ from asyncdapo.replay.server import server as server_module
 from asyncdapo.replay.server.workers import FromWorker
 from asyncdapo.rollout import jobs as jobs_module
 from asyncdapo.rollout import worker as worker_module
+from asyncdapo.transport.codec import Limits
 from tests.simulation.controller import Controller
 from tests.simulation.disk import FileDisk, MemoryDisk
 from tests.simulation.judge import Judge
@@ -275,9 +276,9 @@ class World:
             for module, name, part in before:
                 setattr(module, name, part)
 
-    def _make_server(self, accepts: Any, host: str, *, port: int, curve: None) -> Server:
+    def _make_server(self, accepts: Any, host: str, *limits: Limits, port: int, curve: None) -> Server:
         address = ROLLOUT_ADDRESS if accepts == FromWorker else LEARNER_ADDRESS
         return Server(self.network, CURRENT.get(), accepts, address)
 
-    def _make_client(self, address: str, accepts: Any, identity: bytes, *, curve: None) -> Client:
+    def _make_client(self, address: str, accepts: Any, identity: bytes, *limits: Limits, curve: None) -> Client:
         return Client(self.network, CURRENT.get(), accepts, address, identity)

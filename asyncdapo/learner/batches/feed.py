@@ -23,7 +23,7 @@ from pathlib import Path
 from asyncdapo.errors import BatchError, ConfigError, RunError
 from asyncdapo.records.record import PAYLOAD_FOLDER, BadRecord, Place, read_records
 from asyncdapo.shares import Batch, CutWanted, NoBatch, Piece, share_of
-from asyncdapo.transport.codec import Malformed
+from asyncdapo.transport.codec import BATCH_LIMITS, Malformed
 from asyncdapo.transport.keys import ClientKeys
 from asyncdapo.transport.payload import Payload
 from asyncdapo.transport.sockets import Client
@@ -49,7 +49,7 @@ class BatchFeed:
         curve: ClientKeys | None = None,
     ) -> None:
         self._client: Client[Batch | NoBatch] = Client(
-            address, Batch | NoBatch, identity=b"learner-" + os.urandom(8), curve=curve
+            address, Batch | NoBatch, b"learner-" + os.urandom(8), BATCH_LIMITS, curve=curve
         )
         self._run_dir, self._rank, self._ask_again_s = run_dir, rank, ask_again_s
 

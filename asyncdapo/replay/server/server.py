@@ -42,6 +42,7 @@ from asyncdapo.replay.server.sessions import Session, Sessions
 from asyncdapo.replay.server.settings import ServerSettings
 from asyncdapo.replay.server.workers import FromWorker, Workers
 from asyncdapo.shares import CutWanted
+from asyncdapo.transport.codec import BATCH_LIMITS
 from asyncdapo.transport.keys import ServerKeys
 from asyncdapo.transport.sockets import Server
 
@@ -83,7 +84,7 @@ class ReplayServer:
         self._totals = settings.totals
         rollout_port, learner_port = ports
         self._rollout_socket = Server(FromWorker, host, port=rollout_port, curve=curve)
-        self._learner_socket = Server(CutWanted, host, port=learner_port, curve=curve)
+        self._learner_socket = Server(CutWanted, host, BATCH_LIMITS, port=learner_port, curve=curve)
         self.rollout_address, self.learner_address = self._rollout_socket.address, self._learner_socket.address
 
     @property
