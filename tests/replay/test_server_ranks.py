@@ -119,7 +119,8 @@ async def test_a_batch_has_room_for_the_headers_of_all_its_groups(tmp_path):
             for completion in group.completions:
                 completion.contexts[0].loss_mask[:] = [(1, 1)] * num_tokens
             await worker.send_group(group, payload)
-        batch, payload = await feed.take(1)
+        batch, share = await feed.take(1)
+        payload = await feed.read(1, share)
         feed.close()
         assert len(msgspec.msgpack.encode(batch)) > 10_000_000
         assert payload.num_bytes > 2 * 2 * 8 * num_tokens

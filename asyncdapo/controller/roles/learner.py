@@ -226,7 +226,7 @@ class LearnerProcess(ProcessBase):
             preparing = await self.batches.receive(step)
         if isinstance(preparing, NoBatch):
             return preparing.reason
-        with times.on("prepare"), self.waits.on(NOBODY, f"prepares batch {step}"):
+        with times.on("prepare"), self.waits.on(NOBODY, f"reads and prepares batch {step}"):
             self.prepared = await preparing
         return ""
 

@@ -1,10 +1,11 @@
 """The learner's next batch: asked for, received and prepared while the learner trains on the one before.
 
-    ask(k + 1) ──CutWanted──▶ replay ──Batch──▶ feed ──tokens, prepare, each in a thread──▶ Prepared
+    ask(k + 1) ──CutWanted──▶ replay ──Batch──▶ feed ──read, prepare, each in a thread──▶ Prepared
                                                   └── or NoBatch, kept for whoever wants batch k + 1
 
 In: the step of a batch. `ask` gets it early, when train step k begins; `receive` gets it when the batch is wanted. Out:
-the batch, ready to train on, or the news that there is none. An error of the early question is raised by `receive`.
+the batch, ready to train on, or the news that there is none. An error of the early question is raised by `receive`, one
+of the reading by the task that it returns: who waits for that one waits for storage, not for the replay server.
 
 Why an early batch keeps the staleness bound: the core checks every member against the number of the step that will
 train on it, whenever the batch is cut, and the learner checks again before it trains. But an early cut could end
@@ -24,7 +25,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Generic, TypeVar
 
 from asyncdapo.errors import RunError
-from asyncdapo.learner.batches.feed import BatchFeed
+from asyncdapo.learner.batches.feed import BatchFeed, Share
 from asyncdapo.shares import Batch, NoBatch
 from asyncdapo.transport.payload import Payload
 
@@ -54,7 +55,7 @@ class Batches(Generic[P]):
             raise RunError(f"batch {step} was asked for, but batch {self._coming[0]} is not taken yet")
 
     async def receive(self, step: int) -> NoBatch | asyncio.Task[P]:
-        """Wait for batch `step`. Returns the task that prepares it, or the news that there is none."""
+        """Wait for batch `step`. Returns the task that reads and prepares it, or the news that there is none."""
         self.ask(step)
         assert self._coming is not None, "it has just been asked for"
         _, bringing = self._coming
@@ -79,5 +80,5 @@ class Batches(Generic[P]):
         taken = await self._feed.take(step)
         return taken if isinstance(taken, NoBatch) else self._spawn(self._prepared(*taken))
 
-    async def _prepared(self, batch: Batch, payload: Payload) -> P:
-        return await self._prepare(batch, payload)
+    async def _prepared(self, batch: Batch, share: Share) -> P:
+        return await self._prepare(batch, await self._feed.read(batch.step, share))

@@ -3,8 +3,8 @@
     ──CutWanted──▶ replay ──Batch: headers, deal, places──▶ a record of each group of which the rank has a piece, from
                                                             RUN_DIR/payloads/000007.bin ──▶ Payload, joined in order
 
-In: a step. Out: its `Batch` with the `Payload` of this rank's share, or `NoBatch` when the data is used up; or
-BatchError: the run then goes back to its checkpoint, and the rollback finds what is damaged and samples those prompts
+In: a step. Out: its `Batch` with this rank's share, or `NoBatch` when the data is used up; then the share's `Payload`.
+Or BatchError: the run goes back to its checkpoint, and the rollback finds what is damaged and samples those prompts
 again. Invariants: the server answers a repeated `CutWanted` with the same batch, so a lost or damaged message costs one
 more question. The tokens are those that were written: each record's checksums hold, and its group is that of the
 header in the batch. Does not own: when to ask (`batches`); the format of a record (`records/record`); when a batch is
@@ -53,20 +53,10 @@ class BatchFeed:
         )
         self._run_dir, self._rank, self._ask_again_s = run_dir, rank, ask_again_s
 
-    async def take(self, step: int) -> tuple[Batch, Payload] | NoBatch:
+    async def take(self, step: int) -> tuple[Batch, Share] | NoBatch:
         """Wait, without a limit, until batch `step` is cut. Returns it with this rank's share, or the news that there
-        is none. Raises RunError after `MAX_DAMAGED` answers that can't be decoded, BatchError when the batch can't be
-        read back."""
-        answer = await self._answer(step)
-        if isinstance(answer, NoBatch):
-            return answer
-        batch, share = answer
-        return batch, await asyncio.to_thread(read_share, self._run_dir, step, share)
-
-    def close(self) -> None:
-        self._client.close()
-
-    async def _answer(self, step: int) -> tuple[Batch, Share] | NoBatch:
+        is none. Raises RunError after `MAX_DAMAGED` answers that can't be decoded, BatchError when the server can't
+        read its headers back."""
         damage: Exception | None = None
         for _ in range(MAX_DAMAGED):
             try:
@@ -74,6 +64,14 @@ class BatchFeed:
             except (Malformed, ValueError) as error:
                 damage = error
         raise RunError(f"batch {step} arrived damaged {MAX_DAMAGED} times in a row: {damage}") from damage
+
+    async def read(self, step: int, share: Share) -> Payload:
+        """The tokens of this rank's share of batch `step`. The storage may take its time: the event loop goes on.
+        Raises BatchError."""
+        return await asyncio.to_thread(read_share, self._run_dir, step, share)
+
+    def close(self) -> None:
+        self._client.close()
 
     async def _ask_until_answered(self, step: int) -> tuple[Batch, Share] | NoBatch:
         question = CutWanted(step=step, rank=self._rank)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from bisect import bisect
 from contextlib import asynccontextmanager
 from itertools import count
@@ -20,6 +21,8 @@ from asyncdapo.config.found import find_config
 from asyncdapo.controller.roles.base import ProcessSpec
 from asyncdapo.controller.roles.learner import LearnerProcess, load_learner
 from asyncdapo.errors import ConfigError
+from asyncdapo.learner.batches import feed as feed_module
+from asyncdapo.learner.batches.feed import read_share
 from asyncdapo.learner.step.ranks import ALONE
 from asyncdapo.replay.ledger.kept import learned_logprobs
 from asyncdapo.shares import CutWanted, NoBatch
@@ -112,6 +115,27 @@ def test_while_it_trains_it_waits_for_nobody_and_then_for_its_batch(path, tmp_pa
             assert waits == [[("", "trains step 1")]]
 
     asyncio.run(run())
+
+
+def test_who_reads_from_slow_storage_waits_for_nobody_and_has_its_batch(path, tmp_path, monkeypatch):
+    """Nobody else could bring it: the replay server waits for this learner."""
+    waits: list[list[tuple[str, str]]] = []
+
+    async def run() -> None:
+        async with learner(path, tmp_path, []) as process:
+
+            def slow(*args):
+                until = time.monotonic() + PATIENCE_S
+                while [wait.whom for wait in process.waits.open()] != [""] and time.monotonic() < until:
+                    time.sleep(0.001)
+                waits.append([(wait.whom, wait.what) for wait in process.waits.open()])
+                return read_share(*args)
+
+            monkeypatch.setattr(feed_module, "read_share", slow)
+            await process.take_batch(1)
+
+    asyncio.run(run())
+    assert waits == [[("", "reads and prepares batch 1")]]
 
 
 def test_the_end_of_the_data_is_said_when_the_batch_is_wanted(path, tmp_path):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
-from asyncdapo.errors import RunError
+from asyncdapo.errors import BatchError, RunError
 from asyncdapo.learner.batches.batches import Batches
 from asyncdapo.learner.batches.feed import MAX_DAMAGED, BatchFeed
 from asyncdapo.shares import Batch, CutWanted, NoBatch
@@ -85,6 +85,22 @@ def test_a_batch_that_was_asked_for_early_is_there_when_it_is_wanted(batches_of:
         assert replay.questions == [2] * num_questions
 
     play(story, run_dir)
+
+
+def test_an_early_batch_that_cannot_be_read_is_said_when_it_is_wanted(batches_of: Stored, tmp_path: Path) -> None:
+    """By the task that reads it: the replay server has done its part."""
+    _, cut = batches_of
+
+    async def story(replay: Replay, batches: Batches) -> None:
+        replay.cut[2] = cut[2]
+        batches.ask(2)
+        reading = await batches.receive(2)
+        with pytest.raises(
+            BatchError, match=r"batch 2 can't be read back from .*: payloads/00000\d\.bin: No such file"
+        ):
+            await reading
+
+    play(story, tmp_path)
 
 
 def test_asking_twice_is_asking_once_and_another_step_is_refused() -> None:

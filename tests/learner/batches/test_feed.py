@@ -34,6 +34,9 @@ def serve(answer, run_dir, step=1, ask_again_s=0.1, **rank):
         try:
             async with asyncio.timeout(20):
                 taken = await feed.take(step)
+                if not isinstance(taken, NoBatch):
+                    batch, share = taken
+                    taken = batch, await feed.read(step, share)
                 assert all(question == CutWanted(step=question.step, **rank) for question in questions)
                 return taken, [question.step for question in questions]
         finally:
