@@ -1,7 +1,7 @@
 """The journal: every event of the core that changed something, in `RUN_DIR/ledger.db`.
 
 In: a core event, the actions that it caused, and what the core doesn't know of it (the group that arrived, the prompts
-granted). Out: rows that any `sqlite3` can read (docs/ledger.md), the groups of a batch that is cut, and the whole state
+granted). Out: rows that any `sqlite3` can read (docs/ledger.md), the places of a batch's groups, and the whole state
 for a process that resumes the run (`recover`), with or without a rollback.
 
     bytes, then row     a group's buffers are in their segment before the row that points to them exists
