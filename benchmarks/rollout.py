@@ -39,7 +39,7 @@ from asyncdapo.reward.scorer import Scale, Scorer
 from asyncdapo.rollout.engine import Engine
 from asyncdapo.rollout.episodes import SingleTurn
 from asyncdapo.rollout.worker import RolloutWorker
-from asyncdapo.shares import Batch
+from asyncdapo.shares import NoBatch
 
 OVERRIDES = (
     "rollout.engine=vllm",
@@ -102,8 +102,9 @@ async def sink(server: ReplayServer, run_dir: Path) -> None:
     feed, step = BatchFeed(server.learner_address, run_dir), 0
     while True:
         step += 1
-        batch, _ = await feed.take(step)
-        assert isinstance(batch, Batch)
+        taken = await feed.take(step)
+        assert not isinstance(taken, NoBatch), "the data has no end"
+        await feed.read(step, taken[1])
         await server.trained(step, {})
         await server.published(step)
         if step % CHECKPOINT_EVERY == 0:

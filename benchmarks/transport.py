@@ -46,6 +46,7 @@ from asyncdapo.replay.core.state import ReplayState
 from asyncdapo.replay.ledger.journal import Journal
 from asyncdapo.replay.server.server import ReplayServer
 from asyncdapo.replay.server.settings import COLLECT_AFTER, ServerSettings
+from asyncdapo.shares import NoBatch
 from asyncdapo.transport.codec import encode
 from asyncdapo.transport.keys import ClientKeys, RunKeys
 from benchmarks.fake_workers import (
@@ -148,7 +149,9 @@ async def learn(figures: Figures, over: Event, address: str, run_dir: Path, keys
     async def take() -> None:
         step = 1
         while True:
-            await feed.take(step)
+            taken = await feed.take(step)
+            assert not isinstance(taken, NoBatch), "the data has no end"
+            await feed.read(step, taken[1])
             pipe.send(step)
             step += 1
 
