@@ -126,7 +126,8 @@ def test_a_run_goes_on_with_the_least_and_others_join_when_there_is_room(acted) 
         assert cluster.up() == [0]
         assert cluster.supervisor.missing["rollout-1"] == "waits for room on Ray (0.1 CPU)"
         cluster.num_places = 2
-        await cluster.until(lambda: cluster.up() == [0, 1])
+        await cluster.until(lambda: len(cluster.late) == 2)
+        assert cluster.up() == [0, 1]
         assert cluster.late == [("rollout-0", False), ("rollout-1", True)], "who joins later lacks the weights"
         assert [process.name for process in cluster.supervisor.processes] == ["rollout-0", "rollout-1"]
 
