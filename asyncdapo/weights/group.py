@@ -1,4 +1,4 @@
-"""The process group of the weights: rank 0 is the learner, ranks 1 … N are the receivers."""
+"""The process group of the weights: rank 0, the learner or a worker with the version, sends to the others."""
 
 from __future__ import annotations
 

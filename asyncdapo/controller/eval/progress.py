@@ -4,7 +4,7 @@
 
 In: answers as they arrive, the current status, notes. Out: standard output, and lines in OUT/logs/controller.log. tok/s
 counts the tokens of answers that arrived in this command, accuracy sampled answers as long as there are any. Does not
-own: the table at the end (`table`).
+own: the table at the end (`command`).
 """
 
 from __future__ import annotations

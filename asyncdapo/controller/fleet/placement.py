@@ -10,8 +10,8 @@ In: the configuration, the GPUs of each node, and the learner's ranks (none wher
 each of which Ray gives whole on a node of its choice (as few nodes as it can). Raises ConfigError that says what is
 asked for and what there is. Invariant: every process is in one bundle; the processes of a bundle share one GPU, or each
 has one of its own on the same node. Where every process has GPUs of its own, the ranks that have one copy of the
-weights (`learner.shards`) are in as few bundles as the nodes allow. Does not own: asking Ray (`process`), how many
-shards there are (`room`), which backend the weights take (`weights.backend`).
+weights (`learner.shards`) are in as few bundles as the nodes allow. Does not own: asking Ray (`rooms`), how many
+shards there are (`auto`), which backend the weights take (`weights.backend`).
 """
 
 from __future__ import annotations

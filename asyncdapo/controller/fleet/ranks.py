@@ -1,6 +1,6 @@
 """The learner's processes, one per rank, which live and die together.
 
-    rank 0     the process `learner`: also sends weights and writes checkpoints
+    rank 0     the process `learner`: also sends weights and commits checkpoints
     rank r     `learner-r`: trains on its share of every update, and has its shard of the weights
 
 In: commands for one of them or for all. Out: their answers. Invariant: a rank alone is worth nothing, since the others

@@ -2,7 +2,7 @@
 
 In: the configuration, where the learner is placed, the metrics of a step. Out: lines for whoever watches the run. Says
 nothing of a kind of model that has no formula. Does not own: the formulas (`memory`), the measurement
-(`learner/measured`).
+(`learner/step/measured`).
 """
 
 from __future__ import annotations

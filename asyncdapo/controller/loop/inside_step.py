@@ -3,7 +3,7 @@
 In: what the replay server says at every look of the fleet. Out: a line that changes all the time, for a terminal; notes
 on groups that failed: the first one at once, then at every doubling of their number, so that a function that raises now
 and then is heard of and drowns nothing. Does not own: who waits for whom (`stalls`), when failures end the run
-(`replay/failures`).
+(`replay/server/failures`).
 """
 
 from __future__ import annotations

@@ -114,7 +114,7 @@ REPLAY_WAITS_FOR = {
     "no live worker": "rollout",  # one of which is being started, or has yet to join
     "run over": NOBODY,
 }
-"""Whom each reason of `replay/waits.py` means, by the name it starts with."""
+"""Whom each reason of `replay/core/waits.py` means, by the name it starts with."""
 
 
 def replay_wait(why: str) -> tuple[str, str]:

@@ -3,7 +3,7 @@
 In: nothing. Out: `SECTIONS` of at most `MAX_PANELS` panels each. A panel's metrics have one unit, which its axis shows.
 Pure. Invariants: every metric is on docs/metrics.md; every metric with an alarm, every cause of lost time and every
 number of a progress line is in a panel (tests hold both). Does not own: what a panel looks like in a program
-(`wandb_view`, launchers/grafana_board.py), what metrics mean.
+(`wandb_board`, launchers/grafana_board.py), what metrics mean.
 """
 
 from __future__ import annotations

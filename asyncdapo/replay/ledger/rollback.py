@@ -20,10 +20,10 @@ batch k was trained:
               for the next batch, and the row is as it was written. Otherwise it is dropped.
     the rest  batches, cuts and measured paces by step; publishes, loads and events by position
 
-A kept group whose payload can't be read (missing, short or damaged) is removed too: its prompt is sampled again, and an
-event `unreadable` says why, as it does of a row of `partials`. Batch k + 1 is then not restored, and its other members
-return to the queue. Apart from that the result depends only on the ledger and k, and a second rollback to k gives the
-same state.
+A kept group whose payload can't be read (missing, short, damaged or another's) is removed too: its prompt is sampled
+again, and an event `unreadable` says why, as it does of a row of `partials`. Batch k + 1 is then not restored, and its
+other members return to the queue. Apart from that the result depends only on the ledger and k, and a second rollback to
+k gives the same state.
 Does not own: the transaction, files, and what the core makes of it (`reload`, `state`).
 """
 

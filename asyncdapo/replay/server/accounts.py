@@ -4,13 +4,13 @@ In: groups as they arrive, the core's actions, evaluation answers, and the ledge
 of metrics per step. Ratios, means and `rollout/arrived_…` are over the groups that arrived since the last step. All
 other counts are totals since the start, so that
 
-    rollout/tokens = replay/tokens_{trained, filtered, expired, surplus, undone, failed, withdrawn, lost, evaluation}
-                     + replay/tokens_{held, late, probe} + tokens of running leases and evaluations
+    rollout/tokens = replay/tokens_{trained, filtered, expired, surplus, undone, dropped, failed, withdrawn, lost, late}
+                     + replay/tokens_{probe, evaluation, held, partial, in_flight}
 
 except for those since the last heartbeat. After a restart of this process the totals of groups resume from the ledger,
 exactly. The ledger lacks the tokens of evaluations and of leases that ended without a group. Their totals resume from
-the last metrics line, so what was sampled for them after that line is missing. What was running at that line and didn't
-become a group is lost with its workers.
+the last metrics line, so what was sampled for them after that line is missing. What was running at that line, became no
+group and wasn't saved is lost with its workers.
 
 Memory: the facts of held groups, and the lengths of their completions, within the limits of admission.
 Does not own: the numbers of learner and engine; writing (the controller).
