@@ -5,7 +5,7 @@
     render   the chain, one line a link:
                  controller waits for learner since 34 s: batch 5
                  learner waits for replay since 33 s: batch 5
-                 replay waits for rollout since 12 s: 17 running, 3 of 16 kept
+                 replay waits for rollout since 12 s: 17 running, 3 of 16 ready
                  rollout-0: 17 sequences running, last token 11 s ago
     Stall    pure: for how long no counter of progress has moved
 
