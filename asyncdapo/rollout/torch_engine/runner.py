@@ -214,8 +214,9 @@ class Runner:
     def _sample(self, slots: np.ndarray, logits_BV: torch.Tensor, progress: Progress) -> None:
         """Sample a token for each of these slots, and remove the sequences that it ends."""
         batch = self._batch
-        if batch.narrowed.any():
-            self._narrow(slots, np.flatnonzero(batch.narrowed[slots]), logits_BV)
+        narrowed = np.flatnonzero(batch.narrowed[slots])
+        if narrowed.size:
+            self._narrow(slots, narrowed, logits_BV)
         if not math.isfinite(self._model.sample(logits_BV, batch, slots)):
             raise EngineError(f"the weights of version {self.version} give logits that are not finite")
         for slot in batch.ended(self._is_stop_V):

@@ -65,6 +65,19 @@ def test_samples_do_not_depend_on_the_number_of_slots(path):
     assert all(same(a, b) for a, b in zip(few, many, strict=True))
 
 
+def test_a_request_with_all_tokens_begins_beside_one_that_draws_from_a_few(path):
+    few, others = request(9, [5], max_tokens=48, top_p=0.9), request(4, range(6), max_tokens=4)
+
+    async def use(engine):
+        return await together(engine, few, others)
+
+    [among_few], among_all = running(path, use, slots=2)
+    assert same([among_few], *running(path, lambda engine: together(engine, few)))
+    assert len(among_few.support.counts) == len(among_few.token_ids)
+    assert same(among_all, *running(path, lambda engine: together(engine, others)))
+    assert all(sample.support is None for sample in among_all)
+
+
 def test_sampled_tokens_follow_the_models_own_distribution(path):
     model = random_model()
     asked = request(12, range(4000), max_tokens=1)
