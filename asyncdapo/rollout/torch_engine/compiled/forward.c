@@ -8,7 +8,8 @@ Arrays begin at multiples of 64 bytes, and end behind the last whole tile of row
 
 A projection [outputs, inputs] lies as panels of PANEL outputs, [panel, input, output in the panel]: each product reads
 its weights once, in order. The cache is [layer, slot, key/value head, chunk], and a chunk holds CHUNK times: keys
-[dim, time], for which a query's products are vectors, then values [time, dim], padded to whole vectors. */
+[half, dim, time in the half], for which a query's products are vectors, then values [time, dim], padded to whole vectors.
+Both are larger than a processor's own cache: while a panel or a chunk is computed with, the next one is on its way. */
 
 #include <string.h>
 
@@ -43,13 +44,13 @@ static inline Floats until(Floats x, int count) {
 
 /* ----------------------------------------------------------------------------------------------------- products */
 
+/* Reads `ahead` meanwhile, `stride` numbers for each input. */
 static inline void multiply_tile(int64_t inputs, int64_t outputs, int num_columns, const float *x, const Floats *panel,
-                                 const float *bias, int add, float *out) {
+                                 const float *bias, int add, const float *ahead, int64_t stride, float *out) {
     Floats sums[TILE][2] = {0};
     for (int64_t i = 0; i < inputs; i++) {
         const Floats first = panel[2 * i], second = panel[2 * i + 1];
-        __builtin_prefetch(panel + 2 * i + 32);
-        __builtin_prefetch(panel + 2 * i + 33);
+        __builtin_prefetch(ahead + i * stride);
         for (int r = 0; r < TILE; r++) {
             sums[r][0] += x[r * inputs + i] * first;
             sums[r][1] += x[r * inputs + i] * second;
@@ -72,12 +73,14 @@ static inline void multiply_tile(int64_t inputs, int64_t outputs, int num_column
 /* out [rows, outputs] = x [rows, inputs] . weight + bias, added to what is there if `add`. Rows are filled up to a tile. */
 static void multiply(int threads, int64_t rows, int64_t inputs, int64_t outputs, const float *x, const float *weight,
                      const float *bias, int add, float *out) {
+    const int64_t stride = PANEL * TILE / rows; /* so that all rows together read one panel ahead */
 #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (int64_t column = 0; column < outputs; column += PANEL) {
         const Floats *panel = (const Floats *)(weight + column * inputs);
         const int num_columns = outputs - column < PANEL ? outputs - column : PANEL;
         for (int64_t row = 0; row < rows; row += TILE)
             multiply_tile(inputs, outputs, num_columns, x + row * inputs, panel, bias ? bias + column : 0, add,
+                          weight + (column + PANEL) * inputs + row / TILE * inputs * stride, stride,
                           out + row * outputs + column);
     }
 }
@@ -122,18 +125,20 @@ static void write_row(const Layer *layer, int64_t num_chunks, int64_t position, 
     for (int h = 0; h < HEADS - KV_HEADS; h++) {
         float *head = heads + h * HEAD_DIM;
         if (layer->qk_norm) norm(1, HEAD_DIM, head, layer->qk_norm + h * HEAD_DIM, head);
+        float rotated[HEAD_DIM];
         for (int d = 0; d < HEAD_DIM; d += 2) {
-            const float real = head[d], imaginary = head[d + 1];
-            head[d] = real * rotation[d] - imaginary * rotation[d + 1];
-            head[d + 1] = real * rotation[d + 1] + imaginary * rotation[d];
+            rotated[d] = head[d] * rotation[d] - head[d + 1] * rotation[d + 1];
+            rotated[d + 1] = head[d] * rotation[d + 1] + head[d + 1] * rotation[d];
         }
+        memcpy(head, rotated, sizeof rotated);
     }
     for (int h = 0; h < KV_HEADS; h++) {
         const float *key = heads + (QUERIES + h) * HEAD_DIM, *value = key + KV_HEADS * HEAD_DIM;
         float *chunk = chunks + (h * num_chunks + position / CHUNK) * CHUNK_SIZE;
+        float *keys = chunk + position % CHUNK / LANES * LANES * HEAD_DIM + position % LANES;
         float *values = chunk + CHUNK * HEAD_DIM + position % CHUNK * PARTS * LANES;
         for (int d = 0; d < HEAD_DIM; d++) {
-            chunk[d * CHUNK + position % CHUNK] = key[d];
+            keys[d * LANES] = key[d];
             values[d] = value[d];
         }
     }
@@ -145,15 +150,20 @@ typedef struct {
     Floats total[GROUP], sum[GROUP][PARTS];
 } Attended;
 
-static inline void attend_chunk(Attended *so_far, const float *queries, const Floats *chunk, int num_times) {
-    const Floats *values = chunk + 2 * HEAD_DIM;
+/* Reads the chunk `next` meanwhile. */
+static inline void attend_chunk(Attended *so_far, const float *queries, const Floats *chunk, int num_times,
+                                const Floats *next) {
+    const Floats *values = chunk + 2 * HEAD_DIM, *next_values = next + 2 * HEAD_DIM;
     Floats scores[GROUP][2] = {0};
     float probs[GROUP][CHUNK] __attribute__((aligned(4 * LANES)));
-    for (int d = 0; d < HEAD_DIM; d++)
+    for (int d = 0; d < HEAD_DIM; d++) {
+        __builtin_prefetch(next + d);
+        __builtin_prefetch(next + HEAD_DIM + d);
         for (int g = 0; g < GROUP; g++) {
-            scores[g][0] += queries[g * HEAD_DIM + d] * chunk[2 * d];
-            scores[g][1] += queries[g * HEAD_DIM + d] * chunk[2 * d + 1];
+            scores[g][0] += queries[g * HEAD_DIM + d] * chunk[d];
+            scores[g][1] += queries[g * HEAD_DIM + d] * chunk[HEAD_DIM + d];
         }
+    }
     for (int g = 0; g < GROUP; g++) {
         const Floats first = until(scores[g][0], num_times), second = until(scores[g][1], num_times - LANES);
         const float largest = fmaxf(so_far->largest[g], largest_of(larger(first, second)));
@@ -167,21 +177,52 @@ static inline void attend_chunk(Attended *so_far, const float *queries, const Fl
         chunk_probs[0] = exp_of(first - largest), chunk_probs[1] = exp_of(second - largest);
         so_far->total[g] += chunk_probs[0] + chunk_probs[1];
     }
-    for (int t = 0; t < num_times; t++)
+    for (int t = 0; t < num_times; t++) {
+        for (int i = 0; i < PARTS; i++) __builtin_prefetch(next_values + t * PARTS + i);
         for (int g = 0; g < GROUP; g++)
             for (int i = 0; i < PARTS; i++) so_far->sum[g][i] += probs[g][t] * values[t * PARTS + i];
+    }
+    for (int i = num_times * PARTS; i < CHUNK * PARTS; i++) __builtin_prefetch(next_values + i);
 }
 
-/* Attend to the first `num_times` of a head's chunks with the queries [GROUP, HEAD_DIM]. */
-static void attend(int64_t num_times, const float *queries, const float *chunks, float *out) {
+/* Attend to the first `num_times` of a head's chunks with the queries [GROUP, HEAD_DIM]; `next` are read after these. */
+static void attend(int64_t num_times, const float *queries, const float *chunks, const float *next, float *out) {
     Attended all = {0};
     for (int g = 0; g < GROUP; g++) all.largest[g] = -INFINITY;
     for (; num_times > 0; num_times -= CHUNK, chunks += CHUNK_SIZE)
-        attend_chunk(&all, queries, (const Floats *)chunks, num_times < CHUNK ? num_times : CHUNK);
+        attend_chunk(&all, queries, (const Floats *)chunks, num_times < CHUNK ? num_times : CHUNK,
+                     (const Floats *)(num_times > CHUNK ? chunks + CHUNK_SIZE : next));
     for (int g = 0; g < GROUP; g++) {
         const float total = sum_of(all.total[g]);
         for (int i = 0; i < PARTS; i++) all.sum[g][i] /= total;
         memcpy(out + g * HEAD_DIM, all.sum[g], 4 * HEAD_DIM);
+    }
+}
+
+/* All heads of a row; `next` are the chunks of the row behind it. */
+static void attend_row(int64_t num_chunks, int64_t num_times, const float *heads, const float *chunks, const float *next,
+                       float *out) {
+    const int64_t size = num_chunks * CHUNK_SIZE;
+    for (int h = 0; h < KV_HEADS; h++, chunks += size)
+        attend(num_times, heads + h * GROUP * HEAD_DIM, chunks, h + 1 < KV_HEADS ? chunks + size : next,
+               out + h * GROUP * HEAD_DIM);
+}
+
+/* Write the rows [heads], and attend with them. A row's tokens before it must be written when it attends; one thread
+   attends at once, with what it has just written at hand. own: the layer's cache; rotations as in `forward`. */
+static void attention(int64_t threads, int64_t rows, const Layer *layer, int64_t num_chunks, const int64_t *slots,
+                      const int64_t *positions, const float *rotations, float *heads, float *own, float *attended) {
+    const int64_t size = KV_HEADS * num_chunks * CHUNK_SIZE, last = rows - 1;
+    for (int64_t first = 0; threads > 1 && first < rows; first++)
+        write_row(layer, num_chunks, positions[first], rotations + positions[first] * HEAD_DIM,
+                  heads + first * HEADS * HEAD_DIM, own + slots[first] * size);
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+    for (int64_t row = 0; row < rows; row++) {
+        float *row_heads = heads + row * HEADS * HEAD_DIM, *chunks = own + slots[row] * size;
+        if (threads == 1)
+            write_row(layer, num_chunks, positions[row], rotations + positions[row] * HEAD_DIM, row_heads, chunks);
+        attend_row(num_chunks, positions[row] + 1, row_heads, chunks, own + slots[row < last ? row + 1 : last] * size,
+                   attended + row * QUERIES * HEAD_DIM);
     }
 }
 
@@ -204,15 +245,7 @@ void forward(int64_t threads, int64_t rows, int64_t rows_out, int64_t num_slots,
         float *own = cache + index * num_slots * KV_HEADS * num_chunks * CHUNK_SIZE;
         norm(rows, HIDDEN, x, layer->attention_norm, normed);
         multiply(threads, rows, HIDDEN, HEADS * HEAD_DIM, normed, layer->qkv, layer->qkv_bias, 0, heads);
-        for (int64_t row = 0; row < rows; row++)
-            write_row(layer, num_chunks, positions[row], rotations + positions[row] * HEAD_DIM,
-                      heads + row * HEADS * HEAD_DIM, own + slots[row] * KV_HEADS * num_chunks * CHUNK_SIZE);
-#pragma omp parallel for collapse(2) num_threads(threads) if (threads > 1)
-        for (int64_t row = 0; row < rows; row++)
-            for (int head = 0; head < KV_HEADS; head++)
-                attend(positions[row] + 1, heads + (row * HEADS + head * GROUP) * HEAD_DIM,
-                       own + (slots[row] * KV_HEADS + head) * num_chunks * CHUNK_SIZE,
-                       attended + (row * QUERIES + head * GROUP) * HEAD_DIM);
+        attention(threads, rows, layer, num_chunks, slots, positions, rotations, heads, own, attended);
         multiply(threads, rows, QUERIES * HEAD_DIM, HIDDEN, attended, layer->out, layer->out_bias, 1, x);
         norm(rows, HIDDEN, x, layer->mlp_norm, normed);
         multiply(threads, rows, HIDDEN, 2 * INTERMEDIATE, normed, layer->gate_up, layer->gate_up_bias, 0, gate_up);
