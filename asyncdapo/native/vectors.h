@@ -1,17 +1,15 @@
-/* Vectors of LANES float32 numbers, those of GCC and Clang: as long as the processor's, unless the file that includes this
-   says how many. Longer ones are slow: GCC keeps them in memory. */
+/* Vectors of LANES float32 numbers, those of GCC and Clang: as long as the processor's. Longer ones are slow: GCC keeps them
+   in memory. */
 
 #include <math.h>
 #include <stdint.h>
 
-#ifndef LANES
 #if defined(__AVX512F__)
 #define LANES 16
 #elif defined(__AVX__)
 #define LANES 8
 #else
 #define LANES 4
-#endif
 #endif
 
 typedef float Floats __attribute__((vector_size(4 * LANES)));

@@ -1,6 +1,7 @@
 """The compiled model computes and draws what PyTorch's does, and gives way to it where there is no compiler."""
 
 import asyncio
+import platform
 import shutil
 
 import numpy as np
@@ -19,11 +20,18 @@ SLOTS, TIMES, CPU = 5, 100, torch.device("cpu")
 
 
 @pytest.fixture
-def without_compiler(monkeypatch):
-    monkeypatch.setenv("CC", "no-such-compiler")
+def other_compiler(monkeypatch):
+    def compile_by(command):
+        monkeypatch.setenv("CC", command)
+        compiled_library.cache_clear()
+
+    yield compile_by
     compiled_library.cache_clear()
-    yield
-    compiled_library.cache_clear()
+
+
+@pytest.fixture
+def without_compiler(other_compiler):
+    other_compiler("no-such-compiler")
 
 
 def compiled(model, directory, num_threads=1):
@@ -61,6 +69,15 @@ def test_both_models_give_the_same_logits(shape, tmp_path):
     ours, checkpoint = compiled(source, tmp_path)
     plain = TorchModel(checkpoint, SLOTS, TIMES, torch.float32, CPU)
     torch.testing.assert_close(logits_of(ours, source), logits_of(plain, source), atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="needs a processor whose vectors can be shortened")
+@pytest.mark.parametrize("flags", ["-mno-avx512f", "-mno-avx512f -mno-avx"])
+def test_shorter_vectors_give_the_same_logits(flags, tmp_path, other_compiler):
+    source = random_model("qwen3")
+    expected = logits_of(compiled(source, tmp_path)[0], source)
+    other_compiler(f"cc {flags}")
+    torch.testing.assert_close(logits_of(compiled(source, tmp_path)[0], source), expected, atol=1e-4, rtol=1e-5)
 
 
 def drawn(model, logits, temperatures, uniforms, *, greedy: torch.Tensor | bool = False):

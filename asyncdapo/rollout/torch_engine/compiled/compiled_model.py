@@ -22,8 +22,8 @@ from asyncdapo.rollout.torch_engine.compiled.packed_weights import PackedWeights
 from asyncdapo.rollout.torch_engine.kv_cache import TIME_STEP, round_up
 from asyncdapo.rollout.torch_engine.model import Model, TorchModel, rotations
 
-LANES, TILE = 16, 8
-"""Numbers of a vector, and rows that are multiplied at once, in forward.c."""
+VALUE_STEP, TILE = 16, 8
+"""What values are filled up to, and rows that are multiplied at once, in forward.c."""
 
 
 def fastest_model(
@@ -40,7 +40,7 @@ class ChunkCache:
 
     def __init__(self, shape: ModelShape, num_slots: int, num_times: int) -> None:
         self.num_times = round_up(num_times)
-        size = TIME_STEP * (shape.head_dim + round_up(shape.head_dim, LANES))
+        size = TIME_STEP * (shape.head_dim + round_up(shape.head_dim, VALUE_STEP))
         num_chunks = self.num_times // TIME_STEP
         self.data = torch.zeros(shape.num_layers, num_slots, shape.num_kv_heads, num_chunks, size)
         self._array = self.data.numpy()  # which copies whole chunks; PyTorch would copy number by number

@@ -8,19 +8,20 @@ Arrays begin at multiples of 64 bytes, and end behind the last whole tile of row
 
 A projection [outputs, inputs] lies as panels of PANEL outputs, [panel, input, output in the panel]: each product reads
 its weights once, in order. The cache is [layer, slot, key/value head, chunk], and a chunk holds CHUNK times: keys
-[half, dim, time in the half], for which a query's products are vectors, then values [time, dim], padded to whole vectors.
+[span, dim, time in the span], for which a query's products are vectors, then values [time, dim], padded to whole vectors.
 Both are larger than a processor's own cache: while a panel or a chunk is computed with, the next one is on its way. */
 
 #include <string.h>
 
-#define LANES 16 /* `packed_weights.py` and `kv_cache.py` lay out what is read here */
 #include "vectors.h"
 
-#define PANEL (2 * LANES)
-#define TILE 8 /* rows that are multiplied at once */
-#define CHUNK (2 * LANES)
-#define PARTS ((HEAD_DIM + LANES - 1) / LANES) /* vectors of a value */
-#define CHUNK_SIZE (CHUNK * (HEAD_DIM + PARTS * LANES))
+#define PANEL 32 /* `packed_weights.py` and `compiled_model.py` lay out what is read here */
+#define CHUNK 32
+#define VALUE ((HEAD_DIM + 15) / 16 * 16)
+#define CHUNK_SIZE (CHUNK * (HEAD_DIM + VALUE))
+#define TILE (LANES == 16 ? 8 : 4) /* rows that are multiplied at once: as many as there are registers for */
+#define SPANS (CHUNK / LANES)      /* vectors of a chunk's times */
+#define PARTS (VALUE / LANES)      /* vectors of a value */
 #define QUERIES (KV_HEADS * GROUP)
 #define HEADS (QUERIES + 2 * KV_HEADS)
 
@@ -45,11 +46,11 @@ static inline Floats until(Floats x, int count) {
 /* ----------------------------------------------------------------------------------------------------- products */
 
 /* Reads `ahead` meanwhile, `stride` numbers for each input. */
-static inline void multiply_tile(int64_t inputs, int64_t outputs, int num_columns, const float *x, const Floats *panel,
+static inline void multiply_tile(int64_t inputs, int64_t outputs, int num_columns, const float *x, const float *panel,
                                  const float *bias, int add, const float *ahead, int64_t stride, float *out) {
     Floats sums[TILE][2] = {0};
     for (int64_t i = 0; i < inputs; i++) {
-        const Floats first = panel[2 * i], second = panel[2 * i + 1];
+        const Floats first = *(const Floats *)(panel + i * PANEL), second = *(const Floats *)(panel + i * PANEL + LANES);
         __builtin_prefetch(ahead + i * stride);
         for (int r = 0; r < TILE; r++) {
             sums[r][0] += x[r * inputs + i] * first;
@@ -73,14 +74,14 @@ static inline void multiply_tile(int64_t inputs, int64_t outputs, int num_column
 /* out [rows, outputs] = x [rows, inputs] . weight + bias, added to what is there if `add`. Rows are filled up to a tile. */
 static void multiply(int threads, int64_t rows, int64_t inputs, int64_t outputs, const float *x, const float *weight,
                      const float *bias, int add, float *out) {
-    const int64_t stride = PANEL * TILE / rows; /* so that all rows together read one panel ahead */
+    const int64_t stride = PANEL / ((rows + TILE - 1) / TILE); /* so that all rows together read one panel ahead */
 #pragma omp parallel for num_threads(threads) if (threads > 1)
-    for (int64_t column = 0; column < outputs; column += PANEL) {
-        const Floats *panel = (const Floats *)(weight + column * inputs);
-        const int num_columns = outputs - column < PANEL ? outputs - column : PANEL;
+    for (int64_t column = 0; column < outputs; column += 2 * LANES) {
+        const float *panel = weight + column / PANEL * PANEL * inputs;
+        const int num_columns = outputs - column < 2 * LANES ? outputs - column : 2 * LANES;
         for (int64_t row = 0; row < rows; row += TILE)
-            multiply_tile(inputs, outputs, num_columns, x + row * inputs, panel, bias ? bias + column : 0, add,
-                          weight + (column + PANEL) * inputs + row / TILE * inputs * stride, stride,
+            multiply_tile(inputs, outputs, num_columns, x + row * inputs, panel + column % PANEL,
+                          bias ? bias + column : 0, add, panel + (PANEL + row / TILE * stride) * inputs, stride,
                           out + row * outputs + column);
     }
 }
@@ -136,7 +137,7 @@ static void write_row(const Layer *layer, int64_t num_chunks, int64_t position, 
         const float *key = heads + (QUERIES + h) * HEAD_DIM, *value = key + KV_HEADS * HEAD_DIM;
         float *chunk = chunks + (h * num_chunks + position / CHUNK) * CHUNK_SIZE;
         float *keys = chunk + position % CHUNK / LANES * LANES * HEAD_DIM + position % LANES;
-        float *values = chunk + CHUNK * HEAD_DIM + position % CHUNK * PARTS * LANES;
+        float *values = chunk + CHUNK * HEAD_DIM + position % CHUNK * VALUE;
         for (int d = 0; d < HEAD_DIM; d++) {
             keys[d * LANES] = key[d];
             values[d] = value[d];
@@ -153,36 +154,39 @@ typedef struct {
 /* Reads the chunk `next` meanwhile. */
 static inline void attend_chunk(Attended *so_far, const float *queries, const Floats *chunk, int num_times,
                                 const Floats *next) {
-    const Floats *values = chunk + 2 * HEAD_DIM, *next_values = next + 2 * HEAD_DIM;
-    Floats scores[GROUP][2] = {0};
-    float probs[GROUP][CHUNK] __attribute__((aligned(4 * LANES)));
-    for (int d = 0; d < HEAD_DIM; d++) {
-        __builtin_prefetch(next + d);
-        __builtin_prefetch(next + HEAD_DIM + d);
-        for (int g = 0; g < GROUP; g++) {
-            scores[g][0] += queries[g * HEAD_DIM + d] * chunk[d];
-            scores[g][1] += queries[g * HEAD_DIM + d] * chunk[HEAD_DIM + d];
+    const Floats *values = chunk + SPANS * HEAD_DIM;
+    Floats scores[GROUP][SPANS] = {0};
+    for (int d = 0; d < HEAD_DIM; d++)
+        for (int span = 0; span < SPANS; span++) {
+            __builtin_prefetch(next + span * HEAD_DIM + d);
+            for (int g = 0; g < GROUP; g++)
+                scores[g][span] += queries[g * HEAD_DIM + d] * chunk[span * HEAD_DIM + d];
         }
-    }
     for (int g = 0; g < GROUP; g++) {
-        const Floats first = until(scores[g][0], num_times), second = until(scores[g][1], num_times - LANES);
-        const float largest = fmaxf(so_far->largest[g], largest_of(larger(first, second)));
+        Floats highest = (Floats){0} - INFINITY;
+        for (int span = 0; span < SPANS; span++) {
+            scores[g][span] = until(scores[g][span], num_times - span * LANES);
+            highest = larger(highest, scores[g][span]);
+        }
+        const float largest = fmaxf(so_far->largest[g], largest_of(highest));
         if (largest > so_far->largest[g]) {
             const float factor = expf(so_far->largest[g] - largest);
             so_far->largest[g] = largest;
             so_far->total[g] *= factor;
             for (int i = 0; i < PARTS; i++) so_far->sum[g][i] *= factor;
         }
-        Floats *chunk_probs = (Floats *)probs[g];
-        chunk_probs[0] = exp_of(first - largest), chunk_probs[1] = exp_of(second - largest);
-        so_far->total[g] += chunk_probs[0] + chunk_probs[1];
+        Floats total = {0};
+        for (int span = 0; span < SPANS; span++) total += scores[g][span] = exp_of(scores[g][span] - largest);
+        so_far->total[g] += total;
     }
+    const float(*probs)[CHUNK] = (const float(*)[CHUNK])scores;
+    next += SPANS * HEAD_DIM;
     for (int t = 0; t < num_times; t++) {
-        for (int i = 0; i < PARTS; i++) __builtin_prefetch(next_values + t * PARTS + i);
+        for (int i = 0; i < PARTS; i++) __builtin_prefetch(next + t * PARTS + i);
         for (int g = 0; g < GROUP; g++)
             for (int i = 0; i < PARTS; i++) so_far->sum[g][i] += probs[g][t] * values[t * PARTS + i];
     }
-    for (int i = num_times * PARTS; i < CHUNK * PARTS; i++) __builtin_prefetch(next_values + i);
+    for (int i = num_times * PARTS; i < CHUNK * PARTS; i++) __builtin_prefetch(next + i);
 }
 
 /* Attend to the first `num_times` of a head's chunks with the queries [GROUP, HEAD_DIM]; `next` are read after these. */
