@@ -141,8 +141,8 @@ class Account:
 
     def _ahead(self) -> list[int]:
         """At the barrier only groups before the next prompt of the stream."""
-        held, before = self.in_state("queued") + self.replaces * self.in_state("spare"), self.next_prompt()
-        if self.barrier and before is not None:
+        held = self.in_state("queued") + (self.in_state("spare") if self.replaces else [])
+        if self.barrier and (before := self.next_prompt()) is not None:
             held = [group_id for group_id in held if self.groups[group_id].prompt_id < before]
         return self.in_queue_order(held)
 
@@ -170,12 +170,15 @@ class Account:
         return min(self.bound, max(least, needed / self.size - 1 + 1 / 8))
 
     def admits(self) -> bool:
+        if self.barrier and self.limited:
+            held, before = [*self.in_state("queued"), *self.in_state("spare")], self.next_prompt()
+            verdicts = sum(before is None or self.groups[group_id].prompt_id < before for group_id in held)
+            if (
+                verdicts + len(self.leases)
+                >= self.filter.max_gen_batches * self.filter.gen_batch_multiplier * self.size
+            ):
+                return False
         ahead = self.in_training() + self.num_ready() + self.keep_rate() * len(self.leases)
-        held, before = [*self.in_state("queued"), *self.in_state("spare")], self.next_prompt()
-        verdicts = sum(before is None or self.groups[group_id].prompt_id < before for group_id in held)
-        limit = self.filter.max_gen_batches * self.filter.gen_batch_multiplier * self.size
-        if self.barrier and self.limited and verdicts + len(self.leases) >= limit:
-            return False
         return ahead < (self.run_ahead() + 1) * self.size
 
     def lease_version(self, lease: TrueLease) -> int:

@@ -320,15 +320,18 @@ class Truth(Account):
 
     def _check_exactly_once(self) -> None:
         assert sorted(self.prompts) == list(range(len(self.prompts))), "a prompt of the stream was left out"
-        leased = sorted(lease.prompt_id for lease in self.leases.values())
-        assert leased == sorted(p for p, state in self.prompts.items() if state == "leased")
-        for state in ("queued", "spare", "cut", "trained", "filtered"):
-            held = sorted(self.groups[i].prompt_id for i in self.in_state(state))
-            assert held == sorted(p for p, s in self.prompts.items() if s == state), state
+        prompts: dict[str, list[int]] = {}
+        held: dict[str, list[int]] = {"leased": [lease.prompt_id for lease in self.leases.values()]}
+        for prompt_id, state in self.prompts.items():
+            prompts.setdefault(state, []).append(prompt_id)
+        for group in self.groups.values():
+            held.setdefault(group.state, []).append(group.prompt_id)
+        for state in ("leased", "queued", "spare", "cut", "trained", "filtered"):
+            assert sorted(held.get(state, ())) == sorted(prompts.get(state, ())), state
+        assert "arrived" not in held, "a group is nowhere"
         members = [group_id for batch in self.batches.values() for group_id in batch]
         assert len(members) == len(set(members))
         assert all(count >= 0 for count in self.credits.values())
-        assert not self.in_state("arrived"), "a group is nowhere"
         if not self.over:
             assert sorted(self.in_state("trained")) == sorted(i for step in self.trained for i in self.batches[step])
 
@@ -346,5 +349,5 @@ class Truth(Account):
         assert self.gen_batch_verdicts < self.filter.gen_batch_multiplier * self.size, "a generation batch is full"
         assert self.limited or not (self.replaces and self.barren()), "held though there is nothing to copy"
         assert not self.cut_is_due() or self.held_back(), "a due cut was not made"
-        could_lease = self.next_prompt() is not None and self.admits() and self.able_workers()
+        could_lease = self.able_workers() and self.next_prompt() is not None and self.admits()
         assert not could_lease, "a lease could be granted"
