@@ -14,8 +14,7 @@ from asyncdapo.transport.shared_memory import make_block, open_block
 
 HOST = torch.device("cpu")
 
-processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload([__name__])
+processes = multiprocessing.get_context("spawn")
 
 
 def add_one(handle: bytes) -> None:

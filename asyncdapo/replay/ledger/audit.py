@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+import yaml
 
 from asyncdapo.errors import UserError
 from asyncdapo.records.record import PAYLOAD_FOLDER, BadRecord, Place, read_record
@@ -77,12 +76,12 @@ def _audit(run_dir: Path) -> tuple[list[str], list[dict]]:
         return [f"{LEDGER_FILE}: {error}" if isinstance(error, sqlite3.Error) else str(error)], []
 
 
-def ledger_breach(run_dir: Path, config: dict[str, object]) -> str:
+def ledger_breach(run_dir: Path, config: Mapping[str, Any]) -> str:
     """The first breach of `config` in the ledger of a run; empty if the run can be resumed with it."""
     try:
         if not is_begun(run_dir):
             return ""
-        limits = _limits_of(OmegaConf.create(config))
+        limits = _limits_of(config)
         with closing(_open(run_dir)) as ledger:
             breaches = _ledger_breaches(ledger, limits | {"finished": 0})
             return next((breach for breach in breaches if not breach.startswith("there is a batch")), "")
@@ -95,27 +94,25 @@ def _limits(path: Path) -> dict[str, int]:
     if not path.is_file():
         raise _Unreadable(f"{path.name}: missing, so there is nothing to hold the run to")
     try:
-        return _limits_of(OmegaConf.load(path))
-    except (OmegaConfBaseException, YAMLError, AttributeError, TypeError, ValueError) as error:
+        return _limits_of(yaml.load(path.read_bytes(), getattr(yaml, "CSafeLoader", yaml.SafeLoader)))
+    except KeyError as error:
+        raise _Unreadable(f"{path.name}: can't be read (no key {error})") from error
+    except (yaml.YAMLError, TypeError, ValueError) as error:
         raise _Unreadable(f"{path.name}: can't be read ({str(error).splitlines()[0]})") from error
 
 
-def _limits_of(config: DictConfig | ListConfig) -> dict[str, int]:
-    batch_max, group_size = int(config.replay.prompts_per_step), int(config.rollout.group_size)
-    bound = 0 if config.replay.run_ahead == 0 else int(config.replay.max_staleness)
+def _limits_of(config: Mapping[str, Any]) -> dict[str, int]:
+    replay, prompts, filter = config["replay"], config["prompts"], config["filter"]
+    batch_max = int(replay["prompts_per_step"])
+    may_be_short = filter["on_limit"] != "raise" and (filter["max_gen_batches"] > 0 or prompts["epochs"] > 0)
     return {
-        "bound": bound,
-        "batch_min": 1 if _may_be_short(config) else batch_max,
+        "bound": 0 if replay["run_ahead"] == 0 else int(replay["max_staleness"]),
+        "batch_min": 1 if may_be_short else batch_max,  # at the limit of generation batches, or at the end of the data
         "batch_max": batch_max,
-        "group_size": group_size,
-        "max_attempts": int(config.prompts.max_attempts),
-        "replaces": int(config.filter.get("mode") == "replace"),
+        "group_size": int(config["rollout"]["group_size"]),
+        "max_attempts": int(prompts["max_attempts"]),
+        "replaces": int(filter.get("mode") == "replace"),
     }
-
-
-def _may_be_short(config: DictConfig | ListConfig) -> bool:
-    """Whether a batch may be smaller: at the limit of generation batches, or with the last groups of the data."""
-    return config.filter.on_limit != "raise" and (config.filter.max_gen_batches > 0 or config.prompts.epochs > 0)
 
 
 def _open(run_dir: Path) -> sqlite3.Connection:
