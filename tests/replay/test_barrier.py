@@ -126,7 +126,7 @@ FILTERS = [
 ]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(
     size=st.integers(1, 5),
     filter=st.sampled_from(FILTERS),

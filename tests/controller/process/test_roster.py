@@ -95,7 +95,7 @@ def test_a_reader_never_sees_half_a_file(tmp_path: Path) -> None:
     entries.set("learner", [entry("learner")])
 
     def change() -> None:
-        for round_ in range(300):
+        for round_ in range(150):
             entries.set("rollout-0", [entry("scorer", index, pid=round_ + 1) for index in range(round_ % 20)])
         over.set()
 
