@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -13,7 +14,7 @@ from asyncdapo.errors import RewardError, VerdictError
 from asyncdapo.reward.verifier_process import VerifierProcess
 from asyncdapo.reward.wire import Request, Verdict
 from tests.asynchronous import asynchronous, until
-from tests.reward.processes import gone_within, is_alive, running
+from tests.reward.processes import is_alive, running
 
 QUIET = {"scorer_timeouts": 0, "scorer_restarts": 0}
 
@@ -38,11 +39,14 @@ async def test_requests_share_the_processes_and_each_gets_its_own_verdicts() -> 
 
 
 @asynchronous
-async def test_processes_work_at_the_same_time() -> None:
+async def test_processes_work_at_the_same_time(tmp_path: Path) -> None:
     async with running(num_processes=2) as pool:
-        began = time.monotonic()
-        await asyncio.gather(*(pool.verify(["sleep 1"], "") for _ in range(2)))
-        assert time.monotonic() - began < 1.8
+        files = [tmp_path / name for name in "ab"]
+        asked = [asyncio.create_task(pool.verify([f"wait {file}"], "")) for file in files]
+        await until(lambda: all(file.exists() for file in files))
+        for file in files:
+            file.unlink()
+        assert await asyncio.gather(*asked) == [[Verdict(0.0)]] * 2
 
 
 # --------------------------------------------------------------------------------- texts judged by themselves
@@ -88,14 +92,18 @@ async def test_each_of_many_single_texts_has_the_outcome_that_it_has_alone_whate
 
 
 @asynchronous
-async def test_a_shared_request_ends_with_its_process_when_all_its_callers_are_cancelled_and_no_sooner() -> None:
+async def test_a_shared_request_ends_with_its_process_when_all_its_callers_are_cancelled_and_no_sooner(
+    tmp_path: Path,
+) -> None:
     async with running() as pool:
         for num_cancelled in (1, 2):
-            pids = pool.pids()
-            callers = [asyncio.create_task(pool.verify([text], "6")) for text in ("sleep 0.3", "6")]
-            await asyncio.sleep(0.1)
+            pids, judged = pool.pids(), tmp_path / "judged"
+            callers = [asyncio.create_task(pool.verify([text], "6")) for text in (f"wait {judged}", "6")]
+            await until(judged.exists)
             for caller in callers[:num_cancelled]:
                 caller.cancel()
+            if num_cancelled == 1:
+                judged.unlink()
             said = await asyncio.gather(*callers, return_exceptions=True)
             assert said[num_cancelled:] == [[Verdict(1.0)]][num_cancelled - 1 :]
             assert await pool.verify(["6"], "6") == [Verdict(1.0)]
@@ -131,17 +139,17 @@ async def test_a_text_that_is_in_time_at_the_second_try_keeps_its_verdict(tmp_pa
 
 @asynchronous
 async def test_the_time_is_each_texts_and_not_the_requests() -> None:
-    async with running(timeout_s=1.0) as pool:
+    async with running(timeout_s=1.5) as pool:
         assert await pool.verify(["sleep 0.4"] * 4, "sleep 0.4") == [Verdict(1.0)] * 4
         assert pool.gauges() == QUIET
 
 
 @asynchronous
 async def test_verdicts_that_came_while_the_event_loop_was_held_up_are_in_time() -> None:
-    async with running(timeout_s=0.5) as pool:
+    async with running(timeout_s=1.5) as pool:
         request = asyncio.create_task(pool.verify(["sleep 0.1", "sleep 0.1"], ""))
         await asyncio.sleep(0.05)
-        time.sleep(1.0)  # noqa: ASYNC251 - that is the case
+        time.sleep(2.0)  # noqa: ASYNC251 - that is the case
         assert await request == [Verdict(0.0)] * 2
         assert pool.gauges() == QUIET
 
@@ -150,7 +158,7 @@ async def test_verdicts_that_came_while_the_event_loop_was_held_up_are_in_time()
 async def test_what_a_verifier_had_started_is_killed_with_it(tmp_path) -> None:
     async with running(timeout_s=0.7) as pool:
         await pool.verify([f"child {tmp_path / 'pid'}"], "")
-        assert gone_within([int((tmp_path / "pid").read_text())], 2.0)
+        await until(lambda: not is_alive(int((tmp_path / "pid").read_text())))
 
 
 # ---------------------------------------------------------------------------------------------- raising, and no verdict
@@ -205,10 +213,10 @@ async def test_what_a_verifier_prints_is_in_the_log(caplog) -> None:
 
 
 @asynchronous
-async def test_a_request_given_up_in_the_middle_disturbs_no_other() -> None:
+async def test_a_request_given_up_in_the_middle_disturbs_no_other(tmp_path: Path) -> None:
     async with running() as pool:
         [pid] = pool.pids()
-        given_up = asyncio.create_task(pool.verify(["6", "sleep 0.3", "6", "6"], "6"))
+        given_up = asyncio.create_task(pool.verify(["6", f"wait {tmp_path / 'judged'}", "6", "6"], "6"))
         waiting = asyncio.create_task(pool.verify(["7"], "6"))
         await until(lambda: pool.num_verdicts == 1)
         given_up.cancel()
@@ -220,14 +228,15 @@ async def test_a_request_given_up_in_the_middle_disturbs_no_other() -> None:
 
 
 @asynchronous
-async def test_a_request_given_up_before_its_turn_takes_no_process() -> None:
+async def test_a_request_given_up_before_its_turn_takes_no_process(tmp_path: Path) -> None:
     async with running() as pool:
-        pids = pool.pids()
-        first = asyncio.create_task(pool.verify(["sleep 0.3"], ""))
+        pids, judged = pool.pids(), tmp_path / "judged"
+        first = asyncio.create_task(pool.verify([f"wait {judged}"], ""))
         given_up = asyncio.create_task(pool.verify(["6"], "6"))
         last = asyncio.create_task(pool.verify(["6"], "6"))
-        await asyncio.sleep(0.1)
+        await until(judged.exists)
         given_up.cancel()
+        judged.unlink()
         assert [await first, await last] == [[Verdict(0.0)], [Verdict(1.0)]]
         assert pool.pids() == pids
 

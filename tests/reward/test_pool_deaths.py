@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from asyncdapo.child import place
 from asyncdapo.errors import RewardError, RunError
 from asyncdapo.reward import verifier_process
 from asyncdapo.reward.pool import ScorerPool
@@ -61,7 +62,7 @@ async def test_a_text_on_which_two_processes_die_is_the_verifiers_failure(text, 
 
 
 @asynchronous
-async def test_processes_that_die_one_after_another_are_started_ever_more_slowly() -> None:
+async def test_processes_that_die_one_after_another_are_started_ever_more_slowly(monkeypatch) -> None:
     async with running() as pool:
         for _ in range(2):
             with pytest.raises(RewardError):
@@ -69,10 +70,9 @@ async def test_processes_that_die_one_after_another_are_started_ever_more_slowly
         began = time.monotonic()
         assert await pool.verify(["6"], "6") == [Verdict(1.0)]
         assert time.monotonic() - began > 1.9
+        monkeypatch.setattr(place, "BACKOFF_S", (*place.BACKOFF_S[:2], 600.0))  # at once, or never
         os.kill(pool.pids()[0], signal.SIGKILL)
-        began = time.monotonic()
-        await pool.verify(["6"], "6")
-        assert time.monotonic() - began < 1.0
+        assert await pool.verify(["6"], "6") == [Verdict(1.0)]
 
 
 @asynchronous
@@ -110,7 +110,7 @@ def test_the_workers_death_leaves_no_process_behind(text) -> None:
         assert len(pids) == 2
         assert all(map(is_alive, pids))
         worker.kill()
-    assert gone_within(pids, 2.0)
+    assert gone_within(pids, 20.0)
 
 
 @asynchronous
@@ -152,10 +152,10 @@ async def test_a_process_that_dies_at_its_start_is_told_with_its_last_lines(tmp_
 
 @asynchronous
 async def test_a_process_that_never_comes_to_its_verifier_is_given_up(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(verifier_process, "START_TIMEOUT_S", 0.7)
+    monkeypatch.setattr(verifier_process, "START_TIMEOUT_S", 2.0)
     path = tmp_path / "slow.py"
     path.write_text("import time\nprint('waiting', flush=True)\ntime.sleep(60)\n")
-    with pytest.raises(RunError, match=r"no answer in 0.7 s: waiting"):
+    with pytest.raises(RunError, match=r"no answer in 2 s: waiting"):
         await ScorerPool(f"{path}:verify", 1, 1.0).start()
 
 

@@ -15,7 +15,8 @@ def equal(text, answer):
 
 
 def obey(text, answer):
-    """`sleep 5`, `loop`, `raise`, `exit 3`, `segfault`, `print …`, `return nan` and the like; else equality."""
+    """`sleep 5`, `loop`, `raise`, `exit 3`, `segfault`, `print …`, `return nan` and the like; else equality. `wait
+    FILE` makes the file, and goes on when it is gone."""
     command, _, rest = text.partition(" ")
     match command:
         case "sleep":
@@ -23,6 +24,10 @@ def obey(text, answer):
         case "loop":
             while True:
                 pass
+        case "wait":
+            open(rest, "w").close()
+            while os.path.exists(rest):
+                time.sleep(0.001)
         case "once":  # hangs the first time: FILE says that it was here before
             if not os.path.exists(rest):
                 open(rest, "w").close()
@@ -72,11 +77,15 @@ def obey(text, answer):
 
 
 async def obey_async(text, answer):
-    """`sleep 5`, `hang`, `block`, `raise`, `raise_once FILE`; else the time of day, as a number of its own."""
+    """`sleep 5`, `wait FILE`, `hang`, `block`, `raise`, `raise_once FILE`; else the time of day, its own number."""
     command, _, rest = text.partition(" ")
     match command:
         case "sleep":
             await asyncio.sleep(float(rest))
+        case "wait":
+            open(rest, "w").close()
+            while os.path.exists(rest):
+                await asyncio.sleep(0.001)
         case "hang":
             await asyncio.get_running_loop().create_future()
         case "block":
