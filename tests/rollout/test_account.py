@@ -71,15 +71,17 @@ def test_loading_counts_where_the_engine_stops_for_it(stops: bool, state: str) -
 
 def test_the_states_of_a_worker_sum_to_its_wall_time() -> None:
     engine = FakeEngine()
-    began = time.monotonic()
+    before = time.monotonic()
     account = WorkerAccount(engine)
+    began = time.monotonic()
     for num_outstanding in (3, 12, 0):
         engine.num_outstanding = num_outstanding
         account.note([], 0)
         time.sleep(0.005)
+    ended = time.monotonic()
     gauges = account.gauges()
-    wall_s = time.monotonic() - began
-    assert sum(gauges[f"{state}_time_s"] for state in WORKER_STATES) == pytest.approx(wall_s, abs=0.002)
+    after = time.monotonic()
+    assert ended - began <= sum(gauges[f"{state}_time_s"] for state in WORKER_STATES) <= after - before
     assert gauges["running_s"] > 8 * 0.005
     assert gauges["waiting_s"] >= 4 * 0.005
 

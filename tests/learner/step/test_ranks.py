@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 
@@ -92,10 +93,15 @@ def test_the_largest_number_of_all_ranks_is_known_to_each() -> None:
 def test_a_late_rank_fails_the_sum_at_the_deadline_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(group, "SYNC_TIMEOUT_S", 0.3)
 
+    failed = threading.Event()
+
     def work(ranks: Ranks) -> None:
         if ranks.rank == 0:
-            ranks.sum(torch.ones(3))
-        time.sleep(1.0)
+            try:
+                ranks.sum(torch.ones(3))
+            finally:
+                failed.set()
+        assert failed.wait(60)
 
     with pytest.raises(RanksError, match=r"rank 0 of 2 could not transfer: no end within 0.3 s"):
         in_threads(2, work)
