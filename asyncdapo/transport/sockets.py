@@ -8,7 +8,9 @@ In: messages of `asyncdapo.messages` with their buffer frames. Out: the same at 
                     `PEER_QUEUE` messages unread, so that a peer that doesn't read can't harm the others
     receive         at most `SERVER_QUEUE` messages of each peer wait here; then TCP holds the peer back
     a lost link     clients reconnect by themselves. A peer that comes back under its identity takes its old place.
-                    Probes detect silent links. Messages on their way are lost; whoever needs one sends it again
+                    Probes detect silent links. Messages on their way are lost; whoever needs one sends it again.
+                    Clients let ZeroMQ probe, the server the kernel: ZeroMQ 4.3.5 ends the process when it is to probe a
+                    link that was lost with messages unread
     limits          a frame above the limit closes its peer's connection before it is received. The number of frames is
                     checked before anything is decoded, but after all have arrived, since ZeroMQ delivers whole messages
     memory          frames are copied as they are queued. What pyzmq lends to ZeroMQ it takes back when the interpreter
@@ -43,6 +45,9 @@ SERVER_QUEUE = 1000
 PEER_QUEUE = 10_000
 PROBE_INTERVAL_MS = 5_000
 PROBE_TIMEOUT_MS = 30_000
+KEEPALIVE_S = 5
+MAX_KEEPALIVES = 5
+"""The kernel's probes, without an answer."""
 RECONNECT_MS = 100
 RECONNECT_MAX_MS = 2_000
 COPY_BELOW_BYTES = 64 << 10
@@ -79,6 +84,10 @@ class Server(Generic[Accepted]):
         self._socket.set(zmq.ROUTER_HANDOVER, 1)
         self._socket.set(zmq.SNDHWM, PEER_QUEUE)
         self._socket.set(zmq.RCVHWM, SERVER_QUEUE)
+        self._socket.set(zmq.TCP_KEEPALIVE, 1)
+        self._socket.set(zmq.TCP_KEEPALIVE_IDLE, KEEPALIVE_S)
+        self._socket.set(zmq.TCP_KEEPALIVE_INTVL, KEEPALIVE_S)
+        self._socket.set(zmq.TCP_KEEPALIVE_CNT, MAX_KEEPALIVES)
         try:
             self._socket.bind(f"tcp://{host}:{port or '*'}")
         except zmq.ZMQError:
@@ -166,6 +175,8 @@ class Client(Generic[Accepted]):
         self._socket.set(zmq.IMMEDIATE, 1)
         self._socket.set(zmq.SNDHWM, CLIENT_QUEUE)
         self._socket.set(zmq.RCVHWM, 0)
+        self._socket.set(zmq.HEARTBEAT_IVL, PROBE_INTERVAL_MS)
+        self._socket.set(zmq.HEARTBEAT_TIMEOUT, PROBE_TIMEOUT_MS)
         self._socket.set(zmq.RECONNECT_IVL, RECONNECT_MS)
         self._socket.set(zmq.RECONNECT_IVL_MAX, RECONNECT_MAX_MS)
         self._socket.connect(address)
@@ -210,8 +221,6 @@ def _socket(context: zmq.Context[S], kind: int, limits: Limits, curve: ServerKey
     socket = context.socket(kind)
     socket.set(zmq.LINGER, 0)
     socket.set(zmq.MAXMSGSIZE, max(limits.header_bytes, limits.frame_bytes) + CURVE_BYTES * bool(curve))
-    socket.set(zmq.HEARTBEAT_IVL, PROBE_INTERVAL_MS)
-    socket.set(zmq.HEARTBEAT_TIMEOUT, PROBE_TIMEOUT_MS)
     if curve:
         curve.apply(socket)
     return socket

@@ -7,6 +7,7 @@ import gc
 import select
 import sys
 import weakref
+from pathlib import Path
 from typing import TypeVar
 
 import pytest
@@ -17,9 +18,11 @@ from asyncdapo.shares import CutWanted
 from asyncdapo.transport.codec import Limits, Malformed, encode
 from asyncdapo.transport.keys import RunKeys
 from asyncdapo.transport.sockets import CLIENT_QUEUE, PEER_QUEUE, Client, Server
-from tests.asynchronous import asynchronous
+from tests.asynchronous import asynchronous, until
 
 T = TypeVar("T")
+ESTABLISHED, KEEPALIVE = "01", "02"
+"""In /proc/net/tcp."""
 
 
 @asynchronous
@@ -59,13 +62,13 @@ async def test_frames_may_be_changed_as_soon_as_they_are_queued() -> None:
 
 FRAMES = [b"x" * (1 << 16)] * 5
 CLIENTS_THAT_END = """
-import asyncio, sys
+import asyncio, os, sys
 from asyncdapo.messages import Ack, Ask
 from asyncdapo.transport.sockets import Client
 from tests.transport.test_sockets import FRAMES
 
 async def main():
-    clients = [Client(sys.argv[1], Ack, b"worker-%d" % number) for number in range(8)]
+    clients = [Client(sys.argv[1], Ack, b"worker-%d-%d" % (os.getpid(), number)) for number in range(8)]
     for number in range(100):
         for client in clients:
             await client.send(Ask(asked=number), FRAMES)
@@ -213,7 +216,9 @@ async def test_a_client_waits_without_a_server_and_continues_with_the_next_at_th
     await client.send(Ask(asked=1))
     await server.receive()
     port = int(server.address.rsplit(":", 1)[1])
+    disconnected = client._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
     server.close()
+    await disconnected.recv_multipart()
     await asyncio.sleep(0.2)
     waiting = asyncio.create_task(client.send(Ask(asked=2)))
     await asyncio.sleep(0.2)
@@ -237,8 +242,12 @@ async def test_a_slow_server_makes_the_client_wait_and_loses_nothing() -> None:
             num_sent += 1
 
     sending = asyncio.create_task(send_all())
-    await asyncio.sleep(0.5)
-    assert CLIENT_QUEUE < num_sent < num_messages
+    await until(lambda: num_sent > CLIENT_QUEUE)
+    num_before = 0
+    while num_sent > num_before:
+        num_before = num_sent
+        await asyncio.sleep(0.2)
+    assert num_sent < num_messages
     received = [(await server.receive())[1].asked for _ in range(num_messages)]
     assert received == list(range(num_messages))
     await sending
@@ -284,14 +293,17 @@ async def cancelled(receiving: asyncio.Task[T], after: int, socket: zmq.Socket) 
 
 @asynchronous
 async def test_what_has_come_meanwhile_is_received_together_in_order_and_no_more_than_asked_for() -> None:
+    """All have been sent when the first is received, and the others arrive faster than they are taken."""
     server, client = pair()
-    for number in range(5):
+    for number in range(CLIENT_QUEUE):
         await client.send(Ask(asked=number))
-    received = await server.receive_some(1)
-    await asyncio.sleep(0.2)
-    received += await server.receive_some(3)
-    assert [message.asked for _, message, _ in received] == [0, 1, 2, 3]
-    assert [message.asked for _, message, _ in await server.receive_some(3)] == [4]
+    received, together = [], []
+    while len(received) < CLIENT_QUEUE:
+        some = await server.receive_some(3)
+        together.append(len(some))
+        received += [message.asked for _, message, _ in some]
+    assert received == list(range(CLIENT_QUEUE))
+    assert 1 < max(together) <= 3
     close(server, client)
 
 
@@ -306,6 +318,61 @@ async def test_a_peer_that_returns_under_its_identity_takes_its_old_place() -> N
     await server.send(b"worker-0", Ack(lease_id=3))
     assert (await returned.receive())[0] == Ack(lease_id=3)
     close(server, client, returned)
+
+
+@asynchronous
+async def test_the_kernel_probes_the_idle_links_of_a_server() -> None:
+    server, client = pair()
+    await client.send(Ask(asked=1))
+    await server.receive()
+    here = f":{int(server.address.rsplit(':', 1)[1]):04X}"
+
+    def timers() -> list[str]:
+        """Of each connection to the server."""
+        rows = [row.split() for row in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+        return [row[5].split(":")[0] for row in rows if row[1].endswith(here) and row[3] == ESTABLISHED]
+
+    await until(lambda: timers() == [KEEPALIVE])
+    close(server, client)
+
+
+A_SERVER_WHOSE_PEER_RETURNS = """
+import asyncio
+from asyncdapo.messages import Ack, Ask
+from asyncdapo.transport import sockets
+from tests.transport.test_sockets import FRAMES
+
+sockets.PROBE_INTERVAL_MS = 20
+
+async def main():
+    server = sockets.Server(Ask)
+    for name in (b"worker-0", b"worker-1", b"worker-2"):
+        client = sockets.Client(server.address, Ack, name)
+        sending = asyncio.create_task(send_all(client))
+        while (await server.receive())[0] != name:
+            pass
+        returned = sockets.Client(server.address, Ack, name)
+        await returned.send(Ask(asked=-1))
+        while (await server.receive())[1] != Ask(asked=-1):
+            pass
+        await asyncio.sleep(0.1)
+        sending.cancel()
+        client.close()
+        await asyncio.sleep(0.1)
+        returned.close()
+
+async def send_all(client):
+    while True:
+        await client.send(Ask(asked=1), FRAMES)
+
+asyncio.run(main())
+"""
+
+
+@asynchronous
+async def test_a_link_that_is_lost_behind_its_successor_with_messages_unread_does_not_end_the_server() -> None:
+    """ZeroMQ probes such a link once more, and ends the process because it is gone."""
+    assert await end_of(await process_of(A_SERVER_WHOSE_PEER_RETURNS)) == (0, b"")
 
 
 @asynchronous
