@@ -25,6 +25,9 @@ from asyncdapo.weights.sender import WeightSender
 from tests.ports import listening
 from tests.weights.members import Failed, form_group, members
 
+SLACK_S = 10.0
+"""Of a busy machine, behind a deadline. What torch would wait by itself is minutes."""
+
 BUCKET_BYTES = 4096
 
 both_ways = pytest.mark.parametrize("backend", ["gloo", "ipc"])
@@ -65,7 +68,7 @@ def test_joining_where_no_learner_listens_ends_at_the_deadline():
     began_s = time.monotonic()
     with pytest.raises(WeightsError, match="rank 1 of 2 could not open the store"):
         WeightGroup.join(address_at(1), 1, 2, "gloo", timeout_s)
-    assert time.monotonic() - began_s < 2 * timeout_s
+    assert time.monotonic() - began_s < timeout_s + SLACK_S
 
 
 def test_joining_a_learner_that_takes_connections_and_never_answers_ends_at_the_deadline():
@@ -74,7 +77,7 @@ def test_joining_a_learner_that_takes_connections_and_never_answers_ends_at_the_
         began_s = time.monotonic()
         with pytest.raises(WeightsError, match="rank 1 of 2 could not open the store: no end within 1 s"):
             WeightGroup.join(address_at(silent.getsockname()[1]), 1, 2, "gloo", timeout_s)
-        assert time.monotonic() - began_s < 2 * timeout_s
+        assert time.monotonic() - began_s < timeout_s + SLACK_S
 
 
 def test_a_learner_that_is_stopped_while_others_join_fails_them_at_the_deadline():
@@ -84,7 +87,7 @@ def test_a_learner_that_is_stopped_while_others_join_fails_them_at_the_deadline(
         receiver.start("join", address, 1, 3, "gloo", timeout_s)
         os.kill(learner.process.pid, signal.SIGSTOP)
         assert isinstance(failed := receiver.result(), Failed)
-        assert failed.after_s < 3 * timeout_s
+        assert failed.after_s < timeout_s + SLACK_S
 
 
 @both_ways
