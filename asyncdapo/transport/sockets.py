@@ -29,7 +29,7 @@ import weakref
 from collections.abc import Sequence
 from functools import partial
 from types import UnionType
-from typing import Generic, TypeVar, cast
+from typing import Generic, cast
 
 import zmq
 import zmq.asyncio
@@ -53,9 +53,6 @@ RECONNECT_MAX_MS = 2_000
 COPY_BELOW_BYTES = 64 << 10
 CURVE_BYTES = 64
 """CURVE adds at most this many bytes to a frame."""
-ARRIVED = int(zmq.POLLIN)
-
-S = TypeVar("S", bound=zmq.Socket)
 
 
 class Server(Generic[Accepted]):
@@ -76,9 +73,8 @@ class Server(Generic[Accepted]):
         context = zmq.Context()  # its own, because a context has one door
         self._door = Door(zmq.asyncio.Context(context), curve.allowed) if curve else None
         self._socket = _socket(context, zmq.ROUTER, limits, curve)
-        loop, self._arrived = asyncio.get_running_loop(), asyncio.Event()
-        loop.add_reader(self._socket, _note_arrival, self._socket, self._arrived)
-        self._leave = weakref.finalize(self, _leave, loop, context, self._socket, self._door)
+        self._watch = Watch(self._socket)
+        self._leave = weakref.finalize(self, _leave_server, context, self._watch, self._door)
         self._leave.atexit = False  # its event loop may still run then
         self._socket.set(zmq.ROUTER_MANDATORY, 1)
         self._socket.set(zmq.ROUTER_HANDOVER, 1)
@@ -105,25 +101,14 @@ class Server(Generic[Accepted]):
 
     async def receive(self) -> tuple[bytes, Accepted | Malformed, list[memoryview]]:
         """The next message with its peer's identity and buffers. Bad input is returned as a `Malformed`, not raised."""
-        await asyncio.sleep(0)  # so that a flood can't starve the event loop
-        while (frames := self._take()) is None:
-            self._arrived.clear()
-            await self._arrived.wait()
-        return self._decode(frames)
+        return self._decode(await self._watch.next())
 
     async def receive_some(self, most: int) -> list[tuple[bytes, Accepted | Malformed, list[memoryview]]]:
         """As `receive`: the next message and those that have already arrived after it, up to `most` in all."""
         received = [await self.receive()]
-        while len(received) < most and (frames := self._take()) is not None:
+        while len(received) < most and (frames := self._watch.take()) is not None:
             received.append(self._decode(frames))
         return received
-
-    def _take(self) -> list[zmq.Frame] | None:
-        """All frames of the next message that has arrived; None if there is none."""
-        try:
-            return self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
-        except zmq.Again:
-            return None
 
     def _decode(self, frames: list[zmq.Frame]) -> tuple[bytes, Accepted | Malformed, list[memoryview]]:
         peer, *parts = frames
@@ -146,7 +131,7 @@ class Server(Generic[Accepted]):
             if error.errno not in (errno.EHOSTUNREACH, errno.EAGAIN):
                 raise
             self.num_dropped += 1
-        _note_arrival(self._socket, self._arrived)
+        self._watch.note()
 
     def close(self) -> None:
         """Drop queued messages and free the port, at once."""
@@ -170,7 +155,10 @@ class Client(Generic[Accepted]):
         The server may start later. A server with CURVE keys accepts only clients with `curve`."""
         self._accepts, self._limits = accepts, limits
         self._link = _lossy_link()
-        self._socket = _socket(zmq.asyncio.Context.instance(), zmq.DEALER, limits, curve)
+        self._socket = _socket(zmq.Context.instance(), zmq.DEALER, limits, curve)
+        self._watch, self._sending = Watch(self._socket), asyncio.Lock()
+        self._leave = weakref.finalize(self, self._watch.leave)
+        self._leave.atexit = False
         self._socket.set(zmq.IDENTITY, identity)
         self._socket.set(zmq.IMMEDIATE, 1)
         self._socket.set(zmq.SNDHWM, CLIENT_QUEUE)
@@ -183,7 +171,7 @@ class Client(Generic[Accepted]):
 
     async def receive(self) -> tuple[Accepted, list[memoryview]]:
         """The next message and its buffers. Raises Malformed for bad input; the next call continues after it."""
-        return decode(_buffers(await _next(self._socket)), self._accepts, self._limits)
+        return decode(_buffers(await self._watch.next()), self._accepts, self._limits)
 
     async def send(self, message: Message, frames: Sequence[Buffer] = ()) -> None:
         """Queue the message; waits while no server is connected or the queue is full. Raises ValueError for a message
@@ -192,32 +180,82 @@ class Client(Generic[Accepted]):
         await (self._link.carry(encoded, self._transmit) if self._link else self._transmit(encoded))
 
     async def _transmit(self, frames: Sequence[Buffer]) -> None:
-        await self._socket.send_multipart(frames)
+        async with self._sending:  # in the order of the calls
+            await self._watch.put(frames)
 
     def close(self) -> None:
         """Drop queued messages and disconnect."""
         if self._link:
             self._link.close()
+        self._leave()
+
+
+class Watch:
+    """A socket as the running event loop sees it: the next message, and room for one. ZeroMQ signals a change once, and
+    every call on the socket takes the signal away; so whoever sends looks for what has arrived, and the other way
+    round."""
+
+    def __init__(self, socket: zmq.Socket[bytes]) -> None:
+        self._socket, self._loop = socket, asyncio.get_running_loop()
+        self._arrived, self._room = asyncio.Event(), asyncio.Event()
+        self._loop.add_reader(socket, self.note)
+
+    async def next(self) -> list[zmq.Frame]:
+        """All frames of the next message. Yields to the event loop once per message, so that a flood can't starve it.
+        Takes the message without a pause, so that a cancelled reader loses none."""
+        await asyncio.sleep(0)
+        while (frames := self.take()) is None:
+            await self._arrived.wait()
+        return frames
+
+    def take(self) -> list[zmq.Frame] | None:
+        """All frames of the next message that has arrived; None if there is none."""
+        self._arrived.clear()
+        try:
+            return self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
+        except zmq.Again:
+            return None
+        finally:
+            self.note()
+
+    async def put(self, frames: Sequence[Buffer]) -> None:
+        """Queue a message, once there is room."""
+        while True:
+            self._room.clear()
+            try:
+                self._socket.send_multipart(frames, zmq.NOBLOCK)
+                break
+            except zmq.Again:
+                self.note()
+                await self._room.wait()
+        self.note()
+
+    def note(self) -> None:
+        """What has become possible."""
+        events = cast(int, self._socket.getsockopt(zmq.EVENTS))
+        if events & zmq.POLLIN:
+            self._arrived.set()
+        if events & zmq.POLLOUT:
+            self._room.set()
+
+    def leave(self) -> None:
+        """Close the socket."""
+        if not self._loop.is_closed():
+            self._loop.remove_reader(self._socket)
         self._socket.close()
 
 
-def _note_arrival(socket: zmq.Socket, arrived: asyncio.Event) -> None:
-    """To look at the events takes away the signal that there may be new ones, and to send does so, too."""
-    if cast(int, socket.getsockopt(zmq.EVENTS)) & ARRIVED:
-        arrived.set()
-
-
-def _leave(loop: asyncio.AbstractEventLoop, context: zmq.Context, socket: zmq.Socket, door: Door | None) -> None:
+def _leave_server(context: zmq.Context[zmq.Socket[bytes]], watch: Watch, door: Door | None) -> None:
     """Not a method, so that a server that was dropped while open leaves too (see `store`)."""
-    if not loop.is_closed():
-        loop.remove_reader(socket)
-    socket.close()
+    watch.leave()
     if door:
         door.close()
     context.term()
 
 
-def _socket(context: zmq.Context[S], kind: int, limits: Limits, curve: ServerKeys | ClientKeys | None) -> S:
+def _socket(
+    context: zmq.Context[zmq.Socket[bytes]], kind: int, limits: Limits, curve: ServerKeys | ClientKeys | None
+) -> zmq.Socket[bytes]:
     socket = context.socket(kind)
     socket.set(zmq.LINGER, 0)
     socket.set(zmq.MAXMSGSIZE, max(limits.header_bytes, limits.frame_bytes) + CURVE_BYTES * bool(curve))
@@ -230,17 +268,6 @@ def _lossy_link() -> LossyLink | None:
     """A faulty link if the `faults` section asks for one; only tests do."""
     link = faults.link()
     return LossyLink(link) if link else None
-
-
-async def _next(socket: zmq.asyncio.Socket) -> list[zmq.Frame]:
-    """All frames of the next message. Yields to the event loop once per message, so that a flood can't starve it. Takes
-    the message without a pause, so that a cancelled reader loses none."""
-    await asyncio.sleep(0)
-    while True:
-        try:
-            return await socket.recv_multipart(zmq.NOBLOCK, copy=False)
-        except zmq.Again:
-            await socket.poll()
 
 
 def _buffers(frames: Sequence[zmq.Frame]) -> list[Buffer]:

@@ -255,6 +255,31 @@ async def test_a_slow_server_makes_the_client_wait_and_loses_nothing() -> None:
 
 
 @asynchronous
+async def test_a_client_that_waits_for_room_receives_meanwhile_and_then_goes_on() -> None:
+    """What receives may take away the signal that there is room, and the other way round."""
+    server, client = pair()
+    num_messages, kilobytes_64 = 2_000, bytes(64 << 10)
+
+    async def send(numbers: range) -> None:
+        for number in numbers:
+            await client.send(Ask(asked=number), [kilobytes_64])
+
+    async def answer() -> None:
+        for _ in range(num_messages):
+            peer, message, _ = await server.receive()
+            await server.send(peer, Ack(lease_id=message.asked))
+
+    half = num_messages // 2
+    sending = [asyncio.create_task(send(numbers)) for numbers in (range(half), range(half, num_messages))]
+    answering = asyncio.create_task(answer())
+    received = [(await client.receive())[0].lease_id for _ in range(num_messages)]
+    assert [number for number in received if number < half] == list(range(half))
+    assert [number for number in received if number >= half] == list(range(half, num_messages))
+    await asyncio.gather(answering, *sending)
+    close(server, client)
+
+
+@asynchronous
 async def test_a_receive_cancelled_as_its_message_arrives_loses_nothing() -> None:
     server, client = pair()
     await client.send(Ask(asked=0))
