@@ -233,6 +233,23 @@ class Journal:
         """How a lease ended, or `undone`; None while it runs. Raises LookupError if it was never granted."""
         return reload.outcome(self._db, lease_id)
 
+    def settled(self, step: int) -> list[int]:
+        """The full segments with groups of batch `step` in which no group may still be cut or trained: only a rollback
+        would read them."""
+        rows = self._db.execute(
+            "SELECT DISTINCT segment FROM groups AS member WHERE step = ? AND segment < ? AND NOT EXISTS"
+            " (SELECT 1 FROM groups WHERE segment = member.segment AND state IN (?, ?, ?))",
+            (step, self._segments.newest, *HELD_STATES),
+        )
+        return [segment for (segment,) in rows]
+
+    def let_go(self, segments: Iterable[int]) -> None:
+        """Keep these segments on disk alone. It takes a while: any thread may call it, once they are synced. Raises
+        DiskError."""
+        with disk_errors(self._path):
+            for segment in segments:
+                self._segments.let_go(segment)
+
     def covered(self, step: int) -> set[int]:
         """`step` is the oldest checkpoint kept. Strike the segments that no rollback to it or to a newer one can need
         from the ledger, and return them: `free` deletes them.

@@ -12,6 +12,7 @@ when records have to be on disk (`journal`).
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from io import BufferedWriter
 from pathlib import Path
 
@@ -89,6 +90,13 @@ class Segments:
         except BadRecord as bad:
             return str(bad)
         return ""
+
+    def let_go(self, segment: int) -> None:
+        """Nobody is going to read a full segment soon: the system may use the memory in which it keeps a copy of it. A
+        segment that is deleted has none."""
+        if hasattr(os, "posix_fadvise"):
+            with suppress(FileNotFoundError), segment_path(self._folder, segment).open("rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
     def delete(self, segment: int) -> None:
         """Free a segment that is no longer written to."""

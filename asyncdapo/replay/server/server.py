@@ -152,7 +152,9 @@ class ReplayServer:
         docs/metrics.md lists: reward/…, filter/…, rollout/…, replay/…"""
         with self._clock.on("commands"):
             replay, workers = self._dispatch.trained(step, summary), self._sessions.totals()
+            settled = self._journal.settled(step)
         await self._journal.durable()
+        await asyncio.to_thread(self._journal.let_go, settled)
         replay["replay/tokens_partial"] = self._dispatch.state.leases.num_partial_tokens
         return {
             **replay,

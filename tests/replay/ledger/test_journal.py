@@ -246,6 +246,23 @@ def test_a_segment_with_one_open_group_stays_whole(tmp_path):
     assert read_group(tmp_path, 1)[0].lease_id == 1
 
 
+def test_a_segment_is_let_go_once_the_last_group_in_it_is_trained_and_can_still_be_read(tmp_path):
+    run = SmallRun(tmp_path, segment_bytes=1200, max_staleness=9, run_ahead=3)
+    run.join(0)
+    for lease_id in run.ready(0, 6):
+        run.answer(lease_id)
+    assert [row["segment"] for row in rows(tmp_path, "SELECT segment FROM groups")] == [1, 1, 1, 2, 2, 2]
+    run.train(1)
+    assert run.journal.settled(1) == []
+    run.train(2)
+    assert run.journal.settled(2) == [1]
+    run.train(3)
+    assert run.journal.settled(3) == []
+    run.journal.sync()
+    run.journal.let_go([1, 2])
+    assert [read_group(tmp_path, lease_id)[0].lease_id for lease_id in range(1, 7)] == [1, 2, 3, 4, 5, 6]
+
+
 # ---------------------------------------------------------------------------------------------------------------- kill
 
 
