@@ -127,7 +127,7 @@ def _train(learner: Learner, sampled: Sampled, step: int, staleness: int) -> dic
     batch = Batch(
         step=step, branch=0, max_staleness=staleness, groups=sampled.groups, deal=Dealer().deal(sampled.groups)
     )
-    return learner.train(learner.prepare(batch, sampled.payload))
+    return learner.train(learner.prepare(batch, sampled.payloads))
 
 
 def _copy(learner: Learner) -> dict[str, torch.Tensor]:

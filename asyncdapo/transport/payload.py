@@ -85,9 +85,9 @@ class Support:
 
 @dataclass(frozen=True)
 class Payload:
-    """Token buffers of one group, or of several joined in order.
+    """Token buffers of one group, or of some of its completions.
 
-    prompt_ids  int32 [sum of num_prompt_tokens]
+    prompt_ids  int32 [num_prompt_tokens]
     token_ids   int32 [sum of num_tokens], completion after completion, context after context
     logprobs    float32 [sum of num_sampled_tokens], rollout_logprobs (μ) at the sampling temperature
     support     of the sampled tokens; None if each was drawn from the whole vocabulary
@@ -160,26 +160,6 @@ class Payload:
             for number, (context, own, its, support) in enumerate(islice(pieces, len(completion.contexts))):
                 logprobs_S = self.logprobs[its]
                 yield ContextTokens(index, number, context, self.prompt_ids, self.token_ids[own], logprobs_S, support)
-
-    @staticmethod
-    def join(payloads: Sequence[Payload]) -> Payload:
-        """The payloads in order as one; an empty one for none."""
-        if not payloads:
-            return Payload(np.empty(0, TOKEN_DTYPE), np.empty(0, TOKEN_DTYPE), np.empty(0, LOGPROB_DTYPE))
-        columns = zip(*((part.prompt_ids, part.token_ids, part.logprobs) for part in payloads), strict=True)
-        support = Support.join([(part.support, len(part.logprobs)) for part in payloads])
-        return Payload(*map(np.concatenate, columns), support=support)
-
-    def split(self, groups: Iterable[Group]) -> list[Payload]:
-        """One payload per group, views on the joined buffers."""
-        groups = list(groups)
-        prompts = _slices(group.num_prompt_tokens for group in groups)
-        tokens = _slices(group.num_tokens for group in groups)
-        sampled = _slices(group.num_sampled_tokens for group in groups)
-        return [
-            Payload(self.prompt_ids[prompt], self.token_ids[own], self.logprobs[its], support)
-            for prompt, own, its, support in zip(prompts, tokens, sampled, self._supports(sampled), strict=True)
-        ]
 
     def _supports(self, sampled: Sequence[slice]) -> Sequence[Support | None]:
         """Of runs of sampled tokens."""

@@ -1,4 +1,4 @@
-"""The batch that every variant trains on, as a file: ours reads it as Batch and Payload, others as plain arrays.
+"""The batch that every variant trains on, as a file: ours reads it as Batch and Payloads, others as plain arrays.
 
     lengths ──make──▶ BatchFile (random tokens, rewards) ──check process──▶ with μ and advantages ──▶ each variant
 
@@ -82,7 +82,7 @@ def make(lengths: Sequence[GroupLengths], vocab_size: int, seed: int) -> BatchFi
     )
 
 
-def messages_of(file: BatchFile) -> tuple[Batch, Payload]:
+def messages_of(file: BatchFile) -> tuple[Batch, list[Payload]]:
     """As the learner gets it, for step 1: sampled with the initial model."""
     groups = []
     for place, num_prompt in enumerate(file.num_prompt_K.tolist()):
@@ -111,4 +111,6 @@ def messages_of(file: BatchFile) -> tuple[Batch, Payload]:
             )
         )
     batch = Batch(step=1, branch=0, max_staleness=0, groups=groups, deal=Dealer().deal(groups))
-    return batch, Payload(prompt_ids=file.prompt_ids_P, token_ids=file.response_ids_R, logprobs=file.logprobs_R)
+    prompts = np.split(file.prompt_ids_P, np.cumsum(file.num_prompt_K)[:-1])
+    ends = np.cumsum(file.num_response_N)[file.group_size - 1 :: file.group_size][:-1]
+    return batch, list(map(Payload, prompts, np.split(file.response_ids_R, ends), np.split(file.logprobs_R, ends)))

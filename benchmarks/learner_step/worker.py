@@ -4,7 +4,7 @@
 
     prepare   a model directory with random weights, where a shape is asked for; μ and advantages for the batch; our
               gradient against the padded step's, in float32
-    ours      a step of the learner, from Batch and Payload on: Learner.prepare and Learner.train
+    ours      a step of the learner, from Batch and Payloads on: Learner.prepare and Learner.train
     padded    a plain padded step
 
 Does not own: who takes turns (`bench`), TRL's process (`trl_step`).
@@ -58,7 +58,7 @@ class OurStep:
             "tokens_per_microbatch": spec["tokens_per_microbatch"],
         }
         self._shared = spec["shared"]
-        self._batch, self._payload = messages_of(file)
+        self._batch, self._payloads = messages_of(file)
         self._learner = Learner(
             ModelConfig(path=spec["model"]),
             LossConfig(),
@@ -72,7 +72,7 @@ class OurStep:
 
     def __call__(self) -> dict[str, float]:
         batch = structs.replace(self._batch, step=self._learner.version + 1)
-        prepared = self._learner.prepare(batch, self._payload)
+        prepared = self._learner.prepare(batch, self._payloads)
         metrics = self._learner.train(prepared if self._shared else _unshared(prepared))
         return {"loss": metrics["learner/loss"], "grad_norm": metrics["learner/grad_norm"]}
 

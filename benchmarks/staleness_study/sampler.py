@@ -1,6 +1,6 @@
 """Samples batches as a run does, with weights of any version, in this process.
 
-In: weights, and where in the stream of prompts to begin. Out: groups that the filter has kept, with their payload; the
+In: weights, and where in the stream of prompts to begin. Out: groups that the filter has kept, with their payloads; the
 accuracy on held-out prompts. All that is used is the product's: the torch engine, the verifier, the filter.
 """
 
@@ -47,7 +47,7 @@ class Sampled:
     """The kept groups of one batch, of one version."""
 
     groups: list[Group]
-    payload: Payload
+    payloads: list[Payload]
     next_prompt: int
     """Where the stream goes on: prompts of surplus groups are used up."""
     seconds: float
@@ -111,7 +111,7 @@ class Sampler:
         kept_ratio = len(kept) / (next_prompt - first_prompt)
         groups, payloads = zip(*kept[:wanted], strict=True)
         seconds = time.process_time() - began_s
-        return Sampled(list(groups), Payload.join(payloads), next_prompt, seconds, kept_ratio)
+        return Sampled(list(groups), list(payloads), next_prompt, seconds, kept_ratio)
 
     def _groups(self, prompts: Sequence[Prompt]) -> Iterator[tuple[Group, Payload]]:
         size, run_seed = self.config.rollout.group_size, self.config.run.seed

@@ -64,7 +64,7 @@ def test_a_batch_of_the_study_can_be_trained_on_and_its_weights_measured() -> No
     assert len(first.groups) == config.replay.prompts_per_step
     learner = make_learner(config, staleness=0)
     batch = Batch(step=1, branch=0, max_staleness=0, groups=first.groups, deal=Dealer().deal(first.groups))
-    learner.train(learner.prepare(batch, first.payload))
+    learner.train(learner.prepare(batch, first.payloads))
     sampler.load(1, {name: tensor.detach().clone() for name, tensor in learner.weights().items()})
     assert 0 <= sampler.accuracy(1, 8) <= 1
     assert sampler.batch(2, first.next_prompt, 1).next_prompt > first.next_prompt

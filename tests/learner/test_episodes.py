@@ -29,11 +29,12 @@ from tests.learner.tiny import (
     clipped_gradients,
     make_exact_learner,
     make_learner,
-    payload_of,
+    payloads_of,
     save_tiny_llama,
     tiny_llama,
     train,
 )
+from tests.payloads import joined, split
 
 KL_COEF = 0.1
 MAX_RESPONSE_LENGTH = 16
@@ -58,12 +59,12 @@ def a_batch(step: int = 1, seed: int = 5, num_groups: int = 3) -> tuple[Batch, P
     assert min(map(len, (one.contexts for group, _ in made for one in group.completions))) == 1
     assert len(contexts) > 1.5 * sum(len(group.completions) for group, _ in made)
     assert {context.rooted for context in contexts} == {True, False}
-    return batch_of([group for group, _ in made], step), Payload.join([payload for _, payload in made])
+    return batch_of([group for group, _ in made], step), joined([payload for _, payload in made])
 
 
 def rows_of(batch: Batch, payload: Payload, rank: int = 0) -> list[Row]:
     """Of the whole payload of a batch."""
-    [rows] = rows_by_update(batch, payload_of(batch, payload, rank), rank, batch_advantages("grpo"))
+    [rows] = rows_by_update(batch, payloads_of(batch, payload, rank), rank, batch_advantages("grpo"))
     return rows
 
 
@@ -118,7 +119,7 @@ def plain_gradient(path: str, reference_path: str, agg: str, kl_coef: float) -> 
     model = tiny_llama(attn_implementation="eager").double()
     reference = tiny_llama(seed=1, attn_implementation="eager").double()
     batch, payload = a_batch()
-    parts = zip(batch.groups, payload.split(batch.groups), strict=True)
+    parts = zip(batch.groups, split(payload, batch.groups), strict=True)
     loss = averaged(agg, [plain_losses(model, reference, *part, kl_coef) for part in parts])
     loss.backward()
     return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])

@@ -16,8 +16,8 @@ from asyncdapo.replay.ledger.payloads import Segments
 from asyncdapo.rollout.engine import Request
 from asyncdapo.rollout.episodes import Episode, SampledContext, turn_of
 from asyncdapo.rollout.groups import build_group
-from asyncdapo.transport.payload import Payload
 from tests.learner.tiny import VOCAB_SIZE, batch_of, make_learner, save_tiny_llama, train
+from tests.payloads import joined
 from tests.rollout.torch_engine.models import engine_for
 
 TEMPERATURE = 0.8
@@ -53,7 +53,7 @@ def test_with_equal_weights_the_ratio_of_a_narrowed_draw_is_one_behind_the_ledge
     groups = asyncio.run(sampled_groups(path, Sampling(temperature=TEMPERATURE, max_tokens=12, **limits)))
     segments = Segments(tmp_path)
     kept = [read_record(tmp_path, group.lease_id, segments.append(group, payload)) for group, payload in groups]
-    payload = Payload.join([payload for _, payload in kept])
+    payload = joined([payload for _, payload in kept])
     batch = batch_of([group for group, _ in kept])
     options = {"temperature": TEMPERATURE, "loss": loss, "tokens_per_microbatch": 64}
     metrics = train(make_learner(path, **options), batch, payload)

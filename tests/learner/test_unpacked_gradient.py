@@ -20,7 +20,7 @@ from asyncdapo.learner.model import logprobs
 from asyncdapo.learner.model.blocks import settle_blocks
 from asyncdapo.learner.step.gradient import accumulate_gradient
 from asyncdapo.learner.step.ranks import ALONE
-from tests.learner.tiny import SHAPE, gradient_of, make_batch, needs_compiler, sharded, tiny_llama
+from tests.learner.tiny import SHAPE, gradient_of, make_batch, needs_compiler, payloads_of, sharded, tiny_llama
 
 TEMPERATURE = 0.8
 ENTROPY_COEF = 0.01
@@ -41,7 +41,8 @@ def qwen3(attn_implementation=NAME):
 
 
 def update_rows():
-    rows = rows_by_update(*make_batch(seed=3, num_groups=5), 0, batch_advantages("grpo"))[0]
+    batch, payload = make_batch(seed=3, num_groups=5)
+    rows = rows_by_update(batch, payloads_of(batch, payload), 0, batch_advantages("grpo"))[0]
     num_tokens = sum(row.num_loss_tokens for row in rows)
     return [replace(row, weight=1 / num_tokens) for row in rows]
 

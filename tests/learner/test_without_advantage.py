@@ -19,6 +19,7 @@ from tests.learner.tiny import (
     make_batch,
     make_exact_learner,
     make_learner,
+    payloads_of,
     save_tiny_llama,
     train,
     with_equal_rewards,
@@ -56,9 +57,10 @@ def gradients_of(path: str, loss: LossConfig, *, all_rows: bool) -> tuple[list[t
     gradients = clipped_gradients(learner)
     batch, payload = a_batch(CONSTANT)
     batch = dealt_to(learner, batch)
-    prepared = learner.prepare(batch, payload)
+    payloads = payloads_of(batch, payload)
+    prepared = learner.prepare(batch, payloads)
     if all_rows:
-        prepared = replace(prepared, rows=rows_by_update(batch, payload, 0, batch_advantages(loss.advantage)))
+        prepared = replace(prepared, rows=rows_by_update(batch, payloads, 0, batch_advantages(loss.advantage)))
     return gradients, learner.train(prepared)
 
 

@@ -28,6 +28,7 @@ from asyncdapo.records.record import PAYLOAD_FOLDER
 from asyncdapo.replay.ledger.payloads import Segments
 from asyncdapo.shares import Batch, Dealer, share_of
 from asyncdapo.transport.payload import Payload
+from tests.payloads import joined, split
 
 VOCAB_SIZE = 29
 needs_compiler = pytest.mark.skipif(
@@ -131,7 +132,7 @@ def make_batch(
                 logprobs=rng.normal(-np.log(VOCAB_SIZE), 0.5, num_tokens).astype(np.float32),
             )
         )
-    return batch_of(groups, step), Payload.join(payloads)
+    return batch_of(groups, step), joined(payloads)
 
 
 def batch_of(groups: list[Group], step: int = 1, **dealer) -> Batch:
@@ -145,18 +146,16 @@ def dealt_to(learner: Learner, batch: Batch) -> Batch:
     return msgspec.structs.replace(batch, deal=dealer.deal(batch.groups))
 
 
-def payload_of(batch: Batch, payload: Payload, rank: int) -> Payload:
-    """This rank's share of the batch whose whole payload is given."""
-    parts = payload.split(batch.groups)
-    return Payload.join(
-        [parts[one.place].of_completions(batch.groups[one.place], one.indices) for one in share_of(batch, rank)]
-    )
+def payloads_of(batch: Batch, payload: Payload, rank: int = 0) -> list[Payload]:
+    """Of the pieces of this rank's share of the batch whose whole payload is given."""
+    parts = split(payload, batch.groups)
+    return [parts[one.place].of_completions(batch.groups[one.place], one.indices) for one in share_of(batch, rank)]
 
 
 def stored(run_dir: Path, batch: Batch, payload: Payload) -> Batch:
     """The batch as the replay server sends it: its tokens are in a segment of the run."""
     with closing(Segments(run_dir / PAYLOAD_FOLDER)) as segments:
-        places = [segments.append(*one) for one in zip(batch.groups, payload.split(batch.groups), strict=True)]
+        places = [segments.append(*one) for one in zip(batch.groups, split(payload, batch.groups), strict=True)]
         segments.sync()
     return msgspec.structs.replace(batch, places=places)
 
@@ -200,7 +199,7 @@ def with_equal_rewards(group: Group) -> Group:
 def train(learner: Learner, batch: Batch, payload: Payload) -> dict[str, float]:
     """One train step on a batch that nobody dealt or prepared before; every rank is given the whole payload."""
     batch = dealt_to(learner, batch)
-    return learner.train(learner.prepare(batch, payload_of(batch, payload, learner.ranks.rank)))
+    return learner.train(learner.prepare(batch, payloads_of(batch, payload, learner.ranks.rank)))
 
 
 def save(learner: Learner, run_dir: Path, step: int, branch: int = 0) -> Path:

@@ -115,7 +115,7 @@ async def test_episodes_reach_the_learner_with_all_their_contexts(tmp_path):
         await learner.want(1)
         batch = await learner.receive()
         by_id = {lease.lease_id: episodes(lease) for lease in leases}
-        for group, part in zip(batch.groups, tokens_of(tmp_path, batch).split(batch.groups), strict=True):
+        for group, part in zip(batch.groups, tokens_of(tmp_path, batch), strict=True):
             sent, payload = by_id[group.lease_id]
             assert group == for_learner(sent)
             assert part.frames() == payload.frames()

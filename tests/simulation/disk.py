@@ -106,6 +106,8 @@ class _MemorySegments:
     def read_header(self, group_id: int, place: Place) -> Group:
         return _read(self._records, place)[0]
 
+    def let_go(self, segment: int) -> None: ...
+
     def delete(self, segment: int) -> None:
         self._records.pop(segment, None)
 

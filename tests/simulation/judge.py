@@ -139,7 +139,7 @@ class Judge:
         assert self.known.setdefault(batch.step, members) == members, "a batch that was cut is another one now"
         assert self.copies.setdefault(batch.step, batch.copies) == batch.copies, "it has other copies now"
 
-    def batch_arrived(self, learner: Learner, batch: Batch, payload: Payload) -> None:
+    def batch_arrived(self, learner: Learner, batch: Batch, payloads: Sequence[Payload]) -> None:
         plan, step = self.world.plan, batch.step
         self.world.note("batches", f"batch {step} of prompts {[group.prompt_id for group in batch.groups]}")
         assert batch.branch == self.branch, "a batch of another branch"
@@ -153,7 +153,7 @@ class Judge:
         self._see_copies(step, batch)
         size, num = plan.replay.prompts_per_step, len(members) + sum(batch.copies)
         assert num == size or (num < size and plan.filter.on_limit != "raise"), "a short batch"
-        for group, part in zip(batch.groups, payload.split(batch.groups), strict=True):
+        for group, part in zip(batch.groups, payloads, strict=True):
             assert part.prompt_ids.tolist() == [group.prompt_id], "tokens of another group"
             contexts = [context for completion in group.completions for context in completion.contexts]
             versions = [version for context in contexts for version in expand(context.versions).tolist()]

@@ -6,6 +6,7 @@ In: batches. Out: checkpoints, and a record of its own of what it trained on, wh
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from asyncdapo import faults
@@ -44,14 +45,14 @@ class Learner(Process):
         preparing = await self._batches.receive(step)
         if isinstance(preparing, NoBatch):
             return preparing.reason
-        self._batch, payload = await preparing
-        self.world.judge.batch_arrived(self, self._batch, payload)
+        self._batch, payloads = await preparing
+        self.world.judge.batch_arrived(self, self._batch, payloads)
         return ""
 
-    async def _prepare(self, batch: Batch, payload: Payload) -> tuple[Batch, Payload]:
+    async def _prepare(self, batch: Batch, payloads: Sequence[Payload]) -> tuple[Batch, Sequence[Payload]]:
         """Perhaps while another batch is trained."""
         self.world.judge.batch_cut(batch, early=batch.step > len(self.lineage))
-        return batch, payload
+        return batch, payloads
 
     async def train_step(self) -> dict[str, float]:
         faults.point("before_train")

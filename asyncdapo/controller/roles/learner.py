@@ -230,8 +230,8 @@ class LearnerProcess(ProcessBase):
             self.prepared = await preparing
         return ""
 
-    async def _prepare(self, batch: Batch, payload: Payload) -> Prepared:
-        return await asyncio.get_running_loop().run_in_executor(self.beside, self.learner.prepare, batch, payload)
+    async def _prepare(self, batch: Batch, payloads: Sequence[Payload]) -> Prepared:
+        return await asyncio.get_running_loop().run_in_executor(self.beside, self.learner.prepare, batch, payloads)
 
     async def train_step(self) -> dict[str, float]:
         """Train on the batch taken, and bring the next one meanwhile. Returns the learner's metrics."""

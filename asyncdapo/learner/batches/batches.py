@@ -12,7 +12,8 @@ train on it, whenever the batch is cut, and the learner checks again before it t
 running groups that would still have made the batch. Replay waits with the cut as long as that is so (`state.py`). Under
 a bound of 0 there is nothing to cut before version k is published, so the early question waits like any other.
 
-Invariants: at most one batch is ahead of the one in training, so a rank holds at most two payloads. A batch is only
+Invariants: at most one batch is ahead of the one in training, so a rank holds the tokens of at most
+two batches. A batch is only
 trained in the branch in which it was cut: a rollback begins when every rank is dead, so a batch that was ahead is gone
 with its process, and is cut again. Does not own: questions and answers on the wire (`feed`), when a batch is cut
 (`replay/core/state`).
@@ -21,7 +22,7 @@ with its process, and is cut again. Does not own: questions and answers on the w
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, Generic, TypeVar
 
 from asyncdapo.errors import RunError
@@ -39,7 +40,7 @@ class Batches(Generic[P]):
     def __init__(
         self,
         feed: BatchFeed,
-        prepare: Callable[[Batch, Payload], Awaitable[P]],
+        prepare: Callable[[Batch, Sequence[Payload]], Awaitable[P]],
         *,
         spawn: Spawn = asyncio.ensure_future,
     ) -> None:

@@ -1,9 +1,10 @@
 """One rank's batches: asked for at the replay server until they come, and their tokens read from its segments.
 
     ──CutWanted──▶ replay ──Batch: headers, deal, places──▶ a record of each group of which the rank has a piece, from
-                                                            RUN_DIR/payloads/000007.bin ──▶ Payload, joined in order
+                                                            RUN_DIR/payloads/000007.bin ──▶ a Payload of each piece
 
-In: a step. Out: its `Batch` with this rank's share, or `NoBatch` when the data is used up; then the share's `Payload`.
+In: a step. Out: its `Batch` with this rank's share, or `NoBatch` when the data is used up; then the `Payload` of
+each piece of the share.
 Or BatchError: the run goes back to its checkpoint, and the rollback finds what is damaged and samples those prompts
 again. Invariants: the server answers a repeated `CutWanted` with the same batch, so a lost or damaged message costs one
 more question. The tokens are those that were written: each record's checksums hold, and its group is that of the
@@ -65,9 +66,9 @@ class BatchFeed:
                 damage = error
         raise RunError(f"batch {step} arrived damaged {MAX_DAMAGED} times in a row: {damage}") from damage
 
-    async def read(self, step: int, share: Share) -> Payload:
-        """The tokens of this rank's share of batch `step`. The storage may take its time: the event loop goes on.
-        Raises BatchError."""
+    async def read(self, step: int, share: Share) -> list[Payload]:
+        """The tokens of each piece of this rank's share of batch `step`. The storage may take its time:
+        the event loop goes on. Raises BatchError."""
         return await asyncio.to_thread(read_share, self._run_dir, step, share)
 
     def close(self) -> None:
@@ -112,11 +113,12 @@ def located_share(batch: Batch, rank: int) -> Share:
     return [(piece, batch.places[piece.place]) for piece in share_of(batch, rank)]
 
 
-def read_share(run_dir: Path, step: int, share: Share) -> Payload:
-    """The payload of a share of batch `step`, joined. Blocks for as long as the storage takes. Raises BatchError."""
+def read_share(run_dir: Path, step: int, share: Share) -> list[Payload]:
+    """The payload of each piece of a share of batch `step`. Blocks for as long as the storage takes. Raises
+    BatchError."""
     try:
         records = read_records(run_dir / PAYLOAD_FOLDER, {piece.header.lease_id: place for piece, place in share})
     except BadRecord as bad:
         raise BatchError(f"batch {step} can't be read back from {run_dir}: {bad}") from bad
     parts = [(piece, *records[piece.header.lease_id]) for piece, _ in share]
-    return Payload.join([payload.of_completions(group, piece.indices) for piece, group, payload in parts])
+    return [payload.of_completions(group, piece.indices) for piece, group, payload in parts]

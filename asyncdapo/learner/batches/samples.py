@@ -1,6 +1,6 @@
 """From a batch to rows: one rank gets a row for each context of its completions that has a gradient.
 
-    Batch, Payload ──rows_by_update──▶ a Row for each context of this rank that is computed, with its advantage
+    Batch, Payloads ──rows_by_update──▶ a Row for each context of this rank that is computed, with its advantage
     Batch ──columns──▶ what every rank knows about every completion ──aggregation──▶ weight of each row in its update
 
 A completion has one advantage, and its tokens are counted over all its contexts: however often an episode forked, it
@@ -18,7 +18,7 @@ Shapes: N completions of the batch, G completions of a group.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -101,7 +101,7 @@ class Columns:
 
 def rows_by_update(
     batch: Batch,
-    payload: Payload,
+    payloads: Sequence[Payload],
     rank: int,
     advantages_of: OfBatch,
     *,
@@ -109,7 +109,7 @@ def rows_by_update(
     with_token_staleness: bool = False,
 ) -> list[list[Row]]:
     """The rows of this rank in each optimizer update, with their advantages; those of advantage 0 only `with_zeros`.
-    `payload` holds the rank's share."""
+    `payloads`: of the pieces of the rank's share, in order."""
     first_of_group = np.cumsum([0, *(len(group.completions) for group in batch.groups)]).tolist()
     share = share_of(batch, rank)
     rewards = [
@@ -119,7 +119,7 @@ def rows_by_update(
     advantages = [one.tolist() for one in advantages_of(rewards, _times(batch))] if rewards else []
     rows: list[list[Row]] = [[] for _ in range(batch.deal.num_updates)]
     prompts: dict[tuple[int, bytes], int] = {}
-    for piece, part in zip(share, payload.split([piece.header for piece in share]), strict=True):
+    for piece, part in zip(share, payloads, strict=True):
         group = batch.groups[piece.place]
         staleness = group.staleness(batch.step)
         for tokens in part.of_contexts(piece.header):

@@ -111,12 +111,12 @@ class Learner:
         """Where it computes."""
         return self._policy.device
 
-    def prepare(self, batch: Batch, payload: Payload) -> Prepared:
-        """All work on a batch that needs no weights; `payload` holds this rank's share. May be called in any thread,
-        while another batch is trained."""
+    def prepare(self, batch: Batch, payloads: Sequence[Payload]) -> Prepared:
+        """All work on a batch that needs no weights; `payloads` are of the pieces of this rank's share. May
+        be called in any thread, while another batch is trained."""
         rows = rows_by_update(
             batch,
-            payload,
+            payloads,
             self.ranks.rank,
             batch_advantages(self._loss.advantage),
             with_zeros=self._loss.needs_all_completions,

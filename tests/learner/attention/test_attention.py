@@ -27,13 +27,14 @@ from asyncdapo.learner.batches.samples import rows_by_update
 from asyncdapo.learner.model.model import load_model
 from asyncdapo.learner.model.packing import pack
 from asyncdapo.learner.model.policy import Policy, check_policy
-from tests.learner.tiny import SHAPE, make_batch, save_tiny_llama, tiny_llama
+from tests.learner.tiny import SHAPE, make_batch, payloads_of, save_tiny_llama, tiny_llama
 
 CPU = torch.device("cpu")
 
 
 def rows_of(seed=0):
-    return rows_by_update(*make_batch(seed=seed), 0, batch_advantages("grpo"))[0]
+    batch, payload = make_batch(seed=seed)
+    return rows_by_update(batch, payloads_of(batch, payload), 0, batch_advantages("grpo"))[0]
 
 
 def in_plain_torch(query_SND, key_SMD, value_SMD, ends_q, ends_k, max_q, max_k, *, scale, window_size):

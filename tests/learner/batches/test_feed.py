@@ -13,7 +13,8 @@ from asyncdapo.messages import Welcome
 from asyncdapo.records.record import PAYLOAD_FOLDER, segment_path
 from asyncdapo.shares import CutWanted, NoBatch, share_of
 from asyncdapo.transport.sockets import Server
-from tests.learner.tiny import batch_of, make_batch, payload_of, stored
+from tests.learner.tiny import batch_of, make_batch, payloads_of, stored
+from tests.payloads import joined, split
 
 
 def serve(answer, run_dir, step=1, ask_again_s=0.1, **rank):
@@ -57,36 +58,36 @@ def always(batch):
 def test_a_batch_arrives_as_it_was_sent_with_the_tokens_that_were_stored(tmp_path):
     batch, payload = make_batch(step=1)
     batch = stored(tmp_path, batch, payload)
-    (got, got_payload), questions = serve(always(batch), tmp_path, ask_again_s=20)
+    (got, got_payloads), questions = serve(always(batch), tmp_path, ask_again_s=20)
     assert got == batch
-    assert got_payload.frames() == payload.frames()
+    assert joined(got_payloads).frames() == payload.frames()
     assert questions == [1]
 
 
-def test_records_are_joined_in_the_order_of_the_batch_wherever_they_are(tmp_path):
+def test_records_come_in_the_order_of_the_batch_wherever_they_are(tmp_path):
     """Groups arrive in another order than that of their prompts, and end up in several segments."""
     batch, payload = make_batch(step=1, num_groups=7)
-    parts = payload.split(batch.groups)
+    parts = split(payload, batch.groups)
     places = {}
     for order in ([4, 1, 6], [3], [5, 0, 2]):
         groups = [batch.groups[place] for place in order]
-        some = stored(tmp_path, batch_of(groups), payload.join([parts[place] for place in order]))
+        some = stored(tmp_path, batch_of(groups), joined([parts[place] for place in order]))
         places |= dict(zip(order, some.places, strict=True))
     batch = replace(batch, places=[place for _, place in sorted(places.items())])
     assert len({place.segment for place in batch.places}) == 3
-    (_, got_payload), _ = serve(always(batch), tmp_path, ask_again_s=20)
-    assert got_payload.frames() == payload.frames()
+    (_, got_payloads), _ = serve(always(batch), tmp_path, ask_again_s=20)
+    assert joined(got_payloads).frames() == payload.frames()
 
 
 def test_a_rank_has_all_headers_and_the_tokens_of_its_completions(tmp_path):
     batch, payload = make_batch(step=1, num_groups=7)
     batch = stored(tmp_path, batch_of(batch.groups, num_ranks=3, num_updates=2), payload)
     for rank in range(3):
-        own = payload_of(batch, payload, rank)
-        assert 0 < own.num_bytes < payload.num_bytes
-        (got, got_payload), _ = serve(always(batch), tmp_path, ask_again_s=20, rank=rank)
+        own = payloads_of(batch, payload, rank)
+        assert 0 < joined(own).num_bytes < payload.num_bytes
+        (got, got_payloads), _ = serve(always(batch), tmp_path, ask_again_s=20, rank=rank)
         assert got == batch
-        assert got_payload.frames() == own.frames()
+        assert [one.frames() for one in got_payloads] == [one.frames() for one in own]
 
 
 def test_a_rank_without_a_completion_has_an_empty_share_and_reads_nothing(tmp_path):
@@ -94,9 +95,9 @@ def test_a_rank_without_a_completion_has_an_empty_share_and_reads_nothing(tmp_pa
     batch = stored(tmp_path, batch, payload)
     segment_path(tmp_path / PAYLOAD_FOLDER, 1).unlink()
     assert share_of(batch, 1) == []
-    (got, got_payload), _ = serve(always(batch), tmp_path, ask_again_s=20, rank=1)
+    (got, got_payloads), _ = serve(always(batch), tmp_path, ask_again_s=20, rank=1)
     assert got == batch
-    assert got_payload.num_bytes == 0
+    assert got_payloads == []
 
 
 def test_it_asks_again_until_there_is_an_answer(tmp_path):

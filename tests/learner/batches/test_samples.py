@@ -11,9 +11,8 @@ from msgspec.structs import replace
 from asyncdapo.algorithm.advantages import batch_advantages
 from asyncdapo.learner.batches.samples import columns, rows_by_update, weighted
 from asyncdapo.messages import Context
-from asyncdapo.shares import share_of
 from asyncdapo.transport.payload import Payload, expand
-from tests.learner.tiny import batch_of, make_batch, make_group, make_row, payload_of
+from tests.learner.tiny import batch_of, make_batch, make_group, make_row, payloads_of
 
 
 def test_every_row_gets_its_own_part_of_the_payload():
@@ -23,7 +22,8 @@ def test_every_row_gets_its_own_part_of_the_payload():
         token_ids=np.arange(8, dtype=np.int32),
         logprobs=-np.arange(8, dtype=np.float32),
     )
-    (rows,) = rows_by_update(batch_of(groups), payload, 0, batch_advantages("grpo"))
+    batch = batch_of(groups)
+    (rows,) = rows_by_update(batch, payloads_of(batch, payload), 0, batch_advantages("grpo"))
     assert [row.index for row in rows] == [0, 1, 2, 3]
     assert [row.prompt for row in rows] == [0, 0, 1, 1]
     assert [row.prompt_ids.tolist() for row in rows] == [[20, 21], [20, 21], [22], [22]]
@@ -37,8 +37,7 @@ def test_a_completion_without_loss_counts_in_the_mean_and_is_not_trained():
     group = make_group(0, 1, [2, 2, 2], [1.0, 0.0, 0.5], loss_masks=masks)
     payload = Payload(np.zeros(1, np.int32), np.arange(6, dtype=np.int32), np.zeros(6, np.float32))
     batch = batch_of([group])
-    payload = payload.of_completions(group, share_of(batch, 0)[0].indices)
-    (rows,) = rows_by_update(batch, payload, 0, batch_advantages("grpo"))
+    (rows,) = rows_by_update(batch, payloads_of(batch, payload), 0, batch_advantages("grpo"))
     assert [row.index for row in rows] == [0, 2]
     assert [row.token_ids.tolist() for row in rows] == [[0, 1], [4, 5]]
     assert [row.loss_mask.tolist() for row in rows] == [[True, True], [True, False]]
@@ -51,11 +50,11 @@ def test_run_lengths_become_a_number_for_each_token():
 
 def test_the_rows_of_all_ranks_are_those_of_one_rank():
     batch, payload = make_batch(num_groups=4)
-    (whole,) = rows_by_update(batch, payload, 0, batch_advantages("grpo"))
+    (whole,) = rows_by_update(batch, payloads_of(batch, payload), 0, batch_advantages("grpo"))
     dealt = batch_of(batch.groups, num_ranks=3, num_updates=2)
     updates = [[] for _ in range(2)]
     for rank in range(3):
-        rows = rows_by_update(dealt, payload_of(dealt, payload, rank), rank, batch_advantages("grpo"))
+        rows = rows_by_update(dealt, payloads_of(dealt, payload, rank), rank, batch_advantages("grpo"))
         assert all(rows)
         for update, more in zip(updates, rows, strict=True):
             update += more
@@ -73,7 +72,7 @@ def test_a_row_knows_how_stale_each_of_its_tokens_is_where_that_is_asked_for():
     completion = replace(group.completions[0], contexts=[context])
     batch = batch_of([replace(group, completions=[completion])], 6)
     payload = Payload(np.zeros(1, np.int32), np.arange(5, dtype=np.int32), np.zeros(4, np.float32))
-    make = partial(rows_by_update, batch, payload, 0, batch_advantages("grpo"))
+    make = partial(rows_by_update, batch, [payload], 0, batch_advantages("grpo"))
     [[row]], [[bare]] = make(with_token_staleness=True), make()
     assert row.token_staleness.tolist() == [3, 3, 0, 3, 1]
     assert bare.token_staleness is None
@@ -81,12 +80,12 @@ def test_a_row_knows_how_stale_each_of_its_tokens_is_where_that_is_asked_for():
 
 def test_an_advantage_of_the_batch_is_the_same_at_every_rank():
     batch, payload = make_batch(num_groups=4)
-    (whole,) = rows_by_update(batch, payload, 0, batch_advantages("reinforce_pp"))
+    (whole,) = rows_by_update(batch, payloads_of(batch, payload), 0, batch_advantages("reinforce_pp"))
     assert sum(row.advantage for row in whole) == pytest.approx(0, abs=1e-9)
     dealt = batch_of(batch.groups, num_ranks=2)
     for rank in range(2):
-        its_payload = payload_of(dealt, payload, rank)
-        (rows,) = rows_by_update(dealt, its_payload, rank, batch_advantages("reinforce_pp"))
+        its_payloads = payloads_of(dealt, payload, rank)
+        (rows,) = rows_by_update(dealt, its_payloads, rank, batch_advantages("reinforce_pp"))
         assert [row.advantage for row in rows] == [whole[row.index].advantage for row in rows]
 
 

@@ -16,12 +16,13 @@ from asyncdapo.learner.model.packing import Work
 from asyncdapo.learner.model.sharding import gather
 from asyncdapo.learner.step.gradient import accumulate_gradient
 from asyncdapo.learner.step.ranks import ALONE
-from tests.learner.tiny import make_batch, sharded, tiny_llama
+from tests.learner.tiny import make_batch, payloads_of, sharded, tiny_llama
 
 
 def update_rows(seed=0):
     """Rows of five groups, each token weighted as in a token mean."""
-    rows = rows_by_update(*make_batch(seed=seed, num_groups=5), 0, batch_advantages("grpo"))[0]
+    batch, payload = make_batch(seed=seed, num_groups=5)
+    rows = rows_by_update(batch, payloads_of(batch, payload), 0, batch_advantages("grpo"))[0]
     num_tokens = sum(row.num_loss_tokens for row in rows)
     return [replace(row, weight=1 / num_tokens) for row in rows]
 

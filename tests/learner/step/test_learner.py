@@ -22,11 +22,12 @@ from tests.learner.tiny import (
     make_batch,
     make_group,
     make_learner,
-    payload_of,
+    payloads_of,
     save_tiny_llama,
     tiny_llama,
     train,
 )
+from tests.payloads import joined, split
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +67,7 @@ def test_a_batch_dealt_to_more_ranks_than_there_are_is_refused(path):
     learner, (batch, payload) = make_learner(path), make_batch()
     dealt = batch_of(batch.groups, num_ranks=2)
     with pytest.raises(RunError, match="batch 1 is dealt to more ranks than the learner's 1"):
-        learner.train(learner.prepare(dealt, payload_of(dealt, payload, 0)))
+        learner.train(learner.prepare(dealt, payloads_of(dealt, payload, 0)))
 
 
 def test_batches_out_of_order_are_refused(path):
@@ -98,7 +99,7 @@ def test_rewarded_responses_become_likelier(path):
     def logprobs(batch):
         model = tiny_llama()
         model.load_state_dict(learner.weights(), strict=False)
-        rows = rows_by_update(batch, payload, 0, batch_advantages("grpo"))[0]
+        rows = rows_by_update(batch, payloads_of(batch, payload), 0, batch_advantages("grpo"))[0]
         packed = pack(rows, model.device)
         with torch.no_grad():
             logp_BT, _ = Policy(model)(packed)
@@ -158,7 +159,7 @@ def test_a_bad_update_is_skipped_counted_and_left_out_of_the_means(path):
     assert math.isfinite(metrics["learner/loss"])
     after_one_good_update = weights_of(learner)
 
-    good_half = Payload.join(payload.split(batch.groups)[2:])
+    good_half = joined(split(payload, batch.groups)[2:])
     assert len(good_half.token_ids) == len(payload.token_ids) - half
     other = make_learner(path)
     other_metrics = train(other, msgspec.structs.replace(batch, groups=batch.groups[2:]), good_half)

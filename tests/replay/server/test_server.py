@@ -108,7 +108,7 @@ async def test_the_learner_gets_its_batch_when_it_is_full_after_the_ledger_has_t
         assert (batch.step, batch.max_staleness) == (1, 1)
         prompts = [group.prompt_id for group in batch.groups]
         assert prompts == sorted(prompts)
-        parts = tokens_of(tmp_path, batch).split(batch.groups)
+        parts = tokens_of(tmp_path, batch)
         by_id = {lease.lease_id: lease for lease in leases}
         for group, part in zip(batch.groups, parts, strict=True):
             expected, payload = make_group(by_id[group.lease_id])
