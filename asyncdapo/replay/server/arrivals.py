@@ -28,6 +28,7 @@ from asyncdapo.replay.server.settings import ServerSettings
 from asyncdapo.transport.payload import LOGPROB_DTYPE, TOKEN_DTYPE, PartialGroup, Payload
 
 DROPPED = ("strangers", "malformed", "rejected", "duplicates")
+LARGEST_TOKEN = np.iinfo(np.int32).max
 MAX_LOGPROB = 1e-3
 """Log-probs are at most 0, except for the rounding of a log-sum-exp."""
 
@@ -170,11 +171,12 @@ def check_group(
     if payload.prompt_ids.tolist() != lease.prompt.token_ids:
         raise BadGroup("its prompt tokens are not those of its lease")
     for token_ids in (payload.token_ids, *([payload.support.token_ids] if payload.support else [])):
-        if token_ids.min(initial=0) < 0:
+        largest = token_ids.view(np.uint32).max(initial=0)  # a negative one is larger than any other
+        if largest > LARGEST_TOKEN:
             raise BadGroup("a token id is negative")
-        if vocab_size is not None and token_ids.max(initial=0) >= vocab_size:
-            raise BadGroup(f"token id {token_ids.max()} is beyond the vocabulary of {vocab_size}")
-    if not (np.isfinite(payload.logprobs).all() and payload.logprobs.max() <= MAX_LOGPROB):
+        if vocab_size is not None and largest >= vocab_size:
+            raise BadGroup(f"token id {largest} is beyond the vocabulary of {vocab_size}")
+    if not (payload.logprobs.min() > -math.inf and payload.logprobs.max() <= MAX_LOGPROB):  # both are NaN if one is
         raise BadGroup("a log-prob is above 0 or not finite")
     return payload
 
