@@ -103,9 +103,7 @@ async def until_over(figures: Figures, work: Coroutine, over: Event) -> None:
 
 
 async def serve(figures: Figures, over: Event, load: Load, run_dir: Path, keys: RunKeys, pipe: Connection) -> None:
-    """The replay server, and the commands that the controller gives at every step. The garbage collector is as in a
-    run."""
-    gc.freeze()
+    """The replay server, and the commands that the controller gives at every step."""
     gc.set_threshold(COLLECT_AFTER)
     ahead = 2 + load.num_workers * load.num_held / BATCH
     config = ReplayConfig(prompts_per_step=BATCH, run_ahead=ahead, max_staleness=UNBOUNDED, heartbeat_s=HEARTBEAT_S)
@@ -185,8 +183,9 @@ async def work(
 
 
 def run(name: str, work: Callable[..., Coroutine], over: Event, told: Connection, args: tuple) -> None:
-    """A process: works until it is over, and tells what it saw. Its heap is as in a run."""
+    """A process: works until it is over, and tells what it saw. Its heap and its garbage collector are as in a run."""
     keep_freed_memory()
+    gc.freeze()
     figures = Figures(name)
     asyncio.run(work(figures, over, *args))
     told.send(figures)
@@ -243,13 +242,18 @@ COLUMNS = (
 
 
 def line_of(load: Load, seen: list[Figures], began: float, ended: float) -> str:
-    """One row of the table, of what was seen from `began` to `ended`."""
+    """One row of the table, of what was seen from `began` to `ended`. Raises RuntimeError if that was too little."""
     acks = np.concatenate([np.frombuffer(one.acks).reshape(-1, 2) for one in seen])
     acks = acks[(acks[:, 0] >= began) & (acks[:, 0] < ended)]
+    if not len(acks):
+        raise RuntimeError(f"no group was acknowledged in {ended - began:.1f} s (raise --seconds)")
     cores: dict[str, float] = dict.fromkeys(("server", "workers", "learner"), 0.0)
     for one in seen:
         looks = np.frombuffer(one.looks).reshape(-1, 3)
         looks = looks[(looks[:, 0] >= began) & (looks[:, 0] < ended)]
+        if len(looks) < 2:
+            what = f"a process of the {one.name} measured itself {len(looks)} times in {ended - began:.1f} s"
+            raise RuntimeError(f"{what}, 2 are needed (raise --seconds)")
         (first_s, first_cpu, _), (last_s, last_cpu, _) = looks[0], looks[-1]
         cores[one.name] += (last_cpu - first_cpu) / (last_s - first_s)
         if one.name == "server":
