@@ -3,13 +3,12 @@
     ──CutWanted──▶ replay ──Batch: headers, deal, places──▶ a record of each group of which the rank has a piece, from
                                                             RUN_DIR/payloads/000007.bin ──▶ a Payload of each piece
 
-In: a step. Out: its `Batch` with this rank's share, or `NoBatch` when the data is used up; then the `Payload` of
-each piece of the share.
-Or BatchError: the run goes back to its checkpoint, and the rollback finds what is damaged and samples those prompts
-again. Invariants: the server answers a repeated `CutWanted` with the same batch, so a lost or damaged message costs one
-more question. The tokens are those that were written: each record's checksums hold, and its group is that of the
-header in the batch. Does not own: when to ask (`batches`); the format of a record (`records/record`); when a batch is
-cut, and what it waits for (the server names it).
+In: a step. Out: its `Batch` with this rank's share, or `NoBatch` when the data is used up; then the `Payload` of each
+piece of the share. Or BatchError: the run goes back to its checkpoint, and the rollback finds what is damaged and
+samples those prompts again. Invariants: the server answers a repeated `CutWanted` with the same batch, so a lost or
+damaged message costs one more question. The tokens are those that were written: each record's checksums hold, and its
+group is that of the header in the batch. Does not own: when to ask (`batches`); the format of a record
+(`records/record`); when a batch is cut, and what it waits for (the server names it).
 
 waits for: a full batch   unblocked by: rollout, replay
 """
