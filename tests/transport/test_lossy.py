@@ -77,7 +77,7 @@ async def test_a_message_to_a_peer_that_is_gone_is_counted_on_a_bad_link_too(tmp
 @asynchronous
 async def test_what_goes_wrong_in_sending_is_raised_at_the_next_message(tmp_path: Path) -> None:
     with bad_link(tmp_path, delay_s=0.001), pair() as (_, client):
-        client._socket.close()
+        client._leave()
         await client.send(Ask(asked=1))
         await asyncio.sleep(0.05)
         with pytest.raises(zmq.ZMQError, match="non-socket"):

@@ -218,7 +218,7 @@ async def test_a_client_waits_without_a_server_and_continues_with_the_next_at_th
     port = int(server.address.rsplit(":", 1)[1])
     disconnected = client._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
     server.close()
-    await disconnected.recv_multipart()
+    await asyncio.to_thread(disconnected.recv_multipart)
     await asyncio.sleep(0.2)
     waiting = asyncio.create_task(client.send(Ask(asked=2)))
     await asyncio.sleep(0.2)
