@@ -30,10 +30,11 @@ KEYS = (
 """Of every load."""
 LOADS = {
     "engine-bound": ("rollout.group_size=2", "replay.prompts_per_step=32", "run.steps=24"),
-    "balanced": ("rollout.group_size=7", "replay.prompts_per_step=18", "run.steps=24"),
-    "learner-bound": ("rollout.group_size=16", "replay.prompts_per_step=8", "run.steps=24"),
+    "balanced": ("rollout.group_size=4", "replay.prompts_per_step=24", "learner.epochs=2", "run.steps=24"),
+    "learner-bound": ("rollout.group_size=16", "replay.prompts_per_step=8", "learner.epochs=2", "run.steps=24"),
 }
-"""The fewer completions stand in a group, the fewer groups the filter keeps, and the more are sampled for a batch."""
+"""The fewer completions stand in a group, the fewer groups the filter keeps, and the more are sampled for a batch. With
+two epochs the learner takes twice as long for it."""
 KINDS = {"engine-bound": (1.33, float("inf")), "balanced": (0.9, 1.1), "learner-bound": (0.0, 0.7)}
 """What is called so: the engine's time a step as a multiple of the learner's, from and to."""
 NUM_FIRST = 3
