@@ -8,6 +8,7 @@ import pytest
 
 from asyncdapo.messages import NO_CHECKSUM, Reject, SampledTurn
 from asyncdapo.transport.payload import Payload
+from tests.asynchronous import TEST_TIMEOUT_S
 from tests.replay.serving import FakeWorker, rows, serving
 from tests.replay.small_run import make_group
 
@@ -81,4 +82,4 @@ def test_a_group_that_contradicts_itself_or_its_lease_is_rejected(tmp_path, what
             assert rows(tmp_path, "SELECT state, attempts FROM prompts WHERE prompt_id = 0")[0][1] == 1
             assert rows(tmp_path, "SELECT COUNT(*) FROM groups") == [(0,)]
 
-    asyncio.run(asyncio.wait_for(run(), 20))
+    asyncio.run(asyncio.wait_for(run(), TEST_TIMEOUT_S))

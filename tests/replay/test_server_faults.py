@@ -23,6 +23,7 @@ from asyncdapo.messages import (
 from asyncdapo.replay.ledger.audit import audit
 from asyncdapo.replay.server.failures import MIN_FAILED
 from asyncdapo.transport.codec import encode
+from tests.asynchronous import TEST_TIMEOUT_S
 from tests.replay.serving import TICK_S, FakeLearner, FakeWorker, rows, scenario, serving, until
 from tests.replay.small_run import make_group, write_files
 
@@ -218,7 +219,7 @@ def test_mutated_frames_of_a_known_worker_neither_end_nor_confuse_the_server(tmp
         write_files(tmp_path, [])
         assert audit(tmp_path) == ["there is a batch: batches 0"]
 
-    asyncio.run(asyncio.wait_for(run(), 20))
+    asyncio.run(asyncio.wait_for(run(), TEST_TIMEOUT_S))
 
 
 @scenario

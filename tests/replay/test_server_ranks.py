@@ -9,7 +9,8 @@ import pytest
 from asyncdapo.learner.batches.feed import BatchFeed
 from asyncdapo.replay.ledger.journal import Journal
 from asyncdapo.shares import Dealer, NoBatch, share_of
-from tests.replay.serving import PATIENCE_S, FakeLearner, FakeWorker, scenario, serving, tokens_of, until
+from tests.asynchronous import TEST_TIMEOUT_S
+from tests.replay.serving import FakeLearner, FakeWorker, scenario, serving, tokens_of, until
 from tests.replay.small_run import make_group
 
 
@@ -86,7 +87,7 @@ async def test_a_group_is_acknowledged_while_the_headers_of_a_batch_are_read(tmp
     class SlowJournal(Journal):
         def read_header(self, group_id, place):
             reading.set()
-            assert may_end.wait(PATIENCE_S)
+            assert may_end.wait(TEST_TIMEOUT_S)
             return super().read_header(group_id, place)
 
     async with serving(tmp_path) as server:
@@ -99,7 +100,7 @@ async def test_a_group_is_acknowledged_while_the_headers_of_a_batch_are_read(tmp
         await worker.join()
         await server.begin()
         await learner.want(1)
-        assert await asyncio.to_thread(reading.wait, PATIENCE_S)
+        assert await asyncio.to_thread(reading.wait, TEST_TIMEOUT_S)
         await worker.work_off(1)
         may_end.set()
         batch = await learner.receive()
@@ -149,4 +150,4 @@ def test_a_question_that_no_rank_asks_is_malformed(tmp_path, question):
             await learner.want(1, **question)
             await until(lambda: server.status()["dropped"]["malformed"] == 1, server)
 
-    asyncio.run(asyncio.wait_for(run(), 20))
+    asyncio.run(asyncio.wait_for(run(), TEST_TIMEOUT_S))

@@ -11,6 +11,7 @@ from asyncdapo.messages import Ack, Lease, Welcome, Withdraw
 from asyncdapo.replay.ledger.audit import audit
 from asyncdapo.replay.server.server import STATES
 from asyncdapo.shares import NoBatch
+from tests.asynchronous import TEST_TIMEOUT_S
 from tests.replay.serving import TICK_S, FakeLearner, FakeWorker, eval_request, rows, scenario, serving, until
 from tests.replay.small_run import write_files
 
@@ -92,7 +93,7 @@ def test_a_lease_whose_message_was_lost_is_sent_again_and_counts_once(tmp_path, 
         await worker.take(Ack)
         assert rows(tmp_path, "SELECT COUNT(*) FROM leases") == [(2,)]
 
-    asyncio.run(asyncio.wait_for(run(), 20))
+    asyncio.run(asyncio.wait_for(run(), TEST_TIMEOUT_S))
 
 
 @scenario

@@ -184,7 +184,7 @@ def taking_places(monkeypatch: pytest.MonkeyPatch, times: int) -> Strangers:
 
 
 def test_a_silent_stranger_in_a_rank_s_place_costs_one_short_try_and_the_group_forms(monkeypatch):
-    strangers, timeout_s, began_s = taking_places(monkeypatch, times=2), 20.0, time.monotonic()
+    strangers, timeout_s, began_s = taking_places(monkeypatch, times=2), 40.0, time.monotonic()
     group = WeightGroup.create_master("127.0.0.1", 2, "gloo", timeout_s)
     with ThreadPoolExecutor(1) as other:
         joining = other.submit(WeightGroup.join, group.address, 1, 2, "gloo", timeout_s)

@@ -21,6 +21,7 @@ from asyncdapo.controller.process.health import Health
 from asyncdapo.errors import RunError
 from asyncdapo.model.config import ModelConfig
 from asyncdapo.rollout.config import RolloutConfig
+from tests.asynchronous import until
 from tests.controller.fakes import picked
 
 
@@ -96,11 +97,6 @@ class Cluster:
     def up(self) -> list[int]:
         return [index for index, process in enumerate(self.processes) if process.up.is_set()]
 
-    async def until(self, true: Callable[[], object]) -> None:
-        async with asyncio.timeout(5):
-            while not true():
-                await asyncio.sleep(0.001)
-
 
 @pytest.fixture
 def acted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
@@ -122,11 +118,11 @@ def acted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]
 
 def test_a_run_goes_on_with_the_least_and_others_join_when_there_is_room(acted) -> None:
     async def scene(cluster: Cluster) -> None:
-        await cluster.until(lambda: cluster.supervisor.missing.keys() == {"rollout-1", "rollout-2"})
+        await until(lambda: cluster.supervisor.missing.keys() == {"rollout-1", "rollout-2"})
         assert cluster.up() == [0]
         assert cluster.supervisor.missing["rollout-1"] == "waits for room on Ray (0.1 CPU)"
         cluster.num_places = 2
-        await cluster.until(lambda: len(cluster.late) == 2)
+        await until(lambda: len(cluster.late) == 2)
         assert cluster.up() == [0, 1]
         assert cluster.late == [("rollout-0", False), ("rollout-1", True)], "who joins later lacks the weights"
         assert [process.name for process in cluster.supervisor.processes] == ["rollout-0", "rollout-1"]
@@ -136,10 +132,10 @@ def test_a_run_goes_on_with_the_least_and_others_join_when_there_is_room(acted) 
 
 def test_workers_that_are_too_many_are_drained_and_their_rooms_given_back(acted, tmp_path) -> None:
     async def scene(cluster: Cluster) -> None:
-        await cluster.until(lambda: cluster.up() == [0, 1, 2])
+        await until(lambda: cluster.up() == [0, 1, 2])
         wanted_workers.ask_for(tmp_path, 1)
         await cluster.elastic.look({})
-        await cluster.until(lambda: len(cluster.rooms) == 1)
+        await until(lambda: len(cluster.rooms) == 1)
         assert cluster.up() == [0]
         told = [("drain_worker", 7.0), ("lose_worker", "scaled to 1")]
         for index in (1, 2):
@@ -147,30 +143,30 @@ def test_workers_that_are_too_many_are_drained_and_their_rooms_given_back(acted,
             assert drains == told
         wanted_workers.ask_for(tmp_path, 2)
         await cluster.elastic.look({})
-        await cluster.until(lambda: cluster.up() == [0, 1])
+        await until(lambda: cluster.up() == [0, 1])
 
     acted(scene)
 
 
 def test_who_lives_stays_when_there_are_too_many_and_a_start_is_given_up(acted, tmp_path) -> None:
     async def scene(cluster: Cluster) -> None:
-        await cluster.until(lambda: cluster.up() == [0, 1, 2])
+        await until(lambda: cluster.up() == [0, 1, 2])
         bring_up, cluster.bring_up_worker = cluster.bring_up_worker, hanging
         for index in (0, 1):
             cluster.workers[index].ask_to_leave("SIGTERM")
-        await cluster.until(lambda: {worker.name for worker in starting} == {"rollout-0", "rollout-1"})
+        await until(lambda: {worker.name for worker in starting} == {"rollout-0", "rollout-1"})
         assert cluster.up() == [2]
         rooms = list(cluster.rooms)
         await cluster.elastic.look({"rollout-1": Health(entries=[], waits=[], leaving="SIGTERM")})
-        await cluster.until(lambda: len(set(cluster.rooms) - set(rooms)) == 1)  # it counts as no death
+        await until(lambda: len(set(cluster.rooms) - set(rooms)) == 1)  # it counts as no death
         wanted_workers.ask_for(tmp_path, 1)
         await cluster.elastic.look({})
-        await cluster.until(lambda: len(cluster.rooms) == 1)
+        await until(lambda: len(cluster.rooms) == 1)
         assert cluster.up() == [2]
         cluster.bring_up_worker = bring_up
         wanted_workers.ask_for(tmp_path, 2)
         await cluster.elastic.look({})
-        await cluster.until(lambda: cluster.up() == [0, 2])
+        await until(lambda: cluster.up() == [0, 2])
 
     starting = []
 
@@ -195,12 +191,12 @@ def test_a_number_out_of_the_range_is_brought_into_it(acted, tmp_path) -> None:
 
 def test_one_that_was_sent_sigterm_leaves_and_lives_again_in_another_room(acted) -> None:
     async def scene(cluster: Cluster) -> None:
-        await cluster.until(lambda: cluster.up() == [0, 1, 2])
+        await until(lambda: cluster.up() == [0, 1, 2])
         before = list(cluster.rooms)
         reports = {"rollout-1": Health(entries=[], waits=[], leaving="SIGTERM")}
         await cluster.elastic.look(reports)
-        await cluster.until(lambda: ("lose_worker", 1, "SIGTERM") in cluster.said)
-        await cluster.until(lambda: cluster.up() == [0, 1, 2])
+        await until(lambda: ("lose_worker", 1, "SIGTERM") in cluster.said)
+        await until(lambda: cluster.up() == [0, 1, 2])
         assert cluster.processes[1].life == 2
         assert set(cluster.rooms) - set(before)
 
@@ -209,7 +205,7 @@ def test_one_that_was_sent_sigterm_leaves_and_lives_again_in_another_room(acted)
 
 def test_one_that_dies_while_it_is_drained_counts_as_lost(acted) -> None:
     async def scene(cluster: Cluster) -> None:
-        await cluster.until(lambda: cluster.up() == [0, 1, 2])
+        await until(lambda: cluster.up() == [0, 1, 2])
         answer = cluster.ask
 
         async def never_drained(pick: Any, *args: Any) -> int:
@@ -220,7 +216,7 @@ def test_one_that_dies_while_it_is_drained_counts_as_lost(acted) -> None:
 
         cluster.ask = never_drained
         cluster.workers[1].ask_to_leave("SIGTERM")
-        await cluster.until(lambda: cluster.said)
+        await until(lambda: cluster.said)
         assert cluster.said[0] == ("lose_worker", 1, "rollout-1: the process died: killed")
 
     acted(scene)
@@ -228,10 +224,10 @@ def test_one_that_dies_while_it_is_drained_counts_as_lost(acted) -> None:
 
 def test_one_of_a_range_that_dies_too_often_stays_away_and_the_last_one_ends_the_run(acted) -> None:
     async def scene(cluster: Cluster) -> None:
-        await cluster.until(lambda: cluster.up() == [0, 1, 2])
+        await until(lambda: cluster.up() == [0, 1, 2])
         for index in (2, 1):
             cluster.processes[index].died.set()
-            await cluster.until(lambda index=index: len(cluster.rooms) == index)
+            await until(lambda index=index: len(cluster.rooms) == index)
         cluster.processes[0].died.set()
         await asyncio.sleep(5)
 
@@ -241,10 +237,10 @@ def test_one_of_a_range_that_dies_too_often_stays_away_and_the_last_one_ends_the
 
 def test_a_run_without_room_for_any_worker_says_whom_it_waits_for_and_ends(acted, caplog) -> None:
     async def scene(cluster: Cluster) -> None:
-        await cluster.until(lambda: len(cluster.supervisor.missing) == 2)
+        await until(lambda: len(cluster.supervisor.missing) == 2)
         cluster.num_places = 0
         cluster.workers[0].ask_to_leave("Ray drains its node")
-        await cluster.until(lambda: len(cluster.supervisor.missing) == 3)
+        await until(lambda: len(cluster.supervisor.missing) == 3)
         await cluster.elastic.look({})
         assert "no rollout worker is left" in caplog.text
         while True:

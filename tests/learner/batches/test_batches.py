@@ -14,6 +14,7 @@ from asyncdapo.learner.batches.batches import Batches
 from asyncdapo.learner.batches.feed import MAX_DAMAGED, BatchFeed
 from asyncdapo.shares import Batch, CutWanted, NoBatch
 from asyncdapo.transport.sockets import Server
+from tests.asynchronous import TEST_TIMEOUT_S
 from tests.learner.tiny import make_batch, stored
 
 
@@ -59,7 +60,7 @@ def play(story: Story, run_dir: Path = Path("nothing is read"), *, ask_again_s: 
         batches = Batches(BatchFeed(replay.server.address, run_dir, ask_again_s=ask_again_s), prepare)
         serving = asyncio.create_task(replay.serve())
         try:
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(TEST_TIMEOUT_S):
                 await story(replay, batches)
         finally:
             await batches.close()

@@ -13,6 +13,7 @@ from asyncdapo.messages import Welcome
 from asyncdapo.records.record import PAYLOAD_FOLDER, segment_path
 from asyncdapo.shares import CutWanted, NoBatch, share_of
 from asyncdapo.transport.sockets import Server
+from tests.asynchronous import TEST_TIMEOUT_S
 from tests.learner.tiny import batch_of, make_batch, payloads_of, stored
 from tests.payloads import joined, split
 
@@ -33,7 +34,7 @@ def serve(answer, run_dir, step=1, ask_again_s=0.1, **rank):
 
         answering = asyncio.create_task(answer_all())
         try:
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(TEST_TIMEOUT_S):
                 taken = await feed.take(step)
                 if not isinstance(taken, NoBatch):
                     batch, share = taken

@@ -12,6 +12,7 @@ from asyncdapo.replay.config import FilterConfig
 from asyncdapo.replay.ledger.audit import audit
 from asyncdapo.seeds import sample_seed
 from asyncdapo.shares import NoBatch, for_learner
+from tests.asynchronous import TEST_TIMEOUT_S
 from tests.replay.serving import FakeLearner, FakeWorker, eval_request, rows, scenario, serving, tokens_of, until
 from tests.replay.small_run import make_group, prompt_at, write_files
 
@@ -261,4 +262,4 @@ def test_a_run_of_two_workers_and_a_learner_is_sound(tmp_path, run_ahead):
         (tmp_path / "config.yaml").write_text(config)
         assert audit(tmp_path) == []
 
-    asyncio.run(asyncio.wait_for(run(), 20))
+    asyncio.run(asyncio.wait_for(run(), TEST_TIMEOUT_S))
