@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import re
 from pathlib import Path
+from typing import Any
 
 from asyncdapo.api import __version__
 
@@ -19,9 +20,10 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--version", action="version", version=f"asyncdapo {__version__}")
     commands = made.add_subparsers(required=True, dest="command", metavar="COMMAND")
-    launch = commands.add_parser("launch", help="train: start every process, run to the last step")
-    config = commands.add_parser("config", help="print the resolved configuration with a line on every key")
-    plan = commands.add_parser(
+    launch = _command(commands, "launch", help="train: start every process, run to the last step")
+    config = _command(commands, "config", help="print the resolved configuration with a line on every key")
+    plan = _command(
+        commands,
         "plan",
         help="print what a launch would start: processes, GPUs, weights, memory, sizes",
         description="Print what a launch would start, without GPU, network or model: processes and their GPUs, how "
@@ -33,17 +35,17 @@ def parser() -> argparse.ArgumentParser:
     for command in (launch, config, plan):
         command.add_argument("config", metavar="CONFIG", help="a YAML file, or a name in configs/")
         command.add_argument("overrides", metavar="key=value", nargs="*", help="keys to change: run.steps=10")
-    audit = commands.add_parser("audit", help="check every promise of a run from its files alone")
-    sync = commands.add_parser("sync", help="upload to W&B what a run without login or network has kept for it")
-    report = commands.add_parser("report", help="make a report of a run at W&B: verdict, alarms, results, curves")
-    scale = commands.add_parser("scale", help="say how many rollout workers a run should have, within its range")
+    audit = _command(commands, "audit", help="check every promise of a run from its files alone")
+    sync = _command(commands, "sync", help="upload to W&B what a run without login or network has kept for it")
+    report = _command(commands, "report", help="make a report of a run at W&B: verdict, alarms, results, curves")
+    scale = _command(commands, "scale", help="say how many rollout workers a run should have, within its range")
     for command in (audit, sync, report, scale):
         command.add_argument("run_dir", metavar="RUN_DIR", type=Path)
     scale.add_argument("num_workers", metavar="N", type=int, help="those that are too many finish what they hold")
     _add_data(commands)
     _add_eval(commands)
     _add_env(commands)
-    export = commands.add_parser("export", help="copy the model of a checkpoint to a directory of its own")
+    export = _command(commands, "export", help="copy the model of a checkpoint to a directory of its own")
     export.add_argument("source", metavar="RUN", help="a run (its newest undamaged checkpoint), or a checkpoint of it")
     export.add_argument("--out", metavar="DIR", type=Path, required=True, help="new directory to write to")
     _add_convert(commands)
@@ -51,9 +53,16 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
+def _command(commands: argparse._SubParsersAction, name: str, *, help: str, **others: Any) -> argparse.ArgumentParser:
+    """Its own help begins with what the list of commands says of it, where it has no more to say."""
+    described = {"description": f"{help[0].upper()}{help[1:]}.", **others}
+    return commands.add_parser(name, help=help, **described)
+
+
 def _add_looks(commands: argparse._SubParsersAction) -> None:
     """What shows a run from its files."""
-    ps = commands.add_parser(
+    ps = _command(
+        commands,
         "ps",
         help="show every process of a run: state, lag, memory",
         description="Show every process of a run, asking none of them: also of one that hangs or is over.",
@@ -64,7 +73,8 @@ def _add_looks(commands: argparse._SubParsersAction) -> None:
     )
     ps.add_argument("run_dir", metavar="RUN_DIR", type=Path)
     ps.add_argument("--json", action="store_true", help="a list of objects instead of a table")
-    watch = commands.add_parser(
+    watch = _command(
+        commands,
         "watch",
         help="show what a run does, what limits it, and what to change",
         description="Show what runs do, from their files alone: live ones until Ctrl-C, those that are over once.",
@@ -72,16 +82,17 @@ def _add_looks(commands: argparse._SubParsersAction) -> None:
     watch.add_argument("run_dirs", metavar="RUN_DIR", type=Path, nargs="+", help="several are compared, a row each")
     watch.add_argument("--web", action="store_true", help="a page on this machine instead: charts, groups, tokens")
     watch.add_argument("--port", type=int, default=0, help="of the page; else any free one")
-    trace = commands.add_parser("trace", help="write what all processes did when, to open in ui.perfetto.dev")
+    trace = _command(commands, "trace", help="write what all processes did when, to open in ui.perfetto.dev")
     trace.add_argument("run_dir", metavar="RUN_DIR", type=Path)
     trace.add_argument("--steps", metavar="A:B", type=_steps, help="the first and the last; else all that are kept")
     trace.add_argument("-o", "--out", metavar="FILE", type=Path, default=Path("trace.json"), help="else trace.json")
 
 
 def _add_data(commands: argparse._SubParsersAction) -> None:
-    data = commands.add_parser("data", help="prepare a data set for a run")
+    data = _command(commands, "data", help="prepare a data set for a run")
     actions = data.add_subparsers(required=True, metavar="ACTION")
-    prepare = actions.add_parser(
+    prepare = _command(
+        actions,
         "prepare",
         help="read a data set, leave out what is repeated or can't be used, write parquet and a manifest",
     )
@@ -106,7 +117,7 @@ def _add_data(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_eval(commands: argparse._SubParsersAction) -> None:
-    evaluate = commands.add_parser("eval", help="evaluate a checkpoint: avg@k, pass@k, maj@k, every answer to read")
+    evaluate = _command(commands, "eval", help="evaluate a checkpoint: avg@k, pass@k, maj@k, every answer to read")
     evaluate.add_argument(
         "checkpoint", metavar="CHECKPOINT", help="a run, a checkpoint of it, a model directory, or ORG/NAME on the hub"
     )
@@ -118,9 +129,10 @@ def _add_eval(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_env(commands: argparse._SubParsersAction) -> None:
-    env = commands.add_parser("env", help="check an environment for episodes of several turns")
+    env = _command(commands, "env", help="check an environment for episodes of several turns")
     actions = env.add_subparsers(required=True, metavar="ACTION")
-    check = actions.add_parser(
+    check = _command(
+        actions,
         "check",
         help="play two episodes with scripted responses, print their tokens and the first thing that is wrong",
         description="Play two episodes with scripted responses in a real host, print what is sampled and what is "
@@ -139,7 +151,8 @@ def _add_env(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_convert(commands: argparse._SubParsersAction) -> None:
-    convert = commands.add_parser(
+    convert = _command(
+        commands,
         "convert",
         help="make a config of another framework's script, config or arguments",
         usage="asyncdapo convert --from PEER [--out FILE [--force]] (SCRIPT | CONFIG) [ARGUMENT ...]\n"

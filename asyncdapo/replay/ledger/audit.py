@@ -102,16 +102,16 @@ def _limits(path: Path) -> dict[str, int]:
 
 
 def _limits_of(config: Mapping[str, Any]) -> dict[str, int]:
-    replay, prompts, filter = config["replay"], config["prompts"], config["filter"]
+    replay, prompts, filters = (config[section] for section in ("replay", "prompts", "filter"))
     batch_max = int(replay["prompts_per_step"])
-    may_be_short = filter["on_limit"] != "raise" and (filter["max_gen_batches"] > 0 or prompts["epochs"] > 0)
+    may_be_short = filters["on_limit"] != "raise" and (filters["max_gen_batches"] > 0 or prompts["epochs"] > 0)
     return {
         "bound": 0 if replay["run_ahead"] == 0 else int(replay["max_staleness"]),
         "batch_min": 1 if may_be_short else batch_max,  # at the limit of generation batches, or at the end of the data
         "batch_max": batch_max,
         "group_size": int(config["rollout"]["group_size"]),
         "max_attempts": int(prompts["max_attempts"]),
-        "replaces": int(filter.get("mode") == "replace"),
+        "replaces": int(filters.get("mode") == "replace"),
     }
 
 
