@@ -29,22 +29,11 @@ from asyncdapo.replay.server.settings import ServerSettings
 from asyncdapo.shares import Batch, CutWanted, NoBatch
 from asyncdapo.transport.payload import pack_answers
 from asyncdapo.transport.sockets import Client
-from tests.asynchronous import TEST_TIMEOUT_S
 from tests.replay.small_run import GROUP_SIZE, make_group, make_partial, prompt_at
 
 TICK_S = 0.03
 """Heartbeat interval of tests in which time matters: a worker is lost after 15 of them."""
 ToWorker = Welcome | Lease | Ack | Reject | Withdraw | Recall | EvalRequest | EvalAck
-
-
-def scenario(run):
-    """Turns a coroutine function into a test with an event loop and an end."""
-
-    def test(tmp_path):
-        asyncio.run(asyncio.wait_for(run(tmp_path), TEST_TIMEOUT_S))
-
-    test.__doc__, test.__name__ = run.__doc__, run.__name__
-    return test
 
 
 def rows(run_dir, query):

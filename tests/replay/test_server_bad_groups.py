@@ -1,14 +1,12 @@
 """Groups that contradict themselves or their lease are rejected, and change nothing."""
 
-import asyncio
-
 import msgspec
 import numpy as np
 import pytest
 
 from asyncdapo.messages import NO_CHECKSUM, Reject, SampledTurn
 from asyncdapo.transport.payload import Payload
-from tests.asynchronous import TEST_TIMEOUT_S
+from tests.asynchronous import asynchronous
 from tests.replay.serving import FakeWorker, rows, serving
 from tests.replay.small_run import make_group
 
@@ -66,20 +64,18 @@ BAD_GROUPS = {
 
 
 @pytest.mark.parametrize("what", BAD_GROUPS)
-def test_a_group_that_contradicts_itself_or_its_lease_is_rejected(tmp_path, what):
-    async def run():
-        async with serving(tmp_path, server_settings={"vocab_size": VOCAB_SIZE}) as server:
-            worker = FakeWorker(server)
-            await worker.join()
-            await server.begin()
-            lease, _ = await worker.leases(2)
-            await worker.send_group(*BAD_GROUPS[what](*make_group(lease)))
-            reject = await worker.take(Reject)
-            assert reject.lease_id == lease.lease_id
-            assert rows(tmp_path, "SELECT lease_id, detail FROM events WHERE kind = 'rejected'") == [
-                (lease.lease_id, reject.reason)
-            ]
-            assert rows(tmp_path, "SELECT state, attempts FROM prompts WHERE prompt_id = 0")[0][1] == 1
-            assert rows(tmp_path, "SELECT COUNT(*) FROM groups") == [(0,)]
-
-    asyncio.run(asyncio.wait_for(run(), TEST_TIMEOUT_S))
+@asynchronous
+async def test_a_group_that_contradicts_itself_or_its_lease_is_rejected(tmp_path, what):
+    async with serving(tmp_path, server_settings={"vocab_size": VOCAB_SIZE}) as server:
+        worker = FakeWorker(server)
+        await worker.join()
+        await server.begin()
+        lease, _ = await worker.leases(2)
+        await worker.send_group(*BAD_GROUPS[what](*make_group(lease)))
+        reject = await worker.take(Reject)
+        assert reject.lease_id == lease.lease_id
+        assert rows(tmp_path, "SELECT lease_id, detail FROM events WHERE kind = 'rejected'") == [
+            (lease.lease_id, reject.reason)
+        ]
+        assert rows(tmp_path, "SELECT state, attempts FROM prompts WHERE prompt_id = 0")[0][1] == 1
+        assert rows(tmp_path, "SELECT COUNT(*) FROM groups") == [(0,)]

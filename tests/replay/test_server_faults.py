@@ -23,14 +23,14 @@ from asyncdapo.messages import (
 from asyncdapo.replay.ledger.audit import audit
 from asyncdapo.replay.server.failures import MIN_FAILED
 from asyncdapo.transport.codec import encode
-from tests.asynchronous import TEST_TIMEOUT_S
-from tests.replay.serving import TICK_S, FakeLearner, FakeWorker, rows, scenario, serving, until
+from tests.asynchronous import asynchronous
+from tests.replay.serving import TICK_S, FakeLearner, FakeWorker, rows, serving, until
 from tests.replay.small_run import make_group, write_files
 
 # ------------------------------------------------------------------------------------------------- loss and coming back
 
 
-@scenario
+@asynchronous
 async def test_a_new_session_loses_the_old_ones_leases_and_their_prompts_come_again(tmp_path):
     async with serving(tmp_path) as server:
         old = FakeWorker(server, session="old")
@@ -48,7 +48,7 @@ async def test_a_new_session_loses_the_old_ones_leases_and_their_prompts_come_ag
         assert rows(tmp_path, "SELECT COUNT(*) FROM leases WHERE outcome = 'lost' AND session = 'old'") == [(4,)]
 
 
-@scenario
+@asynchronous
 async def test_a_silent_worker_is_lost_and_one_that_speaks_again_works_again(tmp_path):
     async with serving(tmp_path, heartbeat_s=TICK_S) as server:
         worker = FakeWorker(server)
@@ -68,7 +68,7 @@ async def test_a_silent_worker_is_lost_and_one_that_speaks_again_works_again(tmp
         assert server.status()["lost_workers"] == []
 
 
-@scenario
+@asynchronous
 async def test_a_lease_without_progress_is_lost_and_one_with_progress_is_not(tmp_path):
     async with serving(tmp_path, heartbeat_s=TICK_S, lease_stall_s=10 * TICK_S) as server:
         worker = FakeWorker(server)
@@ -89,7 +89,7 @@ async def beat_for_ever(worker, alive, stalled):
         await asyncio.sleep(TICK_S / 2)
 
 
-@scenario
+@asynchronous
 async def test_a_heartbeat_that_reports_a_lease_that_is_over_is_told_so(tmp_path):
     async with serving(tmp_path) as server:
         worker = FakeWorker(server)
@@ -105,7 +105,7 @@ def resident_mib():
     return psutil.Process().memory_info().rss / 2**20
 
 
-@scenario
+@asynchronous
 async def test_what_workers_send_while_the_learner_is_held_up_leaves_memory_as_it_was(tmp_path):
     """Groups of 320 kB: 150 that the filter drops, and 150 times one that was delivered before."""
     async with serving(tmp_path) as server:
@@ -132,7 +132,7 @@ async def test_what_workers_send_while_the_learner_is_held_up_leaves_memory_as_i
 # -------------------------------------------------------------------------------------------------- strangers and noise
 
 
-@scenario
+@asynchronous
 async def test_strangers_are_dropped_in_silence_and_counted(tmp_path):
     async with serving(tmp_path) as server:
         stranger, worker = FakeWorker(server, 5), FakeWorker(server)
@@ -189,40 +189,38 @@ class Noise:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_mutated_frames_of_a_known_worker_neither_end_nor_confuse_the_server(tmp_path, seed):
-    async def run():
-        async with serving(tmp_path) as server:
-            noisy, worker = FakeWorker(server, 1), FakeWorker(server, 0)
-            await noisy.join()
-            await worker.join()
-            await server.begin()
-            leases = await noisy.leases(2)
-            noisy.close()
-            groups = [make_group(lease, worker=1) for lease in leases]
-            messages = [encode(GroupDone(group=group), payload.frames()) for group, payload in groups]
-            messages += [encode(Started(lease_id=leases[0].lease_id, version=0)), encode(Loaded(version=0, branch=0))]
-            messages += [encode(GroupFailed(lease_id=leases[1].lease_id, reason="x"))]
-            noise = Noise(messages, seed)
-            with raw_peer(server.rollout_address, b"rollout-1-first") as socket:
-                for _ in range(400):
-                    await socket.send_multipart(noise.frames())
-                await socket.send_multipart(encode(noisy.hello()))
-                while b"Welcome" not in (await socket.recv_multipart())[0]:
-                    continue
-            [lease, *_] = await worker.leases(2)
-            await worker.answer(lease)
-            await worker.take(Ack)
-            dropped = server.status()["dropped"]
-            assert dropped["malformed"] > 50
-            assert dropped["rejected"] > 0
-            await server.finish()
-        write_files(tmp_path, [])
-        assert audit(tmp_path) == ["there is a batch: batches 0"]
-
-    asyncio.run(asyncio.wait_for(run(), TEST_TIMEOUT_S))
+@asynchronous
+async def test_mutated_frames_of_a_known_worker_neither_end_nor_confuse_the_server(tmp_path, seed):
+    async with serving(tmp_path) as server:
+        noisy, worker = FakeWorker(server, 1), FakeWorker(server, 0)
+        await noisy.join()
+        await worker.join()
+        await server.begin()
+        leases = await noisy.leases(2)
+        noisy.close()
+        groups = [make_group(lease, worker=1) for lease in leases]
+        messages = [encode(GroupDone(group=group), payload.frames()) for group, payload in groups]
+        messages += [encode(Started(lease_id=leases[0].lease_id, version=0)), encode(Loaded(version=0, branch=0))]
+        messages += [encode(GroupFailed(lease_id=leases[1].lease_id, reason="x"))]
+        noise = Noise(messages, seed)
+        with raw_peer(server.rollout_address, b"rollout-1-first") as socket:
+            for _ in range(400):
+                await socket.send_multipart(noise.frames())
+            await socket.send_multipart(encode(noisy.hello()))
+            while b"Welcome" not in (await socket.recv_multipart())[0]:
+                continue
+        [lease, *_] = await worker.leases(2)
+        await worker.answer(lease)
+        await worker.take(Ack)
+        dropped = server.status()["dropped"]
+        assert dropped["malformed"] > 50
+        assert dropped["rejected"] > 0
+        await server.finish()
+    write_files(tmp_path, [])
+    assert audit(tmp_path) == ["there is a batch: batches 0"]
 
 
-@scenario
+@asynchronous
 async def test_noise_on_the_learners_socket_is_dropped(tmp_path):
     async with serving(tmp_path) as server:
         learner = FakeLearner(server)
@@ -232,7 +230,7 @@ async def test_noise_on_the_learners_socket_is_dropped(tmp_path):
             await until(lambda: server.status()["dropped"]["malformed"] == 2, server)
 
 
-@scenario
+@asynchronous
 async def test_a_reward_function_that_fails_too_often_ends_the_run_with_its_last_words(tmp_path):
     words = "reward.max_failure_ratio: .* raised on 20 of the last 20 groups, allowed are 50%; the last: no such judge"
     with pytest.raises(RunError, match=words):
@@ -247,7 +245,7 @@ async def test_a_reward_function_that_fails_too_often_ends_the_run_with_its_last
             await server.serving
 
 
-@scenario
+@asynchronous
 async def test_groups_on_which_the_reward_function_raised_stand_in_the_wait(tmp_path):
     async with serving(tmp_path) as server:
         worker, learner = FakeWorker(server), FakeLearner(server)
@@ -263,7 +261,7 @@ async def test_groups_on_which_the_reward_function_raised_stand_in_the_wait(tmp_
         assert status["last_failure"] == "no such answer"
 
 
-@scenario
+@asynchronous
 async def test_a_run_whose_workers_are_all_lost_for_long_ends(tmp_path):
     with pytest.raises(RunError, match="no live worker"):
         async with serving(tmp_path, heartbeat_s=0.01, lease_stall_s=60) as server:

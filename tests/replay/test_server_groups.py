@@ -8,12 +8,13 @@ from asyncdapo.messages import Ack, GroupDone, GroupFailed, Lease, Reject, Withd
 from asyncdapo.replay.core import events as core
 from asyncdapo.replay.ledger.journal import Journal
 from asyncdapo.shares import for_learner
+from tests.asynchronous import asynchronous
 from tests.episodes import Episodes
-from tests.replay.serving import FakeLearner, FakeWorker, rows, scenario, serving, tokens_of
+from tests.replay.serving import FakeLearner, FakeWorker, rows, serving, tokens_of
 from tests.replay.small_run import make_group, prompt_at
 
 
-@scenario
+@asynchronous
 async def test_a_group_is_acknowledged_when_the_ledger_has_it(tmp_path):
     async with serving(tmp_path) as server:
         worker = FakeWorker(server)
@@ -34,7 +35,7 @@ class FullDisk(Journal):
         super().write(event, actions, **facts)
 
 
-@scenario
+@asynchronous
 async def test_a_group_that_the_journal_could_not_take_is_never_acknowledged(tmp_path):
     async with serving(tmp_path, make_journal=FullDisk) as server:
         worker = FakeWorker(server)
@@ -49,7 +50,7 @@ async def test_a_group_that_the_journal_could_not_take_is_never_acknowledged(tmp
         server.serving = asyncio.create_task(asyncio.sleep(0))
 
 
-@scenario
+@asynchronous
 async def test_a_repeated_group_is_acknowledged_again_and_counted_once(tmp_path):
     async with serving(tmp_path) as server:
         worker = FakeWorker(server)
@@ -63,7 +64,7 @@ async def test_a_repeated_group_is_acknowledged_again_and_counted_once(tmp_path)
         assert rows(tmp_path, "SELECT kind FROM events WHERE kind = 'late'") == []
 
 
-@scenario
+@asynchronous
 async def test_a_late_group_is_acknowledged_and_dropped(tmp_path):
     async with serving(tmp_path) as server:
         worker = FakeWorker(server)
@@ -78,7 +79,7 @@ async def test_a_late_group_is_acknowledged_and_dropped(tmp_path):
         assert rows(tmp_path, "SELECT lease_id FROM events WHERE kind = 'late'") == [(lease.lease_id,)]
 
 
-@scenario
+@asynchronous
 async def test_a_failed_reward_ends_the_prompt_and_is_acknowledged_each_time(tmp_path):
     async with serving(tmp_path) as server:
         worker = FakeWorker(server)
@@ -102,7 +103,7 @@ def episodes(lease, change=list):
     )
 
 
-@scenario
+@asynchronous
 async def test_episodes_reach_the_learner_with_all_their_contexts(tmp_path):
     async with serving(tmp_path) as server:
         worker, learner = FakeWorker(server), FakeLearner(server)
@@ -121,7 +122,7 @@ async def test_episodes_reach_the_learner_with_all_their_contexts(tmp_path):
             assert part.frames() == payload.frames()
 
 
-@scenario
+@asynchronous
 async def test_an_episode_whose_turn_was_sampled_behind_other_tokens_is_rejected(tmp_path):
     def retokenise(made):
         made[1][0].token_ids[0] += 1
@@ -136,7 +137,7 @@ async def test_an_episode_whose_turn_was_sampled_behind_other_tokens_is_rejected
         assert reject.reason == "completion 1: turn 0 was sampled behind other tokens, or is another one"
 
 
-@scenario
+@asynchronous
 async def test_a_group_with_two_frames_is_rejected(tmp_path):
     async with serving(tmp_path) as server:
         worker = FakeWorker(server)
@@ -148,7 +149,7 @@ async def test_a_group_with_two_frames_is_rejected(tmp_path):
         assert (await worker.take(Reject)).lease_id == lease.lease_id
 
 
-@scenario
+@asynchronous
 async def test_another_workers_lease_is_rejected_and_lives_on(tmp_path):
     async with serving(tmp_path) as server:
         owner, thief = FakeWorker(server, 0), FakeWorker(server, 1)
@@ -164,7 +165,7 @@ async def test_another_workers_lease_is_rejected_and_lives_on(tmp_path):
         await owner.take(Ack)
 
 
-@scenario
+@asynchronous
 async def test_a_lease_that_was_never_granted_is_rejected_without_a_trace(tmp_path):
     async with serving(tmp_path) as server:
         worker = FakeWorker(server)

@@ -9,8 +9,8 @@ import pytest
 from asyncdapo.learner.batches.feed import BatchFeed
 from asyncdapo.replay.ledger.journal import Journal
 from asyncdapo.shares import Dealer, NoBatch, share_of
-from tests.asynchronous import TEST_TIMEOUT_S
-from tests.replay.serving import FakeLearner, FakeWorker, scenario, serving, tokens_of, until
+from tests.asynchronous import TEST_TIMEOUT_S, asynchronous
+from tests.replay.serving import FakeLearner, FakeWorker, serving, tokens_of, until
 from tests.replay.small_run import make_group
 
 
@@ -24,7 +24,7 @@ class CountingDealer(Dealer):
         return super().deal(groups)
 
 
-@scenario
+@asynchronous
 async def test_every_rank_gets_the_same_batch_and_finds_the_tokens_of_its_completions(tmp_path):
     """Rank 0 asks before the batch is cut, the others after; a group is spread over ranks, and the last rank has no
     completion. The verifier's numbers, which may be many, don't travel."""
@@ -63,7 +63,7 @@ async def test_every_rank_gets_the_same_batch_and_finds_the_tokens_of_its_comple
         assert CountingDealer.num_dealt == 1
 
 
-@scenario
+@asynchronous
 async def test_a_batch_is_dealt_as_before_by_a_server_that_was_started_again(tmp_path):
     dealer = {"dealer": Dealer(num_ranks=2)}
     async with serving(tmp_path, prompts_per_step=3, server_settings=dealer) as server:
@@ -79,7 +79,7 @@ async def test_a_batch_is_dealt_as_before_by_a_server_that_was_started_again(tmp
         assert await learner.receive() == batch
 
 
-@scenario
+@asynchronous
 async def test_a_group_is_acknowledged_while_the_headers_of_a_batch_are_read(tmp_path):
     """A batch may have thousands."""
     reading, may_end = threading.Event(), threading.Event()
@@ -107,7 +107,7 @@ async def test_a_group_is_acknowledged_while_the_headers_of_a_batch_are_read(tmp
         assert batch.step == 1
 
 
-@scenario
+@asynchronous
 async def test_a_batch_has_room_for_the_headers_of_all_its_groups(tmp_path):
     """Each of which is sent by a worker alone: here 5 MB, of a mask that changes with each token."""
     num_tokens = 900_000
@@ -127,7 +127,7 @@ async def test_a_batch_has_room_for_the_headers_of_all_its_groups(tmp_path):
         assert sum(one.num_bytes for one in payloads) > 2 * 2 * 8 * num_tokens
 
 
-@scenario
+@asynchronous
 async def test_the_end_of_the_data_reaches_every_rank(tmp_path):
     async with serving(tmp_path, num_prompts=1, server_settings={"dealer": Dealer(num_ranks=2)}) as server:
         worker = FakeWorker(server)
@@ -143,11 +143,9 @@ async def test_the_end_of_the_data_reaches_every_rank(tmp_path):
 
 
 @pytest.mark.parametrize("question", [{"rank": 1}, {"rank": -1}, {"rank": 1 << 40}])
-def test_a_question_that_no_rank_asks_is_malformed(tmp_path, question):
-    async def run():
-        async with serving(tmp_path) as server:
-            learner = FakeLearner(server)
-            await learner.want(1, **question)
-            await until(lambda: server.status()["dropped"]["malformed"] == 1, server)
-
-    asyncio.run(asyncio.wait_for(run(), TEST_TIMEOUT_S))
+@asynchronous
+async def test_a_question_that_no_rank_asks_is_malformed(tmp_path, question):
+    async with serving(tmp_path) as server:
+        learner = FakeLearner(server)
+        await learner.want(1, **question)
+        await until(lambda: server.status()["dropped"]["malformed"] == 1, server)

@@ -11,8 +11,8 @@ from asyncdapo.messages import Ack, Lease, Welcome, Withdraw
 from asyncdapo.replay.ledger.audit import audit
 from asyncdapo.replay.server.server import STATES
 from asyncdapo.shares import NoBatch
-from tests.asynchronous import TEST_TIMEOUT_S
-from tests.replay.serving import TICK_S, FakeLearner, FakeWorker, eval_request, rows, scenario, serving, until
+from tests.asynchronous import asynchronous
+from tests.replay.serving import TICK_S, FakeLearner, FakeWorker, eval_request, rows, serving, until
 from tests.replay.small_run import write_files
 
 
@@ -21,7 +21,7 @@ def again(run_dir, server, **settings):
     return serving(run_dir, ports=server.ports, **settings)
 
 
-@scenario
+@asynchronous
 async def test_what_was_held_when_the_server_died_ends_exactly_once(tmp_path):
     """Its leases: two in a batch that was cut and taken, one whose acknowledgement is lost, one running, one whose
     message never arrived."""
@@ -64,39 +64,38 @@ async def test_what_was_held_when_the_server_died_ends_exactly_once(tmp_path):
 
 
 @pytest.mark.parametrize("lost_with", ["the connection", "the server"])
-def test_a_lease_whose_message_was_lost_is_sent_again_and_counts_once(tmp_path, lost_with):
-    async def run():
-        async with serving(tmp_path) as server:
-            worker = FakeWorker(server)
-            await worker.join()
-            await server.begin()
-            lost, _ = await worker.leases(2)
-            worker.granted = 0  # as if neither had arrived
-            if lost_with == "the connection":
-                await find_again(server, worker, lost, numbers={1, 2})
-        if lost_with == "the server":
-            async with again(tmp_path, server) as server:
-                assert await worker.join() == Welcome(branch=0, granted=0)
-                await find_again(server, worker, lost, numbers={0})
-
-    async def find_again(server, worker, lost, numbers):
-        for _ in range(2):
-            await worker.beat()
-        found = [await worker.take(Lease) for _ in range(2)]
-        assert {lease.number for lease in found} == numbers
-        [same] = [lease for lease in found if lease.lease_id == lost.lease_id]
-        assert (same.prompt, same.seed, same.attempt) == (lost.prompt, lost.seed, lost.attempt)
-        for _ in range(4):
-            await worker.beat({lease.lease_id: 1 for lease in found})
-        assert await worker.unread() == []
-        await worker.answer(same)
-        await worker.take(Ack)
-        assert rows(tmp_path, "SELECT COUNT(*) FROM leases") == [(2,)]
-
-    asyncio.run(asyncio.wait_for(run(), TEST_TIMEOUT_S))
+@asynchronous
+async def test_a_lease_whose_message_was_lost_is_sent_again_and_counts_once(tmp_path, lost_with):
+    async with serving(tmp_path) as server:
+        worker = FakeWorker(server)
+        await worker.join()
+        await server.begin()
+        lost, _ = await worker.leases(2)
+        worker.granted = 0  # as if neither had arrived
+        if lost_with == "the connection":
+            await find_again(tmp_path, worker, lost, numbers={1, 2})
+    if lost_with == "the server":
+        async with again(tmp_path, server) as server:
+            assert await worker.join() == Welcome(branch=0, granted=0)
+            await find_again(tmp_path, worker, lost, numbers={0})
 
 
-@scenario
+async def find_again(tmp_path, worker, lost, numbers):
+    for _ in range(2):
+        await worker.beat()
+    found = [await worker.take(Lease) for _ in range(2)]
+    assert {lease.number for lease in found} == numbers
+    [same] = [lease for lease in found if lease.lease_id == lost.lease_id]
+    assert (same.prompt, same.seed, same.attempt) == (lost.prompt, lost.seed, lost.attempt)
+    for _ in range(4):
+        await worker.beat({lease.lease_id: 1 for lease in found})
+    assert await worker.unread() == []
+    await worker.answer(same)
+    await worker.take(Ack)
+    assert rows(tmp_path, "SELECT COUNT(*) FROM leases") == [(2,)]
+
+
+@asynchronous
 async def test_a_worker_that_does_not_come_back_after_a_reload_is_lost_with_its_leases(tmp_path):
     settings = {"heartbeat_s": TICK_S, "lease_stall_s": 1000 * TICK_S}
     async with serving(tmp_path, **settings) as server:
@@ -111,7 +110,7 @@ async def test_a_worker_that_does_not_come_back_after_a_reload_is_lost_with_its_
         assert rows(tmp_path, "SELECT COUNT(*) FROM leases WHERE outcome = 'lost'") == [(2,)]
 
 
-@scenario
+@asynchronous
 async def test_a_restarted_worker_after_a_reload_is_another_session(tmp_path):
     async with serving(tmp_path) as server:
         worker = FakeWorker(server)
@@ -128,7 +127,7 @@ async def test_a_restarted_worker_after_a_reload_is_another_session(tmp_path):
         assert held[0].prompt.prompt_id in [lease.prompt.prompt_id for lease in leases]
 
 
-@scenario
+@asynchronous
 async def test_peers_that_have_not_said_hello_to_the_new_server_are_strangers(tmp_path):
     async with serving(tmp_path) as server:
         worker = FakeWorker(server)
@@ -146,7 +145,7 @@ async def test_peers_that_have_not_said_hello_to_the_new_server_are_strangers(tm
 # ---------------------------------------------------------------------------------------------------- repeated commands
 
 
-@scenario
+@asynchronous
 async def test_trained_published_and_finish_change_nothing_when_they_are_told_again(tmp_path):
     async with serving(tmp_path) as server:
         worker, learner = FakeWorker(server), FakeLearner(server)
@@ -183,14 +182,14 @@ async def test_trained_published_and_finish_change_nothing_when_they_are_told_ag
     assert rows(tmp_path, "SELECT COUNT(*) FROM events WHERE kind = 'run_ended'") == [(1,)]
 
 
-@scenario
+@asynchronous
 async def test_a_step_whose_batch_was_never_cut_is_not_trained(tmp_path):
     async with serving(tmp_path) as server:
         with pytest.raises(RunError, match="batch 1 was never cut in branch 0"):
             await server.trained(1, {})
 
 
-@scenario
+@asynchronous
 async def test_an_evaluation_asked_for_twice_is_done_once_and_answered_twice(tmp_path):
     async with serving(tmp_path) as server:
         worker = FakeWorker(server)
@@ -206,7 +205,7 @@ async def test_an_evaluation_asked_for_twice_is_done_once_and_answered_twice(tmp
         assert server.status()["evaluations_running"] == 0
 
 
-@scenario
+@asynchronous
 async def test_an_evaluation_under_which_the_server_died_is_asked_for_again(tmp_path):
     async with serving(tmp_path) as server:
         worker = FakeWorker(server)
@@ -228,7 +227,7 @@ async def test_an_evaluation_under_which_the_server_died_is_asked_for_again(tmp_
 # ----------------------------------------------------------------------------------------------- pause and known deaths
 
 
-@scenario
+@asynchronous
 async def test_paused_nothing_is_leased_until_begin_whatever_was_asked_for(tmp_path):
     async with serving(tmp_path) as server:
         worker = FakeWorker(server)
@@ -245,7 +244,7 @@ async def test_paused_nothing_is_leased_until_begin_whatever_was_asked_for(tmp_p
         await worker.take(Lease)
 
 
-@scenario
+@asynchronous
 async def test_the_leases_of_a_worker_whose_process_died_are_free_at_once(tmp_path):
     async with serving(tmp_path) as server:
         doomed, other = FakeWorker(server, 0), FakeWorker(server, 1)
@@ -262,7 +261,7 @@ async def test_the_leases_of_a_worker_whose_process_died_are_free_at_once(tmp_pa
         await until(lambda: server.status()["dropped"]["strangers"] == 1, server)
 
 
-@scenario
+@asynchronous
 async def test_status_describes_every_known_worker(tmp_path):
     async with serving(tmp_path) as server:
         worker = FakeWorker(server, 3)

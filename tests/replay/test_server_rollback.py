@@ -6,7 +6,8 @@ from asyncdapo.eval_messages import EvalRequest
 from asyncdapo.messages import Ack, Lease, Loaded, Withdraw
 from asyncdapo.replay.ledger.audit import audit
 from asyncdapo.replay.server.sessions import DESERTED_TICKS
-from tests.replay.serving import TICK_S, FakeLearner, FakeWorker, eval_request, rows, scenario, serving, until
+from tests.asynchronous import asynchronous
+from tests.replay.serving import TICK_S, FakeLearner, FakeWorker, eval_request, rows, serving, until
 from tests.replay.small_run import write_files
 
 
@@ -23,7 +24,7 @@ async def train(server, worker, learner, step):
     return batch, line
 
 
-@scenario
+@asynchronous
 async def test_the_run_resumes_from_the_checkpoint_in_a_new_branch(tmp_path):
     async with serving(tmp_path) as server:
         worker, learner = FakeWorker(server), FakeLearner(server)
@@ -79,7 +80,7 @@ async def test_the_run_resumes_from_the_checkpoint_in_a_new_branch(tmp_path):
     assert third["replay/tokens_undone"] == undone + 5
 
 
-@scenario
+@asynchronous
 async def test_every_token_of_the_ledger_is_accounted_for_over_a_rollback_and_a_reload(tmp_path):
     async with serving(tmp_path) as server:
         worker, learner = FakeWorker(server), FakeLearner(server)
@@ -104,7 +105,7 @@ async def test_every_token_of_the_ledger_is_accounted_for_over_a_rollback_and_a_
     assert {name: again[name] for name in ends} == ends
 
 
-@scenario
+@asynchronous
 async def test_a_running_evaluation_is_asked_anew_of_the_weights_that_count(tmp_path):
     async with serving(tmp_path) as server:
         worker = FakeWorker(server)
@@ -124,7 +125,7 @@ async def test_a_running_evaluation_is_asked_anew_of_the_weights_that_count(tmp_
         assert [answer.acc for answer in await evaluating] == [1.0] * 4
 
 
-@scenario
+@asynchronous
 async def test_workers_that_wait_for_weights_are_not_missed_and_do_not_end_the_run(tmp_path):
     async with serving(tmp_path, heartbeat_s=TICK_S, lease_stall_s=1000 * TICK_S) as server:
         worker = FakeWorker(server)
@@ -139,7 +140,7 @@ async def test_workers_that_wait_for_weights_are_not_missed_and_do_not_end_the_r
         await worker.leases(1)
 
 
-@scenario
+@asynchronous
 async def test_messages_of_the_old_branch_that_come_late_change_nothing(tmp_path):
     async with serving(tmp_path) as server:
         worker, learner = FakeWorker(server), FakeLearner(server)
@@ -155,7 +156,7 @@ async def test_messages_of_the_old_branch_that_come_late_change_nothing(tmp_path
         assert rows(tmp_path, "SELECT version, branch FROM loads") == [(0, 1)]
 
 
-@scenario
+@asynchronous
 async def test_a_rollback_that_is_told_again_begins_one_more_branch_with_the_same_batches(tmp_path):
     async with serving(tmp_path) as server:
         worker, learner = FakeWorker(server), FakeLearner(server)

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from asyncdapo.messages import Ack
 from asyncdapo.replay.core.stream import AnswerLengths, PromptStream
 from asyncdapo.replay.ledger.journal import Journal
-from tests.replay.serving import FakeWorker, scenario, serving
+from tests.asynchronous import asynchronous
+from tests.replay.serving import FakeWorker, serving
 from tests.replay.small_run import prompt_at
 
 EPOCH = 100
@@ -20,7 +21,7 @@ def row_at(prompt_id):
     return prompt.source, prompt.row
 
 
-@scenario
+@asynchronous
 async def test_the_latest_answers_to_a_row_foretell_the_next_and_the_ledger_knows_them_too(tmp_path):
     lengths = AnswerLengths({}, row_at)
     num_tokens = {0: 3, 1: 9}

@@ -8,7 +8,8 @@ from contextlib import closing
 
 from asyncdapo.eval_messages import EvalRequest
 from asyncdapo.messages import Lease, Withdraw
-from tests.replay.serving import FakeWorker, eval_request, scenario, serving, until
+from tests.asynchronous import asynchronous
+from tests.replay.serving import FakeWorker, eval_request, serving, until
 
 
 def rows(run_dir, query):
@@ -16,7 +17,7 @@ def rows(run_dir, query):
         return ledger.execute(query).fetchall()
 
 
-@scenario
+@asynchronous
 async def test_a_drained_worker_finishes_what_it_holds_and_gets_nothing_more(tmp_path):
     async with serving(tmp_path) as server:
         leaver = FakeWorker(server, 0)
@@ -38,7 +39,7 @@ async def test_a_drained_worker_finishes_what_it_holds_and_gets_nothing_more(tmp
     assert rows(tmp_path, "SELECT outcome FROM leases") == [("done",)]
 
 
-@scenario
+@asynchronous
 async def test_what_a_worker_cannot_finish_in_time_goes_to_another_and_costs_no_attempt(tmp_path):
     async with serving(tmp_path) as server:
         leaver, other = FakeWorker(server, 0), FakeWorker(server, 1)
@@ -59,7 +60,7 @@ async def test_what_a_worker_cannot_finish_in_time_goes_to_another_and_costs_no_
     assert kinds == [("worker_joined",), ("worker_drained",)], "it is not lost as well"
 
 
-@scenario
+@asynchronous
 async def test_a_worker_that_dies_while_it_is_drained_is_lost(tmp_path):
     async with serving(tmp_path) as server:
         leaver = FakeWorker(server, 0)
@@ -75,7 +76,7 @@ async def test_a_worker_that_dies_while_it_is_drained_is_lost(tmp_path):
     assert ("worker_lost", "killed") in rows(tmp_path, "SELECT kind, detail FROM events")
 
 
-@scenario
+@asynchronous
 async def test_an_evaluation_request_of_a_drained_worker_is_finished_or_given_to_another(tmp_path):
     async with serving(tmp_path) as server:
         leaver, other = FakeWorker(server, 0), FakeWorker(server, 1)
@@ -93,7 +94,7 @@ async def test_an_evaluation_request_of_a_drained_worker_is_finished_or_given_to
         assert len(await evaluating) == 4
 
 
-@scenario
+@asynchronous
 async def test_a_process_that_takes_the_place_of_one_that_left_joins(tmp_path):
     async with serving(tmp_path) as server:
         await FakeWorker(server, 0).join()

@@ -10,13 +10,13 @@ from asyncdapo.eval_messages import EvalAck, EvalRequest
 from asyncdapo.messages import Lease
 from asyncdapo.replay.server.evaluations import MAX_ISSUES, Evaluations
 from asyncdapo.transport.payload import pack_answers
+from tests.asynchronous import asynchronous
 from tests.replay.serving import (
     TICK_S,
     FakeLearner,
     FakeWorker,
     eval_answers,
     eval_request,
-    scenario,
     serving,
 )
 
@@ -173,7 +173,7 @@ def test_a_request_id_in_use_is_refused():
 # --------------------------------------------------------------------------------------------- behind real sockets
 
 
-@scenario
+@asynchronous
 async def test_evaluation_goes_ahead_of_leases_and_uses_up_credits(tmp_path):
     async with serving(tmp_path) as server:
         worker = FakeWorker(server)
@@ -193,7 +193,7 @@ async def test_evaluation_goes_ahead_of_leases_and_uses_up_credits(tmp_path):
         assert [answer.prompt_id for answer in answers] == [1000, 1001, 2000, 2001]
 
 
-@scenario
+@asynchronous
 async def test_responses_come_with_the_answers(tmp_path):
     async with serving(tmp_path) as server:
         worker = FakeWorker(server)
@@ -207,7 +207,7 @@ async def test_responses_come_with_the_answers(tmp_path):
         assert {answer.response for answer in answers} == {response}
 
 
-@scenario
+@asynchronous
 async def test_answers_whose_responses_are_damaged_are_refused_and_asked_for_again(tmp_path):
     async with serving(tmp_path) as server:
         worker = FakeWorker(server)
@@ -226,7 +226,7 @@ async def test_answers_whose_responses_are_damaged_are_refused_and_asked_for_aga
         assert server.status()["dropped"]["rejected"] == 3
 
 
-@scenario
+@asynchronous
 async def test_evaluation_requests_of_a_lost_worker_are_given_to_another(tmp_path):
     async with serving(tmp_path) as server:
         doomed, other = FakeWorker(server, 0, "first"), FakeWorker(server, 1)
@@ -242,7 +242,7 @@ async def test_evaluation_requests_of_a_lost_worker_are_given_to_another(tmp_pat
         assert len(await evaluating) == 2
 
 
-@scenario
+@asynchronous
 async def test_an_evaluation_request_that_a_live_worker_never_answers_is_given_out_again(tmp_path):
     async with serving(tmp_path, heartbeat_s=TICK_S, lease_stall_s=2 * TICK_S) as server:
         worker = FakeWorker(server)
@@ -254,7 +254,7 @@ async def test_an_evaluation_request_that_a_live_worker_never_answers_is_given_o
         assert len(await evaluating) == 2
 
 
-@scenario
+@asynchronous
 async def test_an_evaluation_request_that_was_lost_is_sent_again_and_takes_no_second_credit(tmp_path):
     async with serving(tmp_path) as server:
         worker = FakeWorker(server)
@@ -272,7 +272,7 @@ async def test_an_evaluation_request_that_was_lost_is_sent_again_and_takes_no_se
         assert len(await evaluating) == 2
 
 
-@scenario
+@asynchronous
 async def test_a_repeated_evaluation_answer_is_acknowledged_and_counts_once(tmp_path):
     async with serving(tmp_path) as server:
         worker, learner = FakeWorker(server), FakeLearner(server)
@@ -293,7 +293,7 @@ async def test_a_repeated_evaluation_answer_is_acknowledged_and_counts_once(tmp_
         assert (await server.trained(1, {}))["replay/tokens_evaluation"] == 12
 
 
-@scenario
+@asynchronous
 async def test_an_evaluation_that_is_given_up_leaves_nothing_behind(tmp_path):
     async with serving(tmp_path) as server:
         worker = FakeWorker(server)
@@ -307,7 +307,7 @@ async def test_an_evaluation_that_is_given_up_leaves_nothing_behind(tmp_path):
         assert server.status()["evaluations_waiting"] == 0
 
 
-@scenario
+@asynchronous
 async def test_the_end_of_training_gives_up_what_runs_and_leaves_room_for_the_final_evaluation(tmp_path):
     async with serving(tmp_path) as server:
         worker = FakeWorker(server)

@@ -14,7 +14,8 @@ from asyncdapo.replay.ledger.audit import audit
 from asyncdapo.replay.ledger.ledger import describe_unreadable
 from asyncdapo.replay.server.accounts import in_flight
 from asyncdapo.transport.payload import PartialGroup
-from tests.replay.serving import FakeLearner, FakeWorker, rows, scenario, serving, until
+from tests.asynchronous import asynchronous
+from tests.replay.serving import FakeLearner, FakeWorker, rows, serving, until
 from tests.replay.small_run import write_files
 
 SAMPLED = [([(0, 5)], "stop"), ([(0, 2), (0, 1)], None)]
@@ -39,7 +40,7 @@ async def hold(server, worker, num=1):
     return leases
 
 
-@scenario
+@asynchronous
 async def test_what_a_drained_worker_hands_back_another_one_continues(tmp_path):
     async with serving(tmp_path) as server:
         leaver, other = (FakeWorker(server, index, continues=True) for index in (0, 1))
@@ -57,7 +58,7 @@ async def test_what_a_drained_worker_hands_back_another_one_continues(tmp_path):
     assert rows(tmp_path, CONTINUED) == [(again.lease_id, lease.prompt.prompt_id, NUM_TOKENS)]
 
 
-@scenario
+@asynchronous
 async def test_every_saved_token_is_counted_once_until_its_batch_is_trained(tmp_path):
     async with serving(tmp_path) as server:
         leaver, other, learner = FakeWorker(server, 0, continues=True), FakeWorker(server, 1), FakeLearner(server)
@@ -89,7 +90,7 @@ async def test_every_saved_token_is_counted_once_until_its_batch_is_trained(tmp_
     assert audit(tmp_path) == []
 
 
-@scenario
+@asynchronous
 async def test_a_worker_that_dies_loses_what_it_has_not_saved(tmp_path):
     async with serving(tmp_path) as server:
         worker = FakeWorker(server, 0, continues=True)
@@ -102,7 +103,7 @@ async def test_a_worker_that_dies_loses_what_it_has_not_saved(tmp_path):
         assert server._dispatch.accounts._ungrouped["lost"] == 7
 
 
-@scenario
+@asynchronous
 async def test_what_is_saved_outlives_the_server_and_a_rollback_that_keeps_its_versions(tmp_path):
     async with serving(tmp_path) as server:
         worker = FakeWorker(server, 0, continues=True)
@@ -137,7 +138,7 @@ def alter(run_dir):
             ledger.execute(f"UPDATE partials SET {change} WHERE prompt_id = ?", (prompt_id,))
 
 
-@scenario
+@asynchronous
 async def test_saved_rows_that_were_altered_are_named_and_left_out_by_a_rollback(tmp_path):
     async with serving(tmp_path, prompts_per_step=4) as server:
         worker = FakeWorker(server, 0, continues=True)
@@ -157,7 +158,7 @@ async def test_saved_rows_that_were_altered_are_named_and_left_out_by_a_rollback
     assert rows(tmp_path, "SELECT DISTINCT state FROM prompts WHERE prompt_id <= 4") == [("waiting",)]
 
 
-@scenario
+@asynchronous
 async def test_rows_that_are_altered_while_the_run_lives_are_named_and_their_groups_begin_anew(tmp_path):
     num = len(ALTERED)
     async with serving(tmp_path) as server:
@@ -186,7 +187,7 @@ async def test_rows_that_are_altered_while_the_run_lives_are_named_and_their_gro
     assert in_flight(line) == 0
 
 
-@scenario
+@asynchronous
 async def test_a_worker_that_cannot_continue_begins_anew_and_the_ledger_says_so(tmp_path):
     async with serving(tmp_path) as server:
         leaver, other = FakeWorker(server, 0, continues=True), FakeWorker(server, 1)
@@ -202,7 +203,7 @@ async def test_a_worker_that_cannot_continue_begins_anew_and_the_ledger_says_so(
     assert rows(tmp_path, dropped) == [(0, NUM_TOKENS, "worker 1 can't continue it")]
 
 
-@scenario
+@asynchronous
 async def test_a_save_that_is_damaged_or_of_a_lease_that_is_over_changes_nothing(tmp_path):
     async with serving(tmp_path, server_settings={"vocab_size": NUM_TOKENS}) as server:
         worker = FakeWorker(server, 0, continues=True)
@@ -223,7 +224,7 @@ async def test_a_save_that_is_damaged_or_of_a_lease_that_is_over_changes_nothing
         assert server.status()["running"] == 1
 
 
-@scenario
+@asynchronous
 async def test_a_recall_that_is_not_followed_is_said_again_and_given_up(tmp_path):
     async with serving(tmp_path, heartbeat_s=0.05) as server:
         worker = FakeWorker(server, 0, continues=True)
@@ -235,7 +236,7 @@ async def test_a_recall_that_is_not_followed_is_said_again_and_given_up(tmp_path
         assert server.status()["running"] == 1
 
 
-@scenario
+@asynchronous
 async def test_a_recall_waits_for_no_worker_that_misses_heartbeats(tmp_path):
     async with serving(tmp_path, heartbeat_s=10.0) as server:
         await hold(server, FakeWorker(server, 0, continues=True))

@@ -12,14 +12,14 @@ from asyncdapo.replay.config import FilterConfig
 from asyncdapo.replay.ledger.audit import audit
 from asyncdapo.seeds import sample_seed
 from asyncdapo.shares import NoBatch, for_learner
-from tests.asynchronous import TEST_TIMEOUT_S
-from tests.replay.serving import FakeLearner, FakeWorker, eval_request, rows, scenario, serving, tokens_of, until
+from tests.asynchronous import asynchronous
+from tests.replay.serving import FakeLearner, FakeWorker, eval_request, rows, serving, tokens_of, until
 from tests.replay.small_run import make_group, prompt_at, write_files
 
 # --------------------------------------------------------------------------------------------------------------- leases
 
 
-@scenario
+@asynchronous
 async def test_leases_are_granted_from_begin_on_up_to_the_credits(tmp_path):
     async with serving(tmp_path) as server:
         worker = FakeWorker(server)
@@ -35,7 +35,7 @@ async def test_leases_are_granted_from_begin_on_up_to_the_credits(tmp_path):
         assert server.status()["first_lease_at_s"] > 0
 
 
-@scenario
+@asynchronous
 async def test_a_repeated_ask_is_owed_nothing_more(tmp_path):
     async with serving(tmp_path) as server:
         worker = FakeWorker(server)
@@ -47,7 +47,7 @@ async def test_a_repeated_ask_is_owed_nothing_more(tmp_path):
         assert await worker.unread() == []
 
 
-@scenario
+@asynchronous
 async def test_a_worker_that_says_hello_again_keeps_its_leases_and_its_count(tmp_path):
     async with serving(tmp_path) as server:
         worker = FakeWorker(server)
@@ -62,19 +62,17 @@ async def test_a_worker_that_says_hello_again_keeps_its_leases_and_its_count(tmp
 
 
 @pytest.mark.parametrize("hello", [{"schema": 99}, {"version": 1}, {"version": -1}])
-def test_a_worker_of_another_schema_or_with_weights_of_another_run_is_not_welcome(tmp_path, hello):
-    async def run():
-        async with serving(tmp_path) as server:
-            stranger = FakeWorker(server)
-            with pytest.raises(TimeoutError):
-                await asyncio.wait_for(stranger.join(**hello), 0.2)
-            await until(lambda: server.status()["dropped"]["malformed"] == 1, server)
-            assert server.status()["workers"] == 0
-
-    asyncio.run(run())
+@asynchronous
+async def test_a_worker_of_another_schema_or_with_weights_of_another_run_is_not_welcome(tmp_path, hello):
+    async with serving(tmp_path) as server:
+        stranger = FakeWorker(server)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(stranger.join(**hello), 0.2)
+        await until(lambda: server.status()["dropped"]["malformed"] == 1, server)
+        assert server.status()["workers"] == 0
 
 
-@scenario
+@asynchronous
 async def test_started_and_loaded_reach_the_ledger(tmp_path):
     async with serving(tmp_path) as server:
         worker = FakeWorker(server)
@@ -92,7 +90,7 @@ async def test_started_and_loaded_reach_the_ledger(tmp_path):
 # -------------------------------------------------------------------------------------------------------------- learner
 
 
-@scenario
+@asynchronous
 async def test_the_learner_gets_its_batch_when_it_is_full_after_the_ledger_has_the_cut(tmp_path):
     async with serving(tmp_path) as server:
         worker, learner = FakeWorker(server), FakeLearner(server)
@@ -117,7 +115,7 @@ async def test_the_learner_gets_its_batch_when_it_is_full_after_the_ledger_has_t
             assert part.frames() == payload.frames()
 
 
-@scenario
+@asynchronous
 async def test_a_batch_is_the_same_however_often_and_by_whom_it_is_wanted(tmp_path):
     async with serving(tmp_path) as server:
         worker, learner = FakeWorker(server), FakeLearner(server)
@@ -133,7 +131,7 @@ async def test_a_batch_is_the_same_however_often_and_by_whom_it_is_wanted(tmp_pa
             assert await restarted.receive() == first
 
 
-@scenario
+@asynchronous
 async def test_trained_returns_the_metrics_of_the_step(tmp_path):
     async with serving(tmp_path) as server:
         worker, learner = FakeWorker(server), FakeLearner(server)
@@ -172,7 +170,7 @@ async def test_trained_returns_the_metrics_of_the_step(tmp_path):
         assert rows(tmp_path, "SELECT step, groups, learner_version FROM batches") == [(1, 2, 0)]
 
 
-@scenario
+@asynchronous
 async def test_the_limit_of_generation_batches_ends_the_run_with_its_cause(tmp_path):
     limit = FilterConfig(max_gen_batches=1, on_limit="raise")
     async with serving(tmp_path, filter=limit) as server:
@@ -186,7 +184,7 @@ async def test_the_limit_of_generation_batches_ends_the_run_with_its_cause(tmp_p
         server.serving = asyncio.create_task(asyncio.sleep(0))
 
 
-@scenario
+@asynchronous
 async def test_when_the_data_is_used_up_the_learner_is_told_and_evaluation_continues(tmp_path):
     async with serving(tmp_path, num_prompts=1) as server:
         worker, learner = FakeWorker(server), FakeLearner(server)
@@ -206,7 +204,7 @@ async def test_when_the_data_is_used_up_the_learner_is_told_and_evaluation_conti
         assert len(await evaluating) == 2
 
 
-@scenario
+@asynchronous
 async def test_the_wait_has_a_name(tmp_path):
     async with serving(tmp_path) as server:
         learner = FakeLearner(server)
@@ -238,28 +236,26 @@ async def work(worker, rng):
 
 
 @pytest.mark.parametrize("run_ahead", [0.0, 1.0])
-def test_a_run_of_two_workers_and_a_learner_is_sound(tmp_path, run_ahead):
-    async def run():
-        async with serving(tmp_path, run_ahead=run_ahead) as server:
-            rng, learner, lines = random.Random(0), FakeLearner(server), []
-            workers = [FakeWorker(server, index) for index in range(2)]
-            tasks = [asyncio.create_task(work(worker, rng)) for worker in workers]
-            await server.begin()
-            for step in range(1, 9):
-                await learner.want(step)
-                batch = await learner.receive()
-                assert len(batch.groups) == 2
-                lines.append({"step": step, **await server.trained(step, {})})
-                for worker in workers:
-                    worker.version = step
-                    await worker.client.send(Loaded(version=step, branch=0))
-                await server.published(step)
-            await server.finish()
-            for task in tasks:
-                task.cancel()
-        write_files(tmp_path, lines)
-        config = (tmp_path / "config.yaml").read_text().replace("run_ahead: 1.0", f"run_ahead: {run_ahead}")
-        (tmp_path / "config.yaml").write_text(config)
-        assert audit(tmp_path) == []
-
-    asyncio.run(asyncio.wait_for(run(), TEST_TIMEOUT_S))
+@asynchronous
+async def test_a_run_of_two_workers_and_a_learner_is_sound(tmp_path, run_ahead):
+    async with serving(tmp_path, run_ahead=run_ahead) as server:
+        rng, learner, lines = random.Random(0), FakeLearner(server), []
+        workers = [FakeWorker(server, index) for index in range(2)]
+        tasks = [asyncio.create_task(work(worker, rng)) for worker in workers]
+        await server.begin()
+        for step in range(1, 9):
+            await learner.want(step)
+            batch = await learner.receive()
+            assert len(batch.groups) == 2
+            lines.append({"step": step, **await server.trained(step, {})})
+            for worker in workers:
+                worker.version = step
+                await worker.client.send(Loaded(version=step, branch=0))
+            await server.published(step)
+        await server.finish()
+        for task in tasks:
+            task.cancel()
+    write_files(tmp_path, lines)
+    config = (tmp_path / "config.yaml").read_text().replace("run_ahead: 1.0", f"run_ahead: {run_ahead}")
+    (tmp_path / "config.yaml").write_text(config)
+    assert audit(tmp_path) == []
