@@ -9,8 +9,9 @@ A group has no id of its own: a lease yields at most one group, so `group_id == 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, dataclass_transform
+
+from msgspec import Struct, field
 
 from asyncdapo.replay.core.filter import Verdict
 
@@ -34,8 +35,7 @@ LEASE_ENDS = ("late", "withdrawn", "lost", "rejected", "failed")
 """Ends of a lease without a group in the ledger; see `EndLease`."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Partial:
+class Partial(Struct, frozen=True, kw_only=True):
     """What is sampled of a group that isn't complete: at least one token."""
 
     min_version: int
@@ -43,13 +43,12 @@ class Partial:
     num_tokens: int
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Event:
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field,))
+class Event(Struct, frozen=True, kw_only=True):
     """Something that happened."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class WorkerJoined(Event):
+class WorkerJoined(Event, kw_only=True):
     """A worker's session began. If it had an earlier session, the server sends `WorkerLost` for that first."""
 
     worker: int
@@ -58,22 +57,19 @@ class WorkerJoined(Event):
     """Whether it continues what others have sampled in part."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class WorkerLost(Event):
+class WorkerLost(Event, kw_only=True):
     """A worker is gone. Every lease that it held is lost."""
 
     worker: int
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class WorkerDrained(Event):
+class WorkerDrained(Event, kw_only=True):
     """A worker leaves. It hands back the leases that it still holds, which costs their prompts no attempt."""
 
     worker: int
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Ready(Event):
+class Ready(Event, kw_only=True):
     """`credits`: leases that the worker can start now, beyond all that were granted before this event."""
 
     worker: int
@@ -82,24 +78,21 @@ class Ready(Event):
     """How fast it samples a sequence, as a share of the mean of all; 1 if that isn't known."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SamplingBegan(Event):
+class SamplingBegan(Event, kw_only=True):
     """The lease's first token was sampled with the weights of `version`."""
 
     lease_id: int
     version: int
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class WeightsLoaded(Event):
+class WeightsLoaded(Event, kw_only=True):
     """From now on the worker generates with the weights of `version`."""
 
     worker: int
     version: int
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class GroupArrived(Event):
+class GroupArrived(Event, kw_only=True):
     """A well-formed group arrived. If its lease is already over, it is late."""
 
     lease_id: int
@@ -110,15 +103,13 @@ class GroupArrived(Event):
     num_loss_tokens: int
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LeaseFailed(Event):
+class LeaseFailed(Event, kw_only=True):
     """The reward function raised: the prompt ends `failed`."""
 
     lease_id: int
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LeaseLost(Event):
+class LeaseLost(Event, kw_only=True):
     """The lease ended without a group. It made no progress for `lease_stall_s` ("stalled"), or its group couldn't be
     decoded ("rejected"). Costs an attempt."""
 
@@ -126,66 +117,57 @@ class LeaseLost(Event):
     reason: Literal["stalled", "rejected"]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PartialSaved(Event):
+class PartialSaved(Event, kw_only=True):
     """What is sampled of a running lease by now. It replaces what was saved of its prompt before."""
 
     lease_id: int
     partial: Partial
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PartialUnreadable(Event):
+class PartialUnreadable(Event, kw_only=True):
     """What is saved of the prompt isn't as it was saved. The lease that it was to go to begins anew."""
 
     prompt_id: int
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LeaseHandedBack(Event):
+class LeaseHandedBack(Event, kw_only=True):
     """The worker has stopped the lease. It costs the prompt no attempt."""
 
     lease_id: int
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CloseGenBatch(Event):
+class CloseGenBatch(Event, kw_only=True):
     """The open generation batch ends with the latest verdict, even if it isn't full (the prompts came in one list)."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class BatchWanted(Event):
+class BatchWanted(Event, kw_only=True):
     """The learner waits for batch `step`. Has no effect if the batch was cut already."""
 
     step: int
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Trained(Event):
+class Trained(Event, kw_only=True):
     """Train step `step` is done and its optimizer updates are applied."""
 
     step: int
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Published(Event):
+class Published(Event, kw_only=True):
     """The workers have been sent `version`, and `in_training` falls."""
 
     version: int
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RunEnded(Event):
+class RunEnded(Event, kw_only=True):
     """No step follows: every prompt without an end becomes `unused`."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Action:
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field,))
+class Action(Struct, frozen=True, kw_only=True):
     """Something to do."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class GrantLease(Action):
+class GrantLease(Action, kw_only=True):
     """Send a lease. A separate action moves its prompt to `leased`."""
 
     lease_id: int
@@ -197,8 +179,7 @@ class GrantLease(Action):
     """Tokens that are saved of its prompt: the worker continues behind them."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SavePartial(Action):
+class SavePartial(Action, kw_only=True):
     """Keep what is sampled of the prompt, in place of what was saved before."""
 
     prompt_id: int
@@ -206,8 +187,7 @@ class SavePartial(Action):
     partial: Partial
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DropPartial(Action):
+class DropPartial(Action, kw_only=True):
     """Delete what is saved of the prompt."""
 
     prompt_id: int
@@ -216,8 +196,7 @@ class DropPartial(Action):
     reason: str
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class MovePrompt(Action):
+class MovePrompt(Action, kw_only=True):
     """Journal: the prompt is in this state now. `reason` tells apart the causes of an end (`masked`, …)."""
 
     prompt_id: int
@@ -231,8 +210,7 @@ class MovePrompt(Action):
     """Its place in the stream, for `waiting`."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class MoveGroup(Action):
+class MoveGroup(Action, kw_only=True):
     """Journal: the group is in this state now. A group's first move is caused by its `GroupArrived`."""
 
     group_id: int
@@ -244,8 +222,7 @@ class MoveGroup(Action):
     reason: str = ""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EndLease(Action):
+class EndLease(Action, kw_only=True):
     """The lease is over. Journal: a row in `events`, except for `done`. `withdrawn` is also sent to the worker.
 
     done       its group was accepted: acknowledge it
@@ -264,8 +241,7 @@ class EndLease(Action):
     """Of its tokens, those that stay saved for the prompt's next lease."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CutBatch(Action):
+class CutBatch(Action, kw_only=True):
     """Batch `step` has these members, in rising `prompt_id`. Journal it, then send it.
 
     At the limit of generation batches it is cut at once. If the learner hasn't asked for it yet, it is sent when the
@@ -279,8 +255,7 @@ class CutBatch(Action):
     staleness: tuple[int, ...]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class GenBatchClosed(Action):
+class GenBatchClosed(Action, kw_only=True):
     """A generation batch is complete. Journal: a row in `events`; the metrics count it."""
 
     step: int
@@ -291,8 +266,7 @@ class GenBatchClosed(Action):
     """It was the last that its step may open, and the step's batch isn't full."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PaceMeasured(Action):
+class PaceMeasured(Action, kw_only=True):
     """What a step said of `run_ahead: auto`. Journal: a row in `events`, from which the next process resumes."""
 
     step: int
@@ -304,8 +278,7 @@ class PaceMeasured(Action):
     """In force from now on."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StopRun(Action):
+class StopRun(Action, kw_only=True):
     """The run ends. `error` is false if the data is used up; otherwise the run's last lines show `reason` as the
     cause."""
 

@@ -100,13 +100,10 @@ class Leases:
         }
         self.num_granted = was.num_leases
         """Leases so far; also the last `lease_id`."""
+        self.num_credits = 0
+        """Leases that the workers could start now."""
         self._bound = bound
         self._do = do
-
-    @property
-    def num_credits(self) -> int:
-        """Leases that the workers could start now."""
-        return sum(worker.credits for worker in self.workers.values())
 
     def join(self, worker: int, loaded_version: int, continues: bool) -> None:
         assert worker not in self.workers, f"worker {worker} joined twice"
@@ -117,11 +114,13 @@ class Leases:
         held = [lease for lease in self.running.values() if lease.worker == worker]
         for lease in held:
             self.end(lease, outcome, reason, keep=True)
-        del self.workers[worker]
+        self.num_credits -= self.workers.pop(worker).credits
         return held
 
     def note_ready(self, worker: int, credits: int, pace: float) -> None:
-        self.workers[worker].credits, self.workers[worker].pace = credits, pace
+        its = self.workers[worker]
+        self.num_credits += credits - its.credits
+        its.credits, its.pace = credits, pace
 
     def start(self, lease_id: int, version: int) -> None:
         if lease_id in self.running:
@@ -146,6 +145,7 @@ class Leases:
         if not self.workers[worker].continues:
             self.partials.drop(prompt_id, f"worker {worker} can't continue it")
         self.workers[worker].credits -= 1
+        self.num_credits -= 1
         self.num_granted += 1
         lease = Lease(lease_id=self.num_granted, prompt_id=prompt_id, worker=worker)
         self.running[lease.lease_id] = lease

@@ -196,7 +196,7 @@ class ReplayState:
     def _grant_leases(self) -> None:
         # A lease granted while a due cut is held can't be in that batch, and must not hold it longer.
         step = self.next_batch.step + self.next_batch.is_due
-        while self.stream.next is not None and self.admits():
+        while self.leases.num_credits and self.stream.next is not None and self.admits():
             worker = self.leases.worker_for_next(step)
             if worker is None:
                 return
