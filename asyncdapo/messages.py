@@ -179,14 +179,24 @@ class Group(Struct, frozen=True, kw_only=True, dict=True):
     """Wall time from the group's first sampled token to its last."""
 
     @cached_property
+    def contexts(self) -> list[Context]:
+        """Of all completions, in order."""
+        return [context for completion in self.completions for context in completion.contexts]
+
+    @cached_property
     def num_tokens(self) -> int:
         """Sampled and observed tokens of all completions."""
-        return sum([completion.num_tokens for completion in self.completions])
+        return sum([count for context in self.contexts for _, count in context.sampled])
+
+    @cached_property
+    def completion_tokens(self) -> list[int]:
+        """Sampled tokens of each completion."""
+        return [completion.num_sampled_tokens for completion in self.completions]
 
     @cached_property
     def num_sampled_tokens(self) -> int:
         """Sampled tokens of all completions."""
-        return sum([completion.num_sampled_tokens for completion in self.completions])
+        return sum(self.completion_tokens)
 
     @cached_property
     def min_version(self) -> int:
@@ -211,15 +221,23 @@ class Group(Struct, frozen=True, kw_only=True, dict=True):
         """How many completions ended for each reason."""
         return Counter([completion.finish_reason for completion in self.completions])
 
-    @property
-    def _versions(self) -> list[int]:
-        contexts = [context for completion in self.completions for context in completion.contexts]
-        return [version for context in contexts for version, _ in context.versions]
+    @cached_property
+    def _versions(self) -> set[int]:
+        return {version for context in self.contexts for version, _ in context.versions}
+
+    @cached_property
+    def metrics(self) -> dict[str, list[float]]:
+        """Each number of the reward function, of the completions that have it."""
+        numbers: dict[str, list[float]] = {}
+        for completion in self.completions:
+            for name, number in completion.metrics.items():
+                numbers.setdefault(name, []).append(number)
+        return numbers
 
     @cached_property
     def num_loss_tokens(self) -> int:
         """Tokens that bear loss. A group without any ends `filtered` with reason `masked`."""
-        return sum([completion.num_loss_tokens for completion in self.completions])
+        return sum([count for context in self.contexts for bears_loss, count in context.loss_mask if bears_loss])
 
 
 # ------------------------------------------------------------------------------------------------- rollout <-> replay

@@ -105,16 +105,17 @@ class Dealer:
         """An update has consecutive groups, equally many or one more in the first ones; there are fewer updates where
         fewer groups have a loss-bearing token. In each update the largest work of a rank is close to the mean, and a
         rank may have none."""
-        trainable = [place for place, group in enumerate(groups) if group.num_loss_tokens]
+        loads = {place: load for place, group in enumerate(groups) if (load := self._load(group)).completions}
+        trainable = list(loads)
         size, extra = divmod(len(trainable), self.num_updates)
         updates, ranks = [NOBODY] * len(groups), [[NOBODY] * len(group.completions) for group in groups]
         end = 0
         for number in range(min(self.num_updates, len(trainable))):
             begin, end = end, end + size + (number < extra)
-            for place in trainable[begin:end]:
+            own = {place: loads[place] for place in trainable[begin:end]}
+            for place in own:
                 updates[place] = number
-            loads = {place: self._load(groups[place]) for place in trainable[begin:end]}
-            for rank, run in enumerate(_runs(loads, self.num_ranks)):
+            for rank, run in enumerate(_runs(own, self.num_ranks)):
                 for place, index in run:
                     ranks[place][index] = rank
         return Deal(updates=updates, ranks=[rank for of_group in ranks for rank in of_group])
@@ -123,7 +124,7 @@ class Dealer:
         """The work of its loss-bearing completions. A context attends to itself, and to its prompt if it is rooted."""
         num_prompt = group.num_prompt_tokens
         work = [
-            (sum(self._work(context, num_prompt) for context in one.contexts), index)
+            (sum([self._work(context, num_prompt) for context in one.contexts]), index)
             for index, one in enumerate(group.completions)
             if one.num_loss_tokens
         ]

@@ -76,7 +76,7 @@ def _problem(frames: Sequence[Buffer], limits: Limits) -> str | None:
     """Which limit these frames exceed; None if they don't."""
     if not 1 <= len(frames) <= limits.num_frames:
         return f"{len(frames)} frames, expected 1 to {limits.num_frames}"
-    header_bytes, *frames_bytes = (memoryview(frame).nbytes for frame in frames)
+    header_bytes, *frames_bytes = [memoryview(frame).nbytes for frame in frames]
     if header_bytes > limits.header_bytes:
         return f"header of {header_bytes} bytes, at most {limits.header_bytes}"
     if max(frames_bytes, default=0) > limits.frame_bytes:

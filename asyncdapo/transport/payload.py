@@ -152,10 +152,9 @@ class Payload:
 
     def of_contexts(self, group: Group) -> Iterator[ContextTokens]:
         """The contexts of `group`, whose payload this is, in order. Views."""
-        contexts = [one for completion in group.completions for one in completion.contexts]
-        tokens = _slices(context.num_tokens for context in contexts)
-        sampled = _slices(context.num_sampled_tokens for context in contexts)
-        pieces = zip(contexts, tokens, sampled, self._supports(sampled), strict=True)
+        tokens = _slices(context.num_tokens for context in group.contexts)
+        sampled = _slices(context.num_sampled_tokens for context in group.contexts)
+        pieces = zip(group.contexts, tokens, sampled, self._supports(sampled), strict=True)
         for index, completion in enumerate(group.completions):
             for number, (context, own, its, support) in enumerate(islice(pieces, len(completion.contexts))):
                 logprobs_S = self.logprobs[its]
@@ -167,8 +166,7 @@ class Payload:
 
 
 class ContextTokens(Struct, frozen=True, eq=False):
-    """One context with its buffers: P prompt tokens, S sampled ones. A Struct, since the server makes one for each
-    context that arrives, and a dataclass takes four times as long."""
+    """One context with its buffers: P prompt tokens, S sampled ones."""
 
     index: int
     """Of its completion in the group."""

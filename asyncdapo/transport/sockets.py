@@ -51,6 +51,8 @@ MAX_KEEPALIVES = 5
 RECONNECT_MS = 100
 RECONNECT_MAX_MS = 2_000
 COPY_BELOW_BYTES = 64 << 10
+NO_WAIT, INCOMING, ROOM = int(zmq.NOBLOCK), int(zmq.POLLIN), int(zmq.POLLOUT)
+"""As bare numbers: the flags of pyzmq take a microsecond for each `&`."""
 CURVE_BYTES = 64
 """CURVE adds at most this many bytes to a frame."""
 
@@ -101,14 +103,11 @@ class Server(Generic[Accepted]):
 
     async def receive(self) -> tuple[bytes, Accepted | Malformed, list[memoryview]]:
         """The next message with its peer's identity and buffers. Bad input is returned as a `Malformed`, not raised."""
-        return self._decode(await self._watch.next())
+        return (await self.receive_some(1))[0]
 
     async def receive_some(self, most: int) -> list[tuple[bytes, Accepted | Malformed, list[memoryview]]]:
         """As `receive`: the next message and those that have already arrived after it, up to `most` in all."""
-        received = [await self.receive()]
-        while len(received) < most and (frames := self._watch.take()) is not None:
-            received.append(self._decode(frames))
-        return received
+        return list(map(self._decode, await self._watch.some(most)))
 
     def _decode(self, frames: list[zmq.Frame]) -> tuple[bytes, Accepted | Malformed, list[memoryview]]:
         peer, *parts = frames
@@ -171,7 +170,7 @@ class Client(Generic[Accepted]):
 
     async def receive(self) -> tuple[Accepted, list[memoryview]]:
         """The next message and its buffers. Raises Malformed for bad input; the next call continues after it."""
-        return decode(_buffers(await self._watch.next()), self._accepts, self._limits)
+        return decode(_buffers((await self._watch.some(1))[0]), self._accepts, self._limits)
 
     async def send(self, message: Message, frames: Sequence[Buffer] = ()) -> None:
         """Queue the message; waits while no server is connected or the queue is full. Raises ValueError for a message
@@ -200,23 +199,29 @@ class Watch:
         self._arrived, self._room = asyncio.Event(), asyncio.Event()
         self._loop.add_reader(socket, self.note)
 
-    async def next(self) -> list[zmq.Frame]:
-        """All frames of the next message. Yields to the event loop once per message, so that a flood can't starve it.
-        Takes the message without a pause, so that a cancelled reader loses none."""
+    async def some(self, most: int) -> list[list[zmq.Frame]]:
+        """All frames of each of the next messages, at least one and at most so many. Yields to the event loop once, so
+        that a flood can't starve it. Takes the messages without a pause, so that a cancelled reader loses none."""
         await asyncio.sleep(0)
-        while (frames := self.take()) is None:
+        while not (messages := self._take(most)):
             await self._arrived.wait()
-        return frames
+        return messages
 
-    def take(self) -> list[zmq.Frame] | None:
-        """All frames of the next message that has arrived; None if there is none."""
+    def _take(self, most: int) -> list[list[zmq.Frame]]:
+        """Of what has arrived."""
         self._arrived.clear()
+        messages: list[list[zmq.Frame]] = []
         try:
-            return self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
+            while len(messages) < most:
+                frames = [self._socket.recv(NO_WAIT, copy=False)]
+                while frames[-1].more:
+                    frames.append(self._socket.recv(copy=False))
+                messages.append(frames)
         except zmq.Again:
-            return None
+            pass
         finally:
             self.note()
+        return messages
 
     async def put(self, frames: Sequence[Buffer]) -> None:
         """Queue a message, once there is room."""
@@ -233,9 +238,9 @@ class Watch:
     def note(self) -> None:
         """What has become possible."""
         events = cast(int, self._socket.getsockopt(zmq.EVENTS))
-        if events & zmq.POLLIN:
+        if events & INCOMING:
             self._arrived.set()
-        if events & zmq.POLLOUT:
+        if events & ROOM:
             self._room.set()
 
     def leave(self) -> None:

@@ -9,6 +9,7 @@ A group has no id of its own: a lease yields at most one group, so `group_id == 
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Literal, dataclass_transform
 
 from msgspec import Struct, field
@@ -98,7 +99,7 @@ class GroupArrived(Event, kw_only=True):
     lease_id: int
     min_version: int
     max_version: int
-    metrics: dict[str, tuple[float, ...]]
+    metrics: Mapping[str, Sequence[float]]
     """Each metric that every completion has, one number per completion."""
     num_loss_tokens: int
 

@@ -22,7 +22,7 @@ from itertools import accumulate
 from isal.isal_zlib import crc32
 
 from asyncdapo.messages import NO_CHECKSUM, Completion, Context, Group, SampledTurn
-from asyncdapo.transport.payload import ContextTokens, Payload, numbered
+from asyncdapo.transport.payload import Payload, numbered
 
 NO_OR_YES = frozenset((0, 1))
 
@@ -41,19 +41,16 @@ def header_problem(completion: Completion) -> str | None:
 
 def _is_one_turn(completion: Completion) -> bool:
     """Whether it is a single turn, and sound. Most are, and this takes a fraction of the time."""
-    match completion.contexts:
-        case [
-            Context(
-                rooted=True,
-                sampled=[(1, num_sampled)],
-                versions=versions,
-                loss_mask=[(0 | 1, num_masked)],
-                turns=[SampledTurn(number=0, num_tokens=num_tokens)],
-            )
-        ]:
-            counts = [count for _, count in versions]
-            return min(counts, default=0) > 0 and sum(counts) == num_sampled == num_masked == num_tokens
-    return False
+    if not len(completion.contexts) == 1 == len(completion.contexts[0].turns):
+        return False
+    context = completion.contexts[0]
+    turn, counts = context.turns[0], [count for _, count in context.versions]
+    return (
+        (context.rooted and turn.number == 0)
+        and context.sampled == [(1, turn.num_tokens)]
+        and context.loss_mask in ([(1, turn.num_tokens)], [(0, turn.num_tokens)])
+        and (min(counts, default=0) > 0 and sum(counts) == turn.num_tokens)
+    )
 
 
 def _context_problem(context: Context) -> str | None:
@@ -81,20 +78,24 @@ def _context_problem(context: Context) -> str | None:
 
 def token_problem(group: Group, payload: Payload) -> str | None:
     """What is wrong with the tokens of a group whose headers have no problem."""
-    crc = crc32(payload.prompt_ids.data)
-    for tokens in payload.of_contexts(group):
-        if (number := _other_turn(tokens, crc)) is not None:
-            return f"completion {tokens.index}: turn {number} was sampled behind other tokens, or is another one"
+    crc, token_ids, end = crc32(payload.prompt_ids.data), payload.token_ids.data, 0
+    for index, completion in enumerate(group.completions):
+        for context in completion.contexts:
+            begin, end = end, end + context.num_tokens
+            if (number := _other_turn(context, token_ids[begin:end], crc)) is not None:
+                return f"completion {index}: turn {number} was sampled behind other tokens, or is another one"
+    for tokens in payload.of_contexts(group) if payload.support else ():
         if tokens.support_S and (problem := tokens.support_S.problem(tokens.own_ids[tokens.is_sampled])):
             return f"completion {tokens.index}: {problem}"
     return None
 
 
-def _other_turn(tokens: ContextTokens, crc_of_prompt: int) -> int | None:
-    """Number of the first turn that hasn't the checksum that was taken at the engine; None if all have theirs."""
-    crc, begin = crc_of_prompt if tokens.header.rooted else 0, 0
-    for turn, end in _turns(tokens.header):
-        crc, begin = crc32(tokens.own_ids[begin:end].data, crc), end
+def _other_turn(context: Context, own_ids: memoryview, crc_of_prompt: int) -> int | None:
+    """Number of the first turn that hasn't the checksum that was taken at the engine; None if all have theirs.
+    `own_ids`: the context's tokens."""
+    crc, begin = crc_of_prompt if context.rooted else 0, 0
+    for turn, end in _turns(context):
+        crc, begin = crc32(own_ids[begin:end], crc), end
         if turn.checksum not in (numbered(crc, turn.number), NO_CHECKSUM):
             return turn.number
     return None

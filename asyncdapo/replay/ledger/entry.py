@@ -22,7 +22,7 @@ from asyncdapo.transport.codec import Buffer
 from asyncdapo.transport.payload import Payload
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True, slots=True)
 class Entry:
     """Rows of one event. Every method is called inside a transaction."""
 
@@ -38,7 +38,7 @@ class Entry:
     at_s: float
     """Unix time of the entry."""
     arrived: tuple[Group, Payload] | None
-    """Header and buffers of a `GroupDone`."""
+    """Header and buffers of a `GroupDone`, until the group has its row."""
     saved: Sequence[Buffer]
     """Header and buffers of a `PartialGroup`."""
     detail: str
@@ -214,28 +214,29 @@ class Entry:
 
     def _move_group(self, action: core.MoveGroup) -> None:
         """A group gets its row with its first move."""
+        if self.arrived:
+            self._insert_group(action, *self.arrived)
+            self.arrived = None
+            return
         moved = self.db.execute(
             "UPDATE groups SET state = ?, step = ?, reason = ?, changed_pos = ? WHERE group_id = ?",
             (action.state, action.step, action.reason, self.position, action.group_id),
         )
-        if moved.rowcount == 0:
-            assert self.arrived is not None, f"{action} of a group that never arrived"
-            self._insert_group(action, *self.arrived)
+        assert moved.rowcount == 1, f"{action} of a group that never arrived"
 
     def _insert_group(self, action: core.MoveGroup, group: Group, payload: Payload) -> None:
+        assert action.group_id == group.lease_id, f"{action} before that of group {group.lease_id}, which has arrived"
         held = action.state in HELD_STATES or self.keep_payloads
         place = self.segments.append(group, payload) if held else None
         row = _group_row(action, group, place, position=self.position, at_s=self.at_s)
-        columns, values = ", ".join(row), ", ".join(f":{column}" for column in row)
-        self.db.execute(f"INSERT INTO groups ({columns}) VALUES ({values})", row)
+        self.db.execute(f"INSERT INTO groups ({', '.join(row)}) VALUES ({', '.join('?' * len(row))})", [*row.values()])
 
 
 def _group_row(
     action: core.MoveGroup, group: Group, place: Place | None, *, position: int, at_s: float
 ) -> dict[str, str | int | float | None]:
     """The row of a group that arrives in entry `position`. `place` is None if its payload isn't kept."""
-    completions = group.completions
-    accs = [completion.metrics["acc"] for completion in completions if "acc" in completion.metrics]
+    accs = group.metrics.get("acc")
     return {
         "group_id": action.group_id,
         "prompt_id": action.prompt_id,
@@ -250,7 +251,7 @@ def _group_row(
         "state": action.state,
         "step": action.step,
         "reason": action.reason,
-        "completions": len(completions),
+        "completions": len(group.completions),
         "tokens": group.num_sampled_tokens,
         "truncated": group.finish_reasons["length"],
         "reward_mean": group.reward_mean,

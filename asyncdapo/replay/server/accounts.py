@@ -235,33 +235,31 @@ class Accounts:
     def _arrive(self, group: Group, state: GroupState) -> GroupFacts:
         completions = group.completions
         self._counts.num_verdicts += state in VERDICT_STATES
-        accs = [completion.metrics.get("acc") for completion in completions]
+        accs = group.metrics.get("acc", [])
         for name, number in {
             "groups": 1,
             "reward": group.reward_mean,
             "verdicts": state in VERDICT_STATES,
             "kept": state == "queued",
-            "all_correct": accs.count(1) == len(accs),
-            "all_wrong": accs.count(0) == len(accs),
+            "all_correct": accs.count(1) == len(completions),
+            "all_wrong": accs.count(0) == len(completions),
             "truncated": group.finish_reasons["length"],
             "completions": len(completions),
             "tokens": group.num_sampled_tokens,
-            "turns": sum([completion.num_turns for completion in completions]),
-            "contexts": sum([len(completion.contexts) for completion in completions]),
+            "turns": sum([len(context.turns) for context in group.contexts]),
+            "contexts": len(group.contexts),
             "observed": group.num_tokens - group.num_sampled_tokens,
             "out_of_turns": group.finish_reasons["turns"],
             "out_of_time": group.finish_reasons["time"],
         }.items():
             self._interval[name] += number
-        lengths = [completion.num_sampled_tokens for completion in completions]
-        self._sampled += lengths
-        self._held_lengths[group.lease_id] = lengths
-        for completion in completions:
-            for name, number in completion.metrics.items():
-                if name in self._scored or len(self._scored) < MAX_SCORED:
-                    scored = self._scored.setdefault(name, [0.0, 0])
-                    scored[0] += number
-                    scored[1] += 1
+        self._sampled += group.completion_tokens
+        self._held_lengths[group.lease_id] = group.completion_tokens
+        for name, numbers in group.metrics.items():
+            if name in self._scored or len(self._scored) < MAX_SCORED:
+                scored = self._scored.setdefault(name, [0.0, 0])
+                scored[0] += sum(numbers)
+                scored[1] += len(numbers)
         return GroupFacts(
             group_id=group.lease_id,
             num_tokens=group.num_sampled_tokens,

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import msgspec
 import numpy as np
 
-from asyncdapo.messages import NO_CHECKSUM, Ack, Completion, Group, GroupFailed, Reject, Withdraw
+from asyncdapo.messages import NO_CHECKSUM, Ack, Group, GroupFailed, Reject, Withdraw
 from asyncdapo.replay.core import events as core
 from asyncdapo.replay.core.stream import AnswerLengths
 from asyncdapo.replay.ledger.contexts import header_problem, token_problem
@@ -159,9 +159,8 @@ def check_group(
         raise BadGroup(f"{len(group.completions)} completions, rollout.group_size is {group_size}")
     if not math.isfinite(group.generate_s):
         raise BadGroup(f"generate_s is {group.generate_s}")
-    for index, completion in enumerate(group.completions):
-        if problem := _problem(completion, newest_version):
-            raise BadGroup(f"completion {index}: {problem}")
+    if problem := _header_problem(group, newest_version):
+        raise BadGroup(problem)
     try:
         payload = Payload.from_frames(frames, [group])
     except ValueError as error:
@@ -206,25 +205,27 @@ def _partial_problem(
 
 def arrival(group: Group) -> core.GroupArrived:
     """The core's event for a group that passed."""
-    shared = set.intersection(*map(set, {tuple(completion.metrics) for completion in group.completions}))
-    metrics = {name: tuple(completion.metrics[name] for completion in group.completions) for name in sorted(shared)}
+    num = len(group.completions)
     return core.GroupArrived(
         lease_id=group.lease_id,
         min_version=group.min_version,
         max_version=group.max_version,
-        metrics=metrics,
+        metrics={name: numbers for name, numbers in group.metrics.items() if len(numbers) == num},
         num_loss_tokens=group.num_loss_tokens,
     )
 
 
-def _problem(completion: Completion, newest_version: int) -> str | None:
-    if problem := header_problem(completion):
-        return problem
-    for context in completion.contexts:
-        if not all([0 <= version <= newest_version for version, _ in context.versions]):
-            return f"versions {context.versions}, the newest weights are version {newest_version}"
-        if NO_CHECKSUM in [turn.checksum for turn in context.turns]:
-            return "a turn has no checksum"
-    if not all(map(math.isfinite, (completion.reward, *completion.metrics.values()))):
-        return "its reward or a metric is not finite"
+def _header_problem(group: Group, newest_version: int) -> str | None:
+    """What is wrong with the header, whatever its lease is."""
+    for index, completion in enumerate(group.completions):
+        if problem := header_problem(completion):
+            return f"completion {index}: {problem}"
+    if not 0 <= group.min_version <= group.max_version <= newest_version:
+        return f"versions {group.min_version} to {group.max_version}, the newest weights are version {newest_version}"
+    if NO_CHECKSUM in [turn.checksum for context in group.contexts for turn in context.turns]:
+        return "a turn has no checksum"
+    rewards = [completion.reward for completion in group.completions]
+    for name, numbers in (("reward", rewards), *group.metrics.items()):
+        if not all(map(math.isfinite, numbers)):
+            return f"the {name} of a completion is not finite: {numbers}"
     return None

@@ -304,5 +304,5 @@ def test_everything_committed_outlives_a_kill(tmp_path):
 def test_a_group_of_many_metrics_is_described_by_those_that_all_completions_share():
     group, _ = make_group(lease(1))
     event = arrival(group)
-    assert event.metrics == {"acc": (1.0, 0.0), "score": (1.0, -1.0), "seq_reward": (1.0, -1.0)}
+    assert event.metrics == {"acc": [1.0, 0.0], "score": [1.0, -1.0], "seq_reward": [1.0, -1.0]}
     assert (event.min_version, event.max_version, event.num_loss_tokens) == (0, 0, 8)
