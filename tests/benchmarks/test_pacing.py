@@ -46,10 +46,19 @@ def test_times_are_multiples_of_the_best_fixed_values_in_the_median_of_the_pairs
         assert row.split(" | ")[2:6] == [multiple, multiple, multiple, "1.000"]
 
 
+def test_auto_is_compared_in_each_seed_with_the_fixed_value_that_is_best_in_the_others() -> None:
+    """All values are alike, and each has been lucky once."""
+    runs: dict[Value, list[Measured]] = {
+        value: [run(0.8 if seed == lucky else 1.0) for seed in range(len(FIXED))] for lucky, value in enumerate(FIXED)
+    }
+    said = describe("balanced", {**runs, "auto": [run(1.02)] * len(FIXED)})
+    assert said.endswith("; auto takes 1.020 of the best fixed value's time for a run, 1.020 for a token")
+
+
 @pytest.mark.parametrize(
     ("engine_s", "kind"), [(1.5, "engine-bound"), (1.2, None), (1.0, "balanced"), (0.8, None), (0.6, "learner-bound")]
 )
 def test_a_load_is_said_not_to_be_what_it_is_called(engine_s: float, kind: str | None) -> None:
-    runs: dict[Value, list[Measured]] = {value: [run(max(1.0, engine_s), engine_s)] * 3 for value in FIXED}
+    runs: dict[Value, list[Measured]] = {value: [run(max(1.0, engine_s), engine_s)] * 3 for value in (*FIXED, "auto")}
     told = {name for name in ("engine-bound", "balanced", "learner-bound") if "NOT" not in describe(name, runs)}
     assert told == ({kind} if kind else set())
