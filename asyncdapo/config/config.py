@@ -242,8 +242,11 @@ def _override(text: str) -> Any:
 
 def _resolved(tree: Any) -> dict[str, Any]:
     """Plain dictionaries with every `${section.key}` replaced. It may refer to a default as well."""
-    defaults = DEFAULTS if _refers(OmegaConf.to_container(tree)) else REFERRING
-    return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.merge(defaults, tree), resolve=True))
+    plain = cast(dict[str, Any], OmegaConf.to_container(tree))
+    if _refers(plain):
+        return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.merge(DEFAULTS, tree), resolve=True))
+    given = {name: plain[name] for name in REFERRING if name in plain}
+    return plain | cast(dict[str, Any], OmegaConf.to_container(OmegaConf.merge(REFERRING, given), resolve=True))
 
 
 def _refers(value: Any) -> bool:
@@ -261,7 +264,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     for name, cls in SECTIONS.items()
 }
 REFERRING = {name: section for name, section in DEFAULTS.items() if _refers(section)}
-"""Those with a default that refers to a key of its own section. Merging all sections is most of the time of a load."""
+"""Those with a default that refers to a key of its own section. Where a file refers to nothing, only they are merged:
+merging all sections is most of the time of a load."""
 
 
 def config_from_dict(tree: dict[str, Any], places: Mapping[str, str] | None = None) -> Config:
