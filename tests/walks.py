@@ -13,6 +13,7 @@ import ast
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -147,7 +148,7 @@ class Code:
             return self._annotated(module, found.methods[name].returns)
         types = NONE
         for method, node in found.methods.items():
-            for part in ast.walk(node):
+            for part in _parts(node):
                 targets = part.targets if isinstance(part, ast.Assign) else [getattr(part, "target", None)]
                 for target, value in _pairs(targets, getattr(part, "value", None)):
                     if isinstance(target, ast.Attribute) and target.attr == name and _is_self(target.value):
@@ -162,7 +163,7 @@ class Code:
         types = {argument.arg: self._annotated(module, argument.annotation) for argument in arguments}
         if owner in self.classes and arguments:
             types[arguments[0].arg] = frozenset({owner})
-        for part in ast.walk(node):
+        for part in _parts(node):
             if isinstance(part, ast.AnnAssign) and isinstance(part.target, ast.Name):
                 types[part.target.id] = self._annotated(module, part.annotation)
             elif isinstance(part, ast.Assign | ast.NamedExpr | ast.For | ast.comprehension | ast.withitem):
@@ -206,7 +207,7 @@ class Code:
 
     def _uses(self, function: str, node: Scope) -> Iterator[str]:
         known = self._locals(function, node)
-        for part in ast.walk(node):
+        for part in _parts(node):
             match part:
                 case ast.Call(func=made) if (cls := self._named(made, function)) in self.classes:
                     yield cls
@@ -254,6 +255,12 @@ def _reached(edges: Mapping[str, set[str]], start: str) -> set[str]:
             reached.add(name)
             todo += edges.get(name, ())
     return reached
+
+
+@cache
+def _parts(node: Scope) -> list[ast.AST]:
+    """Of a function, which is asked for its parts once for every attribute of its class."""
+    return list(ast.walk(node))
 
 
 def _pairs(targets: Iterable[ast.expr | None], value: ast.expr | None) -> Iterator[tuple[ast.expr, ast.expr | None]]:

@@ -30,7 +30,7 @@ def restarts(world: World) -> Iterator[Restarts]:
         shutil.rmtree(folder)
 
 
-@chaos(60)
+@chaos(40)
 @given(worlds(), CHAOS)
 def test_a_reload_gives_the_state_that_was_and_a_rollback_the_one_that_must_be(world: World, choices: bytes) -> None:
     with restarts(world) as simulation:
@@ -38,7 +38,7 @@ def test_a_reload_gives_the_state_that_was_and_a_rollback_the_one_that_must_be(w
         simulation.check_ledger()
 
 
-@chaos(40)
+@chaos(25)
 @given(worlds(), CHAOS)
 def test_after_a_rollback_the_next_batches_come_once_all_goes_well(world: World, choices: bytes) -> None:
     with restarts(world) as simulation:
@@ -48,7 +48,7 @@ def test_after_a_rollback_the_next_batches_come_once_all_goes_well(world: World,
         simulation.check_ledger()
 
 
-@chaos(30)
+@chaos(20)
 @given(worlds(), CHAOS)
 def test_a_second_rollback_to_the_same_step_gives_the_same_state(world: World, choices: bytes) -> None:
     with restarts(world) as simulation:
@@ -60,7 +60,7 @@ def test_a_second_rollback_to_the_same_step_gives_the_same_state(world: World, c
         assert snapshot(simulation.state) == once
 
 
-@chaos(40)
+@chaos(25)
 @given(worlds(), CHAOS)
 def test_a_run_that_has_ended_can_be_extended(world: World, choices: bytes) -> None:
     with restarts(world) as simulation:

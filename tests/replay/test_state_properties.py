@@ -44,13 +44,13 @@ def chaos(max_examples: int):
     return settings(max_examples=max_examples, deadline=None, suppress_health_check=list(HealthCheck))
 
 
-@chaos(400)
+@chaos(250)
 @given(worlds(), CHAOS)
 def test_all_invariants_hold_after_every_event(world: World, choices: bytes) -> None:
     Simulation(world).run(choices)
 
 
-@chaos(200)
+@chaos(150)
 @given(worlds(), CHAOS)
 def test_after_any_trouble_the_next_batches_come_once_all_goes_well(world: World, choices: bytes) -> None:
     simulation = Simulation(world)

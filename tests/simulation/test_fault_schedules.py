@@ -17,8 +17,8 @@ import pytest
 from tests.simulation.world import simulate
 
 FIRST = int(os.environ.get("SIMULATION_SEED", "0"))
-NUM_TESTS, NUM_SEEDS = 2, 120
-"""240 runs: about ten seconds on one core."""
+NUM_TESTS, NUM_SEEDS = 2, 90
+"""180 runs: about eight seconds on one core."""
 NUM_ON_FILES = 10
 SOAK = 200
 """A soak has so many times as many runs."""

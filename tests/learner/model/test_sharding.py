@@ -71,16 +71,16 @@ def test_shards_have_the_loaded_weights_exactly_and_passes_compute_with_them_rou
     assert {buffer.dtype for buffer in policy.buffers()} == {torch.float32}
 
 
-def test_a_thousand_updates_far_below_the_resolution_of_bfloat16_add_up() -> None:
+def test_a_hundred_updates_far_below_the_resolution_of_bfloat16_add_up() -> None:
     policy = in_bfloat16()
     weight = gather(norm_of(policy))
     assert torch.equal(weight, torch.ones_like(weight))
     assert torch.equal((weight - 1e-6).to(torch.bfloat16), weight.to(torch.bfloat16))
     optimizer = Optimizer([norm_of(policy)], LearnerConfig(lr=1e-6), 1)
-    for _ in range(1000):
+    for _ in range(100):
         norm_of(policy).grad = torch.ones_like(norm_of(policy))
         optimizer.update(loss=0.0)
-    torch.testing.assert_close(1 - weight, torch.full_like(weight, 1e-3), rtol=2e-2, atol=0)
+    torch.testing.assert_close(1 - weight, torch.full_like(weight, 1e-4), rtol=2e-2, atol=0)
 
 
 def test_averages_of_the_optimizer_are_float32() -> None:
@@ -98,13 +98,13 @@ def test_averages_of_the_optimizer_are_float32() -> None:
 def test_gradients_of_many_micro_batches_are_summed_in_float32(monkeypatch, gathered_bytes) -> None:
     """In bfloat16 every one of the small ones would vanish beside the first."""
     monkeypatch.setattr(sharding, "GATHERED_BYTES", gathered_bytes)
-    num_small = 50
-    large, small = make_row(3, 9, prompt=0), replace(make_row(3, 9), weight=2.0**-10)
+    num_small, weight = 16, 2.0**-9
+    large, small = make_row(3, 9, prompt=0), replace(make_row(3, 9), weight=weight)
     alone, many = in_bfloat16(), in_bfloat16()
     gradient_step(alone, [large])
     gradient_step(many, [large, *(replace(small, prompt=1 + number) for number in range(num_small))], max_tokens=12)
     one, sum_of_all = gather(norm_of(alone).grad), gather(norm_of(many).grad)
-    torch.testing.assert_close(sum_of_all, one * (1 + num_small * 2.0**-10), rtol=1e-2, atol=0)
+    torch.testing.assert_close(sum_of_all, one * (1 + num_small * weight), rtol=1e-2, atol=0)
 
 
 @pytest.mark.parametrize("tied", [True, False])
