@@ -14,7 +14,7 @@ from asyncdapo.transport.shared_memory import make_block, open_block
 
 HOST = torch.device("cpu")
 
-processes = multiprocessing.get_context("spawn")
+processes = multiprocessing.get_context("forkserver")
 
 
 def add_one(handle: bytes) -> None:
