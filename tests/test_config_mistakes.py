@@ -26,6 +26,7 @@ def told(folder: Path, text: str, *overrides: str) -> str:
     [
         ("run:\n\tsteps: 3\n", "line 2, column 1", "a tab", "two spaces"),
         ("run:\n  name: a\n \tsteps: 3\n", "line 3, column 2", "a tab", "two spaces"),
+        ("run:\n  name: a\tb\n", "line 2, column 10", "a tab", "two spaces"),
         ("run:\n  steps: 3\n  steps: 4\n", "line 3, column 3", "run.steps is already at mine.yaml, line 2", "keep one"),
         ("run: {name: a}\nmodel: {path: b}\nrun: {steps: 3}\n", "line 3, column 1", "mine.yaml, line 1", "under one"),
         ("run:\n  - steps: 3\n", "line 1, column 1", "run: is a section, not a list", "write its keys without `- `"),
