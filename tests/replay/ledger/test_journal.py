@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from asyncdapo.errors import RunError, UserError
 from asyncdapo.messages import Lease
@@ -303,6 +304,8 @@ def test_everything_committed_outlives_a_kill(tmp_path):
 
 def test_a_group_of_many_metrics_is_described_by_those_that_all_completions_share():
     group, _ = make_group(lease(1))
-    event = arrival(group)
+    first, second = group.completions
+    first = replace(first, metrics={**first.metrics, "its_own": 1.0})
+    event = arrival(replace(group, completions=[first, second]))
     assert event.metrics == {"acc": [1.0, 0.0], "score": [1.0, -1.0], "seq_reward": [1.0, -1.0]}
     assert (event.min_version, event.max_version, event.num_loss_tokens) == (0, 0, 8)
