@@ -6,6 +6,8 @@ modules and tests: walking them took a sixth of the time."""
 import atexit
 import gc
 import os
+from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,7 @@ settings.register_profile("asyncdapo", deadline=None, max_examples=50)
 settings.load_profile("asyncdapo")
 gc.disable()
 
+ROOT = Path(__file__).resolve().parents[1]
 LONGEST = ("tests/controller/test_deaths.py", "tests/controller/test_whole_run.py")
 WITH_WHOLE_RUNS = "tests/controller/"
 OF_RANKS = (
@@ -33,6 +36,18 @@ OF_RANKS = (
 """Those with processes of a fork server, which imports torch and the learner for five seconds."""
 TESTS_OF_VLLM = "vllm and not soak"
 """Their marker expression in the README."""
+
+
+def pytest_collection(session: pytest.Session) -> None:
+    """Where nothing is compiled yet, each worker begins with files of its own. Pytest writes what it has made of a
+    file, and the other workers read that; in one order all would do the same work at the same time."""
+    worker = getattr(session.config, "workerinput", None)
+    if worker is None or session.config.args != ["tests"] or session.config.option.markexpr == TESTS_OF_VLLM:
+        return
+    files = sorted(path.relative_to(ROOT) for path in ROOT.glob("tests/**/test_*.py"))
+    for file in files[int(worker["workerid"].removeprefix("gw")) :: worker["workercount"]]:
+        with suppress(Exception, pytest.skip.Exception):  # raised again, and reported, when pytest comes to the file
+            import_module(".".join(file.with_suffix("").parts))
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
