@@ -1,7 +1,7 @@
 """What the cells of `benchmarks/staleness.py` come to: tables in Markdown, and a picture.
 
-In: lines of the results file. A figure is the mean over the seeds that were run; (2) behind it says that there are two
-of them, – that the cell wasn't run.
+In: lines of the results file. A figure or a curve is the mean over the seeds that were run; .750 (.700–.800) has the
+least and the most of several, – says that the cell wasn't run.
 """
 
 from __future__ import annotations
@@ -95,7 +95,8 @@ def _seconds_to_goal(seeds: Sequence[Line]) -> str:
 def _last(seeds: Sequence[Line]) -> str:
     if not seeds:
         return "–"
-    return short(mean(line["accuracy"][-1] for line in seeds)) + (f" ({len(seeds)})" if len(seeds) > 1 else "")
+    last = [line["accuracy"][-1] for line in seeds]
+    return short(mean(last)) + (f" ({short(min(last))}–{short(max(last))})" if len(seeds) > 1 else "")
 
 
 def short(number: float) -> str:
@@ -122,12 +123,8 @@ def draw(lines: Sequence[Line], methods: Sequence[str], staleness: Sequence[int]
             run = [one for one in staleness if found[one]]
             last = [mean(line["accuracy"][-1] for line in found[one]) for one in run]
             by_staleness.plot(run, last, "o-", color=f"C{number}", label=method)
-            for line in found[SHOWN_STALENESS]:
-                by_step.plot(line["steps"], line["accuracy"], color=f"C{number}")
-                by_second.plot(line["seconds"], line["accuracy"], color=f"C{number}")
-        for line in seeds_of(of_task, methods[0], 0):
-            by_step.plot(line["steps"], line["accuracy"], "k--")
-            by_second.plot(line["seconds"], line["accuracy"], "k--")
+            _draw_curves(by_step, by_second, found[SHOWN_STALENESS], color=f"C{number}")
+        _draw_curves(by_step, by_second, seeds_of(of_task, methods[0], 0), color="k", linestyle="--")
         by_staleness.set(title=f"{TITLES[task]}: at the last step", xlabel="staleness, versions", ylabel="accuracy")
         by_staleness.set_xscale("symlog", base=2)
         by_staleness.set_xticks(staleness, [str(one) for one in staleness])
@@ -140,3 +137,12 @@ def draw(lines: Sequence[Line], methods: Sequence[str], staleness: Sequence[int]
         axis.grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(path, dpi=90)
+
+
+def _draw_curves(by_step: Any, by_second: Any, seeds: Sequence[Line], **style: str) -> None:
+    if seeds:
+        steps, seconds, accuracy = (
+            np.mean([line[name] for line in seeds], axis=0) for name in ("steps", "seconds", "accuracy")
+        )
+        by_step.plot(steps, accuracy, **style)
+        by_second.plot(seconds, accuracy, **style)

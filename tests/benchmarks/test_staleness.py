@@ -39,10 +39,10 @@ def test_long_chains_are_the_same_at_each_call_and_none_is_both_trained_on_and_h
     assert 11 < mean(sum(text.count(sign) for sign in "+-*") for text in training) < 13
 
 
-def test_the_matrix_says_which_cells_have_which_number_of_seeds_and_which_have_none() -> None:
+def test_the_matrix_has_the_least_and_the_most_of_several_seeds_and_says_where_there_is_none() -> None:
     lines = [line("ppo", 0, 0.96), line("ppo", 16, 0.8), line("ppo", 16, 0.7, seed=1), line("tis", 16, 0.9)]
     assert report.matrix(lines, ("ppo", "tis"), (0, 16)).splitlines()[2:] == [
-        "| ppo | .960 | .750 (2) |",
+        "| ppo | .960 | .750 (.700–.800) |",
         "| tis | – | .900 |",
     ]
 

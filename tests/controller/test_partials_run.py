@@ -121,7 +121,9 @@ def test_a_rollback_keeps_what_older_weights_have_sampled_and_drops_the_rest(tmp
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(("engine", "slots"), [("torch", 1), pytest.param("vllm", 8, marks=pytest.mark.vllm)])
+@pytest.mark.parametrize(
+    ("engine", "slots"), [pytest.param(*SLOW.values, 32, id="torch"), pytest.param("vllm", 8, marks=pytest.mark.vllm)]
+)
 def test_what_workers_leave_behind_others_continue_and_it_is_trained(engine: str, slots: int, tmp_path: Path) -> None:
     """A group takes seconds, so the learner waits, and something is always half sampled."""
     steps, run_dir = 18, tmp_path / "run"
@@ -165,8 +167,9 @@ def num_branches(run_dir: Path) -> int:
 
 
 def holders(run_dir: Path) -> list[int]:
-    """Workers of whose running leases something is saved."""
-    rows = query(run_dir, "SELECT worker FROM partials JOIN leases USING (lease_id) WHERE outcome IS NULL")
+    """Workers of whose running leases something is saved, the least first: it isn't done before they leave."""
+    saved = "SELECT worker FROM partials JOIN leases USING (lease_id) WHERE outcome IS NULL ORDER BY tokens"
+    rows = query(run_dir, saved)
     return [worker for (worker,) in rows]
 
 
