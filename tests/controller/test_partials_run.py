@@ -122,7 +122,7 @@ def test_a_rollback_keeps_what_older_weights_have_sampled_and_drops_the_rest(tmp
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
-    ("engine", "slots"), [pytest.param(*SLOW.values, 32, id="torch"), pytest.param("vllm", 8, marks=pytest.mark.vllm)]
+    ("engine", "slots"), [pytest.param(*SLOW.values, 16, id="torch"), pytest.param("vllm", 8, marks=pytest.mark.vllm)]
 )
 def test_what_workers_leave_behind_others_continue_and_it_is_trained(engine: str, slots: int, tmp_path: Path) -> None:
     """A group takes seconds, so the learner waits, and something is always half sampled."""
