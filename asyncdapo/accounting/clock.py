@@ -78,10 +78,10 @@ class StateClock:
 class SharedClock:
     """The time of one process, in any thread. Nothing is counted before `begin`.
 
-    Bodies may lie inside each other or overlap (weights go to a worker that came back while the next batch is waited
-    for); time belongs to the body that was begun last and hasn't ended, or to the rest. What goes on beside all this,
-    such as the preparation of the next batch during a train step, has no state. A GPU has to be done with a body's work
-    before the body ends, if the time is to be that of the work.
+    Bodies may lie inside each other or overlap; time belongs to the body that was begun last and hasn't ended, or to
+    the rest. What goes on beside others (weights are sent while the next gradient is computed) has the time that they
+    leave. What never costs any, such as the preparation of the next batch during a train step, has no state. A GPU has
+    to be done with a body's work before the body ends, if the time is to be that of the work.
     """
 
     def __init__(
@@ -102,12 +102,13 @@ class SharedClock:
                 self._enter()
 
     @contextmanager
-    def on(self, state: str) -> Iterator[None]:
-        """The body's time belongs to `state`, unless another body begins in it."""
+    def on(self, state: str, *, beside: bool = False) -> Iterator[None]:
+        """The body's time belongs to `state`, unless another body begins in it. `beside`: only while there is no other
+        body, whichever began first."""
         assert state in self._states, state
         key = object()
         with self._lock:
-            self._open[key] = state
+            self._open = {key: state} | self._open if beside else self._open | {key: state}
             self._enter()
         try:
             yield

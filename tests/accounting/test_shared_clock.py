@@ -64,6 +64,21 @@ def test_weights_sent_while_a_batch_is_waited_for_take_the_time_until_they_are_s
     assert spent(times) == {"wait": 1, "publish": 6, "other": 8}
 
 
+def test_weights_sent_beside_a_gradient_take_the_time_that_it_leaves() -> None:
+    times, watch = begun()
+    gradient, publish = times.on("gradient"), times.on("publish", beside=True)
+    publish.__enter__()
+    watch.go(1)
+    gradient.__enter__()
+    watch.go(2)
+    with times.on("checkpoint", beside=True):
+        watch.go(4)
+    gradient.__exit__(None, None, None)
+    watch.go(8)
+    publish.__exit__(None, None, None)
+    assert spent(times) == {"publish": 9, "gradient": 6}
+
+
 def test_nothing_counts_before_the_beginning_and_a_second_one_changes_nothing() -> None:
     watch = Watch()
     times = SharedClock(STATES, watch)
@@ -85,15 +100,15 @@ def test_a_span_ends_with_an_error_too() -> None:
     assert spent(times) == {"checkpoint": 1, "other": 2}
 
 
-@given(st.lists(st.tuples(st.sampled_from(STATES), st.integers(1, 9), st.booleans(), st.booleans())))
+@given(st.lists(st.tuples(st.sampled_from(STATES), st.integers(1, 9), *[st.booleans()] * 3)))
 def test_the_states_of_a_step_sum_to_its_wall_time_whatever_overlaps(moves: list) -> None:
     times, watch = begun()
     taken_at, stack = watch.time_s, []
-    for state, seconds, closes, takes in moves:
+    for state, seconds, closes, takes, beside in moves:
         if closes and stack:
             stack.pop(seconds % len(stack)).__exit__(None, None, None)
         else:
-            stack.append(times.on(state))
+            stack.append(times.on(state, beside=beside))
             stack[-1].__enter__()
         watch.go(seconds)
         if takes:

@@ -1,13 +1,21 @@
 """A process of the learner: batch feed + learner, and in rank 0 the weight sender.
 
     task and thread of their own    ask for batch k + 1 ── receive ── prepare ┐ (`batches`)
-    the thread for blocking work    train step k ── send version k ── copy    ├─ train step k + 1 ── …
-    a thread of its own                                                └── write the checkpoint (`storage`)
+    the thread for blocking work    train step k ─────────────────────────────┴ begin k + 1 ──────────── finish k + 1 ──
+    the thread that reads weights                └ send version k ── copy the checkpoint ┐
+    a thread of its own                                                                  └ write it (`storage`)
 
 In: commands of the controller, batches of the replay server. Out: metrics, weights, checkpoints. While it trains it
-waits for nobody, whatever is on its way; only `take_batch` waits for the batch. Invariant: the states of
-`learner.times` in the metrics of a step sum to the wall time since the train step before ended, and in the first step
-of a life to that since its batch was wanted.
+waits for nobody, whatever is on its way; only `take_batch` waits for the batch.
+
+A learner of one rank begins with batch k + 1 before it is told, as soon as it has the batch and version k
+(`step_thread`). The command `train_step` allows it to go on to version k + 1. The controller gives it when nobody needs
+version k any more, so whatever comes before (a send that is repeated, a checkpoint, a comparison, a request to stop)
+finds the learner at version k. Several ranks wait for the command: the gathers of a send and those of a gradient have
+to be in one order at all ranks.
+
+Invariants: the weights change in `train_step` alone. The states of `learner.times` in the metrics of a step sum to the
+wall time since the train step before ended, and in the first step of a life to that since its batch was wanted.
 """
 
 from __future__ import annotations
@@ -20,6 +28,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,10 +44,12 @@ from asyncdapo.errors import RunError, WeightsError
 from asyncdapo.learner.batches.batches import Batches
 from asyncdapo.learner.batches.feed import BatchFeed, check_folder
 from asyncdapo.learner.batches.prepared import Prepared
+from asyncdapo.learner.config import LearnerConfig
 from asyncdapo.learner.model.model import device_of
 from asyncdapo.learner.step.learner import Learner
 from asyncdapo.learner.step.probe import Pair
 from asyncdapo.learner.step.ranks import GradientGroup, Ranks
+from asyncdapo.learner.step.step_thread import StepThread
 from asyncdapo.learner.storage.checkpoint import (
     Piece,
     begin_checkpoint,
@@ -75,10 +86,18 @@ class LearnerProcess(ProcessBase):
         """Of the ranks; None before they join, and where there is only one."""
         self._learner: Learner | None = None
         """None until it is loaded."""
+        self.steps: StepThread | None = None
+        """Of the learner."""
         self.beside = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"{spec.name} prepares")
         self.batches = Batches(feed, self._prepare)
         self.prepared: Prepared | None = None
         """The batch taken, until it is trained on."""
+        self.reader = (
+            ThreadPoolExecutor(1, f"{spec.name} reads weights", partial(_begin_reading, config))
+            if self.ranks.num_ranks == 1
+            else self.thread
+        )
+        """For blocking work that reads the weights and changes nothing."""
         self.weight_group: WeightGroup | None = None
         """The newest that this rank has hosted."""
         self.sender: WeightSender | None = None
@@ -86,8 +105,6 @@ class LearnerProcess(ProcessBase):
         self.giver: Giver | None = None
         """None until this rank has given its shards for the first time."""
         self.num_sent = 0
-        self.cpu_s = time.process_time()
-        """Of this process, when the last train step ended."""
         self.copied: HostCopy | None = None
         """What is to be written of a checkpoint."""
         self.writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"{spec.name} writes")
@@ -157,6 +174,7 @@ class LearnerProcess(ProcessBase):
         when replicas have other weights than each other."""
         with self.waits.on(NOBODY, "loads the model"):
             self._learner = await self.blocking(load_learner, self.config, self.ranks, checkpoint)
+        self.steps = StepThread(self.learner, self.thread, self.observer.on)
 
     # ----------------------------------------------------------------------------------------------------- weights
 
@@ -183,7 +201,7 @@ class LearnerProcess(ProcessBase):
         """Wait for every worker to join."""
         assert self.weight_group is not None, "`host_weights` comes first"
         with self.waits.on("rollout", "the weight group", self.config.weights.timeout_s):
-            await self.blocking(self.weight_group.connect)
+            await self._reading(self.weight_group.connect)
         shards, bucket_bytes = Shards(self.learner.shards()), self.config.weights.bucket_mb << 20
         self.sender = WeightSender(self.weight_group, self._manifest(), bucket_bytes, shards)
 
@@ -193,7 +211,7 @@ class LearnerProcess(ProcessBase):
         assert self.sender is not None, "`accept_workers` comes first"
         faults.point("in_send_weights")
         with self.waits.on("rollout", f"version {version} to arrive", self.config.weights.timeout_s):
-            report = await self.blocking(self._in, "publish", partial(self._send, self.sender, version, branch))
+            report = await self._reading(self._in, "publish", partial(self._send, self.sender, version, branch))
         self.num_sent += 1
         log.info("version %d: %.1f MiB sent in %.3f s", version, report.num_bytes / 2**20, report.seconds)
         return {"bytes": report.num_bytes, "seconds": report.seconds, "gather_s": report.gather_s}
@@ -207,7 +225,7 @@ class LearnerProcess(ProcessBase):
         faults.point("in_give_shards")
         began_s = time.monotonic()
         with self.waits.on("learner", "the weights to be gathered", self.config.weights.timeout_s):
-            await self.blocking(self._in, "publish", self._give)
+            await self._reading(self._in, "publish", self._give)
         return {"seconds": time.monotonic() - began_s}
 
     def _give(self) -> None:
@@ -235,27 +253,20 @@ class LearnerProcess(ProcessBase):
 
     async def train_step(self) -> dict[str, float]:
         """Train on the batch taken, and bring the next one meanwhile. Returns the learner's metrics."""
+        assert self.steps is not None, "`load` comes first"
         assert self.prepared is not None, "`take_batch` comes first"
         faults.point("before_train")
-        step = self.prepared.batch.step
+        step, coming = self.prepared.batch.step, None
         if step < self.config.run.steps:
             self.batches.ask(step + 1)
+            if self.ranks.num_ranks == 1:
+                coming = self.batches.ahead(step + 1)
         with self.waits.on(NOBODY, f"trains step {step}"):
-            metrics = await self.blocking(self._train, self.prepared)
+            metrics = await self.steps.train(self.prepared, coming)
         self.prepared = None  # the next one may be here: two batches are what there is memory for
         faults.point("after_train")
-        times = self.learner.times.take()
         self.observer.write_spans(self.learner.times)
-        cpu_before_s, self.cpu_s = self.cpu_s, time.process_time()
-        return {
-            **metrics,
-            **{f"learner/time/{state}_s": seconds for state, seconds in times.items()},
-            "learner/cpu_s": self.cpu_s - cpu_before_s,
-        }
-
-    def _train(self, prepared: Prepared) -> dict[str, float]:
-        with self.observer.on(prepared.batch) as note:
-            return self.learner.train(prepared, note)
+        return metrics
 
     async def probe(self, version: int, pairs: Sequence[Pair]) -> list[np.ndarray]:
         """What the weights of `version` make of what the engines have sampled with it: see `Learner.logprobs`. Every
@@ -266,13 +277,13 @@ class LearnerProcess(ProcessBase):
     async def check_ranks(self) -> None:
         """Raises RunError unless every rank has the same weights."""
         with self.waits.on(NOBODY, "compares its weights with the other ranks'"):
-            await self.blocking(self._in, "checkpoint", self.learner.check_ranks)
+            await self._reading(self._in, "checkpoint", self.learner.check_ranks)
 
     async def copy_checkpoint(self, step: int) -> int:
         """Keep what this rank writes of the checkpoint of `step`, in host memory. Every rank has to be told; training
         may continue when all have answered. Returns its bytes."""
         with self.waits.on(NOBODY, f"copies the checkpoint of step {step}"):
-            copied = self.copied = await self.blocking(self._in, "checkpoint", partial(self._copy, step))
+            copied = self.copied = await self._reading(self._in, "checkpoint", partial(self._copy, step))
         return copied.num_bytes
 
     def _copy(self, step: int) -> HostCopy:
@@ -302,9 +313,20 @@ class LearnerProcess(ProcessBase):
         remove_old_checkpoints(run_dir, self.config.learner.keep_checkpoints)
 
     def _in(self, state: str, work: Callable[[], T]) -> T:
-        """Do blocking work, whose time belongs to `state`."""
-        with self.learner.times.on(state):
+        """Do blocking work that reads the weights. Its time belongs to `state` where it isn't beside a gradient."""
+        with self.learner.in_use, self.learner.times.on(state, beside=True):
             return work()
+
+    async def _reading(self, work: Callable[..., T], *args: Any) -> T:
+        """Run blocking work that reads the weights and changes nothing, in the one thread for it."""
+        return await asyncio.get_running_loop().run_in_executor(self.reader, work, *args)
+
+
+def _begin_reading(config: LearnerConfig) -> None:
+    """What the thread that reads weights is like: on a GPU its copies don't queue behind the kernels of a gradient."""
+    torch.set_num_threads(config.threads)
+    if (device := device_of(config)).type == "cuda":
+        torch.cuda.set_stream(torch.cuda.Stream(device, priority=-1))
 
 
 def load_learner(config: Config, ranks: Ranks, checkpoint: Path | None) -> Learner:

@@ -3,9 +3,10 @@
     ask(k + 1) ──CutWanted──▶ replay ──Batch──▶ feed ──read, prepare, each in a thread──▶ Prepared
                                                   └── or NoBatch, kept for whoever wants batch k + 1
 
-In: the step of a batch. `ask` gets it early, when train step k begins; `receive` gets it when the batch is wanted. Out:
-the batch, ready to train on, or the news that there is none. An error of the early question is raised by `receive`, one
-of the reading by the task that it returns: who waits for that one waits for storage, not for the replay server.
+In: the step of a batch. `ask` gets it early, when train step k begins; `ahead` shows it as soon as it is ready;
+`receive` gets it when the batch is wanted. Out: the batch, ready to train on, or the news that there is none. An error
+of the early question is raised by `receive`, one of the reading by the task that it returns: who waits for that one
+waits for storage, not for the replay server.
 
 Why an early batch keeps the staleness bound: the core checks every member against the number of the step that will
 train on it, whenever the batch is cut, and the learner checks again before it trains. But an early cut could end
@@ -64,6 +65,18 @@ class Batches(Generic[P]):
         if not isinstance(brought, NoBatch):
             self._coming = None
         return brought
+
+    async def ahead(self, step: int) -> P | None:
+        """Wait until batch `step`, which was asked for, is prepared. It stays here until it is received. None for one
+        that doesn't come, of which `receive` says why."""
+        assert self._coming is not None, "`ask` comes first"
+        coming, bringing = self._coming
+        assert coming == step, f"it is batch {coming} that comes"
+        await asyncio.wait([bringing])
+        if bringing.cancelled() or bringing.exception() or isinstance(brought := bringing.result(), NoBatch):
+            return None
+        await asyncio.wait([brought])
+        return None if brought.cancelled() or brought.exception() else brought.result()
 
     async def close(self) -> None:
         """Cancel what is on its way, and close the connection."""

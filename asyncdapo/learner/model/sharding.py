@@ -83,6 +83,14 @@ def before_backward(policy: Policy, *, is_last: bool) -> None:
         root.set_requires_all_reduce(is_last)
 
 
+def free_gathered(policy: Policy) -> None:
+    """Before the shards change: free the weights that a pass without gradient has left gathered, which the next pass
+    would compute with."""
+    for module in policy.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def named_shards(policy: Policy) -> dict[str, DTensor]:
     """What is trained by Hugging Face names, tied weights once: live, and the same names in the same order at every
     rank. They are what a safetensors file has, buffers aside. `Policy.parameters` are others while weights are

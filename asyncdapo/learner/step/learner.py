@@ -3,14 +3,15 @@
     batch k ── staleness check ─▶ rows with advantages ── first pass ─▶ updates of whole groups ─▶ micro-batches
                                                           masks, other      × epochs    │ gradients summed over ranks,
                                                           log-probs                     ▼ one optimizer step each
-                                                                                  weights of version k
+                               `begin`, until the first optimizer step;           weights of version k
+                               `finish`, from there on
 
 The anchor of the ratio is the behaviour policy, whose log-probs μ were recorded, or the policy at the start of the step
-(`loss.anchor`). Invariants: no group staler than the bound is trained; batches come in order; every denominator of a
-step is known before its first backward pass, so the gradient depends neither on micro-batches nor on ranks; the same
-batches give the same weights, bit for bit on a CPU. Each rank holds a share of the weights and runs this code on its
-share of the rows. Does not own: fetching batches (`feed`), sending weights, when a checkpoint is due, how ranks talk
-(`ranks`), how weights are shared (`model/sharding`).
+(`loss.anchor`). Invariants: no group staler than the bound is trained; batches come in order; the gradient depends
+neither on micro-batches nor on ranks; the same batches give the same weights, bit for bit on a CPU; `finish` alone
+changes the weights. Each rank holds a share of the weights and runs this code on its share of the rows. Does not own:
+what happens inside a step (`train_step`), fetching batches (`feed`), sending weights, when a checkpoint is due, how
+ranks talk (`ranks`), how weights are shared (`model/sharding`).
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from threading import Lock
 from typing import Any, cast
 
 import numpy as np
@@ -33,23 +34,21 @@ from asyncdapo.accounting.clock import SharedClock
 from asyncdapo.accounting.names import LEARNER_STATES
 from asyncdapo.accounting.quantiles import quantiles
 from asyncdapo.algorithm.advantages import batch_advantages
-from asyncdapo.algorithm.averages import aggregation_weights
 from asyncdapo.errors import ConfigError, RunError, StalenessError
 from asyncdapo.learner.batches.prepared import Prepared
-from asyncdapo.learner.batches.samples import Columns, Row, columns, rows_by_update, weighted
+from asyncdapo.learner.batches.samples import columns, rows_by_update
 from asyncdapo.learner.config import LearnerConfig, LossConfig
 from asyncdapo.learner.model.model import device_of, load_policy
 from asyncdapo.learner.model.packing import Work
 from asyncdapo.learner.model.policy import Policy
 from asyncdapo.learner.model.sharding import gather, named_shards
-from asyncdapo.learner.step.diagnostics import Sums
-from asyncdapo.learner.step.frozen_logprobs import FirstPass, second_moment_masked
-from asyncdapo.learner.step.gradient import Note, Part, accumulate_gradient
+from asyncdapo.learner.step.gradient import Note
 from asyncdapo.learner.step.measured import Measured
 from asyncdapo.learner.step.optimizer import Optimizer
 from asyncdapo.learner.step.probe import Pair, response_logprobs
 from asyncdapo.learner.step.ranks import ALONE, Ranks
-from asyncdapo.learner.step.updates import Update, ratio, update_metrics
+from asyncdapo.learner.step.train_step import Begun, TrainSteps
+from asyncdapo.learner.step.updates import ratio, update_metrics
 from asyncdapo.learner.storage.checkpoint import STATE_FILE, check_checkpoint
 from asyncdapo.learner.storage.host_copy import HostCopy
 from asyncdapo.learner.storage.slices import read_slices
@@ -97,14 +96,20 @@ class Learner:
             mesh = ranks.mesh(device)
             load = partial(load_policy, mesh=mesh, config=config, device=device, dtype=dtype, temperature=temperature)
             self._policy = load(model.files, trained=True)
-            self._optimizer = Optimizer(self.shards().values(), config, num_steps, float16=dtype == torch.float16)
+            self._shards = named_shards(self._policy)
+            self._optimizer = Optimizer(self._shards.values(), config, num_steps, float16=dtype == torch.float16)
             reference = load(model.reference_files or model.files, trained=False) if loss.kl_coef else None
         self._shape = model.files.shape
         _check_vocabulary(model, reference, self._policy)
-        self._first_pass = FirstPass(self._policy, reference, loss, config.tokens_per_microbatch, ranks)
         self.version = 0
         self.times = SharedClock(LEARNER_STATES)
         """What the time of the learner's process goes into; a train step enters its own states."""
+        self._steps = TrainSteps(
+            self._policy, reference, self._optimizer, loss, config, ranks, self.times, max_response_length
+        )
+        self._begun: Begun | None = None
+        self.in_use = Lock()
+        """Held by who reads weights or optimizer in another thread, and while they change."""
 
     @property
     def device(self) -> torch.device:
@@ -125,29 +130,36 @@ class Learner:
         return Prepared(batch, rows, columns(batch))
 
     def train(self, prepared: Prepared, note: Note | None = None) -> dict[str, float]:
-        """One train step: `epochs` times `updates_per_step` optimizer updates on whole groups; afterwards `version` is
-        that of the batch's step. Every rank has to call it. `note` hears of every pass with gradient.
+        """One train step: `begin`, then `finish`."""
+        self.begin(prepared, note)
+        return self.finish()
+
+    def begin(self, prepared: Prepared, note: Note | None = None) -> None:
+        """The part of a train step that only reads the weights: meanwhile, and until `finish`, they may be sent and
+        copied in another thread (`in_use`). `note` hears of every pass with gradient. Every rank has to call it.
+
+        Raises StalenessError for a group past the bound, RunError for a batch out of order or a rank that is gone."""
+        self._check(prepared.batch)
+        with self.ranks.together(f"begin train step {prepared.batch.step}"):
+            self._begun = self._steps.begin(prepared, note)
+
+    def finish(self) -> dict[str, float]:
+        """The rest of the train step: `epochs` times `updates_per_step` optimizer updates on whole groups; afterwards
+        `version` is that of the batch's step. Every rank has to call it.
 
         Returns the `learner/…` metrics, the same at every rank but for its own memory and time; means leave out skipped
-        updates and are NaN when all were skipped. Raises StalenessError for a group past the bound, RunError for a
-        batch out of order, too many bad updates, or a rank that is gone.
+        updates and are NaN when all were skipped. Raises RunError for too many bad updates or a rank that is gone.
         """
-        started, version = time.perf_counter(), self.version
-        batch, before = prepared.batch, prepared.columns
-        self._check(batch)
-        with self.ranks.together(f"train step {batch.step}"):
-            with self.times.on("first_pass"):
-                updates, counted = self._pass_before(prepared.rows, before)
-            done = [
-                self._update(rows, counted.of_update(number), counted, note)
-                for _ in range(self._config.epochs)
-                for number, rows in enumerate(updates)
-            ]
-        self.version, seconds = batch.step, time.perf_counter() - started
+        assert self._begun is not None, "`begin` comes first"
+        begun, self._begun = self._begun, None
+        started, version, batch = time.perf_counter(), self.version, begun.prepared.batch
+        with self.ranks.together(f"finish train step {batch.step}"), self.in_use:
+            done = self._steps.finish(begun)
+        self.version, seconds = batch.step, begun.seconds + time.perf_counter() - started
         work = sum((update.part.work for update in done), start=Work())
         return {
             **update_metrics(done, self._loss),
-            **self._masked(before, counted),
+            **self._masked(begun),
             **self._measured.metrics(self._shape, work, seconds, self.ranks.num_ranks),
             **{f"learner/response_tokens_{name}": float(n) for name, n in quantiles(_lengths(batch)).items()},
             "learner/version": float(version),
@@ -173,8 +185,9 @@ class Learner:
             return response_logprobs(self._policy, pairs, self._config.tokens_per_microbatch)
 
     def shards(self) -> dict[str, DTensor]:
-        """This rank's shards of the weights (float32), by Hugging Face names, tied ones once: live."""
-        return named_shards(self._policy)
+        """This rank's shards of the weights (float32), by Hugging Face names, tied ones once: live, and always the same
+        tensors. (To ask the policy again would free what a gradient in another thread has gathered.)"""
+        return self._shards
 
     def weights(self) -> dict[str, Tensor]:
         """The weights, gathered. Where they are sharded every rank has to call it; elsewhere they are no copies: good
@@ -244,61 +257,10 @@ class Learner:
                     f"{group.max_version}, which does not exist yet"
                 )
 
-    def _pass_before(
-        self, updates: Sequence[Sequence[Row]], counted: Columns
-    ) -> tuple[Sequence[Sequence[Row]], Columns]:
-        """The rows with what is fixed before the first backward pass, and the columns that count the masks made there
-        by any rank."""
-        rows = self._first_pass([row for rows in updates for row in rows], len(updates) * self._config.epochs)
-        found = {(row.index, row.context): row for row in rows}
-        passed = [[found[row.index, row.context] for row in rows] for rows in updates]
-        with self.times.on("sum"):
-            if self._loss.masks_by_policy:
-                num_tokens_N = torch.zeros_like(counted.num_tokens_N)
-                for row in rows:
-                    num_tokens_N[row.index] += row.num_loss_tokens
-                counted = replace(counted, num_tokens_N=self.ranks.sum(num_tokens_N))
-            if self._loss.m2po_threshold is not None:
-                mask = partial(second_moment_masked, threshold=self._loss.m2po_threshold, ranks=self.ranks)
-                passed = [mask(rows, counted.of_update(number), counted) for number, rows in enumerate(passed)]
-        return passed, counted
-
-    def _masked(self, before: Columns, counted: Columns) -> dict[str, float]:
+    def _masked(self, begun: Begun) -> dict[str, float]:
         """Share of the tokens that the first pass masked, where the loss has such masks."""
-        num_before, num_left = (int(one.num_tokens_N.sum()) for one in (before, counted))
+        num_before, num_left = (int(one.num_tokens_N.sum()) for one in (begun.prepared.columns, begun.counted))
         return {"learner/masked_ratio": ratio(num_before - num_left, num_before)} if self._loss.masks_by_policy else {}
-
-    def _update(self, rows: Sequence[Row], indices_N: Tensor, counted: Columns, note: Note | None) -> Update:
-        """One optimizer update on the completions `indices_N`, of which this rank computes `rows`."""
-        num_tokens_N = counted.num_tokens_N[indices_N]
-        num_tokens = int(num_tokens_N.sum())
-        if not num_tokens:  # its gradient is zero: averages of the optimizer and the warm-up stay as they are
-            return Update(Part(0.0, Sums.zeros(), Work()), num_tokens, lr=0.0, grad_norm=None)
-        weights_N = aggregation_weights(
-            self._loss.agg,
-            num_tokens_N,
-            counted.group_N[indices_N],
-            counted.copies_N[indices_N],
-            max_response_length=self._max_response_length,
-        )
-        with self.times.on("gradient"):
-            part = accumulate_gradient(
-                self._policy,
-                weighted(rows, indices_N, weights_N),
-                self._loss,
-                max_tokens=self._config.tokens_per_microbatch,
-                ranks=self.ranks,
-                scale=self._optimizer.scale.value,
-                note=note,
-            )
-        with self.times.on("sum"):
-            part = part.summed(self.ranks)
-        lr = self._optimizer.lr
-        with self.times.on("optimizer"):
-            grad_norm = self._optimizer.update(part.loss)
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)  # else the next update, or the publish, would be charged with it
-        return Update(part, num_tokens, lr, grad_norm)
 
     def _own_state(self) -> dict[str, Any]:
         """What `STATE_FILE` holds; no part of it is live."""

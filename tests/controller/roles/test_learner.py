@@ -7,6 +7,7 @@ import threading
 import time
 from bisect import bisect
 from contextlib import asynccontextmanager
+from functools import partial
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +24,8 @@ from asyncdapo.controller.roles.learner import LearnerProcess, load_learner
 from asyncdapo.errors import ConfigError
 from asyncdapo.learner.batches import feed as feed_module
 from asyncdapo.learner.batches.feed import read_share
-from asyncdapo.learner.step.ranks import ALONE
+from asyncdapo.learner.step import learner as learner_module
+from asyncdapo.learner.step.ranks import ALONE, Ranks
 from asyncdapo.replay.ledger.kept import learned_logprobs
 from asyncdapo.shares import CutWanted, NoBatch
 from asyncdapo.transport.sockets import Server
@@ -73,7 +75,7 @@ def test_the_next_batch_is_prepared_before_the_train_step_ends_and_none_is_asked
 
     async def run() -> None:
         async with learner(path, tmp_path, questions) as process:
-            train, prepare = process.learner.train, process.learner.prepare
+            finish, prepare = process.learner.finish, process.learner.prepare
             prepared: dict[int, threading.Event] = {step: threading.Event() for step in range(1, NUM_STEPS + 1)}
 
             def note(batch, payload):
@@ -81,12 +83,12 @@ def test_the_next_batch_is_prepared_before_the_train_step_ends_and_none_is_asked
                 prepared[batch.step].set()
                 return made
 
-            def train_when_the_next_one_is_there(one, note):
-                step = one.batch.step
+            def finish_when_the_next_one_is_there():
+                step = process.learner.version + 1
                 assert step == NUM_STEPS or prepared[step + 1].wait(PATIENCE_S), f"batch {step + 1} doesn't come"
-                return train(one, note)
+                return finish()
 
-            process.learner.prepare, process.learner.train = note, train_when_the_next_one_is_there
+            process.learner.prepare, process.learner.finish = note, finish_when_the_next_one_is_there
             for step in range(1, NUM_STEPS + 1):
                 assert await process.take_batch(step) == ""
                 if step > 1:
@@ -103,13 +105,13 @@ def test_while_it_trains_it_waits_for_nobody_and_then_for_its_batch(path, tmp_pa
         questions: list[int] = []
         async with learner(path, tmp_path, questions) as process:
             waits: list[list[tuple[str, str]]] = []
-            train = process.learner.train
+            finish = process.learner.finish
 
-            def look(one, note):
+            def look():
                 waits.append([(wait.whom, wait.what) for wait in process.waits.open()])
-                return train(one, note)
+                return finish()
 
-            process.learner.train = look
+            process.learner.finish = look
             await process.take_batch(1)
             await process.train_step()
             assert waits == [[("", "trains step 1")]]
@@ -150,29 +152,58 @@ def test_the_end_of_the_data_is_said_when_the_batch_is_wanted(path, tmp_path):
     asyncio.run(run())
 
 
-def test_the_states_of_a_step_sum_to_the_time_since_the_step_before(path, tmp_path):
+def test_the_next_gradient_is_computed_before_it_is_wanted_unless_other_ranks_have_to_keep_step(path, tmp_path):
+    """Several ranks gather weights for a send and for a gradient: in one order, in one thread."""
+
+    async def run(num_ranks: int) -> bool:
+        async with learner(path, tmp_path, []) as process:
+            process.ranks = Ranks(0, num_ranks)
+            begin, begun = process.learner.begin, threading.Event()
+
+            def note(one, note):
+                begin(one, note)
+                if one.batch.step == 2:
+                    begun.set()
+
+            process.learner.begin = note
+            await process.take_batch(1)
+            await process.train_step()
+            is_begun = await asyncio.to_thread(begun.wait, PATIENCE_S if num_ranks == 1 else 0.2)
+            assert process.learner.version == 1
+            await process.take_batch(2)
+            await process.train_step()
+            assert process.learner.version == 2
+            return is_begun
+
+    assert asyncio.run(run(1))
+    assert not asyncio.run(run(2))
+
+
+def test_the_states_of_a_step_sum_to_the_time_since_the_step_before(path, tmp_path, monkeypatch):
+    readings: list[float] = []
+    ticks = count()
+
+    def now() -> float:
+        readings.append(float(next(ticks)))  # time advances by 1 at every reading
+        return readings[-1]
+
+    class TickingClock(SharedClock):
+        def take(self) -> dict[str, float]:
+            taken = super().take()
+            taken_at.append(readings[-1])  # nothing looks meanwhile: the next step begins in this very thread
+            return taken
+
     async def run() -> None:
         async with learner(path, tmp_path, []) as process:
-            readings: list[float] = []
-            ticks = count()
-
-            def now() -> float:
-                readings.append(float(next(ticks)))  # time advances by 1 at every reading
-                return readings[-1]
-
-            process.learner.times = SharedClock(LEARNER_STATES, now)
-            ended_at = 0.0
             for step in range(1, NUM_STEPS + 1):
                 await process.take_batch(step)
                 metrics = await process.train_step()
-                await process.check_ranks()
                 times = {state: metrics[f"learner/time/{state}_s"] for state in (*LEARNER_STATES, "other")}
-                taken_at = readings[-1] - 3  # its spans were taken since, and `check_ranks` has looked twice
-                assert sum(times.values()) == taken_at - ended_at
+                assert sum(times.values()) == taken_at[-1] - taken_at[-2]
                 assert all(times[state] > 0 for state in ("gradient", "sum", "optimizer", "first_pass"))
-                assert (times["checkpoint"] > 0) == (step > 1), "that of the step before"
-                ended_at = taken_at
 
+    taken_at = [0.0]
+    monkeypatch.setattr(learner_module, "SharedClock", partial(TickingClock, now=now))
     asyncio.run(run())
 
 

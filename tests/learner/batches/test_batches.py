@@ -88,6 +88,47 @@ def test_a_batch_that_was_asked_for_early_is_there_when_it_is_wanted(batches_of:
     play(story, run_dir)
 
 
+def test_an_early_batch_is_shown_as_soon_as_it_is_ready_and_stays_until_it_is_wanted(batches_of: Stored) -> None:
+    run_dir, cut = batches_of
+
+    async def story(replay: Replay, batches: Batches) -> None:
+        batches.ask(2)
+        shown = asyncio.create_task(batches.ahead(2))
+        await replay.asked.wait()
+        assert not shown.done()
+        replay.cut[2] = cut[2]
+        assert await shown == "prepared 2"
+        replay.cut.clear()
+        assert await (await batches.receive(2)) == "prepared 2"
+
+    play(story, run_dir)
+
+
+@pytest.mark.parametrize("cause", ["the end of the data", "a file that is gone", "someone who stops to wait"])
+def test_a_batch_that_does_not_come_is_not_shown_and_whoever_wants_it_hears_why(
+    batches_of: Stored, tmp_path: Path, cause: str
+) -> None:
+    _, cut = batches_of
+
+    async def story(replay: Replay, batches: Batches) -> None:
+        batches.ask(2)
+        shown = asyncio.create_task(batches.ahead(2))
+        if cause == "someone who stops to wait":
+            await replay.asked.wait()
+            shown.cancel()
+            await asyncio.gather(shown, return_exceptions=True)
+        replay.cut[2] = NoBatch(step=2, reason="the data is used up") if cause == "the end of the data" else cut[2]
+        assert shown.cancelled() or await shown is None
+        wanted = await batches.receive(2)
+        if isinstance(wanted, NoBatch):
+            assert wanted.reason == "the data is used up"
+        else:
+            with pytest.raises(BatchError, match="No such"):
+                await wanted
+
+    play(story, tmp_path)
+
+
 def test_an_early_batch_that_cannot_be_read_is_said_when_it_is_wanted(batches_of: Stored, tmp_path: Path) -> None:
     """By the task that reads it: the replay server has done its part."""
     _, cut = batches_of

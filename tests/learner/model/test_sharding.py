@@ -190,7 +190,7 @@ def test_what_is_published_and_compared_are_the_float32_weights(path) -> None:
 def test_a_bfloat16_learner_makes_nearly_the_same_step_as_one_in_float32(path) -> None:
     learner, plain = (make_learner(path, dtype=dtype, loss=LossConfig(kl_coef=0.1)) for dtype in ("bfloat16", "auto"))
     for one, dtype in ((learner, torch.bfloat16), (plain, torch.float32)):
-        reference = one._first_pass.reference
+        reference = one._steps._first_pass.reference
         assert {shard.dtype for shard in named_shards(reference).values()} == {dtype}
     metrics, expected = (train(one, *make_batch(seed=3)) for one in (learner, plain))
     for name in ("learner/grad_norm", "learner/entropy", "learner/loss"):
