@@ -70,6 +70,22 @@ def test_a_planted_bottleneck_gets_its_verdict_and_its_advice(limit: str) -> Non
     assert any(key in advice.text for key in (*KEYS, "controller.placement", "prompts.path", "reward.concurrency"))
 
 
+def test_a_publish_beside_which_the_learner_computes_costs_nothing() -> None:
+    planted = PLANTED["publish"]
+    assert judge(lost_shares(window_of(**planted))).limit == "publish"
+    window = window_of(**planted, learner__ahead_s=0.68 * STEP_S)
+    assert judge(lost_shares(window)).limit == "learner"
+    assert window.loop == pytest.approx(dict.fromkeys(LOOP, 0.0) | {"wait": 0.02, "train": 0.98})
+    assert window.overlap == pytest.approx(0.98)
+
+
+def test_of_what_lies_between_two_steps_only_a_part_may_be_beside_a_gradient() -> None:
+    loop = {"wait": 0.2, "train": 0.4, "publish": 0.3, "checkpoint": 0.1}
+    window = window_of(loop=loop, workers={"generate": 1.0}, learner__ahead_s=0.1 * STEP_S)
+    expected = {"wait": 0.2, "train": 0.5, "publish": 0.225, "checkpoint": 0.075}
+    assert window.loop == pytest.approx(dict.fromkeys(LOOP, 0.0) | expected)
+
+
 def test_there_is_a_rule_and_a_planted_run_for_every_limit() -> None:
     assert set(RULES) == set(LIMITS) == set(PLANTED)
 

@@ -38,8 +38,8 @@ class StepThread:
         """What lasts from the beginning of a step to its end."""
         self._beginning: asyncio.Task[None] | None = None
         """Begins the step after the one commanded last, when its batch is there."""
-        self._begun: Future[None] | None = None
-        """The beginning of that step."""
+        self._begun: Future[tuple[float, float]] | None = None
+        """When the beginning of that step began and ended."""
         self._cpu_s = time.process_time()
         """Of this process, when the last step ended."""
 
@@ -49,7 +49,7 @@ class StepThread:
         if self._beginning:
             self._beginning.cancel()  # its batch came just now, and it has not begun
         begun, self._begun = self._begun, None
-        training = self._thread.submit(self._train, prepared, begun)
+        training = self._thread.submit(self._train, prepared, begun, time.monotonic())
         self._beginning = asyncio.ensure_future(self._begin_next(coming)) if coming else None
         return await asyncio.wrap_future(training)
 
@@ -57,16 +57,18 @@ class StepThread:
         if prepared := await coming:
             self._begun = self._thread.submit(self._begin, prepared)
 
-    def _begin(self, prepared: Prepared) -> None:
+    def _begin(self, prepared: Prepared) -> tuple[float, float]:
+        began_s = time.monotonic()
         self._learner.begin(prepared, self._observed.enter_context(self._observe(prepared.batch)))
+        return began_s, time.monotonic()
 
-    def _train(self, prepared: Prepared, begun: Future[None] | None) -> dict[str, float]:
-        if begun:
-            begun.result()  # over, since it came before this
-        else:
-            self._begin(prepared)
+    def _train(
+        self, prepared: Prepared, begun: Future[tuple[float, float]] | None, commanded_s: float
+    ) -> dict[str, float]:
+        began_s, ended_s = begun.result() if begun else self._begin(prepared)  # `begun` came before this: it is over
         metrics = self._learner.finish()
         self._observed.close()
         cpu_before_s, self._cpu_s = self._cpu_s, time.process_time()
         times = {f"learner/time/{state}_s": seconds for state, seconds in self._learner.times.take().items()}
-        return {**metrics, **times, "learner/cpu_s": self._cpu_s - cpu_before_s}
+        ahead_s = max(0.0, min(ended_s, commanded_s) - began_s)
+        return {**metrics, **times, "learner/ahead_s": ahead_s, "learner/cpu_s": self._cpu_s - cpu_before_s}

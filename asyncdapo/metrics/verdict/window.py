@@ -19,6 +19,8 @@ Line = Mapping[str, float]
 
 LOOP = ("wait", "train", "publish", "checkpoint", "report", "parity")
 """States of the training loop, `controller/STATE_s`."""
+BETWEEN = ("publish", "checkpoint", "report", "parity")
+"""Those between a train step and the next one, beside which the learner may already compute (`learner/ahead_s`)."""
 FATES = tuple("trained filtered evaluation expired withdrawn late surplus lost undone dropped failed".split())
 """How tokens end, `replay/tokens_FATE`."""
 SHOWN_FATES = tuple(
@@ -37,7 +39,7 @@ class Window:
     step_s: float
     """Mean time of a step."""
     loop: Mapping[str, float]
-    """Shares of `LOOP`."""
+    """Shares of `LOOP`. While the learner computes, the loop trains, whatever is done beside it."""
     workers: Mapping[str, float]
     """Shares of `WORKER_STATES`."""
     slots: float
@@ -73,7 +75,7 @@ class Window:
         return cls(
             num_steps=len(steps),
             step_s=seconds / len(steps),
-            loop=_shares(loop),
+            loop=_shares(_trained_ahead(loop, sum(line.get("learner/ahead_s", 0.0) for line in steps))),
             workers=_shares(workers),
             slots=_share(_rise(lines, "rollout/running_s"), workers["generate"]),
             verifiers_busy=_share(busy_s, busy_s + idle_s),
@@ -92,6 +94,14 @@ class Window:
         """How much of the time the busiest stage works: 1 if every other is hidden behind it."""
         stages = (1 - self.loop["wait"], 1 - self.workers["lease"], self.verifiers_busy, self.replay_busy)
         return max((busy for busy in stages if math.isfinite(busy)), default=math.nan)
+
+
+def _trained_ahead(loop: Mapping[str, float], ahead_s: float) -> dict[str, float]:
+    """Seconds of `LOOP`, of which these belong to `train` instead of `BETWEEN`."""
+    between_s = sum(loop[state] for state in BETWEEN)
+    left = max(0.0, 1 - ahead_s / between_s) if between_s else 0.0
+    parts = {state: loop[state] * left for state in BETWEEN}
+    return {**loop, **parts, "train": loop["train"] + between_s - sum(parts.values())}
 
 
 def _rise(lines: Sequence[Line], name: str) -> float:

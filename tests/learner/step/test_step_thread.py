@@ -84,8 +84,11 @@ def test_the_next_step_begins_before_its_command_and_comes_to_the_same_weights(p
         assert steps.begun[2].is_set()
         assert steps.noted[0] == 1
         assert steps.noted[-1] == 2
-        await steps.train(2, coming=3)
+        ahead = [(await steps.train(2, coming=3))["learner/ahead_s"]]
         metrics = await steps.train(3)
+        ahead.append(metrics["learner/ahead_s"])
+        assert all(seconds > 0 for seconds in ahead)
+        assert ahead[-1] < metrics["learner/train_s"]
         assert metrics["learner/version"] == 2
         assert steps.learner.digest() == trained(path, 3).digest()
         assert steps.noted == sorted(steps.noted)
@@ -124,7 +127,7 @@ def test_a_batch_that_comes_with_its_command_is_begun_once(path):
             raise AssertionError("the command was first")
 
         await steps.steps.train(prepared(steps.learner, 1), come())
-        await steps.train(2)
+        assert (await steps.train(2))["learner/ahead_s"] == 0
         never.set()
         await asyncio.sleep(0)
         assert steps.learner.digest() == trained(path, 2).digest()
