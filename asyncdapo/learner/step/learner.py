@@ -152,10 +152,11 @@ class Learner:
         """
         assert self._begun is not None, "`begin` comes first"
         begun, self._begun = self._begun, None
-        started, version, batch = time.perf_counter(), self.version, begun.prepared.batch
+        version, batch = self.version, begun.prepared.batch
         with self.ranks.together(f"finish train step {batch.step}"), self.in_use:
+            started = time.perf_counter()
             done = self._steps.finish(begun)
-        self.version, seconds = batch.step, begun.seconds + time.perf_counter() - started
+            self.version, seconds = batch.step, begun.seconds + time.perf_counter() - started
         work = sum((update.part.work for update in done), start=Work())
         return {
             **update_metrics(done, self._loss),

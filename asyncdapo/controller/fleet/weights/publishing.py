@@ -6,10 +6,11 @@ The next one goes through a new process group of the workers that are up. A work
 catches up when it answers again (`ends`). An end that gives no answer by the deadline is killed; the fleet starts it
 again, and it catches up. After `weights.max_missed` failures of one version the run ends.
 
-One turn at a time: the learner trains, or sends to all, or sends to one; so a send never waits for a train step, and
-what is sent is always the newest that the learner has. A worker catches up beside that: another worker that has the
-version in force sends it. The learner does so only if none has it. A publish goes first: it ends such a transfer, and
-brings the newcomer what is new. Nothing here touches a tensor: the controller only tells both ends when.
+One turn at a time: the learner changes its weights, or sends to all, or sends to one; so a send never waits for a train
+step, and what is sent is always the newest that the learner has. (Beside a send it may compute its next gradient.) A
+worker catches up beside that: another worker that has the version in force sends it. The learner does so only if none
+has it. A publish goes first: it ends such a transfer, and brings the newcomer what is new. Nothing here touches a
+tensor: the controller only tells both ends when.
 """
 
 from __future__ import annotations
