@@ -50,7 +50,7 @@ def test_time_inside_a_span_is_the_inner_one_s() -> None:
     assert spent(times) == {}
 
 
-def test_weights_sent_while_a_batch_is_waited_for_take_the_time_until_they_are_sent() -> None:
+def test_of_two_that_overlap_the_one_that_began_last_has_the_time() -> None:
     times, watch = begun()
     wait, publish = times.on("wait"), times.on("publish")
     wait.__enter__()

@@ -10,7 +10,7 @@ import torch
 
 from asyncdapo.errors import ConfigError
 from asyncdapo.learner.config import LearnerConfig
-from asyncdapo.learner.step.profiler import FOLDER, StepProfiler
+from asyncdapo.learner.storage.profiler import FOLDER, StepProfiler
 
 
 def traced(run_dir: Path) -> list[str]:

@@ -4,6 +4,7 @@ bit."""
 import os
 import signal
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -47,6 +48,7 @@ def test_a_restored_learner_resumes_bit_for_bit(tmp_path):
     expected = [train(straight, *make_batch(step, seed=step)) for step in (3, 4)]
 
     restored = make_learner(start, **config)
+    restored.logprobs(0, [(np.array([1, 2], np.int32), np.array([3], np.int32), None)])  # gathers the weights of before
     restored.restore(path)
     assert restored.version == 2
     assert torch.equal(torch.rand(1), random_number)

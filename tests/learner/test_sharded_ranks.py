@@ -16,7 +16,7 @@ from asyncdapo.learner.model import sharding
 from asyncdapo.learner.model.logprobs import linear_logprobs
 from asyncdapo.learner.model.packing import MicroBatch
 from asyncdapo.learner.model.policy import Policy
-from asyncdapo.learner.step import gradient, ranks
+from asyncdapo.learner.step import ranks
 from asyncdapo.learner.step.learner import Learner
 from asyncdapo.learner.step.ranks import ALONE, Ranks
 from tests.learner.ranks import die, in_processes, with_shards
@@ -110,8 +110,8 @@ def gradients_with_faults(of_rank: Ranks, path: str) -> dict[str, torch.Tensor |
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ranks, "SYNC_TIMEOUT_S", 3.0)
         learner = unclipped(path, ranks=with_shards(of_rank, 2), tokens_per_microbatch=60)
-        passes = gradient.passes
-        patch.setattr(gradient, "passes", lambda *args, **kwargs: passes(*args, **kwargs)[of_rank.rank :])
+        as_many = ranks.Ranks.as_many
+        patch.setattr(ranks.Ranks, "as_many", lambda *args, **kwargs: as_many(*args, **kwargs)[of_rank.rank :])
         try:
             found["a pass fewer"] = first_gradient(learner)
         except RanksError as error:

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: copied to host memory between two train steps, written while the next ones are trained.
+"""Checkpoints of a run: copied to host memory between two updates, written while the next steps are trained.
 
     train step k ── ranks compared ── copied ── train step k + 1 ── …
                                          └── every rank writes its part ── rank 0 commits ── replay frees payloads

@@ -13,7 +13,7 @@ is said once, until it is below again; one above `rollout.parity_stop` ends the 
 Invariant: only completions sampled by that version alone are compared, so that a difference never comes of weights that
 are rightly older. A worker without any (it or its engine dies, it takes too long) is left out, and that is said; one
 that isn't up is left out in silence.
-Does not own: when versions are compared, and that the learner doesn't train meanwhile (`run`).
+Does not own: when versions are compared, and that the learner keeps its weights meanwhile (`run`).
 
 Shape: T sampled tokens of one worker.
 """
@@ -93,7 +93,7 @@ class LogprobMismatch:
         """Workers above `parity_warn` in the comparison before."""
 
     async def compare(self, version: int) -> dict[str, float]:
-        """The metrics of it; none when every worker is left out. The learner must not train before this ends.
+        """The metrics of it; none when every worker is left out. The learner must keep its weights until this ends.
 
         Raises RunError for a worker above `rollout.parity_stop`, ProcessDied for the learner.
         """

@@ -192,7 +192,7 @@ class LearnerProcess(ProcessBase):
     async def abandon_workers(self) -> None:
         """Leave the group. Who waits in it for a worker that has died fails now, not at the deadline.
 
-        Beside the thread for blocking work, which may be waiting in this very group. NCCL's abort waits for the GPU,
+        Beside the thread that sends, which may be waiting in this very group. NCCL's abort waits for the GPU,
         and the health must not."""
         if self.weight_group:
             await asyncio.to_thread(self.weight_group.close)
@@ -201,9 +201,13 @@ class LearnerProcess(ProcessBase):
         """Wait for every worker to join."""
         assert self.weight_group is not None, "`host_weights` comes first"
         with self.waits.on("rollout", "the weight group", self.config.weights.timeout_s):
-            await self._reading(self.weight_group.connect)
+            self.sender = await self._reading(self._connect, self.weight_group)
+
+    def _connect(self, group: WeightGroup) -> WeightSender:
+        """In the thread that sends: on a GPU the buckets are of its stream, in which they are cleared and filled."""
+        group.connect()
         shards, bucket_bytes = Shards(self.learner.shards()), self.config.weights.bucket_mb << 20
-        self.sender = WeightSender(self.weight_group, self._manifest(), bucket_bytes, shards)
+        return WeightSender(group, self._manifest(), bucket_bytes, shards)
 
     async def send_weights(self, version: int, branch: int) -> dict[str, float]:
         """Broadcast the weights as those of `version`; over when every worker has checked them. The ranks that have
@@ -218,6 +222,8 @@ class LearnerProcess(ProcessBase):
 
     def _send(self, sender: WeightSender, version: int, branch: int) -> SendReport:
         with self.ranks.together("gather weights", in_step_after=WeightsError):
+            if version != self.learner.version:
+                raise WeightsError(f"version {version} was to be sent, the learner has {self.learner.version}")
             return sender.send(version, self.learner.shards(), branch=branch)
 
     async def give_shards(self) -> dict[str, float]:
@@ -347,4 +353,6 @@ def load_learner(config: Config, ranks: Ranks, checkpoint: Path | None) -> Learn
     if checkpoint:
         learner.restore(checkpoint)
     learner.check_ranks()
+    if learner.device.type == "cuda":
+        torch.cuda.synchronize(learner.device)  # the thread that sends reads the weights in a stream of its own
     return learner

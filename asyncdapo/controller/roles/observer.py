@@ -1,7 +1,7 @@
 """What is kept of the train steps of a rank besides its metrics: what it did when, log-probs of samples, profiles.
 
 In: train steps, the rank's clock and waits. Out: files in the run directory. Invariant: no gradient depends on it. Does
-not own: what is in the files (`accounting/spans`, `learner/storage/sample_logprobs`, `learner/step/profiler`).
+not own: what is in the files (`accounting/spans`, `learner/storage/sample_logprobs`, `learner/storage/profiler`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from asyncdapo.accounting.clock import SharedClock
 from asyncdapo.controller.roles.base import ProcessBase
 from asyncdapo.learner.step.gradient import Note
-from asyncdapo.learner.step.profiler import StepProfiler
+from asyncdapo.learner.storage.profiler import StepProfiler
 from asyncdapo.learner.storage.sample_logprobs import SampleLogprobs
 from asyncdapo.replay.ledger.kept import FOLDER
 from asyncdapo.shares import Batch

@@ -13,11 +13,10 @@ train on it, whenever the batch is cut, and the learner checks again before it t
 running groups that would still have made the batch. Replay waits with the cut as long as that is so (`state.py`). Under
 a bound of 0 there is nothing to cut before version k is published, so the early question waits like any other.
 
-Invariants: at most one batch is ahead of the one in training, so a rank holds the tokens of at most
-two batches. A batch is only
-trained in the branch in which it was cut: a rollback begins when every rank is dead, so a batch that was ahead is gone
-with its process, and is cut again. Does not own: questions and answers on the wire (`feed`), when a batch is cut
-(`replay/core/state`).
+Invariants: at most one batch is ahead of the one in training, so a rank holds the tokens of at most two batches. A
+batch is only trained in the branch in which it was cut: a rollback begins when every rank is dead, so a batch that was
+ahead is gone with its process, and is cut again. Does not own: questions and answers on the wire (`feed`), when a batch
+is cut (`replay/core/state`).
 """
 
 from __future__ import annotations

@@ -25,9 +25,8 @@ from torch import Tensor
 from asyncdapo.algorithm.corrections import Correction, correction_weights, second_moment_limit
 from asyncdapo.learner.batches.samples import Columns, Row
 from asyncdapo.learner.config import LossConfig
-from asyncdapo.learner.model.packing import MicroBatch, pack
+from asyncdapo.learner.model.packing import MicroBatch, micro_batches, pack
 from asyncdapo.learner.model.policy import Policy
-from asyncdapo.learner.step.passes import passes
 from asyncdapo.learner.step.ranks import Ranks
 
 
@@ -50,7 +49,7 @@ class FirstPass:
         if not of_policy and self.reference is None:
             return list(rows)
         done: list[Row] = []
-        for chunk in passes(rows, self.max_tokens, self.ranks):
+        for chunk in self.ranks.as_many(micro_batches(rows, self.max_tokens)):
             micro_batch = pack(chunk, self.policy.device)
             if of_policy:
                 chunk = self._of_policy(chunk, micro_batch)

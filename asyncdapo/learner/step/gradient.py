@@ -23,12 +23,11 @@ from asyncdapo.algorithm.policy_loss import policy_loss
 from asyncdapo.algorithm.variants import PolicyLoss
 from asyncdapo.learner.batches.samples import Row
 from asyncdapo.learner.config import LossConfig
-from asyncdapo.learner.model.packing import MicroBatch, Work, pack
+from asyncdapo.learner.model.packing import MicroBatch, Work, micro_batches, pack
 from asyncdapo.learner.model.policy import Policy
 from asyncdapo.learner.model.sharding import before_backward
 from asyncdapo.learner.step.diagnostics import Sums, measure
 from asyncdapo.learner.step.frozen_logprobs import correct
-from asyncdapo.learner.step.passes import passes
 from asyncdapo.learner.step.ranks import Ranks
 
 
@@ -66,7 +65,8 @@ def accumulate_gradient(
     One forward and one backward pass for each micro-batch of at most `max_tokens` computed tokens, and as many at every
     rank, at least one. The gradient is times `scale`. Every rank has to call it. Returns this rank's part."""
     total, sums, work = torch.zeros((), dtype=torch.float64, device=policy.device), Sums.zeros(policy.device), Work()
-    chunks = passes([row for row in rows if row.num_loss_tokens], max_tokens, ranks, at_least=1)
+    computed = [row for row in rows if row.num_loss_tokens]
+    chunks = ranks.as_many(micro_batches(computed, max_tokens), at_least=1)
     for number, chunk in enumerate(chunks, 1):
         before_backward(policy, is_last=number == len(chunks))
         micro_batch = pack(chunk, policy.device)

@@ -41,7 +41,7 @@ from asyncdapo.learner.config import LearnerConfig, LossConfig
 from asyncdapo.learner.model.model import device_of, load_policy
 from asyncdapo.learner.model.packing import Work
 from asyncdapo.learner.model.policy import Policy
-from asyncdapo.learner.model.sharding import gather, named_shards
+from asyncdapo.learner.model.sharding import free_gathered, gather, named_shards
 from asyncdapo.learner.step.gradient import Note
 from asyncdapo.learner.step.measured import Measured
 from asyncdapo.learner.step.optimizer import Optimizer
@@ -219,6 +219,7 @@ class Learner:
         if self.ranks.largest(len(wrong)):
             raise RunError(f"checkpoint {path} can't be used: {'; '.join(wrong) or 'another rank has found damage'}")
         state = torch.load(path / STATE_FILE, weights_only=True, map_location="cpu")
+        free_gathered(self._policy)
         try:
             read_slices(self.shards(), ModelFiles(str(path)))
             self._optimizer.load_state_dict(state["optimizer"])

@@ -11,9 +11,10 @@ who lives (`controller/fleet/ranks`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import blake2b
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +23,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from asyncdapo.errors import RanksError, RunError
 from asyncdapo.learner.model.mesh import MeshGroup, is_of_collective, mesh_of_one
 from asyncdapo.transport.deadline import Deadline
+
+T = TypeVar("T")
 
 SYNC_TIMEOUT_S = 1800.0
 """A rank waits for the slowest share of an update; nothing that a train step does takes longer."""
@@ -76,6 +79,13 @@ class Ranks:
     def largest(self, number: int) -> int:
         """Of the numbers of all ranks. Raises RanksError when a rank is gone or late."""
         return max(self._exchange(number))
+
+    def as_many(self, parts: Sequence[list[T]], *, at_least: int = 0) -> list[list[T]]:
+        """The parts, and empty lists behind them: as many as the rank with the most has, and `at_least` so many. Passes
+        of sharded weights are collectives, so every rank makes as many; the empty ones count nothing (`packing.IDLE`).
+        Raises RanksError when a rank is gone or late."""
+        number = max(self.largest(len(parts)), at_least)
+        return [*parts, *([] for _ in range(number - len(parts)))]
 
     def check_same(self, digest: int | bytes, what: str) -> None:
         """Raises RunError at every rank unless the replicas of each shard have the same digest of `what`, RanksError

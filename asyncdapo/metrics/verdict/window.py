@@ -97,7 +97,8 @@ class Window:
 
 
 def _trained_ahead(loop: Mapping[str, float], ahead_s: float) -> dict[str, float]:
-    """Seconds of `LOOP`, of which these belong to `train` instead of `BETWEEN`."""
+    """Seconds of `LOOP`, of which these belong to `train` instead of `BETWEEN`. The gap beside which a step
+    was ahead is in the line before it; a window takes them together."""
     between_s = sum(loop[state] for state in BETWEEN)
     left = max(0.0, 1 - ahead_s / between_s) if between_s else 0.0
     parts = {state: loop[state] * left for state in BETWEEN}

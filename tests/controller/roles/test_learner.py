@@ -21,7 +21,7 @@ from asyncdapo.config.config import load_config
 from asyncdapo.config.found import find_config
 from asyncdapo.controller.roles.base import ProcessSpec
 from asyncdapo.controller.roles.learner import LearnerProcess, load_learner
-from asyncdapo.errors import ConfigError
+from asyncdapo.errors import ConfigError, WeightsError
 from asyncdapo.learner.batches import feed as feed_module
 from asyncdapo.learner.batches.feed import read_share
 from asyncdapo.learner.step import learner as learner_module
@@ -205,6 +205,16 @@ def test_the_states_of_a_step_sum_to_the_time_since_the_step_before(path, tmp_pa
     taken_at = [0.0]
     monkeypatch.setattr(learner_module, "SharedClock", partial(TickingClock, now=now))
     asyncio.run(run())
+
+
+def test_weights_are_sent_as_the_version_that_they_are(path, tmp_path) -> None:
+    async def body() -> None:
+        async with learner(path, tmp_path, []) as process:
+            process.sender = SimpleNamespace()
+            with pytest.raises(WeightsError, match="version 1 was to be sent, the learner has 0"):
+                await process.send_weights(1, branch=0)
+
+    asyncio.run(body())
 
 
 def test_a_group_that_takes_long_to_leave_holds_up_nothing_else(path, tmp_path) -> None:

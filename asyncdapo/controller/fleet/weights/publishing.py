@@ -63,7 +63,7 @@ class Publishing:
         self._ends = Ends(waits, config.timeout_s, workers)
         self.config, self.learner, self.workers, self.other_shards = config, learner, workers, other_shards
         self.turn = asyncio.Lock()
-        """Held while the learner trains or sends."""
+        """Held while the learner changes its weights or sends them."""
         self._sending = asyncio.Lock()
         """Held while it sends."""
         self.version, self.branch = 0, 0
