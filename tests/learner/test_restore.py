@@ -4,19 +4,26 @@ bit."""
 import os
 import signal
 
+import msgspec
 import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from asyncdapo.errors import RunError
-from asyncdapo.learner.storage.checkpoint import find_checkpoint
+from asyncdapo.learner.storage.checkpoint import MANIFEST, Manifest, find_checkpoint
 from tests.learner.ranks import die, spawned
 from tests.learner.tiny import MEASURED, make_batch, make_learner, save, save_tiny_llama, train
 
 
 def names(run_dir):
     return sorted(os.listdir(run_dir / "checkpoints"))
+
+
+def digests(path):
+    """Of every file of a checkpoint, the learner's own state among them."""
+    manifest = msgspec.json.decode((path / MANIFEST).read_bytes(), type=Manifest)
+    return {(piece.file, piece.offset): piece.sha256 for piece in manifest.pieces}
 
 
 def same_weights(one, other):
@@ -36,8 +43,9 @@ def test_hugging_face_loads_a_checkpoint_with_the_weights_of_the_learner(tmp_pat
     assert all(torch.equal(saved[name], weight) for name, weight in learner.weights().items())
 
 
-def test_a_restored_learner_resumes_bit_for_bit(tmp_path):
-    config = {"warmup_steps": 5, "updates_per_step": 2, "weight_decay": 0.1}
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_restored_learner_resumes_bit_for_bit(tmp_path, dtype):
+    config = {"warmup_steps": 5, "updates_per_step": 2, "weight_decay": 0.1, "dtype": dtype}
     start = save_tiny_llama(tmp_path / "model")
     straight = make_learner(start, **config)
     for step in (1, 2):
@@ -56,6 +64,8 @@ def test_a_restored_learner_resumes_bit_for_bit(tmp_path):
     for before, after in zip(expected, got, strict=True):
         assert {**before, **dict.fromkeys(MEASURED)} == {**after, **dict.fromkeys(MEASURED)}
     assert same_weights(straight, restored)
+    one, other = (digests(save(learner, tmp_path / name, 4)) for name, learner in (("a", straight), ("b", restored)))
+    assert one == other
 
 
 def test_a_resumed_run_has_the_learning_rates_of_an_uninterrupted_one(tmp_path):

@@ -31,8 +31,10 @@ class LossScale:
 
     def fitted(self) -> None:
         """Count an update without an overflow."""
+        if not self.on:
+            return
         self._num_good += 1
-        if self.on and self._num_good == NUM_GOOD:
+        if self._num_good == NUM_GOOD:
             self.value, self._num_good = self.value * 2, 0
 
     def state(self) -> tuple[float, int]:
