@@ -2,7 +2,7 @@
 one is seen beside the others.
 
 In: the gauges of a worker's heartbeats. Out: means over its latest heartbeats, without the time in which it had no
-lease. Does not own: why it is slow.
+lease; of a worker that has little to do, over more of them. Does not own: why it is slow.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 HEARTBEATS = 10
+MOST_HEARTBEATS = 100
+"""Of a worker that has worked less than `MIN_WORKING_S` in fewer. Beside a straggler, a fast one mostly waits."""
 MIN_WORKING_S = 1.0
 """Less says nothing."""
 WITHOUT_LEASE = "lease_time_s"
@@ -22,7 +24,7 @@ class Pace:
     """Of one session."""
 
     def __init__(self) -> None:
-        self._latest: deque[tuple[float, Mapping[str, float]]] = deque(maxlen=HEARTBEATS)
+        self._latest: deque[tuple[float, Mapping[str, float]]] = deque(maxlen=MOST_HEARTBEATS)
         """Working seconds so far and the gauges, as of each heartbeat."""
 
     def note(self, gauges: Mapping[str, float]) -> None:
@@ -32,6 +34,8 @@ class Pace:
         )
         known = {name: gauges.get(name, 0.0) for name in COUNTERS}
         self._latest.append((working_s, known | {"kv_use": gauges.get("kv_use", math.nan)}))
+        while len(self._latest) > HEARTBEATS and working_s - self._latest[1][0] >= MIN_WORKING_S:
+            self._latest.popleft()
 
     @property
     def tokens_per_s(self) -> float:
@@ -56,7 +60,7 @@ class Pace:
     @property
     def kv_use(self) -> float:
         """Share of the KV cache that is in use, of an engine that says it."""
-        shares = [gauges["kv_use"] for _, gauges in self._latest]
+        shares = [gauges["kv_use"] for _, gauges in list(self._latest)[-HEARTBEATS:]]
         return sum(shares) / len(shares) if shares else math.nan
 
     def _rise(self, counter: str) -> float:

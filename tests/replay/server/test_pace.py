@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
-from asyncdapo.replay.server.pace import HEARTBEATS, Pace, relative, spread
+from asyncdapo.replay.server.pace import HEARTBEATS, MOST_HEARTBEATS, Pace, relative, spread
 
 
 def paced(tokens_per_s: float, heartbeats: int = 5, working: float = 1.0, sequences: float = 4.0) -> Pace:
@@ -55,6 +57,13 @@ def test_only_the_latest_heartbeats_count() -> None:
     for beat in range(HEARTBEATS):
         pace.note({"generate_time_s": 10.0 + beat, "tokens": 1000.0 + 10 * beat})
     assert pace.tokens_per_s == 10.0
+
+
+def test_a_worker_that_mostly_waits_is_known_by_what_little_it_did() -> None:
+    """Ten heartbeats of 0.1 s of work each are too little, so more of them count."""
+    assert math.isnan(paced(100.0, heartbeats=HEARTBEATS, working=0.1).tokens_per_s)
+    assert paced(100.0, heartbeats=3 * HEARTBEATS, working=0.1).tokens_per_s == pytest.approx(100.0)
+    assert math.isnan(paced(100.0, heartbeats=9 * MOST_HEARTBEATS, working=0.001).tokens_per_s)
 
 
 def test_the_speed_of_a_sequence_tells_a_slow_worker_from_one_with_few_leases() -> None:
